@@ -1,0 +1,27 @@
+"""freestep: Schedule-Free optimization as a service; the client."""
+
+from freestep.client import Client, Pulled, Run
+from freestep.errors import *  # noqa: F403
+from freestep.errors import __all__ as _errors
+from freestep.flat import Flat
+from freestep.lease import Claim, HeldLease
+from freestep.models import AggregationSpec, Receipt, RunSpec, RunStatus
+from freestep.optimizer import RemoteOptimizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AggregationSpec",
+    "Claim",
+    "Client",
+    "Flat",
+    "HeldLease",
+    "Pulled",
+    "Receipt",
+    "RemoteOptimizer",
+    "Run",
+    "RunSpec",
+    "RunStatus",
+    "__version__",
+    *_errors,
+]

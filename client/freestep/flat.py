@@ -1,0 +1,60 @@
+"""A manifest's tensors in one flat vector, as bytes to send from and to receive into."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from freestep.errors import ManifestMismatch
+from freestep.wire import Manifest, Receiver, encode_header
+
+__all__ = ["DTYPES", "Flat"]
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""torch's names of the dtypes that travel."""
+
+
+class Flat:
+    """A flat vector on the host, [manifest.numel] of a dtype in DTYPES, and a view of each tensor in it."""
+
+    def __init__(self, manifest: Manifest, dtype: str = "F32") -> None:
+        self.manifest = manifest
+        self.dtype = dtype
+        self.vector = torch.zeros(manifest.numel, dtype=DTYPES[dtype])
+        self.views: dict[str, Tensor] = {
+            slot.name: self.vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in manifest.slots
+        }
+
+    @property
+    def bytes(self) -> memoryview:
+        """The vector's memory; valid while this object lives."""
+        size = self.vector.nbytes
+        return memoryview((ctypes.c_char * size).from_address(self.vector.data_ptr())).cast("B")
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies tensors in, rounding them to the vector's dtype.
+
+        Raises ManifestMismatch when their names or shapes are not the manifest's.
+        """
+        for name in tensors:
+            if name not in self.views:
+                raise ManifestMismatch(f"the run has no tensor {name!r}")
+        for name, view in self.views.items():
+            if name not in tensors:
+                raise ManifestMismatch(f"the tensor {name!r} is missing")
+            if tensors[name].shape != view.shape:
+                raise ManifestMismatch(
+                    f"the tensor {name!r} has the shape {list(tensors[name].shape)}, and the run's {list(view.shape)}"
+                )
+            view.copy_(tensors[name].detach())
+
+    def body(self, metadata: Mapping[str, str] | None = None) -> list[memoryview]:
+        """The safetensors body in pieces; the second is the vector itself."""
+        return [memoryview(encode_header(self.manifest, self.dtype, metadata)), self.bytes]
+
+    def receiver(self, length: int) -> Receiver:
+        """Lays a body of `length` bytes into the vector."""
+        return Receiver(self.manifest, self.bytes, length, self.vector.itemsize)

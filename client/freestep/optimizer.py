@@ -1,0 +1,367 @@
+"""RemoteOptimizer: a `torch.optim.Optimizer` whose step happens at the service."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor, nn
+
+from freestep.client import Client, Pulled, worker_name
+from freestep.errors import (
+    AlreadyInitialized,
+    EpochChanged,
+    EvalMode,
+    FreestepError,
+    InvalidSpec,
+    LeaseExpired,
+    ManifestMismatch,
+    RunExists,
+    RunNotInitialized,
+    StepNotReached,
+)
+from freestep.flat import Flat
+from freestep.lease import HeldLease
+from freestep.models import ALGORITHMS, DEFAULT_GROUP, AggregationSpec, Point, Receipt, RunSpec
+from freestep.wire import Manifest
+
+__all__ = ["RemoteOptimizer"]
+
+logger = logging.getLogger("freestep")
+
+Dtype = Literal["F32", "BF16", "F16"]
+Model = TypeVar("Model", bound=BaseModel)
+
+_WAIT_S = 30.0
+"""How long one request waits for a group's update before it is asked again."""
+
+
+class RemoteOptimizer(torch.optim.Optimizer):
+    """Trains a model on a run of a freestep service.
+
+    The first worker creates the run and gives it its model's weights; the others check that their parameters are
+    the run's and take over its weights. Each `step` pushes the gradients and loads fresh y, in one round trip. The
+    optimizer's state, and so the hyperparameters that count, are the run's: later changes to `param_groups` are not
+    sent.
+
+    params: an `nn.Module`, named parameters, parameters, or param groups as for any torch optimizer; a group may
+        have a `name`, and hyperparameters of its own. Frozen parameters are left out. Buffers, such as BatchNorm's
+        statistics, stay with each worker.
+    run: the run's name. url, token: as for `Client`. client: a `Client` of your own instead.
+    algorithm, aggregation, hyperparameters: what the run is created with; `aggregation` is a policy's name or an
+        aggregation spec. Where the run exists with others, they are the run's, and a warning is logged.
+    worker: this worker's name; a second worker of the same name fences off the first.
+    push_dtype, pull_dtype: F32, BF16 or F16, what gradients and parameters travel as.
+
+    The worker keeps two vectors beside its model and gradients: one that gradients are sent from, and one that
+    parameters arrive in. Raises ManifestMismatch, InvalidSpec and whatever the calls of `Client` raise.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        *,
+        run: str,
+        url: str | None = None,
+        token: str | None = None,
+        client: Client | None = None,
+        algorithm: str = "adamw_schedule_free",
+        aggregation: str | Mapping[str, Any] | AggregationSpec | None = None,
+        worker: str | None = None,
+        shards: int | None = None,
+        lease_ttl_ms: int | None = None,
+        durability: Literal["none", "checkpoint"] | None = None,
+        push_dtype: Dtype | None = None,
+        pull_dtype: Dtype | None = None,
+        **hyperparameters: Any,
+    ) -> None:
+        given = _hyperparameters(algorithm, hyperparameters)
+        self._sealed = False
+        super().__init__(_trainable(params), given)
+        self._sealed = True
+        self.worker = worker or os.environ.get("FREESTEP_WORKER") or worker_name()
+        self.receipt: Receipt | None = None
+        """What became of the last push."""
+        self.pulled: Pulled | None = None
+        """Which epoch and step of y the model holds; None while it holds x."""
+        self._tensors = {name: tensor for name, tensor, _ in _named(self.param_groups)}
+        wanted = self._spec(algorithm, given, aggregation, shards, lease_ttl_ms, durability)
+        manifest = Manifest(wanted.parameters)
+        self._gradient = Flat(manifest, push_dtype or "F32")
+        self._arriving = Flat(manifest, pull_dtype or "F32")
+        own_client = client is None
+        self._client = client or Client(url, token=token)
+        self._run = self._client.run(run)
+        self._held: list[HeldLease] = []
+        # Without a reference to self, so that leases end with the optimizer and, at the latest, with the process.
+        self._finalizer = weakref.finalize(self, _close, self._held, self._client if own_client else None)
+        try:
+            self.spec = self._create(wanted)
+            self._join()
+        except BaseException:
+            self.close()
+            raise
+
+    # Joining
+
+    def _spec(
+        self,
+        algorithm: str,
+        given: dict[str, Any],
+        aggregation: str | Mapping[str, Any] | AggregationSpec | None,
+        shards: int | None,
+        lease_ttl_ms: int | None,
+        durability: str | None,
+    ) -> RunSpec:
+        single = len(self.param_groups) == 1
+        names = [
+            group.get("name") or (DEFAULT_GROUP if single else f"group{number}")
+            for number, group in enumerate(self.param_groups)
+        ]
+        groups = {
+            name: {key: group[key] for key in given if key != "max_grad_norm" and group[key] != given[key]}
+            for name, group in zip(names, self.param_groups, strict=True)
+        }
+        parameters = [
+            {"name": name, "shape": list(tensor.shape), "group": names[number]}
+            for name, tensor, number in _named(self.param_groups)
+        ]
+        if isinstance(aggregation, str):
+            aggregation = {"policy": aggregation}
+        options = {
+            "aggregation": aggregation,
+            "shards": shards,
+            "lease_ttl_ms": lease_ttl_ms,
+            "durability": durability,
+        }
+        return _validated(
+            RunSpec,
+            {
+                "optimizer": {"algorithm": algorithm, **given},
+                "parameters": parameters,
+                "groups": {} if groups == {DEFAULT_GROUP: {}} else groups,
+                **{name: value for name, value in options.items() if value is not None},
+            },
+        )
+
+    def _create(self, wanted: RunSpec) -> RunSpec:
+        try:
+            return self._run.create(wanted).spec
+        except RunExists:
+            spec = self._run.status().spec
+        if wanted.parameters != spec.parameters:
+            pairs = zip_longest(wanted.parameters, spec.parameters)
+            ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ManifestMismatch(f"the run {self._run.name!r} has other parameters: {theirs}, and here {ours}")
+        logger.warning("the run %s exists with another spec, which is used instead of the one given", self._run.name)
+        return spec
+
+    def _join(self) -> None:
+        """Takes a lease and the run's y; gives the run this model's weights if it has none."""
+        while True:
+            self._take_lease()
+            try:
+                self._load("y")
+                return
+            except RunNotInitialized:
+                self._initialize()
+
+    def _take_lease(self) -> None:
+        while self._held:
+            self._held.pop().release()
+        self._held.append(self._run.lease(self.worker))
+
+    def _initialize(self) -> None:
+        weights = next((flat for flat in (self._gradient, self._arriving) if flat.dtype == "F32"), None)
+        weights = weights or Flat(self._gradient.manifest)
+        weights.fill(self._tensors)
+        try:
+            self._run.initialize(weights)
+        except AlreadyInitialized:
+            logger.debug("another worker gave the run %s its weights first", self._run.name)
+
+    # Training
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        loss: float | Tensor | None = None,
+        samples: float | None = None,
+    ) -> float | None:
+        """Pushes the gradients, loads the fresh y, and leaves the push's receipt in `receipt`.
+
+        loss: the batch's training loss, reported to the service. samples: the batch's size, the weight of this
+        gradient in a group's mean. Parameters without a gradient push zeros.
+
+        Under the policies sync and quorum this returns when the update that the push is part of is applied. A push
+        that the run no longer takes (it was restored to an earlier step, say) is dropped, and its receipt says
+        why. Raises EvalMode while the model holds x, NonFiniteGradient, and whatever the calls of `Client` raise.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if self.pulled is None:
+            raise EvalMode("the model holds x; call train() before step()")
+        for name, view in self._gradient.views.items():
+            gradient = self._tensors[name].grad
+            if gradient is None:
+                view.zero_()
+            else:
+                view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+        reported = result if loss is None else loss
+        self._push(self.pulled, None if reported is None else float(reported), samples)
+        return result
+
+    def _push(self, taken_at: Pulled, loss: float | None, samples: float | None) -> None:
+        waits = _WAIT_S if self.spec.aggregation.policy in ("sync", "quorum") else 0.0
+        while True:
+            claim = self._held[0].claim(taken_at.step, samples=samples, loss=loss)
+            try:
+                self.receipt, pulled = self._run.exchange(self._gradient, claim, self._arriving, wait=waits)
+            except LeaseExpired:
+                # Never applied, and never will be under that lease: the gradient is still good in the same epoch.
+                self._take_lease()
+                if self._held[0].granted.epoch == taken_at.epoch:
+                    continue
+                self._rejoin("epoch-changed")
+            except (EpochChanged, RunNotInitialized) as error:
+                self._rejoin(error.slug)
+            else:
+                self._scatter(pulled)
+                if waits and self.receipt.decision == "accumulated":
+                    self._await_update(self.receipt.step + 1)
+            return
+
+    def _rejoin(self, reason: str) -> None:
+        logger.warning("the run %s no longer takes this push (%s); joining it again", self._run.name, reason)
+        self._join()
+        assert self.pulled is not None
+        self.receipt = Receipt(decision="dropped", reason=reason, step=self.pulled.step, staleness=0)
+
+    def _await_update(self, step: int) -> None:
+        while True:
+            try:
+                self._load("y", min_step=step)
+                return
+            except StepNotReached:
+                if self._held[0].lost is not None:
+                    self._rejoin("lease-expired")
+                    return
+
+    # Points
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Loads x, the average, into the model; buffers are not touched."""
+        if self.pulled is not None:
+            self._load("x")
+            self.pulled = None
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Loads y, where gradients are taken, into the model."""
+        if self.pulled is None:
+            self._load("y")
+
+    def _load(self, point: Point, *, min_step: int = 0) -> None:
+        wait = _WAIT_S if min_step else 0.0
+        self._scatter(self._run.pull_into(self._arriving, point, min_step=min_step, wait=wait))
+
+    def _scatter(self, pulled: Pulled) -> None:
+        with torch.no_grad():
+            for name, view in self._arriving.views.items():
+                self._tensors[name].copy_(view)
+        self.pulled = pulled
+
+    # torch.optim.Optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while the optimizer is made: a run's parameters do not change."""
+        if self._sealed:
+            raise FreestepError("a run's parameters are fixed when it is created")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The param groups, and under `freestep` what names the run. The optimizer's state is the service's."""
+        place = {"run": self._run.name, "worker": self.worker}
+        return {**super().state_dict(), "freestep": place}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back the worker's name and joins the run again, at its newest y.
+
+        Raises ManifestMismatch when the state is of another run.
+        """
+        place = state_dict.get("freestep", {})
+        if place.get("run") != self._run.name:
+            raise ManifestMismatch(f"the state is of the run {place.get('run')!r}, not of {self._run.name!r}")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "freestep"})
+        self.worker = place["worker"]
+        self._join()
+
+    def close(self) -> None:
+        """Releases the lease. The model keeps what it holds."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _close(held: list[HeldLease], client: Client | None) -> None:
+    while held:
+        held.pop().release()
+    if client is not None:
+        client.close()
+
+
+def _hyperparameters(algorithm: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All hyperparameters of an algorithm, the given ones in place of the defaults."""
+    if algorithm not in ALGORITHMS:
+        raise InvalidSpec(f"there is no algorithm {algorithm!r}", field="optimizer.algorithm")
+    return _validated(ALGORITHMS[algorithm], given).model_dump(exclude={"algorithm"})
+
+
+def _validated(model: type[Model], value: Any) -> Model:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InvalidSpec(f"{field}: {first['msg']}", field=field) from None
+
+
+def _trainable(params: nn.Module | Iterable[Any]) -> list[Any]:
+    """The parameters or groups without those that are frozen."""
+    if isinstance(params, nn.Module):
+        params = params.named_parameters()
+    items = list(params)
+    if items and isinstance(items[0], dict):
+        return [{**group, "params": _unfrozen(group["params"])} for group in items]
+    return _unfrozen(items)
+
+
+def _unfrozen(params: Any) -> list[Any]:
+    items = [params] if isinstance(params, Tensor) else list(params)
+    return [item for item in items if (item[1] if isinstance(item, tuple) else item).requires_grad]
+
+
+def _named(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor, int]]:
+    """The tensors of param groups, by name and group; nameless ones are numbered within their group."""
+    for number, group in enumerate(groups):
+        names = group.get("param_names") or [f"group{number}.{index}" for index in range(len(group["params"]))]
+        for name, tensor in zip(names, group["params"], strict=True):
+            yield name, tensor, number

@@ -1,0 +1,265 @@
+"""Tensors on the wire: a run's parameters or gradients as one safetensors body.
+
+A body is an 8-byte little-endian header length, a JSON header, and the tensors' bytes without a gap:
+
+    {"__metadata__": {str: str}, NAME: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+
+The law of this file: it reads no socket and computes with no tensor. A `Receiver` says where the next bytes
+belong and is told how many arrived, so that a socket can fill the flat vector itself; whatever it is fed, it
+ends with the manifest's tensors in their slots or with MalformedTensors, in time and memory that the manifest
+bounds and the sender does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NoReturn
+
+from freestep.errors import MalformedTensors
+from freestep.models import ParameterSpec
+
+__all__ = ["ITEMSIZE", "MEDIA_TYPE", "Manifest", "Receiver", "Slot", "encode_header"]
+
+MEDIA_TYPE = "application/vnd.safetensors"
+
+ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
+"""Bytes per element of the dtypes that travel."""
+
+_PREFIX = 8
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor's place in the flat vector: elements `offset` to `offset + numel`."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: str
+    offset: int
+    numel: int
+
+
+class Manifest:
+    """The run's tensors in order, and where each lies in the flat vector of `numel` elements."""
+
+    def __init__(self, parameters: Iterable[ParameterSpec]) -> None:
+        slots: list[Slot] = []
+        offset = 0
+        for parameter in parameters:
+            numel = prod(parameter.shape)
+            slots.append(Slot(parameter.name, parameter.shape, parameter.group, offset, numel))
+            offset += numel
+        self.slots = tuple(slots)
+        self.by_name = {slot.name: slot for slot in slots}
+        self.numel = offset
+
+    def header_limit(self) -> int:
+        """The longest header accepted, in bytes: four times the plainest one, and room for metadata."""
+        return 4 * len(encode_header(self, "F32")) + 65_536
+
+    def body_limit(self) -> int:
+        """The longest body accepted, in bytes."""
+        return _PREFIX + self.header_limit() + ITEMSIZE["F32"] * self.numel
+
+
+def encode_header(manifest: Manifest, dtype: str, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The prefix and header of a body that holds the manifest's tensors in order, all of one dtype.
+
+    The header is padded with spaces so that the tensors begin at a multiple of 8 bytes.
+    """
+    itemsize = ITEMSIZE[dtype]
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for slot in manifest.slots:
+        begin, end = slot.offset * itemsize, (slot.offset + slot.numel) * itemsize
+        header[slot.name] = {"dtype": dtype, "shape": list(slot.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_PREFIX, "little") + text
+
+
+@dataclass(frozen=True)
+class _Entry:
+    slot: Slot
+    dtype: str
+    begin: int
+    end: int
+
+
+class Receiver:
+    """Lays a body of `length` bytes into `target`, a writable byte view of a flat vector.
+
+    `target` holds `itemsize` bytes for each element of the manifest. A tensor whose dtype is narrower than that
+    lands right-aligned in its slot, so that it can be widened in place from the front; `dtypes` names, once the
+    header is read, each tensor's dtype as it came.
+
+    Call `get_buffer` for where the next bytes go and `buffer_updated` with how many were put there, as in
+    `asyncio.BufferedProtocol`, until `complete`; or `feed` bytes that lie elsewhere.
+    """
+
+    def __init__(self, manifest: Manifest, target: memoryview, length: int, itemsize: int = 4) -> None:
+        if length < _PREFIX:
+            _refuse("the body is shorter than the 8 bytes of its header length")
+        if length > manifest.body_limit():
+            _refuse("the body is longer than the run's tensors can be", limit=manifest.body_limit())
+        self.dtypes: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
+        self._manifest = manifest
+        self._target = target
+        self._length = length
+        self._itemsize = itemsize
+        self._header: bytearray | None = None
+        self._pending: list[memoryview] = [memoryview(bytearray(_PREFIX))]
+        self._prefix = self._pending[0]
+        self._received = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole body has arrived."""
+        return not self._pending
+
+    @property
+    def missing(self) -> int:
+        """How many bytes of the body have not arrived."""
+        return self._length - self._received
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes of the body belong; empty once it is complete."""
+        return self._pending[-1] if self._pending else memoryview(b"")
+
+    def buffer_updated(self, size: int) -> None:
+        """Takes note that `size` bytes were put at the front of `get_buffer()`.
+
+        Raises MalformedTensors as soon as what arrived cannot be the manifest's tensors.
+        """
+        self._received += size
+        rest = self._pending[-1][size:]
+        if rest:
+            self._pending[-1] = rest
+            return
+        self._pending.pop()
+        if self._pending:
+            return
+        if self._header is None:
+            self._begin_header()
+        elif not self.dtypes:
+            self._begin_tensors()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Lays bytes that lie elsewhere into their places.
+
+        Raises MalformedTensors as `buffer_updated`, and when there are more bytes than the body has.
+        """
+        view = memoryview(data)
+        while view:
+            buffer = self.get_buffer()
+            if not buffer:
+                _refuse("there are bytes left over after the last tensor")
+            size = min(len(buffer), len(view))
+            buffer[:size] = view[:size]
+            view = view[size:]
+            self.buffer_updated(size)
+
+    def _begin_header(self) -> None:
+        size = int.from_bytes(self._prefix, "little")
+        if size > self._length - _PREFIX:
+            _refuse("the header's length runs past the end of the body")
+        if size > self._manifest.header_limit():
+            _refuse("the header is longer than the run's can be", limit=self._manifest.header_limit())
+        if size < 2:
+            _refuse("the header is too short to be a JSON object")
+        self._header = bytearray(size)
+        self._pending = [memoryview(self._header)]
+
+    def _begin_tensors(self) -> None:
+        assert self._header is not None
+        data_length = self._length - _PREFIX - len(self._header)
+        entries, self.metadata = _parse_header(bytes(self._header), self._manifest, data_length)
+        landings: list[list[int]] = []
+        for entry in entries:
+            size = entry.end - entry.begin
+            end = (entry.slot.offset + entry.slot.numel) * self._itemsize
+            if ITEMSIZE[entry.dtype] > self._itemsize:
+                _refuse(f"the tensor {entry.slot.name!r} is {entry.dtype}, wider than what was asked for")
+            self.dtypes[entry.slot.name] = entry.dtype
+            if landings and landings[-1][1] == end - size:
+                landings[-1][1] = end
+            elif size:
+                landings.append([end - size, end])
+        self._pending = [self._target[begin:end] for begin, end in reversed(landings)]
+
+
+def _parse_header(raw: bytes, manifest: Manifest, data_length: int) -> tuple[list[_Entry], dict[str, str]]:
+    """The header's entries in the order of their bytes, and its metadata."""
+    if raw[:1] != b"{":
+        _refuse("the header does not begin with {")
+    try:
+        # Decoded here, since json.loads would accept UTF-16, UTF-32 and encoded surrogates too.
+        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        _refuse(f"the header is not JSON: {type(error).__name__}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        _refuse("the header's __metadata__ is not a map of strings")
+    try:
+        "".join([*metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError:
+        _refuse("the header's __metadata__ holds half of a surrogate pair")
+    if metadata.get("freestep.encoding", "dense") != "dense":
+        _refuse("the encoding is not one that this service reads", encoding=metadata["freestep.encoding"])
+    for name in header:
+        if name not in manifest.by_name:
+            _refuse(f"the run has no tensor {name!r}")
+    for name in manifest.by_name:
+        if name not in header:
+            _refuse(f"the tensor {name!r} is missing")
+    entries = sorted(
+        (_parse_entry(manifest.by_name[name], value) for name, value in header.items()),
+        key=lambda entry: (entry.begin, entry.end),
+    )
+    end = 0
+    for entry in entries:
+        if entry.begin != end:
+            _refuse(f"the tensor {entry.slot.name!r} leaves a gap or overlaps another")
+        end = entry.end
+    if end != data_length:
+        _refuse("the tensors do not fill the body", expected=end, received=data_length)
+    return entries, metadata
+
+
+def _parse_entry(slot: Slot, value: object) -> _Entry:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        _refuse(f"the entry of {slot.name!r} needs dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        _refuse(f"the dtype of {slot.name!r} is not one of {', '.join(ITEMSIZE)}")
+    if not _is_sizes(shape) or tuple(shape) != slot.shape:
+        _refuse(f"the shape of {slot.name!r} is not {list(slot.shape)}")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        _refuse(f"the data_offsets of {slot.name!r} are not two sizes")
+    begin, end = offsets
+    if end - begin != slot.numel * ITEMSIZE[dtype]:
+        _refuse(f"the data_offsets of {slot.name!r} do not span its {slot.numel} elements of {dtype}")
+    return _Entry(slot, dtype, begin, end)
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name stands twice")
+    return members
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse(detail: str, **extensions: Any) -> NoReturn:
+    raise MalformedTensors(detail, **extensions)

@@ -1,0 +1,114 @@
+"""From memory to the socket: a snapshot is sent as slices of the memory it lies in."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from freestep.errors import RangeNotSatisfiable
+from freestep.models import Point
+from freestep.wire import MEDIA_TYPE
+from freestep_service.run import Run
+from freestep_service.snapshots import Snapshot
+
+__all__ = ["SnapshotResponse", "etag", "parse_range"]
+
+_SLICE = 1024 * 1024
+_TAIL = 256 * 1024
+"""More than a transport buffers (64 KiB by default), see `_send`."""
+
+
+def etag(epoch: int, step: int, point: str, dtype: str) -> str:
+    """The strong validator of a point: equal tags mean equal bytes."""
+    return f'"e{epoch}-s{step}-{point}-{dtype}"'
+
+
+class SnapshotResponse(Response):
+    """Answers with a point of a run's newest step, or with the range of it that `request_headers` ask for.
+
+    The snapshot is taken when the answer begins and let go when its last byte is on its way.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        point: Point,
+        dtype: str,
+        stall_s: float,
+        request_headers: Mapping[str, str] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(media_type=MEDIA_TYPE)
+        self._run = run
+        self._point = point
+        self._dtype = dtype
+        self._stall_s = stall_s
+        self._request_headers = request_headers or {}
+        self._lines = dict(headers or {})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._run.read(self._point, self._dtype) as snapshot:
+            tag = etag(snapshot.epoch, snapshot.step, self._point, self._dtype)
+            wanted = self._request_headers.get("range")
+            if self._request_headers.get("if-range", tag) != tag:
+                wanted = None
+            span = parse_range(wanted, snapshot.size)
+            lines = {
+                **self._lines,
+                "ETag": tag,
+                "Freestep-Step": str(snapshot.step),
+                "Freestep-Epoch": str(snapshot.epoch),
+                "Accept-Ranges": "bytes",
+                "Content-Type": MEDIA_TYPE,
+            }
+            await _send(send, snapshot, lines, span, self._stall_s)
+
+
+async def _send(
+    send: Send, snapshot: Snapshot, lines: dict[str, str], span: tuple[int, int] | None, stall_s: float
+) -> None:
+    """Sends a snapshot's body, or the bytes `begin` to `end` of it.
+
+    When this returns, nobody refers to the snapshot's memory any more: the last bytes are sent as a copy that is
+    longer than what a transport may still hold. Raises TimeoutError when the peer takes nothing for `stall_s`
+    seconds.
+    """
+    begin, end = span or (0, snapshot.size)
+    lines["Content-Length"] = str(end - begin)
+    if span:
+        lines["Content-Range"] = f"bytes {begin}-{end - 1}/{snapshot.size}"
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
+    await send({"type": "http.response.start", "status": 206 if span else 200, "headers": raw})
+    header, data = snapshot.slices(begin, end)
+    bulk = max(len(data) - _TAIL, 0)
+    pieces = [bytes(header), *(data[at : min(at + _SLICE, bulk)] for at in range(0, bulk, _SLICE))]
+    for piece in [*pieces, bytes(data[bulk:]), b""]:
+        async with asyncio.timeout(stall_s):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def parse_range(text: str | None, size: int) -> tuple[int, int] | None:
+    """The span that a Range header asks for, RFC 9110 section 14; None for the whole body.
+
+    Several ranges, or what is not a byte range, are answered with the whole body, as the RFC allows. Raises
+    RangeNotSatisfiable when the range begins past the end.
+    """
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", (text or "").strip())
+    if match is None or match.group() == "bytes=-":
+        return None
+    first, last = match.groups()
+    if not first:
+        begin, end = max(size - int(last), 0), size
+    else:
+        begin, end = int(first), min(int(last) + 1, size) if last else size
+        if last and int(last) < begin:
+            return None
+    if begin >= size or begin >= end:
+        raise RangeNotSatisfiable(f"the body has {size} bytes", size=size)
+    return begin, end

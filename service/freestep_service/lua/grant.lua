@@ -1,0 +1,21 @@
+-- Grants a lease with a new fencing token; the worker's older lease, if any, is fenced off.
+-- Tokens rise with the clock too, so that they go on rising after Redis has lost its data.
+-- KEYS     the run's, 9 lease:ID of the new lease, 10 window:ID of the worker's older lease
+-- ARGV     1 worker, 2 lease, 3 ttl in ms, 4 the older lease, or an empty string
+-- returns  {missing} (there is no such run), {changed, older lease} (read it again), or
+--          {granted, token, epoch, step, evicted idempotency keys ...}
+
+local worker, lease, ttl, older = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+if redis.call('EXISTS', RUN) == 0 then return {'missing'} end
+local actual = redis.call('HGET', WORKERS, worker) or ''
+if actual ~= older then return {'changed', actual} end
+
+local now, evicted = clock(), {}
+local token = text(math.max(run_number('token') + 1, now))
+if older ~= '' then retire(KEYS[10], evicted) end
+redis.call('HSET', RUN, 'token', token)
+redis.call('HSET', WORKERS, worker, lease)
+redis.call('HSET', KEYS[9], 'worker', worker, 'token', token, 'ttl_ms', ttl,
+  'epoch', redis.call('HGET', RUN, 'epoch'), 'granted_ms', text(now), 'pushes', 0)
+extend(KEYS[9], worker, now)
+return {'granted', token, run_number('epoch'), run_number('step'), unpack(evicted)}

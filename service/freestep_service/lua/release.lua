@@ -1,0 +1,17 @@
+-- Ends a lease at its holder's wish. Where an update waited for that worker alone, it goes on.
+-- KEYS     the run's, 9 lease:ID, 10 window:ID
+-- ARGV     1 lease
+-- returns  {lease-expired}, or {ended, seq, step, epoch, evicted idempotency keys ...}; seq is 0 unless an update was closed
+
+local now = clock()
+local worker = holder(KEYS[9], ARGV[1], nil, now)
+if not worker then return {'lease-expired'} end
+local evicted, seq, step = {}, 0, 0
+redis.call('ZREM', LEASES, worker)
+redis.call('HDEL', WORKERS, worker)
+redis.call('DEL', KEYS[9])
+retire(KEYS[10], evicted)
+if redis.call('HGET', RUN, 'batch') == 'live' and is_complete(now) then
+  seq, step = append(true, {'closed_by', worker})
+end
+return {'ended', seq, step, run_number('epoch'), unpack(evicted)}

@@ -1,0 +1,13 @@
+-- Renews a lease.
+-- KEYS     the run's, 9 lease:ID
+-- ARGV     1 lease
+-- returns  {lease-expired}, {epoch-changed, epoch}, or {renewed, worker, token, ttl in ms, epoch, step}
+
+local now = clock()
+local worker = holder(KEYS[9], ARGV[1], nil, now)
+if not worker then return {'lease-expired'} end
+local fields = redis.call('HMGET', KEYS[9], 'epoch', 'token', 'ttl_ms')
+local epoch = redis.call('HGET', RUN, 'epoch')
+if fields[1] ~= epoch then return {'epoch-changed', tonumber(epoch)} end
+extend(KEYS[9], worker, now)
+return {'renewed', worker, fields[2], tonumber(fields[3]), tonumber(epoch), run_number('step')}

