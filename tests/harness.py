@@ -18,10 +18,11 @@ import httpx
 import safetensors.torch
 import torch
 import uvicorn
+from torch import Tensor
+
 from freestep.wire import MEDIA_TYPE
 from freestep_service.app import create_app
 from freestep_service.settings import Settings
-from torch import Tensor
 
 TENSORS = {"w": torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0]]), "b": torch.tensor(2.0), "e": torch.zeros(0, 4)}
 """The parameters of the runs that `Api.create` makes: a matrix, a scalar and an empty tensor."""

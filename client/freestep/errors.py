@@ -83,6 +83,8 @@ class ProblemError(FreestepError):
 
     slug: ClassVar[str]
     title: ClassVar[str]
+    retry_after: float | None = None
+    """Seconds after which the service wants to be asked again, where it says so."""
 
     def __init__(self, detail: str | None = None, **extensions: Any) -> None:
         self.detail = detail or self.title

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,7 +97,7 @@ class Transport:
                 failure: Exception = error
             except httpx.TransportError as error:
                 failure = error
-            pause = random.uniform(longest / 2, longest)
+            pause = random.uniform(longest / 2, longest) + (getattr(failure, "retry_after", None) or 0.0)
             if time.monotonic() + pause > deadline:
                 if isinstance(failure, ProblemError):
                     raise failure
@@ -127,6 +128,8 @@ def _read(response: httpx.Response, into: _Destination | None) -> Answer:
         problem = ProblemError.from_document(document) if isinstance(document, dict) else None
         if problem is None:
             raise UnexpectedResponse(f"{response.request.url} answered {response.status_code}: {response.text[:200]!r}")
+        with suppress(ValueError):
+            problem.retry_after = float(response.headers.get("retry-after", ""))
         raise problem
     return Answer(response.status_code, response.headers, document)
 

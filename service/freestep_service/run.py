@@ -225,33 +225,33 @@ class Run:
     async def release(self, lease: str) -> None:
         """Ends a lease. Raises LeaseExpired."""
         try:
-            await self._ended(await self.coordinator.release(lease))
+            self._ended(await self.coordinator.release(lease))
         except CoordinatorUnavailable:
             self._missed_closures = True
             raise
 
     async def expire_leases(self) -> None:
         """Ends the leases that have run out, and closes the update that waited for them alone."""
-        if not self._has_leases and not self._missed_closures:
+        if not (self._has_leases or self._missed_closures or self._writer.has_gap):
             return
         try:
-            if self._missed_closures:
-                for closure in await self.coordinator.closures(self._writer.known_seq):
-                    await self._ended(closure)
+            if self._missed_closures or self._writer.has_gap:
+                for closure in await self.coordinator.closures(self._writer.taken_seq):
+                    self._ended(closure)
                 self._missed_closures = False
             live, ended = await self.coordinator.expire()
             if ended:
-                await self._ended(ended)
+                self._ended(ended)
             self._has_leases = live > 0
             self._metrics.live(live)
         except CoordinatorUnavailable:
             self._missed_closures = True
 
-    async def _ended(self, ended: Ended) -> None:
+    def _ended(self, ended: Ended) -> None:
         self._receipts.forget(ended.evicted)
         if ended.seq:
             with suppress(Lost):
-                await self._writer.apply(Entry(ended.seq, ended.epoch, advance=True))
+                self._writer.submit(Entry(ended.seq, ended.epoch, advance=True))
 
     # Pushes and pulls
 

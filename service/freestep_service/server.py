@@ -48,6 +48,7 @@ def serve(settings: Settings) -> None:
         log_level=settings.log_level,
         access_log=settings.access_log,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=60,
     )
     Console().print(f"freestep listens on http://{f'[{host}]' if ':' in host else host}:{port}", soft_wrap=True)
     uvicorn.Server(config).run(sockets=[listener])

@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -19,6 +21,7 @@ __all__ = ["Store"]
 
 _LUA = files("freestep_service") / "lua"
 _TIMEOUT_S = 5.0
+_CONNECTIONS = 32
 
 
 class Store:
@@ -41,14 +44,17 @@ class Store:
             "decode_responses": True,
             "socket_timeout": _TIMEOUT_S,
             "socket_connect_timeout": _TIMEOUT_S,
+            # A command whose answer was lost is not sent again behind our back: who calls knows what that means.
+            "retry": Retry(NoBackoff(), 0),
         }
-        client = Redis.from_url(url, **options)
+        pool = BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=_TIMEOUT_S, **options)
+        client = Redis.from_pool(pool)
         async with reachable():
             clustered = (await client.info("cluster")).get("cluster_enabled")
         if not clustered:
             return cls(client)
         await client.aclose()
-        return cls(RedisCluster.from_url(url, **options))
+        return cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options))
 
     async def run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
         """Runs a script of lua/ by its file's name."""

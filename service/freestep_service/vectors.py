@@ -21,7 +21,7 @@ class Vector:
 
     def __init__(self, numel: int) -> None:
         self.numel = numel
-        memory = mmap.mmap(-1, max(4 * numel, 1))
+        memory = mmap.mmap(-1, max(4 * numel, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = memoryview(memory)[: 4 * numel]

@@ -47,6 +47,10 @@ class Writer:
 
     async def apply(self, entry: Entry) -> None:
         """Returns once the entry is applied; raises Lost when the run was opened again instead."""
+        await asyncio.shield(self.submit(entry))
+
+    def submit(self, entry: Entry) -> asyncio.Future[None]:
+        """Takes an entry, or holds it until those before it have come; the future is done once it is applied."""
         key = (entry.epoch, entry.seq)
         if key not in self._held:
             if not self._paused and (entry.epoch != self.epoch or entry.seq < self._next_seq):
@@ -54,11 +58,17 @@ class Writer:
             self._held[key] = (entry, asyncio.get_running_loop().create_future())
         future = self._held[key][1]
         self._take()
-        await asyncio.shield(future)
+        return future
 
-    def knows(self, seq: int) -> bool:
-        """Whether an entry of this epoch has been taken or is held."""
-        return seq < self._next_seq or (self.epoch, seq) in self._held
+    @property
+    def taken_seq(self) -> int:
+        """The newest entry that the shard was given."""
+        return self._next_seq - 1
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether entries are held because one before them has not come."""
+        return bool(self._held)
 
     def _take(self) -> None:
         while not self._paused and (held := self._held.pop((self.epoch, self._next_seq), None)):

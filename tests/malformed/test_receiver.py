@@ -137,8 +137,17 @@ BYTES = st.one_of(
             b"null",
             b"true",
             b"NaN",
+            b"F16",
+            b"BF16",
+            b"F64",
+            b"__metadata__",
+            b"weight",
+            b"bias",
+            b"\\ud800",
+            b"\xff",
+            b"\x00",
+            b" ",
         ]
-        + [b"F16", b"BF16", b"F64", b"__metadata__", b"weight", b"bias", b"\\ud800", b"\xff", b"\0", b" "]
     ),
 )
 

@@ -1,0 +1,138 @@
+"""Specs: what is refused, and that it is named."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import schedulefree
+import torch
+from pydantic import ValidationError
+
+from freestep.errors import PROBLEMS, ProblemError
+from freestep.models import ALGORITHMS, LeaseRequest, RunSpec
+
+
+def spec(**changes: Any) -> dict[str, Any]:
+    return {
+        "optimizer": {"algorithm": "adamw_schedule_free"},
+        "parameters": [{"name": "w", "shape": [2, 3]}, {"name": "b", "shape": []}],
+        **changes,
+    }
+
+
+def optimizer(algorithm: str, **hyperparameters: Any) -> dict[str, Any]:
+    return spec(optimizer={"algorithm": algorithm, **hyperparameters})
+
+
+INVALID = [
+    ("optimizer", optimizer("adam_schedule_free")),
+    ("optimizer", spec(optimizer={"lr": 0.1})),
+    ("optimizer.lr", optimizer("adamw_schedule_free", lr=-0.1)),
+    ("optimizer.lr", optimizer("adamw_schedule_free", lr="0.1")),
+    ("optimizer.lr", optimizer("adamw_schedule_free", lr=True)),
+    ("optimizer.lr", optimizer("sgd", lr=float("nan"))),
+    ("optimizer.lr", optimizer("sgd", lr=float("inf"))),
+    ("optimizer.learning_rate", optimizer("adamw_schedule_free", learning_rate=0.1)),
+    ("optimizer.betas.0", optimizer("adamw_schedule_free", betas=[0.0, 0.999])),
+    ("optimizer.betas.0", optimizer("adamw_schedule_free", betas=[1.0, 0.999])),
+    ("optimizer.betas.1", optimizer("adamw_schedule_free", betas=[0.9, 1.0])),
+    ("optimizer.betas.1", optimizer("adamw_schedule_free", betas=[0.9])),
+    ("optimizer.betas.1", optimizer("radam_schedule_free", betas=[0.9, 0.0])),
+    ("optimizer.eps", optimizer("adamw", eps=0)),
+    ("optimizer.weight_decay", optimizer("sgd_schedule_free", weight_decay=-1)),
+    ("optimizer.warmup_steps", optimizer("sgd_schedule_free", warmup_steps=1.5)),
+    ("optimizer.warmup_steps", optimizer("radam_schedule_free", warmup_steps=5)),
+    ("optimizer.r", optimizer("sgd_schedule_free", r=-1)),
+    ("optimizer.weight_lr_power", optimizer("sgd_schedule_free", weight_lr_power=-1)),
+    ("optimizer.momentum", optimizer("sgd_schedule_free", momentum=0)),
+    ("optimizer.momentum", optimizer("sgd_schedule_free", momentum=1)),
+    ("optimizer.momentum", optimizer("sgd", momentum=1)),
+    ("optimizer.nesterov", optimizer("sgd", nesterov=True)),
+    ("optimizer.silent_sgd_phase", optimizer("radam_schedule_free", silent_sgd_phase="no")),
+    ("optimizer.schedule.name", optimizer("sgd", schedule={"name": "cosine"})),
+    ("optimizer.schedule.warmup_steps", optimizer("adamw", schedule={"warmup_steps": -1})),
+    ("optimizer.max_grad_norm", optimizer("adamw_schedule_free", max_grad_norm=0)),
+    ("aggregation.policy", spec(aggregation={"policy": "median"})),
+    ("aggregation.batch", spec(aggregation={"policy": "quorum"})),
+    ("aggregation.batch", spec(aggregation={"policy": "async", "batch": 0})),
+    ("aggregation.max_staleness", spec(aggregation={"policy": "async", "max_staleness": -1})),
+    ("aggregation.staleness_damping", spec(aggregation={"policy": "async", "staleness_damping": "log"})),
+    ("parameters", spec(parameters=[])),
+    ("parameters.1.name", spec(parameters=[{"name": "w", "shape": [1]}, {"name": "w", "shape": [2]}])),
+    ("parameters.0.name", spec(parameters=[{"name": "__metadata__", "shape": [1]}])),
+    ("parameters.0.name", spec(parameters=[{"name": "", "shape": [1]}])),
+    ("parameters.0.shape.0", spec(parameters=[{"name": "w", "shape": [-1]}])),
+    ("parameters.0.shape.0", spec(parameters=[{"name": "w", "shape": [1.0]}])),
+    ("parameters.0.group", spec(parameters=[{"name": "w", "shape": [1], "group": "other"}])),
+    ("groups.slow.lr", spec(groups={"slow": {"lr": -1}})),
+    ("groups.slow.momentum", spec(groups={"slow": {"momentum": 0.9}})),
+    ("groups.slow.algorithm", spec(groups={"slow": {"algorithm": "sgd"}})),
+    ("groups.slow.max_grad_norm", spec(groups={"slow": {"max_grad_norm": 1.0}})),
+    ("lease_ttl_ms", spec(lease_ttl_ms=1)),
+    ("durability", spec(durability="journal")),
+    ("shards", spec(shards=2)),
+    ("optimiser", spec(optimiser={})),
+]
+
+
+@pytest.mark.parametrize(("field", "document"), INVALID)
+def test_a_wrong_spec_names_its_field(field: str, document: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        RunSpec.model_validate(document)
+    places = [[str(part) for part in error["loc"] if part not in ALGORITHMS] for error in caught.value.errors()]
+    assert field in [".".join(place) for place in places]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_spec_survives_json(algorithm: str) -> None:
+    made = RunSpec.model_validate(optimizer(algorithm) | {"groups": {"slow": {"lr": 0.001}}})
+    assert RunSpec.model_validate_json(made.model_dump_json()) == made
+
+
+PACKAGES = {
+    "sgd_schedule_free": schedulefree.SGDScheduleFree,
+    "adamw_schedule_free": schedulefree.AdamWScheduleFree,
+    "radam_schedule_free": schedulefree.RAdamScheduleFree,
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_defaults_are_the_packages(algorithm: str) -> None:
+    package = inspect.signature(PACKAGES[algorithm]).parameters
+    ours = ALGORITHMS[algorithm]().model_dump(exclude={"algorithm", "max_grad_norm", "schedule"})
+    assert ours == {name: package[name].default for name in ours}
+
+
+def test_a_group_has_the_runs_hyperparameters_and_its_own() -> None:
+    made = RunSpec.model_validate(
+        optimizer("adamw_schedule_free", lr=0.1, eps=1e-6) | {"groups": {"slow": {"lr": 0.01, "betas": [0.8, 0.9]}}}
+    )
+    slow = made.hyperparameters("slow").model_dump()
+    assert (slow["lr"], slow["eps"], slow["betas"]) == (0.01, 1e-6, (0.8, 0.9))
+    assert made.hyperparameters("default") == made.optimizer
+
+
+@pytest.mark.parametrize("wish", [{}, {"worker": ""}, {"worker": "w" * 201}, {"worker": "w", "ttl_ms": 1}])
+def test_a_wrong_lease_request_is_refused(wish: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        LeaseRequest.model_validate(wish)
+
+
+@pytest.mark.parametrize("slug", PROBLEMS)
+def test_a_problem_survives_its_document(slug: str) -> None:
+    problem = PROBLEMS[slug]("what was wrong", field="lr", step=7)
+    document = problem.to_document(499)
+    assert document["type"] == f"urn:freestep:problem:{slug}"
+    assert document["title"] == problem.title
+    read = ProblemError.from_document(document)
+    assert type(read) is PROBLEMS[slug]
+    assert (read.detail, read.extensions) == ("what was wrong", {"field": "lr", "step": 7})
+
+
+def test_a_strangers_problem_is_none_of_ours() -> None:
+    assert ProblemError.from_document({"type": "about:blank", "title": "Not Found"}) is None
+    assert ProblemError.from_document({}) is None

@@ -1,0 +1,119 @@
+"""Bodies against the safetensors library, the format's own implementation."""
+
+from __future__ import annotations
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from freestep import Flat
+from freestep.errors import ManifestMismatch
+from freestep.models import ParameterSpec
+from freestep.wire import ITEMSIZE, Manifest, Receiver, encode_header
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SHAPES = {"first": (3, 4), "scalar": (), "empty": (0, 2), "last": (5,), "naïve.名": (2, 1, 2)}
+MANIFEST = Manifest(ParameterSpec(name=name, shape=shape) for name, shape in SHAPES.items())
+
+
+def tensors(dtype: str = "F32") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(DTYPES[dtype]) for name, shape in SHAPES.items()}
+
+
+def joined(made: dict[str, Tensor]) -> Tensor:
+    return torch.cat([made[slot.name].reshape(-1) for slot in MANIFEST.slots])
+
+
+@pytest.mark.parametrize("dtype", ITEMSIZE)
+def test_what_is_encoded_is_what_the_library_reads(dtype: str) -> None:
+    flat = Flat(MANIFEST, dtype)
+    flat.fill(tensors())
+    read = safetensors.torch.load(b"".join(flat.body({"freestep.step": "7"})))
+    assert read.keys() == SHAPES.keys()
+    for name, tensor in tensors(dtype).items():
+        assert torch.equal(read[name], tensor)
+
+
+def test_tensors_begin_at_multiples_of_eight_bytes() -> None:
+    for length in range(16):
+        header = encode_header(MANIFEST, "F32", {"note": "x" * length})
+        assert len(header) % 8 == 0
+        assert int.from_bytes(header[:8], "little") == len(header) - 8
+
+
+@pytest.mark.parametrize("dtype", ITEMSIZE)
+def test_what_the_library_writes_is_received(dtype: str) -> None:
+    made = tensors(dtype)
+    body = safetensors.torch.save(dict(reversed(made.items())), metadata={"some": "thing"})
+    flat = Flat(MANIFEST, dtype)
+    receiver = flat.receiver(len(body))
+    receiver.feed(body)
+    assert receiver.complete
+    assert receiver.metadata == {"some": "thing"}
+    assert torch.equal(flat.vector, joined(made))
+
+
+@given(cuts=st.lists(st.integers(1, 300)), mixed=st.booleans())
+def test_a_body_may_come_in_any_pieces(cuts: list[int], mixed: bool) -> None:
+    made = tensors()
+    if mixed:
+        made |= {"first": made["first"].bfloat16(), "last": made["last"].half()}
+    body = safetensors.torch.save(made)
+    target = bytearray(4 * MANIFEST.numel)
+    receiver = Receiver(MANIFEST, memoryview(target), len(body))
+    rest = memoryview(body)
+    for cut in [*cuts, len(body)]:
+        receiver.feed(rest[:cut])
+        rest = rest[cut:]
+    assert receiver.complete
+    assert receiver.missing == 0
+    assert receiver.dtypes == {
+        name: next(key for key, dtype in DTYPES.items() if dtype == tensor.dtype) for name, tensor in made.items()
+    }
+    vector = torch.frombuffer(target, dtype=torch.float32)
+    for slot in MANIFEST.slots:
+        place = vector[slot.offset : slot.offset + slot.numel]
+        narrow = place.view(made[slot.name].dtype)[-slot.numel :] if slot.numel else place
+        assert torch.equal(narrow.view(slot.shape), made[slot.name].to(narrow.dtype))
+
+
+@given(sizes=st.lists(st.integers(1, 64), min_size=1))
+def test_a_socket_may_fill_the_buffers_itself(sizes: list[int]) -> None:
+    body = safetensors.torch.save(tensors())
+    flat = Flat(MANIFEST)
+    receiver = flat.receiver(len(body))
+    sent = 0
+    while not receiver.complete:
+        buffer = receiver.get_buffer()
+        size = min(len(buffer), sizes[sent % len(sizes)])
+        buffer[:size] = body[sent : sent + size]
+        sent += size
+        receiver.buffer_updated(size)
+    assert sent == len(body)
+    assert not receiver.get_buffer()
+    assert torch.equal(flat.vector, joined(tensors()))
+
+
+def test_views_are_the_vector() -> None:
+    flat = Flat(MANIFEST)
+    flat.views["scalar"].fill_(3.0)
+    assert flat.vector[MANIFEST.by_name["scalar"].offset] == 3.0
+    assert {name: tuple(view.shape) for name, view in flat.views.items()} == SHAPES
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"other": torch.zeros(1)}, "no tensor 'other'"),
+        ({"first": None}, "'first' is missing"),
+        ({"last": torch.zeros(6)}, "'last' has the shape \\[6\\]"),
+    ],
+)
+def test_other_tensors_do_not_fit(changes: dict[str, Tensor | None], message: str) -> None:
+    wrong = {name: tensor for name, tensor in {**tensors(), **changes}.items() if tensor is not None}
+    with pytest.raises(ManifestMismatch, match=message):
+        Flat(MANIFEST).fill(wrong)

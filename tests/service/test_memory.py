@@ -1,0 +1,69 @@
+"""The service's memory does not grow with the number of its workers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from freestep import Client, Flat
+from harness import ProcessService
+
+PARAMETERS = 25_000_000
+WORKERS = 8
+ROUNDS = 3
+GIB = 1024**3
+
+
+def peak_rss(pid: int) -> int:
+    """Bytes: the most that a process has had in memory so far."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the kernel does not say")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["async", "sync"])
+def test_eight_workers_on_25m_parameters_stay_under_the_bound(
+    start_process: Callable[..., ProcessService], policy: str
+) -> None:
+    service = start_process()
+    assert service.process is not None
+    with Client(service.url, retry_for=120) as client:
+        run = client.run("large")
+        run.create(
+            {
+                "optimizer": {"algorithm": "adamw_schedule_free"},
+                "aggregation": {"policy": policy},
+                "parameters": [{"name": "w", "shape": [PARAMETERS // 1000, 1000]}],
+            }
+        )
+        gradient = Flat(run.manifest)
+        run.initialize(gradient)
+        gradient.vector.fill_(1e-3)
+        leases = [run.lease(f"worker-{number}") for number in range(WORKERS)]
+        failures: list[BaseException] = []
+
+        def work(number: int) -> None:
+            arriving = Flat(run.manifest)
+            try:
+                for _ in range(ROUNDS):
+                    step = run.status().step
+                    run.exchange(gradient, leases[number].claim(step), arriving, wait=60)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(WORKERS)]
+        for thread in threads:
+            thread.start()
+        run.checkpoint()
+        run.pull_into(Flat(run.manifest), "x")
+        for thread in threads:
+            thread.join()
+        for lease in leases:
+            lease.release()
+    assert not failures
+    assert peak_rss(service.process.pid) < 1.6 * GIB
