@@ -49,6 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("freestep"),
         summary="Schedule-Free optimization as a service.",
         lifespan=lifespan,
+        responses=problems.DOCUMENTED,
     )
     problems.install(app, lambda slug: metrics.problems.labels(slug).inc())
     for module in (runs, parameters, leases, gradients, checkpoints, health):

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from freestep import errors
 from freestep.errors import InvalidSpec, MalformedRequest, ProblemError
 
-__all__ = ["MEDIA_TYPE", "STATUSES", "install", "problem_response"]
+__all__ = ["DOCUMENTED", "MEDIA_TYPE", "STATUSES", "install", "problem_response"]
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -41,6 +41,26 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.CoordinatorUnavailable: 503,
     errors.StepNotReached: 504,
 }
+
+_PROBLEM = {
+    "description": "A problem, RFC 9457; its type ends with its slug.",
+    "content": {
+        MEDIA_TYPE: {
+            "schema": {
+                "type": "object",
+                "required": ["type", "title", "status", "detail"],
+                "properties": {
+                    "type": {"type": "string", "examples": ["urn:freestep:problem:run-not-found"]},
+                    "title": {"type": "string"},
+                    "status": {"type": "integer"},
+                    "detail": {"type": "string"},
+                },
+            }
+        }
+    },
+}
+DOCUMENTED: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEM, "5XX": _PROBLEM, 422: _PROBLEM}
+"""What the OpenAPI document says of refusals, in place of FastAPI's own 422."""
 
 _RETRY_AFTER_S = {errors.Overloaded: 1, errors.CoordinatorUnavailable: 1}
 

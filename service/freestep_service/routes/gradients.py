@@ -6,22 +6,20 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from freestep.models import Receipt
-from freestep.wire import MEDIA_TYPE
 from freestep_service.egress import SnapshotResponse
 from freestep_service.headers import body_length, claim, loss, preferences, receipt_headers
 from freestep_service.ingest import Body
 from freestep_service.routes.dependencies import AnyRun, Dtype, ServiceSettings
+from freestep_service.routes.documents import PUSH_HEADERS, TENSORS, TENSORS_BODY
 
 router = APIRouter(tags=["gradients"])
-
-_TENSORS = {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
 
 
 @router.post(
     "/v1/runs/{run}/gradients",
     response_model=Receipt,
-    responses={200: _TENSORS},
-    openapi_extra={"requestBody": {**_TENSORS, "required": True}},
+    responses={200: TENSORS},
+    openapi_extra={"requestBody": TENSORS_BODY, "parameters": PUSH_HEADERS},
 )
 async def push(run: AnyRun, request: Request, settings: ServiceSettings, dtype: Dtype = "F32") -> Response:
     """Pushes a gradient.

@@ -7,21 +7,19 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from freestep.models import RunStatus
-from freestep.wire import MEDIA_TYPE
 from freestep_service.egress import SnapshotResponse, etag
 from freestep_service.headers import body_length, preferences
 from freestep_service.ingest import Body
 from freestep_service.routes.dependencies import AnyRun, Dtype, Point, ServiceSettings
+from freestep_service.routes.documents import RANGE_HEADERS, TENSORS, TENSORS_BODY
 
 router = APIRouter(tags=["parameters"])
-
-_TENSORS = {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
 
 
 @router.put(
     "/v1/runs/{run}/parameters",
     status_code=201,
-    openapi_extra={"requestBody": {**_TENSORS, "required": True}},
+    openapi_extra={"requestBody": TENSORS_BODY},
 )
 async def initialize_run(run: AnyRun, request: Request, settings: ServiceSettings) -> RunStatus:
     """Gives the run its initial weights; the first who does wins, the others get already-initialized."""
@@ -33,7 +31,8 @@ async def initialize_run(run: AnyRun, request: Request, settings: ServiceSetting
 @router.get(
     "/v1/runs/{run}/parameters",
     response_class=Response,
-    responses={200: _TENSORS, 206: {"description": "A range"}, 304: {"description": "Not modified"}},
+    responses={200: TENSORS, 206: TENSORS, 304: {"description": "The point's ETag is one of those named."}},
+    openapi_extra={"parameters": RANGE_HEADERS},
 )
 async def pull(
     run: AnyRun,

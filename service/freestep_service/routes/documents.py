@@ -1,0 +1,37 @@
+"""What the OpenAPI document says of headers and bodies that handlers read themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from freestep.wire import MEDIA_TYPE
+
+__all__ = ["PUSH_HEADERS", "RANGE_HEADERS", "TENSORS", "TENSORS_BODY"]
+
+TENSORS: dict[str, Any] = {
+    "description": "The run's tensors, in safetensors format.",
+    "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+}
+TENSORS_BODY: dict[str, Any] = {**TENSORS, "required": True}
+
+
+def _header(name: str, kind: str, description: str, *, required: bool = False) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": required, "description": description, "schema": {"type": kind}}
+
+
+PREFER = _header("Prefer", "string", "RFC 7240: wait=S, in seconds; for pushes also return=representation.")
+RANGE_HEADERS = [
+    PREFER,
+    _header("If-None-Match", "string", "Answers 304 while the point's ETag is the one named."),
+    _header("Range", "string", "Bytes of the body to answer with, as after a cut download."),
+    _header("If-Range", "string", "Honours Range only while the point's ETag is the one named."),
+]
+PUSH_HEADERS = [
+    _header("Freestep-Lease", "string", "The lease.", required=True),
+    _header("Freestep-Token", "integer", "The lease's fencing token.", required=True),
+    _header("Freestep-Step", "integer", "The step of y at which the gradient was taken.", required=True),
+    _header("Idempotency-Key", "string", "Makes this one push, however often it is sent.", required=True),
+    _header("Freestep-Samples", "number", "Samples behind the gradient: its weight in a group's mean."),
+    _header("Freestep-Loss", "number", "The training loss of the batch."),
+    PREFER,
+]
