@@ -247,5 +247,6 @@ def _fail(code: int, message: str) -> NoReturn:
     sys.stderr.write(f"freestep: {message}\n")
     sys.exit(code)
 
+
 if __name__ == "__main__":
     main()

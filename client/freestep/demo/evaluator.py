@@ -1,0 +1,108 @@
+"""An evaluator: `python -m freestep.demo.evaluator`. It pulls x and y while training goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from freestep.client import Client, Run
+from freestep.demo.data import Digits, load
+from freestep.demo.model import SmallConvNet
+from freestep.demo.options import await_run, end_on_signals, parser
+from freestep.errors import RunNotFound, RunNotInitialized, ServiceUnreachable
+
+__all__ = ["Evaluation", "evaluate", "main"]
+
+_PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A run as the evaluator saw it. `time` is in seconds since 1970, `workers` pushes by worker, accuracies in 0..1
+    on the test images, losses there too; the train loss is the service's moving average."""
+
+    time: float
+    epoch: int
+    step: int
+    workers: dict[str, int]
+    staleness: float | None
+    train_loss: float | None
+    x_step: int
+    x_accuracy: float
+    x_loss: float
+    y_step: int
+    y_accuracy: float
+    y_loss: float
+
+    def __str__(self) -> str:
+        loss = "-" if self.train_loss is None else f"{self.train_loss:.3f}"
+        return (
+            f"step {self.step:5}  workers {len(self.workers)}  train loss {loss}  "
+            f"test accuracy x {self.x_accuracy:.1%}  y {self.y_accuracy:.1%}"
+        )
+
+
+def evaluate(run: Run, model: SmallConvNet, digits: Digits) -> Evaluation:
+    """Pulls x and y, and tests the model with each."""
+    status = run.status()
+    (x, x_step), (y, y_step) = run.pull("x"), run.pull("y")
+    x_accuracy, x_loss = _test(model, x, digits)
+    y_accuracy, y_loss = _test(model, y, digits)
+    return Evaluation(
+        time=time.time(),
+        epoch=status.epoch,
+        step=status.step,
+        workers={worker.worker: worker.pushes for worker in status.workers},
+        staleness=status.staleness,
+        train_loss=status.loss,
+        x_step=x_step,
+        x_accuracy=x_accuracy,
+        x_loss=x_loss,
+        y_step=y_step,
+        y_accuracy=y_accuracy,
+        y_loss=y_loss,
+    )
+
+
+@torch.no_grad()
+def _test(model: SmallConvNet, parameters: dict[str, Tensor], digits: Digits) -> tuple[float, float]:
+    logits = functional_call(model, parameters, (digits.test_images,))
+    accuracy = (logits.argmax(1) == digits.test_labels).float().mean()
+    return float(accuracy), float(cross_entropy(logits, digits.test_labels))
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--every", type=float, default=1.0, help="seconds between evaluations")
+    options.add_argument("--json", action="store_true", help="print a line of JSON for each, for programs")
+    options.add_argument("--target", type=float, help="exit once x has this test accuracy")
+    chosen = options.parse_args()
+    end_on_signals()
+    torch.set_num_threads(1)
+    digits, model = load(chosen.data), SmallConvNet()
+    with Client(chosen.url, retry_for=_PATIENCE_S) as client:
+        await_run(client, chosen.run)
+        run = client.run(chosen.run)
+        while True:
+            try:
+                evaluation = evaluate(run, model, digits)
+            except (RunNotFound, RunNotInitialized, ServiceUnreachable):
+                await_run(client, chosen.run)
+                continue
+            line = json.dumps(asdict(evaluation)) if chosen.json else str(evaluation)
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+            if chosen.target is not None and evaluation.x_accuracy >= chosen.target:
+                return
+            time.sleep(chosen.every)
+
+
+if __name__ == "__main__":
+    main()

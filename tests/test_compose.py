@@ -1,0 +1,165 @@
+"""The container files agree with the project and with each other; no engine is needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILES = ("service", "worker")
+OVERRIDES: tuple[tuple[str, ...], ...] = ((), ("docker-compose.gpu.yml",))
+
+
+def dockerfile(name: str) -> str:
+    return (ROOT / "docker" / f"{name}.Dockerfile").read_text()
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    """(INSTRUCTION, the rest), comments and line continuations resolved."""
+    lines = "\n".join(line for line in dockerfile(name).splitlines() if not line.startswith("#"))
+    joined = re.sub(r"\\\n\s*", "", lines).splitlines()
+    return [(line.partition(" ")[0], line.partition(" ")[2]) for line in joined if line]
+
+
+def last(name: str, instruction: str) -> str:
+    """What an instruction says in the stage that becomes the image."""
+    final = instructions(name)
+    starts = [index for index, (word, _) in enumerate(final) if word == "FROM"]
+    said = [rest for word, rest in final[starts[-1] :] if word == instruction]
+    assert said, f"{name}.Dockerfile's last stage has no {instruction}"
+    return said[-1]
+
+
+def compose(file: str = "docker-compose.yml") -> dict[str, Any]:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    document: dict[str, Any] = yaml.safe_load((ROOT / file).read_text())
+    return document
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_image_does_not_run_as_root(name: str) -> None:
+    uid, _, gid = last(name, "USER").partition(":")
+    assert int(uid) > 0 and int(gid) > 0
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_image_states_its_healthcheck(name: str) -> None:
+    check = last(name, "HEALTHCHECK")
+    assert "healthcheck.py" in check if name == "service" else check == "NONE"
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_commands_are_in_exec_form(name: str) -> None:
+    said = [rest for word, rest in instructions(name) if word in ("ENTRYPOINT", "CMD")]
+    assert said and all(rest.startswith("[") for rest in said)
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_copied_files_exist_and_pass_the_dockerignore(name: str) -> None:
+    passed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for word, rest in instructions(name):
+        if word == "COPY" and "--from=" not in rest:
+            for source in rest.split()[:-1]:
+                assert (ROOT / source).exists(), source
+                assert source in passed, f"{source} is kept from the engine by .dockerignore"
+
+
+def test_images_share_their_first_stages() -> None:
+    """The layer with torch is stored once only while these lines are equal."""
+    first, second = (dockerfile(name).partition("# ----\n")[0].splitlines()[2:] for name in DOCKERFILES)
+    assert first == second
+    assert any("install --no-deps" in line for line in first)
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_versions_come_from_the_project(name: str) -> None:
+    """No version of a package stands in a Dockerfile; every installation from an index takes constraints.txt."""
+    installs = [rest for word, rest in instructions(name) if word == "RUN" and "pip install" in rest]
+    assert len(installs) == 4
+    for command in installs:
+        assert "==" not in command
+        assert command.endswith(" .") or "--constraint constraints.txt" in command
+    python = re.search(r"^ARG PYTHON=python:(\d+\.\d+)-slim$", dockerfile(name), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert python and f"Programming Language :: Python :: {python[1]}" in project["classifiers"]
+
+
+@pytest.mark.parametrize("extra", [None, "service", "demo"])
+def test_requirements_are_the_projects(extra: str | None) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    command = [sys.executable, "docker/requirements.py", *([extra] if extra else [])]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed == [each for each in wanted if not each.startswith("freestep[")]
+    assert printed
+
+
+def test_compose_builds_from_files_that_exist() -> None:
+    for service in compose()["services"].values():
+        if build := service.get("build"):
+            assert (ROOT / build["context"] / build["dockerfile"]).is_file()
+
+
+def test_compose_publishes_on_loopback_only() -> None:
+    services = compose()["services"]
+    ports = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert list(ports) == ["service"]
+    assert all(port.startswith("127.0.0.1:") for port in ports["service"])
+    assert compose()["networks"]["store"] == {"internal": True}
+    assert [name for name, service in services.items() if "store" in service.get("networks", ())] == [
+        "redis",
+        "service",
+    ]
+
+
+def test_compose_lets_workers_be_scaled() -> None:
+    worker = compose()["services"]["worker"]
+    assert "container_name" not in worker and "hostname" not in worker
+    assert "FREESTEP_WORKER" not in worker["environment"], "two workers of one name would fence each other off"
+
+
+def test_compose_runs_modules_that_exist() -> None:
+    evaluator = compose()["services"]["evaluator"]["command"]
+    worker = last("worker", "CMD")
+    for module in (evaluator[-1], re.findall(r'"([^"]+)"', worker)[-1]):
+        assert (ROOT / "client" / Path(*module.split("."))).with_suffix(".py").is_file(), module
+
+
+def test_compose_keeps_data_in_declared_volumes() -> None:
+    document = compose()
+    mounts = {
+        name: [mount.split(":") for mount in service.get("volumes", ())]
+        for name, service in document["services"].items()
+    }
+    assert mounts["redis"] and ["service-data", last("service", "VOLUME")] in mounts["service"]
+    assert {volume for each in mounts.values() for volume, _ in each} == set(document["volumes"])
+
+
+def test_gpu_override_says_that_it_is_untested_and_fits_the_images() -> None:
+    assert (ROOT / "docker-compose.gpu.yml").read_text().startswith("# UNTESTED")
+    service = compose("docker-compose.gpu.yml")["services"]["service"]
+    for argument in service["build"]["args"]:
+        assert f"ARG {argument}=" in dockerfile("service")
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=["plain", "gpu"])
+def test_compose_accepts_its_files(override: tuple[str, ...]) -> None:
+    if shutil.which("docker-compose"):
+        command = ["docker-compose"]
+    elif (
+        shutil.which("docker") and not subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+    ):
+        command = ["docker", "compose"]
+    else:
+        pytest.skip("Docker Compose is not installed")
+    for file in ("docker-compose.yml", *override):
+        command += ["-f", file]
+    checked = subprocess.run([*command, "config", "--quiet"], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
