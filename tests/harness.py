@@ -18,6 +18,7 @@ import httpx
 import safetensors.torch
 import torch
 import uvicorn
+from redis import Redis
 from torch import Tensor
 
 from freestep.wire import MEDIA_TYPE
@@ -43,6 +44,22 @@ class ThreadService:
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._thread.start()
         wait_ready(self.url, self._thread.is_alive)
+
+    def redis(self) -> Redis:
+        """A client of the service's store; the caller closes it."""
+        url = self.settings.redis_url or f"unix://{self.settings.data_dir.resolve()}/valkey/valkey.sock"
+        return Redis.from_url(url, decode_responses=True)
+
+    def redis_dump(self, prefix: str) -> dict[str, Any]:
+        """The keys under a prefix and what they hold; of leases' ends only whose they are."""
+        read = {
+            "hash": lambda client, key: client.hgetall(key),
+            "list": lambda client, key: client.lrange(key, 0, -1),
+            "stream": lambda client, key: client.xrange(key),
+            "zset": lambda client, key: client.zrange(key, 0, -1),
+        }
+        with self.redis() as client:
+            return {key: read[client.type(key)](client, key) for key in client.keys(_escape(prefix) + "*")}
 
     def stop(self) -> None:
         self._server.should_exit = True
@@ -79,6 +96,11 @@ class ProcessService:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait()
+
+
+def _escape(text: str) -> str:
+    """As a literal in a Redis glob."""
+    return "".join(f"\\{character}" if character in "*?[]\\" else character for character in text)
 
 
 def wait_ready(url: str, is_alive: Any) -> None:
@@ -164,6 +186,14 @@ class Api:
         answer = self.http.get(self.path("/parameters"), params={"point": point, **query})
         assert answer.status_code == 200, answer.text
         return safetensors.torch.load(answer.content), int(answer.headers["Freestep-Step"])
+
+    def state(self, service: ThreadService) -> dict[str, Any]:
+        """All that a refusal must leave as it was: the points' bytes, the status and Redis, but for leases' ends."""
+        points = [self.http.get(self.path("/parameters"), params={"point": point}).content for point in "xyz"]
+        status = self.status()
+        for worker in status["workers"]:
+            del worker["expires_in_ms"]
+        return {"points": points, "status": status, "redis": service.redis_dump(f"freestep:{{{self.run}}}:")}
 
     def status(self) -> dict[str, Any]:
         answer = self.http.get(self.path())

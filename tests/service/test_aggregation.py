@@ -1,0 +1,210 @@
+"""The policies, over plain HTTP and against plain references."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from harness import TENSORS, Api, ThreadService
+
+SGD = {"algorithm": "sgd", "lr": 1.0}
+
+
+def scaled(factor: float) -> dict[str, Tensor]:
+    return {name: factor * tensor for name, tensor in TENSORS.items()}
+
+
+def decisions(answers: list[httpx.Response]) -> list[str]:
+    return [answer.json()["decision"] for answer in answers]
+
+
+def pushed_apart(api: Api, lease: dict[str, Any], step: int, **more: str) -> tuple[threading.Thread, list[Any]]:
+    """A push whose answer is waited for in a thread."""
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(api.push(lease, step, **more)))
+    thread.start()
+    return thread, answers
+
+
+def test_async_takes_any_staleness(api: Api) -> None:
+    api.create(aggregation={"policy": "async"})
+    lease = api.lease()
+    assert decisions([api.push(lease, 0) for _ in range(12)]) == ["applied"] * 12
+
+
+def test_given_fields_overrule_a_policys_own(api: Api) -> None:
+    api.create(aggregation={"policy": "async", "max_staleness": 2, "batch": 2})
+    lease = api.lease()
+    assert decisions([api.push(lease, 0) for _ in range(7)]) == ["accumulated", "applied"] * 3 + ["dropped"]
+
+
+def test_ringmaster_drops_what_is_older_than_its_bound(api: Api) -> None:
+    api.create(aggregation={"policy": "ringmaster", "max_staleness": 1})
+    lease = api.lease()
+    answers = [api.push(lease, taken_at) for taken_at in (0, 0, 0, 1, 2)]
+    assert decisions(answers) == ["applied", "applied", "dropped", "applied", "applied"]
+    assert answers[2].json() == {"decision": "dropped", "reason": "stale", "step": 2, "staleness": 2, "replayed": False}
+
+
+@pytest.mark.parametrize(("workers", "bound"), [(1, 4), (3, 12)])
+def test_ringmasters_own_bound_is_four_steps_a_live_worker(api: Api, workers: int, bound: int) -> None:
+    api.create(aggregation={"policy": "ringmaster"})
+    leases = [api.lease(f"worker-{number}") for number in range(workers)]
+    answers = [api.push(leases[0], 0) for _ in range(bound + 2)]
+    assert decisions(answers) == ["applied"] * (bound + 1) + ["dropped"]
+
+
+def test_a_dropped_push_brings_fresh_y_and_moves_nothing(api: Api, service: ThreadService) -> None:
+    api.create(aggregation={"policy": "quorum", "batch": 1})
+    lease = api.lease()
+    api.push(lease, 0)
+    points = api.state(service)["points"]
+    late = api.push(lease, 0, Prefer="return=representation")
+    assert late.headers["Freestep-Decision"] == "dropped"
+    assert late.headers["Freestep-Reason"] == "stale"
+    assert late.headers["Freestep-Step"] == "1"
+    assert late.content == points[1]
+    assert api.state(service)["points"] == points
+
+
+def test_sync_waits_for_every_live_worker(api: Api, service: ThreadService, connect: Callable[..., Api]) -> None:
+    api.create(optimizer=SGD, aggregation={"policy": "sync"})
+    leases = [api.lease(f"worker-{number}") for number in range(3)]
+    waiting = [pushed_apart(connect(service.url, api.run), lease, 0, Prefer="wait=30") for lease in leases[:2]]
+    while api.status()["pushes"]["accumulated"] < 2:
+        pass
+    assert api.status()["step"] == 0
+    last = api.push(leases[2], 0, Prefer="wait=30").json()
+    for thread, _ in waiting:
+        thread.join()
+    receipts = [last, *(answers[0].json() for _, answers in waiting)]
+    assert [(receipt["decision"], receipt["step"]) for receipt in receipts] == [("applied", 1)] * 3
+    assert not api.pull("y")[0]["w"].any()
+
+
+def test_a_dead_workers_lease_runs_out_and_sync_goes_on_without_it(api: Api) -> None:
+    api.create(aggregation={"policy": "sync"})
+    api.lease("dead", ttl_ms=300)
+    receipt = api.push(api.lease("alive"), 0, Prefer="wait=30").json()
+    assert (receipt["decision"], receipt["step"]) == ("applied", 1)
+    assert [worker["worker"] for worker in api.status()["workers"]] == ["alive"]
+
+
+def test_a_released_lease_is_not_waited_for(api: Api, service: ThreadService, connect: Callable[..., Api]) -> None:
+    api.create(aggregation={"policy": "sync"})
+    leaving, staying = api.lease("leaving"), api.lease("staying")
+    thread, answers = pushed_apart(connect(service.url, api.run), staying, 0, Prefer="wait=30")
+    while api.status()["pushes"]["accumulated"] < 1:
+        pass
+    api.http.delete(api.path(f"/leases/{leaving['lease']}"))
+    thread.join()
+    assert answers[0].json()["decision"] == "applied"
+
+
+def test_a_worker_that_joins_is_waited_for(api: Api) -> None:
+    api.create(aggregation={"policy": "sync"})
+    first, second = api.lease("first"), api.lease("second")
+    assert api.push(first, 0).json()["decision"] == "accumulated"
+    third = api.lease("third")
+    assert decisions([api.push(second, 0), api.push(third, 0)]) == ["accumulated", "applied"]
+
+
+def test_a_worker_that_pushed_and_died_still_counts(api: Api) -> None:
+    api.create(optimizer=SGD, aggregation={"policy": "sync"})
+    gone, alive = api.lease("gone"), api.lease("alive")
+    api.push(gone, 0, tensors=scaled(2))
+    api.http.delete(api.path(f"/leases/{gone['lease']}"))
+    assert api.push(alive, 0, tensors=scaled(0)).json()["decision"] == "applied"
+    assert not api.pull("y")[0]["w"].any()
+
+
+@pytest.mark.parametrize("policy", [{"policy": "sync"}, {"policy": "quorum", "batch": 2}])
+def test_a_worker_contributes_once(api: Api, policy: dict[str, Any]) -> None:
+    api.create(aggregation=policy)
+    one, two = api.lease("one"), api.lease("two")
+    answers = [api.push(one, 0), api.push(one, 0), api.push(two, 0)]
+    assert decisions(answers) == ["accumulated", "dropped", "applied"]
+    assert answers[1].json()["reason"] == "duplicate-worker"
+    restarted = api.lease("one")
+    assert decisions([api.push(restarted, 1), api.push(restarted, 1)]) == ["accumulated", "dropped"]
+
+
+def test_quorum_takes_the_first_and_drops_the_late(api: Api) -> None:
+    api.create(optimizer=SGD, aggregation={"policy": "quorum", "batch": 2})
+    leases = [api.lease(f"worker-{number}") for number in range(3)]
+    answers = [api.push(lease, 0, tensors=scaled(number)) for number, lease in enumerate(leases)]
+    assert decisions(answers) == ["accumulated", "applied", "dropped"]
+    torch.testing.assert_close(api.pull("y")[0]["w"], 0.5 * TENSORS["w"])
+
+
+def test_buffered_takes_any_pushes_of_anybody(api: Api) -> None:
+    api.create(optimizer=SGD, aggregation={"policy": "buffered", "batch": 3})
+    lease = api.lease()
+    answers = [api.push(lease, 0, tensors=scaled(factor)) for factor in (0.1, 0.2, 0.3, 0.4)]
+    assert decisions(answers) == ["accumulated", "accumulated", "applied", "accumulated"]
+    assert [answer.json()["staleness"] for answer in answers] == [0, 0, 0, 1]
+    torch.testing.assert_close(api.pull("y")[0]["w"], 0.8 * TENSORS["w"])
+
+
+def test_rennala_takes_fresh_pushes_of_anybody(api: Api) -> None:
+    api.create(aggregation={"policy": "rennala", "batch": 2})
+    lease = api.lease()
+    answers = [api.push(lease, taken_at) for taken_at in (0, 0, 0, 1, 1)]
+    assert decisions(answers) == ["accumulated", "applied", "dropped", "accumulated", "applied"]
+
+
+def test_a_groups_gradient_is_weighted_by_samples(api: Api) -> None:
+    api.create(optimizer=SGD, aggregation={"policy": "buffered", "batch": 3})
+    lease = api.lease()
+    api.push(lease, 0, tensors=scaled(0.5), Freestep_Samples="6")
+    api.push(lease, 0, tensors=scaled(0.25), Freestep_Samples="3")
+    api.push(lease, 0, tensors=scaled(-1.0))
+    mean = (6 * 0.5 + 3 * 0.25 - 1.0) / 10
+    torch.testing.assert_close(api.pull("y")[0]["w"], (1 - mean) * TENSORS["w"])
+
+
+def test_each_push_of_a_group_is_clipped(api: Api) -> None:
+    api.create(optimizer={**SGD, "max_grad_norm": 1.0}, aggregation={"policy": "buffered", "batch": 2})
+    lease = api.lease()
+    api.push(lease, 0, tensors=scaled(100.0))
+    api.push(lease, 0, tensors=scaled(0.0))
+    whole = float(torch.cat([tensor.reshape(-1) for tensor in TENSORS.values()]).norm())
+    torch.testing.assert_close(api.pull("y")[0]["w"], (1 - 0.5 / whole) * TENSORS["w"])
+
+
+@pytest.mark.parametrize(
+    ("damping", "factors"),
+    [("delay_adaptive", [1, 1, 2 / 2, 2 / 3]), ("inverse_sqrt", [1, 2**-0.5, 3**-0.5, 4**-0.5])],
+)
+def test_stale_steps_are_damped(api: Api, damping: str, factors: list[float]) -> None:
+    api.create(optimizer={"algorithm": "sgd", "lr": 0.1}, aggregation={"policy": "async", "staleness_damping": damping})
+    lease = api.lease("one")
+    api.lease("two")
+    for _ in factors:
+        api.push(lease, 0)
+    torch.testing.assert_close(api.pull("y")[0]["w"], (1 - 0.1 * sum(factors)) * TENSORS["w"])
+
+
+def test_a_groups_damping_is_the_mean_of_its_pushes(api: Api) -> None:
+    spec = {"policy": "buffered", "batch": 2, "staleness_damping": "inverse_sqrt"}
+    api.create(optimizer={"algorithm": "sgd", "lr": 0.1}, aggregation=spec)
+    lease = api.lease()
+    for taken_at, samples in ((0, "1"), (0, "1"), (0, "3"), (1, "1")):
+        api.push(lease, taken_at, Freestep_Samples=samples)
+    factors = 1 + (3 * 2**-0.5 + 1) / 4
+    torch.testing.assert_close(api.pull("y")[0]["w"], (1 - 0.1 * factors) * TENSORS["w"])
+
+
+def test_a_wait_that_runs_out_leaves_the_push_accumulated(api: Api) -> None:
+    api.create(aggregation={"policy": "buffered", "batch": 2})
+    answer = api.push(api.lease(), 0, Prefer="wait=0.05, return=representation")
+    assert answer.headers["Freestep-Decision"] == "accumulated"
+    assert answer.headers["Preference-Applied"] == "return=representation, wait=0.05"
+    assert torch.equal(safetensors.torch.load(answer.content)["w"], TENSORS["w"])

@@ -1,0 +1,260 @@
+"""Pushes: headers, answers and refusals, over plain HTTP. Bodies that are malformed are under tests/malformed."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import safetensors.torch
+import torch
+
+from freestep.wire import MEDIA_TYPE
+from harness import TENSORS, Api, ThreadService, slug
+
+
+def test_a_push_gets_a_receipt(api: Api) -> None:
+    api.create()
+    answer = api.push(api.lease(), 0)
+    assert answer.status_code == 200
+    assert answer.json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": False}
+
+
+def test_staleness_is_in_the_receipt(api: Api) -> None:
+    api.create()
+    lease = api.lease()
+    receipts = [api.push(lease, taken_at).json() for taken_at in (0, 0, 0, 3, 1)]
+    assert [receipt["staleness"] for receipt in receipts] == [0, 1, 2, 0, 3]
+    assert [receipt["step"] for receipt in receipts] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_push_may_be_answered_with_y(api: Api, dtype: str) -> None:
+    api.create()
+    lease = api.lease()
+    headers = api.headers(lease, 0, Prefer="return=representation")
+    answer = api.http.post(
+        api.path("/gradients"), params={"dtype": dtype}, content=safetensors.torch.save(TENSORS), headers=headers
+    )
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == MEDIA_TYPE
+    assert answer.headers["Preference-Applied"] == "return=representation"
+    expected = {
+        "Freestep-Decision": "applied",
+        "Freestep-Step": "1",
+        "Freestep-Receipt-Step": "1",
+        "Freestep-Epoch": "1",
+        "Freestep-Staleness": "0",
+        "Freestep-Replayed": "false",
+    }
+    assert {name: answer.headers[name] for name in expected} == expected
+    assert answer.content == api.http.get(api.path("/parameters"), params={"point": "y", "dtype": dtype}).content
+
+
+def test_unknown_preferences_are_ignored(api: Api) -> None:
+    api.create()
+    answer = api.push(api.lease(), 0, Prefer="handling=lenient, respond-async; foo=bar, return=minimal")
+    assert answer.json()["decision"] == "applied"
+    assert "Preference-Applied" not in answer.headers
+
+
+def test_gradients_of_narrow_dtypes_are_widened(api: Api) -> None:
+    api.create(optimizer={"algorithm": "sgd", "lr": 1.0})
+    mixed = {"w": TENSORS["w"].bfloat16(), "b": TENSORS["b"].half(), "e": TENSORS["e"].bfloat16()}
+    assert api.push(api.lease(), 0, tensors=mixed).json()["decision"] == "applied"
+    y, _ = api.pull("y")
+    for name in TENSORS:
+        assert torch.equal(y[name], TENSORS[name] - mixed[name].float())
+
+
+def test_tensors_may_come_in_any_order(api: Api) -> None:
+    api.create(optimizer={"algorithm": "sgd", "lr": 1.0})
+    api.push(api.lease(), 0, tensors=dict(reversed(TENSORS.items())))
+    y, _ = api.pull("y")
+    assert all(not tensor.any() for tensor in y.values())
+
+
+def test_max_grad_norm_is_torchs(api: Api) -> None:
+    api.create(optimizer={"algorithm": "sgd", "lr": 1.0, "max_grad_norm": 0.5})
+    api.push(api.lease(), 0)
+    parameters = [torch.nn.Parameter(tensor.clone()) for tensor in TENSORS.values()]
+    for parameter, gradient in zip(parameters, TENSORS.values(), strict=True):
+        parameter.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+    y, _ = api.pull("y")
+    for name, parameter in zip(TENSORS, parameters, strict=True):
+        torch.testing.assert_close(y[name], TENSORS[name] - parameter.grad)
+
+
+def test_param_groups_have_hyperparameters_of_their_own(api: Api) -> None:
+    parameters = [
+        {"name": name, "shape": list(tensor.shape), "group": "frozen" if name == "w" else "default"}
+        for name, tensor in TENSORS.items()
+    ]
+    api.create(optimizer={"algorithm": "sgd", "lr": 1.0}, parameters=parameters, groups={"frozen": {"lr": 0}})
+    api.push(api.lease(), 0)
+    y, _ = api.pull("y")
+    assert torch.equal(y["w"], TENSORS["w"])
+    assert y["b"] == 0
+
+
+REFUSED: list[tuple[str, dict[str, str | None], str]] = [
+    ("no lease", {"Freestep-Lease": None}, "malformed-request"),
+    ("no token", {"Freestep-Token": None}, "malformed-request"),
+    ("no step", {"Freestep-Step": None}, "malformed-request"),
+    ("no key", {"Idempotency-Key": None}, "malformed-request"),
+    ("empty key", {"Idempotency-Key": ""}, "malformed-request"),
+    ("long key", {"Idempotency-Key": "k" * 201}, "malformed-request"),
+    ("token of words", {"Freestep-Token": "seven"}, "malformed-request"),
+    ("huge token", {"Freestep-Token": "9" * 30}, "malformed-request"),
+    ("step of words", {"Freestep-Step": "first"}, "malformed-request"),
+    ("negative step", {"Freestep-Step": "-1"}, "malformed-request"),
+    ("fraction of a step", {"Freestep-Step": "0.5"}, "malformed-request"),
+    ("step ahead", {"Freestep-Step": "1"}, "malformed-request"),
+    ("samples of words", {"Freestep-Samples": "many"}, "malformed-request"),
+    ("no samples", {"Freestep-Samples": "0"}, "malformed-request"),
+    ("negative samples", {"Freestep-Samples": "-3"}, "malformed-request"),
+    ("infinite samples", {"Freestep-Samples": "inf"}, "malformed-request"),
+    ("loss of words", {"Freestep-Loss": "low"}, "malformed-request"),
+    ("loss that is not finite", {"Freestep-Loss": "nan"}, "malformed-request"),
+    ("other media type", {"Content-Type": "application/json"}, "unsupported-media-type"),
+    ("no media type", {"Content-Type": None}, "unsupported-media-type"),
+    ("foreign lease", {"Freestep-Lease": "f" * 32}, "lease-expired"),
+    ("odd lease", {"Freestep-Lease": "{x}:y*"}, "lease-expired"),
+    ("foreign token", {"Freestep-Token": "1"}, "lease-expired"),
+]
+
+
+@pytest.mark.parametrize(("headers", "name"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_a_wrong_claim_is_refused_and_changes_nothing(
+    api: Api, service: ThreadService, headers: dict[str, str | None], name: str
+) -> None:
+    api.create()
+    lease = api.lease()
+    before = api.state(service)
+    lines = {key: value for key, value in {**api.headers(lease, 0), **headers}.items() if value is not None}
+    answer = api.http.post(api.path("/gradients"), content=safetensors.torch.save(TENSORS), headers=lines)
+    assert slug(answer) == name
+    if name == "malformed-request" and "step ahead" not in headers and headers != {"Freestep-Step": "1"}:
+        assert answer.json()["field"] == next(iter(headers))
+    assert api.state(service) == before
+    assert api.push(lease, 0).json()["step"] == 1
+
+
+def test_a_header_that_stands_twice_is_refused(api: Api, service: ThreadService) -> None:
+    api.create()
+    lease = api.lease()
+    before = api.state(service)
+    headers = [*api.headers(lease, 0).items(), ("Freestep-Step", "0")]
+    answer = api.http.post(api.path("/gradients"), content=safetensors.torch.save(TENSORS), headers=headers)
+    assert (answer.status_code, slug(answer)) == (400, "malformed-request")
+    assert api.state(service) == before
+
+
+def test_a_body_of_unknown_length_is_refused(api: Api, service: ThreadService) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield safetensors.torch.save(TENSORS)
+
+    api.create()
+    lease = api.lease()
+    before = api.state(service)
+    answer = api.http.post(api.path("/gradients"), content=chunks(), headers=api.headers(lease, 0))
+    assert (answer.status_code, slug(answer)) == (411, "length-required")
+    assert api.state(service) == before
+
+
+def test_a_body_over_the_limit_is_refused(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    service = start_service(max_body_bytes=100_000)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    before = api.state(service)
+    answer = api.push(lease, 0, body=bytes(100_001))
+    assert (answer.status_code, slug(answer)) == (413, "body-too-large")
+    assert answer.json()["limit"] == 100_000
+    assert api.state(service) == before
+    large = api.spec(parameters=[{"name": "w", "shape": [25_001]}])
+    refused = api.http.put("/v1/runs/large", json=large)
+    assert (slug(refused), refused.json()["field"]) == ("invalid-spec", "parameters")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_that_is_not_finite_is_refused(
+    api: Api, service: ThreadService, value: float, dtype: torch.dtype
+) -> None:
+    api.create()
+    lease = api.lease()
+    before = api.state(service)
+    tensors = {name: tensor.to(dtype) for name, tensor in {**TENSORS, "b": torch.tensor(value)}.items()}
+    answer = api.push(lease, 0, tensors=tensors)
+    assert (answer.status_code, slug(answer)) == (422, "non-finite-gradient")
+    assert api.state(service) == before
+
+
+def raw_push(api: Api, lease: dict[str, Any], length: int, sent: bytes, key: str = "raw") -> socket.socket:
+    """A push over a socket of the test's own, of whose body only a part is sent."""
+    address = urlsplit(api.url)
+    lines = {**api.headers(lease, 0, key), "Host": "test", "Content-Length": str(length)}
+    head = f"POST {api.path('/gradients')} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n"
+    connection = socket.create_connection((address.hostname, address.port))
+    connection.sendall(head.encode() + sent)
+    return connection
+
+
+def test_a_body_that_stalls_is_given_up(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    service = start_service(stall_seconds=0.2)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    before = api.state(service)
+    body = safetensors.torch.save(TENSORS)
+    with raw_push(api, lease, len(body), body[:-1]) as connection:
+        answer = b""
+        while b"malformed-request" not in answer:
+            received = connection.recv(4096)
+            assert received, answer
+            answer += received
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert api.state(service) == before
+    assert api.push(lease, 0, "raw").json()["step"] == 1
+
+
+def test_a_body_that_is_cut_leaves_nothing(api: Api, service: ThreadService) -> None:
+    api.create()
+    lease = api.lease()
+    before = api.state(service)
+    body = safetensors.torch.save(TENSORS)
+    raw_push(api, lease, len(body), body[: len(body) // 2]).close()
+    while api.state(service) != before:
+        pass
+    assert api.push(lease, 0, "raw").json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": False}
+
+
+def test_when_all_memory_is_taken_pushes_wait_and_then_are_refused(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    service = start_service(queue_seconds=0.2, stall_seconds=30)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    body = safetensors.torch.save(TENSORS)
+    stalled = [raw_push(api, lease, len(body), body[:-1], key) for key in ("one", "two")]
+    pending = f"freestep:{{{api.run}}}:pending"
+    while len(service.redis_dump(pending).get(pending, ())) < 2:
+        pass
+    refused = api.push(lease, 0, "three")
+    assert (refused.status_code, slug(refused)) == (429, "overloaded")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert set(service.redis_dump(pending)[pending]) == {"one", "two"}
+    for connection in stalled:
+        connection.sendall(body[-1:])
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        connection.close()
+    assert api.push(lease, 0, "three").json()["step"] == 3

@@ -1,0 +1,103 @@
+"""Leases: granted, renewed, released, expired, fenced off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from harness import Api, ThreadService, slug
+
+
+def test_a_lease_is_granted_renewed_and_released(api: Api) -> None:
+    api.create()
+    lease = api.lease("one", ttl_ms=5000)
+    assert lease["worker"] == "one"
+    assert lease["ttl_ms"] == 5000
+    assert (lease["epoch"], lease["step"]) == (1, 0)
+    api.push(lease, 0)
+    renewed = api.http.put(api.path(f"/leases/{lease['lease']}"))
+    assert renewed.status_code == 200
+    assert renewed.json() == {**lease, "step": 1}
+    assert api.http.delete(api.path(f"/leases/{lease['lease']}")).status_code == 204
+    assert api.status()["workers"] == []
+
+
+def test_a_lease_has_the_runs_time_to_live_unless_it_asks_for_its_own(api: Api) -> None:
+    api.create(lease_ttl_ms=12_345)
+    assert api.lease("one")["ttl_ms"] == 12_345
+    assert api.lease("two", ttl_ms=500)["ttl_ms"] == 500
+
+
+def test_tokens_rise(api: Api) -> None:
+    api.create()
+    tokens = [api.lease(worker)["token"] for worker in ("a", "b", "a", "c")]
+    assert tokens == sorted(set(tokens))
+
+
+def test_live_leases_are_listed_by_worker(api: Api) -> None:
+    api.create()
+    leases = [api.lease(worker) for worker in ("b", "a")]
+    api.push(leases[0], 0)
+    listed = api.http.get(api.path("/leases")).json()["leases"]
+    assert [each["worker"] for each in listed] == ["a", "b"]
+    assert (listed[1]["pushes"], listed[1]["step"], listed[1]["staleness"]) == (1, 0, 0)
+    assert 0 < listed[0]["expires_in_ms"] <= 30_000
+
+
+def test_a_lease_is_given_before_the_run_has_weights(api: Api) -> None:
+    api.http.put(api.path(), json=api.spec())
+    lease = api.lease()
+    assert slug(api.push(lease, 0)) == "run-not-initialized"
+    api.initialize()
+    assert api.push(lease, 0).json()["step"] == 1
+
+
+@pytest.mark.parametrize("end", ["unknown", "released", "superseded", "expired", "other-token"])
+def test_what_is_no_longer_a_lease_pushes_nothing(api: Api, service: ThreadService, end: str) -> None:
+    api.create()
+    lease = api.lease("me", ttl_ms=100 if end == "expired" else 30_000)
+    path = api.path(f"/leases/{lease['lease']}")
+    if end == "unknown":
+        lease = {**lease, "lease": "0" * 32}
+        path = api.path(f"/leases/{lease['lease']}")
+    elif end == "released":
+        api.http.delete(path)
+    elif end == "superseded":
+        api.lease("me")
+    elif end == "expired":
+        while f"freestep:{{{api.run}}}:leases" in service.redis_dump(f"freestep:{{{api.run}}}:"):
+            pass
+    else:
+        lease = {**lease, "token": lease["token"] + 1}
+    before = api.state(service)
+    answer = api.push(lease, 0)
+    assert (answer.status_code, slug(answer)) == (410, "lease-expired")
+    assert api.state(service) == before
+    if end != "other-token":
+        for answer in (api.http.put(path), api.http.delete(path)):
+            assert (answer.status_code, slug(answer)) == (410, "lease-expired")
+        assert api.state(service) == before
+
+
+def test_a_push_renews_its_lease(api: Api) -> None:
+    api.create()
+    lease = api.lease(ttl_ms=60_000)
+    path = api.path("/leases")
+    first = api.http.get(path).json()["leases"][0]["expires_in_ms"]
+    while api.http.get(path).json()["leases"][0]["expires_in_ms"] >= first - 5:
+        pass
+    assert api.push(lease, 0).status_code == 200
+    assert api.http.get(path).json()["leases"][0]["expires_in_ms"] > first - 5
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{}, {"worker": ""}, {"worker": "w" * 300}, {"worker": 7}, {"worker": "w", "ttl_ms": 1}, {"worker": "w", "x": 1}],
+)
+def test_a_malformed_wish_is_refused(api: Api, service: ThreadService, wish: dict[str, Any]) -> None:
+    api.create()
+    before = api.state(service)
+    answer = api.http.post(api.path("/leases"), json=wish)
+    assert (answer.status_code, slug(answer)) == (400, "malformed-request")
+    assert api.state(service) == before

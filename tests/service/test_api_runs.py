@@ -1,0 +1,245 @@
+"""Runs, leases, checkpoints and the rest of the control plane, over plain HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from harness import TENSORS, Api, ThreadService, slug
+
+
+def test_a_run_is_created_once(api: Api) -> None:
+    first = api.http.put(api.path(), json=api.spec())
+    assert first.status_code == 201
+    document = first.json()
+    assert (document["run"], document["epoch"], document["step"]) == (api.run, 1, 0)
+    assert document["initialized"] is False
+    assert document["spec"]["optimizer"]["momentum"] == 0.9
+    assert document["parameter_count"] == 7
+    assert api.http.put(api.path(), json=api.spec()).status_code == 200
+    other = api.http.put(api.path(), json=api.spec(optimizer={"algorithm": "sgd"}))
+    assert (other.status_code, slug(other)) == (409, "run-exists")
+    assert api.status()["spec"]["optimizer"]["algorithm"] == "sgd_schedule_free"
+
+
+def test_defaults_of_a_spec(api: Api) -> None:
+    spec = api.spec()
+    del spec["aggregation"]
+    made = api.http.put(api.path(), json=spec).json()["spec"]
+    assert made["aggregation"]["policy"] == "ringmaster"
+    assert made["durability"] == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("optimizer.lrr", {"optimizer": {"algorithm": "sgd", "lrr": 1}}),
+        ("optimizer.lr", {"optimizer": {"algorithm": "sgd", "lr": -1}}),
+        ("optimizer.betas.0", {"optimizer": {"algorithm": "adamw_schedule_free", "betas": [1.0, 0.9]}}),
+        ("optimizer.algorithm", {"optimizer": {"algorithm": "adagrad"}}),
+        ("optimizer.algorithm", {"optimizer": {}}),
+        ("optimizer", {"optimizer": "sgd"}),
+        ("aggregation.batch", {"aggregation": {"policy": "rennala"}}),
+        ("aggregation.policy", {"aggregation": {"policy": "ssp"}}),
+        ("parameters", {"parameters": []}),
+        ("parameters.0.shape.0", {"parameters": [{"name": "w", "shape": [-1]}]}),
+        ("parameters.0.group", {"parameters": [{"name": "w", "shape": [1], "group": "none"}]}),
+        ("parameters", {"parameters": [{"name": "w", "shape": [2**40, 2**40]}]}),
+        ("groups.slow.lr", {"groups": {"slow": {"lr": "fast"}}}),
+        ("shards", {"shards": 3}),
+        ("durability", {"durability": "journal"}),
+        ("colour", {"colour": "blue"}),
+    ],
+)
+def test_an_invalid_spec_names_its_field(api: Api, field: str, changes: dict[str, Any]) -> None:
+    answer = api.http.put(api.path(), json=api.spec(**changes))
+    assert (answer.status_code, slug(answer)) == (422, "invalid-spec")
+    assert answer.json()["field"] == field
+    assert slug(api.http.get(api.path())) == "run-not-found"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"nonsense", b"\xff\xfe"])
+def test_what_is_not_a_spec_is_refused(api: Api, content: bytes) -> None:
+    answer = api.http.put(api.path(), content=content, headers={"Content-Type": "application/json"})
+    assert slug(answer) in ("malformed-request", "invalid-spec")
+    assert answer.status_code in (400, 422)
+
+
+@pytest.mark.parametrize("name", ["-dash", "sp ace", "x" * 129, "a{b}", ".hidden"])
+def test_a_run_has_a_plain_name(api: Api, name: str) -> None:
+    answer = api.http.put(f"/v1/runs/{name}", json=api.spec())
+    assert (answer.status_code, slug(answer)) == (400, "malformed-request")
+
+
+def test_runs_are_listed_and_deleted(api: Api) -> None:
+    api.create()
+    assert api.run in [run["run"] for run in api.http.get("/v1/runs").json()["runs"]]
+    assert api.http.delete(api.path()).status_code == 204
+    assert api.run not in [run["run"] for run in api.http.get("/v1/runs").json()["runs"]]
+    for answer in (api.http.get(api.path()), api.http.delete(api.path()), api.http.get(api.path("/parameters"))):
+        assert (answer.status_code, slug(answer)) == (404, "run-not-found")
+    assert slug(api.http.post(api.path("/leases"), json={"worker": "w"})) == "run-not-found"
+    assert api.create().json()["step"] == 0
+
+
+def test_a_deleted_run_leaves_no_key(api: Api, service: ThreadService) -> None:
+    api.create()
+    assert api.push(api.lease(), 0).status_code == 200
+    prefix = f"freestep:{{{api.run}}}:"
+    assert service.redis_dump(prefix)
+    api.http.delete(api.path())
+    assert service.redis_dump(prefix) == {}
+    assert not (service.settings.data_dir / "runs" / api.run).exists()
+
+
+def test_many_runs_do_not_touch_each_other(service: ThreadService, connect: Callable[..., Api]) -> None:
+    apis = [connect(service.url) for _ in range(5)]
+    for api in apis:
+        api.create()
+    for steps, api in enumerate(apis):
+        lease = api.lease()
+        for step in range(steps):
+            assert api.push(lease, step).json()["step"] == step + 1
+    assert [api.status()["step"] for api in apis] == [0, 1, 2, 3, 4]
+    for api in apis:
+        assert api.http.delete(api.path()).status_code == 204
+
+
+def test_redis_can_be_read_by_a_person(api: Api, service: ThreadService) -> None:
+    api.create()
+    lease = api.lease("reader")
+    api.push(lease, 0, "a-key")
+    prefix = f"freestep:{{{api.run}}}:"
+    dump = service.redis_dump(prefix)
+    assert {key: dump[f"{prefix}run"][key] for key in ("epoch", "step", "seq", "initialized", "applied")} == {
+        "epoch": "1",
+        "step": "1",
+        "seq": "1",
+        "initialized": "1",
+        "applied": "1",
+    }
+    assert dump[f"{prefix}leases"] == ["reader"]
+    assert dump[f"{prefix}workers"] == {"reader": lease["lease"]}
+    assert dump[f"{prefix}lease:{lease['lease']}"]["pushes"] == "1"
+    assert list(dump[f"{prefix}receipts"]) == ["a-key"]
+    assert dump[f"{prefix}log"][0][0] == "1-0"
+
+
+def test_checkpoints_are_written_listed_and_gone_back_to(api: Api) -> None:
+    api.create()
+    lease = api.lease()
+    api.push(lease, 0, "before")
+    written = api.http.post(api.path("/checkpoints"))
+    assert written.status_code == 201
+    assert (written.json()["step"], written.json()["epoch"]) == (1, 1)
+    kept, _ = api.pull("x")
+    api.push(lease, 1, "after")
+    steps = [each["step"] for each in api.http.get(api.path("/checkpoints")).json()["checkpoints"]]
+    assert steps == [0, 1]
+    restored = api.http.post(api.path("/checkpoints/1/restore"))
+    assert restored.status_code == 200
+    assert (restored.json()["step"], restored.json()["epoch"]) == (1, 2)
+    x, step = api.pull("x")
+    assert step == 1
+    assert all(torch.equal(x[name], kept[name]) for name in TENSORS)
+
+
+def test_after_a_restore_old_leases_no_longer_push(api: Api, service: ThreadService) -> None:
+    api.create()
+    lease = api.lease()
+    api.push(lease, 0, "before")
+    api.http.post(api.path("/checkpoints"))
+    api.push(lease, 1, "after")
+    api.http.post(api.path("/checkpoints/1/restore"))
+    before = api.state(service)
+    for answer in (api.push(lease, 1), api.http.put(api.path(f"/leases/{lease['lease']}"))):
+        assert (answer.status_code, slug(answer)) == (409, "epoch-changed")
+        assert answer.json()["epoch"] == 2
+    assert slug(api.push(lease, 1, "after")) == "epoch-changed"
+    assert api.push(lease, 0, "before").json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": True}
+    assert api.state(service) == before
+    assert api.push(api.lease(), 1).json()["step"] == 2
+
+
+def test_checkpoints_that_are_not_there(api: Api) -> None:
+    api.http.put(api.path(), json=api.spec())
+    assert slug(api.http.post(api.path("/checkpoints"))) == "run-not-initialized"
+    missing = api.http.post(api.path("/checkpoints/7/restore"))
+    assert (missing.status_code, slug(missing)) == (404, "checkpoint-not-found")
+    assert slug(api.http.post(api.path("/checkpoints/-1/restore"))) == "malformed-request"
+    assert slug(api.http.post(api.path("/checkpoints/x/restore"))) == "malformed-request"
+
+
+def test_health_and_documents(api: Api) -> None:
+    assert api.http.get("/healthz").json() == {"status": "ok"}
+    assert api.http.get("/readyz").json() == {"status": "ready", "device": "cpu"}
+    assert api.http.get("/docs").status_code == 200
+    paths = api.http.get("/openapi.json").json()["paths"]
+    assert set(paths) == {
+        "/v1/runs",
+        "/v1/runs/{run}",
+        "/v1/runs/{run}/parameters",
+        "/v1/runs/{run}/leases",
+        "/v1/runs/{run}/leases/{lease}",
+        "/v1/runs/{run}/gradients",
+        "/v1/runs/{run}/checkpoints",
+        "/v1/runs/{run}/checkpoints/{step}/restore",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+    }
+    headers = [each["name"] for each in paths["/v1/runs/{run}/gradients"]["post"]["parameters"]]
+    assert {"Freestep-Lease", "Freestep-Token", "Freestep-Step", "Idempotency-Key", "Prefer"} <= set(headers)
+
+
+def test_an_unknown_path_is_a_problem_too(api: Api) -> None:
+    for answer, status in ((api.http.get("/v2"), 404), (api.http.patch(api.path()), 405)):
+        assert answer.status_code == status
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert answer.json()["type"] == "about:blank"
+
+
+def test_metrics_follow_a_run(api: Api) -> None:
+    def value(name: str) -> float:
+        lines = api.http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name) and f'"{api.run}"' in line)
+
+    api.create()
+    lease = api.lease()
+    api.push(lease, 0, "once", Freestep_Loss="2.5")
+    api.push(lease, 0, "once")
+    api.pull("x")
+    assert value("freestep_pushes_total") == 1
+    assert value("freestep_replays_total") == 1
+    assert value("freestep_step{") == 1
+    assert value("freestep_loss") == 2.5
+    assert value("freestep_received_bytes_total") > 0
+    assert value("freestep_sent_bytes_total") > 0
+    assert api.status()["loss"] == 2.5
+
+
+def test_while_redis_is_away(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
+) -> None:
+    service = start_service(redis_url=redis_url, commit_seconds=0.5)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    with service.redis() as client:
+        client.shutdown(nosave=True)
+    answers = [
+        api.push(lease, 0),
+        api.http.get("/readyz"),
+        api.http.get(api.path()),
+        api.http.post(api.path("/leases"), json={"worker": "w"}),
+    ]
+    for answer in answers:
+        assert (answer.status_code, slug(answer)) == (503, "coordinator-unavailable")
+        assert int(answer.headers["Retry-After"]) > 0
+    assert api.http.get("/healthz").status_code == 200
+    x, step = api.pull("x")
+    assert step == 0
+    assert torch.equal(x["w"], TENSORS["w"])
