@@ -59,7 +59,9 @@ class ThreadService:
             "zset": lambda client, key: client.zrange(key, 0, -1),
         }
         with self.redis() as client:
-            return {key: read[client.type(key)](client, key) for key in client.keys(_escape(prefix) + "*")}
+            types = {key: client.type(key) for key in client.keys(_escape(prefix) + "*")}
+            # A key may end between two commands; its type is none then.
+            return {key: read[kind](client, key) for key, kind in types.items() if kind != "none"}
 
     def stop(self) -> None:
         """Shuts down in order; once is enough."""

@@ -198,7 +198,7 @@ class Coordinator:
         """A new lease, and the idempotency keys that were forgotten with the worker's older one."""
         lease, older = secrets.token_hex(16), await self._newest_lease(worker)
         while True:
-            keys = [*self._keys, self._lease_key(lease), self._window_key(older)]
+            keys = [*self._keys, self._lease_key(lease), self._window_key(older), self._lease_key(older)]
             status, *rest = await self._store.run("grant", keys, worker, lease, ttl_ms, older)
             if status == "missing":
                 raise Behind

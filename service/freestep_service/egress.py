@@ -15,7 +15,7 @@ from freestep.wire import MEDIA_TYPE
 from freestep_service.run import Run
 from freestep_service.snapshots import Snapshot
 
-__all__ = ["SnapshotResponse", "etag", "parse_range"]
+__all__ = ["SnapshotResponse", "etag", "is_known", "parse_range"]
 
 _SLICE = 1024 * 1024
 _TAIL = 256 * 1024
@@ -25,6 +25,12 @@ _TAIL = 256 * 1024
 def etag(epoch: int, step: int, point: str, dtype: str) -> str:
     """The strong validator of a point: equal tags mean equal bytes."""
     return f'"e{epoch}-s{step}-{point}-{dtype}"'
+
+
+def is_known(tag: str, if_none_match: str) -> bool:
+    """Whether an If-None-Match header names a tag, by the weak comparison of RFC 9110 section 8.8.3.2."""
+    known = [each.strip().removeprefix("W/") for each in if_none_match.split(",")]
+    return tag in known or known == ["*"]
 
 
 class SnapshotResponse(Response):
@@ -96,10 +102,10 @@ async def _send(
 def parse_range(text: str | None, size: int) -> tuple[int, int] | None:
     """The span that a Range header asks for, RFC 9110 section 14; None for the whole body.
 
-    Several ranges, or what is not a byte range, are answered with the whole body, as the RFC allows. Raises
-    RangeNotSatisfiable when the range begins past the end.
+    Several ranges, or what is not a byte range (or one of 10^18 and more), are answered with the whole body, as the
+    RFC allows. Raises RangeNotSatisfiable when the range begins past the end.
     """
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", (text or "").strip())
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", (text or "").strip())
     if match is None or match.group() == "bytes=-":
         return None
     first, last = match.groups()

@@ -16,6 +16,8 @@ from freestep_service.coordinator import Claim
 __all__ = ["Preferences", "body_length", "claim", "loss", "preferences", "receipt_headers"]
 
 _LONGEST_WAIT_S = 600.0
+_FEWEST_SAMPLES, _MOST_SAMPLES = 1e-12, 1e12
+"""So that no weight in a group's mean, nor its inverse, overflows fp32."""
 _INTEGER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 _TOKEN = re.compile(r"[\x21-\x7e]{1,200}")
 
@@ -80,8 +82,10 @@ def claim(request: Request, length: int) -> Claim:
     )
     if parsed.step < 0:
         raise MalformedRequest("Freestep-Step is negative", field="Freestep-Step")
-    if parsed.samples is not None and parsed.samples <= 0:
-        raise MalformedRequest("Freestep-Samples is not above 0", field="Freestep-Samples")
+    if parsed.samples is not None and not _FEWEST_SAMPLES <= parsed.samples <= _MOST_SAMPLES:
+        raise MalformedRequest(
+            f"Freestep-Samples is not between {_FEWEST_SAMPLES:g} and {_MOST_SAMPLES:g}", field="Freestep-Samples"
+        )
     return parsed
 
 

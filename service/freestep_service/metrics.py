@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from freestep_service.coordinator import Record
@@ -51,6 +53,27 @@ class Metrics:
         """All of them, in Prometheus's text format."""
         return generate_latest(self._registry)
 
+    def forget(self, run: str) -> None:
+        """Removes every series of a run."""
+        for decision in ("applied", "accumulated", "dropped"):
+            with suppress(KeyError):
+                self.pushes.remove(run, decision)
+        for metric in (
+            self.replays,
+            self.staleness,
+            self.push_seconds,
+            self.received,
+            self.sent,
+            self.step,
+            self.epoch,
+            self.workers,
+            self.loss,
+            self.checkpoint_step,
+            self.checkpoint_seconds,
+        ):
+            with suppress(KeyError):
+                metric.remove(run)
+
 
 class RunMetrics:
     """The metrics of one run. `loss` and `staleness` are moving averages, None before the first value."""
@@ -85,10 +108,14 @@ class RunMetrics:
     def live(self, workers: int) -> None:
         self._metrics.workers.labels(self._run).set(workers)
 
+    def forget(self) -> None:
+        """Ends the run's series, so that a deleted run is no longer exposed."""
+        self._metrics.forget(self._run)
+
     def checkpointed(self, step: int, seconds: float) -> None:
         self._metrics.checkpoint_step.labels(self._run).set(step)
         self._metrics.checkpoint_seconds.labels(self._run).observe(seconds)
 
 
 def _smooth(average: float | None, value: float) -> float:
-    return value if average is None else average + _SMOOTHING * (value - average)
+    return value if average is None else (1 - _SMOOTHING) * average + _SMOOTHING * value

@@ -88,8 +88,11 @@ def install(app: FastAPI, observe: Callable[[str], None]) -> None:
         assert isinstance(error, RequestValidationError)
         return await on_problem(request, _from_validation(error, request.scope["route"].name))
 
-    async def on_http(_: Request, error: Exception) -> JSONResponse:
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == HTTPStatus.BAD_REQUEST:
+            # FastAPI's own word for a body that it could not parse as JSON.
+            return await on_problem(request, MalformedRequest(error.detail))
         title = HTTPStatus(error.status_code).phrase
         document = {
             "type": "about:blank",

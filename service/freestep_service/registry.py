@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextlib import suppress
 
 import torch
 from pydantic import ValidationError
@@ -36,6 +37,7 @@ class Registry:
         self._metrics = metrics
         self._runs: dict[str, Run] = {}
         self._creating = asyncio.Lock()
+        self._closing = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
 
     def get(self, name: str) -> Run:
@@ -58,7 +60,7 @@ class Registry:
             )
         async with self._creating:
             if name in self._runs:
-                if self._runs[name].canonical_spec != spec.model_dump_json():
+                if self._runs[name].spec != spec:
                     raise RunExists(f"the run {name!r} exists with another spec", run=name)
                 return self._runs[name], False
             run = self._make(name, spec)
@@ -68,10 +70,9 @@ class Registry:
 
     async def delete(self, name: str) -> None:
         """Raises RunNotFound."""
-        run = self.get(name)
         async with self._creating:
-            await run.delete()
-            self._runs.pop(name, None)
+            await self.get(name).delete()
+            del self._runs[name]
 
     async def start(self) -> None:
         """Opens every run that the data directory or Redis knows, and begins housekeeping."""
@@ -84,9 +85,9 @@ class Registry:
 
     async def close(self) -> None:
         """Writes the last checkpoints."""
-        for task in list(self._background):
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        self._closing.set()
+        # Not cancelled: a command cut short leaves its connection, and a checkpoint its thread, behind.
+        await asyncio.gather(*self._background)
         for run in self._runs.values():
             await run.close()
 
@@ -113,8 +114,9 @@ class Registry:
         logger.info("run %s is open: epoch %d, step %d", name, run.epoch, run.step)
 
     async def _keep_house(self) -> None:
-        while True:
-            await asyncio.sleep(_HOUSEKEEPING_S)
+        while not self._closing.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), _HOUSEKEEPING_S)
             for run in self.all():
                 try:
                     await run.expire_leases()

@@ -134,8 +134,7 @@ class Run:
         """Writes the run's part of Redis anew, because Redis has lost what the shard has seen."""
         opening = self._openings
         async with self._opening:
-            if self._closed:
-                raise RunNotFound(f"there is no run {self.name!r}", run=self.name)
+            self._require_open()
             if self._openings != opening:
                 return
             self._writer.pause(forget=True)
@@ -170,6 +169,7 @@ class Run:
                 try:
                     await self.coordinator.initialize()
                 except Behind:
+                    self._require_open()
                     await self.coordinator.open(RunState(self.epoch, initialized=True))
                 await self._writer.run(self._shard.initialize, vector.tensor(), self.epoch)
             finally:
@@ -206,12 +206,22 @@ class Run:
 
     async def delete(self) -> None:
         """Forgets the run: in Redis first, then on disk."""
-        await self.coordinator.delete()
+        # Before Redis forgets the run: who finds it gone there must not write it anew.
         self._closed = True
+        try:
+            await self.coordinator.delete()
+        except CoordinatorUnavailable:
+            self._closed = False
+            raise
         await self._pushes.close()
         async with self._checkpointing:
             await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
         self._writer.close()
+        self._metrics.forget()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RunNotFound(f"there is no run {self.name!r}", run=self.name)
 
     # Leases
 
@@ -239,11 +249,14 @@ class Run:
                 for closure in await self.coordinator.closures(self._writer.taken_seq):
                     self._ended(closure)
                 self._missed_closures = False
+            # Before the question, since a lease may be granted before the answer.
+            self._has_leases = False
             live, ended = await self.coordinator.expire()
+            self._has_leases |= live > 0
             if ended:
                 self._ended(ended)
-            self._has_leases = live > 0
-            self._metrics.live(live)
+            if not self._closed:
+                self._metrics.live(live)
         except CoordinatorUnavailable:
             self._missed_closures = True
 
@@ -251,7 +264,8 @@ class Run:
         self._receipts.forget(ended.evicted)
         if ended.seq:
             with suppress(Lost):
-                self._writer.submit(Entry(ended.seq, ended.epoch, advance=True))
+                applied = self._writer.submit(Entry(ended.seq, ended.epoch, advance=True))
+                applied.add_done_callback(lambda _: self._metrics.at(self.epoch, self.step))
 
     # Pushes and pulls
 
@@ -281,6 +295,7 @@ class Run:
     async def wait_for(self, step: int, wait: float) -> None:
         """Returns when the run has reached a step. Raises StepNotReached after `wait` seconds."""
         if not await self._writer.reach(step, wait):
+            self._require_open()
             raise StepNotReached(f"the run is at step {self.step}", step=self.step)
 
     def require_initialized(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from freestep.errors import RunNotFound
 from freestep_service.coordinator import Lost
 from freestep_service.shard import Entry, Shard
 
@@ -36,13 +37,19 @@ class Writer:
         self.applied_step = 0
         self._next_seq = 1
         self._paused = True
+        self._closed = False
         self._held: dict[tuple[int, int], tuple[Entry, asyncio.Future[None]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"freestep-writer-{name}")
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = itertools.count()
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """Runs a function on the writer's thread, after the entries that were taken before."""
+        """Runs a function on the writer's thread, after the entries that were taken before.
+
+        Raises RunNotFound once the writer is closed.
+        """
+        if self._closed:
+            raise RunNotFound
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def apply(self, entry: Entry) -> None:
@@ -120,7 +127,12 @@ class Writer:
         """Waits until the shard has reached a step, for at most `timeout` seconds; whether it has."""
         loop = asyncio.get_running_loop()
         epoch, deadline = self.epoch, loop.time() + timeout
-        while self.applied_step < step and self.epoch == epoch and (left := deadline - loop.time()) > 0:
+        while (
+            not self._closed
+            and self.applied_step < step
+            and self.epoch == epoch
+            and (left := deadline - loop.time()) > 0
+        ):
             waiter: asyncio.Future[None] = loop.create_future()
             heapq.heappush(self._waiters, (step, next(self._order), waiter))
             await asyncio.wait([waiter], timeout=left)
@@ -134,5 +146,7 @@ class Writer:
                 waiter.set_result(None)
 
     def close(self) -> None:
-        """Stops the thread once it has done what it was given."""
+        """Stops the thread once it has done what it was given, and lets go those who wait for a step."""
+        self._closed = True
+        self._wake(lambda _: True)
         self._thread.shutdown()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -11,6 +14,17 @@ from harness import Api, ProcessService, ThreadService, slug
 from malformed.bodies import BODIES, NON_FINITE, PARAMETERS, valid
 
 MIB = 1024**2
+
+
+def request(api: Api, lease: dict[str, Any], changes: dict[str, Any], body: bytes = b"") -> socket.socket:
+    """The connection over which a push was sent, with some of its header lines changed: a list stands as often."""
+    lines = {**api.headers(lease, 0, "key"), "Host": "test", "Content-Length": str(len(body)), **changes}
+    pairs = [(name, each) for name, value in lines.items() for each in (value if isinstance(value, list) else [value])]
+    head = f"POST {api.path('/gradients')} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in pairs) + "\r\n"
+    address = urlsplit(api.url)
+    connection = socket.create_connection((address.hostname, address.port))
+    connection.sendall(head.encode("latin-1") + body)
+    return connection
 
 
 @pytest.fixture
@@ -39,9 +53,10 @@ def test_as_a_gradient(hostile: Api, service: ThreadService, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_as_initial_weights(hostile: Api, name: str) -> None:
+def test_as_initial_weights(hostile: Api, service: ThreadService, name: str) -> None:
+    before = (hostile.status(), service.redis_dump(f"freestep:{{{hostile.run}}}:"))
     assert initialize(hostile, BODIES[name]()) == "malformed-tensors"
-    assert hostile.status()["initialized"] is False
+    assert (hostile.status(), service.redis_dump(f"freestep:{{{hostile.run}}}:")) == before
     assert initialize(hostile, valid()) == ""
 
 
@@ -61,3 +76,109 @@ def test_memory_is_bounded(start_process: Callable[..., ProcessService], connect
         for body in bodies:
             assert api.push(lease, 0, body=body).status_code == 422
     assert process.memory_info().rss < before + 32 * MIB
+
+
+LENGTHS: list[tuple[Any, bytes]] = [
+    ("-1", b"400"),
+    ("+40", b"400"),
+    ("0x28", b"400"),
+    ("1e3", b"400"),
+    ("", b"400"),
+    (["40", "41"], b"400"),
+    ("40, 41", b"400"),
+    ("9" * 19, b"400"),
+    ("9" * 30, b"400"),
+    ("9" * 18, b"413"),
+    (str(2**40), b"413"),
+    (str(2**35), b"422"),
+    ("0", b"422"),
+    ("7", b"422"),
+]
+
+
+@pytest.mark.parametrize(("length", "status"), LENGTHS, ids=[str(length)[:24] for length, _ in LENGTHS])
+def test_an_impossible_length_is_refused_before_the_body(
+    hostile: Api, service: ThreadService, length: Any, status: bytes
+) -> None:
+    initialize(hostile, valid())
+    lease = hostile.lease()
+    before = hostile.state(service)
+    with request(hostile, lease, {"Content-Length": length}) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 " + status)
+    assert hostile.state(service) == before
+    assert hostile.push(lease, 0, "key", body=valid()).json()["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: ["1", "1"]} for name in ("Freestep-Lease", "Freestep-Token", "Freestep-Step", "Idempotency-Key")),
+        {"Freestep-Step": "\xb2"},
+        {"Freestep-Token": "1_0"},
+        {"Idempotency-Key": "a b"},
+        {"Idempotency-Key": "\xe9"},
+        {"Transfer-Encoding": "chunked"},
+        {"Prefer": "wait=" + "9" * 400},
+    ],
+    ids=str,
+)
+def test_a_bad_header_is_refused(hostile: Api, service: ThreadService, changes: dict[str, Any]) -> None:
+    initialize(hostile, valid())
+    lease = hostile.lease()
+    before = hostile.state(service)
+    with request(hostile, lease, changes, valid()) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+    assert hostile.state(service) == before
+
+
+@pytest.mark.parametrize("cut", [0, 4, 30, len(valid()) - 1])
+@pytest.mark.parametrize("end", ["half-closed", "closed", "stalled"])
+def test_a_body_shorter_than_its_length_leaves_nothing(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], end: str, cut: int
+) -> None:
+    service = start_service(stall_seconds=0.3)
+    api = connect(service.url)
+    api.http.put(api.path(), json=api.spec(parameters=PARAMETERS))
+    initialize(api, valid())
+    lease = api.lease()
+    before = api.state(service)
+    pending = f"freestep:{{{api.run}}}:pending"
+    with request(api, lease, {"Content-Length": str(len(valid()))}, valid()[:cut]) as connection:
+        if end == "stalled":
+            assert b"malformed-request" in connection.recv(4096)
+        elif end == "half-closed":
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(4096) == b""
+    while service.redis_dump(pending):
+        pass
+    assert api.state(service) == before
+    assert api.push(lease, 0, "key", body=valid()).json() == {
+        "decision": "applied",
+        "step": 1,
+        "staleness": 0,
+        "replayed": False,
+    }
+
+
+def test_claimed_lengths_cost_no_memory(
+    start_process: Callable[..., ProcessService], connect: Callable[..., Api]
+) -> None:
+    service = start_process()
+    assert service.process is not None
+    api = connect(service.url)
+    api.http.put(api.path(), json=api.spec(parameters=PARAMETERS))
+    initialize(api, valid())
+    lease = api.lease()
+    process = psutil.Process(service.process.pid)
+    api.push(lease, 0, body=b"")
+    before = process.memory_info().rss
+    for length in (2**63, 2**40, 2**36, 2**35, 2**24):
+        for size in (2**40, 2**20, 60_000):
+            connections = [
+                request(api, lease, {"Content-Length": str(length)}, size.to_bytes(8, "little")) for _ in range(16)
+            ]
+            for connection in connections:
+                assert connection.recv(4096).startswith(b"HTTP/1.1 4")
+                connection.close()
+    assert process.memory_info().rss < before + 16 * MIB
+    assert api.push(lease, 0, body=valid()).json()["step"] == 1

@@ -9,10 +9,12 @@ from typing import Any
 import httpx
 import pytest
 import safetensors.torch
+import schedulefree
 import torch
 from torch import Tensor
 
-from harness import TENSORS, Api, ThreadService
+from harness import TENSORS, Api, ThreadService, slug
+from reference import ScheduleFree
 
 SGD = {"algorithm": "sgd", "lr": 1.0}
 
@@ -208,3 +210,73 @@ def test_a_wait_that_runs_out_leaves_the_push_accumulated(api: Api) -> None:
     assert answer.headers["Freestep-Decision"] == "accumulated"
     assert answer.headers["Preference-Applied"] == "return=representation, wait=0.05"
     assert torch.equal(safetensors.torch.load(answer.content)["w"], TENSORS["w"])
+
+
+def test_a_group_is_one_step_of_the_package_on_the_mean(api: Api) -> None:
+    api.create(
+        optimizer={"algorithm": "adamw_schedule_free", "lr": 0.1, "weight_decay": 0.01, "warmup_steps": 3},
+        aggregation={"policy": "quorum", "batch": 2},
+    )
+    leases = [api.lease(f"worker-{number}") for number in range(2)]
+    parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in TENSORS.items()}
+    peer = schedulefree.AdamWScheduleFree(parameters.values(), lr=0.1, weight_decay=0.01, warmup_steps=3)
+    peer.train()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(10):
+        pushed = [
+            {name: torch.randn(tensor.shape, generator=generator) for name, tensor in TENSORS.items()} for _ in leases
+        ]
+        api.push(leases[0], step, tensors=pushed[0], Freestep_Samples="32")
+        assert api.push(leases[1], step, tensors=pushed[1], Freestep_Samples="8").json()["step"] == step + 1
+        for name, parameter in parameters.items():
+            parameter.grad = (32 * pushed[0][name] + 8 * pushed[1][name]) / 40
+        peer.step()
+    for point in "yx":
+        if point == "x":
+            peer.eval()
+        pulled, _ = api.pull(point)
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(pulled[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("damping", ["none", "delay_adaptive", "inverse_sqrt"])
+def test_damping_scales_the_step_of_schedule_free_and_not_its_average(api: Api, damping: str) -> None:
+    api.create(aggregation={"policy": "async", "staleness_damping": damping})
+    lease = api.lease()
+    factor = {
+        "none": lambda _: 1.0,
+        "delay_adaptive": lambda t: 1 / max(t, 1),
+        "inverse_sqrt": lambda t: (1 + t) ** -0.5,
+    }
+    peer = ScheduleFree(TENSORS["w"], lr=0.5, beta=0.9)
+    for step in range(6):
+        api.push(lease, 0)
+        peer.step(TENSORS["w"], factor[damping](step))
+    for point in "xyz":
+        torch.testing.assert_close(api.pull(point)[0]["w"], getattr(peer, point).float())
+
+
+@pytest.mark.parametrize("end", ["released", "expired"])
+def test_an_update_closed_by_the_end_of_a_lease_shows_in_the_metrics(api: Api, end: str) -> None:
+    api.create(aggregation={"policy": "sync"})
+    leaving = api.lease("leaving", ttl_ms=300 if end == "expired" else 30_000)
+    assert api.push(api.lease("staying"), 0).json()["decision"] == "accumulated"
+    if end == "released":
+        api.http.delete(api.path(f"/leases/{leaving['lease']}"))
+    assert api.http.get(api.path("/parameters"), params={"min_step": 1}, headers={"Prefer": "wait=30"}).is_success
+    while f'freestep_step{{run="{api.run}"}} 1.0' not in api.http.get("/metrics").text:
+        pass
+
+
+def test_who_waits_for_a_group_that_a_restore_gave_up_is_told(
+    api: Api, service: ThreadService, connect: Callable[..., Api]
+) -> None:
+    api.create(aggregation={"policy": "buffered", "batch": 2})
+    thread, answers = pushed_apart(connect(service.url, api.run), api.lease(), 0, Prefer="wait=60")
+    while not service.app.state.registry.get(api.run)._writer._waiters:
+        pass
+    api.http.post(api.path("/checkpoints/0/restore"))
+    thread.join()
+    assert (answers[0].status_code, slug(answers[0])) == (409, "epoch-changed")
+    lease = api.lease()
+    assert decisions([api.push(lease, 0), api.push(lease, 0)]) == ["accumulated", "applied"]

@@ -117,6 +117,8 @@ REFUSED: list[tuple[str, dict[str, str | None], str]] = [
     ("no samples", {"Freestep-Samples": "0"}, "malformed-request"),
     ("negative samples", {"Freestep-Samples": "-3"}, "malformed-request"),
     ("infinite samples", {"Freestep-Samples": "inf"}, "malformed-request"),
+    ("samples past fp32", {"Freestep-Samples": "1e39"}, "malformed-request"),
+    ("samples with no inverse", {"Freestep-Samples": "1e-320"}, "malformed-request"),
     ("loss of words", {"Freestep-Loss": "low"}, "malformed-request"),
     ("loss that is not finite", {"Freestep-Loss": "nan"}, "malformed-request"),
     ("other media type", {"Content-Type": "application/json"}, "unsupported-media-type"),
@@ -258,3 +260,65 @@ def test_when_all_memory_is_taken_pushes_wait_and_then_are_refused(
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         connection.close()
     assert api.push(lease, 0, "three").json()["step"] == 3
+
+
+@pytest.mark.parametrize("samples", ["1e12", "1e-12"])
+def test_the_most_and_the_fewest_samples_make_a_mean(api: Api, samples: str) -> None:
+    api.create(optimizer={"algorithm": "sgd", "lr": 1.0}, aggregation={"policy": "buffered", "batch": 2})
+    lease = api.lease()
+    for _ in range(2):
+        assert api.push(lease, 0, Freestep_Samples=samples).status_code == 200
+    torch.testing.assert_close(api.pull("y")[0]["w"], torch.zeros(2, 3), atol=1e-6, rtol=0)
+
+
+def test_losses_are_averaged_in_the_status(api: Api) -> None:
+    api.create()
+    lease = api.lease()
+    assert api.status()["loss"] is None
+    for loss, average in (("2", 2.0), ("4", 2.2), ("1.7e308", 1.7e307), ("-1.7e308", -1.7e306)):
+        api.push(lease, 0, Freestep_Loss=loss)
+        assert api.status()["loss"] == pytest.approx(average)
+
+
+def test_a_push_whose_lease_runs_out_on_the_way_is_discarded(api: Api, service: ThreadService) -> None:
+    api.create()
+    lease = api.lease(ttl_ms=200)
+    before = api.state(service)["points"]
+    body = safetensors.torch.save(TENSORS)
+    with raw_push(api, lease, len(body), body[:-1]) as connection:
+        while api.status()["workers"]:
+            pass
+        connection.sendall(body[-1:])
+        assert b"lease-expired" in connection.recv(4096)
+    after = api.state(service)
+    assert after["points"] == before
+    assert after["status"]["pushes"] == {"applied": 0, "accumulated": 0, "dropped": 0}
+    assert set(after["redis"]) == {f"freestep:{{{api.run}}}:run"}
+
+
+def test_a_push_that_a_restore_overtakes_is_discarded(api: Api, service: ThreadService) -> None:
+    api.create()
+    lease = api.lease()
+    body = safetensors.torch.save(TENSORS)
+    with raw_push(api, lease, len(body), body[:-1]) as connection:
+        while not service.redis_dump(f"freestep:{{{api.run}}}:pending"):
+            pass
+        assert api.http.post(api.path("/checkpoints/0/restore")).json()["epoch"] == 2
+        before = api.state(service)
+        connection.sendall(body[-1:])
+        assert b"lease-expired" in connection.recv(4096)
+    assert api.state(service) == before
+    assert slug(api.push(lease, 0, "raw")) == "epoch-changed"
+
+
+def test_a_run_may_be_deleted_while_a_push_is_on_its_way(api: Api, service: ThreadService) -> None:
+    api.create()
+    body = safetensors.torch.save(TENSORS)
+    prefix = f"freestep:{{{api.run}}}:"
+    with raw_push(api, api.lease(), len(body), body[:-1]) as connection:
+        while f"{prefix}pending" not in service.redis_dump(prefix):
+            pass
+        assert api.http.delete(api.path()).status_code == 204
+        connection.sendall(body[-1:])
+        assert b"run-not-found" in connection.recv(4096)
+    assert service.redis_dump(prefix) == {}

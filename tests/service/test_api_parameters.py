@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import safetensors.torch
@@ -79,7 +81,7 @@ def test_an_etag_names_epoch_step_point_and_dtype(api: Api) -> None:
     }
     assert len(tags) == 9
     tag = api.http.get(api.path("/parameters")).headers["ETag"]
-    for known in (tag, f'"other", {tag}'):
+    for known in (tag, f'"other", {tag}', f"W/{tag}", "*"):
         again = api.http.get(api.path("/parameters"), headers={"If-None-Match": known})
         assert (again.status_code, again.content) == (304, b"")
         assert again.headers["ETag"] == tag
@@ -105,7 +107,9 @@ def test_a_range_is_a_part_of_the_body(api: Api, asked: str, begin: int, end: in
     assert part.headers["ETag"] == whole.headers["ETag"]
 
 
-@pytest.mark.parametrize("asked", ["bytes=-", "bytes=9-3", "bytes=0-1,5-6", "lines=0-1", "nonsense"])
+@pytest.mark.parametrize(
+    "asked", ["bytes=-", "bytes=9-3", "bytes=0-1,5-6", "lines=0-1", "nonsense", f"bytes={'9' * 5000}-"]
+)
 def test_what_is_no_single_range_gets_the_whole_body(api: Api, asked: str) -> None:
     trained(api)
     answer = api.http.get(api.path("/parameters"), headers={"Range": asked})
@@ -227,3 +231,58 @@ def test_weights_that_are_not_finite_are_refused(api: Api, value: float) -> None
     assert (answer.status_code, slug(answer)) == (422, "malformed-tensors")
     assert api.status()["initialized"] is False
     assert api.initialize().status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "name"),
+    [
+        ({"headers": {"Content-Type": "application/json"}}, 415, "unsupported-media-type"),
+        ({"content": iter([b"", b"x"])}, 411, "length-required"),
+        ({"content": b"nonsense"}, 422, "malformed-tensors"),
+        ({"content": safetensors.torch.save({"w": TENSORS["w"]})}, 422, "malformed-tensors"),
+    ],
+)
+def test_refused_weights_leave_the_run_waiting(
+    api: Api, service: ThreadService, changes: dict[str, Any], status: int, name: str
+) -> None:
+    api.http.put(api.path(), json=api.spec())
+    before = (api.status(), service.redis_dump(f"freestep:{{{api.run}}}:"))
+    call = {"content": safetensors.torch.save(TENSORS), "headers": {"Content-Type": MEDIA_TYPE}, **changes}
+    answer = api.http.put(api.path("/parameters"), **call)
+    assert (answer.status_code, slug(answer)) == (status, name)
+    assert (api.status(), service.redis_dump(f"freestep:{{{api.run}}}:")) == before
+    assert api.initialize().status_code == 201
+
+
+def test_a_run_may_be_deleted_while_its_weights_are_on_their_way(api: Api, service: ThreadService) -> None:
+    api.http.put(api.path(), json=api.spec())
+    body = safetensors.torch.save(TENSORS)
+    lines = f"Host: test\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\nExpect: 100-continue"
+    head = f"PUT {api.path('/parameters')} HTTP/1.1\r\n{lines}\r\n\r\n"
+    address = urlsplit(api.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(head.encode())
+        # The service asks for the body once it has a place for it.
+        assert connection.recv(4096).startswith(b"HTTP/1.1 100")
+        assert api.http.delete(api.path()).status_code == 204
+        connection.sendall(body)
+        assert b"run-not-found" in connection.recv(4096)
+    assert service.redis_dump(f"freestep:{{{api.run}}}:") == {}
+    with service.redis() as client:
+        assert not client.sismember("freestep:runs", api.run)
+    assert not (service.settings.data_dir / "runs" / api.run).exists()
+
+
+def test_who_waits_for_a_step_of_a_deleted_run_is_told(
+    api: Api, service: ThreadService, connect: Callable[..., Api]
+) -> None:
+    trained(api)
+    waiting, answers = connect(service.url, api.run), []
+    call = {"params": {"min_step": 5}, "headers": {"Prefer": "wait=600"}}
+    thread = threading.Thread(target=lambda: answers.append(waiting.http.get(waiting.path("/parameters"), **call)))
+    thread.start()
+    while not service.app.state.registry.get(api.run)._writer._waiters:
+        pass
+    api.http.delete(api.path())
+    thread.join()
+    assert (answers[0].status_code, slug(answers[0])) == (404, "run-not-found")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -12,6 +14,38 @@ import safetensors.torch
 import torch
 
 from harness import TENSORS, Api, ThreadService, slug
+
+BODY = safetensors.torch.save(TENSORS)
+
+
+def sent(api: Api, lease: dict[str, Any], key: str, body: bytes) -> socket.socket:
+    """The connection over which the first bytes of a push were sent."""
+    lines = {**api.headers(lease, 0, key), "Host": "test", "Content-Length": str(len(BODY))}
+    head = f"POST {api.path('/gradients')} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n"
+    address = urlsplit(api.url)
+    connection = socket.create_connection((address.hostname, address.port))
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def in_threads(calls: list[Callable[[], None]]) -> None:
+    """Runs calls at once, and passes on what one of them raises."""
+    barrier, failures = threading.Barrier(len(calls)), []
+
+    def run(call: Callable[[], None]) -> None:
+        barrier.wait()
+        try:
+            call()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def test_the_same_push_again_gives_the_same_receipt_and_moves_nothing(api: Api, service: ThreadService) -> None:
@@ -129,3 +163,86 @@ def test_two_at_once_apply_once(api: Api, service: ThreadService, connect: Calla
         assert {answer["step"] for answer in answers} == {step + 1}
         assert sorted(answer["replayed"] for answer in answers) == [False, True, True, True]
     assert api.status()["step"] == 20
+
+
+def test_many_senders_of_many_keys_apply_each_once(
+    api: Api, service: ThreadService, connect: Callable[..., Api]
+) -> None:
+    api.create(optimizer={"algorithm": "sgd", "lr": 1.0})
+    lease = api.lease()
+    keys = [f"key-{number}" for number in range(40)]
+    receipts: list[tuple[str, dict[str, Any]]] = []
+
+    def send(caller: Api, first: int) -> None:
+        for key in keys[first:] + keys[:first]:
+            receipts.append((key, caller.push(lease, 0, key, tensors={**TENSORS, "b": torch.tensor(-1.0)}).json()))
+
+    # Pairs of threads go through the keys side by side, and the pairs one after the other.
+    in_threads([lambda caller=connect(service.url, api.run), n=n: send(caller, n // 2 * 10) for n in range(8)])
+    assert api.status()["step"] == len(keys)
+    assert api.pull("y")[0]["b"] == TENSORS["b"] + len(keys)
+    for key in keys:
+        mine = [receipt for each, receipt in receipts if each == key]
+        assert len({receipt["step"] for receipt in mine}) == 1
+        assert sorted(receipt["replayed"] for receipt in mine) == [False] + [True] * 7
+
+
+def test_a_receipt_is_kept_for_who_left_before_the_answer(api: Api) -> None:
+    api.create()
+    lease = api.lease()
+    sent(api, lease, "once", BODY).close()
+    while api.status()["step"] == 0:
+        pass
+    assert api.push(lease, 0, "once").json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": True}
+
+
+@pytest.mark.parametrize("end", ["finished", "cut"])
+def test_a_retry_waits_for_the_upload_before_it(
+    api: Api, service: ThreadService, connect: Callable[..., Api], end: str
+) -> None:
+    api.create()
+    lease = api.lease()
+    pushes = service.app.state.registry.get(api.run)._pushes
+    retries: list[Any] = []
+    thread = threading.Thread(
+        target=lambda caller: retries.append(caller.push(lease, 0, "once").json()),
+        args=(connect(service.url, api.run),),
+    )
+    with sent(api, lease, "once", BODY[:-1]) as first:
+        while not service.redis_dump(f"freestep:{{{api.run}}}:pending"):
+            pass
+        thread.start()
+        while not pushes._flights["once"].landed._waiters:
+            pass
+        assert api.status()["step"] == 0
+        other = api.push(lease, 0, "once", Freestep_Samples="2")
+        assert (other.status_code, slug(other)) == (409, "idempotency-conflict")
+        if end == "finished":
+            first.sendall(BODY[-1:])
+            assert b'"replayed":false' in first.recv(4096)
+    thread.join()
+    assert retries == [{"decision": "applied", "step": 1, "staleness": 0, "replayed": end == "finished"}]
+    assert api.status()["step"] == 1
+
+
+def test_a_retry_waits_for_the_update_as_its_first_send_did(
+    api: Api, service: ThreadService, connect: Callable[..., Api]
+) -> None:
+    api.create(aggregation={"policy": "buffered", "batch": 2})
+    lease = api.lease()
+    api.push(lease, 0, "first")
+    writer = service.app.state.registry.get(api.run)._writer
+    receipts: list[dict[str, Any]] = []
+
+    def retry(caller: Api) -> None:
+        receipts.append(caller.push(lease, 0, "first", Prefer="wait=60").json())
+
+    def complete(caller: Api) -> None:
+        while len(writer._waiters) < 2:
+            pass
+        receipts.append(caller.push(lease, 0, "second").json())
+
+    callers = [connect(service.url, api.run) for _ in range(3)]
+    in_threads([lambda: retry(callers[0]), lambda: retry(callers[1]), lambda: complete(callers[2])])
+    assert {(receipt["decision"], receipt["step"]) for receipt in receipts} == {("applied", 1)}
+    assert sorted(receipt["replayed"] for receipt in receipts) == [False, True, True]

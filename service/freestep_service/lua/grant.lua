@@ -1,6 +1,6 @@
 -- Grants a lease with a new fencing token; the worker's older lease, if any, is fenced off.
 -- Tokens rise with the clock too, so that they go on rising after Redis has lost its data.
--- KEYS     the run's, 9 lease:ID of the new lease, 10 window:ID of the worker's older lease
+-- KEYS     the run's, 9 lease:ID of the new lease, 10 window:ID and 11 lease:ID of the worker's older lease
 -- ARGV     1 worker, 2 lease, 3 ttl in ms, 4 the older lease, or an empty string
 -- returns  {missing} (there is no such run), {changed, older lease} (read it again), or
 --          {granted, token, epoch, step, evicted idempotency keys ...}
@@ -12,7 +12,10 @@ if actual ~= older then return {'changed', actual} end
 
 local now, evicted = clock(), {}
 local token = text(math.max(run_number('token') + 1, now))
-if older ~= '' then retire(KEYS[10], evicted) end
+if older ~= '' then
+  retire(KEYS[10], evicted)
+  redis.call('DEL', KEYS[11])
+end
 redis.call('HSET', RUN, 'token', token)
 redis.call('HSET', WORKERS, worker, lease)
 redis.call('HSET', KEYS[9], 'worker', worker, 'token', token, 'ttl_ms', ttl,

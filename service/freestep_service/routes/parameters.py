@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from freestep.models import RunStatus
-from freestep_service.egress import SnapshotResponse, etag
+from freestep_service.egress import SnapshotResponse, etag, is_known
 from freestep_service.headers import body_length, preferences
 from freestep_service.ingest import Body
 from freestep_service.routes.dependencies import AnyRun, Dtype, Point, ServiceSettings
@@ -47,6 +47,6 @@ async def pull(
     wishes = preferences(request)
     await run.wait_for(min_step, wishes.wait)
     tag = etag(run.epoch, run.step, point, dtype)
-    if tag in [known.strip() for known in request.headers.get("if-none-match", "").split(",")]:
+    if is_known(tag, request.headers.get("if-none-match", "")):
         return Response(status_code=304, headers={"ETag": tag})
     return SnapshotResponse(run, point, dtype, settings.stall_seconds, request.headers)

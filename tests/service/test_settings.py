@@ -1,0 +1,54 @@
+"""Settings: the environment, flags, and the refusal to be open to all by accident."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from freestep_service.settings import Settings
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREESTEP_PORT", "9001")
+    monkeypatch.setenv("FREESTEP_DATA_DIR", "/somewhere")
+    monkeypatch.setenv("FREESTEP_REDIS_URL", "redis://store")
+    settings = Settings()
+    assert (settings.port, settings.data_dir, settings.redis_url) == (9001, Path("/somewhere"), "redis://store")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
+def test_loopback_needs_no_leave(host: str) -> None:
+    assert Settings(host=host).host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org"])
+def test_any_other_address_does(host: str) -> None:
+    with pytest.raises(ValidationError, match="loopback only"):
+        Settings(host=host)
+    assert Settings(host=host, insecure=True).host == host
+
+
+def test_threads_are_half_the_cores_unless_chosen() -> None:
+    assert Settings(threads=3).thread_count() == 3
+    assert Settings().thread_count() >= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--host", "0.0.0.0"], "loopback only"),
+        (["--port", "70000"], "port: Input should be less than or equal to 65535"),
+        (["--checkpoints-kept", "0"], "checkpoints_kept"),
+        (["--colour", "blue"], "--colour"),
+    ],
+)
+def test_wrong_flags_are_named(flags: list[str], complaint: str) -> None:
+    command = [sys.executable, "-m", "freestep.cli", "serve", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
