@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 
 import torch
@@ -23,16 +22,13 @@ class Flat:
     def __init__(self, manifest: Manifest, dtype: str = "F32") -> None:
         self.manifest = manifest
         self.dtype = dtype
-        self.vector = torch.zeros(manifest.numel, dtype=DTYPES[dtype])
+        # Python's memory, of which the vector is a view, so that bytes on their way to a socket keep it alive.
+        memory = bytearray(max(manifest.numel, 1) * DTYPES[dtype].itemsize)
+        self.vector = torch.frombuffer(memory, dtype=DTYPES[dtype])[: manifest.numel]
+        self.bytes = memoryview(memory)[: self.vector.nbytes]
         self.views: dict[str, Tensor] = {
             slot.name: self.vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in manifest.slots
         }
-
-    @property
-    def bytes(self) -> memoryview:
-        """The vector's memory; valid while this object lives."""
-        size = self.vector.nbytes
-        return memoryview((ctypes.c_char * size).from_address(self.vector.data_ptr())).cast("B")
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies tensors in, rounding them to the vector's dtype.

@@ -1,0 +1,320 @@
+"""Client and Run against a real service, and against what stands in the way of one."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from freestep import (
+    AlreadyInitialized,
+    Claim,
+    Client,
+    CoordinatorUnavailable,
+    EpochChanged,
+    Flat,
+    IdempotencyConflict,
+    InvalidSpec,
+    LeaseExpired,
+    ManifestMismatch,
+    NonFiniteGradient,
+    Run,
+    RunExists,
+    RunNotFound,
+    RunNotInitialized,
+    ServiceUnreachable,
+    StepNotReached,
+    UnexpectedResponse,
+)
+from harness import TENSORS, ThreadService
+
+SPEC: dict[str, Any] = {
+    "optimizer": {"algorithm": "sgd", "lr": 1.0},
+    "aggregation": {"policy": "async"},
+    "parameters": [{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()],
+}
+
+
+@pytest.fixture
+def client(service: ThreadService) -> Iterator[Client]:
+    with Client(service.url, retry_for=10) as made:
+        yield made
+
+
+@pytest.fixture
+def run(client: Client) -> Iterator[Run]:
+    """A run with TENSORS as its weights."""
+    made = client.run(f"run-{uuid.uuid4().hex[:8]}")
+    made.create(SPEC)
+    made.initialize(TENSORS)
+    yield made
+    made.delete()
+
+
+def test_a_run_from_beginning_to_end(client: Client) -> None:
+    run = client.run("whole")
+    assert run.create(SPEC).initialized is False
+    with pytest.raises(RunNotInitialized):
+        run.pull("x")
+    run.initialize(TENSORS)
+    with pytest.raises(AlreadyInitialized):
+        run.initialize(TENSORS)
+    with run.lease("me", ttl_ms=5000) as lease:
+        assert [worker.worker for worker in run.workers()] == ["me"]
+        receipt = run.push(TENSORS, lease.claim(0, samples=8, loss=0.5))
+        assert (receipt.decision, receipt.step) == ("applied", 1)
+        x, step = run.pull("x")
+        assert step == 1
+        assert not x["w"].any()
+        assert run.checkpoint().step == 1
+        assert [each.step for each in run.checkpoints()] == [0, 1]
+        assert run.restore(0).epoch == 2
+        with pytest.raises(EpochChanged):
+            run.push(TENSORS, lease.claim(0))
+    assert run.workers() == []
+    assert "whole" in [status.run for status in client.runs()]
+    run.delete()
+    with pytest.raises(RunNotFound):
+        run.status()
+
+
+def test_refusals_have_their_class_and_what_they_say(run: Run, client: Client) -> None:
+    lease = run.lease()
+    claim = lease.claim(0)
+    run.push(TENSORS, claim)
+    with pytest.raises(IdempotencyConflict):
+        run.push({**TENSORS, "b": torch.tensor(0.0)}, claim)
+    with pytest.raises(NonFiniteGradient):
+        run.push({**TENSORS, "b": torch.tensor(float("nan"))}, lease.claim(1))
+    with pytest.raises(StepNotReached) as not_reached:
+        run.pull(min_step=9, wait=0.01)
+    assert not_reached.value.extensions == {"step": 1}
+    with pytest.raises(RunExists):
+        run.create({**SPEC, "lease_ttl_ms": 1000})
+    with pytest.raises(InvalidSpec) as invalid:
+        client.run("other").create({**SPEC, "optimizer": {"algorithm": "sgd", "lr": -1}})
+    assert invalid.value.extensions["field"] == "optimizer.lr"
+    lease.release()
+    with pytest.raises(LeaseExpired):
+        run.push(TENSORS, lease.claim(1))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_an_exchange_is_a_push_and_a_pull(run: Run, dtype: str) -> None:
+    gradient, arriving = Flat(run.manifest, dtype), Flat(run.manifest, dtype)
+    gradient.fill({name: 0.5 * tensor for name, tensor in TENSORS.items()})
+    with run.lease() as lease:
+        receipt, pulled = run.exchange(gradient, lease.claim(0), arriving)
+    assert (receipt.decision, receipt.step, receipt.replayed) == ("applied", 1, False)
+    assert (pulled.step, pulled.epoch) == (1, 1)
+    for name, view in arriving.views.items():
+        assert torch.equal(view.float(), 0.5 * TENSORS[name])
+
+
+def test_tensors_that_do_not_fit_are_not_sent(run: Run) -> None:
+    with run.lease() as lease, pytest.raises(ManifestMismatch):
+        run.push({"w": TENSORS["w"]}, lease.claim(0))
+    assert run.status().step == 0
+
+
+class Cutter:
+    """A TCP proxy that passes whole exchanges on, but cuts the connection after so many bytes of the first answers."""
+
+    def __init__(self, url: str, cuts: list[int]) -> None:
+        self._target = httpx.URL(url)
+        self._cuts = cuts
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = []
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection((self._target.host, self._target.port))
+            self._sockets += [near, far]
+            limit = self._cuts.pop(0) if self._cuts else None
+            for source, sink, most in ((near, far, None), (far, near, limit)):
+                thread = threading.Thread(target=self._pass_on, args=(source, sink, most))
+                thread.start()
+                self._threads.append(thread)
+
+    @staticmethod
+    def _pass_on(source: socket.socket, sink: socket.socket, most: int | None) -> None:
+        passed = 0
+        try:
+            while data := source.recv(65536):
+                if most is not None and passed + len(data) > most:
+                    sink.sendall(data[: most - passed])
+                    break
+                sink.sendall(data)
+                passed += len(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._accepting.join()
+        for thread in self._threads:
+            thread.join()
+        for each in self._sockets:
+            each.close()
+
+
+@pytest.mark.parametrize("cuts", [[0], [20], [400], [0, 100, 250]])
+def test_a_push_whose_answer_is_cut_is_sent_again_and_counts_once(
+    service: ThreadService, run: Run, cuts: list[int]
+) -> None:
+    lease = run.lease()
+    cutter = Cutter(service.url, cuts)
+    try:
+        with Client(cutter.url, retry_for=20) as through:
+            gradient, arriving = Flat(run.manifest), Flat(run.manifest)
+            gradient.fill(TENSORS)
+            receipt, pulled = through.run(run.name).exchange(gradient, lease.claim(0), arriving)
+    finally:
+        cutter.close()
+    assert receipt.replayed is True
+    assert (receipt.step, pulled.step, run.status().step) == (1, 1, 1)
+    assert not arriving.vector.any()
+    lease.release()
+
+
+def test_nobody_there_is_said_after_a_while() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with Client(url, retry_for=0.3) as client, pytest.raises(ServiceUnreachable, match="did not answer"):
+        client.runs()
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Gives the answers that its server lists, in turn."""
+
+    def do_GET(self) -> None:
+        status, headers, body = self.server.answers.pop(0)  # type: ignore[attr-defined]
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[..., str]]:
+    """A server that gives listed answers; returns its URL."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+
+    def listed(*answers: tuple[int, dict[str, str], bytes]) -> str:
+        server.answers = list(answers)  # type: ignore[attr-defined]
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield listed
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+BUSY = (503, {"Retry-After": "0"}, b'{"type": "urn:freestep:problem:coordinator-unavailable", "detail": "away"}')
+
+
+def test_a_busy_service_is_asked_again(answering: Callable[..., str]) -> None:
+    with Client(answering(BUSY, BUSY, (200, {}, b'{"runs": []}')), retry_for=20) as client:
+        assert client.runs() == []
+
+
+def test_a_busy_service_is_not_asked_forever(answering: Callable[..., str]) -> None:
+    asked_to_wait = (503, {"Retry-After": "60"}, BUSY[2])
+    with Client(answering(asked_to_wait), retry_for=20) as client, pytest.raises(CoordinatorUnavailable) as caught:
+        client.runs()
+    assert caught.value.retry_after == 60
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, {}, b"<html>a proxy's page</html>"),
+        (502, {}, b"Bad Gateway"),
+        (404, {}, b'{"type": "about:blank", "title": "Not Found"}'),
+        (500, {}, b"[]"),
+    ],
+)
+def test_what_is_not_freestep_is_unexpected(
+    answering: Callable[..., str], answer: tuple[int, dict[str, str], bytes]
+) -> None:
+    with Client(answering(answer)) as client, pytest.raises(UnexpectedResponse):
+        client.runs()
+
+
+def test_a_lease_is_renewed_while_it_is_held(run: Run) -> None:
+    with run.lease("me", ttl_ms=300) as lease:
+        first = run.workers()[0]
+        deadline = time.monotonic() + 3 * first.ttl_ms / 1000
+        while time.monotonic() < deadline:
+            assert [worker.lease for worker in run.workers()] == [first.lease]
+        assert lease.lost is None
+
+
+def wait_until_lost(lease: Any) -> Exception:
+    while lease.lost is None:
+        pass
+    return lease.lost  # type: ignore[no-any-return]
+
+
+def test_a_lost_lease_says_why(run: Run) -> None:
+    first = run.lease("me", ttl_ms=150)
+    second = run.lease("me", ttl_ms=150)
+    assert isinstance(wait_until_lost(first), LeaseExpired)
+    run.restore(0)
+    assert isinstance(wait_until_lost(second), EpochChanged)
+    first.release()
+    second.release()
+
+
+def test_a_claim_is_one_push() -> None:
+    one, two = Claim("lease", 7, 3), Claim("lease", 7, 3)
+    assert one.key != two.key
+    assert one.headers() == {
+        "Freestep-Lease": "lease",
+        "Freestep-Token": "7",
+        "Freestep-Step": "3",
+        "Idempotency-Key": one.key,
+    }
+    assert Claim("lease", 7, 3, samples=32, loss=0.25).headers()["Freestep-Samples"] == "32.0"
+
+
+def test_the_environment_names_the_service(service: ThreadService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREESTEP_URL", service.url)
+    with Client() as client:
+        client.runs()
+
+
+def test_a_client_of_ones_own_is_used(service: ThreadService) -> None:
+    seen: list[str] = []
+    hooks = {"request": [lambda request: seen.append(request.url.path)]}
+    with Client(http=httpx.Client(base_url=service.url, event_hooks=hooks)) as client:
+        client.runs()
+    assert seen == ["/v1/runs"]

@@ -1,0 +1,361 @@
+"""RemoteOptimizer against the packages run in this process, and through everything that may happen to a worker."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import schedulefree
+import torch
+from torch import nn
+
+from freestep import (
+    Client,
+    EvalMode,
+    Flat,
+    FreestepError,
+    InvalidSpec,
+    ManifestMismatch,
+    NonFiniteGradient,
+    RemoteOptimizer,
+    Run,
+)
+from harness import ThreadService
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-7}
+
+
+@pytest.fixture
+def make(service: ThreadService) -> Iterator[Callable[..., RemoteOptimizer]]:
+    """Makes optimizers of one run of the test's own; they are closed with the test."""
+    made: list[RemoteOptimizer] = []
+    name = f"run-{uuid.uuid4().hex[:8]}"
+
+    def optimizer(params: Any, **options: Any) -> RemoteOptimizer:
+        made.append(RemoteOptimizer(params, **{"url": service.url, "run": name, **options}))
+        return made[-1]
+
+    yield optimizer
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def remote(service: ThreadService, make: Callable[..., RemoteOptimizer]) -> Iterator[Callable[[RemoteOptimizer], Run]]:
+    """The run of an optimizer, as an onlooker sees it."""
+    with Client(service.url) as client:
+        yield lambda optimizer: client.run(optimizer.state_dict()["freestep"]["run"])
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batches(count: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield torch.randn(8, 6, generator=generator)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 40) -> None:
+    for inputs in batches(count):
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        optimizer.step()
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for (name, mine), (_, theirs) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "package", "options"),
+    [
+        ("adamw_schedule_free", schedulefree.AdamWScheduleFree, {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 10}),
+        ("sgd_schedule_free", schedulefree.SGDScheduleFree, {"lr": 0.02}),
+        ("radam_schedule_free", schedulefree.RAdamScheduleFree, {"lr": 0.01}),
+    ],
+)
+def test_one_worker_is_the_package(
+    make: Callable[..., RemoteOptimizer], algorithm: str, package: type[Any], options: dict[str, Any]
+) -> None:
+    model = network()
+    twin = copy.deepcopy(model)
+    peer = package(twin.parameters(), **options)
+    peer.train()
+    optimizer = make(model, algorithm=algorithm, **options)
+    train(model, optimizer)
+    train(twin, peer)
+    assert_same(model, twin)
+    optimizer.eval()
+    peer.eval()
+    assert_same(model, twin)
+    optimizer.train()
+    peer.train()
+    train(model, optimizer, 5)
+    train(twin, peer, 5)
+    assert_same(model, twin)
+    assert optimizer.pulled is not None
+    assert optimizer.pulled.step == 45
+
+
+def test_param_groups_keep_their_hyperparameters(make: Callable[..., RemoteOptimizer]) -> None:
+    model = network()
+    twin = copy.deepcopy(model)
+
+    def groups(of: nn.Sequential, named: bool) -> list[dict[str, Any]]:
+        parts = [list(of[0].named_parameters(prefix="0")), list(of[2].named_parameters(prefix="2"))]
+        first, second = parts if named else [[parameter for _, parameter in part] for part in parts]
+        return [{"params": first}, {"params": second, "lr": 0.001, "weight_decay": 0.5}]
+
+    peer = schedulefree.AdamWScheduleFree(groups(twin, named=False), lr=0.01)
+    peer.train()
+    optimizer = make(groups(model, named=True), lr=0.01)
+    assert [parameter.name for parameter in optimizer.spec.parameters] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert optimizer.spec.groups["group1"] == {"lr": 0.001, "weight_decay": 0.5}
+    train(model, optimizer)
+    train(twin, peer)
+    assert_same(model, twin)
+
+
+def test_parameters_come_in_all_the_forms_torch_takes(make: Callable[..., RemoteOptimizer]) -> None:
+    model = network()
+    named = [name for name, _ in model.named_parameters()]
+    forms = [model, model.named_parameters(), model.parameters(), [{"params": model.parameters(), "name": "all"}]]
+    names = [
+        [parameter.name for parameter in make(form, run=f"forms-{number}-{uuid.uuid4().hex[:6]}").spec.parameters]
+        for number, form in enumerate(forms)
+    ]
+    numbered = [f"group0.{index}" for index in range(4)]
+    assert names == [named, named, numbered, numbered]
+
+
+def test_frozen_parameters_stay_out_and_unused_ones_push_zeros(make: Callable[..., RemoteOptimizer]) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    unused = nn.Parameter(torch.ones(3))
+    frozen = model[0].weight.clone()
+    optimizer = make([*model.named_parameters(), ("unused", unused)], algorithm="sgd_schedule_free", lr=0.1)
+    assert [parameter.name for parameter in optimizer.spec.parameters] == ["2.weight", "2.bias", "unused"]
+    train(model, optimizer, 5)
+    assert torch.equal(model[0].weight, frozen)
+    assert torch.equal(unused.detach(), torch.ones(3))
+
+
+def test_tied_weights_are_one_parameter(make: Callable[..., RemoteOptimizer]) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    optimizer = make(model)
+    assert [parameter.name for parameter in optimizer.spec.parameters] == ["0.weight", "0.bias", "1.bias"]
+    train(model, optimizer, 3)
+    assert model[1].weight is model[0].weight
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_a_narrow_model_has_fp32_masters(
+    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run], dtype: str
+) -> None:
+    model = network().bfloat16()
+    optimizer = make(model, lr=1e-5, push_dtype=dtype, pull_dtype=dtype)
+    for inputs in batches(3):
+        optimizer.zero_grad()
+        model(inputs.bfloat16()).square().sum().backward()
+        optimizer.step()
+    y, _ = remote(optimizer).pull("y")
+    master, held = y["0.weight"], model[0].weight
+    assert held.dtype == torch.bfloat16
+    assert not torch.equal(master, master.bfloat16().float())
+    torch.testing.assert_close(held.float(), master, rtol=1e-2, atol=1e-2)
+
+
+def test_a_worker_holds_two_vectors(make: Callable[..., RemoteOptimizer]) -> None:
+    optimizer = make(network())
+    train(network(), optimizer, 0)
+    assert sum(isinstance(value, Flat) for value in vars(optimizer).values()) == 2
+
+
+def test_a_step_at_x_is_an_error(make: Callable[..., RemoteOptimizer]) -> None:
+    model = network()
+    optimizer = make(model)
+    optimizer.eval()
+    with pytest.raises(EvalMode, match="train\\(\\)"):
+        optimizer.step()
+    optimizer.eval()
+    optimizer.train()
+    train(model, optimizer, 1)
+
+
+def test_a_closure_is_evaluated(make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]) -> None:
+    model = network()
+    optimizer = make(model)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 6)).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    loss = optimizer.step(closure)
+    assert loss is not None
+    assert remote(optimizer).status().loss == pytest.approx(float(loss))
+
+
+def test_a_second_worker_takes_over_the_runs_weights(make: Callable[..., RemoteOptimizer]) -> None:
+    first, second = network(0), network(1)
+    train(first, make(first, worker="first"), 5)
+    optimizer = make(second, worker="second")
+    assert_same(first, second)
+    assert optimizer.pulled is not None
+    assert optimizer.pulled.step == 5
+
+
+def test_other_parameters_are_refused(make: Callable[..., RemoteOptimizer]) -> None:
+    make(network())
+    for wrong in (nn.Linear(6, 5), nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))):
+        with pytest.raises(ManifestMismatch):
+            make(wrong)
+
+
+def test_other_hyperparameters_are_the_runs_and_said_so(
+    make: Callable[..., RemoteOptimizer], caplog: pytest.LogCaptureFixture
+) -> None:
+    make(network(), lr=0.25)
+    with caplog.at_level(logging.WARNING, logger="freestep"):
+        optimizer = make(network(), lr=0.5)
+    assert "another spec" in caplog.text
+    assert optimizer.spec.optimizer.lr == 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"learning_rate": 0.1}, "learning_rate"),
+        ({"lr": -1.0}, "lr"),
+        ({"algorithm": "adagrad"}, "optimizer.algorithm"),
+        ({"aggregation": "quorum"}, "aggregation.batch"),
+    ],
+)
+def test_a_wrong_option_is_named(make: Callable[..., RemoteOptimizer], options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        make(network(), **options)
+    assert caught.value.extensions["field"] == field
+
+
+def test_gradients_that_are_not_finite_are_refused_and_training_goes_on(
+    make: Callable[..., RemoteOptimizer],
+) -> None:
+    model = network()
+    optimizer = make(model)
+    model(torch.full((1, 6), float("nan"))).sum().backward()
+    with pytest.raises(NonFiniteGradient):
+        optimizer.step()
+    train(model, optimizer, 1)
+    assert optimizer.receipt is not None
+    assert optimizer.receipt.step == 1
+
+
+def test_sync_workers_step_together(make: Callable[..., RemoteOptimizer]) -> None:
+    models = [network(), network()]
+    optimizers = [make(model, aggregation="sync", worker=f"w{number}") for number, model in enumerate(models)]
+    twin = network()
+    peer = schedulefree.AdamWScheduleFree(twin.parameters(), lr=0.0025)
+    peer.train()
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for inputs in batches(10):
+                optimizers[number].zero_grad()
+                models[number](inputs.chunk(2)[number]).square().sum().backward()
+                optimizers[number].step()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+    for inputs in batches(10):
+        peer.zero_grad()
+        (twin(inputs).square().sum() / 2).backward()
+        peer.step()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        assert optimizer.pulled is not None
+        assert optimizer.pulled.step == 10
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_fenced_off_worker_takes_a_new_lease_and_its_gradient_counts(
+    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
+) -> None:
+    model = network()
+    optimizer = make(model, worker="me")
+    train(model, optimizer, 2)
+    remote(optimizer).lease("me").release()
+    train(model, optimizer, 1)
+    assert optimizer.receipt is not None
+    assert (optimizer.receipt.decision, optimizer.receipt.step) == ("applied", 3)
+
+
+def test_after_a_restore_a_worker_joins_again(
+    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
+) -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    remote(optimizer).checkpoint()
+    kept = copy.deepcopy(model)
+    train(model, optimizer, 2)
+    remote(optimizer).restore(2)
+    train(model, optimizer, 1)
+    assert optimizer.receipt is not None
+    assert (optimizer.receipt.decision, optimizer.receipt.reason) == ("dropped", "epoch-changed")
+    assert_same(model, kept)
+    train(model, optimizer, 1)
+    assert optimizer.receipt.decision == "applied"
+    assert optimizer.pulled is not None
+    assert (optimizer.pulled.epoch, optimizer.pulled.step) == (2, 3)
+
+
+def test_a_saved_worker_joins_its_run_again(make: Callable[..., RemoteOptimizer]) -> None:
+    model = network()
+    optimizer = make(model, worker="saved")
+    train(model, optimizer, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.close()
+    again = network(1)
+    resumed = make(again, worker="other")
+    resumed.load_state_dict(state)
+    assert resumed.worker == "saved"
+    assert_same(again, model)
+    train(again, resumed, 1)
+    assert resumed.receipt is not None
+    assert resumed.receipt.step == 4
+    stranger = make(network(), run=f"other-{uuid.uuid4().hex[:6]}")
+    with pytest.raises(ManifestMismatch):
+        stranger.load_state_dict(state)
+
+
+def test_a_runs_parameters_are_fixed(make: Callable[..., RemoteOptimizer]) -> None:
+    optimizer = make(network())
+    with pytest.raises(FreestepError, match="fixed"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def test_closing_ends_the_lease(make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]) -> None:
+    optimizer = make(network(), worker="leaving")
+    run = remote(optimizer)
+    assert [worker.worker for worker in run.workers()] == ["leaving"]
+    with optimizer:
+        pass
+    assert run.workers() == []
