@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from http.client import HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -208,6 +209,13 @@ def raw_push(api: Api, lease: dict[str, Any], length: int, sent: bytes, key: str
     return connection
 
 
+def answered(connection: socket.socket) -> bytes:
+    """The body of the answer that comes over a connection."""
+    response = HTTPResponse(connection)
+    response.begin()
+    return response.read()
+
+
 def test_a_body_that_stalls_is_given_up(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api]
 ) -> None:
@@ -289,11 +297,12 @@ def test_a_push_whose_lease_runs_out_on_the_way_is_discarded(api: Api, service: 
         while api.status()["workers"]:
             pass
         connection.sendall(body[-1:])
-        assert b"lease-expired" in connection.recv(4096)
+        assert b"lease-expired" in answered(connection)
     after = api.state(service)
     assert after["points"] == before
     assert after["status"]["pushes"] == {"applied": 0, "accumulated": 0, "dropped": 0}
-    assert set(after["redis"]) == {f"freestep:{{{api.run}}}:run"}
+    left = {key.rpartition(":")[2] for key in after["redis"]}
+    assert not left & {"pending", "receipts", "group", "log"}
 
 
 def test_a_push_that_a_restore_overtakes_is_discarded(api: Api, service: ThreadService) -> None:
@@ -306,7 +315,7 @@ def test_a_push_that_a_restore_overtakes_is_discarded(api: Api, service: ThreadS
         assert api.http.post(api.path("/checkpoints/0/restore")).json()["epoch"] == 2
         before = api.state(service)
         connection.sendall(body[-1:])
-        assert b"lease-expired" in connection.recv(4096)
+        assert b"lease-expired" in answered(connection)
     assert api.state(service) == before
     assert slug(api.push(lease, 0, "raw")) == "epoch-changed"
 
@@ -320,5 +329,5 @@ def test_a_run_may_be_deleted_while_a_push_is_on_its_way(api: Api, service: Thre
             pass
         assert api.http.delete(api.path()).status_code == 204
         connection.sendall(body[-1:])
-        assert b"run-not-found" in connection.recv(4096)
+        assert b"run-not-found" in answered(connection)
     assert service.redis_dump(prefix) == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from http.client import HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,13 @@ from freestep.wire import MEDIA_TYPE
 from harness import TENSORS, Api, ThreadService, slug
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def answered(connection: socket.socket) -> bytes:
+    """The body of the answer that comes over a connection."""
+    response = HTTPResponse(connection)
+    response.begin()
+    return response.read()
 
 
 def trained(api: Api, steps: int = 3) -> dict[str, Any]:
@@ -266,7 +274,7 @@ def test_a_run_may_be_deleted_while_its_weights_are_on_their_way(api: Api, servi
         assert connection.recv(4096).startswith(b"HTTP/1.1 100")
         assert api.http.delete(api.path()).status_code == 204
         connection.sendall(body)
-        assert b"run-not-found" in connection.recv(4096)
+        assert b"run-not-found" in answered(connection)
     assert service.redis_dump(f"freestep:{{{api.run}}}:") == {}
     with service.redis() as client:
         assert not client.sismember("freestep:runs", api.run)

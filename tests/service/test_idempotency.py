@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
+from http.client import HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,14 +20,21 @@ from harness import TENSORS, Api, ThreadService, slug
 BODY = safetensors.torch.save(TENSORS)
 
 
-def sent(api: Api, lease: dict[str, Any], key: str, body: bytes) -> socket.socket:
+def sent(api: Api, lease: dict[str, Any], key: str, body: bytes, **more: str) -> socket.socket:
     """The connection over which the first bytes of a push were sent."""
-    lines = {**api.headers(lease, 0, key), "Host": "test", "Content-Length": str(len(BODY))}
+    lines = {**api.headers(lease, 0, key, **more), "Host": "test", "Content-Length": str(len(BODY))}
     head = f"POST {api.path('/gradients')} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n"
     address = urlsplit(api.url)
     connection = socket.create_connection((address.hostname, address.port))
     connection.sendall(head.encode() + body)
     return connection
+
+
+def answered(connection: socket.socket) -> bytes:
+    """The body of the answer that comes over a connection."""
+    response = HTTPResponse(connection)
+    response.begin()
+    return response.read()
 
 
 def in_threads(calls: list[Callable[[], None]]) -> None:
@@ -178,7 +187,8 @@ def test_many_senders_of_many_keys_apply_each_once(
             receipts.append((key, caller.push(lease, 0, key, tensors={**TENSORS, "b": torch.tensor(-1.0)}).json()))
 
     # Pairs of threads go through the keys side by side, and the pairs one after the other.
-    in_threads([lambda caller=connect(service.url, api.run), n=n: send(caller, n // 2 * 10) for n in range(8)])
+    callers = [connect(service.url, api.run) for _ in range(8)]
+    in_threads([partial(send, caller, number // 2 * 10) for number, caller in enumerate(callers)])
     assert api.status()["step"] == len(keys)
     assert api.pull("y")[0]["b"] == TENSORS["b"] + len(keys)
     for key in keys:
@@ -188,12 +198,14 @@ def test_many_senders_of_many_keys_apply_each_once(
 
 
 def test_a_receipt_is_kept_for_who_left_before_the_answer(api: Api) -> None:
-    api.create()
+    api.create(aggregation={"policy": "buffered", "batch": 2})
     lease = api.lease()
-    sent(api, lease, "once", BODY).close()
-    while api.status()["step"] == 0:
-        pass
-    assert api.push(lease, 0, "once").json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": True}
+    with sent(api, lease, "once", BODY, Prefer="wait=60"):
+        while api.status()["pushes"]["accumulated"] == 0:
+            pass
+    receipt = {"decision": "accumulated", "step": 0, "staleness": 0, "replayed": True}
+    assert [api.push(lease, 0, "once").json() for _ in range(2)] == [receipt] * 2
+    assert api.push(lease, 0, "other").json()["step"] == 1
 
 
 @pytest.mark.parametrize("end", ["finished", "cut"])
@@ -219,7 +231,7 @@ def test_a_retry_waits_for_the_upload_before_it(
         assert (other.status_code, slug(other)) == (409, "idempotency-conflict")
         if end == "finished":
             first.sendall(BODY[-1:])
-            assert b'"replayed":false' in first.recv(4096)
+            assert b'"replayed":false' in answered(first)
     thread.join()
     assert retries == [{"decision": "applied", "step": 1, "staleness": 0, "replayed": end == "finished"}]
     assert api.status()["step"] == 1

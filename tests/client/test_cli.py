@@ -1,0 +1,142 @@
+"""The `freestep` command as a person and as a program use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from freestep import Client, Run
+from harness import TENSORS, ThreadService
+
+SPEC = {
+    "optimizer": {"algorithm": "sgd_schedule_free", "lr": 0.5},
+    "parameters": [{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()],
+}
+
+
+@pytest.fixture
+def run(service: ThreadService) -> Iterator[Run]:
+    """A run after one push of `worker-1`, whose lease is held."""
+    with Client(service.url) as client:
+        made = client.run(f"cli-{uuid.uuid4().hex[:8]}")
+        made.create(SPEC)
+        made.initialize(TENSORS)
+        with made.lease("worker-1") as lease:
+            made.push(TENSORS, lease.claim(0, loss=0.5))
+            yield made
+
+
+def freestep(service: ThreadService | str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    url = service if isinstance(service, str) else service.url
+    environment = {**os.environ, "FREESTEP_URL": url, "COLUMNS": "120"}
+    command = [sys.executable, "-m", "freestep.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, input=stdin, timeout=60)
+
+
+def test_runs_are_listed(service: ThreadService, run: Run) -> None:
+    table = freestep(service, "runs", "list")
+    assert table.returncode == 0
+    (row,) = [line.split() for line in table.stdout.splitlines() if run.name in line]
+    assert row == [run.name, "sgd_schedule_free", "ringmaster", "1", "1", "1", "7"]
+    documents = json.loads(freestep(service, "runs", "list", "--json").stdout)
+    assert run.name in [document["run"] for document in documents]
+
+
+def test_a_run_is_shown(service: ThreadService, run: Run) -> None:
+    shown = freestep(service, "runs", "show", run.name)
+    assert shown.returncode == 0
+    for fact in ("sgd_schedule_free", "lr=0.5", "ringmaster", "worker-1", "1 applied", "7 in 3 tensors"):
+        assert fact in shown.stdout
+    document = json.loads(freestep(service, "runs", "show", run.name, "--json").stdout)
+    assert (document["step"], document["loss"]) == (1, 0.5)
+
+
+def test_workers_are_listed(service: ThreadService, run: Run) -> None:
+    assert "worker-1" in freestep(service, "workers", run.name).stdout
+    (document,) = json.loads(freestep(service, "workers", run.name, "--json").stdout)
+    assert (document["worker"], document["pushes"]) == ("worker-1", 1)
+
+
+@pytest.mark.parametrize("point", ["x", "y", "z"])
+def test_a_point_is_pulled_into_a_file(service: ThreadService, run: Run, tmp_path: Path, point: str) -> None:
+    file = tmp_path / "model.safetensors"
+    done = freestep(service, "pull", run.name, "--point", point, "-o", str(file))
+    assert done.returncode == 0
+    assert str(file) in done.stdout
+    pulled, _ = run.pull(point)  # type: ignore[arg-type]
+    loaded = safetensors.torch.load_file(file)
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], pulled[name]) for name in TENSORS)
+    with safetensors.safe_open(file, framework="pt") as opened:
+        assert opened.metadata()["freestep.step"] == "1"
+        assert opened.metadata()["freestep.point"] == point
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_point_is_pulled_in_a_narrow_dtype_and_said_in_json(service: ThreadService, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    done = freestep(service, "pull", run.name, "-o", str(file), "--dtype", "BF16", "--json")
+    assert json.loads(done.stdout) == {"run": run.name, "point": "x", "epoch": 1, "step": 1, "output": str(file)}
+    assert safetensors.torch.load_file(file)["w"].dtype == torch.bfloat16
+
+
+def test_checkpoints_are_written_listed_and_gone_back_to(service: ThreadService, run: Run) -> None:
+    assert json.loads(freestep(service, "checkpoint", run.name, "--json").stdout)["step"] == 1
+    listed = json.loads(freestep(service, "checkpoint", run.name, "--list", "--json").stdout)
+    assert [each["step"] for each in listed] == [0, 1]
+    assert freestep(service, "checkpoint", run.name, "--list").stdout.count("\n") == 3
+    assert json.loads(freestep(service, "checkpoint", run.name, "--restore", "0", "--json").stdout)["epoch"] == 2
+    assert run.status().step == 0
+
+
+def test_a_run_is_deleted_when_that_is_meant(service: ThreadService, run: Run) -> None:
+    assert freestep(service, "runs", "delete", run.name, stdin="n\n").returncode != 0
+    assert run.status().step == 1
+    assert freestep(service, "runs", "delete", run.name, "--yes").returncode == 0
+    assert freestep(service, "runs", "show", run.name).returncode == 1
+
+
+def test_refused_is_1(service: ThreadService) -> None:
+    done = freestep(service, "runs", "show", "nobody")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "freestep: there is no run 'nobody'\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("runs", "show"), ("pull", "run"), ("pull", "run", "-o", "f", "--point", "w"), ("nonsense",), ("runs", "--bad")],
+)
+def test_used_wrongly_is_2(service: ThreadService, arguments: tuple[str, ...]) -> None:
+    done = freestep(service, *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_2(service: ThreadService, run: Run, tmp_path: Path) -> None:
+    done = freestep(service, "pull", run.name, "-o", str(tmp_path / "none" / "file"))
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+
+
+def test_a_service_that_is_away_is_3() -> None:
+    done = freestep("http://127.0.0.1:9", "runs", "list")
+    assert done.returncode == 3
+    assert "did not answer" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_tells_of_every_command(service: ThreadService) -> None:
+    help_ = freestep(service, "--help").stdout
+    for command in ("serve", "runs", "workers", "pull", "checkpoint", "demo"):
+        assert command in help_
+    assert "--redis-url" in freestep(service, "serve", "--help").stdout
