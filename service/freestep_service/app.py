@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from freestep_service import problems
 from freestep_service.embedded import embedded_store
+from freestep_service.limits import JsonLimit
 from freestep_service.metrics import Metrics
 from freestep_service.registry import Registry
 from freestep_service.routes import checkpoints, gradients, health, leases, parameters, runs
@@ -51,6 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         responses=problems.DOCUMENTED,
     )
+    app.add_middleware(JsonLimit)
     problems.install(app, lambda slug: metrics.problems.labels(slug).inc())
     for module in (runs, parameters, leases, gradients, checkpoints, health):
         app.include_router(module.router)

@@ -62,6 +62,9 @@ _PROBLEM = {
 DOCUMENTED: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEM, "5XX": _PROBLEM, 422: _PROBLEM}
 """What the OpenAPI document says of refusals, in place of FastAPI's own 422."""
 
+_FASTAPI_WORDS: dict[int, type[ProblemError]] = {400: errors.MalformedRequest, 413: errors.BodyTooLarge}
+"""What is said of a JSON body that FastAPI cannot parse, or that limits.py lets no further."""
+
 _RETRY_AFTER_S = {errors.Overloaded: 1, errors.CoordinatorUnavailable: 1}
 
 
@@ -90,9 +93,8 @@ def install(app: FastAPI, observe: Callable[[str], None]) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        if error.status_code == HTTPStatus.BAD_REQUEST:
-            # FastAPI's own word for a body that it could not parse as JSON.
-            return await on_problem(request, MalformedRequest(error.detail))
+        if problem := _FASTAPI_WORDS.get(error.status_code):
+            return await on_problem(request, problem(error.detail))
         title = HTTPStatus(error.status_code).phrase
         document = {
             "type": "about:blank",

@@ -104,6 +104,12 @@ def test_a_spec_is_the_same_in_another_order(api: Api) -> None:
     assert slug(api.http.put(api.path(), json=api.spec(groups=again))) == "run-exists"
 
 
+def test_a_spec_over_the_limit_is_refused(api: Api) -> None:
+    content = b'{"optimizer": "' + bytes(17 * 1024**2) + b'"}'
+    answer = api.http.put(api.path(), content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, slug(answer)) == (413, "body-too-large")
+
+
 @pytest.mark.parametrize("name", ["-dash", "sp ace", "x" * 129, "a{b}", ".hidden"])
 def test_a_run_has_a_plain_name(api: Api, name: str) -> None:
     answer = api.http.put(f"/v1/runs/{name}", json=api.spec())

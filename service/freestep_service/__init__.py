@@ -1,0 +1,1 @@
+"""freestep: Schedule-Free optimization as a service; the server."""
