@@ -15,7 +15,11 @@ from torch import Tensor
 
 @dataclass
 class ScheduleFree:
-    """One param group's points from its initial weights; `adaptive` divides by the root of v, as AdamW does."""
+    """One param group's points from its initial weights.
+
+    `adaptive` divides by the root of v, as AdamW does; `rectified` does so as RAdam (arXiv 1908.03265) once the
+    variance of that root is finite, and until then follows the gradient, or nothing where `silent_sgd_phase`.
+    """
 
     x: Tensor
     lr: float
@@ -27,6 +31,8 @@ class ScheduleFree:
     r: float = 0.0
     weight_lr_power: float = 2.0
     adaptive: bool = False
+    rectified: bool = False
+    silent_sgd_phase: bool = True
     k: int = 0
     weight_sum: float = 0.0
     lr_max: float = 0.0
@@ -47,8 +53,12 @@ class ScheduleFree:
         y, g = self.y, gradient.double()
         lr = self.lr * min(1.0, (self.k + 1) / self.warmup_steps) if self.warmup_steps else self.lr
         d = g
-        if self.adaptive:
-            self.v = self.beta2 * self.v + (1 - self.beta2) * g * g
+        self.v = self.beta2 * self.v + (1 - self.beta2) * g * g
+        rectification = self.rectification() if self.rectified else 1.0
+        if rectification is None:
+            lr = 0.0 if self.silent_sgd_phase else lr
+        elif self.adaptive or self.rectified:
+            lr *= rectification
             d = g / ((self.v / (1 - self.beta2 ** (self.k + 1))).sqrt() + self.eps)
         d = d + self.weight_decay * y
         self.lr_max = max(self.lr_max, lr)
@@ -58,3 +68,11 @@ class ScheduleFree:
         self.z = self.z - damping * lr * d
         self.x = (1 - c) * self.x + c * self.z
         self.k += 1
+
+    def rectification(self) -> float | None:
+        """RAdam's r_t of this step; None while the variance is not finite."""
+        t, limit = self.k + 1, 2 / (1 - self.beta2) - 1
+        rho = limit - 2 * t * self.beta2**t / (1 - self.beta2**t)
+        if rho <= 4:
+            return None
+        return float(((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5)

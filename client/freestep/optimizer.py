@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from freestep.client import Client, Pulled, worker_name
@@ -20,7 +19,6 @@ from freestep.errors import (
     EpochChanged,
     EvalMode,
     FreestepError,
-    InvalidSpec,
     LeaseExpired,
     ManifestMismatch,
     RunExists,
@@ -28,8 +26,9 @@ from freestep.errors import (
     StepNotReached,
 )
 from freestep.flat import Flat
+from freestep.groups import complete, named, run_spec, trainable
 from freestep.lease import HeldLease
-from freestep.models import ALGORITHMS, DEFAULT_GROUP, AggregationSpec, Point, Receipt, RunSpec
+from freestep.models import AggregationSpec, Point, Receipt, RunSpec
 from freestep.wire import Manifest
 
 __all__ = ["RemoteOptimizer"]
@@ -37,7 +36,6 @@ __all__ = ["RemoteOptimizer"]
 logger = logging.getLogger("freestep")
 
 Dtype = Literal["F32", "BF16", "F16"]
-Model = TypeVar("Model", bound=BaseModel)
 
 _WAIT_S = 30.0
 """How long one request waits for a group's update before it is asked again."""
@@ -82,17 +80,23 @@ class RemoteOptimizer(torch.optim.Optimizer):
         pull_dtype: Dtype | None = None,
         **hyperparameters: Any,
     ) -> None:
-        given = _hyperparameters(algorithm, hyperparameters)
+        given = complete(algorithm, hyperparameters)
         self._sealed = False
-        super().__init__(_trainable(params), given)
+        super().__init__(trainable(params), given)
         self._sealed = True
         self.worker = worker or os.environ.get("FREESTEP_WORKER") or worker_name()
         self.receipt: Receipt | None = None
         """What became of the last push."""
         self.pulled: Pulled | None = None
         """Which epoch and step of y the model holds; None while it holds x."""
-        self._tensors = {name: tensor for name, tensor, _ in _named(self.param_groups)}
-        wanted = self._spec(algorithm, given, aggregation, shards, lease_ttl_ms, durability)
+        self._tensors = {name: tensor for name, tensor, _ in named(self.param_groups)}
+        options = {
+            "aggregation": {"policy": aggregation} if isinstance(aggregation, str) else aggregation,
+            "shards": shards,
+            "lease_ttl_ms": lease_ttl_ms,
+            "durability": durability,
+        }
+        wanted = run_spec(self.param_groups, algorithm, given, options)
         manifest = Manifest(wanted.parameters)
         self._gradient = Flat(manifest, push_dtype or "F32")
         self._arriving = Flat(manifest, pull_dtype or "F32")
@@ -110,46 +114,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise
 
     # Joining
-
-    def _spec(
-        self,
-        algorithm: str,
-        given: dict[str, Any],
-        aggregation: str | Mapping[str, Any] | AggregationSpec | None,
-        shards: int | None,
-        lease_ttl_ms: int | None,
-        durability: str | None,
-    ) -> RunSpec:
-        single = len(self.param_groups) == 1
-        names = [
-            group.get("name") or (DEFAULT_GROUP if single else f"group{number}")
-            for number, group in enumerate(self.param_groups)
-        ]
-        groups = {
-            name: {key: group[key] for key in given if key != "max_grad_norm" and group[key] != given[key]}
-            for name, group in zip(names, self.param_groups, strict=True)
-        }
-        parameters = [
-            {"name": name, "shape": list(tensor.shape), "group": names[number]}
-            for name, tensor, number in _named(self.param_groups)
-        ]
-        if isinstance(aggregation, str):
-            aggregation = {"policy": aggregation}
-        options = {
-            "aggregation": aggregation,
-            "shards": shards,
-            "lease_ttl_ms": lease_ttl_ms,
-            "durability": durability,
-        }
-        return _validated(
-            RunSpec,
-            {
-                "optimizer": {"algorithm": algorithm, **given},
-                "parameters": parameters,
-                "groups": {} if groups == {DEFAULT_GROUP: {}} else groups,
-                **{name: value for name, value in options.items() if value is not None},
-            },
-        )
 
     def _create(self, wanted: RunSpec) -> RunSpec:
         try:
@@ -326,42 +290,3 @@ def _close(held: list[HeldLease], client: Client | None) -> None:
         held.pop().release()
     if client is not None:
         client.close()
-
-
-def _hyperparameters(algorithm: str, given: dict[str, Any]) -> dict[str, Any]:
-    """All hyperparameters of an algorithm, the given ones in place of the defaults."""
-    if algorithm not in ALGORITHMS:
-        raise InvalidSpec(f"there is no algorithm {algorithm!r}", field="optimizer.algorithm")
-    return _validated(ALGORITHMS[algorithm], given).model_dump(exclude={"algorithm"})
-
-
-def _validated(model: type[Model], value: Any) -> Model:
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InvalidSpec(f"{field}: {first['msg']}", field=field) from None
-
-
-def _trainable(params: nn.Module | Iterable[Any]) -> list[Any]:
-    """The parameters or groups without those that are frozen."""
-    if isinstance(params, nn.Module):
-        params = params.named_parameters()
-    items = list(params)
-    if items and isinstance(items[0], dict):
-        return [{**group, "params": _unfrozen(group["params"])} for group in items]
-    return _unfrozen(items)
-
-
-def _unfrozen(params: Any) -> list[Any]:
-    items = [params] if isinstance(params, Tensor) else list(params)
-    return [item for item in items if (item[1] if isinstance(item, tuple) else item).requires_grad]
-
-
-def _named(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor, int]]:
-    """The tensors of param groups, by name and group; nameless ones are numbered within their group."""
-    for number, group in enumerate(groups):
-        names = group.get("param_names") or [f"group{number}.{index}" for index in range(len(group["params"]))]
-        for name, tensor in zip(names, group["params"], strict=True):
-            yield name, tensor, number

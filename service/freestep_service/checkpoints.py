@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from freestep.errors import CheckpointNotFound
 from freestep.models import Checkpoint
-from freestep_service.coordinator import Record
+from freestep_service.records import Record
 from freestep_service.shard import Cut
 
 __all__ = ["Checkpoints", "RunFile"]

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from freestep.errors import BodyTooLarge, LengthRequired, MalformedRequest, UnsupportedMediaType
 from freestep.models import Receipt
 from freestep.wire import MEDIA_TYPE
-from freestep_service.coordinator import Claim
+from freestep_service.records import Claim
 
 __all__ = ["Preferences", "body_length", "claim", "loss", "preferences", "receipt_headers"]
 

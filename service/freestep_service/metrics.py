@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from freestep_service.coordinator import Record
+from freestep_service.records import Record
 
 __all__ = ["Metrics", "RunMetrics"]
 
@@ -83,6 +83,7 @@ class RunMetrics:
         self.staleness: float | None = None
         self._metrics = metrics
         self._run = run
+        self._forgotten = False
 
     def at(self, epoch: int, step: int) -> None:
         self._metrics.epoch.labels(self._run).set(epoch)
@@ -106,10 +107,13 @@ class RunMetrics:
         self._metrics.sent.labels(self._run).inc(size)
 
     def live(self, workers: int) -> None:
+        if self._forgotten:
+            return
         self._metrics.workers.labels(self._run).set(workers)
 
     def forget(self) -> None:
         """Ends the run's series, so that a deleted run is no longer exposed."""
+        self._forgotten = True
         self._metrics.forget(self._run)
 
     def checkpointed(self, step: int, seconds: float) -> None:

@@ -24,8 +24,9 @@ from freestep.errors import (
 from freestep.models import RunSpec
 from freestep.wire import Manifest, Receiver
 from freestep_service.aggregation import Policy, damping
-from freestep_service.coordinator import Admission, Behind, Claim, Coordinator, Lost, Pending, Record
+from freestep_service.coordinator import Coordinator
 from freestep_service.ingest import Body, widen_and_measure
+from freestep_service.records import Admission, Behind, Claim, Lost, Pending, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry
 from freestep_service.vectors import Vector, VectorPool

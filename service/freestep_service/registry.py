@@ -119,7 +119,7 @@ class Registry:
                 await asyncio.wait_for(self._closing.wait(), _HOUSEKEEPING_S)
             for run in self.all():
                 try:
-                    await run.expire_leases()
+                    await run.leases.expire()
                 except Exception:
                     logger.exception("the leases of run %s could not be looked after", run.name)
                 if run.is_checkpoint_due():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import torch
@@ -20,16 +20,18 @@ from freestep.errors import (
     RunNotInitialized,
     StepNotReached,
 )
-from freestep.models import Checkpoint, Lease, Point, Receipt, RunSpec, RunStatus
+from freestep.models import Checkpoint, Point, Receipt, RunSpec, RunStatus
 from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
 from freestep_service.checkpoints import Checkpoints, RunFile
-from freestep_service.coordinator import Behind, Claim, Coordinator, Ended, Lost, Record, RunState
+from freestep_service.coordinator import Coordinator
 from freestep_service.ingest import Body
+from freestep_service.leases import Leases
 from freestep_service.metrics import RunMetrics
 from freestep_service.pushes import Pushes, Receipts, stage, staging_vectors
+from freestep_service.records import Behind, Claim, Record, RunState
 from freestep_service.settings import Settings
-from freestep_service.shard import Cut, Entry, Shard
+from freestep_service.shard import Cut, Shard
 from freestep_service.snapshots import Snapshot, Snapshots
 from freestep_service.store import Store
 from freestep_service.vectors import VectorPool
@@ -80,11 +82,10 @@ class Run:
             settings,
             self._reopen,
         )
+        self.leases = Leases(self.coordinator, self._writer, self._receipts, metrics, spec.lease_ttl_ms, self._reopen)
         self._opening = asyncio.Lock()
         self._openings = 0
         self._closed = False
-        self._has_leases = True
-        self._missed_closures = False
 
     # Opening
 
@@ -147,14 +148,6 @@ class Run:
             self._receipts.clear()
             self._receipts.update(receipts)
             self._openings += 1
-
-    async def _healed(self, call: Callable[[], Awaitable[T]]) -> T:
-        """A call to the coordinator, made again after Redis had lost the run."""
-        while True:
-            try:
-                return await call()
-            except Behind:
-                await self._reopen()
 
     async def initialize(self, body: Body) -> None:
         """Takes the initial weights. Raises AlreadyInitialized for all but the first who brings them."""
@@ -223,50 +216,6 @@ class Run:
         if self._closed:
             raise RunNotFound(f"there is no run {self.name!r}", run=self.name)
 
-    # Leases
-
-    async def lease(self, worker: str, ttl_ms: int | None) -> Lease:
-        """Grants a lease; the worker's older one is fenced off."""
-        lease, evicted = await self._healed(lambda: self.coordinator.grant(worker, ttl_ms or self.spec.lease_ttl_ms))
-        self._receipts.forget(evicted)
-        self._has_leases = True
-        return lease
-
-    async def release(self, lease: str) -> None:
-        """Ends a lease. Raises LeaseExpired."""
-        try:
-            self._ended(await self.coordinator.release(lease))
-        except CoordinatorUnavailable:
-            self._missed_closures = True
-            raise
-
-    async def expire_leases(self) -> None:
-        """Ends the leases that have run out, and closes the update that waited for them alone."""
-        if not (self._has_leases or self._missed_closures or self._writer.has_gap):
-            return
-        try:
-            if self._missed_closures or self._writer.has_gap:
-                for closure in await self.coordinator.closures(self._writer.taken_seq):
-                    self._ended(closure)
-                self._missed_closures = False
-            # Before the question, since a lease may be granted before the answer.
-            self._has_leases = False
-            live, ended = await self.coordinator.expire()
-            self._has_leases |= live > 0
-            if ended:
-                self._ended(ended)
-            if not self._closed:
-                self._metrics.live(live)
-        except CoordinatorUnavailable:
-            self._missed_closures = True
-
-    def _ended(self, ended: Ended) -> None:
-        self._receipts.forget(ended.evicted)
-        if ended.seq:
-            with suppress(Lost):
-                applied = self._writer.submit(Entry(ended.seq, ended.epoch, advance=True))
-                applied.add_done_callback(lambda _: self._metrics.at(self.epoch, self.step))
-
     # Pushes and pulls
 
     async def push(self, claim: Claim, body: Body, loss: float | None, wait: float) -> Receipt:
@@ -313,7 +262,7 @@ class Run:
 
     async def status(self) -> RunStatus:
         fields = await self.coordinator.read()
-        workers = await self.coordinator.workers()
+        workers = await self.leases.workers()
         return RunStatus(
             run=self.name,
             epoch=self.epoch,

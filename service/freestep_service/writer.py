@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from freestep.errors import RunNotFound
-from freestep_service.coordinator import Lost
+from freestep_service.records import Lost
 from freestep_service.shard import Entry, Shard
 
 __all__ = ["Writer"]

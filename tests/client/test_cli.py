@@ -18,6 +18,8 @@ import torch
 from freestep import Client, Run
 from harness import TENSORS, ThreadService
 
+pytestmark = pytest.mark.slow
+
 SPEC = {
     "optimizer": {"algorithm": "sgd_schedule_free", "lr": 0.5},
     "parameters": [{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()],

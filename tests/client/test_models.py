@@ -40,12 +40,21 @@ INVALID = [
     ("optimizer.betas.1", optimizer("adamw_schedule_free", betas=[0.9, 1.0])),
     ("optimizer.betas.1", optimizer("adamw_schedule_free", betas=[0.9])),
     ("optimizer.betas.1", optimizer("radam_schedule_free", betas=[0.9, 0.0])),
+    ("optimizer.lr", optimizer("sgd", lr=1.1e12)),
     ("optimizer.eps", optimizer("adamw", eps=0)),
+    ("optimizer.eps", optimizer("adamw_schedule_free", eps=1e-31)),
+    ("optimizer.betas.0", optimizer("adamw", betas=[float("nan"), 0.9])),
+    ("optimizer.dampening", optimizer("sgd", dampening=-0.1)),
+    ("optimizer.nesterov", optimizer("sgd", momentum=0.9, dampening=0.1, nesterov=True)),
+    ("optimizer.nesterov", optimizer("sgd", momentum=0.9, nesterov=1)),
     ("optimizer.weight_decay", optimizer("sgd_schedule_free", weight_decay=-1)),
     ("optimizer.warmup_steps", optimizer("sgd_schedule_free", warmup_steps=1.5)),
     ("optimizer.warmup_steps", optimizer("radam_schedule_free", warmup_steps=5)),
+    ("optimizer.warmup_steps", optimizer("sgd_schedule_free", warmup_steps=2**53)),
     ("optimizer.r", optimizer("sgd_schedule_free", r=-1)),
+    ("optimizer.r", optimizer("adamw_schedule_free", r=10.5)),
     ("optimizer.weight_lr_power", optimizer("sgd_schedule_free", weight_lr_power=-1)),
+    ("optimizer.weight_lr_power", optimizer("radam_schedule_free", weight_lr_power=11)),
     ("optimizer.momentum", optimizer("sgd_schedule_free", momentum=0)),
     ("optimizer.momentum", optimizer("sgd_schedule_free", momentum=1)),
     ("optimizer.momentum", optimizer("sgd", momentum=1)),
@@ -54,10 +63,12 @@ INVALID = [
     ("optimizer.schedule.name", optimizer("sgd", schedule={"name": "cosine"})),
     ("optimizer.schedule.warmup_steps", optimizer("adamw", schedule={"warmup_steps": -1})),
     ("optimizer.max_grad_norm", optimizer("adamw_schedule_free", max_grad_norm=0)),
+    ("optimizer.max_grad_norm", optimizer("adamw_schedule_free", max_grad_norm=float("inf"))),
     ("aggregation.policy", spec(aggregation={"policy": "median"})),
     ("aggregation.batch", spec(aggregation={"policy": "quorum"})),
     ("aggregation.batch", spec(aggregation={"policy": "async", "batch": 0})),
     ("aggregation.max_staleness", spec(aggregation={"policy": "async", "max_staleness": -1})),
+    ("aggregation.max_staleness", spec(aggregation={"policy": "async", "max_staleness": 2**53})),
     ("aggregation.staleness_damping", spec(aggregation={"policy": "async", "staleness_damping": "log"})),
     ("parameters", spec(parameters=[])),
     ("parameters.1.name", spec(parameters=[{"name": "w", "shape": [1]}, {"name": "w", "shape": [2]}])),
@@ -105,6 +116,28 @@ def test_defaults_are_the_packages(algorithm: str) -> None:
     package = inspect.signature(PACKAGES[algorithm]).parameters
     ours = ALGORITHMS[algorithm]().model_dump(exclude={"algorithm", "max_grad_norm", "schedule"})
     assert ours == {name: package[name].default for name in ours}
+
+
+@pytest.mark.parametrize(
+    ("document", "place"),
+    [
+        (spec(groups={"layer.0": {"betas": [0.9, 2]}}), ("groups", "layer.0", "betas", 1)),
+        (spec(parameters=[{"name": "w", "shape": [1], "group": "layer.0"}]), ("parameters", 0, "group")),
+    ],
+)
+def test_a_field_is_named_by_its_parts(document: dict[str, Any], place: tuple[str | int, ...]) -> None:
+    """A dot in a group's name is no separator."""
+    with pytest.raises(ValidationError) as caught:
+        RunSpec.model_validate(document)
+    assert [error["loc"] for error in caught.value.errors()] == [place]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_bounds_belong_to_the_range(algorithm: str) -> None:
+    bounds = {"lr": 1e12, "weight_decay": 0, "r": 10, "weight_lr_power": 10, "eps": 1e-30, "warmup_steps": 2**53 - 1}
+    allowed = {name: value for name, value in bounds.items() if name in ALGORITHMS[algorithm].model_fields}
+    made = RunSpec.model_validate(optimizer(algorithm, **allowed)).optimizer.model_dump()
+    assert {name: made[name] for name in allowed} == allowed
 
 
 def test_a_group_has_the_runs_hyperparameters_and_its_own() -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from freestep import Flat
-from freestep.errors import ManifestMismatch
+from freestep.errors import MalformedTensors, ManifestMismatch
 from freestep.models import ParameterSpec
 from freestep.wire import ITEMSIZE, Manifest, Receiver, encode_header
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SHAPES = {"first": (3, 4), "scalar": (), "empty": (0, 2), "last": (5,), "naïve.名": (2, 1, 2)}
 MANIFEST = Manifest(ParameterSpec(name=name, shape=shape) for name, shape in SHAPES.items())
+STEADY = settings(derandomize=True, deadline=None)
 
 
 def tensors(dtype: str = "F32") -> dict[str, Tensor]:
@@ -57,6 +60,7 @@ def test_what_the_library_writes_is_received(dtype: str) -> None:
     assert torch.equal(flat.vector, joined(made))
 
 
+@STEADY
 @given(cuts=st.lists(st.integers(1, 300)), mixed=st.booleans())
 def test_a_body_may_come_in_any_pieces(cuts: list[int], mixed: bool) -> None:
     made = tensors()
@@ -81,6 +85,32 @@ def test_a_body_may_come_in_any_pieces(cuts: list[int], mixed: bool) -> None:
         assert torch.equal(narrow.view(slot.shape), made[slot.name].to(narrow.dtype))
 
 
+@STEADY
+@given(order=st.permutations(list(SHAPES)))
+def test_tensors_may_come_in_any_order(order: list[str]) -> None:
+    made = tensors()
+    header, data = {}, b""
+    for name in order:
+        values = made[name].numpy().tobytes()
+        offsets = [len(data), len(data) + len(values)]
+        header[name] = {"dtype": "F32", "shape": SHAPES[name], "data_offsets": offsets}
+        data += values
+    text = json.dumps(header, ensure_ascii=False).encode()
+    flat = Flat(MANIFEST)
+    receiver = flat.receiver(8 + len(text) + len(data))
+    receiver.feed(len(text).to_bytes(8, "little") + text + data)
+    assert receiver.complete
+    assert torch.equal(flat.vector, joined(made))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_a_vector_of_halves_takes_nothing_wider(dtype: str) -> None:
+    body = safetensors.torch.save(tensors())
+    with pytest.raises(MalformedTensors, match="wider"):
+        Flat(MANIFEST, dtype).receiver(len(body)).feed(body)
+
+
+@STEADY
 @given(sizes=st.lists(st.integers(1, 64), min_size=1))
 def test_a_socket_may_fill_the_buffers_itself(sizes: list[int]) -> None:
     body = safetensors.torch.save(tensors())

@@ -13,7 +13,7 @@ import torch
 from freestep.errors import CheckpointNotFound
 from freestep.models import ALGORITHMS, RunSpec
 from freestep_service.checkpoints import Checkpoints, RunFile
-from freestep_service.coordinator import Record
+from freestep_service.records import Record
 from freestep_service.shard import Entry, Shard
 from harness import Api, ThreadService
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +13,7 @@ import schedulefree
 import torch
 from torch import Tensor, nn
 
-from freestep.models import RunSpec
+from freestep.models import ALGORITHMS, RunSpec
 from freestep.wire import Manifest
 from freestep_service.optimizers import METHODS, initial_buffers, interpolate, norm, segments, step
 from freestep_service.optimizers.sweep import CHUNK
@@ -111,6 +113,9 @@ SCHEDULE_FREE = [
         schedulefree.RAdamScheduleFree,
         {"lr": 0.01, "betas": (0.9, 0.5), "silent_sgd_phase": False},
     ),
+    ("radam_schedule_free", schedulefree.RAdamScheduleFree, {"lr": 0.01, "betas": (0.9, 0.5)}),
+    ("adamw_schedule_free", schedulefree.AdamWScheduleFree, {"lr": 0.0, "weight_lr_power": 0.0}),
+    ("sgd_schedule_free", schedulefree.SGDScheduleFree, {"lr": 0.05, "momentum": 0.98, "weight_lr_power": 0.0}),
 ]
 
 
@@ -167,29 +172,44 @@ def test_the_baselines_are_those_of_torch(
 REFERENCE = [
     ({"algorithm": "sgd_schedule_free", "lr": 0.05, "momentum": 0.8, "weight_decay": 0.01, "warmup_steps": 30}, 0.8),
     ({"algorithm": "adamw_schedule_free", "lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, "r": 1.0}, 0.9),
+    ({"algorithm": "radam_schedule_free", "lr": 0.01, "betas": (0.8, 0.99), "weight_decay": 0.1}, 0.8),
+    ({"algorithm": "radam_schedule_free", "lr": 0.01, "betas": (0.9, 0.9), "silent_sgd_phase": False}, 0.9),
 ]
 
 
 @pytest.mark.parametrize("damped", [False, True])
 @pytest.mark.parametrize(("optimizer", "beta"), REFERENCE)
 def test_the_sweep_is_the_paper(optimizer: dict[str, Any], beta: float, damped: bool) -> None:
-    names = ("lr", "weight_decay", "warmup_steps", "r")
+    names = ("lr", "weight_decay", "warmup_steps", "r", "silent_sgd_phase")
     options = {name: optimizer[name] for name in names if name in optimizer}
-    adaptive = optimizer["algorithm"] == "adamw_schedule_free"
+    options["adaptive"] = optimizer["algorithm"] == "adamw_schedule_free"
+    options["rectified"] = optimizer["algorithm"] == "radam_schedule_free"
+    options["beta2"] = optimizer.get("betas", (0, 0.999))[1]
     weights = initial_weights()
-    reference = {
-        name: ScheduleFree(weight, beta=beta, beta2=optimizer.get("betas", (0, 0.999))[1], adaptive=adaptive, **options)
-        for name, weight in weights.items()
-    }
+    reference = {name: ScheduleFree(weight, beta=beta, **options) for name, weight in weights.items()}
     flat = Flat(optimizer, {}, weights)
+    # The same arithmetic in fp64 leaves the algebra alone to differ.
+    exact = Flat(optimizer, {}, {name: weight.double() for name, weight in weights.items()})
     for number, gradients in enumerate(random_gradients(STEPS)):
         damping = 1 / (1 + number % 5) if damped else 1.0
         flat.step(gradients, damping=damping)
+        exact.step({name: gradient.double() for name, gradient in gradients.items()}, damping=damping)
         for name, twin in reference.items():
             twin.step(gradients[name], damping)
     for name, twin in reference.items():
         for point, expected in (("x", twin.x), ("y", twin.y), ("z", twin.z)):
             torch.testing.assert_close(flat.point(point)[name], expected.float(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(exact.point(point)[name], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", METHODS)
+def test_damping_leaves_the_averaging_weights_alone(algorithm: str) -> None:
+    plain, damped = (Flat({"algorithm": algorithm, "lr": 0.1}, {}, initial_weights()) for _ in range(2))
+    for gradients in random_gradients(10):
+        plain.step(gradients)
+        damped.step(gradients, damping=0.25)
+    assert damped.scalars == plain.scalars
+    assert not torch.equal(damped.buffers["y"], plain.buffers["y"])
 
 
 @pytest.mark.parametrize("algorithm", METHODS)
@@ -266,3 +286,35 @@ def test_norm_of_large_finite_values_is_finite() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert norm(vector) == pytest.approx(1e30 * 10**0.5, rel=1e-6)
+
+
+JUST_BELOW_1 = math.nextafter(1, 0)
+EXTREMES = {
+    "lr": (0.0, 5e-324, 1e12),
+    "weight_decay": (0.0, 1e12),
+    "dampening": (0.0, 1e12),
+    "eps": (1e-30, 1e12),
+    "r": (0.0, 10.0),
+    "weight_lr_power": (0.0, 10.0),
+    "momentum": (1e-6, JUST_BELOW_1),
+    "betas": ((1e-6, 1e-6), (1e-6, JUST_BELOW_1), (JUST_BELOW_1, 1e-6), (JUST_BELOW_1, JUST_BELOW_1)),
+    "warmup_steps": (0, 2**53 - 1),
+    "schedule": ({"warmup_steps": 0}, {"warmup_steps": 2**53 - 1}),
+    "nesterov": (False,),
+    "silent_sgd_phase": (False, True),
+}
+
+
+@pytest.mark.parametrize("algorithm", METHODS)
+def test_no_hyperparameter_that_a_spec_allows_makes_a_step_fail(algorithm: str) -> None:
+    """A step that fails halfway leaves the vectors torn; and a weight of 0 with gradient 0 must not become NaN."""
+    names = [name for name in ALGORITHMS[algorithm].model_fields if name in EXTREMES]
+    for values in itertools.product(*(EXTREMES[name] for name in names)):
+        flat = Flat(
+            {"algorithm": algorithm, **dict(zip(names, values, strict=True))}, {}, {"w": torch.tensor([0.0, 1.0])}
+        )
+        for k in (0, 2**53 - 2):
+            flat.scalars["default"] = {**flat.scalars["default"], "k": k}
+            flat.step({"w": torch.tensor([0.0, 1e3])})
+            assert all(map(math.isfinite, flat.scalars["default"].values()))
+            assert flat.point("x")["w"][0] == 0

@@ -22,6 +22,7 @@ def run_key(api: Api) -> str:
     return f"freestep:{{{api.run}}}:run"
 
 
+@pytest.mark.slow
 def test_after_a_kill_a_run_goes_on_from_its_last_checkpoint(
     start_process: Callable[..., ProcessService], connect: Callable[..., Api], redis_url: str
 ) -> None:
@@ -47,6 +48,7 @@ def test_after_a_kill_a_run_goes_on_from_its_last_checkpoint(
     assert api.push(fresh, 1).json()["step"] == 2
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_embedded_store_starts_anew(
     start_process: Callable[..., ProcessService], connect: Callable[..., Api]
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_group_survives_an_orderly_restart(
     torch.testing.assert_close(again.pull("y")[0]["w"], (1 - 0.5 * 3 / 4) * TENSORS["w"])
 
 
+@pytest.mark.slow
 def test_without_durability_a_run_starts_over(
     start_process: Callable[..., ProcessService], connect: Callable[..., Api]
 ) -> None:
@@ -201,6 +204,7 @@ client.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_workers_go_on_by_themselves_after_the_service_was_killed(
     start_process: Callable[..., ProcessService], connect: Callable[..., Api]

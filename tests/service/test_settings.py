@@ -37,6 +37,7 @@ def test_threads_are_half_the_cores_unless_chosen() -> None:
     assert Settings().thread_count() >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from freestep.models import RunSpec
-from freestep_service.coordinator import Lost
+from freestep_service.records import Lost
 from freestep_service.shard import Entry, Shard
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer

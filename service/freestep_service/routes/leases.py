@@ -13,22 +13,22 @@ router = APIRouter(tags=["leases"])
 @router.post("/v1/runs/{run}/leases", status_code=201)
 async def grant_lease(run: AnyRun, wish: LeaseRequest) -> Lease:
     """Grants a lease with a new fencing token; the worker's older lease is fenced off."""
-    return await run.lease(wish.worker, wish.ttl_ms)
+    return await run.leases.grant(wish.worker, wish.ttl_ms)
 
 
 @router.put("/v1/runs/{run}/leases/{lease}")
 async def renew_lease(run: AnyRun, lease: LeaseId) -> Lease:
     """Renews a lease for its time to live."""
-    return await run.coordinator.renew(lease)
+    return await run.leases.renew(lease)
 
 
 @router.delete("/v1/runs/{run}/leases/{lease}", status_code=204)
 async def release_lease(run: AnyRun, lease: LeaseId) -> None:
     """Ends a lease; an update that waited for its worker alone goes on."""
-    await run.release(lease)
+    await run.leases.release(lease)
 
 
 @router.get("/v1/runs/{run}/leases")
 async def list_leases(run: AnyRun) -> LeaseList:
     """The live leases, by worker."""
-    return LeaseList(leases=await run.coordinator.workers())
+    return LeaseList(leases=await run.leases.workers())

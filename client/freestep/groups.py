@@ -1,0 +1,85 @@
+"""A torch optimizer's param groups as a run's spec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from torch import Tensor, nn
+
+from freestep.errors import InvalidSpec
+from freestep.models import ALGORITHMS, DEFAULT_GROUP, RunSpec
+
+__all__ = ["complete", "named", "run_spec", "trainable"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def complete(algorithm: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All hyperparameters of an algorithm, the given ones in place of the defaults."""
+    if algorithm not in ALGORITHMS:
+        raise InvalidSpec(f"there is no algorithm {algorithm!r}", field="optimizer.algorithm")
+    return _validated(ALGORITHMS[algorithm], given).model_dump(exclude={"algorithm"})
+
+
+def _validated(model: type[Model], value: Any) -> Model:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InvalidSpec(f"{field}: {first['msg']}", field=field) from None
+
+
+def trainable(params: nn.Module | Iterable[Any]) -> list[Any]:
+    """The parameters or groups without those that are frozen."""
+    if isinstance(params, nn.Module):
+        params = params.named_parameters()
+    items = list(params)
+    if items and isinstance(items[0], dict):
+        return [{**group, "params": _unfrozen(group["params"])} for group in items]
+    return _unfrozen(items)
+
+
+def _unfrozen(params: Any) -> list[Any]:
+    items = [params] if isinstance(params, Tensor) else list(params)
+    return [item for item in items if (item[1] if isinstance(item, tuple) else item).requires_grad]
+
+
+def named(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor, int]]:
+    """The tensors of param groups, by name and group; nameless ones are numbered within their group."""
+    for number, group in enumerate(groups):
+        names = group.get("param_names") or [f"group{number}.{index}" for index in range(len(group["params"]))]
+        for name, tensor in zip(names, group["params"], strict=True):
+            yield name, tensor, number
+
+
+def run_spec(
+    groups: Iterable[dict[str, Any]], algorithm: str, given: Mapping[str, Any], options: Mapping[str, Any]
+) -> RunSpec:
+    """The spec of a run for param groups; `options` are the spec's other members, None where not chosen.
+
+    A group's hyperparameters that differ from the `given` ones become its own. Raises InvalidSpec.
+    """
+    listed = list(groups)
+    names = [
+        group.get("name") or (DEFAULT_GROUP if len(listed) == 1 else f"group{number}")
+        for number, group in enumerate(listed)
+    ]
+    own = {
+        name: {key: group[key] for key in given if key != "max_grad_norm" and group[key] != given[key]}
+        for name, group in zip(names, listed, strict=True)
+    }
+    return _validated(
+        RunSpec,
+        {
+            "optimizer": {"algorithm": algorithm, **given},
+            "parameters": [
+                {"name": name, "shape": list(tensor.shape), "group": names[number]}
+                for name, tensor, number in named(listed)
+            ],
+            "groups": {} if own == {DEFAULT_GROUP: {}} else own,
+            **{name: value for name, value in options.items() if value is not None},
+        },
+    )
