@@ -205,7 +205,6 @@ client.close()
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_workers_go_on_by_themselves_after_the_service_was_killed(
     start_process: Callable[..., ProcessService], connect: Callable[..., Api]
 ) -> None:
