@@ -86,7 +86,7 @@ class ProblemError(FreestepError):
     retry_after: float | None = None
     """Seconds after which the service wants to be asked again, where it says so."""
 
-    def __init__(self, detail: str | None = None, **extensions: Any) -> None:
+    def __init__(self, detail: str | None = None, /, **extensions: Any) -> None:
         self.detail = detail or self.title
         self.extensions = extensions
         super().__init__(self.detail)
@@ -109,7 +109,7 @@ class ProblemError(FreestepError):
             return None
         standard = {"type", "title", "status", "detail", "instance"}
         extensions = {name: value for name, value in document.items() if name not in standard}
-        return problem(str(document.get("detail", problem.title)), **extensions)
+        return problem(str(document.get("detail") or problem.title), **extensions)
 
 
 class MalformedRequest(ProblemError):
@@ -199,7 +199,7 @@ class MalformedTensors(ProblemError):
 
 class NonFiniteGradient(ProblemError):
     slug = "non-finite-gradient"
-    title = "The gradient holds NaN or infinity"
+    title = "The gradient holds NaN or infinity, or its square would"
 
 
 class Overloaded(ProblemError):

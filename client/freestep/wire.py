@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, NoReturn
 
@@ -57,13 +58,15 @@ class Manifest:
         self.by_name = {slot.name: slot for slot in slots}
         self.numel = offset
 
+    @cached_property
     def header_limit(self) -> int:
         """The longest header accepted, in bytes: four times the plainest one, and room for metadata."""
         return 4 * len(encode_header(self, "F32")) + 65_536
 
+    @property
     def body_limit(self) -> int:
         """The longest body accepted, in bytes."""
-        return _PREFIX + self.header_limit() + ITEMSIZE["F32"] * self.numel
+        return _PREFIX + self.header_limit + ITEMSIZE["F32"] * self.numel
 
 
 def encode_header(manifest: Manifest, dtype: str, metadata: Mapping[str, str] | None = None) -> bytes:
@@ -103,8 +106,8 @@ class Receiver:
     def __init__(self, manifest: Manifest, target: memoryview, length: int, itemsize: int = 4) -> None:
         if length < _PREFIX:
             _refuse("the body is shorter than the 8 bytes of its header length")
-        if length > manifest.body_limit():
-            _refuse("the body is longer than the run's tensors can be", limit=manifest.body_limit())
+        if length > manifest.body_limit:
+            _refuse("the body is longer than the run's tensors can be", limit=manifest.body_limit)
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
         self._manifest = manifest
@@ -167,8 +170,8 @@ class Receiver:
         size = int.from_bytes(self._prefix, "little")
         if size > self._length - _PREFIX:
             _refuse("the header's length runs past the end of the body")
-        if size > self._manifest.header_limit():
-            _refuse("the header is longer than the run's can be", limit=self._manifest.header_limit())
+        if size > self._manifest.header_limit:
+            _refuse("the header is longer than the run's can be", limit=self._manifest.header_limit)
         if size < 2:
             _refuse("the header is too short to be a JSON object")
         self._header = bytearray(size)

@@ -34,6 +34,8 @@ from freestep_service.writer import Writer
 
 __all__ = ["Pushes", "Receipts", "stage", "staging_vectors"]
 
+_LARGEST_NORM = 2.0**63
+"""A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
 _RETRY_S = 0.2
 """Pause before Redis is asked again for a commit whose answer was lost."""
 
@@ -184,7 +186,9 @@ class Pushes:
                 raise Overloaded from None
             norm, digest = await stage(body, self._manifest, vector)
             if norm is None:
-                raise NonFiniteGradient
+                raise NonFiniteGradient("the gradient holds NaN or infinity")
+            if norm > _LARGEST_NORM and self._spec.optimizer.max_grad_norm is None:
+                raise NonFiniteGradient(f"the gradient's norm is {norm:.3g}, and its square overflows fp32", norm=norm)
             return _Staged(vector, norm, digest)
         except BaseException:
             if vector is not None:

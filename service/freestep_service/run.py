@@ -178,6 +178,7 @@ class Run:
             newest = await asyncio.to_thread(self._checkpoints.at, step)
             epoch = self.epoch + 1
             await asyncio.to_thread(RunFile(self.canonical_spec, epoch).write, self.directory)
+            self._require_open()
             self._writer.pause()
             try:
                 await self._take(epoch, newest)

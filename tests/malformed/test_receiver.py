@@ -81,7 +81,7 @@ def test_an_impossible_length_is_refused_before_a_byte_is_read(length: int) -> N
 
 
 def test_the_limit_is_the_last_length_accepted() -> None:
-    limit = MANIFEST.body_limit()
+    limit = MANIFEST.body_limit
     target = memoryview(bytearray(4 * MANIFEST.numel))
     assert Receiver(MANIFEST, target, limit).missing == limit
     with pytest.raises(MalformedTensors) as refusal:
@@ -93,7 +93,7 @@ def test_a_long_header_is_refused_without_allocating_it() -> None:
     """A run of 1 Gi elements allows a body in which a header of 2 GiB would have room."""
     manifest = Manifest([ParameterSpec(name="w", shape=(2**30,))])
     size = 2**31
-    assert size + 8 < manifest.body_limit()
+    assert size + 8 < manifest.body_limit
     tracemalloc.start()
     try:
         with pytest.raises(MalformedTensors) as refusal:
@@ -101,7 +101,7 @@ def test_a_long_header_is_refused_without_allocating_it() -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert refusal.value.extensions == {"limit": manifest.header_limit()}
+    assert refusal.value.extensions == {"limit": manifest.header_limit}
     assert peak < 2**20
 
 
@@ -115,7 +115,7 @@ def test_a_bomb_costs_no_more_than_the_header_may(name: str) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 100 * MANIFEST.header_limit()
+    assert peak < 100 * MANIFEST.header_limit
 
 
 BYTES = st.one_of(

@@ -199,6 +199,20 @@ def test_a_gradient_that_is_not_finite_is_refused(
     assert api.state(service) == before
 
 
+def test_a_gradient_whose_square_overflows_is_refused_unless_it_is_clipped(api: Api, service: ThreadService) -> None:
+    huge = {**TENSORS, "b": torch.tensor(1e20)}
+    api.create()
+    lease = api.lease()
+    before = api.state(service)
+    answer = api.push(lease, 0, tensors=huge)
+    assert (answer.status_code, slug(answer)) == (422, "non-finite-gradient")
+    assert api.state(service) == before
+    api.http.delete(api.path())
+    api.create(optimizer={"algorithm": "adamw_schedule_free", "max_grad_norm": 1.0})
+    assert api.push(api.lease(), 0, tensors=huge).json()["decision"] == "applied"
+    assert all(tensor.isfinite().all() for tensor in api.pull("x")[0].values())
+
+
 def raw_push(api: Api, lease: dict[str, Any], length: int, sent: bytes, key: str = "raw") -> socket.socket:
     """A push over a socket of the test's own, of whose body only a part is sent."""
     address = urlsplit(api.url)
