@@ -78,7 +78,9 @@ def main() -> None:
                     return
                 pushes += 1
                 if pushes % 100 == 0:
-                    logger.info("%s pushed %d, loss %.3f, %s", chosen.worker, pushes, float(loss.detach()), optimizer.receipt)
+                    logger.info(
+                        "%s pushed %d, loss %.3f, %s", chosen.worker, pushes, float(loss.detach()), optimizer.receipt
+                    )
                 if pushes == chosen.steps:
                     break
 
