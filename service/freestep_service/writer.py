@@ -7,8 +7,6 @@ shard between two entries (snapshots, checkpoints, restores) runs on the same th
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -40,8 +38,7 @@ class Writer:
         self._closed = False
         self._held: dict[tuple[int, int], tuple[Entry, asyncio.Future[None]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"freestep-writer-{name}")
-        self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
-        self._order = itertools.count()
+        self._waiters: set[tuple[int, asyncio.Future[None]]] = set()
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Runs a function on the writer's thread, after the entries that were taken before.
@@ -133,17 +130,18 @@ class Writer:
             and self.epoch == epoch
             and (left := deadline - loop.time()) > 0
         ):
-            waiter: asyncio.Future[None] = loop.create_future()
-            heapq.heappush(self._waiters, (step, next(self._order), waiter))
-            await asyncio.wait([waiter], timeout=left)
-            waiter.cancel()
+            waiter = (step, loop.create_future())
+            self._waiters.add(waiter)
+            try:
+                await asyncio.wait([waiter[1]], timeout=left)
+            finally:
+                self._waiters.discard(waiter)
         return self.epoch == epoch and self.applied_step >= step
 
     def _wake(self, is_due: Callable[[int], bool]) -> None:
-        while self._waiters and is_due(self._waiters[0][0]):
-            waiter = heapq.heappop(self._waiters)[2]
-            if not waiter.done():
-                waiter.set_result(None)
+        for step, woken in self._waiters:
+            if is_due(step) and not woken.done():
+                woken.set_result(None)
 
     def close(self) -> None:
         """Stops the thread once it has done what it was given, and lets go those who wait for a step."""
