@@ -202,7 +202,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._rejoin(error.slug)
             else:
                 self._scatter(pulled)
-                if waits and self.receipt.decision == "accumulated":
+                if waits and (self.receipt.decision == "accumulated" or self.receipt.reason == "duplicate-worker"):
                     self._await_update(self.receipt.step + 1)
             return
 

@@ -295,6 +295,29 @@ def test_sync_workers_step_together(make: Callable[..., RemoteOptimizer]) -> Non
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
+def test_a_worker_that_is_in_the_group_already_waits_for_its_update(
+    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
+) -> None:
+    model = network()
+    optimizer = make(model, aggregation="sync", worker="restarted")
+    run = remote(optimizer)
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    other = run.lease("other")
+    with run.lease("restarted") as before:
+        assert run.push(zeros, before.claim(0)).decision == "accumulated"
+    thread = threading.Thread(target=train, args=(model, optimizer, 1))
+    thread.start()
+    while run.status().pushes["dropped"] < 1:
+        pass
+    assert run.push(zeros, other.claim(0)).decision == "applied"
+    thread.join()
+    other.release()
+    assert optimizer.receipt is not None
+    assert optimizer.receipt.reason == "duplicate-worker"
+    assert optimizer.pulled is not None
+    assert optimizer.pulled.step == 1
+
+
 def test_a_fenced_off_worker_takes_a_new_lease_and_its_gradient_counts(
     make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
 ) -> None:
