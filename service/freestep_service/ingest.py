@@ -21,16 +21,22 @@ from freestep_service.vectors import Vector
 
 __all__ = ["Body", "widen_and_measure"]
 
+SLOWEST = 64 * 1024
+"""Bytes a second: who sends more slowly may not hold memory that others wait for."""
 _WIDENING_CHUNK = 64 * 1024
 
 
 class Body:
-    """A request's body that has not been read: `length` bytes, never `stall_s` seconds without one."""
+    """A request's body that has not been read: `length` bytes.
+
+    It may not stand still for `stall_s` seconds, nor drip: beyond those seconds it has to come at SLOWEST on average.
+    """
 
     def __init__(self, request: Request, length: int, stall_s: float) -> None:
         self.length = length
         self._chunks = request.stream()
         self._stall_s = stall_s
+        self._deadline: float | None = None
 
     async def receive_into(self, receiver: Receiver) -> str:
         """Fills the receiver and returns the digest of the bytes.
@@ -54,11 +60,14 @@ class Body:
         return digest.hexdigest()
 
     async def _next(self) -> bytes:
+        now = asyncio.get_running_loop().time()
+        if self._deadline is None:
+            self._deadline = now + self._stall_s + self.length / SLOWEST
         try:
-            async with asyncio.timeout(self._stall_s):
+            async with asyncio.timeout_at(min(now + self._stall_s, self._deadline)):
                 chunk = await anext(self._chunks, b"")
         except TimeoutError:
-            raise MalformedRequest(f"no byte of the body came for {self._stall_s:g} s") from None
+            raise MalformedRequest(f"the body stood still for {self._stall_s:g} s, or came too slowly") from None
         except ClientDisconnect:
             raise MalformedRequest("the connection was closed before the end of the body") from None
         if not chunk:

@@ -250,6 +250,28 @@ def test_a_body_that_stalls_is_given_up(
     assert api.push(lease, 0, "raw").json()["step"] == 1
 
 
+def test_a_body_that_drips_is_given_up(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    service = start_service(stall_seconds=0.3)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    body = safetensors.torch.save(TENSORS)
+    with raw_push(api, lease, len(body), b"") as connection:
+        connection.settimeout(0.02)
+        answer = b""
+        for byte in body:
+            connection.sendall(bytes([byte]))
+            try:
+                answer = connection.recv(4096)
+                break
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert api.push(lease, 0, "raw").json()["step"] == 1
+
+
 def test_a_body_that_is_cut_leaves_nothing(api: Api, service: ThreadService) -> None:
     api.create()
     lease = api.lease()
