@@ -82,8 +82,10 @@ def start_process(tmp_path: Path) -> Iterator[Callable[..., ProcessService]]:
 def redis_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A store that outlives the service: Valkey, and Debian's redis-server where it is installed."""
     if request.param == "valkey":
-        with ValkeyServer(data_dir=tmp_path / "valkey") as server:
-            yield server.connection_url
+        # On a Unix socket, since no two test runs can want the same one.
+        path = tmp_path / "store.sock"
+        with ValkeyServer(port=0, data_dir=tmp_path / "valkey", unix_socket_path=path):
+            yield f"unix://{path}"
         return
     binary = shutil.which("redis-server")
     if binary is None:

@@ -165,19 +165,22 @@ def test_a_wiped_store_gives_no_token_twice(
 def test_a_push_in_flight_rides_out_a_restarted_store(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
 ) -> None:
-    config = {"appendonly": "yes", "appendfsync": "always"}
-    store = ValkeyServer(data_dir=tmp_path / "store", config=config, persist=True)
-    store.start()
-    port = store.port
-    service = start_service(redis_url=store.connection_url, commit_seconds=0.3)
+    path, config = tmp_path / "store.sock", {"appendonly": "yes", "appendfsync": "always"}
+
+    def started() -> ValkeyServer:
+        server = ValkeyServer(port=0, data_dir=tmp_path, unix_socket_path=path, config=config, persist=True)
+        server.start()
+        return server
+
+    store = started()
+    service = start_service(redis_url=f"unix://{path}", commit_seconds=0.3)
     api = connect(service.url)
     api.create(optimizer=SGD)
     lease = api.lease()
     store.stop()
     refused = api.push(lease, 0, "key")
     assert (refused.status_code, slug(refused)) == (503, "coordinator-unavailable")
-    store = ValkeyServer(data_dir=tmp_path / "store", port=port, config=config, persist=True)
-    store.start()
+    store = started()
     try:
         assert api.push(lease, 0, "key").json()["step"] == 1
         assert api.push(lease, 0, "key").json()["replayed"] is True
