@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from freestep import Client
 from freestep.demo.data import load
 from freestep.demo.evaluator import Evaluation
+from freestep.demo.main import progress
 from freestep.demo.model import SmallConvNet
 from freestep.demo.plot import draw
+from freestep.demo.processes import Processes
 from freestep.demo.worker import shifted
 from harness import ProcessService
 
@@ -75,6 +78,29 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("step", "seconds", "expected"),
+    [(0, 0.0, 0.0), (3000, 30.0, 0.5), (6500, 30.0, 1.0), (6500, 10.0, 0.5), (100, 60.0, 0.5), (100, 130.0, 1.0)],
+)
+def test_progress_goes_by_steps_within_bounds_of_time(step: int, seconds: float, expected: float) -> None:
+    assert progress(step, seconds) == pytest.approx(expected)
+
+
+def test_a_signal_is_heard_after_what_was_said_before_it(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    with Processes(tmp_path / "log") as processes:
+        processes.start("printer", "this", heard=True)
+        assert processes.hear(30) == ("printer", "The Zen of Python, by Tim Peters")
+        while processes.hear(30) != ("printer", None):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            processes.hear(30)
+        with pytest.raises(TimeoutError):
+            processes.hear(0)
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
 @pytest.fixture
 def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts modules of the demo as processes; they are killed with the test, if they have not ended."""
@@ -125,7 +151,36 @@ def test_workers_come_and_go_while_an_evaluator_looks_on(
 
 
 @pytest.mark.slow
+def test_a_worker_and_an_evaluator_ride_out_a_restart(
+    start_process: Callable[..., ProcessService],
+    spawn: Callable[..., subprocess.Popen[str]],
+    digits_file: Path,
+    tmp_path: Path,
+) -> None:
+    service = start_process()
+    common = ("--url", service.url, "--data", digits_file, "--run", "restarted")
+    figures = tmp_path / "figures.jsonl"
+    worker = spawn("worker", *common, "--seed", 1)
+    evaluator = spawn("evaluator", *common, "--json", "--every", 0.1, "--output", figures)
+    assert evaluator.stdout is not None
+    seen = [json.loads(evaluator.stdout.readline())]
+    while seen[-1]["step"] < 30:
+        seen.append(json.loads(evaluator.stdout.readline()))
+    service.kill()
+    service.start()
+    while seen[-1]["epoch"] == seen[0]["epoch"] or seen[-1]["step"] < 30:
+        seen.append(json.loads(evaluator.stdout.readline()))
+    assert [json.loads(line) for line in figures.read_text().splitlines()[: len(seen)]] == seen
+    with Client(service.url) as client:
+        client.run("restarted").delete()
+    assert worker.wait(60) == 0
+    assert evaluator.poll() is None
+
+
+@pytest.mark.slow
 def test_the_demo_from_beginning_to_end(tmp_path: Path) -> None:
+    (tmp_path / "out" / "service").mkdir(parents=True)
+    (tmp_path / "out" / "service" / "mine").touch()
     command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + (tmp_path / "out" / "processes.log").read_text()
@@ -134,6 +189,7 @@ def test_the_demo_from_beginning_to_end(tmp_path: Path) -> None:
     history = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     assert history[-1]["x_accuracy"] >= 0.95
     assert (tmp_path / "out" / "plot.png").exists()
+    assert (tmp_path / "out" / "service" / "mine").exists(), "the demo removed what is not its own"
     assert "Traceback" not in (tmp_path / "out" / "processes.log").read_text()
     assert not named(tmp_path)
 
@@ -147,9 +203,9 @@ def named(directory: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A demo that has made its first steps; whatever it leaves behind is killed."""
     command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -159,9 +215,39 @@ def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path, number: sign
     for line in process.stdout:
         if line.startswith("step"):
             break
-    os.killpg(process.pid, number)
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in rest
+    yield process
+    for pid in {process.pid, *named(tmp_path)}:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_demo_leaves_nothing_running(
+    demo: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    os.killpg(demo.pid, number)
+    assert demo.stdout is not None
+    for line in demo.stdout:
+        if line == "interrupted\n":
+            break
+    # The impatient come again while it is ending its processes.
+    for again in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(demo.pid, again)
+    rest, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130
     assert "Traceback" not in rest
+    assert not named(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_demo_whose_service_dies_says_so_and_leaves_nothing_running(
+    demo: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    service = next(child for child in psutil.Process(demo.pid).children() if "serve" in child.cmdline())
+    service.kill()
+    rest, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 1
+    assert "broke off" in rest and "Traceback" not in rest
     assert not named(tmp_path)

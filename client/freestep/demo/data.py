@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,5 +35,8 @@ def load(file: Path | None = None) -> Digits:
     y = torch.from_numpy(labels).long()[order]
     digits = Digits(x[_TEST_IMAGES:], y[_TEST_IMAGES:], x[:_TEST_IMAGES], y[:_TEST_IMAGES])
     if file is not None:
-        torch.save(digits._asdict(), file)
+        # Whole or not at all: a file that is there is trusted.
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        torch.save(digits._asdict(), partial)
+        partial.replace(file)
     return digits

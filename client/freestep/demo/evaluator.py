@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,8 +17,7 @@ from torch.nn.functional import cross_entropy
 from freestep.client import Client, Run
 from freestep.demo.data import Digits, load
 from freestep.demo.model import SmallConvNet
-from freestep.demo.options import await_run, end_on_signals, parser
-from freestep.errors import RunNotFound, RunNotInitialized, ServiceUnreachable
+from freestep.demo.options import NOT_NOW, await_run, end_on_signals, parser
 
 __all__ = ["Evaluation", "evaluate", "main"]
 
@@ -82,22 +83,28 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--every", type=float, default=1.0, help="seconds between evaluations")
     options.add_argument("--json", action="store_true", help="print a line of JSON for each, for programs")
+    options.add_argument("--output", type=Path, help="a file that the lines of JSON are appended to")
     options.add_argument("--target", type=float, help="exit once x has this test accuracy")
     chosen = options.parse_args()
     end_on_signals()
     torch.set_num_threads(1)
     digits, model = load(chosen.data), SmallConvNet()
-    with Client(chosen.url, retry_for=_PATIENCE_S) as client:
+    with (
+        Client(chosen.url, retry_for=_PATIENCE_S) as client,
+        chosen.output.open("a", buffering=1) if chosen.output else nullcontext() as file,
+    ):
         await_run(client, chosen.run)
         run = client.run(chosen.run)
         while True:
             try:
                 evaluation = evaluate(run, model, digits)
-            except (RunNotFound, RunNotInitialized, ServiceUnreachable):
+            except NOT_NOW:
                 await_run(client, chosen.run)
                 continue
-            line = json.dumps(asdict(evaluation)) if chosen.json else str(evaluation)
-            sys.stdout.write(line + "\n")
+            line = json.dumps(asdict(evaluation))
+            if file is not None:
+                file.write(line + "\n")
+            sys.stdout.write((line if chosen.json else str(evaluation)) + "\n")
             sys.stdout.flush()
             if chosen.target is not None and evaluation.x_accuracy >= chosen.target:
                 return

@@ -11,12 +11,15 @@ from pathlib import Path
 from types import FrameType
 
 from freestep.client import DEFAULT_URL, Client
-from freestep.errors import RunNotFound, RunNotInitialized, ServiceUnreachable
+from freestep.errors import CoordinatorUnavailable, Overloaded, RunNotFound, RunNotInitialized, ServiceUnreachable
 from freestep.models import RunStatus
 
-__all__ = ["await_run", "end_on_signals", "parser"]
+__all__ = ["NOT_NOW", "await_run", "end_on_signals", "parser"]
 
 _PAUSE_S = 0.5
+
+NOT_NOW = (CoordinatorUnavailable, Overloaded, RunNotFound, RunNotInitialized, ServiceUnreachable)
+"""The errors that waiting may cure."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -45,6 +48,6 @@ def await_run(client: Client, name: str) -> RunStatus:
             status = client.run(name).status()
             if status.initialized:
                 return status
-        except (RunNotFound, RunNotInitialized, ServiceUnreachable):
+        except NOT_NOW:
             pass
         time.sleep(_PAUSE_S)

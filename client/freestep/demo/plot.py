@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from freestep.demo.evaluator import Evaluation
 
@@ -27,6 +28,9 @@ def draw(history: Sequence[Evaluation], events: Sequence[tuple[float, str]], beg
         losses.plot(times, [getattr(each, f"{point}_loss") for each in history], **options)
         accuracies.plot(times, [100 * getattr(each, f"{point}_accuracy") for each in history], **options)
     losses.set_yscale("log")
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    losses.yaxis.set_minor_formatter(NullFormatter())
     losses.set_ylabel("test loss")
     losses.set_title(f"Schedule-Free over HTTP: {history[-1].step:,} steps by several workers")
     accuracies.set_ylabel("test accuracy, %")

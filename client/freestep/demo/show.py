@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -20,41 +19,46 @@ _BAR_WIDTH = 50
 
 
 class Show:
-    """A context manager; `update` is told of each evaluation."""
+    """A context manager; `update` is told of each evaluation, `say` of what happens in between."""
 
-    def __init__(self, console: Console, url: str, steps: int, *, plain: bool) -> None:
+    def __init__(self, console: Console, url: str, *, plain: bool) -> None:
         self._console = console
         self._url = url
-        self._steps = steps
         self._best = 0.0
-        self._said = 0
+        self._events: list[str] = []
+        self._last: tuple[Evaluation, float] | None = None
         self._live = None if plain else Live(console=console, auto_refresh=False)
 
-    def update(self, evaluation: Evaluation, events: Sequence[str]) -> None:
-        """Shows an evaluation, and what has happened so far."""
+    def update(self, evaluation: Evaluation, progress: float) -> None:
+        """Shows an evaluation, and how far the demo is, from 0 to 1."""
         self._best = max(self._best, evaluation.x_accuracy)
+        self._last = evaluation, progress
         if self._live is not None:
-            self._live.update(self._render(evaluation, events), refresh=True)
-            return
-        for event in events[self._said :]:
-            self._console.print(f"-- {event}", highlight=False)
-        self._said = len(events)
-        self._console.print(
-            f"{evaluation}  staleness {_or_dash(evaluation.staleness)}", soft_wrap=True, highlight=False
-        )
+            self._live.update(self._render(evaluation, progress), refresh=True)
+        else:
+            line = f"{evaluation}  staleness {_or_dash(evaluation.staleness)}"
+            self._console.print(line, soft_wrap=True, highlight=False)
 
-    def _render(self, evaluation: Evaluation, events: Sequence[str]) -> Group:
+    def say(self, event: str) -> None:
+        """Shows that something happened."""
+        self._events.append(event)
+        if self._live is None:
+            self._console.print(f"-- {event}", highlight=False)
+        elif self._last is not None:
+            self._live.update(self._render(*self._last), refresh=True)
+
+    def _render(self, evaluation: Evaluation, progress: float) -> Group:
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim")
         facts.add_column()
         facts.add_row("service", self._url)
-        facts.add_row("step", f"{evaluation.step:,} of {self._steps:,}")
+        facts.add_row("step", f"{evaluation.step:,}")
         facts.add_row("workers", "  ".join(f"{name} ({pushes} pushes)" for name, pushes in evaluation.workers.items()))
         facts.add_row("staleness", f"{_or_dash(evaluation.staleness)} steps on average")
         facts.add_row("train loss", _or_dash(evaluation.train_loss))
         facts.add_row("test accuracy", self._accuracies(evaluation))
-        facts.add_row("events", ", ".join(events) or "-")
-        bar = ProgressBar(total=self._steps, completed=min(evaluation.step, self._steps), width=_BAR_WIDTH)
+        facts.add_row("events", ", ".join(self._events) or "-")
+        bar = ProgressBar(total=1.0, completed=progress, width=_BAR_WIDTH)
         return Group(Text("Schedule-Free as a service", style="bold"), facts, bar)
 
     def _accuracies(self, evaluation: Evaluation) -> Text:

@@ -38,6 +38,7 @@ def main() -> None:
     options.add_argument("--worker", default=os.environ.get("FREESTEP_WORKER") or worker_name(), help="its name")
     options.add_argument("--batch", type=int, default=32, help="images behind a gradient")
     options.add_argument("--steps", type=int, help="stop after this many pushes; else when told to")
+    options.add_argument("--seed", type=int, help="of the order of its images; else each worker has its own")
     chosen = options.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -49,7 +50,10 @@ def main() -> None:
     torch.manual_seed(0)
     model = SmallConvNet()
     generator = torch.Generator()
-    generator.seed()
+    if chosen.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(chosen.seed)
     with (
         Client(chosen.url, retry_for=_PATIENCE_S) as client,
         RemoteOptimizer(
