@@ -60,3 +60,16 @@ def test_refusals_have_their_status_codes_in_one_place(file: Path) -> None:
         if isinstance(node, ast.Constant) and node.value in STATUSES.values()
     ]
     assert not numbers
+
+
+@pytest.mark.parametrize("file", sorted(SERVICE.rglob("*.py")), ids=lambda file: str(file.relative_to(SERVICE)))
+def test_settings_and_clients_are_made_by_those_who_start_a_service(file: Path) -> None:
+    """Not while a module is imported."""
+    made = {
+        ast.unparse(node.func).split(".")[-1]
+        for statement in ast.parse(file.read_text()).body
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call)
+    }
+    assert not made & {"Settings", "Store", "Redis", "RedisCluster", "Client", "FastAPI", "create_app", "connect"}

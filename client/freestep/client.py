@@ -8,17 +8,21 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from freestep.errors import UnexpectedResponse
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
 from freestep.models import (
     Checkpoint,
     CheckpointList,
     Lease,
+    LeaseList,
     Point,
     Receipt,
     RunList,
@@ -30,6 +34,8 @@ from freestep.transport import Answer, Transport
 from freestep.wire import Manifest
 
 __all__ = ["Client", "Pulled", "Run", "worker_name"]
+
+Model = TypeVar("Model", bound=BaseModel)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -75,7 +81,7 @@ class Client:
 
     def runs(self) -> list[RunStatus]:
         """Every run's status."""
-        return RunList.model_validate(self._transport.request("GET", "/v1/runs").document).runs
+        return _parsed(RunList, self._transport.request("GET", "/v1/runs")).runs
 
     def close(self) -> None:
         self._transport.close()
@@ -98,7 +104,7 @@ class Pulled:
 
     @classmethod
     def of(cls, answer: Answer) -> Pulled:
-        return cls(int(answer.headers["freestep-epoch"]), int(answer.headers["freestep-step"]))
+        return cls(int(_header(answer, "freestep-epoch")), int(_header(answer, "freestep-step")))
 
 
 class Run:
@@ -107,7 +113,7 @@ class Run:
     def __init__(self, transport: Transport, name: str) -> None:
         self.name = name
         self._transport = transport
-        self._path = f"/v1/runs/{name}"
+        self._path = f"/v1/runs/{quote(name, safe='')}"
         self._manifest: Manifest | None = None
 
     @property
@@ -132,8 +138,7 @@ class Run:
 
     def workers(self) -> list[WorkerStatus]:
         """The live workers."""
-        document = self._transport.request("GET", f"{self._path}/leases").document
-        return [WorkerStatus.model_validate(worker) for worker in document["leases"]]
+        return _parsed(LeaseList, self._transport.request("GET", f"{self._path}/leases")).leases
 
     def initialize(self, tensors: Mapping[str, Tensor] | Flat) -> None:
         """Gives the run its initial weights. Raises AlreadyInitialized when another worker was first."""
@@ -145,7 +150,7 @@ class Run:
         if ttl_ms is not None:
             wish["ttl_ms"] = ttl_ms
         answer = self._transport.request("POST", f"{self._path}/leases", json=wish)
-        return HeldLease(self._transport, f"{self._path}/leases", Lease.model_validate(answer.document))
+        return HeldLease(self._transport, f"{self._path}/leases", _parsed(Lease, answer))
 
     def push(self, tensors: Mapping[str, Tensor] | Flat, claim: Claim, *, wait: float = 0.0) -> Receipt:
         """Pushes a gradient: one tensor for each of the run's parameters. Safe to call again with the same claim.
@@ -159,7 +164,7 @@ class Run:
             body=self._flat(tensors).body(),
             wait=wait,
         )
-        return Receipt.model_validate(answer.document)
+        return _parsed(Receipt, answer)
 
     def exchange(self, gradient: Flat, claim: Claim, into: Flat, *, wait: float = 0.0) -> tuple[Receipt, Pulled]:
         """Pushes a gradient and receives fresh y into a flat vector: one round trip."""
@@ -172,17 +177,14 @@ class Run:
             into=into,
             wait=wait,
         )
-        headers = answer.headers
-        receipt = Receipt.model_validate(
-            {
-                "decision": headers["freestep-decision"],
-                "reason": headers.get("freestep-reason"),
-                "step": int(headers["freestep-receipt-step"]),
-                "staleness": int(headers["freestep-staleness"]),
-                "replayed": headers["freestep-replayed"] == "true",
-            }
-        )
-        return receipt, Pulled.of(answer)
+        document = {
+            "decision": _header(answer, "freestep-decision"),
+            "reason": answer.headers.get("freestep-reason"),
+            "step": int(_header(answer, "freestep-receipt-step")),
+            "staleness": int(_header(answer, "freestep-staleness")),
+            "replayed": _header(answer, "freestep-replayed") == "true",
+        }
+        return Receipt.model_validate(document), Pulled.of(answer)
 
     def pull(
         self, point: Point = "x", *, dtype: str = "F32", min_step: int = 0, wait: float = 0.0
@@ -210,19 +212,18 @@ class Run:
 
     def checkpoint(self) -> Checkpoint:
         """Has a checkpoint written now."""
-        return Checkpoint.model_validate(self._transport.request("POST", f"{self._path}/checkpoints").document)
+        return _parsed(Checkpoint, self._transport.request("POST", f"{self._path}/checkpoints"))
 
     def checkpoints(self) -> list[Checkpoint]:
         """The checkpoints that are kept, oldest first."""
-        document = self._transport.request("GET", f"{self._path}/checkpoints").document
-        return CheckpointList.model_validate(document).checkpoints
+        return _parsed(CheckpointList, self._transport.request("GET", f"{self._path}/checkpoints")).checkpoints
 
     def restore(self, step: int) -> RunStatus:
         """Goes back to a checkpoint, in a new epoch. Raises CheckpointNotFound."""
         return self._status(self._transport.request("POST", f"{self._path}/checkpoints/{step}/restore", retry=False))
 
     def _status(self, answer: Answer) -> RunStatus:
-        status = RunStatus.model_validate(answer.document)
+        status = _parsed(RunStatus, answer)
         self._manifest = Manifest(status.spec.parameters)
         return status
 
@@ -232,6 +233,20 @@ class Run:
         flat = Flat(self.manifest)
         flat.fill(tensors)
         return flat
+
+
+def _parsed(model: type[Model], answer: Answer) -> Model:
+    try:
+        return model.model_validate(answer.document)
+    except ValidationError as error:
+        raise UnexpectedResponse(f"what answered does not seem to be freestep: {error}") from error
+
+
+def _header(answer: Answer, name: str) -> str:
+    try:
+        return answer.headers[name]
+    except KeyError:
+        raise UnexpectedResponse(f"an answer without the header {name} is not freestep's") from None
 
 
 def _prefer(wait: float, *, representation: bool = False) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,6 +94,8 @@ class Transport:
                 return attempt()
             except (CoordinatorUnavailable, Overloaded) as error:
                 failure: Exception = error
+            except httpx.UnsupportedProtocol as error:
+                raise ServiceUnreachable(f"{self._http.base_url} is not a URL that can be asked: {error}") from error
             except httpx.TransportError as error:
                 failure = error
             pause = random.uniform(longest / 2, longest) + (getattr(failure, "retry_after", None) or 0.0)
@@ -124,12 +125,12 @@ def _read(response: httpx.Response, into: _Destination | None) -> Answer:
         return Answer(response.status_code, response.headers)
     response.read()
     document = _document(response)
-    if response.is_error:
+    if not response.is_success:
         problem = ProblemError.from_document(document) if isinstance(document, dict) else None
         if problem is None:
             raise UnexpectedResponse(f"{response.request.url} answered {response.status_code}: {response.text[:200]!r}")
-        with suppress(ValueError):
-            problem.retry_after = float(response.headers.get("retry-after", ""))
+        if (seconds := response.headers.get("retry-after", "")).isdecimal():
+            problem.retry_after = float(seconds)
         raise problem
     return Answer(response.status_code, response.headers, document)
 
@@ -152,6 +153,6 @@ def _document(response: httpx.Response) -> Any:
     try:
         return response.json()
     except ValueError:
-        if response.is_error:
+        if not response.is_success:
             return None
         raise UnexpectedResponse(f"{response.request.url} did not answer with JSON") from None

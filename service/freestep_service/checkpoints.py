@@ -1,11 +1,12 @@
 """Checkpoints on disk: a shard's cut and the receipts of the pushes in it.
 
+    DATA_DIR/deleted/RUN                                the last epoch of a run that was deleted
     DATA_DIR/runs/RUN/run.json                          spec, epoch, and how the service last left the run
     DATA_DIR/runs/RUN/checkpoints/EPOCH-STEP-SEQ/       state.safetensors, manifest.json
 
-The law of this file: a checkpoint is whole or it is not there. Files are written under a temporary name, flushed
-to disk and renamed; the manifest names the checksum of the tensors and of itself; what fails a check is skipped
-and said so. Checksums are XXH3-128, against damage and not against forgery.
+The law of this file: a checkpoint is whole or it is not there. Files are written under a hidden name, flushed to
+disk and renamed, and hidden again before they are dropped; the manifest names the checksum of the tensors and of
+itself; what fails a check is skipped and said so. Checksums are XXH3-128, against damage and not against forgery.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from freestep.errors import CheckpointNotFound
@@ -28,7 +30,7 @@ from freestep.models import Checkpoint
 from freestep_service.records import Record
 from freestep_service.shard import Cut
 
-__all__ = ["Checkpoints", "RunFile"]
+__all__ = ["Checkpoints", "LastEpochs", "RunFile"]
 
 logger = logging.getLogger("freestep")
 
@@ -60,6 +62,27 @@ class RunFile:
         return cls(**json.loads((directory / "run.json").read_bytes()))
 
 
+class LastEpochs:
+    """The last epoch of each run that was deleted, in DATA_DIR/deleted: a run of the same name goes on after it.
+
+    Else a lease, a step or an ETag of the run that is gone would pass for one of the new run's.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._directory = data_dir / "deleted"
+
+    def read(self, run: str) -> int:
+        """0 for a run that never was."""
+        try:
+            return int((self._directory / run).read_text())
+        except FileNotFoundError:
+            return 0
+
+    def write(self, run: str, epoch: int) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        _write_whole(self._directory / run, str(epoch).encode())
+
+
 class Checkpoints:
     """The checkpoints of one run, of which the newest `keep` are kept. Calls block on the disk."""
 
@@ -68,35 +91,22 @@ class Checkpoints:
         self._keep = keep
 
     def write(self, cut: Cut, receipts: Mapping[str, Record]) -> Checkpoint:
-        """Writes a cut and its receipts, then drops the oldest checkpoints."""
+        """Writes a cut and its receipts, then drops the oldest checkpoints. Raises OSError."""
         target = self._directory / f"{cut.epoch:08d}-{cut.step:012d}-{cut.seq:012d}"
-        if not target.exists():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            temporary = self._directory / f".{target.name}.{os.getpid()}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            tensors = temporary / "state.safetensors"
-            save_file(cut.tensors, tensors)
-            _flush(tensors)
-            manifest = {
-                "format": _FORMAT,
-                "epoch": cut.epoch,
-                "step": cut.step,
-                "seq": cut.seq,
-                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "bytes": tensors.stat().st_size,
-                "tensors": _file_checksum(tensors),
-                "scalars": cut.scalars,
-                "group": cut.group,
-                "weight": cut.weight,
-                "damping": cut.damping,
-                "receipts": {key: asdict(record) for key, record in receipts.items()},
-            }
-            text = json.dumps(manifest | {"checksum": _manifest_checksum(manifest)}, indent=1)
-            _write_whole(temporary / "manifest.json", text.encode())
-            os.rename(temporary, target)
-            _flush(self._directory)
-        self._drop_oldest()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._drop_hidden()
+            if not _is_whole(target):
+                temporary = _hidden(target)
+                temporary.mkdir()
+                _write_cut(temporary, cut, receipts)
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(temporary, target)
+                _flush(self._directory)
+            for old in sorted(self._directory.glob("[0-9]*"))[: -self._keep]:
+                os.rename(old, _hidden(old))
+        finally:
+            self._drop_hidden()
         return _describe(_read_manifest(target))
 
     def all(self) -> list[Checkpoint]:
@@ -133,9 +143,46 @@ class Checkpoints:
                 logger.error("checkpoint %s is damaged and skipped: %s", directory, error)
         return found
 
-    def _drop_oldest(self) -> None:
-        for directory in sorted(self._directory.glob("[0-9]*"))[: -self._keep]:
+    def _drop_hidden(self) -> None:
+        """What is not whole yet or any more, also of services that were killed: nobody else writes here."""
+        for directory in self._directory.glob(".[0-9]*"):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _hidden(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}")
+
+
+def _write_cut(directory: Path, cut: Cut, receipts: Mapping[str, Record]) -> None:
+    tensors = directory / "state.safetensors"
+    try:
+        save_file(cut.tensors, tensors)
+    except SafetensorError as error:
+        raise OSError(f"{tensors} could not be written: {error}") from error
+    _flush(tensors)
+    manifest = {
+        "format": _FORMAT,
+        "epoch": cut.epoch,
+        "step": cut.step,
+        "seq": cut.seq,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bytes": tensors.stat().st_size,
+        "tensors": _file_checksum(tensors),
+        "scalars": cut.scalars,
+        "group": cut.group,
+        "weight": cut.weight,
+        "damping": cut.damping,
+        "receipts": {key: asdict(record) for key, record in receipts.items()},
+    }
+    text = json.dumps(manifest | {"checksum": _manifest_checksum(manifest)}, indent=1)
+    _write_whole(directory / "manifest.json", text.encode())
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        return bool(_file_checksum(directory / "state.safetensors") == _read_manifest(directory)["tensors"])
+    except (OSError, Damaged):
+        return False
 
 
 def _describe(manifest: dict[str, Any]) -> Checkpoint:

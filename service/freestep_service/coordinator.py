@@ -22,7 +22,7 @@ from freestep.errors import (
 )
 from freestep.models import Lease, WorkerStatus
 from freestep_service.aggregation import Policy
-from freestep_service.records import Admission, Behind, Claim, Ended, Lost, Pending, Record, RunState
+from freestep_service.records import Admission, Behind, Claim, Ended, Known, Lost, Pending, Record, RunState
 from freestep_service.store import Store, reachable
 
 __all__ = ["RUNS_KEY", "Coordinator"]
@@ -44,11 +44,11 @@ class Coordinator:
 
     # Runs
 
-    async def create(self) -> str:
+    async def create(self, epoch: int) -> str:
         """created, same or different."""
         async with reachable():
             await self._store.client.sadd(RUNS_KEY, self._run)
-        return str(await self._store.run("create", self._keys, *self._rules))
+        return str(await self._store.run("create", self._keys, *self._rules, epoch))
 
     async def open(self, state: RunState) -> None:
         """Makes Redis say what the shard says."""
@@ -56,9 +56,11 @@ class Coordinator:
         group = json.dumps(dict(state.group))
         async with reachable():
             await self._store.client.sadd(RUNS_KEY, self._run)
+            leases = list(await self._store.client.hvals(self._keys[2]))
+        keys = [*self._keys, *map(self._window_key, leases)]
         await self._store.run(
-            "open", self._keys, *self._rules, state.epoch, state.step, state.seq, int(state.initialized), group,
-            *receipts,
+            "open", keys, *self._rules, state.epoch, state.step, state.seq, int(state.initialized), group,
+            json.dumps(leases), *receipts,
         )  # fmt: skip
 
     async def initialize(self) -> None:
@@ -109,22 +111,27 @@ class Coordinator:
         worker, token, ttl_ms, epoch, step = rest
         return Lease(lease=lease, token=int(token), worker=worker, ttl_ms=ttl_ms, epoch=epoch, step=step)
 
-    async def release(self, lease: str) -> Ended:
-        """Raises LeaseExpired."""
+    async def release(self, lease: str, known: Known) -> Ended:
+        """Raises Behind and LeaseExpired."""
         keys = [*self._keys, self._lease_key(lease), self._window_key(lease)]
-        status, *rest = await self._store.run("release", keys, lease)
+        status, *rest = await self._store.run("release", keys, lease, *known)
         if status != "ended":
             self._refuse(status, rest)
         return Ended(rest[0], rest[1], rest[2], rest[3:])
 
-    async def expire(self) -> tuple[int, Ended | None]:
-        """How many leases are live, and what came of ending those that have run out, if there are any."""
-        live, *pairs = await self._store.run("expired", self._keys)
-        if not pairs:
+    async def expire(self, known: Known) -> tuple[int, Ended | None]:
+        """How many leases are live, and what came of ending those that have run out, if there was anything to do.
+
+        Raises Behind.
+        """
+        live, waits, *pairs = await self._store.run("expired", self._keys)
+        if not waits and not pairs:
             return live, None
         keys = [*self._keys, *(self._window_key(lease) for lease in pairs[1::2])]
-        _, seq, step, epoch, *evicted = await self._store.run("expire", keys, *pairs)
-        return live, Ended(seq, step, epoch, evicted)
+        status, *rest = await self._store.run("expire", keys, *known, *pairs)
+        if status != "ended":
+            self._refuse(status, rest)
+        return live, Ended(rest[0], rest[1], rest[2], rest[3:])
 
     async def closures(self, after_seq: int) -> list[Ended]:
         """The updates after `after_seq` that the end of a lease closed, read from the log."""
@@ -155,12 +162,12 @@ class Coordinator:
 
     # Pushes
 
-    async def admit(self, claim: Claim, known_seq: int) -> Admission:
+    async def admit(self, claim: Claim, known: Known) -> Admission:
         """Renews the lease and decides what the claim can decide.
 
         Raises Behind, Pending and the refusals of lua/admit.lua.
         """
-        status, *rest = await self._store.run("admit", *self._push_call(claim, known_seq))
+        status, *rest = await self._store.run("admit", *self._push_call(claim, known))
         match status:
             case "admitted":
                 return Admission()
@@ -170,9 +177,9 @@ class Coordinator:
                 return Admission(Record.from_json(rest[0]), evicted=tuple(rest[1:]))
         self._refuse(status, rest)
 
-    async def commit(self, claim: Claim, known_seq: int, digest: str) -> tuple[Record, list[str]]:
+    async def commit(self, claim: Claim, known: Known, digest: str) -> tuple[Record, list[str]]:
         """The policy's decision and the evicted keys. Raises Behind, Lost, LeaseExpired and EpochChanged."""
-        keys, *arguments = self._push_call(claim, known_seq)
+        keys, *arguments = self._push_call(claim, known)
         samples = 1.0 if claim.samples is None else claim.samples
         status, *rest = await self._store.run("commit", keys, *arguments, digest, repr(samples))
         if status != "committed":
@@ -183,9 +190,9 @@ class Coordinator:
         """Forgets an admitted push."""
         await self._store.run("discard", self._keys, claim.key)
 
-    def _push_call(self, claim: Claim, known_seq: int) -> tuple[Any, ...]:
+    def _push_call(self, claim: Claim, known: Known) -> tuple[Any, ...]:
         keys = [*self._keys, self._lease_key(claim.lease), self._window_key(claim.lease)]
-        return keys, claim.lease, claim.token, claim.step, claim.key, claim.fingerprint(), known_seq
+        return keys, claim.lease, claim.token, claim.step, claim.key, claim.fingerprint(), *known
 
     def _lease_key(self, lease: str) -> str:
         return f"{self._prefix}lease:{lease}"

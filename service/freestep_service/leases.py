@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from freestep.errors import CoordinatorUnavailable
+from freestep.errors import CoordinatorUnavailable, RunNotFound
 from freestep.models import Lease, WorkerStatus
 from freestep_service.coordinator import Coordinator
 from freestep_service.metrics import RunMetrics
@@ -56,11 +56,16 @@ class Leases:
 
     async def release(self, lease: str) -> None:
         """Ends a lease. Raises LeaseExpired."""
-        try:
-            self._ended(await self._coordinator.release(lease))
-        except CoordinatorUnavailable:
-            self._may_have_missed_a_closure = True
-            raise
+        while True:
+            era = self._writer.era
+            try:
+                self._ended(await self._coordinator.release(lease, self._writer.known), era)
+                return
+            except Behind:
+                await self._reopen()
+            except CoordinatorUnavailable:
+                self._may_have_missed_a_closure = True
+                raise
 
     async def workers(self) -> list[WorkerStatus]:
         """The live workers, by name."""
@@ -71,22 +76,30 @@ class Leases:
         missed = self._may_have_missed_a_closure or self._writer.has_gap
         if not (self._may_be_live or missed):
             return
+        era = self._writer.era
         try:
             if missed:
                 for closure in await self._coordinator.closures(self._writer.taken_seq):
-                    self._ended(closure)
+                    self._ended(closure, era)
                 self._may_have_missed_a_closure = False
             # Before the question, since a lease may be granted before the answer.
             self._may_be_live = False
-            live, ended = await self._coordinator.expire()
+            live, ended = await self._coordinator.expire(self._writer.known)
             self._may_be_live |= live > 0
             if ended:
-                self._ended(ended)
+                self._ended(ended, era)
             self._metrics.live(live)
+        except Behind:
+            self._may_be_live = True
+            with suppress(CoordinatorUnavailable, RunNotFound):
+                await self._reopen()
         except CoordinatorUnavailable:
             self._may_have_missed_a_closure = True
 
-    def _ended(self, ended: Ended) -> None:
+    def _ended(self, ended: Ended, era: int) -> None:
+        if era != self._writer.era:
+            # Said by a Redis that has lost it since.
+            return
         self._receipts.forget(ended.evicted)
         if ended.seq:
             with suppress(Lost):

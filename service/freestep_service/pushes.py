@@ -111,7 +111,7 @@ class Pushes:
         while (earlier := self._flights.get(claim.key)) is not None:
             if earlier.fingerprint != claim.fingerprint():
                 raise IdempotencyConflict
-            await earlier.landed.wait()
+            await self._landed(earlier)
         flight = self._flights[claim.key] = _Flight(claim.fingerprint())
         commit = None
         try:
@@ -152,6 +152,13 @@ class Pushes:
         await asyncio.gather(*pending, return_exceptions=True)
         return not pending
 
+    async def _landed(self, flight: _Flight) -> None:
+        try:
+            async with asyncio.timeout(self._settings.commit_seconds):
+                await flight.landed.wait()
+        except TimeoutError:
+            raise CoordinatorUnavailable("the push is still on its way through another request") from None
+
     def _land(self, claim: Claim, flight: _Flight) -> None:
         del self._flights[claim.key]
         flight.landed.set()
@@ -159,7 +166,7 @@ class Pushes:
     async def _admit(self, claim: Claim) -> Admission:
         while True:
             try:
-                admission = await self._coordinator.admit(claim, self._writer.known_seq)
+                admission = await self._coordinator.admit(claim, self._writer.known)
             except Behind:
                 await self._reopen()
             except Pending:
@@ -216,14 +223,17 @@ class Pushes:
 
     async def _decide(self, claim: Claim, staged: _Staged) -> Record:
         while True:
+            era = self._writer.era
             try:
-                record, evicted = await self._coordinator.commit(claim, self._writer.known_seq, staged.digest)
+                record, evicted = await self._coordinator.commit(claim, self._writer.known, staged.digest)
             except CoordinatorUnavailable:
                 await asyncio.sleep(_RETRY_S)
             except Behind:
                 with suppress(CoordinatorUnavailable):
                     await self._reopen()
             else:
+                if era != self._writer.era:
+                    raise Lost
                 self._receipts.remember(claim.key, record, evicted)
                 return record
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from freestep.models import Receipt
 
-__all__ = ["Admission", "Behind", "Claim", "Ended", "Lost", "Pending", "Record", "RunState"]
+__all__ = ["Admission", "Behind", "Claim", "Ended", "Known", "Lost", "Pending", "Record", "RunState"]
 
 
 class Behind(Exception):
@@ -21,6 +22,13 @@ class Lost(Exception):
 
 class Pending(Exception):
     """The push's key is on its way through another request."""
+
+
+class Known(NamedTuple):
+    """How much of the log a shard has heard of. A Redis that has not got that far has lost data."""
+
+    epoch: int
+    seq: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Claim:
     samples: float | None = None
 
     def fingerprint(self) -> str:
-        """What must be the same when the key comes again."""
+        """What must be the same when the key comes again; it begins with the lease, see lua/open.lua."""
         return f"{self.lease} {self.token} {self.step} {self.length} {self.samples}"
 
 

@@ -89,7 +89,10 @@ class Registry:
         # Not cancelled: a command cut short leaves its connection, and a checkpoint its thread, behind.
         await asyncio.gather(*self._background)
         for run in self._runs.values():
-            await run.close()
+            try:
+                await run.close()
+            except Exception:
+                logger.exception("run %s could not be closed in order", run.name)
 
     def _make(self, name: str, spec: RunSpec) -> Run:
         return Run(name, spec, self._settings, self._store, self._device, RunMetrics(self._metrics, name))

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 import torch
 
@@ -23,7 +22,7 @@ from freestep.errors import (
 from freestep.models import Checkpoint, Point, Receipt, RunSpec, RunStatus
 from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
-from freestep_service.checkpoints import Checkpoints, RunFile
+from freestep_service.checkpoints import Checkpoints, LastEpochs, RunFile
 from freestep_service.coordinator import Coordinator
 from freestep_service.ingest import Body
 from freestep_service.leases import Leases
@@ -39,7 +38,8 @@ from freestep_service.writer import Writer
 
 __all__ = ["Run"]
 
-T = TypeVar("T")
+_PAUSE_AFTER_FAILURE_S = 10.0
+"""Before a checkpoint that could not be written, on a full disk say, is tried again in the background."""
 
 
 class Run:
@@ -65,8 +65,10 @@ class Run:
         self.coordinator = Coordinator(store, name, self.canonical_spec, policy)
         self.directory = settings.data_dir / "runs" / name
         self._checkpoints = Checkpoints(self.directory / "checkpoints", settings.checkpoints_kept)
+        self._last_epochs = LastEpochs(settings.data_dir)
         self._checkpointing = asyncio.Lock()
         self._checkpointed: tuple[int | None, float] = (None, time.monotonic())
+        self._checkpoint_not_before = 0.0
         self._shard = Shard(spec, device)
         self._writer = Writer(self._shard, name)
         self._snapshots = Snapshots(name, self._writer)
@@ -91,10 +93,11 @@ class Run:
 
     async def create(self) -> None:
         """Starts as a new run, which waits for its initial weights. Raises RunExists."""
-        if await self.coordinator.create() == "different":
+        epoch = await asyncio.to_thread(self._last_epochs.read, self.name) + 1
+        if await self.coordinator.create(epoch) == "different":
             raise RunExists(f"the run {self.name!r} exists with another spec", run=self.name)
-        await asyncio.to_thread(RunFile(self.canonical_spec, 1).write, self.directory)
-        self._writer.resume(1, 0, 0)
+        await asyncio.to_thread(RunFile(self.canonical_spec, epoch).write, self.directory)
+        self._writer.resume(epoch, 0, 0)
 
     async def open(self, file: RunFile | None, fields: Mapping[str, str]) -> None:
         """Starts from the newest checkpoint, if there is one; else the run waits for its initial weights.
@@ -192,17 +195,20 @@ class Run:
         """Writes the last checkpoint and stops the writer; nothing may be asked of the run any more."""
         self._closed = True
         settled = await self._pushes.close()
-        if self.initialized and self.spec.durability == "checkpoint":
-            seq = (await self._cut_and_write())[0].seq
-            if settled and seq == self._writer.known_seq:
-                await asyncio.to_thread(RunFile(self.canonical_spec, self.epoch, seq).write, self.directory)
-        self._writer.close()
+        try:
+            if self.initialized and self.spec.durability == "checkpoint":
+                seq = (await self._cut_and_write())[0].seq
+                if settled and seq == self._writer.known_seq:
+                    await asyncio.to_thread(RunFile(self.canonical_spec, self.epoch, seq).write, self.directory)
+        finally:
+            self._writer.close()
 
     async def delete(self) -> None:
         """Forgets the run: in Redis first, then on disk."""
         # Before Redis forgets the run: who finds it gone there must not write it anew.
         self._closed = True
         try:
+            await asyncio.to_thread(self._last_epochs.write, self.name, self.epoch)
             await self.coordinator.delete()
         except CoordinatorUnavailable:
             self._closed = False
@@ -293,15 +299,19 @@ class Run:
         if not self.initialized or self.spec.durability != "checkpoint" or self._checkpointing.locked():
             return False
         step, at = self._checkpointed
-        steps = self.step - (step or 0)
-        elapsed = time.monotonic() - at
+        steps, now = self.step - (step or 0), time.monotonic()
+        if now < self._checkpoint_not_before:
+            return False
+        elapsed = now - at
         return steps >= self._settings.checkpoint_steps or (steps > 0 and elapsed >= self._settings.checkpoint_seconds)
 
     async def _cut_and_write(self) -> tuple[Cut, Checkpoint]:
         async with self._checkpointing:
             began = time.monotonic()
+            self._checkpoint_not_before = began + _PAUSE_AFTER_FAILURE_S
             cut = await self._writer.run(self._shard.cut)
             written = await asyncio.to_thread(self._checkpoints.write, cut, self._receipts.until(cut.seq))
             self._checkpointed = (cut.step, time.monotonic())
+            self._checkpoint_not_before = 0.0
             self._metrics.checkpointed(cut.step, time.monotonic() - began)
             return cut, written

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from freestep.errors import RunNotFound
-from freestep_service.records import Lost
+from freestep_service.records import Known, Lost
 from freestep_service.shard import Entry, Shard
 
 __all__ = ["Writer"]
@@ -32,6 +32,8 @@ class Writer:
         """The epoch whose entries are taken."""
         self.known_seq = 0
         """The newest entry heard of in this epoch."""
+        self.era = 0
+        """How often Redis has lost data: what it said in an earlier era it may have forgotten."""
         self.applied_step = 0
         self._next_seq = 1
         self._paused = True
@@ -65,6 +67,10 @@ class Writer:
         return future
 
     @property
+    def known(self) -> Known:
+        return Known(self.epoch, self.known_seq)
+
+    @property
     def taken_seq(self) -> int:
         """The newest entry that the shard was given."""
         return self._next_seq - 1
@@ -94,9 +100,14 @@ class Writer:
         future.set_result(None)
 
     def pause(self, *, forget: bool = False) -> None:
-        """Takes no entries until `resume`. Those that come are held; those held already may be forgotten."""
+        """Takes no entries until `resume`. Those that come are held; those held already may be forgotten.
+
+        They are where Redis has lost data, with which an era ends: its entries that are still to come are not to be
+        submitted.
+        """
         self._paused = True
         if forget:
+            self.era += 1
             self._lose(list(self._held))
 
     def resume(self, epoch: int, seq: int, step: int) -> None:

@@ -24,6 +24,7 @@ from freestep import (
     IdempotencyConflict,
     InvalidSpec,
     LeaseExpired,
+    MalformedRequest,
     ManifestMismatch,
     NonFiniteGradient,
     Run,
@@ -34,6 +35,9 @@ from freestep import (
     StepNotReached,
     UnexpectedResponse,
 )
+from freestep.flat import DTYPES
+from freestep.models import ParameterSpec
+from freestep.wire import Manifest
 from harness import TENSORS, ThreadService
 
 SPEC: dict[str, Any] = {
@@ -206,6 +210,11 @@ def test_nobody_there_is_said_after_a_while() -> None:
         client.runs()
 
 
+def test_a_url_without_its_scheme_is_said_at_once() -> None:
+    with Client("localhost:8000", retry_for=3600) as client, pytest.raises(ServiceUnreachable, match="not a URL"):
+        client.runs()
+
+
 class Answering(http.server.BaseHTTPRequestHandler):
     """Gives the answers that its server lists, in turn."""
 
@@ -260,6 +269,9 @@ def test_a_busy_service_is_not_asked_forever(answering: Callable[..., str]) -> N
         (502, {}, b"Bad Gateway"),
         (404, {}, b'{"type": "about:blank", "title": "Not Found"}'),
         (500, {}, b"[]"),
+        (307, {"Location": "/elsewhere"}, b""),
+        (200, {}, b'{"items": []}'),
+        (200, {}, b""),
     ],
 )
 def test_what_is_not_freestep_is_unexpected(
@@ -267,6 +279,37 @@ def test_what_is_not_freestep_is_unexpected(
 ) -> None:
     with Client(answering(answer)) as client, pytest.raises(UnexpectedResponse):
         client.runs()
+
+
+def test_a_pull_that_is_answered_by_another_server_is_unexpected(answering: Callable[..., str]) -> None:
+    with Client(answering((200, {"Content-Type": "application/json"}, b"{}"))) as client:
+        manifest = Manifest([ParameterSpec(name="w", shape=(1,))])
+        with pytest.raises(UnexpectedResponse, match="freestep-epoch"):
+            client.run("run").pull_into(Flat(manifest))
+
+
+@pytest.mark.parametrize("seconds", ["-5", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_retry_after_that_is_no_count_of_seconds_is_ignored(answering: Callable[..., str], seconds: str) -> None:
+    busy = (503, {"Retry-After": seconds}, BUSY[2])
+    with Client(answering(busy, (200, {}, b'{"runs": []}')), retry_for=20) as client:
+        assert client.runs() == []
+
+
+def test_a_name_is_not_a_path(run: Run, client: Client) -> None:
+    for name in (f"{run.name}?force=1", f"{run.name}#top", f"{run.name}/"):
+        with pytest.raises((MalformedRequest, UnexpectedResponse)):
+            client.run(name).delete()
+    assert run.status().initialized
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_points_are_pulled_in_a_dtype(run: Run, dtype: str) -> None:
+    for point in ("x", "y", "z"):
+        tensors, step = run.pull(point, dtype=dtype)  # type: ignore[arg-type]
+        assert step == 0
+        for name, tensor in TENSORS.items():
+            assert tensors[name].dtype == DTYPES[dtype]
+            assert torch.equal(tensors[name].float(), tensor)
 
 
 def test_a_lease_is_renewed_while_it_is_held(run: Run) -> None:

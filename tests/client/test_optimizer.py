@@ -330,6 +330,24 @@ def test_a_fenced_off_worker_takes_a_new_lease_and_its_gradient_counts(
     assert (optimizer.receipt.decision, optimizer.receipt.step) == ("applied", 3)
 
 
+def test_a_worker_whose_lease_expired_takes_a_new_one_and_its_gradient_counts(
+    service: ThreadService, make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
+) -> None:
+    model, twin = network(), network()
+    peer = schedulefree.AdamWScheduleFree(twin.parameters(), lr=0.0025)
+    peer.train()
+    optimizer = make(model, worker="sleeper")
+    run = remote(optimizer)
+    with service.redis() as client:
+        client.zadd(f"freestep:{{{run.name}}}:leases", {"sleeper": 1})
+        while client.hexists(f"freestep:{{{run.name}}}:workers", "sleeper"):
+            pass
+    train(model, optimizer, 3)
+    train(twin, peer, 3)
+    assert_same(model, twin)
+    assert run.status().step == 3
+
+
 def test_after_a_restore_a_worker_joins_again(
     make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
 ) -> None:
@@ -348,6 +366,24 @@ def test_after_a_restore_a_worker_joins_again(
     assert optimizer.receipt.decision == "applied"
     assert optimizer.pulled is not None
     assert (optimizer.pulled.epoch, optimizer.pulled.step) == (2, 3)
+
+
+def test_a_worker_of_a_deleted_run_joins_the_new_one_of_that_name(
+    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
+) -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    run = remote(optimizer)
+    run.delete()
+    run.create(optimizer.spec)
+    run.initialize(dict(network(1).named_parameters()))
+    assert run.status().epoch == 2
+    train(model, optimizer, 1)
+    assert optimizer.receipt is not None
+    assert (optimizer.receipt.decision, optimizer.receipt.reason) == ("dropped", "epoch-changed")
+    assert run.status().step == 0
+    assert_same(model, network(1))
 
 
 def test_a_saved_worker_joins_its_run_again(make: Callable[..., RemoteOptimizer]) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import resource
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from freestep.errors import CheckpointNotFound
@@ -15,7 +20,7 @@ from freestep.models import ALGORITHMS, RunSpec
 from freestep_service.checkpoints import Checkpoints, RunFile
 from freestep_service.records import Record
 from freestep_service.shard import Entry, Shard
-from harness import Api, ThreadService
+from harness import TENSORS, Api, ThreadService
 
 RECORD = Record("claim", "digest", "applied", step=1, staleness=0, seq=1, live=1, worker="w", epoch=1)
 
@@ -99,6 +104,17 @@ def test_a_later_epoch_is_newer_than_a_later_step(tmp_path: Path) -> None:
     assert (loaded[0].epoch, loaded[0].step) == (2, 2)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "state.safetensors"])
+def test_a_damaged_checkpoint_of_the_same_cut_is_written_anew(tmp_path: Path, name: str) -> None:
+    made, checkpoints = shard(), Checkpoints(tmp_path, keep=5)
+    checkpoints.write(made.cut(), {})
+    (directory,) = tmp_path.iterdir()
+    flip_a_bit(directory / name)
+    assert checkpoints.write(made.cut(), {"key": RECORD}).step == 0
+    assert checkpoints.at(0)[1] == {"key": RECORD}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_same_cut_twice_is_one_checkpoint(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(tmp_path, keep=5)
     assert checkpoints.write(made.cut(), {}) == checkpoints.write(made.cut(), {})
@@ -140,6 +156,63 @@ def test_what_a_kill_left_behind_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".00000001-000000000009-000000000009.1234").mkdir()
     assert [each.step for each in checkpoints.all()] == [0]
     assert checkpoints.newest() is not None
+    checkpoints.write(made.cut(), {})
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path) -> None:
+    made, checkpoints = shard(), Checkpoints(tmp_path, keep=1)
+    checkpoints.write(made.cut(), {})
+    advance(made, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            checkpoints.write(made.cut(), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    loaded = checkpoints.newest()
+    assert loaded is not None
+    assert loaded[0].step == 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+SAVER = """
+import sys
+from pathlib import Path
+import torch
+from freestep.models import RunSpec
+from freestep_service.checkpoints import Checkpoints
+from freestep_service.shard import Entry, Shard
+spec = {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": "w", "shape": [200_000]}]}
+shard, checkpoints = Shard(RunSpec.model_validate(spec), torch.device("cpu")), Checkpoints(Path(sys.argv[1]), keep=2)
+newest = checkpoints.newest()
+if newest:
+    shard.load(newest[0], epoch=1)
+else:
+    shard.initialize(torch.zeros(200_000), epoch=1)
+while True:
+    shard.apply(Entry(shard.seq + 1, 1, advance=True, gradient=torch.ones(200_000)))
+    print(checkpoints.write(shard.cut(), {}).step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_it_writes_it_leaves_a_newest_that_is_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints, said = Checkpoints(tmp_path, keep=2), 0
+    for count in (1, 4, 7):
+        command = [sys.executable, "-c", SAVER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saver:
+            assert saver.stdout is not None
+            for _ in range(count):
+                said = int(saver.stdout.readline())
+            saver.kill()
+        newest = checkpoints.newest()
+        assert newest is not None
+        assert newest[0].step >= said
+    assert caplog.text == ""
 
 
 def test_without_checkpoints(tmp_path: Path) -> None:
@@ -189,6 +262,43 @@ def test_the_last_checkpoint_is_written_at_shutdown(
     assert loaded is not None
     assert loaded[0].step == 1
     assert loaded[1]["key"].decision == "applied"
+
+
+def test_a_run_whose_last_checkpoint_fails_does_not_cost_the_others_theirs(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
+) -> None:
+    service = start_service(tmp_path / "data")
+    first, second = connect(service.url, "first"), connect(service.url, "second")
+    for api in (first, second):
+        api.create()
+        api.push(api.lease(), 0)
+    checkpoints = tmp_path / "data" / "runs" / "first" / "checkpoints"
+    shutil.rmtree(checkpoints)
+    checkpoints.touch()
+    service.stop()
+    checkpoints.unlink()
+    again = connect(start_service(tmp_path / "data").url, "second")
+    assert (again.status()["epoch"], again.status()["step"]) == (1, 1)
+
+
+def test_going_back_and_on_is_never_having_been_elsewhere(api: Api, service: ThreadService) -> None:
+    def gradient(step: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in TENSORS.items()}
+
+    def train(first: int, last: int) -> None:
+        lease = api.lease()
+        for step in range(first, last):
+            assert api.push(lease, step, tensors=gradient(step)).json()["step"] == step + 1
+
+    api.create(optimizer={"algorithm": "adamw_schedule_free", "warmup_steps": 4, "weight_decay": 0.1})
+    train(0, 3)
+    api.http.post(api.path("/checkpoints"))
+    train(3, 8)
+    points = [safetensors.torch.save(api.pull(point)[0]) for point in "xyz"]
+    assert api.http.post(api.path("/checkpoints/3/restore")).json()["epoch"] == 2
+    train(3, 8)
+    assert [safetensors.torch.save(api.pull(point)[0]) for point in "xyz"] == points
 
 
 def test_a_damaged_checkpoint_is_not_gone_back_to(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from pydantic_settings import CliApp
 
 from freestep_service.settings import Settings
 
@@ -30,6 +31,13 @@ def test_any_other_address_does(host: str) -> None:
     with pytest.raises(ValidationError, match="loopback only"):
         Settings(host=host)
     assert Settings(host=host, insecure=True).host == host
+
+
+def test_flags_overrule_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREESTEP_PORT", "9001")
+    flags = ["--port", "9002", "--host", "0.0.0.0", "--insecure", "--checkpoints-kept", "7"]
+    settings = CliApp.run(Settings, cli_args=flags)
+    assert (settings.port, settings.host, settings.checkpoints_kept) == (9002, "0.0.0.0", 7)
 
 
 def test_threads_are_half_the_cores_unless_chosen() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -34,6 +35,43 @@ def test_scripts_are_loaded_again_after_they_were_flushed(api: Api, service: Thr
     with service.redis() as client:
         client.script_flush()
     assert api.push(lease, 1).json()["step"] == 2
+
+
+def test_a_person_can_read_what_the_store_holds(api: Api, service: ThreadService) -> None:
+    api.create(aggregation={"policy": "buffered", "batch": 2})
+    lease = api.lease("somebody")
+    for number in range(3):
+        api.push(lease, 0, f"key-{number}")
+    prefix = f"freestep:{{{api.run}}}:"
+    held = service.redis_dump(prefix)
+    facts = {"epoch": "1", "step": "1", "seq": "3", "initialized": "1", "applied": "1", "accumulated": "2"}
+    assert facts.items() <= held[f"{prefix}run"].items()
+    assert json.loads(held[f"{prefix}run"]["spec"])["aggregation"]["policy"] == "buffered"
+    assert held[f"{prefix}workers"] == {"somebody": lease["lease"]}
+    assert held[f"{prefix}leases"] == ["somebody"]
+    assert held[f"{prefix}group"] == {"somebody": "1"}
+    assert held[f"{prefix}window:{lease['lease']}"] == ["key-0", "key-1", "key-2"]
+    worker = held[f"{prefix}lease:{lease['lease']}"]
+    assert (worker["worker"], worker["token"], worker["pushes"]) == ("somebody", str(lease["token"]), "3")
+    assert json.loads(held[f"{prefix}receipts"]["key-1"])["decision"] == "applied"
+    entries = [(identifier, entry["key"], entry["step"]) for identifier, entry in held[f"{prefix}log"]]
+    assert entries == [("1-0", "key-0", "0"), ("2-0", "key-1", "1"), ("3-0", "key-2", "1")]
+    assert f"{prefix}pending" not in held
+
+
+def test_more_keys_of_ended_leases_than_a_script_can_return_are_let_go_in_turn(
+    api: Api, service: ThreadService
+) -> None:
+    api.create()
+    lease = api.lease("one")
+    ended = f"freestep:{{{api.run}}}:ended"
+    with service.redis() as client:
+        client.rpush(ended, *(f"old-{number}" for number in range(14_000)))
+    assert api.http.delete(api.path(f"/leases/{lease['lease']}")).status_code == 204
+    while len(service.redis_dump(ended)[ended]) > 4096:
+        another = api.lease("one")
+        api.http.delete(api.path(f"/leases/{another['lease']}"))
+    assert service.redis_dump(ended)[ended][0] == f"old-{14_000 - 4096}"
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_what_is_held_may_be_forgotten(writer: Writer) -> None:
         writer.pause(forget=True)
         with pytest.raises(Lost):
             await cut_off
+        assert writer.era == 1
         again = writer.submit(entry(1))
         writer.resume(1, 0, 0)
         await again
@@ -126,7 +127,8 @@ def test_in_doubt_redis_is_taken_for_behind(writer: Writer) -> None:
         await writer.apply(entry(1))
         writer.pause()
         writer.doubt()
-        assert writer.known_seq > 10**15
+        assert writer.known.seq > 10**15
+        assert writer.era == 0
         await writer.apply(entry(2))
         assert value(writer.shard) == 3.0
 

@@ -14,6 +14,8 @@
 local RUN, LEASES, WORKERS, RECEIPTS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local PENDING, GROUP, LOG, ENDED = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local WINDOW_LENGTH, ENDED_LENGTH, LOG_LENGTH = 64, 4096, 1024
+-- Fewer than Lua can return at once; what is left goes at the next opportunity.
+local MOST_EVICTED = 1024
 
 local function clock()
   local time = redis.call('TIME')
@@ -30,8 +32,9 @@ local function run_number(field)
 end
 
 -- True when Redis has lost what a shard has already seen: it was wiped, or came back with older data.
-local function is_behind(known_seq)
-  return redis.call('EXISTS', RUN) == 0 or run_number('seq') < tonumber(known_seq)
+local function is_behind(known_epoch, known_seq)
+  return redis.call('EXISTS', RUN) == 0 or run_number('epoch') < tonumber(known_epoch)
+    or run_number('seq') < tonumber(known_seq)
 end
 
 local function live_workers(now)
@@ -73,7 +76,7 @@ local function retire(window, evicted)
     redis.call('RPUSH', ENDED, key)
   end
   redis.call('DEL', window)
-  while redis.call('LLEN', ENDED) > ENDED_LENGTH do
+  while redis.call('LLEN', ENDED) > ENDED_LENGTH and #evicted < MOST_EVICTED do
     evicted[#evicted + 1] = redis.call('LPOP', ENDED)
     redis.call('HDEL', RECEIPTS, evicted[#evicted])
   end

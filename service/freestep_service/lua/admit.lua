@@ -1,7 +1,7 @@
 -- Decides all of a push that its claim can decide, before its body is read, and renews its lease.
 -- KEYS     the run's, 9 lease:ID, 10 window:ID
 -- ARGV     1 lease, 2 token, 3 step where the gradient was taken, 4 idempotency key, 5 claim (what must be the
---          same when the key comes again), 6 newest seq that the shard knows
+--          same when the key comes again), 6 epoch and 7 newest seq that the shard knows
 -- returns  {behind}                 Redis has lost data; the shard must open the run again
 --          {replay, record}         the key was committed before
 --          {pending}                the key is on its way through another request
@@ -11,7 +11,7 @@
 --          {admitted}
 
 local lease, token, taken_at, key, claim = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
-if is_behind(ARGV[6]) then return {'behind'} end
+if is_behind(ARGV[6], ARGV[7]) then return {'behind'} end
 
 local record = redis.call('HGET', RECEIPTS, key)
 if record then

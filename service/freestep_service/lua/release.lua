@@ -1,8 +1,10 @@
 -- Ends a lease at its holder's wish. Where an update waited for that worker alone, it goes on.
 -- KEYS     the run's, 9 lease:ID, 10 window:ID
--- ARGV     1 lease
--- returns  {lease-expired}, or {ended, seq, step, epoch, evicted idempotency keys ...}; seq is 0 unless an update was closed
+-- ARGV     1 lease, 2 epoch and 3 newest seq that the shard knows
+-- returns  {behind} (Redis has lost data; the shard must open the run again), {lease-expired}, or
+--          {ended, seq, step, epoch, evicted idempotency keys ...}; seq is 0 unless an update was closed
 
+if is_behind(ARGV[2], ARGV[3]) then return {'behind'} end
 local now = clock()
 local worker = holder(KEYS[9], ARGV[1], nil, now)
 if not worker then return {'lease-expired'} end
