@@ -276,7 +276,7 @@ class Delay:
         self._threads[0].start()
 
     def hold(self, word: bytes) -> tuple[threading.Event, threading.Event]:
-        """Holds back the answer to the next command with a word in it.
+        """Holds back the answer to the next command with a word in it, which no script's source may have.
 
         Returns two events: the store has answered; the answer may go on.
         """
@@ -346,7 +346,7 @@ def test_an_answer_from_before_the_store_was_wiped_counts_no_more(
     api = connect(service.url)
     api.create(optimizer=SGD)
     lease = api.lease()
-    api.push(lease, 0, "first")
+    api.push(lease, 0, "kept-push")
 
     answers: dict[str, httpx.Response] = {}
 
@@ -364,12 +364,12 @@ def test_an_answer_from_before_the_store_was_wiped_counts_no_more(
         return thread
 
     late: list[tuple[threading.Event, threading.Event]] = []
-    threads = [pushing(lease, "late")]
+    threads = [pushing(lease, "late-push")]
     with Redis(unix_socket_path=str(store.unix_socket_path)) as client:
         client.flushall()
     if arrives == "while the store is written anew":
         # The receipt of the first push is in what the store is told.
-        opened, go_on = delay.hold(b"first")
+        opened, go_on = delay.hold(b"kept-push")
         leasing = threading.Thread(target=lambda: connect(service.url, api.run).lease("fresh"))
         leasing.start()
         opened.wait()
@@ -378,18 +378,18 @@ def test_an_answer_from_before_the_store_was_wiped_counts_no_more(
         go_on.set()
         leasing.join()
     else:
-        threads.append(pushing(api.lease("fresh"), "next"))
+        threads.append(pushing(api.lease("fresh"), "next-push"))
         late[0][1].set()
         threads[0].join()
         late[1][1].set()
     for thread in threads:
         thread.join()
-    assert slug(answers["late"]) == "lease-expired"
-    assert slug(api.push(lease, 1, "late")) == "lease-expired"
-    if "next" in answers:
-        assert answers["next"].json()["step"] == 2
-    assert api.pull("y")[0]["b"] == -float("next" in answers)
-    assert api.status()["step"] == 1 + ("next" in answers)
+    assert slug(answers["late-push"]) == "lease-expired"
+    assert slug(api.push(lease, 1, "late-push")) == "lease-expired"
+    if "next-push" in answers:
+        assert answers["next-push"].json()["step"] == 2
+    assert api.pull("y")[0]["b"] == -float("next-push" in answers)
+    assert api.status()["step"] == 1 + ("next-push" in answers)
 
 
 def test_a_wiped_store_gives_no_token_twice(
