@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from freestep_service.settings import Settings
 
 TENSORS = {"w": torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0]]), "b": torch.tensor(2.0), "e": torch.zeros(0, 4)}
 """The parameters of the runs that `Api.create` makes: a matrix, a scalar and an empty tensor."""
+
+BODY = safetensors.torch.save(TENSORS)
+"""TENSORS as a body."""
 
 
 class ThreadService:
@@ -213,3 +216,21 @@ def slug(response: httpx.Response) -> str:
     prefix, _, name = document["type"].rpartition(":")
     assert prefix == "urn:freestep:problem"
     return str(name)
+
+
+def half_of_a_push(api: Api, lease: dict[str, Any], step: int, key: str) -> bytes:
+    """A push of BODY as raw bytes, up to the middle of the body."""
+    head = {**api.headers(lease, step, key), "Host": "test", "Content-Length": str(len(BODY))}
+    lines = [f"POST {api.path('/gradients')} HTTP/1.1", *(f"{name}: {value}" for name, value in head.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + BODY[: len(BODY) // 2]
+
+
+def is_pending(service: ThreadService, api: Api, key: str) -> bool:
+    """Whether a push is admitted and not yet committed."""
+    pending = f"freestep:{{{api.run}}}:pending"
+    return key in service.redis_dump(pending).get(pending, {})
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        pass

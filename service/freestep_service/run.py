@@ -87,6 +87,7 @@ class Run:
         self.leases = Leases(self.coordinator, self._writer, self._receipts, metrics, spec.lease_ttl_ms, self._reopen)
         self._opening = asyncio.Lock()
         self._openings = 0
+        self._newest_epoch = 0
         self._closed = False
 
     # Opening
@@ -179,7 +180,8 @@ class Run:
         """Goes back to the checkpoint of a step, in a new epoch. Raises CheckpointNotFound."""
         async with self._opening:
             newest = await asyncio.to_thread(self._checkpoints.at, step)
-            epoch = self.epoch + 1
+            # Beyond a restore that failed halfway too: Redis may have granted leases in its epoch.
+            epoch = self._newest_epoch = max(self.epoch, self._newest_epoch) + 1
             await asyncio.to_thread(RunFile(self.canonical_spec, epoch).write, self.directory)
             self._require_open()
             self._writer.pause()
@@ -208,9 +210,10 @@ class Run:
         # Before Redis forgets the run: who finds it gone there must not write it anew.
         self._closed = True
         try:
-            await asyncio.to_thread(self._last_epochs.write, self.name, self.epoch)
+            last = max(self.epoch, self._newest_epoch)
+            await asyncio.to_thread(self._last_epochs.write, self.name, last)
             await self.coordinator.delete()
-        except CoordinatorUnavailable:
+        except (CoordinatorUnavailable, OSError):
             self._closed = False
             raise
         await self._pushes.close()

@@ -39,6 +39,7 @@ from freestep.flat import DTYPES
 from freestep.models import ParameterSpec
 from freestep.wire import Manifest
 from harness import TENSORS, ThreadService
+from proxies import Cutter
 
 SPEC: dict[str, Any] = {
     "optimizer": {"algorithm": "sgd", "lr": 1.0},
@@ -127,61 +128,6 @@ def test_tensors_that_do_not_fit_are_not_sent(run: Run) -> None:
     with run.lease() as lease, pytest.raises(ManifestMismatch):
         run.push({"w": TENSORS["w"]}, lease.claim(0))
     assert run.status().step == 0
-
-
-class Cutter:
-    """A TCP proxy that passes whole exchanges on, but cuts the connection after so many bytes of the first answers."""
-
-    def __init__(self, url: str, cuts: list[int]) -> None:
-        self._target = httpx.URL(url)
-        self._cuts = cuts
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._threads: list[threading.Thread] = []
-        self._sockets: list[socket.socket] = []
-        self._accepting = threading.Thread(target=self._accept)
-        self._accepting.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection((self._target.host, self._target.port))
-            self._sockets += [near, far]
-            limit = self._cuts.pop(0) if self._cuts else None
-            for source, sink, most in ((near, far, None), (far, near, limit)):
-                thread = threading.Thread(target=self._pass_on, args=(source, sink, most))
-                thread.start()
-                self._threads.append(thread)
-
-    @staticmethod
-    def _pass_on(source: socket.socket, sink: socket.socket, most: int | None) -> None:
-        passed = 0
-        try:
-            while data := source.recv(65536):
-                if most is not None and passed + len(data) > most:
-                    sink.sendall(data[: most - passed])
-                    break
-                sink.sendall(data)
-                passed += len(data)
-        except OSError:
-            pass
-        for end in (source, sink):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._accepting.join()
-        for thread in self._threads:
-            thread.join()
-        for each in self._sockets:
-            each.close()
 
 
 @pytest.mark.parametrize("cuts", [[0], [20], [400], [0, 100, 250]])

@@ -1,0 +1,128 @@
+"""Proxies of the tests' own: connections that are cut, and answers that come late."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+
+class Cutter:
+    """A TCP proxy that passes whole exchanges on, but cuts the connection after so many bytes of the first answers."""
+
+    def __init__(self, url: str, cuts: list[int]) -> None:
+        self._target = httpx.URL(url)
+        self._cuts = cuts
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = []
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection((self._target.host, self._target.port))
+            self._sockets += [near, far]
+            limit = self._cuts.pop(0) if self._cuts else None
+            for source, sink, most in ((near, far, None), (far, near, limit)):
+                thread = threading.Thread(target=self._pass_on, args=(source, sink, most))
+                thread.start()
+                self._threads.append(thread)
+
+    @staticmethod
+    def _pass_on(source: socket.socket, sink: socket.socket, most: int | None) -> None:
+        passed = 0
+        try:
+            while data := source.recv(65536):
+                if most is not None and passed + len(data) > most:
+                    sink.sendall(data[: most - passed])
+                    break
+                sink.sendall(data)
+                passed += len(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._accepting.join()
+        for thread in self._threads:
+            thread.join()
+        for each in self._sockets:
+            each.close()
+
+
+class Delay:
+    """A proxy before a store on a Unix socket: it holds back the answers to chosen commands."""
+
+    def __init__(self, target: Path, path: Path) -> None:
+        self._target = str(target)
+        self._held: list[tuple[bytes, threading.Event, threading.Event]] = []
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def hold(self, word: bytes) -> tuple[threading.Event, threading.Event]:
+        """Holds back the answer to the next command with a word in it, which no script's source may have.
+
+        Returns two events: the store has answered; the answer may go on.
+        """
+        answered, released = threading.Event(), threading.Event()
+        self._held.append((word, answered, released))
+        return answered, released
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.socket(socket.AF_UNIX)
+            far.connect(self._target)
+            self._pairs.append((near, far))
+            waiting: list[tuple[bytes, threading.Event, threading.Event]] = []
+            for work in (self._ask, self._answer):
+                self._threads.append(threading.Thread(target=work, args=(near, far, waiting)))
+                self._threads[-1].start()
+
+    def _ask(self, near: socket.socket, far: socket.socket, waiting: list[Any]) -> None:
+        while data := near.recv(1 << 20):
+            for held in [held for held in self._held if held[0] in data]:
+                self._held.remove(held)
+                waiting.append(held)
+            far.sendall(data)
+        far.shutdown(socket.SHUT_WR)
+
+    @staticmethod
+    def _answer(near: socket.socket, far: socket.socket, waiting: list[Any]) -> None:
+        while data := far.recv(1 << 20):
+            while waiting:
+                _, answered, released = waiting.pop()
+                answered.set()
+                released.wait()
+            near.sendall(data)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join()
+        for near, far in self._pairs:
+            near.close()
+            far.close()

