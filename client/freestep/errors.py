@@ -22,6 +22,7 @@
     │   ├── NonFiniteGradient     non-finite-gradient
     │   ├── Overloaded            overloaded
     │   ├── CoordinatorUnavailable  coordinator-unavailable
+    │   ├── ShardUnavailable      shard-unavailable
     │   └── StepNotReached        step-not-reached
     ├── ServiceUnreachable        no answer came within the time allowed for retries
     ├── UnexpectedResponse        an answer that does not follow the protocol
@@ -61,6 +62,7 @@ __all__ = [
     "RunNotFound",
     "RunNotInitialized",
     "ServiceUnreachable",
+    "ShardUnavailable",
     "StepNotReached",
     "Unauthenticated",
     "UnexpectedResponse",
@@ -210,6 +212,13 @@ class Overloaded(ProblemError):
 class CoordinatorUnavailable(ProblemError):
     slug = "coordinator-unavailable"
     title = "Redis does not answer"
+
+
+class ShardUnavailable(ProblemError):
+    """`missing` are the shards that nobody owns; or the shard is another process's by now (see the topology)."""
+
+    slug = "shard-unavailable"
+    title = "A shard of the run is not where it was looked for"
 
 
 class StepNotReached(ProblemError):

@@ -14,6 +14,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 __all__ = [
     "ALGORITHMS",
     "DEFAULT_GROUP",
+    "MOST_SHARDS",
     "SGD",
     "AdamW",
     "AdamWScheduleFree",
@@ -29,15 +30,22 @@ __all__ = [
     "Point",
     "RAdamScheduleFree",
     "Receipt",
+    "ReshardRequest",
     "RunList",
     "RunSpec",
     "RunStatus",
     "SGDScheduleFree",
     "Schedule",
+    "ShardStatus",
+    "Slice",
+    "Topology",
     "WorkerStatus",
 ]
 
 DEFAULT_GROUP = "default"
+
+MOST_SHARDS = 256
+"""Shards of one run."""
 
 Point = Literal["x", "y", "z"]
 
@@ -202,7 +210,7 @@ class RunSpec(_Model):
     groups: dict[_Name, GroupOverrides] = {}
     lease_ttl_ms: Annotated[int, Field(strict=True, ge=100, le=3_600_000)] = 30_000
     durability: Literal["none", "checkpoint"] = "checkpoint"
-    shards: Annotated[int, Field(strict=True, ge=1, le=1)] = 1
+    shards: Annotated[int, Field(strict=True, ge=1, le=MOST_SHARDS)] = 1
 
     @model_validator(mode="after")
     def _consistent(self) -> RunSpec:
@@ -307,10 +315,54 @@ class RunStatus(_Answer):
     staleness: float | None = None
     checkpoint_step: int | None = None
     parameter_count: int
+    shards: int = 1
 
 
 class RunList(_Answer):
     runs: list[RunStatus]
+
+
+class Slice(_Answer):
+    """What a shard owns of a tensor: elements `begin` to `end` of the flattened tensor.
+
+    `shape` is what travels: [rows, ...] where these are whole rows, else [end - begin].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class ShardStatus(_Answer):
+    """A shard: elements `begin` to `end` of the run's flat vector, and the URL of the process that owns it.
+
+    `url` is null while nobody does. `applied_step` is the newest step it has applied, `durable_step` the step of the
+    newest checkpoint with this shard in it; null where there is none.
+    """
+
+    index: int
+    url: str | None
+    begin: int
+    end: int
+    slices: list[Slice]
+    applied_step: int | None = None
+    durable_step: int | None = None
+
+
+class Topology(_Answer):
+    """Where a run's shards are. `missing` are those that nobody owns: the run waits for them."""
+
+    run: str
+    epoch: int
+    shards: list[ShardStatus]
+    missing: list[int] = []
+
+
+class ReshardRequest(_Model):
+    """Asks for another number of shards."""
+
+    shards: Annotated[int, Field(strict=True, ge=1, le=MOST_SHARDS)]
 
 
 class Checkpoint(_Answer):

@@ -39,6 +39,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.NonFiniteGradient: 422,
     errors.Overloaded: 429,
     errors.CoordinatorUnavailable: 503,
+    errors.ShardUnavailable: 503,
     errors.StepNotReached: 504,
 }
 
@@ -65,7 +66,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEM, "5XX": _PROBLEM,
 _FASTAPI_WORDS: dict[int, type[ProblemError]] = {400: errors.MalformedRequest, 413: errors.BodyTooLarge}
 """What is said of a JSON body that FastAPI cannot parse, or that limits.py lets no further."""
 
-_RETRY_AFTER_S = {errors.Overloaded: 1, errors.CoordinatorUnavailable: 1}
+_RETRY_AFTER_S = {errors.Overloaded: 1, errors.CoordinatorUnavailable: 1, errors.ShardUnavailable: 1}
 
 
 def problem_response(problem: ProblemError) -> JSONResponse:
