@@ -36,10 +36,10 @@ class ThreadService:
     """A service under a real uvicorn in a thread; `stop` shuts it down in order."""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
-        self.settings = Settings(data_dir=data_dir, port=0, **settings)
-        self.app = create_app(self.settings)
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.settings = Settings(data_dir=data_dir, advertise_url=self.url, **settings)
+        self.app = create_app(self.settings)
         config = uvicorn.Config(
             self.app, http="httptools", ws="none", lifespan="on", log_level="warning", timeout_graceful_shutdown=1
         )
@@ -199,7 +199,10 @@ class Api:
         status = self.status()
         for worker in status["workers"]:
             del worker["expires_in_ms"]
-        return {"points": points, "status": status, "redis": service.redis_dump(f"freestep:{{{self.run}}}:")}
+        redis = service.redis_dump(f"freestep:{{{self.run}}}:")
+        # Who owns the shards, and until when.
+        redis.pop(f"freestep:{{{self.run}}}:shards", None)
+        return {"points": points, "status": status, "redis": redis}
 
     def status(self) -> dict[str, Any]:
         answer = self.http.get(self.path())

@@ -20,7 +20,7 @@ from rich.table import Table
 from freestep.client import DEFAULT_URL, Client, Pulled
 from freestep.errors import FreestepError, ServiceUnreachable
 from freestep.flat import Flat
-from freestep.models import Checkpoint, Point, RunStatus
+from freestep.models import MOST_SHARDS, Checkpoint, Point, RunStatus
 
 __all__ = ["main"]
 
@@ -31,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-runs = typer.Typer(help="List, show and delete runs.", no_args_is_help=True)
+runs = typer.Typer(help="List, show, reshard and delete runs.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 
 Url = Annotated[str, typer.Option(envvar="FREESTEP_URL", help="The service's URL.")]
@@ -85,7 +85,36 @@ def list_runs(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False
 def show_run(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
     """Show one run."""
     with _client(url, token) as client:
-        status = client.run(run).status()
+        remote = client.run(run)
+        status = remote.status()
+        missing = [] if as_json else remote.topology().missing
+    _print(status, as_json, ("", ""), _facts(status, missing))
+
+
+@runs.command("topology")
+def show_topology(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
+    """Show where a run's shards are."""
+    with _client(url, token) as client:
+        topology = client.run(run).topology()
+    rows = [
+        (shard.index, shard.url or "nobody's", f"{shard.begin:,} to {shard.end:,}", len(shard.slices),
+         _or_dash(shard.applied_step), _or_dash(shard.durable_step))
+        for shard in topology.shards
+    ]  # fmt: skip
+    _print(topology, as_json, ("shard", "is at", "elements", "tensors", "applied step", "durable step"), rows)
+
+
+@runs.command("reshard")
+def reshard_run(
+    run: RunName,
+    shards: Annotated[int, typer.Option(min=1, max=MOST_SHARDS, help="How many shards there are to be.")],
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Cut a run into another number of shards; its workers go on by themselves."""
+    with _client(url, token) as client:
+        status = client.run(run).reshard(shards)
     _print(status, as_json, ("", ""), _facts(status))
 
 
@@ -176,8 +205,9 @@ def _client(url: str, token: str | None) -> Client:
     return Client(url, token=token, retry_for=RETRY_FOR_S)
 
 
-def _facts(status: RunStatus) -> list[tuple[str, str]]:
+def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, str]]:
     settings = status.spec.optimizer.model_dump(exclude={"algorithm"}, exclude_none=True)
+    unowned = f"; nobody owns {', '.join(map(str, missing))}" if missing else ""
     return [
         ("run", status.run),
         ("step", str(status.step)),
@@ -187,6 +217,7 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
         ("", " ".join(f"{name}={value}" for name, value in settings.items())),
         ("policy", status.spec.aggregation.policy),
         ("parameters", f"{status.parameter_count:,} in {len(status.spec.parameters)} tensors"),
+        ("shards", f"{status.shards}{unowned}"),
         ("workers", ", ".join(worker.worker for worker in status.workers) or "-"),
         ("pushes", ", ".join(f"{count} {decision}" for decision, count in status.pushes.items())),
         ("loss", _or_dash(status.loss)),

@@ -19,6 +19,7 @@ from freestep.errors import UnexpectedResponse
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
 from freestep.models import (
+    MOST_SHARDS,
     Checkpoint,
     CheckpointList,
     Lease,
@@ -28,8 +29,11 @@ from freestep.models import (
     RunList,
     RunSpec,
     RunStatus,
+    Topology,
     WorkerStatus,
 )
+from freestep.parts import Call, Shards, merged
+from freestep.ranks import ALONE, Ranks
 from freestep.transport import Answer, Transport
 from freestep.wire import Manifest
 
@@ -38,6 +42,9 @@ __all__ = ["Client", "Pulled", "Run", "worker_name"]
 Model = TypeVar("Model", bound=BaseModel)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+
+_MOST_PULLS = 100
+"""How often shards are asked anew for one cut: every time, one of them had to be asked again meanwhile."""
 
 
 def worker_name() -> str:
@@ -51,7 +58,8 @@ class Client:
     url, token: from FREESTEP_URL and FREESTEP_TOKEN where they are not given.
     timeout: seconds without progress after which an attempt is given up.
     retry_for: seconds for which a request is tried again when the service is away or busy.
-    http: a client of your own, for proxies, certificates or hooks; then url, token and timeout are its affair.
+    http: a client of your own, for proxies, certificates or hooks; then url, token and timeout are its affair. It
+        needs a connection for each shard of a run.
 
     Every call may raise a ProblemError, ServiceUnreachable or UnexpectedResponse.
     """
@@ -71,13 +79,16 @@ class Client:
                 base_url=url or os.environ.get("FREESTEP_URL") or DEFAULT_URL,
                 headers={"Authorization": f"Bearer {token}"} if token else {},
                 timeout=timeout,
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=MOST_SHARDS),
             )
         self._transport = Transport(http, retry_for)
 
-    def run(self, name: str) -> Run:
-        """One run, which need not exist yet."""
-        return Run(self._transport, name)
+    def run(self, name: str, *, ranks: Ranks = ALONE) -> Run:
+        """One run, which need not exist yet.
+
+        ranks: the processes that are one worker together, each of which makes every `exchange` and `pull`.
+        """
+        return Run(self._transport, name, ranks)
 
     def runs(self) -> list[RunStatus]:
         """Every run's status."""
@@ -108,13 +119,15 @@ class Pulled:
 
 
 class Run:
-    """One run of a service."""
+    """One run of a service; it takes one shard or many, which are asked in parallel."""
 
-    def __init__(self, transport: Transport, name: str) -> None:
+    def __init__(self, transport: Transport, name: str, ranks: Ranks = ALONE) -> None:
         self.name = name
         self._transport = transport
         self._path = f"/v1/runs/{quote(name, safe='')}"
         self._manifest: Manifest | None = None
+        self._ranks = ranks
+        self._shards = Shards(transport, self._read_status, self._read_topology, ranks)
 
     @property
     def manifest(self) -> Manifest:
@@ -126,10 +139,19 @@ class Run:
     def create(self, spec: RunSpec | Mapping[str, Any]) -> RunStatus:
         """Creates the run, or finds it with the same spec. Raises RunExists and InvalidSpec."""
         document = spec.model_dump(mode="json") if isinstance(spec, RunSpec) else dict(spec)
-        return self._status(self._transport.request("PUT", self._path, json=document))
+        return self._noted(self._transport.request("PUT", self._path, json=document))
 
     def status(self) -> RunStatus:
-        return self._status(self._transport.request("GET", self._path))
+        return self._noted(self._transport.request("GET", self._path))
+
+    def topology(self) -> Topology:
+        """Where the run's shards are, and which of them nobody owns."""
+        return self._read_topology(retry=True)
+
+    def reshard(self, shards: int) -> RunStatus:
+        """Cuts the run into another number of shards, in a new epoch."""
+        wish = {"shards": shards}
+        return self._noted(self._transport.request("POST", f"{self._path}/reshard", json=wish, retry=False))
 
     def delete(self) -> None:
         """Deletes the run, its checkpoints included."""
@@ -142,49 +164,34 @@ class Run:
 
     def initialize(self, tensors: Mapping[str, Tensor] | Flat) -> None:
         """Gives the run its initial weights. Raises AlreadyInitialized when another worker was first."""
-        self._transport.request("PUT", f"{self._path}/parameters", body=self._flat(tensors).body())
+        self._shards.ask(Call("PUT", f"{self._path}/parameters", body=self._flat(tensors)), alone=True)
 
     def lease(self, worker: str | None = None, ttl_ms: int | None = None) -> HeldLease:
         """Takes a lease and keeps it renewed; the worker's older one is fenced off."""
         wish: dict[str, Any] = {"worker": worker or worker_name()}
         if ttl_ms is not None:
             wish["ttl_ms"] = ttl_ms
-        answer = self._transport.request("POST", f"{self._path}/leases", json=wish)
-        return HeldLease(self._transport, f"{self._path}/leases", _parsed(Lease, answer))
+        granted = _parsed(Lease, self._transport.request("POST", f"{self._path}/leases", json=wish))
+        self._shards.heard(granted.epoch)
+        return HeldLease(self._transport, f"{self._path}/leases", granted)
 
     def push(self, tensors: Mapping[str, Tensor] | Flat, claim: Claim, *, wait: float = 0.0) -> Receipt:
         """Pushes a gradient: one tensor for each of the run's parameters. Safe to call again with the same claim.
 
         wait: seconds for which an accumulated push is waited with until its update is applied.
         """
-        answer = self._transport.request(
-            "POST",
-            f"{self._path}/gradients",
-            headers={**claim.headers(), **_prefer(wait)},
-            body=self._flat(tensors).body(),
-            wait=wait,
-        )
-        return _parsed(Receipt, answer)
+        headers = {**claim.headers(), **_prefer(wait)}
+        call = Call("POST", f"{self._path}/gradients", headers, body=self._flat(tensors), wait=wait)
+        return merged([_parsed(Receipt, answer) for answer in self._shards.ask(call, alone=True)])
 
     def exchange(self, gradient: Flat, claim: Claim, into: Flat, *, wait: float = 0.0) -> tuple[Receipt, Pulled]:
         """Pushes a gradient and receives fresh y into a flat vector: one round trip."""
-        answer = self._transport.request(
-            "POST",
-            f"{self._path}/gradients",
-            headers={**claim.headers(), **_prefer(wait, representation=True)},
-            params={"dtype": into.dtype},
-            body=gradient.body(),
-            into=into,
-            wait=wait,
-        )
-        document = {
-            "decision": _header(answer, "freestep-decision"),
-            "reason": answer.headers.get("freestep-reason"),
-            "step": int(_header(answer, "freestep-receipt-step")),
-            "staleness": int(_header(answer, "freestep-staleness")),
-            "replayed": _header(answer, "freestep-replayed") == "true",
-        }
-        return Receipt.model_validate(document), Pulled.of(answer)
+        headers = {**claim.headers(), **_prefer(wait, representation=True)}
+        params = {"dtype": into.dtype}
+        answers = self._shards.ask(Call("POST", f"{self._path}/gradients", headers, params, gradient, into, wait))
+        receipt = merged([_receipt(answer) for answer in answers])
+        # Parts are of different cuts where some were asked for again.
+        return receipt, self._received(answers, into) or self.pull_into(into, "y")
 
     def pull(
         self, point: Point = "x", *, dtype: str = "F32", min_step: int = 0, wait: float = 0.0
@@ -200,15 +207,25 @@ class Run:
 
     def pull_into(self, into: Flat, point: Point = "x", *, min_step: int = 0, wait: float = 0.0) -> Pulled:
         """As `pull`, into a flat vector that is there already, in its dtype."""
-        answer = self._transport.request(
-            "GET",
-            f"{self._path}/parameters",
-            params={"point": point, "dtype": into.dtype, "min_step": min_step},
-            headers=_prefer(wait),
-            into=into,
-            wait=wait,
-        )
-        return Pulled.of(answer)
+        params: dict[str, str | int] = {"point": point, "dtype": into.dtype, "min_step": min_step}
+        call = Call("GET", f"{self._path}/parameters", _prefer(wait), params, into=into, wait=wait)
+        for _ in range(_MOST_PULLS):
+            pulled = self._received(self._shards.ask(call), into)
+            if pulled is not None:
+                return pulled
+        raise UnexpectedResponse(f"the shards of {self.name!r} do not answer with one cut of the model")
+
+    def _received(self, answers: list[Answer], into: Flat) -> Pulled | None:
+        """Which cut of the model was received, by all ranks; None if the parts are of several."""
+        cuts = {Pulled.of(answer) for answer in answers}
+        if len(answers) > 1:
+            cuts_in_the_log = {_header(answer, "freestep-cut") for answer in answers}
+            if len(cuts) > 1 or len(cuts_in_the_log) > 1:
+                return None
+        (pulled,) = cuts
+        self._shards.heard(pulled.epoch)
+        self._ranks.spread(into, len(answers))
+        return pulled
 
     def checkpoint(self) -> Checkpoint:
         """Has a checkpoint written now."""
@@ -220,12 +237,21 @@ class Run:
 
     def restore(self, step: int) -> RunStatus:
         """Goes back to a checkpoint, in a new epoch. Raises CheckpointNotFound."""
-        return self._status(self._transport.request("POST", f"{self._path}/checkpoints/{step}/restore", retry=False))
+        return self._noted(self._transport.request("POST", f"{self._path}/checkpoints/{step}/restore", retry=False))
 
-    def _status(self, answer: Answer) -> RunStatus:
+    def _noted(self, answer: Answer) -> RunStatus:
         status = _parsed(RunStatus, answer)
         self._manifest = Manifest(status.spec.parameters)
+        self._shards.heard(status.epoch, status.shards)
         return status
+
+    def _read_status(self, retry: bool) -> RunStatus:
+        status = _parsed(RunStatus, self._transport.request("GET", self._path, retry=retry))
+        self._manifest = Manifest(status.spec.parameters)
+        return status
+
+    def _read_topology(self, retry: bool) -> Topology:
+        return _parsed(Topology, self._transport.request("GET", f"{self._path}/topology", retry=retry))
 
     def _flat(self, tensors: Mapping[str, Tensor] | Flat) -> Flat:
         if isinstance(tensors, Flat):
@@ -240,6 +266,18 @@ def _parsed(model: type[Model], answer: Answer) -> Model:
         return model.model_validate(answer.document)
     except ValidationError as error:
         raise UnexpectedResponse(f"what answered does not seem to be freestep: {error}") from error
+
+
+def _receipt(answer: Answer) -> Receipt:
+    """The receipt of an answer whose body is y."""
+    document = {
+        "decision": _header(answer, "freestep-decision"),
+        "reason": answer.headers.get("freestep-reason"),
+        "step": int(_header(answer, "freestep-receipt-step")),
+        "staleness": int(_header(answer, "freestep-staleness")),
+        "replayed": _header(answer, "freestep-replayed") == "true",
+    }
+    return Receipt.model_validate(document)
 
 
 def _header(answer: Answer, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,25 +11,56 @@ from torch import Tensor
 from freestep.errors import ManifestMismatch
 from freestep.wire import Manifest, Receiver, encode_header
 
-__all__ = ["DTYPES", "Flat"]
+__all__ = ["DTYPES", "Flat", "Stretch"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """torch's names of the dtypes that travel."""
 
 
-class Flat:
+class Stretch:
+    """Bytes that hold a manifest's tensors, all of one dtype in DTYPES: a flat vector, or a shard's part of one."""
+
+    def __init__(self, manifest: Manifest, dtype: str, memory: memoryview) -> None:
+        self.manifest = manifest
+        self.dtype = dtype
+        self.bytes = memory
+
+    @cached_property
+    def _header(self) -> memoryview:
+        return memoryview(encode_header(self.manifest, self.dtype))
+
+    def body(self, metadata: Mapping[str, str] | None = None) -> list[memoryview]:
+        """The safetensors body in pieces; the second is the stretch itself."""
+        header = memoryview(encode_header(self.manifest, self.dtype, metadata)) if metadata else self._header
+        return [header, self.bytes]
+
+    def receiver(self, length: int) -> Receiver:
+        """Lays a body of `length` bytes into the stretch."""
+        return Receiver(self.manifest, self.bytes, length, DTYPES[self.dtype].itemsize)
+
+
+class Flat(Stretch):
     """A flat vector on the host, [manifest.numel] of a dtype in DTYPES, and a view of each tensor in it."""
 
     def __init__(self, manifest: Manifest, dtype: str = "F32") -> None:
-        self.manifest = manifest
-        self.dtype = dtype
         # Python's memory, of which the vector is a view, so that bytes on their way to a socket keep it alive.
         memory = bytearray(max(manifest.numel, 1) * DTYPES[dtype].itemsize)
         self.vector = torch.frombuffer(memory, dtype=DTYPES[dtype])[: manifest.numel]
-        self.bytes = memoryview(memory)[: self.vector.nbytes]
+        super().__init__(manifest, dtype, memoryview(memory)[: self.vector.nbytes])
         self.views: dict[str, Tensor] = {
             slot.name: self.vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in manifest.slots
         }
+        self._parts: tuple[Stretch, ...] = (self,)
+
+    def parts(self, count: int) -> tuple[Stretch, ...]:
+        """The stretches of the vector that are the shards of a run cut into `count`; of one, the vector itself."""
+        if len(self._parts) != count:
+            self._parts = (self,) if count == 1 else tuple(self._part(index, count) for index in range(count))
+        return self._parts
+
+    def _part(self, index: int, count: int) -> Stretch:
+        manifest, size = self.manifest.part(index, count), DTYPES[self.dtype].itemsize
+        return Stretch(manifest, self.dtype, self.bytes[manifest.begin * size : manifest.end * size])
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies tensors in, rounding them to the vector's dtype.
@@ -46,11 +78,3 @@ class Flat:
                     f"the tensor {name!r} has the shape {list(tensors[name].shape)}, and the run's {list(view.shape)}"
                 )
             view.copy_(tensors[name].detach())
-
-    def body(self, metadata: Mapping[str, str] | None = None) -> list[memoryview]:
-        """The safetensors body in pieces; the second is the vector itself."""
-        return [memoryview(encode_header(self.manifest, self.dtype, metadata)), self.bytes]
-
-    def receiver(self, length: int) -> Receiver:
-        """Lays a body of `length` bytes into the vector."""
-        return Receiver(self.manifest, self.bytes, length, self.vector.itemsize)

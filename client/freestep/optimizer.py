@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from freestep.client import Client, Pulled, worker_name
 from freestep.errors import (
@@ -28,7 +29,8 @@ from freestep.errors import (
 from freestep.flat import Flat
 from freestep.groups import complete, named, run_spec, trainable
 from freestep.lease import HeldLease
-from freestep.models import AggregationSpec, Point, Receipt, RunSpec
+from freestep.models import AggregationSpec, Lease, Point, Receipt, RunSpec
+from freestep.ranks import Batch, ranks_of
 from freestep.wire import Manifest
 
 __all__ = ["RemoteOptimizer"]
@@ -56,7 +58,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
     algorithm, aggregation, hyperparameters: what the run is created with; `aggregation` is a policy's name or an
         aggregation spec. Where the run exists with others, they are the run's, and a warning is logged.
     worker: this worker's name; a second worker of the same name fences off the first.
+    shards: how many shards a new run is cut into. A run that exists keeps its own number.
     push_dtype, pull_dtype: F32, BF16 or F16, what gradients and parameters travel as.
+    process_group: a torch.distributed group whose ranks are one worker together, or True for all of torchrun's. It
+        must carry tensors of the host, as gloo does. Each rank makes every call, with a batch of its own: the
+        gradient that is pushed is the mean over ranks, weighted by `samples` where all give them. What fails on one
+        rank is raised on all.
 
     The worker keeps two vectors beside its model and gradients: one that gradients are sent from, and one that
     parameters arrive in. Raises ManifestMismatch, InvalidSpec and whatever the calls of `Client` raise.
@@ -78,31 +85,34 @@ class RemoteOptimizer(torch.optim.Optimizer):
         durability: Literal["none", "checkpoint"] | None = None,
         push_dtype: Dtype | None = None,
         pull_dtype: Dtype | None = None,
+        process_group: ProcessGroup | Literal[True] | None = None,
         **hyperparameters: Any,
     ) -> None:
-        given = complete(algorithm, hyperparameters)
-        self._sealed = False
-        super().__init__(trainable(params), given)
-        self._sealed = True
-        self.worker = worker or os.environ.get("FREESTEP_WORKER") or worker_name()
+        self._ranks = ranks_of(process_group)
+        with self._ranks.together():
+            given = complete(algorithm, hyperparameters)
+            self._sealed = False
+            super().__init__(trainable(params), given)
+            self._sealed = True
+            self._tensors = {name: tensor for name, tensor, _ in named(self.param_groups)}
+            options = {
+                "aggregation": {"policy": aggregation} if isinstance(aggregation, str) else aggregation,
+                "shards": shards,
+                "lease_ttl_ms": lease_ttl_ms,
+                "durability": durability,
+            }
+            wanted = run_spec(self.param_groups, algorithm, given, options)
+            manifest = Manifest(wanted.parameters)
+            self._gradient = Flat(manifest, push_dtype or "F32")
+            self._arriving = Flat(manifest, pull_dtype or "F32")
+        self.worker = self._ranks.first(lambda: worker or os.environ.get("FREESTEP_WORKER") or worker_name())
         self.receipt: Receipt | None = None
         """What became of the last push."""
         self.pulled: Pulled | None = None
         """Which epoch and step of y the model holds; None while it holds x."""
-        self._tensors = {name: tensor for name, tensor, _ in named(self.param_groups)}
-        options = {
-            "aggregation": {"policy": aggregation} if isinstance(aggregation, str) else aggregation,
-            "shards": shards,
-            "lease_ttl_ms": lease_ttl_ms,
-            "durability": durability,
-        }
-        wanted = run_spec(self.param_groups, algorithm, given, options)
-        manifest = Manifest(wanted.parameters)
-        self._gradient = Flat(manifest, push_dtype or "F32")
-        self._arriving = Flat(manifest, pull_dtype or "F32")
         own_client = client is None
         self._client = client or Client(url, token=token)
-        self._run = self._client.run(run)
+        self._run = self._client.run(run, ranks=self._ranks)
         self._held: list[HeldLease] = []
         # Without a reference to self, so that leases end with the optimizer and, at the latest, with the process.
         self._finalizer = weakref.finalize(self, _close, self._held, self._client if own_client else None)
@@ -116,15 +126,24 @@ class RemoteOptimizer(torch.optim.Optimizer):
     # Joining
 
     def _create(self, wanted: RunSpec) -> RunSpec:
+        spec = self._ranks.first(lambda: self._create_or_find(wanted))
+        with self._ranks.together():
+            if wanted.parameters != spec.parameters:
+                pairs = zip_longest(wanted.parameters, spec.parameters)
+                ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+                raise ManifestMismatch(f"the run {self._run.name!r} has other parameters: {theirs}, and here {ours}")
+        return spec
+
+    def _create_or_find(self, wanted: RunSpec) -> RunSpec:
         try:
             return self._run.create(wanted).spec
         except RunExists:
             spec = self._run.status().spec
-        if wanted.parameters != spec.parameters:
-            pairs = zip_longest(wanted.parameters, spec.parameters)
-            ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
-            raise ManifestMismatch(f"the run {self._run.name!r} has other parameters: {theirs}, and here {ours}")
-        logger.warning("the run %s exists with another spec, which is used instead of the one given", self._run.name)
+        # Into how many shards it is cut is the run's own affair.
+        if spec.parameters == wanted.parameters and spec != wanted.model_copy(update={"shards": spec.shards}):
+            logger.warning(
+                "the run %s exists with another spec, which is used instead of the one given", self._run.name
+            )
         return spec
 
     def _join(self) -> None:
@@ -138,11 +157,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._initialize()
 
     def _take_lease(self) -> None:
+        self._granted = self._ranks.first(self._exchange_lease)
+
+    def _exchange_lease(self) -> Lease:
         while self._held:
             self._held.pop().release()
         self._held.append(self._run.lease(self.worker))
+        return self._held[0].granted
 
     def _initialize(self) -> None:
+        self._ranks.first(self._give_weights)
+
+    def _give_weights(self) -> None:
         weights = next((flat for flat in (self._gradient, self._arriving) if flat.dtype == "F32"), None)
         weights = weights or Flat(self._gradient.manifest)
         weights.fill(self._tensors)
@@ -170,10 +196,26 @@ class RemoteOptimizer(torch.optim.Optimizer):
         that the run no longer takes (it was restored to an earlier step, say) is dropped, and its receipt says
         why. Raises EvalMode while the model holds x, NonFiniteGradient, and whatever the calls of `Client` raise.
         """
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result: float | None = None
+
+        def prepare() -> Batch:
+            nonlocal result
+            if closure is not None:
+                with torch.enable_grad():
+                    result = closure()
+            self._gather()
+            reported = result if loss is None else loss
+            return Batch(
+                None if samples is None else float(samples),
+                None if reported is None else float(reported),
+            )
+
+        batch = self._ranks.mean(self._gradient, self._ranks.every(prepare))
+        assert self.pulled is not None
+        self._push(self.pulled, batch)
+        return result
+
+    def _gather(self) -> None:
         if self.pulled is None:
             raise EvalMode("the model holds x; call train() before step()")
         for name, view in self._gradient.views.items():
@@ -182,20 +224,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 view.zero_()
             else:
                 view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-        reported = result if loss is None else loss
-        self._push(self.pulled, None if reported is None else float(reported), samples)
-        return result
 
-    def _push(self, taken_at: Pulled, loss: float | None, samples: float | None) -> None:
+    def _push(self, taken_at: Pulled, batch: Batch) -> None:
         waits = _WAIT_S if self.spec.aggregation.policy in ("sync", "quorum") else 0.0
         while True:
-            claim = self._held[0].claim(taken_at.step, samples=samples, loss=loss)
+            claim = self._ranks.first(
+                lambda: self._held[0].claim(taken_at.step, samples=batch.samples, loss=batch.loss)
+            )
             try:
                 self.receipt, pulled = self._run.exchange(self._gradient, claim, self._arriving, wait=waits)
             except LeaseExpired:
                 # Never applied, and never will be under that lease: the gradient is still good in the same epoch.
                 self._take_lease()
-                if self._held[0].granted.epoch == taken_at.epoch:
+                if self._granted.epoch == taken_at.epoch:
                     continue
                 self._rejoin("epoch-changed")
             except (EpochChanged, RunNotInitialized) as error:
@@ -218,7 +259,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._load("y", min_step=step)
                 return
             except StepNotReached:
-                if self._held[0].lost is not None:
+                if self._ranks.first(lambda: self._held[0].lost is not None):
                     self._rejoin("lease-expired")
                     return
 
@@ -265,11 +306,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         Raises ManifestMismatch when the state is of another run.
         """
-        place = state_dict.get("freestep", {})
-        if place.get("run") != self._run.name:
-            raise ManifestMismatch(f"the state is of the run {place.get('run')!r}, not of {self._run.name!r}")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "freestep"})
-        self.worker = place["worker"]
+        with self._ranks.together():
+            place = state_dict.get("freestep", {})
+            if place.get("run") != self._run.name:
+                raise ManifestMismatch(f"the state is of the run {place.get('run')!r}, not of {self._run.name!r}")
+            super().load_state_dict({key: value for key, value in state_dict.items() if key != "freestep"})
+            self.worker = place["worker"]
         self._join()
 
     def close(self) -> None:

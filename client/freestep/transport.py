@@ -7,10 +7,12 @@ that freestep retries is safe to repeat, pushes because they carry an idempotenc
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import httpx
 
@@ -19,16 +21,37 @@ from freestep.errors import (
     MalformedTensors,
     Overloaded,
     ProblemError,
+    RunNotFound,
     ServiceUnreachable,
+    ShardUnavailable,
+    Unauthenticated,
     UnexpectedResponse,
 )
 from freestep.wire import MEDIA_TYPE, Receiver
 
-__all__ = ["Answer", "Transport"]
+__all__ = ["Answer", "Place", "Transport"]
+
+T = TypeVar("T")
 
 _CHUNK = 256 * 1024
 """Bytes handed to httpx at a time: its socket write copies what is left of a piece after every partial write."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 3.0
+_CONNECT_S = 3.0
+"""A place other than the service's own URL may be one that drops packets: a container's address, seen from outside."""
+_MOST_THREADS = 1 << 16
+"""No limit: requests that wait for each other must all be made, and idle threads are used again."""
+
+_PASSING = (CoordinatorUnavailable, Overloaded, ShardUnavailable, httpx.TransportError)
+_ASTRAY = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.UnsupportedProtocol,
+    httpx.InvalidURL,
+    UnexpectedResponse,
+    RunNotFound,
+    Unauthenticated,
+)
+"""What a place answers that cannot be reached from here, or that is another server as seen from here."""
 
 
 class _Destination(Protocol):
@@ -44,12 +67,31 @@ class Answer:
     document: Any = None
 
 
+class Place(Protocol):
+    """Where a request goes, which may be elsewhere at every attempt."""
+
+    def url(self) -> str:
+        """What stands before the path: a URL, or nothing for the service's own. May raise to give the request up."""
+
+    def failed(self, url: str, error: Exception) -> None:
+        """Takes note that an attempt there failed in a way that may pass."""
+
+    def astray(self, url: str) -> None:
+        """Takes note that the service is not to be found there, so that `url` says something else next."""
+
+
 class Transport:
     """Requests to one service. Safe to use from several threads, as `httpx.Client` is."""
 
     def __init__(self, http: httpx.Client, retry_for: float) -> None:
         self._http = http
         self._retry_for = retry_for
+        self._pool: ThreadPoolExecutor | None = None
+        self._making = threading.Lock()
+
+    @property
+    def base_url(self) -> httpx.URL:
+        return self._http.base_url
 
     def request(
         self,
@@ -63,11 +105,12 @@ class Transport:
         into: _Destination | None = None,
         wait: float = 0.0,
         retry: bool = True,
+        place: Place | None = None,
     ) -> Answer:
         """One exchange, retried.
 
         body: a safetensors body in pieces, sent as it lies. into: where an answer's tensors go. wait: seconds for
-        which the service may hold the answer.
+        which the service may hold the answer. place: where to ask, instead of the service's own URL.
 
         Raises the ProblemError that the service named, ServiceUnreachable when nothing answered in time, and
         UnexpectedResponse when what answered is not freestep.
@@ -75,41 +118,63 @@ class Transport:
         lines = {**(headers or {}), "Accept-Encoding": "identity"}
         if body is not None:
             lines |= {"Content-Type": MEDIA_TYPE, "Content-Length": str(sum(map(len, body)))}
-        timeout = httpx.Timeout(self._http.timeout.read or 30.0, read=(self._http.timeout.read or 30.0) + wait)
+        patience = self._http.timeout.read or 30.0
 
-        def attempt() -> Answer:
+        def attempt(url: str) -> Answer:
             content = None if body is None else _pieces(body)
+            connect = min(patience, _CONNECT_S) if url else patience
+            timeout = httpx.Timeout(patience, connect=connect, read=patience + wait)
             with self._http.stream(
-                method, path, json=json, headers=lines, params=params, content=content, timeout=timeout
+                method, url + path, json=json, headers=lines, params=params, content=content, timeout=timeout
             ) as response:
                 return _read(response, into)
 
-        return self._retried(attempt) if retry else attempt()
+        return self._retried(attempt, place, self._retry_for if retry else 0.0)
 
-    def _retried(self, attempt: Callable[[], Answer]) -> Answer:
-        deadline = time.monotonic() + self._retry_for
+    def _retried(self, attempt: Callable[[str], Answer], place: Place | None, seconds: float) -> Answer:
+        deadline = time.monotonic() + seconds
         longest = _FIRST_PAUSE_S
         while True:
+            url = place.url() if place is not None else ""
             try:
-                return attempt()
-            except (CoordinatorUnavailable, Overloaded) as error:
+                return attempt(url)
+            except _ASTRAY as error:
+                if url and place is not None:
+                    place.astray(url)
+                    continue
+                if isinstance(error, httpx.UnsupportedProtocol):
+                    message = f"{self._http.base_url} is not a URL that can be asked: {error}"
+                    raise ServiceUnreachable(message) from error
+                if not isinstance(error, _PASSING):
+                    raise
                 failure: Exception = error
-            except httpx.UnsupportedProtocol as error:
-                raise ServiceUnreachable(f"{self._http.base_url} is not a URL that can be asked: {error}") from error
-            except httpx.TransportError as error:
+            except _PASSING as error:
                 failure = error
+            if place is not None:
+                place.failed(url, failure)
             pause = random.uniform(longest / 2, longest) + (getattr(failure, "retry_after", None) or 0.0)
             if time.monotonic() + pause > deadline:
                 if isinstance(failure, ProblemError):
                     raise failure
-                raise ServiceUnreachable(
-                    f"{self._http.base_url} did not answer for {self._retry_for:g} s: {failure}"
-                ) from failure
+                asked = f" for {seconds:g} s" if seconds else ""
+                raise ServiceUnreachable(f"{url or self._http.base_url} did not answer{asked}: {failure}") from failure
             time.sleep(pause)
             longest = min(2 * longest, _LONGEST_PAUSE_S)
 
+    def at_once(self, works: Sequence[Callable[[], T]]) -> list[T]:
+        """Does all works at the same time, on threads of their own, and returns when the last one has ended."""
+        with self._making:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="freestep-shard")
+            futures = [self._pool.submit(work) for work in works]
+        wait(futures)
+        return [future.result() for future in futures]
+
     def close(self) -> None:
         self._http.close()
+        if self._pool is not None:
+            # An interrupted call's requests may still wait for their answers; nobody waits for them.
+            self._pool.shutdown(wait=False)
 
 
 def _pieces(body: Sequence[memoryview]) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from importlib.metadata import version
@@ -9,15 +10,16 @@ from pathlib import Path
 
 import torch
 from fastapi import FastAPI
-from filelock import FileLock, Timeout
 
 from freestep_service import problems
 from freestep_service.embedded import embedded_store
 from freestep_service.limits import JsonLimit
 from freestep_service.metrics import Metrics
+from freestep_service.peers import Peers
 from freestep_service.registry import Registry
 from freestep_service.routes import checkpoints, gradients, health, leases, parameters, runs
 from freestep_service.settings import Settings
+from freestep_service.storage import open_storage
 from freestep_service.store import Store
 
 __all__ = ["create_app"]
@@ -34,15 +36,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         device = choose_device(settings.device)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         async with AsyncExitStack() as stack:
-            stack.enter_context(_alone_in(settings.data_dir))
+            stack.enter_context(_in(settings.data_dir, alone=settings.redis_url is None))
             url = settings.redis_url or stack.enter_context(embedded_store(settings.data_dir))
             store = await Store.connect(url)
             stack.push_async_callback(store.close)
-            registry = Registry(settings, store, device, metrics)
+            storage = open_storage(settings.checkpoint_url or settings.data_dir)
+            registry = Registry(settings, store, storage, device, metrics)
             await registry.start()
             stack.push_async_callback(registry.close)
             app.state.settings, app.state.store = settings, store
             app.state.registry, app.state.metrics, app.state.device = registry, metrics, device
+            app.state.peers = await stack.enter_async_context(Peers())
             yield
 
     app = FastAPI(
@@ -60,13 +64,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 @contextmanager
-def _alone_in(data_dir: Path) -> Iterator[None]:
-    """Two services in one data directory would write over each other's checkpoints."""
-    try:
-        with FileLock(data_dir / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise RuntimeError(f"another service uses the data directory {data_dir}") from None
+def _in(data_dir: Path, *, alone: bool) -> Iterator[None]:
+    """Services share a data directory if they share a Redis, which says who owns what; one with a store of its own has
+    to be alone there, or they would write over each other's checkpoints."""
+    with (data_dir / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another service uses the data directory {data_dir}") from None
+        yield
 
 
 def choose_device(name: str) -> torch.device:

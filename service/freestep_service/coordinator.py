@@ -1,72 +1,85 @@
-"""A run's part of Redis: leases, the admission and commit of pushes, steps.
+"""A run's part of Redis: leases, the admission and commit of pushes, steps, and who owns which shard.
 
 Every change is one script of lua/, whose head says what it takes and returns; this file names the keys, calls the
 scripts and raises their refusals. Leases are liveness; safety is the fencing token, checked when a push is
-admitted and again when it is committed.
+admitted and again when it is committed, and so is the token of the shard's owner.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from freestep.errors import (
+    CoordinatorUnavailable,
     EpochChanged,
     IdempotencyConflict,
     LeaseExpired,
     MalformedRequest,
-    ProblemError,
+    NonFiniteGradient,
     RunNotInitialized,
+    ShardUnavailable,
 )
 from freestep.models import Lease, WorkerStatus
 from freestep_service.aggregation import Policy
-from freestep_service.records import Admission, Behind, Claim, Ended, Known, Lost, Pending, Record, RunState
+from freestep_service.records import (
+    Admission,
+    Behind,
+    Claim,
+    CutId,
+    Ended,
+    Fenced,
+    Known,
+    Lost,
+    Pending,
+    Record,
+    RunState,
+    Standing,
+)
 from freestep_service.store import Store, reachable
 
-__all__ = ["RUNS_KEY", "Coordinator"]
+__all__ = ["RUNS_KEY", "Coordinator", "Owner"]
 
 RUNS_KEY = "freestep:runs"
-"""The set of all runs' names; the one key that no run owns."""
+"""The set of all runs' names; no run owns it."""
+
+
+class Owner(NamedTuple):
+    """A shard, the token under which a process owns it, and how much of the log it has heard of."""
+
+    shard: int
+    token: str
+    known: Known
 
 
 class Coordinator:
-    """One run's keys and the calls that change them."""
+    """One run's keys and the calls that change them. All but `own` may raise Behind, Fenced and ShardUnavailable."""
 
     def __init__(self, store: Store, run: str, spec: str, policy: Policy) -> None:
         self._store = store
         self._run = run
         self._prefix = f"freestep:{{{run}}}:"
-        names = ("run", "leases", "workers", "receipts", "pending", "group", "log", "ended")
+        names = (
+            "run", "leases", "workers", "receipts", "pending", "group", "log", "ended",
+            "shards", "staged", "queue", "cuts",
+        )  # fmt: skip
         self._keys = [self._prefix + name for name in names]
         self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct))
 
+    @property
+    def channel(self) -> str:
+        """Where shards hear what other callers brought about."""
+        return f"{self._prefix}messages"
+
     # Runs
 
-    async def create(self, epoch: int) -> str:
+    async def create(self, epoch: int, shards: int) -> str:
         """created, same or different."""
         async with reachable():
             await self._store.client.sadd(RUNS_KEY, self._run)
-        return str(await self._store.run("create", self._keys, *self._rules, epoch))
-
-    async def open(self, state: RunState) -> None:
-        """Makes Redis say what the shard says."""
-        receipts = [text for key, record in state.receipts.items() for text in (key, record.to_json())]
-        group = json.dumps(dict(state.group))
-        async with reachable():
-            await self._store.client.sadd(RUNS_KEY, self._run)
-            leases = list(await self._store.client.hvals(self._keys[2]))
-        keys = [*self._keys, *map(self._window_key, leases)]
-        await self._store.run(
-            "open", keys, *self._rules, state.epoch, state.step, state.seq, int(state.initialized), group,
-            json.dumps(leases), *receipts,
-        )  # fmt: skip
-
-    async def initialize(self) -> None:
-        """Notes that the run has its parameters."""
-        if await self._store.run("initialize", self._keys) == "missing":
-            raise Behind
+        return str(await self._store.run("create", self._keys, *self._rules, epoch, shards))
 
     async def delete(self) -> None:
         async with reachable():
@@ -76,16 +89,85 @@ class Coordinator:
         async with reachable():
             await self._store.client.srem(RUNS_KEY, self._run)
 
-    async def read(self) -> dict[str, str]:
-        """The run's hash; empty when Redis does not know the run."""
+    async def read(self) -> Standing | None:
+        """How the run stands; None when Redis does not know it."""
         return await self.read_run(self._store, self._run)
 
     @staticmethod
-    async def read_run(store: Store, run: str) -> dict[str, str]:
-        """Any run's hash."""
+    async def read_run(store: Store, run: str) -> Standing | None:
+        """Any run's standing; nothing is said in it of the time."""
         async with reachable():
-            fields: dict[str, str] = await store.client.hgetall(f"freestep:{{{run}}}:run")
-        return fields
+            pipeline = store.client.pipeline(transaction=False)
+            pipeline.hgetall(f"freestep:{{{run}}}:run")
+            pipeline.hgetall(f"freestep:{{{run}}}:shards")
+            fields, shards = await pipeline.execute()
+        return Standing(fields, shards, 0) if "spec" in fields else None
+
+    # Ownership and opening
+
+    async def own(
+        self, node: str, url: str, ttl_ms: int, wanted: Sequence[int], says: Mapping[str, str]
+    ) -> Standing | None:
+        """Prolongs what the process owns, takes the wanted shards that are free; None when there is no such run."""
+        status, *rest = await self._store.run(
+            "own", self._keys, node, url, ttl_ms, json.dumps(list(wanted)), json.dumps(dict(says))
+        )
+        if status == "missing":
+            return None
+        fields, shards, now = rest
+        return Standing(_pairs(fields), _pairs(shards), int(now))
+
+    async def gather(self, shards: int, generation: int | None = None, resharding: int | None = None) -> int:
+        """Closes the run to pushes until its shards have said where they stand; returns the new generation."""
+        async with reachable():
+            await self._store.client.sadd(RUNS_KEY, self._run)
+        arguments = (*self._rules, shards, _or_empty(generation), _or_empty(resharding))
+        return int(await self._store.run("gather", self._keys, *arguments))
+
+    async def report(self, owner: Owner, generation: int, report: str) -> list[str] | None:
+        """Says where a shard stands. All shards' reports, in order, once all are there."""
+        status, *rest = await self._store.run("report", self._keys, owner.shard, owner.token, generation, report)
+        if status == "fenced":
+            raise Fenced
+        return rest if status == "gathered" else None
+
+    async def open(self, state: RunState, shards: int, generation: int, target: Mapping[str, Any]) -> bool:
+        """Makes Redis say what the state says, and the shards load it; False where another generation has begun."""
+        receipts = [text for key, record in state.receipts.items() for text in (key, record.to_json())]
+        group = json.dumps(dict(state.group))
+        async with reachable():
+            await self._store.client.sadd(RUNS_KEY, self._run)
+            leases = list(await self._store.client.hvals(self._keys[2]))
+        keys = [*self._keys, *map(self._window_key, leases)]
+        (status,) = await self._store.run(
+            "open", keys, *self._rules, shards, state.epoch, state.step, state.seq, int(state.initialized), group,
+            json.dumps(leases), generation, json.dumps(dict(target)), *receipts,
+        )  # fmt: skip
+        return bool(status == "load")
+
+    async def loaded(self, owner: Owner, generation: int) -> str:
+        """waiting, open, or late."""
+        status = str(await self._store.run("loaded", self._keys, owner.shard, owner.token, generation))
+        if status == "fenced":
+            raise Fenced
+        return status
+
+    async def leave(self, owners: Iterable[Owner]) -> None:
+        """Gives up shards."""
+        arguments = [text for owner in owners for text in (owner.shard, owner.token)]
+        if arguments:
+            await self._store.run("leave", self._keys, *arguments)
+
+    async def reshard(self, generation: int, shards: int) -> None:
+        """Cuts the run anew, once what its shards hold is on disk."""
+        await self._store.run("reshard", self._keys, generation, shards)
+
+    async def initialize(self, owner: Owner, upload: str) -> str:
+        """staged, initialized or already-initialized."""
+        status = await self._store.run("initialize", self._keys, owner.shard, owner.token, upload, *owner.known)
+        if status in ("staged", "initialized", "already-initialized"):
+            return str(status)
+        self._refuse(status, ["[]"] if status == "not-open" else [])
 
     # Leases
 
@@ -101,6 +183,8 @@ class Coordinator:
                 token, epoch, step, *evicted = rest
                 granted = Lease(lease=lease, token=int(token), worker=worker, ttl_ms=ttl_ms, epoch=epoch, step=step)
                 return granted, evicted
+            if status != "changed":
+                self._refuse(status, rest)
             older = rest[0]
 
     async def renew(self, lease: str) -> Lease:
@@ -119,30 +203,26 @@ class Coordinator:
             self._refuse(status, rest)
         return Ended(rest[0], rest[1], rest[2], rest[3:])
 
-    async def expire(self, known: Known) -> tuple[int, Ended | None]:
+    async def expire(self, known: Known, patience_ms: int) -> tuple[int, Ended | None]:
         """How many leases are live, and what came of ending those that have run out, if there was anything to do.
 
-        Raises Behind.
+        patience_ms: how long a push may take to reach all shards while others wait. Raises Behind.
         """
-        live, waits, *pairs = await self._store.run("expired", self._keys)
+        live, waits, *pairs = await self._store.run("expired", self._keys, patience_ms)
         if not waits and not pairs:
             return live, None
         keys = [*self._keys, *(self._window_key(lease) for lease in pairs[1::2])]
-        status, *rest = await self._store.run("expire", keys, *known, *pairs)
+        status, *rest = await self._store.run("expire", keys, *known, patience_ms, *pairs)
         if status != "ended":
             self._refuse(status, rest)
         return live, Ended(rest[0], rest[1], rest[2], rest[3:])
 
-    async def closures(self, after_seq: int) -> list[Ended]:
-        """The updates after `after_seq` that the end of a lease closed, read from the log."""
+    async def entries(self, after_seq: int) -> tuple[list[dict[str, Any]], int]:
+        """The log's entries after `after_seq`, and the epoch they are of."""
         async with reachable():
             entries = await self._store.client.xrange(self._keys[6], f"({after_seq}-0", "+")
             epoch = int(await self._store.client.hget(self._keys[0], "epoch") or 0)
-        return [
-            Ended(int(identifier.partition("-")[0]), int(fields["step"]), epoch, [])
-            for identifier, fields in entries
-            if "closed_by" in fields
-        ]
+        return [json.loads(fields["entry"]) for _, fields in entries], epoch
 
     async def workers(self) -> list[WorkerStatus]:
         """The live workers, by name."""
@@ -162,37 +242,88 @@ class Coordinator:
 
     # Pushes
 
-    async def admit(self, claim: Claim, known: Known) -> Admission:
+    async def admit(self, claim: Claim, owner: Owner) -> Admission:
         """Renews the lease and decides what the claim can decide.
 
-        Raises Behind, Pending and the refusals of lua/admit.lua.
+        Raises Pending and the refusals of lua/admit.lua.
         """
-        status, *rest = await self._store.run("admit", *self._push_call(claim, known))
+        keys, *arguments = self._push_call(claim, owner)
+        status, *rest = await self._store.run("admit", keys, *arguments)
         match status:
             case "admitted":
                 return Admission()
+            case "queued":
+                return Admission(queued=True)
             case "replay":
                 return Admission(Record.from_json(rest[0]), replayed=True)
             case "dropped":
                 return Admission(Record.from_json(rest[0]), evicted=tuple(rest[1:]))
         self._refuse(status, rest)
 
-    async def commit(self, claim: Claim, known: Known, digest: str) -> tuple[Record, list[str]]:
-        """The policy's decision and the evicted keys. Raises Behind, Lost, LeaseExpired and EpochChanged."""
-        keys, *arguments = self._push_call(claim, known)
-        samples = 1.0 if claim.samples is None else claim.samples
-        status, *rest = await self._store.run("commit", keys, *arguments, digest, repr(samples))
+    async def commit(
+        self,
+        claim: Claim,
+        owner: Owner,
+        digest: str,
+        norm: float,
+        largest_norm: float | None,
+        wanted: str = "",
+        *,
+        after_update: bool = False,
+    ) -> tuple[Record, list[str]] | None:
+        """The policy's decision and the evicted keys; None while other shards have not staged their parts.
+
+        wanted: the point and dtype to answer with, as of the push's place in the log, or of its group's update.
+        Raises Lost, LeaseExpired, EpochChanged and NonFiniteGradient (the norm over all shards is too large).
+        """
+        keys, *arguments = self._push_call(claim, owner)
+        largest = "" if largest_norm is None else repr(largest_norm)
+        status, *rest = await self._store.run(
+            "commit", keys, *arguments, digest, repr(norm), largest, wanted, int(after_update)
+        )
+        if status == "staged":
+            return None
         if status != "committed":
             self._refuse(status, rest)
         return Record.from_json(rest[0]), rest[1:]
 
-    async def discard(self, claim: Claim) -> None:
-        """Forgets an admitted push."""
-        await self._store.run("discard", self._keys, claim.key)
+    async def discard(self, claim: Claim, shard: int, slug: str = "", detail: str = "") -> None:
+        """Forgets a shard's part of an admitted push; with a slug, all shards refuse it."""
+        await self._store.run("discard", self._keys, claim.key, shard, slug, detail)
 
-    def _push_call(self, claim: Claim, known: Known) -> tuple[Any, ...]:
+    # Cuts and checkpoints
+
+    async def cut(self, owner: Owner, ticket: str, wanted: str, readers: int) -> int:
+        """The place in the log of a ticket's cut, 0 while there is no memory for it."""
+        status, *rest = await self._store.run(
+            "cut", self._keys, *owner.known, owner.shard, owner.token, ticket, wanted, readers
+        )
+        if status != "cut":
+            self._refuse(status, rest)
+        return int(rest[0])
+
+    async def done(self, tickets: Sequence[str]) -> None:
+        """A shard has sent its parts of these cuts."""
+        await self._store.run("done", self._keys, *tickets)
+
+    async def mark(self, owner: Owner) -> CutId:
+        """Marks the place in the log where shards take their parts of a checkpoint."""
+        status, *rest = await self._store.run("mark", self._keys, *owner.known, owner.shard, owner.token)
+        if status != "marked":
+            self._refuse(status, rest)
+        return CutId(*map(int, rest))
+
+    async def written(self, owner: Owner, cut: CutId, size: int) -> bool:
+        """A shard's part of a checkpoint is on disk; whether all are."""
+        status = await self._store.run("written", self._keys, owner.shard, owner.token, str(cut), cut.step, size)
+        if status == "fenced":
+            raise Fenced
+        return bool(status == "durable")
+
+    def _push_call(self, claim: Claim, owner: Owner) -> tuple[Any, ...]:
         keys = [*self._keys, self._lease_key(claim.lease), self._window_key(claim.lease)]
-        return keys, claim.lease, claim.token, claim.step, claim.key, claim.fingerprint(), *known
+        place = (*owner.known, owner.shard, owner.token)
+        return keys, claim.lease, claim.token, claim.step, claim.key, claim.fingerprint(), *place
 
     def _lease_key(self, lease: str) -> str:
         return f"{self._prefix}lease:{lease}"
@@ -208,6 +339,10 @@ class Coordinator:
         match [status, *rest]:
             case ["behind"]:
                 raise Behind
+            case ["fenced"]:
+                raise Fenced
+            case ["not-open", missing]:
+                raise not_open(self._run, json.loads(missing))
             case ["lost"]:
                 raise Lost
             case ["pending"]:
@@ -222,4 +357,22 @@ class Coordinator:
                 raise RunNotInitialized
             case ["idempotency-conflict"]:
                 raise IdempotencyConflict
-        raise ProblemError(f"unexpected answer of a script: {status}")
+            case ["refused"]:
+                raise NonFiniteGradient("the gradient's norm is so large that its square overflows fp32")
+        raise CoordinatorUnavailable(f"unexpected answer of a script: {status}")
+
+
+def not_open(run: str, missing: Sequence[int]) -> ShardUnavailable:
+    """What is said of a run that is not open."""
+    if missing:
+        listed = ", ".join(map(str, missing))
+        return ShardUnavailable(f"nobody owns shard {listed} of the run {run!r}", missing=list(missing))
+    return ShardUnavailable(f"the shards of the run {run!r} are being opened", missing=[])
+
+
+def _pairs(flat: Sequence[str]) -> dict[str, str]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _or_empty(number: int | None) -> str:
+    return "" if number is None else str(number)

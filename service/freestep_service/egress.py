@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from freestep.errors import RangeNotSatisfiable
-from freestep.models import Point
 from freestep.wire import MEDIA_TYPE
+from freestep_service.owned import OwnedShard
 from freestep_service.run import Run
-from freestep_service.snapshots import Snapshot
+from freestep_service.snapshots import Reading, Snapshot
 
 __all__ = ["SnapshotResponse", "etag", "is_known", "parse_range"]
 
@@ -34,44 +34,47 @@ def is_known(tag: str, if_none_match: str) -> bool:
 
 
 class SnapshotResponse(Response):
-    """Answers with a point of a run's newest step, or with the range of it that `request_headers` ask for.
+    """Answers with a shard's part of a point, or with the range of it that `request_headers` ask for.
 
-    The snapshot is taken when the answer begins and let go when its last byte is on its way.
+    The snapshot is taken when the answer begins and let go when its last byte is on its way. `lines` are headers that
+    go with it, by the step that it is of.
     """
 
     def __init__(
         self,
         run: Run,
-        point: Point,
-        dtype: str,
+        owned: OwnedShard,
+        reading: Reading,
         stall_s: float,
         request_headers: Mapping[str, str] | None = None,
         *,
-        headers: Mapping[str, str] | None = None,
+        lines: Callable[[int], Mapping[str, str]] | None = None,
     ) -> None:
         super().__init__(media_type=MEDIA_TYPE)
         self._run = run
-        self._point = point
-        self._dtype = dtype
+        self._owned = owned
+        self._reading = reading
         self._stall_s = stall_s
         self._request_headers = request_headers or {}
-        self._lines = dict(headers or {})
+        self._lines_of = lines or (lambda _: {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._run.read(self._point, self._dtype) as snapshot:
-            tag = etag(snapshot.epoch, snapshot.step, self._point, self._dtype)
+        async with self._run.read(self._owned, self._reading) as snapshot:
+            tag = etag(snapshot.epoch, snapshot.step, self._reading.point, self._reading.dtype)
             wanted = self._request_headers.get("range")
             if self._request_headers.get("if-range", tag) != tag:
                 wanted = None
             span = parse_range(wanted, snapshot.size)
             lines = {
-                **self._lines,
+                **self._lines_of(snapshot.step),
                 "ETag": tag,
                 "Freestep-Step": str(snapshot.step),
                 "Freestep-Epoch": str(snapshot.epoch),
                 "Accept-Ranges": "bytes",
                 "Content-Type": MEDIA_TYPE,
             }
+            if snapshot.seq is not None:
+                lines["Freestep-Cut"] = str(snapshot.seq)
             await _send(send, snapshot, lines, span, self._stall_s)
 
 

@@ -13,7 +13,7 @@ from freestep.models import Receipt
 from freestep.wire import MEDIA_TYPE
 from freestep_service.records import Claim
 
-__all__ = ["Preferences", "body_length", "claim", "loss", "preferences", "receipt_headers"]
+__all__ = ["Preferences", "body_length", "claim", "loss", "preferences", "receipt_headers", "upload"]
 
 _LONGEST_WAIT_S = 600.0
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-12, 1e12
@@ -69,7 +69,14 @@ def body_length(request: Request, limit: int) -> int:
     return length
 
 
-def claim(request: Request, length: int) -> Claim:
+def upload(request: Request, *, required: bool) -> str | None:
+    """Which upload of initial weights a part is of. Raises MalformedRequest."""
+    if not required and "idempotency-key" not in request.headers:
+        return None
+    return _token(request, "Idempotency-Key")
+
+
+def claim(request: Request) -> Claim:
     """A push's claim. Raises MalformedRequest, naming the header."""
     samples = request.headers.get("freestep-samples")
     parsed = Claim(
@@ -77,7 +84,6 @@ def claim(request: Request, length: int) -> Claim:
         token=_integer("Freestep-Token", _token(request, "Freestep-Token")),
         step=_integer("Freestep-Step", _token(request, "Freestep-Step")),
         key=_token(request, "Idempotency-Key"),
-        length=length,
         samples=None if samples is None else _number("Freestep-Samples", samples),
     )
     if parsed.step < 0:

@@ -75,8 +75,12 @@ class Body:
         return chunk
 
 
-def widen_and_measure(vector: Vector, manifest: Manifest, dtypes: Mapping[str, str]) -> float | None:
+def widen_and_measure(
+    vector: Vector, manifest: Manifest, dtypes: Mapping[str, str], *, exact: bool = False
+) -> float | None:
     """Makes all tensors fp32 in place; returns the 2-norm of the whole, or None when it is not finite.
+
+    `exact` as for `optimizers.norm`.
 
     A narrow tensor lies right-aligned in its slot, so widening from the front never overtakes what is yet to be
     read.
@@ -90,4 +94,4 @@ def widen_and_measure(vector: Vector, manifest: Manifest, dtypes: Mapping[str, s
         narrow = place.view(DTYPES[dtype])[slot.numel :]
         for begin in range(0, slot.numel, _WIDENING_CHUNK):
             place[begin : begin + _WIDENING_CHUNK] = narrow[begin : begin + _WIDENING_CHUNK].to(torch.float32)
-    return norm(wide)
+    return norm(wide, exact=exact)

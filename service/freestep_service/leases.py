@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Protocol
 
-from freestep.errors import CoordinatorUnavailable, RunNotFound
+from freestep.errors import CoordinatorUnavailable, RunNotFound, ShardUnavailable
 from freestep.models import Lease, WorkerStatus
 from freestep_service.coordinator import Coordinator
 from freestep_service.metrics import RunMetrics
 from freestep_service.pushes import Receipts
-from freestep_service.records import Behind, Ended, Lost
+from freestep_service.records import Behind, Ended, Known, Lost
 from freestep_service.shard import Entry
 from freestep_service.writer import Writer
 
 __all__ = ["Leases"]
+
+
+class _Host(Protocol):
+    """What the leases ask of their run."""
+
+    @property
+    def many(self) -> bool:
+        """Whether the run has several shards, which hear of the ends of leases."""
+
+    @property
+    def writer(self) -> Writer | None:
+        """That of a shard that is owned here, if there is one."""
+
+    async def reopen(self) -> None:
+        """Has the run opened again, because Redis has lost its data."""
+
+    async def catch_up(self) -> None:
+        """Reads what of the log was not heard."""
 
 
 class Leases:
@@ -23,18 +41,18 @@ class Leases:
     def __init__(
         self,
         coordinator: Coordinator,
-        writer: Writer,
+        host: _Host,
         receipts: Receipts,
         metrics: RunMetrics,
         ttl_ms: int,
-        reopen: Callable[[], Awaitable[None]],
+        patience_ms: int,
     ) -> None:
         self._coordinator = coordinator
-        self._writer = writer
+        self._host = host
         self._receipts = receipts
         self._metrics = metrics
         self._ttl_ms = ttl_ms
-        self._reopen = reopen
+        self._patience_ms = patience_ms
         self._may_be_live = True
         self._may_have_missed_a_closure = False
 
@@ -44,7 +62,7 @@ class Leases:
             try:
                 lease, evicted = await self._coordinator.grant(worker, ttl_ms or self._ttl_ms)
             except Behind:
-                await self._reopen()
+                await self._host.reopen()
             else:
                 self._receipts.forget(evicted)
                 self._may_be_live = True
@@ -57,12 +75,12 @@ class Leases:
     async def release(self, lease: str) -> None:
         """Ends a lease. Raises LeaseExpired."""
         while True:
-            era = self._writer.era
+            era = self._era
             try:
-                self._ended(await self._coordinator.release(lease, self._writer.known), era)
+                self._ended(await self._coordinator.release(lease, self._known), era)
                 return
             except Behind:
-                await self._reopen()
+                await self._host.reopen()
             except CoordinatorUnavailable:
                 self._may_have_missed_a_closure = True
                 raise
@@ -73,35 +91,45 @@ class Leases:
 
     async def expire(self) -> None:
         """Ends the leases that have run out, and closes the update that waited for them alone."""
-        missed = self._may_have_missed_a_closure or self._writer.has_gap
+        writer = self._host.writer
+        missed = self._may_have_missed_a_closure or (writer is not None and writer.has_gap)
         if not (self._may_be_live or missed):
             return
-        era = self._writer.era
+        era = self._era
         try:
             if missed:
-                for closure in await self._coordinator.closures(self._writer.taken_seq):
-                    self._ended(closure, era)
+                await self._host.catch_up()
                 self._may_have_missed_a_closure = False
             # Before the question, since a lease may be granted before the answer.
             self._may_be_live = False
-            live, ended = await self._coordinator.expire(self._writer.known)
-            self._may_be_live |= live > 0
+            live, ended = await self._coordinator.expire(self._known, self._patience_ms)
+            # Another process may grant one and say nothing of it.
+            self._may_be_live |= live > 0 or self._host.many
             if ended:
                 self._ended(ended, era)
             self._metrics.live(live)
         except Behind:
             self._may_be_live = True
-            with suppress(CoordinatorUnavailable, RunNotFound):
-                await self._reopen()
+            with suppress(CoordinatorUnavailable, RunNotFound, ShardUnavailable):
+                await self._host.reopen()
         except CoordinatorUnavailable:
             self._may_have_missed_a_closure = True
 
+    @property
+    def _known(self) -> Known:
+        return Known(0, 0) if self._host.writer is None else self._host.writer.known
+
+    @property
+    def _era(self) -> int:
+        return 0 if self._host.writer is None else self._host.writer.era
+
     def _ended(self, ended: Ended, era: int) -> None:
-        if era != self._writer.era:
-            # Said by a Redis that has lost it since.
+        writer = self._host.writer
+        if era != self._era or writer is None:
+            # Said by a Redis that has lost it since, or of no concern here.
             return
         self._receipts.forget(ended.evicted)
-        if ended.seq:
+        if ended.seq and not self._host.many:
             with suppress(Lost):
-                applied = self._writer.submit(Entry(ended.seq, ended.epoch, advance=True))
-                applied.add_done_callback(lambda _: self._metrics.at(self._writer.epoch, self._writer.applied_step))
+                applied = writer.submit(Entry(ended.seq, ended.epoch, advance=True))
+                applied.add_done_callback(lambda _: self._metrics.at(writer.epoch, writer.applied_step))

@@ -89,9 +89,11 @@ class RunMetrics:
         self._metrics.epoch.labels(self._run).set(epoch)
         self._metrics.step.labels(self._run).set(step)
 
-    def pushed(self, record: Record, size: int, loss: float | None, seconds: float) -> None:
-        self._metrics.pushes.labels(self._run, record.decision).inc()
+    def received(self, size: int) -> None:
         self._metrics.received.labels(self._run).inc(size)
+
+    def pushed(self, record: Record, loss: float | None, seconds: float) -> None:
+        self._metrics.pushes.labels(self._run, record.decision).inc()
         self._metrics.push_seconds.labels(self._run).observe(seconds)
         if record.decision != "dropped":
             self._metrics.staleness.labels(self._run).observe(record.staleness)

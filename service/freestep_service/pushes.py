@@ -1,53 +1,62 @@
-"""The way of a push: admit, stage, commit, apply.
+"""The way of a push through a shard: admit, stage, commit, apply.
 
 admit (Redis: lease, token, epoch, key, staleness) decides what the claim can decide. stage receives the body into a
-vector and checks it. commit (Redis) is the policy's decision, the step and a place in the log. apply is the
-shard's, in the order of the log. Until a push is committed it has changed nothing; once it is, it will be applied,
-whatever becomes of the request that carried it.
+vector and checks it. commit (Redis), by the last shard to stage its part, is the policy's decision, the step and a
+place in the log; the other shards hear of it. apply is each shard's, in the order of the log. Until a push is committed
+it has changed nothing; once it is, it will be applied on all shards, whatever becomes of the requests that carried it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from freestep.errors import (
+    PROBLEMS,
     CoordinatorUnavailable,
     EpochChanged,
     IdempotencyConflict,
     LeaseExpired,
+    MalformedTensors,
     NonFiniteGradient,
     Overloaded,
+    ProblemError,
+    ShardUnavailable,
 )
 from freestep.models import RunSpec
 from freestep.wire import Manifest, Receiver
 from freestep_service.aggregation import Policy, damping
-from freestep_service.coordinator import Coordinator
+from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.ingest import Body, widen_and_measure
-from freestep_service.records import Admission, Behind, Claim, Lost, Pending, Record
+from freestep_service.records import Admission, Behind, Claim, Fenced, Lost, Pending, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
-__all__ = ["Pushes", "Receipts", "stage", "staging_vectors"]
+__all__ = ["SLOTS", "Host", "Pushes", "Receipts", "Wish", "stage", "staging_vectors"]
 
+SLOTS = 4
+"""Pushes of a run of several shards that may be on their way at once, as lua/_prelude.lua grants them."""
 _LARGEST_NORM = 2.0**63
 """A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
 _RETRY_S = 0.2
 """Pause before Redis is asked again for a commit whose answer was lost."""
+_SILENCE_S = 1.0
+"""How long a decision is listened for before Redis is asked for it."""
 
 
 class Receipts(dict[str, Record]):
     """The decided pushes by idempotency key, oldest first: the same that Redis holds."""
 
-    def remember(self, key: str, record: Record, evicted: list[str] | tuple[str, ...]) -> None:
+    def remember(self, key: str, record: Record, evicted: Iterable[str]) -> None:
         self[key] = record
         self.forget(evicted)
 
-    def forget(self, keys: list[str] | tuple[str, ...]) -> None:
+    def forget(self, keys: Iterable[str]) -> None:
         for key in keys:
             self.pop(key, None)
 
@@ -57,32 +66,74 @@ class Receipts(dict[str, Record]):
 
 
 @dataclass(frozen=True)
+class Wish:
+    """What a push's sender wants in answer: a point and dtype ("y F32"), and to wait for its group's update."""
+
+    wanted: str = ""
+    after_update: bool = False
+
+
+@dataclass(frozen=True)
 class _Staged:
     vector: Vector
     norm: float
     digest: str
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Decision:
+    record: Record
+    cuts: Mapping[str, str] = field(default_factory=dict)
+
+
 class _Flight:
     """A key that is on its way; whoever sends it again waits until it has landed."""
 
-    fingerprint: str
-    landed: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.landed = asyncio.Event()
+        self.granted = asyncio.Event()
+        """Its turn has come to send its body."""
+        self.decided: asyncio.Future[_Decision] = asyncio.get_running_loop().create_future()
+        """What is heard of its decision; the refusal, where another shard refused it."""
+
+    def refuse(self, problem: ProblemError) -> None:
+        if not self.decided.done():
+            self.decided.set_exception(problem)
+            # It may come before anybody waits for it.
+            self.decided.exception()
+        self.granted.set()
 
 
-async def stage(body: Body, manifest: Manifest, vector: Vector) -> tuple[float | None, str]:
+class Host(Protocol):
+    """What a shard's pushes ask of their run."""
+
+    @property
+    def many(self) -> bool:
+        """Whether the run has other shards, of which decisions are heard."""
+
+    async def reopen(self) -> None:
+        """Has the run opened again, because Redis has lost its data."""
+
+    async def catch_up(self) -> None:
+        """Reads what of the log was not heard."""
+
+    def fenced(self) -> None:
+        """Somebody else owns the shard."""
+
+
+async def stage(body: Body, manifest: Manifest, vector: Vector, *, exact: bool = False) -> tuple[float | None, str]:
     """Receives a body's tensors into a vector, as fp32; returns their norm, None if not finite, and the digest.
 
     Raises MalformedTensors and MalformedRequest.
     """
     receiver = Receiver(manifest, vector.bytes, body.length)
     digest = await body.receive_into(receiver)
-    return await asyncio.to_thread(widen_and_measure, vector, manifest, receiver.dtypes), digest
+    return await asyncio.to_thread(widen_and_measure, vector, manifest, receiver.dtypes, exact=exact), digest
 
 
 class Pushes:
-    """The pushes of one run."""
+    """The pushes of one shard."""
 
     def __init__(
         self,
@@ -90,23 +141,25 @@ class Pushes:
         manifest: Manifest,
         coordinator: Coordinator,
         writer: Writer,
-        staging: VectorPool,
+        owner: Callable[[], Owner],
         receipts: Receipts,
         settings: Settings,
-        reopen: Callable[[], Awaitable[None]],
+        staging: VectorPool,
+        host: Host,
     ) -> None:
         self._spec = spec
         self._manifest = manifest
         self._coordinator = coordinator
         self._writer = writer
-        self._staging = staging
+        self._owner = owner
         self._receipts = receipts
         self._settings = settings
-        self._reopen = reopen
+        self._staging = staging
+        self._host = host
         self._flights: dict[str, _Flight] = {}
         self._commits: set[asyncio.Task[Record]] = set()
 
-    async def push(self, claim: Claim, body: Body) -> tuple[Record, bool]:
+    async def push(self, claim: Claim, body: Body, wish: Wish = Wish()) -> tuple[Record, bool]:
         """What was decided of a push, and whether that had been decided before."""
         while (earlier := self._flights.get(claim.key)) is not None:
             if earlier.fingerprint != claim.fingerprint():
@@ -118,8 +171,8 @@ class Pushes:
             admission = await self._admit(claim)
             if admission.record is not None:
                 return await self._answer(claim, admission, admission.record, body)
-            staged = await self._stage(claim, body)
-            commit = asyncio.create_task(self._commit(claim, staged))
+            staged = await self._stage(claim, flight, body, queued=admission.queued)
+            commit = asyncio.create_task(self._commit(claim, flight, staged, wish))
             self._commits.add(commit)
             commit.add_done_callback(lambda _: self._land(claim, flight))
             commit.add_done_callback(self._commits.discard)
@@ -131,6 +184,8 @@ class Pushes:
                 return await asyncio.shield(commit), False
         except TimeoutError:
             commit.add_done_callback(lambda done: done.cancelled() or done.exception())
+            if self._host.many:
+                raise ShardUnavailable("the push has not reached all shards yet") from None
             raise CoordinatorUnavailable("Redis has not answered whether the push is committed") from None
 
     async def settle(self, record: Record, wait: float) -> Record:
@@ -139,7 +194,7 @@ class Pushes:
             return record
         epoch = self._writer.epoch
         if await self._writer.reach(record.step + 1, wait):
-            return replace(record, decision="applied", step=record.step + 1)
+            return record.settled(record.step + 1)
         if self._writer.epoch != epoch:
             raise EpochChanged(f"the run is in epoch {self._writer.epoch} now", epoch=self._writer.epoch)
         return record
@@ -151,6 +206,29 @@ class Pushes:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
         return not pending
+
+    # What is heard
+
+    def granted(self, key: str) -> None:
+        """A push's turn has come."""
+        if flight := self._flights.get(key):
+            flight.granted.set()
+
+    def refused(self, key: str, slug: str, detail: str) -> None:
+        """Another shard refused a push, or its lease has ended."""
+        if flight := self._flights.get(key):
+            flight.refuse(PROBLEMS[slug](detail or None))
+
+    def decided(self, key: str, record: Record, cuts: Mapping[str, str]) -> bool:
+        """A push was decided; whether this shard holds its gradient."""
+        flight = self._flights.get(key)
+        if flight is None:
+            return False
+        if not flight.decided.done():
+            flight.decided.set_result(_Decision(record, cuts))
+        return True
+
+    # The way
 
     async def _landed(self, flight: _Flight) -> None:
         try:
@@ -166,9 +244,12 @@ class Pushes:
     async def _admit(self, claim: Claim) -> Admission:
         while True:
             try:
-                admission = await self._coordinator.admit(claim, self._writer.known)
+                admission = await self._coordinator.admit(claim, self._owner())
             except Behind:
-                await self._reopen()
+                await self._host.reopen()
+            except Fenced:
+                self._host.fenced()
+                raise ShardUnavailable from None
             except Pending:
                 # Admitted before, but by no request that is still here: its answer or its body was lost.
                 return Admission()
@@ -178,67 +259,100 @@ class Pushes:
                 return admission
 
     async def _answer(self, claim: Claim, admission: Admission, record: Record, body: Body) -> tuple[Record, bool]:
-        # A push that was dropped on its claim alone has no digest: its body was never read.
-        if admission.replayed and record.digest and record.digest != await body.receive_digest():
+        # A push that was dropped on its claim alone has no digest: its body was never read. Nor has one that was
+        # pushed when the run was cut into other shards.
+        digest = record.digests.get(str(self._owner().shard))
+        if admission.replayed and digest and digest != await body.receive_digest():
             raise IdempotencyConflict("the idempotency key came before with another body")
         return record, admission.replayed
 
-    async def _stage(self, claim: Claim, body: Body) -> _Staged:
+    async def _stage(self, claim: Claim, flight: _Flight, body: Body, *, queued: bool) -> _Staged:
         vector = None
         try:
             try:
                 async with asyncio.timeout(self._settings.queue_seconds):
+                    if queued:
+                        await flight.granted.wait()
                     vector = await self._staging.acquire()
             except TimeoutError:
                 raise Overloaded from None
-            norm, digest = await stage(body, self._manifest, vector)
+            exact = self._spec.optimizer.max_grad_norm is not None
+            norm, digest = await stage(body, self._manifest, vector, exact=exact)
             if norm is None:
                 raise NonFiniteGradient("the gradient holds NaN or infinity")
-            if norm > _LARGEST_NORM and self._spec.optimizer.max_grad_norm is None:
+            if not exact and norm > _LARGEST_NORM:
                 raise NonFiniteGradient(f"the gradient's norm is {norm:.3g}, and its square overflows fp32", norm=norm)
             return _Staged(vector, norm, digest)
-        except BaseException:
+        except BaseException as error:
             if vector is not None:
                 self._staging.release(vector)
             with suppress(CoordinatorUnavailable):
-                await self._coordinator.discard(claim)
+                if isinstance(error, MalformedTensors | NonFiniteGradient):
+                    await self._coordinator.discard(claim, self._owner().shard, error.slug, error.detail)
+                else:
+                    await self._coordinator.discard(claim, self._owner().shard)
             raise
 
-    async def _commit(self, claim: Claim, staged: _Staged) -> Record:
+    async def _commit(self, claim: Claim, flight: _Flight, staged: _Staged, wish: Wish) -> Record:
         """Commits and applies. Redis is asked until it answers: what it decided must not stay unknown."""
         try:
-            record = await self._decide(claim, staged)
+            decision = await self._decide(claim, flight, staged, wish)
+            record = decision.record
             if record.seq:
                 try:
-                    await self._writer.apply(self._entry(claim, staged, record))
+                    await self._writer.apply(self._entry(claim, staged, decision))
                 except Lost:
                     if self._receipts.get(claim.key) is record:
                         del self._receipts[claim.key]
                     raise
             return record
         except Lost:
+            if self._host.many:
+                raise ShardUnavailable("the run was opened again before the push was applied") from None
             raise LeaseExpired("the run was opened again before the push was applied") from None
         finally:
             self._staging.release(staged.vector)
 
-    async def _decide(self, claim: Claim, staged: _Staged) -> Record:
+    async def _decide(self, claim: Claim, flight: _Flight, staged: _Staged, wish: Wish) -> _Decision:
+        largest = _LARGEST_NORM if self._spec.optimizer.max_grad_norm is None else None
         while True:
             era = self._writer.era
             try:
-                record, evicted = await self._coordinator.commit(claim, self._writer.known, staged.digest)
-            except CoordinatorUnavailable:
+                answer = await self._coordinator.commit(
+                    claim,
+                    self._owner(),
+                    staged.digest,
+                    staged.norm,
+                    largest,
+                    wish.wanted,
+                    after_update=wish.after_update,
+                )
+            except (CoordinatorUnavailable, ShardUnavailable):
                 await asyncio.sleep(_RETRY_S)
+                continue
+            except Fenced:
+                self._host.fenced()
+                raise ShardUnavailable from None
             except Behind:
-                with suppress(CoordinatorUnavailable):
-                    await self._reopen()
-            else:
+                with suppress(CoordinatorUnavailable, ShardUnavailable):
+                    await self._host.reopen()
+                continue
+            if answer is not None and not self._host.many:
+                record, evicted = answer
                 if era != self._writer.era:
                     raise Lost
                 self._receipts.remember(claim.key, record, evicted)
-                return record
+                return _Decision(record)
+            # Of several shards' decisions the log's order, and the cuts that go with them, are heard.
+            heard, _ = await asyncio.wait([flight.decided], timeout=_SILENCE_S)
+            if heard:
+                return flight.decided.result()
+            if answer is not None and not answer[0].seq:
+                return _Decision(answer[0])
+            await self._host.catch_up()
 
-    def _entry(self, claim: Claim, staged: _Staged, record: Record) -> Entry:
-        limit = self._spec.optimizer.max_grad_norm
+    def _entry(self, claim: Claim, staged: _Staged, decision: _Decision) -> Entry:
+        limit, record = self._spec.optimizer.max_grad_norm, decision.record
         return Entry(
             seq=record.seq,
             epoch=record.epoch,
@@ -247,12 +361,13 @@ class Pushes:
             worker=record.worker,
             weight=1.0 if claim.samples is None else claim.samples,
             # As torch.nn.utils.clip_grad_norm_.
-            scale=1.0 if limit is None else min(1.0, limit / (staged.norm + 1e-6)),
+            scale=1.0 if limit is None else min(1.0, limit / (float(record.norm) + 1e-6)),
             damping=damping(self._spec.aggregation, record.staleness, record.live),
+            cuts=decision.cuts,
         )
 
 
 def staging_vectors(policy: Policy) -> int:
-    """How many bodies may be received at once: with a group's accumulator and two snapshots, the run has at most
-    batch + 3 vectors in flight."""
+    """How many bodies may be received at once by a run of one shard: with a group's accumulator and two snapshots, it
+    has at most batch + 3 vectors in flight."""
     return max(2, policy.concurrency)

@@ -1,19 +1,36 @@
-"""What passes between coordinator, pushes and shard: claims, decisions, and what is known of a run."""
+"""What passes between coordinator, pushes and shards: claims, decisions, and what is known of a run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 from freestep.models import Receipt
 
-__all__ = ["Admission", "Behind", "Claim", "Ended", "Known", "Lost", "Pending", "Record", "RunState"]
+__all__ = [
+    "Admission",
+    "Behind",
+    "Claim",
+    "CutId",
+    "Ended",
+    "Fenced",
+    "Known",
+    "Lost",
+    "Pending",
+    "Record",
+    "RunState",
+    "Standing",
+]
 
 
 class Behind(Exception):
     """Redis has lost what the shard has seen; the run must be opened again."""
+
+
+class Fenced(Exception):
+    """Another process owns the shard by now; nothing that this one does for it counts."""
 
 
 class Lost(Exception):
@@ -31,6 +48,17 @@ class Known(NamedTuple):
     seq: int
 
 
+class CutId(NamedTuple):
+    """A cut of a run: its state at entry `seq` of the log of `epoch`, when it had reached `step`. They sort by age."""
+
+    epoch: int
+    step: int
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.step}-{self.seq}"
+
+
 @dataclass(frozen=True)
 class Claim:
     """What a push says of itself: its lease and token, where its gradient was taken, its idempotency key."""
@@ -39,21 +67,22 @@ class Claim:
     token: int
     step: int
     key: str
-    length: int
-    """Bytes of its body."""
     samples: float | None = None
 
     def fingerprint(self) -> str:
         """What must be the same when the key comes again; it begins with the lease, see lua/open.lua."""
-        return f"{self.lease} {self.token} {self.step} {self.length} {self.samples}"
+        return f"{self.lease} {self.token} {self.step} {self.samples}"
 
 
 @dataclass(frozen=True)
 class Record:
-    """A decided push, as kept for its idempotency key. `seq` is its place in the log, 0 if it has none."""
+    """A decided push, as kept for its idempotency key. `seq` is its place in the log, 0 if it has none.
+
+    digests: of its body, by shard. norm: of its gradient over all shards, in full precision.
+    """
 
     claim: str
-    digest: str
+    digests: Mapping[str, str]
     decision: str
     step: int
     staleness: int
@@ -61,6 +90,7 @@ class Record:
     live: int
     worker: str
     epoch: int
+    norm: str = "0"
     reason: str | None = None
 
     @classmethod
@@ -69,6 +99,12 @@ class Record:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    def settled(self, step: int) -> Record:
+        """The record of an accumulated push, once the run has reached a step after it: its update is applied."""
+        if self.decision != "accumulated" or step <= self.step:
+            return self
+        return replace(self, decision="applied", step=self.step + 1)
 
     def receipt(self, *, replayed: bool = False) -> Receipt:
         return Receipt.model_validate(
@@ -84,7 +120,7 @@ class Record:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a shard knows of its run, enough to write the run's part of Redis anew."""
+    """What is known of a run, enough to write its part of Redis anew."""
 
     epoch: int
     step: int = 0
@@ -97,12 +133,55 @@ class RunState:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """How a run stands in Redis: its hash, and the hash of its shards, as lua/_prelude.lua has them."""
+
+    run: Mapping[str, str]
+    shards: Mapping[str, str]
+    now_ms: int
+
+    @property
+    def count(self) -> int:
+        """How many shards there are."""
+        return int(self.run.get("shards", 1))
+
+    @property
+    def phase(self) -> str:
+        return self.run["phase"]
+
+    @property
+    def generation(self) -> int:
+        return int(self.run["generation"])
+
+    def number(self, field: str) -> int:
+        """A number of the run's hash, 0 where there is none."""
+        return int(self.run.get(field, 0))
+
+    def said(self, shard: int, field: str) -> str | None:
+        """What is said of a shard."""
+        return self.shards.get(f"{shard}:{field}")
+
+    def is_owned(self, shard: int) -> bool:
+        ends = self.said(shard, "ends")
+        return ends is not None and int(ends) > self.now_ms
+
+    def missing(self) -> list[int]:
+        """The shards that nobody owns."""
+        return [shard for shard in range(self.count) if not self.is_owned(shard)]
+
+    def target(self) -> dict[str, Any]:
+        """What shards load, see lua/open.lua."""
+        return dict(json.loads(self.run["target"]))
+
+
+@dataclass(frozen=True)
 class Admission:
-    """What the claim decided: nothing yet (no record), or all of it."""
+    """What the claim decided: nothing yet (no record), or all of it. `queued`: the body has to wait for its turn."""
 
     record: Record | None = None
     replayed: bool = False
     evicted: tuple[str, ...] = ()
+    queued: bool = False
 
 
 @dataclass(frozen=True)

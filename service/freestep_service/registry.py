@@ -1,4 +1,4 @@
-"""The runs of this service, and what is done for all of them in the background."""
+"""The runs that this service knows, and what is done for all of them in the background."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from freestep.errors import FreestepError, InvalidSpec, RunExists, RunNotFound
+from freestep.errors import CoordinatorUnavailable, FreestepError, InvalidSpec, RunExists, RunNotFound
 from freestep.models import RunSpec
 from freestep.wire import Manifest
 from freestep_service.checkpoints import RunFile
 from freestep_service.coordinator import RUNS_KEY, Coordinator
+from freestep_service.messages import Messages
 from freestep_service.metrics import Metrics, RunMetrics
+from freestep_service.nodes import Node
 from freestep_service.run import Run
 from freestep_service.settings import Settings
+from freestep_service.storage import Storage
 from freestep_service.store import Store, reachable
 
 __all__ = ["Registry"]
@@ -25,27 +29,42 @@ __all__ = ["Registry"]
 logger = logging.getLogger("freestep")
 
 _HOUSEKEEPING_S = 0.1
+_SLOWEST_BEAT_S = 1.0
 
 
 class Registry:
     """Every run by its name."""
 
-    def __init__(self, settings: Settings, store: Store, device: torch.device, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, storage: Storage, device: torch.device, metrics: Metrics
+    ) -> None:
         self._settings = settings
         self._store = store
+        self._storage = storage
         self._device = device
         self._metrics = metrics
+        self.node = Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds))
+        self._messages = Messages(store)
         self._runs: dict[str, Run] = {}
         self._creating = asyncio.Lock()
         self._closing = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
 
     def get(self, name: str) -> Run:
-        """Raises RunNotFound."""
+        """A run that is known here already. Raises RunNotFound."""
         try:
             return self._runs[name]
         except KeyError:
             raise RunNotFound(f"there is no run {name!r}", run=name) from None
+
+    async def find(self, name: str) -> Run:
+        """A run, which another process may have created. Raises RunNotFound."""
+        if name not in self._runs:
+            async with self._creating:
+                if name not in self._runs:
+                    with suppress(CoordinatorUnavailable):
+                        await self._open(name, is_from_elsewhere=True)
+        return self.get(name)
 
     def all(self) -> list[Run]:
         return [self._runs[name] for name in sorted(self._runs)]
@@ -58,75 +77,136 @@ class Registry:
                 f"a body of these parameters may have {limit} bytes, more than the service accepts",
                 field="parameters",
             )
+        with suppress(RunNotFound):
+            return self._same(await self.find(name), spec), False
         async with self._creating:
             if name in self._runs:
-                if self._runs[name].spec != spec:
-                    raise RunExists(f"the run {name!r} exists with another spec", run=name)
-                return self._runs[name], False
-            run = self._make(name, spec)
+                return self._same(self._runs[name], spec), False
+            await self.node.beat(self._store)
+            run = self._make(name, spec, spec.shards)
             await run.create()
             self._runs[name] = run
+            if self.node.others:
+                await self._messages.tell_everybody({"kind": "created", "run": name})
+            await run.keep()
             return run, True
+
+    def _same(self, run: Run, spec: RunSpec) -> Run:
+        if run.spec != spec:
+            raise RunExists(f"the run {run.name!r} exists with another spec", run=run.name)
+        return run
 
     async def delete(self, name: str) -> None:
         """Raises RunNotFound."""
+        await self.find(name)
         async with self._creating:
             await self.get(name).delete()
             del self._runs[name]
 
     async def start(self) -> None:
-        """Opens every run that the data directory or Redis knows, and begins housekeeping."""
-        async with reachable():
-            known = set(await self._store.client.smembers(RUNS_KEY))
-        known |= {path.parent.name for path in (self._settings.data_dir / "runs").glob("*/run.json")}
-        for name in sorted(known):
+        """Opens every run that storage or Redis knows, as far as it is for this process to, and begins housekeeping."""
+        await self.node.beat(self._store)
+        await self._messages.start(self._hear)
+        for name in sorted(await self._names()):
             await self._open(name)
         self._spawn(self._keep_house())
+        self._spawn(self._beat())
+
+    async def _names(self) -> set[str]:
+        async with reachable():
+            known = set(await self._store.client.smembers(RUNS_KEY))
+        return known | set(await asyncio.to_thread(self._storage.names, "runs"))
 
     async def close(self) -> None:
         """Writes the last checkpoints."""
         self._closing.set()
         # Not cancelled: a command cut short leaves its connection, and a checkpoint its thread, behind.
-        await asyncio.gather(*self._background)
+        while self._background:
+            await asyncio.gather(*self._background, return_exceptions=True)
         for run in self._runs.values():
             try:
                 await run.close()
             except Exception:
                 logger.exception("run %s could not be closed in order", run.name)
+        await self._messages.close()
+        with suppress(CoordinatorUnavailable):
+            await self.node.leave(self._store)
 
-    def _make(self, name: str, spec: RunSpec) -> Run:
-        return Run(name, spec, self._settings, self._store, self._device, RunMetrics(self._metrics, name))
+    def _make(self, name: str, spec: RunSpec, shards: int) -> Run:
+        metrics = RunMetrics(self._metrics, name)
+        return Run(
+            name, spec, shards, self.node, self._settings, self._store, self._storage, self._messages, self._device,
+            metrics,
+        )  # fmt: skip
 
-    async def _open(self, name: str) -> None:
-        fields = await Coordinator.read_run(self._store, name)
+    async def _open(self, name: str, *, is_from_elsewhere: bool = False) -> None:
+        standing = await Coordinator.read_run(self._store, name)
+        if standing is None and is_from_elsewhere:
+            return
         try:
-            file = RunFile.read(self._settings.data_dir / "runs" / name)
+            file = await asyncio.to_thread(RunFile.read, self._storage, name)
         except (OSError, ValueError, TypeError) as error:
-            if not fields:
-                logger.error("run %s cannot be opened: %s", name, error)
+            if standing is None:
+                if not isinstance(error, FileNotFoundError):
+                    logger.error("run %s cannot be opened: %s", name, error)
                 return
             file = None
         try:
-            spec = RunSpec.model_validate_json(file.spec if file else fields["spec"])
+            spec = RunSpec.model_validate_json(file.spec if file else standing.run["spec"] if standing else "")
         except ValidationError as error:
             logger.error("run %s cannot be opened, its spec is not valid: %s", name, error)
             return
-        run = self._make(name, spec)
-        await run.open(file, fields)
+        run = self._make(name, spec, standing.count if standing else file.shards if file else spec.shards)
         self._runs[name] = run
-        logger.info("run %s is open: epoch %d, step %d", name, run.epoch, run.step)
+        await run.keep()
+
+    def _hear(self, message: dict[str, Any] | None) -> None:
+        if message is not None and message["kind"] == "created":
+            self._spawn(self._look_at(message["run"]))
+
+    async def _look_at(self, name: str) -> None:
+        with suppress(RunNotFound):
+            await self.find(name)
+
+    async def _beat(self) -> None:
+        """Keeps what this process owns, and notices what others have created or lost."""
+        pause = min(_SLOWEST_BEAT_S, self._settings.owner_ttl_seconds / 4)
+        while not await self._is_closing(pause):
+            try:
+                await self.node.beat(self._store)
+                if self.node.others:
+                    for name in await self._names() - self._runs.keys():
+                        await self._look_at(name)
+            except (CoordinatorUnavailable, OSError):
+                continue
+            for run in self.all():
+                self._spawn(self._prolong(run))
+
+    async def _prolong(self, run: Run) -> None:
+        try:
+            await run.prolong()
+        except Exception:
+            logger.exception("run %s could not be looked after", run.name)
+        if run.is_gone and self._runs.get(run.name) is run:
+            del self._runs[run.name]
+            await run.forget()
 
     async def _keep_house(self) -> None:
-        while not self._closing.is_set():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), _HOUSEKEEPING_S)
+        while not await self._is_closing(_HOUSEKEEPING_S):
             for run in self.all():
+                if not run.leads:
+                    continue
                 try:
                     await run.leases.expire()
                 except Exception:
                     logger.exception("the leases of run %s could not be looked after", run.name)
                 if run.is_checkpoint_due():
                     self._spawn(self._checkpoint(run))
+
+    async def _is_closing(self, pause: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), pause)
+        return self._closing.is_set()
 
     async def _checkpoint(self, run: Run) -> None:
         try:

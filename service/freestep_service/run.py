@@ -1,56 +1,76 @@
-"""One run: its shard, its part of Redis and its checkpoints, kept in step with each other."""
+"""One run: the shards of it that this process owns, its part of Redis and its checkpoints, kept in step."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
+import logging
+import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import torch
 
 from freestep.errors import (
-    AlreadyInitialized,
+    CheckpointNotFound,
     CoordinatorUnavailable,
-    MalformedTensors,
+    FreestepError,
+    InvalidSpec,
     RunExists,
     RunNotFound,
     RunNotInitialized,
+    ShardUnavailable,
     StepNotReached,
 )
-from freestep.models import Checkpoint, Point, Receipt, RunSpec, RunStatus
+from freestep.models import Checkpoint, RunSpec, RunStatus, ShardStatus, Slice, Topology
 from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
-from freestep_service.checkpoints import Checkpoints, LastEpochs, RunFile
-from freestep_service.coordinator import Coordinator
+from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile
+from freestep_service.coordinator import Coordinator, not_open
 from freestep_service.ingest import Body
 from freestep_service.leases import Leases
+from freestep_service.messages import Messages
 from freestep_service.metrics import RunMetrics
-from freestep_service.pushes import Pushes, Receipts, stage, staging_vectors
-from freestep_service.records import Behind, Claim, Record, RunState
+from freestep_service.nodes import Grace, Node
+from freestep_service.opening import Decision, Report, Waiting, decide
+from freestep_service.owned import OwnedShard
+from freestep_service.pushes import Receipts, Wish, stage
+from freestep_service.records import Claim, CutId, Fenced, Known, Record, RunState, Standing
 from freestep_service.settings import Settings
-from freestep_service.shard import Cut, Shard
-from freestep_service.snapshots import Snapshot, Snapshots
+from freestep_service.shard import Cut, Entry
+from freestep_service.snapshots import Reading, Snapshot
+from freestep_service.storage import Storage
 from freestep_service.store import Store
-from freestep_service.vectors import VectorPool
+from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
 __all__ = ["Run"]
 
+logger = logging.getLogger("freestep")
+
 _PAUSE_AFTER_FAILURE_S = 10.0
 """Before a checkpoint that could not be written, on a full disk say, is tried again in the background."""
+_OPENING_S = 20.0
+"""How long a request waits for a run that is being opened, or for a checkpoint that other processes write."""
+_CATCHING_UP_S = 3.0
+"""How long a shard that stops for an opening waits for entries of the log that it has not got."""
+_POLL_S = 0.05
 
 
 class Run:
-    """A run that this process owns, with its one shard."""
+    """A run, of which this process owns some shards, all or none."""
 
     def __init__(
         self,
         name: str,
         spec: RunSpec,
+        shards: int,
+        node: Node,
         settings: Settings,
         store: Store,
+        storage: Storage,
+        messages: Messages,
         device: torch.device,
         metrics: RunMetrics,
     ) -> None:
@@ -58,248 +78,668 @@ class Run:
         self.spec = spec
         self.canonical_spec = spec.model_dump_json()
         self.manifest = Manifest(spec.parameters)
-        self.initialized = False
+        self.count = shards
+        self.owned: dict[int, OwnedShard] = {}
+        self.is_gone = False
+        """Whether another process has deleted it."""
+        self._node = node
         self._settings = settings
+        self._storage = storage
+        self._messages = messages
+        self._device = device
         self._metrics = metrics
-        policy = Policy.of(spec.aggregation)
-        self.coordinator = Coordinator(store, name, self.canonical_spec, policy)
-        self.directory = settings.data_dir / "runs" / name
-        self._checkpoints = Checkpoints(self.directory / "checkpoints", settings.checkpoints_kept)
-        self._last_epochs = LastEpochs(settings.data_dir)
+        self.coordinator = Coordinator(store, name, self.canonical_spec, Policy.of(spec.aggregation))
+        self._checkpoints = Checkpoints(storage, name, settings.checkpoints_kept)
+        self._last_epochs = LastEpochs(storage)
+        self._receipts = Receipts()
+        patience_ms = int(1000 * settings.stall_seconds)
+        self.leases = Leases(self.coordinator, self, self._receipts, metrics, spec.lease_ttl_ms, patience_ms)
+        self._whole = VectorPool(self.manifest.numel, 1)
+        self._standing: Standing | None = None
+        self._missing_since = Grace()
+        self._newest_epoch = 0
+        self._keeping = asyncio.Lock()
+        self._openings = 0
+        self._troubled = False
         self._checkpointing = asyncio.Lock()
         self._checkpointed: tuple[int | None, float] = (None, time.monotonic())
         self._checkpoint_not_before = 0.0
-        self._shard = Shard(spec, device)
-        self._writer = Writer(self._shard, name)
-        self._snapshots = Snapshots(name, self._writer)
-        self._staging = VectorPool(self.manifest.numel, staging_vectors(policy))
-        self._receipts = Receipts()
-        self._pushes = Pushes(
-            spec,
-            self.manifest,
-            self.coordinator,
-            self._writer,
-            self._staging,
-            self._receipts,
-            settings,
-            self._reopen,
-        )
-        self.leases = Leases(self.coordinator, self._writer, self._receipts, metrics, spec.lease_ttl_ms, self._reopen)
-        self._opening = asyncio.Lock()
-        self._openings = 0
-        self._newest_epoch = 0
+        self._durable: dict[CutId, asyncio.Future[None]] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+        self._writing: set[asyncio.Task[None]] = set()
         self._closed = False
+
+    # What its parts ask of it
+
+    @property
+    def many(self) -> bool:
+        """Whether there are several shards."""
+        return self.count > 1
+
+    @property
+    def writer(self) -> Writer | None:
+        """That of the first shard owned here, which knows the log as well as any other."""
+        return self.owned[min(self.owned)].writer if self.owned else None
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is for this process to do what is done once for a run."""
+        return 0 in self.owned
+
+    def fenced(self) -> None:
+        """Somebody else owns a shard that this process took for its own."""
+        self._spawn(self.keep())
+
+    async def reopen(self) -> None:
+        """Has the run's part of Redis written anew, because Redis has lost what the shards have seen.
+
+        Raises RunNotFound, ShardUnavailable while other processes have to say what they have.
+        """
+        opening = self._openings
+        async with self._keeping:
+            self._require_open()
+            if self._openings != opening:
+                return
+            try:
+                await self.coordinator.gather(self.count)
+                standing = await self._keep()
+            except Fenced:
+                standing = await self.coordinator.read()
+            if standing is None or standing.phase != "open":
+                raise not_open(self.name, standing.missing() if standing else [])
+
+    async def catch_up(self) -> None:
+        """Reads what of the log was not heard."""
+        if self.owned:
+            after = min(owned.writer.taken_seq for owned in self.owned.values())
+            entries, _ = await self.coordinator.entries(after)
+            for entry in entries:
+                self._hear_entry(entry)
 
     # Opening
 
     async def create(self) -> None:
         """Starts as a new run, which waits for its initial weights. Raises RunExists."""
         epoch = await asyncio.to_thread(self._last_epochs.read, self.name) + 1
-        if await self.coordinator.create(epoch) == "different":
+        if await self.coordinator.create(epoch, self.count) == "different":
             raise RunExists(f"the run {self.name!r} exists with another spec", run=self.name)
-        await asyncio.to_thread(RunFile(self.canonical_spec, epoch).write, self.directory)
-        self._writer.resume(epoch, 0, 0)
+        await asyncio.to_thread(RunFile(self.canonical_spec, epoch, self.count).write, self._storage, self.name)
 
-    async def open(self, file: RunFile | None, fields: Mapping[str, str]) -> None:
-        """Starts from the newest checkpoint, if there is one; else the run waits for its initial weights.
+    async def keep(self) -> None:
+        """A heartbeat: keeps what is owned, takes what nobody owns, and helps the run to open."""
+        async with self._keeping:
+            if not self._closed:
+                try:
+                    await self._keep()
+                except (CoordinatorUnavailable, Fenced):
+                    # The next one may reach Redis, and learns who owns what.
+                    pass
 
-        `file` and `fields` are what the data directory and Redis know of the run. The epoch changes unless
-        nothing can have been lost: the run was closed in order, at this very entry of the log.
+    async def prolong(self) -> None:
+        """As `keep`, or if that takes its time already, no more than to say that this process lives."""
+        if not self._keeping.locked():
+            await self.keep()
+        elif self.owned:
+            with suppress(CoordinatorUnavailable):
+                await self.coordinator.own(self._node.id, self._node.url, self._node.ttl_ms, (), {})
+
+    async def _keep(self) -> Standing | None:
+        """As `keep`; how the run stands then, None where it is gone."""
+        standing = await self._own()
+        while standing is not None:
+            await self._change_owned(standing)
+            if wanted := await self._wanted(standing):
+                standing = await self._own(wanted)
+                continue
+            if standing.phase == "gather" and self.owned and await self._report(standing):
+                standing = await self._own()
+                continue
+            if standing.phase == "load" and await self._load(standing):
+                standing = await self._own()
+                continue
+            break
+        return standing
+
+    async def _own(self, wanted: Iterable[int] = ()) -> Standing | None:
+        known = max((owned.known for owned in self.owned.values()), default=Known(0, 0))
+        says = {f"{index}:applied": str(owned.writer.applied_step) for index, owned in self.owned.items()}
+        if self.leads and self._metrics.loss is not None:
+            says["0:loss"] = repr(self._metrics.loss)
+        if self.leads and self._metrics.staleness is not None:
+            says["0:staleness"] = repr(self._metrics.staleness)
+        node = self._node
+        standing = await self.coordinator.own(node.id, node.url, node.ttl_ms, list(wanted), says)
+        if standing is None:
+            if await asyncio.to_thread(self._last_epochs.read, self.name) >= max(self.epoch, self._newest_epoch, 1):
+                self.is_gone = True
+                await self._drop(list(self.owned))
+                return None
+            await self.coordinator.gather(self.count)
+            return await self._own(wanted)
+        self._standing = standing
+        is_behind = (standing.number("epoch"), standing.number("seq")) < known
+        if standing.phase == "open" and (is_behind or self._troubled):
+            self._troubled = False
+            await self.coordinator.gather(self.count, standing.generation)
+            return await self._own(wanted)
+        if standing.phase == "open" and self.owned and self.many and standing.number("seq") > known.seq:
+            self._spawn(self._catch_up_quietly())
+        return standing
+
+    async def _catch_up_quietly(self) -> None:
+        with suppress(CoordinatorUnavailable):
+            await self.catch_up()
+
+    async def _change_owned(self, standing: Standing) -> None:
+        """Lets go the shards that are another's by now, and begins with those that are this process's."""
+        is_recut, self.count = standing.count != self.count, standing.count
+        owners = {index: standing.said(index, "node") for index in range(standing.count)}
+        mine = self._mine(standing)
+        # What nobody owns, since Redis has lost that too, or was silent for long, is as good as it was: the log cannot
+        # have gone on without it.
+        lost = [index for index in self.owned if is_recut or owners[index] not in (self._node.id, None)]
+        if lost:
+            if not is_recut:
+                logger.warning("run %s: shard %s is another process's now", self.name, ", ".join(map(str, lost)))
+            await self._drop(lost)
+        for index in self.owned.keys() & mine.keys():
+            self.owned[index].token = mine[index]
+        for index in sorted(mine.keys() - self.owned.keys()):
+            device = self._device
+            if device.type == "cuda" and device.index is None:
+                device = torch.device("cuda", index % torch.cuda.device_count())
+            self.owned[index] = OwnedShard(
+                self.name, self.spec, self.manifest, index, self.count, mine[index], device, self.coordinator,
+                self._receipts, self._settings, self, self._keep_cut,
+            )  # fmt: skip
+        if self.owned and self.many:
+            await self._messages.listen(self.coordinator.channel, self._hear)
+        else:
+            await self._messages.ignore(self.coordinator.channel)
+
+    def _mine(self, standing: Standing) -> dict[int, str]:
+        """The shards that this process owns, as Redis has it, and their tokens."""
+        return {
+            index: standing.shards[f"{index}:token"]
+            for index in range(standing.count)
+            if standing.said(index, "node") == self._node.id
+        }
+
+    async def _drop(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            await self.owned.pop(index).close()
+
+    async def _wanted(self, standing: Standing) -> list[int]:
+        """The shards to take: those that nobody owns, up to this process's share, or more if others leave them.
+
+        Not those whose checkpoint is where this process cannot read it.
         """
-        newest = None
-        if self.spec.durability == "checkpoint":
-            newest = await asyncio.to_thread(self._checkpoints.newest)
-        epochs = [int(fields.get("epoch", 0)), file.epoch if file else 0]
-        is_complete = False
-        if newest:
-            cut = newest[0]
-            epochs.append(cut.epoch)
-            is_complete = file is not None and file.closed_seq == cut.seq == int(fields.get("seq", cut.seq))
-            self._checkpointed = (cut.step, time.monotonic())
-        epoch = max(epochs) + (0 if is_complete else 1)
-        await asyncio.to_thread(RunFile(self.canonical_spec, epoch).write, self.directory)
-        await self._take(epoch, newest)
+        free = {
+            index
+            for index in range(standing.count)
+            if not standing.is_owned(index)
+            or (standing.said(index, "url") == self._node.url and standing.said(index, "node") != self._node.id)
+        }
+        self._missing_since.note(set(free))
+        left = self._node.share(standing.count) - len(self._mine(standing))
+        wanted: list[int] = []
+        # Those whose state is still here come first.
+        for index in sorted(free, key=lambda index: (index not in self.owned, index)):
+            is_left = index in self.owned or self._missing_since.age(index) > self._node.ttl_ms / 1000
+            can_load = index in self.owned or "durable" not in standing.run
+            if (left > 0 or is_left) and (can_load or await self._offers(index, standing.count)):
+                wanted.append(index)
+                left -= 1
+        return wanted
 
-    async def _take(self, epoch: int, newest: tuple[Cut, dict[str, Record]] | None) -> None:
-        cut, receipts = newest or (None, {})
-        state = RunState(epoch)
-        if cut is not None:
-            state = RunState(epoch, cut.step, cut.seq, True, cut.group, receipts)
-        await self.coordinator.open(state)
-        if cut is not None:
-            await self._writer.run(self._shard.load, cut, epoch)
+    async def _offers(self, index: int, count: int) -> list[CutId]:
+        part = self.manifest.part(index, count)
+        return await asyncio.to_thread(self._checkpoints.offers, part.begin, part.end)
+
+    async def _report(self, standing: Standing) -> bool:
+        """Says where the owned shards stand; whether the run goes on to the next phase with that."""
+        reports = None
+        for index in self._mine(standing):
+            owned = self.owned[index]
+            report = await self._stand(owned, standing)
+            reports = await self.coordinator.report(owned.owner(), standing.generation, report.to_json())
+        if reports is None:
+            return False
+        parsed = [Report.from_json(report) for report in reports]
+        if shards := standing.number("resharding"):
+            places = {(report.live, report.initialized) for report in parsed}
+            if len(places) == 1 and None not in places:
+                await self.coordinator.reshard(standing.generation, shards)
+                return True
+        try:
+            decision = decide(standing, parsed)
+        except Waiting as reason:
+            logger.error("run %s cannot be opened: %s", self.name, reason)
+            return False
+        return await self._open(standing, decision)
+
+    async def _stand(self, owned: OwnedShard, standing: Standing) -> Report:
+        """Where a shard stands, once it has taken what there is of the log."""
+        writer, live, closed = owned.writer, None, None
+        is_lost = "lost" in standing.run or (standing.number("epoch"), standing.number("seq")) < owned.known
+        if owned.loaded is not None:
+            if is_lost:
+                writer.pause(forget=True)
+            elif owned.initialized and standing.number("epoch") == writer.epoch:
+                await self._take_all(owned, standing.number("seq"))
+            seq, step, _ = await writer.run(owned.shard.position)
+            live = CutId(writer.epoch, step, seq)
+            if not is_lost and (live.epoch, live.seq) != (standing.number("epoch"), standing.number("seq")):
+                # Entries of the log are missing here: from there it cannot go on.
+                live = owned.loaded = None
+            elif "resharding" in standing.run and owned.initialized:
+                await self._write(owned, await writer.run(owned.shard.cut))
+        begin, end = owned.manifest.begin, owned.manifest.end
+        offers: list[CutId] = []
+        if self.spec.durability == "checkpoint":
+            offers = await self._offers(owned.index, self.count)
+            if live is None and (left := await asyncio.to_thread(self._checkpoints.closed, begin, end)):
+                closed = Known(*left)
+        epoch = max(self._newest_epoch, writer.epoch, (await asyncio.to_thread(self._stored))[0])
+        return Report(epoch, owned.initialized, live, closed, offers)
+
+    def _stored(self) -> tuple[int, int]:
+        """The epoch and the number of shards that storage knows of."""
+        try:
+            file = RunFile.read(self._storage, self.name)
+        except (OSError, ValueError):
+            return 0, 0
+        return file.epoch, file.shards
+
+    async def _take_all(self, owned: OwnedShard, seq: int) -> None:
+        """Has a shard take the log up to an entry, or as much of it as there is."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CATCHING_UP_S):
+                while owned.writer.taken_seq < seq:
+                    entries, _ = await self.coordinator.entries(owned.writer.taken_seq)
+                    if not all([owned.hear(entry) for entry in entries]):
+                        return
+                    await asyncio.sleep(_POLL_S)
+
+    async def _open(self, standing: Standing, decision: Decision) -> bool:
+        """Has all shards load what was decided; whether that is what they now do."""
+        cut = decision.cut
+        receipts: Mapping[str, Record] = {}
+        group: Mapping[str, int] = {}
+        if decision.live and self.owned:
+            held = next((owned for owned in self.owned.values() if owned.loaded is not None), None)
+            if held is not None:
+                _, _, group = await held.writer.run(held.shard.position)
+                receipts = self._receipts.until(cut.seq if cut else 0)
+        if decision.initialized and cut is not None and not receipts and not group:
+            loaded = await self._load_cut(cut, 0, 0)
+            if loaded is None and not decision.live:
+                await self.coordinator.gather(self.count, standing.generation)
+                return True
+            if loaded is not None:
+                group, receipts = loaded[0].group, loaded[1]
+        place = cut or CutId(decision.epoch, 0, 0)
+        state = RunState(decision.epoch, place.step, place.seq, decision.initialized, group, receipts)
+        return await self.coordinator.open(state, self.count, standing.generation, decision.target())
+
+    async def _load(self, standing: Standing) -> bool:
+        """Takes the state that was decided on; whether the run goes on to the next phase with that."""
+        target, generation = standing.target(), standing.generation
+        cut = None if target["cut"] is None else CutId(*target["cut"])
+        epoch = standing.number("epoch")
+        initialized = standing.number("initialized") == 1
+        opened = False
+        if await asyncio.to_thread(self._stored) != (epoch, self.count):
+            file = RunFile(self.canonical_spec, epoch, self.count)
+            await asyncio.to_thread(file.write, self._storage, self.name)
+        for index in self._mine(standing):
+            owned = self.owned[index]
+            if owned.loaded == generation:
+                continue
+            holds = target["live"] and owned.loaded is not None
+            if not await self._take(owned, None if holds else cut, epoch, initialized, holds=holds):
+                await self.coordinator.gather(self.count, generation)
+                return True
+            owned.loaded = generation
+            self._openings += 1
+            if await self.coordinator.loaded(owned.owner(), generation) == "open":
+                opened = True
+        if cut is not None and initialized and not target["live"]:
+            self._checkpointed = (cut.step, time.monotonic())
+        self._newest_epoch = max(self._newest_epoch, epoch)
+        self._metrics.at(self.epoch, self.step)
+        if opened:
+            logger.info("run %s is open: epoch %d, step %d", self.name, self.epoch, self.step)
+        return opened
+
+    async def _take(self, owned: OwnedShard, cut: CutId | None, epoch: int, initialized: bool, *, holds: bool) -> bool:
+        """Brings a shard to a cut, to what it holds or to nothing; False where the cut is damaged."""
+        writer, begin, end = owned.writer, owned.manifest.begin, owned.manifest.end
+        if holds:
+            seq, step, _ = await writer.run(owned.shard.position)
+            self._keep_receipts(self._receipts.until(seq))
+        else:
+            writer.pause()
+            seq, step = 0, 0
+            if cut is not None and initialized:
+                loaded = await self._load_cut(cut, begin, end)
+                if loaded is None:
+                    return False
+                state, receipts = loaded
+                await writer.run(owned.shard.load, state, epoch)
+                self._keep_receipts(receipts)
+                seq, step = state.seq, state.step
+            else:
+                self._receipts.clear()
+        await asyncio.to_thread(self._checkpoints.clear_closed, begin, end)
+        owned.initialized = initialized
+        writer.resume(epoch, seq, step)
+        if not initialized:
+            # Entries wait until the weights are there.
+            writer.pause()
+        return True
+
+    def _keep_receipts(self, receipts: dict[str, Record]) -> None:
         self._receipts.clear()
         self._receipts.update(receipts)
-        self.initialized = state.initialized
-        self._openings += 1
-        self._writer.resume(epoch, state.seq, state.step)
-        self._metrics.at(epoch, state.step)
 
-    async def _reopen(self) -> None:
-        """Writes the run's part of Redis anew, because Redis has lost what the shard has seen."""
-        opening = self._openings
-        async with self._opening:
-            self._require_open()
-            if self._openings != opening:
-                return
-            self._writer.pause(forget=True)
-            seq, step, group = await self._writer.run(self._shard.position)
-            receipts = self._receipts.until(seq)
-            try:
-                await self.coordinator.open(RunState(self.epoch, step, seq, self.initialized, group, receipts))
-            finally:
-                self._writer.resume(self.epoch, seq, step)
-            self._receipts.clear()
-            self._receipts.update(receipts)
-            self._openings += 1
-
-    async def initialize(self, body: Body) -> None:
-        """Takes the initial weights. Raises AlreadyInitialized for all but the first who brings them."""
-        async with self._opening:
-            if self.initialized:
-                raise AlreadyInitialized
-            vector = await self._staging.acquire()
-            try:
-                norm, _ = await stage(body, self.manifest, vector)
-                if norm is None:
-                    raise MalformedTensors("the parameters hold NaN or infinity")
-                try:
-                    await self.coordinator.initialize()
-                except Behind:
-                    self._require_open()
-                    await self.coordinator.open(RunState(self.epoch, initialized=True))
-                await self._writer.run(self._shard.initialize, vector.tensor(), self.epoch)
-            finally:
-                self._staging.release(vector)
-            self.initialized = True
-            self._writer.resume(self.epoch, 0, 0)
-        if self.spec.durability == "checkpoint":
-            await self.checkpoint()
-
-    async def restore(self, step: int) -> None:
-        """Goes back to the checkpoint of a step, in a new epoch. Raises CheckpointNotFound."""
-        async with self._opening:
-            newest = await asyncio.to_thread(self._checkpoints.at, step)
-            # Beyond a restore that failed halfway too: Redis may have granted leases in its epoch.
-            epoch = self._newest_epoch = max(self.epoch, self._newest_epoch) + 1
-            await asyncio.to_thread(RunFile(self.canonical_spec, epoch).write, self.directory)
-            self._require_open()
-            self._writer.pause()
-            try:
-                await self._take(epoch, newest)
-            except CoordinatorUnavailable:
-                self._writer.doubt()
-                raise
-        # So that a crash from here on returns to this state and not to one that was given up.
-        await self.checkpoint()
-
-    async def close(self) -> None:
-        """Writes the last checkpoint and stops the writer; nothing may be asked of the run any more."""
-        self._closed = True
-        settled = await self._pushes.close()
+    async def _load_cut(self, cut: CutId, begin: int, end: int) -> tuple[Cut, dict[str, Record]] | None:
         try:
-            if self.initialized and self.spec.durability == "checkpoint":
-                seq = (await self._cut_and_write())[0].seq
-                if settled and seq == self._writer.known_seq:
-                    await asyncio.to_thread(RunFile(self.canonical_spec, self.epoch, seq).write, self.directory)
-        finally:
-            self._writer.close()
+            return await asyncio.to_thread(self._checkpoints.load, cut, begin, end)
+        except Damaged:
+            return None
 
-    async def delete(self) -> None:
-        """Forgets the run: in Redis first, then on disk."""
-        # Before Redis forgets the run: who finds it gone there must not write it anew.
-        self._closed = True
-        try:
-            last = max(self.epoch, self._newest_epoch)
-            await asyncio.to_thread(self._last_epochs.write, self.name, last)
-            await self.coordinator.delete()
-        except (CoordinatorUnavailable, OSError):
-            self._closed = False
-            raise
-        await self._pushes.close()
-        async with self._checkpointing:
-            await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
-        self._writer.close()
-        self._metrics.forget()
+    # Messages
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise RunNotFound(f"there is no run {self.name!r}", run=self.name)
+    def _hear(self, message: dict[str, Any] | None) -> None:
+        if message is None:
+            self._spawn(self._catch_up_quietly())
+            self._spawn(self.keep())
+            return
+        match message["kind"]:
+            case "entry":
+                self._hear_entry(message)
+            case "decided":
+                record = Record.from_json(message["record"])
+                self._receipts.remember(message["key"], record, message["evicted"] or ())
+                for owned in self.owned.values():
+                    owned.pushes.decided(message["key"], record, {})
+            case "refused":
+                for owned in self.owned.values():
+                    owned.pushes.refused(message["key"], message["slug"], message["detail"])
+            case "granted":
+                for owned in self.owned.values():
+                    owned.pushes.granted(message["key"])
+            case "initialized":
+                for owned in self.owned.values():
+                    owned.uploaded(message["upload"])
+            case "evicted":
+                self._receipts.forget(message["keys"])
+            case "durable":
+                self._spawn(self._note_durable(message["cut"]))
+            case "phase" | "deleted":
+                self._spawn(self.keep())
+
+    def _hear_entry(self, entry: dict[str, Any]) -> None:
+        if "key" in entry and self.writer is not None and entry["epoch"] == self.writer.epoch:
+            evicted = entry.get("evicted") or ()
+            self._receipts.remember(entry["key"], Record.from_json(entry["record"]), evicted)
+        for owned in self.owned.values():
+            if not owned.hear(entry) and self.many and owned.initialized:
+                # A push was committed of which this shard has no part: it cannot go on from here.
+                logger.error("run %s: shard %d lacks entry %d of the log", self.name, owned.index, entry["seq"])
+                self._troubled = True
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     # Pushes and pulls
 
-    async def push(self, claim: Claim, body: Body, loss: float | None, wait: float) -> Receipt:
-        """Carries a push to its decision; `wait` seconds at most for an accumulated one's update.
+    def owns(self, index: int) -> bool:
+        """Whether a shard is this process's."""
+        return index in self.owned
 
-        Raises what pushes.py says.
-        """
-        self.require_initialized()
-        began = time.monotonic()
-        record, replayed = await self._pushes.push(claim, body)
-        if not replayed:
-            self._metrics.pushed(record, body.length, loss, time.monotonic() - began)
-            self._metrics.at(self.epoch, self.step)
-        else:
-            self._metrics.replayed()
-        return (await self._pushes.settle(record, wait)).receipt(replayed=replayed)
+    def require_initialized(self, owned: OwnedShard) -> None:
+        """Raises RunNotInitialized."""
+        if not owned.initialized:
+            raise RunNotInitialized
 
     @asynccontextmanager
-    async def read(self, point: Point, dtype: str) -> AsyncIterator[Snapshot]:
-        """A point as a body, immutable until the block ends. Raises RunNotInitialized."""
-        self.require_initialized()
-        async with self._snapshots.read(point, dtype) as snapshot:
+    async def staged(self, body: Body) -> AsyncIterator[Vector]:
+        """A body of the whole model, as a flat fp32 vector; one at a time. Raises MalformedTensors."""
+        vector = await self._whole.acquire()
+        try:
+            await stage(body, self.manifest, vector)
+            yield vector
+        finally:
+            self._whole.release(vector)
+
+    def shard(self, index: int) -> OwnedShard:
+        """A shard that this process owns. Raises ShardUnavailable."""
+        owned = self.owned.get(index)
+        if owned is None or owned.loaded is None:
+            self._require_open()
+            raise not_open(self.name, self._standing.missing() if self._standing else [])
+        return owned
+
+    async def initialize(self, owned: OwnedShard, body: Body, upload: str | None) -> None:
+        """Takes a shard's part of the initial weights. Raises AlreadyInitialized for all but the first upload."""
+        await owned.initialize(body, upload or secrets.token_hex(16))
+        if self.leads and owned.index == 0 and self.spec.durability == "checkpoint":
+            await self.checkpoint()
+
+    async def push(
+        self, owned: OwnedShard, claim: Claim, body: Body, loss: float | None, wish: Wish
+    ) -> tuple[Record, bool]:
+        """Carries a push to its decision: its record, and whether that was known before. Raises what pushes.py says."""
+        self.require_initialized(owned)
+        began = time.monotonic()
+        record, replayed = await owned.pushes.push(claim, body, wish)
+        if replayed:
+            self._metrics.replayed()
+        else:
+            self._metrics.received(body.length)
+            if owned.index == 0:
+                self._metrics.pushed(record, loss, time.monotonic() - began)
+            self._metrics.at(self.epoch, self.step)
+        return record, replayed
+
+    @asynccontextmanager
+    async def read(self, owned: OwnedShard, reading: Reading) -> AsyncIterator[Snapshot]:
+        """A shard's part of a point as a body, immutable until the block ends. Raises RunNotInitialized."""
+        self.require_initialized(owned)
+        async with owned.read(reading) as snapshot:
             yield snapshot
             self._metrics.sent(snapshot.size)
 
-    async def wait_for(self, step: int, wait: float) -> None:
-        """Returns when the run has reached a step. Raises StepNotReached after `wait` seconds."""
-        if not await self._writer.reach(step, wait):
+    async def wait_for(self, owned: OwnedShard, step: int, wait: float) -> None:
+        """Returns when a shard has reached a step. Raises StepNotReached after `wait` seconds."""
+        if not await owned.writer.reach(step, wait):
             self._require_open()
-            raise StepNotReached(f"the run is at step {self.step}", step=self.step)
+            raise StepNotReached(f"the run is at step {owned.writer.applied_step}", step=owned.writer.applied_step)
 
-    def require_initialized(self) -> None:
-        if not self.initialized:
-            raise RunNotInitialized
+    def _require_open(self) -> None:
+        if self._closed or self.is_gone:
+            raise RunNotFound(f"there is no run {self.name!r}", run=self.name)
 
     @property
     def epoch(self) -> int:
-        return self._writer.epoch
+        if self.writer is not None:
+            return self.writer.epoch
+        return self._standing.number("epoch") if self._standing else 0
 
     @property
     def step(self) -> int:
-        """The newest step that is applied."""
-        return self._writer.applied_step
+        """The newest step that is applied here, or what was last heard of it."""
+        if self.writer is not None:
+            return self.writer.applied_step
+        return self._standing.number("step") if self._standing else 0
 
     async def status(self) -> RunStatus:
-        fields = await self.coordinator.read()
+        standing = await self.coordinator.read()
         workers = await self.leases.workers()
+        fields = standing.run if standing else {}
+        loss, staleness = self._metrics.loss, self._metrics.staleness
+        if standing and not self.leads:
+            loss, staleness = (_number(standing.said(0, name)) for name in ("loss", "staleness"))
+        checkpoint_step = self._checkpointed[0]
+        if checkpoint_step is None and "durable_step" in fields:
+            checkpoint_step = int(fields["durable_step"])
+        initialized = fields.get("initialized") == "1"
+        if self.owned:
+            initialized = all(owned.initialized for owned in self.owned.values())
         return RunStatus(
             run=self.name,
             epoch=self.epoch,
-            step=self.step,
-            initialized=self.initialized,
+            step=self.step if self.owned or not standing else standing.number("step"),
+            initialized=initialized,
             spec=self.spec,
             workers=workers,
             pushes={name: int(fields.get(name, 0)) for name in ("applied", "accumulated", "dropped")},
-            loss=self._metrics.loss,
-            staleness=self._metrics.staleness,
-            checkpoint_step=self._checkpointed[0],
+            loss=loss,
+            staleness=staleness,
+            checkpoint_step=checkpoint_step,
             parameter_count=self.manifest.numel,
+            shards=self.count,
         )
+
+    async def topology(self) -> Topology:
+        """Where the shards are."""
+        standing = await self.coordinator.read()
+        if standing is None:
+            self._require_open()
+            raise not_open(self.name, list(range(self.count)))
+        # Redis's clock: what has run out is said by whoever keeps the run.
+        now = self._standing.now_ms if self._standing else 0
+        shards = []
+        missing = []
+        for index in range(standing.count):
+            part = self.manifest.part(index, standing.count)
+            url = standing.said(index, "url")
+            if url is None or int(standing.said(index, "ends") or 0) <= now:
+                url = None
+                missing.append(index)
+            applied = standing.said(index, "applied")
+            if index in self.owned and self.owned[index].loaded is not None:
+                applied = str(self.owned[index].writer.applied_step)
+            durable = standing.said(index, "durable")
+            shards.append(
+                ShardStatus(
+                    index=index,
+                    url=url,
+                    begin=part.begin,
+                    end=part.end,
+                    slices=[
+                        Slice(name=slot.name, shape=slot.shape, begin=slot.start, end=slot.start + slot.numel)
+                        for slot in part.slots
+                    ],
+                    applied_step=None if applied is None else int(applied),
+                    durable_step=None if durable is None else int(durable),
+                )
+            )
+        return Topology(run=self.name, epoch=standing.number("epoch"), shards=shards, missing=missing)
+
+    def owner_url(self, index: int) -> str | None:
+        """Where a shard's owner was last known to be, if that is another process."""
+        if self._standing is None or self._standing.said(index, "node") == self._node.id:
+            return None
+        return self._standing.said(index, "url")
+
+    async def refresh(self) -> None:
+        """Learns who owns what, without waiting for the next heartbeat."""
+        await self.keep()
 
     # Checkpoints
 
     async def checkpoint(self) -> Checkpoint:
         """Writes a checkpoint now. Pushes wait for the copy of the state, not for the disk."""
-        self.require_initialized()
-        return (await self._cut_and_write())[1]
+        if self.owned and not self.owned[min(self.owned)].initialized:
+            raise RunNotInitialized
+        async with self._checkpointing:
+            began = time.monotonic()
+            self._checkpoint_not_before = began + _PAUSE_AFTER_FAILURE_S
+            cut = await (self._write_parts() if self.many else self._write_whole())
+            self._checkpointed = (cut.step, time.monotonic())
+            self._checkpoint_not_before = 0.0
+            self._metrics.checkpointed(cut.step, time.monotonic() - began)
+        for written in await self.list_checkpoints():
+            if (written.epoch, written.step) == cut[:2]:
+                return written
+        raise ShardUnavailable("the checkpoint was dropped while it was being written")
+
+    async def _write_whole(self) -> CutId:
+        owned = self.shard(0)
+        cut = await owned.writer.run(owned.shard.cut)
+        identifier = CutId(cut.epoch, cut.step, cut.seq)
+        size = await self._write(owned, cut)
+        await asyncio.to_thread(self._checkpoints.complete, identifier)
+        with suppress(CoordinatorUnavailable, Fenced):
+            await self.coordinator.written(owned.owner(), identifier, size)
+        return identifier
+
+    async def _write_parts(self) -> CutId:
+        """Has every shard write its part of one cut; returns when all are on disk."""
+        owned = next(iter(self.owned.values()), None)
+        if owned is None:
+            raise ShardUnavailable("this process owns no shard of the run")
+        try:
+            cut = await self.coordinator.mark(owned.owner())
+        except Fenced:
+            raise ShardUnavailable from None
+        durable = self._durable.setdefault(cut, asyncio.get_running_loop().create_future())
+        await self.catch_up()
+        try:
+            async with asyncio.timeout(_OPENING_S + self._settings.queue_seconds):
+                while not durable.done():
+                    await asyncio.wait([durable], timeout=1.0)
+                    standing = await self.coordinator.read()
+                    if standing is not None and standing.run.get("durable") == str(cut):
+                        await self._note_durable(str(cut))
+        except TimeoutError:
+            raise ShardUnavailable("a shard has not written its part of the checkpoint in time") from None
+        finally:
+            self._durable.pop(cut, None)
+        return cut
+
+    def _keep_cut(self, owned: OwnedShard, entry: Entry) -> None:
+        """Copies a shard's state as an entry left it, and writes it."""
+        copied = owned.writer.call(owned.shard.cut)
+        task = asyncio.get_running_loop().create_task(self._write_part(owned, copied))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def _write_part(self, owned: OwnedShard, copied: asyncio.Future[Cut]) -> None:
+        try:
+            cut = await copied
+            size = await self._write(owned, cut)
+            await self.coordinator.written(owned.owner(), CutId(cut.epoch, cut.step, cut.seq), size)
+        except Fenced:
+            self.fenced()
+        except (FreestepError, OSError):
+            logger.exception("run %s: shard %d's part of a checkpoint could not be written", self.name, owned.index)
+
+    async def _write(self, owned: OwnedShard, cut: Cut) -> int:
+        receipts = self._receipts.until(cut.seq)
+        begin, end = owned.manifest.begin, owned.manifest.end
+        return await asyncio.to_thread(self._checkpoints.write, cut, begin, end, self.manifest.numel, receipts)
+
+    async def _note_durable(self, text: str) -> None:
+        cut = CutId(*map(int, text.split("-")))
+        await asyncio.to_thread(self._checkpoints.complete, cut)
+        self._checkpointed = (cut.step, time.monotonic())
+        if (waiter := self._durable.get(cut)) is not None and not waiter.done():
+            waiter.set_result(None)
 
     async def list_checkpoints(self) -> list[Checkpoint]:
         return await asyncio.to_thread(self._checkpoints.all)
 
     def is_checkpoint_due(self) -> bool:
         """Whether enough steps, or enough time with any step in it, have passed since the last checkpoint."""
-        if not self.initialized or self.spec.durability != "checkpoint" or self._checkpointing.locked():
+        if not self.leads or self.spec.durability != "checkpoint" or self._checkpointing.locked():
+            return False
+        if not self.owned[0].initialized or self._standing is None or self._standing.phase != "open":
             return False
         step, at = self._checkpointed
         steps, now = self.step - (step or 0), time.monotonic()
@@ -308,13 +748,131 @@ class Run:
         elapsed = now - at
         return steps >= self._settings.checkpoint_steps or (steps > 0 and elapsed >= self._settings.checkpoint_seconds)
 
-    async def _cut_and_write(self) -> tuple[Cut, Checkpoint]:
-        async with self._checkpointing:
-            began = time.monotonic()
-            self._checkpoint_not_before = began + _PAUSE_AFTER_FAILURE_S
-            cut = await self._writer.run(self._shard.cut)
-            written = await asyncio.to_thread(self._checkpoints.write, cut, self._receipts.until(cut.seq))
-            self._checkpointed = (cut.step, time.monotonic())
-            self._checkpoint_not_before = 0.0
-            self._metrics.checkpointed(cut.step, time.monotonic() - began)
-            return cut, written
+    async def restore(self, step: int) -> None:
+        """Goes back to the checkpoint of a step, in a new epoch. Raises CheckpointNotFound."""
+        cut = await asyncio.to_thread(self._checkpoints.at, step)
+        for owned in self.owned.values():
+            # Before anything is changed. What other processes have to load they look at when they do.
+            try:
+                await asyncio.to_thread(self._checkpoints.load, cut, owned.manifest.begin, owned.manifest.end)
+            except Damaged as error:
+                raise CheckpointNotFound(f"the checkpoint of step {step} is damaged: {error}", step=step) from None
+        async with self._keeping:
+            self._require_open()
+            generation = await self.coordinator.gather(self.count)
+            standing = await self.coordinator.read()
+            # Beyond a restore that failed halfway too: Redis may have granted leases in its epoch.
+            stored, _ = await asyncio.to_thread(self._stored)
+            epochs = (self.epoch, self._newest_epoch, stored, standing.number("epoch") if standing else 0)
+            decision = Decision(max(epochs) + 1, cut, initialized=True)
+            if standing is None or not await self._open(_of(standing, generation), decision):
+                raise ShardUnavailable("the run was opened otherwise in the meantime")
+            await self._keep()
+        await self._opened()
+        if self.epoch < decision.epoch:
+            raise CheckpointNotFound(f"the checkpoint of step {step} is damaged", step=step)
+        # So that a crash from here on returns to this state and not to one that was given up.
+        if self.spec.durability == "checkpoint":
+            await self.checkpoint()
+
+    async def reshard(self, shards: int) -> None:
+        """Cuts the run into another number of shards, in a new epoch; nothing that was applied is lost."""
+        if self.spec.durability != "checkpoint":
+            raise InvalidSpec("a run without checkpoints cannot be cut anew", field="durability")
+        if shards == self.count:
+            return
+        async with self._keeping:
+            self._require_open()
+            await self.coordinator.gather(self.count, resharding=shards)
+            await self._keep()
+        await self._opened()
+        if self.count != shards:
+            raise ShardUnavailable("a shard was lost while the run was being cut anew")
+
+    async def _opened(self) -> None:
+        """Returns when the run is open. Raises ShardUnavailable."""
+        try:
+            async with asyncio.timeout(_OPENING_S):
+                while True:
+                    await self.keep()
+                    standing = await self.coordinator.read()
+                    if standing is not None and standing.phase == "open":
+                        self.count = standing.count
+                        return
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise not_open(self.name, self._standing.missing() if self._standing else []) from None
+
+    # The end
+
+    async def close(self) -> None:
+        """Writes the last checkpoint and gives up what is owned; nothing may be asked of the run any more."""
+        async with self._keeping:
+            self._closed = True
+            await asyncio.gather(*self._writing, return_exceptions=True)
+            settled = {index: await owned.pushes.close() for index, owned in self.owned.items()}
+            standing = None
+            with suppress(CoordinatorUnavailable, Fenced):
+                if self.owned:
+                    await self.coordinator.gather(self.count)
+                    standing = await self.coordinator.read()
+            for index, owned in self.owned.items():
+                try:
+                    await self._leave_on_disk(owned, standing, settled=settled[index])
+                except Exception:
+                    logger.exception("run %s: shard %d could not be written", self.name, index)
+            with suppress(CoordinatorUnavailable):
+                await self.coordinator.leave([owned.owner() for owned in self.owned.values()])
+            await self._drop(list(self.owned))
+            await self._messages.ignore(self.coordinator.channel)
+
+    async def _leave_on_disk(self, owned: OwnedShard, standing: Standing | None, *, settled: bool) -> None:
+        if not owned.initialized or self.spec.durability != "checkpoint":
+            return
+        if standing is not None and standing.number("epoch") == owned.writer.epoch:
+            await self._take_all(owned, standing.number("seq"))
+        cut = await owned.writer.run(owned.shard.cut)
+        size = await self._write(owned, cut)
+        identifier = CutId(cut.epoch, cut.step, cut.seq)
+        durable = not self.many
+        with suppress(CoordinatorUnavailable, Fenced):
+            durable = await self.coordinator.written(owned.owner(), identifier, size) or durable
+        if durable:
+            await asyncio.to_thread(self._checkpoints.complete, identifier)
+        if settled and cut.seq == owned.writer.known_seq:
+            begin, end = owned.manifest.begin, owned.manifest.end
+            await asyncio.to_thread(self._checkpoints.mark_closed, begin, end, cut.epoch, cut.seq)
+
+    async def delete(self) -> None:
+        """Forgets the run: in Redis first, then on disk."""
+        # Before Redis forgets the run: who finds it gone there must not write it anew.
+        async with self._keeping:
+            self._closed = True
+            try:
+                stored, _ = await asyncio.to_thread(self._stored)
+                last = max(self.epoch, self._newest_epoch, stored)
+                await asyncio.to_thread(self._last_epochs.write, self.name, last)
+                await self.coordinator.delete()
+            except (CoordinatorUnavailable, OSError):
+                self._closed = False
+                raise
+            for owned in self.owned.values():
+                await owned.pushes.close()
+            async with self._checkpointing:
+                await asyncio.gather(*self._writing, return_exceptions=True)
+                await asyncio.to_thread(self._checkpoints.remove)
+            await self.forget()
+
+    async def forget(self) -> None:
+        """Lets go of a run that is no more."""
+        await self._drop(list(self.owned))
+        await self._messages.ignore(self.coordinator.channel)
+        self._metrics.forget()
+
+
+def _of(standing: Standing, generation: int) -> Standing:
+    return Standing({**standing.run, "generation": str(generation)}, standing.shards, standing.now_ms)
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(text)

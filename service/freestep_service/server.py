@@ -40,7 +40,7 @@ def serve(settings: Settings) -> None:
     listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(settings.model_copy(update={"port": port})),
         http="httptools",
         loop="auto",
         ws="none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,8 +36,14 @@ class Settings(BaseSettings):
     """Lets anybody who can reach the address use the service."""
     data_dir: Path = Path("freestep-data")
     """Where checkpoints and the embedded store live."""
+    checkpoint_url: str | None = None
+    """Where checkpoints go instead: a path, or an fsspec URL such as s3://bucket/folder."""
     redis_url: str | None = None
-    """A Redis-protocol server; without one the service starts its own."""
+    """A Redis-protocol server; without one the service starts its own. Services that share it share its runs."""
+    advertise_url: str | None = None
+    """The URL at which clients and other services reach this one; else it is made of host and port."""
+    owner_ttl_seconds: Annotated[float, Field(ge=1)] = 10.0
+    """How long a service that is silent keeps its shards before others take them."""
     device: str = "auto"
     """Where parameters live: cpu, cuda, cuda:N, or auto (cuda if there is one)."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -68,6 +75,13 @@ class Settings(BaseSettings):
                 "set insecure to let anybody who can reach it use it"
             )
         return self
+
+    def own_url(self) -> str:
+        """The URL at which this service is reached; one that listens everywhere goes by its host's name."""
+        if self.advertise_url is not None:
+            return self.advertise_url.rstrip("/")
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def thread_count(self) -> int:
         """Threads for tensor arithmetic: more than this spin against the event loop and each other."""

@@ -1,4 +1,4 @@
-"""A shard: a run's state vectors and what happens to them, one log entry after another.
+"""A shard: its stretch of a run's state vectors and what happens to them, one log entry after another.
 
 The law of this file: no IO, no clock, no lock. It is a function of the entries applied to it, in the order of the
 log, and of nothing else; whoever calls it sees to it that one thread does so at a time.
@@ -6,7 +6,8 @@ log, and of nothing else; whoever calls it sees to it that one thread does so at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class Entry:
 
     seq: its place in the log. epoch: the run's when it was committed.
     advance: whether the pushes gathered so far, this one included, become an update.
-    gradient: flat fp32 [numel] on the host, used up by `apply`; None where the end of a lease closed the update.
+    gradient: flat fp32 [numel] on the host, used up by `apply`; None where the entry is no push: the end of a lease
+        closed the update, or the entry only marks a place.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
     """
@@ -42,6 +44,10 @@ class Entry:
     weight: float = 1.0
     scale: float = 1.0
     damping: float = 1.0
+    cuts: Mapping[str, str] = field(default_factory=dict)
+    """Ticket -> "POINT DTYPE": the points wanted of the state that this entry leaves."""
+    checkpoint: bool = False
+    """Whether that state is to be kept."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,17 @@ class Cut:
 
 
 class Shard:
-    """The state of one run's parameters, as of log entry `seq` and step `step` of epoch `epoch`."""
+    """The state of a stretch of one run's parameters, as of log entry `seq` and step `step` of epoch `epoch`."""
 
-    def __init__(self, spec: RunSpec, device: torch.device) -> None:
-        self.manifest = Manifest(spec.parameters)
+    def __init__(self, spec: RunSpec, manifest: Manifest, device: torch.device) -> None:
+        self.manifest = manifest
         self.device = device
         self.epoch = self.step = self.seq = 0
         self._method = METHODS[spec.optimizer.algorithm]
         self._layout = segments(self.manifest.slots)
-        groups = {segment.group for segment in self._layout}
-        self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in groups}
+        # All of the run's groups, so that the scalars of any one shard are those of every other.
+        groups = {parameter.group for parameter in spec.parameters}
+        self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in sorted(groups)}
         self._gathers = Policy.of(spec.aggregation).groups
         self._buffers: dict[str, Tensor] = {}
         self._scalars: dict[str, Scalars] = {}
@@ -95,6 +102,8 @@ class Shard:
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
+        if entry.gradient is None and not entry.advance:
+            return
         gradient = None if entry.gradient is None else entry.gradient.to(self.device)
         scale = entry.scale
         damping = entry.damping

@@ -18,9 +18,25 @@ from freestep_service.shard import DTYPES
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
-__all__ = ["Snapshot", "Snapshots"]
+__all__ = ["Reading", "Snapshot", "Snapshots", "body_metadata"]
 
 VECTORS = 2
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is to be read: a point and its dtype.
+
+    Of several shards, the cut that `ticket` names, which `readers` shards will be asked for. asked: whether the push
+    that wants it has told Redis so. patience: then, how many seconds its group's update is waited for.
+    """
+
+    point: Point
+    dtype: str
+    ticket: str = ""
+    readers: int = 1
+    asked: bool = False
+    patience: float | None = None
 
 
 @dataclass
@@ -33,6 +49,8 @@ class Snapshot:
     data: memoryview
     vector: Vector = field(repr=False)
     readers: int = 0
+    seq: int | None = None
+    """The place in the log that the point was cut at, where shards have to agree on it."""
 
     @property
     def size(self) -> int:
@@ -46,6 +64,16 @@ class Snapshot:
             memoryview(self.header)[begin:end],
             self.data[max(begin - split, 0) : max(end - split, 0)],
         )
+
+
+def body_metadata(run: str, epoch: int, step: int, point: str) -> dict[str, str]:
+    """What a body of parameters says of itself."""
+    return {
+        "freestep.run": run,
+        "freestep.epoch": str(epoch),
+        "freestep.step": str(step),
+        "freestep.point": point,
+    }
 
 
 class Snapshots:
@@ -93,14 +121,8 @@ class Snapshots:
             except BaseException:
                 self._pool.release(vector)
                 raise
-            metadata = {
-                "freestep.run": self._run,
-                "freestep.epoch": str(epoch),
-                "freestep.step": str(step),
-                "freestep.point": point,
-            }
             manifest = self._writer.shard.manifest
-            header = encode_header(manifest, dtype, metadata)
+            header = encode_header(manifest, dtype, body_metadata(self._run, epoch, step, point))
             snapshot = Snapshot(epoch, step, header, vector.bytes[: manifest.numel * ITEMSIZE[dtype]], vector)
             replaced, self._newest[key] = self._newest.get(key), snapshot
             if replaced is not None:

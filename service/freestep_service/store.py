@@ -27,8 +27,9 @@ _CONNECTIONS = 32
 class Store:
     """A Redis-protocol server. Every failure to reach it is CoordinatorUnavailable."""
 
-    def __init__(self, client: Redis | RedisCluster) -> None:
+    def __init__(self, client: Redis | RedisCluster, url: str) -> None:
         self.client: Any = client
+        self._url = url
         prelude = (_LUA / "_prelude.lua").read_text()
         self._scripts: dict[str, tuple[str, str]] = {}
         for entry in _LUA.iterdir():
@@ -52,9 +53,9 @@ class Store:
         async with reachable():
             clustered = (await client.info("cluster")).get("cluster_enabled")
         if not clustered:
-            return cls(client)
+            return cls(client, url)
         await client.aclose()
-        return cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options))
+        return cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url)
 
     async def run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
         """Runs a script of lua/ by its file's name."""
@@ -64,6 +65,10 @@ class Store:
                 return await self.client.evalsha(digest, len(keys), *keys, *arguments)
             except NoScriptError:
                 return await self.client.eval(source, len(keys), *keys, *arguments)
+
+    def listener(self) -> Redis:
+        """A client of its own for channels: any one server of a cluster hears what is told to the others."""
+        return Redis.from_url(self._url, decode_responses=True, socket_connect_timeout=_TIMEOUT_S)
 
     async def ping(self) -> None:
         async with reachable():

@@ -26,8 +26,11 @@ _BEYOND = 2**53
 class Writer:
     """Applies log entries to a shard, in order, on a thread of its own."""
 
-    def __init__(self, shard: Shard, name: str) -> None:
+    def __init__(self, shard: Shard, name: str, taken: Callable[[Entry], None] | None = None) -> None:
         self.shard = shard
+        self._taken = taken
+        """Called, on the event loop, for each entry once its application is under way: what is then run on the
+        writer's thread sees the state that the entry leaves."""
         self.epoch = 0
         """The epoch whose entries are taken."""
         self.known_seq = 0
@@ -47,9 +50,13 @@ class Writer:
 
         Raises RunNotFound once the writer is closed.
         """
+        return await self.call(function, *arguments)
+
+    def call(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        """As `run`, but in line already when this returns."""
         if self._closed:
             raise RunNotFound
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def apply(self, entry: Entry) -> None:
         """Returns once the entry is applied; raises Lost when the run was opened again instead."""
@@ -75,6 +82,15 @@ class Writer:
         """The newest entry that the shard was given."""
         return self._next_seq - 1
 
+    def has(self, epoch: int, seq: int) -> bool:
+        """Whether an entry has come."""
+        return (epoch == self.epoch and seq < self._next_seq) or (epoch, seq) in self._held
+
+    def heard_of(self, epoch: int, seq: int) -> None:
+        """Takes note that an entry exists, which is still to come."""
+        if epoch == self.epoch:
+            self.known_seq = max(self.known_seq, seq)
+
     @property
     def has_gap(self) -> bool:
         """Whether entries are held because one before them has not come."""
@@ -87,6 +103,8 @@ class Writer:
             self._next_seq += 1
             work = asyncio.get_running_loop().run_in_executor(self._thread, self.shard.apply, entry)
             work.add_done_callback(lambda done, future=future: self._finish(done, future))  # type: ignore[misc]
+            if self._taken is not None:
+                self._taken(entry)
         newest = max((seq for epoch, seq in self._held if epoch == self.epoch), default=0)
         self.known_seq = max(self.known_seq, newest)
 

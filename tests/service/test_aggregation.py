@@ -273,7 +273,7 @@ def test_who_waits_for_a_group_that_a_restore_gave_up_is_told(
 ) -> None:
     api.create(aggregation={"policy": "buffered", "batch": 2})
     thread, answers = pushed_apart(connect(service.url, api.run), api.lease(), 0, Prefer="wait=60")
-    while not service.app.state.registry.get(api.run)._writer._waiters:
+    while not service.app.state.registry.get(api.run).owned[0].writer._waiters:
         pass
     api.http.post(api.path("/checkpoints/0/restore"))
     thread.join()

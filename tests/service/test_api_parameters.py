@@ -289,7 +289,7 @@ def test_who_waits_for_a_step_of_a_deleted_run_is_told(
     call = {"params": {"min_step": 5}, "headers": {"Prefer": "wait=600"}}
     thread = threading.Thread(target=lambda: answers.append(waiting.http.get(waiting.path("/parameters"), **call)))
     thread.start()
-    while not service.app.state.registry.get(api.run)._writer._waiters:
+    while not service.app.state.registry.get(api.run).owned[0].writer._waiters:
         pass
     api.http.delete(api.path())
     thread.join()

@@ -63,7 +63,7 @@ def test_defaults_of_a_spec(api: Api) -> None:
         ("parameters.1.name", {"parameters": [{"name": "w", "shape": [1]}, {"name": "w", "shape": [2]}]}),
         ("parameters.0.name", {"parameters": [{"name": "__metadata__", "shape": [1]}]}),
         ("lease_ttl_ms", {"lease_ttl_ms": 1}),
-        ("shards", {"shards": 3}),
+        ("shards", {"shards": 257}),
         ("durability", {"durability": "journal"}),
         ("colour", {"colour": "blue"}),
     ],
@@ -243,6 +243,8 @@ def test_health_and_documents(api: Api) -> None:
     assert set(paths) == {
         "/v1/runs",
         "/v1/runs/{run}",
+        "/v1/runs/{run}/topology",
+        "/v1/runs/{run}/reshard",
         "/v1/runs/{run}/parameters",
         "/v1/runs/{run}/leases",
         "/v1/runs/{run}/leases/{lease}",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from freestep.models import ALGORITHMS, RunSpec
+from freestep.wire import Manifest
 from freestep_service.shard import Entry, Shard
 from harness import TENSORS, Api, ThreadService
 
@@ -28,7 +29,7 @@ def trained(device: str, algorithm: str, aggregation: dict[str, Any]) -> Shard:
         }
     )
     generator = torch.Generator().manual_seed(0)
-    shard = Shard(spec, torch.device(device))
+    shard = Shard(spec, Manifest(spec.parameters), torch.device(device))
     shard.initialize(torch.randn(shard.manifest.numel, generator=generator), epoch=1)
     for seq in range(1, STEPS + 1):
         gradient = torch.randn(shard.manifest.numel, generator=generator)

@@ -214,7 +214,7 @@ def test_a_retry_waits_for_the_upload_before_it(
 ) -> None:
     api.create()
     lease = api.lease()
-    pushes = service.app.state.registry.get(api.run)._pushes
+    pushes = service.app.state.registry.get(api.run).owned[0].pushes
     retries: list[Any] = []
     thread = threading.Thread(
         target=lambda caller: retries.append(caller.push(lease, 0, "once").json()),
@@ -243,7 +243,7 @@ def test_a_retry_waits_for_the_update_as_its_first_send_did(
     api.create(aggregation={"policy": "buffered", "batch": 2})
     lease = api.lease()
     api.push(lease, 0, "first")
-    writer = service.app.state.registry.get(api.run)._writer
+    writer = service.app.state.registry.get(api.run).owned[0].writer
     receipts: list[dict[str, Any]] = []
 
     def retry(caller: Api) -> None:

@@ -54,8 +54,9 @@ def test_a_person_can_read_what_the_store_holds(api: Api, service: ThreadService
     worker = held[f"{prefix}lease:{lease['lease']}"]
     assert (worker["worker"], worker["token"], worker["pushes"]) == ("somebody", str(lease["token"]), "3")
     assert json.loads(held[f"{prefix}receipts"]["key-1"])["decision"] == "applied"
-    entries = [(identifier, entry["key"], entry["step"]) for identifier, entry in held[f"{prefix}log"]]
-    assert entries == [("1-0", "key-0", "0"), ("2-0", "key-1", "1"), ("3-0", "key-2", "1")]
+    log = [(identifier, json.loads(fields["entry"])) for identifier, fields in held[f"{prefix}log"]]
+    entries = [(identifier, entry["key"], entry["step"]) for identifier, entry in log]
+    assert entries == [("1-0", "key-0", 0), ("2-0", "key-1", 1), ("3-0", "key-2", 1)]
     assert f"{prefix}pending" not in held
 
 
@@ -86,7 +87,7 @@ def cluster_url(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_redis_cluster_holds_a_run_in_one_slot(
-    start_service: Callable[..., ThreadService], connect: Callable[..., Api], cluster_url: str
+    cluster_url: str, start_service: Callable[..., ThreadService], connect: Callable[..., Api]
 ) -> None:
     service = start_service(redis_url=cluster_url)
     api = connect(service.url)

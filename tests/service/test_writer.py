@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from freestep.models import RunSpec
+from freestep.wire import Manifest
 from freestep_service.records import Lost
 from freestep_service.shard import Entry, Shard
 from freestep_service.vectors import Vector, VectorPool
@@ -25,7 +26,7 @@ def writer() -> Iterator[Writer]:
             "parameters": [{"name": "w", "shape": [1]}],
         }
     )
-    shard = Shard(spec, torch.device("cpu"))
+    shard = Shard(spec, Manifest(spec.parameters), torch.device("cpu"))
     shard.initialize(torch.zeros(1), epoch=1)
     made = Writer(shard, "test")
     yield made

@@ -1,21 +1,36 @@
 -- Goes before every script: the run's keys by name, the clock, and what several scripts share.
 --
--- KEYS 1-8  the same for every script, all under one hash tag, freestep:{run}:...
---   run       hash    spec, epoch, step, seq, initialized, token, the policy's values, counts of pushes
+-- KEYS 1-12 the same for every script, all under one hash tag, freestep:{run}:...
+--   run       hash    spec, epoch, step, seq, initialized, token, the policy's values, counts of pushes; shards (how
+--                     many), phase and generation of its opening (see open.lua), durable (the newest checkpoint)
 --   leases    zset    worker -> when its lease ends, ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
---   receipts  hash    idempotency key -> record (JSON: claim, digest, and the receipt's members)
+--   receipts  hash    idempotency key -> record (JSON: claim, digests, and the receipt's members)
 --   pending   hash    idempotency key -> claim of a push that is admitted and not yet committed
 --   group     hash    worker -> its pushes in the update that is being gathered
 --   log       stream  one entry a commit, with the id SEQ-0, in the order in which shards apply them
 --   ended     list    idempotency keys of leases that have ended, oldest first
--- KEYS 9-   lease:ID (hash) and window:ID (list: the lease's newest idempotency keys), where a script says so
+--   shards    hash    K:node, K:url, K:token, K:ends (who owns shard K, and until when), K:report, K:loaded,
+--                     K:applied, K:written, and what else its owner says of it
+--   staged    hash    idempotency key -> JSON {at, queued, parts: {K: {digest, norm}}} of a pending push, where there
+--                     are several shards
+--   queue     list    idempotency keys that wait for a slot, oldest first
+--   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its cut), left (shards yet to read it), ends}
+-- KEYS 13-  lease:ID (hash) and window:ID (list: the lease's newest idempotency keys), where a script says so
+--
+-- Shards hear what other callers brought about on the channel freestep:{run}:messages, as JSON; a run of one shard has
+-- nobody to tell. Whoever misses a message reads the log, or asks again.
 
 local RUN, LEASES, WORKERS, RECEIPTS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local PENDING, GROUP, LOG, ENDED = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local SHARDS, STAGED, QUEUE, CUTS = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 local WINDOW_LENGTH, ENDED_LENGTH, LOG_LENGTH = 64, 4096, 1024
 -- Fewer than Lua can return at once; what is left goes at the next opportunity.
 local MOST_EVICTED = 1024
+-- Pushes of several shards that may hold memory at once, and cuts that may; each shard has as many vectors for them.
+local SLOTS, MOST_CUTS = 4, 4
+-- How long a cut is kept for who does not come for it, in ms.
+local CUT_TTL = 30000
 
 local function clock()
   local time = redis.call('TIME')
@@ -31,10 +46,54 @@ local function run_number(field)
   return tonumber(redis.call('HGET', RUN, field) or 0)
 end
 
+local function shard_count()
+  return tonumber(redis.call('HGET', RUN, 'shards') or 1)
+end
+
+local function tell(message)
+  redis.call('PUBLISH', string.sub(RUN, 1, -4) .. 'messages', cjson.encode(message))
+end
+
 -- True when Redis has lost what a shard has already seen: it was wiped, or came back with older data.
 local function is_behind(known_epoch, known_seq)
   return redis.call('EXISTS', RUN) == 0 or run_number('epoch') < tonumber(known_epoch)
     or run_number('seq') < tonumber(known_seq)
+end
+
+-- Whether a caller still is a shard's owner; a token that was superseded counts for nothing.
+local function owns(shard, token)
+  return redis.call('HGET', SHARDS, shard .. ':token') == token
+end
+
+-- The shards that nobody owns, as a JSON list.
+local function missing_shards(now)
+  local missing = {}
+  for shard = 0, shard_count() - 1 do
+    local ends = redis.call('HGET', SHARDS, shard .. ':ends')
+    if not ends or tonumber(ends) <= now then missing[#missing + 1] = shard end
+  end
+  return #missing == 0 and '[]' or cjson.encode(missing)
+end
+
+-- Enters a phase of a run's opening, in a generation of its own; those rise with the clock too, so that they go on
+-- rising after Redis has lost the last one.
+local function enter(phase)
+  local generation = math.max(run_number('generation') + 1, clock())
+  redis.call('HSET', RUN, 'phase', phase, 'generation', text(generation))
+  return generation
+end
+
+-- Closes a run to pushes until every shard has said where it stands, see open.lua.
+local function begin_gathering()
+  local generation = enter('gather')
+  if shard_count() > 1 then tell({kind = 'phase', phase = 'gather', generation = generation}) end
+  return generation
+end
+
+-- The refusal of a shard's call, or nil: the run is not open, or the caller no longer owns the shard.
+local function shut(shard, token)
+  if redis.call('HGET', RUN, 'phase') ~= 'open' then return {'not-open', missing_shards(clock())} end
+  if not owns(shard, token) then return {'fenced'} end
 end
 
 local function live_workers(now)
@@ -70,8 +129,37 @@ local function remember(key, record, window)
   return evicted
 end
 
--- Hands an ended lease's keys to the common list; adds to `evicted` those that no longer fit there.
-local function retire(window, evicted)
+-- Forgets a push that was not committed; where it held a slot, the next in line gets it.
+local function forget(key)
+  local staged = redis.call('HGET', STAGED, key)
+  redis.call('HDEL', PENDING, key)
+  redis.call('HDEL', STAGED, key)
+  redis.call('LREM', QUEUE, 0, key)
+  if not staged or cjson.decode(staged).queued then return end
+  redis.call('HINCRBY', RUN, 'in_flight', -1)
+  while run_number('in_flight') < SLOTS do
+    local following = redis.call('LPOP', QUEUE)
+    if not following then return end
+    local waiting = redis.call('HGET', STAGED, following)
+    if waiting then
+      waiting = cjson.decode(waiting)
+      waiting.queued, waiting.at = false, clock()
+      redis.call('HSET', STAGED, following, cjson.encode(waiting))
+      redis.call('HINCRBY', RUN, 'in_flight', 1)
+      tell({kind = 'granted', key = following})
+    end
+  end
+end
+
+-- Refuses a push on all shards.
+local function refuse(key, slug, detail)
+  forget(key)
+  tell({kind = 'refused', key = key, slug = slug, detail = detail})
+end
+
+-- Hands an ended lease's keys to the common list; adds to `evicted` those that no longer fit there. What it has staged
+-- and not committed is refused.
+local function retire(lease, window, evicted)
   for _, key in ipairs(redis.call('LRANGE', window, 0, -1)) do
     redis.call('RPUSH', ENDED, key)
   end
@@ -80,6 +168,13 @@ local function retire(window, evicted)
     evicted[#evicted + 1] = redis.call('LPOP', ENDED)
     redis.call('HDEL', RECEIPTS, evicted[#evicted])
   end
+  for _, key in ipairs(redis.call('HKEYS', STAGED)) do
+    if string.match(redis.call('HGET', PENDING, key) or '', '^%S+') == lease then refuse(key, 'lease-expired', '') end
+  end
+end
+
+local function tell_evicted(keys)
+  if #keys > 0 and shard_count() > 1 then tell({kind = 'evicted', keys = keys}) end
 end
 
 -- Whether the gathered pushes make an update: `batch` of them, or one of every live worker.
@@ -101,17 +196,73 @@ local function is_fresh(staleness, live)
   return staleness <= tonumber(bound)
 end
 
+-- The tickets that get their cut at a log entry, with their points, as far as there is memory for it; nil for none.
+-- A ticket that waits for its group's update waits on, unless this entry is an update.
+local function due_cuts(seq, advance)
+  local now, open, points, due, any = clock(), 0, {}, {}, false
+  local waiting = {}
+  local all = redis.call('HGETALL', CUTS)
+  for index = 1, #all, 2 do
+    local ticket, cut = all[index], cjson.decode(all[index + 1])
+    if cut.ends <= now and cut.seq > 0 then
+      redis.call('HDEL', CUTS, ticket)
+    elseif cut.seq > 0 then
+      local name = cut.seq .. cut.point
+      if not points[name] then points[name], open = true, open + 1 end
+    elseif advance or not cut.grouped then
+      waiting[ticket] = cut
+    end
+  end
+  for ticket, cut in pairs(waiting) do
+    local name = seq .. cut.point
+    if points[name] or open < MOST_CUTS then
+      if not points[name] then points[name], open = true, open + 1 end
+      cut.seq, cut.ends, cut.grouped = seq, now + CUT_TTL, nil
+      redis.call('HSET', CUTS, ticket, cjson.encode(cut))
+      due[ticket], any = cut.point, true
+    elseif cut.grouped then
+      cut.grouped = nil
+      redis.call('HSET', CUTS, ticket, cjson.encode(cut))
+    end
+  end
+  return any and due or nil
+end
+
 -- Takes the next place in the commit log; `advance` says whether the gathered pushes become an update there.
 local function append(advance, entry)
   local seq = redis.call('HINCRBY', RUN, 'seq', 1)
-  local step
   if advance then
-    step = redis.call('HINCRBY', RUN, 'step', 1)
+    redis.call('HINCRBY', RUN, 'step', 1)
     redis.call('HSET', RUN, 'grouped', 0)
     redis.call('DEL', GROUP)
-  else
-    step = run_number('step')
   end
-  redis.call('XADD', LOG, 'MAXLEN', '~', LOG_LENGTH, text(seq) .. '-0', 'step', step, unpack(entry))
-  return seq, step
+  entry.seq, entry.step, entry.epoch, entry.advance = seq, run_number('step'), run_number('epoch'), advance
+  return entry
+end
+
+-- Writes an entry into the log and tells the shards. A cut may be taken at any entry.
+local function publish(entry)
+  local many = shard_count() > 1
+  if many then entry.cuts = due_cuts(entry.seq, entry.advance) end
+  redis.call('XADD', LOG, 'MAXLEN', '~', LOG_LENGTH, text(entry.seq) .. '-0', 'entry', cjson.encode(entry))
+  if many then
+    entry.kind = 'entry'
+    tell(entry)
+  end
+end
+
+-- Takes a cut for the tickets that wait, if there is memory for it.
+local function cut_if_waited_for()
+  local open, points, waits, now = 0, {}, false, clock()
+  local all = redis.call('HGETALL', CUTS)
+  for index = 2, #all, 2 do
+    local cut = cjson.decode(all[index])
+    if cut.seq == 0 then
+      waits = waits or not cut.grouped
+    elseif cut.ends > now then
+      local name = cut.seq .. cut.point
+      if not points[name] then points[name], open = true, open + 1 end
+    end
+  end
+  if waits and open < MOST_CUTS then publish(append(false, {cut = true})) end
 end

@@ -1,42 +1,64 @@
 -- Decides all of a push that its claim can decide, before its body is read, and renews its lease.
--- KEYS     the run's, 9 lease:ID, 10 window:ID
+-- KEYS     the run's, 13 lease:ID, 14 window:ID
 -- ARGV     1 lease, 2 token, 3 step where the gradient was taken, 4 idempotency key, 5 claim (what must be the
---          same when the key comes again), 6 epoch and 7 newest seq that the shard knows
+--          same when the key comes again), 6 epoch and 7 newest seq that the shard knows, 8 shard, 9 its owner's token
 -- returns  {behind}                 Redis has lost data; the shard must open the run again
+--          {not-open, missing shards (JSON)}, {fenced} (the caller no longer owns the shard)
 --          {replay, record}         the key was committed before
 --          {pending}                the key is on its way through another request
 --          {idempotency-conflict}   the key came before with another claim
 --          {run-not-initialized}, {lease-expired}, {epoch-changed, epoch}, {step-ahead, step}
 --          {dropped, record, evicted idempotency keys ...}   too stale already
---          {admitted}
+--          {admitted}, or {queued}: it will be told when it may send its body
 
 local lease, token, taken_at, key, claim = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 if is_behind(ARGV[6], ARGV[7]) then return {'behind'} end
+local shard = ARGV[8]
+local refusal = shut(shard, ARGV[9])
+if refusal then return refusal end
 
 local record = redis.call('HGET', RECEIPTS, key)
 if record then
   if cjson.decode(record).claim ~= claim then return {'idempotency-conflict'} end
   return {'replay', record}
 end
+local many = shard_count() > 1
 local pending = redis.call('HGET', PENDING, key)
-if pending then return {pending == claim and 'pending' or 'idempotency-conflict'} end
+if pending and pending ~= claim then return {'idempotency-conflict'} end
+if pending and not many then return {'pending'} end
 
 if redis.call('HGET', RUN, 'initialized') ~= '1' then return {'run-not-initialized'} end
 local now = clock()
-local worker = holder(KEYS[9], lease, token, now)
+local worker = holder(KEYS[13], lease, token, now)
 if not worker then return {'lease-expired'} end
 local epoch = redis.call('HGET', RUN, 'epoch')
-if redis.call('HGET', KEYS[9], 'epoch') ~= epoch then return {'epoch-changed', tonumber(epoch)} end
+if redis.call('HGET', KEYS[13], 'epoch') ~= epoch then return {'epoch-changed', tonumber(epoch)} end
 local step = run_number('step')
 if taken_at > step then return {'step-ahead', step} end
 
-extend(KEYS[9], worker, now)
+extend(KEYS[13], worker, now)
+if pending then
+  local staged = cjson.decode(redis.call('HGET', STAGED, key))
+  staged.parts[shard] = staged.parts[shard] or {}
+  redis.call('HSET', STAGED, key, cjson.encode(staged))
+  return {staged.queued and 'queued' or 'admitted'}
+end
 local live = live_workers(now)
 if not is_fresh(step - taken_at, live) then
-  record = cjson.encode({claim = claim, digest = '', decision = 'dropped', reason = 'stale', step = step,
+  record = cjson.encode({claim = claim, digests = {}, decision = 'dropped', reason = 'stale', step = step,
     staleness = step - taken_at, seq = 0, live = live, worker = worker, epoch = tonumber(epoch)})
   redis.call('HINCRBY', RUN, 'dropped', 1)
-  return {'dropped', record, unpack(remember(key, record, KEYS[10]))}
+  local evicted = remember(key, record, KEYS[14])
+  if many then tell({kind = 'decided', key = key, record = record, evicted = evicted}) end
+  return {'dropped', record, unpack(evicted)}
 end
 redis.call('HSET', PENDING, key, claim)
+if not many then return {'admitted'} end
+local queued = run_number('in_flight') >= SLOTS
+redis.call('HSET', STAGED, key, cjson.encode({at = now, queued = queued, parts = {[shard] = {}}}))
+if queued then
+  redis.call('RPUSH', QUEUE, key)
+  return {'queued'}
+end
+redis.call('HINCRBY', RUN, 'in_flight', 1)
 return {'admitted'}

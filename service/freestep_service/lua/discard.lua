@@ -1,6 +1,22 @@
--- Forgets a push that was admitted and whose body was refused or never came.
+-- Forgets a shard's part of an admitted push, whose body was refused or never came. A refused one is refused by all
+-- shards; what never came may come again, and the push is forgotten when no shard has any of it.
 -- KEYS     the run's
--- ARGV     1 idempotency key
--- returns  1 if it was pending, else 0
+-- ARGV     1 idempotency key, 2 shard, 3 slug of the refusal or an empty string, 4 its detail
+-- returns  OK
 
-return redis.call('HDEL', PENDING, ARGV[1])
+local key, shard, slug = ARGV[1], ARGV[2], ARGV[3]
+local staged = redis.call('HGET', STAGED, key)
+if not staged then
+  redis.call('HDEL', PENDING, key)
+elseif slug ~= '' then
+  refuse(key, slug, ARGV[4])
+else
+  staged = cjson.decode(staged)
+  staged.parts[shard] = nil
+  if next(staged.parts) then
+    redis.call('HSET', STAGED, key, cjson.encode(staged))
+  else
+    forget(key)
+  end
+end
+return 'OK'

@@ -1,12 +1,19 @@
--- Reads which leases have run out, by Redis's clock, and whether an update waits for nobody any more: its last
--- absentee's lease may have been lost with Redis's data, and will never end.
+-- Reads which leases have run out, by Redis's clock, and whether anything else is due: an update that waits for nobody any
+-- more (its last absentee's lease may have been lost with Redis's data, and will never end), or a push that holds a slot
+-- and does not come while others wait in line.
 -- KEYS     the run's
--- returns  {live leases, 1 if such an update waits or else 0, then worker and lease, in turn, of those that have run
---          out}
+-- ARGV     1 how long such a push may take, in ms
+-- returns  {live leases, 1 if anything else is due or else 0, then worker and lease, in turn, of those that have run out}
 
 local now = clock()
 local live = live_workers(now)
 local waits = live > 0 and redis.call('HGET', RUN, 'batch') == 'live' and is_complete(now)
+if redis.call('LLEN', QUEUE) > 0 then
+  for _, staged in ipairs(redis.call('HVALS', STAGED)) do
+    staged = cjson.decode(staged)
+    waits = waits or (not staged.queued and staged.at + tonumber(ARGV[1]) <= now)
+  end
+end
 local answer = {live, waits and 1 or 0}
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', text(now))) do
   answer[#answer + 1] = worker

@@ -1,24 +1,27 @@
 -- Grants a lease with a new fencing token; the worker's older lease, if any, is fenced off.
 -- Tokens rise with the clock too, so that they go on rising after Redis has lost its data.
--- KEYS     the run's, 9 lease:ID of the new lease, 10 window:ID and 11 lease:ID of the worker's older lease
+-- KEYS     the run's, 13 lease:ID of the new lease, 14 window:ID and 15 lease:ID of the worker's older lease
 -- ARGV     1 worker, 2 lease, 3 ttl in ms, 4 the older lease, or an empty string
--- returns  {missing} (there is no such run), {changed, older lease} (read it again), or
+-- returns  {missing} (there is no such run), {not-open, missing shards}, {changed, older lease} (read it again), or
 --          {granted, token, epoch, step, evicted idempotency keys ...}
 
 local worker, lease, ttl, older = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-if redis.call('EXISTS', RUN) == 0 then return {'missing'} end
+if redis.call('EXISTS', RUN) == 0 or redis.call('HGET', RUN, 'lost') then return {'missing'} end
+-- Before it is open, nobody knows which epoch that will be in.
+if redis.call('HGET', RUN, 'phase') == 'gather' then return {'not-open', missing_shards(clock())} end
 local actual = redis.call('HGET', WORKERS, worker) or ''
 if actual ~= older then return {'changed', actual} end
 
 local now, evicted = clock(), {}
 local token = text(math.max(run_number('token') + 1, now))
 if older ~= '' then
-  retire(KEYS[10], evicted)
-  redis.call('DEL', KEYS[11])
+  retire(older, KEYS[14], evicted)
+  redis.call('DEL', KEYS[15])
+  tell_evicted(evicted)
 end
 redis.call('HSET', RUN, 'token', token)
 redis.call('HSET', WORKERS, worker, lease)
-redis.call('HSET', KEYS[9], 'worker', worker, 'token', token, 'ttl_ms', ttl,
+redis.call('HSET', KEYS[13], 'worker', worker, 'token', token, 'ttl_ms', ttl,
   'epoch', redis.call('HGET', RUN, 'epoch'), 'granted_ms', text(now), 'pushes', 0)
-extend(KEYS[9], worker, now)
+extend(KEYS[13], worker, now)
 return {'granted', token, run_number('epoch'), run_number('step'), unpack(evicted)}

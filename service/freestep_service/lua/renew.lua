@@ -1,13 +1,13 @@
 -- Renews a lease.
--- KEYS     the run's, 9 lease:ID
+-- KEYS     the run's, 13 lease:ID
 -- ARGV     1 lease
 -- returns  {lease-expired}, {epoch-changed, epoch}, or {renewed, worker, token, ttl in ms, epoch, step}
 
 local now = clock()
-local worker = holder(KEYS[9], ARGV[1], nil, now)
+local worker = holder(KEYS[13], ARGV[1], nil, now)
 if not worker then return {'lease-expired'} end
-local fields = redis.call('HMGET', KEYS[9], 'epoch', 'token', 'ttl_ms')
+local fields = redis.call('HMGET', KEYS[13], 'epoch', 'token', 'ttl_ms')
 local epoch = redis.call('HGET', RUN, 'epoch')
 if fields[1] ~= epoch then return {'epoch-changed', tonumber(epoch)} end
-extend(KEYS[9], worker, now)
+extend(KEYS[13], worker, now)
 return {'renewed', worker, fields[2], tonumber(fields[3]), tonumber(epoch), run_number('step')}

@@ -99,12 +99,15 @@ def interpolate(
             out[begin:end].copy_(torch.lerp(y[begin:end], z[begin:end], weight))
 
 
-def norm(gradient: Tensor) -> float | None:
+def norm(gradient: Tensor, *, exact: bool = False) -> float | None:
     """The 2-norm of a flat fp32 vector, or None when it holds NaN or infinity.
 
-    One pass when all is well. A norm that overflows fp32 though every element is finite is taken again in fp64.
+    One pass when all is well. A norm that overflows fp32 though every element is finite is taken again in fp64; with
+    `exact` it is fp64 at once, at twice the cost, so that the norms of a vector's parts make up that of the whole to
+    far below fp32's rounding.
     """
-    total = hypot(*(float(torch.linalg.vector_norm(chunk)) for chunk in _split(gradient)))
+    dtype = torch.float64 if exact else None
+    total = hypot(*(float(torch.linalg.vector_norm(chunk, dtype=dtype)) for chunk in _split(gradient)))
     if isfinite(total):
         return total
     if not all(bool(torch.isfinite(chunk).all()) for chunk in _split(gradient)):

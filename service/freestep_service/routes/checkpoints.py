@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Request
 
 from freestep.models import Checkpoint, CheckpointList, RunStatus
-from freestep_service.routes.dependencies import AnyRun
+from freestep_service.routes.dependencies import AnyPeers, AnyRun
 
 router = APIRouter(tags=["checkpoints"])
 
 
-@router.post("/v1/runs/{run}/checkpoints", status_code=201)
-async def write_checkpoint(run: AnyRun) -> Checkpoint:
+@router.post("/v1/runs/{run}/checkpoints", status_code=201, response_model=Checkpoint)
+async def write_checkpoint(run: AnyRun, request: Request, peers: AnyPeers) -> Any:
     """Writes a checkpoint of the newest step."""
+    if not run.owned:
+        return await peers.relay(request, run, 0)
     return await run.checkpoint()
 
 

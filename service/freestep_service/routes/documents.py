@@ -6,7 +6,7 @@ from typing import Any
 
 from freestep.wire import MEDIA_TYPE
 
-__all__ = ["PUSH_HEADERS", "RANGE_HEADERS", "TENSORS", "TENSORS_BODY"]
+__all__ = ["PUSH_HEADERS", "RANGE_HEADERS", "TENSORS", "TENSORS_BODY", "UPLOAD_HEADERS"]
 
 TENSORS: dict[str, Any] = {
     "description": "The run's tensors, in safetensors format.",
@@ -25,6 +25,9 @@ RANGE_HEADERS = [
     _header("If-None-Match", "string", "Answers 304 while the point's ETag is the one named."),
     _header("Range", "string", "Bytes of the body to answer with, as after a cut download."),
     _header("If-Range", "string", "Honours Range only while the point's ETag is the one named."),
+]
+UPLOAD_HEADERS = [
+    _header("Idempotency-Key", "string", "With several shards: which parts are of one upload."),
 ]
 PUSH_HEADERS = [
     _header("Freestep-Lease", "string", "The lease.", required=True),

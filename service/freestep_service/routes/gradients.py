@@ -7,10 +7,14 @@ from fastapi.responses import JSONResponse
 
 from freestep.models import Receipt
 from freestep_service.egress import SnapshotResponse
-from freestep_service.headers import body_length, claim, loss, preferences, receipt_headers
+from freestep_service.headers import Preferences, body_length, claim, loss, preferences, receipt_headers
 from freestep_service.ingest import Body
-from freestep_service.routes.dependencies import AnyRun, Dtype, ServiceSettings
+from freestep_service.peers import Peers, stall_seconds
+from freestep_service.pushes import Wish
+from freestep_service.routes.dependencies import AnyPeers, AnyRun, Dtype, ServiceSettings, ShardIndex
 from freestep_service.routes.documents import PUSH_HEADERS, TENSORS, TENSORS_BODY
+from freestep_service.run import Run
+from freestep_service.snapshots import Reading
 
 router = APIRouter(tags=["gradients"])
 
@@ -21,17 +25,64 @@ router = APIRouter(tags=["gradients"])
     responses={200: TENSORS},
     openapi_extra={"requestBody": TENSORS_BODY, "parameters": PUSH_HEADERS},
 )
-async def push(run: AnyRun, request: Request, settings: ServiceSettings, dtype: Dtype = "F32") -> Response:
+async def push(
+    run: AnyRun,
+    request: Request,
+    settings: ServiceSettings,
+    peers: AnyPeers,
+    shard: ShardIndex,
+    dtype: Dtype = "F32",
+) -> Response:
     """Pushes a gradient.
 
     The answer is a receipt; with `Prefer: return=representation` it is y of a step not before the receipt's, with
     the receipt in its headers. `Prefer: wait=S` holds it until an accumulated push's update is applied.
+
+    With `shard`, the body is that shard's part, and the push is decided when all shards have theirs, under one claim;
+    the answers' parts of y are of one step.
     """
     length = body_length(request, settings.max_body_bytes)
     wishes = preferences(request)
     body = Body(request, length, settings.stall_seconds)
-    receipt = await run.push(claim(request, length), body, loss(request), wishes.wait)
-    if wishes.representation:
-        headers = wishes.applied() | receipt_headers(receipt)
-        return SnapshotResponse(run, "y", dtype, settings.stall_seconds, headers=headers)
-    return JSONResponse(receipt.model_dump(exclude_none=True), headers=wishes.applied())
+    asked = claim(request)
+    if shard is None:
+        return await _push_whole(run, request, peers, body, asked.key, wishes, dtype)
+    if not run.owns(shard):
+        return await peers.relay(request, run, shard)
+    owned = run.shard(shard)
+    wanted = f"y {dtype}" if wishes.representation and run.many else ""
+    wish = Wish(wanted, after_update=wishes.wait > 0)
+    record, replayed = await run.push(owned, asked, body, loss(request), wish)
+    if not (wishes.representation and run.many):
+        record = await owned.pushes.settle(record, wishes.wait)
+    if not wishes.representation:
+        receipt = record.receipt(replayed=replayed)
+        return JSONResponse(receipt.model_dump(exclude_none=True), headers=wishes.applied())
+    waits = wishes.wait > 0 and (record.decision == "accumulated" or record.reason == "duplicate-worker")
+    reading = Reading(
+        "y",
+        dtype,
+        ticket=asked.key,
+        readers=run.count,
+        asked=bool(record.digests) and not replayed,
+        patience=wishes.wait if waits else None,
+    )
+
+    def lines(step: int) -> dict[str, str]:
+        settled = record.settled(step) if waits else record
+        return wishes.applied() | receipt_headers(settled.receipt(replayed=replayed))
+
+    return SnapshotResponse(run, owned, reading, stall_seconds(request, settings.stall_seconds), lines=lines)
+
+
+async def _push_whole(
+    run: Run, request: Request, peers: Peers, body: Body, key: str, wishes: Preferences, dtype: str
+) -> Response:
+    """The slow way: this process takes the whole gradient in and sends every shard its part."""
+    wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}
+    async with run.staged(body) as vector:
+        receipt = await peers.push(request, run, vector, {"Idempotency-Key": key, **wait})
+    if not wishes.representation:
+        return JSONResponse(receipt.model_dump(exclude_none=True), headers=wishes.applied())
+    lines = wishes.applied() | receipt_headers(receipt)
+    return await peers.pull(request, run, "y", dtype, receipt.step, "wait=30", lines)

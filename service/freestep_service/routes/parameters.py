@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import secrets
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
 from freestep.models import RunStatus
 from freestep_service.egress import SnapshotResponse, etag, is_known
-from freestep_service.headers import body_length, preferences
+from freestep_service.headers import body_length, preferences, upload
 from freestep_service.ingest import Body
-from freestep_service.routes.dependencies import AnyRun, Dtype, Point, ServiceSettings
-from freestep_service.routes.documents import RANGE_HEADERS, TENSORS, TENSORS_BODY
+from freestep_service.peers import stall_seconds
+from freestep_service.routes.dependencies import AnyPeers, AnyRun, Dtype, Point, ServiceSettings, ShardIndex
+from freestep_service.routes.documents import RANGE_HEADERS, TENSORS, TENSORS_BODY, UPLOAD_HEADERS
+from freestep_service.snapshots import Reading
 
 router = APIRouter(tags=["parameters"])
 
@@ -19,12 +22,26 @@ router = APIRouter(tags=["parameters"])
 @router.put(
     "/v1/runs/{run}/parameters",
     status_code=201,
-    openapi_extra={"requestBody": TENSORS_BODY},
+    response_model=RunStatus,
+    openapi_extra={"requestBody": TENSORS_BODY, "parameters": UPLOAD_HEADERS},
 )
-async def initialize_run(run: AnyRun, request: Request, settings: ServiceSettings) -> RunStatus:
-    """Gives the run its initial weights; the first who does wins, the others get already-initialized."""
+async def initialize_run(
+    run: AnyRun, request: Request, settings: ServiceSettings, peers: AnyPeers, shard: ShardIndex
+) -> Any:
+    """Gives the run its initial weights; the first who does wins, the others get already-initialized.
+
+    With `shard`, the body is that shard's part, and the answer comes when all shards have theirs: an Idempotency-Key
+    says which parts belong together.
+    """
     length = body_length(request, settings.max_body_bytes)
-    await run.initialize(Body(request, length, settings.stall_seconds))
+    body = Body(request, length, settings.stall_seconds)
+    if shard is None:
+        async with run.staged(body) as vector:
+            await peers.send(request, run, "PUT", "parameters", vector, {"Idempotency-Key": secrets.token_hex(16)})
+    elif not run.owns(shard):
+        return await peers.relay(request, run, shard)
+    else:
+        await run.initialize(run.shard(shard), body, upload(request, required=run.many))
     return await run.status()
 
 
@@ -38,15 +55,28 @@ async def pull(
     run: AnyRun,
     request: Request,
     settings: ServiceSettings,
+    peers: AnyPeers,
+    shard: ShardIndex,
     point: Point = "x",
     dtype: Dtype = "F32",
     min_step: Annotated[int, Query(ge=0)] = 0,
+    cut: Annotated[str, Query(pattern=r"^[\x21-\x7e]{0,200}$")] = "",
 ) -> Response:
-    """A point of the run's newest step, or of a step not before `min_step` (`Prefer: wait=S`)."""
-    run.require_initialized()
+    """A point of the run's newest step, or of a step not before `min_step` (`Prefer: wait=S`).
+
+    With `shard`, that shard's part of it. All shards that are asked with the same `cut`, any fresh word, answer with
+    parts of one step.
+    """
+    if shard is None:
+        return await peers.pull(request, run, point, dtype, min_step, request.headers.get("prefer", ""))
+    if not run.owns(shard):
+        return await peers.relay(request, run, shard)
+    owned = run.shard(shard)
+    run.require_initialized(owned)
     wishes = preferences(request)
-    await run.wait_for(min_step, wishes.wait)
-    tag = etag(run.epoch, run.step, point, dtype)
+    await run.wait_for(owned, min_step, wishes.wait)
+    tag = etag(owned.writer.epoch, owned.writer.applied_step, point, dtype)
     if is_known(tag, request.headers.get("if-none-match", "")):
         return Response(status_code=304, headers={"ETag": tag})
-    return SnapshotResponse(run, point, dtype, settings.stall_seconds, request.headers)
+    reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
+    return SnapshotResponse(run, owned, reading, stall_seconds(request, settings.stall_seconds), request.headers)

@@ -1,10 +1,10 @@
-"""Runs: create, list, look at, delete."""
+"""Runs: create, list, look at, cut anew, delete."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from freestep.models import RunList, RunSpec, RunStatus
+from freestep.models import ReshardRequest, RunList, RunSpec, RunStatus, Topology
 from freestep_service.routes.dependencies import AnyRegistry, AnyRun, RunName
 
 router = APIRouter(tags=["runs"])
@@ -28,6 +28,19 @@ async def list_runs(registry: AnyRegistry) -> RunList:
 @router.get("/v1/runs/{run}")
 async def get_run(run: AnyRun) -> RunStatus:
     """The run's status."""
+    return await run.status()
+
+
+@router.get("/v1/runs/{run}/topology")
+async def get_topology(run: AnyRun) -> Topology:
+    """Where the run's shards are, and what each owns."""
+    return await run.topology()
+
+
+@router.post("/v1/runs/{run}/reshard")
+async def reshard_run(run: AnyRun, wish: ReshardRequest) -> RunStatus:
+    """Cuts the run into another number of shards, in a new epoch."""
+    await run.reshard(wish.shards)
     return await run.status()
 
 

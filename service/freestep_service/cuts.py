@@ -1,0 +1,190 @@
+"""Points of a run of several shards, as of one place in the log: every shard sends its part of the same cut.
+
+Which places are cut at is decided in Redis, where it is known how much memory all shards have for it, and written into
+the log (lua/_prelude.lua): a ticket, which the requests for all parts of one pull share, gets the first cut for which
+there is room, and those that wait for room get one together. A shard takes its part when it comes to that place, and
+keeps it until it is asked for, or for so long that nobody will.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import cast
+
+from freestep.errors import CoordinatorUnavailable, Overloaded, ProblemError, ShardUnavailable
+from freestep.models import Point
+from freestep.wire import ITEMSIZE, encode_header
+from freestep_service.coordinator import Coordinator, Owner
+from freestep_service.records import Behind, Fenced
+from freestep_service.shard import DTYPES, Entry
+from freestep_service.snapshots import Reading, Snapshot, body_metadata
+from freestep_service.vectors import Vector, VectorPool
+from freestep_service.writer import Writer
+
+__all__ = ["MOST_CUTS", "Cuts"]
+
+MOST_CUTS = 4
+"""Cuts that may be held at once, as lua/_prelude.lua grants them."""
+_KEPT_S = 30.0
+
+
+@dataclass
+class _Part:
+    """A shard's part of a cut: what it is of, whose tickets it is for, and how many are reading it."""
+
+    wanted: str
+    seq: int
+    vector: Vector
+    copied: asyncio.Future[tuple[int, int]]
+    tickets: set[str]
+    readers: int = 0
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class Cuts:
+    """The cuts of one shard."""
+
+    def __init__(
+        self, run: str, coordinator: Coordinator, writer: Writer, owner: Callable[[], Owner], queue_s: float
+    ) -> None:
+        self._run = run
+        self._coordinator = coordinator
+        self._writer = writer
+        self._owner = owner
+        self._queue_s = queue_s
+        self._pool = VectorPool(writer.shard.manifest.numel, MOST_CUTS)
+        self._parts: dict[str, _Part] = {}
+        self._waiting: dict[str, asyncio.Future[_Part]] = {}
+        self._sent: list[str] = []
+        self._telling: asyncio.Task[None] | None = None
+
+    def take(self, entry: Entry) -> None:
+        """Takes the parts that an entry asks for: the next thing that the writer does."""
+        for wanted in sorted(set(entry.cuts.values())):
+            tickets = {ticket for ticket, each in entry.cuts.items() if each == wanted}
+            vector = self._pool.try_acquire()
+            if vector is None:
+                # Somebody is slow. Who wanted this is told to ask again.
+                for ticket in tickets:
+                    self._fail(ticket, Overloaded())
+                continue
+            point, dtype = wanted.split()
+            copied = self._writer.call(self._writer.shard.copy_point, cast(Point, point), vector.tensor(DTYPES[dtype]))
+            part = _Part(wanted, entry.seq, vector, copied, tickets)
+            part.timer = asyncio.get_running_loop().call_later(_KEPT_S, self._expire, part)
+            self._parts.update(dict.fromkeys(tickets, part))
+            for ticket in tickets & self._waiting.keys():
+                self._waiting.pop(ticket).set_result(part)
+
+    @asynccontextmanager
+    async def read(self, reading: Reading) -> AsyncIterator[Snapshot]:
+        """This shard's part of a ticket's cut, kept until the block ends.
+
+        Raises Overloaded when there is no memory for it in time, ShardUnavailable, CoordinatorUnavailable.
+        """
+        ticket = reading.ticket or secrets.token_hex(16)
+        wanted = f"{reading.point} {reading.dtype}"
+        try:
+            part = await self._part(ticket, wanted, reading)
+        except BaseException:
+            self._waiting.pop(ticket, None)
+            raise
+        part.readers += 1
+        try:
+            epoch, step = await asyncio.shield(part.copied)
+            manifest = self._writer.shard.manifest
+            header = encode_header(manifest, reading.dtype, body_metadata(self._run, epoch, step, reading.point))
+            data = part.vector.bytes[: manifest.numel * ITEMSIZE[reading.dtype]]
+            yield Snapshot(epoch, step, header, data, part.vector, seq=part.seq)
+        finally:
+            part.readers -= 1
+            for mine in [each for each in part.tickets if each == ticket or len(part.tickets) == 1]:
+                part.tickets.discard(mine)
+                self._parts.pop(mine, None)
+                self._tell(mine)
+            self._let_go(part)
+
+    async def _part(self, ticket: str, wanted: str, reading: Reading) -> _Part:
+        loop = asyncio.get_running_loop()
+        if reading.asked:
+            part = await self._come(ticket, self._queue_s if reading.patience is None else reading.patience)
+            if part is not None:
+                return part
+        deadline, asking, readers = loop.time() + self._queue_s, ticket, reading.readers
+        while True:
+            part = self._parts.get(asking)
+            if part is not None and part.wanted == wanted:
+                return part
+            # In line before Redis is asked: the cut may come before its answer.
+            self._waiting.setdefault(asking, loop.create_future())
+            seq = await self._ask(asking, wanted, readers)
+            left = deadline - loop.time()
+            if seq and self._writer.taken_seq >= seq and asking not in self._parts:
+                # It was read already, or nobody came for it: a new one, which is not the same cut as the others'.
+                self._waiting.pop(asking, None)
+                asking, readers = secrets.token_hex(16), 1
+            elif left <= 0:
+                raise Overloaded
+            elif (part := await self._come(asking, min(left, 1.0))) is not None:
+                return part
+
+    async def _come(self, ticket: str, seconds: float) -> _Part | None:
+        """Waits for a ticket's part."""
+        if ticket in self._parts:
+            return self._parts[ticket]
+        future = self._waiting.setdefault(ticket, asyncio.get_running_loop().create_future())
+        done, _ = await asyncio.wait([future], timeout=seconds)
+        return future.result() if done else None
+
+    async def _ask(self, ticket: str, wanted: str, readers: int) -> int:
+        try:
+            return await self._coordinator.cut(self._owner(), ticket, wanted, readers)
+        except (Behind, Fenced):
+            raise ShardUnavailable from None
+
+    def _fail(self, ticket: str, problem: ProblemError) -> None:
+        if (future := self._waiting.pop(ticket, None)) is not None and not future.done():
+            future.set_exception(problem)
+            # Its waiter may have left.
+            future.exception()
+
+    def _expire(self, part: _Part) -> None:
+        for ticket in part.tickets:
+            self._parts.pop(ticket, None)
+        part.tickets = set()
+        self._let_go(part)
+
+    def _let_go(self, part: _Part) -> None:
+        if part.readers or part.tickets or part.timer is None:
+            return
+        part.timer.cancel()
+        part.timer = None
+        part.copied.add_done_callback(lambda _: self._pool.release(part.vector))
+
+    def _tell(self, ticket: str) -> None:
+        """Tells Redis that a part was sent; what comes meanwhile goes with the next call."""
+        self._sent.append(ticket)
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell_all())
+
+    async def _tell_all(self) -> None:
+        while self._sent:
+            sent, self._sent = self._sent, []
+            # What is not said now is known when the cut's time is over.
+            with suppress(CoordinatorUnavailable):
+                await self._coordinator.done(sent)
+
+    async def close(self) -> None:
+        """Forgets all cuts; who waits for one is told that the shard is gone."""
+        for part in self._parts.values():
+            if part.timer is not None:
+                part.timer.cancel()
+        self._parts.clear()
+        for ticket in list(self._waiting):
+            self._fail(ticket, ShardUnavailable())
+        if self._telling is not None:
+            await self._telling

@@ -1,0 +1,11 @@
+-- Marks the place in the log where shards take their parts of a checkpoint.
+-- KEYS     the run's
+-- ARGV     1 epoch and 2 newest seq that the shard knows, 3 shard, 4 its owner's token
+-- returns  {behind}, {not-open, missing shards}, {fenced}, or {marked, epoch, step, seq}
+
+if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
+local refusal = shut(ARGV[3], ARGV[4])
+if refusal then return refusal end
+local entry = append(false, {checkpoint = true})
+publish(entry)
+return {'marked', entry.epoch, entry.step, entry.seq}

@@ -1,0 +1,55 @@
+"""The service processes that share a Redis: who this one is, and how many there are."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from freestep_service.store import Store, reachable
+
+__all__ = ["Node"]
+
+_NODES_KEY = "freestep:nodes"
+"""The live processes, see lua/beat.lua; no run owns it."""
+
+
+@dataclass
+class Node:
+    """This process. `id` is its own for as long as it lives; at `url` the others, and clients, reach it."""
+
+    url: str
+    ttl_ms: int
+    """How long it keeps what it owns when nothing is heard of it."""
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    others: int = 0
+    """Other processes that are alive."""
+
+    async def beat(self, store: Store) -> None:
+        """Says that it lives, and counts who else does."""
+        self.others = int(await store.run("beat", [_NODES_KEY], self.id, self.ttl_ms)) - 1
+
+    async def leave(self, store: Store) -> None:
+        """Says that it goes."""
+        async with reachable():
+            await store.client.zrem(_NODES_KEY, self.id)
+
+    def share(self, shards: int) -> int:
+        """How many of a run's shards fall to each process."""
+        return -(-shards // (1 + self.others))
+
+
+class Grace:
+    """How long something has been so: since it was first noticed, in seconds."""
+
+    def __init__(self) -> None:
+        self._since: dict[object, float] = {}
+
+    def note(self, things: set[object]) -> None:
+        """These are so now, and all others are not."""
+        now = time.monotonic()
+        self._since = {thing: self._since.get(thing, now) for thing in things}
+
+    def age(self, thing: object) -> float:
+        since = self._since.get(thing)
+        return 0.0 if since is None else time.monotonic() - since

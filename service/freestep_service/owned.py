@@ -1,0 +1,167 @@
+"""A shard that this process owns: its state, the thread that changes it, and the ways in and out of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import torch
+
+from freestep.errors import AlreadyInitialized, MalformedTensors, ShardUnavailable
+from freestep.models import RunSpec
+from freestep.wire import Manifest
+from freestep_service.aggregation import Policy
+from freestep_service.coordinator import Coordinator, Owner
+from freestep_service.cuts import Cuts
+from freestep_service.ingest import Body
+from freestep_service.pushes import SLOTS, Host, Pushes, Receipts, stage, staging_vectors
+from freestep_service.records import Behind, Fenced, Known, Record
+from freestep_service.settings import Settings
+from freestep_service.shard import Entry, Shard
+from freestep_service.snapshots import Reading, Snapshot, Snapshots
+from freestep_service.vectors import VectorPool
+from freestep_service.writer import Writer
+
+__all__ = ["OwnedShard"]
+
+
+class OwnedShard:
+    """Shard `index` of `count`, owned under a token."""
+
+    def __init__(
+        self,
+        run: str,
+        spec: RunSpec,
+        whole: Manifest,
+        index: int,
+        count: int,
+        token: str,
+        device: torch.device,
+        coordinator: Coordinator,
+        receipts: Receipts,
+        settings: Settings,
+        host: Host,
+        keep: Callable[[OwnedShard, Entry], None],
+    ) -> None:
+        self.index = index
+        self.token = token
+        self.manifest = whole.part(index, count)
+        self.shard = Shard(spec, self.manifest, device)
+        self.writer = Writer(self.shard, f"{run}-{index}", self._taken)
+        self.initialized = False
+        self.loaded: int | None = None
+        """The generation of the run's opening whose state it has loaded."""
+        self._keep = keep
+        self._coordinator = coordinator
+        self._host = host
+        policy = Policy.of(spec.aggregation)
+        self._staging = VectorPool(self.manifest.numel, staging_vectors(policy) if count == 1 else SLOTS)
+        self.snapshots = Snapshots(run, self.writer) if count == 1 else None
+        self.cuts = None if count == 1 else Cuts(run, coordinator, self.writer, self.owner, settings.queue_seconds)
+        self.pushes = Pushes(
+            spec, self.manifest, coordinator, self.writer, self.owner, receipts, settings, self._staging, host
+        )
+        self._uploads: dict[str, asyncio.Future[bool]] = {}
+        self._initializing = asyncio.Lock()
+
+    def owner(self) -> Owner:
+        """What this process calls Redis with, on the shard's behalf."""
+        return Owner(self.index, self.token, self.writer.known)
+
+    # Initial weights
+
+    async def initialize(self, body: Body, upload: str) -> None:
+        """Takes this shard's part of the initial weights. Raises AlreadyInitialized where another upload was first."""
+        # One at a time, since a run of one shard has few vectors; parts of several uploads wait for other shards.
+        lock = asyncio.Lock() if self._host.many else self._initializing
+        async with lock:
+            if self.initialized:
+                raise AlreadyInitialized
+            vector = await self._staging.acquire()
+            heard = self._uploads.setdefault(upload, asyncio.get_running_loop().create_future())
+            try:
+                norm, _ = await stage(body, self.manifest, vector)
+                if norm is None:
+                    raise MalformedTensors("the parameters hold NaN or infinity")
+                await self._agree(upload, heard)
+                if not self.initialized:
+                    await self.writer.run(self.shard.initialize, vector.tensor(), self.writer.epoch)
+                    self.initialized = True
+                    self.writer.resume(self.writer.epoch, 0, 0)
+            finally:
+                self._uploads.pop(upload, None)
+                self._staging.release(vector)
+
+    async def _agree(self, upload: str, heard: asyncio.Future[bool]) -> None:
+        """Returns once all shards have their parts of the upload. Raises AlreadyInitialized when it has lost."""
+        while True:
+            try:
+                status = await self._coordinator.initialize(self.owner(), upload)
+            except Behind:
+                await self._host.reopen()
+                continue
+            except Fenced:
+                self._host.fenced()
+                raise ShardUnavailable from None
+            if status == "already-initialized":
+                raise AlreadyInitialized
+            if status == "initialized":
+                return
+            done, _ = await asyncio.wait([heard], timeout=1.0)
+            if done and not heard.result():
+                raise AlreadyInitialized
+
+    def uploaded(self, upload: str) -> None:
+        """An upload has won."""
+        for name, heard in self._uploads.items():
+            if not heard.done():
+                heard.set_result(name == upload)
+
+    # The log
+
+    def hear(self, entry: dict[str, Any]) -> bool:
+        """Takes an entry of the log, as Redis tells it; False where it is a push whose gradient is not here."""
+        epoch, seq, cuts = entry["epoch"], entry["seq"], entry.get("cuts") or {}
+        if epoch != self.writer.epoch or self.writer.has(epoch, seq):
+            return True
+        self.writer.heard_of(epoch, seq)
+        if "key" in entry:
+            return self.pushes.decided(entry["key"], Record.from_json(entry["record"]), cuts)
+        made = Entry(seq, epoch, advance=entry["advance"], cuts=cuts, checkpoint=bool(entry.get("checkpoint")))
+        self.writer.submit(made)
+        return True
+
+    def _taken(self, entry: Entry) -> None:
+        if self.cuts is not None:
+            self.cuts.take(entry)
+        if entry.checkpoint:
+            self._keep(self, entry)
+
+    # Points
+
+    @asynccontextmanager
+    async def read(self, reading: Reading) -> AsyncIterator[Snapshot]:
+        """This shard's part of a point as a body: of the newest step, or of a ticket's cut."""
+        if self.snapshots is not None:
+            async with self.snapshots.read(reading.point, reading.dtype) as snapshot:
+                yield snapshot
+        elif self.cuts is not None:
+            async with self.cuts.read(reading) as snapshot:
+                yield snapshot
+
+    @property
+    def known(self) -> Known:
+        return self.writer.known
+
+    async def close(self) -> bool:
+        """Stops; whether no push was on its way."""
+        settled = await self.pushes.close()
+        if self.cuts is not None:
+            await self.cuts.close()
+        for heard in self._uploads.values():
+            if not heard.done():
+                heard.set_result(False)
+        self.writer.close()
+        return settled

@@ -1,0 +1,94 @@
+"""One rank of a worker to which things happen; test_ranks.py runs two of them, and reads what each of them saw.
+
+torchrun --nproc-per-node 2 tests/client/rank.py URL RUN FILE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from freestep import Client, RemoteOptimizer
+
+url, name, file = sys.argv[1:]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(rank)
+model = nn.Linear(4, 3)
+seen: dict[str, dict[str, Any]] = {}
+
+
+def see(event: str, what: Callable[[], Any]) -> None:
+    """Does something on all ranks, and notes what this one saw of it."""
+    error = None
+    try:
+        what()
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    seen[event] = {
+        "error": error,
+        "receipt": opt.receipt and opt.receipt.model_dump(),
+        "pulled": opt.pulled and [opt.pulled.epoch, opt.pulled.step],
+        "parameters": nn.utils.parameters_to_vector(model.parameters()).tolist(),
+    }
+
+
+def step(value: float, **options: Any) -> Callable[[], Any]:
+    """A step with a gradient of this value everywhere."""
+
+    def work() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        opt.step(**options)
+
+    return work
+
+
+def bad() -> float:
+    if rank == 1:
+        raise ValueError("bad")
+    return 0.0
+
+
+def by_the_first(work: Callable[[], Any]) -> None:
+    if rank == 0:
+        work()
+    dist.barrier()
+
+
+options: dict[str, Any] = {"url": url, "run": name, "algorithm": "sgd", "lr": 1.0, "process_group": True}
+opt = RemoteOptimizer(model, worker="group", shards=3, aggregation="async", **options)
+with Client(url) as client:
+    run = client.run(name)
+    see("joined", lambda: None)
+    see("weighted", step(rank + 1.0, samples=1 + 2 * rank, loss=rank))
+    seen["weighted"]["loss"] = run.status().loss
+    see("unweighted", step(rank + 1.0))
+    see("nan", step(float("nan") if rank == 1 else 0.0))
+    see("raised", lambda: opt.step(bad))
+    by_the_first(lambda: run.lease("group").release())
+    see("fenced", step(1.0))
+    by_the_first(lambda: run.restore(0))
+    see("restored", step(1.0))
+    see("eval", opt.eval)
+    see("at x", step(1.0))
+    see("train", opt.train)
+    by_the_first(lambda: run.reshard(2))
+    see("resharded", step(1.0))
+    see("resharded, next", step(1.0))
+    see("other", lambda: RemoteOptimizer(nn.Linear(4, 3 + rank), **options))
+    seen["other"]["workers"] = [worker.worker for worker in run.workers()]
+    dist.barrier()
+    opt.close()
+    dist.barrier()
+    seen["other"]["workers at last"] = [worker.worker for worker in run.workers()]
+with open(f"{file}.{rank}", "w") as opened:
+    json.dump(seen, opened)
+dist.destroy_process_group()

@@ -1,0 +1,110 @@
+"""The ranks of a torch.distributed group as one worker, through what may happen to one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from freestep import FreestepError, RemoteOptimizer
+from harness import ThreadService
+
+pytestmark = pytest.mark.slow
+
+Seen = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(service: ThreadService, tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Seen]:
+    """What each of two ranks saw."""
+    file = tmp_path_factory.mktemp("ranks") / "seen"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    script = Path(__file__).with_name("rank.py")
+    command += ["--rdzv-endpoint=localhost:0", str(script), service.url, f"ranks-{uuid.uuid4().hex[:8]}", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(2))
+    return first, second
+
+
+def test_all_ranks_see_the_same(ranks: tuple[Seen, Seen]) -> None:
+    first, second = ranks
+    for event in first:
+        if event != "raised":
+            assert first[event] == second[event], event
+
+
+def moved(seen: Seen, before: str, after: str) -> set[float]:
+    """By how much parameters moved between two events."""
+    pairs = zip(seen[before]["parameters"], seen[after]["parameters"], strict=True)
+    return {round(one - other, 4) for one, other in pairs}
+
+
+def test_the_gradient_is_the_mean_over_ranks(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert moved(seen, "joined", "weighted") == {1.75}
+    assert seen["weighted"]["loss"] == pytest.approx(0.75)
+    assert moved(seen, "weighted", "unweighted") == {1.5}
+
+
+def test_a_refusal_is_raised_on_all_ranks_and_changes_nothing(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert seen["nan"]["error"].startswith("NonFiniteGradient")
+    assert moved(seen, "unweighted", "nan") == {0}
+
+
+def test_what_one_rank_raises_is_told_on_the_others(ranks: tuple[Seen, Seen]) -> None:
+    first, second = ranks
+    assert first["raised"]["error"] == "FreestepError: rank 1: ValueError: bad"
+    assert second["raised"]["error"] == "ValueError: bad"
+    assert first["raised"]["parameters"] == second["raised"]["parameters"]
+
+
+def test_a_group_whose_lease_is_lost_takes_a_new_one_and_its_gradient_counts(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert seen["fenced"]["receipt"]["decision"] == "applied"
+    assert moved(seen, "nan", "fenced") == {1}
+
+
+def test_a_group_joins_again_after_a_restore(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    receipt = seen["restored"]["receipt"]
+    assert (receipt["decision"], receipt["reason"]) == ("dropped", "epoch-changed")
+    assert (seen["restored"]["pulled"], seen["restored"]["parameters"]) == ([2, 0], seen["joined"]["parameters"])
+
+
+def test_a_group_goes_to_x_and_back(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert (seen["eval"]["error"], seen["eval"]["pulled"]) == (None, None)
+    assert seen["at x"]["error"].startswith("EvalMode")
+    assert seen["train"]["pulled"] == [2, 0]
+
+
+def test_a_group_goes_on_with_another_number_of_shards(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert seen["resharded"]["receipt"]["decision"] == "dropped"
+    assert seen["resharded, next"]["receipt"]["decision"] == "applied"
+    assert moved(seen, "train", "resharded, next") == {1}
+
+
+def test_parameters_that_differ_on_one_rank_are_refused_on_all(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert seen["other"]["error"].startswith("ManifestMismatch")
+
+
+def test_a_group_holds_one_lease_and_ends_it(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert seen["other"]["workers"] == ["group"]
+    assert seen["other"]["workers at last"] == []
+
+
+def test_a_group_must_be_there(service: ThreadService) -> None:
+    with pytest.raises(FreestepError, match="init_process_group"):
+        RemoteOptimizer([], run="none", url=service.url, process_group=True)
