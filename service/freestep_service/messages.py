@@ -44,6 +44,8 @@ class Messages:
         self._task = asyncio.create_task(self._hear())
 
     async def listen(self, channel: str, listener: Listener) -> None:
+        if channel in self._listeners:
+            return
         self._listeners[channel] = listener
         async with reachable():
             await self._pubsub.subscribe(channel)

@@ -23,11 +23,15 @@ class Node:
     """How long it keeps what it owns when nothing is heard of it."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     others: int = 0
-    """Other processes that are alive."""
+    """Other processes that are alive, or were until lately: they may be back soon, or Redis may have forgotten them."""
+    _counted_at: float = 0.0
 
     async def beat(self, store: Store) -> None:
         """Says that it lives, and counts who else does."""
-        self.others = int(await store.run("beat", [_NODES_KEY], self.id, self.ttl_ms)) - 1
+        others = int(await store.run("beat", [_NODES_KEY], self.id, self.ttl_ms)) - 1
+        now = time.monotonic()
+        if others >= self.others or now > self._counted_at + self.ttl_ms / 1000:
+            self.others, self._counted_at = others, now
 
     async def leave(self, store: Store) -> None:
         """Says that it goes."""

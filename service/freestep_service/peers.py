@@ -16,10 +16,10 @@ from typing import Any, Self
 
 import httpx
 from starlette.background import BackgroundTask
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
-from freestep.errors import CoordinatorUnavailable, ProblemError, ShardUnavailable
+from freestep.errors import CoordinatorUnavailable, MalformedRequest, ProblemError, ShardUnavailable
 from freestep.models import Point, Receipt
 from freestep.wire import ITEMSIZE, MEDIA_TYPE, Manifest, encode_header
 from freestep_service.coordinator import not_open
@@ -82,8 +82,11 @@ class Peers:
     ) -> None:
         await self._http.aclose()
 
-    async def relay(self, request: Request, run: Run, index: int) -> Response:
-        """Has a shard's owner answer a request. Raises ShardUnavailable when that cannot be reached."""
+    async def relay(self, request: Request, run: Run, index: int = 0, content: bytes | None = None) -> Response:
+        """Has a shard's owner answer a request; `content` is its body, where that was read already.
+
+        Raises ShardUnavailable when the owner cannot be reached.
+        """
         url = run.owner_url(index)
         if url is None or RELAYED in request.headers:
             await run.refresh()
@@ -96,7 +99,7 @@ class Peers:
             request.method,
             url + path,
             headers=[*headers, (RELAYED.encode(), b"1")],
-            content=request.stream() if has_body else None,
+            content=content or (request.stream() if has_body else None),
         )
         answer = await self._send(made)
         lines = {name: value for name, value in answer.headers.items() if name.encode() not in _HOP_BY_HOP}
@@ -233,6 +236,8 @@ class Peers:
             return await self._http.send(made, stream=True)
         except httpx.TransportError as error:
             raise ShardUnavailable(f"the shard's owner does not answer: {type(error).__name__}") from error
+        except ClientDisconnect:
+            raise MalformedRequest("the connection was closed before the end of the body") from None
 
 
 def stall_seconds(request: Request, ordinary: float) -> float:

@@ -349,7 +349,9 @@ class Pushes:
                 return flight.decided.result()
             if answer is not None and not answer[0].seq:
                 return _Decision(answer[0])
-            await self._host.catch_up()
+            # Other shards may still commit it: not even without Redis is this part given up.
+            with suppress(CoordinatorUnavailable):
+                await self._host.catch_up()
 
     def _entry(self, claim: Claim, staged: _Staged, decision: _Decision) -> Entry:
         limit, record = self._spec.optimizer.max_grad_norm, decision.record

@@ -86,9 +86,9 @@ class Registry:
             run = self._make(name, spec, spec.shards)
             await run.create()
             self._runs[name] = run
+            await run.keep()
             if self.node.others:
                 await self._messages.tell_everybody({"kind": "created", "run": name})
-            await run.keep()
             return run, True
 
     def _same(self, run: Run, spec: RunSpec) -> Run:

@@ -83,6 +83,7 @@ class Run:
         self.is_gone = False
         """Whether another process has deleted it."""
         self._node = node
+        self._store = store
         self._settings = settings
         self._storage = storage
         self._messages = messages
@@ -281,13 +282,17 @@ class Run:
             or (standing.said(index, "url") == self._node.url and standing.said(index, "node") != self._node.id)
         }
         self._missing_since.note(set(free))
+        if free:
+            await self._node.beat(self._store)
+        # Where Redis has lost its data, others hold the state of what seems free.
+        waits = "lost" in standing.run and self._node.others > 0
         left = self._node.share(standing.count) - len(self._mine(standing))
         wanted: list[int] = []
         # Those whose state is still here come first.
         for index in sorted(free, key=lambda index: (index not in self.owned, index)):
             is_left = index in self.owned or self._missing_since.age(index) > self._node.ttl_ms / 1000
             can_load = index in self.owned or "durable" not in standing.run
-            if (left > 0 or is_left) and (can_load or await self._offers(index, standing.count)):
+            if ((left > 0 and not waits) or is_left) and (can_load or await self._offers(index, standing.count)):
                 wanted.append(index)
                 left -= 1
         return wanted
@@ -308,7 +313,7 @@ class Run:
         parsed = [Report.from_json(report) for report in reports]
         if shards := standing.number("resharding"):
             places = {(report.live, report.initialized) for report in parsed}
-            if len(places) == 1 and None not in places:
+            if len(places) == 1 and parsed[0].live is not None:
                 await self.coordinator.reshard(standing.generation, shards)
                 return True
         try:
@@ -333,7 +338,8 @@ class Run:
                 # Entries of the log are missing here: from there it cannot go on.
                 live = owned.loaded = None
             elif "resharding" in standing.run and owned.initialized:
-                await self._write(owned, await writer.run(owned.shard.cut))
+                size = await self._write(owned, await writer.run(owned.shard.cut))
+                await self.coordinator.written(owned.owner(), live, size)
         begin, end = owned.manifest.begin, owned.manifest.end
         offers: list[CutId] = []
         if self.spec.durability == "checkpoint":
@@ -624,7 +630,7 @@ class Run:
             applied = standing.said(index, "applied")
             if index in self.owned and self.owned[index].loaded is not None:
                 applied = str(self.owned[index].writer.applied_step)
-            durable = standing.said(index, "durable")
+            durable = standing.said(index, "durable") or standing.run.get("durable_step")
             shards.append(
                 ShardStatus(
                     index=index,

@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> None:
 
 def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM, then writes the last checkpoints. Raises OSError if it cannot listen."""
+    # It says every request that is relayed.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)

@@ -16,7 +16,7 @@ router = APIRouter(tags=["checkpoints"])
 async def write_checkpoint(run: AnyRun, request: Request, peers: AnyPeers) -> Any:
     """Writes a checkpoint of the newest step."""
     if not run.owned:
-        return await peers.relay(request, run, 0)
+        return await peers.relay(request, run)
     return await run.checkpoint()
 
 
@@ -26,8 +26,10 @@ async def list_checkpoints(run: AnyRun) -> CheckpointList:
     return CheckpointList(checkpoints=await run.list_checkpoints())
 
 
-@router.post("/v1/runs/{run}/checkpoints/{step}/restore")
-async def restore_checkpoint(run: AnyRun, step: Annotated[int, Path(ge=0)]) -> RunStatus:
+@router.post("/v1/runs/{run}/checkpoints/{step}/restore", response_model=RunStatus)
+async def restore_checkpoint(run: AnyRun, request: Request, peers: AnyPeers, step: Annotated[int, Path(ge=0)]) -> Any:
     """Goes back to a checkpoint, in a new epoch: leases of the old one no longer push."""
+    if not run.owned:
+        return await peers.relay(request, run)
     await run.restore(step)
     return await run.status()

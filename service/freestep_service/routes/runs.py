@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
 
 from freestep.models import ReshardRequest, RunList, RunSpec, RunStatus, Topology
-from freestep_service.routes.dependencies import AnyRegistry, AnyRun, RunName
+from freestep_service.routes.dependencies import AnyPeers, AnyRegistry, AnyRun, RunName
 
 router = APIRouter(tags=["runs"])
 
@@ -37,9 +39,11 @@ async def get_topology(run: AnyRun) -> Topology:
     return await run.topology()
 
 
-@router.post("/v1/runs/{run}/reshard")
-async def reshard_run(run: AnyRun, wish: ReshardRequest) -> RunStatus:
+@router.post("/v1/runs/{run}/reshard", response_model=RunStatus)
+async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, peers: AnyPeers) -> Any:
     """Cuts the run into another number of shards, in a new epoch."""
+    if not run.owned:
+        return await peers.relay(request, run, content=wish.model_dump_json().encode())
     await run.reshard(wish.shards)
     return await run.status()
 
