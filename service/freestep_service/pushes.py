@@ -182,6 +182,10 @@ class Pushes:
         try:
             async with asyncio.timeout(self._settings.commit_seconds):
                 return await asyncio.shield(commit), False
+        except asyncio.CancelledError:
+            if commit.cancelled():
+                raise ShardUnavailable("the shard is being given up") from None
+            raise
         except TimeoutError:
             commit.add_done_callback(lambda done: done.cancelled() or done.exception())
             if self._host.many:

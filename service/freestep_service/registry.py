@@ -58,12 +58,11 @@ class Registry:
             raise RunNotFound(f"there is no run {name!r}", run=name) from None
 
     async def find(self, name: str) -> Run:
-        """A run, which another process may have created. Raises RunNotFound."""
+        """A run, which another process may have created. Raises RunNotFound and CoordinatorUnavailable."""
         if name not in self._runs:
             async with self._creating:
                 if name not in self._runs:
-                    with suppress(CoordinatorUnavailable):
-                        await self._open(name, is_from_elsewhere=True)
+                    await self._open(name, is_from_elsewhere=True)
         return self.get(name)
 
     def all(self) -> list[Run]:
@@ -165,7 +164,7 @@ class Registry:
             self._spawn(self._look_at(message["run"]))
 
     async def _look_at(self, name: str) -> None:
-        with suppress(RunNotFound):
+        with suppress(RunNotFound, CoordinatorUnavailable):
             await self.find(name)
 
     async def _beat(self) -> None:

@@ -98,6 +98,7 @@ class Run:
         self._whole = VectorPool(self.manifest.numel, 1)
         self._standing: Standing | None = None
         self._missing_since = Grace()
+        self._surplus_since = Grace()
         self._newest_epoch = 0
         self._keeping = asyncio.Lock()
         self._openings = 0
@@ -198,6 +199,8 @@ class Run:
             if standing.phase == "load" and await self._load(standing):
                 standing = await self._own()
                 continue
+            if standing.phase == "open":
+                await self._even_out(standing)
             break
         return standing
 
@@ -296,6 +299,33 @@ class Run:
                 wanted.append(index)
                 left -= 1
         return wanted
+
+    async def _even_out(self, standing: Standing) -> None:
+        """Hands over what this process owns beyond its share, once others have long had room for it."""
+        mine = sorted(self._mine(standing))
+        surplus = mine[self._node.share(standing.count) :] if self.spec.durability == "checkpoint" else []
+        self._surplus_since.note({"surplus"} if surplus else set())
+        if self._surplus_since.age("surplus") <= self._node.ttl_ms / 1000:
+            return
+        logger.info("run %s: shard %s is handed over", self.name, ", ".join(map(str, surplus)))
+        await self._give_up({index: self.owned[index] for index in surplus})
+
+    async def _give_up(self, given: Mapping[int, OwnedShard]) -> None:
+        """Leaves shards on disk, for others to take where they stand. Nobody pushes meanwhile."""
+        settled = {index: await owned.pushes.close() for index, owned in given.items()}
+        standing = None
+        with suppress(CoordinatorUnavailable, Fenced):
+            if given:
+                await self.coordinator.gather(self.count)
+                standing = await self.coordinator.read()
+        for index, owned in given.items():
+            try:
+                await self._leave_on_disk(owned, standing, settled=settled[index])
+            except Exception:
+                logger.exception("run %s: shard %d could not be written", self.name, index)
+        with suppress(CoordinatorUnavailable):
+            await self.coordinator.leave([owned.owner() for owned in given.values()])
+        await self._drop(given)
 
     async def _offers(self, index: int, count: int) -> list[CutId]:
         part = self.manifest.part(index, count)
@@ -542,7 +572,11 @@ class Run:
         """Carries a push to its decision: its record, and whether that was known before. Raises what pushes.py says."""
         self.require_initialized(owned)
         began = time.monotonic()
-        record, replayed = await owned.pushes.push(claim, body, wish)
+        try:
+            record, replayed = await owned.pushes.push(claim, body, wish)
+        except ShardUnavailable:
+            self._require_open()
+            raise
         if replayed:
             self._metrics.replayed()
         else:
@@ -556,9 +590,13 @@ class Run:
     async def read(self, owned: OwnedShard, reading: Reading) -> AsyncIterator[Snapshot]:
         """A shard's part of a point as a body, immutable until the block ends. Raises RunNotInitialized."""
         self.require_initialized(owned)
-        async with owned.read(reading) as snapshot:
-            yield snapshot
-            self._metrics.sent(snapshot.size)
+        try:
+            async with owned.read(reading) as snapshot:
+                yield snapshot
+                self._metrics.sent(snapshot.size)
+        except ShardUnavailable:
+            self._require_open()
+            raise
 
     async def wait_for(self, owned: OwnedShard, step: int, wait: float) -> None:
         """Returns when a shard has reached a step. Raises StepNotReached after `wait` seconds."""
@@ -816,20 +854,7 @@ class Run:
         async with self._keeping:
             self._closed = True
             await asyncio.gather(*self._writing, return_exceptions=True)
-            settled = {index: await owned.pushes.close() for index, owned in self.owned.items()}
-            standing = None
-            with suppress(CoordinatorUnavailable, Fenced):
-                if self.owned:
-                    await self.coordinator.gather(self.count)
-                    standing = await self.coordinator.read()
-            for index, owned in self.owned.items():
-                try:
-                    await self._leave_on_disk(owned, standing, settled=settled[index])
-                except Exception:
-                    logger.exception("run %s: shard %d could not be written", self.name, index)
-            with suppress(CoordinatorUnavailable):
-                await self.coordinator.leave([owned.owner() for owned in self.owned.values()])
-            await self._drop(list(self.owned))
+            await self._give_up(dict(self.owned))
             await self._messages.ignore(self.coordinator.channel)
 
     async def _leave_on_disk(self, owned: OwnedShard, standing: Standing | None, *, settled: bool) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from freestep.errors import RunNotFound
+from freestep.errors import ShardUnavailable
 from freestep_service.records import Known, Lost
 from freestep_service.shard import Entry, Shard
 
@@ -48,14 +48,14 @@ class Writer:
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Runs a function on the writer's thread, after the entries that were taken before.
 
-        Raises RunNotFound once the writer is closed.
+        Raises ShardUnavailable once the writer is closed.
         """
         return await self.call(function, *arguments)
 
     def call(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         """As `run`, but in line already when this returns."""
         if self._closed:
-            raise RunNotFound
+            raise ShardUnavailable("the shard is being given up")
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def apply(self, entry: Entry) -> None:
