@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 
@@ -23,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.floor import copy_pass, echo_once, raw_echo
+from benchmarks.services import running_service
 from freestep import Client, Flat, FreestepError
 
 SIZES = {100_000: 300, 5_000_000: 15, 25_000_000: 7}
@@ -75,21 +71,6 @@ def measure(client: Client, parameters: int, rounds: int) -> Row:
     return Row(parameters, 1e3 * (median(floor) + copy_pass(parameters)), 1e3 * median(freestep), 1e3 * (high - low))
 
 
-@contextmanager
-def running_service() -> Iterator[str]:
-    """A service of its own on a free port, with its embedded store."""
-    with tempfile.TemporaryDirectory(prefix="freestep-bench-") as data_dir:
-        command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", data_dir]
-        environment = {**os.environ, "FREESTEP_LOG_LEVEL": "warning", "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        try:
-            assert process.stdout is not None
-            yield process.stdout.readline().split()[-1]
-        finally:
-            process.terminate()
-            process.wait()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
@@ -97,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    with running_service() as url, Client(url) as client:
+    with running_service() as service, Client(service.url) as client:
         for parameters, rounds in SIZES.items():
             if parameters <= options.largest:
                 try:

@@ -100,6 +100,8 @@ class Run:
         self._missing_since = Grace()
         self._surplus_since = Grace()
         self._newest_epoch = 0
+        self._expected_seq = 0
+        """The newest entry of the log at the last heartbeat."""
         self._keeping = asyncio.Lock()
         self._openings = 0
         self._troubled = False
@@ -226,8 +228,10 @@ class Run:
             self._troubled = False
             await self.coordinator.gather(self.count, standing.generation)
             return await self._own(wanted)
-        if standing.phase == "open" and self.owned and self.many and standing.number("seq") > known.seq:
+        if self.owned and self.many and self._expected_seq > known.seq:
+            # Its message should have come by now.
             self._spawn(self._catch_up_quietly())
+        self._expected_seq = standing.number("seq")
         return standing
 
     async def _catch_up_quietly(self) -> None:

@@ -25,16 +25,18 @@ __all__ = [
     "ShardIndex",
 ]
 
+# They are coroutines though they wait for nothing, since FastAPI calls plain functions in a thread.
+
 RunName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 LeaseId = Annotated[str, Path(min_length=1, max_length=200)]
 Dtype = Literal["F32", "BF16", "F16"]
 
 
-def _registry(request: Request) -> Registry:
+async def _registry(request: Request) -> Registry:
     return cast(Registry, request.app.state.registry)
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
 
@@ -42,7 +44,7 @@ AnyRegistry = Annotated[Registry, Depends(_registry)]
 ServiceSettings = Annotated[Settings, Depends(_settings)]
 
 
-def _peers(request: Request) -> Peers:
+async def _peers(request: Request) -> Peers:
     return cast(Peers, request.app.state.peers)
 
 
@@ -56,7 +58,7 @@ async def _run(run: RunName, registry: AnyRegistry) -> Run:
 AnyRun = Annotated[Run, Depends(_run)]
 
 
-def _index(
+async def _index(
     run: AnyRun,
     shard: Annotated[int | None, Query(ge=0, lt=MOST_SHARDS)] = None,
     of: Annotated[int | None, Query(ge=1, le=MOST_SHARDS)] = None,
