@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,101 @@ class Api:
         answer = self.http.get(self.path())
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
+
+
+@dataclass
+class ShardedApi(Api):
+    """Plain HTTP calls to the shards of a run, each at its owner's URL, by what the topology says of them."""
+
+    shards: list[dict[str, Any]] = field(default_factory=list)
+
+    def create(self, *, tensors: Mapping[str, Tensor] = TENSORS, **changes: Any) -> httpx.Response:
+        """Creates the run and gives it its weights, as soon as its shards have owners."""
+        made = self.http.put(self.path(), json=self.spec(**changes))
+        assert made.status_code == 201, made.text
+        self.learn()
+        pause = threading.Event()
+        while (answer := self.initialize(tensors)).status_code == 503:
+            pause.wait(0.02)
+        assert answer.status_code == 201, answer.text
+        return made
+
+    def learn(self) -> None:
+        """Reads where the shards of a run without weights are, once all have owners that are ready."""
+        pause = threading.Event()
+        while (topology := self.http.get(self.path("/topology")).json()).get("missing", True):
+            pause.wait(0.02)
+        self.shards = topology["shards"]
+        for shard in range(len(self.shards)):
+            while slug(self.pull_part(shard, f"learn-{shard}")) != "run-not-initialized":
+                pause.wait(0.02)
+
+    def part(self, tensors: Mapping[str, Tensor], shard: int, dtype: torch.dtype | None = None) -> bytes:
+        """The body that holds a shard's part of some tensors."""
+        slices = {}
+        for each in self.shards[shard]["slices"]:
+            stretch = tensors[each["name"]].reshape(-1)[each["begin"] : each["end"]]
+            slices[each["name"]] = stretch.reshape(each["shape"]).to(dtype or stretch.dtype)
+        return safetensors.torch.save(slices)
+
+    def url_of(self, shard: int, path: str, url: str | None = None) -> str:
+        """A path of a shard, at its owner's URL or through another's."""
+        return f"{url or self.shards[shard]['url']}{self.path(path)}"
+
+    def query(self, shard: int, **more: Any) -> dict[str, Any]:
+        return {"shard": shard, "of": len(self.shards), **more}
+
+    def push_part(
+        self,
+        shard: int,
+        lease: Mapping[str, Any],
+        step: int,
+        key: str,
+        body: bytes,
+        url: str | None = None,
+        **more: str,
+    ) -> httpx.Response:
+        return self.http.post(
+            self.url_of(shard, "/gradients", url),
+            params=self.query(shard),
+            content=body,
+            headers=self.headers(lease, step, key, **more),
+        )
+
+    def push_parts(
+        self, lease: Mapping[str, Any], step: int, key: str, bodies: Sequence[bytes], **more: str
+    ) -> list[httpx.Response]:
+        """Pushes all parts at once; the answers by shard."""
+        return at_once(
+            *(
+                lambda shard=shard, body=body: self.push_part(shard, lease, step, key, body, **more)
+                for shard, body in enumerate(bodies)
+            )
+        )
+
+    def bodies(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> list[bytes]:
+        """The bodies of all shards' parts."""
+        return [self.part(tensors, shard, dtype) for shard in range(len(self.shards))]
+
+    def pull_part(self, shard: int, cut: str, point: str = "x", url: str | None = None, **more: Any) -> httpx.Response:
+        headers = more.pop("headers", None)
+        return self.http.get(
+            self.url_of(shard, "/parameters", url),
+            params=self.query(shard, cut=cut, point=point, **more),
+            headers=headers,
+        )
+
+    def pull_parts(self, cut: str, point: str = "x", **more: Any) -> list[httpx.Response]:
+        """Pulls all parts of one cut at once; the answers by shard."""
+        return at_once(
+            *(lambda shard=shard: self.pull_part(shard, cut, point, **more) for shard in range(len(self.shards)))
+        )
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """Makes calls in threads of their own; returns what they return."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [each.result() for each in [pool.submit(call) for call in calls]]
 
 
 def slug(response: httpx.Response) -> str:

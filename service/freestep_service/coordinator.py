@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from freestep.errors import (
+    PROBLEMS,
     CoordinatorUnavailable,
     EpochChanged,
     IdempotencyConflict,
@@ -162,10 +163,14 @@ class Coordinator:
         """Cuts the run anew, once what its shards hold is on disk."""
         await self._store.run("reshard", self._keys, generation, shards)
 
-    async def initialize(self, owner: Owner, upload: str) -> str:
-        """staged, initialized or already-initialized."""
-        status = await self._store.run("initialize", self._keys, owner.shard, owner.token, upload, *owner.known)
-        if status in ("staged", "initialized", "already-initialized"):
+    async def initialize(self, owner: Owner, upload: str, progress: str, patience_ms: int) -> str:
+        """Says how far a shard is with its part of an upload: coming, staged or withdrawn.
+
+        Returns coming, waiting, staged, initialized or already-initialized, see lua/initialize.lua.
+        """
+        arguments = (owner.shard, owner.token, upload, *owner.known, progress, patience_ms)
+        status = await self._store.run("initialize", self._keys, *arguments)
+        if status in ("coming", "waiting", "staged", "initialized", "already-initialized"):
             return str(status)
         self._refuse(status, ["[]"] if status == "not-open" else [])
 
@@ -357,6 +362,8 @@ class Coordinator:
                 raise RunNotInitialized
             case ["idempotency-conflict"]:
                 raise IdempotencyConflict
+            case ["refused-before", slug, detail]:
+                raise PROBLEMS[slug](detail or None)
             case ["refused"]:
                 raise NonFiniteGradient("the gradient's norm is so large that its square overflows fp32")
         raise CoordinatorUnavailable(f"unexpected answer of a script: {status}")

@@ -65,6 +65,9 @@ class Cuts:
     def take(self, entry: Entry) -> None:
         """Takes the parts that an entry asks for: the next thing that the writer does."""
         for wanted in sorted(set(entry.cuts.values())):
+            point, dtype, *only = wanted.split()
+            if only and only != [str(self._owner().shard)]:
+                continue
             tickets = {ticket for ticket, each in entry.cuts.items() if each == wanted}
             vector = self._pool.try_acquire()
             if vector is None:
@@ -72,7 +75,6 @@ class Cuts:
                 for ticket in tickets:
                     self._fail(ticket, Overloaded())
                 continue
-            point, dtype = wanted.split()
             copied = self._writer.call(self._writer.shard.copy_point, cast(Point, point), vector.tensor(DTYPES[dtype]))
             part = _Part(wanted, entry.seq, vector, copied, tickets)
             part.timer = asyncio.get_running_loop().call_later(_KEPT_S, self._expire, part)
@@ -86,13 +88,7 @@ class Cuts:
 
         Raises Overloaded when there is no memory for it in time, ShardUnavailable, CoordinatorUnavailable.
         """
-        ticket = reading.ticket or secrets.token_hex(16)
-        wanted = f"{reading.point} {reading.dtype}"
-        try:
-            part = await self._part(ticket, wanted, reading)
-        except BaseException:
-            self._waiting.pop(ticket, None)
-            raise
+        ticket, part = await self._part(reading)
         part.readers += 1
         try:
             epoch, step = await asyncio.shield(part.copied)
@@ -102,35 +98,43 @@ class Cuts:
             yield Snapshot(epoch, step, header, data, part.vector, seq=part.seq)
         finally:
             part.readers -= 1
-            for mine in [each for each in part.tickets if each == ticket or len(part.tickets) == 1]:
-                part.tickets.discard(mine)
-                self._parts.pop(mine, None)
-                self._tell(mine)
+            if ticket in part.tickets:
+                part.tickets.discard(ticket)
+                self._parts.pop(ticket, None)
+                self._tell(ticket)
             self._let_go(part)
 
-    async def _part(self, ticket: str, wanted: str, reading: Reading) -> _Part:
+    async def _part(self, reading: Reading) -> tuple[str, _Part]:
+        """The part that is wanted, and the ticket that it goes by."""
         loop = asyncio.get_running_loop()
-        if reading.asked:
-            part = await self._come(ticket, self._queue_s if reading.patience is None else reading.patience)
-            if part is not None:
-                return part
-        deadline, asking, readers = loop.time() + self._queue_s, ticket, reading.readers
-        while True:
-            part = self._parts.get(asking)
-            if part is not None and part.wanted == wanted:
-                return part
-            # In line before Redis is asked: the cut may come before its answer.
-            self._waiting.setdefault(asking, loop.create_future())
-            seq = await self._ask(asking, wanted, readers)
-            left = deadline - loop.time()
-            if seq and self._writer.taken_seq >= seq and asking not in self._parts:
-                # It was read already, or nobody came for it: a new one, which is not the same cut as the others'.
-                self._waiting.pop(asking, None)
-                asking, readers = secrets.token_hex(16), 1
-            elif left <= 0:
-                raise Overloaded
-            elif (part := await self._come(asking, min(left, 1.0))) is not None:
-                return part
+        ticket, readers, wanted = reading.ticket, reading.readers, f"{reading.point} {reading.dtype}"
+        # What no other shard is asked for, none other takes.
+        alone = f"{wanted} {self._owner().shard}"
+        if not ticket:
+            ticket, readers, wanted = secrets.token_hex(16), 1, alone
+        try:
+            part = self._parts.get(ticket)
+            if reading.asked and part is None:
+                part = await self._come(ticket, self._queue_s if reading.patience is None else reading.patience)
+            deadline = loop.time() + self._queue_s
+            while part is None or part.wanted != wanted:
+                # In line before Redis is asked: the cut may come before its answer.
+                self._waiting.setdefault(ticket, loop.create_future())
+                seq = await self._ask(ticket, wanted, readers)
+                part, left = self._parts.get(ticket), deadline - loop.time()
+                if part.wanted != wanted if part else 0 < seq <= self._writer.taken_seq:
+                    # The ticket is of something else, or was read already, or nobody came for it: a new one, which is
+                    # not the same cut as the others'.
+                    self._waiting.pop(ticket, None)
+                    ticket, readers, wanted, part = secrets.token_hex(16), 1, alone, None
+                elif part is None and left <= 0:
+                    raise Overloaded
+                elif part is None:
+                    part = await self._come(ticket, min(left, 1.0))
+            return ticket, part
+        except BaseException:
+            self._waiting.pop(ticket, None)
+            raise
 
     async def _come(self, ticket: str, seconds: float) -> _Part | None:
         """Waits for a ticket's part."""

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import torch
 
-from freestep.errors import AlreadyInitialized, MalformedTensors, ShardUnavailable
+from freestep.errors import (
+    AlreadyInitialized,
+    CoordinatorUnavailable,
+    MalformedTensors,
+    Overloaded,
+    ShardUnavailable,
+)
 from freestep.models import RunSpec
 from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
@@ -21,10 +27,13 @@ from freestep_service.records import Behind, Fenced, Known, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry, Shard
 from freestep_service.snapshots import Reading, Snapshot, Snapshots
-from freestep_service.vectors import VectorPool
+from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
 __all__ = ["OwnedShard"]
+
+_POLL_S = 1.0
+"""How long the outcome of an upload is listened for before Redis is asked for it."""
 
 
 class OwnedShard:
@@ -53,6 +62,7 @@ class OwnedShard:
         self.initialized = False
         self.loaded: int | None = None
         """The generation of the run's opening whose state it has loaded."""
+        self._settings = settings
         self._keep = keep
         self._coordinator = coordinator
         self._host = host
@@ -73,18 +83,31 @@ class OwnedShard:
     # Initial weights
 
     async def initialize(self, body: Body, upload: str) -> None:
-        """Takes this shard's part of the initial weights. Raises AlreadyInitialized where another upload was first."""
-        # One at a time, since a run of one shard has few vectors; parts of several uploads wait for other shards.
+        """Takes this shard's part of the initial weights.
+
+        Raises AlreadyInitialized where another upload was first, Overloaded where others had their turns for too long,
+        and ShardUnavailable when the upload does not reach all shards.
+        """
+        # One at a time, as a run of one shard has few vectors; Redis gives the uploads to several shards their turns.
         lock = asyncio.Lock() if self._host.many else self._initializing
         async with lock:
             if self.initialized:
                 raise AlreadyInitialized
-            vector = await self._staging.acquire()
             heard = self._uploads.setdefault(upload, asyncio.get_running_loop().create_future())
+            vector = None
             try:
-                norm, _ = await stage(body, self.manifest, vector)
-                if norm is None:
-                    raise MalformedTensors("the parameters hold NaN or infinity")
+                if self._host.many:
+                    await self._turn(upload, heard)
+                vector = await self._staging.acquire()
+                try:
+                    norm = await self._receive(body, vector, upload)
+                    if norm is None:
+                        raise MalformedTensors("the parameters hold NaN or infinity")
+                except BaseException:
+                    if self._host.many:
+                        with suppress(CoordinatorUnavailable, ShardUnavailable, AlreadyInitialized):
+                            await self._say(upload, "withdrawn")
+                    raise
                 await self._agree(upload, heard)
                 if not self.initialized:
                     await self.writer.run(self.shard.initialize, vector.tensor(), self.writer.epoch)
@@ -92,13 +115,62 @@ class OwnedShard:
                     self.writer.resume(self.writer.epoch, 0, 0)
             finally:
                 self._uploads.pop(upload, None)
-                self._staging.release(vector)
+                if vector is not None:
+                    self._staging.release(vector)
+
+    async def _turn(self, upload: str, heard: asyncio.Future[bool]) -> None:
+        """Returns when it is an upload's turn."""
+        deadline = asyncio.get_running_loop().time() + self._settings.queue_seconds
+        while await self._say(upload, "coming") == "waiting":
+            if asyncio.get_running_loop().time() >= deadline:
+                raise Overloaded
+            await asyncio.wait([heard], timeout=_POLL_S)
+            if heard.done() and not heard.result():
+                raise AlreadyInitialized
+
+    async def _receive(self, body: Body, vector: Vector, upload: str) -> float | None:
+        """As `stage`, and keeps the upload's turn meanwhile."""
+        staging = asyncio.ensure_future(stage(body, self.manifest, vector))
+        try:
+            while not (await asyncio.wait([staging], timeout=_POLL_S))[0]:
+                with suppress(CoordinatorUnavailable, ShardUnavailable):
+                    if self._host.many:
+                        await self._say(upload, "coming")
+        finally:
+            if not staging.done():
+                staging.cancel()
+                await asyncio.wait([staging])
+        return staging.result()[0]
 
     async def _agree(self, upload: str, heard: asyncio.Future[bool]) -> None:
         """Returns once all shards have their parts of the upload. Raises AlreadyInitialized when it has lost."""
+        deadline = asyncio.get_running_loop().time() + self._settings.commit_seconds
+        progress = "staged"
         while True:
             try:
-                status = await self._coordinator.initialize(self.owner(), upload)
+                status = await self._say(upload, progress)
+            except CoordinatorUnavailable:
+                # Whether this part counts must not stay unknown, unless it is the only one.
+                if not self._host.many:
+                    raise
+                await asyncio.sleep(_POLL_S)
+                continue
+            if status == "initialized":
+                return
+            if status != "staged":
+                raise ShardUnavailable("the upload has not reached all shards")
+            await asyncio.wait([heard], timeout=_POLL_S)
+            if heard.done() and not heard.result():
+                raise AlreadyInitialized
+            if asyncio.get_running_loop().time() >= deadline:
+                progress = "withdrawn"
+
+    async def _say(self, upload: str, progress: str) -> str:
+        """Tells Redis how far this shard's part of an upload is; what comes of that, see lua/initialize.lua."""
+        patience_ms = int(1000 * self._settings.stall_seconds)
+        while True:
+            try:
+                status = await self._coordinator.initialize(self.owner(), upload, progress, patience_ms)
             except Behind:
                 await self._host.reopen()
                 continue
@@ -107,11 +179,7 @@ class OwnedShard:
                 raise ShardUnavailable from None
             if status == "already-initialized":
                 raise AlreadyInitialized
-            if status == "initialized":
-                return
-            done, _ = await asyncio.wait([heard], timeout=1.0)
-            if done and not heard.result():
-                raise AlreadyInitialized
+            return status
 
     def uploaded(self, upload: str) -> None:
         """An upload has won."""
@@ -162,6 +230,8 @@ class OwnedShard:
             await self.cuts.close()
         for heard in self._uploads.values():
             if not heard.done():
-                heard.set_result(False)
+                heard.set_exception(ShardUnavailable())
+                # Its waiter may have left.
+                heard.exception()
         self.writer.close()
         return settled

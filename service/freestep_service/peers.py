@@ -37,6 +37,7 @@ stand still for longer, since a whole model is sent on shard by shard."""
 _RELAYED_STALL_S = 600.0
 _PIECE = 256 * 1024
 _TIMEOUT_S = 60.0
+_OPENING_S, _PAUSE_S = 5.0, 0.2
 _ATTEMPTS = 5
 _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailers",
@@ -88,8 +89,10 @@ class Peers:
         Raises ShardUnavailable when the owner cannot be reached.
         """
         url = run.owner_url(index)
-        if url is None or RELAYED in request.headers:
+        if url is None:
             await run.refresh()
+            url = run.owner_url(index)
+        if url is None or RELAYED in request.headers:
             run.shard(index)
             raise ShardUnavailable("the shard has come here in the meantime")
         headers = [(name, value) for name, value in request.headers.raw if name not in _HOP_BY_HOP]
@@ -207,6 +210,17 @@ class Peers:
             raise not_open(run.name, topology.missing)
 
         async def ask(index: int) -> httpx.Response:
+            """One shard's answer; while the shard is being opened the others wait for it."""
+            deadline = asyncio.get_running_loop().time() + _OPENING_S
+            while True:
+                try:
+                    return await ask_once(index)
+                except ShardUnavailable:
+                    if asyncio.get_running_loop().time() > deadline:
+                        raise
+                    await asyncio.sleep(_PAUSE_S)
+
+        async def ask_once(index: int) -> httpx.Response:
             url = f"{topology.shards[index].url}/v1/runs/{run.name}/{path}"
             lines = dict(headers)
             body = None

@@ -341,6 +341,12 @@ class Pushes:
                 with suppress(CoordinatorUnavailable, ShardUnavailable):
                     await self._host.reopen()
                 continue
+            except Lost:
+                # Where another shard refused the push meanwhile, that is on its way.
+                heard, _ = await asyncio.wait([flight.decided], timeout=_SILENCE_S if self._host.many else 0)
+                if heard:
+                    return flight.decided.result()
+                raise
             if answer is not None and not self._host.many:
                 record, evicted = answer
                 if era != self._writer.era:

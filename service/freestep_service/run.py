@@ -316,7 +316,6 @@ class Run:
 
     async def _give_up(self, given: Mapping[int, OwnedShard]) -> None:
         """Leaves shards on disk, for others to take where they stand. Nobody pushes meanwhile."""
-        settled = {index: await owned.pushes.close() for index, owned in given.items()}
         standing = None
         with suppress(CoordinatorUnavailable, Fenced):
             if given:
@@ -324,7 +323,7 @@ class Run:
                 standing = await self.coordinator.read()
         for index, owned in given.items():
             try:
-                await self._leave_on_disk(owned, standing, settled=settled[index])
+                await self._leave_on_disk(owned, standing)
             except Exception:
                 logger.exception("run %s: shard %d could not be written", self.name, index)
         with suppress(CoordinatorUnavailable):
@@ -861,11 +860,13 @@ class Run:
             await self._give_up(dict(self.owned))
             await self._messages.ignore(self.coordinator.channel)
 
-    async def _leave_on_disk(self, owned: OwnedShard, standing: Standing | None, *, settled: bool) -> None:
+    async def _leave_on_disk(self, owned: OwnedShard, standing: Standing | None) -> None:
+        if owned.initialized and standing is not None and standing.number("epoch") == owned.writer.epoch:
+            await self._take_all(owned, standing.number("seq"))
+        # What Redis has not decided by now it will not, or, where it cannot be reached, nobody knows.
+        settled = await owned.pushes.close() or standing is not None
         if not owned.initialized or self.spec.durability != "checkpoint":
             return
-        if standing is not None and standing.number("epoch") == owned.writer.epoch:
-            await self._take_all(owned, standing.number("seq"))
         cut = await owned.writer.run(owned.shard.cut)
         size = await self._write(owned, cut)
         identifier = CutId(cut.epoch, cut.step, cut.seq)

@@ -45,7 +45,7 @@ class Entry:
     scale: float = 1.0
     damping: float = 1.0
     cuts: Mapping[str, str] = field(default_factory=dict)
-    """Ticket -> "POINT DTYPE": the points wanted of the state that this entry leaves."""
+    """Ticket -> "POINT DTYPE", and the shard where only one is asked: points wanted of the state that this leaves."""
     checkpoint: bool = False
     """Whether that state is to be kept."""
 

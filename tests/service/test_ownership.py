@@ -407,6 +407,21 @@ def test_two_services_share_runs_of_one_shard(
     assert not (tmp_path / "data" / "runs" / "counted").exists()
 
 
+def test_a_service_that_joins_gets_its_share(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+) -> None:
+    settings = {"redis_url": url_of(store), "owner_ttl_seconds": 1.0}
+    run = run_of(start_service(**settings).url)
+    create(run, 4, optimizer={"algorithm": "adamw_schedule_free"})
+    push(run, 3)
+    before = points(run)
+    joined = start_service(**settings)
+    wait_until(lambda: owners(run).count(joined.url) == 2)
+    assert equal(points(run), before)
+    assert run.status().epoch == 1
+    assert push(run).step == 4
+
+
 def test_shards_are_shared_out_among_the_services(
     store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
 ) -> None:

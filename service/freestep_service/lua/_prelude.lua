@@ -13,7 +13,8 @@
 --   shards    hash    K:node, K:url, K:token, K:ends (who owns shard K, and until when), K:report, K:loaded,
 --                     K:applied, K:written, and what else its owner says of it
 --   staged    hash    idempotency key -> JSON {at, queued, parts: {K: {digest, norm}}} of a pending push, where there
---                     are several shards
+--                     are several shards; or {at, claim, slug, detail, parts} of one that was refused before all of
+--                     its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its cut), left (shards yet to read it), ends}
 -- KEYS 13-  lease:ID (hash) and window:ID (list: the lease's newest idempotency keys), where a script says so
@@ -135,7 +136,9 @@ local function forget(key)
   redis.call('HDEL', PENDING, key)
   redis.call('HDEL', STAGED, key)
   redis.call('LREM', QUEUE, 0, key)
-  if not staged or cjson.decode(staged).queued then return end
+  if not staged then return end
+  staged = cjson.decode(staged)
+  if staged.queued or staged.slug then return end
   redis.call('HINCRBY', RUN, 'in_flight', -1)
   while run_number('in_flight') < SLOTS do
     local following = redis.call('LPOP', QUEUE)
@@ -151,9 +154,31 @@ local function forget(key)
   end
 end
 
--- Refuses a push on all shards.
+-- Whether every shard has a part of a push, or is receiving it.
+local function has_all_parts(parts)
+  for shard = 0, shard_count() - 1 do
+    if not parts[tostring(shard)] then return false end
+  end
+  return true
+end
+
+-- Whether a push holds a slot, or the memory of a refusal is kept, for parts that do not come. Parts that are coming in,
+-- at whatever speed bodies are allowed, are waited for.
+local function is_overdue(staged, patience, now)
+  return not staged.queued and staged.at + patience <= now and not has_all_parts(staged.parts)
+end
+
+-- Refuses a push on all shards. For what its body is refused for, parts that are still to come are too.
 local function refuse(key, slug, detail)
+  local staged, claim = redis.call('HGET', STAGED, key), redis.call('HGET', PENDING, key)
   forget(key)
+  if staged and claim and (slug == 'non-finite-gradient' or slug == 'malformed-tensors') then
+    local parts = cjson.decode(staged).parts
+    if not has_all_parts(parts) then
+      redis.call('HSET', STAGED, key, cjson.encode({at = clock(), claim = claim, slug = slug, detail = detail,
+        parts = parts}))
+    end
+  end
   tell({kind = 'refused', key = key, slug = slug, detail = detail})
 end
 

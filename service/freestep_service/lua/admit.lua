@@ -8,6 +8,7 @@
 --          {pending}                the key is on its way through another request
 --          {idempotency-conflict}   the key came before with another claim
 --          {run-not-initialized}, {lease-expired}, {epoch-changed, epoch}, {step-ahead, step}
+--          {refused-before, slug, detail}   another part was refused before this one came
 --          {dropped, record, evicted idempotency keys ...}   too stale already
 --          {admitted}, or {queued}: it will be told when it may send its body
 
@@ -37,6 +38,18 @@ local step = run_number('step')
 if taken_at > step then return {'step-ahead', step} end
 
 extend(KEYS[13], worker, now)
+local refused = not pending and redis.call('HGET', STAGED, key)
+if refused then
+  refused = cjson.decode(refused)
+  local is_news = refused.claim == claim and not refused.parts[shard]
+  refused.parts[shard] = {}
+  if is_news and not has_all_parts(refused.parts) then
+    redis.call('HSET', STAGED, key, cjson.encode(refused))
+  else
+    redis.call('HDEL', STAGED, key)
+  end
+  if is_news then return {'refused-before', refused.slug, refused.detail} end
+end
 if pending then
   local staged = cjson.decode(redis.call('HGET', STAGED, key))
   staged.parts[shard] = staged.parts[shard] or {}

@@ -1,8 +1,8 @@
 -- Asks for a cut: a point of the model as of one place in the log, the same on all shards. Who asks with a ticket that is
 -- known gets that ticket's cut.
 -- KEYS     the run's
--- ARGV     1 epoch and 2 newest seq that the shard knows, 3 shard, 4 its owner's token, 5 ticket, 6 point and dtype, 7 how
---          many shards will read it
+-- ARGV     1 epoch and 2 newest seq that the shard knows, 3 shard, 4 its owner's token, 5 ticket, 6 point and dtype, and
+--          the shard if no other is to read it, 7 how many shards will read it
 -- returns  {behind}, {not-open, missing shards}, {fenced}, or {cut, seq}; seq is 0 while there is no memory for another
 
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end

@@ -8,6 +8,9 @@ local key, shard, slug = ARGV[1], ARGV[2], ARGV[3]
 local staged = redis.call('HGET', STAGED, key)
 if not staged then
   redis.call('HDEL', PENDING, key)
+elseif redis.call('HEXISTS', PENDING, key) == 0 then
+  -- Another shard has refused it.
+  return 'OK'
 elseif slug ~= '' then
   refuse(key, slug, ARGV[4])
 else

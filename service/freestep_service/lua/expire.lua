@@ -20,9 +20,14 @@ for index = 4, #ARGV, 2 do
 end
 tell_evicted(evicted)
 for _, key in ipairs(redis.call('HKEYS', STAGED)) do
-  local staged = cjson.decode(redis.call('HGET', STAGED, key) or '{"queued": true}')
-  if not staged.queued and staged.at + tonumber(ARGV[3]) <= now and redis.call('LLEN', QUEUE) > 0 then
-    refuse(key, 'overloaded', 'the push did not reach all shards in time, and others were waiting')
+  local staged = redis.call('HGET', STAGED, key)
+  staged = staged and cjson.decode(staged)
+  if staged and is_overdue(staged, tonumber(ARGV[3]), now) then
+    if staged.slug then
+      redis.call('HDEL', STAGED, key)
+    elseif redis.call('LLEN', QUEUE) > 0 then
+      refuse(key, 'overloaded', 'the push did not reach all shards in time, and others were waiting')
+    end
   end
 end
 if redis.call('HGET', RUN, 'phase') == 'open' and redis.call('HGET', RUN, 'batch') == 'live' and is_complete(now) then
