@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from freestep.demo.evaluator import Evaluation
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = ("service", "worker")
@@ -110,19 +113,20 @@ def test_compose_builds_from_files_that_exist() -> None:
 def test_compose_publishes_on_loopback_only() -> None:
     services = compose()["services"]
     ports = {name: service["ports"] for name, service in services.items() if "ports" in service}
-    assert list(ports) == ["service"]
-    assert all(port.startswith("127.0.0.1:") for port in ports["service"])
+    assert list(ports) == ["shard"]
+    # Port 0 is any that is free: two containers of one service cannot publish the same one.
+    assert ports["shard"] == ["127.0.0.1:${FREESTEP_PORT:-0}:8000"]
     assert compose()["networks"]["store"] == {"internal": True}
-    assert [name for name, service in services.items() if "store" in service.get("networks", ())] == [
-        "redis",
-        "service",
-    ]
+    assert [name for name, service in services.items() if "store" in service.get("networks", ())] == ["redis", "shard"]
 
 
-def test_compose_lets_workers_be_scaled() -> None:
-    worker = compose()["services"]["worker"]
-    assert "container_name" not in worker and "hostname" not in worker
-    assert "FREESTEP_WORKER" not in worker["environment"], "two workers of one name would fence each other off"
+@pytest.mark.parametrize("name", ["shard", "worker"])
+def test_compose_lets_services_be_scaled(name: str) -> None:
+    service = compose()["services"][name]
+    assert "container_name" not in service
+    # Each container's own id is the hostname by which the others reach it, and part of a worker's name.
+    assert "hostname" not in service and "FREESTEP_ADVERTISE_URL" not in service["environment"]
+    assert "FREESTEP_WORKER" not in service["environment"], "two workers of one name would fence each other off"
 
 
 def test_compose_runs_modules_that_exist() -> None:
@@ -138,15 +142,25 @@ def test_compose_keeps_data_in_declared_volumes() -> None:
         name: [mount.split(":") for mount in service.get("volumes", ())]
         for name, service in document["services"].items()
     }
-    assert mounts["redis"] and ["service-data", last("service", "VOLUME")] in mounts["service"]
+    assert mounts["redis"] and ["checkpoints", last("service", "VOLUME")] in mounts["shard"]
     assert {volume for each in mounts.values() for volume, _ in each} == set(document["volumes"])
 
 
 def test_gpu_override_says_that_it_is_untested_and_fits_the_images() -> None:
     assert (ROOT / "docker-compose.gpu.yml").read_text().startswith("# UNTESTED")
-    service = compose("docker-compose.gpu.yml")["services"]["service"]
+    service = compose("docker-compose.gpu.yml")["services"]["shard"]
     for argument in service["build"]["args"]:
         assert f"ARG {argument}=" in dockerfile("service")
+
+
+def test_survival_knows_the_containers_and_reads_the_evaluator() -> None:
+    survive = runpy.run_path(str(ROOT / "docker" / "survive.py"))
+    services = compose()["services"]
+    assert set(survive["KINDS"]) == set(services)
+    assert services["worker"]["environment"]["FREESTEP_RUN"] == survive["RUN"]
+    said = Evaluation(0.0, 1, 1234, {"w": 3}, 0.5, 0.25, 1230, 0.9512, 0.2, 1234, 0.9, 0.3)
+    assert survive["EVALUATION"].findall(f"{said}\n") == [("1234", "95.1")]
+    assert set(survive["SETTINGS"]) <= set(re.findall(r"\${(\w+)", (ROOT / "docker-compose.yml").read_text()))
 
 
 @pytest.mark.parametrize("override", OVERRIDES, ids=["plain", "gpu"])

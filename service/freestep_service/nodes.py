@@ -25,12 +25,17 @@ class Node:
     others: int = 0
     """Other processes that are alive, or were until lately: they may be back soon, or Redis may have forgotten them."""
     _counted_at: float = 0.0
+    _heard_at: float = 0.0
 
     async def beat(self, store: Store) -> None:
         """Says that it lives, and counts who else does."""
         others = int(await store.run("beat", [_NODES_KEY], self.id, self.ttl_ms)) - 1
-        now = time.monotonic()
-        if others >= self.others or now > self._counted_at + self.ttl_ms / 1000:
+        now, ttl = time.monotonic(), self.ttl_ms / 1000
+        if now > self._heard_at + ttl:
+            # Redis was away, for the others too: that it has not heard of them says nothing yet.
+            self._counted_at = now
+        self._heard_at = now
+        if others >= self.others or now > self._counted_at + ttl:
             self.others, self._counted_at = others, now
 
     async def leave(self, store: Store) -> None:

@@ -297,7 +297,8 @@ class Run:
         wanted: list[int] = []
         # Those whose state is still here come first.
         for index in sorted(free, key=lambda index: (index not in self.owned, index)):
-            is_left = index in self.owned or self._missing_since.age(index) > self._node.ttl_ms / 1000
+            was_mine = index in self.owned or standing.said(index, "url") == self._node.url
+            is_left = was_mine or self._missing_since.age(index) > self._node.ttl_ms / 1000
             can_load = index in self.owned or "durable" not in standing.run
             if ((left > 0 and not waits) or is_left) and (can_load or await self._offers(index, standing.count)):
                 wanted.append(index)
@@ -309,7 +310,8 @@ class Run:
         mine = sorted(self._mine(standing))
         surplus = mine[self._node.share(standing.count) :] if self.spec.durability == "checkpoint" else []
         self._surplus_since.note({"surplus"} if surplus else set())
-        if self._surplus_since.age("surplus") <= self._node.ttl_ms / 1000:
+        # Beyond the time for which a process that is gone is counted.
+        if self._surplus_since.age("surplus") <= 3 * self._node.ttl_ms / 1000:
             return
         logger.info("run %s: shard %s is handed over", self.name, ", ".join(map(str, surplus)))
         await self._give_up({index: self.owned[index] for index in surplus})

@@ -83,7 +83,7 @@ INVALID = [
     ("groups.slow.max_grad_norm", spec(groups={"slow": {"max_grad_norm": 1.0}})),
     ("lease_ttl_ms", spec(lease_ttl_ms=1)),
     ("durability", spec(durability="journal")),
-    ("shards", spec(shards=2)),
+    ("shards", spec(shards=257)),
     ("optimiser", spec(optimiser={})),
 ]
 

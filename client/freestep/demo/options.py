@@ -11,14 +11,21 @@ from pathlib import Path
 from types import FrameType
 
 from freestep.client import DEFAULT_URL, Client
-from freestep.errors import CoordinatorUnavailable, Overloaded, RunNotFound, RunNotInitialized, ServiceUnreachable
+from freestep.errors import (
+    CoordinatorUnavailable,
+    Overloaded,
+    RunNotFound,
+    RunNotInitialized,
+    ServiceUnreachable,
+    ShardUnavailable,
+)
 from freestep.models import RunStatus
 
 __all__ = ["NOT_NOW", "await_run", "end_on_signals", "parser"]
 
 _PAUSE_S = 0.5
 
-NOT_NOW = (CoordinatorUnavailable, Overloaded, RunNotFound, RunNotInitialized, ServiceUnreachable)
+NOT_NOW = (CoordinatorUnavailable, Overloaded, RunNotFound, RunNotInitialized, ServiceUnreachable, ShardUnavailable)
 """The errors that waiting may cure."""
 
 

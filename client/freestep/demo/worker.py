@@ -37,6 +37,7 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--worker", default=os.environ.get("FREESTEP_WORKER") or worker_name(), help="its name")
     options.add_argument("--batch", type=int, default=32, help="images behind a gradient")
+    options.add_argument("--shards", type=int, default=os.environ.get("FREESTEP_SHARDS"), help="of a run that is new")
     options.add_argument("--steps", type=int, help="stop after this many pushes; else when told to")
     options.add_argument("--seed", type=int, help="of the order of its images; else each worker has its own")
     chosen = options.parse_args()
@@ -63,6 +64,7 @@ def main() -> None:
             algorithm="adamw_schedule_free",
             lr=2.5e-3,
             worker=chosen.worker,
+            shards=chosen.shards,
             lease_ttl_ms=LEASE_TTL_MS,
         ) as optimizer,
     ):
