@@ -27,6 +27,7 @@ from freestep_service.records import Behind, Fenced, Known, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry, Shard
 from freestep_service.snapshots import Reading, Snapshot, Snapshots
+from freestep_service.turns import Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -51,6 +52,7 @@ class OwnedShard:
         coordinator: Coordinator,
         receipts: Receipts,
         settings: Settings,
+        turns: Turns,
         host: Host,
         keep: Callable[[OwnedShard, Entry], None],
     ) -> None:
@@ -58,11 +60,12 @@ class OwnedShard:
         self.token = token
         self.manifest = whole.part(index, count)
         self.shard = Shard(spec, self.manifest, device)
-        self.writer = Writer(self.shard, f"{run}-{index}", self._taken)
+        self.writer = Writer(self.shard, f"{run}-{index}", self._taken, turns)
         self.initialized = False
         self.loaded: int | None = None
         """The generation of the run's opening whose state it has loaded."""
         self._settings = settings
+        self._turns = turns
         self._keep = keep
         self._coordinator = coordinator
         self._host = host
@@ -71,7 +74,7 @@ class OwnedShard:
         self.snapshots = Snapshots(run, self.writer) if count == 1 else None
         self.cuts = None if count == 1 else Cuts(run, coordinator, self.writer, self.owner, settings.queue_seconds)
         self.pushes = Pushes(
-            spec, self.manifest, coordinator, self.writer, self.owner, receipts, settings, self._staging, host
+            spec, self.manifest, coordinator, self.writer, self.owner, receipts, settings, self._staging, turns, host
         )
         self._uploads: dict[str, asyncio.Future[bool]] = {}
         self._initializing = asyncio.Lock()
@@ -130,7 +133,7 @@ class OwnedShard:
 
     async def _receive(self, body: Body, vector: Vector, upload: str) -> float | None:
         """As `stage`, and keeps the upload's turn meanwhile."""
-        staging = asyncio.ensure_future(stage(body, self.manifest, vector))
+        staging = asyncio.ensure_future(stage(body, self.manifest, vector, self._turns))
         try:
             while not (await asyncio.wait([staging], timeout=_POLL_S))[0]:
                 with suppress(CoordinatorUnavailable, ShardUnavailable):

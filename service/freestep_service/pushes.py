@@ -34,6 +34,7 @@ from freestep_service.ingest import Body, widen_and_measure
 from freestep_service.records import Admission, Behind, Claim, Fenced, Lost, Pending, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry
+from freestep_service.turns import HOST, Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -122,14 +123,17 @@ class Host(Protocol):
         """Somebody else owns the shard."""
 
 
-async def stage(body: Body, manifest: Manifest, vector: Vector, *, exact: bool = False) -> tuple[float | None, str]:
+async def stage(
+    body: Body, manifest: Manifest, vector: Vector, turns: Turns, *, exact: bool = False
+) -> tuple[float | None, str]:
     """Receives a body's tensors into a vector, as fp32; returns their norm, None if not finite, and the digest.
 
     Raises MalformedTensors and MalformedRequest.
     """
     receiver = Receiver(manifest, vector.bytes, body.length)
     digest = await body.receive_into(receiver)
-    return await asyncio.to_thread(widen_and_measure, vector, manifest, receiver.dtypes, exact=exact), digest
+    measure = turns.of(HOST, widen_and_measure)
+    return await asyncio.to_thread(measure, vector, manifest, receiver.dtypes, exact=exact), digest
 
 
 class Pushes:
@@ -145,6 +149,7 @@ class Pushes:
         receipts: Receipts,
         settings: Settings,
         staging: VectorPool,
+        turns: Turns,
         host: Host,
     ) -> None:
         self._spec = spec
@@ -155,6 +160,7 @@ class Pushes:
         self._receipts = receipts
         self._settings = settings
         self._staging = staging
+        self._turns = turns
         self._host = host
         self._flights: dict[str, _Flight] = {}
         self._commits: set[asyncio.Task[Record]] = set()
@@ -281,7 +287,7 @@ class Pushes:
             except TimeoutError:
                 raise Overloaded from None
             exact = self._spec.optimizer.max_grad_norm is not None
-            norm, digest = await stage(body, self._manifest, vector, exact=exact)
+            norm, digest = await stage(body, self._manifest, vector, self._turns, exact=exact)
             if norm is None:
                 raise NonFiniteGradient("the gradient holds NaN or infinity")
             if not exact and norm > _LARGEST_NORM:

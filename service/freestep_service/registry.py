@@ -23,6 +23,7 @@ from freestep_service.run import Run
 from freestep_service.settings import Settings
 from freestep_service.storage import Storage
 from freestep_service.store import Store, reachable
+from freestep_service.turns import Turns
 
 __all__ = ["Registry"]
 
@@ -42,6 +43,7 @@ class Registry:
         self._store = store
         self._storage = storage
         self._device = device
+        self._turns = Turns()
         self._metrics = metrics
         self.node = Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds))
         self._messages = Messages(store)
@@ -135,7 +137,7 @@ class Registry:
         metrics = RunMetrics(self._metrics, name)
         return Run(
             name, spec, shards, self.node, self._settings, self._store, self._storage, self._messages, self._device,
-            metrics,
+            self._turns, metrics,
         )  # fmt: skip
 
     async def _open(self, name: str, *, is_from_elsewhere: bool = False) -> None:

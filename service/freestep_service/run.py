@@ -42,6 +42,7 @@ from freestep_service.shard import Cut, Entry
 from freestep_service.snapshots import Reading, Snapshot
 from freestep_service.storage import Storage
 from freestep_service.store import Store
+from freestep_service.turns import Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -72,6 +73,7 @@ class Run:
         storage: Storage,
         messages: Messages,
         device: torch.device,
+        turns: Turns,
         metrics: RunMetrics,
     ) -> None:
         self.name = name
@@ -88,6 +90,7 @@ class Run:
         self._storage = storage
         self._messages = messages
         self._device = device
+        self._turns = turns
         self._metrics = metrics
         self.coordinator = Coordinator(store, name, self.canonical_spec, Policy.of(spec.aggregation))
         self._checkpoints = Checkpoints(storage, name, settings.checkpoints_kept)
@@ -258,7 +261,7 @@ class Run:
                 device = torch.device("cuda", index % torch.cuda.device_count())
             self.owned[index] = OwnedShard(
                 self.name, self.spec, self.manifest, index, self.count, mine[index], device, self.coordinator,
-                self._receipts, self._settings, self, self._keep_cut,
+                self._receipts, self._settings, self._turns, self, self._keep_cut,
             )  # fmt: skip
         if self.owned and self.many:
             await self._messages.listen(self.coordinator.channel, self._hear)
@@ -552,7 +555,7 @@ class Run:
         """A body of the whole model, as a flat fp32 vector; one at a time. Raises MalformedTensors."""
         vector = await self._whole.acquire()
         try:
-            await stage(body, self.manifest, vector)
+            await stage(body, self.manifest, vector, self._turns)
             yield vector
         finally:
             self._whole.release(vector)

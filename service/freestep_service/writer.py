@@ -14,6 +14,7 @@ from typing import TypeVar
 from freestep.errors import ShardUnavailable
 from freestep_service.records import Known, Lost
 from freestep_service.shard import Entry, Shard
+from freestep_service.turns import Turns
 
 __all__ = ["Writer"]
 
@@ -26,8 +27,11 @@ _BEYOND = 2**53
 class Writer:
     """Applies log entries to a shard, in order, on a thread of its own."""
 
-    def __init__(self, shard: Shard, name: str, taken: Callable[[Entry], None] | None = None) -> None:
+    def __init__(
+        self, shard: Shard, name: str, taken: Callable[[Entry], None] | None = None, turns: Turns | None = None
+    ) -> None:
         self.shard = shard
+        self._turns = turns or Turns()
         self._taken = taken
         """Called, on the event loop, for each entry once its application is under way: what is then run on the
         writer's thread sees the state that the entry leaves."""
@@ -56,7 +60,8 @@ class Writer:
         """As `run`, but in line already when this returns."""
         if self._closed:
             raise ShardUnavailable("the shard is being given up")
-        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        in_turn = self._turns.of(self.shard.device, function)
+        return asyncio.get_running_loop().run_in_executor(self._thread, in_turn, *arguments)
 
     async def apply(self, entry: Entry) -> None:
         """Returns once the entry is applied; raises Lost when the run was opened again instead."""
@@ -101,7 +106,8 @@ class Writer:
             entry, future = held
             self.known_seq = max(self.known_seq, entry.seq)
             self._next_seq += 1
-            work = asyncio.get_running_loop().run_in_executor(self._thread, self.shard.apply, entry)
+            apply = self._turns.of(self.shard.device, self.shard.apply)
+            work = asyncio.get_running_loop().run_in_executor(self._thread, apply, entry)
             work.add_done_callback(lambda done, future=future: self._finish(done, future))  # type: ignore[misc]
             if self._taken is not None:
                 self._taken(entry)
