@@ -68,7 +68,14 @@ class Store:
 
     def listener(self) -> Redis:
         """A client of its own for channels: any one server of a cluster hears what is told to the others."""
-        return Redis.from_url(self._url, decode_responses=True, socket_connect_timeout=_TIMEOUT_S)
+        return Redis.from_url(
+            self._url,
+            decode_responses=True,
+            socket_connect_timeout=_TIMEOUT_S,
+            # Nothing is ever said on it: without probes a connection whose other end is gone would seem to be quiet.
+            health_check_interval=_TIMEOUT_S,
+            **({} if self._url.startswith("unix:") else {"socket_keepalive": True}),
+        )
 
     async def ping(self) -> None:
         async with reachable():

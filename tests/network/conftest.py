@@ -25,6 +25,8 @@ COMPANION = "companion"
 """A worker that lives on the first shard's host."""
 _HOMES = {**{worker: worker for worker in WORKERS}, COMPANION: SHARDS[0]}
 _PORT, _REDIS_PORT = 8000, 6379
+_PATIENCE_S = 15.0
+"""For a service to end in order, before it is killed."""
 _SETTINGS = {
     "port": _PORT,
     # Between two heartbeats and the end there is room for several round trips and lost frames.
@@ -104,7 +106,11 @@ class Cluster:
             process.terminate()
         for process in reversed(self._service):
             process.terminate()
-            process.wait()
+            try:
+                process.wait(_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self.network.close()
 
 

@@ -5,6 +5,7 @@ The run is SGD with learning rate 1 and every gradient is -1, so each element co
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
 import time
@@ -203,6 +204,42 @@ def test_an_orderly_restart_of_one_owner_loses_nothing(
     assert run.status().epoch == 1
     assert run.push(ONES, lease.claim(5)).step == 6
     lease.release()
+
+
+@pytest.mark.slow
+def test_an_orderly_restart_under_pushes_loses_nothing(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+) -> None:
+    settings = {"redis_url": url_of(store), "owner_ttl_seconds": TTL}
+    stays, leaves = start_service(**settings), start_service(**settings)
+    run = run_of(stays.url)
+    create(run, 3)
+    ended = threading.Event()
+    heard: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+
+    def work(mine: Run, name: str) -> None:
+        try:
+            with mine.lease(name, ttl_ms=60_000) as lease:
+                while not ended.is_set():
+                    heard.put(mine.push(ONES, lease.claim(mine.status().step)).step)
+        except BaseException as error:
+            heard.put(error)
+
+    workers = [threading.Thread(target=work, args=(run_of(stays.url), f"worker-{number}")) for number in range(3)]
+    for worker in workers:
+        worker.start()
+    applied = []
+    for _ in range(3):
+        applied += [heard.get(timeout=60) for _ in range(20)]
+        leaves.stop()
+        leaves = start_service(**settings)
+    ended.set()
+    for worker in workers:
+        worker.join()
+    while not heard.empty():
+        applied.append(heard.get())
+    assert run.status().epoch == 1
+    assert sorted(applied) == list(range(1, count(run) + 1))
 
 
 def test_an_orderly_restart_of_all_loses_nothing(
