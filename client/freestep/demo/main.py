@@ -148,7 +148,7 @@ def _conclude(console: Console, last: Evaluation, output: Path, data_dir: Path) 
         "  python -m freestep.demo.evaluator           what x and y are worth, every second\n"
         "  freestep runs show digits\n"
         "  freestep pull digits --point x -o digits.safetensors\n"
-        "  docker compose up --build --scale worker=4  the same as containers",
+        "  docker compose up --build                   the same as containers, over several shards",
         soft_wrap=True,
         highlight=False,
         markup=False,
