@@ -37,6 +37,7 @@ class Messages:
         self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
         self._listeners: dict[str, Listener] = {}
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def start(self, listener: Listener) -> None:
         """Begins, with what is told to everybody."""
@@ -61,7 +62,7 @@ class Messages:
 
     async def _hear(self) -> None:
         broken = False
-        while True:
+        while not self._closed:
             try:
                 message = await self._pubsub.get_message(timeout=_POLL_S)
                 if broken:
@@ -81,6 +82,8 @@ class Messages:
                     logger.exception("a message could not be taken in: %s", message["data"][:500])
 
     async def close(self) -> None:
+        # A cancellation that meets a timeout of the connection's is lost.
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):

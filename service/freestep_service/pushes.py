@@ -164,6 +164,7 @@ class Pushes:
         self._host = host
         self._flights: dict[str, _Flight] = {}
         self._commits: set[asyncio.Task[Record]] = set()
+        self._closed = False
 
     async def push(self, claim: Claim, body: Body, wish: Wish = Wish()) -> tuple[Record, bool]:
         """What was decided of a push, and whether that had been decided before."""
@@ -211,6 +212,8 @@ class Pushes:
 
     async def close(self) -> bool:
         """Gives up the commits that Redis has not answered; whether there were none."""
+        # A cancellation that meets a timeout of Redis's is lost.
+        self._closed = True
         pending = [task for task in self._commits if not task.done()]
         for task in pending:
             task.cancel()
@@ -326,6 +329,8 @@ class Pushes:
     async def _decide(self, claim: Claim, flight: _Flight, staged: _Staged, wish: Wish) -> _Decision:
         largest = _LARGEST_NORM if self._spec.optimizer.max_grad_norm is None else None
         while True:
+            if self._closed:
+                raise asyncio.CancelledError
             era = self._writer.era
             try:
                 answer = await self._coordinator.commit(
