@@ -222,12 +222,11 @@ class Coordinator:
             self._refuse(status, rest)
         return live, Ended(rest[0], rest[1], rest[2], rest[3:])
 
-    async def entries(self, after_seq: int) -> tuple[list[dict[str, Any]], int]:
-        """The log's entries after `after_seq`, and the epoch they are of."""
+    async def entries(self, after_seq: int) -> list[dict[str, Any]]:
+        """The log's entries after `after_seq`."""
         async with reachable():
             entries = await self._store.client.xrange(self._keys[6], f"({after_seq}-0", "+")
-            epoch = int(await self._store.client.hget(self._keys[0], "epoch") or 0)
-        return [json.loads(fields["entry"]) for _, fields in entries], epoch
+        return [json.loads(fields["entry"]) for _, fields in entries]
 
     async def workers(self) -> list[WorkerStatus]:
         """The live workers, by name."""

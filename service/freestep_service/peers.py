@@ -90,7 +90,8 @@ class Peers:
         """
         url = run.owner_url(index)
         if url is None:
-            await run.refresh()
+            # Without waiting for the next heartbeat.
+            await run.keep()
             url = run.owner_url(index)
         if url is None or RELAYED in request.headers:
             run.shard(index)
@@ -205,9 +206,8 @@ class Peers:
         headers: Mapping[str, str],
         content: Callable[[int], tuple[int, AsyncIterator[memoryview]]] | None = None,
     ) -> list[httpx.Response]:
-        topology = await run.topology()
-        if topology.missing:
-            raise not_open(run.name, topology.missing)
+        if missing := (await run.topology()).missing:
+            raise not_open(run.name, missing)
 
         async def ask(index: int) -> httpx.Response:
             """One shard's answer; while the shard is being opened the others wait for it."""
@@ -221,7 +221,11 @@ class Peers:
                     await asyncio.sleep(_PAUSE_S)
 
         async def ask_once(index: int) -> httpx.Response:
-            url = f"{topology.shards[index].url}/v1/runs/{run.name}/{path}"
+            # Anew each time, since ownership moves.
+            owner = (await run.topology()).shards[index].url
+            if owner is None:
+                raise not_open(run.name, [index])
+            url = f"{owner}/v1/runs/{run.name}/{path}"
             lines = dict(headers)
             body = None
             if content is not None:
@@ -235,14 +239,13 @@ class Peers:
                 raise await _problem(answer)
             return answer
 
-        asking = [asyncio.ensure_future(ask(index)) for index in range(run.count)]
-        await asyncio.wait(asking)
-        failures = [error for each in asking if (error := each.exception())]
+        answers = await asyncio.gather(*map(ask, range(run.count)), return_exceptions=True)
+        failures = [each for each in answers if isinstance(each, BaseException)]
         # A refusal rather than what came of it elsewhere.
         failures.sort(key=lambda error: isinstance(error, ShardUnavailable | CoordinatorUnavailable))
         if failures:
             raise failures[0]
-        return [each.result() for each in asking]
+        return [each for each in answers if isinstance(each, httpx.Response)]
 
     async def _send(self, made: httpx.Request) -> httpx.Response:
         made.headers["Accept-Encoding"] = "identity"

@@ -159,8 +159,7 @@ class Run:
         """Reads what of the log was not heard."""
         if self.owned:
             after = min(owned.writer.taken_seq for owned in self.owned.values())
-            entries, _ = await self.coordinator.entries(after)
-            for entry in entries:
+            for entry in await self.coordinator.entries(after):
                 self._hear_entry(entry)
 
     # Opening
@@ -400,7 +399,7 @@ class Run:
         with suppress(TimeoutError):
             async with asyncio.timeout(_CATCHING_UP_S):
                 while owned.writer.taken_seq < seq:
-                    entries, _ = await self.coordinator.entries(owned.writer.taken_seq)
+                    entries = await self.coordinator.entries(owned.writer.taken_seq)
                     if not all([owned.hear(entry) for entry in entries]):
                         return
                     await asyncio.sleep(_POLL_S)
@@ -698,10 +697,6 @@ class Run:
         if self._standing is None or self._standing.said(index, "node") == self._node.id:
             return None
         return self._standing.said(index, "url")
-
-    async def refresh(self) -> None:
-        """Learns who owns what, without waiting for the next heartbeat."""
-        await self.keep()
 
     # Checkpoints
 

@@ -20,9 +20,6 @@ __all__ = ["Writer"]
 
 T = TypeVar("T")
 
-_BEYOND = 2**53
-"""A place in the log that no run reaches."""
-
 
 class Writer:
     """Applies log entries to a shard, in order, on a thread of its own."""
@@ -142,12 +139,6 @@ class Writer:
         self._lose([key for key in self._held if key[0] != epoch or key[1] <= seq])
         self._take()
         self._wake(lambda _: True)
-
-    def doubt(self) -> None:
-        """Goes on as before `pause`, but takes Redis for one that has lost data, so that it is written anew."""
-        self._paused = False
-        self.known_seq = _BEYOND
-        self._take()
 
     def _lose(self, keys: list[tuple[int, int]]) -> None:
         for key in keys:

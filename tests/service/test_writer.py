@@ -122,20 +122,6 @@ def test_a_new_epoch_keeps_its_own_entries(writer: Writer) -> None:
     run(work)
 
 
-def test_in_doubt_redis_is_taken_for_behind(writer: Writer) -> None:
-    async def work() -> None:
-        writer.resume(1, 0, 0)
-        await writer.apply(entry(1))
-        writer.pause()
-        writer.doubt()
-        assert writer.known.seq > 10**15
-        assert writer.era == 0
-        await writer.apply(entry(2))
-        assert value(writer.shard) == 3.0
-
-    run(work)
-
-
 def test_a_step_is_waited_for(writer: Writer) -> None:
     async def work() -> None:
         writer.resume(1, 0, 0)
