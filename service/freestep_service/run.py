@@ -15,7 +15,6 @@ import torch
 from freestep.errors import (
     CheckpointNotFound,
     CoordinatorUnavailable,
-    FreestepError,
     InvalidSpec,
     RunExists,
     RunNotFound,
@@ -23,9 +22,10 @@ from freestep.errors import (
     ShardUnavailable,
     StepNotReached,
 )
-from freestep.models import Checkpoint, RunSpec, RunStatus, ShardStatus, Slice, Topology
+from freestep.models import Checkpoint, RunSpec, RunStatus, Topology
 from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
+from freestep_service.checkpointing import Checkpointing
 from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile
 from freestep_service.coordinator import Coordinator, not_open
 from freestep_service.ingest import Body
@@ -38,10 +38,11 @@ from freestep_service.owned import OwnedShard
 from freestep_service.pushes import Receipts, Wish, stage
 from freestep_service.records import Claim, CutId, Fenced, Known, Record, RunState, Standing
 from freestep_service.settings import Settings
-from freestep_service.shard import Cut, Entry
+from freestep_service.shard import Cut
 from freestep_service.snapshots import Reading, Snapshot
 from freestep_service.storage import Storage
 from freestep_service.store import Store
+from freestep_service.topology import topology
 from freestep_service.turns import Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
@@ -50,10 +51,8 @@ __all__ = ["Run"]
 
 logger = logging.getLogger("freestep")
 
-_PAUSE_AFTER_FAILURE_S = 10.0
-"""Before a checkpoint that could not be written, on a full disk say, is tried again in the background."""
 _OPENING_S = 20.0
-"""How long a request waits for a run that is being opened, or for a checkpoint that other processes write."""
+"""How long a request waits for a run that is being opened."""
 _CATCHING_UP_S = 3.0
 """How long a shard that stops for an opening waits for entries of the log that it has not got."""
 _POLL_S = 0.05
@@ -108,12 +107,8 @@ class Run:
         self._keeping = asyncio.Lock()
         self._openings = 0
         self._troubled = False
-        self._checkpointing = asyncio.Lock()
-        self._checkpointed: tuple[int | None, float] = (None, time.monotonic())
-        self._checkpoint_not_before = 0.0
-        self._durable: dict[CutId, asyncio.Future[None]] = {}
+        self.checkpointing = Checkpointing(self, self._checkpoints, self._receipts, settings, metrics)
         self._background: set[asyncio.Task[Any]] = set()
-        self._writing: set[asyncio.Task[None]] = set()
         self._closed = False
 
     # What its parts ask of it
@@ -260,7 +255,7 @@ class Run:
                 device = torch.device("cuda", index % torch.cuda.device_count())
             self.owned[index] = OwnedShard(
                 self.name, self.spec, self.manifest, index, self.count, mine[index], device, self.coordinator,
-                self._receipts, self._settings, self._turns, self, self._keep_cut,
+                self._receipts, self._settings, self._turns, self, self.checkpointing.keep_cut,
             )  # fmt: skip
         if self.owned and self.many:
             await self._messages.listen(self.coordinator.channel, self._hear)
@@ -375,7 +370,7 @@ class Run:
                 # Entries of the log are missing here: from there it cannot go on.
                 live = owned.loaded = None
             elif "resharding" in standing.run and owned.initialized:
-                size = await self._write(owned, await writer.run(owned.shard.cut))
+                size = await self.checkpointing.write(owned, await writer.run(owned.shard.cut))
                 await self.coordinator.written(owned.owner(), live, size)
         begin, end = owned.manifest.begin, owned.manifest.end
         offers: list[CutId] = []
@@ -448,7 +443,7 @@ class Run:
             if await self.coordinator.loaded(owned.owner(), generation) == "open":
                 opened = True
         if cut is not None and initialized and not target["live"]:
-            self._checkpointed = (cut.step, time.monotonic())
+            self.checkpointing.went_back_to(cut)
         self._newest_epoch = max(self._newest_epoch, epoch)
         self._metrics.at(self.epoch, self.step)
         if opened:
@@ -519,7 +514,7 @@ class Run:
             case "evicted":
                 self._receipts.forget(message["keys"])
             case "durable":
-                self._spawn(self._note_durable(message["cut"]))
+                self._spawn(self.checkpointing.note_durable(message["cut"]))
             case "phase" | "deleted":
                 self._spawn(self.keep())
 
@@ -635,7 +630,7 @@ class Run:
         loss, staleness = self._metrics.loss, self._metrics.staleness
         if standing and not self.leads:
             loss, staleness = (_number(standing.said(0, name)) for name in ("loss", "staleness"))
-        checkpoint_step = self._checkpointed[0]
+        checkpoint_step = self.checkpointing.step
         if checkpoint_step is None and "durable_step" in fields:
             checkpoint_step = int(fields["durable_step"])
         initialized = fields.get("initialized") == "1"
@@ -662,35 +657,9 @@ class Run:
         if standing is None:
             self._require_open()
             raise not_open(self.name, list(range(self.count)))
+        applied = {index: owned.writer.applied_step for index, owned in self.owned.items() if owned.loaded is not None}
         # Redis's clock: what has run out is said by whoever keeps the run.
-        now = self._standing.now_ms if self._standing else 0
-        shards = []
-        missing = []
-        for index in range(standing.count):
-            part = self.manifest.part(index, standing.count)
-            url = standing.said(index, "url")
-            if url is None or int(standing.said(index, "ends") or 0) <= now:
-                url = None
-                missing.append(index)
-            applied = standing.said(index, "applied")
-            if index in self.owned and self.owned[index].loaded is not None:
-                applied = str(self.owned[index].writer.applied_step)
-            durable = standing.said(index, "durable") or standing.run.get("durable_step")
-            shards.append(
-                ShardStatus(
-                    index=index,
-                    url=url,
-                    begin=part.begin,
-                    end=part.end,
-                    slices=[
-                        Slice(name=slot.name, shape=slot.shape, begin=slot.start, end=slot.start + slot.numel)
-                        for slot in part.slots
-                    ],
-                    applied_step=None if applied is None else int(applied),
-                    durable_step=None if durable is None else int(durable),
-                )
-            )
-        return Topology(run=self.name, epoch=standing.number("epoch"), shards=shards, missing=missing)
+        return topology(self.name, self.manifest, standing, self._standing.now_ms if self._standing else 0, applied)
 
     def owner_url(self, index: int) -> str | None:
         """Where a shard's owner was last known to be, if that is another process."""
@@ -704,96 +673,16 @@ class Run:
         """Writes a checkpoint now. Pushes wait for the copy of the state, not for the disk."""
         if self.owned and not self.owned[min(self.owned)].initialized:
             raise RunNotInitialized
-        async with self._checkpointing:
-            began = time.monotonic()
-            self._checkpoint_not_before = began + _PAUSE_AFTER_FAILURE_S
-            cut = await (self._write_parts() if self.many else self._write_whole())
-            self._checkpointed = (cut.step, time.monotonic())
-            self._checkpoint_not_before = 0.0
-            self._metrics.checkpointed(cut.step, time.monotonic() - began)
-        for written in await self.list_checkpoints():
-            if (written.epoch, written.step) == cut[:2]:
-                return written
-        raise ShardUnavailable("the checkpoint was dropped while it was being written")
-
-    async def _write_whole(self) -> CutId:
-        owned = self.shard(0)
-        cut = await owned.writer.run(owned.shard.cut)
-        identifier = CutId(cut.epoch, cut.step, cut.seq)
-        size = await self._write(owned, cut)
-        await asyncio.to_thread(self._checkpoints.complete, identifier)
-        with suppress(CoordinatorUnavailable, Fenced):
-            await self.coordinator.written(owned.owner(), identifier, size)
-        return identifier
-
-    async def _write_parts(self) -> CutId:
-        """Has every shard write its part of one cut; returns when all are on disk."""
-        owned = next(iter(self.owned.values()), None)
-        if owned is None:
-            raise ShardUnavailable("this process owns no shard of the run")
-        try:
-            cut = await self.coordinator.mark(owned.owner())
-        except Fenced:
-            raise ShardUnavailable from None
-        durable = self._durable.setdefault(cut, asyncio.get_running_loop().create_future())
-        await self.catch_up()
-        try:
-            async with asyncio.timeout(_OPENING_S + self._settings.queue_seconds):
-                while not durable.done():
-                    await asyncio.wait([durable], timeout=1.0)
-                    standing = await self.coordinator.read()
-                    if standing is not None and standing.run.get("durable") == str(cut):
-                        await self._note_durable(str(cut))
-        except TimeoutError:
-            raise ShardUnavailable("a shard has not written its part of the checkpoint in time") from None
-        finally:
-            self._durable.pop(cut, None)
-        return cut
-
-    def _keep_cut(self, owned: OwnedShard, entry: Entry) -> None:
-        """Copies a shard's state as an entry left it, and writes it."""
-        copied = owned.writer.call(owned.shard.cut)
-        task = asyncio.get_running_loop().create_task(self._write_part(owned, copied))
-        self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
-
-    async def _write_part(self, owned: OwnedShard, copied: asyncio.Future[Cut]) -> None:
-        try:
-            cut = await copied
-            size = await self._write(owned, cut)
-            await self.coordinator.written(owned.owner(), CutId(cut.epoch, cut.step, cut.seq), size)
-        except Fenced:
-            self.fenced()
-        except (FreestepError, OSError):
-            logger.exception("run %s: shard %d's part of a checkpoint could not be written", self.name, owned.index)
-
-    async def _write(self, owned: OwnedShard, cut: Cut) -> int:
-        receipts = self._receipts.until(cut.seq)
-        begin, end = owned.manifest.begin, owned.manifest.end
-        return await asyncio.to_thread(self._checkpoints.write, cut, begin, end, self.manifest.numel, receipts)
-
-    async def _note_durable(self, text: str) -> None:
-        cut = CutId(*map(int, text.split("-")))
-        await asyncio.to_thread(self._checkpoints.complete, cut)
-        self._checkpointed = (cut.step, time.monotonic())
-        if (waiter := self._durable.get(cut)) is not None and not waiter.done():
-            waiter.set_result(None)
+        return await self.checkpointing.write_now()
 
     async def list_checkpoints(self) -> list[Checkpoint]:
         return await asyncio.to_thread(self._checkpoints.all)
 
     def is_checkpoint_due(self) -> bool:
-        """Whether enough steps, or enough time with any step in it, have passed since the last checkpoint."""
-        if not self.leads or self.spec.durability != "checkpoint" or self._checkpointing.locked():
+        """Whether it is for this process to have a checkpoint written, and time."""
+        if not self.leads or self.spec.durability != "checkpoint" or not self.owned[0].initialized:
             return False
-        if not self.owned[0].initialized or self._standing is None or self._standing.phase != "open":
-            return False
-        step, at = self._checkpointed
-        steps, now = self.step - (step or 0), time.monotonic()
-        if now < self._checkpoint_not_before:
-            return False
-        elapsed = now - at
-        return steps >= self._settings.checkpoint_steps or (steps > 0 and elapsed >= self._settings.checkpoint_seconds)
+        return self._standing is not None and self._standing.phase == "open" and self.checkpointing.is_due(self.step)
 
     async def restore(self, step: int) -> None:
         """Goes back to the checkpoint of a step, in a new epoch. Raises CheckpointNotFound."""
@@ -856,7 +745,7 @@ class Run:
         """Writes the last checkpoint and gives up what is owned; nothing may be asked of the run any more."""
         async with self._keeping:
             self._closed = True
-            await asyncio.gather(*self._writing, return_exceptions=True)
+            await self.checkpointing.settle()
             await self._give_up(dict(self.owned))
             await self._messages.ignore(self.coordinator.channel)
 
@@ -868,7 +757,7 @@ class Run:
         if not owned.initialized or self.spec.durability != "checkpoint":
             return
         cut = await owned.writer.run(owned.shard.cut)
-        size = await self._write(owned, cut)
+        size = await self.checkpointing.write(owned, cut)
         identifier = CutId(cut.epoch, cut.step, cut.seq)
         durable = not self.many
         with suppress(CoordinatorUnavailable, Fenced):
@@ -894,8 +783,8 @@ class Run:
                 raise
             for owned in self.owned.values():
                 await owned.pushes.close()
-            async with self._checkpointing:
-                await asyncio.gather(*self._writing, return_exceptions=True)
+            async with self.checkpointing.lock:
+                await self.checkpointing.settle()
                 await asyncio.to_thread(self._checkpoints.remove)
             await self.forget()
 
