@@ -55,9 +55,12 @@ class ThreadService:
         return Redis.from_url(url, decode_responses=decode_responses)
 
     def redis_dump(self, prefix: str) -> dict[str, Any]:
-        """The keys under a prefix and what they hold; of leases' ends only whose they are."""
+        """The keys under a prefix and what they hold, but for when leases and ownerships end: those
+        are renewed at any moment."""
         read = {
-            "hash": lambda client, key: client.hgetall(key),
+            "hash": lambda client, key: {
+                field: value for field, value in client.hgetall(key).items() if not field.endswith(":ends")
+            },
             "list": lambda client, key: client.lrange(key, 0, -1),
             "stream": lambda client, key: client.xrange(key),
             "zset": lambda client, key: client.zrange(key, 0, -1),
