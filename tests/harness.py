@@ -10,10 +10,12 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import safetensors.torch
@@ -26,11 +28,16 @@ from freestep.wire import MEDIA_TYPE
 from freestep_service.app import create_app
 from freestep_service.settings import Settings
 
+T = TypeVar("T")
+
 TENSORS = {"w": torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0]]), "b": torch.tensor(2.0), "e": torch.zeros(0, 4)}
 """The parameters of the runs that `Api.create` makes: a matrix, a scalar and an empty tensor."""
 
 BODY = safetensors.torch.save(TENSORS)
 """TENSORS as a body."""
+
+SGD = {"algorithm": "sgd", "lr": 1.0}
+"""An optimizer that takes every gradient off the parameters as it is."""
 
 
 class ThreadService:
@@ -139,6 +146,10 @@ class Api:
     def path(self, rest: str = "") -> str:
         return f"/v1/runs/{self.run}{rest}"
 
+    def redis_key(self, name: str = "") -> str:
+        """One of the run's keys in Redis; without a name, what they all begin with."""
+        return f"freestep:{{{self.run}}}:{name}"
+
     def spec(self, **changes: Any) -> dict[str, Any]:
         parameters = [{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()]
         return {
@@ -203,9 +214,9 @@ class Api:
         status = self.status()
         for worker in status["workers"]:
             del worker["expires_in_ms"]
-        redis = service.redis_dump(f"freestep:{{{self.run}}}:")
-        # Who owns the shards, and until when.
-        redis.pop(f"freestep:{{{self.run}}}:shards", None)
+        redis = service.redis_dump(self.redis_key())
+        # What owners say of their shards, at every heartbeat.
+        redis.pop(self.redis_key("shards"), None)
         return {"points": points, "status": status, "redis": redis}
 
     def status(self) -> dict[str, Any]:
@@ -225,9 +236,7 @@ class ShardedApi(Api):
         made = self.http.put(self.path(), json=self.spec(**changes))
         assert made.status_code == 201, made.text
         self.learn()
-        pause = threading.Event()
-        while (answer := self.initialize(tensors)).status_code == 503:
-            pause.wait(0.02)
+        answer = persistently(lambda: self.initialize(tensors))
         assert answer.status_code == 201, answer.text
         return made
 
@@ -303,10 +312,39 @@ class ShardedApi(Api):
         )
 
 
-def at_once(*calls: Callable[[], Any]) -> list[Any]:
-    """Makes calls in threads of their own; returns what they return."""
+def at_once(*calls: Callable[[], T]) -> list[T]:
+    """Makes calls at the same moment, in threads of their own; returns what they return."""
+    start = threading.Barrier(len(calls))
+
+    def make(call: Callable[[], T]) -> T:
+        start.wait()
+        return call()
+
     with ThreadPoolExecutor(len(calls)) as pool:
-        return [each.result() for each in [pool.submit(call) for call in calls]]
+        return [each.result() for each in [pool.submit(make, call) for call in calls]]
+
+
+def under_way(call: Callable[[], T]) -> Future[T]:
+    """Begins a call in a thread of its own; what it returns or raises is its future's."""
+    future: Future[T] = Future()
+
+    def make() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=make).start()
+    return future
+
+
+def persistently(call: Callable[[], httpx.Response]) -> httpx.Response:
+    """The answer of a service that says to ask again until it gives another."""
+    pause = threading.Event()
+    while (answer := call()).status_code in (429, 503):
+        assert slug(answer) in ("shard-unavailable", "overloaded", "coordinator-unavailable")
+        pause.wait(0.02)
+    return answer
 
 
 def slug(response: httpx.Response) -> str:
@@ -320,19 +358,47 @@ def slug(response: httpx.Response) -> str:
     return str(name)
 
 
+def head_of_a_push(target: str, headers: Mapping[str, str | list[str]], length: int = len(BODY)) -> bytes:
+    """The head of a push as raw bytes; a header whose value is a list stands as often."""
+    lines = [f"POST {target} HTTP/1.1"]
+    for name, value in {"Host": "test", "Content-Length": str(length), **headers}.items():
+        lines += [f"{name}: {each}" for each in ([value] if isinstance(value, str) else value)]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
 def half_of_a_push(api: Api, lease: dict[str, Any], step: int, key: str) -> bytes:
     """A push of BODY as raw bytes, up to the middle of the body."""
-    head = {**api.headers(lease, step, key), "Host": "test", "Content-Length": str(len(BODY))}
-    lines = [f"POST {api.path('/gradients')} HTTP/1.1", *(f"{name}: {value}" for name, value in head.items())]
-    return "\r\n".join([*lines, "", ""]).encode() + BODY[: len(BODY) // 2]
+    return head_of_a_push(api.path("/gradients"), api.headers(lease, step, key)) + BODY[: len(BODY) // 2]
+
+
+def connected(url: str) -> socket.socket:
+    """A connection of the test's own to a service."""
+    address = urlsplit(url)
+    return socket.create_connection((address.hostname, address.port))
+
+
+def begun_push(api: Api, lease: dict[str, Any], sent: bytes, key: str = "raw", **more: str) -> socket.socket:
+    """The connection over which a push of BODY at step 0 was begun: its head was sent, and these bytes of the body."""
+    connection = connected(api.url)
+    connection.sendall(head_of_a_push(api.path("/gradients"), api.headers(lease, 0, key, **more)) + sent)
+    return connection
+
+
+def answered(connection: socket.socket) -> bytes:
+    """The body of the answer that comes over a connection."""
+    response = HTTPResponse(connection)
+    response.begin()
+    return response.read()
 
 
 def is_pending(service: ThreadService, api: Api, key: str) -> bool:
     """Whether a push is admitted and not yet committed."""
-    pending = f"freestep:{{{api.run}}}:pending"
+    pending = api.redis_key("pending")
     return key in service.redis_dump(pending).get(pending, {})
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], pause_s: float = 0.005) -> None:
+    """Asks again and again, with pauses in which those who are waited for, perhaps in this process, get on."""
+    pause = threading.Event()
     while not condition():
-        pass
+        pause.wait(pause_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 
 import pytest
 import safetensors.torch
@@ -147,3 +148,85 @@ def test_other_tensors_do_not_fit(changes: dict[str, Tensor | None], message: st
     wrong = {name: tensor for name, tensor in {**tensors(), **changes}.items() if tensor is not None}
     with pytest.raises(ManifestMismatch, match=message):
         Flat(MANIFEST).fill(wrong)
+
+
+# Manifests in parts
+
+shapes = st.one_of(
+    st.just(()),
+    st.just((0, 3)),
+    st.tuples(st.integers(1, 300)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.tuples(st.integers(1, 2), st.integers(500, 3000)),
+    st.tuples(st.integers(1, 5), st.integers(0, 4), st.integers(1, 6)),
+)
+manifests = st.lists(shapes, min_size=1, max_size=8).map(
+    lambda made: Manifest(ParameterSpec(name=f"t{number}", shape=shape) for number, shape in enumerate(made))
+)
+
+
+@STEADY
+@given(manifest=manifests, count=st.integers(1, 40))
+def test_parts_cover_the_vector_once_and_in_order(manifest: Manifest, count: int) -> None:
+    parts = [manifest.part(index, count) for index in range(count)]
+    assert [parts[0].begin, *(part.end for part in parts)] == [*(part.begin for part in parts), manifest.numel]
+    covered: dict[str, int] = dict.fromkeys(manifest.by_name, 0)
+    for part in parts:
+        assert part.numel == part.end - part.begin == sum(slot.numel for slot in part.slots) >= 0
+        offset = 0
+        for slot in part.slots:
+            whole = manifest.by_name[slot.name]
+            assert (slot.offset, slot.group) == (offset, whole.group)
+            assert prod(slot.shape) == slot.numel
+            assert slot.start == covered[slot.name]
+            assert part.begin + slot.offset == whole.offset + slot.start
+            covered[slot.name] += slot.numel
+            offset += slot.numel
+    assert covered == {slot.name: slot.numel for slot in manifest.slots}
+    # An empty tensor is in one part, where there is anything to part, and any other in those with elements of it.
+    for slot in manifest.slots:
+        holders = [part for part in parts if slot.name in part.by_name]
+        if slot.numel:
+            assert all(part.by_name[slot.name].numel for part in holders)
+        else:
+            assert len(holders) == (1 if manifest.numel else count)
+
+
+@STEADY
+@given(manifest=manifests, count=st.integers(1, 8))
+def test_parts_are_of_equal_size_within_five_percent(manifest: Manifest, count: int) -> None:
+    share = manifest.numel / count
+    for index in range(count):
+        assert abs(manifest.part(index, count).numel - share) <= max(0.05 * share, 1)
+
+
+@STEADY
+@given(manifest=manifests, count=st.integers(1, 8))
+def test_cuts_fall_between_rows_where_one_ends_nearby(manifest: Manifest, count: int) -> None:
+    ends = {0, manifest.numel}
+    for slot in manifest.slots:
+        if slot.numel:
+            row = prod(slot.shape[1:])
+            ends |= set(range(slot.offset, slot.offset + slot.numel + 1, row))
+    for index in range(1, count):
+        ideal, place = manifest.numel * index // count, manifest.part(index, count).begin
+        nearest = min(abs(end - ideal) for end in ends)
+        assert place in ends if nearest <= 0.02 * manifest.numel / count else place == ideal
+    for index in range(count):
+        for slot in manifest.part(index, count).slots:
+            whole = manifest.by_name[slot.name]
+            row = prod(whole.shape[1:])
+            if slot.numel == whole.numel:
+                assert slot.shape == whole.shape
+            elif slot.start % row == 0 and slot.numel % row == 0:
+                assert slot.shape == (slot.numel // row, *whole.shape[1:])
+            else:
+                assert slot.shape == (slot.numel,)
+
+
+def test_there_may_be_more_shards_than_elements() -> None:
+    manifest = Manifest([ParameterSpec(name="w", shape=(3,)), ParameterSpec(name="e", shape=(0,))])
+    parts = [manifest.part(index, 8) for index in range(8)]
+    assert sum(part.numel for part in parts) == 3
+    assert {part.numel for part in parts} == {0, 1}
+    assert [part.by_name.keys() for part in parts if part.numel == 0 and part.slots] == []
