@@ -21,6 +21,7 @@ __all__ = [
     "AggregationSpec",
     "Checkpoint",
     "CheckpointList",
+    "Dtype",
     "GroupOverrides",
     "Lease",
     "LeaseList",
@@ -48,6 +49,8 @@ MOST_SHARDS = 256
 """Shards of one run."""
 
 Point = Literal["x", "y", "z"]
+Dtype = Literal["F32", "BF16", "F16"]
+"""Of tensors that travel."""
 
 _LARGEST_INTEGER = 2**53 - 1
 """Beyond it a double, which is what JSON readers and Lua have, skips integers."""

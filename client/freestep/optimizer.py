@@ -29,15 +29,13 @@ from freestep.errors import (
 from freestep.flat import Flat
 from freestep.groups import complete, named, run_spec, trainable
 from freestep.lease import HeldLease
-from freestep.models import AggregationSpec, Lease, Point, Receipt, RunSpec
+from freestep.models import AggregationSpec, Dtype, Lease, Point, Receipt, RunSpec
 from freestep.ranks import Batch, ranks_of
 from freestep.wire import Manifest
 
 __all__ = ["RemoteOptimizer"]
 
 logger = logging.getLogger("freestep")
-
-Dtype = Literal["F32", "BF16", "F16"]
 
 _WAIT_S = 30.0
 """How long one request waits for a group's update before it is asked again."""

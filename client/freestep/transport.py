@@ -27,7 +27,7 @@ from freestep.errors import (
     Unauthenticated,
     UnexpectedResponse,
 )
-from freestep.wire import MEDIA_TYPE, Receiver
+from freestep.wire import MEDIA_TYPE, Receiver, lay
 
 __all__ = ["Answer", "Place", "Transport"]
 
@@ -205,7 +205,7 @@ def _receive(response: httpx.Response, into: _Destination) -> None:
     try:
         receiver = into.receiver(int(response.headers["content-length"]))
         for chunk in response.iter_raw():
-            receiver.feed(chunk)
+            lay(receiver, chunk)
     except (MalformedTensors, KeyError, ValueError) as error:
         raise UnexpectedResponse(f"{response.request.url} did not answer with the run's tensors: {error}") from error
     if not receiver.complete:

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from freestep.errors import MalformedTensors
 from freestep.models import ParameterSpec
 
-__all__ = ["ITEMSIZE", "MEDIA_TYPE", "Manifest", "Receiver", "Slot", "encode_header"]
+__all__ = ["ITEMSIZE", "MEDIA_TYPE", "Manifest", "Receiver", "Sink", "Slot", "encode_header", "lay"]
 
 MEDIA_TYPE = "application/vnd.safetensors"
 
@@ -146,6 +146,32 @@ class _Entry:
     end: int
 
 
+class Sink(Protocol):
+    """Where bytes that are received belong; as in `asyncio.BufferedProtocol`."""
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go; empty when there is no room for more."""
+
+    def buffer_updated(self, size: int) -> None:
+        """Takes note that `size` bytes were put at the front of `get_buffer()`. May raise; then it is used no more."""
+
+
+def lay(sink: Sink, data: bytes | bytearray | memoryview) -> None:
+    """Copies bytes that lie elsewhere into a sink.
+
+    Raises what the sink raises, and MalformedTensors when it has no room for them.
+    """
+    view = memoryview(data)
+    while view:
+        buffer = sink.get_buffer()
+        if not buffer:
+            _refuse("there are bytes left over after the last tensor")
+        size = min(len(buffer), len(view))
+        buffer[:size] = view[:size]
+        view = view[size:]
+        sink.buffer_updated(size)
+
+
 class Receiver:
     """Lays a body of `length` bytes into `target`, a writable byte view of a flat vector.
 
@@ -153,8 +179,7 @@ class Receiver:
     lands right-aligned in its slot, so that it can be widened in place from the front; `dtypes` names, once the
     header is read, each tensor's dtype as it came.
 
-    Call `get_buffer` for where the next bytes go and `buffer_updated` with how many were put there, as in
-    `asyncio.BufferedProtocol`, until `complete`; or `feed` bytes that lie elsewhere.
+    It is a Sink, until it is `complete`.
     """
 
     def __init__(self, manifest: Manifest, target: memoryview, length: int, itemsize: int = 4) -> None:
@@ -204,21 +229,6 @@ class Receiver:
             self._begin_header()
         elif not self.dtypes:
             self._begin_tensors()
-
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Lays bytes that lie elsewhere into their places.
-
-        Raises MalformedTensors as `buffer_updated`, and when there are more bytes than the body has.
-        """
-        view = memoryview(data)
-        while view:
-            buffer = self.get_buffer()
-            if not buffer:
-                _refuse("there are bytes left over after the last tensor")
-            size = min(len(buffer), len(view))
-            buffer[:size] = view[:size]
-            view = view[size:]
-            self.buffer_updated(size)
 
     def _begin_header(self) -> None:
         size = int.from_bytes(self._prefix, "little")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -21,6 +22,7 @@ from freestep_service.routes import checkpoints, gradients, health, leases, para
 from freestep_service.settings import Settings
 from freestep_service.storage import open_storage
 from freestep_service.store import Store
+from freestep_service.turns import arithmetic_threads
 
 __all__ = ["create_app"]
 
@@ -33,6 +35,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(settings.thread_count())
+        asyncio.get_running_loop().set_default_executor(arithmetic_threads("worker"))
         device = choose_device(settings.device)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         async with AsyncExitStack() as stack:
@@ -58,7 +61,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.add_middleware(JsonLimit)
     problems.install(app, lambda slug: metrics.problems.labels(slug).inc())
-    for module in (runs, parameters, leases, gradients, checkpoints, health):
+    # The data path first: routes are tried one after another.
+    for module in (gradients, parameters, leases, runs, checkpoints, health):
         app.include_router(module.router)
     return app
 

@@ -14,7 +14,8 @@ import xxhash
 from starlette.requests import ClientDisconnect, Request
 
 from freestep.errors import MalformedRequest
-from freestep.wire import Manifest, Receiver
+from freestep.wire import Manifest, Receiver, Sink, lay
+from freestep_service.connection import INLET
 from freestep_service.optimizers import norm
 from freestep_service.shard import DTYPES
 from freestep_service.vectors import Vector
@@ -24,6 +25,8 @@ __all__ = ["Body", "widen_and_measure"]
 SLOWEST = 64 * 1024
 """Bytes a second: who sends more slowly may not hold memory that others wait for."""
 _WIDENING_CHUNK = 64 * 1024
+_UNKEPT = 256 * 1024
+"""Bytes at a time of a body that is only digested."""
 
 
 class Body:
@@ -34,45 +37,76 @@ class Body:
 
     def __init__(self, request: Request, length: int, stall_s: float) -> None:
         self.length = length
-        self._chunks = request.stream()
+        self._request = request
         self._stall_s = stall_s
-        self._deadline: float | None = None
 
     async def receive_into(self, receiver: Receiver) -> str:
         """Fills the receiver and returns the digest of the bytes.
 
         Raises MalformedTensors as the receiver does, and MalformedRequest when the body ends or stalls early.
         """
-        digest = xxhash.xxh3_128()
-        while not receiver.complete:
-            chunk = await self._next()
-            digest.update(chunk)
-            receiver.feed(chunk)
-        return digest.hexdigest()
+        return await self._pour(receiver)
 
     async def receive_digest(self) -> str:
         """Reads the body for its digest alone; raises MalformedRequest as above."""
-        digest, missing = xxhash.xxh3_128(), self.length
-        while missing > 0:
-            chunk = await self._next()
-            digest.update(chunk)
-            missing -= len(chunk)
-        return digest.hexdigest()
+        return await self._pour(_Nowhere(self.length))
 
-    async def _next(self) -> bytes:
-        now = asyncio.get_running_loop().time()
-        if self._deadline is None:
-            self._deadline = now + self._stall_s + self.length / SLOWEST
+    async def _pour(self, sink: Sink) -> str:
+        digested = _Digested(sink)
+        deadline = asyncio.get_running_loop().time() + self._stall_s + self.length / SLOWEST
+        inlet = self._request.scope.get("extensions", {}).get(INLET)
         try:
-            async with asyncio.timeout_at(min(now + self._stall_s, self._deadline)):
-                chunk = await anext(self._chunks, b"")
+            if inlet is not None:
+                await inlet.pour(digested, self._stall_s, deadline)
+            else:
+                await self._stream(digested, deadline)
         except TimeoutError:
             raise MalformedRequest(f"the body stood still for {self._stall_s:g} s, or came too slowly") from None
-        except ClientDisconnect:
-            raise MalformedRequest("the connection was closed before the end of the body") from None
-        if not chunk:
-            raise MalformedRequest("the body ended before its Content-Length")
-        return chunk
+        except (ClientDisconnect, EOFError):
+            raise MalformedRequest("the body ended before its Content-Length") from None
+        return digested.hexdigest()
+
+    async def _stream(self, sink: Sink, deadline: float) -> None:
+        """As `Inlet.pour`, from the ASGI server's messages."""
+        loop, chunks, missing = asyncio.get_running_loop(), self._request.stream(), self.length
+        while missing > 0:
+            async with asyncio.timeout_at(min(loop.time() + self._stall_s, deadline)):
+                chunk = await anext(chunks, b"")
+            if not chunk:
+                raise EOFError
+            lay(sink, chunk)
+            missing -= len(chunk)
+
+
+class _Digested:
+    """A sink whose bytes are digested on their way, while the processor still has them at hand."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._buffer = memoryview(b"")
+        self._digest = xxhash.xxh3_128()
+        self.hexdigest = self._digest.hexdigest
+
+    def get_buffer(self) -> memoryview:
+        self._buffer = self._sink.get_buffer()
+        return self._buffer
+
+    def buffer_updated(self, size: int) -> None:
+        self._digest.update(self._buffer[:size])
+        self._sink.buffer_updated(size)
+
+
+class _Nowhere:
+    """A sink that has room for `length` bytes and keeps none of them."""
+
+    def __init__(self, length: int) -> None:
+        self._buffer = memoryview(bytearray(min(length, _UNKEPT)))
+
+    def get_buffer(self) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, size: int) -> None:
+        pass
 
 
 def widen_and_measure(

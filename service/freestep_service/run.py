@@ -390,7 +390,7 @@ class Run:
     async def restore(self, step: int) -> None:
         """Goes back to the checkpoint of a step, in a new epoch. Raises CheckpointNotFound."""
         cut = await asyncio.to_thread(self._checkpoints.at, step)
-        for owned in self.owned.values():
+        for owned in list(self.owned.values()):
             # Before anything is changed. What other processes have to load they look at when they do.
             try:
                 await asyncio.to_thread(self._checkpoints.load, cut, owned.manifest.begin, owned.manifest.end)

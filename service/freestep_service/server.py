@@ -12,6 +12,7 @@ from pydantic_settings import CliApp
 from rich.console import Console
 
 from freestep_service.app import create_app
+from freestep_service.connection import Connection
 from freestep_service.settings import Settings
 
 __all__ = ["main", "serve"]
@@ -43,7 +44,7 @@ def serve(settings: Settings) -> None:
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
         create_app(settings.model_copy(update={"port": port})),
-        http="httptools",
+        http=Connection,
         loop="auto",
         ws="none",
         lifespan="on",

@@ -1,4 +1,4 @@
-"""Turns at the arithmetic: one long computation at a time on each device.
+"""Turns at the arithmetic: one long computation at a time on each device, and the threads that take them.
 
 Several shards of one process would else sweep their vectors at the same time, with more threads than there are cores
 for it, and throw each other's out of the cache.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["HOST", "Turns"]
+__all__ = ["HOST", "Turns", "arithmetic_threads"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,3 +39,12 @@ class Turns:
                 return function(*arguments, **options)
 
         return in_turn
+
+
+def arithmetic_threads(name: str, most: int | None = None) -> ThreadPoolExecutor:
+    """At most `most` threads, whose tensor arithmetic is spread over as many as that of the calling thread.
+
+    OpenMP keeps that number for every thread by itself, and starts with that of the cores: a thread that is not told
+    has helpers that spin, against the event loop and each other, even for the square root of a few elements.
+    """
+    return ThreadPoolExecutor(most, f"freestep-{name}", partial(torch.set_num_threads, torch.get_num_threads()))

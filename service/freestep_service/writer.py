@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from freestep.errors import ShardUnavailable
 from freestep_service.records import Known, Lost
 from freestep_service.shard import Entry, Shard
-from freestep_service.turns import Turns
+from freestep_service.turns import Turns, arithmetic_threads
 
 __all__ = ["Writer"]
 
@@ -43,7 +42,7 @@ class Writer:
         self._paused = True
         self._closed = False
         self._held: dict[tuple[int, int], tuple[Entry, asyncio.Future[None]]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"freestep-writer-{name}")
+        self._thread = arithmetic_threads(f"writer-{name}", 1)
         self._waiters: set[tuple[int, asyncio.Future[None]]] = set()
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:

@@ -15,7 +15,7 @@ from torch import Tensor
 from freestep import Flat
 from freestep.errors import MalformedTensors, ManifestMismatch
 from freestep.models import ParameterSpec
-from freestep.wire import ITEMSIZE, Manifest, Receiver, encode_header
+from freestep.wire import ITEMSIZE, Manifest, Receiver, encode_header, lay
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SHAPES = {"first": (3, 4), "scalar": (), "empty": (0, 2), "last": (5,), "naïve.名": (2, 1, 2)}
@@ -55,7 +55,7 @@ def test_what_the_library_writes_is_received(dtype: str) -> None:
     body = safetensors.torch.save(dict(reversed(made.items())), metadata={"some": "thing"})
     flat = Flat(MANIFEST, dtype)
     receiver = flat.receiver(len(body))
-    receiver.feed(body)
+    lay(receiver, body)
     assert receiver.complete
     assert receiver.metadata == {"some": "thing"}
     assert torch.equal(flat.vector, joined(made))
@@ -72,7 +72,7 @@ def test_a_body_may_come_in_any_pieces(cuts: list[int], mixed: bool) -> None:
     receiver = Receiver(MANIFEST, memoryview(target), len(body))
     rest = memoryview(body)
     for cut in [*cuts, len(body)]:
-        receiver.feed(rest[:cut])
+        lay(receiver, rest[:cut])
         rest = rest[cut:]
     assert receiver.complete
     assert receiver.missing == 0
@@ -99,7 +99,7 @@ def test_tensors_may_come_in_any_order(order: list[str]) -> None:
     text = json.dumps(header, ensure_ascii=False).encode()
     flat = Flat(MANIFEST)
     receiver = flat.receiver(8 + len(text) + len(data))
-    receiver.feed(len(text).to_bytes(8, "little") + text + data)
+    lay(receiver, len(text).to_bytes(8, "little") + text + data)
     assert receiver.complete
     assert torch.equal(flat.vector, joined(made))
 
@@ -108,7 +108,7 @@ def test_tensors_may_come_in_any_order(order: list[str]) -> None:
 def test_a_vector_of_halves_takes_nothing_wider(dtype: str) -> None:
     body = safetensors.torch.save(tensors())
     with pytest.raises(MalformedTensors, match="wider"):
-        Flat(MANIFEST, dtype).receiver(len(body)).feed(body)
+        lay(Flat(MANIFEST, dtype).receiver(len(body)), body)
 
 
 @STEADY

@@ -13,7 +13,7 @@ from safetensors import deserialize
 
 from freestep.errors import MalformedTensors
 from freestep.models import ParameterSpec
-from freestep.wire import Manifest, Receiver
+from freestep.wire import Manifest, Receiver, lay
 from malformed.bodies import BODIES, NON_FINITE, PARAMETERS, header, numel, valid
 
 MANIFEST = Manifest(ParameterSpec.model_validate(parameter) for parameter in PARAMETERS)
@@ -26,7 +26,7 @@ def receive(body: bytes, chunk: int | None = None) -> tuple[Receiver, bytearray]
     target = bytearray(4 * MANIFEST.numel)
     receiver = Receiver(MANIFEST, memoryview(target), len(body))
     for begin in range(0, len(body), chunk or len(body)):
-        receiver.feed(body[begin : begin + (chunk or len(body))])
+        lay(receiver, body[begin : begin + (chunk or len(body))])
     return receiver, target
 
 
@@ -62,7 +62,7 @@ def test_a_refusal_comes_before_any_tensor_byte() -> None:
         body = BODIES[name]()
         target = bytearray(b"\xaa" * 4 * MANIFEST.numel)
         with pytest.raises(MalformedTensors):
-            Receiver(MANIFEST, memoryview(target), len(body)).feed(body)
+            lay(Receiver(MANIFEST, memoryview(target), len(body)), body)
         assert target == b"\xaa" * len(target), name
 
 
@@ -71,7 +71,7 @@ def test_a_receiver_stays_refused() -> None:
     receiver = Receiver(MANIFEST, memoryview(bytearray(4 * MANIFEST.numel)), len(body))
     for _ in range(2):
         with pytest.raises(MalformedTensors):
-            receiver.feed(body)
+            lay(receiver, body)
 
 
 @pytest.mark.parametrize("length", [0, 7, 2**40 + 8, 2**63 + 8])
@@ -97,7 +97,7 @@ def test_a_long_header_is_refused_without_allocating_it() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(MalformedTensors) as refusal:
-            Receiver(manifest, memoryview(b""), size + 8).feed(size.to_bytes(8, "little"))
+            lay(Receiver(manifest, memoryview(b""), size + 8), size.to_bytes(8, "little"))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -1,12 +1,24 @@
-"""What the OpenAPI document says of headers and bodies that handlers read themselves."""
+"""What the OpenAPI document says of paths, queries, headers and bodies that handlers read themselves."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+from freestep.models import MOST_SHARDS, Dtype, Point
 from freestep.wire import MEDIA_TYPE
+from freestep_service.routes.dependencies import RUN_NAME
 
-__all__ = ["PUSH_HEADERS", "RANGE_HEADERS", "TENSORS", "TENSORS_BODY", "UPLOAD_HEADERS"]
+__all__ = [
+    "DTYPE",
+    "PART",
+    "POINT",
+    "PULL_QUERY",
+    "PUSH_HEADERS",
+    "RANGE_HEADERS",
+    "TENSORS",
+    "TENSORS_BODY",
+    "UPLOAD_HEADERS",
+]
 
 TENSORS: dict[str, Any] = {
     "description": "The run's tensors, in safetensors format.",
@@ -19,6 +31,29 @@ def _header(name: str, kind: str, description: str, *, required: bool = False) -
     return {"name": name, "in": "header", "required": required, "description": description, "schema": {"type": kind}}
 
 
+def _query(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+
+
+PART = [
+    {"name": "run", "in": "path", "required": True, "schema": {"type": "string", "pattern": RUN_NAME}},
+    _query(
+        "shard",
+        {"type": "integer", "minimum": 0, "maximum": MOST_SHARDS - 1},
+        "The shard whose part the body is; without it the body is the whole model.",
+    ),
+    _query(
+        "of",
+        {"type": "integer", "minimum": 1, "maximum": MOST_SHARDS},
+        "How many shards the sender takes the run to have.",
+    ),
+]
+POINT = _query("point", {"type": "string", "enum": list(get_args(Point)), "default": "x"}, "The point.")
+DTYPE = _query("dtype", {"type": "string", "enum": list(get_args(Dtype)), "default": "F32"}, "The tensors' dtype.")
+PULL_QUERY = [
+    _query("min_step", {"type": "integer", "minimum": 0, "default": 0}, "The point is of no step before this one."),
+    _query("cut", {"type": "string", "maxLength": 200}, "Shards that are asked with the same word answer of one step."),
+]
 PREFER = _header("Prefer", "string", "RFC 7240: wait=S, in seconds; for pushes also return=representation.")
 RANGE_HEADERS = [
     PREFER,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from freestep.models import Receipt
+from freestep.models import Dtype, Receipt
 from freestep_service.egress import SnapshotResponse
 from freestep_service.headers import Preferences, body_length, claim, loss, preferences, receipt_headers
 from freestep_service.ingest import Body
 from freestep_service.peers import Peers, stall_seconds
 from freestep_service.pushes import Wish
-from freestep_service.routes.dependencies import AnyPeers, AnyRun, Dtype, ServiceSettings, ShardIndex
-from freestep_service.routes.documents import PUSH_HEADERS, TENSORS, TENSORS_BODY
+from freestep_service.routes.asked import Asked
+from freestep_service.routes.documents import DTYPE, PART, PUSH_HEADERS, TENSORS, TENSORS_BODY
 from freestep_service.run import Run
 from freestep_service.snapshots import Reading
 
@@ -23,16 +23,9 @@ router = APIRouter(tags=["gradients"])
     "/v1/runs/{run}/gradients",
     response_model=Receipt,
     responses={200: TENSORS},
-    openapi_extra={"requestBody": TENSORS_BODY, "parameters": PUSH_HEADERS},
+    openapi_extra={"requestBody": TENSORS_BODY, "parameters": [*PART, DTYPE, *PUSH_HEADERS]},
 )
-async def push(
-    run: AnyRun,
-    request: Request,
-    settings: ServiceSettings,
-    peers: AnyPeers,
-    shard: ShardIndex,
-    dtype: Dtype = "F32",
-) -> Response:
+async def push(request: Request) -> Response:
     """Pushes a gradient.
 
     The answer is a receipt; with `Prefer: return=representation` it is y of a step not before the receipt's, with
@@ -41,18 +34,20 @@ async def push(
     With `shard`, the body is that shard's part, and the push is decided when all shards have theirs, under one claim;
     the answers' parts of y are of one step.
     """
-    length = body_length(request, settings.max_body_bytes)
+    asked = await Asked.of(request)
+    run, dtype, stall_s = asked.run, asked.dtype, asked.settings.stall_seconds
+    length = body_length(request, asked.settings.max_body_bytes)
     wishes = preferences(request)
-    body = Body(request, length, settings.stall_seconds)
-    asked = claim(request)
-    if shard is None:
-        return await _push_whole(run, request, peers, body, asked.key, wishes, dtype)
-    if not run.owns(shard):
-        return await peers.relay(request, run, shard)
-    owned = run.shard(shard)
+    body = Body(request, length, stall_s)
+    claimed = claim(request)
+    if asked.shard is None:
+        return await _push_whole(run, request, asked.peers, body, claimed.key, wishes, dtype)
+    if not run.owns(asked.shard):
+        return await asked.peers.relay(request, run, asked.shard)
+    owned = run.shard(asked.shard)
     wanted = f"y {dtype}" if wishes.representation and run.many else ""
     wish = Wish(wanted, after_update=wishes.wait > 0)
-    record, replayed = await run.push(owned, asked, body, loss(request), wish)
+    record, replayed = await run.push(owned, claimed, body, loss(request), wish)
     if not (wishes.representation and run.many):
         record = await owned.pushes.settle(record, wishes.wait)
     if not wishes.representation:
@@ -62,7 +57,7 @@ async def push(
     reading = Reading(
         "y",
         dtype,
-        ticket=asked.key,
+        ticket=claimed.key,
         readers=run.count,
         asked=bool(record.digests) and not replayed,
         patience=wishes.wait if waits else None,
@@ -72,11 +67,11 @@ async def push(
         settled = record.settled(step) if waits else record
         return wishes.applied() | receipt_headers(settled.receipt(replayed=replayed))
 
-    return SnapshotResponse(run, owned, reading, stall_seconds(request, settings.stall_seconds), lines=lines)
+    return SnapshotResponse(run, owned, reading, stall_seconds(request, stall_s), lines=lines)
 
 
 async def _push_whole(
-    run: Run, request: Request, peers: Peers, body: Body, key: str, wishes: Preferences, dtype: str
+    run: Run, request: Request, peers: Peers, body: Body, key: str, wishes: Preferences, dtype: Dtype
 ) -> Response:
     """The slow way: this process takes the whole gradient in and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from freestep.models import RunStatus
 from freestep_service.egress import SnapshotResponse, etag, is_known
 from freestep_service.headers import body_length, preferences, upload
 from freestep_service.ingest import Body
 from freestep_service.peers import stall_seconds
-from freestep_service.routes.dependencies import AnyPeers, AnyRun, Dtype, Point, ServiceSettings, ShardIndex
-from freestep_service.routes.documents import RANGE_HEADERS, TENSORS, TENSORS_BODY, UPLOAD_HEADERS
+from freestep_service.routes.asked import Asked
+from freestep_service.routes.documents import (
+    DTYPE,
+    PART,
+    POINT,
+    PULL_QUERY,
+    RANGE_HEADERS,
+    TENSORS,
+    TENSORS_BODY,
+    UPLOAD_HEADERS,
+)
 from freestep_service.snapshots import Reading
 
 router = APIRouter(tags=["parameters"])
@@ -23,25 +32,25 @@ router = APIRouter(tags=["parameters"])
     "/v1/runs/{run}/parameters",
     status_code=201,
     response_model=RunStatus,
-    openapi_extra={"requestBody": TENSORS_BODY, "parameters": UPLOAD_HEADERS},
+    openapi_extra={"requestBody": TENSORS_BODY, "parameters": [*PART, *UPLOAD_HEADERS]},
 )
-async def initialize_run(
-    run: AnyRun, request: Request, settings: ServiceSettings, peers: AnyPeers, shard: ShardIndex
-) -> Any:
+async def initialize_run(request: Request) -> Any:
     """Gives the run its initial weights; the first who does wins, the others get already-initialized.
 
     With `shard`, the body is that shard's part, and the answer comes when all shards have theirs: an Idempotency-Key
     says which parts belong together.
     """
-    length = body_length(request, settings.max_body_bytes)
-    body = Body(request, length, settings.stall_seconds)
-    if shard is None:
+    asked = await Asked.of(request)
+    run, peers = asked.run, asked.peers
+    length = body_length(request, asked.settings.max_body_bytes)
+    body = Body(request, length, asked.settings.stall_seconds)
+    if asked.shard is None:
         async with run.staged(body) as vector:
             await peers.send(request, run, "PUT", "parameters", vector, {"Idempotency-Key": secrets.token_hex(16)})
-    elif not run.owns(shard):
-        return await peers.relay(request, run, shard)
+    elif not run.owns(asked.shard):
+        return await peers.relay(request, run, asked.shard)
     else:
-        await run.initialize(run.shard(shard), body, upload(request, required=run.many))
+        await run.initialize(run.shard(asked.shard), body, upload(request, required=run.many))
     return await run.status()
 
 
@@ -49,29 +58,21 @@ async def initialize_run(
     "/v1/runs/{run}/parameters",
     response_class=Response,
     responses={200: TENSORS, 206: TENSORS, 304: {"description": "The point's ETag is one of those named."}},
-    openapi_extra={"parameters": RANGE_HEADERS},
+    openapi_extra={"parameters": [*PART, POINT, DTYPE, *PULL_QUERY, *RANGE_HEADERS]},
 )
-async def pull(
-    run: AnyRun,
-    request: Request,
-    settings: ServiceSettings,
-    peers: AnyPeers,
-    shard: ShardIndex,
-    point: Point = "x",
-    dtype: Dtype = "F32",
-    min_step: Annotated[int, Query(ge=0)] = 0,
-    cut: Annotated[str, Query(pattern=r"^[\x21-\x7e]{0,200}$")] = "",
-) -> Response:
+async def pull(request: Request) -> Response:
     """A point of the run's newest step, or of a step not before `min_step` (`Prefer: wait=S`).
 
     With `shard`, that shard's part of it. All shards that are asked with the same `cut`, any fresh word, answer with
     parts of one step.
     """
-    if shard is None:
-        return await peers.pull(request, run, point, dtype, min_step, request.headers.get("prefer", ""))
-    if not run.owns(shard):
-        return await peers.relay(request, run, shard)
-    owned = run.shard(shard)
+    asked = await Asked.of(request)
+    run, point, dtype, min_step, cut = asked.run, asked.point, asked.dtype, asked.min_step, asked.cut
+    if asked.shard is None:
+        return await asked.peers.pull(request, run, point, dtype, min_step, request.headers.get("prefer", ""))
+    if not run.owns(asked.shard):
+        return await asked.peers.relay(request, run, asked.shard)
+    owned = run.shard(asked.shard)
     run.require_initialized(owned)
     wishes = preferences(request)
     await run.wait_for(owned, min_step, wishes.wait)
@@ -80,4 +81,4 @@ async def pull(
     if not cut and is_known(tag, request.headers.get("if-none-match", "")):
         return Response(status_code=304, headers={"ETag": tag})
     reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
-    return SnapshotResponse(run, owned, reading, stall_seconds(request, settings.stall_seconds), request.headers)
+    return SnapshotResponse(run, owned, reading, stall_seconds(request, asked.settings.stall_seconds), request.headers)

@@ -1,0 +1,86 @@
+"""What a request of the data path is about, read by hand: FastAPI's way of finding that out costs as much as all else
+that the service does for a small push."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Self, get_args
+
+from fastapi import Request
+
+from freestep.errors import MalformedRequest, ShardUnavailable
+from freestep.models import MOST_SHARDS, Dtype, Point
+from freestep_service.peers import Peers
+from freestep_service.routes.dependencies import RUN_NAME
+from freestep_service.run import Run
+from freestep_service.settings import Settings
+
+__all__ = ["Asked"]
+
+_RUN_NAME = re.compile(RUN_NAME)
+_INTEGER = re.compile(r"[0-9]{1,18}", re.ASCII)
+_WORD = re.compile(r"[\x21-\x7e]{0,200}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The run that the path names; the shard that the query does, None where the request is about the whole of a run
+    of several; and the parts of the service that answer."""
+
+    run: Run
+    shard: int | None
+    settings: Settings
+    peers: Peers
+    _request: Request
+
+    @classmethod
+    async def of(cls, request: Request) -> Self:
+        """Raises MalformedRequest, RunNotFound, CoordinatorUnavailable, and ShardUnavailable where the run has another
+        number of shards than the request supposes."""
+        state, name = request.app.state, request.path_params["run"]
+        if not _RUN_NAME.match(name):
+            raise MalformedRequest("run: a run's name is 1 to 128 letters, digits, '.', '_' and '-'", field="run")
+        run: Run = await state.registry.find(name)
+        shard, of = _integer(request, "shard", MOST_SHARDS - 1), _integer(request, "of", MOST_SHARDS)
+        if of is not None and of != run.count:
+            raise ShardUnavailable(f"the run has {run.count} shards, not {of}", shards=run.count)
+        if shard is not None and shard >= run.count:
+            raise MalformedRequest(f"the run has {run.count} shards", field="shard")
+        return cls(run, 0 if run.count == 1 else shard, state.settings, state.peers, request)
+
+    @property
+    def point(self) -> Point:
+        point: Point = self._choice("point", get_args(Point), "x")
+        return point
+
+    @property
+    def dtype(self) -> Dtype:
+        dtype: Dtype = self._choice("dtype", get_args(Dtype), "F32")
+        return dtype
+
+    @property
+    def min_step(self) -> int:
+        return _integer(self._request, "min_step") or 0
+
+    @property
+    def cut(self) -> str:
+        word: str = self._request.query_params.get("cut", "")
+        if not _WORD.fullmatch(word):
+            raise MalformedRequest("cut: a word of at most 200 printable characters", field="cut")
+        return word
+
+    def _choice(self, name: str, choices: tuple[str, ...], ordinary: str) -> Any:
+        chosen = self._request.query_params.get(name, ordinary)
+        if chosen not in choices:
+            raise MalformedRequest(f"{name}: one of {', '.join(choices)}", field=name)
+        return chosen
+
+
+def _integer(request: Request, name: str, most: int | None = None) -> int | None:
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    if not _INTEGER.fullmatch(text) or (most is not None and int(text) > most):
+        raise MalformedRequest(f"{name}: an integer from 0{'' if most is None else f' to {most}'}", field=name)
+    return int(text)
