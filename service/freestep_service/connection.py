@@ -35,6 +35,9 @@ class Connection(HttpToolsProtocol):
         if length > _SMALL:
             self.flow.pause_reading()
             self.scope["extensions"] = {INLET: Inlet(self, self.cycle, length)}  # type: ignore[dict-item]
+            if self.cycle.waiting_for_100_continue:
+                # Answered before it is told to go on, the sender may or may not send the body, RFC 9110 section 10.1.1.
+                self.cycle.keep_alive = False
 
     def _body_length(self) -> int:
         """What Content-Length says; 0 where it does not say how long the body is."""
@@ -71,6 +74,7 @@ class Inlet:
         self._connection = connection
         self._cycle = cycle
         self._length = length
+        self._keep_alive = cycle.keep_alive
 
     async def pour(self, sink: Sink, stall_s: float, deadline: float) -> None:
         """Returns when the whole body is in the sink, which has room for it; once is enough.
@@ -88,7 +92,7 @@ class Inlet:
         if cycle.disconnected or transport.is_closing():
             raise EOFError
         if cycle.waiting_for_100_continue:
-            cycle.waiting_for_100_continue = False
+            cycle.waiting_for_100_continue, cycle.keep_alive = False, self._keep_alive
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         inflow = _Inflow(self._connection, sink, missing)
         self._connection.hand_over(inflow)
