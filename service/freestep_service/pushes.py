@@ -44,8 +44,6 @@ SLOTS = 4
 """Pushes of a run of several shards that may be on their way at once, as lua/_prelude.lua grants them."""
 _LARGEST_NORM = 2.0**63
 """A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
-_FEW = 128 * 1024
-"""Elements that are measured sooner (some 20 µs) than a thread could be asked to."""
 _RETRY_S = 0.2
 """Pause before Redis is asked again for a commit whose answer was lost."""
 _SILENCE_S = 1.0
@@ -134,7 +132,7 @@ async def stage(
     """
     receiver = Receiver(manifest, vector.bytes, body.length)
     digest = await body.receive_into(receiver)
-    if manifest.numel <= _FEW:
+    if turns.needs_none(HOST, manifest.numel):
         return widen_and_measure(vector, manifest, receiver.dtypes, exact=exact), digest
     measure = turns.of(HOST, widen_and_measure)
     return await asyncio.to_thread(measure, vector, manifest, receiver.dtypes, exact=exact), digest

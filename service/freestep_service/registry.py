@@ -43,7 +43,7 @@ class Registry:
         self._store = store
         self._storage = storage
         self._device = device
-        self._turns = Turns()
+        self._turns = Turns(settings.inline_elements)
         self._metrics = metrics
         self.node = Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds))
         self._messages = Messages(store)

@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     """Where parameters live: cpu, cuda, cuda:N, or auto (cuda if there is one)."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads for tensor arithmetic; 0 takes half the cores, at least one."""
+    inline_elements: Annotated[int, Field(ge=0)] = 128 * 1024
+    """Shards of no more elements are updated on the event loop's thread, within some 0.1 ms, sooner than another thread
+    would begin; 0 does that for none."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
     """The longest body accepted."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 10_000

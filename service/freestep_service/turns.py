@@ -25,10 +25,18 @@ HOST = torch.device("cpu")
 
 
 class Turns:
-    """Of one process; safe to use from several threads."""
+    """Of one process; safe to use from several threads.
 
-    def __init__(self) -> None:
+    few: elements for which arithmetic is done sooner than a thread could be asked to do it.
+    """
+
+    def __init__(self, few: int = 0) -> None:
+        self._few = few
         self._locks: defaultdict[torch.device, threading.Lock] = defaultdict(threading.Lock)
+
+    def needs_none(self, device: torch.device, numel: int) -> bool:
+        """Whether arithmetic is so little that whoever wants it does it at once: on the event loop, out of turn."""
+        return device == HOST and numel <= self._few
 
     def of(self, device: torch.device, function: Callable[P, T]) -> Callable[P, T]:
         """The function, which then waits for its turn at a device."""

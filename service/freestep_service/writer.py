@@ -1,4 +1,4 @@
-"""The one thread that changes a shard, and the order in which it does.
+"""The one thread that changes a shard, and the order in which it does; for a small shard that is the event loop's.
 
 Commits come back from Redis in any order; the shard takes them in the order of the log. Whatever must see the
 shard between two entries (snapshots, checkpoints, restores) runs on the same thread.
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Writer:
-    """Applies log entries to a shard, in order, on a thread of its own."""
+    """Applies log entries to a shard, in order, on one thread."""
 
     def __init__(
         self, shard: Shard, name: str, taken: Callable[[Entry], None] | None = None, turns: Turns | None = None
@@ -42,7 +42,8 @@ class Writer:
         self._paused = True
         self._closed = False
         self._held: dict[tuple[int, int], tuple[Entry, asyncio.Future[None]]] = {}
-        self._thread = arithmetic_threads(f"writer-{name}", 1)
+        at_once = self._turns.needs_none(shard.device, shard.manifest.numel)
+        self._thread = None if at_once else arithmetic_threads(f"writer-{name}", 1)
         self._waiters: set[tuple[int, asyncio.Future[None]]] = set()
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
@@ -56,8 +57,18 @@ class Writer:
         """As `run`, but in line already when this returns."""
         if self._closed:
             raise ShardUnavailable("the shard is being given up")
-        in_turn = self._turns.of(self.shard.device, function)
-        return asyncio.get_running_loop().run_in_executor(self._thread, in_turn, *arguments)
+        return self._begin(function, *arguments)
+
+    def _begin(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        if self._thread is not None:
+            return loop.run_in_executor(self._thread, self._turns.of(self.shard.device, function), *arguments)
+        done: asyncio.Future[T] = loop.create_future()
+        try:
+            done.set_result(function(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
     async def apply(self, entry: Entry) -> None:
         """Returns once the entry is applied; raises Lost when the run was opened again instead."""
@@ -102,8 +113,7 @@ class Writer:
             entry, future = held
             self.known_seq = max(self.known_seq, entry.seq)
             self._next_seq += 1
-            apply = self._turns.of(self.shard.device, self.shard.apply)
-            work = asyncio.get_running_loop().run_in_executor(self._thread, apply, entry)
+            work = self._begin(self.shard.apply, entry)
             work.add_done_callback(lambda done, future=future: self._finish(done, future))  # type: ignore[misc]
             if self._taken is not None:
                 self._taken(entry)
@@ -172,4 +182,5 @@ class Writer:
         """Stops the thread once it has done what it was given, and lets go those who wait for a step."""
         self._closed = True
         self._wake(lambda _: True)
-        self._thread.shutdown()
+        if self._thread is not None:
+            self._thread.shutdown()

@@ -12,12 +12,13 @@ from freestep.models import RunSpec
 from freestep.wire import Manifest
 from freestep_service.records import Lost
 from freestep_service.shard import Entry, Shard
+from freestep_service.turns import Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
 
-@pytest.fixture
-def writer() -> Iterator[Writer]:
+@pytest.fixture(params=[0, 1], ids=["thread", "inline"])
+def writer(request: pytest.FixtureRequest) -> Iterator[Writer]:
     """A writer of a shard that counts: lr 1, and each entry's gradient is minus its place in the log."""
     spec = RunSpec.model_validate(
         {
@@ -28,7 +29,7 @@ def writer() -> Iterator[Writer]:
     )
     shard = Shard(spec, Manifest(spec.parameters), torch.device("cpu"))
     shard.initialize(torch.zeros(1), epoch=1)
-    made = Writer(shard, "test")
+    made = Writer(shard, "test", turns=Turns(request.param))
     yield made
     made.close()
 

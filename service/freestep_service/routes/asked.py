@@ -20,6 +20,7 @@ __all__ = ["Asked"]
 
 _RUN_NAME = re.compile(RUN_NAME)
 _INTEGER = re.compile(r"[0-9]{1,18}", re.ASCII)
+_LARGEST = 10**18 - 1
 _WORD = re.compile(r"[\x21-\x7e]{0,200}")
 
 
@@ -42,7 +43,7 @@ class Asked:
         if not _RUN_NAME.match(name):
             raise MalformedRequest("run: a run's name is 1 to 128 letters, digits, '.', '_' and '-'", field="run")
         run: Run = await state.registry.find(name)
-        shard, of = _integer(request, "shard", MOST_SHARDS - 1), _integer(request, "of", MOST_SHARDS)
+        shard, of = _integer(request, "shard", 0, MOST_SHARDS - 1), _integer(request, "of", 1, MOST_SHARDS)
         if of is not None and of != run.count:
             raise ShardUnavailable(f"the run has {run.count} shards, not {of}", shards=run.count)
         if shard is not None and shard >= run.count:
@@ -61,7 +62,7 @@ class Asked:
 
     @property
     def min_step(self) -> int:
-        return _integer(self._request, "min_step") or 0
+        return _integer(self._request, "min_step", 0, _LARGEST) or 0
 
     @property
     def cut(self) -> str:
@@ -77,10 +78,10 @@ class Asked:
         return chosen
 
 
-def _integer(request: Request, name: str, most: int | None = None) -> int | None:
+def _integer(request: Request, name: str, least: int, most: int) -> int | None:
     text = request.query_params.get(name)
     if text is None:
         return None
-    if not _INTEGER.fullmatch(text) or (most is not None and int(text) > most):
-        raise MalformedRequest(f"{name}: an integer from 0{'' if most is None else f' to {most}'}", field=name)
+    if not _INTEGER.fullmatch(text) or not least <= int(text) <= most:
+        raise MalformedRequest(f"{name}: an integer from {least} to {most}", field=name)
     return int(text)
