@@ -13,7 +13,8 @@ bounds and the sender does not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -22,16 +23,34 @@ from typing import Any, NoReturn, Protocol
 from freestep.errors import MalformedTensors
 from freestep.models import ParameterSpec
 
-__all__ = ["ITEMSIZE", "MEDIA_TYPE", "Manifest", "Receiver", "Sink", "Slot", "encode_header", "lay"]
+__all__ = [
+    "INDICES",
+    "ITEMSIZE",
+    "MEDIA_TYPE",
+    "SCALE",
+    "VALUES",
+    "Beside",
+    "Encoding",
+    "Manifest",
+    "Receiver",
+    "Sink",
+    "Slot",
+    "encode_header",
+    "header_of",
+    "lay",
+]
 
 MEDIA_TYPE = "application/vnd.safetensors"
 
 ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 """Bytes per element of the dtypes that travel."""
 
+SCALE, VALUES, INDICES = "::scale", "::values", "::indices"
+"""What follows a tensor's name where an encoding names something else of it."""
+
+_SIZES = {**ITEMSIZE, "I8": 1, "I32": 4, "I64": 8}
 _PREFIX = 8
 _ALIGNMENT = 8
-
 
 _TOLERANCE = 0.02
 """How far, in shares of a shard, a cut may move to where a row ends: two cuts keep a shard within 5% of its share."""
@@ -122,28 +141,107 @@ class Manifest:
         """The longest body accepted, in bytes."""
         return _PREFIX + self.header_limit + ITEMSIZE["F32"] * self.numel
 
+    @property
+    def encoded_limit(self) -> int:
+        """The longest body accepted of any encoding, in bytes: all elements as values with their indices."""
+        return _PREFIX + self.header_limit + (_SIZES["F32"] + _SIZES["I64"]) * self.numel
+
 
 def encode_header(manifest: Manifest, dtype: str, metadata: Mapping[str, str] | None = None) -> bytes:
     """The prefix and header of a body that holds the manifest's tensors in order, all of one dtype.
 
     The header is padded with spaces so that the tensors begin at a multiple of 8 bytes.
     """
-    itemsize = ITEMSIZE[dtype]
+    return header_of(((slot.name, dtype, slot.shape) for slot in manifest.slots), metadata)
+
+
+def header_of(items: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """As `encode_header`, of items by name, dtype and shape."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for slot in manifest.slots:
-        begin, end = slot.offset * itemsize, (slot.offset + slot.numel) * itemsize
-        header[slot.name] = {"dtype": dtype, "shape": list(slot.shape), "data_offsets": [begin, end]}
+    begin = 0
+    for name, dtype, shape in items:
+        end = begin + prod(shape) * _SIZES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(_PREFIX, "little") + text
 
 
 @dataclass(frozen=True)
-class _Entry:
-    slot: Slot
+class Encoding:
+    """How a body holds its tensors, as its metadata says.
+
+    dense: a tensor `w` as it is. int8: `w` as I8, and `w::scale`, F32, one for each `block` elements of the flattened
+    tensor (the last block may have fewer); an element is q · scale. topk: `w::values` and `w::indices`, I32 or I64, of
+    k elements of the flattened tensor; the others are 0.
+    """
+
+    name: str = "dense"
+    block: int = 256
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str], accepted: Collection[str]) -> Encoding:
+        """What a body's metadata says. Raises MalformedTensors."""
+        name = metadata.get("freestep.encoding", "dense")
+        if name not in accepted:
+            _refuse(f"the encoding is not one of {', '.join(accepted)}", encoding=name)
+        if name != "int8":
+            return cls(name)
+        block = metadata.get("freestep.block", str(cls.block))
+        if not re.fullmatch(r"[1-9][0-9]{0,9}", block):
+            _refuse("freestep.block is not a number of elements", block=block)
+        return cls(name, int(block))
+
+    def metadata(self) -> dict[str, str]:
+        """What the body says of itself."""
+        if self.name == "dense":
+            return {}
+        block = {"freestep.block": str(self.block)} if self.name == "int8" else {}
+        return {"freestep.encoding": self.name, **block}
+
+    def roles(self, manifest: Manifest) -> dict[str, tuple[Slot, str]]:
+        """The names in the header: whose each is, and what. Raises MalformedTensors where one stands for two things."""
+        roles = {"dense": ("",), "int8": ("", SCALE), "topk": (VALUES, INDICES)}[self.name]
+        names = {slot.name + role: (slot, role) for slot in manifest.slots for role in roles}
+        if len(names) != len(roles) * len(manifest.slots):
+            _refuse("the run has tensors whose names are those of other tensors' encodings", encoding=self.name)
+        return names
+
+    def dtypes(self, role: str) -> tuple[str, ...]:
+        """What something may be of."""
+        if role == "":
+            return ("I8",) if self.name == "int8" else tuple(ITEMSIZE)
+        return {SCALE: ("F32",), VALUES: tuple(ITEMSIZE), INDICES: ("I32", "I64")}[role]
+
+    def shape(self, slot: Slot, role: str) -> tuple[int, ...] | None:
+        """The shape that something has; None where the sender chooses k."""
+        if role == SCALE:
+            return (-(-slot.numel // self.block),)
+        return slot.shape if role == "" else None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What an encoding has beside a tensor, or instead of it."""
+
     dtype: str
+    memory: memoryview
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    slot: Slot
+    role: str
+    dtype: str
+    count: int
     begin: int
     end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
 
 
 class Sink(Protocol):
@@ -177,22 +275,34 @@ class Receiver:
 
     `target` holds `itemsize` bytes for each element of the manifest. A tensor whose dtype is narrower than that
     lands right-aligned in its slot, so that it can be widened in place from the front; `dtypes` names, once the
-    header is read, each tensor's dtype as it came.
+    header is read, each tensor's dtype as it came. What an encoding has beside that, or instead of it, lands in memory
+    of its own: `beside`, by its name in the header.
 
-    It is a Sink, until it is `complete`.
+    It is a Sink, until it is `complete`. With `encodings` it takes bodies of these.
     """
 
-    def __init__(self, manifest: Manifest, target: memoryview, length: int, itemsize: int = 4) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        target: memoryview,
+        length: int,
+        itemsize: int = 4,
+        encodings: Collection[str] = ("dense",),
+    ) -> None:
         if length < _PREFIX:
             _refuse("the body is shorter than the 8 bytes of its header length")
-        if length > manifest.body_limit:
-            _refuse("the body is longer than the run's tensors can be", limit=manifest.body_limit)
+        limit = manifest.body_limit if tuple(encodings) == ("dense",) else manifest.encoded_limit
+        if length > limit:
+            _refuse("the body is longer than the run's tensors can be", limit=limit)
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
+        self.encoding = Encoding()
+        self.beside: dict[str, Beside] = {}
         self._manifest = manifest
         self._target = target
         self._length = length
         self._itemsize = itemsize
+        self._encodings = encodings
         self._header: bytearray | None = None
         self._pending: list[memoryview] = [memoryview(bytearray(_PREFIX))]
         self._prefix = self._pending[0]
@@ -227,7 +337,7 @@ class Receiver:
             return
         if self._header is None:
             self._begin_header()
-        elif not self.dtypes:
+        elif self._prefix:
             self._begin_tensors()
 
     def _begin_header(self) -> None:
@@ -243,24 +353,35 @@ class Receiver:
 
     def _begin_tensors(self) -> None:
         assert self._header is not None
-        data_length = self._length - _PREFIX - len(self._header)
-        entries, self.metadata = _parse_header(bytes(self._header), self._manifest, data_length)
+        self._prefix = memoryview(b"")
+        header, self.metadata = _parse_header(bytes(self._header))
+        self.encoding = Encoding.of(self.metadata, self._encodings)
+        entries = _parse_entries(header, self._manifest, self.encoding, self._length - _PREFIX - len(self._header))
         landings: list[list[int]] = []
+        pieces: list[memoryview | list[int]] = []
         for entry in entries:
-            size = entry.end - entry.begin
+            if entry.role:
+                part = memoryview(bytearray(entry.size))
+                self.beside[entry.name] = Beside(entry.dtype, part)
+                if part:
+                    pieces.append(part)
+                continue
             end = (entry.slot.offset + entry.slot.numel) * self._itemsize
-            if ITEMSIZE[entry.dtype] > self._itemsize:
+            if _SIZES[entry.dtype] > self._itemsize:
                 _refuse(f"the tensor {entry.slot.name!r} is {entry.dtype}, wider than what was asked for")
             self.dtypes[entry.slot.name] = entry.dtype
-            if landings and landings[-1][1] == end - size:
+            if landings and pieces[-1] is landings[-1] and landings[-1][1] == end - entry.size:
                 landings[-1][1] = end
-            elif size:
-                landings.append([end - size, end])
-        self._pending = [self._target[begin:end] for begin, end in reversed(landings)]
+            elif entry.size:
+                landings.append([end - entry.size, end])
+                pieces.append(landings[-1])
+        self._pending = [
+            piece if isinstance(piece, memoryview) else self._target[piece[0] : piece[1]] for piece in reversed(pieces)
+        ]
 
 
-def _parse_header(raw: bytes, manifest: Manifest, data_length: int) -> tuple[list[_Entry], dict[str, str]]:
-    """The header's entries in the order of their bytes, and its metadata."""
+def _parse_header(raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The header's entries by their names, and its metadata."""
     if raw[:1] != b"{":
         _refuse("the header does not begin with {")
     try:
@@ -275,42 +396,59 @@ def _parse_header(raw: bytes, manifest: Manifest, data_length: int) -> tuple[lis
         "".join([*metadata, *metadata.values()]).encode()
     except UnicodeEncodeError:
         _refuse("the header's __metadata__ holds half of a surrogate pair")
-    if metadata.get("freestep.encoding", "dense") != "dense":
-        _refuse("the encoding is not one that this service reads", encoding=metadata["freestep.encoding"])
+    return header, metadata
+
+
+def _parse_entries(header: Mapping[str, Any], manifest: Manifest, encoding: Encoding, data_length: int) -> list[_Entry]:
+    """The entries in the order of their bytes."""
+    roles = encoding.roles(manifest)
     for name in header:
-        if name not in manifest.by_name:
+        if name not in roles:
             _refuse(f"the run has no tensor {name!r}")
-    for name in manifest.by_name:
+    for name in roles:
         if name not in header:
             _refuse(f"the tensor {name!r} is missing")
     entries = sorted(
-        (_parse_entry(manifest.by_name[name], value) for name, value in header.items()),
+        (_parse_entry(name, *roles[name], encoding, value) for name, value in header.items()),
         key=lambda entry: (entry.begin, entry.end),
     )
     end = 0
     for entry in entries:
         if entry.begin != end:
-            _refuse(f"the tensor {entry.slot.name!r} leaves a gap or overlaps another")
+            _refuse(f"the tensor {entry.name!r} leaves a gap or overlaps another")
         end = entry.end
     if end != data_length:
         _refuse("the tensors do not fill the body", expected=end, received=data_length)
-    return entries, metadata
+    if encoding.name == "topk":
+        counts = {entry.name: entry.count for entry in entries}
+        for slot in manifest.slots:
+            if counts[slot.name + VALUES] != counts[slot.name + INDICES]:
+                _refuse(f"the values and the indices of {slot.name!r} are not of one number")
+    return entries
 
 
-def _parse_entry(slot: Slot, value: object) -> _Entry:
+def _parse_entry(name: str, slot: Slot, role: str, encoding: Encoding, value: object) -> _Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        _refuse(f"the entry of {slot.name!r} needs dtype, shape and data_offsets, and nothing else")
+        _refuse(f"the entry of {name!r} needs dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        _refuse(f"the dtype of {slot.name!r} is not one of {', '.join(ITEMSIZE)}")
-    if not _is_sizes(shape) or tuple(shape) != slot.shape:
-        _refuse(f"the shape of {slot.name!r} is not {list(slot.shape)}")
+    dtypes = encoding.dtypes(role)
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        _refuse(f"the dtype of {name!r} is not one of {', '.join(dtypes)}")
+    if not _is_sizes(shape):
+        _refuse(f"the shape of {name!r} is not a list of sizes")
+    wanted = encoding.shape(slot, role)
+    if wanted is None:
+        if len(shape) != 1 or shape[0] > slot.numel:
+            _refuse(f"the shape of {name!r} is not [k], with k at most {slot.numel}")
+    elif tuple(shape) != wanted:
+        _refuse(f"the shape of {name!r} is not {list(wanted)}")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        _refuse(f"the data_offsets of {slot.name!r} are not two sizes")
+        _refuse(f"the data_offsets of {name!r} are not two sizes")
     begin, end = offsets
-    if end - begin != slot.numel * ITEMSIZE[dtype]:
-        _refuse(f"the data_offsets of {slot.name!r} do not span its {slot.numel} elements of {dtype}")
-    return _Entry(slot, dtype, begin, end)
+    count = prod(shape)
+    if end - begin != count * _SIZES[dtype]:
+        _refuse(f"the data_offsets of {name!r} do not span its {count} elements of {dtype}")
+    return _Entry(name, slot, role, dtype, count, begin, end)
 
 
 def _is_sizes(value: object) -> bool:
