@@ -15,6 +15,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from freestep.bulk import BulkTransport, direct_mounts
 from freestep.errors import UnexpectedResponse
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
@@ -43,6 +44,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
+_KEEPALIVE_S = 50.0
+"""Less than the 60 s after which the service closes a connection that is idle."""
 _MOST_PULLS = 100
 """How often shards are asked anew for one cut: every time, one of them had to be asked again meanwhile."""
 
@@ -75,11 +78,14 @@ class Client:
     ) -> None:
         if http is None:
             token = token or os.environ.get("FREESTEP_TOKEN")
+            context = httpx.create_ssl_context()
             http = httpx.Client(
                 base_url=url or os.environ.get("FREESTEP_URL") or DEFAULT_URL,
                 headers={"Authorization": f"Bearer {token}"} if token else {},
                 timeout=timeout,
+                verify=context,
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=MOST_SHARDS),
+                mounts=direct_mounts(BulkTransport(context, keepalive=(MOST_SHARDS, _KEEPALIVE_S))),
             )
         self._transport = Transport(http, retry_for)
 

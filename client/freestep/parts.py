@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from freestep.bulk import Body
 from freestep.errors import (
     CoordinatorUnavailable,
     EpochChanged,
@@ -224,7 +225,7 @@ class _Calls:
             call.path,
             headers=headers,
             params=params,
-            body=None if call.body is None else call.body.parts(self.count)[shard].body(),
+            body=None if call.body is None else Body(call.body.parts(self.count)[shard].body()),
             into=None if call.into is None else call.into.parts(self.count)[shard],
             wait=call.wait,
             place=_Place(self, shard) if self.count > 1 else None,

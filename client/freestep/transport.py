@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import httpx
 
+from freestep.bulk import Body, pour
 from freestep.errors import (
     CoordinatorUnavailable,
     MalformedTensors,
@@ -27,14 +28,12 @@ from freestep.errors import (
     Unauthenticated,
     UnexpectedResponse,
 )
-from freestep.wire import MEDIA_TYPE, Receiver, lay
+from freestep.wire import MEDIA_TYPE, Receiver
 
 __all__ = ["Answer", "Place", "Transport"]
 
 T = TypeVar("T")
 
-_CHUNK = 256 * 1024
-"""Bytes handed to httpx at a time: its socket write copies what is left of a piece after every partial write."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 3.0
 _CONNECT_S = 3.0
 """A place other than the service's own URL may be one that drops packets: a container's address, seen from outside."""
@@ -101,7 +100,7 @@ class Transport:
         json: Any = None,
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str | int] | None = None,
-        body: Sequence[memoryview] | None = None,
+        body: Body | None = None,
         into: _Destination | None = None,
         wait: float = 0.0,
         retry: bool = True,
@@ -109,7 +108,7 @@ class Transport:
     ) -> Answer:
         """One exchange, retried.
 
-        body: a safetensors body in pieces, sent as it lies. into: where an answer's tensors go. wait: seconds for
+        body: a safetensors body, sent as it lies. into: where an answer's tensors go. wait: seconds for
         which the service may hold the answer. place: where to ask, instead of the service's own URL.
 
         Raises the ProblemError that the service named, ServiceUnreachable when nothing answered in time, and
@@ -117,17 +116,22 @@ class Transport:
         """
         lines = {**(headers or {}), "Accept-Encoding": "identity"}
         if body is not None:
-            lines |= {"Content-Type": MEDIA_TYPE, "Content-Length": str(sum(map(len, body)))}
+            lines |= {"Content-Type": MEDIA_TYPE, "Content-Length": str(body.length)}
         patience = self._http.timeout.read or 30.0
 
         def attempt(url: str) -> Answer:
-            content = None if body is None else _pieces(body)
             connect = min(patience, _CONNECT_S) if url else patience
             timeout = httpx.Timeout(patience, connect=connect, read=patience + wait)
-            with self._http.stream(
-                method, url + path, json=json, headers=lines, params=params, content=content, timeout=timeout
-            ) as response:
+            request = self._http.build_request(
+                method, url + path, json=json, headers=lines, params=params, content=body, timeout=timeout
+            )
+            if body is not None:
+                request.stream = body
+            response = self._http.send(request, stream=True)
+            try:
                 return _read(response, into)
+            finally:
+                response.close()
 
         return self._retried(attempt, place, self._retry_for if retry else 0.0)
 
@@ -177,13 +181,6 @@ class Transport:
             self._pool.shutdown(wait=False)
 
 
-def _pieces(body: Sequence[memoryview]) -> Iterator[bytes]:
-    for part in body:
-        for begin in range(0, len(part), _CHUNK):
-            # A memoryview is what h11 and the socket are content with; the annotation is httpx's.
-            yield part[begin : begin + _CHUNK]  # type: ignore[misc]
-
-
 def _read(response: httpx.Response, into: _Destination | None) -> Answer:
     if into is not None and response.headers.get("content-type") == MEDIA_TYPE and response.is_success:
         _receive(response, into)
@@ -201,11 +198,10 @@ def _read(response: httpx.Response, into: _Destination | None) -> Answer:
 
 
 def _receive(response: httpx.Response, into: _Destination) -> None:
-    """The receive-into-buffer call: what comes from the socket goes to its place in the flat vector."""
+    """What comes from the socket goes to its place in the flat vector."""
     try:
         receiver = into.receiver(int(response.headers["content-length"]))
-        for chunk in response.iter_raw():
-            lay(receiver, chunk)
+        pour(response, receiver)
     except (MalformedTensors, KeyError, ValueError) as error:
         raise UnexpectedResponse(f"{response.request.url} did not answer with the run's tensors: {error}") from error
     if not receiver.complete:

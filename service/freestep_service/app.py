@@ -16,6 +16,7 @@ from freestep_service import problems
 from freestep_service.embedded import embedded_store
 from freestep_service.limits import JsonLimit
 from freestep_service.metrics import Metrics
+from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.peers import Peers
 from freestep_service.registry import Registry
 from freestep_service.routes import checkpoints, gradients, health, leases, parameters, runs
@@ -36,6 +37,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(settings.thread_count())
         asyncio.get_running_loop().set_default_executor(arithmetic_threads("worker"))
+        await asyncio.to_thread(compile_loops)
         device = choose_device(settings.device)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         async with AsyncExitStack() as stack:

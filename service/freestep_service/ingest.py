@@ -7,24 +7,18 @@ claim, everything after it works on the flat vector.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 
-import torch
 import xxhash
 from starlette.requests import ClientDisconnect, Request
 
 from freestep.errors import MalformedRequest
-from freestep.wire import Manifest, Receiver, Sink, lay
+from freestep.wire import Receiver, Sink, lay
 from freestep_service.connection import INLET
-from freestep_service.optimizers import norm
-from freestep_service.shard import DTYPES
-from freestep_service.vectors import Vector
 
-__all__ = ["Body", "widen_and_measure"]
+__all__ = ["Body"]
 
 SLOWEST = 64 * 1024
 """Bytes a second: who sends more slowly may not hold memory that others wait for."""
-_WIDENING_CHUNK = 64 * 1024
 _UNKEPT = 256 * 1024
 """Bytes at a time of a body that is only digested."""
 
@@ -107,25 +101,3 @@ class _Nowhere:
 
     def buffer_updated(self, size: int) -> None:
         pass
-
-
-def widen_and_measure(
-    vector: Vector, manifest: Manifest, dtypes: Mapping[str, str], *, exact: bool = False
-) -> float | None:
-    """Makes all tensors fp32 in place; returns the 2-norm of the whole, or None when it is not finite.
-
-    `exact` as for `optimizers.norm`.
-
-    A narrow tensor lies right-aligned in its slot, so widening from the front never overtakes what is yet to be
-    read.
-    """
-    wide = vector.tensor()
-    for slot in manifest.slots:
-        dtype = dtypes[slot.name]
-        if dtype == "F32":
-            continue
-        place = wide[slot.offset : slot.offset + slot.numel]
-        narrow = place.view(DTYPES[dtype])[slot.numel :]
-        for begin in range(0, slot.numel, _WIDENING_CHUNK):
-            place[begin : begin + _WIDENING_CHUNK] = narrow[begin : begin + _WIDENING_CHUNK].to(torch.float32)
-    return norm(wide, exact=exact)

@@ -30,7 +30,8 @@ from freestep.models import RunSpec
 from freestep.wire import Manifest, Receiver
 from freestep_service.aggregation import Policy, damping
 from freestep_service.coordinator import Coordinator, Owner
-from freestep_service.ingest import Body, widen_and_measure
+from freestep_service.ingest import Body
+from freestep_service.measure import widen_and_measure
 from freestep_service.records import Admission, Behind, Claim, Fenced, Lost, Pending, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry

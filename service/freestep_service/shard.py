@@ -16,7 +16,7 @@ from torch import Tensor
 from freestep.models import Point, RunSpec
 from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
-from freestep_service.optimizers import METHODS, Scalars, initial_buffers, interpolate, segments, step
+from freestep_service.optimizers import METHODS, Scalars, gather, initial_buffers, interpolate, segments, step
 
 __all__ = ["DTYPES", "Cut", "Entry", "Shard"]
 
@@ -30,7 +30,7 @@ class Entry:
 
     seq: its place in the log. epoch: the run's when it was committed.
     advance: whether the pushes gathered so far, this one included, become an update.
-    gradient: flat fp32 [numel] on the host, used up by `apply`; None where the entry is no push: the end of a lease
+    gradient: flat fp32 [numel] on the host; None where the entry is no push: the end of a lease
         closed the update, or the entry only marks a place.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
@@ -130,13 +130,9 @@ class Shard:
         self._clear_group()
 
     def _gather(self, gradient: Tensor, entry: Entry) -> None:
-        share = entry.weight * entry.scale
         if self._accumulated is None:
             self._accumulated = torch.empty_like(gradient)
-        if self._weight:
-            self._accumulated.add_(gradient, alpha=share)
-        else:
-            torch.mul(gradient, share, out=self._accumulated)
+        gather(self._accumulated, gradient, entry.weight * entry.scale, first=not self._weight)
         self._weight += entry.weight
         self._damping += entry.weight * entry.damping
         self.group[entry.worker] = self.group.get(entry.worker, 0) + 1

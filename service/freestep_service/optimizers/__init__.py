@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from freestep_service.optimizers import baselines, schedule_free
 from freestep_service.optimizers.method import Buffers, Method, Scalars
-from freestep_service.optimizers.sweep import Segment, initial_buffers, interpolate, norm, segments, step
+from freestep_service.optimizers.norms import norm, norm_of_squares, square_sum, widen
+from freestep_service.optimizers.points import interpolate
+from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, segments, step
 
 __all__ = [
     "METHODS",
@@ -12,11 +14,15 @@ __all__ = [
     "Method",
     "Scalars",
     "Segment",
+    "gather",
     "initial_buffers",
     "interpolate",
     "norm",
+    "norm_of_squares",
     "segments",
+    "square_sum",
     "step",
+    "widen",
 ]
 
 METHODS = {

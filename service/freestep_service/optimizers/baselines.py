@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from freestep.models import SGD as SGDSpec
 from freestep.models import AdamW as AdamWSpec
 from freestep.models import Schedule
-from freestep_service.optimizers.method import Buffers, Method, Scalars
+from freestep_service.optimizers.method import Method, Scalars
 
 __all__ = ["ADAMW", "SGD"]
 
@@ -38,24 +39,28 @@ def _advance_sgd(h: SGDSpec, scalars: Scalars, damping: float) -> tuple[Scalars,
     return {"k": k + 1}, _SGDCoefficients(lr, h.weight_decay, h.momentum, gain, h.nesterov)
 
 
-def _update_sgd(g: Tensor, buffers: Buffers, coefficients: _SGDCoefficients) -> None:
-    y, buffer = buffers["y"], buffers["momentum_buffer"]
-    if coefficients.weight_decay:
-        g.add_(y, alpha=coefficients.weight_decay)
-    direction = g
-    if coefficients.momentum:
-        buffer.mul_(coefficients.momentum).add_(g, alpha=coefficients.gain)
-        direction = g.add_(buffer, alpha=coefficients.momentum) if coefficients.nesterov else buffer
-    y.sub_(direction, alpha=coefficients.lr)
+def _sgd(g: Tensor, y: Tensor, buffer: Tensor, s: _SGDCoefficients) -> tuple[Tensor, Tensor]:
+    g = g + s.weight_decay * y
+    d = g
+    if s.momentum:
+        buffer = s.momentum * buffer + s.gain * g
+        d = g + s.momentum * buffer if s.nesterov else buffer
+    return y - s.lr * d, buffer
 
 
 class _AdamWCoefficients(NamedTuple):
     shrink: float
-    beta1: float
+    """What weight decay leaves of y."""
+    m_share: float
+    """1 - β1: the weight of g in m."""
     beta2: float
-    root_bias_correction2: float
+    v_share: float
+    """1 - β2: the weight of g² in v."""
+    correction: float
+    """1 / sqrt(1 - β2^t), of the root of v."""
     eps: float
     step_size: float
+    """γ / (1 - β1^t)."""
 
 
 def _advance_adamw(h: AdamWSpec, scalars: Scalars, damping: float) -> tuple[Scalars, _AdamWCoefficients]:
@@ -64,22 +69,20 @@ def _advance_adamw(h: AdamWSpec, scalars: Scalars, damping: float) -> tuple[Scal
     lr = damping * _scheduled(h.lr, h.schedule, scalars["k"])
     return {"k": step}, _AdamWCoefficients(
         shrink=1 - lr * h.weight_decay,
-        beta1=beta1,
+        m_share=1 - beta1,
         beta2=beta2,
-        root_bias_correction2=(1 - beta2**step) ** 0.5,
+        v_share=1 - beta2,
+        correction=(1 - beta2**step) ** -0.5,
         eps=h.eps,
         step_size=lr / (1 - beta1**step),
     )
 
 
-def _update_adamw(g: Tensor, buffers: Buffers, coefficients: _AdamWCoefficients) -> None:
-    y, m, v = buffers["y"], buffers["exp_avg"], buffers["exp_avg_sq"]
-    y.mul_(coefficients.shrink)
-    m.lerp_(g, 1 - coefficients.beta1)
-    v.mul_(coefficients.beta2).addcmul_(g, g, value=1 - coefficients.beta2)
-    denominator = v.sqrt().div_(coefficients.root_bias_correction2).add_(coefficients.eps)
-    y.addcdiv_(m, denominator, value=-coefficients.step_size)
+def _adamw(g: Tensor, y: Tensor, m: Tensor, v: Tensor, s: _AdamWCoefficients) -> tuple[Tensor, Tensor, Tensor]:
+    m = m + s.m_share * (g - m)
+    v = s.beta2 * v + s.v_share * (g * g)
+    return s.shrink * y - s.step_size * (m / (torch.sqrt(v) * s.correction + s.eps)), m, v
 
 
-SGD = Method(("y", "momentum_buffer"), {"k": 0}, _advance_sgd, _update_sgd)
-ADAMW = Method(("y", "exp_avg", "exp_avg_sq"), {"k": 0}, _advance_adamw, _update_adamw)
+SGD = Method(("y", "momentum_buffer"), {"k": 0}, _advance_sgd, _sgd)
+ADAMW = Method(("y", "exp_avg", "exp_avg_sq"), {"k": 0}, _advance_adamw, _adamw)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from freestep.models import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
-from freestep_service.optimizers.method import Buffers, Method, Scalars
+from freestep_service.optimizers.method import Method, Scalars
 
 __all__ = ["ADAMW", "RADAM", "SGD"]
 
@@ -24,15 +25,29 @@ _INITIAL: Scalars = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
 
 
 class _Coefficients(NamedTuple):
+    """What SGD takes."""
+
     lr: float
     c: float
     y_lr: float
     """γ (β (1 - c) - 1): what y moves by along d."""
     weight_decay: float
-    beta2: float = 0.0
-    bias_correction2: float = 1.0
-    eps: float = 0.0
-    adaptive: bool = True
+
+
+class _AdamCoefficients(NamedTuple):
+    """What the Adam forms take."""
+
+    lr: float
+    c: float
+    y_lr: float
+    weight_decay: float
+    beta2: float
+    v_share: float
+    """1 - β2: the weight of g² in v."""
+    correction: float
+    """1 / sqrt(1 - β2^(k+1)), of the root of v."""
+    eps: float
+    adaptive: bool
     """Whether d is divided by the root of v; RAdam's first steps are not."""
 
 
@@ -57,28 +72,20 @@ def _advance_sgd(h: SGDScheduleFree, scalars: Scalars, damping: float) -> tuple[
     return following, _Coefficients(lr, c, lr * (h.momentum * (1 - c) - 1), h.weight_decay)
 
 
-def _update_sgd(g: Tensor, buffers: Buffers, coefficients: _Coefficients) -> None:
-    _move(g, buffers["y"], buffers["z"], coefficients)
+def _sgd(g: Tensor, y: Tensor, z: Tensor, s: _Coefficients) -> tuple[Tensor, Tensor]:
+    d = g + s.weight_decay * y
+    return y + s.c * (z - y) + s.y_lr * d, z - s.lr * d
 
 
-def _move(d: Tensor, y: Tensor, z: Tensor, coefficients: _Coefficients) -> None:
-    if coefficients.weight_decay:
-        d.add_(y, alpha=coefficients.weight_decay)
-    y.lerp_(z, coefficients.c).add_(d, alpha=coefficients.y_lr)
-    z.sub_(d, alpha=coefficients.lr)
-
-
-def _advance_adamw(h: AdamWScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _Coefficients]:
-    beta1, beta2 = h.betas
+def _advance_adamw(h: AdamWScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _AdamCoefficients]:
     lr = h.lr * _warmup(scalars["k"], h.warmup_steps)
     following, c = _average(scalars, lr, h.r, h.weight_lr_power)
     lr *= damping
-    bias_correction2 = 1 - beta2 ** following["k"]
-    return following, _Coefficients(lr, c, lr * (beta1 * (1 - c) - 1), h.weight_decay, beta2, bias_correction2, h.eps)
+    return following, _adam_coefficients(h, lr, c, following["k"], adaptive=True)
 
 
-def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _Coefficients]:
-    beta1, beta2 = h.betas
+def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _AdamCoefficients]:
+    _, beta2 = h.betas
     step = scalars["k"] + 1
     bias_correction2 = 1 - beta2**step
     # The length of the approximated simple moving average, arXiv 1908.03265, section 4.1, and its limit.
@@ -92,19 +99,33 @@ def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, damping: float) -> tu
     lr = h.lr * rectification
     following, c = _average(scalars, lr, h.r, h.weight_lr_power)
     lr *= damping
-    return following, _Coefficients(
-        lr, c, lr * (beta1 * (1 - c) - 1), h.weight_decay, beta2, bias_correction2, h.eps, adaptive
+    return following, _adam_coefficients(h, lr, c, step, adaptive=adaptive)
+
+
+def _adam_coefficients(
+    h: AdamWScheduleFree | RAdamScheduleFree, lr: float, c: float, step: float, *, adaptive: bool
+) -> _AdamCoefficients:
+    beta1, beta2 = h.betas
+    return _AdamCoefficients(
+        lr=lr,
+        c=c,
+        y_lr=lr * (beta1 * (1 - c) - 1),
+        weight_decay=h.weight_decay,
+        beta2=beta2,
+        v_share=1 - beta2,
+        correction=(1 - beta2**step) ** -0.5,
+        eps=h.eps,
+        adaptive=adaptive,
     )
 
 
-def _update_adam(g: Tensor, buffers: Buffers, coefficients: _Coefficients) -> None:
-    v = buffers["exp_avg_sq"]
-    v.mul_(coefficients.beta2).addcmul_(g, g, value=1 - coefficients.beta2)
-    if coefficients.adaptive:
-        g.div_(v.div(coefficients.bias_correction2).sqrt_().add_(coefficients.eps))
-    _move(g, buffers["y"], buffers["z"], coefficients)
+def _adam(g: Tensor, y: Tensor, z: Tensor, v: Tensor, s: _AdamCoefficients) -> tuple[Tensor, Tensor, Tensor]:
+    v = s.beta2 * v + s.v_share * (g * g)
+    d = g / (torch.sqrt(v) * s.correction + s.eps) if s.adaptive else g
+    d = d + s.weight_decay * y
+    return y + s.c * (z - y) + s.y_lr * d, z - s.lr * d, v
 
 
-SGD = Method(("y", "z"), _INITIAL, _advance_sgd, _update_sgd, lambda h: float(h.momentum))
-ADAMW = Method(("y", "z", "exp_avg_sq"), _INITIAL, _advance_adamw, _update_adam, lambda h: float(h.betas[0]))
-RADAM = Method(("y", "z", "exp_avg_sq"), _INITIAL, _advance_radam, _update_adam, lambda h: float(h.betas[0]))
+SGD = Method(("y", "z"), _INITIAL, _advance_sgd, _sgd, lambda h: float(h.momentum))
+ADAMW = Method(("y", "z", "exp_avg_sq"), _INITIAL, _advance_adamw, _adam, lambda h: float(h.betas[0]))
+RADAM = Method(("y", "z", "exp_avg_sq"), _INITIAL, _advance_radam, _adam, lambda h: float(h.betas[0]))

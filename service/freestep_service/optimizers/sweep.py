@@ -1,27 +1,30 @@
-"""Carrying a method over a run's flat vectors: param groups as segments, segments in chunks.
+"""Carrying a method over a run's flat vectors: one rule, three executions.
 
-A step is a handful of passes over memory if each operation runs over whole vectors, and one if all operations
-run over a chunk that stays in the cache; so vectors on the CPU are swept in chunks.
+On the host a rule is compiled into a loop, which reads and writes each element of each vector once: a step is one pass
+over memory. On a GPU, and in fp64, which tests take for the truth, torch evaluates the same function on tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
-from math import hypot, isfinite
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from freestep.wire import Slot
+from freestep_service.optimizers.compiled import compiled, inlined
 from freestep_service.optimizers.method import Buffers, Method, Scalars
+from freestep_service.optimizers.slices import in_slices
 
-__all__ = ["Segment", "initial_buffers", "interpolate", "norm", "segments", "step"]
+__all__ = ["Segment", "gather", "initial_buffers", "segments", "step"]
 
-CHUNK = 128 * 1024
-"""Elements: at 4 bytes, five vectors' chunks fit in a core's second-level cache of 2 MiB and more."""
+CHUNK = 16 * 1024 * 1024
+"""Elements that torch evaluates a rule on at a time: a rule's intermediate results are tensors of so many."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,14 @@ def segments(slots: Iterable[Slot]) -> tuple[Segment, ...]:
         run = list(members)
         found.append(Segment(group, run[0].offset, run[-1].offset + run[-1].numel))
     return tuple(found)
+
+
+def within(layout: Iterable[Segment], begin: int, end: int) -> Iterator[Segment]:
+    """What of the segments lies in a slice."""
+    for segment in layout:
+        first, last = max(segment.begin, begin), min(segment.end, end)
+        if first < last:
+            yield Segment(segment.group, first, last)
 
 
 def initial_buffers(method: Method, parameters: Tensor) -> dict[str, Tensor]:
@@ -64,62 +75,98 @@ def step(
 ) -> dict[str, Scalars]:
     """Moves the buffers, in place, one step along `scale * gradient`, and returns the groups' next scalars.
 
-    `gradient`, flat fp32 [numel], is used up: its contents afterwards are unspecified.
+    `gradient` is flat fp32 [numel], as the buffers are.
     """
     advanced = {group: method.advance(hyperparameters[group], state, damping) for group, state in scalars.items()}
-    for segment in layout:
-        coefficients = advanced[segment.group][1]
-        for begin, end in _chunks(segment, gradient):
-            g = gradient[begin:end]
-            if scale != 1.0:
-                g.mul_(scale)
-            method.update(g, {name: vector[begin:end] for name, vector in buffers.items()}, coefficients)
+    coefficients = {group: chosen for group, (_, chosen) in advanced.items()}
+    _sweep(method.rule, layout, coefficients, scale, gradient, [buffers[name] for name in method.buffers])
     return {group: following for group, (following, _) in advanced.items()}
 
 
-def interpolate(
-    method: Method,
+class _None(NamedTuple):
+    """The coefficients of rules that have none."""
+
+    nothing: float = 0.0
+
+
+def _take(g: Tensor, accumulated: Tensor, _: _None) -> tuple[Tensor]:
+    return (g,)
+
+
+def _add(g: Tensor, accumulated: Tensor, _: _None) -> tuple[Tensor]:
+    return (accumulated + g,)
+
+
+def gather(accumulated: Tensor, gradient: Tensor, share: float, *, first: bool) -> None:
+    """Adds `share * gradient` to what was gathered before, in place; the first takes its place. Flat fp32 [numel]."""
+    whole = [Segment("", 0, gradient.numel())]
+    _sweep(_take if first else _add, whole, {"": _None()}, share, gradient, [accumulated])
+
+
+def _sweep(
+    rule: Callable[..., tuple[Tensor, ...]],
     layout: Iterable[Segment],
-    hyperparameters: Mapping[str, Any],
-    buffers: Buffers,
-    point: Literal["x", "y", "z"],
-    out: Tensor,
+    coefficients: Mapping[str, Any],
+    scale: float,
+    gradient: Tensor,
+    state: Sequence[Tensor],
 ) -> None:
-    """Writes a point, flat [numel], into `out`, rounding it to the dtype of `out`.
-
-    x = y + (1 - 1/β)(z - y) in fp32; methods that keep one point have x = y = z.
-    """
-    if point != "x" or method.interpolation is None:
-        out.copy_(buffers[point] if point in buffers else buffers["y"])
+    """Replaces the state, in place, by `rule(scale * gradient, *state, coefficients of the group)`."""
+    if gradient.device.type != "cpu" or gradient.dtype != torch.float32:
+        _evaluate(rule, layout, coefficients, scale, gradient, state)
         return
-    y, z = buffers["y"], buffers["z"]
+    loop = _loop(rule, len(state))
+    layout = tuple(layout)
+    narrow = {group: _fp32(chosen) for group, chosen in coefficients.items()}
+    vectors = [vector.numpy() for vector in (gradient, *state)]
+
+    def work(begin: int, end: int) -> None:
+        for segment in within(layout, begin, end):
+            part = slice(segment.begin, segment.end)
+            loop(np.float32(scale), *(vector[part] for vector in vectors), narrow[segment.group])
+
+    in_slices(work, gradient.numel())
+
+
+def _evaluate(
+    rule: Callable[..., tuple[Tensor, ...]],
+    layout: Iterable[Segment],
+    coefficients: Mapping[str, Any],
+    scale: float,
+    gradient: Tensor,
+    state: Sequence[Tensor],
+) -> None:
+    """As `_sweep`, by torch."""
     for segment in layout:
-        weight = 1 - 1 / method.interpolation(hyperparameters[segment.group])
-        for begin, end in _chunks(segment, y):
-            out[begin:end].copy_(torch.lerp(y[begin:end], z[begin:end], weight))
+        for begin in range(segment.begin, segment.end, CHUNK):
+            part = slice(begin, min(begin + CHUNK, segment.end))
+            old = [vector[part] for vector in state]
+            new = rule(scale * gradient[part], *old, coefficients[segment.group])
+            for place, moved in zip(old, new, strict=True):
+                place.copy_(moved)
 
 
-def norm(gradient: Tensor, *, exact: bool = False) -> float | None:
-    """The 2-norm of a flat fp32 vector, or None when it holds NaN or infinity.
-
-    One pass when all is well. A norm that overflows fp32 though every element is finite is taken again in fp64; with
-    `exact` it is fp64 at once, at twice the cost, so that the norms of a vector's parts make up that of the whole to
-    far below fp32's rounding.
-    """
-    dtype = torch.float64 if exact else None
-    total = hypot(*(float(torch.linalg.vector_norm(chunk, dtype=dtype)) for chunk in _split(gradient)))
-    if isfinite(total):
-        return total
-    if not all(bool(torch.isfinite(chunk).all()) for chunk in _split(gradient)):
-        return None
-    return hypot(*(float(torch.linalg.vector_norm(chunk.double())) for chunk in _split(gradient)))
+def _fp32(coefficients: Any) -> Any:
+    """The coefficients as the loops take them."""
+    return type(coefficients)(*(value if isinstance(value, bool) else np.float32(value) for value in coefficients))
 
 
-def _split(vector: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(vector, CHUNK) if vector.numel() else ()
+@cache
+def _loop(rule: Callable[..., Any], vectors: int) -> Callable[..., None]:
+    """The compiled loop of a rule over so many state vectors: (scale, gradient, *state, coefficients) -> None."""
+    rule = inlined(rule)
 
+    def one(scale: Any, g: Any, a: Any, s: Any) -> None:
+        for i in range(g.size):
+            (a[i],) = rule(scale * g[i], a[i], s)
 
-def _chunks(segment: Segment, vector: Tensor) -> Iterator[tuple[int, int]]:
-    size = CHUNK if vector.device.type == "cpu" else max(segment.end - segment.begin, 1)
-    for begin in range(segment.begin, segment.end, size):
-        yield begin, min(begin + size, segment.end)
+    def two(scale: Any, g: Any, a: Any, b: Any, s: Any) -> None:
+        for i in range(g.size):
+            a[i], b[i] = rule(scale * g[i], a[i], b[i], s)
+
+    def three(scale: Any, g: Any, a: Any, b: Any, c: Any, s: Any) -> None:
+        for i in range(g.size):
+            a[i], b[i], c[i] = rule(scale * g[i], a[i], b[i], c[i], s)
+
+    loops: dict[int, Callable[..., None]] = {1: one, 2: two, 3: three}
+    return compiled(loops[vectors])

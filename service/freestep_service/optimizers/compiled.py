@@ -1,0 +1,76 @@
+"""The seam to numba, which compiles loops for the CPU: to machine code, without the GIL, kept on disk.
+
+Loops are compiled to IEEE arithmetic, in which vector instructions give what scalar ones do: what comes out for an
+element does not depend on where in a vector it stands, and so not on how a model is cut into shards. Numbers that
+loops are given are fp32, and rules hold no literals: a single double would make doubles of all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from numba import config, njit, types
+from numba.extending import overload, register_jitable
+
+__all__ = ["compiled", "inlined"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _cache() -> Path | None:
+    """Where machine code is kept, in a folder for just these sources; None where nothing can be written.
+
+    numba itself looks at the file of the loop alone, and would go on with the machine code of an older rule.
+    """
+    digest = sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    try:
+        folder = _caches() / digest.hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _caches() -> Path:
+    """The user's folder for what can be made again. Raises RuntimeError where there is no home."""
+    if named := os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(named)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "freestep"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freestep"
+
+
+_CACHE = _cache()
+if _CACHE is not None:
+    vars(config)["CACHE_DIR"] = str(_CACHE)
+
+
+def compiled(loop: F, *, reassociate: bool = False) -> F:
+    """The loop as machine code, made for the types it is first called with.
+
+    reassociate: sums may be taken in any order, as vector instructions take them; NaN and infinity stay what they are.
+    """
+    fastmath = {"reassoc"} if reassociate else False
+    return cast(F, njit(nogil=True, error_model="numpy", fastmath=fastmath, cache=_CACHE is not None)(loop))
+
+
+def inlined(rule: F) -> F:
+    """The function itself, which compiled loops may call from now on."""
+    return register_jitable(rule)
+
+
+def _sqrt(x: Any) -> Callable[[Any], Any] | None:
+    return (lambda x: math.sqrt(x)) if isinstance(x, types.Float) else None
+
+
+# Rules take roots by torch's name, of tensors as of numbers.
+overload(torch.sqrt, strict=False)(_sqrt)

@@ -1,0 +1,81 @@
+"""What is said of a gradient before it counts: its 2-norm, and that all of it is finite, in one pass over memory.
+
+Squares of fp32 numbers are summed in fp64, where no number of them overflows: the sum is finite if they are. It costs
+nothing beside reading them, and the sums of a vector's parts make up that of the whole to far below fp32's rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite, sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freestep_service.optimizers.compiled import compiled, inlined
+from freestep_service.optimizers.halves import of_bf16_bits, of_f16_bits
+from freestep_service.optimizers.slices import in_slices
+
+__all__ = ["norm", "norm_of_squares", "square_sum", "widen"]
+
+CHUNK = 4096
+"""Elements that are widened and measured while the processor has them at hand."""
+
+
+def _square_sum(vector: Any) -> Any:
+    total = 0.0
+    for i in range(vector.size):
+        x = np.float64(vector[i])
+        total += x * x
+    return total
+
+
+_squares = compiled(_square_sum, reassociate=True)
+
+
+def _widening(whole: Callable[[Any], Any]) -> Callable[[Any, Any], float]:
+    whole = inlined(whole)
+
+    def loop(halves: Any, vector: Any) -> Any:
+        total = 0.0
+        some = np.empty(min(CHUNK, halves.size), np.uint16)
+        for begin in range(0, halves.size, CHUNK):
+            place = vector[begin : begin + CHUNK]
+            # A copy, since the place may lie over them.
+            some[: place.size] = halves[begin : begin + CHUNK]
+            for i in range(place.size):
+                place[i] = whole(some[i])
+            total += _squares(place)
+        return total
+
+    return compiled(loop)
+
+
+_WIDENING = {torch.bfloat16: _widening(of_bf16_bits), torch.float16: _widening(of_f16_bits)}
+
+
+def square_sum(vector: Tensor) -> float:
+    """Σ x² of a flat fp32 vector on the host, in fp64; not finite where an element is not."""
+    elements = vector.numpy()
+    return sum(in_slices(lambda begin, end: float(_squares(elements[begin:end])), elements.size))
+
+
+def widen(narrow: Tensor, out: Tensor) -> float:
+    """Writes BF16 or F16 numbers, flat [numel], into `out`, fp32 [numel], and returns Σ x² as `square_sum` does.
+
+    `narrow` may be the second half of the memory of `out`: widening from the front never overtakes what is yet to be
+    read. That is why it is one thread's.
+    """
+    return float(_WIDENING[narrow.dtype](narrow.view(torch.uint16).numpy(), out.numpy()))
+
+
+def norm_of_squares(total: float) -> float | None:
+    """The 2-norm that a sum of squares makes, or None where it is not finite."""
+    return sqrt(total) if isfinite(total) else None
+
+
+def norm(gradient: Tensor) -> float | None:
+    """The 2-norm of a flat fp32 vector on the host, or None when it holds NaN or infinity."""
+    return norm_of_squares(square_sum(gradient))

@@ -1,0 +1,110 @@
+"""Copying a point, x, y or z, out of the state, rounded to the dtype in which it travels: one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freestep_service.optimizers.compiled import compiled, inlined
+from freestep_service.optimizers.halves import bf16_bits, f16_bits
+from freestep_service.optimizers.method import Buffers, Method
+from freestep_service.optimizers.slices import in_slices
+from freestep_service.optimizers.sweep import Segment, within
+
+__all__ = ["interpolate"]
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+_ROUNDING: dict[torch.dtype, Callable[[Any], Any]] = {
+    torch.float32: _same,
+    torch.bfloat16: bf16_bits,
+    torch.float16: f16_bits,
+}
+
+
+@inlined
+def _mix(y: Any, z: Any, weight: Any) -> Any:
+    return y + weight * (z - y)
+
+
+def _copying(rounded: Callable[[Any], Any]) -> Callable[[Any, Any], None]:
+    rounded = inlined(rounded)
+
+    def loop(source: Any, out: Any) -> None:
+        for i in range(out.size):
+            out[i] = rounded(source[i])
+
+    return compiled(loop)
+
+
+def _mixing(rounded: Callable[[Any], Any]) -> Callable[[Any, Any, Any, Any], None]:
+    rounded = inlined(rounded)
+
+    def loop(y: Any, z: Any, weight: Any, out: Any) -> None:
+        for i in range(out.size):
+            out[i] = rounded(_mix(y[i], z[i], weight))
+
+    return compiled(loop)
+
+
+_COPYING = {dtype: _copying(rounded) for dtype, rounded in _ROUNDING.items()}
+_MIXING = {dtype: _mixing(rounded) for dtype, rounded in _ROUNDING.items()}
+
+
+def interpolate(
+    method: Method,
+    layout: Iterable[Segment],
+    hyperparameters: Mapping[str, Any],
+    buffers: Buffers,
+    point: Literal["x", "y", "z"],
+    out: Tensor,
+) -> None:
+    """Writes a point, flat [numel], into `out`, rounding it to the dtype of `out`, to nearest even.
+
+    x = y + (1 - 1/β)(z - y) in fp32; methods that keep one point have x = y = z.
+    """
+    if point == "x" and method.interpolation is not None:
+        weights = {group: 1 - 1 / method.interpolation(chosen) for group, chosen in hyperparameters.items()}
+        _copy_x(tuple(layout), weights, buffers["y"], buffers["z"], out)
+    else:
+        _copy(buffers[point] if point in buffers else buffers["y"], out)
+
+
+def _copy(source: Tensor, out: Tensor) -> None:
+    if not _is_compiled(source):
+        out.copy_(source)
+        return
+    loop, elements, places = _COPYING[out.dtype], source.numpy(), _places(out)
+    in_slices(lambda begin, end: loop(elements[begin:end], places[begin:end]), source.numel())
+
+
+def _copy_x(layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor, z: Tensor, out: Tensor) -> None:
+    if not _is_compiled(y):
+        for segment in layout:
+            part = slice(segment.begin, segment.end)
+            out[part].copy_(_mix(y[part], z[part], weights[segment.group]))
+        return
+    loop, ys, zs, places = _MIXING[out.dtype], y.numpy(), z.numpy(), _places(out)
+
+    def work(begin: int, end: int) -> None:
+        for segment in within(layout, begin, end):
+            part = slice(segment.begin, segment.end)
+            loop(ys[part], zs[part], np.float32(weights[segment.group]), places[part])
+
+    in_slices(work, y.numel())
+
+
+def _is_compiled(source: Tensor) -> bool:
+    return source.device.type == "cpu" and source.dtype == torch.float32
+
+
+def _places(out: Tensor) -> Any:
+    """The memory of `out` as an array: halves as their bits."""
+    return (out if out.dtype == torch.float32 else out.view(torch.uint16)).numpy()

@@ -1,0 +1,29 @@
+"""Compiling all loops before they are needed, or loading them from disk, so that no push waits for it."""
+
+from __future__ import annotations
+
+import torch
+
+from freestep.models import ALGORITHMS
+from freestep_service.optimizers import METHODS
+from freestep_service.optimizers.norms import norm, widen
+from freestep_service.optimizers.points import interpolate
+from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, step
+
+__all__ = ["compile_loops"]
+
+
+def compile_loops() -> None:
+    """Takes seconds the first time on a machine; runs each loop once, on one element, with the types of service."""
+    layout, nought = (Segment("", 0, 1),), torch.zeros(1)
+    for algorithm, method in METHODS.items():
+        hyperparameters, buffers = {"": ALGORITHMS[algorithm]()}, initial_buffers(method, nought.clone())
+        step(method, layout, hyperparameters, {"": method.initial}, buffers, nought)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for point in ("x", "y"):
+                interpolate(method, layout, hyperparameters, buffers, point, nought.to(dtype, copy=True))
+    for first in (True, False):
+        gather(nought.clone(), nought, 1.0, first=first)
+    norm(nought)
+    for dtype in (torch.bfloat16, torch.float16):
+        widen(nought.to(dtype), nought.clone())
