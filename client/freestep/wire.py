@@ -24,6 +24,7 @@ from freestep.errors import MalformedTensors
 from freestep.models import ParameterSpec
 
 __all__ = [
+    "ENCODINGS",
     "INDICES",
     "ITEMSIZE",
     "MEDIA_TYPE",
@@ -45,6 +46,8 @@ MEDIA_TYPE = "application/vnd.safetensors"
 ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 """Bytes per element of the dtypes that travel."""
 
+ENCODINGS = ("dense", "int8", "topk")
+"""Of gradients."""
 SCALE, VALUES, INDICES = "::scale", "::values", "::indices"
 """What follows a tensor's name where an encoding names something else of it."""
 

@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import groupby
 
-from freestep.wire import Manifest
-from freestep_service.optimizers import norm_of_squares, square_sum, widen
+import torch
+from torch import Tensor
+
+from freestep.errors import MalformedTensors
+from freestep.wire import INDICES, SCALE, VALUES, Beside, Manifest, Receiver, Slot
+from freestep_service.optimizers import dequantize, norm_of_squares, square_sum, widen
 from freestep_service.shard import DTYPES
 from freestep_service.vectors import Vector
 
-__all__ = ["widen_and_measure"]
+__all__ = ["decode_and_measure"]
+
+_BESIDE = {**DTYPES, "I32": torch.int32, "I64": torch.int64}
 
 
-def widen_and_measure(
-    vector: Vector, manifest: Manifest, dtypes: Mapping[str, str], *, exact: bool = False
-) -> float | None:
-    """Makes all tensors fp32 in place; returns the 2-norm of the whole, or None when it is not finite.
+def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -> float | None:
+    """Makes fp32 of all tensors that were received into a vector, in place.
 
-    A narrow tensor lies right-aligned in its slot. The norm is exact, whether it has to be or not.
+    Returns the 2-norm of the whole, or None when it is not finite. Raises MalformedTensors where indices are not those
+    of different elements.
+
+    A narrow tensor lies right-aligned in its slot, whose front it does not reach before it is read.
     """
     wide = vector.tensor()
+    if receiver.encoding.name == "topk":
+        return norm_of_squares(sum(_scatter(slot, receiver, _place(wide, slot)) for slot in manifest.slots))
     total = 0.0
-    for dtype, members in groupby(manifest.slots, key=lambda slot: dtypes[slot.name]):
+    for dtype, members in groupby(manifest.slots, key=lambda slot: receiver.dtypes[slot.name]):
         run = list(members)
         if dtype == "F32":
             total += square_sum(wide[run[0].offset : run[-1].offset + run[-1].numel])
             continue
         for slot in run:
-            place = wide[slot.offset : slot.offset + slot.numel]
-            total += widen(place.view(DTYPES[dtype])[slot.numel :], place)
+            place = _place(wide, slot)
+            if dtype == "I8":
+                scales = _tensor(receiver.beside[slot.name + SCALE])
+                total += dequantize(place.view(torch.int8)[3 * slot.numel :], scales, receiver.encoding.block, place)
+            else:
+                total += widen(place.view(DTYPES[dtype])[slot.numel :], place)
     return norm_of_squares(total)
+
+
+def _scatter(slot: Slot, receiver: Receiver, place: Tensor) -> float:
+    """Puts the values of a top-k encoding where its indices say, and returns the sum of their squares."""
+    values = _tensor(receiver.beside[slot.name + VALUES]).to(torch.float32)
+    indices = _tensor(receiver.beside[slot.name + INDICES]).to(torch.int64)
+    place.zero_()
+    if indices.numel():
+        if int(indices.min()) < 0 or int(indices.max()) >= slot.numel:
+            raise MalformedTensors(f"the indices of {slot.name!r} are not all from 0 to {slot.numel - 1}")
+        if bool((indices.sort().values.diff() == 0).any()):
+            raise MalformedTensors(f"an index of {slot.name!r} stands twice")
+        place[indices] = values
+    return square_sum(values)
+
+
+def _place(wide: Tensor, slot: Slot) -> Tensor:
+    return wide[slot.offset : slot.offset + slot.numel]
+
+
+def _tensor(part: Beside) -> Tensor:
+    dtype = _BESIDE[part.dtype]
+    return torch.frombuffer(part.memory, dtype=dtype) if part.memory else torch.empty(0, dtype=dtype)

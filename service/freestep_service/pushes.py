@@ -9,7 +9,7 @@ it has changed nothing; once it is, it will be applied on all shards, whatever b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,11 +27,11 @@ from freestep.errors import (
     ShardUnavailable,
 )
 from freestep.models import RunSpec
-from freestep.wire import Manifest, Receiver
+from freestep.wire import ENCODINGS, Manifest, Receiver
 from freestep_service.aggregation import Policy, damping
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.ingest import Body
-from freestep_service.measure import widen_and_measure
+from freestep_service.measure import decode_and_measure
 from freestep_service.records import Admission, Behind, Claim, Fenced, Lost, Pending, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry
@@ -125,18 +125,17 @@ class Host(Protocol):
 
 
 async def stage(
-    body: Body, manifest: Manifest, vector: Vector, turns: Turns, *, exact: bool = False
+    body: Body, manifest: Manifest, vector: Vector, turns: Turns, encodings: Collection[str] = ("dense",)
 ) -> tuple[float | None, str]:
     """Receives a body's tensors into a vector, as fp32; returns their norm, None if not finite, and the digest.
 
     Raises MalformedTensors and MalformedRequest.
     """
-    receiver = Receiver(manifest, vector.bytes, body.length)
+    receiver = Receiver(manifest, vector.bytes, body.length, encodings=encodings)
     digest = await body.receive_into(receiver)
     if turns.needs_none(HOST, manifest.numel):
-        return widen_and_measure(vector, manifest, receiver.dtypes, exact=exact), digest
-    measure = turns.of(HOST, widen_and_measure)
-    return await asyncio.to_thread(measure, vector, manifest, receiver.dtypes, exact=exact), digest
+        return decode_and_measure(vector, manifest, receiver), digest
+    return await asyncio.to_thread(turns.of(HOST, decode_and_measure), vector, manifest, receiver), digest
 
 
 class Pushes:
@@ -292,11 +291,10 @@ class Pushes:
                     vector = await self._staging.acquire()
             except TimeoutError:
                 raise Overloaded from None
-            exact = self._spec.optimizer.max_grad_norm is not None
-            norm, digest = await stage(body, self._manifest, vector, self._turns, exact=exact)
+            norm, digest = await stage(body, self._manifest, vector, self._turns, ENCODINGS)
             if norm is None:
                 raise NonFiniteGradient("the gradient holds NaN or infinity")
-            if not exact and norm > _LARGEST_NORM:
+            if self._spec.optimizer.max_grad_norm is None and norm > _LARGEST_NORM:
                 raise NonFiniteGradient(f"the gradient's norm is {norm:.3g}, and its square overflows fp32", norm=norm)
             return _Staged(vector, norm, digest)
         except BaseException as error:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -248,11 +248,11 @@ class Run:
             raise RunNotInitialized
 
     @asynccontextmanager
-    async def staged(self, body: Body) -> AsyncIterator[Vector]:
+    async def staged(self, body: Body, encodings: Collection[str] = ("dense",)) -> AsyncIterator[Vector]:
         """A body of the whole model, as a flat fp32 vector; one at a time. Raises MalformedTensors."""
         vector = await self._whole.acquire()
         try:
-            await stage(body, self.manifest, vector, self._turns)
+            await stage(body, self.manifest, vector, self._turns, encodings)
             yield vector
         finally:
             self._whole.release(vector)

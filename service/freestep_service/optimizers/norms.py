@@ -18,7 +18,7 @@ from freestep_service.optimizers.compiled import compiled, inlined
 from freestep_service.optimizers.halves import of_bf16_bits, of_f16_bits
 from freestep_service.optimizers.slices import in_slices
 
-__all__ = ["norm", "norm_of_squares", "square_sum", "widen"]
+__all__ = ["dequantize", "norm", "norm_of_squares", "square_sum", "widen"]
 
 CHUNK = 4096
 """Elements that are widened and measured while the processor has them at hand."""
@@ -69,6 +69,36 @@ def widen(narrow: Tensor, out: Tensor) -> float:
     read. That is why it is one thread's.
     """
     return float(_WIDENING[narrow.dtype](narrow.view(torch.uint16).numpy(), out.numpy()))
+
+
+def _dequantizing(quanta: Any, scales: Any, block: Any, vector: Any) -> Any:
+    total = 0.0
+    some = np.empty(min(CHUNK, quanta.size), np.int8)
+    for begin in range(0, quanta.size, CHUNK):
+        place = vector[begin : begin + CHUNK]
+        # A copy, since the place may lie over them.
+        some[: place.size] = quanta[begin : begin + CHUNK]
+        at = 0
+        while at < place.size:
+            number = (begin + at) // block
+            end = min((number + 1) * block - begin, place.size)
+            scale = scales[number]
+            for i in range(at, end):
+                place[i] = np.float32(some[i]) * scale
+            at = end
+        total += _squares(place)
+    return total
+
+
+_dequantize = compiled(_dequantizing)
+
+
+def dequantize(quanta: Tensor, scales: Tensor, block: int, out: Tensor) -> float:
+    """Writes q · scale, of int8 q [numel] and an fp32 scale for each `block` of them, into `out`, fp32 [numel].
+
+    Returns Σ x² as `square_sum` does. `quanta` may be the last quarter of the memory of `out`.
+    """
+    return float(_dequantize(quanta.numpy(), scales.numpy(), block, out.numpy()))
 
 
 def norm_of_squares(total: float) -> float | None:

@@ -6,7 +6,7 @@ import torch
 
 from freestep.models import ALGORITHMS
 from freestep_service.optimizers import METHODS
-from freestep_service.optimizers.norms import norm, widen
+from freestep_service.optimizers.norms import dequantize, norm, widen
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, step
 
@@ -27,3 +27,4 @@ def compile_loops() -> None:
     norm(nought)
     for dtype in (torch.bfloat16, torch.float16):
         widen(nought.to(dtype), nought.clone())
+    dequantize(nought.to(torch.int8), nought, 1, nought.clone())

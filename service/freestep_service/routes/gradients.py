@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from freestep.models import Dtype, Receipt
+from freestep.wire import ENCODINGS
 from freestep_service.egress import SnapshotResponse
 from freestep_service.headers import Preferences, body_length, claim, loss, preferences, receipt_headers
 from freestep_service.ingest import Body
@@ -75,7 +76,7 @@ async def _push_whole(
 ) -> Response:
     """The slow way: this process takes the whole gradient in and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}
-    async with run.staged(body) as vector:
+    async with run.staged(body, ENCODINGS) as vector:
         receipt = await peers.push(request, run, vector, {"Idempotency-Key": key, **wait})
     if not wishes.representation:
         return JSONResponse(receipt.model_dump(exclude_none=True), headers=wishes.applied())
