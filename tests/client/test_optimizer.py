@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from freestep import (
     RemoteOptimizer,
     Run,
 )
-from harness import ThreadService
+from harness import ThreadService, at_once, under_way, wait_until
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-7}
 
@@ -267,23 +267,14 @@ def test_sync_workers_step_together(make: Callable[..., RemoteOptimizer]) -> Non
     twin = network()
     peer = schedulefree.AdamWScheduleFree(twin.parameters(), lr=0.0025)
     peer.train()
-    failures: list[BaseException] = []
 
     def work(number: int) -> None:
-        try:
-            for inputs in batches(10):
-                optimizers[number].zero_grad()
-                models[number](inputs.chunk(2)[number]).square().sum().backward()
-                optimizers[number].step()
-        except BaseException as error:
-            failures.append(error)
+        for inputs in batches(10):
+            optimizers[number].zero_grad()
+            models[number](inputs.chunk(2)[number]).square().sum().backward()
+            optimizers[number].step()
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures[0]
+    at_once(*(partial(work, number) for number in range(2)))
     for inputs in batches(10):
         peer.zero_grad()
         (twin(inputs).square().sum() / 2).backward()
@@ -305,12 +296,10 @@ def test_a_worker_that_is_in_the_group_already_waits_for_its_update(
     other = run.lease("other")
     with run.lease("restarted") as before:
         assert run.push(zeros, before.claim(0)).decision == "accumulated"
-    thread = threading.Thread(target=train, args=(model, optimizer, 1))
-    thread.start()
-    while run.status().pushes["dropped"] < 1:
-        pass
+    waiting = under_way(partial(train, model, optimizer, 1))
+    wait_until(lambda: run.status().pushes["dropped"] == 1)
     assert run.push(zeros, other.claim(0)).decision == "applied"
-    thread.join()
+    waiting.result()
     other.release()
     assert optimizer.receipt is not None
     assert optimizer.receipt.reason == "duplicate-worker"
@@ -340,8 +329,7 @@ def test_a_worker_whose_lease_expired_takes_a_new_one_and_its_gradient_counts(
     run = remote(optimizer)
     with service.redis() as client:
         client.zadd(f"freestep:{{{run.name}}}:leases", {"sleeper": 1})
-        while client.hexists(f"freestep:{{{run.name}}}:workers", "sleeper"):
-            pass
+        wait_until(lambda: not client.hexists(f"freestep:{{{run.name}}}:workers", "sleeper"))
     train(model, optimizer, 3)
     train(twin, peer, 3)
     assert_same(model, twin)

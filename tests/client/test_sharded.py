@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,10 @@ from torch import nn
 from freestep import AlreadyInitialized, Client, Flat, NonFiniteGradient, Receipt, RemoteOptimizer, Run, StepNotReached
 from freestep.models import ParameterSpec
 from freestep.parts import merged
-from freestep.wire import Manifest
-from harness import TENSORS, ProcessService, ThreadService
+from freestep.wire import Manifest, lay
+from harness import TENSORS, ProcessService, ThreadService, at_once, under_way
 from proxies import Cutter
-
-SHARDS = 3
-SIZES = {"w": (40, 5), "b": (7,), "e": (0, 4), "s": ()}
-ONES = {name: torch.ones(size) for name, size in SIZES.items()}
+from shards.runs import ONES, SHARDS, SIZES, ZEROS, counting
 
 
 @pytest.fixture
@@ -43,23 +40,12 @@ def client(nodes: list[ThreadService]) -> Iterator[Client]:
         yield made
 
 
-def spec(shards: int = SHARDS, **changes: Any) -> dict[str, Any]:
-    """A run that takes every gradient off its parameters as it is."""
-    return {
-        "optimizer": {"algorithm": "sgd", "lr": 1.0},
-        "aggregation": {"policy": "async"},
-        "parameters": [{"name": name, "shape": list(size)} for name, size in SIZES.items()],
-        "shards": shards,
-        **changes,
-    }
-
-
 @pytest.fixture
 def run(client: Client) -> Run:
     """A run whose parameters are all 0."""
     made = client.run(f"run-{uuid.uuid4().hex[:8]}")
-    made.create(spec())
-    made.initialize({name: torch.zeros(size) for name, size in SIZES.items()})
+    made.create(counting())
+    made.initialize(ZEROS)
     return made
 
 
@@ -118,7 +104,7 @@ def test_parts_are_stretches_of_the_vector_itself(dtype: str, count: int) -> Non
         body = mine.body()
         receiver = theirs.receiver(sum(map(len, body)))
         for piece in body:
-            receiver.feed(piece)
+            lay(receiver, piece)
         assert receiver.complete
     assert torch.equal(sent.vector, received.vector)
     assert sum(len(part.bytes) for part in sent.parts(count)) == len(sent.bytes)
@@ -233,22 +219,9 @@ def test_sync_workers_of_many_shards_step_together(nodes: list[ThreadService]) -
         )
         for number, model in enumerate(models)
     ]
-    failures: list[BaseException] = []
-
-    def work(number: int) -> None:
-        try:
-            train(models[number], optimizers[number], 5)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*(partial(train, *pair, 5) for pair in zip(models, optimizers, strict=True)))
     for optimizer in optimizers:
         optimizer.close()
-    assert not failures, failures[0]
     assert [optimizer.pulled and optimizer.pulled.step for optimizer in optimizers] == [5, 5]
     assert torch.equal(held(models[0]), held(models[1]))
 
@@ -257,59 +230,47 @@ def test_sync_workers_of_many_shards_step_together(nodes: list[ThreadService]) -
 
 
 def test_pulls_are_of_one_cut_while_pushes_go_on(nodes: list[ThreadService], run: Run) -> None:
-    failures: list[BaseException] = []
-
     def push() -> None:
-        try:
-            with Client(nodes[1].url) as other, other.run(run.name).lease() as lease:
-                pusher = other.run(run.name)
-                gradient, arriving = Flat(run.manifest), Flat(run.manifest)
-                gradient.fill(ONES)
-                pusher.status()
-                for step in range(100):
-                    _, pulled = pusher.exchange(gradient, lease.claim(step), arriving)
-                    assert torch.equal(arriving.vector, torch.full_like(arriving.vector, -pulled.step))
-        except BaseException as error:
-            failures.append(error)
+        with Client(nodes[1].url) as other, other.run(run.name).lease() as lease:
+            pusher = other.run(run.name)
+            gradient, arriving = Flat(run.manifest), Flat(run.manifest)
+            gradient.fill(ONES)
+            pusher.status()
+            for step in range(100):
+                _, pulled = pusher.exchange(gradient, lease.claim(step), arriving)
+                assert torch.equal(arriving.vector, torch.full_like(arriving.vector, -pulled.step))
 
-    pushing = threading.Thread(target=push)
-    pushing.start()
+    pushing = under_way(push)
     flat = Flat(run.manifest)
     seen = set()
-    while pushing.is_alive():
+    while not pushing.done():
         for point in ("x", "y"):
             step = run.pull_into(flat, point).step
             assert torch.equal(flat.vector, torch.full_like(flat.vector, -step))
             seen.add(step)
-    pushing.join()
-    assert not failures, failures[0]
+    pushing.result()
     assert len(seen) > 1
 
 
 def test_initial_weights_are_those_of_one_worker(nodes: list[ThreadService], client: Client) -> None:
     run = client.run("race")
-    run.create(spec())
-    outcomes: list[str] = []
+    run.create(counting())
 
-    def give(number: int) -> None:
+    def give(number: int) -> bool:
         with Client(nodes[number].url) as own:
             giver = own.run("race")
             giver.status()
             try:
                 giver.initialize({name: torch.full(size, float(number)) for name, size in SIZES.items()})
-                outcomes.append(f"{number}")
             except AlreadyInitialized:
-                pass
+                return False
+            return True
 
-    threads = [threading.Thread(target=give, args=(number,)) for number in range(SHARDS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (winner,) = outcomes
-    pulled, _ = run.pull("y")
-    for name, tensor in pulled.items():
-        assert torch.equal(tensor, torch.full(SIZES[name], float(winner)))
+    outcomes = at_once(*(partial(give, number) for number in range(SHARDS)))
+    assert sorted(outcomes) == [False] * (SHARDS - 1) + [True]
+    winner = float(outcomes.index(True))
+    for name, tensor in run.pull("y")[0].items():
+        assert torch.equal(tensor, torch.full(SIZES[name], winner))
 
 
 def test_a_run_of_unknown_shards_is_asked_as_a_whole(nodes: list[ThreadService], run: Run) -> None:
@@ -366,7 +327,7 @@ def test_a_url_where_another_server_listens_is_passed_over(
 ) -> None:
     with Client(start_process(advertise_url=service.url).url) as client:
         run = client.run("misled")
-        run.create(spec())
+        run.create(counting())
         run.initialize(ONES)
         assert all(torch.equal(tensor, ONES[name]) for name, tensor in run.pull("x")[0].items())
 
@@ -451,7 +412,9 @@ def test_the_command_knows_of_shards(nodes: list[ThreadService], run: Run, tmp_p
 
 def test_shards_of_more_than_there_are_elements(client: Client) -> None:
     run = client.run("small")
-    run.create(spec(20, parameters=[{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()]))
+    run.create(
+        counting(20, parameters=[{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()])
+    )
     run.initialize(TENSORS)
     with run.lease() as lease:
         assert run.push(TENSORS, lease.claim(0)).step == 1

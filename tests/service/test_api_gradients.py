@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
-from http.client import HTTPResponse
-from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-import safetensors.torch
 import torch
 
 from freestep.wire import MEDIA_TYPE
-from harness import TENSORS, Api, ThreadService, slug
+from harness import BODY, SGD, TENSORS, Api, ThreadService, answered, begun_push, is_pending, slug, wait_until
 
 
 def test_a_push_gets_a_receipt(api: Api) -> None:
@@ -36,9 +31,7 @@ def test_a_push_may_be_answered_with_y(api: Api, dtype: str) -> None:
     api.create()
     lease = api.lease()
     headers = api.headers(lease, 0, Prefer="return=representation")
-    answer = api.http.post(
-        api.path("/gradients"), params={"dtype": dtype}, content=safetensors.torch.save(TENSORS), headers=headers
-    )
+    answer = api.http.post(api.path("/gradients"), params={"dtype": dtype}, content=BODY, headers=headers)
     assert answer.status_code == 200
     assert answer.headers["Content-Type"] == MEDIA_TYPE
     assert answer.headers["Preference-Applied"] == "return=representation"
@@ -62,7 +55,7 @@ def test_unknown_preferences_are_ignored(api: Api) -> None:
 
 
 def test_gradients_of_narrow_dtypes_are_widened(api: Api) -> None:
-    api.create(optimizer={"algorithm": "sgd", "lr": 1.0})
+    api.create(optimizer=SGD)
     mixed = {"w": TENSORS["w"].bfloat16(), "b": TENSORS["b"].half(), "e": TENSORS["e"].bfloat16()}
     assert api.push(api.lease(), 0, tensors=mixed).json()["decision"] == "applied"
     y, _ = api.pull("y")
@@ -71,14 +64,14 @@ def test_gradients_of_narrow_dtypes_are_widened(api: Api) -> None:
 
 
 def test_tensors_may_come_in_any_order(api: Api) -> None:
-    api.create(optimizer={"algorithm": "sgd", "lr": 1.0})
+    api.create(optimizer=SGD)
     api.push(api.lease(), 0, tensors=dict(reversed(TENSORS.items())))
     y, _ = api.pull("y")
     assert all(not tensor.any() for tensor in y.values())
 
 
 def test_max_grad_norm_is_torchs(api: Api) -> None:
-    api.create(optimizer={"algorithm": "sgd", "lr": 1.0, "max_grad_norm": 0.5})
+    api.create(optimizer={**SGD, "max_grad_norm": 0.5})
     api.push(api.lease(), 0)
     parameters = [torch.nn.Parameter(tensor.clone()) for tensor in TENSORS.values()]
     for parameter, gradient in zip(parameters, TENSORS.values(), strict=True):
@@ -94,7 +87,7 @@ def test_param_groups_have_hyperparameters_of_their_own(api: Api) -> None:
         {"name": name, "shape": list(tensor.shape), "group": "frozen" if name == "w" else "default"}
         for name, tensor in TENSORS.items()
     ]
-    api.create(optimizer={"algorithm": "sgd", "lr": 1.0}, parameters=parameters, groups={"frozen": {"lr": 0}})
+    api.create(optimizer=SGD, parameters=parameters, groups={"frozen": {"lr": 0}})
     api.push(api.lease(), 0)
     y, _ = api.pull("y")
     assert torch.equal(y["w"], TENSORS["w"])
@@ -138,7 +131,7 @@ def test_a_wrong_claim_is_refused_and_changes_nothing(
     lease = api.lease()
     before = api.state(service)
     lines = {key: value for key, value in {**api.headers(lease, 0), **headers}.items() if value is not None}
-    answer = api.http.post(api.path("/gradients"), content=safetensors.torch.save(TENSORS), headers=lines)
+    answer = api.http.post(api.path("/gradients"), content=BODY, headers=lines)
     assert slug(answer) == name
     if name == "malformed-request" and "step ahead" not in headers and headers != {"Freestep-Step": "1"}:
         assert answer.json()["field"] == next(iter(headers))
@@ -151,14 +144,14 @@ def test_a_header_that_stands_twice_is_refused(api: Api, service: ThreadService)
     lease = api.lease()
     before = api.state(service)
     headers = [*api.headers(lease, 0).items(), ("Freestep-Step", "0")]
-    answer = api.http.post(api.path("/gradients"), content=safetensors.torch.save(TENSORS), headers=headers)
+    answer = api.http.post(api.path("/gradients"), content=BODY, headers=headers)
     assert (answer.status_code, slug(answer)) == (400, "malformed-request")
     assert api.state(service) == before
 
 
 def test_a_body_of_unknown_length_is_refused(api: Api, service: ThreadService) -> None:
     def chunks() -> Iterator[bytes]:
-        yield safetensors.torch.save(TENSORS)
+        yield BODY
 
     api.create()
     lease = api.lease()
@@ -213,23 +206,6 @@ def test_a_gradient_whose_square_overflows_is_refused_unless_it_is_clipped(api: 
     assert all(tensor.isfinite().all() for tensor in api.pull("x")[0].values())
 
 
-def raw_push(api: Api, lease: dict[str, Any], length: int, sent: bytes, key: str = "raw") -> socket.socket:
-    """A push over a socket of the test's own, of whose body only a part is sent."""
-    address = urlsplit(api.url)
-    lines = {**api.headers(lease, 0, key), "Host": "test", "Content-Length": str(length)}
-    head = f"POST {api.path('/gradients')} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n"
-    connection = socket.create_connection((address.hostname, address.port))
-    connection.sendall(head.encode() + sent)
-    return connection
-
-
-def answered(connection: socket.socket) -> bytes:
-    """The body of the answer that comes over a connection."""
-    response = HTTPResponse(connection)
-    response.begin()
-    return response.read()
-
-
 def test_a_body_that_stalls_is_given_up(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api]
 ) -> None:
@@ -238,8 +214,7 @@ def test_a_body_that_stalls_is_given_up(
     api.create()
     lease = api.lease()
     before = api.state(service)
-    body = safetensors.torch.save(TENSORS)
-    with raw_push(api, lease, len(body), body[:-1]) as connection:
+    with begun_push(api, lease, BODY[:-1]) as connection:
         answer = b""
         while b"malformed-request" not in answer:
             received = connection.recv(4096)
@@ -257,11 +232,10 @@ def test_a_body_that_drips_is_given_up(
     api = connect(service.url)
     api.create()
     lease = api.lease()
-    body = safetensors.torch.save(TENSORS)
-    with raw_push(api, lease, len(body), b"") as connection:
+    with begun_push(api, lease, b"") as connection:
         connection.settimeout(0.02)
         answer = b""
-        for byte in body:
+        for byte in BODY:
             connection.sendall(bytes([byte]))
             try:
                 answer = connection.recv(4096)
@@ -276,10 +250,8 @@ def test_a_body_that_is_cut_leaves_nothing(api: Api, service: ThreadService) -> 
     api.create()
     lease = api.lease()
     before = api.state(service)
-    body = safetensors.torch.save(TENSORS)
-    raw_push(api, lease, len(body), body[: len(body) // 2]).close()
-    while api.state(service) != before:
-        pass
+    begun_push(api, lease, BODY[: len(BODY) // 2]).close()
+    wait_until(lambda: api.state(service) == before)
     assert api.push(lease, 0, "raw").json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": False}
 
 
@@ -290,17 +262,15 @@ def test_when_all_memory_is_taken_pushes_wait_and_then_are_refused(
     api = connect(service.url)
     api.create()
     lease = api.lease()
-    body = safetensors.torch.save(TENSORS)
-    stalled = [raw_push(api, lease, len(body), body[:-1], key) for key in ("one", "two")]
-    pending = f"freestep:{{{api.run}}}:pending"
-    while len(service.redis_dump(pending).get(pending, ())) < 2:
-        pass
+    stalled = [begun_push(api, lease, BODY[:-1], key) for key in ("one", "two")]
+    pending = api.redis_key("pending")
+    wait_until(lambda: len(service.redis_dump(pending).get(pending, ())) == 2)
     refused = api.push(lease, 0, "three")
     assert (refused.status_code, slug(refused)) == (429, "overloaded")
     assert int(refused.headers["Retry-After"]) > 0
     assert set(service.redis_dump(pending)[pending]) == {"one", "two"}
     for connection in stalled:
-        connection.sendall(body[-1:])
+        connection.sendall(BODY[-1:])
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         connection.close()
     assert api.push(lease, 0, "three").json()["step"] == 3
@@ -308,7 +278,7 @@ def test_when_all_memory_is_taken_pushes_wait_and_then_are_refused(
 
 @pytest.mark.parametrize("samples", ["1e12", "1e-12"])
 def test_the_most_and_the_fewest_samples_make_a_mean(api: Api, samples: str) -> None:
-    api.create(optimizer={"algorithm": "sgd", "lr": 1.0}, aggregation={"policy": "buffered", "batch": 2})
+    api.create(optimizer=SGD, aggregation={"policy": "buffered", "batch": 2})
     lease = api.lease()
     for _ in range(2):
         assert api.push(lease, 0, Freestep_Samples=samples).status_code == 200
@@ -328,11 +298,9 @@ def test_a_push_whose_lease_runs_out_on_the_way_is_discarded(api: Api, service: 
     api.create()
     lease = api.lease(ttl_ms=200)
     before = api.state(service)["points"]
-    body = safetensors.torch.save(TENSORS)
-    with raw_push(api, lease, len(body), body[:-1]) as connection:
-        while api.status()["workers"]:
-            pass
-        connection.sendall(body[-1:])
+    with begun_push(api, lease, BODY[:-1]) as connection:
+        wait_until(lambda: not api.status()["workers"])
+        connection.sendall(BODY[-1:])
         assert b"lease-expired" in answered(connection)
     after = api.state(service)
     assert after["points"] == before
@@ -344,13 +312,11 @@ def test_a_push_whose_lease_runs_out_on_the_way_is_discarded(api: Api, service: 
 def test_a_push_that_a_restore_overtakes_is_discarded(api: Api, service: ThreadService) -> None:
     api.create()
     lease = api.lease()
-    body = safetensors.torch.save(TENSORS)
-    with raw_push(api, lease, len(body), body[:-1]) as connection:
-        while not service.redis_dump(f"freestep:{{{api.run}}}:pending"):
-            pass
+    with begun_push(api, lease, BODY[:-1]) as connection:
+        wait_until(lambda: is_pending(service, api, "raw"))
         assert api.http.post(api.path("/checkpoints/0/restore")).json()["epoch"] == 2
         before = api.state(service)
-        connection.sendall(body[-1:])
+        connection.sendall(BODY[-1:])
         assert b"lease-expired" in answered(connection)
     assert api.state(service) == before
     assert slug(api.push(lease, 0, "raw")) == "epoch-changed"
@@ -358,12 +324,9 @@ def test_a_push_that_a_restore_overtakes_is_discarded(api: Api, service: ThreadS
 
 def test_a_run_may_be_deleted_while_a_push_is_on_its_way(api: Api, service: ThreadService) -> None:
     api.create()
-    body = safetensors.torch.save(TENSORS)
-    prefix = f"freestep:{{{api.run}}}:"
-    with raw_push(api, api.lease(), len(body), body[:-1]) as connection:
-        while f"{prefix}pending" not in service.redis_dump(prefix):
-            pass
+    with begun_push(api, api.lease(), BODY[:-1]) as connection:
+        wait_until(lambda: is_pending(service, api, "raw"))
         assert api.http.delete(api.path()).status_code == 204
-        connection.sendall(body[-1:])
+        connection.sendall(BODY[-1:])
         assert b"run-not-found" in answered(connection)
-    assert service.redis_dump(prefix) == {}
+    assert service.redis_dump(api.redis_key()) == {}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from harness import Api, ThreadService, slug
+from harness import Api, ThreadService, slug, wait_until
 
 
 def test_a_lease_is_granted_renewed_and_released(api: Api) -> None:
@@ -66,8 +66,7 @@ def test_what_is_no_longer_a_lease_pushes_nothing(api: Api, service: ThreadServi
     elif end == "superseded":
         api.lease("me")
     elif end == "expired":
-        while f"freestep:{{{api.run}}}:leases" in service.redis_dump(f"freestep:{{{api.run}}}:"):
-            pass
+        wait_until(lambda: api.redis_key("leases") not in service.redis_dump(api.redis_key()))
     else:
         lease = {**lease, "token": lease["token"] + 1}
     before = api.state(service)
@@ -83,11 +82,11 @@ def test_what_is_no_longer_a_lease_pushes_nothing(api: Api, service: ThreadServi
 def test_a_push_renews_its_lease(api: Api, service: ThreadService) -> None:
     api.create()
     lease = api.lease(ttl_ms=60_000)
-    ends = f"freestep:{{{api.run}}}:leases"
+    ends = api.redis_key("leases")
     with service.redis() as client:
         granted = client.zscore(ends, "worker")
-        while (client.time()[0] * 1000 + client.time()[1] // 1000) <= granted - 60_000:
-            pass
+        # Until that clock has gone on.
+        wait_until(lambda: client.time()[0] * 1000 + client.time()[1] // 1000 > granted - 60_000)
         assert api.push(lease, 0).status_code == 200
         assert client.zscore(ends, "worker") > granted
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Callable
-from http.client import HTTPResponse
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import safetensors.torch
@@ -15,16 +12,9 @@ import schedulefree
 import torch
 
 from freestep.wire import MEDIA_TYPE
-from harness import TENSORS, Api, ThreadService, slug
+from harness import BODY, TENSORS, Api, ThreadService, answered, at_once, connected, slug, under_way, wait_until
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def answered(connection: socket.socket) -> bytes:
-    """The body of the answer that comes over a connection."""
-    response = HTTPResponse(connection)
-    response.begin()
-    return response.read()
 
 
 def trained(api: Api, steps: int = 3) -> dict[str, Any]:
@@ -146,22 +136,13 @@ def test_a_download_is_resumed_only_while_the_step_is_the_same(api: Api) -> None
 
 def test_a_pull_may_wait_for_a_step(api: Api, service: ThreadService, connect: Callable[..., Api]) -> None:
     lease = trained(api)
-    waiting = connect(service.url, api.run)
-    answers = []
-    thread = threading.Thread(
-        target=lambda: answers.append(
-            waiting.http.get(
-                waiting.path("/parameters"), params={"point": "y", "min_step": 5}, headers={"Prefer": "wait=30"}
-            )
-        )
-    )
-    thread.start()
+    http, query = connect(service.url).http, {"point": "y", "min_step": 5}
+    waiting = under_way(lambda: http.get(api.path("/parameters"), params=query, headers={"Prefer": "wait=30"}))
     assert api.push(lease, 3).json()["step"] == 4
-    assert thread.is_alive()
+    assert not waiting.done()
     assert api.push(lease, 4).json()["step"] == 5
-    thread.join()
-    assert answers[0].status_code == 200
-    assert answers[0].headers["Freestep-Step"] == "5"
+    answer = waiting.result()
+    assert (answer.status_code, answer.headers["Freestep-Step"]) == (200, "5")
 
 
 @pytest.mark.parametrize("headers", [{}, {"Prefer": "wait=0.05"}])
@@ -205,22 +186,11 @@ def test_of_many_who_bring_weights_at_once_one_wins(
     api: Api, service: ThreadService, connect: Callable[..., Api]
 ) -> None:
     api.http.put(api.path(), json=api.spec())
-    barrier, answers = threading.Barrier(6), {}
-
-    def bring(number: int, caller: Api) -> None:
-        barrier.wait()
-        answers[number] = caller.initialize({name: tensor + number for name, tensor in TENSORS.items()})
-
-    callers = [connect(service.url, api.run) for _ in range(6)]
-    threads = [threading.Thread(target=bring, args=pair) for pair in enumerate(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [number for number, answer in answers.items() if answer.status_code == 201]
-    assert len(winners) == 1
-    assert {slug(answer) for number, answer in answers.items() if number not in winners} == {"already-initialized"}
-    assert torch.equal(api.pull("y")[0]["w"], TENSORS["w"] + winners[0])
+    weights = [{name: tensor + number for name, tensor in TENSORS.items()} for number in range(6)]
+    answers = at_once(*(partial(connect(service.url, api.run).initialize, each) for each in weights))
+    (winner,) = [number for number, answer in enumerate(answers) if answer.status_code == 201]
+    assert [slug(answer) for answer in answers if answer.status_code != 201] == ["already-initialized"] * 5
+    assert torch.equal(api.pull("y")[0]["w"], weights[winner]["w"])
 
 
 def test_weights_of_narrow_dtypes_become_fp32_masters(api: Api) -> None:
@@ -254,28 +224,26 @@ def test_refused_weights_leave_the_run_waiting(
     api: Api, service: ThreadService, changes: dict[str, Any], status: int, name: str
 ) -> None:
     api.http.put(api.path(), json=api.spec())
-    before = (api.status(), service.redis_dump(f"freestep:{{{api.run}}}:"))
-    call = {"content": safetensors.torch.save(TENSORS), "headers": {"Content-Type": MEDIA_TYPE}, **changes}
+    before = api.state(service)
+    call = {"content": BODY, "headers": {"Content-Type": MEDIA_TYPE}, **changes}
     answer = api.http.put(api.path("/parameters"), **call)
     assert (answer.status_code, slug(answer)) == (status, name)
-    assert (api.status(), service.redis_dump(f"freestep:{{{api.run}}}:")) == before
+    assert api.state(service) == before
     assert api.initialize().status_code == 201
 
 
 def test_a_run_may_be_deleted_while_its_weights_are_on_their_way(api: Api, service: ThreadService) -> None:
     api.http.put(api.path(), json=api.spec())
-    body = safetensors.torch.save(TENSORS)
-    lines = f"Host: test\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\nExpect: 100-continue"
+    lines = f"Host: test\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(BODY)}\r\nExpect: 100-continue"
     head = f"PUT {api.path('/parameters')} HTTP/1.1\r\n{lines}\r\n\r\n"
-    address = urlsplit(api.url)
-    with socket.create_connection((address.hostname, address.port)) as connection:
+    with connected(api.url) as connection:
         connection.sendall(head.encode())
         # The service asks for the body once it has a place for it.
         assert connection.recv(4096).startswith(b"HTTP/1.1 100")
         assert api.http.delete(api.path()).status_code == 204
-        connection.sendall(body)
+        connection.sendall(BODY)
         assert b"run-not-found" in answered(connection)
-    assert service.redis_dump(f"freestep:{{{api.run}}}:") == {}
+    assert service.redis_dump(api.redis_key()) == {}
     with service.redis() as client:
         assert not client.sismember("freestep:runs", api.run)
     assert not (service.settings.data_dir / "runs" / api.run).exists()
@@ -285,12 +253,10 @@ def test_who_waits_for_a_step_of_a_deleted_run_is_told(
     api: Api, service: ThreadService, connect: Callable[..., Api]
 ) -> None:
     trained(api)
-    waiting, answers = connect(service.url, api.run), []
-    call = {"params": {"min_step": 5}, "headers": {"Prefer": "wait=600"}}
-    thread = threading.Thread(target=lambda: answers.append(waiting.http.get(waiting.path("/parameters"), **call)))
-    thread.start()
-    while not service.app.state.registry.get(api.run).owned[0].writer._waiters:
-        pass
+    http, query = connect(service.url).http, {"min_step": 5}
+    waiting = under_way(lambda: http.get(api.path("/parameters"), params=query, headers={"Prefer": "wait=600"}))
+    writer = service.app.state.registry.get(api.run).owned[0].writer
+    wait_until(lambda: bool(writer._waiters))
     api.http.delete(api.path())
-    thread.join()
-    assert (answers[0].status_code, slug(answers[0])) == (404, "run-not-found")
+    answer = waiting.result()
+    assert (answer.status_code, slug(answer)) == (404, "run-not-found")

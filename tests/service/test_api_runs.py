@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from harness import TENSORS, Api, ThreadService, slug
+from harness import TENSORS, Api, ThreadService, at_once, slug
 
 
 def test_a_run_is_created_once(api: Api) -> None:
@@ -131,25 +131,15 @@ def test_of_many_who_delete_a_run_at_once_one_does(
     api: Api, service: ThreadService, connect: Callable[..., Api]
 ) -> None:
     api.create()
-    barrier, statuses = threading.Barrier(4), []
-
-    def delete(caller: Api) -> None:
-        barrier.wait()
-        statuses.append(caller.http.delete(caller.path()).status_code)
-
-    threads = [threading.Thread(target=delete, args=(connect(service.url, api.run),)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(statuses) == [204, 404, 404, 404]
+    answers = at_once(*(partial(connect(service.url).http.delete, api.path()) for _ in range(4)))
+    assert sorted(answer.status_code for answer in answers) == [204, 404, 404, 404]
 
 
 def test_a_deleted_run_leaves_no_key(api: Api, service: ThreadService) -> None:
     api.create()
     api.lease()
     assert api.push(api.lease(), 0).status_code == 200
-    prefix = f"freestep:{{{api.run}}}:"
+    prefix = api.redis_key()
     assert service.redis_dump(prefix)
     api.http.delete(api.path())
     assert service.redis_dump(prefix) == {}
@@ -174,7 +164,7 @@ def test_redis_can_be_read_by_a_person(api: Api, service: ThreadService) -> None
     api.create()
     lease = api.lease("reader")
     api.push(lease, 0, "a-key")
-    prefix = f"freestep:{{{api.run}}}:"
+    prefix = api.redis_key()
     dump = service.redis_dump(prefix)
     assert {key: dump[f"{prefix}run"][key] for key in ("epoch", "step", "seq", "initialized", "applied")} == {
         "epoch": "1",

@@ -12,6 +12,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFi
 from freestep_service.records import CutId, Record
 from freestep_service.shard import Cut, Entry, Shard
 from freestep_service.storage import LocalStorage, Storage, open_storage
-from harness import TENSORS, Api, ThreadService
+from harness import TENSORS, Api, ThreadService, at_once, wait_until
 
 RECORD = Record("claim", {"0": "digest"}, "applied", step=1, staleness=0, seq=1, live=1, worker="w", epoch=1)
 
@@ -557,7 +558,6 @@ def test_threads_write_list_and_drop_at_the_same_time(storage: Storage, caplog: 
         advance(made, 1)
         cuts.append(made.cut())
     barrier = threading.Barrier(4)
-    failures: list[BaseException] = []
 
     def work(index: int) -> None:
         begin, end = bounds(4)[index]
@@ -569,16 +569,11 @@ def test_threads_write_list_and_drop_at_the_same_time(storage: Storage, caplog: 
                 own.complete(identity(cut))
                 own.all()
                 barrier.wait()
-        except BaseException as error:
-            failures.append(error)
+        except BaseException:
             barrier.abort()
+            raise
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    at_once(*(partial(work, index) for index in range(4)))
     checkpoints = Checkpoints(storage, "run", keep=2)
     assert [each.step for each in checkpoints.all()] == [9, 10]
     loaded = newest(checkpoints)
@@ -662,10 +657,8 @@ def test_checkpoints_are_written_in_the_background(
     lease = api.lease()
     for step in range(5):
         api.push(lease, step)
-    while checkpoint_steps(api)[-1] != 5:
-        pass
-    while api.status()["checkpoint_step"] != 5:
-        pass
+    wait_until(lambda: checkpoint_steps(api)[-1] == 5)
+    wait_until(lambda: api.status()["checkpoint_step"] == 5)
 
 
 def test_the_last_checkpoint_is_written_at_shutdown(

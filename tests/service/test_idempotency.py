@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Callable
 from functools import partial
-from http.client import HTTPResponse
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 import safetensors.torch
 import torch
 
-from harness import TENSORS, Api, ThreadService, slug
-
-BODY = safetensors.torch.save(TENSORS)
-
-
-def sent(api: Api, lease: dict[str, Any], key: str, body: bytes, **more: str) -> socket.socket:
-    """The connection over which the first bytes of a push were sent."""
-    lines = {**api.headers(lease, 0, key, **more), "Host": "test", "Content-Length": str(len(BODY))}
-    head = f"POST {api.path('/gradients')} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n"
-    address = urlsplit(api.url)
-    connection = socket.create_connection((address.hostname, address.port))
-    connection.sendall(head.encode() + body)
-    return connection
-
-
-def answered(connection: socket.socket) -> bytes:
-    """The body of the answer that comes over a connection."""
-    response = HTTPResponse(connection)
-    response.begin()
-    return response.read()
-
-
-def in_threads(calls: list[Callable[[], None]]) -> None:
-    """Runs calls at once, and passes on what one of them raises."""
-    barrier, failures = threading.Barrier(len(calls)), []
-
-    def run(call: Callable[[], None]) -> None:
-        barrier.wait()
-        try:
-            call()
-        except BaseException as failure:
-            failures.append(failure)
-
-    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+from harness import (
+    BODY,
+    SGD,
+    TENSORS,
+    Api,
+    ThreadService,
+    answered,
+    at_once,
+    begun_push,
+    is_pending,
+    slug,
+    under_way,
+    wait_until,
+)
 
 
 def test_the_same_push_again_gives_the_same_receipt_and_moves_nothing(api: Api, service: ThreadService) -> None:
@@ -86,14 +56,13 @@ def test_the_same_key_for_another_push_is_a_conflict(api: Api, service: ThreadSe
     lease, other = api.lease("one"), api.lease("two")
     api.push(lease, 0, "once")
     before = api.state(service)
-    body = safetensors.torch.save(TENSORS)
     calls: dict[str, Callable[[], httpx.Response]] = {
         "step": lambda: api.push(lease, 1, "once"),
         "lease": lambda: api.push(other, 0, "once"),
         "token": lambda: api.push({**lease, "token": 1}, 0, "once"),
         "samples": lambda: api.push(lease, 0, "once", Freestep_Samples="5"),
         "body": lambda: api.push(lease, 0, "once", tensors={**TENSORS, "b": torch.tensor(2.5)}),
-        "length": lambda: api.push(lease, 0, "once", body=body + b" "),
+        "length": lambda: api.push(lease, 0, "once", body=BODY + b" "),
     }
     answer = calls[change]()
     assert (answer.status_code, slug(answer)) == (409, "idempotency-conflict")
@@ -145,7 +114,7 @@ def test_a_lease_remembers_its_newest_pushes(api: Api, service: ThreadService) -
     lease = api.lease()
     for step in range(70):
         api.push(lease, step, f"key-{step}")
-    prefix = f"freestep:{{{api.run}}}:"
+    prefix = api.redis_key()
     dump = service.redis_dump(prefix)
     newest = [f"key-{step}" for step in range(6, 70)]
     assert dump[f"{prefix}window:{lease['lease']}"] == newest
@@ -158,17 +127,8 @@ def test_two_at_once_apply_once(api: Api, service: ThreadService, connect: Calla
     lease = api.lease()
     callers = [connect(service.url, api.run) for _ in range(4)]
     for step in range(20):
-        barrier, answers = threading.Barrier(len(callers)), []
-
-        def send(caller: Api, step: int = step, barrier: Any = barrier, answers: Any = answers) -> None:
-            barrier.wait()
-            answers.append(caller.push(lease, step, f"key-{step}").json())
-
-        threads = [threading.Thread(target=send, args=(caller,)) for caller in callers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        pushes = [partial(caller.push, lease, step, f"key-{step}") for caller in callers]
+        answers = [answer.json() for answer in at_once(*pushes)]
         assert {answer["step"] for answer in answers} == {step + 1}
         assert sorted(answer["replayed"] for answer in answers) == [False, True, True, True]
     assert api.status()["step"] == 20
@@ -177,7 +137,7 @@ def test_two_at_once_apply_once(api: Api, service: ThreadService, connect: Calla
 def test_many_senders_of_many_keys_apply_each_once(
     api: Api, service: ThreadService, connect: Callable[..., Api]
 ) -> None:
-    api.create(optimizer={"algorithm": "sgd", "lr": 1.0})
+    api.create(optimizer=SGD)
     lease = api.lease()
     keys = [f"key-{number}" for number in range(40)]
     receipts: list[tuple[str, dict[str, Any]]] = []
@@ -188,7 +148,7 @@ def test_many_senders_of_many_keys_apply_each_once(
 
     # Pairs of threads go through the keys side by side, and the pairs one after the other.
     callers = [connect(service.url, api.run) for _ in range(8)]
-    in_threads([partial(send, caller, number // 2 * 10) for number, caller in enumerate(callers)])
+    at_once(*(partial(send, caller, number // 2 * 10) for number, caller in enumerate(callers)))
     assert api.status()["step"] == len(keys)
     assert api.pull("y")[0]["b"] == TENSORS["b"] + len(keys)
     for key in keys:
@@ -200,9 +160,8 @@ def test_many_senders_of_many_keys_apply_each_once(
 def test_a_receipt_is_kept_for_who_left_before_the_answer(api: Api) -> None:
     api.create(aggregation={"policy": "buffered", "batch": 2})
     lease = api.lease()
-    with sent(api, lease, "once", BODY, Prefer="wait=60"):
-        while api.status()["pushes"]["accumulated"] == 0:
-            pass
+    with begun_push(api, lease, BODY, "once", Prefer="wait=60"):
+        wait_until(lambda: api.status()["pushes"]["accumulated"] == 1)
     receipt = {"decision": "accumulated", "step": 0, "staleness": 0, "replayed": True}
     assert [api.push(lease, 0, "once").json() for _ in range(2)] == [receipt] * 2
     assert api.push(lease, 0, "other").json()["step"] == 1
@@ -215,25 +174,17 @@ def test_a_retry_waits_for_the_upload_before_it(
     api.create()
     lease = api.lease()
     pushes = service.app.state.registry.get(api.run).owned[0].pushes
-    retries: list[Any] = []
-    thread = threading.Thread(
-        target=lambda caller: retries.append(caller.push(lease, 0, "once").json()),
-        args=(connect(service.url, api.run),),
-    )
-    with sent(api, lease, "once", BODY[:-1]) as first:
-        while not service.redis_dump(f"freestep:{{{api.run}}}:pending"):
-            pass
-        thread.start()
-        while not pushes._flights["once"].landed._waiters:
-            pass
+    with begun_push(api, lease, BODY[:-1], "once") as first:
+        wait_until(lambda: is_pending(service, api, "once"))
+        retry = under_way(partial(connect(service.url, api.run).push, lease, 0, "once"))
+        wait_until(lambda: bool(pushes._flights["once"].landed._waiters))
         assert api.status()["step"] == 0
         other = api.push(lease, 0, "once", Freestep_Samples="2")
         assert (other.status_code, slug(other)) == (409, "idempotency-conflict")
         if end == "finished":
             first.sendall(BODY[-1:])
             assert b'"replayed":false' in answered(first)
-    thread.join()
-    assert retries == [{"decision": "applied", "step": 1, "staleness": 0, "replayed": end == "finished"}]
+    assert retry.result().json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": end == "finished"}
     assert api.status()["step"] == 1
 
 
@@ -244,17 +195,9 @@ def test_a_retry_waits_for_the_update_as_its_first_send_did(
     lease = api.lease()
     api.push(lease, 0, "first")
     writer = service.app.state.registry.get(api.run).owned[0].writer
-    receipts: list[dict[str, Any]] = []
-
-    def retry(caller: Api) -> None:
-        receipts.append(caller.push(lease, 0, "first", Prefer="wait=60").json())
-
-    def complete(caller: Api) -> None:
-        while len(writer._waiters) < 2:
-            pass
-        receipts.append(caller.push(lease, 0, "second").json())
-
-    callers = [connect(service.url, api.run) for _ in range(3)]
-    in_threads([lambda: retry(callers[0]), lambda: retry(callers[1]), lambda: complete(callers[2])])
+    callers = [connect(service.url, api.run) for _ in range(2)]
+    retries = [under_way(partial(caller.push, lease, 0, "first", Prefer="wait=60")) for caller in callers]
+    wait_until(lambda: len(writer._waiters) == 2)
+    receipts = [api.push(lease, 0, "second").json(), *(each.result().json() for each in retries)]
     assert {(receipt["decision"], receipt["step"]) for receipt in receipts} == {("applied", 1)}
     assert sorted(receipt["replayed"] for receipt in receipts) == [False, True, True]

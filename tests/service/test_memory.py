@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from freestep import Client, Flat
-from harness import ProcessService
+from freestep import Client, Flat, HeldLease
+from harness import ProcessService, under_way
 
 PARAMETERS = 25_000_000
 WORKERS = 8
@@ -45,25 +45,18 @@ def test_eight_workers_on_25m_parameters_stay_under_the_bound(
         run.initialize(gradient)
         gradient.vector.fill_(1e-3)
         leases = [run.lease(f"worker-{number}") for number in range(WORKERS)]
-        failures: list[BaseException] = []
 
-        def work(number: int) -> None:
+        def work(lease: HeldLease) -> None:
             arriving = Flat(run.manifest)
-            try:
-                for _ in range(ROUNDS):
-                    step = run.status().step
-                    run.exchange(gradient, leases[number].claim(step), arriving, wait=60)
-            except BaseException as error:
-                failures.append(error)
+            for _ in range(ROUNDS):
+                step = run.status().step
+                run.exchange(gradient, lease.claim(step), arriving, wait=60)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(WORKERS)]
-        for thread in threads:
-            thread.start()
+        workers = [under_way(partial(work, lease)) for lease in leases]
         run.checkpoint()
         run.pull_into(Flat(run.manifest), "x")
-        for thread in threads:
-            thread.join()
+        for worker in workers:
+            worker.result()
         for lease in leases:
             lease.release()
-    assert not failures
     assert peak_rss(service.process.pid) < 1.6 * GIB

@@ -6,20 +6,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import torch
 
-from harness import TENSORS, Api, ProcessService, ThreadService, half_of_a_push, is_pending, slug, wait_until
-
-SGD = {"algorithm": "sgd", "lr": 1.0}
-
-
-def run_key(api: Api) -> str:
-    return f"freestep:{{{api.run}}}:run"
+from harness import (
+    SGD,
+    TENSORS,
+    Api,
+    ProcessService,
+    ThreadService,
+    half_of_a_push,
+    is_pending,
+    slug,
+    under_way,
+    wait_until,
+)
 
 
 @pytest.mark.slow
@@ -117,7 +122,7 @@ def test_a_live_lease_keeps_its_receipts_in_its_window(
     api.http.delete(api.path(f"/leases/{leaves['lease']}"))
     first.stop()
     second = start_service(redis_url=redis_url)
-    prefix = f"freestep:{{{api.run}}}:"
+    prefix = api.redis_key()
     kept = second.redis_dump(prefix)
     assert kept[f"{prefix}window:{lives['lease']}"] == ["live"]
     assert kept[f"{prefix}ended"] == ["ended"]
@@ -212,8 +217,7 @@ def test_workers_go_on_by_themselves_after_the_service_was_killed(
             assert worker.stdout is not None
             assert worker.stdout.readline() == "joined\n"
         api = connect(service.url, "restarted")
-        while not any(each["step"] for each in api.http.get(api.path("/checkpoints")).json()["checkpoints"]):
-            pass
+        wait_until(lambda: api.http.get(api.path("/checkpoints")).json()["checkpoints"][-1]["step"] > 0)
         service.kill()
         service.start()
         for worker in workers:
@@ -246,20 +250,15 @@ def test_readers_go_on_while_steps_are_taken(service: ThreadService, api: Api, c
     api.initialize(ones)
     lease = api.lease()
     stop = threading.Event()
-    torn: list[Any] = []
 
     def read(caller: Api) -> None:
         while not stop.is_set():
             y, step = caller.pull("y")
-            if not torch.equal(y["w"], torch.full((50_000,), 1.0 - step)):
-                torn.append(step)
+            assert torch.equal(y["w"], torch.full((50_000,), 1.0 - step)), step
 
-    readers = [threading.Thread(target=read, args=(connect(service.url, api.run),)) for _ in range(4)]
-    for reader in readers:
-        reader.start()
+    readers = [under_way(partial(read, connect(service.url, api.run))) for _ in range(4)]
     for step in range(60):
         api.push(lease, step, tensors=ones)
     stop.set()
     for reader in readers:
-        reader.join()
-    assert torn == []
+        reader.result()

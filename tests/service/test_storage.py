@@ -8,11 +8,13 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from freestep_service.storage import FsspecStorage, LocalStorage, Storage, open_storage
+from harness import at_once
 
 
 @pytest.fixture(params=["directory", "memory", "fsspec-directory"])
@@ -154,11 +156,7 @@ def test_threads_have_their_writes_to_themselves(storage: Storage) -> None:
         except OSError:
             failed.append(index)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*(partial(work, index) for index in range(8)))
     assert sorted(failed) == [1, 3, 5, 7]
     assert storage.names("") == ["file-0", "file-2", "file-4", "file-6"]
     assert {storage.read(name) for name in storage.names("")} == {b"first half, second half"}
@@ -175,22 +173,7 @@ def test_threads_read_the_same_file_at_the_same_time(storage: Storage) -> None:
 def test_threads_remove_the_same_tree_at_the_same_time(storage: Storage) -> None:
     for number in range(100):
         storage.write(f"tree/{number % 10}/{number}", [b"x"])
-    barrier = threading.Barrier(4)
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        barrier.wait()
-        try:
-            storage.remove("tree")
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    at_once(*[partial(storage.remove, "tree")] * 4)
     assert storage.names("") == []
 
 

