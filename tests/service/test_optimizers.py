@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from freestep.models import ALGORITHMS, RunSpec
 from freestep.wire import Manifest
-from freestep_service.measure import widen_and_measure
 from freestep_service.optimizers import (
     METHODS,
     Segment,
@@ -30,10 +29,8 @@ from freestep_service.optimizers import (
     step,
     widen,
 )
-from freestep_service.optimizers.norms import CHUNK
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.optimizers.slices import LEAST
-from freestep_service.vectors import Vector
 from reference import ScheduleFree
 
 STEPS = 250
@@ -455,29 +452,6 @@ def test_halves_are_widened_as_torch_widens(dtype: torch.dtype) -> None:
     assert torch.equal(out.isnan(), halves.isnan())
     number = ~halves.isnan()
     assert torch.equal(out.view(torch.int32)[number], halves.float().view(torch.int32)[number])
-
-
-@pytest.mark.parametrize("numel", [0, 1, 7, CHUNK - 1, CHUNK, 2 * CHUNK + 17])
-def test_a_body_is_widened_and_measured_where_it_lies(numel: int) -> None:
-    names = {"first": "F32", "second": "BF16", "third": "F16", "fourth": "F32", "fifth": "F32"}
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    spec = RunSpec.model_validate(
-        {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": name, "shape": [numel]} for name in names]}
-    )
-    manifest = Manifest(spec.parameters)
-    vector = Vector(manifest.numel)
-    expected = []
-    for seed, slot in enumerate(manifest.slots):
-        narrow = random_vector(numel, seed).to(dtypes[names[slot.name]])
-        place = vector.tensor()[slot.offset : slot.offset + numel].view(narrow.dtype)
-        place[place.numel() - numel :] = narrow
-        expected.append(narrow.float())
-    measured = widen_and_measure(vector, manifest, names)
-    assert torch.equal(vector.tensor(), torch.cat(expected))
-    assert measured == pytest.approx(float(torch.cat(expected).double().norm()), rel=1e-14)
-    if numel:
-        vector.tensor()[-1] = math.nan
-        assert widen_and_measure(vector, manifest, dict.fromkeys(names, "F32")) is None
 
 
 @pytest.mark.parametrize("numel", SIZES)
