@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import groupby
+from math import isfinite, sqrt
 
 from freestep.wire import Manifest
-from freestep_service.optimizers import norm_of_squares, square_sum, widen
+from freestep_service.optimizers import square_sum, widen
 from freestep_service.shard import DTYPES
 from freestep_service.vectors import Vector
 
@@ -30,4 +31,4 @@ def widen_and_measure(
         for slot in run:
             place = wide[slot.offset : slot.offset + slot.numel]
             total += widen(place.view(DTYPES[dtype])[slot.numel :], place)
-    return norm_of_squares(total)
+    return sqrt(total) if isfinite(total) else None
