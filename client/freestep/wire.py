@@ -13,7 +13,7 @@ bounds and the sender does not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -73,6 +73,8 @@ class Manifest:
         self.by_name = {slot.name: slot for slot in self.slots}
         self.begin, self.end = begin, end
         self.numel = end - begin
+        self._tails: dict[str, bytes] = {}
+        self._layouts: dict[tuple[str, int], _Layout] = {}
 
     def part(self, index: int, count: int) -> Manifest:
         """Shard `index` of `count`: a stretch of the flat vector of about `numel / count` elements.
@@ -122,18 +124,42 @@ class Manifest:
         """The longest body accepted, in bytes."""
         return _PREFIX + self.header_limit + ITEMSIZE["F32"] * self.numel
 
+    def tail(self, dtype: str) -> bytes:
+        """What follows the metadata in a plain header, which is one of all tensors in order and of one dtype."""
+        if dtype not in self._tails:
+            header = {
+                entry.slot.name: {
+                    "dtype": dtype,
+                    "shape": list(entry.slot.shape),
+                    "data_offsets": [entry.begin, entry.end],
+                }
+                for entry in self._plain(dtype)
+            }
+            self._tails[dtype] = json.dumps(header, separators=(",", ":")).encode()[1:]
+        return self._tails[dtype]
+
+    def layout(self, dtype: str, itemsize: int) -> _Layout:
+        """Where the tensors of a plain header go, in a target of `itemsize` bytes an element."""
+        if (dtype, itemsize) not in self._layouts:
+            self._layouts[dtype, itemsize] = _lay_out(self._plain(dtype), itemsize)
+        return self._layouts[dtype, itemsize]
+
+    def _plain(self, dtype: str) -> Iterator[_Entry]:
+        size = ITEMSIZE[dtype]
+        for slot in self.slots:
+            yield _Entry(slot, dtype, size * slot.offset, size * (slot.offset + slot.numel))
+
 
 def encode_header(manifest: Manifest, dtype: str, metadata: Mapping[str, str] | None = None) -> bytes:
     """The prefix and header of a body that holds the manifest's tensors in order, all of one dtype.
 
     The header is padded with spaces so that the tensors begin at a multiple of 8 bytes.
     """
-    itemsize = ITEMSIZE[dtype]
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for slot in manifest.slots:
-        begin, end = slot.offset * itemsize, (slot.offset + slot.numel) * itemsize
-        header[slot.name] = {"dtype": dtype, "shape": list(slot.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = b"{"
+    if metadata:
+        text += b'"__metadata__":' + json.dumps(dict(metadata), separators=(",", ":")).encode()
+        text += b"," if manifest.slots else b""
+    text += manifest.tail(dtype)
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(_PREFIX, "little") + text
 
@@ -144,6 +170,14 @@ class _Entry:
     dtype: str
     begin: int
     end: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Each tensor's dtype, and the stretches of a target, in bytes, that a body's tensors fill one after the other."""
+
+    dtypes: Mapping[str, str]
+    landings: Sequence[tuple[int, int]]
 
 
 class Sink(Protocol):
@@ -187,8 +221,8 @@ class Receiver:
             _refuse("the body is shorter than the 8 bytes of its header length")
         if length > manifest.body_limit:
             _refuse("the body is longer than the run's tensors can be", limit=manifest.body_limit)
-        self.dtypes: dict[str, str] = {}
-        self.metadata: dict[str, str] = {}
+        self.dtypes: Mapping[str, str] = {}
+        self.metadata: Mapping[str, str] = {}
         self._manifest = manifest
         self._target = target
         self._length = length
@@ -244,19 +278,52 @@ class Receiver:
     def _begin_tensors(self) -> None:
         assert self._header is not None
         data_length = self._length - _PREFIX - len(self._header)
-        entries, self.metadata = _parse_header(bytes(self._header), self._manifest, data_length)
-        landings: list[list[int]] = []
-        for entry in entries:
-            size = entry.end - entry.begin
-            end = (entry.slot.offset + entry.slot.numel) * self._itemsize
-            if ITEMSIZE[entry.dtype] > self._itemsize:
-                _refuse(f"the tensor {entry.slot.name!r} is {entry.dtype}, wider than what was asked for")
-            self.dtypes[entry.slot.name] = entry.dtype
-            if landings and landings[-1][1] == end - size:
-                landings[-1][1] = end
-            elif size:
-                landings.append([end - size, end])
-        self._pending = [self._target[begin:end] for begin, end in reversed(landings)]
+        raw = bytes(self._header)
+        if (plain := _parse_plain(raw, self._manifest, data_length)) is not None:
+            dtype, self.metadata = plain
+            layout = self._manifest.layout(dtype, self._itemsize)
+        else:
+            entries, self.metadata = _parse_header(raw, self._manifest, data_length)
+            layout = _lay_out(entries, self._itemsize)
+        self.dtypes = layout.dtypes
+        self._pending = [self._target[begin:end] for begin, end in reversed(layout.landings)]
+
+
+def _lay_out(entries: Iterable[_Entry], itemsize: int) -> _Layout:
+    dtypes: dict[str, str] = {}
+    landings: list[tuple[int, int]] = []
+    for entry in entries:
+        size = entry.end - entry.begin
+        end = (entry.slot.offset + entry.slot.numel) * itemsize
+        if ITEMSIZE[entry.dtype] > itemsize:
+            _refuse(f"the tensor {entry.slot.name!r} is {entry.dtype}, wider than what was asked for")
+        dtypes[entry.slot.name] = entry.dtype
+        if landings and landings[-1][1] == end - size:
+            landings[-1] = (landings[-1][0], end)
+        elif size:
+            landings.append((end - size, end))
+    return _Layout(dtypes, landings)
+
+
+def _parse_plain(raw: bytes, manifest: Manifest, data_length: int) -> tuple[str, dict[str, str]] | None:
+    """The dtype and metadata of a header as `encode_header` makes it, found without parsing what is known.
+
+    None for any other header; this accepts nothing that `_parse_header` would not.
+    """
+    text = raw.rstrip(b" ")
+    for dtype, itemsize in ITEMSIZE.items():
+        tail = manifest.tail(dtype)
+        if not text.endswith(tail) or data_length != itemsize * manifest.numel:
+            continue
+        head = text[: -len(tail)]
+        if head == b"{":
+            return dtype, {}
+        if head.startswith(b'{"__metadata__":') and head.endswith(b"},"):
+            try:
+                return dtype, _parse_header(head[:-1] + b"}", _NO_TENSORS, 0)[1]
+            except MalformedTensors:
+                return None
+    return None
 
 
 def _parse_header(raw: bytes, manifest: Manifest, data_length: int) -> tuple[list[_Entry], dict[str, str]]:
@@ -295,6 +362,9 @@ def _parse_header(raw: bytes, manifest: Manifest, data_length: int) -> tuple[lis
     if end != data_length:
         _refuse("the tensors do not fill the body", expected=end, received=data_length)
     return entries, metadata
+
+
+_NO_TENSORS = Manifest(())
 
 
 def _parse_entry(slot: Slot, value: object) -> _Entry:
