@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -40,13 +41,15 @@ class Stretch:
 
 
 class Flat(Stretch):
-    """A flat vector on the host, [manifest.numel] of a dtype in DTYPES, and a view of each tensor in it."""
+    """A flat vector on the host, [manifest.numel] of a dtype in DTYPES, and a view of each tensor in it.
 
-    def __init__(self, manifest: Manifest, dtype: str = "F32") -> None:
-        # Python's memory, of which the vector is a view, so that bytes on their way to a socket keep it alive.
-        memory = bytearray(max(manifest.numel, 1) * DTYPES[dtype].itemsize)
-        self.vector = torch.frombuffer(memory, dtype=DTYPES[dtype])[: manifest.numel]
-        super().__init__(manifest, dtype, memoryview(memory)[: self.vector.nbytes])
+    pinned: in memory that a CUDA device can reach by itself, for tensors that come from there or go there.
+    """
+
+    def __init__(self, manifest: Manifest, dtype: str = "F32", *, pinned: bool = False) -> None:
+        memory = torch.zeros(max(manifest.numel, 1), dtype=DTYPES[dtype], pin_memory=pinned)
+        self.vector = memory[: manifest.numel]
+        super().__init__(manifest, dtype, _bytes(memory)[: self.vector.nbytes])
         self.views: dict[str, Tensor] = {
             slot.name: self.vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in manifest.slots
         }
@@ -77,4 +80,40 @@ class Flat(Stretch):
                 raise ManifestMismatch(
                     f"the tensor {name!r} has the shape {list(tensors[name].shape)}, and the run's {list(view.shape)}"
                 )
-            view.copy_(tensors[name].detach())
+        self.gather(tensors)
+
+    @torch.no_grad()
+    def gather(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Copies tensors in that are known to fit; zeros where there is None."""
+        targets, sources = [], []
+        for name, view in self.views.items():
+            tensor = tensors[name]
+            if tensor is None:
+                view.zero_()
+            else:
+                targets.append(view)
+                sources.append(tensor.to_dense() if tensor.is_sparse else tensor)
+        _copy(targets, sources, sources)
+
+    @torch.no_grad()
+    def scatter(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies the vector into tensors that are known to fit."""
+        targets = [tensors[name] for name in self.views]
+        _copy(targets, list(self.views.values()), targets)
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor], elsewhere: list[Tensor]) -> None:
+    """Copies each source to its target, all at once, and returns when they are there; `elsewhere` may be on devices."""
+    if not targets:
+        return
+    devices = {each.device for each in elsewhere if each.is_cuda}
+    torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, which keep it alive on their way to and from a socket."""
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    array.tensor = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")

@@ -101,8 +101,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
             }
             wanted = run_spec(self.param_groups, algorithm, given, options)
             manifest = Manifest(wanted.parameters)
-            self._gradient = Flat(manifest, push_dtype or "F32")
-            self._arriving = Flat(manifest, pull_dtype or "F32")
+            pinned = any(tensor.is_cuda for tensor in self._tensors.values())
+            self._gradient = Flat(manifest, push_dtype or "F32", pinned=pinned)
+            self._arriving = Flat(manifest, pull_dtype or "F32", pinned=pinned)
         self.worker = self._ranks.first(lambda: worker or os.environ.get("FREESTEP_WORKER") or worker_name())
         self.receipt: Receipt | None = None
         """What became of the last push."""
@@ -216,12 +217,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _gather(self) -> None:
         if self.pulled is None:
             raise EvalMode("the model holds x; call train() before step()")
-        for name, view in self._gradient.views.items():
-            gradient = self._tensors[name].grad
-            if gradient is None:
-                view.zero_()
-            else:
-                view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+        self._gradient.gather({name: tensor.grad for name, tensor in self._tensors.items()})
 
     def _push(self, taken_at: Pulled, batch: Batch) -> None:
         waits = _WAIT_S if self.spec.aggregation.policy in ("sync", "quorum") else 0.0
@@ -281,9 +277,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._scatter(self._run.pull_into(self._arriving, point, min_step=min_step, wait=wait))
 
     def _scatter(self, pulled: Pulled) -> None:
-        with torch.no_grad():
-            for name, view in self._arriving.views.items():
-                self._tensors[name].copy_(view)
+        self._arriving.scatter(self._tensors)
         self.pulled = pulled
 
     # torch.optim.Optimizer

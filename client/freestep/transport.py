@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import httpx
@@ -51,6 +52,10 @@ _ASTRAY = (
     Unauthenticated,
 )
 """What a place answers that cannot be reached from here, or that is another server as seen from here."""
+
+
+_parsed = lru_cache(maxsize=1024)(httpx.URL)
+"""A URL; most are asked at every step."""
 
 
 class _Destination(Protocol):
@@ -122,8 +127,9 @@ class Transport:
         def attempt(url: str) -> Answer:
             connect = min(patience, _CONNECT_S) if url else patience
             timeout = httpx.Timeout(patience, connect=connect, read=patience + wait)
+            base = url or str(self.base_url).rstrip("/")
             request = self._http.build_request(
-                method, url + path, json=json, headers=lines, params=params, content=body, timeout=timeout
+                method, _parsed(base + path), json=json, headers=lines, params=params, content=body, timeout=timeout
             )
             if body is not None:
                 request.stream = body

@@ -55,6 +55,7 @@ _SIZES = {**ITEMSIZE, "I8": 1, "I32": 4, "I64": 8}
 _PREFIX = 8
 _ALIGNMENT = 8
 
+
 _TOLERANCE = 0.02
 """How far, in shares of a shard, a cut may move to where a row ends: two cuts keep a shard within 5% of its share."""
 
@@ -95,6 +96,8 @@ class Manifest:
         self.by_name = {slot.name: slot for slot in self.slots}
         self.begin, self.end = begin, end
         self.numel = end - begin
+        self._tails: dict[str, bytes] = {}
+        self._layouts: dict[tuple[str, int], _Layout] = {}
 
     def part(self, index: int, count: int) -> Manifest:
         """Shard `index` of `count`: a stretch of the flat vector of about `numel / count` elements.
@@ -149,13 +152,44 @@ class Manifest:
         """The longest body accepted of any encoding, in bytes: all elements as values with their indices."""
         return _PREFIX + self.header_limit + (_SIZES["F32"] + _SIZES["I64"]) * self.numel
 
+    def tail(self, dtype: str) -> bytes:
+        """What follows the metadata in a plain header, which is one of all tensors in order and of one dtype."""
+        if dtype not in self._tails:
+            header = {
+                entry.slot.name: {
+                    "dtype": dtype,
+                    "shape": list(entry.slot.shape),
+                    "data_offsets": [entry.begin, entry.end],
+                }
+                for entry in self._plain(dtype)
+            }
+            self._tails[dtype] = json.dumps(header, separators=(",", ":")).encode()[1:]
+        return self._tails[dtype]
+
+    def layout(self, dtype: str, itemsize: int) -> _Layout:
+        """Where the tensors of a plain header go, in a target of `itemsize` bytes an element."""
+        if (dtype, itemsize) not in self._layouts:
+            self._layouts[dtype, itemsize] = _lay_out(self._plain(dtype), itemsize)
+        return self._layouts[dtype, itemsize]
+
+    def _plain(self, dtype: str) -> Iterator[_Entry]:
+        size = ITEMSIZE[dtype]
+        for slot in self.slots:
+            yield _Entry(slot.name, slot, "", dtype, slot.numel, size * slot.offset, size * (slot.offset + slot.numel))
+
 
 def encode_header(manifest: Manifest, dtype: str, metadata: Mapping[str, str] | None = None) -> bytes:
     """The prefix and header of a body that holds the manifest's tensors in order, all of one dtype.
 
     The header is padded with spaces so that the tensors begin at a multiple of 8 bytes.
     """
-    return header_of(((slot.name, dtype, slot.shape) for slot in manifest.slots), metadata)
+    text = b"{"
+    if metadata:
+        text += b'"__metadata__":' + json.dumps(dict(metadata), separators=(",", ":")).encode()
+        text += b"," if manifest.slots else b""
+    text += manifest.tail(dtype)
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_PREFIX, "little") + text
 
 
 def header_of(items: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -247,6 +281,14 @@ class _Entry:
         return self.end - self.begin
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Each tensor's dtype, and the stretches of a target, in bytes, that a body's tensors fill one after the other."""
+
+    dtypes: Mapping[str, str]
+    landings: Sequence[tuple[int, int]]
+
+
 class Sink(Protocol):
     """Where bytes that are received belong; as in `asyncio.BufferedProtocol`."""
 
@@ -297,8 +339,8 @@ class Receiver:
         limit = manifest.body_limit if tuple(encodings) == ("dense",) else manifest.encoded_limit
         if length > limit:
             _refuse("the body is longer than the run's tensors can be", limit=limit)
-        self.dtypes: dict[str, str] = {}
-        self.metadata: dict[str, str] = {}
+        self.dtypes: Mapping[str, str] = {}
+        self.metadata: Mapping[str, str] = {}
         self.encoding = Encoding()
         self.beside: dict[str, Beside] = {}
         self._manifest = manifest
@@ -357,30 +399,73 @@ class Receiver:
     def _begin_tensors(self) -> None:
         assert self._header is not None
         self._prefix = memoryview(b"")
-        header, self.metadata = _parse_header(bytes(self._header))
+        raw, data_length = bytes(self._header), self._length - _PREFIX - len(self._header)
+        if (plain := _parse_plain(raw, self._manifest, data_length)) is not None:
+            dtype, self.metadata = plain
+            self._land(self._manifest.layout(dtype, self._itemsize))
+            return
+        header, self.metadata = _parse_header(raw)
         self.encoding = Encoding.of(self.metadata, self._encodings)
-        entries = _parse_entries(header, self._manifest, self.encoding, self._length - _PREFIX - len(self._header))
-        landings: list[list[int]] = []
-        pieces: list[memoryview | list[int]] = []
-        for entry in entries:
+        entries = _parse_entries(header, self._manifest, self.encoding, data_length)
+        if self.encoding.name == "dense":
+            self._land(_lay_out(entries, self._itemsize))
+        else:
+            self._land_beside(entries)
+
+    def _land(self, layout: _Layout) -> None:
+        self.dtypes = layout.dtypes
+        self._pending = [self._target[begin:end] for begin, end in reversed(layout.landings)]
+
+    def _land_beside(self, entries: Sequence[_Entry]) -> None:
+        self.dtypes = {entry.slot.name: entry.dtype for entry in entries if not entry.role}
+        self._pending = []
+        for entry in reversed(entries):
             if entry.role:
-                part = memoryview(bytearray(entry.size))
-                self.beside[entry.name] = Beside(entry.dtype, part)
-                if part:
-                    pieces.append(part)
-                continue
-            end = (entry.slot.offset + entry.slot.numel) * self._itemsize
-            if _SIZES[entry.dtype] > self._itemsize:
-                _refuse(f"the tensor {entry.slot.name!r} is {entry.dtype}, wider than what was asked for")
-            self.dtypes[entry.slot.name] = entry.dtype
-            if landings and pieces[-1] is landings[-1] and landings[-1][1] == end - entry.size:
-                landings[-1][1] = end
-            elif entry.size:
-                landings.append([end - entry.size, end])
-                pieces.append(landings[-1])
-        self._pending = [
-            piece if isinstance(piece, memoryview) else self._target[piece[0] : piece[1]] for piece in reversed(pieces)
-        ]
+                place = memoryview(bytearray(entry.size))
+                self.beside[entry.name] = Beside(entry.dtype, place)
+            else:
+                end = (entry.slot.offset + entry.slot.numel) * self._itemsize
+                place = self._target[end - entry.size : end]
+            if place:
+                self._pending.append(place)
+
+
+def _lay_out(entries: Iterable[_Entry], itemsize: int) -> _Layout:
+    dtypes: dict[str, str] = {}
+    landings: list[tuple[int, int]] = []
+    for entry in entries:
+        size = entry.size
+        end = (entry.slot.offset + entry.slot.numel) * itemsize
+        if ITEMSIZE[entry.dtype] > itemsize:
+            _refuse(f"the tensor {entry.slot.name!r} is {entry.dtype}, wider than what was asked for")
+        dtypes[entry.slot.name] = entry.dtype
+        if landings and landings[-1][1] == end - size:
+            landings[-1] = (landings[-1][0], end)
+        elif size:
+            landings.append((end - size, end))
+    return _Layout(dtypes, landings)
+
+
+def _parse_plain(raw: bytes, manifest: Manifest, data_length: int) -> tuple[str, dict[str, str]] | None:
+    """The dtype and metadata of a header as `encode_header` makes it, found without parsing what is known.
+
+    None for any other header; this accepts nothing that `_parse_header` would not.
+    """
+    text = raw.rstrip(b" ")
+    for dtype, itemsize in ITEMSIZE.items():
+        tail = manifest.tail(dtype)
+        if not text.endswith(tail) or data_length != itemsize * manifest.numel:
+            continue
+        head = text[: -len(tail)]
+        if head == b"{":
+            return dtype, {}
+        if head.startswith(b'{"__metadata__":') and head.endswith(b"},"):
+            try:
+                header, metadata = _parse_header(head[:-1] + b"}")
+            except MalformedTensors:
+                return None
+            return (dtype, metadata) if not header and "freestep.encoding" not in metadata else None
+    return None
 
 
 def _parse_header(raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:

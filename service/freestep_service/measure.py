@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import groupby
+from math import isfinite, sqrt
 
 import torch
 from torch import Tensor
 
 from freestep.errors import MalformedTensors
 from freestep.wire import INDICES, SCALE, VALUES, Beside, Manifest, Receiver, Slot
-from freestep_service.optimizers import dequantize, norm_of_squares, square_sum, widen
+from freestep_service.optimizers import dequantize, square_sum, widen
 from freestep_service.shard import DTYPES
 from freestep_service.vectors import Vector
 
@@ -28,7 +29,7 @@ def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -
     """
     wide = vector.tensor()
     if receiver.encoding.name == "topk":
-        return norm_of_squares(sum(_scatter(slot, receiver, _place(wide, slot)) for slot in manifest.slots))
+        return _norm(sum(_scatter(slot, receiver, _place(wide, slot)) for slot in manifest.slots))
     total = 0.0
     for dtype, members in groupby(manifest.slots, key=lambda slot: receiver.dtypes[slot.name]):
         run = list(members)
@@ -42,7 +43,11 @@ def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -
                 total += dequantize(place.view(torch.int8)[3 * slot.numel :], scales, receiver.encoding.block, place)
             else:
                 total += widen(place.view(DTYPES[dtype])[slot.numel :], place)
-    return norm_of_squares(total)
+    return _norm(total)
+
+
+def _norm(square_sum: float) -> float | None:
+    return sqrt(square_sum) if isfinite(square_sum) else None
 
 
 def _scatter(slot: Slot, receiver: Receiver, place: Tensor) -> float:

@@ -101,7 +101,8 @@ class Server:
         self._over[script].wait()
 
     def close(self) -> None:
-        # Wakes it where a connection that it waits for never comes.
+        self._thread.join(10)
+        # Fails it where a connection that it waits for has never come.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from math import prod
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -87,6 +89,68 @@ def test_a_body_may_come_in_any_pieces(cuts: list[int], mixed: bool) -> None:
 
 
 @STEADY
+@given(
+    pieces=st.lists(
+        st.sampled_from(
+            [b"{", b"}", b'"a"', b'"__metadata__"', b":", b",", b" ", b"1", b"\xff", b'"a":"b"', b'"first":', b"{}"]
+        )
+    )
+)
+@example([b"{", b'"__metadata__"', b":", b"{", b'"a":"b"', b"}", b","])
+@example([b"{", b'"__metadata__"', b":", b"{", b'"a":"b"', b",", b'"a":"b"', b"}", b","])
+@example([b"{", b'"__metadata__"', b":", b"{", b'"a"', b":", b"{}", b"}", b","])
+@example([b"{", b'"__metadata__"', b":", b"{}", b",", b'"a"', b":", b"{}", b","])
+@example([b"{", b'"__metadata__"', b":", b"{", b'"a"', b":", b"{}", b","])
+@example([b"{", b" ", b'"__metadata__"', b":", b"{}", b","])
+@example([b"{", b","])
+@example([b"{"])
+def test_what_stands_before_a_plain_header_is_read_as_json(pieces: list[bytes]) -> None:
+    """The rest of such a header is known, and is not parsed; this has to make no difference."""
+    plain = encode_header(MANIFEST, "F32")
+    text = b"".join(pieces) + plain[9:].rstrip(b" ")
+    body = len(text).to_bytes(8, "little") + text + bytes(4 * MANIFEST.numel)
+    receiver = Flat(MANIFEST).receiver(len(body))
+    try:
+        read = json.loads(text)
+        metadata = read.pop("__metadata__", {})
+        is_fine = read == json.loads(plain[8:]) and all(isinstance(each, str) for each in metadata.values())
+        # Names that stand twice are lost when read.
+        is_fine &= text.count(b'"a"') == len(metadata) and text.count(b'"__metadata__"') <= 1
+    except (ValueError, AttributeError):
+        is_fine = False
+    if is_fine:
+        lay(receiver, body)
+        assert receiver.complete
+        assert receiver.metadata == metadata
+        assert receiver.dtypes == dict.fromkeys(SHAPES, "F32")
+    else:
+        with pytest.raises(MalformedTensors):
+            lay(receiver, body)
+
+
+@pytest.mark.parametrize("dtype", ITEMSIZE)
+@pytest.mark.parametrize("target", ITEMSIZE)
+def test_a_plain_header_is_received_as_any_other(dtype: str, target: str) -> None:
+    """The same tensors in a header that has to be parsed land in the same places."""
+    sent = Flat(MANIFEST, dtype)
+    sent.fill(tensors())
+    header, data = sent.body({"note": "plain"})
+    text = bytes(header[8:])
+    assert text.startswith(b'{"__metadata__":')
+    parsed = b"{ " + text[1:]
+    received = []
+    for each in (text, parsed):
+        flat = Flat(MANIFEST, target)
+        receiver = flat.receiver(8 + len(each) + len(data))
+        try:
+            lay(receiver, len(each).to_bytes(8, "little") + each + data)
+            received.append((receiver.dtypes, receiver.metadata, bytes(flat.bytes)))
+        except MalformedTensors as error:
+            received.append(str(error))
+    assert received[0] == received[1]
+
+
+@STEADY
 @given(order=st.permutations(list(SHAPES)))
 def test_tensors_may_come_in_any_order(order: list[str]) -> None:
     made = tensors()
@@ -127,6 +191,46 @@ def test_a_socket_may_fill_the_buffers_itself(sizes: list[int]) -> None:
     assert sent == len(body)
     assert not receiver.get_buffer()
     assert torch.equal(flat.vector, joined(tensors()))
+
+
+def test_tensors_are_gathered_and_scattered() -> None:
+    flat = Flat(MANIFEST, "BF16")
+    flat.vector.fill_(7)
+    some = tensors()
+    sparse = torch.sparse_coo_tensor([[0, 2], [1, 3]], [1.0, 2.0], (3, 4), check_invariants=True)
+    flat.gather({**some, "first": sparse, "last": None, "naïve.名": some["naïve.名"].mT.contiguous().mT})
+    made = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    flat.scatter(made)
+    expected = {**some, "first": sparse.to_dense(), "last": torch.zeros(5)}
+    for name, tensor in made.items():
+        assert torch.equal(tensor, expected[name].bfloat16().float())
+
+
+def test_bytes_keep_the_vector_alive() -> None:
+    flat = Flat(MANIFEST)
+    vector, data = weakref.ref(flat.vector), flat.body()[1]
+    assert flat.vector._base is not None
+    memory = weakref.ref(flat.vector._base)
+    del flat
+    gc.collect()
+    assert vector() is None
+    assert memory() is not None
+    del data
+    gc.collect()
+    assert memory() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", ITEMSIZE)
+def test_tensors_come_from_a_device_and_go_there(dtype: str) -> None:
+    flat = Flat(MANIFEST, dtype, pinned=True)
+    some = tensors(dtype)
+    flat.gather({name: tensor.cuda().float() for name, tensor in some.items()})
+    assert torch.equal(flat.vector, joined(some))
+    made = {name: torch.zeros(shape, device="cuda") for name, shape in SHAPES.items()}
+    flat.scatter(made)
+    for name, tensor in made.items():
+        assert torch.equal(tensor.cpu(), some[name].float())
 
 
 def test_views_are_the_vector() -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +26,6 @@ from freestep_service.optimizers import (
     gather,
     initial_buffers,
     interpolate,
-    norm,
-    norm_of_squares,
     segments,
     square_sum,
     step,
@@ -359,10 +361,31 @@ def test_no_push_waits_for_a_compiler() -> None:
                 stretch.point(point, dtype)
         for first in (True, False):
             gather(wide, random_vector(9, 1), 0.5, first=first)
-        norm(wide)
+        square_sum(wide)
         for dtype in (torch.bfloat16, torch.float16):
             widen(wide.to(dtype), wide)
     assert not compilations.buffer
+
+
+SUM_ONCE = """
+import torch
+from numba.core import event
+from freestep_service.optimizers import square_sum
+with event.install_recorder("numba:compile") as compilations:
+    assert square_sum(torch.ones(3)) == 3
+print(len(compilations.buffer))
+"""
+
+
+@pytest.mark.slow
+def test_machine_code_is_kept_where_there_is_a_place_for_it(tmp_path: Path) -> None:
+    def compilations(folder: Path | str) -> int:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
+        return int(subprocess.check_output([sys.executable, "-W", "error", "-c", SUM_ONCE], env=environment))
+
+    assert compilations(tmp_path) > 0
+    assert compilations(tmp_path) == 0
+    assert compilations("/dev/null/nowhere") > 0
 
 
 def test_scale_multiplies_the_gradient() -> None:
@@ -455,27 +478,22 @@ def test_halves_are_widened_as_torch_widens(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("numel", SIZES)
-def test_norm_is_the_2_norm(numel: int, threads: int) -> None:
+def test_squares_are_summed_in_fp64(numel: int, threads: int) -> None:
     vector = random_vector(numel, 4)
-    whole = norm(vector)
-    assert whole == pytest.approx(float(vector.double().norm()), rel=1e-13)
-    cut = numel // 3
-    assert norm_of_squares(square_sum(vector[:cut]) + square_sum(vector[cut:])) == pytest.approx(whole, rel=1e-13)
+    whole, cut = square_sum(vector), numel // 3
+    assert whole == pytest.approx(float(vector.double().square().sum()), rel=1e-13)
+    assert square_sum(vector[:cut]) + square_sum(vector[cut:]) == pytest.approx(whole, rel=1e-13)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, LEAST, 2 * LEAST])
-def test_norm_finds_what_is_not_finite(value: float, place: int, threads: int) -> None:
-    vector = torch.zeros(2 * LEAST + 1)
-    vector[place] = value
-    assert norm(vector) is None
-
-
-def test_norm_of_large_finite_values_is_finite() -> None:
-    vector = torch.full((10,), 1e30)
+def test_the_sum_is_finite_where_all_elements_are(value: float, place: int, threads: int) -> None:
+    vector = torch.full((2 * LEAST + 1,), torch.finfo(torch.float32).max)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert norm(vector) == pytest.approx(float(vector[0]) * 10**0.5, rel=1e-13)
+        assert math.isfinite(square_sum(vector))
+        vector[place] = value
+        assert not math.isfinite(square_sum(vector))
 
 
 JUST_BELOW_1 = math.nextafter(1, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from freestep_service.optimizers import baselines, schedule_free
 from freestep_service.optimizers.method import Buffers, Method, Scalars
-from freestep_service.optimizers.norms import dequantize, norm, norm_of_squares, square_sum, widen
+from freestep_service.optimizers.norms import dequantize, square_sum, widen
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, segments, step
 
@@ -18,8 +18,6 @@ __all__ = [
     "gather",
     "initial_buffers",
     "interpolate",
-    "norm",
-    "norm_of_squares",
     "segments",
     "square_sum",
     "step",

@@ -1,4 +1,4 @@
-"""What is said of a gradient before it counts: its 2-norm, and that all of it is finite, in one pass over memory.
+"""The square of a gradient's 2-norm, which also says whether all of it is finite: one pass over memory.
 
 Squares of fp32 numbers are summed in fp64, where no number of them overflows: the sum is finite if they are. It costs
 nothing beside reading them, and the sums of a vector's parts make up that of the whole to far below fp32's rounding.
@@ -7,7 +7,6 @@ nothing beside reading them, and the sums of a vector's parts make up that of th
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite, sqrt
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from freestep_service.optimizers.compiled import compiled, inlined
 from freestep_service.optimizers.halves import of_bf16_bits, of_f16_bits
 from freestep_service.optimizers.slices import in_slices
 
-__all__ = ["dequantize", "norm", "norm_of_squares", "square_sum", "widen"]
+__all__ = ["dequantize", "square_sum", "widen"]
 
 CHUNK = 4096
 """Elements that are widened and measured while the processor has them at hand."""
@@ -42,9 +41,10 @@ def _widening(whole: Callable[[Any], Any]) -> Callable[[Any, Any], float]:
         total = 0.0
         some = np.empty(min(CHUNK, halves.size), np.uint16)
         for begin in range(0, halves.size, CHUNK):
-            place = vector[begin : begin + CHUNK]
-            # A copy, since the place may lie over them.
-            some[: place.size] = halves[begin : begin + CHUNK]
+            part, place = halves[begin : begin + CHUNK], vector[begin : begin + CHUNK]
+            # A copy, since the place may lie over them. Assigning the slice would keep the loops from being vectorised.
+            for i in range(part.size):
+                some[i] = part[i]
             for i in range(place.size):
                 place[i] = whole(some[i])
             total += _squares(place)
@@ -75,9 +75,9 @@ def _dequantizing(quanta: Any, scales: Any, block: Any, vector: Any) -> Any:
     total = 0.0
     some = np.empty(min(CHUNK, quanta.size), np.int8)
     for begin in range(0, quanta.size, CHUNK):
-        place = vector[begin : begin + CHUNK]
-        # A copy, since the place may lie over them.
-        some[: place.size] = quanta[begin : begin + CHUNK]
+        part, place = quanta[begin : begin + CHUNK], vector[begin : begin + CHUNK]
+        for i in range(part.size):
+            some[i] = part[i]
         at = 0
         while at < place.size:
             number = (begin + at) // block
@@ -99,13 +99,3 @@ def dequantize(quanta: Tensor, scales: Tensor, block: int, out: Tensor) -> float
     Returns Σ x² as `square_sum` does. `quanta` may be the last quarter of the memory of `out`.
     """
     return float(_dequantize(quanta.numpy(), scales.numpy(), block, out.numpy()))
-
-
-def norm_of_squares(total: float) -> float | None:
-    """The 2-norm that a sum of squares makes, or None where it is not finite."""
-    return sqrt(total) if isfinite(total) else None
-
-
-def norm(gradient: Tensor) -> float | None:
-    """The 2-norm of a flat fp32 vector on the host, or None when it holds NaN or infinity."""
-    return norm_of_squares(square_sum(gradient))

@@ -6,7 +6,7 @@ import torch
 
 from freestep.models import ALGORITHMS
 from freestep_service.optimizers import METHODS
-from freestep_service.optimizers.norms import dequantize, norm, widen
+from freestep_service.optimizers.norms import dequantize, square_sum, widen
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, step
 
@@ -24,7 +24,7 @@ def compile_loops() -> None:
                 interpolate(method, layout, hyperparameters, buffers, point, nought.to(dtype, copy=True))
     for first in (True, False):
         gather(nought.clone(), nought, 1.0, first=first)
-    norm(nought)
+    square_sum(nought)
+    dequantize(nought.to(torch.int8), nought, 1, nought.clone())
     for dtype in (torch.bfloat16, torch.float16):
         widen(nought.to(dtype), nought.clone())
-    dequantize(nought.to(torch.int8), nought, 1, nought.clone())
