@@ -26,6 +26,7 @@ from torch import Tensor
 
 from freestep.wire import MEDIA_TYPE
 from freestep_service.app import create_app
+from freestep_service.connection import Connection
 from freestep_service.settings import Settings
 
 T = TypeVar("T")
@@ -39,6 +40,10 @@ BODY = safetensors.torch.save(TENSORS)
 SGD = {"algorithm": "sgd", "lr": 1.0}
 """An optimizer that takes every gradient off the parameters as it is."""
 
+ORDINARY: dict[str, Any] = {"checkpoint_seconds": 3600.0, "inline_elements": 0}
+"""Settings, unless a test has its own: no checkpoint is written because a test takes long on a busy machine, and small
+models are treated as large ones are."""
+
 
 class ThreadService:
     """A service under a real uvicorn in a thread; `stop` shuts it down in order."""
@@ -46,10 +51,10 @@ class ThreadService:
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.settings = Settings(data_dir=data_dir, advertise_url=self.url, **settings)
+        self.settings = Settings(data_dir=data_dir, advertise_url=self.url, **ORDINARY | settings)
         self.app = create_app(self.settings)
         config = uvicorn.Config(
-            self.app, http="httptools", ws="none", lifespan="on", log_level="warning", timeout_graceful_shutdown=1
+            self.app, http=Connection, ws="none", lifespan="on", log_level="warning", timeout_graceful_shutdown=1
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
@@ -91,7 +96,7 @@ class ProcessService:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._settings = {"port": self.port, "data_dir": data_dir, **settings}
+        self._settings = {"port": self.port, "data_dir": data_dir, **ORDINARY, **settings}
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 

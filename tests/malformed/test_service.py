@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from http.client import HTTPResponse
 from typing import Any
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
-from harness import Api, ProcessService, ThreadService, slug
+from freestep.wire import MEDIA_TYPE
+from harness import Api, ProcessService, ThreadService, answered, connected, head_of_a_push, slug, wait_until
 from malformed.bodies import BODIES, NON_FINITE, PARAMETERS, valid
 
 MIB = 1024**2
@@ -19,20 +18,10 @@ MIB = 1024**2
 
 def request(api: Api, lease: dict[str, Any], changes: dict[str, Any], body: bytes = b"") -> socket.socket:
     """The connection over which a push was sent, with some of its header lines changed: a list stands as often."""
-    lines = {**api.headers(lease, 0, "key"), "Host": "test", "Content-Length": str(len(body)), **changes}
-    pairs = [(name, each) for name, value in lines.items() for each in (value if isinstance(value, list) else [value])]
-    head = f"POST {api.path('/gradients')} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in pairs) + "\r\n"
-    address = urlsplit(api.url)
-    connection = socket.create_connection((address.hostname, address.port))
-    connection.sendall(head.encode("latin-1") + body)
+    connection = connected(api.url)
+    headers = {**api.headers(lease, 0, "key"), **changes}
+    connection.sendall(head_of_a_push(api.path("/gradients"), headers, len(body)) + body)
     return connection
-
-
-def answered(connection: socket.socket) -> bytes:
-    """The body of the answer that comes over a connection."""
-    response = HTTPResponse(connection)
-    response.begin()
-    return response.read()
 
 
 @pytest.fixture
@@ -43,8 +32,7 @@ def hostile(api: Api) -> Api:
 
 
 def initialize(api: Api, body: bytes) -> str:
-    headers = {"Content-Type": "application/vnd.safetensors"}
-    answer = api.http.put(api.path("/parameters"), content=body, headers=headers)
+    answer = api.http.put(api.path("/parameters"), content=body, headers={"Content-Type": MEDIA_TYPE})
     return "" if answer.is_success else slug(answer)
 
 
@@ -62,9 +50,9 @@ def test_as_a_gradient(hostile: Api, service: ThreadService, name: str) -> None:
 
 @pytest.mark.parametrize("name", BODIES)
 def test_as_initial_weights(hostile: Api, service: ThreadService, name: str) -> None:
-    before = (hostile.status(), service.redis_dump(f"freestep:{{{hostile.run}}}:"))
+    before = hostile.state(service)
     assert initialize(hostile, BODIES[name]()) == "malformed-tensors"
-    assert (hostile.status(), service.redis_dump(f"freestep:{{{hostile.run}}}:")) == before
+    assert hostile.state(service) == before
     assert initialize(hostile, valid()) == ""
 
 
@@ -150,16 +138,14 @@ def test_a_body_shorter_than_its_length_leaves_nothing(
     initialize(api, valid())
     lease = api.lease()
     before = api.state(service)
-    pending = f"freestep:{{{api.run}}}:pending"
     with request(api, lease, {"Content-Length": str(len(valid()))}, valid()[:cut]) as connection:
         if end == "stalled":
             assert b"malformed-request" in answered(connection)
         elif end == "half-closed":
             connection.shutdown(socket.SHUT_WR)
             assert connection.recv(4096) == b""
-    while service.redis_dump(pending):
-        pass
-    assert api.state(service) == before
+    # Who closes the connection does not see when the service has noticed.
+    wait_until(lambda: api.state(service) == before)
     assert api.push(lease, 0, "key", body=valid()).json() == {
         "decision": "applied",
         "step": 1,

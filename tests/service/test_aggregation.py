@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
@@ -13,10 +13,8 @@ import schedulefree
 import torch
 from torch import Tensor
 
-from harness import TENSORS, Api, ThreadService, slug
+from harness import SGD, TENSORS, Api, ThreadService, slug, under_way, wait_until
 from reference import ScheduleFree
-
-SGD = {"algorithm": "sgd", "lr": 1.0}
 
 
 def scaled(factor: float) -> dict[str, Tensor]:
@@ -25,14 +23,6 @@ def scaled(factor: float) -> dict[str, Tensor]:
 
 def decisions(answers: list[httpx.Response]) -> list[str]:
     return [answer.json()["decision"] for answer in answers]
-
-
-def pushed_apart(api: Api, lease: dict[str, Any], step: int, **more: str) -> tuple[threading.Thread, list[Any]]:
-    """A push whose answer is waited for in a thread."""
-    answers: list[Any] = []
-    thread = threading.Thread(target=lambda: answers.append(api.push(lease, step, **more)))
-    thread.start()
-    return thread, answers
 
 
 def test_async_takes_any_staleness(api: Api) -> None:
@@ -79,14 +69,15 @@ def test_a_dropped_push_brings_fresh_y_and_moves_nothing(api: Api, service: Thre
 def test_sync_waits_for_every_live_worker(api: Api, service: ThreadService, connect: Callable[..., Api]) -> None:
     api.create(optimizer=SGD, aggregation={"policy": "sync"})
     leases = [api.lease(f"worker-{number}") for number in range(3)]
-    waiting = [pushed_apart(connect(service.url, api.run), lease, 0, Prefer="wait=30") for lease in leases[:2]]
-    while api.status()["pushes"]["accumulated"] < 2:
-        pass
+    callers = [connect(service.url, api.run) for _ in leases[:2]]
+    waiting = [
+        under_way(partial(caller.push, lease, 0, Prefer="wait=30"))
+        for caller, lease in zip(callers, leases, strict=False)
+    ]
+    wait_until(lambda: api.status()["pushes"]["accumulated"] == 2)
     assert api.status()["step"] == 0
     last = api.push(leases[2], 0, Prefer="wait=30").json()
-    for thread, _ in waiting:
-        thread.join()
-    receipts = [last, *(answers[0].json() for _, answers in waiting)]
+    receipts = [last, *(each.result().json() for each in waiting)]
     assert [(receipt["decision"], receipt["step"]) for receipt in receipts] == [("applied", 1)] * 3
     assert not api.pull("y")[0]["w"].any()
 
@@ -102,12 +93,10 @@ def test_a_dead_workers_lease_runs_out_and_sync_goes_on_without_it(api: Api) -> 
 def test_a_released_lease_is_not_waited_for(api: Api, service: ThreadService, connect: Callable[..., Api]) -> None:
     api.create(aggregation={"policy": "sync"})
     leaving, staying = api.lease("leaving"), api.lease("staying")
-    thread, answers = pushed_apart(connect(service.url, api.run), staying, 0, Prefer="wait=30")
-    while api.status()["pushes"]["accumulated"] < 1:
-        pass
+    waiting = under_way(partial(connect(service.url, api.run).push, staying, 0, Prefer="wait=30"))
+    wait_until(lambda: api.status()["pushes"]["accumulated"] == 1)
     api.http.delete(api.path(f"/leases/{leaving['lease']}"))
-    thread.join()
-    assert answers[0].json()["decision"] == "applied"
+    assert waiting.result().json()["decision"] == "applied"
 
 
 def test_a_worker_that_joins_is_waited_for(api: Api) -> None:
@@ -257,26 +246,30 @@ def test_damping_scales_the_step_of_schedule_free_and_not_its_average(api: Api, 
 
 
 @pytest.mark.parametrize("end", ["released", "expired"])
-def test_an_update_closed_by_the_end_of_a_lease_shows_in_the_metrics(api: Api, end: str) -> None:
+def test_an_update_closed_by_the_end_of_a_lease_shows_in_the_metrics(
+    api: Api, service: ThreadService, end: str
+) -> None:
     api.create(aggregation={"policy": "sync"})
-    leaving = api.lease("leaving", ttl_ms=300 if end == "expired" else 30_000)
+    leaving = api.lease("leaving")
     assert api.push(api.lease("staying"), 0).json()["decision"] == "accumulated"
     if end == "released":
         api.http.delete(api.path(f"/leases/{leaving['lease']}"))
+    else:
+        with service.redis() as client:
+            client.zadd(api.redis_key("leases"), {"leaving": 1})
     assert api.http.get(api.path("/parameters"), params={"min_step": 1}, headers={"Prefer": "wait=30"}).is_success
-    while f'freestep_step{{run="{api.run}"}} 1.0' not in api.http.get("/metrics").text:
-        pass
+    wait_until(lambda: f'freestep_step{{run="{api.run}"}} 1.0' in api.http.get("/metrics").text)
 
 
 def test_who_waits_for_a_group_that_a_restore_gave_up_is_told(
     api: Api, service: ThreadService, connect: Callable[..., Api]
 ) -> None:
     api.create(aggregation={"policy": "buffered", "batch": 2})
-    thread, answers = pushed_apart(connect(service.url, api.run), api.lease(), 0, Prefer="wait=60")
-    while not service.app.state.registry.get(api.run).owned[0].writer._waiters:
-        pass
+    waiting = under_way(partial(connect(service.url, api.run).push, api.lease(), 0, Prefer="wait=60"))
+    writer = service.app.state.registry.get(api.run).owned[0].writer
+    wait_until(lambda: bool(writer._waiters))
     api.http.post(api.path("/checkpoints/0/restore"))
-    thread.join()
-    assert (answers[0].status_code, slug(answers[0])) == (409, "epoch-changed")
+    answer = waiting.result()
+    assert (answer.status_code, slug(answer)) == (409, "epoch-changed")
     lease = api.lease()
     assert decisions([api.push(lease, 0), api.push(lease, 0)]) == ["accumulated", "applied"]

