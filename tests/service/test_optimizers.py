@@ -32,9 +32,9 @@ from freestep_service.optimizers import (
     step,
     widen,
 )
-from freestep_service.optimizers.norms import CHUNK
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.optimizers.slices import LEAST
+from freestep_service.optimizers.squares import CHUNK
 from freestep_service.vectors import Vector
 from reference import ScheduleFree
 
