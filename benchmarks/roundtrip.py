@@ -31,6 +31,8 @@ SIZES = {100_000: 300, 5_000_000: 15, 25_000_000: 15}
 """Parameters, and how many rounds are counted."""
 QUICK_SIZES = {100_000: 20, 5_000_000: 5}
 WARMUP = 2
+MOST_CPU_ROUNDS = 50
+"""Rounds in which CPU is counted are others, since what a push leaves to be done has to be waited for."""
 
 MOST_TIME, MOST_CPU, MOST_BF16 = 1.25, 1.3, 0.65
 """To be reached at the largest size: of the floor's time and the server's CPU, and BF16's time of fp32's."""
@@ -41,62 +43,62 @@ _SETTLED_S = 0.02
 
 @dataclass(frozen=True)
 class Round:
-    """The floor, and a push + pull as fp32 and as BF16, whose CPU is the service's and its store's."""
+    """Seconds of the floor, and of a push + pull as fp32 and as BF16."""
 
-    floor: Cost
-    fp32: Cost
-    bf16: Cost
-
-    @property
-    def time_ratio(self) -> float:
-        return self.fp32.seconds / self.floor.seconds
-
-    @property
-    def cpu_ratio(self) -> float:
-        return self.fp32.cpu / self.floor.cpu
-
-    @property
-    def bf16_ratio(self) -> float:
-        return self.bf16.seconds / self.fp32.seconds
-
-
-_FIGURES: tuple[tuple[str, Callable[[Round], float], str, float | None], ...] = (
-    ("floor", lambda each: 1e3 * each.floor.seconds, "ms", None),
-    ("push + pull, fp32", lambda each: 1e3 * each.fp32.seconds, "ms", None),
-    ("push + pull, fp32, of the floor", lambda each: each.time_ratio, "×", MOST_TIME),
-    ("push + pull, BF16 both ways, of fp32", lambda each: each.bf16_ratio, "×", MOST_BF16),
-    ("server's CPU, fp32, of raw copy + update", lambda each: each.cpu_ratio, "×", MOST_CPU),
-)
-"""Of each size: title, figure, unit, and the most at the largest."""
+    floor: float
+    fp32: float
+    bf16: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """The rounds of one model size."""
+    """The rounds of one model size; and of each round in which CPU is counted, the service's of the floor's."""
 
     parameters: int
     rounds: list[Round]
+    cpu_ratios: list[float]
 
-    def middle(self, figure: Callable[[Round], float]) -> float:
-        return median(map(figure, self.rounds))
+    def ms(self, figure: Callable[[Round], float]) -> list[float]:
+        return [1e3 * figure(each) for each in self.rounds]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [each.fp32 / each.floor for each in self.rounds]
+
+    @property
+    def bf16_ratios(self) -> list[float]:
+        return [each.bf16 / each.fp32 for each in self.rounds]
+
+    def figures(self) -> list[Figure]:
+        size, bounded = f"{self.parameters / 1e6:g}M", self.parameters == max(SIZES)
+
+        def ratio(title: str, ratios: list[float], most: float) -> Figure:
+            return Figure.of(f"{size} {title}", ratios, "×", most=most if bounded else None)
+
+        return [
+            Figure.of(f"{size} floor", self.ms(lambda each: each.floor), "ms"),
+            Figure.of(f"{size} push + pull, fp32", self.ms(lambda each: each.fp32), "ms"),
+            ratio("push + pull, fp32, of the floor", self.ratios, MOST_TIME),
+            ratio("push + pull, BF16 both ways, of fp32", self.bf16_ratios, MOST_BF16),
+            ratio("server's CPU, fp32, of raw copy + update", self.cpu_ratios, MOST_CPU),
+        ]
 
     def document(self) -> dict[str, Any]:
         """Milliseconds; the spread is between the quartiles of freestep's rounds."""
         return {
             "parameters": self.parameters,
-            "floor_ms": 1e3 * self.middle(lambda each: each.floor.seconds),
-            "freestep_ms": 1e3 * self.middle(lambda each: each.fp32.seconds),
-            "spread_ms": 2e3 * spread([each.fp32.seconds for each in self.rounds]),
-            "bf16_ms": 1e3 * self.middle(lambda each: each.bf16.seconds),
-            "ratio": self.middle(lambda each: each.time_ratio),
-            "cpu_ratio": self.middle(lambda each: each.cpu_ratio),
-            "bf16_ratio": self.middle(lambda each: each.bf16_ratio),
+            "floor_ms": median(self.ms(lambda each: each.floor)),
+            "freestep_ms": median(self.ms(lambda each: each.fp32)),
+            "spread_ms": 2 * spread(self.ms(lambda each: each.fp32)),
+            "bf16_ms": median(self.ms(lambda each: each.bf16)),
+            "ratio": median(self.ratios),
+            "bf16_ratio": median(self.bf16_ratios),
+            "cpu_ratio": median(self.cpu_ratios),
         }
 
 
 def measure(service: Service, parameters: int, rounds: int) -> Row:
     """Alternates rounds of the floor and of freestep for one model size."""
-    taken = []
     with ExitStack() as stack:
         client = stack.enter_context(Client(service.url))
         run = new_run(client, f"roundtrip-{parameters}", parameters)
@@ -104,19 +106,22 @@ def measure(service: Service, parameters: int, rounds: int) -> Row:
         fp32 = stack.enter_context(Worker(run, "fp32"))
         bf16 = stack.enter_context(Worker(run, "bf16", "BF16"))
         echo, memory = stack.enter_context(raw_echo(4 * parameters)), CopyPass(parameters)
-        for number in range(WARMUP + rounds):
-            floor = echo.once(fp32.gradient.bytes, fp32.arriving.bytes) + memory.once()
-            each = Round(floor, _cost(service, fp32), _cost(service, bf16))
-            if number >= WARMUP:
-                taken.append(each)
-    return Row(parameters, taken)
+
+        def floor() -> Cost:
+            return echo.once(fp32.gradient.bytes, fp32.arriving.bytes) + memory.once()
+
+        taken = [Round(floor().seconds, fp32.push(), bf16.push()) for _ in range(WARMUP + rounds)]
+        used = [(floor().cpu, _cpu(service, fp32)) for _ in range(WARMUP + min(rounds, MOST_CPU_ROUNDS))]
+    return Row(parameters, taken[WARMUP:], [ours / its for its, ours in used[WARMUP:]])
 
 
-def _cost(service: Service, worker: Worker) -> Cost:
-    before = service.cpu_seconds()
-    seconds = worker.push()
+def _cpu(service: Service, worker: Worker) -> float:
+    """Seconds of CPU that a push costs the service and its store, what is done after the answer included."""
     time.sleep(_SETTLED_S)
-    return Cost(seconds, service.cpu_seconds() - before)
+    before = service.cpu_seconds()
+    worker.push()
+    time.sleep(_SETTLED_S)
+    return service.cpu_seconds() - before
 
 
 def measure_sizes(sizes: dict[int, int]) -> list[Row]:
@@ -127,17 +132,7 @@ def measure_sizes(sizes: dict[int, int]) -> list[Row]:
 
 def report(options: Options) -> Report:
     rows = measure_sizes(QUICK_SIZES if options.quick else SIZES)
-    figures = [
-        Figure.of(
-            f"{row.parameters / 1e6:g}M {title}",
-            map(of, row.rounds),
-            unit,
-            most=most if row.parameters == max(SIZES) else None,
-        )
-        for row in rows
-        for title, of, unit, most in _FIGURES
-    ]
-    return Report(figures, details=[row.document() for row in rows])
+    return Report([figure for row in rows for figure in row.figures()], details=[row.document() for row in rows])
 
 
 def main() -> None:
