@@ -23,9 +23,9 @@ check: $(VENV)/installed
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -m 'not slow'
 
+# What to measure and how is said in BENCH: make bench BENCH='--quick --plot cost.png'.
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks.roundtrip
-	$(BIN)/python -m benchmarks.shards
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

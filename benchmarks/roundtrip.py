@@ -1,97 +1,155 @@
 """Push + pull round trips of one worker, beside the floor: `python -m benchmarks.roundtrip`.
 
-Each round sends a fp32 gradient to a service in another process, has AdamW Schedule-Free applied, and receives
-fresh y. Rounds of the floor and of freestep alternate, so that both see the same machine; figures are medians.
+Each round sends a gradient to a service in another process, has AdamW Schedule-Free applied, and receives fresh y: as
+fp32, and as BF16 both ways. Rounds of the floor and of freestep alternate, so that all see the same machine; figures
+are medians, and a ratio is the median of each round's ratio.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
-from statistics import median, quantiles
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.floor import copy_pass, echo_once, raw_echo
-from benchmarks.services import running_service
-from freestep import Client, Flat, FreestepError
+from benchmarks.figures import Figure, Report, spread
+from benchmarks.floor import CopyPass, Cost, raw_echo
+from benchmarks.options import Options, parser_of_sizes
+from benchmarks.services import Service, running_service
+from benchmarks.worker import Worker, new_run
+from freestep import Client, FreestepError
 
-SIZES = {100_000: 300, 5_000_000: 15, 25_000_000: 7}
+SIZES = {100_000: 300, 5_000_000: 15, 25_000_000: 15}
 """Parameters, and how many rounds are counted."""
+QUICK_SIZES = {100_000: 20, 5_000_000: 5}
 WARMUP = 2
+MOST_CPU_ROUNDS = 50
+"""Rounds in which CPU is counted are others, since what a push leaves to be done has to be waited for."""
+
+MOST_TIME, MOST_CPU, MOST_BF16 = 1.25, 1.3, 0.65
+"""To be reached at the largest size: of the floor's time and the server's CPU, and BF16's time of fp32's."""
+
+_SETTLED_S = 0.02
+"""What a push leaves to be done after its answer is done by then."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of the floor, and of a push + pull as fp32 and as BF16."""
+
+    floor: float
+    fp32: float
+    bf16: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds: medians, and the spread between the quartiles of freestep's rounds."""
+    """The rounds of one model size; and of each round in which CPU is counted, the service's of the floor's."""
 
     parameters: int
-    floor_ms: float
-    freestep_ms: float
-    spread_ms: float
+    rounds: list[Round]
+    cpu_ratios: list[float]
+
+    def ms(self, figure: Callable[[Round], float]) -> list[float]:
+        return [1e3 * figure(each) for each in self.rounds]
 
     @property
-    def ratio(self) -> float:
-        return self.freestep_ms / self.floor_ms
+    def ratios(self) -> list[float]:
+        return [each.fp32 / each.floor for each in self.rounds]
 
+    @property
+    def bf16_ratios(self) -> list[float]:
+        return [each.bf16 / each.fp32 for each in self.rounds]
 
-def measure(client: Client, parameters: int, rounds: int) -> Row:
-    """Alternates rounds of the floor and of freestep for one model size."""
-    run = client.run(f"roundtrip-{parameters}")
-    run.create(
-        {
-            "optimizer": {"algorithm": "adamw_schedule_free"},
-            "aggregation": {"policy": "async"},
-            "parameters": [{"name": "w", "shape": [parameters]}],
-            "durability": "none",
+    def figures(self) -> list[Figure]:
+        size, bounded = f"{self.parameters / 1e6:g}M", self.parameters == max(SIZES)
+
+        def ratio(title: str, ratios: list[float], most: float) -> Figure:
+            return Figure.of(f"{size} {title}", ratios, "×", most=most if bounded else None)
+
+        return [
+            Figure.of(f"{size} floor", self.ms(lambda each: each.floor), "ms"),
+            Figure.of(f"{size} push + pull, fp32", self.ms(lambda each: each.fp32), "ms"),
+            ratio("push + pull, fp32, of the floor", self.ratios, MOST_TIME),
+            ratio("push + pull, BF16 both ways, of fp32", self.bf16_ratios, MOST_BF16),
+            ratio("server's CPU, fp32, of raw copy + update", self.cpu_ratios, MOST_CPU),
+        ]
+
+    def document(self) -> dict[str, Any]:
+        """Milliseconds; the spread is between the quartiles of freestep's rounds."""
+        return {
+            "parameters": self.parameters,
+            "floor_ms": median(self.ms(lambda each: each.floor)),
+            "freestep_ms": median(self.ms(lambda each: each.fp32)),
+            "spread_ms": 2 * spread(self.ms(lambda each: each.fp32)),
+            "bf16_ms": median(self.ms(lambda each: each.bf16)),
+            "ratio": median(self.ratios),
+            "bf16_ratio": median(self.bf16_ratios),
+            "cpu_ratio": median(self.cpu_ratios),
         }
-    )
-    gradient, arriving = Flat(run.manifest), Flat(run.manifest)
-    run.initialize(gradient)
-    gradient.vector.normal_(generator=torch.Generator().manual_seed(0))
-    floor, freestep = [], []
-    with run.lease("roundtrip") as lease, raw_echo(4 * parameters) as connection:
-        step = 0
-        for number in range(WARMUP + rounds):
-            socket_s = echo_once(connection, gradient.bytes, arriving.bytes)
-            began = time.perf_counter()
-            _, pulled = run.exchange(gradient, lease.claim(step), arriving)
-            seconds = time.perf_counter() - began
-            step = pulled.step
-            if number >= WARMUP:
-                floor.append(socket_s)
-                freestep.append(seconds)
-    run.delete()
-    low, _, high = quantiles(freestep, n=4)
-    return Row(parameters, 1e3 * (median(floor) + copy_pass(parameters)), 1e3 * median(freestep), 1e3 * (high - low))
+
+
+def measure(service: Service, parameters: int, rounds: int) -> Row:
+    """Alternates rounds of the floor and of freestep for one model size."""
+    with ExitStack() as stack:
+        client = stack.enter_context(Client(service.url))
+        run = new_run(client, f"roundtrip-{parameters}", parameters)
+        stack.callback(run.delete)
+        fp32 = stack.enter_context(Worker(run, "fp32"))
+        bf16 = stack.enter_context(Worker(run, "bf16", "BF16"))
+        echo, memory = stack.enter_context(raw_echo(4 * parameters)), CopyPass(parameters)
+
+        def floor() -> Cost:
+            return echo.once(fp32.gradient.bytes, fp32.arriving.bytes) + memory.once()
+
+        taken = [Round(floor().seconds, fp32.push(), bf16.push()) for _ in range(WARMUP + rounds)]
+        used = [(floor().cpu, _cpu(service, fp32)) for _ in range(WARMUP + min(rounds, MOST_CPU_ROUNDS))]
+    return Row(parameters, taken[WARMUP:], [ours / its for its, ours in used[WARMUP:]])
+
+
+def _cpu(service: Service, worker: Worker) -> float:
+    """Seconds of CPU that a push costs the service and its store, what is done after the answer included."""
+    time.sleep(_SETTLED_S)
+    before = service.cpu_seconds()
+    worker.push()
+    time.sleep(_SETTLED_S)
+    return service.cpu_seconds() - before
+
+
+def measure_sizes(sizes: dict[int, int]) -> list[Row]:
+    """Each size in turn, with so many rounds."""
+    with running_service() as service:
+        return [measure(service, parameters, rounds) for parameters, rounds in sizes.items()]
+
+
+def report(options: Options) -> Report:
+    rows = measure_sizes(QUICK_SIZES if options.quick else SIZES)
+    return Report([figure for row in rows for figure in row.figures()], details=[row.document() for row in rows])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    parser.add_argument("--largest", type=int, default=max(SIZES), help="leave out sizes above this many parameters")
-    options = parser.parse_args()
+    options = parser_of_sizes(__doc__, SIZES).parse_args()
     torch.set_num_threads(1)
-    rows = []
-    with running_service() as service, Client(service.url) as client:
-        for parameters, rounds in SIZES.items():
-            if parameters <= options.largest:
-                try:
-                    rows.append(measure(client, parameters, rounds))
-                except FreestepError as error:
-                    sys.exit(f"{parameters} parameters: {error}")
+    try:
+        rows = measure_sizes({size: rounds for size, rounds in SIZES.items() if size <= options.largest})
+    except FreestepError as error:
+        sys.exit(str(error))
+    documents = [row.document() for row in rows]
     if options.json:
-        print(json.dumps([{**asdict(row), "ratio": row.ratio} for row in rows], indent=2))
+        print(json.dumps(documents, indent=2))
         return
     table = Table("parameters", "floor ms", "freestep ms", "quartile spread ms", "ratio", title="push + pull, fp32")
-    for row in rows:
-        figures = (row.floor_ms, row.freestep_ms, row.spread_ms, row.ratio)
-        table.add_row(f"{row.parameters:,}", *(f"{figure:.2f}" for figure in figures))
+    for each in documents:
+        figures = (each[name] for name in ("floor_ms", "freestep_ms", "spread_ms", "ratio"))
+        table.add_row(f"{each['parameters']:,}", *(f"{figure:.2f}" for figure in figures))
     Console().print(table)
 
 

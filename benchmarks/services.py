@@ -1,4 +1,4 @@
-"""Services to measure, in processes of their own, and how much CPU they have used."""
+"""Services to measure, in processes of their own, and how much CPU and memory they have used."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
 
 __all__ = ["Service", "cpu_seconds", "running_service"]
+
+_READY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,19 @@ class Service:
     url: str
     pid: int
 
+    def cpu_seconds(self) -> float:
+        """What it and the store that it started have used so far."""
+        return sum(map(cpu_seconds, [self.pid, *_children(self.pid)]))
+
+    def peak_memory(self) -> int:
+        """Bytes: the most that it has had in memory so far, without its store."""
+        (line,) = (line for line in Path(f"/proc/{self.pid}/status").read_text().splitlines() if "VmHWM" in line)
+        return 1024 * int(line.split()[1])
+
 
 @contextmanager
 def running_service(**settings: str) -> Iterator[Service]:
-    """A service of its own on a free port, with an embedded store unless the settings name another."""
+    """A service of its own on a free port, ready; with an embedded store unless the settings name another."""
     with tempfile.TemporaryDirectory(prefix="freestep-bench-") as data_dir:
         command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", data_dir]
         variables = {f"FREESTEP_{name.upper()}": value for name, value in settings.items()}
@@ -32,10 +46,23 @@ def running_service(**settings: str) -> Iterator[Service]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         try:
             assert process.stdout is not None
-            yield Service(process.stdout.readline().split()[-1], process.pid)
+            service = Service(process.stdout.readline().split()[-1], process.pid)
+            _wait_ready(service, process)
+            yield service
         finally:
             process.terminate()
             process.wait()
+
+
+def _wait_ready(service: Service, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + _READY_S
+    with httpx.Client(base_url=service.url) as client:
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
+                if client.get("/readyz").is_success:
+                    return
+            time.sleep(0.01)
+    raise RuntimeError("the service does not get ready")
 
 
 def cpu_seconds(pid: int) -> float:
@@ -45,3 +72,8 @@ def cpu_seconds(pid: int) -> float:
     coarse for a round of a few tens of milliseconds.
     """
     return time.clock_gettime(~pid << 3 | 2)
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]

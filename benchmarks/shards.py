@@ -8,7 +8,6 @@ Redis is asked for its own account of the calls, by MONITOR, in rounds that are 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -20,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,14 +28,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.figures import Figure, Report, spread
+from benchmarks.options import Options, parser_of_sizes
 from benchmarks.services import Service, cpu_seconds, running_service
+from benchmarks.worker import Worker, spec
 from freestep import Client, Flat, FreestepError, Run
-from freestep.lease import HeldLease
 from freestep_service.embedded import embedded_store
 
 SHARDS = (1, 2, 4)
 SIZES = {5_000_000: 40, 25_000_000: 20}
 """Parameters, and how many rounds are counted."""
+QUICK_SIZES = {5_000_000: 5}
 PLACEMENTS = {"one process": 1, "a process each": max(SHARDS)}
 """How many service processes share the runs."""
 WARMUP = 3
@@ -79,36 +81,19 @@ class Round:
 
 
 class Subject:
-    """A run under measurement: its worker's vectors, the processes that serve it, and what was measured."""
+    """A run under measurement: its worker, the processes that serve it, and what was measured."""
 
-    lease: HeldLease
-
-    def __init__(self, run: Run, shards: int, pids: Sequence[int], redis_pid: int) -> None:
-        self.run = run
+    def __init__(self, worker: Worker, shards: int, pids: Sequence[int], redis_pid: int) -> None:
+        self.worker = worker
         self.shards = shards
         self.rounds: list[Round] = []
         self.calls: dict[str, float] = {}
         self._pids = pids
         self._redis_pid = redis_pid
-        self._step = 0
-        self._gradient, self._arriving = Flat(run.manifest), Flat(run.manifest)
-        run.initialize(self._gradient)
-        self._gradient.vector.normal_(generator=torch.Generator().manual_seed(0))
-
-    @property
-    def bytes_moved(self) -> int:
-        """By one push, both ways."""
-        return len(self._gradient.bytes) + len(self._arriving.bytes)
-
-    def push(self) -> None:
-        claim = self.lease.claim(self._step)
-        self._step = self.run.exchange(self._gradient, claim, self._arriving)[1].step
 
     def timed_push(self) -> Round:
         services, redis = self._cpu()
-        began = time.perf_counter()
-        self.push()
-        seconds = time.perf_counter() - began
+        seconds = self.worker.push()
         time.sleep(_SETTLED_S)
         services_after, redis_after = self._cpu()
         return Round(seconds, services_after - services, redis_after - redis)
@@ -127,9 +112,12 @@ class Row:
     push_pull_ms: float
     spread_ms: float
     push_pull_ratio: float
+    push_pull_ratio_spread: float
+    """Half the distance between the quartiles."""
     service_ns_per_byte: float
     redis_ns_per_byte: float
     cpu_ratio: float
+    cpu_ratio_spread: float
     calls_per_shard_and_push: float
     calls: dict[str, float]
     """By the script's or command's name, per shard and push."""
@@ -138,9 +126,10 @@ class Row:
 def measure(services: Sequence[Service], store: Redis, placement: str, parameters: int, rounds: int) -> list[Row]:
     """Alternates rounds of the numbers of shards for one model size."""
     with Client(services[0].url) as client, ExitStack() as leases:
-        subjects = [_subject(client, services, store, parameters, shards) for shards in SHARDS]
+        runs = {shards: client.run(f"shards-{parameters}-{shards}") for shards in SHARDS}
+        subjects = [_subject(run, services, store, parameters, shards) for shards, run in runs.items()]
         for subject in subjects:
-            subject.lease = leases.enter_context(subject.run.lease("bench"))
+            leases.enter_context(subject.worker)
         for number in range(WARMUP + rounds):
             # Each in turn is the first of a round.
             for place in range(len(subjects)):
@@ -149,18 +138,18 @@ def measure(services: Sequence[Service], store: Redis, placement: str, parameter
                 if number >= WARMUP:
                     subject.rounds.append(taken)
         for subject in subjects:
-            subject.calls = _calls(store, subject.push)
+            subject.calls = _calls(store, subject.worker.push)
         leases.close()
-        for subject in subjects:
-            subject.run.delete()
+        for run in runs.values():
+            run.delete()
     return [_row(placement, parameters, subject, subjects[0]) for subject in subjects]
 
 
-def _subject(client: Client, services: Sequence[Service], store: Redis, parameters: int, shards: int) -> Subject:
-    run = client.run(f"shards-{parameters}-{shards}")
+def _subject(run: Run, services: Sequence[Service], store: Redis, parameters: int, shards: int) -> Subject:
     owners = _spread(run, services, parameters, shards)
+    run.initialize(Flat(run.manifest))
     pids = [service.pid for service in services if service.url in owners]
-    return Subject(run, shards, pids, store.info("server")["process_id"])
+    return Subject(Worker(run), shards, pids, store.info("server")["process_id"])
 
 
 def _spread(run: Run, services: Sequence[Service], parameters: int, shards: int) -> set[str]:
@@ -169,15 +158,7 @@ def _spread(run: Run, services: Sequence[Service], parameters: int, shards: int)
     Processes that have not heard of each other yet take more than their share; then the run is created again.
     """
     while True:
-        run.create(
-            {
-                "optimizer": {"algorithm": "adamw_schedule_free"},
-                "aggregation": {"policy": "async"},
-                "parameters": [{"name": "w", "shape": [parameters]}],
-                "durability": "none",
-                "shards": shards,
-            }
-        )
+        run.create(spec(parameters, shards=shards))
         while (topology := run.topology()).missing:
             time.sleep(_SETTLED_S)
         owners = {shard.url for shard in topology.shards if shard.url is not None}
@@ -187,7 +168,7 @@ def _spread(run: Run, services: Sequence[Service], parameters: int, shards: int)
         time.sleep(1)
 
 
-def _calls(store: Redis, push: Callable[[], None]) -> dict[str, float]:
+def _calls(store: Redis, push: Callable[[], object]) -> dict[str, float]:
     """Calls that Redis gets for a push, by the script's or command's name: the median of several pushes.
 
     The median leaves out what a heartbeat brings about now and then: a look at the log, a new connection.
@@ -211,25 +192,28 @@ def _calls(store: Redis, push: Callable[[], None]) -> dict[str, float]:
 
 
 def _row(placement: str, parameters: int, subject: Subject, single: Subject) -> Row:
-    def ratio(figure: Callable[[Round], float]) -> float:
-        return median(figure(mine) / figure(other) for mine, other in zip(subject.rounds, single.rounds, strict=True))
+    def ratios(figure: Callable[[Round], float]) -> list[float]:
+        return [figure(mine) / figure(other) for mine, other in zip(subject.rounds, single.rounds, strict=True)]
 
     def ns_per_byte(figure: Callable[[Round], float]) -> float:
-        return 1e9 * median(map(figure, subject.rounds)) / subject.bytes_moved
+        return 1e9 * median(map(figure, subject.rounds)) / subject.worker.bytes_moved
 
     seconds = [each.seconds for each in subject.rounds]
-    low, _, high = quantiles(seconds, n=4)
+    time_ratios = ratios(lambda each: each.seconds)
+    cpu_ratios = ratios(lambda each: each.service_cpu + each.redis_cpu)
     shares = {name: count / subject.shards for name, count in subject.calls.items()}
     return Row(
         placement=placement,
         parameters=parameters,
         shards=subject.shards,
         push_pull_ms=1e3 * median(seconds),
-        spread_ms=1e3 * (high - low),
-        push_pull_ratio=ratio(lambda each: each.seconds),
+        spread_ms=2e3 * spread(seconds),
+        push_pull_ratio=median(time_ratios),
+        push_pull_ratio_spread=spread(time_ratios),
         service_ns_per_byte=ns_per_byte(lambda each: each.service_cpu),
         redis_ns_per_byte=ns_per_byte(lambda each: each.redis_cpu),
-        cpu_ratio=ratio(lambda each: each.service_cpu + each.redis_cpu),
+        cpu_ratio=median(cpu_ratios),
+        cpu_ratio_spread=spread(cpu_ratios),
         calls_per_shard_and_push=sum(shares.values()),
         calls=shares,
     )
@@ -285,12 +269,8 @@ def _document(row: Row) -> dict[str, Any]:
     return {**asdict(row), "within": bounds(row)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    parser.add_argument("--largest", type=int, default=max(SIZES), help="leave out sizes above this many parameters")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def measure_placements(sizes: dict[int, int]) -> list[Row]:
+    """Each placement in turn, and in it each size, with so many rounds."""
     rows: list[Row] = []
     for placement, processes in PLACEMENTS.items():
         with ExitStack() as stack:
@@ -299,12 +279,35 @@ def main() -> None:
             store = stack.enter_context(Redis.from_url(redis_url, decode_responses=True))
             shared = {"redis_url": redis_url, "checkpoint_url": f"{folder}/checkpoints"}
             services = [stack.enter_context(running_service(**shared)) for _ in range(processes)]
-            for parameters, rounds in SIZES.items():
-                if parameters <= options.largest:
-                    try:
-                        rows += measure(services, store, placement, parameters, rounds)
-                    except FreestepError as error:
-                        sys.exit(f"{parameters} parameters, {placement}: {error}")
+            for parameters, rounds in sizes.items():
+                rows += measure(services, store, placement, parameters, rounds)
+    return rows
+
+
+def report(options: Options) -> Report:
+    rows = measure_placements(QUICK_SIZES if options.quick else SIZES)
+    largest = max(row.parameters for row in rows)
+    figures = []
+    for row in rows:
+        if row.parameters == largest and row.shards > 1:
+            bounded = "cpu" in bounds(row)
+            name = f"{row.parameters / 1e6:g}M over {row.shards} shards, {row.placement}, of 1 shard"
+            taken = ("push + pull", row.push_pull_ratio, row.push_pull_ratio_spread, MOST_TIME)
+            used = ("CPU", row.cpu_ratio, row.cpu_ratio_spread, MOST_CPU)
+            for title, ratio, ratio_spread, most in (taken, used):
+                figures.append(Figure(f"{name}: {title}", ratio, ratio_spread, "×", most if bounded else None))
+    calls = max(row.calls_per_shard_and_push for row in rows)
+    figures.append(Figure("Redis calls per shard and push, the most of any", calls, 0.0, "", MOST_CALLS))
+    return Report(figures, details=[_document(row) for row in rows])
+
+
+def main() -> None:
+    options = parser_of_sizes(__doc__, SIZES).parse_args()
+    torch.set_num_threads(1)
+    try:
+        rows = measure_placements({size: rounds for size, rounds in SIZES.items() if size <= options.largest})
+    except FreestepError as error:
+        sys.exit(str(error))
     if options.json:
         print(json.dumps([_document(row) for row in rows], indent=2))
     else:

@@ -93,7 +93,7 @@ def contestants(numel: int) -> dict[str, Callable[[], float]]:
     works[PACKAGE] = peer(schedulefree.AdamWScheduleFree, gradient, weights, foreach=True)
     works["schedulefree AdamW, no foreach"] = peer(schedulefree.AdamWScheduleFree, gradient, weights, foreach=False)
     works[FUSED] = peer(torch.optim.AdamW, gradient, weights, fused=True)
-    timed: dict[str, Callable[[], float]] = {COPY: lambda: copy_pass(numel, rounds=STEPS)}
+    timed: dict[str, Callable[[], float]] = {COPY: lambda: copy_pass(numel)}
 
     def seconds(work: Callable[[], None]) -> float:
         began = time.perf_counter()
@@ -111,11 +111,14 @@ def measure(numel: int, rounds: int) -> dict[str, list[float]]:
     timed = contestants(numel)
     found: dict[str, list[float]] = {name: [] for name in timed}
     gc.disable()
-    for number in range(WARMUP + rounds):
-        for name, seconds in timed.items():
-            taken = seconds()
-            if number >= WARMUP:
-                found[name].append(taken)
+    try:
+        for number in range(WARMUP + rounds):
+            for name, seconds in timed.items():
+                taken = seconds()
+                if number >= WARMUP:
+                    found[name].append(taken)
+    finally:
+        gc.enable()
     return found
 
 

@@ -117,6 +117,8 @@ class ProcessService:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+            # A test that failed may have left it stopped.
+            self.process.send_signal(signal.SIGCONT)
             self.process.wait()
 
 

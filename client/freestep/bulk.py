@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
+from math import inf
 from typing import Any, TypeAlias
 from urllib.request import getproxies
 
@@ -38,20 +39,24 @@ _TOGETHER = 64 * 1024
 """Bytes that are gathered before they are sent: the head goes with the beginning of the body."""
 _RECORDS = 1024 * 1024
 """Bytes handed to TLS at a time, for which the write timeout is: it writes all of them or fails."""
+_MOST_PIECES = 512
+"""Pieces that are gathered at most: Linux and macOS send up to 1024 in one call."""
 _PIECE = 256 * 1024
 """Bytes handed to other transports at a time: httpx's copies what is left of a piece after every partial write."""
-
-_MOST_PIECES = 512
-"""Half of what POSIX systems take in one call."""
+_LONGEST_HEAD = 100 * 1024
+"""As long a head as httpx takes."""
 
 _Bytes: TypeAlias = bytes | memoryview
-Origin: TypeAlias = tuple[str, str, int]
+_Origin: TypeAlias = tuple[str, str, int]
+
+
+_LIMITS = httpx.Limits(max_keepalive_connections=20, keepalive_expiry=5.0)
 
 
 class Body(httpx.SyncByteStream):
-    """A request's body that lies in memory. It can be sent any number of times.
+    """A request's body that lies in memory, in pieces that are views of bytes. It can be sent any number of times.
 
-    Put it in place as a request's `stream`, since httpx wraps what it is given as `content`.
+    It is put in place as a request's `stream`, since httpx wraps what it is given as `content`.
     """
 
     def __init__(self, pieces: Sequence[memoryview]) -> None:
@@ -103,8 +108,7 @@ def _pattern(host: str) -> str:
 class BulkTransport(httpx.BaseTransport):
     """Direct connections to http and https URLs, kept open between requests. Safe to use from several threads.
 
-    verify, cert, trust_env: as for `httpx.HTTPTransport`. keepalive: how many idle connections are kept, and for how
-    many seconds.
+    verify, cert, trust_env, limits: as for `httpx.HTTPTransport`, but there is no limit to connections in use.
 
     Requests raise httpx's TransportErrors, as those over httpx's own transport do.
     """
@@ -115,11 +119,12 @@ class BulkTransport(httpx.BaseTransport):
         cert: Any = None,
         trust_env: bool = True,
         *,
-        keepalive: tuple[int, float] = (20, 5.0),
+        limits: httpx.Limits = _LIMITS,
     ) -> None:
         self._context = httpx.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
         self._context.set_alpn_protocols(["http/1.1"])
-        self._most_idle, self._longest_idle_s = keepalive
+        self._most_idle = _limit(limits.max_keepalive_connections)
+        self._longest_idle_s = _limit(limits.keepalive_expiry)
         self._changing = threading.Lock()
         self._idle: list[_Connection] = []
         """The one that was used last is at the end."""
@@ -153,11 +158,12 @@ class BulkTransport(httpx.BaseTransport):
     def close(self) -> None:
         with self._changing:
             self._is_closed = True
-            idle, self._idle = self._idle, []
+            idle = self._idle.copy()
+            self._idle.clear()
         for connection in idle:
             connection.close()
 
-    def _take(self, origin: Origin) -> _Connection | None:
+    def _take(self, origin: _Origin) -> _Connection | None:
         """An idle connection that is good, as far as can be seen."""
         while True:
             with self._changing:
@@ -171,16 +177,18 @@ class BulkTransport(httpx.BaseTransport):
 
     def give_back(self, connection: _Connection) -> None:
         """Keeps a connection for other requests."""
+        idle, over = self._idle, []
         with self._changing:
             connection.idle_since = now = time.monotonic()
-            idle = [*self._idle, connection]
-            fresh = [each for each in idle if each.idle_since >= now - self._longest_idle_s]
-            self._idle = [] if self._is_closed else fresh[-self._most_idle :]
-            over = idle[: len(idle) - len(self._idle)]
+            idle.append(connection)
+            while idle and (
+                self._is_closed or len(idle) > self._most_idle or idle[0].idle_since < now - self._longest_idle_s
+            ):
+                over.append(idle.pop(0))
         for each in over:
             each.close()
 
-    def _connect(self, origin: Origin, timeout: float | None) -> _Connection:
+    def _connect(self, origin: _Origin, timeout: float | None) -> _Connection:
         scheme, host, port = origin
         try:
             connected = socket.create_connection((host, port), timeout)
@@ -192,7 +200,7 @@ class BulkTransport(httpx.BaseTransport):
                 connected.close()
                 raise
         except TimeoutError as error:
-            raise httpx.ConnectTimeout(f"{host}:{port} was not connected to within {timeout:g} s") from error
+            raise httpx.ConnectTimeout(f"{host}:{port} was not connected to within {timeout} s") from error
         except OSError as error:
             raise httpx.ConnectError(str(error)) from error
         return _Connection(origin, connected)
@@ -201,7 +209,7 @@ class BulkTransport(httpx.BaseTransport):
 class _Connection:
     """A connection, and since when it has been idle."""
 
-    def __init__(self, origin: Origin, connected: socket.socket) -> None:
+    def __init__(self, origin: _Origin, connected: socket.socket) -> None:
         self.origin = origin
         self.socket = connected
         self.idle_since = 0.0
@@ -225,8 +233,9 @@ class _Exchange(httpx.SyncByteStream):
         self._connection = connection
         self._socket = connection.socket
         self._timeouts = timeouts
-        self._h11 = h11.Connection(h11.CLIENT)
+        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_LONGEST_HEAD)
         self._method = b""
+        self._is_sent = False
         self._head: h11.Response | None = None
         self._is_poured = False
         self._is_closed = False
@@ -234,7 +243,7 @@ class _Exchange(httpx.SyncByteStream):
     def begin(self, request: httpx.Request) -> h11.Response:
         """Sends the request and returns the head of its answer, which may come before all of the request is sent."""
         try:
-            self._send(request)
+            self._is_sent = self._send(request)
             self._socket.settimeout(self._timeouts.get("read"))
             while self._head is None and not self._is_answered():
                 if not (data := self._receive(_HEAD)):
@@ -247,8 +256,8 @@ class _Exchange(httpx.SyncByteStream):
 
     # The request
 
-    def _send(self, request: httpx.Request) -> None:
-        """Returns early where the server answers, or closes the connection, before it has everything."""
+    def _send(self, request: httpx.Request) -> bool:
+        """Whether all of the request was sent: the server may answer, or close the connection, before it has it."""
         head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
         self._method = head.method
         stream = request.stream
@@ -259,14 +268,14 @@ class _Exchange(httpx.SyncByteStream):
             gathered += self._h11.send_with_data_passthrough(h11.Data(data=piece)) or ()  # type: ignore[arg-type]
             if sum(map(len, gathered)) >= _TOGETHER or len(gathered) >= _MOST_PIECES:
                 if not self._write(gathered):
-                    return
+                    return False
                 gathered = []
-        self._write([*gathered, *(self._h11.send_with_data_passthrough(h11.EndOfMessage()) or ())])
+        return self._write([*gathered, *(self._h11.send_with_data_passthrough(h11.EndOfMessage()) or ())])
 
     def _write(self, pieces: list[_Bytes]) -> bool:
-        """Whether everything was sent, and may be again: the server has neither answered nor closed the connection.
+        """Whether all of it was sent: the server may answer, or close the connection, while there is something left.
 
-        Such an answer is kept. RFC 9112 section 9.5 has a client look for it, and send no more.
+        RFC 9112 section 9.5 has a client look for such an answer, and send no more.
         """
         timeout = self._timeouts.get("write")
         try:
@@ -289,7 +298,7 @@ class _Exchange(httpx.SyncByteStream):
                         return False
             return True
         except TimeoutError as error:
-            raise httpx.WriteTimeout(f"the server took nothing for {timeout:g} s") from error
+            raise httpx.WriteTimeout(f"the server took nothing for {timeout} s") from error
         except OSError:
             # It has closed the connection. If it has answered before, that can be read.
             return False
@@ -327,7 +336,7 @@ class _Exchange(httpx.SyncByteStream):
         try:
             yield
         except TimeoutError as error:
-            raise httpx.ReadTimeout(f"nothing came for {self._timeouts.get('read'):g} s") from error
+            raise httpx.ReadTimeout(f"nothing came for {self._timeouts.get('read')} s") from error
         except OSError as error:
             raise httpx.ReadError(str(error)) from error
 
@@ -348,13 +357,13 @@ class _Exchange(httpx.SyncByteStream):
         early, _ = self._h11.trailing_data
         lay(sink, memoryview(early)[:length])
         missing = length - len(early)
-        while missing > 0:
-            with self._reading():
+        with self._reading():
+            while missing > 0:
                 size = self._socket.recv_into(sink.get_buffer()[:missing])
-            if not size:
-                raise httpx.RemoteProtocolError("the body ended before its Content-Length")
-            sink.buffer_updated(size)
-            missing -= size
+                if not size:
+                    raise httpx.RemoteProtocolError("the body ended before its Content-Length")
+                sink.buffer_updated(size)
+                missing -= size
         self._is_poured = missing == 0
 
     def _length(self) -> int | None:
@@ -371,10 +380,14 @@ class _Exchange(httpx.SyncByteStream):
             return
         self._is_closed = True
         is_received = self._is_poured or (self._h11.their_state is h11.DONE and not self._h11.trailing_data[0])
-        if is_received and self._h11.our_state is h11.DONE:
+        if self._is_sent and is_received and self._h11.our_state is h11.DONE:
             self._transport.give_back(self._connection)
         else:
             self._connection.close()
+
+
+def _limit(limit: float | None) -> float:
+    return inf if limit is None else limit
 
 
 def _poll(connected: socket.socket, events: int, timeout: float | None) -> int:

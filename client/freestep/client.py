@@ -62,7 +62,7 @@ class Client:
     timeout: seconds without progress after which an attempt is given up.
     retry_for: seconds for which a request is tried again when the service is away or busy.
     http: a client of your own, for proxies, certificates or hooks; then url, token and timeout are its affair. It
-        needs a connection for each shard of a run.
+        needs a connection for each shard of a run, and is fastest over a `freestep.bulk.BulkTransport`.
 
     Every call may raise a ProblemError, ServiceUnreachable or UnexpectedResponse.
     """
@@ -79,13 +79,16 @@ class Client:
         if http is None:
             token = token or os.environ.get("FREESTEP_TOKEN")
             context = httpx.create_ssl_context()
+            limits = httpx.Limits(
+                max_connections=None, max_keepalive_connections=MOST_SHARDS, keepalive_expiry=_KEEPALIVE_S
+            )
             http = httpx.Client(
                 base_url=url or os.environ.get("FREESTEP_URL") or DEFAULT_URL,
                 headers={"Authorization": f"Bearer {token}"} if token else {},
                 timeout=timeout,
                 verify=context,
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=MOST_SHARDS),
-                mounts=direct_mounts(BulkTransport(context, keepalive=(MOST_SHARDS, _KEEPALIVE_S))),
+                limits=limits,
+                mounts=direct_mounts(BulkTransport(context, limits=limits)),
             )
         self._transport = Transport(http, retry_for)
 

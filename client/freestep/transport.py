@@ -64,10 +64,10 @@ class _Destination(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer's status, headers, and JSON document where it has one."""
+    """An answer's status, headers by their names in lower case, and JSON document where it has one."""
 
     status: int
-    headers: httpx.Headers
+    headers: Mapping[str, str]
     document: Any = None
 
 
@@ -188,25 +188,27 @@ class Transport:
 
 
 def _read(response: httpx.Response, into: _Destination | None) -> Answer:
-    if into is not None and response.headers.get("content-type") == MEDIA_TYPE and response.is_success:
-        _receive(response, into)
-        return Answer(response.status_code, response.headers)
+    # Once: httpx reads all of them for each one that it is asked for.
+    headers = dict(response.headers.items())
+    if into is not None and headers.get("content-type") == MEDIA_TYPE and response.is_success:
+        _receive(response, headers, into)
+        return Answer(response.status_code, headers)
     response.read()
     document = _document(response)
     if not response.is_success:
         problem = ProblemError.from_document(document) if isinstance(document, dict) else None
         if problem is None:
             raise UnexpectedResponse(f"{response.request.url} answered {response.status_code}: {response.text[:200]!r}")
-        if (seconds := response.headers.get("retry-after", "")).isdecimal():
+        if (seconds := headers.get("retry-after", "")).isdecimal():
             problem.retry_after = float(seconds)
         raise problem
-    return Answer(response.status_code, response.headers, document)
+    return Answer(response.status_code, headers, document)
 
 
-def _receive(response: httpx.Response, into: _Destination) -> None:
+def _receive(response: httpx.Response, headers: Mapping[str, str], into: _Destination) -> None:
     """What comes from the socket goes to its place in the flat vector."""
     try:
-        receiver = into.receiver(int(response.headers["content-length"]))
+        receiver = into.receiver(int(headers["content-length"]))
         pour(response, receiver)
     except (MalformedTensors, KeyError, ValueError) as error:
         raise UnexpectedResponse(f"{response.request.url} did not answer with the run's tensors: {error}") from error

@@ -29,6 +29,8 @@ _PAUSE_AFTER_FAILURE_S = 10.0
 """Before a checkpoint that could not be written, on a full disk say, is tried again in the background."""
 _OTHERS_S = 20.0
 """How long a checkpoint is waited for that other processes write."""
+_POLL_S = 1.0
+"""How long it is listened for before Redis is asked for it."""
 
 
 class _Host(Protocol):
@@ -91,8 +93,15 @@ class Checkpointing:
             return False
         return steps >= self._settings.checkpoint_steps or (steps > 0 and now - at >= self._settings.checkpoint_seconds)
 
+    def give_up(self) -> None:
+        """Waits for no other shard's part any longer."""
+        for waiter in self._durable.values():
+            if not waiter.done():
+                waiter.set_exception(ShardUnavailable("the process that waited for the checkpoint is being stopped"))
+
     async def settle(self) -> None:
         """Returns when no part is being written any more."""
+        self.give_up()
         await asyncio.gather(*self._writing, return_exceptions=True)
 
     async def write_now(self) -> Checkpoint:
@@ -124,6 +133,7 @@ class Checkpointing:
         owned = next(iter(self._host.owned.values()), None)
         if owned is None:
             raise ShardUnavailable("this process owns no shard of the run")
+        before = await self._host.coordinator.read()
         try:
             cut = await self._host.coordinator.mark(owned.owner())
         except Fenced:
@@ -132,11 +142,13 @@ class Checkpointing:
         await self._host.catch_up()
         try:
             async with asyncio.timeout(_OTHERS_S + self._settings.queue_seconds):
-                while not durable.done():
-                    await asyncio.wait([durable], timeout=1.0)
+                while not (await asyncio.wait([durable], timeout=_POLL_S))[0]:
                     standing = await self._host.coordinator.read()
                     if standing is not None and standing.run.get("durable") == str(cut):
                         await self.note_durable(str(cut))
+                    elif standing is None or before is None or standing.generation != before.generation:
+                        raise ShardUnavailable("the run was opened again before all shards had written their parts")
+            durable.result()
         except TimeoutError:
             raise ShardUnavailable("a shard has not written its part of the checkpoint in time") from None
         finally:

@@ -121,6 +121,8 @@ class Registry:
     async def close(self) -> None:
         """Writes the last checkpoints."""
         self._closing.set()
+        for run in self._runs.values():
+            run.checkpointing.give_up()
         # Not cancelled: a command cut short leaves its connection, and a checkpoint its thread, behind.
         while self._background:
             await asyncio.gather(*self._background, return_exceptions=True)
@@ -212,7 +214,9 @@ class Registry:
     async def _checkpoint(self, run: Run) -> None:
         try:
             await run.checkpoint()
-        except (FreestepError, OSError):
+        except FreestepError as error:
+            logger.warning("a checkpoint of run %s was not written: %s", run.name, error)
+        except OSError:
             logger.exception("a checkpoint of run %s could not be written", run.name)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

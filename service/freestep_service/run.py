@@ -444,6 +444,7 @@ class Run:
                 raise
             for owned in self.owned.values():
                 await owned.pushes.close()
+            self.checkpointing.give_up()
             async with self.checkpointing.lock:
                 await self.checkpointing.settle()
                 await asyncio.to_thread(self._checkpoints.remove)

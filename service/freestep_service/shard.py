@@ -30,8 +30,8 @@ class Entry:
 
     seq: its place in the log. epoch: the run's when it was committed.
     advance: whether the pushes gathered so far, this one included, become an update.
-    gradient: flat fp32 [numel] on the host; None where the entry is no push: the end of a lease
-        closed the update, or the entry only marks a place.
+    gradient: flat fp32 [numel] on the host; None where the entry is no push: the end of a lease closed the update, or
+        the entry only marks a place.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
     """

@@ -344,7 +344,7 @@ def test_an_answer_that_is_reset(serve: Callable[..., Server], http: httpx.Clien
         "HTTP/1.1 200 OK\r\nContent-Length: ten\r\n\r\n",
         "HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
-        "HTTP/1.1 200 OK\r\nX: " + 40_000 * "x",
+        "HTTP/1.1 200 OK\r\nX: " + 200_000 * "x",
     ],
 )
 def test_what_is_not_http_is_said_to_be_that(serve: Callable[..., Server], http: httpx.Client, text: str) -> None:
@@ -417,10 +417,13 @@ def test_a_request_that_cannot_be_sent_is_not(
 # Answers that come early
 
 
+@pytest.mark.parametrize("together", [1, 2 * len(LARGE)])
 @pytest.mark.parametrize("ending", ["keeps", "closes", "resets"])
 def test_an_answer_that_comes_before_the_end_of_the_body_is_heard(
-    serve: Callable[..., Server], http: httpx.Client, ending: str
+    serve: Callable[..., Server], http: httpx.Client, ending: str, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("freestep.bulk._TOGETHER", together)
+
     def script(peer: Peer) -> None:
         peer.head()
         peer.body(100_000)
@@ -504,15 +507,16 @@ def test_no_more_idle_connections_are_kept_than_asked_for(serve: Callable[..., S
         assert peer.ended()
 
     first, second = serve(ended), serve(kept)
-    with httpx.Client(transport=BulkTransport(keepalive=(1, 60))) as http:
+    with httpx.Client(transport=BulkTransport(limits=httpx.Limits(max_keepalive_connections=1))) as http:
         for server in (first, second, second):
             assert http.get(server.url).is_success
         first.wait_for(0)
-    with httpx.Client(transport=BulkTransport(keepalive=(1, -1))) as http:
-        server = serve(ended, ended)
-        for number in range(2):
-            assert http.get(server.url).is_success
-            server.wait_for(number)
+    for limits in (httpx.Limits(max_keepalive_connections=0), httpx.Limits(keepalive_expiry=-1)):
+        with httpx.Client(transport=BulkTransport(limits=limits)) as http:
+            server = serve(ended, ended)
+            for number in range(2):
+                assert http.get(server.url).is_success
+                server.wait_for(number)
 
 
 def test_a_hundred_threads_share_a_client(service: ThreadService) -> None:

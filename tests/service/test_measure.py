@@ -12,7 +12,7 @@ from encoded import assemble, decoded, int8, topk
 from freestep.models import ParameterSpec
 from freestep.wire import ENCODINGS, Manifest, Receiver, lay
 from freestep_service.measure import decode_and_measure
-from freestep_service.optimizers.norms import CHUNK
+from freestep_service.optimizers.squares import CHUNK
 from freestep_service.vectors import Vector
 
 SIZES = [0, 1, 7, CHUNK - 1, CHUNK, 2 * CHUNK + 17]

@@ -29,6 +29,7 @@ from freestep_service.optimizers import (
     segments,
     square_sum,
     step,
+    sweep,
     widen,
 )
 from freestep_service.optimizers.readiness import compile_loops
@@ -316,6 +317,18 @@ def test_where_a_vector_is_cut_does_not_show(algorithm: str, numel: int, threads
         assert torch.equal(buffer, torch.cat([part.buffers[name] for part in parts]))
     for point, dtype in itertools.product("xyz", (torch.float32, torch.bfloat16, torch.float16)):
         assert torch.equal(whole.point(point, dtype), torch.cat([part.point(point, dtype) for part in parts]))
+
+
+@pytest.mark.parametrize("algorithm", METHODS)
+def test_torch_evaluates_a_rule_a_chunk_at_a_time(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the intermediate results of a whole model would not fit."""
+    weights, gradient = (random_vector(67, seed).double() for seed in range(2))
+    whole, chunked = (Stretch(algorithm, weights, 0, 67) for _ in range(2))
+    whole.step(gradient)
+    monkeypatch.setattr(sweep, "CHUNK", 5)
+    chunked.step(gradient)
+    for name, buffer in whole.buffers.items():
+        assert torch.equal(buffer, chunked.buffers[name])
 
 
 @pytest.mark.parametrize("numel", SIZES)

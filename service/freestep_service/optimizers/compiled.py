@@ -15,7 +15,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numba
 import torch
+from llvmlite import binding
 from numba import config, njit, types
 from numba.extending import overload, register_jitable
 
@@ -25,11 +27,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _cache() -> Path | None:
-    """Where machine code is kept, in a folder for just these sources; None where nothing can be written.
+    """Where machine code is kept, in a folder for just these sources and this kind of processor; None where nothing can
+    be written.
 
     numba itself looks at the file of the loop alone, and would go on with the machine code of an older rule.
     """
-    digest = sha256()
+    features = binding.get_host_cpu_features().flatten()
+    digest = sha256(repr((numba.__version__, binding.get_host_cpu_name(), features)).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     try:
@@ -54,11 +58,15 @@ if _CACHE is not None:
     vars(config)["CACHE_DIR"] = str(_CACHE)
 
 
-def compiled(loop: F, *, reassociate: bool = False) -> F:
+def compiled(loop: F, name: str = "", *, reassociate: bool = False) -> F:
     """The loop as machine code, made for the types it is first called with.
 
+    name: of what it carries, where the same lines make several loops. numba keeps a file for each name; services that
+        start at the same time could take one loop for another if they shared it.
     reassociate: sums may be taken in any order, as vector instructions take them; NaN and infinity stay what they are.
     """
+    if name:
+        loop.__qualname__ += f".{name}"
     fastmath = {"reassoc"} if reassociate else False
     return cast(F, njit(nogil=True, error_model="numpy", fastmath=fastmath, cache=_CACHE is not None)(loop))
 

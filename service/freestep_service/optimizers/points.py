@@ -41,7 +41,7 @@ def _copying(rounded: Callable[[Any], Any]) -> Callable[[Any, Any], None]:
         for i in range(out.size):
             out[i] = rounded(source[i])
 
-    return compiled(loop)
+    return compiled(loop, rounded.__name__)
 
 
 def _mixing(rounded: Callable[[Any], Any]) -> Callable[[Any, Any, Any, Any], None]:
@@ -51,7 +51,7 @@ def _mixing(rounded: Callable[[Any], Any]) -> Callable[[Any, Any, Any, Any], Non
         for i in range(out.size):
             out[i] = rounded(_mix(y[i], z[i], weight))
 
-    return compiled(loop)
+    return compiled(loop, rounded.__name__)
 
 
 _COPYING = {dtype: _copying(rounded) for dtype, rounded in _ROUNDING.items()}

@@ -6,8 +6,8 @@ import torch
 
 from freestep.models import ALGORITHMS
 from freestep_service.optimizers import METHODS
-from freestep_service.optimizers.norms import dequantize, square_sum, widen
 from freestep_service.optimizers.points import interpolate
+from freestep_service.optimizers.squares import dequantize, square_sum, widen
 from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, step
 
 __all__ = ["compile_loops"]

@@ -169,4 +169,4 @@ def _loop(rule: Callable[..., Any], vectors: int) -> Callable[..., None]:
             a[i], b[i], c[i] = rule(scale * g[i], a[i], b[i], c[i], s)
 
     loops: dict[int, Callable[..., None]] = {1: one, 2: two, 3: three}
-    return compiled(loops[vectors])
+    return compiled(loops[vectors], f"{rule.__module__}.{rule.__qualname__}")

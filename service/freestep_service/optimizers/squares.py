@@ -50,7 +50,7 @@ def _widening(whole: Callable[[Any], Any]) -> Callable[[Any, Any], float]:
             total += _squares(place)
         return total
 
-    return compiled(loop)
+    return compiled(loop, whole.__name__)
 
 
 _WIDENING = {torch.bfloat16: _widening(of_bf16_bits), torch.float16: _widening(of_f16_bits)}
