@@ -198,6 +198,28 @@ def test_nothing_that_a_zombie_does_counts(
     assert run.restore(6).step == count(run)
 
 
+@pytest.mark.slow
+def test_a_checkpoint_does_not_wait_for_a_part_that_cannot_come(
+    store: ValkeyServer,
+    start_process: Callable[..., ProcessService],
+    connect: Callable[..., Api],
+    run_of: Callable[..., Run],
+) -> None:
+    nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=TTL) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 2)
+    push(run)
+    api = connect(nodes[0].url, "counted")
+    assert nodes[1].process is not None
+    nodes[1].process.send_signal(signal.SIGSTOP)
+    # It is marked before anybody knows that a shard's owner is silent.
+    answer = api.http.post(api.path("/checkpoints"))
+    assert slug(answer) == "shard-unavailable"
+    assert "opened again" in answer.json()["detail"]
+    nodes[1].process.send_signal(signal.SIGCONT)
+    assert push(run).step == count(run)
+
+
 def test_an_orderly_restart_of_one_owner_loses_nothing(
     store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
 ) -> None:

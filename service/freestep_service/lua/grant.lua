@@ -7,8 +7,8 @@
 
 local worker, lease, ttl, older = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 if redis.call('EXISTS', RUN) == 0 or redis.call('HGET', RUN, 'lost') then return {'missing'} end
--- Before it is open, nobody knows which epoch that will be in.
-if redis.call('HGET', RUN, 'phase') == 'gather' then return {'not-open', missing_shards(clock())} end
+-- Before it is open, nobody knows which epoch that will be in, or a shard may still tell of the one before.
+if redis.call('HGET', RUN, 'phase') ~= 'open' then return {'not-open', missing_shards(clock())} end
 local actual = redis.call('HGET', WORKERS, worker) or ''
 if actual ~= older then return {'changed', actual} end
 
