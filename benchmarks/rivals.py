@@ -24,8 +24,9 @@ from benchmarks.services import running_service
 from benchmarks.worker import Worker, new_run
 from freestep import Client
 
-PARAMETERS, ROUNDS, WARMUP = 25_000_000, 9, 2
-QUICK_PARAMETERS, QUICK_ROUNDS = 1_000_000, 3
+PARAMETERS, ROUNDS, WARMUP = 25_000_000, 9, 12
+"""Ray's object store is slow until all of its memory has been in use once, which takes ten rounds or so."""
+QUICK_PARAMETERS, QUICK_ROUNDS, QUICK_WARMUP = 1_000_000, 3, 2
 LEAST = 1.5
 """How many times as long as freestep each peer is to take."""
 
@@ -120,15 +121,16 @@ def _python_with(needs: Sequence[str], pythons: Sequence[str]) -> str | None:
     return None
 
 
-def measure(worker: Worker, name: str, python: str, parameters: int, rounds: int) -> list[tuple[float, float]]:
+def measure(worker: Worker, name: str, python: str, options: Options) -> list[tuple[float, float]]:
     """Seconds of a peer's and of freestep's exchange, by round. Raises PeerFailed."""
-    with _hosted(name, python, parameters) as host:
-        taken = [(host.exchange(), worker.push()) for _ in range(WARMUP + rounds)]
-    return taken[WARMUP:]
+    warmup, rounds = (QUICK_WARMUP, QUICK_ROUNDS) if options.quick else (WARMUP, ROUNDS)
+    with _hosted(name, python, worker.gradient.manifest.numel) as host:
+        taken = [(host.exchange(), worker.push()) for _ in range(warmup + rounds)]
+    return taken[warmup:]
 
 
 def report(options: Options) -> Report:
-    parameters, rounds = (QUICK_PARAMETERS, QUICK_ROUNDS) if options.quick else (PARAMETERS, ROUNDS)
+    parameters = QUICK_PARAMETERS if options.quick else PARAMETERS
     pythons = [sys.executable, *options.peers_python]
     made = Report(details={})
     with running_service() as service, Client(service.url) as client:
@@ -139,7 +141,7 @@ def report(options: Options) -> Report:
                     made.notes.append(f"without {entry.title}: not installed (benchmarks/peers.txt)")
                     continue
                 try:
-                    taken = measure(worker, name, python, parameters, rounds)
+                    taken = measure(worker, name, python, options)
                 except PeerFailed as error:
                     made.notes.append(f"without {entry.title}: {error}")
                     continue

@@ -40,10 +40,12 @@ COPY --from=project /project /opt/freestep
 COPY docker/healthcheck.py /opt/freestep/healthcheck.py
 RUN install -d -o freestep -g freestep /data
 # PASSIVE: torch's idle threads sleep instead of spinning against the event loop; FREESTEP_THREADS says how many.
+# NUMBA_CACHE_DIR: who has no home keeps compiled loops with the data, so that only the first start compiles them.
 # FREESTEP_HOST: without FREESTEP_INSECURE the service then refuses to start, rather than listen where nobody hears it.
 ENV PATH=/opt/freestep/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     OMP_WAIT_POLICY=PASSIVE \
+    NUMBA_CACHE_DIR=/data/.cache \
     FREESTEP_HOST=0.0.0.0 \
     FREESTEP_DATA_DIR=/data
 # A number, so that Kubernetes can tell that it is not root.

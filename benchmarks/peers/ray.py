@@ -29,7 +29,7 @@ class RayActor:
         self._actor = ray.remote(_Parameters).remote(parameters)
 
     def exchange(self, gradient: Tensor) -> Tensor:
-        # It lies in the object store, and torch warns that it is read-only.
+        # Without a copy: it lies in the object store, and torch warns that it is read-only.
         return torch.from_numpy(ray.get(self._actor.step.remote(gradient.numpy())))
 
     def close(self) -> None:
