@@ -16,6 +16,7 @@ from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from freestep.errors import CoordinatorUnavailable
+from freestep_service.line import Line
 
 __all__ = ["Store"]
 
@@ -27,9 +28,11 @@ _CONNECTIONS = 32
 class Store:
     """A Redis-protocol server. Every failure to reach it is CoordinatorUnavailable."""
 
-    def __init__(self, client: Redis | RedisCluster, url: str) -> None:
+    def __init__(self, client: Redis | RedisCluster, url: str, line: Line | None) -> None:
         self.client: Any = client
         self._url = url
+        self._ask = client.execute_command if line is None else line.ask
+        self._line = line
         prelude = (_LUA / "_prelude.lua").read_text()
         self._scripts: dict[str, tuple[str, str]] = {}
         for entry in _LUA.iterdir():
@@ -53,18 +56,18 @@ class Store:
         async with reachable():
             clustered = (await client.info("cluster")).get("cluster_enabled")
         if not clustered:
-            return cls(client, url)
+            return cls(client, url, Line(pool, _TIMEOUT_S))
         await client.aclose()
-        return cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url)
+        return cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url, None)
 
     async def run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
         """Runs a script of lua/ by its file's name."""
         digest, source = self._scripts[script]
         async with reachable():
             try:
-                return await self.client.evalsha(digest, len(keys), *keys, *arguments)
+                return await self._ask("EVALSHA", digest, len(keys), *keys, *arguments)
             except NoScriptError:
-                return await self.client.eval(source, len(keys), *keys, *arguments)
+                return await self._ask("EVAL", source, len(keys), *keys, *arguments)
 
     def listener(self) -> Redis:
         """A client of its own for channels: any one server of a cluster hears what is told to the others."""
@@ -82,6 +85,8 @@ class Store:
             await self.client.ping()
 
     async def close(self) -> None:
+        if self._line is not None:
+            await self._line.close()
         await self.client.aclose()
 
 
