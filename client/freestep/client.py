@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from freestep.bulk import BulkTransport, direct_mounts
-from freestep.errors import UnexpectedResponse
+from freestep.encodings import Encoder
+from freestep.errors import ProblemError, UnexpectedResponse
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
 from freestep.models import (
@@ -33,7 +34,7 @@ from freestep.models import (
     Topology,
     WorkerStatus,
 )
-from freestep.parts import Call, Shards, merged
+from freestep.parts import PASSING, Call, Shards, merged
 from freestep.ranks import ALONE, Ranks
 from freestep.transport import Answer, Transport
 from freestep.wire import Manifest
@@ -184,23 +185,44 @@ class Run:
         self._shards.heard(granted.epoch)
         return HeldLease(self._transport, f"{self._path}/leases", granted)
 
-    def push(self, tensors: Mapping[str, Tensor] | Flat, claim: Claim, *, wait: float = 0.0) -> Receipt:
+    def push(self, tensors: Mapping[str, Tensor] | Flat | Encoder, claim: Claim, *, wait: float = 0.0) -> Receipt:
         """Pushes a gradient: one tensor for each of the run's parameters. Safe to call again with the same claim.
 
         wait: seconds for which an accumulated push is waited with until its update is applied.
         """
         headers = {**claim.headers(), **_prefer(wait)}
-        call = Call("POST", f"{self._path}/gradients", headers, body=self._flat(tensors), wait=wait)
-        return merged([_parsed(Receipt, answer) for answer in self._shards.ask(call, alone=True)])
+        body = tensors if isinstance(tensors, Encoder) else self._flat(tensors)
+        call = Call("POST", f"{self._path}/gradients", headers, body=body, wait=wait)
+        receipt, _ = self._pushed(call, lambda answer: _parsed(Receipt, answer), alone=True)
+        return receipt
 
-    def exchange(self, gradient: Flat, claim: Claim, into: Flat, *, wait: float = 0.0) -> tuple[Receipt, Pulled]:
+    def exchange(
+        self, gradient: Flat | Encoder, claim: Claim, into: Flat, *, wait: float = 0.0
+    ) -> tuple[Receipt, Pulled]:
         """Pushes a gradient and receives fresh y into a flat vector: one round trip."""
         headers = {**claim.headers(), **_prefer(wait, representation=True)}
         params = {"dtype": into.dtype}
-        answers = self._shards.ask(Call("POST", f"{self._path}/gradients", headers, params, gradient, into, wait))
-        receipt = merged([_receipt(answer) for answer in answers])
+        call = Call("POST", f"{self._path}/gradients", headers, params, gradient, into, wait)
+        receipt, answers = self._pushed(call, _receipt)
         # Parts are of different cuts where some were asked for again.
         return receipt, self._received(answers, into) or self.pull_into(into, "y")
+
+    def _pushed(
+        self, call: Call, read: Callable[[Answer], Receipt], *, alone: bool = False
+    ) -> tuple[Receipt, list[Answer]]:
+        """Makes a push, and tells an encoder what became of it, as far as that is known."""
+        encoder = call.body if isinstance(call.body, Encoder) else None
+        try:
+            answers = self._shards.ask(call, alone=alone)
+        except ProblemError as error:
+            # What may pass was asked again for long, and perhaps not in vain.
+            if encoder is not None and not isinstance(error, PASSING):
+                encoder.settle(False)
+            raise
+        receipt = merged([read(answer) for answer in answers])
+        if encoder is not None:
+            encoder.settle(receipt.decision != "dropped")
+        return receipt, answers
 
     def pull(
         self, point: Point = "x", *, dtype: str = "F32", min_step: int = 0, wait: float = 0.0

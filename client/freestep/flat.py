@@ -12,7 +12,7 @@ from torch import Tensor
 from freestep.errors import ManifestMismatch
 from freestep.wire import Manifest, Receiver, encode_header
 
-__all__ = ["DTYPES", "Flat", "Stretch"]
+__all__ = ["DTYPES", "Flat", "Stretch", "bytes_of"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """torch's names of the dtypes that travel."""
@@ -47,9 +47,8 @@ class Flat(Stretch):
     """
 
     def __init__(self, manifest: Manifest, dtype: str = "F32", *, pinned: bool = False) -> None:
-        memory = torch.zeros(max(manifest.numel, 1), dtype=DTYPES[dtype], pin_memory=pinned)
-        self.vector = memory[: manifest.numel]
-        super().__init__(manifest, dtype, _bytes(memory)[: self.vector.nbytes])
+        self.vector = torch.zeros(manifest.numel, dtype=DTYPES[dtype], pin_memory=pinned)
+        super().__init__(manifest, dtype, bytes_of(self.vector))
         self.views: dict[str, Tensor] = {
             slot.name: self.vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in manifest.slots
         }
@@ -112,8 +111,11 @@ def _copy(targets: list[Tensor], sources: list[Tensor], elsewhere: list[Tensor])
         torch.cuda.current_stream(device).synchronize()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, which keep it alive on their way to and from a socket."""
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's bytes, which keep it alive on their way to and from a socket."""
+    if not tensor.nbytes:
+        # It may have no address.
+        return memoryview(b"")
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     array.tensor = tensor  # type: ignore[attr-defined]
     return memoryview(array).cast("B")

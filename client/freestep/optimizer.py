@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from freestep.client import Client, Pulled, worker_name
+from freestep.encodings import Encoder, Int8, TopK
 from freestep.errors import (
     AlreadyInitialized,
     EpochChanged,
@@ -31,7 +32,7 @@ from freestep.groups import complete, named, run_spec, trainable
 from freestep.lease import HeldLease
 from freestep.models import AggregationSpec, Dtype, Lease, Point, Receipt, RunSpec
 from freestep.ranks import Batch, ranks_of
-from freestep.wire import Manifest
+from freestep.wire import ENCODINGS, Manifest
 
 __all__ = ["RemoteOptimizer"]
 
@@ -58,13 +59,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
     worker: this worker's name; a second worker of the same name fences off the first.
     shards: how many shards a new run is cut into. A run that exists keeps its own number.
     push_dtype, pull_dtype: F32, BF16 or F16, what gradients and parameters travel as.
+    push_encoding: how gradients travel. dense: all elements, of push_dtype. int8: a byte for each, and a scale for each
+        256. topk: of each tensor the `topk_fraction` of largest magnitude, of push_dtype, and where they are. What
+        int8 and topk leave out is the residual, which is pushed with the next gradients. A push that is dropped
+        leaves it as it was; a run that goes back to an earlier step takes it away; another number of shards does
+        not matter to it. `state_dict` has it.
     process_group: a torch.distributed group whose ranks are one worker together, or True for all of torchrun's. It
         must carry tensors of the host, as gloo does. Each rank makes every call, with a batch of its own: the
         gradient that is pushed is the mean over ranks, weighted by `samples` where all give them. What fails on one
         rank is raised on all.
 
     The worker keeps two vectors beside its model and gradients: one that gradients are sent from, and one that
-    parameters arrive in. Raises ManifestMismatch, InvalidSpec and whatever the calls of `Client` raise.
+    parameters arrive in; and two more for the residual, before and after a push, where there is one. Raises
+    ManifestMismatch, InvalidSpec and whatever the calls of `Client` raise.
     """
 
     def __init__(
@@ -83,6 +90,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         durability: Literal["none", "checkpoint"] | None = None,
         push_dtype: Dtype | None = None,
         pull_dtype: Dtype | None = None,
+        push_encoding: Literal["dense", "int8", "topk"] = "dense",
+        topk_fraction: float = 0.01,
         process_group: ProcessGroup | Literal[True] | None = None,
         **hyperparameters: Any,
     ) -> None:
@@ -102,13 +111,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
             wanted = run_spec(self.param_groups, algorithm, given, options)
             manifest = Manifest(wanted.parameters)
             pinned = any(tensor.is_cuda for tensor in self._tensors.values())
-            self._gradient = Flat(manifest, push_dtype or "F32", pinned=pinned)
+            self._encoder = None
+            if push_encoding == "dense":
+                self._gradient = Flat(manifest, push_dtype or "F32", pinned=pinned)
+            else:
+                self._gradient = Flat(manifest, pinned=pinned)
+                self._encoder = _encoder(self._gradient, push_encoding, push_dtype, topk_fraction)
             self._arriving = Flat(manifest, pull_dtype or "F32", pinned=pinned)
         self.worker = self._ranks.first(lambda: worker or os.environ.get("FREESTEP_WORKER") or worker_name())
         self.receipt: Receipt | None = None
         """What became of the last push."""
         self.pulled: Pulled | None = None
         """Which epoch and step of y the model holds; None while it holds x."""
+        self._newest: Pulled | None = None
         own_client = client is None
         self._client = client or Client(url, token=token)
         self._run = self._client.run(run, ranks=self._ranks)
@@ -210,6 +225,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
 
         batch = self._ranks.mean(self._gradient, self._ranks.every(prepare))
+        if self._encoder is not None:
+            self._encoder.begin()
         assert self.pulled is not None
         self._push(self.pulled, batch)
         return result
@@ -226,7 +243,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 lambda: self._held[0].claim(taken_at.step, samples=batch.samples, loss=batch.loss)
             )
             try:
-                self.receipt, pulled = self._run.exchange(self._gradient, claim, self._arriving, wait=waits)
+                self.receipt, pulled = self._run.exchange(
+                    self._encoder or self._gradient, claim, self._arriving, wait=waits
+                )
             except LeaseExpired:
                 # Never applied, and never will be under that lease: the gradient is still good in the same epoch.
                 self._take_lease()
@@ -278,7 +297,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _scatter(self, pulled: Pulled) -> None:
         self._arriving.scatter(self._tensors)
-        self.pulled = pulled
+        newest = self._newest
+        if self._encoder is not None and newest and pulled.epoch != newest.epoch and pulled.step < newest.step:
+            # The run forgot the pushes that the residual is of; what made it go back may have been their fault.
+            self._encoder.forget()
+        self.pulled = self._newest = pulled
 
     # torch.optim.Optimizer
 
@@ -289,20 +312,33 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The param groups, and under `freestep` what names the run. The optimizer's state is the service's."""
-        place = {"run": self._run.name, "worker": self.worker}
+        """The param groups, and under `freestep` what names the run, and the residual of an encoding.
+
+        The optimizer's state is the service's.
+        """
+        place: dict[str, Any] = {"run": self._run.name, "worker": self.worker}
+        if self._encoder is not None:
+            assert self._newest is not None
+            place["residual"] = self._encoder.residual.clone()
+            place["residual_at"] = (self._newest.epoch, self._newest.step)
         return {**super().state_dict(), "freestep": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back the worker's name and joins the run again, at its newest y.
+        """Takes back the worker's name and the residual, and joins the run again, at its newest y.
 
-        Raises ManifestMismatch when the state is of another run.
+        A state without a residual, or one that is loaded for another kind of pushes, leaves none. Raises
+        ManifestMismatch when the state is of another run.
         """
         with self._ranks.together():
             place = state_dict.get("freestep", {})
             if place.get("run") != self._run.name:
                 raise ManifestMismatch(f"the state is of the run {place.get('run')!r}, not of {self._run.name!r}")
             super().load_state_dict({key: value for key, value in state_dict.items() if key != "freestep"})
+            if self._encoder is not None:
+                self._encoder.forget()
+                if "residual" in place:
+                    self._encoder.residual = place["residual"]
+                    self._newest = Pulled(*place["residual_at"])
             self.worker = place["worker"]
         self._join()
 
@@ -317,6 +353,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _encoder(gradient: Flat, name: str, dtype: str | None, fraction: float) -> Encoder:
+    if name == "int8":
+        if dtype is not None:
+            raise FreestepError(f"push_encoding='int8' leaves no choice of push_dtype, which is {dtype!r}")
+        return Int8(gradient)
+    if name == "topk":
+        return TopK(gradient, fraction, dtype or "F32")
+    raise FreestepError(f"push_encoding is one of {', '.join(ENCODINGS)}, not {name!r}")
 
 
 def _close(held: list[HeldLease], client: Client | None) -> None:

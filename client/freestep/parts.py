@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from freestep.bulk import Body
+from freestep.encodings import Encoder
 from freestep.errors import (
     CoordinatorUnavailable,
     EpochChanged,
@@ -31,13 +32,14 @@ from freestep.models import Receipt, RunStatus, Topology
 from freestep.ranks import ALONE, Ranks
 from freestep.transport import Answer, Transport
 
-__all__ = ["Call", "Layout", "Shards", "merged"]
+__all__ = ["PASSING", "Call", "Layout", "Shards", "merged"]
 
 _ASTRAY_S = 30.0
 """For how long a URL at which the service was not found is passed over."""
 _REREAD_S = 1.0
 """How soon a layout that could not be read is read again: all requests that wait for it go on without."""
-_PASSING = (CoordinatorUnavailable, Overloaded, ShardUnavailable)
+PASSING = (CoordinatorUnavailable, Overloaded, ShardUnavailable)
+"""What a request that is made again may meet."""
 _DOUBTS = (EpochChanged, ShardUnavailable, MalformedTensors)
 """Refusals after which the run may have another number of shards."""
 
@@ -66,7 +68,7 @@ class Call:
     path: str
     headers: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str | int] = field(default_factory=dict)
-    body: Flat | None = None
+    body: Flat | Encoder | None = None
     into: Flat | None = None
     wait: float = 0.0
 
@@ -162,7 +164,7 @@ class Shards:
             if self._outdated and time.monotonic() >= self._not_before:
                 try:
                     self._layout, self._outdated = self._read(retry=False), False
-                except (*_PASSING, ServiceUnreachable, UnexpectedResponse):
+                except (*PASSING, ServiceUnreachable, UnexpectedResponse):
                     # Then where the shard was last is as good a place as any.
                     self._not_before = time.monotonic() + _REREAD_S
             layout = self._layout
@@ -190,9 +192,13 @@ class _Calls:
         self.shards = shards
         self.count = count
         self.abandoned = threading.Event()
+        self._bodies: list[Body] = []
 
     def made(self, mine: Sequence[int]) -> dict[int, Answer | FreestepError]:
         """Makes the requests of the shards `mine`; what became of each."""
+        if self._call.body is not None:
+            # Here, before there are threads; and for all shards, so that every rank has the residual of all.
+            self._bodies = [Body(part.body()) for part in self._call.body.parts(self.count)]
         works = [partial(self._outcome, shard) for shard in mine]
         try:
             outcomes = self._transport.at_once(works) if len(works) > 1 else [work() for work in works]
@@ -225,7 +231,7 @@ class _Calls:
             call.path,
             headers=headers,
             params=params,
-            body=None if call.body is None else Body(call.body.parts(self.count)[shard].body()),
+            body=self._bodies[shard] if self._bodies else None,
             into=None if call.into is None else call.into.parts(self.count)[shard],
             wait=call.wait,
             place=_Place(self, shard) if self.count > 1 else None,
@@ -261,7 +267,7 @@ def _precedence(failure: FreestepError) -> int:
         return 3
     if isinstance(failure, _Resharded):
         return 1
-    return 0 if isinstance(failure, ProblemError) and not isinstance(failure, _PASSING) else 2
+    return 0 if isinstance(failure, ProblemError) and not isinstance(failure, PASSING) else 2
 
 
 def merged(receipts: Sequence[Receipt]) -> Receipt:
