@@ -207,6 +207,9 @@ def _runs(slots: Sequence[Slot], block: int) -> Iterator[tuple[int, int, int]]:
 class TopK(Encoder):
     """Of each tensor, and of each part of one where it lies on several shards, the elements of largest magnitude.
 
+    It is for SGD and its like. An element that comes seldom, and then with all that was kept of it, makes AdamW's
+    second moment larger than the gradients are, and its steps smaller: it learns more slowly than with all elements.
+
     fraction: how many of them, above 0 and at most 1; of a tensor that is not empty, at least one. dtype: F32, BF16 or
         F16, what the values are rounded to; the rounding is part of the residual.
     """

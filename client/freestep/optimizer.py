@@ -60,10 +60,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
     shards: how many shards a new run is cut into. A run that exists keeps its own number.
     push_dtype, pull_dtype: F32, BF16 or F16, what gradients and parameters travel as.
     push_encoding: how gradients travel. dense: all elements, of push_dtype. int8: a byte for each, and a scale for each
-        256. topk: of each tensor the `topk_fraction` of largest magnitude, of push_dtype, and where they are. What
-        int8 and topk leave out is the residual, which is pushed with the next gradients. A push that is dropped
-        leaves it as it was; a run that goes back to an earlier step takes it away; another number of shards does
-        not matter to it. `state_dict` has it.
+        256. topk: of each tensor the `topk_fraction` of largest magnitude, of push_dtype, and where they are; it suits
+        SGD, and slows AdamW down. What int8 and topk leave out is the residual, which is pushed with the next
+        gradients. A push that is dropped leaves it as it was; a run that goes back to an earlier step takes it away;
+        another number of shards does not matter to it. `state_dict` has it.
     process_group: a torch.distributed group whose ranks are one worker together, or True for all of torchrun's. It
         must carry tensors of the host, as gloo does. Each rank makes every call, with a batch of its own: the
         gradient that is pushed is the mean over ranks, weighted by `samples` where all give them. What fails on one

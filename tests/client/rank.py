@@ -89,6 +89,19 @@ with Client(url) as client:
     opt.close()
     dist.barrier()
     seen["other"]["workers at last"] = [worker.worker for worker in run.workers()]
+with RemoteOptimizer(model, **{**options, "run": f"{name}-encoded", "shards": 3, "push_encoding": "int8"}) as opt:
+    begun, pushed = nn.utils.parameters_to_vector(model.parameters()).detach(), torch.zeros(15)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        gradient = torch.randn(15, generator=generator)
+        pushed += 1.5 * gradient
+        for parameter, part in zip(model.parameters(), gradient.split((12, 3)), strict=True):
+            parameter.grad = (rank + 1) * part.view_as(parameter)
+        opt.step()
+    moved = begun - nn.utils.parameters_to_vector(model.parameters()).detach()
+    residual = opt.state_dict()["freestep"]["residual"]
+    seen["encoded"] = {"residual": residual.tolist(), "lacking": (pushed - moved).tolist()}
+    dist.barrier()
 with open(f"{file}.{rank}", "w") as opened:
     json.dump(seen, opened)
 dist.destroy_process_group()

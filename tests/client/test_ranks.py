@@ -105,6 +105,12 @@ def test_a_group_holds_one_lease_and_ends_it(ranks: tuple[Seen, Seen]) -> None:
     assert seen["other"]["workers at last"] == []
 
 
+def test_every_rank_keeps_the_residual_of_all_shards(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert any(seen["encoded"]["residual"])
+    assert seen["encoded"]["lacking"] == pytest.approx(seen["encoded"]["residual"], abs=1e-5)
+
+
 def test_a_group_must_be_there(service: ThreadService) -> None:
     with pytest.raises(FreestepError, match="init_process_group"):
         RemoteOptimizer([], run="none", url=service.url, process_group=True)
