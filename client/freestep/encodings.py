@@ -8,6 +8,7 @@ the gradients, within the rounding of fp32.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from math import prod
 
@@ -51,7 +52,7 @@ class Part:
         return self._pieces
 
 
-class Encoder:
+class Encoder(ABC):
     """Encodes the gradients of one worker, one push after the other, and keeps the residual.
 
     gradient: where each gradient is put, fp32. For every push, fill it, call `begin`, and give the encoder to
@@ -129,12 +130,13 @@ class Encoder:
             self._encoded = True
         return self._parts
 
+    @abstractmethod
     def _part(self, manifest: Manifest) -> Part:
-        raise NotImplementedError
+        """Buffers for a shard's part, and what the body says of them."""
 
+    @abstractmethod
     def _encode(self, part: Part, gradient: Tensor, before: Tensor, after: Tensor) -> None:
         """Fills a part's buffers from `gradient` + `before`, and `after` with what they do not say; all [numel]."""
-        raise NotImplementedError
 
 
 class Int8(Encoder):

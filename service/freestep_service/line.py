@@ -62,7 +62,8 @@ class Line:
                     await connection.send_packed_command([packed for packed, _ in asked], check_health=False)
                     for answer in answers:
                         await _take(connection, answer)
-            except (RedisError, OSError) as error:
+            except Exception as error:
+                # Whatever it is: nobody may be left waiting.
                 await _hang_up(connection)
                 _fail(answers, error)
             except asyncio.CancelledError:

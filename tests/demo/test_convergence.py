@@ -18,7 +18,7 @@ import statistics
 import uuid
 from collections.abc import Iterator
 from math import sqrt
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -39,23 +39,20 @@ SGD: dict[str, Any] = {"algorithm": "sgd_schedule_free", "lr": 0.5, "warmup_step
 TOPK: dict[str, Any] = {"push_encoding": "topk", "topk_fraction": 0.1}
 
 
-class Task:
+class Task(Protocol):
     """Makes a model, its loss on a random batch, and its loss on what it was not trained on."""
 
     steps: int
     adamw_lr: float
 
-    def model(self) -> nn.Module:
-        raise NotImplementedError
+    def model(self) -> nn.Module: ...
 
-    def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
+    def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor: ...
 
-    def final_loss(self, model: nn.Module) -> Tensor:
-        raise NotImplementedError
+    def final_loss(self, model: nn.Module) -> Tensor: ...
 
 
-class Digits(Task):
+class Digits:
     """The demo's."""
 
     steps, adamw_lr = 150, 2.5e-3
@@ -75,7 +72,7 @@ class Digits(Task):
         return cross_entropy(model(self._digits.test_images), self._digits.test_labels)
 
 
-class Characters(Task):
+class Characters:
     """The next character of a module of the standard library, of which the last tenth is for the final loss."""
 
     steps, adamw_lr, length = 150, 5e-3, 32
