@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from importlib.metadata import version
@@ -52,6 +53,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.settings, app.state.store = settings, store
             app.state.registry, app.state.metrics, app.state.device = registry, metrics, device
             app.state.peers = await stack.enter_async_context(Peers())
+            # What was made so far stays: the collector has no need to go through it again.
+            gc.freeze()
             yield
 
     app = FastAPI(

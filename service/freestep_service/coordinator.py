@@ -78,16 +78,16 @@ class Coordinator:
 
     async def create(self, epoch: int, shards: int) -> str:
         """created, same or different."""
-        async with reachable():
+        with reachable():
             await self._store.client.sadd(RUNS_KEY, self._run)
         return str(await self._store.run("create", self._keys, *self._rules, epoch, shards))
 
     async def delete(self) -> None:
-        async with reachable():
+        with reachable():
             leases = (await self._store.client.hgetall(self._keys[2])).values()
         keys = [key for lease in leases for key in (self._lease_key(lease), self._window_key(lease))]
         await self._store.run("delete", [*self._keys, *keys])
-        async with reachable():
+        with reachable():
             await self._store.client.srem(RUNS_KEY, self._run)
 
     async def read(self) -> Standing | None:
@@ -97,7 +97,7 @@ class Coordinator:
     @staticmethod
     async def read_run(store: Store, run: str) -> Standing | None:
         """Any run's standing; nothing is said in it of the time."""
-        async with reachable():
+        with reachable():
             pipeline = store.client.pipeline(transaction=False)
             pipeline.hgetall(f"freestep:{{{run}}}:run")
             pipeline.hgetall(f"freestep:{{{run}}}:shards")
@@ -120,7 +120,7 @@ class Coordinator:
 
     async def gather(self, shards: int, generation: int | None = None, resharding: int | None = None) -> int:
         """Closes the run to pushes until its shards have said where they stand; returns the new generation."""
-        async with reachable():
+        with reachable():
             await self._store.client.sadd(RUNS_KEY, self._run)
         arguments = (*self._rules, shards, _or_empty(generation), _or_empty(resharding))
         return int(await self._store.run("gather", self._keys, *arguments))
@@ -136,7 +136,7 @@ class Coordinator:
         """Makes Redis say what the state says, and the shards load it; False where another generation has begun."""
         receipts = [text for key, record in state.receipts.items() for text in (key, record.to_json())]
         group = json.dumps(dict(state.group))
-        async with reachable():
+        with reachable():
             await self._store.client.sadd(RUNS_KEY, self._run)
             leases = list(await self._store.client.hvals(self._keys[2]))
         keys = [*self._keys, *map(self._window_key, leases)]
@@ -224,13 +224,13 @@ class Coordinator:
 
     async def entries(self, after_seq: int) -> list[dict[str, Any]]:
         """The log's entries after `after_seq`."""
-        async with reachable():
+        with reachable():
             entries = await self._store.client.xrange(self._keys[6], f"({after_seq}-0", "+")
         return [json.loads(fields["entry"]) for _, fields in entries]
 
     async def workers(self) -> list[WorkerStatus]:
         """The live workers, by name."""
-        async with reachable():
+        with reachable():
             newest: dict[str, str] = await self._store.client.hgetall(self._keys[2])
             pipeline = self._store.client.pipeline(transaction=False)
             for lease in newest.values():
@@ -246,13 +246,14 @@ class Coordinator:
 
     # Pushes
 
-    async def admit(self, claim: Claim, owner: Owner) -> Admission:
+    async def admit(self, claim: Claim, owner: Owner, sent: Sequence[str] = ()) -> Admission:
         """Renews the lease and decides what the claim can decide.
 
+        sent: tickets of cuts whose parts the shard has sent, as of `done`.
         Raises Pending and the refusals of lua/admit.lua.
         """
         keys, *arguments = self._push_call(claim, owner)
-        status, *rest = await self._store.run("admit", keys, *arguments)
+        status, *rest = await self._store.run("admit", keys, *arguments, *sent)
         match status:
             case "admitted":
                 return Admission()
@@ -336,7 +337,7 @@ class Coordinator:
         return f"{self._prefix}window:{lease}"
 
     async def _newest_lease(self, worker: str) -> str:
-        async with reachable():
+        with reachable():
             return await self._store.client.hget(self._keys[2], worker) or ""
 
     def _refuse(self, status: str, rest: Iterable[Any]) -> NoReturn:

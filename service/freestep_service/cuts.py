@@ -30,6 +30,8 @@ __all__ = ["MOST_CUTS", "Cuts"]
 MOST_CUTS = 4
 """Cuts that may be held at once, as lua/_prelude.lua grants them."""
 _KEPT_S = 30.0
+_UNSAID_S = 0.2
+"""How long a push is waited for to tell Redis with it that a part was sent."""
 
 
 @dataclass
@@ -60,7 +62,8 @@ class Cuts:
         self._parts: dict[str, _Part] = {}
         self._waiting: dict[str, asyncio.Future[_Part]] = {}
         self._sent: list[str] = []
-        self._telling: asyncio.Task[None] | None = None
+        self._reminder: asyncio.TimerHandle | None = None
+        self._telling: set[asyncio.Task[None]] = set()
 
     def take(self, entry: Entry) -> None:
         """Takes the parts that an entry asks for: the next thing that the writer does."""
@@ -101,7 +104,7 @@ class Cuts:
             if ticket in part.tickets:
                 part.tickets.discard(ticket)
                 self._parts.pop(ticket, None)
-                self._tell(ticket)
+                self._note(ticket)
             self._let_go(part)
 
     async def _part(self, reading: Reading) -> tuple[str, _Part]:
@@ -169,18 +172,32 @@ class Cuts:
         part.timer = None
         part.copied.add_done_callback(lambda _: self._pool.release(part.vector))
 
-    def _tell(self, ticket: str) -> None:
-        """Tells Redis that a part was sent; what comes meanwhile goes with the next call."""
+    def _note(self, ticket: str) -> None:
+        """Has Redis told that a part was sent: with the next push, or soon, or now if others may wait for room."""
         self._sent.append(ticket)
-        if self._telling is None or self._telling.done():
-            self._telling = asyncio.create_task(self._tell_all())
+        held = len({part.seq for part in self._parts.values()})
+        if held + len(self._sent) >= MOST_CUTS:
+            self._tell()
+        elif self._reminder is None:
+            self._reminder = asyncio.get_running_loop().call_later(_UNSAID_S, self._tell)
 
-    async def _tell_all(self) -> None:
-        while self._sent:
-            sent, self._sent = self._sent, []
-            # What is not said now is known when the cut's time is over.
-            with suppress(CoordinatorUnavailable):
-                await self._coordinator.done(sent)
+    def take_sent(self) -> list[str]:
+        """The tickets whose parts were sent, for whoever tells Redis; what is then lost is known when the cuts' time is
+        over."""
+        sent, self._sent = self._sent, []
+        if self._reminder is not None:
+            self._reminder.cancel()
+            self._reminder = None
+        return sent
+
+    def _tell(self) -> None:
+        task = asyncio.create_task(self._say(self.take_sent()))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _say(self, sent: list[str]) -> None:
+        with suppress(CoordinatorUnavailable):
+            await self._coordinator.done(sent)
 
     async def close(self) -> None:
         """Forgets all cuts; who waits for one is told that the shard is gone."""
@@ -190,5 +207,6 @@ class Cuts:
         self._parts.clear()
         for ticket in list(self._waiting):
             self._fail(ticket, ShardUnavailable())
-        if self._telling is not None:
-            await self._telling
+        if self._sent:
+            self._tell()
+        await asyncio.gather(*self._telling)

@@ -95,11 +95,15 @@ async def _send(
     await send({"type": "http.response.start", "status": 206 if span else 200, "headers": raw})
     header, data = snapshot.slices(begin, end)
     bulk = max(len(data) - _TAIL, 0)
-    pieces = [bytes(header), *(data[at : min(at + _SLICE, bulk)] for at in range(0, bulk, _SLICE))]
-    for piece in [*pieces, bytes(data[bulk:]), b""]:
-        async with asyncio.timeout(stall_s):
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    if not bulk:
+        await send({"type": "http.response.body", "body": b"".join((header, data)), "more_body": False})
+        return
+    clock = asyncio.get_running_loop().time
+    pieces = [bytes(header), *(data[at : min(at + _SLICE, bulk)] for at in range(0, bulk, _SLICE)), bytes(data[bulk:])]
+    async with asyncio.timeout(None) as stalled:
+        for piece in [*pieces, b""]:
+            stalled.reschedule(clock() + stall_s)
+            await send({"type": "http.response.body", "body": piece, "more_body": bool(piece)})
 
 
 def parse_range(text: str | None, size: int) -> tuple[int, int] | None:

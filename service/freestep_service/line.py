@@ -81,13 +81,11 @@ class Line:
     @staticmethod
     async def _see_to(connection: AbstractConnection) -> None:
         """Connects, again if the other end has closed the connection meanwhile: before anything is sent on it."""
-        await connection.connect()  # type: ignore[no-untyped-call]
-        try:
-            if not await connection.can_read():
-                return
-        except (RedisError, OSError):
-            pass
-        await connection.disconnect()
+        if connection.is_connected:
+            with suppress(RedisError, OSError):
+                if not await connection.can_read():
+                    return
+            await connection.disconnect()
         await connection.connect()  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:

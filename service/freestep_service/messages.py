@@ -48,7 +48,7 @@ class Messages:
         if channel in self._listeners:
             return
         self._listeners[channel] = listener
-        async with reachable():
+        with reachable():
             await self._pubsub.subscribe(channel)
 
     async def ignore(self, channel: str) -> None:
@@ -57,7 +57,7 @@ class Messages:
                 await self._pubsub.unsubscribe(channel)
 
     async def tell_everybody(self, message: dict[str, Any]) -> None:
-        async with reachable():
+        with reachable():
             await self._store.client.publish(_EVERYBODY, json.dumps(message))
 
     async def _hear(self) -> None:

@@ -10,6 +10,7 @@ from freestep_service.records import Record
 
 __all__ = ["Metrics", "RunMetrics"]
 
+_DECISIONS = ("applied", "accumulated", "dropped")
 _SMOOTHING = 0.1
 """Weight of the newest push in the moving averages."""
 
@@ -55,7 +56,7 @@ class Metrics:
 
     def forget(self, run: str) -> None:
         """Removes every series of a run."""
-        for decision in ("applied", "accumulated", "dropped"):
+        for decision in _DECISIONS:
             with suppress(KeyError):
                 self.pushes.remove(run, decision)
         for metric in (
@@ -84,19 +85,24 @@ class RunMetrics:
         self._metrics = metrics
         self._run = run
         self._forgotten = False
+        # Found once: a push has to do with most of them.
+        self._epoch, self._step = metrics.epoch.labels(run), metrics.step.labels(run)
+        self._received, self._sent = metrics.received.labels(run), metrics.sent.labels(run)
+        self._pushes = {decision: metrics.pushes.labels(run, decision) for decision in _DECISIONS}
+        self._push_seconds, self._staleness = metrics.push_seconds.labels(run), metrics.staleness.labels(run)
 
     def at(self, epoch: int, step: int) -> None:
-        self._metrics.epoch.labels(self._run).set(epoch)
-        self._metrics.step.labels(self._run).set(step)
+        self._epoch.set(epoch)
+        self._step.set(step)
 
     def received(self, size: int) -> None:
-        self._metrics.received.labels(self._run).inc(size)
+        self._received.inc(size)
 
     def pushed(self, record: Record, loss: float | None, seconds: float) -> None:
-        self._metrics.pushes.labels(self._run, record.decision).inc()
-        self._metrics.push_seconds.labels(self._run).observe(seconds)
+        self._pushes[record.decision].inc()
+        self._push_seconds.observe(seconds)
         if record.decision != "dropped":
-            self._metrics.staleness.labels(self._run).observe(record.staleness)
+            self._staleness.observe(record.staleness)
             self.staleness = _smooth(self.staleness, record.staleness)
             if loss is not None:
                 self.loss = _smooth(self.loss, loss)
@@ -106,7 +112,7 @@ class RunMetrics:
         self._metrics.replays.labels(self._run).inc()
 
     def sent(self, size: int) -> None:
-        self._metrics.sent.labels(self._run).inc(size)
+        self._sent.inc(size)
 
     def live(self, workers: int) -> None:
         if self._forgotten:

@@ -40,7 +40,7 @@ class Node:
 
     async def leave(self, store: Store) -> None:
         """Says that it goes."""
-        async with reachable():
+        with reachable():
             await store.client.zrem(_NODES_KEY, self.id)
 
     def share(self, shards: int) -> int:

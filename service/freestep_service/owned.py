@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 import torch
@@ -74,7 +74,17 @@ class OwnedShard:
         self.snapshots = Snapshots(run, self.writer) if count == 1 else None
         self.cuts = None if count == 1 else Cuts(run, coordinator, self.writer, self.owner, settings.queue_seconds)
         self.pushes = Pushes(
-            spec, self.manifest, coordinator, self.writer, self.owner, receipts, settings, self._staging, turns, host
+            spec,
+            self.manifest,
+            coordinator,
+            self.writer,
+            self.owner,
+            receipts,
+            settings,
+            self._staging,
+            turns,
+            host,
+            list if self.cuts is None else self.cuts.take_sent,
         )
         self._uploads: dict[str, asyncio.Future[bool]] = {}
         self._initializing = asyncio.Lock()
@@ -212,15 +222,12 @@ class OwnedShard:
 
     # Points
 
-    @asynccontextmanager
-    async def read(self, reading: Reading) -> AsyncIterator[Snapshot]:
+    def read(self, reading: Reading) -> AbstractAsyncContextManager[Snapshot]:
         """This shard's part of a point as a body: of the newest step, or of a ticket's cut."""
-        if self.snapshots is not None:
-            async with self.snapshots.read(reading.point, reading.dtype) as snapshot:
-                yield snapshot
-        elif self.cuts is not None:
-            async with self.cuts.read(reading) as snapshot:
-                yield snapshot
+        if self.cuts is not None:
+            return self.cuts.read(reading)
+        assert self.snapshots is not None
+        return self.snapshots.read(reading.point, reading.dtype)
 
     @property
     def known(self) -> Known:

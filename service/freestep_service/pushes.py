@@ -9,7 +9,7 @@ it has changed nothing; once it is, it will be applied on all shards, whatever b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -153,6 +153,7 @@ class Pushes:
         staging: VectorPool,
         turns: Turns,
         host: Host,
+        sent: Callable[[], Sequence[str]],
     ) -> None:
         self._spec = spec
         self._manifest = manifest
@@ -164,6 +165,8 @@ class Pushes:
         self._staging = staging
         self._turns = turns
         self._host = host
+        self._sent = sent
+        """Takes the tickets of the cuts that the shard has sent and not told Redis of."""
         self._flights: dict[str, _Flight] = {}
         self._commits: set[asyncio.Task[Record]] = set()
         self._closed = False
@@ -183,23 +186,18 @@ class Pushes:
             staged = await self._stage(claim, flight, body, queued=admission.queued)
             commit = asyncio.create_task(self._commit(claim, flight, staged, wish))
             self._commits.add(commit)
-            commit.add_done_callback(lambda _: self._land(claim, flight))
-            commit.add_done_callback(self._commits.discard)
+            commit.add_done_callback(lambda commit: self._over(claim, flight, commit))
         finally:
             if commit is None:
                 self._land(claim, flight)
-        try:
-            async with asyncio.timeout(self._settings.commit_seconds):
-                return await asyncio.shield(commit), False
-        except asyncio.CancelledError:
-            if commit.cancelled():
-                raise ShardUnavailable("the shard is being given up") from None
-            raise
-        except TimeoutError:
-            commit.add_done_callback(lambda done: done.cancelled() or done.exception())
-            if self._host.many:
-                raise ShardUnavailable("the push has not reached all shards yet") from None
-            raise CoordinatorUnavailable("Redis has not answered whether the push is committed") from None
+        await asyncio.wait([commit], timeout=self._settings.commit_seconds)
+        if commit.cancelled():
+            raise ShardUnavailable("the shard is being given up")
+        if commit.done():
+            return commit.result(), False
+        if self._host.many:
+            raise ShardUnavailable("the push has not reached all shards yet")
+        raise CoordinatorUnavailable("Redis has not answered whether the push is committed")
 
     async def settle(self, record: Record, wait: float) -> Record:
         """Waits, for at most `wait` seconds, until the update that an accumulated push is part of is applied."""
@@ -256,10 +254,17 @@ class Pushes:
         del self._flights[claim.key]
         flight.landed.set()
 
+    def _over(self, claim: Claim, flight: _Flight, commit: asyncio.Task[Record]) -> None:
+        self._land(claim, flight)
+        self._commits.discard(commit)
+        if not commit.cancelled():
+            # Who asked may have left.
+            commit.exception()
+
     async def _admit(self, claim: Claim) -> Admission:
         while True:
             try:
-                admission = await self._coordinator.admit(claim, self._owner())
+                admission = await self._coordinator.admit(claim, self._owner(), self._sent())
             except Behind:
                 await self._host.reopen()
             except Fenced:
@@ -282,15 +287,10 @@ class Pushes:
         return record, admission.replayed
 
     async def _stage(self, claim: Claim, flight: _Flight, body: Body, *, queued: bool) -> _Staged:
-        vector = None
+        vector = None if queued else self._staging.try_acquire()
         try:
-            try:
-                async with asyncio.timeout(self._settings.queue_seconds):
-                    if queued:
-                        await flight.granted.wait()
-                    vector = await self._staging.acquire()
-            except TimeoutError:
-                raise Overloaded from None
+            if vector is None:
+                vector = await self._turn(flight, queued=queued)
             norm, digest = await stage(body, self._manifest, vector, self._turns, ENCODINGS)
             if norm is None:
                 raise NonFiniteGradient("the gradient holds NaN or infinity")
@@ -306,6 +306,16 @@ class Pushes:
                 else:
                     await self._coordinator.discard(claim, self._owner().shard)
             raise
+
+    async def _turn(self, flight: _Flight, *, queued: bool) -> Vector:
+        """Memory for a body, when it is its turn. Raises Overloaded."""
+        try:
+            async with asyncio.timeout(self._settings.queue_seconds):
+                if queued:
+                    await flight.granted.wait()
+                return await self._staging.acquire()
+        except TimeoutError:
+            raise Overloaded from None
 
     async def _commit(self, claim: Claim, flight: _Flight, staged: _Staged, wish: Wish) -> Record:
         """Commits and applies. Redis is asked until it answers: what it decided must not stay unknown."""

@@ -114,7 +114,7 @@ class Registry:
         self._spawn(self._beat())
 
     async def _names(self) -> set[str]:
-        async with reachable():
+        with reachable():
             known = set(await self._store.client.smembers(RUNS_KEY))
         return known | set(await asyncio.to_thread(self._storage.names, "runs"))
 

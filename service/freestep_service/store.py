@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -53,7 +53,7 @@ class Store:
         }
         pool = BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=_TIMEOUT_S, **options)
         client = Redis.from_pool(pool)
-        async with reachable():
+        with reachable():
             clustered = (await client.info("cluster")).get("cluster_enabled")
         if not clustered:
             return cls(client, url, Line(pool, _TIMEOUT_S))
@@ -63,7 +63,7 @@ class Store:
     async def run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
         """Runs a script of lua/ by its file's name."""
         digest, source = self._scripts[script]
-        async with reachable():
+        with reachable():
             try:
                 return await self._ask("EVALSHA", digest, len(keys), *keys, *arguments)
             except NoScriptError:
@@ -81,7 +81,7 @@ class Store:
         )
 
     async def ping(self) -> None:
-        async with reachable():
+        with reachable():
             await self.client.ping()
 
     async def close(self) -> None:
@@ -90,8 +90,8 @@ class Store:
         await self.client.aclose()
 
 
-@asynccontextmanager
-async def reachable() -> AsyncIterator[None]:
+@contextmanager
+def reachable() -> Iterator[None]:
     """Turns a lost, refused, loading or read-only connection into CoordinatorUnavailable."""
     try:
         yield

@@ -291,3 +291,20 @@ local function cut_if_waited_for()
   end
   if waits and open < MOST_CUTS then publish(append(false, {cut = true})) end
 end
+
+-- Counts a shard off the cuts of some tickets: it has sent its part of them.
+local function release_cuts(tickets)
+  for _, ticket in ipairs(tickets) do
+    local cut = redis.call('HGET', CUTS, ticket)
+    if cut then
+      cut = cjson.decode(cut)
+      cut.left = cut.left - 1
+      if cut.left <= 0 then
+        redis.call('HDEL', CUTS, ticket)
+      else
+        redis.call('HSET', CUTS, ticket, cjson.encode(cut))
+      end
+    end
+  end
+  if redis.call('HGET', RUN, 'phase') == 'open' then cut_if_waited_for() end
+end

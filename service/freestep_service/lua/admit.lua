@@ -1,7 +1,8 @@
 -- Decides all of a push that its claim can decide, before its body is read, and renews its lease.
 -- KEYS     the run's, 13 lease:ID, 14 window:ID
 -- ARGV     1 lease, 2 token, 3 step where the gradient was taken, 4 idempotency key, 5 claim (what must be the
---          same when the key comes again), 6 epoch and 7 newest seq that the shard knows, 8 shard, 9 its owner's token
+--          same when the key comes again), 6 epoch and 7 newest seq that the shard knows, 8 shard, 9 its owner's
+--          token, 10- tickets of the cuts that the shard has sent since it last said so
 -- returns  {behind}                 Redis has lost data; the shard must open the run again
 --          {not-open, missing shards (JSON)}, {fenced} (the caller no longer owns the shard)
 --          {replay, record}         the key was committed before
@@ -17,6 +18,7 @@ if is_behind(ARGV[6], ARGV[7]) then return {'behind'} end
 local shard = ARGV[8]
 local refusal = shut(shard, ARGV[9])
 if refusal then return refusal end
+if ARGV[10] then release_cuts({unpack(ARGV, 10)}) end
 
 local record = redis.call('HGET', RECEIPTS, key)
 if record then

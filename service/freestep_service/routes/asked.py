@@ -4,10 +4,12 @@ that the service does for a small push."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 
 from freestep.errors import MalformedRequest, ShardUnavailable
 from freestep.models import MOST_SHARDS, Dtype, Point
@@ -16,12 +18,20 @@ from freestep_service.routes.dependencies import RUN_NAME
 from freestep_service.run import Run
 from freestep_service.settings import Settings
 
-__all__ = ["Asked"]
+__all__ = ["Asked", "DataRoute"]
 
 _RUN_NAME = re.compile(RUN_NAME)
 _INTEGER = re.compile(r"[0-9]{1,18}", re.ASCII)
 _LARGEST = 10**18 - 1
 _WORD = re.compile(r"[\x21-\x7e]{0,200}")
+
+
+class DataRoute(APIRoute):
+    """A route whose handler is given the request as it came, and answers with a Response."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from freestep_service.headers import Preferences, body_length, claim, loss, pref
 from freestep_service.ingest import Body
 from freestep_service.peers import Peers, stall_seconds
 from freestep_service.pushes import Wish
-from freestep_service.routes.asked import Asked
+from freestep_service.routes.asked import Asked, DataRoute
 from freestep_service.routes.documents import DTYPE, PART, PUSH_HEADERS, TENSORS, TENSORS_BODY
 from freestep_service.run import Run
 from freestep_service.snapshots import Reading
 
-router = APIRouter(tags=["gradients"])
+router = APIRouter(tags=["gradients"], route_class=DataRoute)
 
 
 @router.post(

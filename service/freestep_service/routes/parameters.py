@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
 from freestep.models import RunStatus
 from freestep_service.egress import SnapshotResponse, etag, is_known
 from freestep_service.headers import body_length, preferences, upload
 from freestep_service.ingest import Body
 from freestep_service.peers import stall_seconds
-from freestep_service.routes.asked import Asked
+from freestep_service.routes.asked import Asked, DataRoute
 from freestep_service.routes.documents import (
     DTYPE,
     PART,
@@ -25,7 +25,7 @@ from freestep_service.routes.documents import (
 )
 from freestep_service.snapshots import Reading
 
-router = APIRouter(tags=["parameters"])
+router = APIRouter(tags=["parameters"], route_class=DataRoute)
 
 
 @router.put(
@@ -34,7 +34,7 @@ router = APIRouter(tags=["parameters"])
     response_model=RunStatus,
     openapi_extra={"requestBody": TENSORS_BODY, "parameters": [*PART, *UPLOAD_HEADERS]},
 )
-async def initialize_run(request: Request) -> Any:
+async def initialize_run(request: Request) -> Response:
     """Gives the run its initial weights; the first who does wins, the others get already-initialized.
 
     With `shard`, the body is that shard's part, and the answer comes when all shards have theirs: an Idempotency-Key
@@ -51,7 +51,8 @@ async def initialize_run(request: Request) -> Any:
         return await peers.relay(request, run, asked.shard)
     else:
         await run.initialize(run.shard(asked.shard), body, upload(request, required=run.many))
-    return await run.status()
+    status = await run.status()
+    return JSONResponse(status.model_dump(mode="json"), 201)
 
 
 @router.get(
