@@ -34,7 +34,7 @@ from freestep.models import (
     Topology,
     WorkerStatus,
 )
-from freestep.parts import PASSING, Call, Shards, merged
+from freestep.parts import PASSING, Call, Shards
 from freestep.ranks import ALONE, Ranks
 from freestep.transport import Answer, Transport
 from freestep.wire import Manifest
@@ -219,7 +219,7 @@ class Run:
             if encoder is not None and not isinstance(error, PASSING):
                 encoder.settle(False)
             raise
-        receipt = merged([read(answer) for answer in answers])
+        receipt = Receipt.merged([read(answer) for answer in answers])
         if encoder is not None:
             encoder.settle(receipt.decision != "dropped")
         return receipt, answers

@@ -6,7 +6,8 @@ members are refused everywhere: a misspelt hyperparameter must not train a diffe
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -302,6 +303,14 @@ class Receipt(_Answer):
     step: int
     staleness: int
     replayed: bool = False
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self]) -> Self:
+        """One receipt of a push's parts, which differ where some were retried or not waited for: the furthest."""
+        order = ("applied", "accumulated", "dropped")
+        furthest = min(parts, key=lambda each: order.index(each.decision))
+        step = max(each.step for each in parts)
+        return furthest.model_copy(update={"step": step, "replayed": all(each.replayed for each in parts)})
 
 
 class RunStatus(_Answer):

@@ -28,11 +28,11 @@ from freestep.errors import (
     UnexpectedResponse,
 )
 from freestep.flat import Flat
-from freestep.models import Receipt, RunStatus, Topology
+from freestep.models import RunStatus, Topology
 from freestep.ranks import ALONE, Ranks
 from freestep.transport import Answer, Transport
 
-__all__ = ["PASSING", "Call", "Layout", "Shards", "merged"]
+__all__ = ["PASSING", "Call", "Layout", "Shards"]
 
 _ASTRAY_S = 30.0
 """For how long a URL at which the service was not found is passed over."""
@@ -268,11 +268,3 @@ def _precedence(failure: FreestepError) -> int:
     if isinstance(failure, _Resharded):
         return 1
     return 0 if isinstance(failure, ProblemError) and not isinstance(failure, PASSING) else 2
-
-
-def merged(receipts: Sequence[Receipt]) -> Receipt:
-    """One receipt of a push's parts, which differ where some were retried or not waited for: the furthest of them."""
-    order = ("applied", "accumulated", "dropped")
-    receipt = min(receipts, key=lambda each: order.index(each.decision))
-    step = max(each.step for each in receipts)
-    return receipt.model_copy(update={"step": step, "replayed": all(each.replayed for each in receipts)})

@@ -265,6 +265,14 @@ class Coordinator:
                 return Admission(Record.from_json(rest[0]), evicted=tuple(rest[1:]))
         self._refuse(status, rest)
 
+    async def check(self, claim: Claim) -> None:
+        """Raises what admit would refuse a claim with, whichever shard it is for; renews nothing."""
+        keys = [*self._keys, self._lease_key(claim.lease)]
+        said = (claim.lease, claim.token, claim.step, claim.key, claim.fingerprint())
+        status, *rest = await self._store.run("check", keys, *said)
+        if status != "passed":
+            self._refuse(status, rest)
+
     async def commit(
         self,
         claim: Claim,

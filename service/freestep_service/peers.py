@@ -192,9 +192,7 @@ class Peers:
         receipts = [
             Receipt.model_validate(each) for each in await self.send(request, run, "POST", "gradients", vector, headers)
         ]
-        applied = [receipt for receipt in receipts if receipt.decision == "applied"]
-        replayed = all(receipt.replayed for receipt in receipts)
-        return (applied or receipts)[0].model_copy(update={"replayed": replayed})
+        return Receipt.merged(receipts)
 
     async def _ask_all(
         self,

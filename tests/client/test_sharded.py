@@ -20,7 +20,6 @@ from torch import nn
 
 from freestep import AlreadyInitialized, Client, Flat, NonFiniteGradient, Receipt, RemoteOptimizer, Run, StepNotReached
 from freestep.models import ParameterSpec
-from freestep.parts import merged
 from freestep.wire import Manifest, lay
 from harness import TENSORS, ProcessService, ThreadService, at_once, under_way
 from proxies import Cutter
@@ -116,9 +115,9 @@ def receipt(decision: str, step: int, **more: Any) -> Receipt:
 
 def test_receipts_of_parts_are_one() -> None:
     parts = [receipt("accumulated", 4), receipt("applied", 5, replayed=True), receipt("accumulated", 6)]
-    assert merged(parts) == receipt("applied", 6)
-    assert merged([receipt("dropped", 7, reason="stale", replayed=True)] * 2).reason == "stale"
-    assert merged([receipt("applied", 1, replayed=True)] * 3).replayed is True
+    assert Receipt.merged(parts) == receipt("applied", 6)
+    assert Receipt.merged([receipt("dropped", 7, reason="stale", replayed=True)] * 2).reason == "stale"
+    assert Receipt.merged([receipt("applied", 1, replayed=True)] * 3).replayed is True
 
 
 # Training

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
 import pytest
 from redis import Redis
 
-from harness import SGD, ShardedApi, ThreadService, slug, under_way, wait_until
+from harness import SGD, ShardedApi, ThreadService, connected, head_of_a_push, slug, under_way, wait_until
 from shards.runs import (
     NONE_LEFT,
     ONES,
@@ -140,6 +141,42 @@ def test_a_shard_that_is_not_there_is_said(run: ShardedApi) -> None:
 
 
 # Keys that come again
+
+
+@pytest.mark.parametrize(
+    ("claim", "name"),
+    [
+        ({"Freestep-Token": "0"}, "lease-expired"),
+        ({"Freestep-Lease": "nobody's"}, "lease-expired"),
+        ({"Freestep-Step": "7"}, "malformed-request"),
+        ({"Idempotency-Key": "first", "Freestep-Samples": "2"}, "idempotency-conflict"),
+    ],
+)
+def test_a_whole_push_is_refused_for_its_claim_before_its_body_comes(
+    nodes: list[ThreadService], run: ShardedApi, claim: dict[str, str], name: str
+) -> None:
+    lease = run.lease()
+    run.push_parts(lease, 0, "first", run.bodies(ONES))
+    before = state(run, nodes)
+    for node in nodes:
+        assert refused_at_once(node, run, {**run.headers(lease, 1, "key"), **claim}) == name
+    assert state(run, nodes) == before
+
+
+def test_a_whole_push_to_a_run_without_weights_is_refused_before_its_body_comes(nodes: list[ThreadService]) -> None:
+    with sharded(nodes) as blank:
+        blank.http.put(blank.path(), json=blank.spec(**counting(durability="none")))
+        blank.learn()
+        headers = blank.headers({"lease": "nobody's", "token": 1}, 0, "key")
+        assert refused_at_once(nodes[0], blank, headers) == "run-not-initialized"
+
+
+def refused_at_once(node: ThreadService, api: ShardedApi, headers: dict[str, str]) -> str:
+    """The slug of what a push to the whole of a run is answered with whose body never comes."""
+    with connected(node.url) as connection:
+        connection.sendall(head_of_a_push(api.path("/gradients"), {**headers, "Connection": "close"}, 10**6))
+        _, _, document = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    return str(json.loads(document)["type"]).rpartition(":")[2]
 
 
 def test_one_part_and_all_parts_may_come_again(nodes: list[ThreadService], run: ShardedApi, redis: Redis) -> None:

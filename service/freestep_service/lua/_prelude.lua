@@ -112,6 +112,17 @@ local function holder(lease_key, lease, token, now)
   return worker
 end
 
+-- The worker whose push a claim may be, or false and the refusal.
+local function claimant(lease_key, lease, token, taken_at, now)
+  if redis.call('HGET', RUN, 'initialized') ~= '1' then return false, {'run-not-initialized'} end
+  local worker = holder(lease_key, lease, token, now)
+  if not worker then return false, {'lease-expired'} end
+  local epoch = redis.call('HGET', RUN, 'epoch')
+  if redis.call('HGET', lease_key, 'epoch') ~= epoch then return false, {'epoch-changed', tonumber(epoch)} end
+  if taken_at > run_number('step') then return false, {'step-ahead', run_number('step')} end
+  return worker
+end
+
 local function extend(lease_key, worker, now)
   local ttl = tonumber(redis.call('HGET', lease_key, 'ttl_ms'))
   redis.call('ZADD', LEASES, now + ttl, worker)

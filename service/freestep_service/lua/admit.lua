@@ -30,17 +30,12 @@ local pending = redis.call('HGET', PENDING, key)
 if pending and pending ~= claim then return {'idempotency-conflict'} end
 if pending and not many then return {'pending'} end
 
-if redis.call('HGET', RUN, 'initialized') ~= '1' then return {'run-not-initialized'} end
 local now = clock()
-local worker = holder(KEYS[13], lease, token, now)
-if not worker then return {'lease-expired'} end
-local epoch = redis.call('HGET', RUN, 'epoch')
-if redis.call('HGET', KEYS[13], 'epoch') ~= epoch then return {'epoch-changed', tonumber(epoch)} end
-local step = run_number('step')
-if taken_at > step then return {'step-ahead', step} end
-
+local worker, refused = claimant(KEYS[13], lease, token, taken_at, now)
+if not worker then return refused end
+local epoch, step = redis.call('HGET', RUN, 'epoch'), run_number('step')
 extend(KEYS[13], worker, now)
-local refused = not pending and redis.call('HGET', STAGED, key)
+refused = not pending and redis.call('HGET', STAGED, key)
 if refused then
   refused = cjson.decode(refused)
   local is_news = refused.claim == claim and not refused.parts[shard]

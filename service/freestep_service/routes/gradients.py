@@ -12,6 +12,7 @@ from freestep_service.headers import Preferences, body_length, claim, loss, pref
 from freestep_service.ingest import Body
 from freestep_service.peers import Peers, stall_seconds
 from freestep_service.pushes import Wish
+from freestep_service.records import Claim
 from freestep_service.routes.asked import Asked, DataRoute
 from freestep_service.routes.documents import DTYPE, PART, PUSH_HEADERS, TENSORS, TENSORS_BODY
 from freestep_service.run import Run
@@ -42,7 +43,7 @@ async def push(request: Request) -> Response:
     body = Body(request, length, stall_s)
     claimed = claim(request)
     if asked.shard is None:
-        return await _push_whole(run, request, asked.peers, body, claimed.key, wishes, dtype)
+        return await _push_whole(run, request, asked.peers, body, claimed, wishes, dtype)
     if not run.owns(asked.shard):
         return await asked.peers.relay(request, run, asked.shard)
     owned = run.shard(asked.shard)
@@ -72,12 +73,13 @@ async def push(request: Request) -> Response:
 
 
 async def _push_whole(
-    run: Run, request: Request, peers: Peers, body: Body, key: str, wishes: Preferences, dtype: Dtype
+    run: Run, request: Request, peers: Peers, body: Body, claimed: Claim, wishes: Preferences, dtype: Dtype
 ) -> Response:
     """The slow way: this process takes the whole gradient in and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}
+    await run.coordinator.check(claimed)
     async with run.staged(body, ENCODINGS) as vector:
-        receipt = await peers.push(request, run, vector, {"Idempotency-Key": key, **wait})
+        receipt = await peers.push(request, run, vector, {"Idempotency-Key": claimed.key, **wait})
     if not wishes.representation:
         return JSONResponse(receipt.model_dump(exclude_none=True), headers=wishes.applied())
     lines = wishes.applied() | receipt_headers(receipt)

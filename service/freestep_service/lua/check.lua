@@ -1,0 +1,12 @@
+-- What is to be said against a push's claim before its body is read, where that is not one shard's. Changes nothing.
+-- KEYS     the run's, 13 lease:ID
+-- ARGV     1 lease, 2 token, 3 step where the gradient was taken, 4 idempotency key, 5 claim
+-- returns  {idempotency-conflict}, {run-not-initialized}, {lease-expired}, {epoch-changed, epoch}, {step-ahead, step}, or
+--          {passed}: the rest is for the shards to say
+
+local record, pending = redis.call('HGET', RECEIPTS, ARGV[4]), redis.call('HGET', PENDING, ARGV[4])
+local earlier = record and cjson.decode(record).claim or pending
+if earlier and earlier ~= ARGV[5] then return {'idempotency-conflict'} end
+if record or redis.call('HGET', RUN, 'phase') ~= 'open' then return {'passed'} end
+local worker, refusal = claimant(KEYS[13], ARGV[1], ARGV[2], tonumber(ARGV[3]), clock())
+return worker and {'passed'} or refusal
