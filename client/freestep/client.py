@@ -16,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from freestep.bulk import BulkTransport, direct_mounts
-from freestep.encodings import Encoder
+from freestep.encoders import Encoder
 from freestep.errors import ProblemError, UnexpectedResponse
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
+from freestep.manifest import Manifest
 from freestep.models import (
     MOST_SHARDS,
     Checkpoint,
@@ -37,7 +38,6 @@ from freestep.models import (
 from freestep.parts import PASSING, Call, Shards, merged
 from freestep.ranks import ALONE, Ranks
 from freestep.transport import Answer, Transport
-from freestep.wire import Manifest
 
 __all__ = ["Client", "Pulled", "Run", "worker_name"]
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from freestep.errors import ManifestMismatch
-from freestep.wire import Manifest, Receiver, encode_header
+from freestep.header import encode_header
+from freestep.manifest import Manifest
+from freestep.wire import Receiver
 
 __all__ = ["DTYPES", "Flat", "Stretch", "bytes_of"]
 

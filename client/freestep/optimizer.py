@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from freestep.client import Client, Pulled, worker_name
-from freestep.encodings import Encoder, Int8, TopK
+from freestep.encoders import Encoder, Int8, TopK
+from freestep.encoding import ENCODINGS
 from freestep.errors import (
     AlreadyInitialized,
     EpochChanged,
@@ -30,9 +31,9 @@ from freestep.errors import (
 from freestep.flat import Flat
 from freestep.groups import complete, named, run_spec, trainable
 from freestep.lease import HeldLease
+from freestep.manifest import Manifest
 from freestep.models import AggregationSpec, Dtype, Lease, Point, Receipt, RunSpec
 from freestep.ranks import Batch, ranks_of
-from freestep.wire import ENCODINGS, Manifest
 
 __all__ = ["RemoteOptimizer"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from freestep.bulk import Body
-from freestep.encodings import Encoder
+from freestep.encoders import Encoder
 from freestep.errors import (
     CoordinatorUnavailable,
     EpochChanged,

@@ -15,9 +15,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import cast
 
+from freestep.encoding import ITEMSIZE
 from freestep.errors import CoordinatorUnavailable, Overloaded, ProblemError, ShardUnavailable
+from freestep.header import encode_header
 from freestep.models import Point
-from freestep.wire import ITEMSIZE, encode_header
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.records import Behind, Fenced
 from freestep_service.shard import DTYPES, Entry

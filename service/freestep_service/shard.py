@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freestep.manifest import Manifest
 from freestep.models import Point, RunSpec
-from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
 from freestep_service.optimizers import METHODS, Scalars, gather, initial_buffers, interpolate, segments, step
 

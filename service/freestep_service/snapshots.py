@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from freestep.encoding import ITEMSIZE
+from freestep.header import encode_header
 from freestep.models import Point
-from freestep.wire import ITEMSIZE, encode_header
 from freestep_service.shard import DTYPES
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer

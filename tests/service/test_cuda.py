@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from freestep.manifest import Manifest
 from freestep.models import ALGORITHMS, RunSpec
-from freestep.wire import Manifest
 from freestep_service.shard import Entry, Shard
 from harness import TENSORS, Api, ThreadService
 

@@ -18,8 +18,8 @@ import torch
 from numba.core import event
 from torch import Tensor, nn
 
+from freestep.manifest import Manifest
 from freestep.models import ALGORITHMS, RunSpec
-from freestep.wire import Manifest
 from freestep_service.optimizers import (
     METHODS,
     Segment,

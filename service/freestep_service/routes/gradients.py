@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from freestep.encoding import ENCODINGS
 from freestep.models import Dtype, Receipt
-from freestep.wire import ENCODINGS
 from freestep_service.egress import SnapshotResponse
 from freestep_service.headers import Preferences, body_length, claim, loss, preferences, receipt_headers
 from freestep_service.ingest import Body
