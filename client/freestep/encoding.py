@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from freestep.errors import MalformedTensors
 from freestep.manifest import Manifest, Slot
 
-__all__ = ["ENCODINGS", "INDICES", "ITEMSIZE", "SCALE", "SIZES", "VALUES", "Encoding"]
+__all__ = ["ENCODINGS", "INDICES", "INT8", "ITEMSIZE", "SCALE", "SIZES", "VALUES", "Encoding"]
 
 ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 """Bytes per element of the dtypes that travel."""
@@ -74,5 +74,48 @@ class Encoding:
     def shape(self, slot: Slot, role: str) -> tuple[int, ...] | None:
         """The shape that something has; None where the sender chooses k."""
         if role == SCALE:
-            return (-(-slot.numel // self.block),)
+            return (self.blocks(slot),)
         return slot.shape if role == "" else None
+
+    def blocks(self, slot: Slot) -> int:
+        """How many blocks a tensor has."""
+        return -(-slot.numel // self.block)
+
+    def int8_items(self, manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """What an int8 body holds, by name, dtype and shape, in the order in which it is made.
+
+        The scales come first, so that they lie at multiples of 4 bytes.
+        """
+        for slot in manifest.slots:
+            yield slot.name + SCALE, "F32", (self.blocks(slot),)
+        for slot in manifest.slots:
+            yield slot.name, "I8", slot.shape
+
+    def stretches(self, slots: Sequence[Slot], most: int) -> Iterator[tuple[int, int, int]]:
+        """The tensors' elements in stretches of whole blocks: begin, end, and how many elements a block has in it.
+
+        They are in order, and of at most about `most` elements; tensors that are whole blocks are as one tensor.
+        """
+        most = max(most // self.block, 1) * self.block
+        for begin, end, width in self._runs(slots):
+            for place in range(begin, end, most):
+                yield place, min(place + most, end), width
+
+    def _runs(self, slots: Sequence[Slot]) -> Iterator[tuple[int, int, int]]:
+        """As long stretches of blocks of one size as there are."""
+        begin = end = slots[0].offset if slots else 0
+        for slot in slots:
+            whole = slot.numel - slot.numel % self.block
+            end = slot.offset + whole
+            if whole < slot.numel:
+                if begin < end:
+                    yield begin, end, self.block
+                begin = slot.offset + slot.numel
+                yield end, begin, begin - end
+                end = begin
+        if begin < end:
+            yield begin, end, self.block
+
+
+INT8 = Encoding("int8")
+"""That of points."""

@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
-from freestep.encoding import INDICES, ITEMSIZE, SIZES, VALUES, Encoding
+from freestep.encoding import INDICES, INT8, ITEMSIZE, SIZES, VALUES, Encoding
 from freestep.errors import MalformedTensors
 from freestep.manifest import Manifest, Slot
 
@@ -21,6 +21,7 @@ __all__ = [
     "PREFIX",
     "Entry",
     "body_limit",
+    "data_length",
     "encode_header",
     "encoded_limit",
     "header_limit",
@@ -30,6 +31,9 @@ __all__ = [
     "parse_plain",
     "plain_entries",
 ]
+
+Item: TypeAlias = tuple[str, str, Sequence[int]]
+"""A name in a header, with its dtype and shape."""
 
 PREFIX = 8
 """Bytes of the header's length."""
@@ -81,23 +85,32 @@ def plain_entries(manifest: Manifest, dtype: str) -> Iterator[Entry]:
 
 def _tail(manifest: Manifest, dtype: str) -> bytes:
     """What follows the metadata in a plain header."""
-    header = {
-        entry.slot.name: {
-            "dtype": dtype,
-            "shape": list(entry.slot.shape),
-            "data_offsets": [entry.begin, entry.end],
-        }
-        for entry in plain_entries(manifest, dtype)
-    }
-    return json.dumps(header, separators=(",", ":")).encode()[1:]
+    return json.dumps(_described(_items(manifest, dtype)), separators=(",", ":")).encode()[1:]
+
+
+def _items(manifest: Manifest, dtype: str) -> Iterator[Item]:
+    if dtype == "I8":
+        return INT8.int8_items(manifest)
+    return ((slot.name, dtype, slot.shape) for slot in manifest.slots)
+
+
+def data_length(manifest: Manifest, dtype: str) -> int:
+    """How many bytes of a body follow a header as `encode_header` makes it."""
+    return manifest.derived(_data_length, dtype)
+
+
+def _data_length(manifest: Manifest, dtype: str) -> int:
+    return sum(prod(shape) * SIZES[kind] for _, kind, shape in _items(manifest, dtype))
 
 
 def encode_header(manifest: Manifest, dtype: str, metadata: Mapping[str, str] | None = None) -> bytes:
     """The prefix and header of a body that holds the manifest's tensors in order, all of one dtype.
 
-    The header is padded with spaces so that the tensors begin at a multiple of 8 bytes.
+    I8 is the encoding INT8. The header is padded with spaces so that the tensors begin at a multiple of 8 bytes.
     """
     text = b"{"
+    if dtype == "I8":
+        metadata = {**(metadata or {}), **INT8.metadata()}
     if metadata:
         text += b'"__metadata__":' + json.dumps(dict(metadata), separators=(",", ":")).encode()
         text += b"," if manifest.slots else b""
@@ -106,17 +119,23 @@ def encode_header(manifest: Manifest, dtype: str, metadata: Mapping[str, str] | 
     return len(text).to_bytes(PREFIX, "little") + text
 
 
-def header_of(items: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
+def header_of(items: Iterable[Item], metadata: Mapping[str, str] | None = None) -> bytes:
     """As `encode_header`, of items by name, dtype and shape."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    begin = 0
-    for name, dtype, shape in items:
-        end = begin + prod(shape) * SIZES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
+    header = {**({"__metadata__": dict(metadata)} if metadata else {}), **_described(items)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(PREFIX, "little") + text
+
+
+def _described(items: Iterable[Item]) -> dict[str, Any]:
+    """What a header says of items whose bytes follow each other."""
+    entries: dict[str, Any] = {}
+    begin = 0
+    for name, dtype, shape in items:
+        end = begin + prod(shape) * SIZES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    return entries
 
 
 def parse_plain(raw: bytes, manifest: Manifest, data_length: int) -> tuple[str, dict[str, str]] | None:

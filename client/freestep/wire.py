@@ -151,7 +151,8 @@ class Receiver:
         assert self._header is not None
         self._prefix = memoryview(b"")
         raw, data_length = bytes(self._header), self._length - PREFIX - len(self._header)
-        if (plain := parse_plain(raw, self._manifest, data_length)) is not None:
+        plain = parse_plain(raw, self._manifest, data_length) if "dense" in self._encodings else None
+        if plain is not None:
             dtype, self.metadata = plain
             self._land(self._manifest.derived(_plain_layout, dtype, self._itemsize))
             return

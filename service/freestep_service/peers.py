@@ -25,10 +25,10 @@ from freestep.header import encode_header
 from freestep.manifest import Manifest
 from freestep.models import Point, Receipt
 from freestep.wire import MEDIA_TYPE
+from freestep_service.bodies import body_metadata
 from freestep_service.coordinator import not_open
 from freestep_service.egress import etag, is_known, parse_range
 from freestep_service.run import Run
-from freestep_service.snapshots import body_metadata
 from freestep_service.vectors import Vector
 
 __all__ = ["Peers", "stall_seconds"]
