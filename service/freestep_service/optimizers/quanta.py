@@ -1,8 +1,8 @@
-"""Copying a point out of the state as int8: a scale for each block of elements, and q for each element. x ≈ q · scale.
+"""Copying a point out of the state as int8: a scale for each block of elements, and a q for each of them, in one pass.
 
-A block's scale is its largest magnitude / 127, kept within numbers for which q · scale is neither subnormal nor
-infinite, and q = x / scale, rounded to nearest even. Where an element of a block is NaN or infinite, so is nothing but
-the scale: all of the block is then NaN.
+A block's scale is its largest magnitude / 127, within SMALLEST and LARGEST, and 0 where all of it is 0. q is x / scale,
+rounded to nearest even. A block in which an element is NaN or infinite has the scale NaN, and so is NaN as a whole:
+int8 has no other way to say it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from freestep_service.optimizers.sweep import CHUNK, Segment, within
 __all__ = ["Blocks", "Quanta", "quantize"]
 
 SMALLEST = np.float32(2.0**-126)
-"""The least scale, so that no scale is subnormal."""
+"""The least scale but 0: smaller ones are subnormal, and of less precision than a quantum needs."""
 LARGEST = np.nextafter(np.float32(np.finfo(np.float32).max / 127), np.float32(0))
-"""The greatest, so that 127 of it are not infinite."""
+"""The greatest: 127 of the next one are infinite."""
 _MAGNITUDE, _FINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F7FFFFF)
 """The bits of fp32 that are not the sign, and those of its greatest number."""
 _ROUND = np.float32(1.5 * 2.0**23)
 """Adding it leaves integers: in the lowest byte, as two's complement, those from -128 to 127."""
-_NAN, _127 = np.float32(np.nan), np.float32(127)
+_0, _127, _NAN = np.float32(0), np.float32(127), np.float32(np.nan)
 
 
 class Blocks(NamedTuple):
@@ -68,10 +68,10 @@ def _quantizing(values: Any, quanta: Any) -> Any:
     bits, largest = values.view(np.uint32), np.uint32(0)
     for i in range(bits.size):
         largest = max(largest, bits[i] & _MAGNITUDE)
-    if largest > _FINITE:
+    if largest == 0 or largest > _FINITE:
         for i in range(quanta.size):
             quanta[i] = 0
-        return _NAN
+        return _0 if largest == 0 else _NAN
     scale = min(max(np.uint32(largest).view(np.float32) / _127, SMALLEST), LARGEST)
     for i in range(quanta.size):
         quanta[i] = np.int8(np.float32(values[i] / scale + _ROUND).view(np.uint32))
@@ -144,7 +144,8 @@ def _evaluate(values: Callable[[Segment], Tensor], layout: Iterable[Segment], ou
             exact = values(segment).float().view(-1, width)
             largest = exact.abs().amax(1, keepdim=True)
             scales = (largest / 127).clamp_(float(SMALLEST), float(LARGEST))
-            scales.masked_fill_(largest.isfinite().logical_not_(), torch.nan)
-            quanta = exact.div(scales).nan_to_num_(0).round_()
+            scales.masked_fill_(largest == 0, 0).masked_fill_(largest.isfinite().logical_not_(), torch.nan)
+            # Where a block has no other quanta than 0, its elements / its scale are NaN.
+            quanta = exact.div(scales).nan_to_num_(0).round_().to(torch.int8)
             out.quanta[segment.begin : segment.end].copy_(quanta.view(-1))
             out.scales[out.blocks.within(segment.begin, segment.end)].copy_(scales.view(-1))
