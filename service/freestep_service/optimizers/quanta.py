@@ -110,7 +110,7 @@ def quantize(
     point: Literal["x", "y", "z"],
     out: Quanta,
 ) -> None:
-    """As `interpolate`, to int8. Group and tensor begin with a block of their own."""
+    """As `interpolate`, to int8; no block is of two tensors, and so none is of two groups."""
     layout, weights = tuple(layout), mixture(method, hyperparameters, point)
     y, z = buffers["y"], buffers.get("z", buffers["y"])
     source = buffers.get(point, y)
@@ -143,7 +143,8 @@ def _evaluate(values: Callable[[Segment], Tensor], layout: Iterable[Segment], ou
         for segment in within(layout, begin, end):
             exact = values(segment).float().view(-1, width)
             largest = exact.abs().amax(1, keepdim=True)
-            scales = (largest / 127).clamp_(float(SMALLEST), float(LARGEST))
+            # By a tensor, since of a number a GPU takes the reciprocal, which is rounded.
+            scales = largest.div(torch.full_like(largest, 127)).clamp_(float(SMALLEST), float(LARGEST))
             scales.masked_fill_(largest == 0, 0).masked_fill_(largest.isfinite().logical_not_(), torch.nan)
             # Where a block has no other quanta than 0, its elements / its scale are NaN.
             quanta = exact.div(scales).nan_to_num_(0).round_().to(torch.int8)
