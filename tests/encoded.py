@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freestep.wire import header_of
+from freestep.header import header_of
 
 __all__ = ["assemble", "decoded", "int8", "topk"]
 
@@ -28,11 +28,24 @@ def int8(tensors: Mapping[str, Tensor], block: int | None = None) -> tuple[dict[
     items: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         blocks = tensor.reshape(-1).split(block or 256) if tensor.numel() else []
-        scales = [each.abs().max() / 127 for each in blocks]
-        quanta = [(each / scale).round().to(torch.int8) for each, scale in zip(blocks, scales, strict=True)]
+        scales = [_scale(each) for each in blocks]
+        quanta = [
+            # In a block without a scale nothing but 0 is said.
+            (each / scale).round().to(torch.int8) if scale > 0 else torch.zeros(each.shape, dtype=torch.int8)
+            for each, scale in zip(blocks, scales, strict=True)
+        ]
         items[name] = torch.cat([torch.empty(0, dtype=torch.int8), *quanta]).reshape(tensor.shape)
         items[f"{name}::scale"] = torch.tensor([float(scale) for scale in scales])
     return items, {"freestep.encoding": "int8", **({"freestep.block": str(block)} if block else {})}
+
+
+def _scale(block: Tensor) -> Tensor:
+    """The largest magnitude / 127; but not subnormal, and not so large that 127 of it are infinite."""
+    largest = block.abs().max()
+    if largest == 0 or not largest.isfinite():
+        return largest - largest
+    scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return scale if (127 * scale).isfinite() else torch.nextafter(scale, torch.tensor(0.0))
 
 
 def topk(

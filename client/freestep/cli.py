@@ -20,7 +20,7 @@ from rich.table import Table
 from freestep.client import DEFAULT_URL, Client, Pulled
 from freestep.errors import FreestepError, ServiceUnreachable
 from freestep.flat import Flat
-from freestep.models import MOST_SHARDS, Checkpoint, Dtype, Point, RunStatus
+from freestep.models import MOST_SHARDS, Checkpoint, Point, PointDtype, RunStatus
 
 __all__ = ["main"]
 
@@ -150,7 +150,9 @@ def pull(
     run: RunName,
     output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.")],
     point: Annotated[Point, typer.Option(help="x: the average; y: where gradients are taken; z: the iterate.")] = "x",
-    dtype: Annotated[Dtype, typer.Option(help="The tensors' dtype.")] = "F32",
+    dtype: Annotated[
+        PointDtype, typer.Option(help="The tensors' dtype; I8 travels as int8 and is F32 in the file.")
+    ] = "F32",
     url: Url = DEFAULT_URL,
     token: Token = None,
     as_json: Json = False,

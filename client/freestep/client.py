@@ -16,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from freestep.bulk import BulkTransport, direct_mounts
-from freestep.encodings import Encoder
+from freestep.encoders import Encoder
 from freestep.errors import ProblemError, UnexpectedResponse
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
+from freestep.manifest import Manifest
 from freestep.models import (
     MOST_SHARDS,
     Checkpoint,
@@ -37,7 +38,6 @@ from freestep.models import (
 from freestep.parts import PASSING, Call, Shards
 from freestep.ranks import ALONE, Ranks
 from freestep.transport import Answer, Transport
-from freestep.wire import Manifest
 
 __all__ = ["Client", "Pulled", "Run", "worker_name"]
 
@@ -201,7 +201,7 @@ class Run:
     ) -> tuple[Receipt, Pulled]:
         """Pushes a gradient and receives fresh y into a flat vector: one round trip."""
         headers = {**claim.headers(), **_prefer(wait, representation=True)}
-        params = {"dtype": into.dtype}
+        params = {"dtype": into.arrives}
         call = Call("POST", f"{self._path}/gradients", headers, params, gradient, into, wait)
         receipt, answers = self._pushed(call, _receipt)
         # Parts are of different cuts where some were asked for again.
@@ -229,16 +229,17 @@ class Run:
     ) -> tuple[dict[str, Tensor], int]:
         """A point's tensors, views of one flat vector, and the step they are of.
 
-        x is the average, y where gradients are taken, z the base iterate. Raises StepNotReached when the run does
-        not reach `min_step` within `wait` seconds.
+        x is the average, y where gradients are taken, z the base iterate. dtype: F32, BF16 or F16; or I8, for tensors
+        that travel as int8 and are F32 here, each element off by up to 1/254 of the largest of its block of 256.
+        Raises StepNotReached when the run does not reach `min_step` within `wait` seconds.
         """
         flat = Flat(self.manifest, dtype)
         pulled = self.pull_into(flat, point, min_step=min_step, wait=wait)
         return flat.views, pulled.step
 
     def pull_into(self, into: Flat, point: Point = "x", *, min_step: int = 0, wait: float = 0.0) -> Pulled:
-        """As `pull`, into a flat vector that is there already, in its dtype."""
-        params: dict[str, str | int] = {"point": point, "dtype": into.dtype, "min_step": min_step}
+        """As `pull`, into a flat vector that is there already, as what it arrives as."""
+        params: dict[str, str | int] = {"point": point, "dtype": into.arrives, "min_step": min_step}
         call = Call("GET", f"{self._path}/parameters", _prefer(wait), params, into=into, wait=wait)
         for _ in range(_MOST_PULLS):
             pulled = self._received(self._shards.ask(call), into)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from functools import cached_property
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from freestep.errors import ManifestMismatch
-from freestep.wire import Manifest, Receiver, encode_header
+from freestep.encoding import SCALE
+from freestep.errors import FreestepError, ManifestMismatch
+from freestep.header import encode_header
+from freestep.manifest import Manifest, Slot
+from freestep.models import PointDtype
+from freestep.wire import Receiver
 
 __all__ = ["DTYPES", "Flat", "Stretch", "bytes_of"]
 
@@ -18,13 +23,21 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """torch's names of the dtypes that travel."""
 
 
-class Stretch:
-    """Bytes that hold a manifest's tensors, all of one dtype in DTYPES: a flat vector, or a shard's part of one."""
+_CHUNK = 128 * 1024
+"""Elements that are made of int8 at a time: few enough to stay in the cache."""
 
-    def __init__(self, manifest: Manifest, dtype: str, memory: memoryview) -> None:
+
+class Stretch:
+    """Bytes that hold a manifest's tensors, all of one dtype in DTYPES: a flat vector, or a shard's part of one.
+
+    arrives: what it is received as, its own dtype or, where that is F32, I8.
+    """
+
+    def __init__(self, manifest: Manifest, dtype: str, memory: memoryview, arrives: str) -> None:
         self.manifest = manifest
         self.dtype = dtype
         self.bytes = memory
+        self.arrives = arrives
 
     @cached_property
     def _header(self) -> memoryview:
@@ -36,19 +49,45 @@ class Stretch:
         return [header, self.bytes]
 
     def receiver(self, length: int) -> Receiver:
-        """Lays a body of `length` bytes into the stretch."""
-        return Receiver(self.manifest, self.bytes, length, DTYPES[self.dtype].itemsize)
+        """Lays a body of `length` bytes into the stretch, where `decode` makes the tensors of it."""
+        encoding = "int8" if self.arrives == "I8" else "dense"
+        return Receiver(self.manifest, self.bytes, length, DTYPES[self.dtype].itemsize, (encoding,))
+
+    def decode(self, receiver: Receiver) -> None:
+        """Makes fp32 of int8 that has arrived, in place: an element is q · scale."""
+        if self.arrives != "I8":
+            return
+        for slot in self.manifest.slots:
+            if slot.numel:
+                self._dequantize(slot, receiver)
+
+    def _dequantize(self, slot: Slot, receiver: Receiver) -> None:
+        place = torch.frombuffer(self.bytes, dtype=torch.float32, count=slot.numel, offset=4 * slot.offset)
+        quanta = place.view(torch.int8)[3 * slot.numel :]
+        scales = torch.frombuffer(receiver.beside[slot.name + SCALE].memory, dtype=torch.float32).view(-1, 1)
+        first = 0
+        for begin, end, width in receiver.encoding.stretches((slot,), _CHUNK):
+            here = slice(begin - slot.offset, end - slot.offset)
+            # A copy, since the place lies over some of them; it never lies over those that are yet to be read.
+            exact = quanta[here].float().view(-1, width)
+            torch.mul(exact, scales[first : first + len(exact)], out=place[here].view(-1, width))
+            first += len(exact)
 
 
 class Flat(Stretch):
-    """A flat vector on the host, [manifest.numel] of a dtype in DTYPES, and a view of each tensor in it.
+    """A flat vector on the host, [manifest.numel], and a view of each tensor in it.
 
+    dtype: F32, BF16 or F16; or I8, of which the vector is F32 but is received as int8 with scales, a quarter of the
+        bytes. Raises FreestepError where it is another.
     pinned: in memory that a CUDA device can reach by itself, for tensors that come from there or go there.
     """
 
     def __init__(self, manifest: Manifest, dtype: str = "F32", *, pinned: bool = False) -> None:
-        self.vector = torch.zeros(manifest.numel, dtype=DTYPES[dtype], pin_memory=pinned)
-        super().__init__(manifest, dtype, bytes_of(self.vector))
+        if dtype not in get_args(PointDtype):
+            raise FreestepError(f"a dtype is one of {', '.join(get_args(PointDtype))}, not {dtype!r}")
+        held = "F32" if dtype == "I8" else dtype
+        self.vector = torch.zeros(manifest.numel, dtype=DTYPES[held], pin_memory=pinned)
+        super().__init__(manifest, held, bytes_of(self.vector), dtype)
         self.views: dict[str, Tensor] = {
             slot.name: self.vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in manifest.slots
         }
@@ -62,7 +101,7 @@ class Flat(Stretch):
 
     def _part(self, index: int, count: int) -> Stretch:
         manifest, size = self.manifest.part(index, count), DTYPES[self.dtype].itemsize
-        return Stretch(manifest, self.dtype, self.bytes[manifest.begin * size : manifest.end * size])
+        return Stretch(manifest, self.dtype, self.bytes[manifest.begin * size : manifest.end * size], self.arrives)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies tensors in, rounding them to the vector's dtype.

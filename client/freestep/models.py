@@ -30,6 +30,7 @@ __all__ = [
     "OptimizerSpec",
     "ParameterSpec",
     "Point",
+    "PointDtype",
     "RAdamScheduleFree",
     "Receipt",
     "ReshardRequest",
@@ -51,7 +52,9 @@ MOST_SHARDS = 256
 
 Point = Literal["x", "y", "z"]
 Dtype = Literal["F32", "BF16", "F16"]
-"""Of tensors that travel."""
+"""Of tensors that travel as they are."""
+PointDtype = Literal[Dtype, "I8"]
+"""Of points: I8 is int8 and a scale for each block."""
 
 _LARGEST_INTEGER = 2**53 - 1
 """Beyond it a double, which is what JSON readers and Lua have, skips integers."""

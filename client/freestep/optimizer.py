@@ -8,14 +8,15 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from freestep.client import Client, Pulled, worker_name
-from freestep.encodings import Encoder, Int8, TopK
+from freestep.encoders import Encoder, Int8, TopK
+from freestep.encoding import ENCODINGS
 from freestep.errors import (
     AlreadyInitialized,
     EpochChanged,
@@ -30,9 +31,9 @@ from freestep.errors import (
 from freestep.flat import Flat
 from freestep.groups import complete, named, run_spec, trainable
 from freestep.lease import HeldLease
-from freestep.models import AggregationSpec, Dtype, Lease, Point, Receipt, RunSpec
+from freestep.manifest import Manifest
+from freestep.models import AggregationSpec, Dtype, Lease, Point, PointDtype, Receipt, RunSpec
 from freestep.ranks import Batch, ranks_of
-from freestep.wire import ENCODINGS, Manifest
 
 __all__ = ["RemoteOptimizer"]
 
@@ -58,7 +59,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         aggregation spec. Where the run exists with others, they are the run's, and a warning is logged.
     worker: this worker's name; a second worker of the same name fences off the first.
     shards: how many shards a new run is cut into. A run that exists keeps its own number.
-    push_dtype, pull_dtype: F32, BF16 or F16, what gradients and parameters travel as.
+    push_dtype, pull_dtype: F32, BF16 or F16, what gradients and parameters travel as. pull_dtype may also be I8: y and
+        x travel as int8 with a scale for each 256 elements, and arrive as fp32. Gradients are then taken beside y, by
+        what was rounded off; the run's own parameters stay fp32.
     push_encoding: how gradients travel. dense: all elements, of push_dtype. int8: a byte for each, and a scale for each
         256. topk: of each tensor the `topk_fraction` of largest magnitude, of push_dtype, and where they are; it suits
         SGD, and slows AdamW down. What int8 and topk leave out is the residual, which is pushed with the next
@@ -89,7 +92,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         lease_ttl_ms: int | None = None,
         durability: Literal["none", "checkpoint"] | None = None,
         push_dtype: Dtype | None = None,
-        pull_dtype: Dtype | None = None,
+        pull_dtype: PointDtype | None = None,
         push_encoding: Literal["dense", "int8", "topk"] = "dense",
         topk_fraction: float = 0.01,
         process_group: ProcessGroup | Literal[True] | None = None,
@@ -112,6 +115,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
             manifest = Manifest(wanted.parameters)
             pinned = any(tensor.is_cuda for tensor in self._tensors.values())
             self._encoder = None
+            if push_dtype is not None and push_dtype not in get_args(Dtype):
+                choices = ", ".join(get_args(Dtype))
+                raise FreestepError(f"push_dtype is one of {choices}, not {push_dtype!r}; push_encoding may be 'int8'")
             if push_encoding == "dense":
                 self._gradient = Flat(manifest, push_dtype or "F32", pinned=pinned)
             else:

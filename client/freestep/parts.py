@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from freestep.bulk import Body
-from freestep.encodings import Encoder
+from freestep.encoders import Encoder
 from freestep.errors import (
     CoordinatorUnavailable,
     EpochChanged,
@@ -219,8 +219,11 @@ class _Calls:
 
     def _request(self, shard: int) -> Answer:
         call, headers, params = self._call, dict(self._call.headers), dict(self._call.params)
-        if self.count > 1:
+        # In I8 there are only parts: by its name, not even a run's only shard is ever taken for the whole of several.
+        is_named = self.count > 1 or params.get("dtype") == "I8"
+        if is_named:
             params |= {"shard": shard, "of": self.count}
+        if self.count > 1:
             # What makes the requests one call; a push has its claim's key for that.
             if call.method == "GET":
                 params["cut"] = self._token
@@ -234,7 +237,7 @@ class _Calls:
             body=self._bodies[shard] if self._bodies else None,
             into=None if call.into is None else call.into.parts(self.count)[shard],
             wait=call.wait,
-            place=_Place(self, shard) if self.count > 1 else None,
+            place=_Place(self, shard) if is_named else None,
         )
 
 

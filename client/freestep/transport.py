@@ -59,7 +59,11 @@ _parsed = lru_cache(maxsize=1024)(httpx.URL)
 
 
 class _Destination(Protocol):
-    def receiver(self, length: int) -> Receiver: ...
+    def receiver(self, length: int) -> Receiver:
+        """Where a body of `length` bytes goes."""
+
+    def decode(self, receiver: Receiver) -> None:
+        """Makes of a body that has arrived what is wanted of it."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,7 @@ def _receive(response: httpx.Response, headers: Mapping[str, str], into: _Destin
         raise UnexpectedResponse(f"{response.request.url} did not answer with the run's tensors: {error}") from error
     if not receiver.complete:
         raise httpx.RemoteProtocolError("the body ended before its Content-Length", request=response.request)
+    into.decode(receiver)
 
 
 def _document(response: httpx.Response) -> Any:

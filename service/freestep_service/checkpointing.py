@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Protocol
 
 from freestep.errors import CoordinatorUnavailable, FreestepError, ShardUnavailable
+from freestep.manifest import Manifest
 from freestep.models import Checkpoint
-from freestep.wire import Manifest
 from freestep_service.checkpoints import Checkpoints
 from freestep_service.coordinator import Coordinator
 from freestep_service.metrics import RunMetrics

@@ -30,8 +30,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from freestep.errors import CheckpointNotFound
+from freestep.header import encode_header
+from freestep.manifest import Manifest
 from freestep.models import Checkpoint, ParameterSpec
-from freestep.wire import Manifest, encode_header
 from freestep_service.records import CutId, Record
 from freestep_service.shard import Cut
 from freestep_service.storage import Storage

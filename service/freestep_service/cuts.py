@@ -17,11 +17,11 @@ from typing import cast
 
 from freestep.errors import CoordinatorUnavailable, Overloaded, ProblemError, ShardUnavailable
 from freestep.models import Point
-from freestep.wire import ITEMSIZE, encode_header
+from freestep_service.bodies import body, places, room
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.records import Behind, Fenced
-from freestep_service.shard import DTYPES, Entry
-from freestep_service.snapshots import Reading, Snapshot, body_metadata
+from freestep_service.shard import Entry
+from freestep_service.snapshots import Reading, Snapshot
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -58,7 +58,8 @@ class Cuts:
         self._writer = writer
         self._owner = owner
         self._queue_s = queue_s
-        self._pool = VectorPool(writer.shard.manifest.numel, MOST_CUTS)
+        manifest = writer.shard.manifest
+        self._pool = VectorPool(manifest.numel, MOST_CUTS, room(manifest))
         self._parts: dict[str, _Part] = {}
         self._waiting: dict[str, asyncio.Future[_Part]] = {}
         self._sent: list[str] = []
@@ -78,7 +79,9 @@ class Cuts:
                 for ticket in tickets:
                     self._fail(ticket, Overloaded())
                 continue
-            copied = self._writer.call(self._writer.shard.copy_point, cast(Point, point), vector.tensor(DTYPES[dtype]))
+            shard = self._writer.shard
+            out = places(vector, shard.manifest, dtype)
+            copied = self._writer.call(shard.copy_point, cast(Point, point), out)
             part = _Part(wanted, entry.seq, vector, copied, tickets)
             part.timer = asyncio.get_running_loop().call_later(_KEPT_S, self._expire, part)
             self._parts.update(dict.fromkeys(tickets, part))
@@ -96,8 +99,7 @@ class Cuts:
         try:
             epoch, step = await asyncio.shield(part.copied)
             manifest = self._writer.shard.manifest
-            header = encode_header(manifest, reading.dtype, body_metadata(self._run, epoch, step, reading.point))
-            data = part.vector.bytes[: manifest.numel * ITEMSIZE[reading.dtype]]
+            header, data = body(part.vector, manifest, reading.dtype, self._run, epoch, step, reading.point)
             yield Snapshot(epoch, step, header, data, part.vector, seq=part.seq)
         finally:
             part.readers -= 1

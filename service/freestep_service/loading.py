@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import Protocol
 
 from freestep.errors import CoordinatorUnavailable
+from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep.wire import Manifest
 from freestep_service.checkpointing import Checkpointing
 from freestep_service.checkpoints import Checkpoints, Damaged, RunFile
 from freestep_service.coordinator import Coordinator

@@ -8,8 +8,10 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor
 
+from freestep.encoding import INDICES, SCALE, VALUES
 from freestep.errors import MalformedTensors
-from freestep.wire import INDICES, SCALE, VALUES, Beside, Manifest, Receiver, Slot
+from freestep.manifest import Manifest, Slot
+from freestep.wire import Beside, Receiver
 from freestep_service.optimizers import dequantize, square_sum, widen
 from freestep_service.shard import DTYPES
 from freestep_service.vectors import Vector

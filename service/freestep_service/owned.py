@@ -16,8 +16,8 @@ from freestep.errors import (
     Overloaded,
     ShardUnavailable,
 )
+from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.cuts import Cuts

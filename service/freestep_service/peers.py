@@ -19,13 +19,16 @@ from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
+from freestep.encoding import ITEMSIZE
 from freestep.errors import CoordinatorUnavailable, MalformedRequest, ProblemError, ShardUnavailable
+from freestep.header import encode_header
+from freestep.manifest import Manifest
 from freestep.models import Point, Receipt
-from freestep.wire import ITEMSIZE, MEDIA_TYPE, Manifest, encode_header
+from freestep.wire import MEDIA_TYPE
+from freestep_service.bodies import body_metadata
 from freestep_service.coordinator import not_open
 from freestep_service.egress import etag, is_known, parse_range
 from freestep_service.run import Run
-from freestep_service.snapshots import body_metadata
 from freestep_service.vectors import Vector
 
 __all__ = ["Peers", "stall_seconds"]

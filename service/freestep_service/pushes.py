@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from freestep.encoding import ENCODINGS
 from freestep.errors import (
     PROBLEMS,
     CoordinatorUnavailable,
@@ -26,8 +27,9 @@ from freestep.errors import (
     ProblemError,
     ShardUnavailable,
 )
+from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep.wire import ENCODINGS, Manifest, Receiver
+from freestep.wire import Receiver
 from freestep_service.aggregation import Policy, damping
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.ingest import Body

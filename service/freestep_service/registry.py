@@ -12,8 +12,9 @@ import torch
 from pydantic import ValidationError
 
 from freestep.errors import CoordinatorUnavailable, FreestepError, InvalidSpec, RunExists, RunNotFound
+from freestep.header import body_limit
+from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep.wire import Manifest
 from freestep_service.checkpoints import RunFile
 from freestep_service.coordinator import RUNS_KEY, Coordinator
 from freestep_service.messages import Messages
@@ -72,7 +73,7 @@ class Registry:
 
     async def create(self, name: str, spec: RunSpec) -> tuple[Run, bool]:
         """The run, and whether it is new. Raises RunExists when it is there with another spec."""
-        limit = Manifest(spec.parameters).body_limit
+        limit = body_limit(Manifest(spec.parameters))
         if limit > self._settings.max_body_bytes:
             raise InvalidSpec(
                 f"a body of these parameters may have {limit} bytes, more than the service accepts",

@@ -25,8 +25,8 @@ from freestep.errors import (
     ShardUnavailable,
     StepNotReached,
 )
+from freestep.manifest import Manifest
 from freestep.models import Checkpoint, RunSpec, RunStatus, Topology
-from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
 from freestep_service.checkpointing import Checkpointing
 from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile

@@ -13,15 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freestep.manifest import Manifest
 from freestep.models import Point, RunSpec
-from freestep.wire import Manifest
 from freestep_service.aggregation import Policy
-from freestep_service.optimizers import METHODS, Scalars, gather, initial_buffers, interpolate, segments, step
+from freestep_service.optimizers import (
+    METHODS,
+    Quanta,
+    Scalars,
+    gather,
+    initial_buffers,
+    interpolate,
+    quantize,
+    segments,
+    step,
+)
 
 __all__ = ["DTYPES", "Cut", "Entry", "Shard"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""torch's names of the dtypes that travel."""
+"""torch's names of the dtypes that travel as they are."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +147,12 @@ class Shard:
         self._damping += entry.weight * entry.damping
         self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
 
-    def copy_point(self, point: Point, out: Tensor) -> tuple[int, int]:
-        """Writes a point into `out`, flat [numel] of any float dtype on the host; returns (epoch, step)."""
-        interpolate(self._method, self._layout, self._hyperparameters, self._buffers, point, out)
+    def copy_point(self, point: Point, out: Tensor | Quanta) -> tuple[int, int]:
+        """Writes a point into `out`, flat [numel] of a dtype in DTYPES or int8, on the host; returns (epoch, step)."""
+        if isinstance(out, Quanta):
+            quantize(self._method, self._layout, self._hyperparameters, self._buffers, point, out)
+        else:
+            interpolate(self._method, self._layout, self._hyperparameters, self._buffers, point, out)
         return self.epoch, self.step
 
     def position(self) -> tuple[int, int, dict[str, int]]:

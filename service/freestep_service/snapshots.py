@@ -13,12 +13,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from freestep.models import Point
-from freestep.wire import ITEMSIZE, encode_header
-from freestep_service.shard import DTYPES
+from freestep_service.bodies import body, places, room
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
-__all__ = ["Reading", "Snapshot", "Snapshots", "body_metadata"]
+__all__ = ["Reading", "Snapshot", "Snapshots"]
 
 VECTORS = 2
 
@@ -66,23 +65,14 @@ class Snapshot:
         )
 
 
-def body_metadata(run: str, epoch: int, step: int, point: str) -> dict[str, str]:
-    """What a body of parameters says of itself."""
-    return {
-        "freestep.run": run,
-        "freestep.epoch": str(epoch),
-        "freestep.step": str(step),
-        "freestep.point": point,
-    }
-
-
 class Snapshots:
     """The snapshots of one run."""
 
     def __init__(self, run: str, writer: Writer) -> None:
         self._run = run
         self._writer = writer
-        self._pool = VectorPool(writer.shard.manifest.numel, VECTORS)
+        manifest = writer.shard.manifest
+        self._pool = VectorPool(manifest.numel, VECTORS, room(manifest))
         self._newest: dict[tuple[Point, str], Snapshot] = {}
         self._making: dict[tuple[Point, str], asyncio.Task[Snapshot]] = {}
 
@@ -115,15 +105,15 @@ class Snapshots:
     async def _copy(self, point: Point, dtype: str) -> Snapshot:
         key = (point, dtype)
         try:
-            vector = await self._vector(key)
+            vector, manifest = await self._vector(key), self._writer.shard.manifest
             try:
-                epoch, step = await self._writer.run(self._writer.shard.copy_point, point, vector.tensor(DTYPES[dtype]))
+                out = places(vector, manifest, dtype)
+                epoch, step = await self._writer.run(self._writer.shard.copy_point, point, out)
             except BaseException:
                 self._pool.release(vector)
                 raise
-            manifest = self._writer.shard.manifest
-            header = encode_header(manifest, dtype, body_metadata(self._run, epoch, step, point))
-            snapshot = Snapshot(epoch, step, header, vector.bytes[: manifest.numel * ITEMSIZE[dtype]], vector)
+            header, data = body(vector, manifest, dtype, self._run, epoch, step, point)
+            snapshot = Snapshot(epoch, step, header, data, vector)
             replaced, self._newest[key] = self._newest.get(key), snapshot
             if replaced is not None:
                 self._let_go(replaced)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from freestep.manifest import Manifest
 from freestep.models import ShardStatus, Slice, Topology
-from freestep.wire import Manifest
 from freestep_service.records import Standing
 
 __all__ = ["topology"]

@@ -17,26 +17,33 @@ __all__ = ["Vector", "VectorPool"]
 
 
 class Vector:
-    """Page-aligned memory for `numel` fp32 elements, seen as bytes and as a flat tensor."""
+    """Page-aligned memory for `numel` fp32 elements, or for `room` bytes if that is more, seen as bytes and as a flat
+    tensor."""
 
-    def __init__(self, numel: int) -> None:
+    def __init__(self, numel: int, room: int = 0) -> None:
         self.numel = numel
-        memory = mmap.mmap(-1, max(4 * numel, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        size = max(4 * numel, room)
+        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        self.bytes = memoryview(memory)[: 4 * numel]
+        self.bytes = memoryview(memory)[:size]
         self._whole = torch.frombuffer(memory, dtype=torch.uint8)
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The first `numel` elements of the memory as a flat tensor of a dtype of at most 4 bytes."""
-        return self._whole[: dtype.itemsize * self.numel].view(dtype)
+        return self.stretch(dtype, 0, self.numel)
+
+    def stretch(self, dtype: torch.dtype, begin: int, count: int) -> Tensor:
+        """`count` elements of a dtype, from byte `begin` on, which is a multiple of their size."""
+        return self._whole[begin : begin + dtype.itemsize * count].view(dtype)
 
 
 class VectorPool:
-    """At most `capacity` vectors, lent first come, first served."""
+    """At most `capacity` vectors of `numel` elements, or of `room` bytes, lent first come, first served."""
 
-    def __init__(self, numel: int, capacity: int) -> None:
+    def __init__(self, numel: int, capacity: int, room: int = 0) -> None:
         self.numel = numel
+        self.room = room
         self.capacity = capacity
         self._made = 0
         self._free: list[Vector] = []
@@ -48,7 +55,7 @@ class VectorPool:
             return self._free.pop()
         if self._made < self.capacity:
             self._made += 1
-            return Vector(self.numel)
+            return Vector(self.numel, self.room)
         return None
 
     async def acquire(self) -> Vector:

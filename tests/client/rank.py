@@ -102,6 +102,16 @@ with RemoteOptimizer(model, **{**options, "run": f"{name}-encoded", "shards": 3,
     residual = opt.state_dict()["freestep"]["residual"]
     seen["encoded"] = {"residual": residual.tolist(), "lacking": (pushed - moved).tolist()}
     dist.barrier()
+with (
+    RemoteOptimizer(model, **{**options, "run": f"{name}-encoded", "pull_dtype": "I8"}) as opt,
+    Client(url) as client,
+):
+    y, _ = client.run(f"{name}-encoded").pull("y", dtype="I8")
+    seen["int8"] = {
+        "parameters": nn.utils.parameters_to_vector(model.parameters()).tolist(),
+        "y": torch.cat([tensor.reshape(-1) for tensor in y.values()]).tolist(),
+    }
+    dist.barrier()
 with open(f"{file}.{rank}", "w") as opened:
     json.dump(seen, opened)
 dist.destroy_process_group()

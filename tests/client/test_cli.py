@@ -92,6 +92,17 @@ def test_a_point_is_pulled_in_a_narrow_dtype_and_said_in_json(service: ThreadSer
     assert safetensors.torch.load_file(file)["w"].dtype == torch.bfloat16
 
 
+def test_a_point_that_travels_as_int8_is_fp32_in_the_file(service: ThreadService, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    assert freestep(service, "pull", run.name, "-o", str(file), "--dtype", "I8").returncode == 0
+    loaded, pulled = safetensors.torch.load_file(file), run.pull("x", dtype="I8")[0]
+    assert loaded.keys() == TENSORS.keys()
+    for name, tensor in loaded.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, pulled[name])
+    assert freestep(service, "pull", run.name, "-o", str(file), "--dtype", "I4").returncode == 2
+
+
 def test_checkpoints_are_written_listed_and_gone_back_to(service: ThreadService, run: Run) -> None:
     assert json.loads(freestep(service, "checkpoint", run.name, "--json").stdout)["step"] == 1
     listed = json.loads(freestep(service, "checkpoint", run.name, "--list", "--json").stdout)

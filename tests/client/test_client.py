@@ -35,8 +35,8 @@ from freestep import (
     UnexpectedResponse,
 )
 from freestep.flat import DTYPES
+from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
-from freestep.wire import Manifest
 from harness import SGD, TENSORS, ThreadService, wait_until
 from proxies import Cutter
 

@@ -111,6 +111,12 @@ def test_every_rank_keeps_the_residual_of_all_shards(ranks: tuple[Seen, Seen]) -
     assert seen["encoded"]["lacking"] == pytest.approx(seen["encoded"]["residual"], abs=1e-5)
 
 
+def test_every_rank_has_the_int8_parts_of_all_shards(ranks: tuple[Seen, Seen]) -> None:
+    for seen in ranks:
+        assert any(seen["int8"]["y"])
+        assert seen["int8"]["parameters"] == seen["int8"]["y"]
+
+
 def test_a_group_must_be_there(service: ThreadService) -> None:
     with pytest.raises(FreestepError, match="init_process_group"):
         RemoteOptimizer([], run="none", url=service.url, process_group=True)

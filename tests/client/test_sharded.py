@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from freestep import AlreadyInitialized, Client, Flat, NonFiniteGradient, Receipt, RemoteOptimizer, Run, StepNotReached
+from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
-from freestep.wire import Manifest, lay
+from freestep.wire import lay
 from harness import TENSORS, ProcessService, ThreadService, at_once, under_way
 from proxies import Cutter
 from shards.runs import ONES, SHARDS, SIZES, ZEROS, counting

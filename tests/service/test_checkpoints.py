@@ -22,8 +22,8 @@ import torch
 import xxhash
 
 from freestep.errors import CheckpointNotFound
+from freestep.manifest import Manifest
 from freestep.models import ALGORITHMS, RunSpec
-from freestep.wire import Manifest
 from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile
 from freestep_service.records import CutId, Record
 from freestep_service.shard import Cut, Entry, Shard
@@ -475,7 +475,7 @@ import sys
 from pathlib import Path
 import torch
 from freestep.models import RunSpec
-from freestep.wire import Manifest
+from freestep.manifest import Manifest
 from freestep_service.checkpoints import Checkpoints
 from freestep_service.records import CutId
 from freestep_service.shard import Entry, Shard

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import encoded
+from freestep.encoding import INT8
+from freestep.manifest import Manifest
 from freestep.models import ALGORITHMS, RunSpec
-from freestep.wire import Manifest
+from freestep_service.optimizers import Blocks, Quanta
 from freestep_service.shard import Entry, Shard
 from harness import TENSORS, Api, ThreadService
 
@@ -46,6 +49,19 @@ def test_points_are_those_of_the_cpu(algorithm: str, aggregation: dict[str, Any]
         positions = [shard.copy_point(point, out) for shard, out in zip(shards, outs, strict=True)]
         assert positions[0] == positions[1]
         torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "adamw_schedule_free"])
+def test_int8_is_that_of_the_fp32_points(algorithm: str) -> None:
+    shard = trained("cuda", algorithm, {"policy": "async"})
+    blocks = Blocks.of(shard.manifest, INT8)
+    for point in ("x", "y", "z"):
+        out = Quanta(torch.empty(shard.manifest.numel, dtype=torch.int8), torch.empty(len(blocks.bounds) - 1), blocks)
+        wide = torch.empty(shard.manifest.numel)
+        assert shard.copy_point(point, out) == shard.copy_point(point, wide)
+        expected, _ = encoded.int8(dict(zip("wv", wide.split((2100, 5)), strict=True)))
+        assert torch.equal(out.scales, torch.cat([expected["w::scale"], expected["v::scale"]]))
+        assert torch.equal(out.quanta, torch.cat([expected["w"], expected["v"]]))
 
 
 def test_a_cut_comes_back_on_the_gpu() -> None:

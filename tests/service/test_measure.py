@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from encoded import assemble, decoded, int8, topk
+from freestep.encoding import ENCODINGS
+from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
-from freestep.wire import ENCODINGS, Manifest, Receiver, lay
+from freestep.wire import Receiver, lay
 from freestep_service.measure import decode_and_measure
 from freestep_service.optimizers.squares import CHUNK
 from freestep_service.vectors import Vector

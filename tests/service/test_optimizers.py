@@ -18,14 +18,18 @@ import torch
 from numba.core import event
 from torch import Tensor, nn
 
-from freestep.models import ALGORITHMS, RunSpec
-from freestep.wire import Manifest
+from freestep.encoding import INT8
+from freestep.manifest import Manifest
+from freestep.models import ALGORITHMS, ParameterSpec, RunSpec
 from freestep_service.optimizers import (
     METHODS,
+    Blocks,
+    Quanta,
     Segment,
     gather,
     initial_buffers,
     interpolate,
+    quantize,
     segments,
     square_sum,
     step,
@@ -365,6 +369,8 @@ def test_what_is_not_finite_stays_where_it_is(algorithm: str) -> None:
 def test_no_push_waits_for_a_compiler() -> None:
     compile_loops()
     wide = torch.ones(9)
+    blocks = Blocks.of(Manifest([ParameterSpec(name="w", shape=(9,))]), INT8)
+    int8 = Quanta(torch.empty(9, dtype=torch.int8), torch.empty(1), blocks)
     with event.install_recorder("numba:compile") as compilations:
         for algorithm in METHODS:
             stretch = Stretch(algorithm, random_vector(9, 0), 0, 9)
@@ -372,6 +378,8 @@ def test_no_push_waits_for_a_compiler() -> None:
                 stretch.step(random_vector(9, 1))
             for point, dtype in itertools.product("xyz", (torch.float32, torch.bfloat16, torch.float16)):
                 stretch.point(point, dtype)
+            for point in ("x", "y"):
+                quantize(METHODS[algorithm], stretch.layout, stretch.hyperparameters, stretch.buffers, point, int8)
         for first in (True, False):
             gather(wide, random_vector(9, 1), 0.5, first=first)
         square_sum(wide)

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 import torch
 
+from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep.wire import Manifest
 from freestep_service.records import Lost
 from freestep_service.shard import Entry, Shard
 from freestep_service.turns import Turns

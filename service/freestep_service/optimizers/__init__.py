@@ -5,19 +5,23 @@ from __future__ import annotations
 from freestep_service.optimizers import baselines, schedule_free
 from freestep_service.optimizers.method import Buffers, Method, Scalars
 from freestep_service.optimizers.points import interpolate
+from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
 from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, segments, step
 
 __all__ = [
     "METHODS",
+    "Blocks",
     "Buffers",
     "Method",
+    "Quanta",
     "Scalars",
     "Segment",
     "dequantize",
     "gather",
     "initial_buffers",
     "interpolate",
+    "quantize",
     "segments",
     "square_sum",
     "step",

@@ -15,7 +15,7 @@ from freestep_service.optimizers.method import Buffers, Method
 from freestep_service.optimizers.slices import in_slices
 from freestep_service.optimizers.sweep import Segment, within
 
-__all__ = ["interpolate"]
+__all__ = ["interpolate", "is_compiled", "mix", "mixture"]
 
 
 def _same(x: Any) -> Any:
@@ -30,7 +30,7 @@ _ROUNDING: dict[torch.dtype, Callable[[Any], Any]] = {
 
 
 @inlined
-def _mix(y: Any, z: Any, weight: Any) -> Any:
+def mix(y: Any, z: Any, weight: Any) -> Any:
     return y + weight * (z - y)
 
 
@@ -49,7 +49,7 @@ def _mixing(rounded: Callable[[Any], Any]) -> Callable[[Any, Any, Any, Any], Non
 
     def loop(y: Any, z: Any, weight: Any, out: Any) -> None:
         for i in range(out.size):
-            out[i] = rounded(_mix(y[i], z[i], weight))
+            out[i] = rounded(mix(y[i], z[i], weight))
 
     return compiled(loop, rounded.__name__)
 
@@ -70,15 +70,22 @@ def interpolate(
 
     x = y + (1 - 1/β)(z - y) in fp32; methods that keep one point have x = y = z.
     """
-    if point == "x" and method.interpolation is not None:
-        weights = {group: 1 - 1 / method.interpolation(chosen) for group, chosen in hyperparameters.items()}
+    weights = mixture(method, hyperparameters, point)
+    if weights is not None:
         _copy_x(tuple(layout), weights, buffers["y"], buffers["z"], out)
     else:
-        _copy(buffers[point] if point in buffers else buffers["y"], out)
+        _copy(buffers.get(point, buffers["y"]), out)
+
+
+def mixture(method: Method, hyperparameters: Mapping[str, Any], point: str) -> dict[str, float] | None:
+    """By group, how much of z - y is added to y; None where the point is one of the state's vectors."""
+    if point != "x" or method.interpolation is None:
+        return None
+    return {group: 1 - 1 / method.interpolation(chosen) for group, chosen in hyperparameters.items()}
 
 
 def _copy(source: Tensor, out: Tensor) -> None:
-    if not _is_compiled(source):
+    if not is_compiled(source):
         out.copy_(source)
         return
     loop, elements, places = _COPYING[out.dtype], source.numpy(), _places(out)
@@ -86,10 +93,10 @@ def _copy(source: Tensor, out: Tensor) -> None:
 
 
 def _copy_x(layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor, z: Tensor, out: Tensor) -> None:
-    if not _is_compiled(y):
+    if not is_compiled(y):
         for segment in layout:
             part = slice(segment.begin, segment.end)
-            out[part].copy_(_mix(y[part], z[part], weights[segment.group]))
+            out[part].copy_(mix(y[part], z[part], weights[segment.group]))
         return
     loop, ys, zs, places = _MIXING[out.dtype], y.numpy(), z.numpy(), _places(out)
 
@@ -101,7 +108,8 @@ def _copy_x(layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor
     in_slices(work, y.numel())
 
 
-def _is_compiled(source: Tensor) -> bool:
+def is_compiled(source: Tensor) -> bool:
+    """Whether it is for compiled loops: what is not on the host, or not fp32, is for torch."""
     return source.device.type == "cpu" and source.dtype == torch.float32
 
 

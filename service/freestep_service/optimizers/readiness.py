@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from freestep.models import ALGORITHMS
 from freestep_service.optimizers import METHODS
 from freestep_service.optimizers.points import interpolate
+from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
 from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, step
 
@@ -16,12 +18,14 @@ __all__ = ["compile_loops"]
 def compile_loops() -> None:
     """Takes seconds the first time on a machine; runs each loop once, on one element, with the types of service."""
     layout, nought = (Segment("", 0, 1),), torch.zeros(1)
+    quanta = Quanta(nought.to(torch.int8), nought.clone(), Blocks(np.array([0, 1]), ((0, 1, 1),)))
     for algorithm, method in METHODS.items():
         hyperparameters, buffers = {"": ALGORITHMS[algorithm]()}, initial_buffers(method, nought.clone())
         step(method, layout, hyperparameters, {"": method.initial}, buffers, nought)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for point in ("x", "y"):
+        for point in ("x", "y"):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 interpolate(method, layout, hyperparameters, buffers, point, nought.to(dtype, copy=True))
+            quantize(method, layout, hyperparameters, buffers, point, quanta)
     for first in (True, False):
         gather(nought.clone(), nought, 1.0, first=first)
     square_sum(nought)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freestep.wire import Slot
+from freestep.manifest import Slot
 from freestep_service.optimizers.compiled import compiled, inlined
 from freestep_service.optimizers.method import Buffers, Method, Scalars
 from freestep_service.optimizers.slices import in_slices

@@ -11,8 +11,9 @@ from typing import Any, Self, get_args
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from freestep.encoding import INT8
 from freestep.errors import MalformedRequest, ShardUnavailable
-from freestep.models import MOST_SHARDS, Dtype, Point
+from freestep.models import MOST_SHARDS, Point, PointDtype
 from freestep_service.peers import Peers
 from freestep_service.routes.dependencies import RUN_NAME
 from freestep_service.run import Run
@@ -66,8 +67,16 @@ class Asked:
         return point
 
     @property
-    def dtype(self) -> Dtype:
-        dtype: Dtype = self._choice("dtype", get_args(Dtype), "F32")
+    def dtype(self) -> PointDtype:
+        """Raises MalformedRequest, and MalformedTensors where the run's names leave none for I8's scales."""
+        dtype: PointDtype = self._choice("dtype", get_args(PointDtype), "F32")
+        if dtype == "I8":
+            # Blocks begin anew with a shard's part, and not there with the whole's.
+            if self.shard is None:
+                count = self.run.count
+                detail = f"dtype: I8 is of one shard at a time, and the run has {count}: ask for shard=K&of={count}"
+                raise MalformedRequest(detail, field="dtype", shards=count)
+            self.run.manifest.derived(INT8.roles)
         return dtype
 
     @property

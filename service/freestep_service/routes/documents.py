@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from freestep.models import MOST_SHARDS, Dtype, Point
+from freestep.models import MOST_SHARDS, Point, PointDtype
 from freestep.wire import MEDIA_TYPE
 from freestep_service.routes.dependencies import RUN_NAME
 
@@ -49,7 +49,12 @@ PART = [
     ),
 ]
 POINT = _query("point", {"type": "string", "enum": list(get_args(Point)), "default": "x"}, "The point.")
-DTYPE = _query("dtype", {"type": "string", "enum": list(get_args(Dtype)), "default": "F32"}, "The tensors' dtype.")
+DTYPE = _query(
+    "dtype",
+    {"type": "string", "enum": list(get_args(PointDtype)), "default": "F32"},
+    "The tensors' dtype. I8: int8, and beside each NAME its NAME::scale, F32, one for each 256 elements; of a run of "
+    "several shards only with `shard`.",
+)
 PULL_QUERY = [
     _query("min_step", {"type": "integer", "minimum": 0, "default": 0}, "The point is of no step before this one."),
     _query("cut", {"type": "string", "maxLength": 200}, "Shards that are asked with the same word answer of one step."),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from freestep.models import Dtype, Receipt
-from freestep.wire import ENCODINGS
+from freestep.encoding import ENCODINGS
+from freestep.models import PointDtype, Receipt
 from freestep_service.egress import SnapshotResponse
 from freestep_service.headers import Preferences, body_length, claim, loss, preferences, receipt_headers
 from freestep_service.ingest import Body
@@ -73,7 +73,7 @@ async def push(request: Request) -> Response:
 
 
 async def _push_whole(
-    run: Run, request: Request, peers: Peers, body: Body, claimed: Claim, wishes: Preferences, dtype: Dtype
+    run: Run, request: Request, peers: Peers, body: Body, claimed: Claim, wishes: Preferences, dtype: PointDtype
 ) -> Response:
     """The slow way: this process takes the whole gradient in and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}

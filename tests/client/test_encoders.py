@@ -26,12 +26,14 @@ from freestep import (
     Run,
     ServiceUnreachable,
     TopK,
-    encodings,
+    encoders,
 )
-from freestep.encodings import Encoder
+from freestep.encoders import Encoder
+from freestep.encoding import ENCODINGS
 from freestep.flat import DTYPES
+from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
-from freestep.wire import ENCODINGS, Manifest, Receiver, lay
+from freestep.wire import Receiver, lay
 from harness import SGD, ThreadService
 from proxies import Cutter
 
@@ -114,7 +116,7 @@ def test_topk_is_the_plain_one(dtype: str, fraction: float) -> None:
 
 
 def test_indices_that_do_not_fit_are_wider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encodings, "_LARGEST_I32", 40 * 33 - 2)
+    monkeypatch.setattr(encoders, "_LARGEST_I32", 40 * 33 - 2)
     encoder = TopK(filled(), 0.05, "BF16")
     items, _ = read(*whole(encoder), MANIFEST)
     assert {item.dtype for name, item in items.items() if name.endswith("::indices")} == {torch.int64}
@@ -130,7 +132,7 @@ LONG = 1_000_003
 )
 def test_the_largest_of_a_long_vector_are_the_largest(kind: str, count: int) -> None:
     vector = torch.randn(LONG, generator=torch.Generator().manual_seed(3))
-    stride = LONG // encodings._SAMPLE | 1
+    stride = LONG // encoders._SAMPLE | 1
     if kind == "few":
         vector[torch.arange(LONG) % 1000 != 7] = 0
     elif kind == "equal":
@@ -143,7 +145,7 @@ def test_the_largest_of_a_long_vector_are_the_largest(kind: str, count: int) -> 
         vector[torch.arange(LONG) % stride != 0] = 0
     elif kind == "nan":
         vector[LONG // 2] = float("nan")
-    found = encodings._largest(vector, count)
+    found = encoders._largest(vector, count)
     assert (found.diff() > 0).all()
     expected = vector.abs().topk(count).values
     torch.testing.assert_close(vector[found].abs().sort(descending=True).values, expected, equal_nan=True)

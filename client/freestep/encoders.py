@@ -9,15 +9,17 @@ the gradients, within the rounding of fp32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
+from freestep.encoding import INDICES, ITEMSIZE, VALUES, Encoding
 from freestep.errors import FreestepError, ManifestMismatch
 from freestep.flat import DTYPES, Flat, bytes_of
-from freestep.wire import INDICES, ITEMSIZE, SCALE, VALUES, Encoding, Manifest, Slot, header_of
+from freestep.header import header_of
+from freestep.manifest import Manifest, Slot
 
 __all__ = ["Encoder", "Int8", "Part", "TopK"]
 
@@ -153,19 +155,14 @@ class Int8(Encoder):
         self._scratch = torch.empty(2, min(max(_CHUNK, block), gradient.vector.numel()))
 
     def _part(self, manifest: Manifest) -> Part:
-        shapes = [self.encoding.shape(slot, SCALE) or () for slot in manifest.slots]
-        # The scales come first, so that they lie at multiples of 4 bytes.
-        items = [
-            *((slot.name + SCALE, "F32", shape) for slot, shape in zip(manifest.slots, shapes, strict=True)),
-            *((slot.name, "I8", slot.shape) for slot in manifest.slots),
-        ]
-        scales = torch.empty(sum(map(prod, shapes)))
+        items = list(self.encoding.int8_items(manifest))
+        scales = torch.empty(sum(prod(shape) for _, dtype, shape in items if dtype == "F32"))
         return Part(manifest, self.encoding, items, (scales, torch.empty(manifest.numel, dtype=torch.int8)))
 
     def _encode(self, part: Part, gradient: Tensor, before: Tensor, after: Tensor) -> None:
         scales, quanta = part.buffers
         first = 0
-        for begin, end, width in self._chunks(part.manifest):
+        for begin, end, width in self.encoding.stretches(part.manifest.slots, _CHUNK):
             numel, rows = end - begin, (end - begin) // width
             exact, made = (each[:numel].view(rows, width) for each in self._scratch)
             scale = scales[first : first + rows].view(rows, 1)
@@ -180,30 +177,6 @@ class Int8(Encoder):
             quanta[begin:end].view(rows, width).copy_(made)
             made.mul_(scale)
             torch.sub(exact, made, out=after[begin:end].view(rows, width))
-
-    def _chunks(self, manifest: Manifest) -> Iterator[tuple[int, int, int]]:
-        """Stretches of whole blocks, in order: begin, end, and how many elements a block has in it."""
-        block = self.encoding.block
-        most = max(_CHUNK // block, 1) * block
-        for begin, end, width in _runs(manifest.slots, block):
-            for place in range(begin, end, most):
-                yield place, min(place + most, end), width
-
-
-def _runs(slots: Sequence[Slot], block: int) -> Iterator[tuple[int, int, int]]:
-    """As long stretches of blocks of one size as there are: tensors that are whole blocks are as one tensor."""
-    begin = end = 0
-    for slot in slots:
-        whole = slot.numel - slot.numel % block
-        end = slot.offset + whole
-        if whole < slot.numel:
-            if begin < end:
-                yield begin, end, block
-            begin = slot.offset + slot.numel
-            yield end, begin, begin - end
-            end = begin
-    if begin < end:
-        yield begin, end, block
 
 
 class TopK(Encoder):

@@ -1,0 +1,50 @@
+"""A point as a body: where in a vector its tensors are written, and what goes before them."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from freestep.encoding import INT8
+from freestep.header import data_length, encode_header
+from freestep.manifest import Manifest
+from freestep.models import PointDtype
+from freestep_service.optimizers import Blocks, Quanta
+from freestep_service.shard import DTYPES
+from freestep_service.vectors import Vector
+
+__all__ = ["body", "body_metadata", "places", "room"]
+
+
+def room(manifest: Manifest) -> int:
+    """Bytes of a vector that any point fits into: of tensors of one element int8 is the longest, for their scales."""
+    return max(data_length(manifest, dtype) for dtype in get_args(PointDtype))
+
+
+def places(vector: Vector, manifest: Manifest, dtype: str) -> Tensor | Quanta:
+    """The memory of a vector that a point is written to."""
+    if dtype != "I8":
+        return vector.tensor(DTYPES[dtype])
+    blocks = manifest.derived(Blocks.of, INT8)
+    scales = vector.stretch(torch.float32, 0, len(blocks.bounds) - 1)
+    return Quanta(vector.stretch(torch.int8, scales.nbytes, manifest.numel), scales, blocks)
+
+
+def body(
+    vector: Vector, manifest: Manifest, dtype: str, run: str, epoch: int, step: int, point: str
+) -> tuple[bytes, memoryview]:
+    """The body of a point that was written to a vector: its header, and its tensors."""
+    header = encode_header(manifest, dtype, body_metadata(run, epoch, step, point))
+    return header, vector.bytes[: data_length(manifest, dtype)]
+
+
+def body_metadata(run: str, epoch: int, step: int, point: str) -> dict[str, str]:
+    """What a body of parameters says of itself."""
+    return {
+        "freestep.run": run,
+        "freestep.epoch": str(epoch),
+        "freestep.step": str(step),
+        "freestep.point": point,
+    }
