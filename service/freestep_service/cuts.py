@@ -17,11 +17,12 @@ from typing import cast
 
 from freestep.errors import CoordinatorUnavailable, Overloaded, ProblemError, ShardUnavailable
 from freestep.models import Point
-from freestep_service.bodies import body, places, room
+from freestep_service.bodies import body, room
 from freestep_service.coordinator import Coordinator, Owner
+from freestep_service.loans import Loan
 from freestep_service.records import Behind, Fenced
 from freestep_service.shard import Entry
-from freestep_service.snapshots import Reading, Snapshot
+from freestep_service.snapshots import Reading, Snapshot, take
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -40,11 +41,16 @@ class _Part:
 
     wanted: str
     seq: int
-    vector: Vector
-    copied: asyncio.Future[tuple[int, int]]
+    taken: asyncio.Future[Loan]
+    spare: Vector
     tickets: set[str]
     readers: int = 0
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+def _free(taken: asyncio.Future[Loan]) -> Vector | None:
+    """The vector that is free now that a part is let go; None where it came to nothing."""
+    return None if taken.cancelled() or taken.exception() else taken.result().end()
 
 
 class Cuts:
@@ -79,10 +85,7 @@ class Cuts:
                 for ticket in tickets:
                     self._fail(ticket, Overloaded())
                 continue
-            shard = self._writer.shard
-            out = places(vector, shard.manifest, dtype)
-            copied = self._writer.call(shard.copy_point, cast(Point, point), out)
-            part = _Part(wanted, entry.seq, vector, copied, tickets)
+            part = _Part(wanted, entry.seq, take(self._writer, cast(Point, point), dtype, vector), vector, tickets)
             part.timer = asyncio.get_running_loop().call_later(_KEPT_S, self._expire, part)
             self._parts.update(dict.fromkeys(tickets, part))
             for ticket in tickets & self._waiting.keys():
@@ -97,10 +100,10 @@ class Cuts:
         ticket, part = await self._part(reading)
         part.readers += 1
         try:
-            epoch, step = await asyncio.shield(part.copied)
+            loan = await asyncio.shield(part.taken)
             manifest = self._writer.shard.manifest
-            header, data = body(part.vector, manifest, reading.dtype, self._run, epoch, step, reading.point)
-            yield Snapshot(epoch, step, header, data, part.vector, seq=part.seq)
+            header, data = body(loan.vector, manifest, reading.dtype, self._run, loan.epoch, loan.step, reading.point)
+            yield Snapshot(loan.epoch, loan.step, header, data, loan, seq=part.seq)
         finally:
             part.readers -= 1
             if ticket in part.tickets:
@@ -172,7 +175,7 @@ class Cuts:
             return
         part.timer.cancel()
         part.timer = None
-        part.copied.add_done_callback(lambda _: self._pool.release(part.vector))
+        part.taken.add_done_callback(lambda taken: self._pool.release(_free(taken) or part.spare))
 
     def _note(self, ticket: str) -> None:
         """Has Redis told that a part was sent: with the next push, or soon, or now if others may wait for room."""

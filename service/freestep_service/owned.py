@@ -19,6 +19,7 @@ from freestep.errors import (
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
 from freestep_service.aggregation import Policy
+from freestep_service.bodies import room
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.cuts import Cuts
 from freestep_service.ingest import Body
@@ -59,7 +60,7 @@ class OwnedShard:
         self.index = index
         self.token = token
         self.manifest = whole.part(index, count)
-        self.shard = Shard(spec, self.manifest, device)
+        self.shard = Shard(spec, self.manifest, device, room(self.manifest))
         self.writer = Writer(self.shard, f"{run}-{index}", self._taken, turns)
         self.initialized = False
         self.loaded: int | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from freestep.manifest import Manifest
 from freestep.models import Point, RunSpec
 from freestep_service.aggregation import Policy
+from freestep_service.loans import Loan
 from freestep_service.optimizers import (
     METHODS,
     Quanta,
@@ -27,6 +28,7 @@ from freestep_service.optimizers import (
     segments,
     step,
 )
+from freestep_service.vectors import Vector
 
 __all__ = ["DTYPES", "Cut", "Entry", "Shard"]
 
@@ -78,7 +80,8 @@ class Cut:
 class Shard:
     """The state of a stretch of one run's parameters, as of log entry `seq` and step `step` of epoch `epoch`."""
 
-    def __init__(self, spec: RunSpec, manifest: Manifest, device: torch.device) -> None:
+    def __init__(self, spec: RunSpec, manifest: Manifest, device: torch.device, room: int = 0) -> None:
+        """room: bytes that a vector which takes y's place may have beside those of its elements."""
         self.manifest = manifest
         self.device = device
         self.epoch = self.step = self.seq = 0
@@ -89,6 +92,10 @@ class Shard:
         self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in sorted(groups)}
         self._gathers = Policy.of(spec.aggregation).groups
         self._buffers: dict[str, Tensor] = {}
+        self._room = room
+        self._home: Vector | None = None
+        """Where y lies, if that is on the host."""
+        self._loan: Loan | None = None
         self._scalars: dict[str, Scalars] = {}
         self._accumulated: Tensor | None = None
         self._clear_group()
@@ -101,7 +108,7 @@ class Shard:
     def initialize(self, parameters: Tensor, epoch: int) -> None:
         """Starts at step 0 from the initial weights, flat fp32 [numel], which are copied."""
         self.epoch, self.step, self.seq = epoch, 0, 0
-        self._buffers = initial_buffers(self._method, parameters.to(self.device, copy=True))
+        self._buffers = initial_buffers(self._method, self._settle(parameters))
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
         self._clear_group()
 
@@ -126,6 +133,7 @@ class Shard:
             scale = 1 / self._weight
             damping = self._damping / self._weight
         assert gradient is not None
+        self._leave_lent()
         self._scalars = step(
             self._method,
             self._layout,
@@ -155,6 +163,29 @@ class Shard:
             interpolate(self._method, self._layout, self._hyperparameters, self._buffers, point, out)
         return self.epoch, self.step
 
+    def lend(self, spare: Vector) -> Loan:
+        """y as it is now, in the state's own memory; where that is lent already, or on a device, copied to `spare`."""
+        if self._home is None or (self._loan is not None and self._loan.is_open):
+            return Loan(*self.copy_point("y", spare.tensor()), spare)
+        self._loan = Loan(self.epoch, self.step, self._home, spare)
+        return self._loan
+
+    def _leave_lent(self) -> None:
+        """Has y in memory that nobody reads."""
+        loan, self._loan = self._loan, None
+        spare = None if loan is None else loan.claim()
+        if spare is not None:
+            self.copy_point("y", spare.tensor())
+            self._home, self._buffers["y"] = spare, spare.tensor()
+
+    def _settle(self, parameters: Tensor) -> Tensor:
+        """A copy of `parameters`, flat fp32 [numel], on the device, to be y."""
+        self._loan = None
+        if self.device.type != "cpu":
+            return parameters.to(self.device, copy=True)
+        self._home = Vector(self.manifest.numel, self._room)
+        return self._home.tensor().copy_(parameters)
+
     def position(self) -> tuple[int, int, dict[str, int]]:
         """(seq, step, group): where in the log the state stands."""
         return self.seq, self.step, dict(self.group)
@@ -178,7 +209,8 @@ class Shard:
     def load(self, cut: Cut, epoch: int) -> None:
         """Takes a cut's state, and its tensors, as this shard's, in the given epoch."""
         self.epoch, self.step, self.seq = epoch, cut.step, cut.seq
-        self._buffers = {name: cut.tensors[name].to(self.device) for name in self._method.buffers}
+        kept = {name: cut.tensors[name].to(self.device) for name in self._method.buffers if name != "y"}
+        self._buffers = {"y": self._settle(cut.tensors["y"]), **kept}
         self._scalars = dict(cut.scalars)
         self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
         self.group = dict(cut.group)

@@ -1,8 +1,8 @@
-"""Points of a run as bodies ready to send: one copy per (step, point, dtype), shared by all who pull it.
+"""Points of a run as bodies ready to send: one per (step, point, dtype), shared by all who pull it.
 
 A snapshot is immutable while anybody reads it. A run has two vectors for snapshots: when both are being sent, the
 next pullers wait in line and then share one snapshot of the step that the run has reached by then, so slow
-pullers cost neither memory nor training.
+pullers cost neither memory nor training. y as fp32 is not copied but lent (`loans`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 from freestep.models import Point
 from freestep_service.bodies import body, places, room
+from freestep_service.loans import Loan
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
-__all__ = ["Reading", "Snapshot", "Snapshots"]
+__all__ = ["Reading", "Snapshot", "Snapshots", "take"]
 
 VECTORS = 2
 
@@ -46,7 +47,7 @@ class Snapshot:
     step: int
     header: bytes
     data: memoryview
-    vector: Vector = field(repr=False)
+    loan: Loan = field(repr=False)
     readers: int = 0
     seq: int | None = None
     """The place in the log that the point was cut at, where shards have to agree on it."""
@@ -63,6 +64,19 @@ class Snapshot:
             memoryview(self.header)[begin:end],
             self.data[max(begin - split, 0) : max(end - split, 0)],
         )
+
+
+def take(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Future[Loan]:
+    """A point of the state that the writer's next entry finds, in the state's own memory or in `spare`."""
+    shard = writer.shard
+    if (point, dtype) == ("y", "F32"):
+        return writer.call(shard.lend, spare)
+    out = places(spare, shard.manifest, dtype)
+
+    def copy() -> Loan:
+        return Loan(*shard.copy_point(point, out), spare)
+
+    return writer.call(copy)
 
 
 class Snapshots:
@@ -107,13 +121,12 @@ class Snapshots:
         try:
             vector, manifest = await self._vector(key), self._writer.shard.manifest
             try:
-                out = places(vector, manifest, dtype)
-                epoch, step = await self._writer.run(self._writer.shard.copy_point, point, out)
+                loan = await take(self._writer, point, dtype, vector)
             except BaseException:
                 self._pool.release(vector)
                 raise
-            header, data = body(vector, manifest, dtype, self._run, epoch, step, point)
-            snapshot = Snapshot(epoch, step, header, data, vector)
+            header, data = body(loan.vector, manifest, dtype, self._run, loan.epoch, loan.step, point)
+            snapshot = Snapshot(loan.epoch, loan.step, header, data, loan)
             replaced, self._newest[key] = self._newest.get(key), snapshot
             if replaced is not None:
                 self._let_go(replaced)
@@ -129,15 +142,16 @@ class Snapshots:
         # The key's own old snapshot first: it is the one that the new one replaces.
         for other in sorted(self._newest, key=lambda other: other != key):
             if self._newest[other].readers == 0:
-                return self._newest.pop(other).vector
+                return self._newest.pop(other).loan.end()
         return await self._pool.acquire()
 
     def _let_go(self, snapshot: Snapshot) -> None:
         if snapshot.readers:
             return
         key = next((key for key, newest in self._newest.items() if newest is snapshot), None)
-        if key is not None and not self._pool.contended:
+        # What is lent is to be had again for nothing, and would have to be copied when the state moves on.
+        if key is not None and not self._pool.contended and snapshot.loan.is_copy:
             return
         if key is not None:
             del self._newest[key]
-        self._pool.release(snapshot.vector)
+        self._pool.release(snapshot.loan.end())
