@@ -71,7 +71,8 @@ class Receiver:
 
     `target` holds `itemsize` bytes for each element of the manifest. A tensor whose dtype is narrower than that
     lands right-aligned in its slot, so that it can be widened in place from the front; `dtypes` names, once the
-    header is read, each tensor's dtype as it came. What an encoding has beside that, or instead of it, lands in memory
+    header is read, each tensor's dtype as it came. Where all are of one `dtype`, they land as one flat vector of it,
+    right-aligned in the target. What an encoding has beside that, or instead of it, lands in memory
     of its own: `beside`, by its name in the header.
 
     It is a Sink, until it is `complete`. With `encodings` it takes bodies of these.
@@ -91,6 +92,7 @@ class Receiver:
         if length > limit:
             raise MalformedTensors("the body is longer than the run's tensors can be", limit=limit)
         self.dtypes: Mapping[str, str] = {}
+        self.dtype: str | None = None
         self.metadata: Mapping[str, str] = {}
         self.encoding = Encoding()
         self.beside: dict[str, Beside] = {}
@@ -160,12 +162,12 @@ class Receiver:
         self.encoding = Encoding.of(self.metadata, self._encodings)
         entries = parse_entries(header, self._manifest, self.encoding, data_length)
         if self.encoding.name == "dense":
-            self._land(_lay_out(entries, self._itemsize))
+            self._land(_lay_out(entries, self._manifest, self._itemsize))
         else:
             self._land_beside(entries)
 
     def _land(self, layout: _Layout) -> None:
-        self.dtypes = layout.dtypes
+        self.dtypes, self.dtype = layout.dtypes, layout.dtype
         self._pending = [self._target[begin:end] for begin, end in reversed(layout.landings)]
 
     def _land_beside(self, entries: Sequence[Entry]) -> None:
@@ -184,28 +186,34 @@ class Receiver:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Each tensor's dtype, and the stretches of a target, in bytes, that a body's tensors fill one after the other."""
+    """Each tensor's dtype, that of all if there is one, and the stretches of a target, in bytes, that a body's tensors
+    fill one after the other."""
 
     dtypes: Mapping[str, str]
+    dtype: str | None
     landings: Sequence[tuple[int, int]]
 
 
 def _plain_layout(manifest: Manifest, dtype: str, itemsize: int) -> _Layout:
     """Where the tensors of a plain header go, in a target of `itemsize` bytes an element."""
-    return _lay_out(plain_entries(manifest, dtype), itemsize)
+    return _lay_out(plain_entries(manifest, dtype), manifest, itemsize)
 
 
-def _lay_out(entries: Iterable[Entry], itemsize: int) -> _Layout:
-    dtypes: dict[str, str] = {}
+def _lay_out(entries: Iterable[Entry], manifest: Manifest, itemsize: int) -> _Layout:
+    entries = list(entries)
+    dtypes = {entry.slot.name: entry.dtype for entry in entries}
+    for name, each in dtypes.items():
+        if ITEMSIZE[each] > itemsize:
+            raise MalformedTensors(f"the tensor {name!r} is {each}, wider than what was asked for")
+    found = set(dtypes.values())
+    dtype = found.pop() if len(found) == 1 else None
     landings: list[tuple[int, int]] = []
     for entry in entries:
-        size = entry.size
-        end = (entry.slot.offset + entry.slot.numel) * itemsize
-        if ITEMSIZE[entry.dtype] > itemsize:
-            raise MalformedTensors(f"the tensor {entry.slot.name!r} is {entry.dtype}, wider than what was asked for")
-        dtypes[entry.slot.name] = entry.dtype
+        slot, size = entry.slot, entry.size
+        width = itemsize if dtype is None else ITEMSIZE[dtype]
+        end = (itemsize - width) * manifest.numel + width * (slot.offset + slot.numel)
         if landings and landings[-1][1] == end - size:
             landings[-1] = (landings[-1][0], end)
         elif size:
             landings.append((end - size, end))
-    return _Layout(dtypes, landings)
+    return _Layout(dtypes, dtype, landings)

@@ -1,4 +1,4 @@
-"""Between reception and commit: the tensors of a body become one fp32 vector, of which it is known how long it is."""
+"""Between reception and commit: the tensors of a body become one vector, of which it is known how long it is."""
 
 from __future__ import annotations
 
@@ -21,17 +21,27 @@ __all__ = ["decode_and_measure"]
 _BESIDE = {**DTYPES, "I32": torch.int32, "I64": torch.int64}
 
 
-def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -> float | None:
-    """Makes fp32 of all tensors that were received into a vector, in place.
+def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -> tuple[Tensor, float | None]:
+    """Makes one flat tensor [numel] of all that was received into a vector, in the vector's own memory.
 
-    Returns the 2-norm of the whole, or None when it is not finite. Raises MalformedTensors where indices are not those
-    of different elements.
+    It is BF16 or F16 where all tensors came so, else fp32. Returns it, and its 2-norm, or None when that is not
+    finite. Raises MalformedTensors where indices are not those of different elements.
+    """
+    if receiver.dtype is not None:
+        dtype = DTYPES[receiver.dtype]
+        whole = vector.stretch(dtype, (4 - dtype.itemsize) * manifest.numel, manifest.numel)
+        return whole, _norm(square_sum(whole))
+    wide = vector.tensor()
+    return wide, _norm(_decode(wide, manifest, receiver))
+
+
+def _decode(wide: Tensor, manifest: Manifest, receiver: Receiver) -> float:
+    """Makes fp32 of tensors that came otherwise, and returns the sum of all squares.
 
     A narrow tensor lies right-aligned in its slot, whose front it does not reach before it is read.
     """
-    wide = vector.tensor()
     if receiver.encoding.name == "topk":
-        return _norm(sum(_scatter(slot, receiver, _place(wide, slot)) for slot in manifest.slots))
+        return sum(_scatter(slot, receiver, _place(wide, slot)) for slot in manifest.slots)
     total = 0.0
     for dtype, members in groupby(manifest.slots, key=lambda slot: receiver.dtypes[slot.name]):
         run = list(members)
@@ -45,7 +55,7 @@ def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -
                 total += dequantize(place.view(torch.int8)[3 * slot.numel :], scales, receiver.encoding.block, place)
             else:
                 total += widen(place.view(DTYPES[dtype])[slot.numel :], place)
-    return _norm(total)
+    return total
 
 
 def _norm(square_sum: float) -> float | None:

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from freestep.errors import (
     AlreadyInitialized,
@@ -114,7 +115,7 @@ class OwnedShard:
                     await self._turn(upload, heard)
                 vector = await self._staging.acquire()
                 try:
-                    norm = await self._receive(body, vector, upload)
+                    parameters, norm = await self._receive(body, vector, upload)
                     if norm is None:
                         raise MalformedTensors("the parameters hold NaN or infinity")
                 except BaseException:
@@ -124,7 +125,7 @@ class OwnedShard:
                     raise
                 await self._agree(upload, heard)
                 if not self.initialized:
-                    await self.writer.run(self.shard.initialize, vector.tensor(), self.writer.epoch)
+                    await self.writer.run(self.shard.initialize, parameters, self.writer.epoch)
                     self.initialized = True
                     self.writer.resume(self.writer.epoch, 0, 0)
             finally:
@@ -142,7 +143,7 @@ class OwnedShard:
             if heard.done() and not heard.result():
                 raise AlreadyInitialized
 
-    async def _receive(self, body: Body, vector: Vector, upload: str) -> float | None:
+    async def _receive(self, body: Body, vector: Vector, upload: str) -> tuple[Tensor, float | None]:
         """As `stage`, and keeps the upload's turn meanwhile."""
         staging = asyncio.ensure_future(stage(body, self.manifest, vector, self._turns))
         try:
@@ -154,7 +155,7 @@ class OwnedShard:
             if not staging.done():
                 staging.cancel()
                 await asyncio.wait([staging])
-        return staging.result()[0]
+        return staging.result()[:2]
 
     async def _agree(self, upload: str, heard: asyncio.Future[bool]) -> None:
         """Returns once all shards have their parts of the upload. Raises AlreadyInitialized when it has lost."""

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from torch import Tensor
+
 from freestep.encoding import ENCODINGS
 from freestep.errors import (
     PROBLEMS,
@@ -80,6 +82,7 @@ class Wish:
 @dataclass(frozen=True)
 class _Staged:
     vector: Vector
+    gradient: Tensor
     norm: float
     digest: str
 
@@ -128,16 +131,16 @@ class Host(Protocol):
 
 async def stage(
     body: Body, manifest: Manifest, vector: Vector, turns: Turns, encodings: Collection[str] = ("dense",)
-) -> tuple[float | None, str]:
-    """Receives a body's tensors into a vector, as fp32; returns their norm, None if not finite, and the digest.
+) -> tuple[Tensor, float | None, str]:
+    """Receives a body's tensors into a vector; returns them as `decode_and_measure` does, and the digest.
 
     Raises MalformedTensors and MalformedRequest.
     """
     receiver = Receiver(manifest, vector.bytes, body.length, encodings=encodings)
     digest = await body.receive_into(receiver)
     if turns.needs_none(HOST, manifest.numel):
-        return decode_and_measure(vector, manifest, receiver), digest
-    return await asyncio.to_thread(turns.of(HOST, decode_and_measure), vector, manifest, receiver), digest
+        return *decode_and_measure(vector, manifest, receiver), digest
+    return *await asyncio.to_thread(turns.of(HOST, decode_and_measure), vector, manifest, receiver), digest
 
 
 class Pushes:
@@ -293,12 +296,12 @@ class Pushes:
         try:
             if vector is None:
                 vector = await self._turn(flight, queued=queued)
-            norm, digest = await stage(body, self._manifest, vector, self._turns, ENCODINGS)
+            gradient, norm, digest = await stage(body, self._manifest, vector, self._turns, ENCODINGS)
             if norm is None:
                 raise NonFiniteGradient("the gradient holds NaN or infinity")
             if self._spec.optimizer.max_grad_norm is None and norm > _LARGEST_NORM:
                 raise NonFiniteGradient(f"the gradient's norm is {norm:.3g}, and its square overflows fp32", norm=norm)
-            return _Staged(vector, norm, digest)
+            return _Staged(vector, gradient, norm, digest)
         except BaseException as error:
             if vector is not None:
                 self._staging.release(vector)
@@ -393,7 +396,7 @@ class Pushes:
             seq=record.seq,
             epoch=record.epoch,
             advance=record.decision == "applied",
-            gradient=staged.vector.tensor(),
+            gradient=staged.gradient,
             worker=record.worker,
             weight=1.0 if claim.samples is None else claim.samples,
             # As torch.nn.utils.clip_grad_norm_.

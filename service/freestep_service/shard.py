@@ -19,6 +19,7 @@ from freestep_service.aggregation import Policy
 from freestep_service.loans import Loan
 from freestep_service.optimizers import (
     METHODS,
+    Gradient,
     Quanta,
     Scalars,
     gather,
@@ -42,8 +43,8 @@ class Entry:
 
     seq: its place in the log. epoch: the run's when it was committed.
     advance: whether the pushes gathered so far, this one included, become an update.
-    gradient: flat fp32 [numel] on the host; None where the entry is no push: the end of a lease closed the update, or
-        the entry only marks a place.
+    gradient: flat [numel] on the host, fp32, or BF16 or F16 as it came; None where the entry is no push: the end of a
+        lease closed the update, or the entry only marks a place.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
     """
@@ -106,7 +107,7 @@ class Shard:
         self._damping = 0.0
 
     def initialize(self, parameters: Tensor, epoch: int) -> None:
-        """Starts at step 0 from the initial weights, flat fp32 [numel], which are copied."""
+        """Starts at step 0 from the initial weights, flat [numel], fp32 or narrower, which are copied."""
         self.epoch, self.step, self.seq = epoch, 0, 0
         self._buffers = initial_buffers(self._method, self._settle(parameters))
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
@@ -121,39 +122,39 @@ class Shard:
         self.seq = entry.seq
         if entry.gradient is None and not entry.advance:
             return
-        gradient = None if entry.gradient is None else entry.gradient.to(self.device)
-        scale = entry.scale
-        damping = entry.damping
-        if self._gathers:
-            if gradient is not None:
-                self._gather(gradient, entry)
-            if not entry.advance:
-                return
-            gradient = self._accumulated
-            scale = 1 / self._weight
-            damping = self._damping / self._weight
-        assert gradient is not None
+        pushed = None if entry.gradient is None else entry.gradient.to(self.device)
+        if not entry.advance:
+            assert pushed is not None
+            self._gather(pushed, entry)
+            return
+        gradient, damping = self._direction(pushed, entry)
         self._leave_lent()
         self._scalars = step(
-            self._method,
-            self._layout,
-            self._hyperparameters,
-            self._scalars,
-            self._buffers,
-            gradient,
-            scale=scale,
-            damping=damping,
+            self._method, self._layout, self._hyperparameters, self._scalars, self._buffers, gradient, damping
         )
         self.step += 1
         self._clear_group()
 
-    def _gather(self, gradient: Tensor, entry: Entry) -> None:
+    def _gather(self, pushed: Tensor, entry: Entry) -> None:
         if self._accumulated is None:
-            self._accumulated = torch.empty_like(gradient)
-        gather(self._accumulated, gradient, entry.weight * entry.scale, first=not self._weight)
+            self._accumulated = torch.empty(self.manifest.numel, device=self.device)
+        gather(self._accumulated, pushed, entry.weight * entry.scale, first=not self._weight)
         self._weight += entry.weight
         self._damping += entry.weight * entry.damping
         self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
+
+    def _direction(self, pushed: Tensor | None, entry: Entry) -> tuple[Gradient, float]:
+        """The gradient of the step that an entry brings about, and the step's damping."""
+        if not self._gathers:
+            assert pushed is not None
+            return Gradient(pushed, entry.scale), entry.damping
+        if pushed is None:
+            assert self._accumulated is not None
+            return Gradient(self._accumulated, 1 / self._weight), self._damping / self._weight
+        weight = self._weight + entry.weight
+        gathered = self._accumulated if self._weight else None
+        damping = (self._damping + entry.weight * entry.damping) / weight
+        return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), damping
 
     def copy_point(self, point: Point, out: Tensor | Quanta) -> tuple[int, int]:
         """Writes a point into `out`, flat [numel] of a dtype in DTYPES or int8, on the host; returns (epoch, step)."""
@@ -179,10 +180,10 @@ class Shard:
             self._home, self._buffers["y"] = spare, spare.tensor()
 
     def _settle(self, parameters: Tensor) -> Tensor:
-        """A copy of `parameters`, flat fp32 [numel], on the device, to be y."""
+        """A copy of `parameters`, flat [numel], on the device and as fp32, to be y."""
         self._loan = None
         if self.device.type != "cpu":
-            return parameters.to(self.device, copy=True)
+            return parameters.to(self.device, torch.float32, copy=True)
         self._home = Vector(self.manifest.numel, self._room)
         return self._home.tensor().copy_(parameters)
 

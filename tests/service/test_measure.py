@@ -22,8 +22,8 @@ NAMES = {"first": "F32", "second": "BF16", "third": "F16", "fourth": "F32", "fif
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def received(body: bytes, numel: int) -> tuple[Vector, float | None]:
-    """The vector that a body becomes, and what is measured of it."""
+def received(body: bytes, numel: int) -> tuple[Tensor, float | None]:
+    """The flat tensor that a body becomes, and what is measured of it."""
     manifest = Manifest([ParameterSpec(name=name, shape=(numel,)) for name in NAMES])
     vector = Vector(manifest.numel)
     # What it held before must not show.
@@ -31,7 +31,7 @@ def received(body: bytes, numel: int) -> tuple[Vector, float | None]:
     receiver = Receiver(manifest, vector.bytes, len(body), encodings=ENCODINGS)
     lay(receiver, body)
     assert receiver.complete
-    return vector, decode_and_measure(vector, manifest, receiver)
+    return decode_and_measure(vector, manifest, receiver)
 
 
 def random_tensors(numel: int) -> dict[str, Tensor]:
@@ -39,9 +39,9 @@ def random_tensors(numel: int) -> dict[str, Tensor]:
     return {name: torch.randn(numel, generator=generator) for name in NAMES}
 
 
-def assert_measured(told: tuple[Vector, float | None], expected: list[Tensor]) -> None:
-    vector, norm = told
-    assert torch.equal(vector.tensor(), torch.cat(expected))
+def assert_measured(told: tuple[Tensor, float | None], expected: list[Tensor]) -> None:
+    flat, norm = told
+    assert torch.equal(flat, torch.cat(expected))
     assert norm == pytest.approx(float(torch.cat(expected).double().norm()), rel=1e-14)
 
 
@@ -49,6 +49,15 @@ def assert_measured(told: tuple[Vector, float | None], expected: list[Tensor]) -
 def test_halves_are_widened(numel: int) -> None:
     tensors = {name: tensor.to(DTYPES[NAMES[name]]) for name, tensor in random_tensors(numel).items()}
     assert_measured(received(assemble(tensors, {}), numel), [tensor.float() for tensor in tensors.values()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("numel", SIZES)
+def test_tensors_of_one_dtype_are_left_as_they_came(numel: int, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(numel).items()}
+    told = received(assemble(tensors, {}), numel)
+    assert told[0].dtype == dtype
+    assert_measured(told, list(tensors.values()))
 
 
 @pytest.mark.parametrize("block", [1, 3, 256, CHUNK, CHUNK + 1, 10**9])

@@ -24,6 +24,7 @@ from freestep.models import ALGORITHMS, ParameterSpec, RunSpec
 from freestep_service.optimizers import (
     METHODS,
     Blocks,
+    Gradient,
     Quanta,
     Segment,
     gather,
@@ -72,15 +73,10 @@ class Flat:
     def join(self, tensors: dict[str, Tensor]) -> Tensor:
         return torch.cat([tensors[slot.name].reshape(-1) for slot in self.slots])
 
-    def step(self, gradients: dict[str, Tensor], **options: float) -> None:
+    def step(self, gradients: dict[str, Tensor], damping: float = 1.0, scale: float = 1.0) -> None:
+        gradient = Gradient(self.join(gradients), scale)
         self.scalars = step(
-            self.method,
-            self.layout,
-            self.hyperparameters,
-            self.scalars,
-            self.buffers,
-            self.join(gradients),
-            **options,
+            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, damping
         )
 
     def point(self, name: str) -> dict[str, Tensor]:
@@ -267,17 +263,10 @@ class Stretch:
         self.buffers = initial_buffers(self.method, weights[begin:end].clone())
         self.scalars = dict.fromkeys(self.hyperparameters, self.method.initial)
 
-    def step(self, gradient: Tensor) -> None:
-        self.scalars = step(
-            self.method,
-            self.layout,
-            self.hyperparameters,
-            self.scalars,
-            self.buffers,
-            gradient[self.begin : self.end],
-            scale=0.3,
-            damping=0.7,
-        )
+    def step(self, pushed: Tensor, share: float = 1.0, gathered: Tensor | None = None) -> None:
+        part = slice(self.begin, self.end)
+        gradient = Gradient(pushed[part], 0.3, share, None if gathered is None else gathered[part])
+        self.scalars = step(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, 0.7)
 
     def point(self, name: str, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.end - self.begin, dtype=dtype)
@@ -351,6 +340,36 @@ def test_gathering_is_a_weighted_sum(numel: int, threads: int) -> None:
     assert torch.equal(in_parts, accumulated)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numel", [17, 3 * LEAST + 17])
+@pytest.mark.parametrize("algorithm", METHODS)
+def test_a_step_reads_what_it_takes_as_it_came(algorithm: str, numel: int, dtype: torch.dtype, threads: int) -> None:
+    """As if what is narrow had been widened, and the last push of a group gathered, by passes of their own."""
+    weights, gathered = random_vector(numel, 2), random_vector(numel, 3)
+    fused, plain = (Stretch(algorithm, weights, 0, numel) for _ in range(2))
+    for seed in range(4, 7):
+        pushed = random_vector(numel, seed).to(dtype)
+        fused.step(pushed, 0.6)
+        plain.step(0.6 * pushed.float())
+        fused.step(pushed, 0.6, gathered)
+        plain.step(gathered + 0.6 * pushed.float())
+    for name, buffer in fused.buffers.items():
+        assert torch.equal(buffer, plain.buffers[name])
+
+
+@pytest.mark.parametrize("algorithm", METHODS)
+def test_torch_reads_what_it_takes_as_it_came(algorithm: str) -> None:
+    weights, gathered = random_vector(67, 2).double(), random_vector(67, 3).double()
+    fused, plain = (Stretch(algorithm, weights, 0, 67) for _ in range(2))
+    pushed = random_vector(67, 4).bfloat16()
+    for stretch, pushes in ((fused, (pushed, 0.6, gathered)), (plain, (gathered + 0.6 * pushed.double(),))):
+        for buffer in stretch.buffers:
+            stretch.buffers[buffer] = stretch.buffers[buffer].double()
+        stretch.step(*pushes)
+    for name, buffer in fused.buffers.items():
+        torch.testing.assert_close(buffer, plain.buffers[name], rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("algorithm", METHODS)
 def test_what_is_not_finite_stays_where_it_is(algorithm: str) -> None:
     numel = 67
@@ -374,15 +393,17 @@ def test_no_push_waits_for_a_compiler() -> None:
     with event.install_recorder("numba:compile") as compilations:
         for algorithm in METHODS:
             stretch = Stretch(algorithm, random_vector(9, 0), 0, 9)
-            for _ in range(2):
-                stretch.step(random_vector(9, 1))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                stretch.step(random_vector(9, 1).to(dtype))
+                stretch.step(random_vector(9, 1).to(dtype), 0.5, wide)
             for point, dtype in itertools.product("xyz", (torch.float32, torch.bfloat16, torch.float16)):
                 stretch.point(point, dtype)
             for point in ("x", "y"):
                 quantize(METHODS[algorithm], stretch.layout, stretch.hyperparameters, stretch.buffers, point, int8)
-        for first in (True, False):
-            gather(wide, random_vector(9, 1), 0.5, first=first)
-        square_sum(wide)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for first in (True, False):
+                gather(wide, random_vector(9, 1).to(dtype), 0.5, first=first)
+            square_sum(wide.to(dtype))
         for dtype in (torch.bfloat16, torch.float16):
             widen(wide.to(dtype), wide)
     assert not compilations.buffer

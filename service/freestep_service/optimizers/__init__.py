@@ -7,12 +7,13 @@ from freestep_service.optimizers.method import Buffers, Method, Scalars
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
-from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, segments, step
+from freestep_service.optimizers.sweep import Gradient, Segment, gather, initial_buffers, segments, step
 
 __all__ = [
     "METHODS",
     "Blocks",
     "Buffers",
+    "Gradient",
     "Method",
     "Quanta",
     "Scalars",

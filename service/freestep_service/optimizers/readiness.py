@@ -10,9 +10,12 @@ from freestep_service.optimizers import METHODS
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
-from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, step
+from freestep_service.optimizers.sweep import Gradient, Segment, gather, initial_buffers, step
 
 __all__ = ["compile_loops"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""In which gradients come and points are sent."""
 
 
 def compile_loops() -> None:
@@ -21,14 +24,18 @@ def compile_loops() -> None:
     quanta = Quanta(nought.to(torch.int8), nought.clone(), Blocks(np.array([0, 1]), ((0, 1, 1),)))
     for algorithm, method in METHODS.items():
         hyperparameters, buffers = {"": ALGORITHMS[algorithm]()}, initial_buffers(method, nought.clone())
-        step(method, layout, hyperparameters, {"": method.initial}, buffers, nought)
+        for dtype in DTYPES:
+            for gathered in (None, nought):
+                gradient = Gradient(nought.to(dtype), gathered=gathered)
+                step(method, layout, hyperparameters, {"": method.initial}, buffers, gradient)
         for point in ("x", "y"):
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for dtype in DTYPES:
                 interpolate(method, layout, hyperparameters, buffers, point, nought.to(dtype, copy=True))
             quantize(method, layout, hyperparameters, buffers, point, quanta)
-    for first in (True, False):
-        gather(nought.clone(), nought, 1.0, first=first)
-    square_sum(nought)
+    for dtype in DTYPES:
+        for first in (True, False):
+            gather(nought.clone(), nought.to(dtype), 1.0, first=first)
+        square_sum(nought.to(dtype))
     dequantize(nought.to(torch.int8), nought, 1, nought.clone())
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in DTYPES[1:]:
         widen(nought.to(dtype), nought.clone())

@@ -34,6 +34,19 @@ def _square_sum(vector: Any) -> Any:
 _squares = compiled(_square_sum, reassociate=True)
 
 
+def _square_sum_of(whole: Callable[[Any], Any]) -> Callable[[Any], float]:
+    whole = inlined(whole)
+
+    def loop(halves: Any) -> Any:
+        total = 0.0
+        for i in range(halves.size):
+            x = np.float64(whole(halves[i]))
+            total += x * x
+        return total
+
+    return compiled(loop, f"squares.{whole.__name__}", reassociate=True)
+
+
 def _widening(whole: Callable[[Any], Any]) -> Callable[[Any, Any], float]:
     whole = inlined(whole)
 
@@ -56,10 +69,18 @@ def _widening(whole: Callable[[Any], Any]) -> Callable[[Any, Any], float]:
 _WIDENING = {torch.bfloat16: _widening(of_bf16_bits), torch.float16: _widening(of_f16_bits)}
 
 
+_SQUARES = {
+    torch.float32: _squares,
+    torch.bfloat16: _square_sum_of(of_bf16_bits),
+    torch.float16: _square_sum_of(of_f16_bits),
+}
+
+
 def square_sum(vector: Tensor) -> float:
-    """Σ x² of a flat fp32 vector on the host, in fp64; not finite where an element is not."""
-    elements = vector.numpy()
-    return sum(in_slices(lambda begin, end: float(_squares(elements[begin:end])), elements.size))
+    """Σ x² of a flat vector on the host, fp32, BF16 or F16, in fp64; not finite where an element is not."""
+    squares = _SQUARES[vector.dtype]
+    elements = (vector if vector.dtype == torch.float32 else vector.view(torch.uint16)).numpy()
+    return sum(in_slices(lambda begin, end: float(squares(elements[begin:end])), elements.size))
 
 
 def widen(narrow: Tensor, out: Tensor) -> float:

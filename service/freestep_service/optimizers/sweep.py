@@ -18,10 +18,11 @@ from torch import Tensor
 
 from freestep.manifest import Slot
 from freestep_service.optimizers.compiled import compiled, inlined
+from freestep_service.optimizers.halves import of_bf16_bits, of_f16_bits
 from freestep_service.optimizers.method import Buffers, Method, Scalars
 from freestep_service.optimizers.slices import in_slices
 
-__all__ = ["Segment", "gather", "initial_buffers", "segments", "step"]
+__all__ = ["Gradient", "Segment", "gather", "initial_buffers", "segments", "step"]
 
 CHUNK = 16 * 1024 * 1024
 """Elements that torch evaluates a rule on at a time: a rule's intermediate results are tensors of so many."""
@@ -62,24 +63,31 @@ def initial_buffers(method: Method, parameters: Tensor) -> dict[str, Tensor]:
     return made
 
 
+class Gradient(NamedTuple):
+    """`scale · (gathered + share · pushed)`: that of one push, or the mean of a group's, whose last one it is.
+
+    pushed: fp32, or BF16 or F16 as it came. gathered: fp32; None where nothing was gathered before.
+    """
+
+    pushed: Tensor
+    scale: float = 1.0
+    share: float = 1.0
+    gathered: Tensor | None = None
+
+
 def step(
     method: Method,
     layout: Iterable[Segment],
     hyperparameters: Mapping[str, Any],
     scalars: Mapping[str, Scalars],
     buffers: Buffers,
-    gradient: Tensor,
-    *,
-    scale: float = 1.0,
+    gradient: Gradient,
     damping: float = 1.0,
 ) -> dict[str, Scalars]:
-    """Moves the buffers, in place, one step along `scale * gradient`, and returns the groups' next scalars.
-
-    `gradient` is flat fp32 [numel], as the buffers are.
-    """
+    """Moves the buffers, in place, one step along the gradient, and returns the groups' next scalars."""
     advanced = {group: method.advance(hyperparameters[group], state, damping) for group, state in scalars.items()}
     coefficients = {group: chosen for group, (_, chosen) in advanced.items()}
-    _sweep(method.rule, layout, coefficients, scale, gradient, [buffers[name] for name in method.buffers])
+    _sweep(method.rule, layout, coefficients, gradient, [buffers[name] for name in method.buffers])
     return {group: following for group, (following, _) in advanced.items()}
 
 
@@ -97,51 +105,54 @@ def _add(g: Tensor, accumulated: Tensor, _: _None) -> tuple[Tensor]:
     return (accumulated + g,)
 
 
-def gather(accumulated: Tensor, gradient: Tensor, share: float, *, first: bool) -> None:
-    """Adds `share * gradient` to what was gathered before, in place; the first takes its place. Flat fp32 [numel]."""
-    whole = [Segment("", 0, gradient.numel())]
-    _sweep(_take if first else _add, whole, {"": _None()}, share, gradient, [accumulated])
+def gather(accumulated: Tensor, pushed: Tensor, share: float, *, first: bool) -> None:
+    """Adds `share * pushed` to what was gathered before, in place; the first takes its place. Flat [numel]."""
+    whole = [Segment("", 0, pushed.numel())]
+    _sweep(_take if first else _add, whole, {"": _None()}, Gradient(pushed, share=share), [accumulated])
 
 
 def _sweep(
     rule: Callable[..., tuple[Tensor, ...]],
     layout: Iterable[Segment],
     coefficients: Mapping[str, Any],
-    scale: float,
-    gradient: Tensor,
+    gradient: Gradient,
     state: Sequence[Tensor],
 ) -> None:
-    """Replaces the state, in place, by `rule(scale * gradient, *state, coefficients of the group)`."""
-    if gradient.device.type != "cpu" or gradient.dtype != torch.float32:
-        _evaluate(rule, layout, coefficients, scale, gradient, state)
+    """Replaces the state, in place, by `rule(gradient, *state, coefficients of the group)`."""
+    pushed, scale, share, gathered = gradient
+    if pushed.device.type != "cpu" or pushed.dtype not in _WIDENING or state[0].dtype != torch.float32:
+        _evaluate(rule, layout, coefficients, gradient, state)
         return
-    loop = _loop(rule, len(state))
+    loop = _loop(rule, len(state), pushed.dtype, gathered is not None)
     layout = tuple(layout)
     narrow = {group: _fp32(chosen) for group, chosen in coefficients.items()}
-    vectors = [vector.numpy() for vector in (gradient, *state)]
+    arriving = (pushed if pushed.dtype == torch.float32 else pushed.view(torch.uint16)).numpy()
+    before = arriving if gathered is None else gathered.numpy()
+    vectors = [arriving, before, *(vector.numpy() for vector in state)]
 
     def work(begin: int, end: int) -> None:
         for segment in within(layout, begin, end):
             part = slice(segment.begin, segment.end)
-            loop(np.float32(scale), *(vector[part] for vector in vectors), narrow[segment.group])
+            loop(np.float32(scale), np.float32(share), *(vector[part] for vector in vectors), narrow[segment.group])
 
-    in_slices(work, gradient.numel())
+    in_slices(work, pushed.numel())
 
 
 def _evaluate(
     rule: Callable[..., tuple[Tensor, ...]],
     layout: Iterable[Segment],
     coefficients: Mapping[str, Any],
-    scale: float,
-    gradient: Tensor,
+    gradient: Gradient,
     state: Sequence[Tensor],
 ) -> None:
     """As `_sweep`, by torch."""
+    pushed, scale, share, gathered = gradient
     for segment in layout:
         for begin in range(segment.begin, segment.end, CHUNK):
             part = slice(begin, min(begin + CHUNK, segment.end))
             old = [vector[part] for vector in state]
-            new = rule(scale * gradient[part], *old, coefficients[segment.group])
+            g = share * pushed[part].to(state[0].dtype)
+            new = rule(scale * (g if gathered is None else gathered[part] + g), *old, coefficients[segment.group])
             for place, moved in zip(old, new, strict=True):
                 place.copy_(moved)
 
@@ -151,22 +162,46 @@ def _fp32(coefficients: Any) -> Any:
     return type(coefficients)(*(value if isinstance(value, bool) else np.float32(value) for value in coefficients))
 
 
+def _same(g: Any) -> Any:
+    return g
+
+
+_WIDENING: dict[torch.dtype, Callable[[Any], Any]] = {
+    torch.float32: _same,
+    torch.bfloat16: of_bf16_bits,
+    torch.float16: of_f16_bits,
+}
+
+
 @cache
-def _loop(rule: Callable[..., Any], vectors: int) -> Callable[..., None]:
-    """The compiled loop of a rule over so many state vectors: (scale, gradient, *state, coefficients) -> None."""
-    rule = inlined(rule)
+def _loop(rule: Callable[..., Any], vectors: int, dtype: torch.dtype, gathered: bool) -> Callable[..., None]:
+    """The compiled loop of a rule over so many state vectors, for gradients that come as `dtype`.
 
-    def one(scale: Any, g: Any, a: Any, s: Any) -> None:
-        for i in range(g.size):
-            (a[i],) = rule(scale * g[i], a[i], s)
+    It is (scale, share, pushed, gathered, *state, coefficients) -> None; where nothing was gathered, whatever stands in
+    its place is not read.
+    """
+    name = f"{rule.__module__}.{rule.__qualname__}.{dtype}.{'group' if gathered else 'one'}"
+    rule, widened = inlined(rule), inlined(_WIDENING[dtype])
 
-    def two(scale: Any, g: Any, a: Any, b: Any, s: Any) -> None:
-        for i in range(g.size):
-            a[i], b[i] = rule(scale * g[i], a[i], b[i], s)
+    def alone(scale: Any, share: Any, g: Any, h: Any) -> Any:
+        return scale * (share * widened(g))
 
-    def three(scale: Any, g: Any, a: Any, b: Any, c: Any, s: Any) -> None:
+    def mean(scale: Any, share: Any, g: Any, h: Any) -> Any:
+        return scale * (h + share * widened(g))
+
+    gradient = inlined(mean if gathered else alone)
+
+    def one(scale: Any, share: Any, g: Any, h: Any, a: Any, s: Any) -> None:
         for i in range(g.size):
-            a[i], b[i], c[i] = rule(scale * g[i], a[i], b[i], c[i], s)
+            (a[i],) = rule(gradient(scale, share, g[i], h[i]), a[i], s)
+
+    def two(scale: Any, share: Any, g: Any, h: Any, a: Any, b: Any, s: Any) -> None:
+        for i in range(g.size):
+            a[i], b[i] = rule(gradient(scale, share, g[i], h[i]), a[i], b[i], s)
+
+    def three(scale: Any, share: Any, g: Any, h: Any, a: Any, b: Any, c: Any, s: Any) -> None:
+        for i in range(g.size):
+            a[i], b[i], c[i] = rule(gradient(scale, share, g[i], h[i]), a[i], b[i], c[i], s)
 
     loops: dict[int, Callable[..., None]] = {1: one, 2: two, 3: three}
-    return compiled(loops[vectors], f"{rule.__module__}.{rule.__qualname__}")
+    return compiled(loops[vectors], name)
