@@ -280,11 +280,12 @@ class ShardedApi(Api):
         key: str,
         body: bytes,
         url: str | None = None,
+        dtype: str = "F32",
         **more: str,
     ) -> httpx.Response:
         return self.http.post(
             self.url_of(shard, "/gradients", url),
-            params=self.query(shard),
+            params=self.query(shard, dtype=dtype),
             content=body,
             headers=self.headers(lease, step, key, **more),
         )

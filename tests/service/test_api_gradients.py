@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
 
 from freestep.wire import MEDIA_TYPE
-from harness import BODY, SGD, TENSORS, Api, ThreadService, answered, begun_push, is_pending, slug, wait_until
+from harness import BODY, SGD, TENSORS, Api, ThreadService, answered, at_once, begun_push, is_pending, slug, wait_until
 
 
 def test_a_push_gets_a_receipt(api: Api) -> None:
@@ -45,6 +47,31 @@ def test_a_push_may_be_answered_with_y(api: Api, dtype: str) -> None:
     }
     assert {name: answer.headers[name] for name in expected} == expected
     assert answer.content == api.http.get(api.path("/parameters"), params={"point": "y", "dtype": dtype}).content
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "I8"])
+def test_answers_are_of_the_steps_that_they_name_while_others_push(api: Api, dtype: str) -> None:
+    api.create(optimizer=SGD)
+    body = safetensors.torch.save({name: torch.ones_like(tensor) for name, tensor in TENSORS.items()})
+
+    def push(worker: str) -> int:
+        lease, steps = api.lease(worker), []
+        for turn in range(15):
+            headers = api.headers(lease, 0, f"{worker}-{turn}", Prefer="return=representation")
+            answer = api.http.post(api.path("/gradients"), params={"dtype": dtype}, content=body, headers=headers)
+            steps.append(int(answer.headers["Freestep-Step"]))
+            tensors = safetensors.torch.load(answer.content)
+            for name in TENSORS:
+                y = tensors[name].float()
+                if dtype == "I8":
+                    # Each tensor is less than a block.
+                    y *= tensors[f"{name}::scale"].sum()
+                # All are numbers of 8 bits, but in int8, where one is off by half a quantum at most.
+                torch.testing.assert_close(y, TENSORS[name] - steps[-1], rtol=0, atol=0.2 if dtype == "I8" else 0)
+        assert steps == sorted(set(steps))
+        return steps[-1]
+
+    assert max(at_once(*(partial(push, f"worker-{number}") for number in range(3)))) == 45
 
 
 def test_unknown_preferences_are_ignored(api: Api) -> None:

@@ -24,7 +24,10 @@ def test_pulls_of_one_ticket_are_of_one_step_while_pushes_go_on(
         lease = run.lease(f"worker-{number}")
         for turn in range(rounds):
             claim, more = (lease, 0, f"{number}-{turn}"), {"Prefer": "return=representation"}
-            parts = [partial(run.push_part, shard, *claim, body, **more) for shard, body in enumerate(bodies)]
+            dtype = ("F32", "BF16", "F16")[turn % 3]
+            parts = [
+                partial(run.push_part, shard, *claim, body, None, dtype, **more) for shard, body in enumerate(bodies)
+            ]
             answers = at_once(*(partial(persistently, part) for part in parts))
             assert [answer.status_code for answer in answers] == [200] * SHARDS, [each.text for each in answers]
             agreed(answers)
