@@ -15,7 +15,7 @@ from freestep_service.optimizers import Blocks, Quanta
 from freestep_service.shard import DTYPES
 from freestep_service.vectors import Vector
 
-__all__ = ["body", "body_metadata", "dense", "places", "room"]
+__all__ = ["body", "body_metadata", "places", "room"]
 
 
 def room(manifest: Manifest) -> int:
@@ -26,15 +26,10 @@ def room(manifest: Manifest) -> int:
 def places(vector: Vector, manifest: Manifest, dtype: str) -> Tensor | Quanta:
     """The memory of a vector that a point is written to."""
     if dtype != "I8":
-        return dense(vector, dtype)
+        return vector.tensor(DTYPES[dtype])
     blocks = manifest.derived(Blocks.of, INT8)
     scales = vector.stretch(torch.float32, 0, len(blocks.bounds) - 1)
     return Quanta(vector.stretch(torch.int8, scales.nbytes, manifest.numel), scales, blocks)
-
-
-def dense(vector: Vector, dtype: str) -> Tensor:
-    """The memory that a point of a dtype in DTYPES is written to."""
-    return vector.tensor(DTYPES[dtype])
 
 
 def body(

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import cast
 
-from torch import Tensor
-
 from freestep.errors import CoordinatorUnavailable, Overloaded, ProblemError, ShardUnavailable
 from freestep.models import Point
-from freestep_service.bodies import body, dense, room
+from freestep_service.bodies import body, room
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.loans import Loan
 from freestep_service.records import Behind, Fenced
 from freestep_service.shard import Entry
-from freestep_service.snapshots import Reading, Snapshot, goes_along, take
+from freestep_service.snapshots import Reading, Snapshot, take
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -68,42 +66,26 @@ class Cuts:
         self._queue_s = queue_s
         manifest = writer.shard.manifest
         self._pool = VectorPool(manifest.numel, MOST_CUTS, room(manifest))
-        self._prepared: dict[str, Vector] = {}
         self._parts: dict[str, _Part] = {}
         self._waiting: dict[str, asyncio.Future[_Part]] = {}
         self._sent: list[str] = []
         self._reminder: asyncio.TimerHandle | None = None
         self._telling: set[asyncio.Task[None]] = set()
 
-    def prepare(self, entry: Entry) -> list[tuple[Point, Tensor]]:
-        """Where the parts that an entry asks for are to be copied with it, as far as there is memory."""
-        copies = []
-        for wanted, point, dtype in self._asked(entry):
-            if goes_along(point, dtype) and (vector := self._pool.try_acquire()) is not None:
-                self._prepared[wanted] = vector
-                copies.append((point, dense(vector, dtype)))
-        return copies
-
-    def _asked(self, entry: Entry) -> Iterator[tuple[str, Point, str]]:
-        """What an entry asks this shard for: the words, and the point and dtype in them."""
-        for wanted in sorted(set(entry.cuts.values())):
-            point, dtype, *only = wanted.split()
-            if not only or only == [str(self._owner().shard)]:
-                yield wanted, cast(Point, point), dtype
-
     def take(self, entry: Entry) -> None:
         """Takes the parts that an entry asks for: the next thing that the writer does."""
-        for wanted, point, dtype in self._asked(entry):
+        for wanted in sorted(set(entry.cuts.values())):
+            point, dtype, *only = wanted.split()
+            if only and only != [str(self._owner().shard)]:
+                continue
             tickets = {ticket for ticket, each in entry.cuts.items() if each == wanted}
-            prepared = self._prepared.pop(wanted, None)
-            vector = prepared or self._pool.try_acquire()
+            vector = self._pool.try_acquire()
             if vector is None:
                 # Somebody is slow. Who wanted this is told to ask again.
                 for ticket in tickets:
                     self._fail(ticket, Overloaded())
                 continue
-            taken = take(self._writer, point, dtype, vector, copied=prepared is not None)
-            part = _Part(wanted, entry.seq, taken, vector, tickets)
+            part = _Part(wanted, entry.seq, take(self._writer, cast(Point, point), dtype, vector), vector, tickets)
             part.timer = asyncio.get_running_loop().call_later(_KEPT_S, self._expire, part)
             self._parts.update(dict.fromkeys(tickets, part))
             for ticket in tickets & self._waiting.keys():

@@ -18,7 +18,7 @@ from freestep.errors import (
     ShardUnavailable,
 )
 from freestep.manifest import Manifest
-from freestep.models import Point, RunSpec
+from freestep.models import RunSpec
 from freestep_service.aggregation import Policy
 from freestep_service.bodies import room
 from freestep_service.coordinator import Coordinator, Owner
@@ -62,7 +62,7 @@ class OwnedShard:
         self.token = token
         self.manifest = whole.part(index, count)
         self.shard = Shard(spec, self.manifest, device, room(self.manifest))
-        self.writer = Writer(self.shard, f"{run}-{index}", self._taken, turns, self._wanted)
+        self.writer = Writer(self.shard, f"{run}-{index}", self._taken, turns)
         self.initialized = False
         self.loaded: int | None = None
         """The generation of the run's opening whose state it has loaded."""
@@ -216,21 +216,13 @@ class OwnedShard:
         self.writer.submit(made)
         return True
 
-    def _wanted(self, entry: Entry) -> list[tuple[Point, Tensor]]:
-        return self._points.prepare(entry)
-
     def _taken(self, entry: Entry) -> None:
-        self._points.take(entry)
+        if self.cuts is not None:
+            self.cuts.take(entry)
         if entry.checkpoint:
             self._keep(self, entry)
 
     # Points
-
-    @property
-    def _points(self) -> Snapshots | Cuts:
-        points = self.snapshots if self.cuts is None else self.cuts
-        assert points is not None
-        return points
 
     def read(self, reading: Reading) -> AbstractAsyncContextManager[Snapshot]:
         """This shard's part of a point as a body: of the newest step, or of a ticket's cut."""

@@ -329,7 +329,7 @@ class Pushes:
             record = decision.record
             if record.seq:
                 try:
-                    await self._writer.apply(self._entry(claim, staged, decision, wish))
+                    await self._writer.apply(self._entry(claim, staged, decision))
                 except Lost:
                     if self._receipts.get(claim.key) is record:
                         del self._receipts[claim.key]
@@ -390,7 +390,7 @@ class Pushes:
             with suppress(CoordinatorUnavailable):
                 await self._host.catch_up()
 
-    def _entry(self, claim: Claim, staged: _Staged, decision: _Decision, wish: Wish) -> Entry:
+    def _entry(self, claim: Claim, staged: _Staged, decision: _Decision) -> Entry:
         limit, record = self._spec.optimizer.max_grad_norm, decision.record
         return Entry(
             seq=record.seq,
@@ -402,7 +402,7 @@ class Pushes:
             # As torch.nn.utils.clip_grad_norm_.
             scale=1.0 if limit is None else min(1.0, limit / (float(record.norm) + 1e-6)),
             damping=damping(self._spec.aggregation, record.staleness, record.live),
-            cuts=decision.cuts if self._host.many or not wish.wanted else {claim.key: wish.wanted},
+            cuts=decision.cuts,
         )
 
 

@@ -6,7 +6,7 @@ log, and of nothing else; whoever calls it sees to it that one thread does so at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,6 @@ from freestep_service.optimizers import (
     gather,
     initial_buffers,
     interpolate,
-    interpolation,
     quantize,
     segments,
     step,
@@ -114,45 +113,27 @@ class Shard:
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
         self._clear_group()
 
-    def apply(self, entry: Entry, points: Sequence[tuple[Point, Tensor]] = ()) -> None:
-        """Applies the log's next entry, and copies points of the state that it leaves, as `copy_point` does.
+    def apply(self, entry: Entry) -> None:
+        """Applies the log's next entry.
 
         A group's gradient is the mean of its pushes weighted by their samples, and its damping likewise.
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
-        if not entry.advance:
-            if entry.gradient is not None:
-                self._gather(entry.gradient.to(self.device), entry)
-            for point, out in points:
-                self.copy_point(point, out)
+        if entry.gradient is None and not entry.advance:
             return
         pushed = None if entry.gradient is None else entry.gradient.to(self.device)
+        if not entry.advance:
+            assert pushed is not None
+            self._gather(pushed, entry)
+            return
         gradient, damping = self._direction(pushed, entry)
         self._leave_lent()
         self._scalars = step(
-            self._method,
-            self._layout,
-            self._hyperparameters,
-            self._scalars,
-            self._buffers,
-            gradient,
-            damping,
-            self._copying(points),
+            self._method, self._layout, self._hyperparameters, self._scalars, self._buffers, gradient, damping
         )
         self.step += 1
         self._clear_group()
-
-    def _copying(self, points: Sequence[tuple[Point, Tensor]]) -> Callable[[int, int], None] | None:
-        """What copies a stretch of the points."""
-        state = (self._method, self._layout, self._hyperparameters, self._buffers)
-        copying = [interpolation(*state, point, out) for point, out in points]
-
-        def copy(begin: int, end: int) -> None:
-            for each in copying:
-                each(begin, end)
-
-        return copy if copying else None
 
     def _gather(self, pushed: Tensor, entry: Entry) -> None:
         if self._accumulated is None:
@@ -205,10 +186,6 @@ class Shard:
             return parameters.to(self.device, torch.float32, copy=True)
         self._home = Vector(self.manifest.numel, self._room)
         return self._home.tensor().copy_(parameters)
-
-    def copied(self, vector: Vector) -> Loan:
-        """A point that was copied to a vector with the last entry."""
-        return Loan(self.epoch, self.step, vector)
 
     def position(self) -> tuple[int, int, dict[str, int]]:
         """(seq, step, group): where in the log the state stands."""

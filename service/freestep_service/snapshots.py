@@ -11,21 +11,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import cast
-
-from torch import Tensor
 
 from freestep.models import Point
-from freestep_service.bodies import body, dense, places, room
+from freestep_service.bodies import body, places, room
 from freestep_service.loans import Loan
-from freestep_service.shard import Entry
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
-__all__ = ["Reading", "Snapshot", "Snapshots", "goes_along", "take"]
+__all__ = ["Reading", "Snapshot", "Snapshots", "take"]
 
 VECTORS = 2
-_LENT = ("y", "F32")
 
 
 @dataclass(frozen=True)
@@ -71,19 +66,10 @@ class Snapshot:
         )
 
 
-def goes_along(point: Point, dtype: str) -> bool:
-    """Whether a point is best copied with the entry that leaves it, while its elements are at hand."""
-    # y as fp32 is lent; int8 has blocks, which end where they will.
-    return dtype != "I8" and (point, dtype) != _LENT
-
-
-def take(writer: Writer, point: Point, dtype: str, spare: Vector, *, copied: bool = False) -> asyncio.Future[Loan]:
-    """A point of the state that the entry taken last leaves: in the state's own memory or in `spare`, where it may have
-    been copied with that entry."""
+def take(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Future[Loan]:
+    """A point of the state that the writer's next entry finds, in the state's own memory or in `spare`."""
     shard = writer.shard
-    if copied:
-        return writer.call(shard.copied, spare)
-    if (point, dtype) == _LENT:
+    if (point, dtype) == ("y", "F32"):
         return writer.call(shard.lend, spare)
     out = places(spare, shard.manifest, dtype)
 
@@ -103,26 +89,6 @@ class Snapshots:
         self._pool = VectorPool(manifest.numel, VECTORS, room(manifest))
         self._newest: dict[tuple[Point, str], Snapshot] = {}
         self._making: dict[tuple[Point, str], asyncio.Task[Snapshot]] = {}
-        self._prepared: dict[tuple[Point, str], Vector] = {}
-
-    def prepare(self, entry: Entry) -> list[tuple[Point, Tensor]]:
-        """Where points that a push's sender will read are to be copied with its entry, if there is memory at once."""
-        copies = []
-        for wanted in entry.cuts.values() if entry.advance else ():
-            point, dtype = key = cast(tuple[Point, str], tuple(wanted.split()))
-            if key in self._making or not goes_along(point, dtype):
-                continue
-            if (vector := self._unread(key)) is not None:
-                self._prepared[key] = vector
-                copies.append((point, dense(vector, dtype)))
-        return copies
-
-    def take(self, _: Entry) -> None:
-        """Makes snapshots of what was copied with an entry: the next thing that the writer does."""
-        while self._prepared:
-            key, vector = self._prepared.popitem()
-            taken = take(self._writer, *key, vector, copied=True)
-            self._making[key] = asyncio.create_task(self._keep(key, vector, taken))
 
     @asynccontextmanager
     async def read(self, point: Point, dtype: str) -> AsyncIterator[Snapshot]:
@@ -147,31 +113,18 @@ class Snapshots:
     async def _make(self, point: Point, dtype: str) -> Snapshot:
         key = (point, dtype)
         if key not in self._making:
-            self._making[key] = asyncio.create_task(self._take(key))
+            self._making[key] = asyncio.create_task(self._copy(point, dtype))
         return await asyncio.shield(self._making[key])
 
-    async def _take(self, key: tuple[Point, str]) -> Snapshot:
+    async def _copy(self, point: Point, dtype: str) -> Snapshot:
+        key = (point, dtype)
         try:
-            vector = self._unread(key) or await self._pool.acquire()
+            vector, manifest = await self._vector(key), self._writer.shard.manifest
             try:
-                taken = take(self._writer, *key, vector)
+                loan = await take(self._writer, point, dtype, vector)
             except BaseException:
                 self._pool.release(vector)
                 raise
-        except BaseException:
-            del self._making[key]
-            raise
-        return await self._keep(key, vector, taken)
-
-    async def _keep(self, key: tuple[Point, str], vector: Vector, taken: asyncio.Future[Loan]) -> Snapshot:
-        """Makes a snapshot of what is being written to a vector, the newest of its kind."""
-        try:
-            try:
-                loan = await taken
-            except BaseException:
-                self._pool.release(vector)
-                raise
-            manifest, (point, dtype) = self._writer.shard.manifest, key
             header, data = body(loan.vector, manifest, dtype, self._run, loan.epoch, loan.step, point)
             snapshot = Snapshot(loan.epoch, loan.step, header, data, loan)
             replaced, self._newest[key] = self._newest.get(key), snapshot
@@ -181,7 +134,7 @@ class Snapshots:
         finally:
             del self._making[key]
 
-    def _unread(self, key: tuple[Point, str]) -> Vector | None:
+    async def _vector(self, key: tuple[Point, str]) -> Vector:
         """A vector for a new snapshot, taken from one that nobody reads if there is no other."""
         vector = self._pool.try_acquire()
         if vector is not None:
@@ -190,7 +143,7 @@ class Snapshots:
         for other in sorted(self._newest, key=lambda other: other != key):
             if self._newest[other].readers == 0:
                 return self._newest.pop(other).loan.end()
-        return None
+        return await self._pool.acquire()
 
     def _let_go(self, snapshot: Snapshot) -> None:
         if snapshot.readers:

@@ -7,13 +7,10 @@ shard between two entries (snapshots, checkpoints, restores) runs on the same th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
-from torch import Tensor
-
 from freestep.errors import ShardUnavailable
-from freestep.models import Point
 from freestep_service.records import Known, Lost
 from freestep_service.shard import Entry, Shard
 from freestep_service.turns import Turns, arithmetic_threads
@@ -27,17 +24,10 @@ class Writer:
     """Applies log entries to a shard, in order, on one thread."""
 
     def __init__(
-        self,
-        shard: Shard,
-        name: str,
-        taken: Callable[[Entry], None] | None = None,
-        turns: Turns | None = None,
-        wanted: Callable[[Entry], Sequence[tuple[Point, Tensor]]] | None = None,
+        self, shard: Shard, name: str, taken: Callable[[Entry], None] | None = None, turns: Turns | None = None
     ) -> None:
         self.shard = shard
         self._turns = turns or Turns()
-        self._wanted = wanted
-        """Called, on the event loop, for each entry before it is applied: points that are to be copied with it."""
         self._taken = taken
         """Called, on the event loop, for each entry once its application is under way: what is then run on the
         writer's thread sees the state that the entry leaves."""
@@ -123,7 +113,7 @@ class Writer:
             entry, future = held
             self.known_seq = max(self.known_seq, entry.seq)
             self._next_seq += 1
-            work = self._begin(self.shard.apply, entry, self._wanted(entry) if self._wanted else ())
+            work = self._begin(self.shard.apply, entry)
             work.add_done_callback(lambda done, future=future: self._finish(done, future))  # type: ignore[misc]
             if self._taken is not None:
                 self._taken(entry)

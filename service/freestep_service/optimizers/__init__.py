@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from freestep_service.optimizers import baselines, schedule_free
 from freestep_service.optimizers.method import Buffers, Method, Scalars
-from freestep_service.optimizers.points import interpolate, interpolation
+from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
 from freestep_service.optimizers.sweep import Gradient, Segment, gather, initial_buffers, segments, step
@@ -22,7 +22,6 @@ __all__ = [
     "gather",
     "initial_buffers",
     "interpolate",
-    "interpolation",
     "quantize",
     "segments",
     "square_sum",

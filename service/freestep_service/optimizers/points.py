@@ -15,7 +15,7 @@ from freestep_service.optimizers.method import Buffers, Method
 from freestep_service.optimizers.slices import in_slices
 from freestep_service.optimizers.sweep import Segment, within
 
-__all__ = ["interpolate", "interpolation", "is_compiled", "mix", "mixture"]
+__all__ = ["interpolate", "is_compiled", "mix", "mixture"]
 
 
 def _same(x: Any) -> Any:
@@ -70,26 +70,11 @@ def interpolate(
 
     x = y + (1 - 1/β)(z - y) in fp32; methods that keep one point have x = y = z.
     """
-    work = interpolation(method, layout, hyperparameters, buffers, point, out)
-    if is_compiled(buffers["y"]):
-        in_slices(work, out.numel())
-    else:
-        work(0, out.numel())
-
-
-def interpolation(
-    method: Method,
-    layout: Iterable[Segment],
-    hyperparameters: Mapping[str, Any],
-    buffers: Buffers,
-    point: Literal["x", "y", "z"],
-    out: Tensor,
-) -> Callable[[int, int], None]:
-    """As `interpolate`, of a stretch at a time: a function of where it begins and ends."""
     weights = mixture(method, hyperparameters, point)
     if weights is not None:
-        return _copying_x(tuple(layout), weights, buffers["y"], buffers["z"], out)
-    return _copying_of(buffers.get(point, buffers["y"]), out)
+        _copy_x(tuple(layout), weights, buffers["y"], buffers["z"], out)
+    else:
+        _copy(buffers.get(point, buffers["y"]), out)
 
 
 def mixture(method: Method, hyperparameters: Mapping[str, Any], point: str) -> dict[str, float] | None:
@@ -99,26 +84,20 @@ def mixture(method: Method, hyperparameters: Mapping[str, Any], point: str) -> d
     return {group: 1 - 1 / method.interpolation(chosen) for group, chosen in hyperparameters.items()}
 
 
-def _copying_of(source: Tensor, out: Tensor) -> Callable[[int, int], None]:
-    def evaluate(begin: int, end: int) -> None:
-        out[begin:end].copy_(source[begin:end])
-
+def _copy(source: Tensor, out: Tensor) -> None:
     if not is_compiled(source):
-        return evaluate
+        out.copy_(source)
+        return
     loop, elements, places = _COPYING[out.dtype], source.numpy(), _places(out)
-    return lambda begin, end: loop(elements[begin:end], places[begin:end])
+    in_slices(lambda begin, end: loop(elements[begin:end], places[begin:end]), source.numel())
 
 
-def _copying_x(
-    layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor, z: Tensor, out: Tensor
-) -> Callable[[int, int], None]:
-    def evaluate(begin: int, end: int) -> None:
-        for segment in within(layout, begin, end):
+def _copy_x(layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor, z: Tensor, out: Tensor) -> None:
+    if not is_compiled(y):
+        for segment in layout:
             part = slice(segment.begin, segment.end)
             out[part].copy_(mix(y[part], z[part], weights[segment.group]))
-
-    if not is_compiled(y):
-        return evaluate
+        return
     loop, ys, zs, places = _MIXING[out.dtype], y.numpy(), z.numpy(), _places(out)
 
     def work(begin: int, end: int) -> None:
@@ -126,7 +105,7 @@ def _copying_x(
             part = slice(segment.begin, segment.end)
             loop(ys[part], zs[part], np.float32(weights[segment.group]), places[part])
 
-    return work
+    in_slices(work, y.numel())
 
 
 def is_compiled(source: Tensor) -> bool:

@@ -27,9 +27,6 @@ __all__ = ["Gradient", "Segment", "gather", "initial_buffers", "segments", "step
 CHUNK = 16 * 1024 * 1024
 """Elements that torch evaluates a rule on at a time: a rule's intermediate results are tensors of so many."""
 
-NEAR = 128 * 1024
-"""Elements whose state a processor's caches hold, and that it takes far longer to move than to be told to."""
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -86,16 +83,11 @@ def step(
     buffers: Buffers,
     gradient: Gradient,
     damping: float = 1.0,
-    then: Callable[[int, int], object] | None = None,
 ) -> dict[str, Scalars]:
-    """Moves the buffers, in place, one step along the gradient, and returns the groups' next scalars.
-
-    then: called with the begin and end of stretches that have been moved, while the processor has them at hand; from
-        several threads.
-    """
+    """Moves the buffers, in place, one step along the gradient, and returns the groups' next scalars."""
     advanced = {group: method.advance(hyperparameters[group], state, damping) for group, state in scalars.items()}
     coefficients = {group: chosen for group, (_, chosen) in advanced.items()}
-    _sweep(method.rule, layout, coefficients, gradient, [buffers[name] for name in method.buffers], then)
+    _sweep(method.rule, layout, coefficients, gradient, [buffers[name] for name in method.buffers])
     return {group: following for group, (following, _) in advanced.items()}
 
 
@@ -125,14 +117,11 @@ def _sweep(
     coefficients: Mapping[str, Any],
     gradient: Gradient,
     state: Sequence[Tensor],
-    then: Callable[[int, int], object] | None = None,
 ) -> None:
     """Replaces the state, in place, by `rule(gradient, *state, coefficients of the group)`."""
     pushed, scale, share, gathered = gradient
     if pushed.device.type != "cpu" or pushed.dtype not in _WIDENING or state[0].dtype != torch.float32:
         _evaluate(rule, layout, coefficients, gradient, state)
-        if then is not None:
-            then(0, pushed.numel())
         return
     loop = _loop(rule, len(state), pushed.dtype, gathered is not None)
     layout = tuple(layout)
@@ -141,18 +130,10 @@ def _sweep(
     before = arriving if gathered is None else gathered.numpy()
     vectors = [arriving, before, *(vector.numpy() for vector in state)]
 
-    def move(begin: int, end: int) -> None:
+    def work(begin: int, end: int) -> None:
         for segment in within(layout, begin, end):
             part = slice(segment.begin, segment.end)
             loop(np.float32(scale), np.float32(share), *(vector[part] for vector in vectors), narrow[segment.group])
-
-    def work(begin: int, end: int) -> None:
-        if then is None:
-            move(begin, end)
-            return
-        for at in range(begin, end, NEAR):
-            move(at, min(at + NEAR, end))
-            then(at, min(at + NEAR, end))
 
     in_slices(work, pushed.numel())
 
