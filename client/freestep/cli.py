@@ -204,7 +204,10 @@ def demo(
 
 
 def _client(url: str, token: str | None) -> Client:
-    return Client(url, token=token, retry_for=RETRY_FOR_S)
+    try:
+        return Client(url, token=token, retry_for=RETRY_FOR_S)
+    except OSError as error:
+        _fail(2, str(error))
 
 
 def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, str]]:
