@@ -83,7 +83,9 @@ async def _start(app: FastAPI, settings: Settings, metrics: Metrics, stack: Asyn
         stack.enter_context(_in(settings.data_dir, alone=settings.redis_url is None))
         url = settings.redis_url or stack.enter_context(embedded_store(settings.data_dir))
     except (OSError, ValkeyServerError) as error:
-        raise CannotStart(f"the data directory {settings.data_dir} cannot be used: {error}") from error
+        raise CannotStart(
+            f"the data directory {settings.data_dir} cannot be used, name another with data_dir: {error}"
+        ) from error
     store = await _store(url)
     stack.push_async_callback(store.close)
     peers = await stack.enter_async_context(Peers(trusted_by(settings)))
@@ -93,7 +95,9 @@ async def _start(app: FastAPI, settings: Settings, metrics: Metrics, stack: Asyn
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
     except OSError as error:
-        raise CannotStart(f"the checkpoints in {place} cannot be read: {error}") from error
+        raise CannotStart(
+            f"the checkpoints in {place} cannot be read, name another place with checkpoint_url: {error}"
+        ) from error
     stack.push_async_callback(registry.close)
     app.state.settings, app.state.store, app.state.peers = settings, store, peers
     app.state.registry, app.state.metrics, app.state.device = registry, metrics, device
@@ -110,7 +114,8 @@ async def _store(url: str) -> Store:
 
 def _redis_is_away(url: str, error: CoordinatorUnavailable) -> CannotStart:
     # Its password is nobody's affair.
-    return CannotStart(f"Redis at {url.rpartition('@')[2]} is needed and cannot be used: {error.__cause__ or error}")
+    place, cause = url.rpartition("@")[2], error.__cause__ or error
+    return CannotStart(f"Redis at {place} is needed, start it or name another with redis_url: {cause}")
 
 
 @contextmanager

@@ -44,9 +44,9 @@ def served(*flags: str) -> subprocess.CompletedProcess[str]:
         (
             ["--redis-url", "redis://:secret@127.0.0.1:{free}/0"],
             1,
-            "Redis at 127.0.0.1:{free}/0 is needed and cannot be used: ",
+            "Redis at 127.0.0.1:{free}/0 is needed, start it or name another with redis_url: Error 111 ",
         ),
-        (["--data-dir", "{tmp}/file"], 1, "the data directory {tmp}/file cannot be used: "),
+        (["--data-dir", "{tmp}/file"], 1, "the data directory {tmp}/file cannot be used, name another with data_dir: "),
         (["--ssl-certfile", "{tmp}/none.pem"], 1, "{tmp}/none.pem cannot be read: No such file or directory"),
         (["--ca-certs", "{tmp}/file"], 1, "there are no CA certificates in {tmp}/file, as PEM"),
         (["--ssl-keyfile", "{tmp}/file"], 2, "Value error, a key needs its certificate: set ssl_certfile too"),
