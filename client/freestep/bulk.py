@@ -38,7 +38,7 @@ _CHUNK = 64 * 1024
 _TOGETHER = 64 * 1024
 """Bytes that are gathered before they are sent: the head goes with the beginning of the body."""
 _RECORDS = 1024 * 1024
-"""Bytes handed to TLS at a time, for which the write timeout is: it writes all of them or fails."""
+"""Bytes handed to TLS at a time: between them an early answer is looked for."""
 _MOST_PIECES = 512
 """Pieces that are gathered at most: Linux and macOS send up to 1024 in one call."""
 _PIECE = 256 * 1024
@@ -279,17 +279,10 @@ class _Exchange(httpx.SyncByteStream):
         """
         timeout = self._timeouts.get("write")
         try:
-            if isinstance(self._socket, ssl.SSLSocket):
-                # What can be read may be of TLS itself, so that nothing is known of an answer before it is asked for.
-                self._socket.settimeout(timeout)
-                for piece in pieces:
-                    for begin in range(0, len(piece), _RECORDS):
-                        self._socket.sendall(memoryview(piece)[begin : begin + _RECORDS])
-                return True
             self._socket.setblocking(False)
             while pieces:
-                with suppress(BlockingIOError):
-                    _forget(pieces, self._socket.sendmsg(pieces))
+                with suppress(BlockingIOError, ssl.SSLWantWriteError):
+                    _forget(pieces, self._send_some(pieces))
                 if pieces:
                     events = _poll(self._socket, select.POLLIN | select.POLLOUT, timeout)
                     if not events:
@@ -303,9 +296,19 @@ class _Exchange(httpx.SyncByteStream):
             # It has closed the connection. If it has answered before, that can be read.
             return False
 
+    def _send_some(self, pieces: list[_Bytes]) -> int:
+        """How many bytes of the pieces the socket has taken."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            return self._socket.send(memoryview(pieces[0])[:_RECORDS])
+        return self._socket.sendmsg(pieces)
+
     def _listen(self) -> bool:
         """Takes what the server says meanwhile; whether it may be sent more."""
-        data = self._socket.recv(_HEAD)
+        try:
+            data = self._socket.recv(_HEAD)
+        except ssl.SSLWantReadError:
+            # It was of TLS itself, a session ticket say.
+            return True
         self._h11.receive_data(data)
         return bool(data) and not self._is_answered()
 

@@ -21,6 +21,7 @@ from freestep.client import DEFAULT_URL, Client, Pulled
 from freestep.errors import FreestepError, ServiceUnreachable
 from freestep.flat import Flat
 from freestep.models import MOST_SHARDS, Checkpoint, Point, PointDtype, RunStatus
+from freestep_command import interruptible
 
 __all__ = ["main"]
 
@@ -62,7 +63,8 @@ def main() -> None:
 def serve(context: typer.Context) -> None:
     """Run the service (`freestep serve --help` lists its settings)."""
     try:
-        from freestep_service.server import main as serve_main
+        with interruptible():
+            from freestep_service.server import main as serve_main
     except ImportError as error:
         _fail(2, f"the service is not installed ({error}); pip install 'freestep[service]' brings it")
     serve_main(context.args)
@@ -197,14 +199,18 @@ def demo(
 ) -> None:
     """Train a small convolutional net on real digits: a service, four workers, a kill and a join."""
     try:
-        from freestep.demo.main import run_demo
+        with interruptible():
+            from freestep.demo.main import run_demo
     except ImportError as error:
         _fail(2, f"the demo is not installed ({error}); pip install 'freestep[demo]' brings it")
     raise typer.Exit(run_demo(output, plain=plain))
 
 
 def _client(url: str, token: str | None) -> Client:
-    return Client(url, token=token, retry_for=RETRY_FOR_S)
+    try:
+        return Client(url, token=token, retry_for=RETRY_FOR_S)
+    except OSError as error:
+        _fail(2, str(error))
 
 
 def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, str]]:

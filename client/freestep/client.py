@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,12 +61,16 @@ class Client:
     """A freestep service.
 
     url, token: from FREESTEP_URL and FREESTEP_TOKEN where they are not given.
+    verify: whose certificates are good at https URLs: a file of CA certificates, as PEM, or an SSL context. True is the
+        file that FREESTEP_CA_CERTS names, else SSL_CERT_FILE or SSL_CERT_DIR, else the CAs that certifi has. False
+        trusts anybody, who can then read tokens and weights and change them.
     timeout: seconds without progress after which an attempt is given up.
     retry_for: seconds for which a request is tried again when the service is away or busy.
-    http: a client of your own, for proxies, certificates or hooks; then url, token and timeout are its affair. It
-        needs a connection for each shard of a run, and is fastest over a `freestep.bulk.BulkTransport`.
+    http: a client of your own, for proxies or hooks; then url, token, verify and timeout are its affair. It needs a
+        connection for each shard of a run, and is fastest over a `freestep.bulk.BulkTransport`.
 
-    Every call may raise a ProblemError, ServiceUnreachable or UnexpectedResponse.
+    Every call may raise a ProblemError, ServiceUnreachable or UnexpectedResponse. Raises OSError when there are no CA
+    certificates where they should be.
     """
 
     def __init__(
@@ -73,13 +78,14 @@ class Client:
         url: str | None = None,
         *,
         token: str | None = None,
+        verify: ssl.SSLContext | str | os.PathLike[str] | bool = True,
         timeout: float = 30.0,
         retry_for: float = 60.0,
         http: httpx.Client | None = None,
     ) -> None:
         if http is None:
             token = token or os.environ.get("FREESTEP_TOKEN")
-            context = httpx.create_ssl_context()
+            context = _trusting(verify)
             limits = httpx.Limits(
                 max_connections=None, max_keepalive_connections=MOST_SHARDS, keepalive_expiry=_KEEPALIVE_S
             )
@@ -114,6 +120,19 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _trusting(verify: ssl.SSLContext | str | os.PathLike[str] | bool) -> ssl.SSLContext:
+    """The SSL context that `Client` is given, or makes of what it is given."""
+    if verify is True:
+        verify = os.environ.get("FREESTEP_CA_CERTS") or True
+    if isinstance(verify, ssl.SSLContext | bool):
+        return httpx.create_ssl_context(verify)
+    try:
+        return ssl.create_default_context(cafile=verify)
+    except OSError as error:
+        # Its own words do not name the file.
+        raise OSError(f"{os.fspath(verify)}: no CA certificates can be read there: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

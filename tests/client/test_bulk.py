@@ -7,6 +7,7 @@ import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -643,19 +644,40 @@ def test_bodies_go_over_tls(serve: Callable[..., Server], authority: trustme.CA,
             assert sink.memory == LARGE
 
 
-def test_a_refusal_over_tls_is_read_once_the_server_closes(
+def test_a_refusal_over_tls_ends_the_body(
     serve: Callable[..., Server], authority: trustme.CA, context: ssl.SSLContext
 ) -> None:
+    is_heard = threading.Event()
+    read: list[int] = []
+
     def script(peer: Peer) -> None:
         peer.head()
         peer.answer("too large", "413 Content Too Large")
-        while peer.connection.recv(1 << 20):
-            pass
+        assert is_heard.wait(60)
+        with suppress(OSError):
+            while size := len(peer.connection.recv(1 << 20)):
+                read.append(size)
 
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
+    server = serve(script, context=context)
     with httpx.Client(transport=BulkTransport(verify=trusting), timeout=30) as http:
-        assert post(http, serve(script, context=context).url, LARGE, b"").status_code == 413
+        assert post(http, server.url, LARGE, b"").status_code == 413
+    is_heard.set()
+    server.wait_for(0)
+    assert sum(read) < len(LARGE)
+
+
+def test_a_server_that_takes_nothing_over_tls_is_waited_for_as_long_as_the_write_timeout(
+    serve: Callable[..., Server], authority: trustme.CA, context: ssl.SSLContext
+) -> None:
+    over = threading.Event()
+    server = serve(lambda peer: assert_(over.wait()), context=context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with httpx.Client(transport=BulkTransport(verify=trusting)) as http, pytest.raises(httpx.WriteTimeout):
+        post(http, server.url, LARGE, timeout=httpx.Timeout(30, write=0.05))
+    over.set()
 
 
 def test_a_certificate_of_a_stranger_is_not_trusted(

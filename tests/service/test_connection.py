@@ -1,4 +1,5 @@
-"""Large bodies on plain connections: received in place, whatever the sender does, and the connection goes on."""
+"""Large bodies, on plain connections and over TLS: received in place, whatever the sender does, and the connection
+goes on."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from http.client import parse_headers
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ import uvicorn
 from freestep.errors import MalformedTensors
 from freestep.wire import lay
 from freestep_service.connection import INLET, Connection
+from freestep_service.settings import Settings
+from freestep_service.tls import trusted_by, uvicorn_options
 from harness import SGD, Api, ThreadService, connected, head_of_a_push, slug, wait_until
 
 NUMEL = 100_000
@@ -43,9 +47,20 @@ class Large(Api):
         return self.pull("y")[0]["w"]
 
 
+@pytest.fixture(params=["http", "https"])
+def settings(request: pytest.FixtureRequest, tls: dict[str, Path]) -> dict[str, Path]:
+    """Of a service that speaks the one or the other."""
+    return tls if request.param == "https" else {}
+
+
+@pytest.fixture
+def service(request: pytest.FixtureRequest, settings: dict[str, Path], service: ThreadService) -> ThreadService:
+    return request.getfixturevalue("tls_service") if settings else service
+
+
 @pytest.fixture
 def large(service: ThreadService) -> Iterator[Large]:
-    api = Large(service.url)
+    api = Large(service.url, trusted=service.trusted)
     api.create()
     yield api
     api.http.delete(api.path())
@@ -79,8 +94,8 @@ class Caller:
 
 
 @pytest.fixture
-def call(large: Large) -> Iterator[Caller]:
-    caller = Caller(connected(large.url))
+def call(service: ThreadService) -> Iterator[Caller]:
+    caller = Caller(connected(service.url, service.trusted))
     yield caller
     caller.close()
 
@@ -176,21 +191,24 @@ def test_a_body_that_comes_again_is_read_for_its_digest(large: Large, call: Call
 
 @pytest.mark.parametrize("cut", [0, 100, 70_000, len(BODY) - 1])
 @pytest.mark.parametrize("end", ["half-closed", "closed", "reset", "stalled"])
-def test_a_body_that_ends_early_leaves_nothing(start_service: Callable[..., ThreadService], end: str, cut: int) -> None:
-    service = start_service(stall_seconds=0.3)
-    large = Large(service.url)
+def test_a_body_that_ends_early_leaves_nothing(
+    start_service: Callable[..., ThreadService], settings: dict[str, Path], end: str, cut: int
+) -> None:
+    service = start_service(stall_seconds=0.3, **settings)
+    large = Large(service.url, trusted=service.trusted)
     large.create()
     lease = large.lease()
     before = large.state(service)
     pending = large.redis_key("pending")
-    call = Caller(connected(large.url))
+    call = Caller(connected(service.url, service.trusted))
     call.sendall(large.head(lease, 0, "key") + BODY[:cut])
     wait_until(lambda: bool(service.redis_dump(pending)))
     if end == "stalled":
         assert call.problem() == "malformed-request"
     elif end == "half-closed":
         call.socket.shutdown(socket.SHUT_WR)
-        assert call.socket.recv(1024) == b""
+        # Nothing but what TLS itself has to say.
+        wait_until(lambda: call.socket.recv(1024) == b"")
     elif end == "reset":
         call.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     if end != "stalled":
@@ -264,14 +282,20 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize("most", [1 << 20, 10, 60_000])
-def test_only_a_large_body_of_known_length_has_an_inlet(most: int) -> None:
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_only_a_large_body_of_known_length_has_an_inlet(settings: dict[str, Path], loop: Any, most: int) -> None:
     app = App(most)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_level="warning"))
+    chosen = Settings(**settings)
+    url = chosen.url_of(*listener.getsockname())
+    config = uvicorn.Config(
+        app, http=Connection, loop=loop, ws="none", lifespan="off", log_level="warning", **uvicorn_options(chosen)
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        call = Caller(socket.create_connection(listener.getsockname()))
+        call = Caller(connected(url, trusted_by(chosen)))
         for rest, offered in REQUESTS:
             call.sendall(b"POST / HTTP/1.1\r\nHost: here\r\n" + rest)
             assert call.answer() == (200, {})

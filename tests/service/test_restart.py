@@ -239,8 +239,11 @@ def test_two_services_do_not_share_a_data_directory(
     start_service(tmp_path / "data")
     command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
     second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert second.returncode != 0
-    assert "another service uses the data directory" in second.stderr
+    assert second.returncode == 1
+    assert second.stderr == (
+        f"freestep serve: another service uses the data directory {tmp_path / 'data'}: end it, or name another with "
+        "data_dir\n"
+    )
 
 
 def test_readers_go_on_while_steps_are_taken(service: ThreadService, api: Api, connect: Callable[..., Api]) -> None:

@@ -8,52 +8,21 @@ loops are given are fp32, and rules hold no literals: a single double would make
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numba
 import torch
-from llvmlite import binding
 from numba import config, njit, types
 from numba.extending import overload, register_jitable
+
+from freestep_service.optimizers.machine_code import folder_of_code
 
 __all__ = ["compiled", "inlined"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _cache() -> Path | None:
-    """Where machine code is kept, in a folder for just these sources and this kind of processor; None where nothing can
-    be written.
-
-    numba itself looks at the file of the loop alone, and would go on with the machine code of an older rule.
-    """
-    features = binding.get_host_cpu_features().flatten()
-    digest = sha256(repr((numba.__version__, binding.get_host_cpu_name(), features)).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    try:
-        folder = _caches() / digest.hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-def _caches() -> Path:
-    """The user's folder for what can be made again. Raises RuntimeError where there is no home."""
-    if named := os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(named)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "freestep"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freestep"
-
-
-_CACHE = _cache()
+_CACHE = folder_of_code()
 if _CACHE is not None:
     vars(config)["CACHE_DIR"] = str(_CACHE)
 

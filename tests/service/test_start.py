@@ -1,0 +1,80 @@
+"""What keeps the service from starting is said in one line; a Ctrl-C before it has begun ends it without a word."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness import wait_until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    """A port that somebody listens on who never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield str(listener.getsockname()[1])
+
+
+@pytest.fixture
+def free() -> str:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return str(listener.getsockname()[1])
+
+
+def served(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "freestep_command", "serve", "--port", "0", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code", "complaint"),
+    [
+        (["--port", "{taken}"], 1, "127.0.0.1:{taken} cannot be listened on, choose another host or port: Address al"),
+        (["--host", "192.0.2.1", "--insecure"], 1, "192.0.2.1:0 cannot be listened on, choose another host or port: "),
+        (
+            ["--redis-url", "redis://:secret@127.0.0.1:{free}/0"],
+            1,
+            "Redis at 127.0.0.1:{free}/0 is needed, start it or name another with redis_url: Error 111 ",
+        ),
+        (["--data-dir", "{tmp}/file"], 1, "the data directory {tmp}/file cannot be used, name another with data_dir: "),
+        (["--ssl-certfile", "{tmp}/none.pem"], 1, "{tmp}/none.pem cannot be read: No such file or directory"),
+        (["--ca-certs", "{tmp}/file"], 1, "there are no CA certificates in {tmp}/file, as PEM"),
+        (["--ssl-keyfile", "{tmp}/file"], 2, "Value error, a key needs its certificate: set ssl_certfile too"),
+        (["--redis-url", "http://127.0.0.1:{free}"], 2, "redis_url: "),
+        (["--checkpoint-url", "nowhere://bucket"], 2, "checkpoint_url: "),
+        (["--device", "abacus"], 2, "device: 'abacus' is none: cpu, cuda, cuda:N or auto"),
+    ],
+)
+def test_what_keeps_it_from_starting_is_one_line(
+    tmp_path: Path, taken: str, free: str, flags: list[str], exit_code: int, complaint: str
+) -> None:
+    (tmp_path / "file").touch()
+    names = {"tmp": tmp_path, "taken": taken, "free": free}
+    done = served("--data-dir", str(tmp_path / "data"), *(flag.format(**names) for flag in flags))
+    assert done.stderr.startswith(f"freestep serve: {complaint.format(**names)}")
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == exit_code
+    assert "secret" not in done.stderr
+    assert not any(str(tmp_path) in " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True))
+
+
+@pytest.mark.parametrize(("arguments", "library"), [(["runs", "list"], "libtorch_cpu"), (["serve"], "llvmlite")])
+def test_ctrl_c_during_the_imports_says_nothing(tmp_path: Path, arguments: list[str], library: str) -> None:
+    command = [sys.executable, "-m", "freestep_command", *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_until(lambda: library in maps.read_text(), pause_s=0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
