@@ -1,7 +1,7 @@
 """freestep: Schedule-Free optimization as a service; the client."""
 
 from freestep.client import Client, Pulled, Run
-from freestep.encoders import Int8, TopK
+from freestep.encoders import Int8, Rounded, TopK
 from freestep.errors import *  # noqa: F403
 from freestep.errors import __all__ as _errors
 from freestep.flat import Flat
@@ -21,6 +21,7 @@ __all__ = [
     "Pulled",
     "Receipt",
     "RemoteOptimizer",
+    "Rounded",
     "Run",
     "RunSpec",
     "RunStatus",

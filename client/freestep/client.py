@@ -21,6 +21,7 @@ from freestep.encoders import Encoder
 from freestep.errors import ProblemError, UnexpectedResponse
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
+from freestep.loose import Loose
 from freestep.manifest import Manifest
 from freestep.models import (
     MOST_SHARDS,
@@ -36,11 +37,11 @@ from freestep.models import (
     Topology,
     WorkerStatus,
 )
-from freestep.parts import PASSING, Call, Shards
+from freestep.parts import PASSING, Begun, Call, Shards
 from freestep.ranks import ALONE, Ranks
 from freestep.transport import Answer, Transport
 
-__all__ = ["Client", "Pulled", "Run", "worker_name"]
+__all__ = ["Client", "Exchange", "Pulled", "Run", "worker_name"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -147,6 +148,18 @@ class Pulled:
         return cls(int(_header(answer, "freestep-epoch")), int(_header(answer, "freestep-step")))
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """An exchange that goes on in the background.
+
+    result: waits for it, and returns or raises what `Run.exchange` does; it may be called again. abandon: has nothing
+    of it sent again.
+    """
+
+    result: Callable[[], tuple[Receipt, Pulled]]
+    abandon: Callable[[], None]
+
+
 class Run:
     """One run of a service; it takes one shard or many, which are asked in parallel."""
 
@@ -216,23 +229,35 @@ class Run:
         return receipt
 
     def exchange(
-        self, gradient: Flat | Encoder, claim: Claim, into: Flat, *, wait: float = 0.0
+        self, gradient: Flat | Loose | Encoder, claim: Claim, into: Flat, *, wait: float = 0.0
     ) -> tuple[Receipt, Pulled]:
         """Pushes a gradient and receives fresh y into a flat vector: one round trip."""
+        return self._exchanged(self._exchange(gradient, claim, into, wait), into)
+
+    def begin_exchange(
+        self, gradient: Flat | Loose | Encoder, claim: Claim, into: Flat, *, wait: float = 0.0
+    ) -> Exchange:
+        """Begins an exchange in the background; until its result is there, the two vectors are its own."""
+        call = self._exchange(gradient, claim, into, wait)
+        begun = self._shards.begin(call)
+        return Exchange(lambda: self._exchanged(call, into, begun), begun.abandon)
+
+    def _exchange(self, gradient: Flat | Loose | Encoder, claim: Claim, into: Flat, wait: float) -> Call:
         headers = {**claim.headers(), **_prefer(wait, representation=True)}
-        params = {"dtype": into.arrives}
-        call = Call("POST", f"{self._path}/gradients", headers, params, gradient, into, wait)
-        receipt, answers = self._pushed(call, _receipt)
+        return Call("POST", f"{self._path}/gradients", headers, {"dtype": into.arrives}, gradient, into, wait)
+
+    def _exchanged(self, call: Call, into: Flat, begun: Begun | None = None) -> tuple[Receipt, Pulled]:
+        receipt, answers = self._pushed(call, _receipt, begun=begun)
         # Parts are of different cuts where some were asked for again.
         return receipt, self._received(answers, into) or self.pull_into(into, "y")
 
     def _pushed(
-        self, call: Call, read: Callable[[Answer], Receipt], *, alone: bool = False
+        self, call: Call, read: Callable[[Answer], Receipt], *, alone: bool = False, begun: Begun | None = None
     ) -> tuple[Receipt, list[Answer]]:
         """Makes a push, and tells an encoder what became of it, as far as that is known."""
         encoder = call.body if isinstance(call.body, Encoder) else None
         try:
-            answers = self._shards.ask(call, alone=alone)
+            answers = self._shards.ask(call, alone=alone, begun=begun)
         except ProblemError as error:
             # What may pass was asked again for long, and perhaps not in vain.
             if encoder is not None and not isinstance(error, PASSING):

@@ -1,4 +1,4 @@
-"""Gradients that travel as fewer bytes than their elements have: int8 with scales, or the largest values alone.
+"""Gradients that travel as fewer bytes than their elements have: rounded, int8 with scales, or the largest alone.
 
 What an encoding loses is not lost: it is kept, and added to the next gradient (error feedback: Seide et al. 2014;
 Stich et al., arXiv 1809.07599; Karimireddy et al., arXiv 1901.09847). With g the gradients, e the residual and q what
@@ -21,8 +21,9 @@ from freestep.flat import DTYPES, Flat, bytes_of
 from freestep.header import header_of
 from freestep.manifest import Manifest, Slot
 
-__all__ = ["Encoder", "Int8", "Part", "TopK"]
+__all__ = ["Encoder", "Int8", "Part", "Rounded", "TopK"]
 
+_NARROW = ("BF16", "F16")
 _CHUNK = 128 * 1024
 """Elements worked on at a time: few enough for what is between two operations to stay in the cache."""
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -139,6 +140,34 @@ class Encoder(ABC):
     @abstractmethod
     def _encode(self, part: Part, gradient: Tensor, before: Tensor, after: Tensor) -> None:
         """Fills a part's buffers from `gradient` + `before`, and `after` with what they do not say; all [numel]."""
+
+
+class Rounded(Encoder):
+    """Each element rounded to the nearest number of a narrower dtype.
+
+    F16 says nothing of elements below 3e-8, push after push, and BF16 rounds off up to 1/256 of each; with the residual
+    that is pushed once it has added up.
+
+    dtype: BF16 or F16. The body is a dense one of that dtype, 2 bytes an element.
+    """
+
+    def __init__(self, gradient: Flat, dtype: str) -> None:
+        if dtype not in _NARROW:
+            raise FreestepError(f"gradients are rounded to {' or '.join(_NARROW)}, not to {dtype}")
+        super().__init__(gradient, Encoding())
+        self._dtype = dtype
+
+    def _part(self, manifest: Manifest) -> Part:
+        items = [(slot.name, self._dtype, slot.shape) for slot in manifest.slots]
+        return Part(manifest, self.encoding, items, (torch.empty(manifest.numel, dtype=DTYPES[self._dtype]),))
+
+    def _encode(self, part: Part, gradient: Tensor, before: Tensor, after: Tensor) -> None:
+        (values,) = part.buffers
+        chunks = (torch.split(each, _CHUNK) for each in (gradient, before, values, after))
+        for exact, kept, said, lost in zip(*chunks, strict=True):
+            torch.add(exact, kept, out=lost)
+            said.copy_(lost)
+            lost.sub_(said)
 
 
 class Int8(Encoder):

@@ -122,10 +122,10 @@ class Flat(Stretch):
 
     @torch.no_grad()
     def gather(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Copies tensors in that are known to fit; zeros where there is None."""
+        """Copies tensors in that are known to fit; zeros where there is None. Others stay what they are."""
         targets, sources = [], []
-        for name, view in self.views.items():
-            tensor = tensors[name]
+        for name, tensor in tensors.items():
+            view = self.views[name]
             if tensor is None:
                 view.zero_()
             else:

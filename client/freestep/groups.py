@@ -32,19 +32,25 @@ def _validated(model: type[Model], value: Any) -> Model:
         raise InvalidSpec(f"{field}: {first['msg']}", field=field) from None
 
 
-def trainable(params: nn.Module | Iterable[Any]) -> list[Any]:
-    """The parameters or groups without those that are frozen."""
+def trainable(params: nn.Module | Iterable[Any]) -> tuple[list[Any], list[tuple[str, Tensor]]]:
+    """The parameters or groups without those that are frozen; and these, with what they can be called."""
     if isinstance(params, nn.Module):
         params = params.named_parameters()
-    items = list(params)
+    items, frozen = list(params), list[tuple[str, Tensor]]()
     if items and isinstance(items[0], dict):
-        return [{**group, "params": _unfrozen(group["params"])} for group in items]
-    return _unfrozen(items)
+        return [{**group, "params": _unfrozen(group["params"], frozen)} for group in items], frozen
+    return _unfrozen(items, frozen), frozen
 
 
-def _unfrozen(params: Any) -> list[Any]:
-    items = [params] if isinstance(params, Tensor) else list(params)
-    return [item for item in items if (item[1] if isinstance(item, tuple) else item).requires_grad]
+def _unfrozen(params: Any, frozen: list[tuple[str, Tensor]]) -> list[Any]:
+    kept = []
+    for item in [params] if isinstance(params, Tensor) else params:
+        name, tensor = item if isinstance(item, tuple) else ("", item)
+        if tensor.requires_grad:
+            kept.append(item)
+        else:
+            frozen.append((f"the parameter {name!r}" if name else f"a parameter of shape {list(tensor.shape)}", tensor))
+    return kept
 
 
 def named(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor, int]]:

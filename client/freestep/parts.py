@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,11 +29,12 @@ from freestep.errors import (
     UnexpectedResponse,
 )
 from freestep.flat import Flat
+from freestep.loose import Loose
 from freestep.models import RunStatus, Topology
 from freestep.ranks import ALONE, Ranks
-from freestep.transport import Answer, Transport
+from freestep.transport import Answer, Transport, in_background
 
-__all__ = ["PASSING", "Call", "Layout", "Shards"]
+__all__ = ["PASSING", "Begun", "Call", "Layout", "Shards"]
 
 _ASTRAY_S = 30.0
 """For how long a URL at which the service was not found is passed over."""
@@ -68,9 +70,21 @@ class Call:
     path: str
     headers: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str | int] = field(default_factory=dict)
-    body: Flat | Encoder | None = None
+    body: Flat | Loose | Encoder | None = None
     into: Flat | None = None
     wait: float = 0.0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A call whose requests are being made in the background."""
+
+    calls: _Calls
+    outcomes: Future[dict[int, Answer | FreestepError]]
+
+    def abandon(self) -> None:
+        """Has no request made again."""
+        self.calls.abandoned.set()
 
 
 class Shards:
@@ -107,21 +121,28 @@ class Shards:
                 self._layout = Layout(epoch)
             self._outdated = count != 1
 
-    def ask(self, call: Call, *, alone: bool = False) -> list[Answer]:
+    def begin(self, call: Call) -> Begun:
+        """Has the requests of a call made in the background; `ask` has their answers.
+
+        Every rank begins it and asks for it. What it sends must not be changed meanwhile, nor `into` be used.
+        """
+        calls = self._calls(call, self._ranks)
+        return Begun(calls, in_background(calls.made))
+
+    def ask(self, call: Call, *, alone: bool = False, begun: Begun | None = None) -> list[Answer]:
         """Makes a call of every shard, all at the same time; returns their answers, by shard.
 
         Returns, or raises, when the last request has ended. What one shard refuses is raised, and of several
         refusals that of the first shard. Each rank makes its share of the requests; all get all answers, and each
-        the stretches of `into` that it asked for. With `alone` this process makes all requests.
+        the stretches of `into` that it asked for. With `alone` this process makes all requests. begun: where the
+        requests are being made already.
         """
         ranks = ALONE if alone else self._ranks
         while True:
-            layout, token = ranks.first(self._plan)
-            self._adopt(layout)
-            count = len(layout.urls)
-            mine = [shard for shard in range(count) if ranks.owns(shard)]
-            calls = _Calls(self._transport, self, call, count, token)
-            told = ranks.every(partial(calls.made, mine))
+            # Only here do ranks wait for each other, never in the background: no two of them would agree on when.
+            calls = begun.calls if begun is not None else self._calls(call, ranks)
+            told = ranks.every(begun.outcomes.result if begun is not None else calls.made)
+            begun = None
             outcomes = {shard: outcome for each in told for shard, outcome in each.items()}
             failures = [outcome for _, outcome in sorted(outcomes.items()) if isinstance(outcome, FreestepError)]
             if not failures:
@@ -131,7 +152,14 @@ class Shards:
                 self._outdated |= isinstance(failure, _DOUBTS)
                 raise failure
             # Unless it was this rank that found out.
-            self._outdated |= len(self._layout.urls) == count
+            self._outdated |= len(self._layout.urls) == calls.count
+
+    def _calls(self, call: Call, ranks: Ranks) -> _Calls:
+        layout, token = ranks.first(self._plan)
+        self._adopt(layout)
+        count = len(layout.urls)
+        mine = [shard for shard in range(count) if ranks.owns(shard)]
+        return _Calls(self._transport, self, call, count, mine, token)
 
     def _plan(self) -> tuple[Layout, str]:
         """What the requests of one call agree on: where the shards are, and a token that no other call has."""
@@ -185,27 +213,30 @@ class Shards:
 class _Calls:
     """The requests that this process makes for one call."""
 
-    def __init__(self, transport: Transport, shards: Shards, call: Call, count: int, token: str) -> None:
+    def __init__(
+        self, transport: Transport, shards: Shards, call: Call, count: int, mine: Sequence[int], token: str
+    ) -> None:
         self._transport = transport
         self._call = call
+        self._mine = mine
         self._token = token
         self.shards = shards
         self.count = count
         self.abandoned = threading.Event()
         self._bodies: list[Body] = []
 
-    def made(self, mine: Sequence[int]) -> dict[int, Answer | FreestepError]:
-        """Makes the requests of the shards `mine`; what became of each."""
+    def made(self) -> dict[int, Answer | FreestepError]:
+        """Makes the requests of the shards that are this rank's; what became of each."""
         if self._call.body is not None:
             # Here, before there are threads; and for all shards, so that every rank has the residual of all.
             self._bodies = [Body(part.body()) for part in self._call.body.parts(self.count)]
-        works = [partial(self._outcome, shard) for shard in mine]
+        works = [partial(self._outcome, shard) for shard in self._mine]
         try:
             outcomes = self._transport.at_once(works) if len(works) > 1 else [work() for work in works]
         finally:
             # Only an interrupt leaves requests behind, and those are not to be retried.
             self.abandoned.set()
-        return dict(zip(mine, outcomes, strict=True))
+        return dict(zip(self._mine, outcomes, strict=True))
 
     def _outcome(self, shard: int) -> Answer | FreestepError:
         try:

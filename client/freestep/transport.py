@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
@@ -31,7 +31,7 @@ from freestep.errors import (
 )
 from freestep.wire import MEDIA_TYPE, Receiver
 
-__all__ = ["Answer", "Place", "Transport"]
+__all__ = ["Answer", "Place", "Transport", "in_background"]
 
 T = TypeVar("T")
 
@@ -189,6 +189,20 @@ class Transport:
         if self._pool is not None:
             # An interrupted call's requests may still wait for their answers; nobody waits for them.
             self._pool.shutdown(wait=False)
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """Does a work on a thread of its own, for which a process that ends does not wait."""
+    future: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=do, name="freestep-push", daemon=True).start()
+    return future
 
 
 def _read(response: httpx.Response, into: _Destination | None) -> Answer:

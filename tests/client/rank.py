@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from freestep import Client, RemoteOptimizer
 
@@ -101,6 +102,35 @@ with RemoteOptimizer(model, **{**options, "run": f"{name}-encoded", "shards": 3,
     moved = begun - nn.utils.parameters_to_vector(model.parameters()).detach()
     residual = opt.state_dict()["freestep"]["residual"]
     seen["encoded"] = {"residual": residual.tolist(), "lacking": (pushed - moved).tolist()}
+    dist.barrier()
+with (
+    RemoteOptimizer(model, worker="group", **{**options, "run": f"{name}-late", "shards": 3}) as opt,
+    Client(url) as client,
+):
+    run = client.run(f"{name}-late")
+    see("late, joined", lambda: None)
+    for number in range(3):
+        see(f"late {number}", step(rank + 1.0, overlap=True))
+    see("late, flushed", opt.flush)
+    by_the_first(lambda: run.lease("group").release())
+    see("late, fenced", step(1.0, overlap=True))
+    see("late, after it", step(1.0, overlap=True))
+    see("late, nan", step(float("nan") if rank == 1 else 0.0, overlap=True))
+    see("late, refused", step(1.0, overlap=True))
+    see("late, again", lambda: opt.step(overlap=True))
+    see("late, landed", opt.flush)
+    by_the_first(lambda: run.restore(0))
+    see("late, lost", step(1.0, overlap=True))
+    see("late, restored", step(1.0, overlap=True))
+    see("late, eval", opt.eval)
+    see("late, train", opt.train)
+    scaler = ShardedGradScaler("cpu", 1.0, process_group=dist.group.WORLD)
+    for event, value in (("overflow", float("inf") if rank == 1 else 0.0), ("no overflow", 1.0)):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        scaler.scale(torch.zeros(1))
+        see(event, lambda: (scaler.step(opt, overlap=True), scaler.update()))
+    see("late, at last", opt.flush)
     dist.barrier()
 with (
     RemoteOptimizer(model, **{**options, "run": f"{name}-encoded", "pull_dtype": "I8"}) as opt,

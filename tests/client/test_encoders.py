@@ -23,6 +23,7 @@ from freestep import (
     ManifestMismatch,
     NonFiniteGradient,
     RemoteOptimizer,
+    Rounded,
     Run,
     ServiceUnreachable,
     TopK,
@@ -40,6 +41,8 @@ from proxies import Cutter
 SHAPES: dict[str, tuple[int, ...]] = {"w": (40, 33), "s": (), "e": (0, 4), "m": (3, 256), "n": (512,), "b": (7,)}
 MANIFEST = Manifest([ParameterSpec(name=name, shape=shape) for name, shape in SHAPES.items()])
 MAKERS: dict[str, Callable[[Flat], Encoder]] = {
+    "bf16": partial(Rounded, dtype="BF16"),
+    "f16": partial(Rounded, dtype="F16"),
     "int8": Int8,
     "int8-of-seven": partial(Int8, block=7),
     "int8-of-all": partial(Int8, block=2**31),
@@ -74,8 +77,38 @@ def said(encoder: Encoder, count: int = 1) -> Tensor:
     for part in encoder.parts(count):
         items, metadata = read(b"".join(part.body()), part.manifest)
         shapes = {slot.name: slot.shape for slot in part.manifest.slots}
+        if not metadata:
+            vectors += [items[name].reshape(-1).float() for name in shapes]
+            continue
         vectors += [tensor.reshape(-1) for tensor in encoded.decoded(items, metadata, shapes).values()]
     return torch.cat(vectors)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_rounded_is_the_plain_one(dtype: str, count: int) -> None:
+    """The body is what the same gradient and residual, added up by hand, make as a flat vector of that dtype."""
+    encoder, residual = Rounded(Flat(MANIFEST), dtype), torch.zeros(MANIFEST.numel)
+    for seed in range(5):
+        encoder.gradient.vector.copy_(filled(seed).vector)
+        encoder.begin()
+        exact = encoder.gradient.vector + residual
+        plain = Flat(MANIFEST, dtype)
+        plain.vector.copy_(exact)
+        residual = exact - plain.vector.float()
+        assert whole(encoder, count) == [b"".join(part.body()) for part in plain.parts(count)]
+        encoder.settle(True)
+        assert torch.equal(encoder.residual, residual)
+
+
+def test_what_f16_cannot_say_is_said_once_it_has_added_up() -> None:
+    encoder, total = Rounded(Flat(MANIFEST), "F16"), torch.zeros(MANIFEST.numel)
+    encoder.gradient.vector.fill_(1e-8)
+    for _ in range(100):
+        encoder.begin()
+        total += said(encoder)
+        encoder.settle(True)
+    torch.testing.assert_close(total, torch.full_like(total, 1e-6), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("block", [1, 7, 256, 300, 2**31])
@@ -181,7 +214,7 @@ def test_parts_are_the_stretches_that_the_service_cuts(name: str) -> None:
     assert torch.equal(one.residual, two.residual)
 
 
-@pytest.mark.parametrize("name", ["int8", "topk-bf16"])
+@pytest.mark.parametrize("name", ["int8", "topk-bf16", "bf16"])
 def test_the_same_push_is_the_same_bytes_whatever_happens_to_it(name: str) -> None:
     encoder = MAKERS[name](filled())
     encoder.begin()
@@ -197,7 +230,7 @@ def test_the_same_push_is_the_same_bytes_whatever_happens_to_it(name: str) -> No
         assert whole(encoder) == first
 
 
-@pytest.mark.parametrize("name", ["int8", "topk"])
+@pytest.mark.parametrize("name", ["f16", "int8", "topk"])
 def test_a_push_that_does_not_count_leaves_the_residual_as_it_was(name: str) -> None:
     encoder = MAKERS[name](filled())
     encoder.begin()
@@ -235,6 +268,8 @@ def test_what_cannot_be_is_refused() -> None:
     for fraction in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(FreestepError, match="above 0 and at most 1"):
             TopK(flat, fraction)
+    with pytest.raises(FreestepError, match="rounded to BF16 or F16, not to F32"):
+        Rounded(flat, "F32")
     with pytest.raises(FreestepError, match="not of I8"):
         TopK(flat, dtype="I8")
     with pytest.raises(ManifestMismatch, match="residual"):
@@ -297,7 +332,7 @@ def test_the_run_gets_what_the_residual_lacks(run: Run, name: str) -> None:
             run.push(encoder, claim)
 
 
-@pytest.mark.parametrize("name", ["int8", "topk"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "topk"])
 def test_a_dropped_or_refused_push_takes_nothing_but_its_gradient(run: Run, name: str) -> None:
     encoder, total = MAKERS[name](filled()), filled().vector
     with run.lease() as lease:
@@ -320,7 +355,7 @@ def test_a_dropped_or_refused_push_takes_nothing_but_its_gradient(run: Run, name
     torch.testing.assert_close(encoder.residual - at_y(run), 4 * total, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["int8", "topk"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "topk"])
 def test_a_push_whose_answer_is_cut_counts_once(service: ThreadService, run: Run, name: str) -> None:
     cutter = Cutter(service.url, [200, 3000, 200])
     encoder = MAKERS[name](filled())
@@ -350,7 +385,16 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 3))
 
 
-@pytest.fixture(params=[{"push_encoding": "int8"}, {"push_encoding": "topk", "topk_fraction": 0.05}], ids=str)
+ENCODED: list[dict[str, Any]] = [
+    {"push_dtype": "BF16"},
+    {"push_dtype": "F16"},
+    {"push_encoding": "int8"},
+    {"push_encoding": "int8", "int8_block": 7},
+    {"push_encoding": "topk", "topk_fraction": 0.05},
+]
+
+
+@pytest.fixture(params=ENCODED, ids=str)
 def make(service: ThreadService, request: pytest.FixtureRequest) -> Iterator[Callable[..., RemoteOptimizer]]:
     """Makes optimizers of one run that takes every gradient off its parameters; they are closed with the test."""
     made: list[RemoteOptimizer] = []
@@ -462,7 +506,7 @@ def test_the_residual_is_saved_and_loaded(service: ThreadService, make: Callable
     assert_sums(again, resumed, begun, total)
     total += push(again, resumed, 2)
     assert_sums(again, resumed, begun, total)
-    dense = make(network(), push_encoding="dense")
+    dense = make(network(), push_encoding="dense", push_dtype="F32")
     dense.load_state_dict(state)
     resumed.load_state_dict(dense.state_dict())
     assert not place(resumed)["residual"].any()
@@ -478,8 +522,42 @@ def test_the_residual_is_saved_and_loaded(service: ThreadService, make: Callable
         ({"push_encoding": "int4"}, "one of dense, int8, topk, not 'int4'"),
         ({"push_encoding": "int8", "push_dtype": "BF16"}, "no choice of push_dtype"),
         ({"push_encoding": "topk", "topk_fraction": 0.0}, "above 0 and at most 1, not 0.0"),
+        ({"push_encoding": "int8", "int8_block": 0}, "at least one element, not 0"),
+        ({"push_encoding": "int8", "error_feedback": False}, "'int8' needs error_feedback"),
+        ({"push_encoding": "topk", "error_feedback": False}, "'topk' needs error_feedback"),
     ],
 )
 def test_a_wrong_encoding_is_named(service: ThreadService, options: dict[str, Any], message: str) -> None:
     with pytest.raises(FreestepError, match=message):
         RemoteOptimizer(network(), url=service.url, run="none", **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (network(), {}),
+        (network(), {"push_dtype": "F32"}),
+        (network(), {"push_dtype": "BF16", "error_feedback": False}),
+        (network().bfloat16(), {"push_dtype": "BF16"}),
+    ],
+)
+def test_where_nothing_is_lost_or_wanted_nothing_is_kept(
+    service: ThreadService, model: nn.Module, options: dict[str, Any]
+) -> None:
+    with RemoteOptimizer(model, url=service.url, run=f"run-{uuid.uuid4().hex[:8]}", **options) as optimizer:
+        assert "residual" not in place(optimizer)
+
+
+@pytest.mark.parametrize("block", [7, 256])
+def test_a_block_is_as_long_as_wanted(service: ThreadService, block: int) -> None:
+    """Elements of one block are multiples of one scale."""
+    model = network()
+    begun = held(model)
+    options: dict[str, Any] = {"algorithm": "sgd", "lr": 1.0, "push_encoding": "int8", "int8_block": block}
+    with RemoteOptimizer(model, url=service.url, run=f"run-{uuid.uuid4().hex[:8]}", **options) as optimizer:
+        gradient = push(model, optimizer, 0)
+    expected, metadata = encoded.int8(
+        {"w": gradient[:300], "b": gradient[300:350], "v": gradient[350:500], "c": gradient[500:]}, block
+    )
+    said = encoded.decoded(expected, metadata, {"w": (300,), "b": (50,), "v": (150,), "c": (3,)})
+    torch.testing.assert_close(begun - held(model), torch.cat([*said.values()]), rtol=0, atol=1e-6)

@@ -117,6 +117,35 @@ def test_every_rank_has_the_int8_parts_of_all_shards(ranks: tuple[Seen, Seen]) -
         assert seen["int8"]["parameters"] == seen["int8"]["y"]
 
 
+def test_a_groups_pushes_travel_while_it_goes_on(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert seen["late 0"]["receipt"] is None
+    assert moved(seen, "late, joined", "late 0") == {0}
+    assert moved(seen, "late, joined", "late 1") == {1.5}
+    assert moved(seen, "late, joined", "late, flushed") == {4.5}
+    assert seen["late, flushed"]["pulled"] == [1, 3]
+
+
+def test_what_becomes_of_a_groups_push_in_flight_becomes_of_it_on_all_ranks(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert moved(seen, "late, flushed", "late, fenced") == {0}
+    assert moved(seen, "late, flushed", "late, after it") == {1}
+    assert seen["late, nan"]["receipt"]["decision"] == "applied"
+    assert seen["late, refused"]["error"].startswith("NonFiniteGradient")
+    assert seen["late, again"]["error"] is None
+    assert moved(seen, "late, nan", "late, landed") == {1}
+    assert seen["late, restored"]["receipt"]["reason"] == "epoch-changed"
+    assert (seen["late, eval"]["pulled"], seen["late, train"]["pulled"]) == (None, [2, 0])
+
+
+def test_a_group_skips_a_step_together(ranks: tuple[Seen, Seen]) -> None:
+    seen, _ = ranks
+    assert (seen["overflow"]["error"], seen["no overflow"]["error"]) == (None, None)
+    assert seen["late, at last"]["pulled"] == [2, 1]
+    # The overflow halved the scale that a gradient of 1 is divided by.
+    assert moved(seen, "late, train", "late, at last") == {2}
+
+
 def test_a_group_must_be_there(service: ThreadService) -> None:
     with pytest.raises(FreestepError, match="init_process_group"):
         RemoteOptimizer([], run="none", url=service.url, process_group=True)

@@ -143,8 +143,8 @@ class Trainer:
                 self._task.loss(model, generator).backward()
                 optimizer.step()
                 if forgetful:
-                    assert optimizer._encoder is not None
-                    optimizer._encoder.forget()
+                    assert optimizer._gradients.encoder is not None
+                    optimizer._gradients.encoder.forget()
             optimizer.eval()
         with torch.no_grad():
             return float(self._task.final_loss(model))

@@ -1,0 +1,219 @@
+"""What training loops do between two steps: accumulation, mixed precision, freezing, sharing."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import schedulefree
+import torch
+from torch import Tensor, nn
+
+from freestep import Client, ManifestMismatch, RemoteOptimizer, Run
+from harness import ThreadService
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-7}
+
+
+@pytest.fixture
+def make(service: ThreadService) -> Iterator[Callable[..., RemoteOptimizer]]:
+    """Makes optimizers of one run of the test's own; they are closed with the test."""
+    made: list[RemoteOptimizer] = []
+    name = f"run-{uuid.uuid4().hex[:8]}"
+
+    def optimizer(params: Any, **options: Any) -> RemoteOptimizer:
+        made.append(RemoteOptimizer(params, **{"url": service.url, "run": name, "lr": 0.01, **options}))
+        return made[-1]
+
+    yield optimizer
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def remote(service: ThreadService) -> Iterator[Callable[[RemoteOptimizer], Run]]:
+    """The run of an optimizer, as an onlooker sees it."""
+    with Client(service.url) as client:
+        yield lambda optimizer: client.run(optimizer.state_dict()["freestep"]["run"])
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def peer_of(model: nn.Module) -> tuple[Any, Any]:
+    """A copy of a model, and the package's optimizer of it."""
+    twin = copy.deepcopy(model)
+    peer = schedulefree.AdamWScheduleFree([each for each in twin.parameters() if each.requires_grad], lr=0.01)
+    peer.train()
+    return twin, peer
+
+
+def loss_of(model: nn.Module, number: int) -> Tensor:
+    loss: Tensor = model(torch.randn(8, 6, generator=torch.Generator().manual_seed(number))).square().mean()
+    return loss
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_add_up_over_several_backwards(make: Callable[..., RemoteOptimizer], set_to_none: bool) -> None:
+    model = network()
+    twin, peer = peer_of(model)
+    optimizer = make(model)
+    for step in range(5):
+        for each, its in ((model, optimizer), (twin, peer)):
+            for part in range(4):
+                (loss_of(each, 4 * step + part) / 4).backward()
+            nn.utils.clip_grad_norm_(each.parameters(), 0.1)
+            its.step()
+            its.zero_grad(set_to_none=set_to_none)
+    assert_same(model, twin)
+    assert optimizer.receipt is not None
+    assert optimizer.receipt.step == 5
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_whose_gradients_overflowed_is_not_pushed(
+    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run], overlap: bool
+) -> None:
+    model = network()
+    optimizer = make(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+    for number in range(6):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, number)
+        scaler.scale(loss * (float("inf") if number == 3 else 1.0)).backward()
+        before = [each.detach().clone() for each in model.parameters()]
+        scaler.step(optimizer, loss=loss.detach(), overlap=overlap)
+        if number == 3:
+            assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+        scaler.update()
+    optimizer.flush()
+    assert scaler.get_scale() == 2.0
+    status = remote(optimizer).status()
+    assert (status.step, status.pushes["applied"]) == (5, 5)
+
+
+def test_a_scaled_loss_trains_as_one_that_is_not(make: Callable[..., RemoteOptimizer]) -> None:
+    model = network()
+    twin, peer = peer_of(model)
+    optimizer = make(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for number in range(5):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, number)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        peer.zero_grad()
+        loss_of(twin, number).backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        peer.step()
+    assert_same(model, twin)
+
+
+def test_tied_weights_get_the_gradients_of_all_their_uses(make: Callable[..., RemoteOptimizer]) -> None:
+    def tied() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        model[2].weight = model[0].weight
+        return model
+
+    model, twin = tied(), tied()
+    peer = schedulefree.AdamWScheduleFree(twin.parameters(), lr=0.01)
+    peer.train()
+    optimizer = make(model)
+    for number in range(5):
+        for each, its in ((model, optimizer), (twin, peer)):
+            its.zero_grad()
+            loss_of(each, number).backward()
+            its.step()
+    assert model[2].weight is model[0].weight
+    assert_same(model, twin)
+
+
+def test_frozen_parameters_stay_what_they_are(make: Callable[..., RemoteOptimizer]) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    twin, peer = peer_of(model)
+    optimizer = make(model)
+    for number in range(5):
+        for each, its in ((model, optimizer), (twin, peer)):
+            its.zero_grad()
+            loss_of(each, number).backward()
+            its.step()
+    assert_same(model, twin)
+
+
+def step(model: nn.Module, optimizer: RemoteOptimizer, number: int) -> None:
+    optimizer.zero_grad()
+    loss_of(model, number).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_parameter_that_is_frozen_later_is_said_to_be_the_runs(
+    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run], overlap: bool
+) -> None:
+    model = network()
+    optimizer = make(model)
+    step(model, optimizer, 0)
+    model[0].bias.requires_grad_(False)
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    with pytest.raises(ManifestMismatch, match=r"'0\.bias' no longer requires a gradient"):
+        optimizer.step(overlap=overlap)
+    assert remote(optimizer).status().step == 1
+    model[0].bias.requires_grad_(True)
+    step(model, optimizer, 2)
+    assert remote(optimizer).status().step == 2
+
+
+@pytest.mark.parametrize(
+    ("form", "called"),
+    [
+        (lambda model: model, r"the parameter '0\.bias'"),
+        (lambda model: model.named_parameters(), r"the parameter '0\.bias'"),
+        (lambda model: model.parameters(), r"a parameter of shape \[5\]"),
+        (lambda model: [{"params": model[0].parameters()}, {"params": model[2].weight}], r"a parameter of shape \[5\]"),
+    ],
+)
+def test_a_frozen_parameter_that_gets_a_gradient_is_said_not_to_be_the_runs(
+    make: Callable[..., RemoteOptimizer],
+    remote: Callable[[RemoteOptimizer], Run],
+    form: Callable[[nn.Module], Any],
+    called: str,
+) -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)
+    optimizer = make(form(model))
+    step(model, optimizer, 0)
+    model[0].bias.requires_grad_(True)
+    with pytest.raises(ManifestMismatch, match=f"{called} has a gradient, but was frozen"):
+        step(model, optimizer, 1)
+    assert remote(optimizer).status().step == 1
+    model[0].bias.requires_grad_(False)
+    step(model, optimizer, 2)
+    assert remote(optimizer).status().step == 2
+
+
+def test_sparse_gradients_are_pushed_as_dense_ones(make: Callable[..., RemoteOptimizer]) -> None:
+    torch.manual_seed(0)
+    model, indices = nn.Embedding(20, 4, sparse=True), torch.tensor([3, 3, 7])
+    begun = model.weight.detach().clone()
+    optimizer = make(model, algorithm="sgd", lr=1.0)
+    model(indices).sum().backward()
+    optimizer.step()
+    expected = torch.zeros(20, 4)
+    expected[3], expected[7] = 2.0, 1.0
+    torch.testing.assert_close(begun - model.weight.detach(), expected)
