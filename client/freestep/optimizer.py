@@ -379,6 +379,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         try:
             self.flush()
         finally:
+            self._flight = None
             self._finalizer()
 
     def __enter__(self) -> Self:

@@ -83,9 +83,7 @@ def make(service: ThreadService, name: str) -> Iterator[Callable[..., RemoteOpti
 
     yield optimizer
     for each in made:
-        with each:
-            # Whatever is in flight still, the test has had its say.
-            each._flight = None
+        each.close()
 
 
 @pytest.fixture
@@ -396,6 +394,20 @@ def test_a_push_of_which_nothing_was_heard_is_sent_again_and_counts_once(
         cutter.close()
     # What was in flight once, and what was pushed when it had landed.
     assert (model.counted, run.status().step) == (3, 3)
+
+
+def test_closing_without_an_answer_is_closing(start_service: Callable[..., ThreadService], name: str) -> None:
+    service, model = start_service(), Counting()
+    with Client(service.url, retry_for=0) as client:
+        optimizer = RemoteOptimizer(model, client=client, run=name, algorithm="sgd", aggregation="async")
+        service.stop()
+        model.push(optimizer)
+        for _ in range(2):
+            with pytest.raises(ServiceUnreachable):
+                optimizer.flush()
+        with pytest.raises(ServiceUnreachable):
+            optimizer.close()
+        optimizer.close()
 
 
 def test_the_wrong_policies_are_refused(make: Callable[..., RemoteOptimizer], run: Run) -> None:
