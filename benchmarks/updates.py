@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.floor import BYTES_PER_PARAMETER, copy_pass
-from freestep.models import ALGORITHMS
+from freestep.hyperparameters import ALGORITHMS
 from freestep_service.optimizers import METHODS, Scalars, Segment, initial_buffers, step
 from freestep_service.optimizers.readiness import compile_loops
 

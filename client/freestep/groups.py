@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from freestep.errors import InvalidSpec
-from freestep.models import ALGORITHMS, DEFAULT_GROUP, RunSpec
+from freestep.hyperparameters import ALGORITHMS
+from freestep.models import DEFAULT_GROUP, RunSpec
 
 __all__ = ["complete", "named", "run_spec", "trainable"]
 

@@ -122,10 +122,5 @@ def _from_validation(error: RequestValidationError, route: str) -> ProblemError:
 
 
 def _field(detail: Mapping[str, Any]) -> str:
-    """The path of a field as the client wrote it, without the algorithm's name that selects a union's branch."""
-    place = [str(part) for part in detail["loc"][1:]]
-    if place[:1] == ["optimizer"]:
-        place = ["optimizer", *place[2:]]
-        if detail["type"].startswith("union_tag"):
-            place.append("algorithm")
-    return ".".join(place) or str(detail["loc"][0])
+    """The path of a field as the client wrote it."""
+    return ".".join(map(str, detail["loc"][1:])) or str(detail["loc"][0])

@@ -22,8 +22,9 @@ import torch
 import xxhash
 
 from freestep.errors import CheckpointNotFound
+from freestep.hyperparameters import ALGORITHMS
 from freestep.manifest import Manifest
-from freestep.models import ALGORITHMS, RunSpec
+from freestep.models import RunSpec
 from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile
 from freestep_service.records import CutId, Record
 from freestep_service.shard import Cut, Entry, Shard

@@ -10,8 +10,9 @@ import torch
 
 import encoded
 from freestep.encoding import INT8
+from freestep.hyperparameters import ALGORITHMS
 from freestep.manifest import Manifest
-from freestep.models import ALGORITHMS, RunSpec
+from freestep.models import RunSpec
 from freestep_service.optimizers import Blocks, Quanta
 from freestep_service.shard import Entry, Shard
 from harness import TENSORS, Api, ThreadService

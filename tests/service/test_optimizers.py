@@ -19,8 +19,9 @@ from numba.core import event
 from torch import Tensor, nn
 
 from freestep.encoding import INT8
+from freestep.hyperparameters import ALGORITHMS
 from freestep.manifest import Manifest
-from freestep.models import ALGORITHMS, ParameterSpec, RunSpec
+from freestep.models import ParameterSpec, RunSpec
 from freestep_service.optimizers import (
     METHODS,
     Blocks,

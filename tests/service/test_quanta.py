@@ -10,8 +10,9 @@ from torch import Tensor
 
 import encoded
 from freestep.encoding import INT8
+from freestep.hyperparameters import ALGORITHMS
 from freestep.manifest import Manifest
-from freestep.models import ALGORITHMS, ParameterSpec
+from freestep.models import ParameterSpec
 from freestep_service.optimizers import (
     METHODS,
     Blocks,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from redis import Redis
 from torch import Tensor
 
-from freestep.models import ALGORITHMS
+from freestep.hyperparameters import ALGORITHMS
 from harness import ShardedApi, ThreadService, at_once, persistently, under_way, wait_until
 from shards.runs import NONE_LEFT, leftovers, sharded, staged, wholly
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from freestep.models import SGD as SGDSpec
-from freestep.models import AdamW as AdamWSpec
-from freestep.models import Schedule
+from freestep.hyperparameters import SGD as SGDSpec
+from freestep.hyperparameters import AdamW as AdamWSpec
+from freestep.hyperparameters import Schedule
 from freestep_service.optimizers.method import Method, Scalars
 
 __all__ = ["ADAMW", "SGD"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from freestep.models import ALGORITHMS
+from freestep.hyperparameters import ALGORITHMS
 from freestep_service.optimizers import METHODS
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize

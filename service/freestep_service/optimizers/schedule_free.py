@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from freestep.models import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
+from freestep.hyperparameters import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 from freestep_service.optimizers.method import Method, Scalars
 
 __all__ = ["ADAMW", "RADAM", "SGD"]
