@@ -16,9 +16,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
+import torch
 from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from torch import Tensor
 
 from freestep.encoding import ITEMSIZE
 from freestep.errors import CoordinatorUnavailable, MalformedRequest, ProblemError, ShardUnavailable
@@ -30,7 +32,7 @@ from freestep_service.bodies import body_metadata
 from freestep_service.coordinator import not_open
 from freestep_service.egress import etag, is_known, parse_range
 from freestep_service.run import Run
-from freestep_service.vectors import Vector
+from freestep_service.shard import DTYPES
 
 __all__ = ["Peers", "stall_seconds"]
 
@@ -176,14 +178,16 @@ class Peers:
         run: Run,
         method: str,
         path: str,
-        vector: Vector,
+        whole: Tensor,
         headers: Mapping[str, str],
     ) -> list[Any]:
-        """Sends every shard its part of a flat fp32 vector; their JSON answers. Raises what any refuses with."""
+        """Sends every shard its part of a flat vector; their JSON answers. Raises what any refuses with."""
+        dtype = next(name for name, each in DTYPES.items() if each == whole.dtype)
+        data, size = whole.view(torch.uint8).numpy().data, whole.itemsize
 
         def content(index: int) -> tuple[int, AsyncIterator[memoryview]]:
             part = run.manifest.part(index, run.count)
-            pieces = [memoryview(encode_header(part, "F32")), vector.bytes[4 * part.begin : 4 * part.end]]
+            pieces = [memoryview(encode_header(part, dtype)), data[size * part.begin : size * part.end]]
             return sum(map(len, pieces)), _pieces(pieces)
 
         async with AsyncExitStack() as stack:
@@ -191,10 +195,10 @@ class Peers:
             answers = await self._ask_all(stack, run, method, path, {}, lines, content)
             return [json.loads(await answer.aread()) for answer in answers]
 
-    async def push(self, request: Request, run: Run, vector: Vector, headers: Mapping[str, str]) -> Receipt:
+    async def push(self, request: Request, run: Run, whole: Tensor, headers: Mapping[str, str]) -> Receipt:
         """Pushes a whole gradient."""
         receipts = [
-            Receipt.model_validate(each) for each in await self.send(request, run, "POST", "gradients", vector, headers)
+            Receipt.model_validate(each) for each in await self.send(request, run, "POST", "gradients", whole, headers)
         ]
         return Receipt.merged(receipts)
 

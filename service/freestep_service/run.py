@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from freestep.errors import (
     CheckpointNotFound,
@@ -48,7 +49,7 @@ from freestep_service.storage import Storage
 from freestep_service.store import Store
 from freestep_service.topology import topology
 from freestep_service.turns import Turns
-from freestep_service.vectors import Vector, VectorPool
+from freestep_service.vectors import VectorPool
 from freestep_service.writer import Writer
 
 __all__ = ["Run"]
@@ -248,12 +249,15 @@ class Run:
             raise RunNotInitialized
 
     @asynccontextmanager
-    async def staged(self, body: Body, encodings: Collection[str] = ("dense",)) -> AsyncIterator[Vector]:
-        """A body of the whole model, as a flat fp32 vector; one at a time. Raises MalformedTensors."""
+    async def staged(self, body: Body, encodings: Collection[str] = ("dense",)) -> AsyncIterator[Tensor]:
+        """A body of the whole model, flat [numel], as `decode_and_measure` leaves it; one at a time.
+
+        Raises MalformedTensors.
+        """
         vector = await self._whole.acquire()
         try:
-            await stage(body, self.manifest, vector, self._turns, encodings)
-            yield vector
+            whole, _, _ = await stage(body, self.manifest, vector, self._turns, encodings)
+            yield whole
         finally:
             self._whole.release(vector)
 

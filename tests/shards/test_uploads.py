@@ -7,8 +7,10 @@ from functools import partial
 
 import httpx
 import pytest
+import safetensors.torch
 import torch
 
+from freestep.flat import DTYPES
 from freestep.wire import MEDIA_TYPE
 from harness import ShardedApi, ThreadService, at_once, persistently, slug, under_way
 from shards.runs import ONES, SHARDS, SLOTS, counting, sharded, spoiled
@@ -82,3 +84,25 @@ def test_uploads_that_are_left_half_do_not_hinder_others(nodes: list[ThreadServi
     ]
     assert [answer.status_code for answer in uploaded(blank, "whole", 1.0)] == [201] * SHARDS
     assert {each.result().status_code for each in waiting} <= {412, 503}
+
+
+@pytest.mark.parametrize("dtypes", [("BF16", "BF16"), ("F16", "F16"), ("F32", "F32"), ("BF16", "F32")])
+def test_weights_and_gradients_may_come_whole_through_any_node(
+    nodes: list[ThreadService], blank: ShardedApi, dtypes: tuple[str, str]
+) -> None:
+    """Of one dtype, which then goes on to the shards, or of two."""
+    kinds = [DTYPES[name] for name in dtypes]
+    whole = {
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)).to(kinds[number % 2])
+        for number, (name, tensor) in enumerate(ONES.items())
+    }
+    body, path = safetensors.torch.save(whole), f"{nodes[1].url}{blank.path('/parameters')}"
+    assert blank.http.put(path, content=body, headers={"Content-Type": MEDIA_TYPE}).status_code == 201
+    for turn in range(2):
+        url = f"{nodes[turn].url}{blank.path('/gradients')}"
+        answer = blank.http.post(url, content=body, headers=blank.headers(blank.lease(), turn, f"{turn}"))
+        assert answer.json()["decision"] == "applied"
+        y, step = blank.pull("y")
+        assert step == turn + 1
+        for name, tensor in whole.items():
+            torch.testing.assert_close(y[name], -turn * tensor.float(), rtol=0, atol=1e-6)

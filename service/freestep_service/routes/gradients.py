@@ -78,8 +78,8 @@ async def _push_whole(
     """The slow way: this process takes the whole gradient in and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}
     await run.coordinator.check(claimed)
-    async with run.staged(body, ENCODINGS) as vector:
-        receipt = await peers.push(request, run, vector, {"Idempotency-Key": claimed.key, **wait})
+    async with run.staged(body, ENCODINGS) as whole:
+        receipt = await peers.push(request, run, whole, {"Idempotency-Key": claimed.key, **wait})
     if not wishes.representation:
         return JSONResponse(receipt.model_dump(exclude_none=True), headers=wishes.applied())
     lines = wishes.applied() | receipt_headers(receipt)

@@ -45,8 +45,8 @@ async def initialize_run(request: Request) -> Response:
     length = body_length(request, asked.settings.max_body_bytes)
     body = Body(request, length, asked.settings.stall_seconds)
     if asked.shard is None:
-        async with run.staged(body) as vector:
-            await peers.send(request, run, "PUT", "parameters", vector, {"Idempotency-Key": secrets.token_hex(16)})
+        async with run.staged(body) as whole:
+            await peers.send(request, run, "PUT", "parameters", whole, {"Idempotency-Key": secrets.token_hex(16)})
     elif not run.owns(asked.shard):
         return await peers.relay(request, run, asked.shard)
     else:
