@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.floor import BYTES_PER_PARAMETER, copy_pass
-from freestep.hyperparameters import ALGORITHMS
-from freestep_service.optimizers import METHODS, Scalars, Segment, initial_buffers, step
+from freestep.hyperparameters import ALGORITHMS, OptimizerSpec
+from freestep_service.optimizers import Gradient, Scalars, Segment, initial_buffers, method_of, step
 from freestep_service.optimizers.readiness import compile_loops
 
 PARAMETERS = 25_000_000
@@ -39,6 +39,12 @@ OURS = "freestep adamw_schedule_free"
 PACKAGE = "schedulefree AdamW, foreach"
 FUSED = "torch AdamW, fused"
 COPY = f"copying, {BYTES_PER_PARAMETER} bytes each"
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 1e-3, "momentum": 0.9},
+    "schedule_free_wrapper": {"base": {"algorithm": "rmsprop", "lr": 1e-3}},
+}
+"""Hyperparameters of algorithms that are not timed with a learning rate and else their defaults."""
 
 LEAST_SPEEDUP, MOST_OF_FUSED = 3.0, 1.25
 """The bounds: of the package's time to ours, and of ours to that of torch's fused AdamW."""
@@ -56,17 +62,21 @@ class Row:
     """This time to that of freestep's AdamW Schedule-Free."""
 
 
+def chosen(algorithm: str) -> OptimizerSpec:
+    """The hyperparameters of an algorithm that its update is timed with."""
+    return ALGORITHMS[algorithm].model_validate(OPTIONS.get(algorithm, {"lr": 1e-3}))
+
+
 def freestep(algorithm: str, gradient: Tensor, weights: Tensor) -> Callable[[], None]:
     """A step of freestep's, as a shard without param groups makes it."""
-    method, layout = METHODS[algorithm], (Segment("default", 0, gradient.numel()),)
-    options = {"momentum": 0.9} if algorithm == "sgd" else {}
-    hyperparameters = {"default": ALGORITHMS[algorithm].model_validate({"lr": 1e-3, **options})}
+    hyperparameters = {"default": chosen(algorithm)}
+    method, layout = method_of(hyperparameters["default"]), (Segment("default", 0, gradient.numel()),)
     buffers = initial_buffers(method, weights.clone())
     scalars: dict[str, Scalars] = {"default": method.initial}
 
     def work() -> None:
         nonlocal scalars
-        scalars = step(method, layout, hyperparameters, scalars, buffers, gradient)
+        scalars = step(method, layout, hyperparameters, scalars, buffers, Gradient(gradient))
 
     return work
 
@@ -89,7 +99,7 @@ def contestants(numel: int) -> dict[str, Callable[[], float]]:
     """By name, what gives the seconds of one step."""
     generator = torch.Generator().manual_seed(0)
     gradient, weights = (torch.randn(numel, generator=generator) for _ in range(2))
-    works = {f"freestep {algorithm}": freestep(algorithm, gradient, weights) for algorithm in METHODS}
+    works = {f"freestep {algorithm}": freestep(algorithm, gradient, weights) for algorithm in ALGORITHMS}
     works[PACKAGE] = peer(schedulefree.AdamWScheduleFree, gradient, weights, foreach=True)
     works["schedulefree AdamW, no foreach"] = peer(schedulefree.AdamWScheduleFree, gradient, weights, foreach=False)
     works[FUSED] = peer(torch.optim.AdamW, gradient, weights, fused=True)
@@ -131,8 +141,9 @@ def bytes_per_parameter(name: str) -> int | None:
     """What is read and written of g and the state in one pass; None for those who take more than one."""
     if name in (COPY, FUSED):
         return BYTES_PER_PARAMETER
-    method = METHODS.get(name.removeprefix("freestep "))
-    return None if method is None else 4 + 8 * len(method.buffers)
+    if not name.startswith("freestep "):
+        return None
+    return 4 + 8 * len(method_of(chosen(name.removeprefix("freestep "))).buffers)
 
 
 def main() -> None:

@@ -7,10 +7,13 @@ All three points are kept, so that nothing of how the service keeps two of them 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer, Rprop
 
 
 @dataclass
@@ -19,6 +22,7 @@ class ScheduleFree:
 
     `adaptive` divides by the root of v, as AdamW does; `rectified` does so as RAdam (arXiv 1908.03265) once the
     variance of that root is finite, and until then follows the gradient, or nothing where `silent_sgd_phase`.
+    `inner_momentum` is Adam's own. `averaging_constant` is C of arXiv 2507.09846: c becomes min((1 - β) C c, 1).
     """
 
     x: Tensor
@@ -33,16 +37,21 @@ class ScheduleFree:
     adaptive: bool = False
     rectified: bool = False
     silent_sgd_phase: bool = True
+    decay_at_z: bool = False
+    inner_momentum: float = 0.0
+    averaging_constant: float | None = None
     k: int = 0
     weight_sum: float = 0.0
     lr_max: float = 0.0
     z: Tensor = field(init=False)
     v: Tensor = field(init=False)
+    m: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.x = self.x.double().clone()
         self.z = self.x.clone()
         self.v = torch.zeros_like(self.x)
+        self.m = torch.zeros_like(self.x)
 
     @property
     def y(self) -> Tensor:
@@ -59,12 +68,16 @@ class ScheduleFree:
             lr = 0.0 if self.silent_sgd_phase else lr
         elif self.adaptive or self.rectified:
             lr *= rectification
-            d = g / ((self.v / (1 - self.beta2 ** (self.k + 1))).sqrt() + self.eps)
-        d = d + self.weight_decay * y
+            self.m = self.inner_momentum * self.m + (1 - self.inner_momentum) * g
+            m = self.m / (1 - self.inner_momentum ** (self.k + 1))
+            d = m / ((self.v / (1 - self.beta2 ** (self.k + 1))).sqrt() + self.eps)
+        d = d + self.weight_decay * (self.z if self.decay_at_z else y)
         self.lr_max = max(self.lr_max, lr)
         weight = (self.k + 1) ** self.r * self.lr_max**self.weight_lr_power
         self.weight_sum += weight
         c = weight / self.weight_sum if self.weight_sum else 0.0
+        if self.averaging_constant is not None:
+            c = min((1 - self.beta) * self.averaging_constant * c, 1.0)
         self.z = self.z - damping * lr * d
         self.x = (1 - c) * self.x + c * self.z
         self.k += 1
@@ -76,3 +89,79 @@ class ScheduleFree:
         if rho <= 4:
             return None
         return float(((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5)
+
+
+@dataclass
+class OverTorch:
+    """The same over an optimizer of torch's, made by `base` for a parameter in fp64, which is z.
+
+    `decay_at_y` takes lr · decay_at_y · y off z before the optimizer's step. Where `mu_x` is given c is 1 - mu_x, which
+    is generalized primal averaging (arXiv 2512.17131), with β = μ_y.
+    """
+
+    x: Tensor
+    base: Callable[[list[nn.Parameter]], Optimizer]
+    beta: float
+    decay_at_y: float = 0.0
+    r: float = 0.0
+    weight_lr_power: float = 2.0
+    averaging_constant: float | None = None
+    mu_x: float | None = None
+    k: int = 0
+    weight_sum: float = 0.0
+    lr_max: float = 0.0
+    parameter: nn.Parameter = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    lr: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x = self.x.double().clone()
+        self.parameter = nn.Parameter(self.x.clone())
+        self.optimizer = self.base([self.parameter])
+        self.lr = self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def z(self) -> Tensor:
+        return self.parameter.detach()
+
+    @property
+    def y(self) -> Tensor:
+        return (1 - self.beta) * self.z + self.beta * self.x
+
+    def step(self, gradient: Tensor, damping: float = 1.0) -> None:
+        """One step along a gradient taken at y; `damping` multiplies the learning rate of z alone."""
+        self.z.sub_(damping * self.lr * self.decay_at_y * self.y)
+        before = self.z.clone()
+        self.parameter.grad = gradient.double()
+        (group,) = self.optimizer.param_groups
+        group["lr"] = self.lr * damping
+        if isinstance(self.optimizer, Rprop) and not self.k:
+            # Its learning rate is where its step sizes start.
+            group["lr"] = self.lr
+        with _doubles():
+            self.optimizer.step()
+        if isinstance(self.optimizer, Rprop):
+            self.z.copy_(before + damping * (self.z - before))
+        self.x = (1 - (c := self._weight())) * self.x + c * self.z
+        self.k += 1
+
+    def _weight(self) -> float:
+        """c of this step."""
+        if self.mu_x is not None:
+            return 1 - self.mu_x
+        self.lr_max = max(self.lr_max, self.lr)
+        weight = (self.k + 1) ** self.r * self.lr_max**self.weight_lr_power
+        self.weight_sum += weight
+        c = weight / self.weight_sum if self.weight_sum else 0.0
+        return c if self.averaging_constant is None else min((1 - self.beta) * self.averaging_constant * c, 1.0)
+
+
+@contextmanager
+def _doubles() -> Iterator[None]:
+    """Has torch keep scalars in fp64, such as NAdam's product of momenta."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,6 +1,7 @@
 """The algorithms that a run may have, and their hyperparameters.
 
-They keep the names and defaults of the `schedulefree` package and of `torch.optim`.
+They keep the names and defaults of the `schedulefree` package and of `torch.optim`, and where a method is in neither,
+its paper's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from freestep.bases import Base
+from freestep.schedules import Averaging, Constant, NoAveraging, Schedule
 from freestep.validation import (
     Coefficient,
     Count,
@@ -30,10 +33,11 @@ __all__ = [
     "SGD",
     "AdamW",
     "AdamWScheduleFree",
+    "GPAAdamW",
     "OptimizerSpec",
     "RAdamScheduleFree",
     "SGDScheduleFree",
-    "Schedule",
+    "ScheduleFreeWrapper",
 ]
 
 
@@ -46,12 +50,22 @@ class _Hyperparameters(StrictModel):
         for name in ("algorithm", "max_grad_norm"):
             if name in overrides:
                 raise fault((name,), f"{name} belongs to the run, not to a group")
-        return type(self).model_validate({**self.model_dump(), **overrides})
+        made = type(self).model_validate({**self.model_dump(), **overrides})
+        for name, kept in self._kept().items():
+            if made._kept()[name] != kept:
+                raise fault((name,), "all groups of a run keep the same state, and this one would keep another")
+        return made
+
+    def _kept(self) -> dict[str, Any]:
+        """What decides, by its name, which vectors the method keeps."""
+        return {}
 
 
 class _ScheduleFree(_Hyperparameters):
     r: Power = 0.0
     weight_lr_power: Power = 2.0
+    averaging_constant: Annotated[float, Field(strict=True, gt=0, le=1e12)] | None = None
+    """C of arXiv 2507.09846: the newest z weighs min(c · (1 - β) · C, 1) in the average, where it weighs c without."""
 
 
 class SGDScheduleFree(_ScheduleFree):
@@ -65,7 +79,11 @@ class SGDScheduleFree(_ScheduleFree):
 
 
 class AdamWScheduleFree(_ScheduleFree):
-    """Schedule-Free AdamW, arXiv 2405.15682, as `schedulefree.AdamWScheduleFree`."""
+    """Schedule-Free AdamW, arXiv 2405.15682, as `schedulefree.AdamWScheduleFree`.
+
+    decay_at_z: weight decay takes z, as in `schedulefree.AdamWScheduleFreeReference`, and not y.
+    inner_momentum: the coefficient of Adam's own average of gradients; 0 leaves it, and its vector, out.
+    """
 
     algorithm: Literal["adamw_schedule_free"] = "adamw_schedule_free"
     lr: NonNegative = 0.0025
@@ -73,6 +91,11 @@ class AdamWScheduleFree(_ScheduleFree):
     eps: Epsilon = 1e-8
     weight_decay: NonNegative = 0.0
     warmup_steps: Count = 0
+    decay_at_z: Flag = False
+    inner_momentum: Coefficient = 0.0
+
+    def _kept(self) -> dict[str, Any]:
+        return {"inner_momentum": self.inner_momentum > 0}
 
 
 class RAdamScheduleFree(_ScheduleFree):
@@ -86,15 +109,53 @@ class RAdamScheduleFree(_ScheduleFree):
     silent_sgd_phase: Flag = True
 
 
-class Schedule(StrictModel):
-    """The baselines' learning-rate schedule; constant after a linear warmup."""
+class ScheduleFreeWrapper(_ScheduleFree):
+    """Schedule-Free over one of nine optimizers of torch's, as `schedulefree.ScheduleFreeWrapper`.
 
-    name: Literal["constant"] = "constant"
-    warmup_steps: Count = 0
+    The base has the learning rate, and its own weight decay takes z; `weight_decay_at_y` takes y. A group may overrule
+    members of its base one by one.
+    """
+
+    algorithm: Literal["schedule_free_wrapper"] = "schedule_free_wrapper"
+    base: Base
+    momentum: Interpolation = 0.9
+    weight_decay_at_y: NonNegative = 0.0
+
+    def overruled(self, overrides: Mapping[str, Any]) -> Self:
+        base = overrides.get("base")
+        if isinstance(base, Mapping):
+            if base.get("algorithm", self.base.algorithm) != self.base.algorithm:
+                raise fault(("base", "algorithm"), "the base's algorithm belongs to the run, not to a group")
+            overrides = {**overrides, "base": {**self.base.model_dump(), **base}}
+        return super().overruled(overrides)
+
+    def _kept(self) -> dict[str, Any]:
+        members = self.base.model_dump(include={"algorithm", "momentum", "centered", "amsgrad"})
+        return {"base": {**members, "momentum": members.get("momentum", 0) > 0}}
+
+
+class GPAAdamW(_Hyperparameters):
+    """Generalized primal averaging over AdamW, arXiv 2512.17131: x is an exponential moving average of z.
+
+    mu_x: what x keeps of itself in a step. mu_y: how much of x there is in y. The others are AdamW's.
+    """
+
+    algorithm: Literal["gpa_adamw"] = "gpa_adamw"
+    mu_y: Interpolation = 0.7
+    mu_x: Coefficient = 0.9967
+    lr: NonNegative = 0.001
+    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999)
+    eps: Epsilon = 1e-8
+    weight_decay: NonNegative = 0.01
+    schedule: Schedule = Constant()
 
 
 class _Baseline(_Hyperparameters):
-    schedule: Schedule = Schedule()
+    schedule: Schedule = Constant()
+    averaging: Averaging = NoAveraging()
+
+    def _kept(self) -> dict[str, Any]:
+        return {"averaging": self.averaging.name != "none"}
 
 
 class SGD(_Baseline):
@@ -124,7 +185,7 @@ class AdamW(_Baseline):
     weight_decay: NonNegative = 0.01
 
 
-_Algorithms = SGDScheduleFree | AdamWScheduleFree | RAdamScheduleFree | SGD | AdamW
+_Algorithms = SGDScheduleFree | AdamWScheduleFree | RAdamScheduleFree | ScheduleFreeWrapper | GPAAdamW | SGD | AdamW
 OptimizerSpec = Annotated[_Algorithms, Field(discriminator="algorithm"), told_by("algorithm", _Algorithms)]
 
 ALGORITHMS: dict[str, type[_Algorithms]] = kinds_of("algorithm", _Algorithms)

@@ -18,17 +18,18 @@ from freestep.models import Point, RunSpec
 from freestep_service.aggregation import Policy
 from freestep_service.loans import Loan
 from freestep_service.optimizers import (
-    METHODS,
     Gradient,
     Quanta,
     Scalars,
     gather,
     initial_buffers,
     interpolate,
+    method_of,
     quantize,
     segments,
     step,
 )
+from freestep_service.optimizers.readiness import compile_rule
 from freestep_service.vectors import Vector
 
 __all__ = ["DTYPES", "Cut", "Entry", "Shard"]
@@ -86,7 +87,7 @@ class Shard:
         self.manifest = manifest
         self.device = device
         self.epoch = self.step = self.seq = 0
-        self._method = METHODS[spec.optimizer.algorithm]
+        self._method = method_of(spec.optimizer)
         self._layout = segments(self.manifest.slots)
         # All of the run's groups, so that the scalars of any one shard are those of every other.
         groups = {parameter.group for parameter in spec.parameters}
@@ -100,6 +101,11 @@ class Shard:
         self._scalars: dict[str, Scalars] = {}
         self._accumulated: Tensor | None = None
         self._clear_group()
+
+    def prepare(self) -> None:
+        """Has ready what a step takes, so that no entry waits for it. The first time on a machine it takes seconds."""
+        if self.device.type == "cpu":
+            compile_rule(next(iter(self._hyperparameters.values())), gathers=self._gathers)
 
     def _clear_group(self) -> None:
         self.group: dict[str, int] = {}

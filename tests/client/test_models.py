@@ -10,6 +10,7 @@ import schedulefree
 import torch
 from pydantic import ValidationError
 
+from forms import FORMS, own
 from freestep.errors import PROBLEMS, ProblemError
 from freestep.hyperparameters import ALGORITHMS
 from freestep.models import LeaseRequest, RunSpec
@@ -26,6 +27,8 @@ def spec(**changes: Any) -> dict[str, Any]:
 def optimizer(algorithm: str, **hyperparameters: Any) -> dict[str, Any]:
     return spec(optimizer={"algorithm": algorithm, **hyperparameters})
 
+
+WRAPPED = optimizer("schedule_free_wrapper", base={"algorithm": "adam", "lr": 0.1, "betas": [0.8, 0.9]})
 
 INVALID = [
     ("optimizer.algorithm", optimizer("adam_schedule_free")),
@@ -63,8 +66,73 @@ INVALID = [
     ("optimizer.momentum", optimizer("sgd", momentum=1)),
     ("optimizer.nesterov", optimizer("sgd", nesterov=True)),
     ("optimizer.silent_sgd_phase", optimizer("radam_schedule_free", silent_sgd_phase="no")),
-    ("optimizer.schedule.name", optimizer("sgd", schedule={"name": "cosine"})),
+    ("optimizer.averaging_constant", optimizer("sgd_schedule_free", averaging_constant=0)),
+    (
+        "optimizer.averaging_constant",
+        optimizer("schedule_free_wrapper", base={"algorithm": "sgd"}, averaging_constant=-1),
+    ),
+    ("optimizer.inner_momentum", optimizer("adamw_schedule_free", inner_momentum=1)),
+    ("optimizer.inner_momentum", optimizer("adamw_schedule_free", inner_momentum=-0.1)),
+    ("optimizer.decay_at_z", optimizer("adamw_schedule_free", decay_at_z="yes")),
+    ("optimizer.decay_at_z", optimizer("radam_schedule_free", decay_at_z=True)),
+    ("optimizer.mu_x", optimizer("gpa_adamw", mu_x=1)),
+    ("optimizer.mu_y", optimizer("gpa_adamw", mu_y=0)),
+    ("optimizer.averaging", optimizer("gpa_adamw", averaging={"name": "ema"})),
+    ("optimizer.schedule", optimizer("sgd", schedule="cosine")),
+    ("optimizer.schedule.name", optimizer("sgd", schedule={"name": "exponential"})),
+    ("optimizer.schedule.total_steps", optimizer("sgd", schedule={"name": "cosine"})),
+    ("optimizer.schedule.total_steps", optimizer("sgd", schedule={"name": "linear", "total_steps": 0})),
+    (
+        "optimizer.schedule.total_steps",
+        optimizer("adamw", schedule={"name": "linear", "warmup_steps": 5, "total_steps": 5}),
+    ),
+    ("optimizer.schedule.total_steps", optimizer("gpa_adamw", schedule={"name": "cosine", "total_steps": 1.5})),
+    ("optimizer.schedule.end_factor", optimizer("sgd", schedule={"name": "cosine", "total_steps": 5, "end_factor": 2})),
+    ("optimizer.schedule.cycle_steps", optimizer("sgd", schedule={"name": "cosine_restarts", "cycle_steps": 0})),
+    (
+        "optimizer.schedule.cycle_growth",
+        optimizer("sgd", schedule={"name": "cosine_restarts", "cycle_steps": 9, "cycle_growth": 0}),
+    ),
+    ("optimizer.schedule.step_size", optimizer("sgd", schedule={"name": "step"})),
+    ("optimizer.schedule.gamma", optimizer("sgd", schedule={"name": "step", "step_size": 9, "gamma": 1.1})),
+    ("optimizer.schedule.total_steps", optimizer("sgd", schedule={"total_steps": 9})),
     ("optimizer.schedule.warmup_steps", optimizer("adamw", schedule={"warmup_steps": -1})),
+    ("optimizer.averaging.name", optimizer("sgd", averaging={"name": "swa"})),
+    ("optimizer.averaging.decay", optimizer("sgd", averaging={"name": "ema", "decay": 1})),
+    ("optimizer.averaging.decay", optimizer("adamw", averaging={"name": "polyak", "decay": 0.9})),
+    ("optimizer.averaging.start_step", optimizer("adamw", averaging={"name": "polyak", "start_step": -1})),
+    ("optimizer.base", optimizer("schedule_free_wrapper")),
+    ("optimizer.base", optimizer("schedule_free_wrapper", base="adam")),
+    ("optimizer.base.algorithm", optimizer("schedule_free_wrapper", base={})),
+    ("optimizer.base.algorithm", optimizer("schedule_free_wrapper", base={"algorithm": "lbfgs"})),
+    ("optimizer.lr", optimizer("schedule_free_wrapper", base={"algorithm": "adam"}, lr=0.1)),
+    ("optimizer.momentum", optimizer("schedule_free_wrapper", base={"algorithm": "adam"}, momentum=1)),
+    (
+        "optimizer.weight_decay_at_y",
+        optimizer("schedule_free_wrapper", base={"algorithm": "adam"}, weight_decay_at_y=-1),
+    ),
+    *(
+        (f"optimizer.base.{field}", optimizer("schedule_free_wrapper", base={"algorithm": algorithm, **members}))
+        for algorithm, field, members in [
+            ("sgd", "nesterov", {"nesterov": True}),
+            ("sgd", "lr", {"lr": -1}),
+            ("sgd", "maximize", {"maximize": True}),
+            ("rmsprop", "alpha", {"alpha": 1}),
+            ("rmsprop", "centered", {"centered": 1}),
+            ("adagrad", "initial_accumulator_value", {"initial_accumulator_value": -1}),
+            ("adagrad", "lr_decay", {"lr_decay": -1}),
+            ("adam", "betas.1", {"betas": [0.9, 1]}),
+            ("adam", "eps", {"eps": 0}),
+            ("adamw", "decoupled_weight_decay", {"decoupled_weight_decay": True}),
+            ("nadam", "momentum_decay", {"momentum_decay": -1}),
+            ("radam", "betas.0", {"betas": [1, 0.9]}),
+            ("adamax", "amsgrad", {"amsgrad": True}),
+            ("rprop", "etas.0", {"etas": [1, 1.2]}),
+            ("rprop", "etas.1", {"etas": [0.5, 1]}),
+            ("rprop", "step_sizes", {"step_sizes": [2, 1]}),
+            ("rprop", "weight_decay", {"weight_decay": 0.1}),
+        ]
+    ),
     ("optimizer.max_grad_norm", optimizer("adamw_schedule_free", max_grad_norm=0)),
     ("optimizer.max_grad_norm", optimizer("adamw_schedule_free", max_grad_norm=float("inf"))),
     ("aggregation.policy", spec(aggregation={"policy": "median"})),
@@ -84,6 +152,12 @@ INVALID = [
     ("groups.slow.momentum", spec(groups={"slow": {"momentum": 0.9}})),
     ("groups.slow.algorithm", spec(groups={"slow": {"algorithm": "sgd"}})),
     ("groups.slow.max_grad_norm", spec(groups={"slow": {"max_grad_norm": 1.0}})),
+    ("groups.slow.inner_momentum", spec(groups={"slow": {"inner_momentum": 0.9}})),
+    ("groups.slow.averaging", optimizer("sgd") | {"groups": {"slow": {"averaging": {"name": "ema"}}}}),
+    ("groups.base.base.lr", WRAPPED | {"groups": {"base": {"base": {"lr": -1}}}}),
+    ("groups.slow.base.algorithm", WRAPPED | {"groups": {"slow": {"base": {"algorithm": "sgd"}}}}),
+    ("groups.slow.base", WRAPPED | {"groups": {"slow": {"base": {"amsgrad": True}}}}),
+    ("groups.slow.base", WRAPPED | {"groups": {"slow": {"base": 3}}}),
     ("lease_ttl_ms", spec(lease_ttl_ms=1)),
     ("durability", spec(durability="journal")),
     ("shards", spec(shards=257)),
@@ -98,26 +172,58 @@ def test_a_wrong_spec_names_its_field(field: str, document: dict[str, Any]) -> N
     assert field in [".".join(map(str, error["loc"])) for error in caught.value.errors()]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_spec_survives_json(algorithm: str) -> None:
-    made = RunSpec.model_validate(optimizer(algorithm) | {"groups": {"slow": {"lr": 0.001}}})
+@pytest.mark.parametrize("form", FORMS)
+def test_a_spec_survives_json(form: str) -> None:
+    made = RunSpec.model_validate(spec(optimizer=FORMS[form], groups={"slow": own(form, lr=0.001, weight_decay=0.5)}))
     assert RunSpec.model_validate_json(made.model_dump_json()) == made
 
 
 PACKAGES = {
     "sgd_schedule_free": schedulefree.SGDScheduleFree,
-    "adamw_schedule_free": schedulefree.AdamWScheduleFree,
+    # Which has decay_at_z too.
+    "adamw_schedule_free": schedulefree.AdamWScheduleFreeReference,
     "radam_schedule_free": schedulefree.RAdamScheduleFree,
+    "schedule_free_wrapper": schedulefree.ScheduleFreeWrapper,
+    "gpa_adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
     "adamw": torch.optim.AdamW,
 }
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+OURS_ALONE = {
+    *("algorithm", "max_grad_norm", "schedule", "averaging"),
+    *("averaging_constant", "inner_momentum", "mu_x", "mu_y"),
+}
+
+
+@pytest.mark.parametrize("algorithm", PACKAGES)
 def test_defaults_are_the_packages(algorithm: str) -> None:
     package = inspect.signature(PACKAGES[algorithm]).parameters
-    ours = ALGORITHMS[algorithm]().model_dump(exclude={"algorithm", "max_grad_norm", "schedule"})
+    base = {"base": {"algorithm": "sgd"}} if algorithm == "schedule_free_wrapper" else {}
+    ours = ALGORITHMS[algorithm].model_validate(base).model_dump(exclude={*OURS_ALONE, "base"})
     assert ours == {name: package[name].default for name in ours}
+
+
+BASES = {
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "adamax": torch.optim.Adamax,
+    "rprop": torch.optim.Rprop,
+}
+HOW = {"params", "foreach", "fused", "capturable", "differentiable", "maximize"}
+
+
+@pytest.mark.parametrize("algorithm", BASES)
+def test_a_bases_hyperparameters_are_torchs(algorithm: str) -> None:
+    document = optimizer("schedule_free_wrapper", base={"algorithm": algorithm})
+    ours = RunSpec.model_validate(document).optimizer.model_dump()["base"]
+    theirs = inspect.signature(BASES[algorithm]).parameters
+    assert ours == {"algorithm": algorithm, **{name: theirs[name].default for name in theirs if name not in HOW}}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +244,8 @@ def test_a_field_is_named_by_its_parts(document: dict[str, Any], place: tuple[st
 def test_the_bounds_belong_to_the_range(algorithm: str) -> None:
     bounds = {"lr": 1e12, "weight_decay": 0, "r": 10, "weight_lr_power": 10, "eps": 1e-30, "warmup_steps": 2**53 - 1}
     allowed = {name: value for name, value in bounds.items() if name in ALGORITHMS[algorithm].model_fields}
-    made = RunSpec.model_validate(optimizer(algorithm, **allowed)).optimizer.model_dump()
+    base = {"base": {"algorithm": "adam", "lr": 1e12, "eps": 1e-30}} if algorithm == "schedule_free_wrapper" else {}
+    made = RunSpec.model_validate(optimizer(algorithm, **allowed, **base)).optimizer.model_dump()
     assert {name: made[name] for name in allowed} == allowed
 
 
@@ -149,6 +256,20 @@ def test_a_group_has_the_runs_hyperparameters_and_its_own() -> None:
     slow = made.hyperparameters("slow").model_dump()
     assert (slow["lr"], slow["eps"], slow["betas"]) == (0.01, 1e-6, (0.8, 0.9))
     assert made.hyperparameters("default") == made.optimizer
+
+
+def test_a_group_overrules_its_base_member_by_member() -> None:
+    made = RunSpec.model_validate(WRAPPED | {"groups": {"slow": {"momentum": 0.5, "base": {"lr": 0.01}}}})
+    slow = made.hyperparameters("slow").model_dump()
+    assert (slow["momentum"], slow["base"]["lr"], slow["base"]["betas"]) == (0.5, 0.01, (0.8, 0.9))
+
+
+def test_a_groups_schedule_takes_the_place_of_the_runs() -> None:
+    document = optimizer("sgd", schedule={"name": "cosine", "total_steps": 9}) | {
+        "groups": {"slow": {"schedule": {"warmup_steps": 3}}}
+    }
+    slow = RunSpec.model_validate(document).hyperparameters("slow").model_dump()
+    assert slow["schedule"] == {"name": "constant", "warmup_steps": 3}
 
 
 @pytest.mark.parametrize("wish", [{}, {"worker": ""}, {"worker": "w" * 201}, {"worker": "w", "ttl_ms": 1}])

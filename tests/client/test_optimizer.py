@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -75,12 +75,23 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(mine, theirs, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def wrapped_sgd(params: Iterable[nn.Parameter], base: dict[str, Any], **options: Any) -> torch.optim.Optimizer:
+    inner = torch.optim.SGD(params, lr=base["lr"], momentum=base["momentum"])
+    wrapper: torch.optim.Optimizer = schedulefree.ScheduleFreeWrapper(inner, **options)
+    return wrapper
+
+
 @pytest.mark.parametrize(
     ("algorithm", "package", "options"),
     [
         ("adamw_schedule_free", schedulefree.AdamWScheduleFree, {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 10}),
         ("sgd_schedule_free", schedulefree.SGDScheduleFree, {"lr": 0.02}),
         ("radam_schedule_free", schedulefree.RAdamScheduleFree, {"lr": 0.01}),
+        (
+            "schedule_free_wrapper",
+            wrapped_sgd,
+            {"base": {"algorithm": "sgd", "lr": 0.003, "momentum": 0.9}, "weight_decay_at_y": 0.1},
+        ),
     ],
 )
 def test_one_worker_is_the_package(
@@ -104,6 +115,18 @@ def test_one_worker_is_the_package(
     assert_same(model, twin)
     assert optimizer.pulled is not None
     assert optimizer.pulled.step == 45
+
+
+def test_a_param_group_overrules_members_of_its_base(make: Callable[..., RemoteOptimizer]) -> None:
+    model = network()
+    groups = [
+        {"params": list(model[0].named_parameters(prefix="0"))},
+        {"params": list(model[2].named_parameters(prefix="2")), "base": {"lr": 0.5}},
+    ]
+    optimizer = make(groups, algorithm="schedule_free_wrapper", base={"algorithm": "adam", "lr": 0.01, "eps": 1e-6})
+    spec = optimizer._run.status().spec
+    chosen = [spec.hyperparameters(group).model_dump()["base"] for group in ("group0", "group1")]
+    assert [(base["lr"], base["eps"]) for base in chosen] == [(0.01, 1e-6), (0.5, 1e-6)]
 
 
 def test_param_groups_keep_their_hyperparameters(make: Callable[..., RemoteOptimizer]) -> None:

@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 import xxhash
 
+from forms import FORMS, PLAIN, own
 from freestep.errors import CheckpointNotFound
-from freestep.hyperparameters import ALGORITHMS
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
 from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile
@@ -34,12 +34,12 @@ from harness import TENSORS, Api, ThreadService, at_once, wait_until
 RECORD = Record("claim", {"0": "digest"}, "applied", step=1, staleness=0, seq=1, live=1, worker="w", epoch=1)
 
 
-def shard(algorithm: str = "adamw_schedule_free", index: int = 0, count: int = 1, **changes: Any) -> Shard:
+def shard(form: str = "adamw_schedule_free", index: int = 0, count: int = 1, **changes: Any) -> Shard:
     """Shard `index` of `count` of a run of 37 elements."""
     document = {
-        "optimizer": {"algorithm": algorithm},
+        "optimizer": FORMS[form],
         "parameters": [{"name": "w", "shape": [31]}, {"name": "v", "shape": [2, 3], "group": "other"}],
-        "groups": {"other": {"lr": 0.5}},
+        "groups": {"other": own(form, lr=0.5, weight_decay=0.2)},
         **changes,
     }
     spec = RunSpec.model_validate(document)
@@ -111,14 +111,25 @@ def files(directory: Path, suffix: str = "") -> list[Path]:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("form", PLAIN)
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (3, 2), (3, 1)])
 def test_going_on_from_a_checkpoint_is_never_having_stopped(
-    storage: Storage, algorithm: str, batch: int, before: int, after: int
+    storage: Storage, form: str, batch: int, before: int, after: int
 ) -> None:
+    go_on(storage, form, batch, before, after)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in PLAIN])
+def test_all_state_of_every_rule_is_in_a_checkpoint(storage: Storage, form: str) -> None:
+    go_on(storage, form, batch=4, before=3, after=2)
+
+
+def go_on(storage: Storage, form: str, batch: int, before: int, after: int) -> None:
+    """Stops a run of some shards, goes on with others, and compares it with one that never stopped."""
+
     def run(count: int) -> list[Shard]:
         aggregation = {"policy": "buffered", "batch": batch}
-        return [shard(algorithm, index, count, aggregation=aggregation) for index in range(count)]
+        return [shard(form, index, count, aggregation=aggregation) for index in range(count)]
 
     (straight,), stopped, resumed = run(1), run(before), run(after)
     advance(straight, 41, batch)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import encoded
+from forms import FORMS, own
 from freestep.encoding import INT8
-from freestep.hyperparameters import ALGORITHMS
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
 from freestep_service.optimizers import Blocks, Quanta
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 STEPS = 50
 
 
-def trained(device: str, algorithm: str, aggregation: dict[str, Any]) -> Shard:
+def trained(device: str, form: str, aggregation: dict[str, Any]) -> Shard:
     """A shard after STEPS entries of random gradients."""
     spec = RunSpec.model_validate(
         {
-            "optimizer": {"algorithm": algorithm, "lr": 0.01, "weight_decay": 0.1},
+            "optimizer": FORMS[form],
             "aggregation": aggregation,
             "parameters": [{"name": "w", "shape": [300, 7]}, {"name": "v", "shape": [5], "group": "slow"}],
-            "groups": {"slow": {"lr": 0.001}},
+            "groups": {"slow": own(form, lr=0.001, weight_decay=0.1)},
         }
     )
     generator = torch.Generator().manual_seed(0)
@@ -42,9 +42,9 @@ def trained(device: str, algorithm: str, aggregation: dict[str, Any]) -> Shard:
 
 
 @pytest.mark.parametrize("aggregation", [{"policy": "async"}, {"policy": "buffered", "batch": 2}])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_points_are_those_of_the_cpu(algorithm: str, aggregation: dict[str, Any]) -> None:
-    shards = [trained(device, algorithm, aggregation) for device in ("cpu", "cuda")]
+@pytest.mark.parametrize("form", FORMS)
+def test_points_are_those_of_the_cpu(form: str, aggregation: dict[str, Any]) -> None:
+    shards = [trained(device, form, aggregation) for device in ("cpu", "cuda")]
     for point in ("x", "y", "z"):
         outs = [torch.empty(shard.manifest.numel) for shard in shards]
         positions = [shard.copy_point(point, out) for shard, out in zip(shards, outs, strict=True)]

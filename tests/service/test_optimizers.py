@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -18,12 +19,13 @@ import torch
 from numba.core import event
 from torch import Tensor, nn
 
+from flats import STEPS, Flat, assert_points, initial_weights, random_gradients, torch_groups
+from forms import FORMS, hyperparameters, own
 from freestep.encoding import INT8
-from freestep.hyperparameters import ALGORITHMS
+from freestep.hyperparameters import SGD
 from freestep.manifest import Manifest
-from freestep.models import ParameterSpec, RunSpec
+from freestep.models import ParameterSpec
 from freestep_service.optimizers import (
-    METHODS,
     Blocks,
     Gradient,
     Quanta,
@@ -31,84 +33,19 @@ from freestep_service.optimizers import (
     gather,
     initial_buffers,
     interpolate,
+    method_of,
     quantize,
-    segments,
     square_sum,
     step,
     sweep,
     widen,
 )
-from freestep_service.optimizers.readiness import compile_loops
+from freestep_service.optimizers.readiness import DTYPES, compile_loops, compile_rule
 from freestep_service.optimizers.slices import LEAST
+from harness import Api
 from reference import ScheduleFree
 
-STEPS = 250
-SHAPES = {"matrix": (7, 5), "scalar": (), "empty": (0, 4), "cube": (3, 5, 7), "vector": (13,)}
-GROUPS = {"matrix": "default", "scalar": "second", "empty": "second", "cube": "default", "vector": "second"}
-"""The groups alternate, so that a group has several segments."""
-TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
-"""After STEPS steps, torch's own fp32 is up to 5e-6 away from its fp64."""
-
-
-class Flat:
-    """A run's state vectors, driven as the shard drives them."""
-
-    def __init__(self, optimizer: dict[str, Any], second: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        spec = RunSpec.model_validate(
-            {
-                "optimizer": optimizer,
-                "parameters": [
-                    {"name": name, "shape": list(weight.shape), "group": GROUPS.get(name, "default")}
-                    for name, weight in weights.items()
-                ],
-                "groups": {"second": second},
-            }
-        )
-        self.slots = Manifest(spec.parameters).slots
-        self.method = METHODS[spec.optimizer.algorithm]
-        self.layout = segments(self.slots)
-        self.hyperparameters = {each.group: spec.hyperparameters(each.group) for each in self.layout}
-        self.buffers = initial_buffers(self.method, self.join(weights))
-        self.scalars = dict.fromkeys(self.hyperparameters, self.method.initial)
-
-    def join(self, tensors: dict[str, Tensor]) -> Tensor:
-        return torch.cat([tensors[slot.name].reshape(-1) for slot in self.slots])
-
-    def step(self, gradients: dict[str, Tensor], damping: float = 1.0, scale: float = 1.0) -> None:
-        gradient = Gradient(self.join(gradients), scale)
-        self.scalars = step(
-            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, damping
-        )
-
-    def point(self, name: str) -> dict[str, Tensor]:
-        out = torch.empty_like(self.buffers["y"])
-        interpolate(self.method, self.layout, self.hyperparameters, self.buffers, name, out)  # type: ignore[arg-type]
-        return {slot.name: out[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots}
-
-
-def initial_weights(seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-
-
-def random_gradients(count: int, seed: int = 1) -> Iterator[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        yield {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-
-
-def torch_groups(parameters: dict[str, nn.Parameter], second: dict[str, Any]) -> list[dict[str, Any]]:
-    first = [parameter for name, parameter in parameters.items() if GROUPS[name] == "default"]
-    other = [parameter for name, parameter in parameters.items() if GROUPS[name] == "second"]
-    return [{"params": first}, {"params": other, **second}]
-
-
-def assert_points(actual: dict[str, Tensor], expected: dict[str, nn.Parameter]) -> None:
-    for name, parameter in expected.items():
-        torch.testing.assert_close(actual[name], parameter.detach(), **TOLERANCE)
-
-
-SECOND = {"lr": 0.003, "weight_decay": 0.0}
+SECOND = {"lr": 0.003, "weight_decay": 0.02}
 SCHEDULE_FREE = [
     ("sgd_schedule_free", schedulefree.SGDScheduleFree, {"lr": 0.05}),
     ("sgd_schedule_free", schedulefree.SGDScheduleFree, {"lr": 0.05, "momentum": 0.6, "weight_decay": 0.02, "r": 1.0}),
@@ -134,6 +71,11 @@ SCHEDULE_FREE = [
     ),
     ("radam_schedule_free", schedulefree.RAdamScheduleFree, {"lr": 0.01, "betas": (0.9, 0.5)}),
     ("adamw_schedule_free", schedulefree.AdamWScheduleFree, {"lr": 0.0, "weight_lr_power": 0.0}),
+    (
+        "adamw_schedule_free",
+        schedulefree.AdamWScheduleFreeReference,
+        {"lr": 0.01, "weight_decay": 0.1, "decay_at_z": True, "warmup_steps": 20},
+    ),
     ("sgd_schedule_free", schedulefree.SGDScheduleFree, {"lr": 0.05, "momentum": 0.98, "weight_lr_power": 0.0}),
 ]
 
@@ -193,13 +135,28 @@ REFERENCE = [
     ({"algorithm": "adamw_schedule_free", "lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, "r": 1.0}, 0.9),
     ({"algorithm": "radam_schedule_free", "lr": 0.01, "betas": (0.8, 0.99), "weight_decay": 0.1}, 0.8),
     ({"algorithm": "radam_schedule_free", "lr": 0.01, "betas": (0.9, 0.9), "silent_sgd_phase": False}, 0.9),
+    ({"algorithm": "adamw_schedule_free", "lr": 0.01, "weight_decay": 0.1, "inner_momentum": 0.8}, 0.9),
+    (
+        {
+            "algorithm": "adamw_schedule_free",
+            "lr": 0.01,
+            "weight_decay": 0.1,
+            "decay_at_z": True,
+            "inner_momentum": 0.9,
+            "averaging_constant": 50.0,
+        },
+        0.9,
+    ),
+    ({"algorithm": "adamw_schedule_free", "lr": 0.01, "betas": (0.8, 0.99), "averaging_constant": 3.0}, 0.8),
+    ({"algorithm": "sgd_schedule_free", "lr": 0.05, "warmup_steps": 30, "averaging_constant": 30.0}, 0.9),
+    ({"algorithm": "radam_schedule_free", "lr": 0.01, "averaging_constant": 10.0}, 0.9),
 ]
 
 
 @pytest.mark.parametrize("damped", [False, True])
 @pytest.mark.parametrize(("optimizer", "beta"), REFERENCE)
 def test_the_sweep_is_the_paper(optimizer: dict[str, Any], beta: float, damped: bool) -> None:
-    names = ("lr", "weight_decay", "warmup_steps", "r", "silent_sgd_phase")
+    names = {field.name for field in dataclasses.fields(ScheduleFree)}
     options = {name: optimizer[name] for name in names if name in optimizer}
     options["adaptive"] = optimizer["algorithm"] == "adamw_schedule_free"
     options["rectified"] = optimizer["algorithm"] == "radam_schedule_free"
@@ -221,9 +178,9 @@ def test_the_sweep_is_the_paper(optimizer: dict[str, Any], beta: float, damped: 
             torch.testing.assert_close(exact.point(point)[name], expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_damping_leaves_the_averaging_weights_alone(algorithm: str) -> None:
-    plain, damped = (Flat({"algorithm": algorithm, "lr": 0.1}, {}, initial_weights()) for _ in range(2))
+@pytest.mark.parametrize("form", FORMS)
+def test_damping_leaves_the_averaging_weights_alone(form: str) -> None:
+    plain, damped = (Flat(FORMS[form], {}, initial_weights()) for _ in range(2))
     for gradients in random_gradients(10):
         plain.step(gradients)
         damped.step(gradients, damping=0.25)
@@ -231,6 +188,9 @@ def test_damping_leaves_the_averaging_weights_alone(algorithm: str) -> None:
     assert not torch.equal(damped.buffers["y"], plain.buffers["y"])
 
 
+USUAL = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "sgd", "adamw"]
+"""Forms whose rules are compiled at the start, and are tried at all sizes."""
+RARE = [form for form in FORMS if form not in USUAL]
 SIZES = [0, 1, 7, 15, 16, 17, 1000, 2 * LEAST - 1, 2 * LEAST, 3 * LEAST + 17]
 """Around the width of vector instructions, and where a second thread is given a slice."""
 
@@ -250,8 +210,9 @@ def random_vector(numel: int, seed: int) -> Tensor:
 class Stretch:
     """Elements `begin` to `end` of a run whose groups alternate, as the shard that has them steps."""
 
-    def __init__(self, algorithm: str, weights: Tensor, begin: int, end: int) -> None:
-        self.begin, self.end, self.method = begin, end, METHODS[algorithm]
+    def __init__(self, form: str, weights: Tensor, begin: int, end: int) -> None:
+        chosen = hyperparameters(form)
+        self.begin, self.end, self.method = begin, end, method_of(chosen)
         numel = weights.numel()
         edges = sorted({0, numel // 3, numel // 2 + 1, min(numel // 2 + 4, numel), numel} & set(range(numel + 1)))
         self.layout = [
@@ -259,8 +220,7 @@ class Stretch:
             for (first, last), group in zip(itertools.pairwise(edges), itertools.cycle(("even", "odd")))
             if max(first, begin) < min(last, end)
         ]
-        kind = ALGORITHMS[algorithm]
-        self.hyperparameters = {"even": kind(lr=0.01), "odd": kind(lr=0.1, weight_decay=0.3)}
+        self.hyperparameters = {"even": chosen, "odd": chosen.overruled(own(form, lr=0.1, weight_decay=0.3))}
         self.buffers = initial_buffers(self.method, weights[begin:end].clone())
         self.scalars = dict.fromkeys(self.hyperparameters, self.method.initial)
 
@@ -276,10 +236,19 @@ class Stretch:
 
 
 @pytest.mark.parametrize("numel", SIZES)
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_a_compiled_rule_is_the_rule_in_fp64(algorithm: str, numel: int, threads: int) -> None:
+@pytest.mark.parametrize("form", USUAL)
+def test_a_compiled_rule_is_the_rule_in_fp64(form: str, numel: int, threads: int) -> None:
+    compare_with_fp64(form, numel, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", RARE)
+def test_any_compiled_rule_is_the_rule_in_fp64(form: str) -> None:
+    compare_with_fp64(form, 1000, atol=5e-6)
+
+
+def compare_with_fp64(form: str, numel: int, atol: float) -> None:
     weights = random_vector(numel, 2)
-    compiled, exact = (Stretch(algorithm, each, 0, numel) for each in (weights, weights.double()))
+    compiled, exact = (Stretch(form, each, 0, numel) for each in (weights, weights.double()))
     for seed in range(3, 9):
         gradient = random_vector(numel, seed)
         kept = gradient.clone()
@@ -288,21 +257,30 @@ def test_a_compiled_rule_is_the_rule_in_fp64(algorithm: str, numel: int, threads
         assert torch.equal(gradient, kept)
     assert compiled.scalars == exact.scalars
     for name, buffer in compiled.buffers.items():
-        torch.testing.assert_close(buffer, exact.buffers[name].float(), rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(buffer, exact.buffers[name].float(), rtol=2e-6, atol=atol)
     for point in ("x", "y", "z"):
         torch.testing.assert_close(
-            compiled.point(point, torch.float32), exact.point(point, torch.float64).float(), rtol=2e-6, atol=1e-6
+            compiled.point(point, torch.float32), exact.point(point, torch.float64).float(), rtol=2e-6, atol=atol
         )
 
 
 @pytest.mark.parametrize("numel", [17, 1000, 3 * LEAST + 17])
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_where_a_vector_is_cut_does_not_show(algorithm: str, numel: int, threads: int) -> None:
+@pytest.mark.parametrize("form", USUAL)
+def test_where_a_vector_is_cut_does_not_show(form: str, numel: int, threads: int) -> None:
+    compare_with_parts(form, numel)
+
+
+@pytest.mark.parametrize("form", RARE)
+def test_where_a_vector_is_cut_shows_in_no_rule(form: str) -> None:
+    compare_with_parts(form, 1000)
+
+
+def compare_with_parts(form: str, numel: int) -> None:
     """N shards are one, bit for bit: an element's result has nothing to do with its place."""
     weights = random_vector(numel, 2)
-    whole = Stretch(algorithm, weights, 0, numel)
+    whole = Stretch(form, weights, 0, numel)
     cuts = sorted({0, 1, 4, 7, numel // 3, numel // 2 + 3, numel - 1, numel})
-    parts = [Stretch(algorithm, weights, begin, end) for begin, end in itertools.pairwise(cuts)]
+    parts = [Stretch(form, weights, begin, end) for begin, end in itertools.pairwise(cuts)]
     for seed in range(3, 9):
         gradient = random_vector(numel, seed)
         for each in (whole, *parts):
@@ -313,11 +291,11 @@ def test_where_a_vector_is_cut_does_not_show(algorithm: str, numel: int, threads
         assert torch.equal(whole.point(point, dtype), torch.cat([part.point(point, dtype) for part in parts]))
 
 
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_torch_evaluates_a_rule_a_chunk_at_a_time(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_evaluates_a_rule_a_chunk_at_a_time(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the intermediate results of a whole model would not fit."""
     weights, gradient = (random_vector(67, seed).double() for seed in range(2))
-    whole, chunked = (Stretch(algorithm, weights, 0, 67) for _ in range(2))
+    whole, chunked = (Stretch(form, weights, 0, 67) for _ in range(2))
     whole.step(gradient)
     monkeypatch.setattr(sweep, "CHUNK", 5)
     chunked.step(gradient)
@@ -343,11 +321,11 @@ def test_gathering_is_a_weighted_sum(numel: int, threads: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", [17, 3 * LEAST + 17])
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_a_step_reads_what_it_takes_as_it_came(algorithm: str, numel: int, dtype: torch.dtype, threads: int) -> None:
+@pytest.mark.parametrize("form", USUAL)
+def test_a_step_reads_what_it_takes_as_it_came(form: str, numel: int, dtype: torch.dtype, threads: int) -> None:
     """As if what is narrow had been widened, and the last push of a group gathered, by passes of their own."""
     weights, gathered = random_vector(numel, 2), random_vector(numel, 3)
-    fused, plain = (Stretch(algorithm, weights, 0, numel) for _ in range(2))
+    fused, plain = (Stretch(form, weights, 0, numel) for _ in range(2))
     for seed in range(4, 7):
         pushed = random_vector(numel, seed).to(dtype)
         fused.step(pushed, 0.6)
@@ -358,10 +336,10 @@ def test_a_step_reads_what_it_takes_as_it_came(algorithm: str, numel: int, dtype
         assert torch.equal(buffer, plain.buffers[name])
 
 
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_torch_reads_what_it_takes_as_it_came(algorithm: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_reads_what_it_takes_as_it_came(form: str) -> None:
     weights, gathered = random_vector(67, 2).double(), random_vector(67, 3).double()
-    fused, plain = (Stretch(algorithm, weights, 0, 67) for _ in range(2))
+    fused, plain = (Stretch(form, weights, 0, 67) for _ in range(2))
     pushed = random_vector(67, 4).bfloat16()
     for stretch, pushes in ((fused, (pushed, 0.6, gathered)), (plain, (gathered + 0.6 * pushed.double(),))):
         for buffer in stretch.buffers:
@@ -371,10 +349,10 @@ def test_torch_reads_what_it_takes_as_it_came(algorithm: str) -> None:
         torch.testing.assert_close(buffer, plain.buffers[name], rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_what_is_not_finite_stays_where_it_is(algorithm: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_finite_stays_where_it_is(form: str) -> None:
     numel = 67
-    plain, odd = (Stretch(algorithm, random_vector(numel, 2), 0, numel) for _ in range(2))
+    plain, odd = (Stretch(form, random_vector(numel, 2), 0, numel) for _ in range(2))
     gradient = random_vector(numel, 3)
     plain.step(gradient)
     gradient[[0, 40, 66]] = torch.tensor([math.nan, math.inf, -math.inf])
@@ -388,19 +366,22 @@ def test_what_is_not_finite_stays_where_it_is(algorithm: str) -> None:
 
 def test_no_push_waits_for_a_compiler() -> None:
     compile_loops()
+    forms = [*USUAL, "adamw-ema", "schedule_free_wrapper-rmsprop"]
+    for form in forms:
+        compile_rule(hyperparameters(form), gathers=True)
     wide = torch.ones(9)
     blocks = Blocks.of(Manifest([ParameterSpec(name="w", shape=(9,))]), INT8)
     int8 = Quanta(torch.empty(9, dtype=torch.int8), torch.empty(1), blocks)
     with event.install_recorder("numba:compile") as compilations:
-        for algorithm in METHODS:
-            stretch = Stretch(algorithm, random_vector(9, 0), 0, 9)
+        for form in forms:
+            stretch = Stretch(form, random_vector(9, 0), 0, 9)
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 stretch.step(random_vector(9, 1).to(dtype))
                 stretch.step(random_vector(9, 1).to(dtype), 0.5, wide)
             for point, dtype in itertools.product("xyz", (torch.float32, torch.bfloat16, torch.float16)):
                 stretch.point(point, dtype)
             for point in ("x", "y"):
-                quantize(METHODS[algorithm], stretch.layout, stretch.hyperparameters, stretch.buffers, point, int8)
+                quantize(stretch.method, stretch.layout, stretch.hyperparameters, stretch.buffers, point, int8)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for first in (True, False):
                 gather(wide, random_vector(9, 1).to(dtype), 0.5, first=first)
@@ -408,6 +389,27 @@ def test_no_push_waits_for_a_compiler() -> None:
         for dtype in (torch.bfloat16, torch.float16):
             widen(wide.to(dtype), wide)
     assert not compilations.buffer
+
+
+def test_the_start_compiles_the_usual_rules_and_a_run_its_own(api: Api) -> None:
+    sweep._loop.cache_clear()
+    compile_loops()
+
+    def ready(form: str) -> list[bool]:
+        """Whether loops are compiled: for each dtype alone, and in a group."""
+        method = method_of(hyperparameters(form))
+        loops = [(method.rule, len(method.buffers), dtype, gathered) for gathered in (False, True) for dtype in DTYPES]
+        return [bool(sweep._loop(*loop).signatures) for loop in loops]  # type: ignore[attr-defined]
+
+    rare = "schedule_free_wrapper-rprop"
+    assert all(all(ready(form)) for form in USUAL)
+    assert not any(ready(rare))
+    api.create(optimizer=FORMS[rare], aggregation={"policy": "async"})
+    assert ready(rare) == [True] * 3 + [False] * 3
+    assert api.push(api.lease(), 0).json()["decision"] == "applied"
+    api.http.delete(api.path())
+    api.create(optimizer=FORMS[rare], aggregation={"policy": "buffered", "batch": 2})
+    assert all(ready(rare))
 
 
 SUM_ONCE = """
@@ -441,9 +443,9 @@ def test_scale_multiplies_the_gradient() -> None:
         assert torch.equal(buffer, scaled.buffers[name])
 
 
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_scalars_are_data(algorithm: str) -> None:
-    flat = Flat({"algorithm": algorithm}, {}, initial_weights())
+@pytest.mark.parametrize("form", FORMS)
+def test_scalars_are_data(form: str) -> None:
+    flat = Flat(FORMS[form], {}, initial_weights())
     before = {group: dict(scalars) for group, scalars in flat.scalars.items()}
     kept = dict(flat.scalars)
     flat.step(next(random_gradients(1)))
@@ -504,7 +506,7 @@ def test_points_are_rounded_as_torch_rounds(dtype: torch.dtype, threads: int) ->
     anywhere = torch.randint(-(2**31), 2**31, (2**20,), generator=torch.Generator().manual_seed(0))
     y = torch.cat([EDGES, every_half, *near, anywhere.to(torch.int32).view(torch.float32)])
     out = torch.empty(y.numel(), dtype=dtype)
-    interpolate(METHODS["sgd"], [Segment("", 0, y.numel())], {"": ALGORITHMS["sgd"]()}, {"y": y}, "y", out)
+    interpolate(method_of(SGD()), [Segment("", 0, y.numel())], {"": SGD()}, {"y": y}, "y", out)
     assert torch.equal(out.isnan(), y.isnan())
     number = ~y.isnan()
     assert torch.equal(out.view(torch.int16)[number], y.to(dtype).view(torch.int16)[number])
@@ -537,35 +539,3 @@ def test_the_sum_is_finite_where_all_elements_are(value: float, place: int, thre
         assert math.isfinite(square_sum(vector))
         vector[place] = value
         assert not math.isfinite(square_sum(vector))
-
-
-JUST_BELOW_1 = math.nextafter(1, 0)
-EXTREMES = {
-    "lr": (0.0, 5e-324, 1e12),
-    "weight_decay": (0.0, 1e12),
-    "dampening": (0.0, 1e12),
-    "eps": (1e-30, 1e12),
-    "r": (0.0, 10.0),
-    "weight_lr_power": (0.0, 10.0),
-    "momentum": (1e-6, JUST_BELOW_1),
-    "betas": ((1e-6, 1e-6), (1e-6, JUST_BELOW_1), (JUST_BELOW_1, 1e-6), (JUST_BELOW_1, JUST_BELOW_1)),
-    "warmup_steps": (0, 2**53 - 1),
-    "schedule": ({"warmup_steps": 0}, {"warmup_steps": 2**53 - 1}),
-    "nesterov": (False,),
-    "silent_sgd_phase": (False, True),
-}
-
-
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_no_hyperparameter_that_a_spec_allows_makes_a_step_fail(algorithm: str) -> None:
-    """A step that fails halfway leaves the vectors torn; and a weight of 0 with gradient 0 must not become NaN."""
-    names = [name for name in ALGORITHMS[algorithm].model_fields if name in EXTREMES]
-    for values in itertools.product(*(EXTREMES[name] for name in names)):
-        flat = Flat(
-            {"algorithm": algorithm, **dict(zip(names, values, strict=True))}, {}, {"w": torch.tensor([0.0, 1.0])}
-        )
-        for k in (0, 2**53 - 2):
-            flat.scalars["default"] = {**flat.scalars["default"], "k": k}
-            flat.step({"w": torch.tensor([0.0, 1e3])})
-            assert all(map(math.isfinite, flat.scalars["default"].values()))
-            assert flat.point("x")["w"][0] == 0

@@ -10,15 +10,15 @@ from torch import Tensor
 
 import encoded
 from freestep.encoding import INT8
-from freestep.hyperparameters import ALGORITHMS
+from freestep.hyperparameters import SGDScheduleFree
 from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
 from freestep_service.optimizers import (
-    METHODS,
     Blocks,
     Quanta,
     initial_buffers,
     interpolate,
+    method_of,
     quanta,
     quantize,
     segments,
@@ -34,11 +34,8 @@ SHAPES: list[dict[str, tuple[int, ...]]] = [
     {"l": (LEAST + 1,), "m": (2, LEAST), "b": (300,)},
 ]
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-METHOD = METHODS["sgd_schedule_free"]
-HYPERPARAMETERS = {
-    name: ALGORITHMS["sgd_schedule_free"].model_validate({"momentum": momentum})
-    for name, momentum in (("default", 0.9), ("odd", 0.6))
-}
+METHOD = method_of(SGDScheduleFree())
+HYPERPARAMETERS = {name: SGDScheduleFree(momentum=momentum) for name, momentum in (("default", 0.9), ("odd", 0.6))}
 
 
 @pytest.fixture(params=["compiled", "by torch"])

@@ -1,16 +1,15 @@
-"""The optimization methods, by the name that clients send."""
+"""The optimization methods, and what carries them over a run's vectors."""
 
 from __future__ import annotations
 
-from freestep_service.optimizers import baselines, schedule_free
 from freestep_service.optimizers.method import Buffers, Method, Scalars
+from freestep_service.optimizers.methods import method_of
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
 from freestep_service.optimizers.sweep import Gradient, Segment, gather, initial_buffers, segments, step
 
 __all__ = [
-    "METHODS",
     "Blocks",
     "Buffers",
     "Gradient",
@@ -22,17 +21,10 @@ __all__ = [
     "gather",
     "initial_buffers",
     "interpolate",
+    "method_of",
     "quantize",
     "segments",
     "square_sum",
     "step",
     "widen",
 ]
-
-METHODS = {
-    "sgd_schedule_free": schedule_free.SGD,
-    "adamw_schedule_free": schedule_free.ADAMW,
-    "radam_schedule_free": schedule_free.RADAM,
-    "sgd": baselines.SGD,
-    "adamw": baselines.ADAMW,
-}

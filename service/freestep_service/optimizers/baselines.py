@@ -1,6 +1,6 @@
 """The baselines: SGD with momentum, and AdamW (Loshchilov and Hutter, arXiv 1711.05101), as in `torch.optim`.
 
-They keep one point, `y`, and x is y.
+They keep one point, `y`, and x is y; or its average, where one is asked for (`averaging`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from torch import Tensor
 
 from freestep.hyperparameters import SGD as SGDSpec
 from freestep.hyperparameters import AdamW as AdamWSpec
-from freestep.hyperparameters import Schedule
+from freestep_service.optimizers.averaging import averaged
 from freestep_service.optimizers.method import Method, Scalars
+from freestep_service.optimizers.schedules import scheduled
 
-__all__ = ["ADAMW", "SGD"]
-
-
-def _scheduled(lr: float, schedule: Schedule, k: float) -> float:
-    return lr * (k + 1) / schedule.warmup_steps if k < schedule.warmup_steps else lr
+__all__ = ["ADAMW", "AVERAGED_ADAMW", "AVERAGED_SGD", "SGD"]
 
 
 class _SGDCoefficients(NamedTuple):
@@ -33,7 +30,7 @@ class _SGDCoefficients(NamedTuple):
 
 def _advance_sgd(h: SGDSpec, scalars: Scalars, damping: float) -> tuple[Scalars, _SGDCoefficients]:
     k = scalars["k"]
-    lr = damping * _scheduled(h.lr, h.schedule, k)
+    lr = damping * scheduled(h.lr, h.schedule, k)
     # The buffer starts as the first gradient, undampened.
     gain = 1 - h.dampening if k else 1.0
     return {"k": k + 1}, _SGDCoefficients(lr, h.weight_decay, h.momentum, gain, h.nesterov)
@@ -66,7 +63,7 @@ class _AdamWCoefficients(NamedTuple):
 def _advance_adamw(h: AdamWSpec, scalars: Scalars, damping: float) -> tuple[Scalars, _AdamWCoefficients]:
     beta1, beta2 = h.betas
     step = scalars["k"] + 1
-    lr = damping * _scheduled(h.lr, h.schedule, scalars["k"])
+    lr = damping * scheduled(h.lr, h.schedule, scalars["k"])
     return {"k": step}, _AdamWCoefficients(
         shrink=1 - lr * h.weight_decay,
         m_share=1 - beta1,
@@ -86,3 +83,5 @@ def _adamw(g: Tensor, y: Tensor, m: Tensor, v: Tensor, s: _AdamWCoefficients) ->
 
 SGD = Method(("y", "momentum_buffer"), {"k": 0}, _advance_sgd, _sgd)
 ADAMW = Method(("y", "exp_avg", "exp_avg_sq"), {"k": 0}, _advance_adamw, _adamw)
+AVERAGED_SGD = averaged(SGD)
+AVERAGED_ADAMW = averaged(ADAMW)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 import torch
 from llvmlite import binding
 from numba import config, njit, types
@@ -76,9 +77,46 @@ def inlined(rule: F) -> F:
     return register_jitable(rule)
 
 
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
 def _sqrt(x: Any) -> Callable[[Any], Any] | None:
     return (lambda x: math.sqrt(x)) if isinstance(x, types.Float) else None
 
 
-# Rules take roots by torch's name, of tensors as of numbers.
-overload(torch.sqrt, strict=False)(_sqrt)
+def _abs(x: Any) -> Callable[[Any], Any] | None:
+    return (lambda x: abs(x)) if isinstance(x, types.Float) else None
+
+
+def _sign(x: Any) -> Callable[[Any], Any] | None:
+    # NaN has NaN, and so do the others keep it.
+    return (lambda x: _ONE if x > _ZERO else -_ONE if x < _ZERO else x) if isinstance(x, types.Float) else None
+
+
+def _relu(x: Any) -> Callable[[Any], Any] | None:
+    return (lambda x: _ZERO if x < _ZERO else x) if isinstance(x, types.Float) else None
+
+
+def _maximum(x: Any, y: Any) -> Callable[[Any, Any], Any] | None:
+    return (lambda x, y: x if x > y or x != x else y) if isinstance(x, types.Float) else None
+
+
+def _clamp(x: Any, low: Any, high: Any) -> Callable[[Any, Any, Any], Any] | None:
+    return (lambda x, low, high: low if x < low else high if x > high else x) if isinstance(x, types.Float) else None
+
+
+def _where(condition: Any, x: Any, y: Any) -> Callable[[Any, Any, Any], Any] | None:
+    return (lambda condition, x, y: x if condition else y) if isinstance(x, types.Float) else None
+
+
+# Rules call functions by torch's names, of tensors as of numbers.
+for _function, _of_numbers in (
+    (torch.sqrt, _sqrt),
+    (torch.abs, _abs),
+    (torch.sign, _sign),
+    (torch.relu, _relu),
+    (torch.maximum, _maximum),
+    (torch.clamp, _clamp),
+    (torch.where, _where),
+):
+    overload(_function, strict=False)(_of_numbers)

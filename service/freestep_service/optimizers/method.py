@@ -9,12 +9,12 @@ average x is a function of the state, not a mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Buffers", "Method", "Scalars"]
+__all__ = ["Base", "Buffers", "Method", "Scalars"]
 
 Scalars = Mapping[str, float]
 """A param group's scalar state: `k` (steps taken), and what else the method keeps."""
@@ -23,19 +23,20 @@ Buffers = Mapping[str, Tensor]
 """The state vectors by name, each fp32 of one shape; `y` is among them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """One optimization method.
 
-    buffers: the names of its state vectors, at most three; `y` and `z` start as the parameters, all others as zeros.
+    buffers: the names of its state vectors, at most five; the points `x`, `y` and `z` start as the parameters, all
+        others as zeros.
     initial: a param group's scalars before the first step.
     advance: (hyperparameters, scalars, damping) -> (next scalars, coefficients). `damping` in (0, 1] multiplies
-        the step's learning rate and leaves the averaging weights alone. The coefficients are a NamedTuple of floats
-        and bools.
+        the step's learning rate and leaves the averaging weights alone. The coefficients are a NamedTuple of floats,
+        bools and such tuples.
     rule: (g, *state, coefficients) -> the next state, in the order of `buffers`, as a tuple: one step along the
         gradient `g`. It is arithmetic, the same for numbers and for tensors, and is executed as either (see `sweep`):
-        it branches on coefficients only, takes roots by `torch.sqrt`, and holds no literals.
-    interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is y.
+        it branches on coefficients only, calls those functions of torch that `compiled` knows, and holds no literals.
+    interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
     """
 
     buffers: tuple[str, ...]
@@ -43,3 +44,21 @@ class Method:
     advance: Callable[[Any, Scalars, float], tuple[Scalars, Any]]
     rule: Callable[..., tuple[Tensor, ...]]
     interpolation: Callable[[Any], float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """One base optimizer.
+
+    buffers: the names of its state vectors, at most three, which start as zeros.
+    advance: (hyperparameters, lr, scalars, damping) -> (what it changes of the scalars, coefficients): of a step with
+        the learning rate `lr · damping`.
+    rule: (g, z, *state, coefficients) -> (how far the point z moves back, *the next state), as a tuple. As a method's
+        rule, else.
+    initial: the scalars that it keeps beside `k`, before the first step.
+    """
+
+    buffers: tuple[str, ...]
+    advance: Callable[[Any, float, Scalars, float], tuple[Scalars, Any]]
+    rule: Callable[..., tuple[Tensor, ...]]
+    initial: Scalars = field(default_factory=dict)

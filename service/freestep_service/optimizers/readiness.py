@@ -5,33 +5,38 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from freestep.hyperparameters import ALGORITHMS
-from freestep_service.optimizers import METHODS
+from freestep import hyperparameters as specs
+from freestep_service.optimizers import initial_buffers, method_of
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
-from freestep_service.optimizers.sweep import Gradient, Segment, gather, initial_buffers, step
+from freestep_service.optimizers.sweep import Gradient, Segment, gather, step
 
-__all__ = ["compile_loops"]
+__all__ = ["compile_loops", "compile_rule"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """In which gradients come and points are sent."""
 
 
+_LAYOUT = (Segment("", 0, 1),)
+_USUAL = (specs.SGDScheduleFree, specs.AdamWScheduleFree, specs.RAdamScheduleFree, specs.SGD, specs.AdamW)
+"""Whose rules are compiled whether or not a run has them; those of the others, when a run does."""
+
+
 def compile_loops() -> None:
     """Takes seconds the first time on a machine; runs each loop once, on one element, with the types of service."""
-    layout, nought = (Segment("", 0, 1),), torch.zeros(1)
+    nought = torch.zeros(1)
     quanta = Quanta(nought.to(torch.int8), nought.clone(), Blocks(np.array([0, 1]), ((0, 1, 1),)))
-    for algorithm, method in METHODS.items():
-        hyperparameters, buffers = {"": ALGORITHMS[algorithm]()}, initial_buffers(method, nought.clone())
-        for dtype in DTYPES:
-            for gathered in (None, nought):
-                gradient = Gradient(nought.to(dtype), gathered=gathered)
-                step(method, layout, hyperparameters, {"": method.initial}, buffers, gradient)
+    for usual in _USUAL:
+        compile_rule(usual(), gathers=True)
+    # Two that between them have all loops of points.
+    for chosen in (specs.AdamWScheduleFree(), specs.SGD()):
+        method, hyperparameters = method_of(chosen), {"": chosen}
+        buffers = initial_buffers(method, nought.clone())
         for point in ("x", "y"):
             for dtype in DTYPES:
-                interpolate(method, layout, hyperparameters, buffers, point, nought.to(dtype, copy=True))
-            quantize(method, layout, hyperparameters, buffers, point, quanta)
+                interpolate(method, _LAYOUT, hyperparameters, buffers, point, nought.to(dtype, copy=True))
+            quantize(method, _LAYOUT, hyperparameters, buffers, point, quanta)
     for dtype in DTYPES:
         for first in (True, False):
             gather(nought.clone(), nought.to(dtype), 1.0, first=first)
@@ -39,3 +44,16 @@ def compile_loops() -> None:
     dequantize(nought.to(torch.int8), nought, 1, nought.clone())
     for dtype in DTYPES[1:]:
         widen(nought.to(dtype), nought.clone())
+
+
+def compile_rule(hyperparameters: specs.OptimizerSpec, *, gathers: bool) -> None:
+    """Compiles what a step takes on the host, of groups of pushes too where a run `gathers` them.
+
+    Takes about half a second for each dtype in which gradients come, twice that with groups, unless it is on disk.
+    """
+    method, nought = method_of(hyperparameters), torch.zeros(1)
+    buffers = initial_buffers(method, nought.clone())
+    for dtype in DTYPES:
+        for gathered in (None, nought) if gathers else (None,):
+            gradient = Gradient(nought.to(dtype), gathered=gathered)
+            step(method, _LAYOUT, {"": hyperparameters}, {"": method.initial}, buffers, gradient)

@@ -6,7 +6,8 @@ Only y and z are kept. Equations 9 to 11 of the paper with x eliminated give, fo
 
 where w_k = (k+1)^r · γ_max^weight_lr_power and γ is the learning rate after warmup, as the `schedulefree`
 package has them. SGD takes d = g; the Adam forms take d = g / (sqrt(v / (1 - β2^(k+1))) + eps), with v the
-moving average of g². Weight decay adds weight_decay · y to d.
+moving average of g². Inner momentum μ puts m / (1 - μ^(k+1)) in the place of g there, with m that of g. Weight decay
+adds weight_decay · y to d, or weight_decay · z.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from freestep.hyperparameters import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
+from freestep.hyperparameters import AdamWScheduleFree, RAdamScheduleFree, ScheduleFreeWrapper, SGDScheduleFree
 from freestep_service.optimizers.method import Method, Scalars
+from freestep_service.optimizers.schedules import warmup
 
-__all__ = ["ADAMW", "RADAM", "SGD"]
+__all__ = ["ADAMW", "ADAMW_INNER_MOMENTUM", "INITIAL", "RADAM", "SGD", "average"]
 
-_INITIAL: Scalars = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
+INITIAL: Scalars = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
 
 
 class _Coefficients(NamedTuple):
@@ -49,25 +51,37 @@ class _AdamCoefficients(NamedTuple):
     eps: float
     adaptive: bool
     """Whether d is divided by the root of v; RAdam's first steps are not."""
+    decay_at_z: bool
+    m_share: float
+    """1 - μ: the weight of g in m."""
+    m_correction: float
+    """1 / (1 - μ^(k+1)), of m."""
 
 
-def _average(scalars: Scalars, lr: float, r: float, weight_lr_power: float) -> tuple[dict[str, float], float]:
-    """The next averaging scalars and c, the weight of the newest z in the average."""
+def average(
+    h: SGDScheduleFree | AdamWScheduleFree | RAdamScheduleFree | ScheduleFreeWrapper,
+    scalars: Scalars,
+    lr: float,
+    beta: float,
+) -> tuple[dict[str, float], float]:
+    """The next averaging scalars and c, the weight of the newest z in the average.
+
+    `lr` is the learning rate of this step, undamped. The averaging constant C makes c the smaller of 1 and
+    c · (1 - β) · C (arXiv 2507.09846).
+    """
     k = scalars["k"]
     lr_max = max(lr, scalars["lr_max"])
-    weight: float = (k + 1) ** r * lr_max**weight_lr_power
+    weight: float = (k + 1) ** h.r * lr_max**h.weight_lr_power
     weight_sum = scalars["weight_sum"] + weight
     c = weight / weight_sum if weight_sum else 0.0
+    if h.averaging_constant is not None:
+        c = min(c * (1 - beta) * h.averaging_constant, 1.0)
     return {"k": k + 1, "weight_sum": weight_sum, "lr_max": lr_max}, c
 
 
-def _warmup(k: float, warmup_steps: int) -> float:
-    return (k + 1) / warmup_steps if k < warmup_steps else 1.0
-
-
 def _advance_sgd(h: SGDScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _Coefficients]:
-    lr = h.lr * _warmup(scalars["k"], h.warmup_steps)
-    following, c = _average(scalars, lr, h.r, h.weight_lr_power)
+    lr = h.lr * warmup(scalars["k"], h.warmup_steps)
+    following, c = average(h, scalars, lr, h.momentum)
     lr *= damping
     return following, _Coefficients(lr, c, lr * (h.momentum * (1 - c) - 1), h.weight_decay)
 
@@ -78,10 +92,13 @@ def _sgd(g: Tensor, y: Tensor, z: Tensor, s: _Coefficients) -> tuple[Tensor, Ten
 
 
 def _advance_adamw(h: AdamWScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _AdamCoefficients]:
-    lr = h.lr * _warmup(scalars["k"], h.warmup_steps)
-    following, c = _average(scalars, lr, h.r, h.weight_lr_power)
+    lr = h.lr * warmup(scalars["k"], h.warmup_steps)
+    following, c = average(h, scalars, lr, h.betas[0])
     lr *= damping
-    return following, _adam_coefficients(h, lr, c, following["k"], adaptive=True)
+    inner = h.inner_momentum
+    return following, _adam_coefficients(
+        h, lr, c, following["k"], adaptive=True, decay_at_z=h.decay_at_z, inner_momentum=inner
+    )
 
 
 def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _AdamCoefficients]:
@@ -97,13 +114,20 @@ def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, damping: float) -> tu
     else:
         rectification = 0.0 if h.silent_sgd_phase else 1.0
     lr = h.lr * rectification
-    following, c = _average(scalars, lr, h.r, h.weight_lr_power)
+    following, c = average(h, scalars, lr, h.betas[0])
     lr *= damping
     return following, _adam_coefficients(h, lr, c, step, adaptive=adaptive)
 
 
 def _adam_coefficients(
-    h: AdamWScheduleFree | RAdamScheduleFree, lr: float, c: float, step: float, *, adaptive: bool
+    h: AdamWScheduleFree | RAdamScheduleFree,
+    lr: float,
+    c: float,
+    step: float,
+    *,
+    adaptive: bool,
+    decay_at_z: bool = False,
+    inner_momentum: float = 0.0,
 ) -> _AdamCoefficients:
     beta1, beta2 = h.betas
     return _AdamCoefficients(
@@ -116,16 +140,32 @@ def _adam_coefficients(
         correction=(1 - beta2**step) ** -0.5,
         eps=h.eps,
         adaptive=adaptive,
+        decay_at_z=decay_at_z,
+        m_share=1 - inner_momentum,
+        m_correction=1 / (1 - inner_momentum**step),
     )
 
 
 def _adam(g: Tensor, y: Tensor, z: Tensor, v: Tensor, s: _AdamCoefficients) -> tuple[Tensor, Tensor, Tensor]:
     v = s.beta2 * v + s.v_share * (g * g)
     d = g / (torch.sqrt(v) * s.correction + s.eps) if s.adaptive else g
-    d = d + s.weight_decay * y
+    d = d + s.weight_decay * (z if s.decay_at_z else y)
     return y + s.c * (z - y) + s.y_lr * d, z - s.lr * d, v
 
 
-SGD = Method(("y", "z"), _INITIAL, _advance_sgd, _sgd, lambda h: float(h.momentum))
-ADAMW = Method(("y", "z", "exp_avg_sq"), _INITIAL, _advance_adamw, _adam, lambda h: float(h.betas[0]))
-RADAM = Method(("y", "z", "exp_avg_sq"), _INITIAL, _advance_radam, _adam, lambda h: float(h.betas[0]))
+def _adam_inner_momentum(
+    g: Tensor, y: Tensor, z: Tensor, v: Tensor, m: Tensor, s: _AdamCoefficients
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v = s.beta2 * v + s.v_share * (g * g)
+    m = m + s.m_share * (g - m)
+    d = s.m_correction * m / (torch.sqrt(v) * s.correction + s.eps)
+    d = d + s.weight_decay * (z if s.decay_at_z else y)
+    return y + s.c * (z - y) + s.y_lr * d, z - s.lr * d, v, m
+
+
+SGD = Method(("y", "z"), INITIAL, _advance_sgd, _sgd, lambda h: float(h.momentum))
+ADAMW = Method(("y", "z", "exp_avg_sq"), INITIAL, _advance_adamw, _adam, lambda h: float(h.betas[0]))
+ADAMW_INNER_MOMENTUM = Method(
+    ("y", "z", "exp_avg_sq", "exp_avg"), INITIAL, _advance_adamw, _adam_inner_momentum, lambda h: float(h.betas[0])
+)
+RADAM = Method(("y", "z", "exp_avg_sq"), INITIAL, _advance_radam, _adam, lambda h: float(h.betas[0]))

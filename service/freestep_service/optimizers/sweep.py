@@ -59,7 +59,7 @@ def initial_buffers(method: Method, parameters: Tensor) -> dict[str, Tensor]:
     made = {"y": parameters}
     for name in method.buffers:
         if name != "y":
-            made[name] = parameters.clone() if name == "z" else torch.zeros_like(parameters)
+            made[name] = parameters.clone() if name in ("x", "z") else torch.zeros_like(parameters)
     return made
 
 
@@ -159,7 +159,9 @@ def _evaluate(
 
 def _fp32(coefficients: Any) -> Any:
     """The coefficients as the loops take them."""
-    return type(coefficients)(*(value if isinstance(value, bool) else np.float32(value) for value in coefficients))
+    if isinstance(coefficients, tuple):
+        return type(coefficients)(*map(_fp32, coefficients))
+    return coefficients if isinstance(coefficients, bool) else np.float32(coefficients)
 
 
 def _same(g: Any) -> Any:
@@ -203,5 +205,13 @@ def _loop(rule: Callable[..., Any], vectors: int, dtype: torch.dtype, gathered: 
         for i in range(g.size):
             a[i], b[i], c[i] = rule(gradient(scale, share, g[i], h[i]), a[i], b[i], c[i], s)
 
-    loops: dict[int, Callable[..., None]] = {1: one, 2: two, 3: three}
+    def four(scale: Any, share: Any, g: Any, h: Any, a: Any, b: Any, c: Any, d: Any, s: Any) -> None:
+        for i in range(g.size):
+            a[i], b[i], c[i], d[i] = rule(gradient(scale, share, g[i], h[i]), a[i], b[i], c[i], d[i], s)
+
+    def five(scale: Any, share: Any, g: Any, h: Any, a: Any, b: Any, c: Any, d: Any, e: Any, s: Any) -> None:
+        for i in range(g.size):
+            a[i], b[i], c[i], d[i], e[i] = rule(gradient(scale, share, g[i], h[i]), a[i], b[i], c[i], d[i], e[i], s)
+
+    loops: dict[int, Callable[..., None]] = {1: one, 2: two, 3: three, 4: four, 5: five}
     return compiled(loops[vectors], name)

@@ -1,0 +1,130 @@
+"""The base optimizers that `schedule_free_wrapper` wraps: the elementwise ones of `torch.optim`, in snake case.
+
+Hyperparameters are torch's own, with its defaults. Left out are those that say how and not what is computed (foreach,
+fused, capturable, differentiable), and maximize, which is the sign of a worker's loss.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from freestep.validation import Coefficient, Epsilon, Flag, NonNegative, StrictModel, fault, told_by
+
+__all__ = [
+    "Base",
+    "BaseAdagrad",
+    "BaseAdam",
+    "BaseAdamW",
+    "BaseAdamax",
+    "BaseNAdam",
+    "BaseRAdam",
+    "BaseRMSprop",
+    "BaseRprop",
+    "BaseSGD",
+]
+
+_Betas = tuple[Coefficient, Coefficient]
+
+
+class BaseSGD(StrictModel):
+    algorithm: Literal["sgd"] = "sgd"
+    lr: NonNegative = 0.001
+    momentum: Coefficient = 0.0
+    dampening: NonNegative = 0.0
+    weight_decay: NonNegative = 0.0
+    nesterov: Flag = False
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise fault(("nesterov",), "Nesterov momentum needs momentum above 0 and dampening 0")
+        return self
+
+
+class BaseRMSprop(StrictModel):
+    algorithm: Literal["rmsprop"] = "rmsprop"
+    lr: NonNegative = 0.01
+    alpha: Coefficient = 0.99
+    eps: Epsilon = 1e-8
+    weight_decay: NonNegative = 0.0
+    momentum: Coefficient = 0.0
+    centered: Flag = False
+
+
+class BaseAdagrad(StrictModel):
+    algorithm: Literal["adagrad"] = "adagrad"
+    lr: NonNegative = 0.01
+    lr_decay: NonNegative = 0.0
+    weight_decay: NonNegative = 0.0
+    initial_accumulator_value: NonNegative = 0.0
+    eps: Epsilon = 1e-10
+
+
+class BaseAdam(StrictModel):
+    algorithm: Literal["adam"] = "adam"
+    lr: NonNegative = 0.001
+    betas: _Betas = (0.9, 0.999)
+    eps: Epsilon = 1e-8
+    weight_decay: NonNegative = 0.0
+    amsgrad: Flag = False
+    decoupled_weight_decay: Flag = False
+
+
+class BaseAdamW(StrictModel):
+    algorithm: Literal["adamw"] = "adamw"
+    lr: NonNegative = 0.001
+    betas: _Betas = (0.9, 0.999)
+    eps: Epsilon = 1e-8
+    weight_decay: NonNegative = 0.01
+    amsgrad: Flag = False
+
+
+class BaseNAdam(StrictModel):
+    algorithm: Literal["nadam"] = "nadam"
+    lr: NonNegative = 0.002
+    betas: _Betas = (0.9, 0.999)
+    eps: Epsilon = 1e-8
+    weight_decay: NonNegative = 0.0
+    momentum_decay: NonNegative = 0.004
+    decoupled_weight_decay: Flag = False
+
+
+class BaseRAdam(StrictModel):
+    algorithm: Literal["radam"] = "radam"
+    lr: NonNegative = 0.001
+    betas: _Betas = (0.9, 0.999)
+    eps: Epsilon = 1e-8
+    weight_decay: NonNegative = 0.0
+    decoupled_weight_decay: Flag = False
+
+
+class BaseAdamax(StrictModel):
+    algorithm: Literal["adamax"] = "adamax"
+    lr: NonNegative = 0.002
+    betas: _Betas = (0.9, 0.999)
+    eps: Epsilon = 1e-8
+    weight_decay: NonNegative = 0.0
+
+
+class BaseRprop(StrictModel):
+    """Steps by the gradient's sign alone: `lr` is how far the first one goes."""
+
+    algorithm: Literal["rprop"] = "rprop"
+    lr: NonNegative = 0.01
+    etas: tuple[
+        Annotated[float, Field(strict=True, gt=0, lt=1)],
+        Annotated[float, Field(strict=True, gt=1, le=1e12)],
+    ] = (0.5, 1.2)
+    step_sizes: tuple[NonNegative, NonNegative] = (1e-6, 50.0)
+
+    @model_validator(mode="after")
+    def _smallest_first(self) -> Self:
+        if self.step_sizes[0] > self.step_sizes[1]:
+            raise fault(("step_sizes",), "the smallest step size comes first")
+        return self
+
+
+_Bases = BaseSGD | BaseRMSprop | BaseAdagrad | BaseAdam | BaseAdamW | BaseNAdam | BaseRAdam | BaseAdamax | BaseRprop
+Base = Annotated[_Bases, Field(discriminator="algorithm"), told_by("algorithm", _Bases)]
