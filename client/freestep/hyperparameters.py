@@ -110,7 +110,7 @@ class RAdamScheduleFree(_ScheduleFree):
 
 
 class ScheduleFreeWrapper(_ScheduleFree):
-    """Schedule-Free over any of torch's elementwise optimizers, as `schedulefree.ScheduleFreeWrapper`.
+    """Schedule-Free over one of nine optimizers of torch's, as `schedulefree.ScheduleFreeWrapper`.
 
     The base has the learning rate, and its own weight decay takes z; `weight_decay_at_y` takes y. A group may overrule
     members of its base one by one.
