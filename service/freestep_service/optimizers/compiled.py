@@ -20,8 +20,9 @@ import torch
 from llvmlite import binding
 from numba import config, njit, types
 from numba.extending import overload, register_jitable
+from torch import Tensor
 
-__all__ = ["compiled", "inlined"]
+__all__ = ["compiled", "inlined", "is_compiled"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,6 +75,11 @@ def compiled(loop: F, name: str = "", *, reassociate: bool = False) -> F:
 def inlined(rule: F) -> F:
     """The function itself, which compiled loops may call from now on."""
     return register_jitable(rule)
+
+
+def is_compiled(vector: Tensor) -> bool:
+    """Whether it is for compiled loops: what is not on the host, or not fp32, is for torch."""
+    return vector.device.type == "cpu" and vector.dtype == torch.float32
 
 
 def _sqrt(x: Any) -> Callable[[Any], Any] | None:

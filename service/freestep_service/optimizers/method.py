@@ -34,7 +34,7 @@ class Method:
         and bools.
     rule: (g, *state, coefficients) -> the next state, in the order of `buffers`, as a tuple: one step along the
         gradient `g`. It is arithmetic, the same for numbers and for tensors, and is executed as either (see `sweep`):
-        it branches on coefficients only, takes roots by `torch.sqrt`, and holds no literals.
+        it branches on coefficients that are bools only, takes roots by `torch.sqrt`, and holds no literals.
     interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is y.
     """
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freestep_service.optimizers.compiled import compiled, inlined
+from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
 from freestep_service.optimizers.halves import bf16_bits, f16_bits
 from freestep_service.optimizers.method import Buffers, Method
 from freestep_service.optimizers.slices import in_slices
 from freestep_service.optimizers.sweep import Segment, within
 
-__all__ = ["interpolate", "is_compiled", "mix", "mixture"]
+__all__ = ["interpolate", "mix", "mixture"]
 
 
 def _same(x: Any) -> Any:
@@ -106,11 +106,6 @@ def _copy_x(layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor
             loop(ys[part], zs[part], np.float32(weights[segment.group]), places[part])
 
     in_slices(work, y.numel())
-
-
-def is_compiled(source: Tensor) -> bool:
-    """Whether it is for compiled loops: what is not on the host, or not fp32, is for torch."""
-    return source.device.type == "cpu" and source.dtype == torch.float32
 
 
 def _places(out: Tensor) -> Any:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from freestep.encoding import Encoding
 from freestep.manifest import Manifest
-from freestep_service.optimizers.compiled import compiled
+from freestep_service.optimizers.compiled import compiled, is_compiled
 from freestep_service.optimizers.method import Buffers, Method
-from freestep_service.optimizers.points import is_compiled, mix, mixture
+from freestep_service.optimizers.points import mix, mixture
 from freestep_service.optimizers.slices import in_slices
 from freestep_service.optimizers.sweep import CHUNK, Segment, within
 

@@ -1,7 +1,8 @@
 """Carrying a method over a run's flat vectors: one rule, three executions.
 
 On the host a rule is compiled into a loop, which reads and writes each element of each vector once: a step is one pass
-over memory. On a GPU, and in fp64, which tests take for the truth, torch evaluates the same function on tensors.
+over memory. On a GPU it is compiled into a kernel, which does the same (`fused`). Where there is no kernel, and in fp64,
+which tests take for the truth, torch evaluates the same function on tensors.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from freestep.manifest import Slot
-from freestep_service.optimizers.compiled import compiled, inlined
+from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
+from freestep_service.optimizers.fused import fuse
 from freestep_service.optimizers.method import Buffers, Method, Scalars
 from freestep_service.optimizers.slices import in_slices
+from freestep_service.optimizers.streams import settle
 
 __all__ = ["Segment", "gather", "initial_buffers", "segments", "step"]
 
@@ -111,9 +114,17 @@ def _sweep(
     gradient: Tensor,
     state: Sequence[Tensor],
 ) -> None:
-    """Replaces the state, in place, by `rule(scale * gradient, *state, coefficients of the group)`."""
-    if gradient.device.type != "cpu" or gradient.dtype != torch.float32:
-        _evaluate(rule, layout, coefficients, scale, gradient, state)
+    """Replaces the state, in place, by `rule(scale * gradient, *state, coefficients of the group)`.
+
+    When it returns it is done, on a GPU too: the gradient's memory may be used for the next one.
+    """
+    if not is_compiled(gradient):
+        for segment in layout:
+            part = slice(segment.begin, segment.end)
+            moved = rule, coefficients[segment.group], scale, gradient[part], [vector[part] for vector in state]
+            if not fuse(*moved):
+                _evaluate(*moved)
+        settle(gradient.device)
         return
     loop = _loop(rule, len(state))
     layout = tuple(layout)
@@ -129,21 +140,14 @@ def _sweep(
 
 
 def _evaluate(
-    rule: Callable[..., tuple[Tensor, ...]],
-    layout: Iterable[Segment],
-    coefficients: Mapping[str, Any],
-    scale: float,
-    gradient: Tensor,
-    state: Sequence[Tensor],
+    rule: Callable[..., tuple[Tensor, ...]], coefficients: Any, scale: float, gradient: Tensor, state: Sequence[Tensor]
 ) -> None:
-    """As `_sweep`, by torch."""
-    for segment in layout:
-        for begin in range(segment.begin, segment.end, CHUNK):
-            part = slice(begin, min(begin + CHUNK, segment.end))
-            old = [vector[part] for vector in state]
-            new = rule(scale * gradient[part], *old, coefficients[segment.group])
-            for place, moved in zip(old, new, strict=True):
-                place.copy_(moved)
+    """As `fuse`, by torch, operation by operation."""
+    for begin in range(0, gradient.numel(), CHUNK):
+        part = slice(begin, begin + CHUNK)
+        old = [vector[part] for vector in state]
+        for place, new in zip(old, rule(scale * gradient[part], *old, coefficients), strict=True):
+            place.copy_(new)
 
 
 def _fp32(coefficients: Any) -> Any:
