@@ -17,7 +17,7 @@ from typing import cast
 
 from freestep.errors import CoordinatorUnavailable, Overloaded, ProblemError, ShardUnavailable
 from freestep.models import Point
-from freestep_service.bodies import body, places, room
+from freestep_service.bodies import body, copy_point, room
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.records import Behind, Fenced
 from freestep_service.shard import Entry
@@ -59,7 +59,7 @@ class Cuts:
         self._owner = owner
         self._queue_s = queue_s
         manifest = writer.shard.manifest
-        self._pool = VectorPool(manifest.numel, MOST_CUTS, room(manifest))
+        self._pool = VectorPool(manifest.numel, MOST_CUTS, room(manifest), writer.shard.device)
         self._parts: dict[str, _Part] = {}
         self._waiting: dict[str, asyncio.Future[_Part]] = {}
         self._sent: list[str] = []
@@ -79,9 +79,7 @@ class Cuts:
                 for ticket in tickets:
                     self._fail(ticket, Overloaded())
                 continue
-            shard = self._writer.shard
-            out = places(vector, shard.manifest, dtype)
-            copied = self._writer.call(shard.copy_point, cast(Point, point), out)
+            copied = self._writer.call(copy_point, self._writer.shard, cast(Point, point), vector, dtype)
             part = _Part(wanted, entry.seq, vector, copied, tickets)
             part.timer = asyncio.get_running_loop().call_later(_KEPT_S, self._expire, part)
             self._parts.update(dict.fromkeys(tickets, part))

@@ -231,6 +231,7 @@ class Loading:
                 if loaded is None:
                     return False
                 state, receipts = loaded
+                await owned.prepared()
                 await writer.run(owned.shard.load, state, epoch)
                 self._keep_receipts(receipts)
                 seq, step = state.seq, state.step

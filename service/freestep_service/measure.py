@@ -13,7 +13,9 @@ from freestep.errors import MalformedTensors
 from freestep.manifest import Manifest, Slot
 from freestep.wire import Beside, Receiver
 from freestep_service.optimizers import dequantize, square_sum, widen
+from freestep_service.optimizers.streams import arriving, settle
 from freestep_service.shard import DTYPES
+from freestep_service.turns import HOST
 from freestep_service.vectors import Vector
 
 __all__ = ["decode_and_measure"]
@@ -22,30 +24,40 @@ _BESIDE = {**DTYPES, "I32": torch.int32, "I64": torch.int64}
 
 
 def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -> float | None:
-    """Makes fp32 of all tensors that were received into a vector, in place.
+    """Makes fp32 of all tensors that were received into a vector, in place; or on a GPU, to which they go as they came.
 
     Returns the 2-norm of the whole, or None when it is not finite. Raises MalformedTensors where indices are not those
     of different elements.
 
     A narrow tensor lies right-aligned in its slot, whose front it does not reach before it is read.
     """
-    wide = vector.tensor()
+    vector.pin()
+    with arriving(vector.device):
+        total = _decode(vector, manifest, receiver)
+        settle(vector.device)
+    return _norm(float(total))
+
+
+def _decode(vector: Vector, manifest: Manifest, receiver: Receiver) -> float | Tensor:
+    """As `decode_and_measure`, to the sum of the squares; it returns before a GPU has done what it was asked."""
+    memory, wide = vector.tensor(), vector.wide
     if receiver.encoding.name == "topk":
-        return _norm(sum(_scatter(slot, receiver, _place(wide, slot)) for slot in manifest.slots))
-    total = 0.0
+        return sum(_scatter(slot, receiver, _place(wide, slot)) for slot in manifest.slots)
+    total: float | Tensor = 0.0
     for dtype, members in groupby(manifest.slots, key=lambda slot: receiver.dtypes[slot.name]):
         run = list(members)
         if dtype == "F32":
-            total += square_sum(wide[run[0].offset : run[-1].offset + run[-1].numel])
+            part = slice(run[0].offset, run[-1].offset + run[-1].numel)
+            total += square_sum(wide[part]) if vector.device == HOST else widen(memory[part], wide[part])
             continue
         for slot in run:
-            place = _place(wide, slot)
+            place, came = _place(wide, slot), _place(memory, slot)
             if dtype == "I8":
                 scales = _tensor(receiver.beside[slot.name + SCALE])
-                total += dequantize(place.view(torch.int8)[3 * slot.numel :], scales, receiver.encoding.block, place)
+                total += dequantize(came.view(torch.int8)[3 * slot.numel :], scales, receiver.encoding.block, place)
             else:
-                total += widen(place.view(DTYPES[dtype])[slot.numel :], place)
-    return _norm(total)
+                total += widen(came.view(DTYPES[dtype])[slot.numel :], place)
+    return total
 
 
 def _norm(square_sum: float) -> float | None:
@@ -62,7 +74,7 @@ def _scatter(slot: Slot, receiver: Receiver, place: Tensor) -> float:
             raise MalformedTensors(f"the indices of {slot.name!r} are not all from 0 to {slot.numel - 1}")
         if bool((indices.sort().values.diff() == 0).any()):
             raise MalformedTensors(f"an index of {slot.name!r} stands twice")
-        place[indices] = values
+        place[indices.to(place.device)] = values.to(place.device)
     return square_sum(values)
 
 

@@ -27,7 +27,7 @@ from freestep_service.records import Behind, Fenced, Known, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry, Shard
 from freestep_service.snapshots import Reading, Snapshot, Snapshots
-from freestep_service.turns import Turns
+from freestep_service.turns import COMPILER, Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -60,6 +60,7 @@ class OwnedShard:
         self.token = token
         self.manifest = whole.part(index, count)
         self.shard = Shard(spec, self.manifest, device)
+        self._prepared = asyncio.get_running_loop().run_in_executor(None, turns.of(COMPILER, self.shard.prepare))
         self.writer = Writer(self.shard, f"{run}-{index}", self._taken, turns)
         self.initialized = False
         self.loaded: int | None = None
@@ -70,7 +71,8 @@ class OwnedShard:
         self._coordinator = coordinator
         self._host = host
         policy = Policy.of(spec.aggregation)
-        self._staging = VectorPool(self.manifest.numel, staging_vectors(policy) if count == 1 else SLOTS)
+        staging = staging_vectors(policy) if count == 1 else SLOTS
+        self._staging = VectorPool(self.manifest.numel, staging, device=device)
         self.snapshots = Snapshots(run, self.writer) if count == 1 else None
         self.cuts = None if count == 1 else Cuts(run, coordinator, self.writer, self.owner, settings.queue_seconds)
         self.pushes = Pushes(
@@ -92,6 +94,10 @@ class OwnedShard:
     def owner(self) -> Owner:
         """What this process calls Redis with, on the shard's behalf."""
         return Owner(self.index, self.token, self.writer.known)
+
+    async def prepared(self) -> None:
+        """Returns once whatever updates the shard is compiled. Until then it is given no state."""
+        await asyncio.shield(self._prepared)
 
     # Initial weights
 
@@ -122,8 +128,9 @@ class OwnedShard:
                             await self._say(upload, "withdrawn")
                     raise
                 await self._agree(upload, heard)
+                await self.prepared()
                 if not self.initialized:
-                    await self.writer.run(self.shard.initialize, vector.tensor(), self.writer.epoch)
+                    await self.writer.run(self.shard.initialize, vector.wide, self.writer.epoch)
                     self.initialized = True
                     self.writer.resume(self.writer.epoch, 0, 0)
             finally:

@@ -27,6 +27,8 @@ from freestep_service.optimizers import (
     segments,
     step,
 )
+from freestep_service.optimizers.readiness import compile_kernels
+from freestep_service.optimizers.streams import settle
 
 __all__ = ["DTYPES", "Cut", "Entry", "Shard"]
 
@@ -40,8 +42,8 @@ class Entry:
 
     seq: its place in the log. epoch: the run's when it was committed.
     advance: whether the pushes gathered so far, this one included, become an update.
-    gradient: flat fp32 [numel] on the host; None where the entry is no push: the end of a lease closed the update, or
-        the entry only marks a place.
+    gradient: flat fp32 [numel], on the host or where the shard is; None where the entry is no push: the end of a lease
+        closed the update, or the entry only marks a place.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
     """
@@ -98,12 +100,17 @@ class Shard:
         self._weight = 0.0
         self._damping = 0.0
 
+    def prepare(self) -> None:
+        """Has compiled what a GPU will be asked for, which may take seconds; changes nothing of the state."""
+        compile_kernels(self._method, self._layout, self._hyperparameters, self.device, gathers=self._gathers)
+
     def initialize(self, parameters: Tensor, epoch: int) -> None:
         """Starts at step 0 from the initial weights, flat fp32 [numel], which are copied."""
         self.epoch, self.step, self.seq = epoch, 0, 0
         self._buffers = initial_buffers(self._method, parameters.to(self.device, copy=True))
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
         self._clear_group()
+        settle(self.device)
 
     def apply(self, entry: Entry) -> None:
         """Applies the log's next entry.

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from freestep.models import Point
-from freestep_service.bodies import body, places, room
+from freestep_service.bodies import body, copy_point, room
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -72,7 +72,7 @@ class Snapshots:
         self._run = run
         self._writer = writer
         manifest = writer.shard.manifest
-        self._pool = VectorPool(manifest.numel, VECTORS, room(manifest))
+        self._pool = VectorPool(manifest.numel, VECTORS, room(manifest), writer.shard.device)
         self._newest: dict[tuple[Point, str], Snapshot] = {}
         self._making: dict[tuple[Point, str], asyncio.Task[Snapshot]] = {}
 
@@ -107,8 +107,7 @@ class Snapshots:
         try:
             vector, manifest = await self._vector(key), self._writer.shard.manifest
             try:
-                out = places(vector, manifest, dtype)
-                epoch, step = await self._writer.run(self._writer.shard.copy_point, point, out)
+                epoch, step = await self._writer.run(copy_point, self._writer.shard, point, vector, dtype)
             except BaseException:
                 self._pool.release(vector)
                 raise

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from threading import Lock
+from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from freestep_service.optimizers.streams import settle
 
 __all__ = ["fuse"]
 
@@ -45,11 +47,6 @@ class _Form(NamedTuple):
     flags: tuple[bool | None, ...]
     device: torch.device
     is_aligned: bool
-
-
-_KERNELS: dict[_Form, Callable[..., None] | None] = {}
-_COMPILING = Lock()
-"""Shards that are loaded at the same time compile a kernel once."""
 
 
 def fuse(
@@ -84,22 +81,21 @@ def fuse(
     return True
 
 
+@cache
 def _kernel(form: _Form) -> Callable[..., None] | None:
-    if form not in _KERNELS:
-        with _COMPILING:
-            if form not in _KERNELS:
-                _KERNELS[form] = _tried(form)
-    return _KERNELS[form]
+    """The form's kernel, which has been tried; None, which is logged, where it did not work."""
+    # Here, since it takes long to import, and the host has no need of it.
+    from torch._inductor import config
 
-
-def _tried(form: _Form) -> Callable[..., None] | None:
-    """The form's kernel once it has worked; else None, which is logged."""
-    kernel, begin = _compiled(form), 0 if form.is_aligned else 1
+    begin = 0 if form.is_aligned else 1
     try:
+        kernel = _compiled(form)
         numbers = torch.ones(1 + form.flags.count(None), device=form.device)
-        kernel(
-            numbers, *(torch.ones(begin + _TRIED, device=form.device)[begin:].data for _ in range(1 + form.state))
-        )
+        vectors = [torch.ones(begin + _TRIED, device=form.device)[begin:].data for _ in range(1 + form.state)]
+        # In this process: a pool of others would stay for the sake of one kernel.
+        with config.patch(compile_threads=1):
+            kernel(numbers, *vectors)
+        settle(form.device)
     except Exception as error:
         name = f"{form.rule.__module__}.{form.rule.__qualname__}"
         reason = next(iter(str(error).splitlines()), "")

@@ -1,18 +1,27 @@
-"""Compiling all loops before they are needed, or loading them from disk, so that no push waits for it."""
+"""Compiling loops and kernels before they are needed, or loading them from disk, so that no push waits for it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from freestep.models import ALGORITHMS
 from freestep_service.optimizers import METHODS
+from freestep_service.optimizers.method import Method
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
 from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, step
 
-__all__ = ["compile_loops"]
+__all__ = ["compile_kernels", "compile_loops"]
+
+_STEPS = 32
+"""By then a method's first steps, which some rules make otherwise, are over."""
+_APART = 4
+"""fp32 elements after which a vector is as aligned as at its beginning."""
 
 
 def compile_loops() -> None:
@@ -32,3 +41,31 @@ def compile_loops() -> None:
     dequantize(nought.to(torch.int8), nought, 1, nought.clone())
     for dtype in (torch.bfloat16, torch.float16):
         widen(nought.to(dtype), nought.clone())
+
+
+def compile_kernels(
+    method: Method,
+    layout: Iterable[Segment],
+    hyperparameters: Mapping[str, Any],
+    device: torch.device,
+    *,
+    gathers: bool,
+) -> None:
+    """Takes seconds for each of the kernels that a run on a GPU needs, the first time; on the host there are none.
+
+    gathers: whether pushes are gathered before they become a step. Takes a few steps on small vectors whose segments
+    are as those of `layout`: of the same groups, and as well aligned.
+    """
+    if device.type == "cpu":
+        return
+    places = sorted({(segment.group, segment.begin % _APART) for segment in layout if segment.begin < segment.end})
+    small = [
+        Segment(group, 2 * _APART * number + offset, 2 * _APART * number + offset + 2)
+        for number, (group, offset) in enumerate(places)
+    ]
+    gradient = torch.zeros(2 * _APART * len(small), device=device)
+    buffers, scalars = initial_buffers(method, gradient.clone()), dict.fromkeys(hyperparameters, method.initial)
+    for _ in range(_STEPS):
+        scalars = step(method, small, hyperparameters, scalars, buffers, gradient)
+    for first in (True, False) if gathers else ():
+        gather(gradient.clone(), gradient, 1.0, first=first)

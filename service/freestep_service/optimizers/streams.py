@@ -5,7 +5,9 @@ Nobody waits for a whole device: a thread waits, off the event loop, for what it
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -18,11 +20,11 @@ def settle(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def arriving(device: torch.device) -> torch.cuda.StreamContext:
-    """A block whose work on a device is done beside that of its other streams; on the host there are none."""
-    return torch.cuda.stream(_arrivals(device) if device.type == "cuda" else None)
+def arriving(device: torch.device) -> AbstractContextManager[Any]:
+    """A block whose work on a GPU is done beside that of its other streams; on the host it is as any other."""
+    return torch.cuda.stream(_arrivals(device)) if device.type == "cuda" else nullcontext()
 
 
 @cache
 def _arrivals(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
 """Carrying a method over a run's flat vectors: one rule, three executions.
 
 On the host a rule is compiled into a loop, which reads and writes each element of each vector once: a step is one pass
-over memory. On a GPU it is compiled into a kernel, which does the same (`fused`). Where there is no kernel, and in fp64,
-which tests take for the truth, torch evaluates the same function on tensors.
+over memory. On a GPU it is compiled into a kernel, which does the same (`fused`). Where there is no kernel, and in
+fp64, which tests take for the truth, torch evaluates the same function on tensors.
 """
 
 from __future__ import annotations
