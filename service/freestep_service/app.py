@@ -24,7 +24,7 @@ from freestep_service.routes import checkpoints, gradients, health, leases, para
 from freestep_service.settings import Settings
 from freestep_service.storage import open_storage
 from freestep_service.store import Store
-from freestep_service.turns import arithmetic_threads
+from freestep_service.turns import HOST, arithmetic_threads
 
 __all__ = ["create_app"]
 
@@ -88,4 +88,6 @@ def choose_device(name: str) -> torch.device:
     """The device that a setting names; auto is cuda where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    # There is one host, also for who numbers it.
+    return HOST if device.type == "cpu" else device

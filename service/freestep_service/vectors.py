@@ -44,7 +44,7 @@ class Vector:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = memoryview(memory)[:size]
         self._whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self._is_pinned = device == HOST
+        self._is_pinned = device.type != "cuda"
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The first `numel` elements of the memory as a flat tensor of a dtype of at most 4 bytes."""
@@ -60,8 +60,8 @@ class Vector:
         return self.tensor() if self.device == HOST else torch.empty(self.numel, device=self.device)
 
     def pin(self) -> None:
-        """Lets a GPU at the memory: whoever is about to copy does it, and off the event loop, as the first time takes
-        the kernel some 0.1 s for each GB."""
+        """Lets a GPU at the memory by itself. Whoever is about to copy calls it, off the event loop: the first time, all
+        pages have to be there."""
         if self._is_pinned:
             return
         self._is_pinned = True

@@ -29,6 +29,7 @@ from freestep_service.optimizers import (
     gather,
     initial_buffers,
     interpolate,
+    points,
     quantize,
     segments,
     square_sum,
@@ -329,10 +330,14 @@ def test_torch_evaluates_a_rule_a_chunk_at_a_time(algorithm: str, monkeypatch: p
     weights, gradient = (random_vector(67, seed).double() for seed in range(2))
     whole, chunked = (Stretch(algorithm, weights, 0, 67) for _ in range(2))
     whole.step(gradient)
-    monkeypatch.setattr(sweep, "CHUNK", 5)
+    before = [whole.point(name, torch.float64) for name in "xyz"]
+    for module in (sweep, points):
+        monkeypatch.setattr(module, "CHUNK", 5)
     chunked.step(gradient)
     for name, buffer in whole.buffers.items():
         assert torch.equal(buffer, chunked.buffers[name])
+    for name, expected in zip("xyz", before, strict=True):
+        assert torch.equal(chunked.point(name, torch.float64), expected)
 
 
 @pytest.mark.parametrize("numel", SIZES)

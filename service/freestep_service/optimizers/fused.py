@@ -98,7 +98,7 @@ def _kernel(form: _Form) -> Callable[..., None] | None:
         settle(form.device)
     except Exception as error:
         name = f"{form.rule.__module__}.{form.rule.__qualname__}"
-        reason = next(iter(str(error).splitlines()), "")
+        reason = " ".join(str(error).splitlines()[:2])
         logger.warning(
             "%s is not compiled for %s but evaluated operation by operation: %s: %s",
             name, form.device, type(error).__name__, reason,

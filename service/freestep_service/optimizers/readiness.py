@@ -10,6 +10,7 @@ import torch
 
 from freestep.models import ALGORITHMS
 from freestep_service.optimizers import METHODS
+from freestep_service.optimizers.compiled import is_compiled
 from freestep_service.optimizers.method import Method
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
@@ -56,14 +57,14 @@ def compile_kernels(
     gathers: whether pushes are gathered before they become a step. Takes a few steps on small vectors whose segments
     are as those of `layout`: of the same groups, and as well aligned.
     """
-    if device.type == "cpu":
-        return
     places = sorted({(segment.group, segment.begin % _APART) for segment in layout if segment.begin < segment.end})
     small = [
         Segment(group, 2 * _APART * number + offset, 2 * _APART * number + offset + 2)
         for number, (group, offset) in enumerate(places)
     ]
     gradient = torch.zeros(2 * _APART * len(small), device=device)
+    if is_compiled(gradient):
+        return
     buffers, scalars = initial_buffers(method, gradient.clone()), dict.fromkeys(hyperparameters, method.initial)
     for _ in range(_STEPS):
         scalars = step(method, small, hyperparameters, scalars, buffers, gradient)

@@ -121,9 +121,9 @@ def _sweep(
     if not is_compiled(gradient):
         for segment in layout:
             part = slice(segment.begin, segment.end)
-            moved = rule, coefficients[segment.group], scale, gradient[part], [vector[part] for vector in state]
-            if not fuse(*moved):
-                _evaluate(*moved)
+            old = [vector[part] for vector in state]
+            if not fuse(rule, coefficients[segment.group], scale, gradient[part], old):
+                _evaluate(rule, coefficients[segment.group], scale, gradient[part], old)
         settle(gradient.device)
         return
     loop = _loop(rule, len(state))
