@@ -60,8 +60,8 @@ class Vector:
         return self.tensor() if self.device == HOST else torch.empty(self.numel, device=self.device)
 
     def pin(self) -> None:
-        """Lets a GPU at the memory by itself. Whoever is about to copy calls it, off the event loop: the first time, all
-        pages have to be there."""
+        """Lets a GPU at the memory by itself. Whoever is about to copy calls it, off the event loop: the first time,
+        all pages have to be there."""
         if self._is_pinned:
             return
         self._is_pinned = True
