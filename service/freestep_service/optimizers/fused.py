@@ -115,7 +115,9 @@ def _compiled(form: _Form) -> Callable[..., None]:
         rest = iter(others)
         coefficients = kind(*[next(rest) if flag is None else flag for flag in flags])
         for place, moved in zip(state, rule(scale * gradient, *state, coefficients), strict=True):
-            place.copy_(moved)
+            # What a rule leaves alone would else be a kernel that copies it onto itself.
+            if moved is not place:
+                place.copy_(moved)
 
     # torch.compile keeps what it has compiled, and counts it, by the code of a function: each form has its own.
     code = sweep.__code__.replace(co_name=f"sweep_{rule.__name__.strip('_')}")
