@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.figures import Report, print_table
 from benchmarks.options import Options, parser
 
-NAMES = ("roundtrip", "rivals", "update", "small", "workers", "leases", "startup", "sweep", "shards", "tls")
+NAMES = ("roundtrip", "rivals", "update", "small", "workers", "leases", "startup", "sweep", "shards", "tls", "gpu")
 """Modules, each of which has a `report`."""
 
 

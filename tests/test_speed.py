@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,11 @@ def test_a_push_and_pull_costs_little_more_than_its_bytes() -> None:
         rows = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100).stdout)
         ratios += [row["ratio"] for row in rows if row["parameters"] == PARAMETERS]
     assert min(ratios) <= MOST, f"{ratios} times the floor"
+
+
+@pytest.mark.slow
+def test_without_a_gpu_its_benchmark_says_so() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--quick"]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment, timeout=100).stdout
+    assert b"gpu: not measured: there is no CUDA device" in said

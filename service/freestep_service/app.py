@@ -28,7 +28,7 @@ from freestep_service.settings import Settings
 from freestep_service.storage import open_storage
 from freestep_service.store import Store
 from freestep_service.tls import trusted_by
-from freestep_service.turns import arithmetic_threads
+from freestep_service.turns import HOST, arithmetic_threads
 
 __all__ = ["create_app"]
 
@@ -136,6 +136,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise BadSetting(f"device: {name!r} is none: cpu, cuda, cuda:N or auto") from None
+    # There is one host, also for who numbers it.
+    return HOST if device.type == "cpu" else device

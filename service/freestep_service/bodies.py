@@ -10,12 +10,12 @@ from torch import Tensor
 from freestep.encoding import INT8
 from freestep.header import data_length, encode_header
 from freestep.manifest import Manifest
-from freestep.models import PointDtype
+from freestep.models import Point, PointDtype
 from freestep_service.optimizers import Blocks, Quanta
-from freestep_service.shard import DTYPES
+from freestep_service.shard import DTYPES, Shard
 from freestep_service.vectors import Vector
 
-__all__ = ["body", "body_metadata", "places", "room"]
+__all__ = ["body", "body_metadata", "copy_point", "room"]
 
 
 def room(manifest: Manifest) -> int:
@@ -23,7 +23,13 @@ def room(manifest: Manifest) -> int:
     return max(data_length(manifest, dtype) for dtype in get_args(PointDtype))
 
 
-def places(vector: Vector, manifest: Manifest, dtype: str) -> Tensor | Quanta:
+def copy_point(shard: Shard, point: Point, vector: Vector, dtype: str) -> tuple[int, int]:
+    """Writes a point of a shard into a vector, on the thread of the shard's writer; returns (epoch, step)."""
+    vector.pin()
+    return shard.copy_point(point, _places(vector, shard.manifest, dtype))
+
+
+def _places(vector: Vector, manifest: Manifest, dtype: str) -> Tensor | Quanta:
     """The memory of a vector that a point is written to."""
     if dtype != "I8":
         return vector.tensor(DTYPES[dtype])

@@ -65,7 +65,7 @@ class Cuts:
         self._owner = owner
         self._queue_s = queue_s
         manifest = writer.shard.manifest
-        self._pool = VectorPool(manifest.numel, MOST_CUTS, room(manifest))
+        self._pool = VectorPool(manifest.numel, MOST_CUTS, room(manifest), writer.shard.device)
         self._parts: dict[str, _Part] = {}
         self._waiting: dict[str, asyncio.Future[_Part]] = {}
         self._sent: list[str] = []

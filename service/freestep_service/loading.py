@@ -220,7 +220,7 @@ class Loading:
     async def _take(self, owned: OwnedShard, cut: CutId | None, epoch: int, initialized: bool, *, holds: bool) -> bool:
         """Brings a shard to a cut, to what it holds or to nothing; False where the cut is damaged."""
         writer, begin, end = owned.writer, owned.manifest.begin, owned.manifest.end
-        await asyncio.to_thread(owned.shard.prepare)
+        await owned.prepare()
         if holds:
             seq, step, _ = await writer.run(owned.shard.position)
             self._keep_receipts(self._receipts.until(seq))

@@ -13,7 +13,9 @@ from freestep.errors import MalformedTensors
 from freestep.manifest import Manifest, Slot
 from freestep.wire import Beside, Receiver
 from freestep_service.optimizers import dequantize, square_sum, widen
+from freestep_service.optimizers.streams import arriving, settle
 from freestep_service.shard import DTYPES
+from freestep_service.turns import HOST
 from freestep_service.vectors import Vector
 
 __all__ = ["decode_and_measure"]
@@ -22,40 +24,53 @@ _BESIDE = {**DTYPES, "I32": torch.int32, "I64": torch.int64}
 
 
 def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -> tuple[Tensor, float | None]:
-    """Makes one flat tensor [numel] of all that was received into a vector, in the vector's own memory.
+    """Makes one flat tensor [numel] of all that was received into a vector.
 
-    It is BF16 or F16 where all tensors came so, else fp32. Returns it, and its 2-norm, or None when that is not
-    finite. Raises MalformedTensors where indices are not those of different elements.
+    On the host it is in the vector's own memory: BF16 or F16 where all tensors came so, else fp32. To a GPU they go as
+    they came, and become fp32 there. Returns it, and its 2-norm, or None when that is not finite. Raises
+    MalformedTensors where indices are not those of different elements.
     """
-    if receiver.dtype is not None:
-        dtype = DTYPES[receiver.dtype]
-        whole = vector.stretch(dtype, (4 - dtype.itemsize) * manifest.numel, manifest.numel)
+    if vector.device == HOST and receiver.dtype is not None:
+        whole = _whole(vector, receiver.dtype)
         return whole, _norm(square_sum(whole))
-    wide = vector.tensor()
-    return wide, _norm(_decode(wide, manifest, receiver))
+    vector.pin()
+    with arriving(vector.device):
+        total = _decode(vector, manifest, receiver)
+        settle(vector.device)
+    return vector.wide, _norm(float(total))
 
 
-def _decode(wide: Tensor, manifest: Manifest, receiver: Receiver) -> float:
-    """Makes fp32 of tensors that came otherwise, and returns the sum of all squares.
+def _decode(vector: Vector, manifest: Manifest, receiver: Receiver) -> float | Tensor:
+    """Makes fp32 of all tensors, and returns the sum of their squares; before a GPU has done what it was asked.
 
-    A narrow tensor lies right-aligned in its slot, whose front it does not reach before it is read.
+    A narrow tensor among others lies right-aligned in its slot, whose front it does not reach before it is read.
     """
+    memory, wide = vector.tensor(), vector.wide
+    if receiver.dtype is not None:
+        return widen(_whole(vector, receiver.dtype), wide)
     if receiver.encoding.name == "topk":
         return sum(_scatter(slot, receiver, _place(wide, slot)) for slot in manifest.slots)
-    total = 0.0
+    total: float | Tensor = 0.0
     for dtype, members in groupby(manifest.slots, key=lambda slot: receiver.dtypes[slot.name]):
         run = list(members)
         if dtype == "F32":
-            total += square_sum(wide[run[0].offset : run[-1].offset + run[-1].numel])
+            part = slice(run[0].offset, run[-1].offset + run[-1].numel)
+            total += square_sum(wide[part]) if vector.device == HOST else widen(memory[part], wide[part])
             continue
         for slot in run:
-            place = _place(wide, slot)
+            place, came = _place(wide, slot), _place(memory, slot)
             if dtype == "I8":
                 scales = _tensor(receiver.beside[slot.name + SCALE])
-                total += dequantize(place.view(torch.int8)[3 * slot.numel :], scales, receiver.encoding.block, place)
+                total += dequantize(came.view(torch.int8)[3 * slot.numel :], scales, receiver.encoding.block, place)
             else:
-                total += widen(place.view(DTYPES[dtype])[slot.numel :], place)
+                total += widen(came.view(DTYPES[dtype])[slot.numel :], place)
     return total
+
+
+def _whole(vector: Vector, dtype: str) -> Tensor:
+    """The tensors as they came, all of one dtype: right-aligned in the vector."""
+    element = DTYPES[dtype]
+    return vector.stretch(element, (4 - element.itemsize) * vector.numel, vector.numel)
 
 
 def _norm(square_sum: float) -> float | None:
@@ -72,7 +87,7 @@ def _scatter(slot: Slot, receiver: Receiver, place: Tensor) -> float:
             raise MalformedTensors(f"the indices of {slot.name!r} are not all from 0 to {slot.numel - 1}")
         if bool((indices.sort().values.diff() == 0).any()):
             raise MalformedTensors(f"an index of {slot.name!r} stands twice")
-        place[indices] = values
+        place[indices.to(place.device)] = values.to(place.device)
     return square_sum(values)
 
 

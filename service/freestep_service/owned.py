@@ -29,7 +29,7 @@ from freestep_service.records import Behind, Fenced, Known, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry, Shard
 from freestep_service.snapshots import Reading, Snapshot, Snapshots
-from freestep_service.turns import Turns
+from freestep_service.turns import COMPILER, Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -72,7 +72,8 @@ class OwnedShard:
         self._coordinator = coordinator
         self._host = host
         policy = Policy.of(spec.aggregation)
-        self._staging = VectorPool(self.manifest.numel, staging_vectors(policy) if count == 1 else SLOTS)
+        staging = staging_vectors(policy) if count == 1 else SLOTS
+        self._staging = VectorPool(self.manifest.numel, staging, device=device)
         self.snapshots = Snapshots(run, self.writer) if count == 1 else None
         self.cuts = None if count == 1 else Cuts(run, coordinator, self.writer, self.owner, settings.queue_seconds)
         self.pushes = Pushes(
@@ -94,6 +95,10 @@ class OwnedShard:
     def owner(self) -> Owner:
         """What this process calls Redis with, on the shard's behalf."""
         return Owner(self.index, self.token, self.writer.known)
+
+    async def prepare(self) -> None:
+        """Has ready what updates take. Until then the shard is given no state, and the run is not open for uploads."""
+        await asyncio.to_thread(self._turns.of(COMPILER, self.shard.prepare))
 
     # Initial weights
 

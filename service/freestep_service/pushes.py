@@ -138,9 +138,11 @@ async def stage(
     """
     receiver = Receiver(manifest, vector.bytes, body.length, encodings=encodings)
     digest = await body.receive_into(receiver)
-    if turns.needs_none(HOST, manifest.numel):
+    if turns.needs_none(vector.device, manifest.numel):
         return *decode_and_measure(vector, manifest, receiver), digest
-    return *await asyncio.to_thread(turns.of(HOST, decode_and_measure), vector, manifest, receiver), digest
+    # What a GPU decodes has a stream of its own there, and need not wait until others have computed.
+    decode = turns.of(HOST, decode_and_measure) if vector.device == HOST else decode_and_measure
+    return *await asyncio.to_thread(decode, vector, manifest, receiver), digest
 
 
 class Pushes:

@@ -29,7 +29,9 @@ from freestep_service.optimizers import (
     segments,
     step,
 )
-from freestep_service.optimizers.readiness import compile_rule
+from freestep_service.optimizers.readiness import compile_kernels, compile_rule
+from freestep_service.optimizers.streams import settle
+from freestep_service.turns import HOST
 from freestep_service.vectors import Vector
 
 __all__ = ["DTYPES", "Cut", "Entry", "Shard"]
@@ -44,8 +46,8 @@ class Entry:
 
     seq: its place in the log. epoch: the run's when it was committed.
     advance: whether the pushes gathered so far, this one included, become an update.
-    gradient: flat [numel] on the host, fp32, or BF16 or F16 as it came; None where the entry is no push: the end of a
-        lease closed the update, or the entry only marks a place.
+    gradient: flat [numel], on the host or where the shard is, fp32, or BF16 or F16 as it came; None where the entry is
+        no push: the end of a lease closed the update, or the entry only marks a place.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
     """
@@ -104,8 +106,10 @@ class Shard:
 
     def prepare(self) -> None:
         """Has ready what a step takes, so that no entry waits for it. The first time on a machine it takes seconds."""
-        if self.device.type == "cpu":
+        if self.device == HOST:
             compile_rule(next(iter(self._hyperparameters.values())), gathers=self._gathers)
+        else:
+            compile_kernels(self._method, self._layout, self._hyperparameters, self.device, gathers=self._gathers)
 
     def _clear_group(self) -> None:
         self.group: dict[str, int] = {}
@@ -115,9 +119,10 @@ class Shard:
     def initialize(self, parameters: Tensor, epoch: int) -> None:
         """Starts at step 0 from the initial weights, flat [numel], fp32 or narrower, which are copied."""
         self.epoch, self.step, self.seq = epoch, 0, 0
-        self._buffers = initial_buffers(self._method, self._settle(parameters))
+        self._buffers = initial_buffers(self._method, self._as_y(parameters))
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
         self._clear_group()
+        settle(self.device)
 
     def apply(self, entry: Entry) -> None:
         """Applies the log's next entry.
@@ -173,6 +178,7 @@ class Shard:
     def lend(self, spare: Vector) -> Loan:
         """y as it is now, in the state's own memory; where that is lent already, or on a device, copied to `spare`."""
         if self._home is None or (self._loan is not None and self._loan.is_open):
+            spare.pin()
             return Loan(*self.copy_point("y", spare.tensor()), spare)
         self._loan = Loan(self.epoch, self.step, self._home, spare)
         return self._loan
@@ -185,10 +191,10 @@ class Shard:
             self.copy_point("y", spare.tensor())
             self._home, self._buffers["y"] = spare, spare.tensor()
 
-    def _settle(self, parameters: Tensor) -> Tensor:
+    def _as_y(self, parameters: Tensor) -> Tensor:
         """A copy of `parameters`, flat [numel], on the device and as fp32, to be y."""
         self._loan = None
-        if self.device.type != "cpu":
+        if self.device != HOST:
             return parameters.to(self.device, torch.float32, copy=True)
         self._home = Vector(self.manifest.numel, self._room)
         return self._home.tensor().copy_(parameters)
@@ -217,7 +223,7 @@ class Shard:
         """Takes a cut's state, and its tensors, as this shard's, in the given epoch."""
         self.epoch, self.step, self.seq = epoch, cut.step, cut.seq
         kept = {name: cut.tensors[name].to(self.device) for name in self._method.buffers if name != "y"}
-        self._buffers = {"y": self._settle(cut.tensors["y"]), **kept}
+        self._buffers = {"y": self._as_y(cut.tensors["y"]), **kept}
         self._scalars = dict(cut.scalars)
         self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
         self.group = dict(cut.group)

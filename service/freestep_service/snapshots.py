@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from freestep.models import Point
-from freestep_service.bodies import body, places, room
+from freestep_service.bodies import body, copy_point, room
 from freestep_service.loans import Loan
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
@@ -71,10 +71,9 @@ def take(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Fut
     shard = writer.shard
     if (point, dtype) == ("y", "F32"):
         return writer.call(shard.lend, spare)
-    out = places(spare, shard.manifest, dtype)
 
     def copy() -> Loan:
-        return Loan(*shard.copy_point(point, out), spare)
+        return Loan(*copy_point(shard, point, spare, dtype), spare)
 
     return writer.call(copy)
 
@@ -86,7 +85,7 @@ class Snapshots:
         self._run = run
         self._writer = writer
         manifest = writer.shard.manifest
-        self._pool = VectorPool(manifest.numel, VECTORS, room(manifest))
+        self._pool = VectorPool(manifest.numel, VECTORS, room(manifest), writer.shard.device)
         self._newest: dict[tuple[Point, str], Snapshot] = {}
         self._making: dict[tuple[Point, str], asyncio.Task[Snapshot]] = {}
 

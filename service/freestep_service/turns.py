@@ -15,13 +15,15 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["HOST", "Turns", "arithmetic_threads"]
+__all__ = ["COMPILER", "HOST", "Turns", "arithmetic_threads"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 HOST = torch.device("cpu")
 """Where bodies are received and measured."""
+COMPILER = torch.device("meta")
+"""Where nothing is computed: whoever has the turn has kernels compiled, which others may then find made."""
 
 
 class Turns:

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
 
 import encoded
-from forms import FORMS, own
-from freestep.encoding import INT8
+from forms import FORMS, hyperparameters, own
+from freestep.encoding import ENCODINGS, INT8
 from freestep.manifest import Manifest
-from freestep.models import RunSpec
-from freestep_service.optimizers import Blocks, Quanta
+from freestep.models import ParameterSpec, RunSpec
+from freestep.wire import Receiver, lay
+from freestep_service.measure import decode_and_measure
+from freestep_service.optimizers import (
+    Blocks,
+    Gradient,
+    Quanta,
+    Segment,
+    fused,
+    initial_buffers,
+    method_of,
+    squares,
+    step,
+    sweep,
+)
 from freestep_service.shard import Entry, Shard
+from freestep_service.vectors import Vector
 from harness import TENSORS, Api, ThreadService
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # inductor's own imports warn
+]
 
 STEPS = 50
 
 
-def trained(device: str, form: str, aggregation: dict[str, Any]) -> Shard:
-    """A shard after STEPS entries of random gradients."""
-    spec = RunSpec.model_validate(
+def spec_of(form: str, aggregation: dict[str, Any]) -> RunSpec:
+    return RunSpec.model_validate(
         {
             "optimizer": FORMS[form],
             "aggregation": aggregation,
@@ -32,6 +51,11 @@ def trained(device: str, form: str, aggregation: dict[str, Any]) -> Shard:
             "groups": {"slow": own(form, lr=0.001, weight_decay=0.1)},
         }
     )
+
+
+def trained(device: str, form: str, aggregation: dict[str, Any]) -> Shard:
+    """A shard after STEPS entries of random gradients."""
+    spec = spec_of(form, aggregation)
     generator = torch.Generator().manual_seed(0)
     shard = Shard(spec, Manifest(spec.parameters), torch.device(device))
     shard.initialize(torch.randn(shard.manifest.numel, generator=generator), epoch=1)
@@ -63,6 +87,85 @@ def test_int8_is_that_of_the_fp32_points(algorithm: str) -> None:
         expected, _ = encoded.int8(dict(zip("wv", wide.split((2100, 5)), strict=True)))
         assert torch.equal(out.scales, torch.cat([expected["w::scale"], expected["v::scale"]]))
         assert torch.equal(out.quanta, torch.cat([expected["w"], expected["v"]]))
+
+
+@pytest.mark.parametrize("aggregation", [{"policy": "async"}, {"policy": "buffered", "batch": 2}])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_has_all_its_kernels_once_it_is_prepared(
+    form: str, aggregation: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_of(form, aggregation)
+    Shard(spec, Manifest(spec.parameters), torch.device("cuda")).prepare()
+    kernels, graphs = fused._kernel.cache_info().currsize, counters["stats"]["unique_graphs"]
+    assert kernels > 0
+    trained("cuda", form, aggregation)
+    assert fused._kernel.cache_info().currsize == kernels
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not [record for record in caplog.records if record.name == "freestep"]
+
+
+@pytest.mark.parametrize("numel", [2, 1000, 5_000_003])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_kernel_is_what_torch_evaluates(form: str, numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within rounding: it contracts, and divides in its own way."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    chosen = {"": hyperparameters(form)}
+    method, layout = method_of(chosen[""]), [Segment("", 0, numel // 2 + 1), Segment("", numel // 2 + 1, numel)]
+    weights = torch.randn(numel, generator=generator, device="cuda")
+    gradients = [torch.randn(numel, generator=generator, device="cuda") for _ in range(8)]
+    states = []
+    for is_fused in (True, False):
+        if not is_fused:
+            monkeypatch.setattr(sweep, "fuse", lambda *given: False)
+        buffers, scalars = initial_buffers(method, weights.clone()), {"": method.initial}
+        for pushed, gathered in zip(gradients, [None, *gradients[:-1]], strict=True):
+            scalars = step(method, layout, chosen, scalars, buffers, Gradient(pushed, 0.5, 0.7, gathered))
+        states.append(buffers)
+    for name, buffer in states[1].items():
+        torch.testing.assert_close(states[0][name], buffer, rtol=1e-5, atol=1e-6)
+
+
+BODIES = [
+    ("dense F32", lambda tensors: encoded.assemble(tensors, {})),
+    ("dense BF16", lambda tensors: encoded.assemble({name: each.bfloat16() for name, each in tensors.items()}, {})),
+    ("dense F16", lambda tensors: encoded.assemble({name: each.half() for name, each in tensors.items()}, {})),
+    ("int8", lambda tensors: encoded.assemble(*encoded.int8(tensors))),
+    ("topk", lambda tensors: encoded.assemble(*encoded.topk(tensors, 0.1))),
+]
+
+
+@pytest.mark.parametrize("numel", [1, 1000, 2 * squares.PIECE + 17])
+@pytest.mark.parametrize(("name", "make"), BODIES, ids=[name for name, _ in BODIES])
+def test_a_body_becomes_there_what_it_would_on_the_host(
+    name: str, make: Callable[[dict[str, Tensor]], bytes], numel: int
+) -> None:
+    manifest = Manifest([ParameterSpec(name=each, shape=(numel,)) for each in "vw"])
+    generator = torch.Generator().manual_seed(numel)
+    vectors = [Vector(manifest.numel, device=torch.device(device)) for device in ("cpu", "cuda")]
+    # Again and again, as memory is used.
+    for _ in range(3):
+        body = make({each: torch.randn(numel, generator=generator) for each in "vw"})
+        tensors, norms = [], []
+        for vector in vectors:
+            receiver = Receiver(manifest, vector.bytes, len(body), encodings=ENCODINGS)
+            lay(receiver, body)
+            tensor, norm = decode_and_measure(vector, manifest, receiver)
+            tensors.append(tensor)
+            norms.append(norm)
+        assert vectors[1].tensor().is_pinned()
+        assert tensors[1].dtype == torch.float32
+        assert torch.equal(tensors[1].cpu(), tensors[0].float())
+        assert norms[1] == pytest.approx(norms[0], rel=1e-13)
+
+
+def test_what_is_not_finite_is_found_there() -> None:
+    manifest = Manifest([ParameterSpec(name="w", shape=(5,))])
+    vector = Vector(5, device=torch.device("cuda"))
+    for value in (math.nan, math.inf, -math.inf):
+        body = encoded.assemble({"w": torch.tensor([1, 2, value, 4, 5])}, {})
+        receiver = Receiver(manifest, vector.bytes, len(body))
+        lay(receiver, body)
+        assert decode_and_measure(vector, manifest, receiver)[1] is None
 
 
 def test_a_cut_comes_back_on_the_gpu() -> None:

@@ -34,6 +34,7 @@ from freestep_service.optimizers import (
     initial_buffers,
     interpolate,
     method_of,
+    points,
     quantize,
     square_sum,
     step,
@@ -297,10 +298,14 @@ def test_torch_evaluates_a_rule_a_chunk_at_a_time(form: str, monkeypatch: pytest
     weights, gradient = (random_vector(67, seed).double() for seed in range(2))
     whole, chunked = (Stretch(form, weights, 0, 67) for _ in range(2))
     whole.step(gradient)
-    monkeypatch.setattr(sweep, "CHUNK", 5)
+    before = [whole.point(name, torch.float64) for name in "xyz"]
+    for module in (sweep, points):
+        monkeypatch.setattr(module, "CHUNK", 5)
     chunked.step(gradient)
     for name, buffer in whole.buffers.items():
         assert torch.equal(buffer, chunked.buffers[name])
+    for name, expected in zip("xyz", before, strict=True):
+        assert torch.equal(chunked.point(name, torch.float64), expected)
 
 
 @pytest.mark.parametrize("numel", SIZES)

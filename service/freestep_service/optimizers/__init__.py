@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from freestep_service.optimizers.gradient import Gradient
 from freestep_service.optimizers.method import Buffers, Method, Scalars
 from freestep_service.optimizers.methods import method_of
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
-from freestep_service.optimizers.sweep import Gradient, Segment, gather, initial_buffers, segments, step
+from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, segments, step
 
 __all__ = [
     "Blocks",

@@ -23,6 +23,7 @@ class _SGDCoefficients(NamedTuple):
     lr: float
     weight_decay: float
     momentum: float
+    has_momentum: bool
     gain: float
     """What the gradient is multiplied by on its way into the momentum buffer."""
     nesterov: bool
@@ -33,13 +34,13 @@ def _advance_sgd(h: SGDSpec, scalars: Scalars, damping: float) -> tuple[Scalars,
     lr = damping * scheduled(h.lr, h.schedule, k)
     # The buffer starts as the first gradient, undampened.
     gain = 1 - h.dampening if k else 1.0
-    return {"k": k + 1}, _SGDCoefficients(lr, h.weight_decay, h.momentum, gain, h.nesterov)
+    return {"k": k + 1}, _SGDCoefficients(lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov)
 
 
 def _sgd(g: Tensor, y: Tensor, buffer: Tensor, s: _SGDCoefficients) -> tuple[Tensor, Tensor]:
     g = g + s.weight_decay * y
     d = g
-    if s.momentum:
+    if s.has_momentum:
         buffer = s.momentum * buffer + s.gain * g
         d = g + s.momentum * buffer if s.nesterov else buffer
     return y - s.lr * d, buffer

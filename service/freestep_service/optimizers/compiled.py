@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from numba import config, njit, types
 from numba.extending import overload, register_jitable
+from torch import Tensor
 
 from freestep_service.optimizers.machine_code import folder_of_code
 
-__all__ = ["compiled", "inlined"]
+__all__ = ["compiled", "inlined", "is_compiled"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,6 +45,11 @@ def compiled(loop: F, name: str = "", *, reassociate: bool = False) -> F:
 def inlined(rule: F) -> F:
     """The function itself, which compiled loops may call from now on."""
     return register_jitable(rule)
+
+
+def is_compiled(vector: Tensor) -> bool:
+    """Whether it is for compiled loops: what is not on the host, or not fp32, is for torch."""
+    return vector.device.type == "cpu" and vector.dtype == torch.float32
 
 
 _ZERO, _ONE = np.float32(0), np.float32(1)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Base", "Buffers", "Method", "Scalars"]
+__all__ = ["Base", "Buffers", "Method", "Scalars", "each_number"]
 
 Scalars = Mapping[str, float]
 """A param group's scalar state: `k` (steps taken), and what else the method keeps."""
@@ -35,7 +35,8 @@ class Method:
         bools and such tuples.
     rule: (g, *state, coefficients) -> the next state, in the order of `buffers`, as a tuple: one step along the
         gradient `g`. It is arithmetic, the same for numbers and for tensors, and is executed as either (see `sweep`):
-        it branches on coefficients only, calls those functions of torch that `compiled` knows, and holds no literals.
+        it branches on coefficients that are bools only, calls those functions of torch that `compiled` knows, and
+        holds no literals.
     interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
     """
 
@@ -62,3 +63,10 @@ class Base:
     advance: Callable[[Any, float, Scalars, float], tuple[Scalars, Any]]
     rule: Callable[..., tuple[Tensor, ...]]
     initial: Scalars = field(default_factory=dict)
+
+
+def each_number(convert: Callable[[Any], Any], coefficients: Any) -> Any:
+    """Coefficients with their numbers converted, in order; bools stay."""
+    if isinstance(coefficients, tuple):
+        return type(coefficients)(*[each_number(convert, each) for each in coefficients])
+    return coefficients if isinstance(coefficients, bool) else convert(coefficients)

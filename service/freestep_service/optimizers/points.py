@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from freestep_service.optimizers.compiled import compiled, inlined
+from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
 from freestep_service.optimizers.halves import bf16_bits, f16_bits
 from freestep_service.optimizers.method import Buffers, Method
 from freestep_service.optimizers.slices import in_slices
-from freestep_service.optimizers.sweep import Segment, within
+from freestep_service.optimizers.streams import settle
+from freestep_service.optimizers.sweep import CHUNK, Segment, within
 
-__all__ = ["interpolate", "is_compiled", "mix", "mixture"]
+__all__ = ["interpolate", "mix", "mixture"]
 
 
 def _same(x: Any) -> Any:
@@ -86,7 +88,8 @@ def mixture(method: Method, hyperparameters: Mapping[str, Any], point: str) -> d
 
 def _copy(source: Tensor, out: Tensor) -> None:
     if not is_compiled(source):
-        out.copy_(source)
+        _evaluate(lambda part: source[part], 0, source.numel(), out)
+        settle(source.device)
         return
     loop, elements, places = _COPYING[out.dtype], source.numpy(), _places(out)
     in_slices(lambda begin, end: loop(elements[begin:end], places[begin:end]), source.numel())
@@ -95,8 +98,9 @@ def _copy(source: Tensor, out: Tensor) -> None:
 def _copy_x(layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor, z: Tensor, out: Tensor) -> None:
     if not is_compiled(y):
         for segment in layout:
-            part = slice(segment.begin, segment.end)
-            out[part].copy_(mix(y[part], z[part], weights[segment.group]))
+            mixed = partial(_mixed, y, z, weights[segment.group])
+            _evaluate(mixed, segment.begin, segment.end, out)
+        settle(y.device)
         return
     loop, ys, zs, places = _MIXING[out.dtype], y.numpy(), z.numpy(), _places(out)
 
@@ -108,9 +112,16 @@ def _copy_x(layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor
     in_slices(work, y.numel())
 
 
-def is_compiled(source: Tensor) -> bool:
-    """Whether it is for compiled loops: what is not on the host, or not fp32, is for torch."""
-    return source.device.type == "cpu" and source.dtype == torch.float32
+def _mixed(y: Tensor, z: Tensor, weight: float, part: slice) -> Tensor:
+    mixed: Tensor = mix(y[part], z[part], weight)
+    return mixed
+
+
+def _evaluate(values: Callable[[slice], Tensor], begin: int, end: int, out: Tensor) -> None:
+    """By torch, rounded where the values are; returns before a GPU has done what it was asked."""
+    for first in range(begin, end, CHUNK):
+        part = slice(first, min(first + CHUNK, end))
+        out[part].copy_(values(part).to(out.dtype), non_blocking=True)
 
 
 def _places(out: Tensor) -> Any:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from freestep.encoding import Encoding
 from freestep.manifest import Manifest
-from freestep_service.optimizers.compiled import compiled
+from freestep_service.optimizers.compiled import compiled, is_compiled
 from freestep_service.optimizers.method import Buffers, Method
-from freestep_service.optimizers.points import is_compiled, mix, mixture
+from freestep_service.optimizers.points import mix, mixture
 from freestep_service.optimizers.slices import in_slices
+from freestep_service.optimizers.streams import settle
 from freestep_service.optimizers.sweep import CHUNK, Segment, within
 
 __all__ = ["Blocks", "Quanta", "quantize"]
@@ -121,6 +122,7 @@ def quantize(
             return source[part] if weights is None else mix(y[part], z[part], weights[segment.group])
 
         _evaluate(values, layout, out)
+        settle(y.device)
         return
     arrays, quanta, scales = [each.numpy() for each in (source, y, z)], out.quanta.numpy(), out.scales.numpy()
 
@@ -148,5 +150,5 @@ def _evaluate(values: Callable[[Segment], Tensor], layout: Iterable[Segment], ou
             scales.masked_fill_(largest == 0, 0).masked_fill_(largest.isfinite().logical_not_(), torch.nan)
             # Where a block has no other quanta than 0, its elements / its scale are NaN.
             quanta = exact.div(scales).nan_to_num_(0).round_().to(torch.int8)
-            out.quanta[segment.begin : segment.end].copy_(quanta.view(-1))
-            out.scales[out.blocks.within(segment.begin, segment.end)].copy_(scales.view(-1))
+            out.quanta[segment.begin : segment.end].copy_(quanta.view(-1), non_blocking=True)
+            out.scales[out.blocks.within(segment.begin, segment.end)].copy_(scales.view(-1), non_blocking=True)

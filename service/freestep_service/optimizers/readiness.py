@@ -1,26 +1,33 @@
-"""Compiling all loops before they are needed, or loading them from disk, so that no push waits for it."""
+"""Compiling loops and kernels before they are needed, or loading them from disk, so that no push waits for it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from freestep import hyperparameters as specs
-from freestep_service.optimizers import initial_buffers, method_of
+from freestep_service.optimizers import Gradient, initial_buffers, method_of
+from freestep_service.optimizers.method import Method
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.squares import dequantize, square_sum, widen
-from freestep_service.optimizers.sweep import Gradient, Segment, gather, step
+from freestep_service.optimizers.sweep import Segment, gather, step
 
-__all__ = ["compile_loops", "compile_rule"]
+__all__ = ["compile_kernels", "compile_loops", "compile_rule"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """In which gradients come and points are sent."""
 
-
 _LAYOUT = (Segment("", 0, 1),)
 _USUAL = (specs.SGDScheduleFree, specs.AdamWScheduleFree, specs.RAdamScheduleFree, specs.SGD, specs.AdamW)
 """Whose rules are compiled whether or not a run has them; those of the others, when a run does."""
+_STEPS = 32
+"""By then a method's first steps, which some rules make otherwise, are over."""
+_APART = 4
+"""fp32 elements after which a vector is as aligned as at its beginning."""
 
 
 def compile_loops() -> None:
@@ -57,3 +64,30 @@ def compile_rule(hyperparameters: specs.OptimizerSpec, *, gathers: bool) -> None
         for gathered in (None, nought) if gathers else (None,):
             gradient = Gradient(nought.to(dtype), gathered=gathered)
             step(method, _LAYOUT, {"": hyperparameters}, {"": method.initial}, buffers, gradient)
+
+
+def compile_kernels(
+    method: Method,
+    layout: Iterable[Segment],
+    hyperparameters: Mapping[str, Any],
+    device: torch.device,
+    *,
+    gathers: bool,
+) -> None:
+    """Compiles what a run takes on a GPU, of groups of pushes too where it `gathers` them.
+
+    Takes seconds for each kernel. Takes some steps on small vectors whose segments are as those of `layout`: of the
+    same groups, and as well aligned.
+    """
+    places = sorted({(segment.group, segment.begin % _APART) for segment in layout if segment.begin < segment.end})
+    small = [
+        Segment(group, 2 * _APART * number + offset, 2 * _APART * number + offset + 2)
+        for number, (group, offset) in enumerate(places)
+    ]
+    nought = torch.zeros(2 * _APART * len(small), device=device)
+    for gathered in (None, nought) if gathers else (None,):
+        buffers, scalars = initial_buffers(method, nought.clone()), dict.fromkeys(hyperparameters, method.initial)
+        for _ in range(_STEPS):
+            scalars = step(method, small, hyperparameters, scalars, buffers, Gradient(nought, gathered=gathered))
+    for first in (True, False) if gathers else ():
+        gather(nought.clone(), nought, 1.0, first=first)

@@ -1,4 +1,5 @@
-"""The square of a gradient's 2-norm, which also says whether all of it is finite: one pass over memory.
+"""The square of a gradient's 2-norm, which also says whether all of it is finite: one pass over memory, or on a GPU a
+few, beside its arrival there.
 
 Squares of fp32 numbers are summed in fp64, where no number of them overflows: the sum is finite if they are. It costs
 nothing beside reading them, and the sums of a vector's parts make up that of the whole to far below fp32's rounding.
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freestep_service.optimizers.compiled import compiled, inlined
+from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
 from freestep_service.optimizers.halves import of_bf16_bits, of_f16_bits
 from freestep_service.optimizers.slices import in_slices
 
@@ -21,6 +22,8 @@ __all__ = ["dequantize", "square_sum", "widen"]
 
 CHUNK = 4096
 """Elements that are widened and measured while the processor has them at hand."""
+PIECE = 4 * 1024 * 1024
+"""Elements that cross to a GPU at a time; what that makes of them besides are vectors of so many."""
 
 
 def _square_sum(vector: Any) -> Any:
@@ -83,12 +86,17 @@ def square_sum(vector: Tensor) -> float:
     return sum(in_slices(lambda begin, end: float(squares(elements[begin:end])), elements.size))
 
 
-def widen(narrow: Tensor, out: Tensor) -> float:
+def widen(narrow: Tensor, out: Tensor) -> float | Tensor:
     """Writes BF16 or F16 numbers, flat [numel], into `out`, fp32 [numel], and returns Σ x² as `square_sum` does.
 
     `narrow` may be the second half of the memory of `out`: widening from the front never overtakes what is yet to be
     read. That is why it is one thread's.
+
+    `out` may be on a GPU; then `narrow`, which may be fp32 too, has to stay until that has done what it was asked, and
+    the sum is a tensor there, of fp64.
     """
+    if not is_compiled(out):
+        return _carry(lambda part: narrow[part].to(out.device, non_blocking=True), out)
     return float(_WIDENING[narrow.dtype](narrow.view(torch.uint16).numpy(), out.numpy()))
 
 
@@ -114,9 +122,29 @@ def _dequantizing(quanta: Any, scales: Any, block: Any, vector: Any) -> Any:
 _dequantize = compiled(_dequantizing)
 
 
-def dequantize(quanta: Tensor, scales: Tensor, block: int, out: Tensor) -> float:
+def dequantize(quanta: Tensor, scales: Tensor, block: int, out: Tensor) -> float | Tensor:
     """Writes q · scale, of int8 q [numel] and an fp32 scale for each `block` of them, into `out`, fp32 [numel].
 
-    Returns Σ x² as `square_sum` does. `quanta` may be the last quarter of the memory of `out`.
+    Returns Σ x² as `square_sum` does. `quanta` may be the last quarter of the memory of `out`; or `out` is on a GPU, as
+    for `widen`.
     """
+    if not is_compiled(out):
+        steps = scales.to(out.device, non_blocking=True)
+
+        def values(part: slice) -> Tensor:
+            blocks = torch.arange(part.start, part.stop, device=out.device) // block
+            return quanta[part].to(out.device, non_blocking=True).float() * steps[blocks]
+
+        return _carry(values, out)
     return float(_dequantize(quanta.numpy(), scales.numpy(), block, out.numpy()))
+
+
+def _carry(values: Callable[[slice], Tensor], out: Tensor) -> Tensor:
+    """Fills `out`, fp32 on a GPU, with what `values` makes of its parts there, and returns Σ x²."""
+    total = torch.zeros((), dtype=torch.float64, device=out.device)
+    for begin in range(0, out.numel(), PIECE):
+        part = slice(begin, min(begin + PIECE, out.numel()))
+        # Widened here: a copy between devices would do it on the host.
+        place = out[part].copy_(values(part))
+        total += torch.linalg.vector_norm(place, dtype=torch.float64).square()
+    return total

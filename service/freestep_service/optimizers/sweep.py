@@ -1,7 +1,8 @@
 """Carrying a method over a run's flat vectors: one rule, three executions.
 
 On the host a rule is compiled into a loop, which reads and writes each element of each vector once: a step is one pass
-over memory. On a GPU, and in fp64, which tests take for the truth, torch evaluates the same function on tensors.
+over memory. On a GPU it is compiled into a kernel, which does the same (`fused`). Where there is no kernel, and in
+fp64, which tests take for the truth, torch evaluates the same function on tensors.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 
 from freestep.manifest import Slot
-from freestep_service.optimizers.compiled import compiled, inlined
+from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
+from freestep_service.optimizers.fused import fuse
+from freestep_service.optimizers.gradient import Gradient
 from freestep_service.optimizers.halves import of_bf16_bits, of_f16_bits
-from freestep_service.optimizers.method import Buffers, Method, Scalars
+from freestep_service.optimizers.method import Buffers, Method, Scalars, each_number
 from freestep_service.optimizers.slices import in_slices
+from freestep_service.optimizers.streams import settle
 
-__all__ = ["Gradient", "Segment", "gather", "initial_buffers", "segments", "step"]
+__all__ = ["Segment", "gather", "initial_buffers", "segments", "step"]
 
 CHUNK = 16 * 1024 * 1024
 """Elements that torch evaluates a rule on at a time: a rule's intermediate results are tensors of so many."""
@@ -61,18 +65,6 @@ def initial_buffers(method: Method, parameters: Tensor) -> dict[str, Tensor]:
         if name != "y":
             made[name] = parameters.clone() if name in ("x", "z") else torch.zeros_like(parameters)
     return made
-
-
-class Gradient(NamedTuple):
-    """`scale · (gathered + share · pushed)`: that of one push, or the mean of a group's, whose last one it is.
-
-    pushed: fp32, or BF16 or F16 as it came. gathered: fp32; None where nothing was gathered before.
-    """
-
-    pushed: Tensor
-    scale: float = 1.0
-    share: float = 1.0
-    gathered: Tensor | None = None
 
 
 def step(
@@ -118,14 +110,22 @@ def _sweep(
     gradient: Gradient,
     state: Sequence[Tensor],
 ) -> None:
-    """Replaces the state, in place, by `rule(gradient, *state, coefficients of the group)`."""
+    """Replaces the state, in place, by `rule(gradient, *state, coefficients of the group)`.
+
+    When it returns it is done, on a GPU too: the gradient's memory may be used for the next one.
+    """
     pushed, scale, share, gathered = gradient
-    if pushed.device.type != "cpu" or pushed.dtype not in _WIDENING or state[0].dtype != torch.float32:
-        _evaluate(rule, layout, coefficients, gradient, state)
+    if not is_compiled(state[0]):
+        for segment in layout:
+            part = slice(segment.begin, segment.end)
+            own = rule, coefficients[segment.group], gradient.part(part), [vector[part] for vector in state]
+            if not fuse(*own):
+                _evaluate(*own)
+        settle(pushed.device)
         return
     loop = _loop(rule, len(state), pushed.dtype, gathered is not None)
     layout = tuple(layout)
-    narrow = {group: _fp32(chosen) for group, chosen in coefficients.items()}
+    narrow = {group: each_number(np.float32, chosen) for group, chosen in coefficients.items()}
     arriving = (pushed if pushed.dtype == torch.float32 else pushed.view(torch.uint16)).numpy()
     before = arriving if gathered is None else gathered.numpy()
     vectors = [arriving, before, *(vector.numpy() for vector in state)]
@@ -139,29 +139,15 @@ def _sweep(
 
 
 def _evaluate(
-    rule: Callable[..., tuple[Tensor, ...]],
-    layout: Iterable[Segment],
-    coefficients: Mapping[str, Any],
-    gradient: Gradient,
-    state: Sequence[Tensor],
+    rule: Callable[..., tuple[Tensor, ...]], coefficients: Any, gradient: Gradient, state: Sequence[Tensor]
 ) -> None:
-    """As `_sweep`, by torch."""
-    pushed, scale, share, gathered = gradient
-    for segment in layout:
-        for begin in range(segment.begin, segment.end, CHUNK):
-            part = slice(begin, min(begin + CHUNK, segment.end))
-            old = [vector[part] for vector in state]
-            g = share * pushed[part].to(state[0].dtype)
-            new = rule(scale * (g if gathered is None else gathered[part] + g), *old, coefficients[segment.group])
-            for place, moved in zip(old, new, strict=True):
-                place.copy_(moved)
-
-
-def _fp32(coefficients: Any) -> Any:
-    """The coefficients as the loops take them."""
-    if isinstance(coefficients, tuple):
-        return type(coefficients)(*map(_fp32, coefficients))
-    return coefficients if isinstance(coefficients, bool) else np.float32(coefficients)
+    """As `fuse`, by torch, operation by operation."""
+    for begin in range(0, gradient.pushed.numel(), CHUNK):
+        part = slice(begin, begin + CHUNK)
+        old = [vector[part] for vector in state]
+        new = rule(gradient.part(part).evaluated(old[0].dtype), *old, coefficients)
+        for place, moved in zip(old, new, strict=True):
+            place.copy_(moved)
 
 
 def _same(g: Any) -> Any:
