@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -23,10 +24,18 @@ def room(manifest: Manifest) -> int:
     return max(data_length(manifest, dtype) for dtype in get_args(PointDtype))
 
 
-def copy_point(shard: Shard, point: Point, vector: Vector, dtype: str) -> tuple[int, int]:
-    """Writes a point of a shard into a vector, on the thread of the shard's writer; returns (epoch, step)."""
+def copy_point(
+    shard: Shard, point: Point, vector: Vector, dtype: str, note: Callable[[int], None] | None = None
+) -> tuple[int, int]:
+    """Writes a point of a shard into a vector, on the thread of the shard's writer; returns (epoch, step).
+
+    note: of a dtype in DTYPES, called again and again with how many bytes are there.
+    """
     vector.pin()
-    return shard.copy_point(point, _places(vector, shard.manifest, dtype))
+    places = _places(vector, shard.manifest, dtype)
+    if note is None or isinstance(places, Quanta):
+        return shard.copy_point(point, places)
+    return shard.copy_point(point, places, lambda count: note(count * places.itemsize))
 
 
 def _places(vector: Vector, manifest: Manifest, dtype: str) -> Tensor | Quanta:

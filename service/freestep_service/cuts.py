@@ -48,11 +48,6 @@ class _Part:
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
-def _free(taken: asyncio.Future[Loan]) -> Vector | None:
-    """The vector that is free now that a part is let go; None where it came to nothing."""
-    return None if taken.cancelled() or taken.exception() else taken.result().end()
-
-
 class Cuts:
     """The cuts of one shard."""
 
@@ -175,7 +170,18 @@ class Cuts:
             return
         part.timer.cancel()
         part.timer = None
-        part.taken.add_done_callback(lambda taken: self._pool.release(_free(taken) or part.spare))
+        part.taken.add_done_callback(lambda taken: self._release(taken, part.spare))
+
+    def _release(self, taken: asyncio.Future[Loan], spare: Vector) -> None:
+        """Takes back the vector of a part that was let go, when nobody writes to it any more."""
+        if taken.cancelled() or taken.exception() is not None:
+            self._pool.release(spare)
+            return
+        loan = taken.result()
+        if loan.copying is None:
+            self._pool.release(loan.end())
+        else:
+            loan.copying.done.add_done_callback(lambda _: self._pool.release(loan.end()))
 
     def _note(self, ticket: str) -> None:
         """Has Redis told that a part was sent: with the next push, or soon, or now if others may wait for room."""

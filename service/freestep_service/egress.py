@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -94,16 +95,26 @@ async def _send(
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
     await send({"type": "http.response.start", "status": 206 if span else 200, "headers": raw})
     header, data = snapshot.slices(begin, end)
+    # Bytes of the tensors before the first that is sent.
+    skipped = max(begin - len(snapshot.header), 0)
     bulk = max(len(data) - _TAIL, 0)
     if not bulk:
+        await snapshot.reach(skipped + len(data))
         await send({"type": "http.response.body", "body": b"".join((header, data)), "more_body": False})
         return
     clock = asyncio.get_running_loop().time
-    pieces = [bytes(header), *(data[at : min(at + _SLICE, bulk)] for at in range(0, bulk, _SLICE)), bytes(data[bulk:])]
+    ends = [*range(_SLICE, bulk, _SLICE), bulk, len(data)]
     async with asyncio.timeout(None) as stalled:
-        for piece in [*pieces, b""]:
+
+        async def sent(piece: bytes | memoryview, *, more: bool = True) -> None:
             stalled.reschedule(clock() + stall_s)
-            await send({"type": "http.response.body", "body": piece, "more_body": bool(piece)})
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+
+        await sent(bytes(header))
+        for at, until in pairwise([0, *ends]):
+            await snapshot.reach(skipped + until)
+            await sent(data[at:until] if until <= bulk else bytes(data[at:until]))
+        await sent(b"", more=False)
 
 
 def parse_range(text: str | None, size: int) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ log, and of nothing else; whoever calls it sees to it that one thread does so at
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,12 +167,17 @@ class Shard:
         damping = (self._damping + entry.weight * entry.damping) / weight
         return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), damping
 
-    def copy_point(self, point: Point, out: Tensor | Quanta) -> tuple[int, int]:
-        """Writes a point into `out`, flat [numel] of a dtype in DTYPES or int8, on the host; returns (epoch, step)."""
+    def copy_point(
+        self, point: Point, out: Tensor | Quanta, note: Callable[[int], object] | None = None
+    ) -> tuple[int, int]:
+        """Writes a point into `out`, flat [numel] of a dtype in DTYPES or int8, on the host; returns (epoch, step).
+
+        note: as `interpolate` has it.
+        """
         if isinstance(out, Quanta):
             quantize(self._method, self._layout, self._hyperparameters, self._buffers, point, out)
         else:
-            interpolate(self._method, self._layout, self._hyperparameters, self._buffers, point, out)
+            interpolate(self._method, self._layout, self._hyperparameters, self._buffers, point, out, note)
         return self.epoch, self.step
 
     def lend(self, spare: Vector) -> Loan:

@@ -14,13 +14,17 @@ from dataclasses import dataclass, field
 
 from freestep.models import Point
 from freestep_service.bodies import body, copy_point, room
-from freestep_service.loans import Loan
+from freestep_service.loans import Copying, Loan
+from freestep_service.shard import DTYPES
+from freestep_service.turns import HOST
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
 __all__ = ["Reading", "Snapshot", "Snapshots", "take"]
 
 VECTORS = 2
+_LARGE = 1024 * 1024
+"""Elements of which a copy takes longer than its beginning to be sent."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ class Snapshot:
         """Bytes of the body."""
         return len(self.header) + len(self.data)
 
+    async def reach(self, size: int) -> None:
+        """Returns when the first `size` bytes of the tensors are there. Raises what made their copy fail."""
+        if self.loan.copying is not None:
+            await self.loan.copying.reach(size)
+
     def slices(self, begin: int, end: int) -> tuple[memoryview, memoryview]:
         """Bytes `begin` to `end` of the body, those of the header and those of the tensors."""
         split = len(self.header)
@@ -67,15 +76,39 @@ class Snapshot:
 
 
 def take(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Future[Loan]:
-    """A point of the state that the writer's next entry finds, in the state's own memory or in `spare`."""
+    """A point of the state that the writer's next entry finds, in the state's own memory or in `spare`.
+
+    A large copy is there when it has begun.
+    """
     shard = writer.shard
     if (point, dtype) == ("y", "F32"):
         return writer.call(shard.lend, spare)
+    if dtype in DTYPES and shard.device == HOST and shard.manifest.numel >= _LARGE:
+        return _begin(writer, point, dtype, spare)
 
     def copy() -> Loan:
         return Loan(*copy_point(shard, point, spare, dtype), spare)
 
     return writer.call(copy)
+
+
+def _begin(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Future[Loan]:
+    shard, loop, copying = writer.shard, asyncio.get_running_loop(), Copying()
+    begun: asyncio.Future[Loan] = loop.create_future()
+
+    def begin(loan: Loan) -> None:
+        if not begun.done():
+            begun.set_result(loan)
+
+    def copy() -> None:
+        loop.call_soon_threadsafe(begin, Loan(shard.epoch, shard.step, spare, copying=copying))
+        copy_point(shard, point, spare, dtype, copying.note)
+
+    def end(done: asyncio.Future[None]) -> None:
+        copying.end(done.exception())
+
+    writer.call(copy).add_done_callback(end)
+    return begun
 
 
 class Snapshots:
@@ -96,8 +129,7 @@ class Snapshots:
         try:
             yield snapshot
         finally:
-            snapshot.readers -= 1
-            self._let_go(snapshot)
+            self._leave(snapshot)
 
     async def _acquire(self, point: Point, dtype: str) -> Snapshot:
         wanted = (self._writer.epoch, self._writer.applied_step)
@@ -126,6 +158,10 @@ class Snapshots:
                 raise
             header, data = body(loan.vector, manifest, dtype, self._run, loan.epoch, loan.step, point)
             snapshot = Snapshot(loan.epoch, loan.step, header, data, loan)
+            if loan.copying is not None:
+                # Who copies needs the vector as long as any reader.
+                snapshot.readers += 1
+                loan.copying.done.add_done_callback(lambda copied: self._copied(snapshot, copied))
             replaced, self._newest[key] = self._newest.get(key), snapshot
             if replaced is not None:
                 self._let_go(replaced)
@@ -143,6 +179,15 @@ class Snapshots:
             if self._newest[other].readers == 0:
                 return self._newest.pop(other).loan.end()
         return await self._pool.acquire()
+
+    def _copied(self, snapshot: Snapshot, copied: asyncio.Future[None]) -> None:
+        if copied.exception() is not None:
+            self._newest = {key: newest for key, newest in self._newest.items() if newest is not snapshot}
+        self._leave(snapshot)
+
+    def _leave(self, snapshot: Snapshot) -> None:
+        snapshot.readers -= 1
+        self._let_go(snapshot)
 
     def _let_go(self, snapshot: Snapshot) -> None:
         if snapshot.readers:

@@ -19,6 +19,9 @@ from freestep_service.optimizers.sweep import CHUNK, Segment, within
 
 __all__ = ["interpolate", "mix", "mixture"]
 
+STRETCH = 2 * 1024 * 1024
+"""Elements that take far longer to copy than to be told of."""
+
 
 def _same(x: Any) -> Any:
     return x
@@ -67,16 +70,19 @@ def interpolate(
     buffers: Buffers,
     point: Literal["x", "y", "z"],
     out: Tensor,
+    note: Callable[[int], object] | None = None,
 ) -> None:
     """Writes a point, flat [numel], into `out`, rounding it to the dtype of `out`, to nearest even.
 
     x = y + (1 - 1/β)(z - y) in fp32; methods that keep one point have x = y = z.
+
+    note: called with how many elements are there, again and again where compiled loops write them.
     """
     weights = mixture(method, hyperparameters, point)
     if weights is not None:
-        _copy_x(tuple(layout), weights, buffers["y"], buffers["z"], out)
+        _copy_x(tuple(layout), weights, buffers["y"], buffers["z"], out, note)
     else:
-        _copy(buffers.get(point, buffers["y"]), out)
+        _copy(buffers.get(point, buffers["y"]), out, note)
 
 
 def mixture(method: Method, hyperparameters: Mapping[str, Any], point: str) -> dict[str, float] | None:
@@ -86,16 +92,23 @@ def mixture(method: Method, hyperparameters: Mapping[str, Any], point: str) -> d
     return {group: 1 - 1 / method.interpolation(chosen) for group, chosen in hyperparameters.items()}
 
 
-def _copy(source: Tensor, out: Tensor) -> None:
+def _copy(source: Tensor, out: Tensor, note: Callable[[int], object] | None) -> None:
     if not is_compiled(source):
         _evaluate(lambda part: source[part], 0, source.numel(), out)
         settle(source.device)
         return
     loop, elements, places = _COPYING[out.dtype], source.numpy(), _places(out)
-    in_slices(lambda begin, end: loop(elements[begin:end], places[begin:end]), source.numel())
+    _in_stretches(lambda begin, end: loop(elements[begin:end], places[begin:end]), source.numel(), note)
 
 
-def _copy_x(layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor, z: Tensor, out: Tensor) -> None:
+def _copy_x(
+    layout: tuple[Segment, ...],
+    weights: Mapping[str, float],
+    y: Tensor,
+    z: Tensor,
+    out: Tensor,
+    note: Callable[[int], object] | None,
+) -> None:
     if not is_compiled(y):
         for segment in layout:
             mixed = partial(_mixed, y, z, weights[segment.group])
@@ -109,7 +122,18 @@ def _copy_x(layout: tuple[Segment, ...], weights: Mapping[str, float], y: Tensor
             part = slice(segment.begin, segment.end)
             loop(ys[part], zs[part], np.float32(weights[segment.group]), places[part])
 
-    in_slices(work, y.numel())
+    _in_stretches(work, y.numel(), note)
+
+
+def _in_stretches(work: Callable[[int, int], None], numel: int, note: Callable[[int], object] | None) -> None:
+    """As `in_slices`; where it is to be noted how far that is, one stretch after the other."""
+    if note is None:
+        in_slices(work, numel)
+        return
+    for first in range(0, numel, STRETCH):
+        size = min(STRETCH, numel - first)
+        in_slices(lambda begin, end, first=first: work(first + begin, first + end), size)  # type: ignore[misc]
+        note(first + size)
 
 
 def _mixed(y: Tensor, z: Tensor, weight: float, part: slice) -> Tensor:
