@@ -64,7 +64,12 @@ def worker(api: ShardedApi, name: str, seed: int, steps: dict[str, int]) -> None
 def test_cut_connections_and_twins_of_parts_apply_once(
     store: str, start_process: Callable[..., ProcessService], tmp_path: Path, policy: dict[str, Any]
 ) -> None:
-    shared = {"redis_url": store, "checkpoint_url": tmp_path / "checkpoints", "stall_seconds": 2, "log_level": "error"}
+    shared = {
+        "redis_url": store,
+        "checkpoint_url": str(tmp_path / "checkpoints"),
+        "stall_seconds": 2,
+        "log_level": "error",
+    }
     processes = [start_process(tmp_path / f"process-{number}", **shared) for number in range(2)]
     api = ShardedApi(processes[0].url)
     api.create(

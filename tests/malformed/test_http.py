@@ -40,7 +40,12 @@ def answer(connection: socket.socket) -> httpx.Response:
     # Unbuffered, so that nothing of the next one is taken.
     response.fp = connection.makefile("rb", 0)
     response.begin()
-    return httpx.Response(response.status, headers=response.getheaders(), content=response.read())
+    content = b""
+    # A read may give less than is asked for.
+    while len(content) < int(response.headers["Content-Length"]) and (more := response.fp.read(response.length)):
+        content += more
+        response.length -= len(more)
+    return httpx.Response(response.status, headers=response.getheaders(), content=content)
 
 
 def is_last_refused(connection: socket.socket) -> bool:
