@@ -29,6 +29,8 @@ _Betas = tuple[Coefficient, Coefficient]
 
 
 class BaseSGD(StrictModel):
+    """What `torch.optim.SGD` takes; as a run's own method, too."""
+
     algorithm: Literal["sgd"] = "sgd"
     lr: NonNegative = 0.001
     momentum: Coefficient = 0.0

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from freestep.bases import Base
+from freestep.bases import Base, BaseSGD
 from freestep.schedules import Averaging, Constant, NoAveraging, Schedule
 from freestep.validation import (
     Coefficient,
@@ -158,21 +158,8 @@ class _Baseline(_Hyperparameters):
         return {"averaging": self.averaging.name != "none"}
 
 
-class SGD(_Baseline):
+class SGD(BaseSGD, _Baseline):
     """Stochastic gradient descent, as `torch.optim.SGD`."""
-
-    algorithm: Literal["sgd"] = "sgd"
-    lr: NonNegative = 0.001
-    momentum: Coefficient = 0.0
-    dampening: NonNegative = 0.0
-    weight_decay: NonNegative = 0.0
-    nesterov: Flag = False
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
-        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
-            raise fault(("nesterov",), "Nesterov momentum needs momentum above 0 and dampening 0")
-        return self
 
 
 class AdamW(_Baseline):
