@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep_service.optimizers import Gradient, initial_buffers, interpolate, method_of, segments, step
+from freestep_service.optimizers import Conditions, Gradient, initial_buffers, interpolate, method_of, segments, step
 
 STEPS = 250
 SHAPES = {"matrix": (7, 5), "scalar": (), "empty": (0, 4), "cube": (3, 5, 7), "vector": (13,)}
@@ -47,7 +47,7 @@ class Flat:
     def step(self, gradients: dict[str, Tensor], damping: float = 1.0, scale: float = 1.0) -> None:
         gradient = Gradient(self.join(gradients), scale)
         self.scalars = step(
-            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, damping
+            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, Conditions(damping)
         )
 
     def point(self, name: str) -> dict[str, Tensor]:

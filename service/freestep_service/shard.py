@@ -18,6 +18,7 @@ from freestep.models import Point, RunSpec
 from freestep_service.aggregation import Policy
 from freestep_service.loans import Loan
 from freestep_service.optimizers import (
+    Conditions,
     Gradient,
     Quanta,
     Scalars,
@@ -138,10 +139,10 @@ class Shard:
             assert pushed is not None
             self._gather(pushed, entry)
             return
-        gradient, damping = self._direction(pushed, entry)
+        gradient, taken = self._direction(pushed, entry)
         self._leave_lent()
         self._scalars = step(
-            self._method, self._layout, self._hyperparameters, self._scalars, self._buffers, gradient, damping
+            self._method, self._layout, self._hyperparameters, self._scalars, self._buffers, gradient, taken
         )
         self.step += 1
         self._clear_group()
@@ -154,18 +155,18 @@ class Shard:
         self._damping += entry.weight * entry.damping
         self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
 
-    def _direction(self, pushed: Tensor | None, entry: Entry) -> tuple[Gradient, float]:
-        """The gradient of the step that an entry brings about, and the step's damping."""
+    def _direction(self, pushed: Tensor | None, entry: Entry) -> tuple[Gradient, Conditions]:
+        """The gradient of the step that an entry brings about, and what the step is taken under."""
         if not self._gathers:
             assert pushed is not None
-            return Gradient(pushed, entry.scale), entry.damping
+            return Gradient(pushed, entry.scale), Conditions(entry.damping)
         if pushed is None:
             assert self._accumulated is not None
-            return Gradient(self._accumulated, 1 / self._weight), self._damping / self._weight
+            return Gradient(self._accumulated, 1 / self._weight), Conditions(self._damping / self._weight)
         weight = self._weight + entry.weight
         gathered = self._accumulated if self._weight else None
         damping = (self._damping + entry.weight * entry.damping) / weight
-        return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), damping
+        return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), Conditions(damping)
 
     def copy_point(
         self, point: Point, out: Tensor | Quanta, note: Callable[[int], object] | None = None

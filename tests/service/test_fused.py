@@ -20,7 +20,17 @@ from torch._inductor import metrics
 from forms import FORMS, own
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep_service.optimizers import Gradient, fused, gather, initial_buffers, method_of, segments, step, sweep
+from freestep_service.optimizers import (
+    Conditions,
+    Gradient,
+    fused,
+    gather,
+    initial_buffers,
+    method_of,
+    segments,
+    step,
+    sweep,
+)
 from freestep_service.optimizers.readiness import compile_kernels
 
 STEPS = 12
@@ -79,9 +89,9 @@ class Run:
         for number in range(STEPS):
             gathered = self._random() if number % 2 else None
             gradient = Gradient(self._random(), 1 / (1 + number), 0.7, gathered)
-            damping = 1 - number / STEPS
+            taken = Conditions(damping=1 - number / STEPS)
             self.scalars = step(
-                self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, damping
+                self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken
             )
 
 

@@ -27,6 +27,7 @@ from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
 from freestep_service.optimizers import (
     Blocks,
+    Conditions,
     Gradient,
     Quanta,
     Segment,
@@ -228,7 +229,9 @@ class Stretch:
     def step(self, pushed: Tensor, share: float = 1.0, gathered: Tensor | None = None) -> None:
         part = slice(self.begin, self.end)
         gradient = Gradient(pushed[part], 0.3, share, None if gathered is None else gathered[part])
-        self.scalars = step(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, 0.7)
+        self.scalars = step(
+            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, Conditions(0.7)
+        )
 
     def point(self, name: str, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.end - self.begin, dtype=dtype)

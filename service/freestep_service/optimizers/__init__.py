@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from freestep_service.optimizers.gradient import Gradient
-from freestep_service.optimizers.method import Buffers, Method, Scalars
+from freestep_service.optimizers.method import Buffers, Conditions, Method, Scalars
 from freestep_service.optimizers.methods import method_of
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
@@ -13,6 +13,7 @@ from freestep_service.optimizers.sweep import Segment, gather, initial_buffers, 
 __all__ = [
     "Blocks",
     "Buffers",
+    "Conditions",
     "Gradient",
     "Method",
     "Quanta",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from freestep.schedules import Averaging, Ema
 from freestep_service.optimizers.compiled import inlined
-from freestep_service.optimizers.method import Method, Scalars
+from freestep_service.optimizers.method import Conditions, Method, Scalars
 
 __all__ = ["averaged"]
 
@@ -35,8 +35,8 @@ def _share(averaging: Averaging, k: float) -> float:
 def averaged(method: Method) -> Method:
     """A method that keeps one point, y, with its average x beside it."""
 
-    def advance(h: Any, scalars: Scalars, damping: float) -> tuple[Scalars, _Coefficients]:
-        following, coefficients = method.advance(h, scalars, damping)
+    def advance(h: Any, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
+        following, coefficients = method.advance(h, scalars, taken)
         return following, _Coefficients(_share(h.averaging, scalars["k"]), coefficients)
 
     first, *others = method.buffers

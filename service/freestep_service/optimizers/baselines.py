@@ -13,7 +13,7 @@ from torch import Tensor
 from freestep.hyperparameters import SGD as SGDSpec
 from freestep.hyperparameters import AdamW as AdamWSpec
 from freestep_service.optimizers.averaging import averaged
-from freestep_service.optimizers.method import Method, Scalars
+from freestep_service.optimizers.method import Conditions, Method, Scalars
 from freestep_service.optimizers.schedules import scheduled
 
 __all__ = ["ADAMW", "AVERAGED_ADAMW", "AVERAGED_SGD", "SGD"]
@@ -29,9 +29,9 @@ class _SGDCoefficients(NamedTuple):
     nesterov: bool
 
 
-def _advance_sgd(h: SGDSpec, scalars: Scalars, damping: float) -> tuple[Scalars, _SGDCoefficients]:
+def _advance_sgd(h: SGDSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _SGDCoefficients]:
     k = scalars["k"]
-    lr = damping * scheduled(h.lr, h.schedule, k)
+    lr = taken.damping * scheduled(h.lr, h.schedule, k)
     # The buffer starts as the first gradient, undampened.
     gain = 1 - h.dampening if k else 1.0
     return {"k": k + 1}, _SGDCoefficients(lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov)
@@ -61,10 +61,10 @@ class _AdamWCoefficients(NamedTuple):
     """γ / (1 - β1^t)."""
 
 
-def _advance_adamw(h: AdamWSpec, scalars: Scalars, damping: float) -> tuple[Scalars, _AdamWCoefficients]:
+def _advance_adamw(h: AdamWSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _AdamWCoefficients]:
     beta1, beta2 = h.betas
     step = scalars["k"] + 1
-    lr = damping * scheduled(h.lr, h.schedule, scalars["k"])
+    lr = taken.damping * scheduled(h.lr, h.schedule, scalars["k"])
     return {"k": step}, _AdamWCoefficients(
         shrink=1 - lr * h.weight_decay,
         m_share=1 - beta1,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from freestep import bases as specs
 from freestep_service.optimizers import moments
-from freestep_service.optimizers.method import Base, Scalars
+from freestep_service.optimizers.method import Base, Conditions, Scalars
 
 __all__ = ["base_of"]
 
@@ -27,10 +27,10 @@ class _SGD(NamedTuple):
     nesterov: bool
 
 
-def _advance_sgd(h: specs.BaseSGD, lr: float, scalars: Scalars, damping: float) -> tuple[Scalars, _SGD]:
+def _advance_sgd(h: specs.BaseSGD, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _SGD]:
     # The buffer starts as the first gradient, undampened.
     gain = 1 - h.dampening if scalars["k"] else 1.0
-    return {}, _SGD(lr * damping, h.weight_decay, h.momentum, gain, h.nesterov)
+    return {}, _SGD(lr * taken.damping, h.weight_decay, h.momentum, gain, h.nesterov)
 
 
 def _sgd(g: Tensor, z: Tensor, s: _SGD) -> tuple[Tensor]:
@@ -53,8 +53,8 @@ class _RMSprop(NamedTuple):
     momentum: float
 
 
-def _advance_rmsprop(h: specs.BaseRMSprop, lr: float, scalars: Scalars, damping: float) -> tuple[Scalars, _RMSprop]:
-    return {}, _RMSprop(lr * damping, h.weight_decay, h.alpha, 1 - h.alpha, h.eps, h.momentum)
+def _advance_rmsprop(h: specs.BaseRMSprop, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _RMSprop]:
+    return {}, _RMSprop(lr * taken.damping, h.weight_decay, h.alpha, 1 - h.alpha, h.eps, h.momentum)
 
 
 def _rmsprop(g: Tensor, z: Tensor, v: Tensor, s: _RMSprop) -> tuple[Tensor, Tensor]:
@@ -95,10 +95,10 @@ class _Adagrad(NamedTuple):
     eps: float
 
 
-def _advance_adagrad(h: specs.BaseAdagrad, lr: float, scalars: Scalars, damping: float) -> tuple[Scalars, _Adagrad]:
+def _advance_adagrad(h: specs.BaseAdagrad, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Adagrad]:
     k = scalars["k"]
     added = 0.0 if k else h.initial_accumulator_value
-    return {}, _Adagrad(lr * damping / (1 + k * h.lr_decay), h.weight_decay, added, h.eps)
+    return {}, _Adagrad(lr * taken.damping / (1 + k * h.lr_decay), h.weight_decay, added, h.eps)
 
 
 def _adagrad(g: Tensor, z: Tensor, total: Tensor, s: _Adagrad) -> tuple[Tensor, Tensor]:
@@ -118,8 +118,8 @@ class _Rprop(NamedTuple):
     zero: float = 0.0
 
 
-def _advance_rprop(h: specs.BaseRprop, lr: float, scalars: Scalars, damping: float) -> tuple[Scalars, _Rprop]:
-    return {}, _Rprop(damping, 0.0 if scalars["k"] else lr, *h.etas, *h.step_sizes)
+def _advance_rprop(h: specs.BaseRprop, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Rprop]:
+    return {}, _Rprop(taken.damping, 0.0 if scalars["k"] else lr, *h.etas, *h.step_sizes)
 
 
 def _rprop(g: Tensor, z: Tensor, previous: Tensor, size: Tensor, s: _Rprop) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,17 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Base", "Buffers", "Method", "Scalars", "each_number"]
+__all__ = ["PLAIN", "Base", "Buffers", "Conditions", "Method", "Scalars", "each_number"]
 
 Scalars = Mapping[str, float]
 """A param group's scalar state: `k` (steps taken), and what else the method keeps."""
 
 Buffers = Mapping[str, Tensor]
 """The state vectors by name, each fp32 of one shape; `y` is among them."""
+
+
+class Conditions(NamedTuple):
+    """What a step is taken under, beside its gradient: what the log says of it, the same for every shard.
+
+    damping: in (0, 1], multiplies the step's learning rate and leaves the averaging weights alone.
+    """
+
+    damping: float = 1.0
+
+
+PLAIN = Conditions()
+"""Those under which a method does what its paper says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +43,8 @@ class Method:
     buffers: the names of its state vectors, at most five; the points `x`, `y` and `z` start as the parameters, all
         others as zeros.
     initial: a param group's scalars before the first step.
-    advance: (hyperparameters, scalars, damping) -> (next scalars, coefficients). `damping` in (0, 1] multiplies
-        the step's learning rate and leaves the averaging weights alone. The coefficients are a NamedTuple of floats,
-        bools and such tuples.
+    advance: (hyperparameters, scalars, conditions) -> (next scalars, coefficients). The coefficients are a NamedTuple
+        of floats, bools and such tuples.
     rule: (g, *state, coefficients) -> the next state, in the order of `buffers`, as a tuple: one step along the
         gradient `g`. It is arithmetic, the same for numbers and for tensors, and is executed as either (see `sweep`):
         it branches on coefficients that are bools only, calls those functions of torch that `compiled` knows, and
@@ -42,7 +54,7 @@ class Method:
 
     buffers: tuple[str, ...]
     initial: Scalars
-    advance: Callable[[Any, Scalars, float], tuple[Scalars, Any]]
+    advance: Callable[[Any, Scalars, Conditions], tuple[Scalars, Any]]
     rule: Callable[..., tuple[Tensor, ...]]
     interpolation: Callable[[Any], float] | None = None
 
@@ -52,15 +64,15 @@ class Base:
     """One base optimizer.
 
     buffers: the names of its state vectors, at most three, which start as zeros.
-    advance: (hyperparameters, lr, scalars, damping) -> (what it changes of the scalars, coefficients): of a step with
-        the learning rate `lr · damping`.
+    advance: (hyperparameters, lr, scalars, conditions) -> (what it changes of the scalars, coefficients): of a step
+        with the learning rate `lr · damping`.
     rule: (g, z, *state, coefficients) -> (how far the point z moves back, *the next state), as a tuple. As a method's
         rule, else.
     initial: the scalars that it keeps beside `k`, before the first step.
     """
 
     buffers: tuple[str, ...]
-    advance: Callable[[Any, float, Scalars, float], tuple[Scalars, Any]]
+    advance: Callable[[Any, float, Scalars, Conditions], tuple[Scalars, Any]]
     rule: Callable[..., tuple[Tensor, ...]]
     initial: Scalars = field(default_factory=dict)
 

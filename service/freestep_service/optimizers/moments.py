@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freestep import bases as specs
-from freestep_service.optimizers.method import Base, Scalars
+from freestep_service.optimizers.method import Base, Conditions, Scalars
 
 __all__ = ["ADAM", "ADAMAX", "ADAMW", "ADAMW_AMSGRAD", "ADAM_AMSGRAD", "NADAM", "RADAM"]
 
@@ -71,20 +71,20 @@ def _corrected(
     return {}, _moments(h, lr, decoupled=decoupled, m_step=lr / (1 - beta1**t), correction=(1 - beta2**t) ** -0.5)
 
 
-def _advance_adam(h: specs.BaseAdam, lr: float, scalars: Scalars, damping: float) -> tuple[Scalars, _Moments]:
-    return _corrected(h, lr * damping, scalars, decoupled=h.decoupled_weight_decay)
+def _advance_adam(h: specs.BaseAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Moments]:
+    return _corrected(h, lr * taken.damping, scalars, decoupled=h.decoupled_weight_decay)
 
 
-def _advance_adamw(h: specs.BaseAdamW, lr: float, scalars: Scalars, damping: float) -> tuple[Scalars, _Moments]:
-    return _corrected(h, lr * damping, scalars, decoupled=True)
+def _advance_adamw(h: specs.BaseAdamW, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Moments]:
+    return _corrected(h, lr * taken.damping, scalars, decoupled=True)
 
 
-def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, damping: float) -> tuple[Scalars, _Moments]:
+def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Moments]:
     beta1, beta2 = h.betas
     t = scalars["k"] + 1
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (step * h.momentum_decay)) for step in (t, t + 1))
     product = scalars["mu_product"] * mu
-    lr *= damping
+    lr *= taken.damping
     return {"mu_product": product}, _moments(
         h,
         lr,
@@ -95,14 +95,14 @@ def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, damping: flo
     )
 
 
-def _advance_radam(h: specs.BaseRAdam, lr: float, scalars: Scalars, damping: float) -> tuple[Scalars, _Moments]:
+def _advance_radam(h: specs.BaseRAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Moments]:
     beta1, beta2 = h.betas
     t = scalars["k"] + 1
     # The length of the approximated simple moving average, arXiv 1908.03265, section 4.1, and its limit.
     limit = 2 / (1 - beta2) - 1
     length = limit - 2 * t * beta2**t / (1 - beta2**t)
     adaptive = length > 5
-    lr *= damping
+    lr *= taken.damping
     m_step = lr / (1 - beta1**t)
     if adaptive:
         rectification = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
@@ -138,9 +138,9 @@ class _Adamax(NamedTuple):
     m_step: float
 
 
-def _advance_adamax(h: specs.BaseAdamax, lr: float, scalars: Scalars, damping: float) -> tuple[Scalars, _Adamax]:
+def _advance_adamax(h: specs.BaseAdamax, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Adamax]:
     beta1, beta2 = h.betas
-    return {}, _Adamax(h.weight_decay, 1 - beta1, beta2, h.eps, lr * damping / (1 - beta1 ** (scalars["k"] + 1)))
+    return {}, _Adamax(h.weight_decay, 1 - beta1, beta2, h.eps, lr * taken.damping / (1 - beta1 ** (scalars["k"] + 1)))
 
 
 def _adamax(g: Tensor, z: Tensor, m: Tensor, norm: Tensor, s: _Adamax) -> tuple[Tensor, Tensor, Tensor]:

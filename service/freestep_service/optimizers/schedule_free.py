@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from freestep.hyperparameters import AdamWScheduleFree, RAdamScheduleFree, ScheduleFreeWrapper, SGDScheduleFree
-from freestep_service.optimizers.method import Method, Scalars
+from freestep_service.optimizers.method import Conditions, Method, Scalars
 from freestep_service.optimizers.schedules import warmup
 
 __all__ = ["ADAMW", "ADAMW_INNER_MOMENTUM", "INITIAL", "RADAM", "SGD", "average"]
@@ -79,10 +79,10 @@ def average(
     return {"k": k + 1, "weight_sum": weight_sum, "lr_max": lr_max}, c
 
 
-def _advance_sgd(h: SGDScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _Coefficients]:
+def _advance_sgd(h: SGDScheduleFree, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
     following, c = average(h, scalars, lr, h.momentum)
-    lr *= damping
+    lr *= taken.damping
     return following, _Coefficients(lr, c, lr * (h.momentum * (1 - c) - 1), h.weight_decay)
 
 
@@ -91,17 +91,17 @@ def _sgd(g: Tensor, y: Tensor, z: Tensor, s: _Coefficients) -> tuple[Tensor, Ten
     return y + s.c * (z - y) + s.y_lr * d, z - s.lr * d
 
 
-def _advance_adamw(h: AdamWScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _AdamCoefficients]:
+def _advance_adamw(h: AdamWScheduleFree, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _AdamCoefficients]:
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
     following, c = average(h, scalars, lr, h.betas[0])
-    lr *= damping
+    lr *= taken.damping
     inner = h.inner_momentum
     return following, _adam_coefficients(
         h, lr, c, following["k"], adaptive=True, decay_at_z=h.decay_at_z, inner_momentum=inner
     )
 
 
-def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, damping: float) -> tuple[Scalars, _AdamCoefficients]:
+def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _AdamCoefficients]:
     _, beta2 = h.betas
     step = scalars["k"] + 1
     bias_correction2 = 1 - beta2**step
@@ -115,7 +115,7 @@ def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, damping: float) -> tu
         rectification = 0.0 if h.silent_sgd_phase else 1.0
     lr = h.lr * rectification
     following, c = average(h, scalars, lr, h.betas[0])
-    lr *= damping
+    lr *= taken.damping
     return following, _adam_coefficients(h, lr, c, step, adaptive=adaptive)
 
 

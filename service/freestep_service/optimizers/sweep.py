@@ -22,7 +22,7 @@ from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
 from freestep_service.optimizers.fused import fuse
 from freestep_service.optimizers.gradient import Gradient
 from freestep_service.optimizers.halves import of_bf16_bits, of_f16_bits
-from freestep_service.optimizers.method import Buffers, Method, Scalars, each_number
+from freestep_service.optimizers.method import PLAIN, Buffers, Conditions, Method, Scalars, each_number
 from freestep_service.optimizers.slices import in_slices
 from freestep_service.optimizers.streams import settle
 
@@ -74,10 +74,10 @@ def step(
     scalars: Mapping[str, Scalars],
     buffers: Buffers,
     gradient: Gradient,
-    damping: float = 1.0,
+    taken: Conditions = PLAIN,
 ) -> dict[str, Scalars]:
     """Moves the buffers, in place, one step along the gradient, and returns the groups' next scalars."""
-    advanced = {group: method.advance(hyperparameters[group], state, damping) for group, state in scalars.items()}
+    advanced = {group: method.advance(hyperparameters[group], state, taken) for group, state in scalars.items()}
     coefficients = {group: chosen for group, (_, chosen) in advanced.items()}
     _sweep(method.rule, layout, coefficients, gradient, [buffers[name] for name in method.buffers])
     return {group: following for group, (following, _) in advanced.items()}

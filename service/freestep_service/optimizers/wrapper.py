@@ -24,7 +24,7 @@ from torch import Tensor
 from freestep.hyperparameters import GPAAdamW, ScheduleFreeWrapper
 from freestep_service.optimizers.bases import base_of
 from freestep_service.optimizers.compiled import inlined
-from freestep_service.optimizers.method import Base, Method, Scalars
+from freestep_service.optimizers.method import Base, Conditions, Method, Scalars
 from freestep_service.optimizers.moments import ADAMW
 from freestep_service.optimizers.schedule_free import INITIAL, average
 from freestep_service.optimizers.schedules import scheduled
@@ -64,10 +64,10 @@ def wrapper_of(h: ScheduleFreeWrapper) -> Method:
 
 @cache
 def _wrapper(base: Base) -> Method:
-    def advance(h: ScheduleFreeWrapper, scalars: Scalars, damping: float) -> tuple[Scalars, _Coefficients]:
+    def advance(h: ScheduleFreeWrapper, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
         following, c = average(h, scalars, h.base.lr, h.momentum)
-        own, coefficients = base.advance(h.base, h.base.lr, scalars, damping)
-        decay = h.base.lr * damping * h.weight_decay_at_y
+        own, coefficients = base.advance(h.base, h.base.lr, scalars, taken)
+        decay = h.base.lr * taken.damping * h.weight_decay_at_y
         return {**following, **own}, _Coefficients(c, h.momentum * (1 - c) - 1, decay, coefficients)
 
     return Method(
@@ -75,9 +75,9 @@ def _wrapper(base: Base) -> Method:
     )
 
 
-def _advance_gpa(h: GPAAdamW, scalars: Scalars, damping: float) -> tuple[Scalars, _Coefficients]:
+def _advance_gpa(h: GPAAdamW, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
     lr = scheduled(h.lr, h.schedule, scalars["k"])
-    _, coefficients = ADAMW.advance(h, lr, scalars, damping)
+    _, coefficients = ADAMW.advance(h, lr, scalars, taken)
     return {"k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
 
 
