@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -106,6 +107,13 @@ def test_the_twin_is_torchs_muon_but_for_its_bfloat16(shape: tuple[int, int], ne
             optimizer.step()
     # Of four steps whose elements are about 0.1 · 0.3 · sqrt(11 / 3) at most.
     torch.testing.assert_close(mine, torchs, rtol=0, atol=1e-2)
+
+
+def test_its_hyperparameters_are_torchs() -> None:
+    theirs = inspect.signature(torch.optim.Muon).parameters
+    assert BaseMuon().model_dump(exclude={"algorithm"}) == {
+        name: theirs[name].default for name in theirs if name != "params"
+    }
 
 
 def test_the_iterations_bring_singular_values_near_one() -> None:
