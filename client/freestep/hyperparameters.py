@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from freestep.bases import Base, BaseSGD
+from freestep.bases import Base, BaseAdamW, BaseSGD, MatrixBase
 from freestep.schedules import Averaging, Constant, NoAveraging, Schedule
 from freestep.validation import (
     Coefficient,
@@ -59,6 +59,11 @@ class _Hyperparameters(StrictModel):
     def _kept(self) -> dict[str, Any]:
         """What decides, by its name, which vectors the method keeps."""
         return {}
+
+    @property
+    def takes_matrices(self) -> bool:
+        """Whether a step takes a parameter whole, and as a matrix."""
+        return False
 
 
 class _ScheduleFree(_Hyperparameters):
@@ -110,26 +115,34 @@ class RAdamScheduleFree(_ScheduleFree):
 
 
 class ScheduleFreeWrapper(_ScheduleFree):
-    """Schedule-Free over one of nine optimizers of torch's, as `schedulefree.ScheduleFreeWrapper`.
+    """Schedule-Free over an optimizer of torch's, as `schedulefree.ScheduleFreeWrapper`, or over NorMuon.
 
     The base has the learning rate, and its own weight decay takes z; `weight_decay_at_y` takes y. A group may overrule
-    members of its base one by one.
+    members of its base one by one; beside groups of matrices, others may have the base `adamw`.
     """
 
     algorithm: Literal["schedule_free_wrapper"] = "schedule_free_wrapper"
     base: Base
     momentum: Interpolation = 0.9
     weight_decay_at_y: NonNegative = 0.0
+    warmup_steps: Count = 0
+
+    @property
+    def takes_matrices(self) -> bool:
+        return isinstance(self.base, MatrixBase)
 
     def overruled(self, overrides: Mapping[str, Any]) -> Self:
         base = overrides.get("base")
         if isinstance(base, Mapping):
-            if base.get("algorithm", self.base.algorithm) != self.base.algorithm:
+            if base.get("algorithm", self.base.algorithm) == self.base.algorithm:
+                overrides = {**overrides, "base": {**self.base.model_dump(), **base}}
+            elif not self.takes_matrices:
                 raise fault(("base", "algorithm"), "the base's algorithm belongs to the run, not to a group")
-            overrides = {**overrides, "base": {**self.base.model_dump(), **base}}
         return super().overruled(overrides)
 
     def _kept(self) -> dict[str, Any]:
+        if self.takes_matrices or (isinstance(self.base, BaseAdamW) and not self.base.amsgrad):
+            return {"base": ("exp_avg", "exp_avg_sq")}
         members = self.base.model_dump(include={"algorithm", "momentum", "centered", "amsgrad"})
         return {"base": {**members, "momentum": members.get("momentum", 0) > 0}}
 

@@ -105,9 +105,17 @@ class RunSpec(StrictModel):
             names.add(parameter.name)
             if parameter.group not in self.groups and parameter.group != DEFAULT_GROUP:
                 raise fault(("parameters", index, "group"), f"there is no group {parameter.group!r}")
-        for group in self.groups:
-            self.hyperparameters(group)
+        whole = self.whole_groups()
+        for index, parameter in enumerate(self.parameters):
+            if parameter.group in whole and len(parameter.shape) != 2:
+                raise fault(
+                    ("parameters", index, "shape"), "its group's base takes matrices; that of others may be adamw"
+                )
         return self
+
+    def whole_groups(self) -> set[str]:
+        """The param groups whose tensors a step takes whole, so that no shard may have a part of one."""
+        return {group for group in (DEFAULT_GROUP, *self.groups) if self.hyperparameters(group).takes_matrices}
 
     def hyperparameters(self, group: str) -> OptimizerSpec:
         """The hyperparameters of a param group: the run's, with the group's own in their place."""

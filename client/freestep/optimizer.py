@@ -120,7 +120,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 "durability": durability,
             }
             wanted = run_spec(self.param_groups, algorithm, given, options)
-            manifest = Manifest(wanted.parameters)
+            manifest = Manifest.of(wanted)
             pinned = any(tensor.is_cuda for tensor in self._tensors.values())
             wire = Wire(
                 push_dtype,

@@ -27,7 +27,7 @@ from freestep_service.optimizers.compiled import inlined
 from freestep_service.optimizers.method import Base, Conditions, Method, Scalars
 from freestep_service.optimizers.moments import ADAMW
 from freestep_service.optimizers.schedule_free import INITIAL, average
-from freestep_service.optimizers.schedules import scheduled
+from freestep_service.optimizers.schedules import scheduled, warmup
 
 __all__ = ["GPA_ADAMW", "wrapper_of"]
 
@@ -65,13 +65,20 @@ def wrapper_of(h: ScheduleFreeWrapper) -> Method:
 @cache
 def _wrapper(base: Base) -> Method:
     def advance(h: ScheduleFreeWrapper, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
-        following, c = average(h, scalars, h.base.lr, h.momentum)
-        own, coefficients = base.advance(h.base, h.base.lr, scalars, taken)
-        decay = h.base.lr * taken.damping * h.weight_decay_at_y
+        lr = h.base.lr * warmup(scalars["k"], h.warmup_steps)
+        following, c = average(h, scalars, lr, h.momentum)
+        own, coefficients = base.advance(h.base, lr, scalars, taken)
+        decay = lr * taken.damping * h.weight_decay_at_y
         return {**following, **own}, _Coefficients(c, h.momentum * (1 - c) - 1, decay, coefficients)
 
+    directed = base.direction
     return Method(
-        ("y", "z", *base.buffers), {**INITIAL, **base.initial}, advance, _over(base.rule), lambda h: float(h.momentum)
+        ("y", "z", *base.buffers),
+        {**INITIAL, **base.initial},
+        advance,
+        _over(base.rule),
+        lambda h: float(h.momentum),
+        None if directed is None else lambda h: directed(h.base),
     )
 
 
