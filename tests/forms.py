@@ -39,6 +39,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "decay_at_z": True,
         "averaging_constant": 20.0,
     },
+    "diloco": {"algorithm": "diloco", "lr": 0.05},
+    "diloco-delayed": {"algorithm": "diloco", "lr": 0.05, "momentum_period": 3, "momentum_activation": 0.2},
     "sgd-polyak": {**PLAIN["sgd"], "momentum": 0.9, "averaging": {"name": "polyak", "start_step": 2}},
     "adamw-ema": {**PLAIN["adamw"], "averaging": {"name": "ema", "decay": 0.9}},
     **{
@@ -57,7 +59,12 @@ def hyperparameters(form: str) -> OptimizerSpec:
 
 
 def own(form: str, lr: float, weight_decay: float) -> dict[str, Any]:
-    """What a param group of a form, or algorithm, says to have a learning rate and a weight decay of its own."""
+    """What a param group of a form, or algorithm, says to have a learning rate and a weight decay of its own.
+
+    Or a momentum, where there is no weight decay.
+    """
     if form.startswith("schedule_free_wrapper"):
         return {"base": {"lr": lr}, "weight_decay_at_y": weight_decay}
+    if form.startswith("diloco"):
+        return {"lr": lr, "momentum": 1 - weight_decay}
     return {"lr": lr, "weight_decay": weight_decay}

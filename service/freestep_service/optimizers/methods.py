@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from freestep import hyperparameters as specs
-from freestep_service.optimizers import baselines, schedule_free, wrapper
+from freestep_service.optimizers import baselines, outer, schedule_free, wrapper
 from freestep_service.optimizers.method import Method
 
 __all__ = ["method_of"]
@@ -26,3 +26,5 @@ def method_of(h: specs.OptimizerSpec) -> Method:
             return baselines.SGD if h.averaging.name == "none" else baselines.AVERAGED_SGD
         case specs.AdamW():
             return baselines.ADAMW if h.averaging.name == "none" else baselines.AVERAGED_ADAMW
+        case specs.DiLoCo():
+            return outer.NESTEROV if h.momentum_period == 1 else outer.DELAYED_NESTEROV
