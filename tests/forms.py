@@ -27,7 +27,15 @@ BASES: dict[str, dict[str, Any]] = {
 
 PLAIN: dict[str, dict[str, Any]] = {
     name: {"algorithm": name, "lr": 0.01}
-    for name in ("sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "gpa_adamw", "sgd", "adamw")
+    for name in (
+        "sgd_schedule_free",
+        "adamw_schedule_free",
+        "radam_schedule_free",
+        "gpa_adamw",
+        "gpa_sgd",
+        "sgd",
+        "adamw",
+    )
 }
 """Algorithms with a learning rate and else their defaults."""
 
@@ -66,5 +74,5 @@ def own(form: str, lr: float, weight_decay: float) -> dict[str, Any]:
     if form.startswith("schedule_free_wrapper"):
         return {"base": {"lr": lr}, "weight_decay_at_y": weight_decay}
     if form.startswith("diloco"):
-        return {"lr": lr, "momentum": 1 - weight_decay}
+        return {"lr": lr, "momentum": 0.9 - weight_decay}
     return {"lr": lr, "weight_decay": weight_decay}

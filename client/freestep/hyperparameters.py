@@ -31,6 +31,7 @@ from freestep.validation import (
 
 __all__ = [
     "ALGORITHMS",
+    "GPASGD",
     "SGD",
     "AdamW",
     "AdamWScheduleFree",
@@ -152,6 +153,21 @@ class GPAAdamW(_Hyperparameters):
     schedule: Schedule = Constant()
 
 
+class GPASGD(_Hyperparameters):
+    """Generalized primal averaging over SGD without momentum, arXiv 2512.17131; for pseudo-gradients, too.
+
+    For mu_x = mu_y = μ it is SGD with Nesterov momentum μ and the learning rate lr · (1 - μ), and x a smoother y.
+    The defaults are those of `diloco` in these terms; the paper has none for pseudo-gradients.
+    """
+
+    algorithm: Literal["gpa_sgd"] = "gpa_sgd"
+    mu_y: Interpolation = 0.9
+    mu_x: Coefficient = 0.9
+    lr: NonNegative = 7.0
+    weight_decay: NonNegative = 0.0
+    schedule: Schedule = Constant()
+
+
 class _Baseline(_Hyperparameters):
     schedule: Schedule = Constant()
     averaging: Averaging = NoAveraging()
@@ -204,7 +220,15 @@ class DiLoCo(_Hyperparameters):
 
 
 _Algorithms = (
-    SGDScheduleFree | AdamWScheduleFree | RAdamScheduleFree | ScheduleFreeWrapper | GPAAdamW | SGD | AdamW | DiLoCo
+    SGDScheduleFree
+    | AdamWScheduleFree
+    | RAdamScheduleFree
+    | ScheduleFreeWrapper
+    | GPAAdamW
+    | GPASGD
+    | SGD
+    | AdamW
+    | DiLoCo
 )
 OptimizerSpec = Annotated[_Algorithms, Field(discriminator="algorithm"), told_by("algorithm", _Algorithms)]
 

@@ -22,6 +22,8 @@ def method_of(h: specs.OptimizerSpec) -> Method:
             return wrapper.wrapper_of(h)
         case specs.GPAAdamW():
             return wrapper.GPA_ADAMW
+        case specs.GPASGD():
+            return wrapper.GPA_SGD
         case specs.SGD():
             return baselines.SGD if h.averaging.name == "none" else baselines.AVERAGED_SGD
         case specs.AdamW():
