@@ -14,6 +14,7 @@ from freestep.errors import EvalMode, FreestepError, ManifestMismatch, NonFinite
 from freestep.flight import refuse_late_gradients
 from freestep.models import Point, Receipt
 from freestep.optimizer import RemoteOptimizer
+from freestep.ranks import Batch
 from freestep.rounds import Round
 
 __all__ = ["LocalSteps"]
@@ -146,17 +147,20 @@ class LocalSteps(RemoteOptimizer):
         self._round.pause()
         self.flush()
         if self._round.steps:
-            self._end_round(self._round.taken_at)
+            self._end_round(self._round.taken_at, self._round.batch)
         self._round.go_on()
 
-    def _end_round(self, taken_at: Pulled) -> None:
+    def _end_round(self, taken_at: Pulled, batch: Batch) -> None:
         self._gradients.gather_since(self._round.start)
-        batch = self._gradients.mean([self._round.batch])
+        batch = self._gradients.mean([batch])
         assert self.pulled is not None
         self._round.begin(self.pulled)
         self._push(taken_at, batch, overlap=True)
         if not self._overlaps:
             self.flush()
+        if self._is_dynamic and batch.speed is not None:
+            fastest = max(batch.speed, *(worker.speed or 0.0 for worker in self._run.workers()))
+            self.length = max(1, int(self.every * (batch.speed / fastest)))
 
     @torch.no_grad()
     def flush(self) -> None:

@@ -611,3 +611,54 @@ def test_a_worker_holds_three_vectors(make: Callable[..., LocalSteps]) -> None:
     optimizer = make(network())
     kept = [*vars(optimizer).values(), *vars(optimizer._gradients).values(), *vars(optimizer._round).values()]
     assert sum(isinstance(value, Flat) for value in kept) == 3
+
+
+# Workers of different speeds
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_slower_workers_take_fewer_steps(make: Callable[..., LocalSteps], run: Run) -> None:
+    seconds = {"fast": 0.5, "half": 1.0, "third": 1.5, "snail": 64.0}
+    clocks = {name: Clock() for name in seconds}
+    models = {name: Counting() for name in seconds}
+    optimizers = {
+        name: make(model, model.sgd, every=12, dynamic=True, worker=name, clock=clocks[name], **WHOLE)
+        for name, model in models.items()
+    }
+
+    def play_a_round(name: str) -> int:
+        optimizer = optimizers[name]
+        for taken in range(1, 100):
+            clocks[name].now += seconds[name]
+            models[name].step(optimizer)
+            if optimizer.steps == 2:
+                # What an evaluation takes is no part of a step.
+                optimizer.eval()
+                clocks[name].now += 3600.0
+                optimizer.train()
+            if optimizer.steps == 0:
+                return taken
+        raise AssertionError("the round does not end")
+
+    # A round's length is decided at the end of the one before, by what is known of others then.
+    for name in ("snail", "third", "half", "fast"):
+        assert [play_a_round(name) for _ in range(2)] == [12, 12]
+    assert {worker.worker: worker.speed for worker in run.workers()} == {
+        name: pytest.approx(1 / each) for name, each in seconds.items()
+    }
+    for _ in range(2):
+        lengths = {name: play_a_round(name) for name in seconds}
+    assert lengths == {"fast": 12, "half": 6, "third": 4, "snail": 1}
+    optimizers["fast"].close()
+    for _ in range(2):
+        lengths = {name: play_a_round(name) for name in ("half", "third", "snail")}
+    assert lengths == {"half": 12, "third": 8, "snail": 1}
