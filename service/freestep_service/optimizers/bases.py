@@ -16,7 +16,7 @@ from freestep_service.optimizers import moments
 from freestep_service.optimizers.method import Base, Conditions, Scalars
 from freestep_service.optimizers.muon import MATRICES
 
-__all__ = ["base_of"]
+__all__ = ["SGD", "base_of"]
 
 
 class _SGD(NamedTuple):
