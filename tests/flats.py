@@ -50,6 +50,12 @@ class Flat:
             self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, Conditions(damping)
         )
 
+    def observe(self, name: str, value: float) -> None:
+        self.scalars = {
+            group: self.method.observe(self.hyperparameters[group], scalars, name, value)
+            for group, scalars in self.scalars.items()
+        }
+
     def point(self, name: str) -> dict[str, Tensor]:
         out = torch.empty_like(self.buffers["y"])
         interpolate(self.method, self.layout, self.hyperparameters, self.buffers, name, out)  # type: ignore[arg-type]

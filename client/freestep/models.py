@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from freestep.hyperparameters import OptimizerSpec
-from freestep.validation import LARGEST_INTEGER, Count, StrictModel, fault
+from freestep.validation import LARGEST_INTEGER, Count, MetricName, StrictModel, fault
 
 __all__ = [
     "DEFAULT_GROUP",
@@ -21,6 +21,9 @@ __all__ = [
     "Lease",
     "LeaseList",
     "LeaseRequest",
+    "Metric",
+    "MetricReceipt",
+    "MetricReport",
     "ParameterSpec",
     "Point",
     "PointDtype",
@@ -159,6 +162,32 @@ class WorkerStatus(_Answer):
     staleness: int | None = None
 
 
+class MetricReport(StrictModel):
+    """What an evaluator has measured at x: `step` is that of the x, and `epoch` too where it is given."""
+
+    name: MetricName
+    value: Annotated[float, Field(strict=True, allow_inf_nan=False)]
+    step: Count
+    epoch: Count | None = None
+
+
+class MetricReceipt(_Answer):
+    """What became of a report: `replayed` says that the same one had counted before."""
+
+    name: str
+    value: float
+    step: int
+    epoch: int
+    replayed: bool = False
+
+
+class Metric(_Answer):
+    """The value of a metric, and the step of the x at which it was measured."""
+
+    value: float
+    step: int
+
+
 class Receipt(_Answer):
     """What became of a push.
 
@@ -182,7 +211,11 @@ class Receipt(_Answer):
 
 
 class RunStatus(_Answer):
-    """A run at this moment. `loss` and `staleness` are moving averages over recent pushes."""
+    """A run at this moment.
+
+    `loss` and `staleness` are moving averages over recent pushes; `metrics` are those that evaluators have reported,
+    each as of its newest step.
+    """
 
     run: str
     epoch: int
@@ -193,6 +226,7 @@ class RunStatus(_Answer):
     pushes: dict[str, int]
     loss: float | None = None
     staleness: float | None = None
+    metrics: dict[str, Metric] = {}
     checkpoint_step: int | None = None
     parameter_count: int
     shards: int = 1

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from freestep.models import Receipt
+from freestep_service.reported import Reported
 
 __all__ = [
     "Admission",
@@ -130,6 +131,7 @@ class RunState:
     """Worker -> its pushes in the update being gathered."""
     receipts: Mapping[str, Record] = field(default_factory=dict)
     """Idempotency key -> record, oldest first."""
+    reported: Reported = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from freestep_service.optimizers import (
 )
 from freestep_service.optimizers.readiness import compile_kernels, compile_rule
 from freestep_service.optimizers.streams import settle
+from freestep_service.reported import Measured, Reported, with_measured
 from freestep_service.turns import HOST
 from freestep_service.vectors import Vector
 
@@ -65,6 +66,8 @@ class Entry:
     """Ticket -> "POINT DTYPE", and the shard where only one is asked: points wanted of the state that this leaves."""
     checkpoint: bool = False
     """Whether that state is to be kept."""
+    measured: Measured | None = None
+    """A metric that was reported."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Cut:
     group: dict[str, int]
     weight: float
     damping: float
+    reported: Reported = field(default_factory=dict)
 
 
 class Shard:
@@ -102,6 +106,7 @@ class Shard:
         """Where y lies, if that is on the host."""
         self._loan: Loan | None = None
         self._scalars: dict[str, Scalars] = {}
+        self._reported: Reported = {}
         self._accumulated: Tensor | None = None
         self._clear_group()
 
@@ -122,6 +127,7 @@ class Shard:
         self.epoch, self.step, self.seq = epoch, 0, 0
         self._buffers = initial_buffers(self._method, self._as_y(parameters))
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
+        self._reported = {}
         self._clear_group()
         settle(self.device)
 
@@ -132,6 +138,8 @@ class Shard:
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
+        if entry.measured is not None:
+            self._observe(entry.measured)
         if entry.gradient is None and not entry.advance:
             return
         pushed = None if entry.gradient is None else entry.gradient.to(self.device)
@@ -146,6 +154,13 @@ class Shard:
         )
         self.step += 1
         self._clear_group()
+
+    def _observe(self, measured: Measured) -> None:
+        self._reported = with_measured(self._reported, measured)
+        self._scalars = {
+            group: self._method.observe(self._hyperparameters[group], scalars, measured.name, measured.value)
+            for group, scalars in self._scalars.items()
+        }
 
     def _gather(self, pushed: Tensor, entry: Entry) -> None:
         if self._accumulated is None:
@@ -209,6 +224,10 @@ class Shard:
         """(seq, step, group): where in the log the state stands."""
         return self.seq, self.step, dict(self.group)
 
+    def reported(self) -> Reported:
+        """The metrics that were reported up to here."""
+        return self._reported
+
     def cut(self) -> Cut:
         """A copy of the state; its cost is one pass over memory."""
         tensors = dict(self._buffers)
@@ -223,6 +242,7 @@ class Shard:
             dict(self.group),
             self._weight,
             self._damping,
+            self._reported,
         )
 
     def load(self, cut: Cut, epoch: int) -> None:
@@ -234,3 +254,4 @@ class Shard:
         self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
         self.group = dict(cut.group)
         self._weight, self._damping = cut.weight, cut.damping
+        self._reported = cut.reported

@@ -17,7 +17,8 @@
 --                     its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its cut), left (shards yet to read it), ends}
--- KEYS 13-  lease:ID (hash) and window:ID (list: the lease's newest idempotency keys), where a script says so
+-- KEYS 13-  lease:ID (hash) and window:ID (list: the lease's newest idempotency keys), or metrics (see measure.lua),
+--           where a script says so
 --
 -- Shards hear what other callers brought about on the channel freestep:{run}:messages, as JSON; a run of one shard has
 -- nobody to tell. Whoever misses a message reads the log, or asks again.

@@ -2,17 +2,19 @@
 -- owners, or a Redis that lost its data. Opening goes through phases: `gather` (shards say where they stand), `load`
 -- (shards take the state that was decided on) and `open`. Leases stand, but the epochs they were granted in do not
 -- change with the run's.
--- KEYS     the run's, then window:ID of each lease
+-- KEYS     the run's, 13 metrics, then window:ID of each lease
 -- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 shards (as for create), 6 epoch, 7 step, 8 seq, 9 initialized
 --          (0 or 1), 10 group (JSON: worker -> pushes), 11 leases (JSON, in the order of their windows), 12 generation
 --          that was gathered, 13 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live: true where what
---          a shard holds of it is good}), then idempotency key and record, in turn, oldest first
+--          a shard holds of it is good}), 14 metrics (JSON: name -> as measure.lua keeps it), then idempotency key and
+--          record, in turn, oldest first
 -- returns  {late} (another generation has begun), or {load}; that begins a generation too
 
 if redis.call('HGET', RUN, 'generation') ~= ARGV[12] then return {'late'} end
 local generation = enter('load')
 local grouped = 0
-redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS)
+redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS, KEYS[13])
+for name, steps in pairs(cjson.decode(ARGV[14])) do redis.call('HSET', KEYS[13], name, steps) end
 for worker, pushes in pairs(cjson.decode(ARGV[10])) do
   redis.call('HSET', GROUP, worker, pushes)
   grouped = grouped + pushes
@@ -27,10 +29,10 @@ redis.call('HSETNX', RUN, 'created_ms', text(clock()))
 local granted, windows = {}, {}
 for _, lease in ipairs(redis.call('HVALS', WORKERS)) do granted[lease] = true end
 for number, lease in ipairs(cjson.decode(ARGV[11])) do
-  redis.call('DEL', KEYS[12 + number])
-  if granted[lease] then windows[lease] = KEYS[12 + number] end
+  redis.call('DEL', KEYS[13 + number])
+  if granted[lease] then windows[lease] = KEYS[13 + number] end
 end
-for index = 14, #ARGV, 2 do
+for index = 15, #ARGV, 2 do
   redis.call('HSET', RECEIPTS, ARGV[index], ARGV[index + 1])
   local lease = string.match(cjson.decode(ARGV[index + 1]).claim, '^%S+')
   redis.call('RPUSH', windows[lease] or ENDED, ARGV[index])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PLAIN", "Base", "Buffers", "Conditions", "Method", "Scalars", "each_number"]
+__all__ = ["PLAIN", "Base", "Buffers", "Conditions", "Method", "Scalars", "deaf", "each_number"]
 
 Scalars = Mapping[str, float]
 """A param group's scalar state: `k` (steps taken), and what else the method keeps."""
@@ -36,6 +36,11 @@ PLAIN = Conditions()
 """Those under which a method does what its paper says."""
 
 
+def deaf(hyperparameters: Any, scalars: Scalars, name: str, value: float) -> Scalars:
+    """The `observe` of methods that no metric concerns."""
+    return scalars
+
+
 @dataclass(frozen=True, eq=False)
 class Method:
     """One optimization method.
@@ -50,6 +55,8 @@ class Method:
         it branches on coefficients that are bools only, calls those functions of torch that `compiled` knows, and
         holds no literals.
     interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
+    observe: (hyperparameters, scalars, name, value) -> the next scalars: what a metric that is reported between two
+        steps changes.
     """
 
     buffers: tuple[str, ...]
@@ -57,6 +64,7 @@ class Method:
     advance: Callable[[Any, Scalars, Conditions], tuple[Scalars, Any]]
     rule: Callable[..., tuple[Tensor, ...]]
     interpolation: Callable[[Any], float] | None = None
+    observe: Callable[[Any, Scalars, str, float], Scalars] = deaf
 
 
 @dataclass(frozen=True, eq=False)

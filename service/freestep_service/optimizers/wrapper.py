@@ -26,6 +26,7 @@ from freestep_service.optimizers.bases import base_of
 from freestep_service.optimizers.compiled import inlined
 from freestep_service.optimizers.method import Base, Conditions, Method, Scalars
 from freestep_service.optimizers.moments import ADAMW
+from freestep_service.optimizers.plateau import observe, remaining
 from freestep_service.optimizers.schedule_free import INITIAL, average
 from freestep_service.optimizers.schedules import scheduled
 
@@ -76,9 +77,11 @@ def _wrapper(base: Base) -> Method:
 
 
 def _advance_gpa(h: GPAAdamW, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
-    lr = scheduled(h.lr, h.schedule, scalars["k"])
+    lr = scheduled(remaining(h, scalars), h.schedule, scalars["k"])
     _, coefficients = ADAMW.advance(h, lr, scalars, taken)
-    return {"k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
+    return {**scalars, "k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
 
 
-GPA_ADAMW = Method(("y", "z", *ADAMW.buffers), {"k": 0}, _advance_gpa, _over(ADAMW.rule), lambda h: float(h.mu_y))
+GPA_ADAMW = Method(
+    ("y", "z", *ADAMW.buffers), {"k": 0}, _advance_gpa, _over(ADAMW.rule), lambda h: float(h.mu_y), observe
+)
