@@ -59,18 +59,22 @@ class AggregationSpec(StrictModel):
     """How pushes become updates: a named policy, whose own values the given fields overrule.
 
     An update is made of `batch` pushes, and a push is admitted while its staleness, in steps, is at most
-    `max_staleness`. Under `sync` and `quorum` a worker contributes once to an update.
+    `max_staleness`. Under `sync` and `quorum` a worker contributes once to an update. Under `ssp`, or where `slack` is
+    given, a worker that is more than `slack` pushes ahead of the slowest live one waits.
     """
 
-    policy: Literal["async", "ringmaster", "sync", "quorum", "buffered", "rennala"] = "ringmaster"
+    policy: Literal["async", "ringmaster", "sync", "quorum", "buffered", "rennala", "ssp"] = "ringmaster"
     batch: Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] | None = None
     max_staleness: Count | None = None
+    slack: Count | None = None
     staleness_damping: Literal["none", "delay_adaptive", "inverse_sqrt"] = "none"
 
     @model_validator(mode="after")
-    def _needs_a_batch(self) -> AggregationSpec:
+    def _complete(self) -> AggregationSpec:
         if self.policy in ("quorum", "buffered", "rennala") and self.batch is None:
             raise fault(("batch",), f"the policy {self.policy} needs a batch")
+        if self.policy == "ssp" and self.slack is None:
+            raise fault(("slack",), "the policy ssp needs a slack")
         return self
 
 

@@ -1,7 +1,8 @@
 """How pushes become updates: the named policies as values of one mechanism, and the damping of stale steps.
 
 An update is made of `batch` pushes; a push is admitted while its staleness is at most `max_staleness`;
-`distinct` says whether a worker contributes only once to an update. The scripts under lua/ decide by these
+`distinct` says whether a worker contributes only once to an update. A worker that is more than `slack` pushes ahead of
+the slowest live one waits before it may push (stale synchronous parallel). The scripts under lua/ decide by these
 values, which is why they are strings here.
 """
 
@@ -27,15 +28,18 @@ _POLICIES: dict[str, tuple[str, str, bool]] = {
     "quorum": ("", "0", True),
     "buffered": ("", NONE, False),
     "rennala": ("", "0", False),
+    "ssp": ("1", NONE, False),
 }
 
 
 class Policy(NamedTuple):
-    """The three values of the mechanism, as the scripts read them."""
+    """The values of the mechanism, as the scripts read them."""
 
     batch: str
     max_staleness: str
     distinct: bool
+    slack: str = ""
+    """Empty where nobody waits for others."""
 
     @classmethod
     def of(cls, spec: AggregationSpec) -> Policy:
@@ -45,7 +49,7 @@ class Policy(NamedTuple):
             batch = str(spec.batch)
         if spec.max_staleness is not None:
             max_staleness = str(spec.max_staleness)
-        return cls(batch, max_staleness, distinct)
+        return cls(batch, max_staleness, distinct, "" if spec.slack is None else str(spec.slack))
 
     @property
     def groups(self) -> bool:

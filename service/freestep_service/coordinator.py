@@ -27,6 +27,7 @@ from freestep.models import Lease, Metric, WorkerStatus
 from freestep_service.aggregation import Policy
 from freestep_service.records import (
     Admission,
+    Ahead,
     Behind,
     Claim,
     CutId,
@@ -69,7 +70,7 @@ class Coordinator:
         )  # fmt: skip
         self._keys = [self._prefix + name for name in names]
         self._metrics_key = f"{self._prefix}metrics"
-        self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct))
+        self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct), policy.slack)
 
     @property
     def channel(self) -> str:
@@ -256,7 +257,7 @@ class Coordinator:
         """Renews the lease and decides what the claim can decide.
 
         sent: tickets of cuts whose parts the shard has sent, as of `done`.
-        Raises Pending and the refusals of lua/admit.lua.
+        Raises Pending, Ahead and the refusals of lua/admit.lua.
         """
         keys, *arguments = self._push_call(claim, owner)
         status, *rest = await self._store.run("admit", keys, *arguments, *sent)
@@ -398,6 +399,8 @@ class Coordinator:
                 raise Lost
             case ["pending"]:
                 raise Pending
+            case ["ahead"]:
+                raise Ahead
             case ["lease-expired"]:
                 raise LeaseExpired
             case ["epoch-changed", epoch]:

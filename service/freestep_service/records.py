@@ -12,6 +12,7 @@ from freestep_service.reported import Reported
 
 __all__ = [
     "Admission",
+    "Ahead",
     "Behind",
     "Claim",
     "CutId",
@@ -24,6 +25,10 @@ __all__ = [
     "RunState",
     "Standing",
 ]
+
+
+class Ahead(Exception):
+    """The push's worker is too far ahead of the slowest one; it has to wait."""
 
 
 class Behind(Exception):

@@ -121,6 +121,11 @@ class Run:
         return self.count > 1
 
     @property
+    def listens(self) -> bool:
+        """Whether what other processes do for the run concerns its pushes here."""
+        return self.many or self.spec.aggregation.slack is not None
+
+    @property
     def writer(self) -> Writer | None:
         """That of the first shard owned here, which knows the log as well as any other."""
         return self.owned[min(self.owned)].writer if self.owned else None
@@ -214,6 +219,9 @@ class Run:
             case "granted":
                 for owned in self.owned.values():
                     owned.pushes.granted(message["key"])
+            case "moved":
+                for owned in self.owned.values():
+                    owned.pushes.moved()
             case "initialized":
                 for owned in self.owned.values():
                     owned.uploaded(message["upload"])
