@@ -67,7 +67,9 @@ class AggregationSpec(StrictModel):
     batch: Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] | None = None
     max_staleness: Count | None = None
     slack: Count | None = None
-    staleness_damping: Literal["none", "delay_adaptive", "inverse_sqrt"] = "none"
+    staleness_damping: Literal["none", "delay_adaptive", "inverse_sqrt", "fadas"] = "none"
+    staleness_threshold: Count | None = None
+    """τ_c of `fadas`: staler steps have a learning rate of at most 1/τ."""
 
     @model_validator(mode="after")
     def _complete(self) -> AggregationSpec:
@@ -75,6 +77,8 @@ class AggregationSpec(StrictModel):
             raise fault(("batch",), f"the policy {self.policy} needs a batch")
         if self.policy == "ssp" and self.slack is None:
             raise fault(("slack",), "the policy ssp needs a slack")
+        if (self.staleness_damping == "fadas") != (self.staleness_threshold is not None):
+            raise fault(("staleness_threshold",), "the staleness damping fadas needs a threshold, and no other has one")
         return self
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from freestep.models import AggregationSpec
 
-__all__ = ["Policy", "damping"]
+__all__ = ["Policy", "damping", "lateness"]
 
 LIVE = "live"
 """As a batch: one push of every live worker."""
@@ -72,3 +72,12 @@ def damping(spec: AggregationSpec, staleness: int, live: int) -> float:
     if spec.staleness_damping == "inverse_sqrt":
         return float((1 + staleness) ** -0.5)
     return 1.0
+
+
+def lateness(spec: AggregationSpec, staleness: int) -> int:
+    """A push's staleness τ where it bounds the learning rate, to 1/τ; 0 where it does not.
+
+    fadas: it does above the threshold τ_c (FADAS, arXiv 2407.18365, its delay-adaptive learning rate).
+    """
+    threshold = spec.staleness_threshold
+    return 0 if threshold is None or staleness <= threshold else staleness

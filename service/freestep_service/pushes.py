@@ -32,7 +32,7 @@ from freestep.errors import (
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
 from freestep.wire import Receiver
-from freestep_service.aggregation import Policy, damping
+from freestep_service.aggregation import Policy, damping, lateness
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.ingest import Body
 from freestep_service.measure import decode_and_measure
@@ -425,6 +425,7 @@ class Pushes:
             # As torch.nn.utils.clip_grad_norm_.
             scale=1.0 if limit is None else min(1.0, limit / (float(record.norm) + 1e-6)),
             damping=damping(self._spec.aggregation, record.staleness, record.live),
+            lateness=lateness(self._spec.aggregation, record.staleness),
             cuts=decision.cuts,
         )
 

@@ -52,6 +52,7 @@ class Entry:
         no push: the end of a lease closed the update, or the entry only marks a place.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
+    lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
     """
 
     seq: int
@@ -62,6 +63,7 @@ class Entry:
     weight: float = 1.0
     scale: float = 1.0
     damping: float = 1.0
+    lateness: int = 0
     cuts: Mapping[str, str] = field(default_factory=dict)
     """Ticket -> "POINT DTYPE", and the shard where only one is asked: points wanted of the state that this leaves."""
     checkpoint: bool = False
@@ -84,6 +86,7 @@ class Cut:
     weight: float
     damping: float
     reported: Reported = field(default_factory=dict)
+    lateness: int = 0
 
 
 class Shard:
@@ -121,6 +124,7 @@ class Shard:
         self.group: dict[str, int] = {}
         self._weight = 0.0
         self._damping = 0.0
+        self._lateness = 0
 
     def initialize(self, parameters: Tensor, epoch: int) -> None:
         """Starts at step 0 from the initial weights, flat [numel], fp32 or narrower, which are copied."""
@@ -134,7 +138,8 @@ class Shard:
     def apply(self, entry: Entry) -> None:
         """Applies the log's next entry.
 
-        A group's gradient is the mean of its pushes weighted by their samples, and its damping likewise.
+        A group's gradient is the mean of its pushes weighted by their samples, and its damping likewise; it is as late
+        as the latest of them.
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
@@ -168,20 +173,23 @@ class Shard:
         gather(self._accumulated, pushed, entry.weight * entry.scale, first=not self._weight)
         self._weight += entry.weight
         self._damping += entry.weight * entry.damping
+        self._lateness = max(self._lateness, entry.lateness)
         self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
 
     def _direction(self, pushed: Tensor | None, entry: Entry) -> tuple[Gradient, Conditions]:
         """The gradient of the step that an entry brings about, and what the step is taken under."""
         if not self._gathers:
             assert pushed is not None
-            return Gradient(pushed, entry.scale), Conditions(entry.damping)
+            return Gradient(pushed, entry.scale), _conditions(entry.damping, entry.lateness)
         if pushed is None:
             assert self._accumulated is not None
-            return Gradient(self._accumulated, 1 / self._weight), Conditions(self._damping / self._weight)
+            taken = _conditions(self._damping / self._weight, self._lateness)
+            return Gradient(self._accumulated, 1 / self._weight), taken
         weight = self._weight + entry.weight
         gathered = self._accumulated if self._weight else None
         damping = (self._damping + entry.weight * entry.damping) / weight
-        return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), Conditions(damping)
+        taken = _conditions(damping, max(self._lateness, entry.lateness))
+        return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), taken
 
     def copy_point(
         self, point: Point, out: Tensor | Quanta, note: Callable[[int], object] | None = None
@@ -243,6 +251,7 @@ class Shard:
             self._weight,
             self._damping,
             self._reported,
+            self._lateness,
         )
 
     def load(self, cut: Cut, epoch: int) -> None:
@@ -253,5 +262,9 @@ class Shard:
         self._scalars = dict(cut.scalars)
         self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
         self.group = dict(cut.group)
-        self._weight, self._damping = cut.weight, cut.damping
+        self._weight, self._damping, self._lateness = cut.weight, cut.damping, cut.lateness
         self._reported = cut.reported
+
+
+def _conditions(damping: float, lateness: int) -> Conditions:
+    return Conditions(damping, 1 / lateness) if lateness else Conditions(damping)

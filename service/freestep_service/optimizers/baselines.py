@@ -32,7 +32,7 @@ class _SGDCoefficients(NamedTuple):
 
 def _advance_sgd(h: SGDSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _SGDCoefficients]:
     k = scalars["k"]
-    lr = taken.damping * scheduled(remaining(h, scalars), h.schedule, k)
+    lr = taken.rate(scheduled(remaining(h, scalars), h.schedule, k))
     # The buffer starts as the first gradient, undampened.
     gain = 1 - h.dampening if k else 1.0
     return {**scalars, "k": k + 1}, _SGDCoefficients(lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov)
@@ -65,7 +65,7 @@ class _AdamWCoefficients(NamedTuple):
 def _advance_adamw(h: AdamWSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _AdamWCoefficients]:
     beta1, beta2 = h.betas
     step = scalars["k"] + 1
-    lr = taken.damping * scheduled(remaining(h, scalars), h.schedule, scalars["k"])
+    lr = taken.rate(scheduled(remaining(h, scalars), h.schedule, scalars["k"]))
     return {**scalars, "k": step}, _AdamWCoefficients(
         shrink=1 - lr * h.weight_decay,
         m_share=1 - beta1,

@@ -8,6 +8,7 @@ average x is a function of the state, not a mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,9 +28,15 @@ class Conditions(NamedTuple):
     """What a step is taken under, beside its gradient: what the log says of it, the same for every shard.
 
     damping: in (0, 1], multiplies the step's learning rate and leaves the averaging weights alone.
+    largest_rate: no more than this is left of the learning rate; it leaves the averaging weights alone too.
     """
 
     damping: float = 1.0
+    largest_rate: float = math.inf
+
+    def rate(self, lr: float) -> float:
+        """What is left of a learning rate."""
+        return min(lr * self.damping, self.largest_rate)
 
 
 PLAIN = Conditions()
@@ -73,7 +80,7 @@ class Base:
 
     buffers: the names of its state vectors, at most three, which start as zeros.
     advance: (hyperparameters, lr, scalars, conditions) -> (what it changes of the scalars, coefficients): of a step
-        with the learning rate `lr · damping`.
+        with what the conditions leave of the learning rate `lr`.
     rule: (g, z, *state, coefficients) -> (how far the point z moves back, *the next state), as a tuple. As a method's
         rule, else.
     initial: the scalars that it keeps beside `k`, before the first step.

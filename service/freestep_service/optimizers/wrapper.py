@@ -68,7 +68,7 @@ def _wrapper(base: Base) -> Method:
     def advance(h: ScheduleFreeWrapper, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
         following, c = average(h, scalars, h.base.lr, h.momentum)
         own, coefficients = base.advance(h.base, h.base.lr, scalars, taken)
-        decay = h.base.lr * taken.damping * h.weight_decay_at_y
+        decay = taken.rate(h.base.lr) * h.weight_decay_at_y
         return {**following, **own}, _Coefficients(c, h.momentum * (1 - c) - 1, decay, coefficients)
 
     return Method(
