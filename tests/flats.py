@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,11 +45,21 @@ class Flat:
     def join(self, tensors: dict[str, Tensor]) -> Tensor:
         return torch.cat([tensors[slot.name].reshape(-1) for slot in self.slots])
 
-    def step(self, gradients: dict[str, Tensor], damping: float = 1.0, scale: float = 1.0) -> None:
-        gradient = Gradient(self.join(gradients), scale)
-        self.scalars = step(
-            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, Conditions(damping)
-        )
+    def step(
+        self,
+        gradients: dict[str, Tensor],
+        damping: float = 1.0,
+        scale: float = 1.0,
+        largest_rate: float = math.inf,
+    ) -> None:
+        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, largest_rate)
+        self.scalars = step(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken)
+
+    def observe(self, name: str, value: float) -> None:
+        self.scalars = {
+            group: self.method.observe(self.hyperparameters[group], scalars, name, value)
+            for group, scalars in self.scalars.items()
+        }
 
     def point(self, name: str) -> dict[str, Tensor]:
         out = torch.empty_like(self.buffers["y"])

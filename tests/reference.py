@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, Rprop
 
 
+def fadas(lr: float, staleness: int, threshold: int) -> float:
+    """FADAS's learning rate under delay (arXiv 2407.18365): η where τ <= τ_c, else min(η, 1/τ)."""
+    return lr if staleness <= threshold else min(lr, 1 / staleness)
+
+
 @dataclass
 class ScheduleFree:
     """One param group's points from its initial weights.

@@ -29,6 +29,8 @@ from freestep.models import (
     CheckpointList,
     Lease,
     LeaseList,
+    MetricReceipt,
+    MetricReport,
     Point,
     Receipt,
     RunList,
@@ -302,6 +304,16 @@ class Run:
         self._shards.heard(pulled.epoch)
         self._ranks.spread(into, len(answers))
         return pulled
+
+    def report(self, name: str, value: float, step: int, *, epoch: int | None = None) -> MetricReceipt:
+        """Reports what was measured at the x of a step; plateau schedules hear of it, and the run's status shows it.
+
+        A report counts once, however often it is made. Raises IdempotencyConflict when another value was reported of
+        that step, MalformedRequest when the run has not come to it, and EpochChanged when `epoch` is given and over.
+        """
+        report = MetricReport(name=name, value=float(value), step=step, epoch=epoch)
+        document = report.model_dump(exclude_none=True)
+        return _parsed(MetricReceipt, self._transport.request("POST", f"{self._path}/metrics", json=document))
 
     def checkpoint(self) -> Checkpoint:
         """Has a checkpoint written now."""

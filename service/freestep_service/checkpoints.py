@@ -116,6 +116,9 @@ class _PartManifest(BaseModel):
     group: dict[str, int]
     weight: float
     damping: float
+    lateness: int = 0
+    metrics: dict[str, dict[str, float]] = {}
+    """Name -> step -> value, of what evaluators have reported."""
     receipts: dict[str, dict[str, Any]]
 
 
@@ -132,7 +135,7 @@ class _Part:
 
     def common(self) -> str:
         """What all parts of a cut have in common, as text, by which NaN is equal to itself."""
-        fields = {"vectors", "numel", "scalars", "group", "weight", "damping"}
+        fields = {"vectors", "numel", "scalars", "group", "weight", "damping", "lateness", "metrics"}
         return json.dumps(self.manifest.model_dump(include=fields), sort_keys=True)
 
 
@@ -208,6 +211,10 @@ class Checkpoints:
             "group": cut.group,
             "weight": cut.weight,
             "damping": cut.damping,
+            "lateness": cut.lateness,
+            "metrics": {
+                name: {str(step): value for step, value in steps.items()} for name, steps in cut.reported.items()
+            },
             "receipts": {key: asdict(record) for key, record in receipts.items()},
         }
         try:
@@ -408,6 +415,10 @@ class Checkpoints:
             group=dict(state.group),
             weight=state.weight,
             damping=state.damping,
+            lateness=state.lateness,
+            reported={
+                name: {int(step): value for step, value in steps.items()} for name, steps in state.metrics.items()
+            },
         )
         return made, receipts
 

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from freestep.models import Receipt
+from freestep_service.reported import Reported
 
 __all__ = [
     "Admission",
+    "Ahead",
     "Behind",
     "Claim",
     "CutId",
@@ -23,6 +25,10 @@ __all__ = [
     "RunState",
     "Standing",
 ]
+
+
+class Ahead(Exception):
+    """The push's worker is too far ahead of the slowest one; it has to wait."""
 
 
 class Behind(Exception):
@@ -134,6 +140,7 @@ class RunState:
     """Worker -> its pushes in the update being gathered."""
     receipts: Mapping[str, Record] = field(default_factory=dict)
     """Idempotency key -> record, oldest first."""
+    reported: Reported = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

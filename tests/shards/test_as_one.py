@@ -112,10 +112,11 @@ def specs(draw: st.DrawFn, algorithm: str, policy: str) -> dict[str, Any]:
     optimizer = {"algorithm": algorithm, **HYPERPARAMETERS[algorithm]}
     if draw(st.booleans()):
         optimizer["max_grad_norm"] = draw(st.sampled_from([0.5, 5.0]))
-    damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt"]))
+    damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt", "fadas"]))
+    threshold = {"staleness_threshold": 1} if damping == "fadas" else {}
     return {
         "optimizer": optimizer,
-        "aggregation": {"policy": policy, "staleness_damping": damping, **POLICIES[policy]},
+        "aggregation": {"policy": policy, "staleness_damping": damping, **threshold, **POLICIES[policy]},
         "parameters": [
             {"name": f"t{number}", "shape": list(shape), "group": draw(st.sampled_from(["default", "own"]))}
             for number, shape in enumerate(shapes_)

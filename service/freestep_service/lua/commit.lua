@@ -74,6 +74,7 @@ end
 extend(KEYS[13], worker, now)
 redis.call('HINCRBY', RUN, decision, 1)
 redis.call('HINCRBY', KEYS[13], 'pushes', 1)
+count_push(worker, now)
 redis.call('HSET', KEYS[13], 'step', taken_at, 'staleness', staleness)
 if ARGV[15] ~= '' then redis.call('HSET', KEYS[13], 'speed', ARGV[15]) end
 record = cjson.encode({claim = claim, digests = digests, decision = decision, reason = reason, step = step,

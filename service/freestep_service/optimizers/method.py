@@ -8,13 +8,14 @@ average x is a function of the state, not a mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PLAIN", "Base", "Buffers", "Conditions", "Direction", "Method", "Scalars", "each_number"]
+__all__ = ["PLAIN", "Base", "Buffers", "Conditions", "Direction", "Method", "Scalars", "deaf", "each_number"]
 
 Scalars = Mapping[str, float]
 """A param group's scalar state: `k` (steps taken), and what else the method keeps."""
@@ -31,13 +32,24 @@ class Conditions(NamedTuple):
     """What a step is taken under, beside its gradient: what the log says of it, the same for every shard.
 
     damping: in (0, 1], multiplies the step's learning rate and leaves the averaging weights alone.
+    largest_rate: no more than this is left of the learning rate; it leaves the averaging weights alone too.
     """
 
     damping: float = 1.0
+    largest_rate: float = math.inf
+
+    def rate(self, lr: float) -> float:
+        """What is left of a learning rate."""
+        return min(lr * self.damping, self.largest_rate)
 
 
 PLAIN = Conditions()
 """Those under which a method does what its paper says."""
+
+
+def deaf(hyperparameters: Any, scalars: Scalars, name: str, value: float) -> Scalars:
+    """The `observe` of methods that no metric concerns."""
+    return scalars
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +68,8 @@ class Method:
     interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
     direction: hyperparameters -> what makes of each matrix of a group the `g` that the rule gets, before it does; None
         where the rule gets the gradient. It is given what the method keeps beside y and z.
+    observe: (hyperparameters, scalars, name, value) -> the next scalars: what a metric that is reported between two
+        steps changes.
     """
 
     buffers: tuple[str, ...]
@@ -64,6 +78,7 @@ class Method:
     rule: Callable[..., tuple[Tensor, ...]]
     interpolation: Callable[[Any], float] | None = None
     direction: Callable[[Any], Direction | None] | None = None
+    observe: Callable[[Any, Scalars, str, float], Scalars] = deaf
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +87,7 @@ class Base:
 
     buffers: the names of its state vectors, at most three, which start as zeros.
     advance: (hyperparameters, lr, scalars, conditions) -> (what it changes of the scalars, coefficients): of a step
-        with the learning rate `lr · damping`.
+        with what the conditions leave of the learning rate `lr`.
     rule: (g, z, *state, coefficients) -> (how far the point z moves back, *the next state), as a tuple. As a method's
         rule, else.
     initial: the scalars that it keeps beside `k`, before the first step.

@@ -72,11 +72,11 @@ def _corrected(
 
 
 def _advance_adam(h: specs.BaseAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
-    return _corrected(h, lr * taken.damping, scalars, decoupled=h.decoupled_weight_decay)
+    return _corrected(h, taken.rate(lr), scalars, decoupled=h.decoupled_weight_decay)
 
 
 def _advance_adamw(h: specs.BaseAdamW, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
-    return _corrected(h, lr * taken.damping, scalars, decoupled=True)
+    return _corrected(h, taken.rate(lr), scalars, decoupled=True)
 
 
 def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
@@ -84,7 +84,7 @@ def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, taken: Condi
     t = scalars["k"] + 1
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (step * h.momentum_decay)) for step in (t, t + 1))
     product = scalars["mu_product"] * mu
-    lr *= taken.damping
+    lr = taken.rate(lr)
     return {"mu_product": product}, _moments(
         h,
         lr,
@@ -102,7 +102,7 @@ def _advance_radam(h: specs.BaseRAdam, lr: float, scalars: Scalars, taken: Condi
     limit = 2 / (1 - beta2) - 1
     length = limit - 2 * t * beta2**t / (1 - beta2**t)
     adaptive = length > 5
-    lr *= taken.damping
+    lr = taken.rate(lr)
     m_step = lr / (1 - beta1**t)
     if adaptive:
         rectification = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
@@ -140,7 +140,7 @@ class _Adamax(NamedTuple):
 
 def _advance_adamax(h: specs.BaseAdamax, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Adamax]:
     beta1, beta2 = h.betas
-    return {}, _Adamax(h.weight_decay, 1 - beta1, beta2, h.eps, lr * taken.damping / (1 - beta1 ** (scalars["k"] + 1)))
+    return {}, _Adamax(h.weight_decay, 1 - beta1, beta2, h.eps, taken.rate(lr) / (1 - beta1 ** (scalars["k"] + 1)))
 
 
 def _adamax(g: Tensor, z: Tensor, m: Tensor, norm: Tensor, s: _Adamax) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,7 +51,7 @@ def _advance(h: _Specs, lr: float, scalars: Scalars, taken: Conditions) -> tuple
     if isinstance(h, specs.BaseAdamW):
         kept, adamw = moments.ADAMW.advance(h, lr, scalars, taken)
         return kept, _Coefficients(False, 0.0, 0.0, adamw)
-    lr *= taken.damping
+    lr = taken.rate(lr)
     return {}, _Coefficients(True, lr * h.weight_decay, lr, _UNUSED)
 
 

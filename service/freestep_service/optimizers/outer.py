@@ -24,7 +24,7 @@ __all__ = ["DELAYED_NESTEROV", "NESTEROV"]
 
 def _advance_nesterov(h: DiLoCo, scalars: Scalars, taken: Conditions) -> tuple[Scalars, SGDCoefficients]:
     return {"k": scalars["k"] + 1}, SGDCoefficients(
-        lr=h.lr * taken.damping,
+        lr=taken.rate(h.lr),
         weight_decay=0.0,
         momentum=h.momentum,
         has_momentum=h.momentum > 0,
@@ -46,7 +46,7 @@ class _Delayed(NamedTuple):
 
 def _advance_delayed(h: DiLoCo, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Delayed]:
     period, activation = h.momentum_period, h.momentum_activation
-    lr, k = h.lr * taken.damping, scalars["k"]
+    lr, k = taken.rate(h.lr), scalars["k"]
     ends = (k + 1) % period == 0
     share = 1 - activation * period + activation if ends else activation
     return {"k": k + 1}, _Delayed(

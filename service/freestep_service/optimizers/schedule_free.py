@@ -82,7 +82,7 @@ def average(
 def _advance_sgd(h: SGDScheduleFree, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
     following, c = average(h, scalars, lr, h.momentum)
-    lr *= taken.damping
+    lr = taken.rate(lr)
     return following, _Coefficients(lr, c, lr * (h.momentum * (1 - c) - 1), h.weight_decay)
 
 
@@ -94,7 +94,7 @@ def _sgd(g: Tensor, y: Tensor, z: Tensor, s: _Coefficients) -> tuple[Tensor, Ten
 def _advance_adamw(h: AdamWScheduleFree, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _AdamCoefficients]:
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
     following, c = average(h, scalars, lr, h.betas[0])
-    lr *= taken.damping
+    lr = taken.rate(lr)
     inner = h.inner_momentum
     return following, _adam_coefficients(
         h, lr, c, following["k"], adaptive=True, decay_at_z=h.decay_at_z, inner_momentum=inner
@@ -113,9 +113,8 @@ def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, taken: Conditions) ->
         rectification = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
     else:
         rectification = 0.0 if h.silent_sgd_phase else 1.0
-    lr = h.lr * rectification
-    following, c = average(h, scalars, lr, h.betas[0])
-    lr *= taken.damping
+    following, c = average(h, scalars, h.lr * rectification, h.betas[0])
+    lr = taken.rate(h.lr) * rectification
     return following, _adam_coefficients(h, lr, c, step, adaptive=adaptive)
 
 

@@ -27,6 +27,7 @@ from freestep_service.optimizers.bases import SGD, base_of
 from freestep_service.optimizers.compiled import inlined
 from freestep_service.optimizers.method import Base, Conditions, Method, Scalars
 from freestep_service.optimizers.moments import ADAMW
+from freestep_service.optimizers.plateau import observe, remaining
 from freestep_service.optimizers.schedule_free import INITIAL, average
 from freestep_service.optimizers.schedules import scheduled, warmup
 
@@ -69,7 +70,7 @@ def _wrapper(base: Base) -> Method:
         lr = h.base.lr * warmup(scalars["k"], h.warmup_steps)
         following, c = average(h, scalars, lr, h.momentum)
         own, coefficients = base.advance(h.base, lr, scalars, taken)
-        decay = lr * taken.damping * h.weight_decay_at_y
+        decay = taken.rate(lr) * h.weight_decay_at_y
         return {**following, **own}, _Coefficients(c, h.momentum * (1 - c) - 1, decay, coefficients)
 
     directed = base.direction
@@ -87,11 +88,13 @@ def _gpa(base: Base, its: Callable[[Any], Any]) -> Method:
     """Over a base, whose own hyperparameters `its` finds in the method's."""
 
     def advance(h: GPAAdamW | GPASGD, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
-        lr = scheduled(h.lr, h.schedule, scalars["k"])
+        lr = scheduled(remaining(h, scalars), h.schedule, scalars["k"])
         _, coefficients = base.advance(its(h), lr, scalars, taken)
-        return {"k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
+        return {**scalars, "k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
 
-    return Method(("y", "z", *base.buffers), {"k": 0}, advance, _over(base.rule), lambda h: float(h.mu_y))
+    return Method(
+        ("y", "z", *base.buffers), {"k": 0}, advance, _over(base.rule), lambda h: float(h.mu_y), observe=observe
+    )
 
 
 GPA_ADAMW = _gpa(ADAMW, lambda h: h)
