@@ -44,15 +44,15 @@ class Flat:
     def join(self, tensors: dict[str, Tensor]) -> Tensor:
         return torch.cat([tensors[slot.name].reshape(-1) for slot in self.slots])
 
-    def step(self, gradients: dict[str, Tensor], damping: float = 1.0, scale: float = 1.0) -> None:
-        gradient = Gradient(self.join(gradients), scale)
-        self.scalars = step(
-            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, Conditions(damping)
-        )
+    def step(
+        self, gradients: dict[str, Tensor], damping: float = 1.0, scale: float = 1.0, staleness: float = 0.0
+    ) -> None:
+        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, staleness)
+        self.scalars = step(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken)
 
     def point(self, name: str) -> dict[str, Tensor]:
         out = torch.empty_like(self.buffers["y"])
-        interpolate(self.method, self.layout, self.hyperparameters, self.buffers, name, out)  # type: ignore[arg-type]
+        interpolate(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, name, out)  # type: ignore[arg-type]
         return {slot.name: out[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots}
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from freestep.models import AggregationSpec
 
-__all__ = ["Policy", "damping"]
+__all__ = ["ADAPTIVE", "LIVE", "NONE", "Policy", "damping"]
 
 LIVE = "live"
 """As a batch: one push of every live worker."""

@@ -116,6 +116,8 @@ class _PartManifest(BaseModel):
     group: dict[str, int]
     weight: float
     damping: float
+    expected_staleness: float = 0.0
+    """Parts that older versions wrote lack it."""
     receipts: dict[str, dict[str, Any]]
 
 
@@ -132,7 +134,7 @@ class _Part:
 
     def common(self) -> str:
         """What all parts of a cut have in common, as text, by which NaN is equal to itself."""
-        fields = {"vectors", "numel", "scalars", "group", "weight", "damping"}
+        fields = {"vectors", "numel", "scalars", "group", "weight", "damping", "expected_staleness"}
         return json.dumps(self.manifest.model_dump(include=fields), sort_keys=True)
 
 
@@ -208,6 +210,7 @@ class Checkpoints:
             "group": cut.group,
             "weight": cut.weight,
             "damping": cut.damping,
+            "expected_staleness": cut.expected_staleness,
             "receipts": {key: asdict(record) for key, record in receipts.items()},
         }
         try:
@@ -408,6 +411,7 @@ class Checkpoints:
             group=dict(state.group),
             weight=state.weight,
             damping=state.damping,
+            expected_staleness=state.expected_staleness,
         )
         return made, receipts
 

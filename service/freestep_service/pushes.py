@@ -404,6 +404,8 @@ class Pushes:
             # As torch.nn.utils.clip_grad_norm_.
             scale=1.0 if limit is None else min(1.0, limit / (float(record.norm) + 1e-6)),
             damping=damping(self._spec.aggregation, record.staleness, record.live),
+            staleness=record.staleness,
+            live=record.live,
             cuts=decision.cuts,
         )
 

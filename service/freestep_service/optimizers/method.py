@@ -27,9 +27,11 @@ class Conditions(NamedTuple):
     """What a step is taken under, beside its gradient: what the log says of it, the same for every shard.
 
     damping: in (0, 1], multiplies the step's learning rate and leaves the averaging weights alone.
+    expected_staleness: of gradients in steps, as far as the method is to correct for it (`delay`).
     """
 
     damping: float = 1.0
+    expected_staleness: float = 0.0
 
 
 PLAIN = Conditions()
@@ -49,14 +51,14 @@ class Method:
         gradient `g`. It is arithmetic, the same for numbers and for tensors, and is executed as either (see `sweep`):
         it branches on coefficients that are bools only, calls those functions of torch that `compiled` knows, and
         holds no literals.
-    interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
+    interpolation: (hyperparameters, scalars) -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
     """
 
     buffers: tuple[str, ...]
     initial: Scalars
     advance: Callable[[Any, Scalars, Conditions], tuple[Scalars, Any]]
     rule: Callable[..., tuple[Tensor, ...]]
-    interpolation: Callable[[Any], float] | None = None
+    interpolation: Callable[[Any, Scalars], float] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,18 +22,19 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from freestep.hyperparameters import GPAAdamW, ScheduleFreeWrapper
+from freestep_service.optimizers.averages import INITIAL, averaged, interpolation
 from freestep_service.optimizers.bases import base_of
 from freestep_service.optimizers.compiled import inlined
 from freestep_service.optimizers.method import Base, Conditions, Method, Scalars
 from freestep_service.optimizers.moments import ADAMW
-from freestep_service.optimizers.schedule_free import INITIAL, average
 from freestep_service.optimizers.schedules import scheduled
 
 __all__ = ["GPA_ADAMW", "wrapper_of"]
 
 
 class _Coefficients(NamedTuple):
-    c: float
+    z_share: float
+    """c, where β stays: what of z - y is added to y."""
     y_share: float
     """β (1 - c) - 1: what y moves by along d."""
     decay: float
@@ -51,7 +52,7 @@ def _over(base: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor
         decayed = s.decay * y
         moved = base(g, z - decayed, *rest[:-1], s.base)
         d = decayed + moved[0]
-        return (y + s.c * (z - y) + s.y_share * d, z - d, *moved[1:])
+        return (y + s.z_share * (z - y) + s.y_share * d, z - d, *moved[1:])
 
     rule.__qualname__ = f"{_over.__qualname__}.{base.__qualname__}"
     return rule
@@ -65,14 +66,12 @@ def wrapper_of(h: ScheduleFreeWrapper) -> Method:
 @cache
 def _wrapper(base: Base) -> Method:
     def advance(h: ScheduleFreeWrapper, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
-        following, c = average(h, scalars, h.base.lr, h.momentum)
-        own, coefficients = base.advance(h.base, h.base.lr, scalars, taken)
-        decay = h.base.lr * taken.damping * h.weight_decay_at_y
-        return {**following, **own}, _Coefficients(c, h.momentum * (1 - c) - 1, decay, coefficients)
+        average = averaged(h, scalars, h.base.lr, taken)
+        own, coefficients = base.advance(h.base, h.base.lr, scalars, taken._replace(damping=average.damping))
+        decay = h.base.lr * average.damping * h.weight_decay_at_y
+        return {**average.scalars, **own}, _Coefficients(average.z_share, average.y_share, decay, coefficients)
 
-    return Method(
-        ("y", "z", *base.buffers), {**INITIAL, **base.initial}, advance, _over(base.rule), lambda h: float(h.momentum)
-    )
+    return Method(("y", "z", *base.buffers), {**INITIAL, **base.initial}, advance, _over(base.rule), interpolation)
 
 
 def _advance_gpa(h: GPAAdamW, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
@@ -81,4 +80,4 @@ def _advance_gpa(h: GPAAdamW, scalars: Scalars, taken: Conditions) -> tuple[Scal
     return {"k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
 
 
-GPA_ADAMW = Method(("y", "z", *ADAMW.buffers), {"k": 0}, _advance_gpa, _over(ADAMW.rule), lambda h: float(h.mu_y))
+GPA_ADAMW = Method(("y", "z", *ADAMW.buffers), {"k": 0}, _advance_gpa, _over(ADAMW.rule), lambda h, _: float(h.mu_y))

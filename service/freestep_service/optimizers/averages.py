@@ -1,0 +1,85 @@
+"""The average x of the Schedule-Free methods: what the newest z weighs in it, and how much of it there is in y.
+
+Equations 9 to 11 of arXiv 2405.15682 have a β that stays. A gradient that was taken at the y of τ steps ago needs
+another one, which changes as the run goes on. With τ̂ the staleness that is expected, S = 1 + τ̂, β₀ and γ the user's,
+and c as ever,
+
+    u  = 1 - β₀ if τ̂ = 0 else min(u_max, max((1 - β₀)/S, κ τ̂ c_prev))        β' = 1 - u
+    lr = γ (1 - β₀)/(S u)                                                      from about γ (1 - β₀)/u_max/S to γ
+
+and y is z + β' (x - z). A change of z is u-fold in y at once, and z has been moved on S times before that shows in a
+gradient: lr · u · S is to stay what γ (1 - β₀) is without delay. And as x takes up z with weight c, u is to stay above
+τ̂ c, or early iterates grow. That is a heuristic reason and no proof; the rule was found by experiment.
+
+With y and z alone it is Schedule-Free's own arithmetic with other coefficients. x = z + (y - z)/β does not change when
+β' takes the place of β, and for a step direction d
+
+    y <- y + (1 - β' (1 - c)/β) (z - y) + lr (β' (1 - c) - 1) d        z <- z - lr d
+
+where β is the one that made this y. It is a scalar of the state, as is c_prev.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from freestep.hyperparameters import LEAST_CORRECTED, ScheduleFree
+from freestep_service.optimizers.method import Conditions, Scalars
+
+__all__ = ["INITIAL", "Average", "averaged", "interpolation"]
+
+INITIAL: Scalars = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
+
+_LARGEST_SHARE = 1 - LEAST_CORRECTED
+"""u_max: of z in y."""
+_KAPPA = 2.0
+
+
+class Average(NamedTuple):
+    """A step of the average.
+
+    scalars: the next ones. damping: of the learning rate, which also has that of the conditions in it.
+    """
+
+    scalars: dict[str, float]
+    damping: float
+    z_share: float
+    """What of z - y is added to y: c, where β stays."""
+    y_share: float
+    """β' (1 - c) - 1: what y moves by along lr · d."""
+
+
+def interpolation(h: ScheduleFree, scalars: Scalars) -> float:
+    """The β that made the state's y: the user's, before the first step and in states that older versions have left."""
+    return scalars.get("beta", h.beta)
+
+
+def averaged(h: ScheduleFree, scalars: Scalars, lr: float, taken: Conditions) -> Average:
+    """The average's part in a step. `lr` is the user's learning rate, after warmup.
+
+    The averaging constant C makes c the smaller of 1 and c · (1 - β₀) · C (arXiv 2507.09846).
+    """
+    k = scalars["k"]
+    lr_max = max(lr, scalars["lr_max"])
+    weight: float = (k + 1) ** h.r * lr_max**h.weight_lr_power
+    weight_sum = scalars["weight_sum"] + weight
+    c = weight / weight_sum if weight_sum else 0.0
+    if h.averaging_constant is not None:
+        c = min(c * (1 - h.beta) * h.averaging_constant, 1.0)
+    before = interpolation(h, scalars)
+    beta, damping = _corrected(h.beta, taken.expected_staleness, scalars.get("c", 1.0))
+    following = {"k": k + 1, "weight_sum": weight_sum, "lr_max": lr_max, "beta": beta}
+    # Before the first z with a weight, as in RAdam's silent steps, the average has not begun.
+    following["c"] = c if weight_sum else 1.0
+    # 1 - β' (1 - c)/β, so that it is c, to the bit, where β stays.
+    z_share = c + (1 - c) * (1 - beta / before)
+    return Average(following, damping * taken.damping, z_share, beta * (1 - c) - 1)
+
+
+def _corrected(beta: float, staleness: float, c: float) -> tuple[float, float]:
+    """β' and what is left of the learning rate; `c` is that of the step before."""
+    if not staleness:
+        return beta, 1.0
+    reach = 1 + staleness
+    share = min(_LARGEST_SHARE, max((1 - beta) / reach, _KAPPA * staleness * c))
+    return 1 - share, (1 - beta) / (reach * share)
