@@ -9,7 +9,8 @@ A step may be told of an expected staleness τ̂. It then makes its y with a β 
     u = 1 - β₀ if τ̂ = 0 else min(0.3, max((1 - β₀) / (1 + τ̂), 2 τ̂ c_prev))
     y_{t+1} = u z_{t+1} + (1 - u) x_{t+1}        γ (1 - β₀) / ((1 + τ̂) u)
 
-with β₀ the user's, and c_prev the c of the step before, 1 until there was one. c is of the user's γ.
+with β₀ the user's, and c_prev the c of the step before, 1 until there was one. c is of the user's γ. Before a step with
+another τ̂ than the one before had, z goes from where it is along the line through x to where y, with the new u, stays.
 """
 
 from __future__ import annotations
@@ -32,18 +33,22 @@ class Delayed:
     """β of the y that there is."""
     c: float = 1.0
     """Of the step before."""
+    staleness: float = 0.0
+    """Expected in the step before."""
 
     def __post_init__(self) -> None:
         self.share = self.beta
 
-    def expect(self, staleness: float) -> float:
-        """Takes the next y's β; returns what is left of γ."""
+    def u(self, staleness: float) -> float:
         if staleness == 0:
-            self.share = self.beta
-            return 1.0
-        u = min(0.3, max((1 - self.beta) / (1 + staleness), 2 * staleness * self.c))
-        self.share = 1 - u
-        return (1 - self.beta) / ((1 + staleness) * u)
+            return 1 - self.beta
+        return min(0.3, max((1 - self.beta) / (1 + staleness), 2 * staleness * self.c))
+
+    def expect(self, staleness: float) -> tuple[float, float]:
+        """Takes the next y's β; returns what is left of γ, and by how much z gets farther from x."""
+        farther = self.u(self.staleness) / self.u(staleness)
+        self.share, self.staleness = 1 - self.u(staleness), staleness
+        return (1 - self.beta) / ((1 + staleness) * self.u(staleness)), farther
 
 
 @dataclass
@@ -108,7 +113,8 @@ class ScheduleFree(Delayed):
         c = weight / self.weight_sum if self.weight_sum else 0.0
         if self.averaging_constant is not None:
             c = min((1 - self.beta) * self.averaging_constant * c, 1.0)
-        self.z = self.z - damping * self.expect(staleness) * lr * d
+        left, farther = self.expect(staleness)
+        self.z = self.x + farther * (self.z - self.x) - damping * left * lr * d
         self.x = (1 - c) * self.x + c * self.z
         self.c = c if self.weight_sum else 1.0
         self.k += 1
@@ -161,8 +167,9 @@ class OverTorch(Delayed):
 
     def step(self, gradient: Tensor, damping: float = 1.0, staleness: float = 0.0) -> None:
         """One step along a gradient taken at y; `damping` multiplies the learning rate of z alone."""
-        y = self.y
-        damping *= self.expect(staleness)
+        y, at_first = self.y, self.z.clone()
+        left, farther = self.expect(staleness)
+        damping *= left
         self.z.sub_(damping * self.lr * self.decay_at_y * y)
         before = self.z.clone()
         self.parameter.grad = gradient.double()
@@ -175,6 +182,7 @@ class OverTorch(Delayed):
             self.optimizer.step()
         if isinstance(self.optimizer, Rprop):
             self.z.copy_(before + damping * (self.z - before))
+        self.z.add_((farther - 1) * (at_first - self.x))
         self.x = (1 - (c := self._weight())) * self.x + c * self.z
         self.c = c if self.weight_sum else 1.0
         self.k += 1

@@ -31,7 +31,7 @@ from freestep_service.storage import open_storage
 from harness import TENSORS, Api
 from reference import OverTorch, ScheduleFree
 
-STEADY = settings(derandomize=True, deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
+STEADY = settings(derandomize=True, deadline=None, max_examples=5, suppress_health_check=list(HealthCheck))
 
 staleness = st.one_of(st.just(0.0), st.floats(0.01, 300.0), st.sampled_from([1e6, 1e12]))
 stretches = st.lists(st.tuples(st.integers(1, 20), staleness), min_size=1, max_size=8)
@@ -57,12 +57,13 @@ TWINS: dict[str, dict[str, Any]] = {
 
 def play(flat: Flat, exact: Flat, twins: dict[str, Any], played: list[tuple[int, float]]) -> None:
     """Takes the same steps on the compiled rule, on torch's evaluation of it in fp64, and on the twins."""
-    taken = list(each(played))
-    for expected, gradients in zip(taken, random_gradients(len(taken)), strict=True):
-        flat.step(gradients, 0.8, staleness=expected)
-        exact.step({name: gradient.double() for name, gradient in gradients.items()}, 0.8, staleness=expected)
-        for name, twin in twins.items():
-            twin.step(gradients[name], 0.8, expected)
+    pushed = random_gradients(sum(count for count, _ in played))
+    for count, expected in played:
+        for gradients in itertools.islice(pushed, count):
+            flat.step(gradients, 0.8, staleness=expected)
+            exact.step({name: gradient.double() for name, gradient in gradients.items()}, 0.8, staleness=expected)
+            for name, twin in twins.items():
+                twin.step(gradients[name], 0.8, expected)
         for name, twin in twins.items():
             for point, wanted in (("x", twin.x), ("y", twin.y), ("z", twin.z)):
                 torch.testing.assert_close(exact.point(point)[name], wanted, rtol=1e-9, atol=1e-10)
@@ -145,7 +146,7 @@ def test_where_no_staleness_is_expected_it_is_the_papers_to_the_bit() -> None:
             c = h.lr**2 / weight_sum
             if h.averaging_constant is not None:
                 c = min(c * (1 - h.beta) * h.averaging_constant, 1.0)
-            assert (made.z_share, made.y_share, made.damping) == (c, h.beta * (1 - c) - 1, 1.0), k
+            assert made[1:] == (1.0, c, h.beta * (1 - c) - 1, 0.0), k
             scalars = made.scalars
 
 
@@ -156,14 +157,14 @@ def test_a_staleness_that_rises_and_falls_tenfold_leaves_the_run_sound(algorithm
     inputs = torch.randn(400, 20, generator=generator).double() * torch.linspace(0.1, 1.5, 20)
     targets = inputs @ torch.randn(20, generator=generator).double() + 0.1 * torch.randn(400, generator=generator)
     adaptive = algorithm == "adamw_schedule_free"
-    lr = 0.05 if adaptive else 0.3
+    lr = 0.2 if adaptive else 0.3
     twin = ScheduleFree(torch.zeros(20), lr=lr, beta=0.9, adaptive=adaptive)
     flat = Flat({"algorithm": algorithm, "lr": lr}, {}, {"vector": torch.zeros(20)})
 
     def loss(point: Tensor) -> float:
         return float((inputs @ point.double() - targets).square().mean())
 
-    start, seen, points = loss(torch.zeros(20)), [], deque([flat.point("y")["vector"]], maxlen=200)
+    seen, points = [], deque([flat.point("y")["vector"]], maxlen=200)
     for delay in each([(600, 10), (600, 100), (600, 10), (600, 0), (600, 100)]):
         rows = torch.randint(0, 400, (16,), generator=generator)
         taken_at = points[max(0, len(points) - 1 - int(delay))].double()
@@ -173,9 +174,9 @@ def test_a_staleness_that_rises_and_falls_tenfold_leaves_the_run_sound(algorithm
         points.append(flat.point("y")["vector"])
         seen.append((loss(flat.point("x")["vector"]), loss(points[-1])))
     torch.testing.assert_close(flat.point("x")["vector"], twin.x.float(), rtol=1e-3, atol=1e-3)
-    for at in range(300, 3000):
-        assert max(seen[at]) < start / 4, at
-    assert seen[-1][0] < start / 20
+    # Neither x nor y is ever worse than before the first change.
+    assert max(itertools.chain.from_iterable(seen[600:])) < 1.1 * max(seen[599])
+    assert seen[-1][0] < loss(torch.zeros(20)) / 1000
 
 
 # What is expected
@@ -321,7 +322,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_as_the_plain_method(tmp_path: 
     document = json.loads(file.read_bytes())
     del document["checksum"], document["expected_staleness"]
     for scalars in document["scalars"].values():
-        del scalars["beta"], scalars["c"]
+        del scalars["beta"], scalars["c"], scalars["staleness"]
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
     file.write_text(json.dumps(document | {"checksum": checksum}))
     old, _ = checkpoints.load(CutId(cut.epoch, cut.step, cut.seq), 0, NUMEL)

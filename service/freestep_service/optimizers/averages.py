@@ -11,12 +11,20 @@ and y is z + β' (x - z). A change of z is u-fold in y at once, and z has been m
 gradient: lr · u · S is to stay what γ (1 - β₀) is without delay. And as x takes up z with weight c, u is to stay above
 τ̂ c, or early iterates grow. That is a heuristic reason and no proof; the rule was found by experiment.
 
+Where another staleness is expected than in the step before, which had τ̂_prev, z moves to where y stays,
+
+    z <- x + q (z - x)        q = u(τ̂_prev, c_prev)/u(τ̂, c_prev)
+
+before it takes the step. Else y would jump, as far as τ̂ has, to where z lies beside x; and a z that a fall of lr leaves
+there would draw x after it.
+
 With y and z alone it is Schedule-Free's own arithmetic with other coefficients. x = z + (y - z)/β does not change when
 β' takes the place of β, and for a step direction d
 
-    y <- y + (1 - β' (1 - c)/β) (z - y) + lr (β' (1 - c) - 1) d        z <- z - lr d
+    y <- y + (c + (1 - c)(1 - q β'/β) - (1 - q)/β) (z - y) + lr (β' (1 - c) - 1) d
+    z <- z - (1 - q)/β (z - y) - lr d
 
-where β is the one that made this y. It is a scalar of the state, as is c_prev.
+where β is the one that made this y. It is a scalar of the state, as are c_prev and τ̂_prev.
 """
 
 from __future__ import annotations
@@ -47,6 +55,8 @@ class Average(NamedTuple):
     """What of z - y is added to y: c, where β stays."""
     y_share: float
     """β' (1 - c) - 1: what y moves by along lr · d."""
+    z_pull: float
+    """What of z - y is taken off z: 0, where τ̂ stays."""
 
 
 def interpolation(h: ScheduleFree, scalars: Scalars) -> float:
@@ -66,20 +76,29 @@ def averaged(h: ScheduleFree, scalars: Scalars, lr: float, taken: Conditions) ->
     c = weight / weight_sum if weight_sum else 0.0
     if h.averaging_constant is not None:
         c = min(c * (1 - h.beta) * h.averaging_constant, 1.0)
-    before = interpolation(h, scalars)
-    beta, damping = _corrected(h.beta, taken.expected_staleness, scalars.get("c", 1.0))
-    following = {"k": k + 1, "weight_sum": weight_sum, "lr_max": lr_max, "beta": beta}
-    # Before the first z with a weight, as in RAdam's silent steps, the average has not begun.
-    following["c"] = c if weight_sum else 1.0
-    # 1 - β' (1 - c)/β, so that it is c, to the bit, where β stays.
-    z_share = c + (1 - c) * (1 - beta / before)
-    return Average(following, damping * taken.damping, z_share, beta * (1 - c) - 1)
+    staleness, before, previous = taken.expected_staleness, interpolation(h, scalars), scalars.get("c", 1.0)
+    share = _share(h.beta, staleness, previous)
+    kept = _share(h.beta, scalars.get("staleness", 0.0), previous) / share
+    beta = 1 - share if staleness else h.beta
+    return Average(
+        scalars={
+            "k": k + 1,
+            "weight_sum": weight_sum,
+            "lr_max": lr_max,
+            "beta": beta,
+            # Before the first z with a weight, as in RAdam's silent steps, the average has not begun.
+            "c": c if weight_sum else 1.0,
+            "staleness": staleness,
+        },
+        damping=taken.damping * ((1 - h.beta) / ((1 + staleness) * share)),
+        z_share=c + (1 - c) * (1 - kept * beta / before) - (1 - kept) / before,
+        y_share=beta * (1 - c) - 1,
+        z_pull=(1 - kept) / before,
+    )
 
 
-def _corrected(beta: float, staleness: float, c: float) -> tuple[float, float]:
-    """β' and what is left of the learning rate; `c` is that of the step before."""
+def _share(beta: float, staleness: float, c: float) -> float:
+    """u, of z in y, with the user's β and the c of the step before."""
     if not staleness:
-        return beta, 1.0
-    reach = 1 + staleness
-    share = min(_LARGEST_SHARE, max((1 - beta) / reach, _KAPPA * staleness * c))
-    return 1 - share, (1 - beta) / (reach * share)
+        return 1 - beta
+    return min(_LARGEST_SHARE, max((1 - beta) / (1 + staleness), _KAPPA * staleness * c))

@@ -37,6 +37,8 @@ class _Coefficients(NamedTuple):
     """c, where β stays: what of z - y is added to y."""
     y_share: float
     """β (1 - c) - 1: what y moves by along d."""
+    z_pull: float
+    """What of z - y is taken off z: 0, where the staleness that is expected stays."""
     decay: float
     """γ λ: what of y is a part of d."""
     base: Any
@@ -52,7 +54,7 @@ def _over(base: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor
         decayed = s.decay * y
         moved = base(g, z - decayed, *rest[:-1], s.base)
         d = decayed + moved[0]
-        return (y + s.z_share * (z - y) + s.y_share * d, z - d, *moved[1:])
+        return (y + s.z_share * (z - y) + s.y_share * d, z - s.z_pull * (z - y) - d, *moved[1:])
 
     rule.__qualname__ = f"{_over.__qualname__}.{base.__qualname__}"
     return rule
@@ -69,7 +71,9 @@ def _wrapper(base: Base) -> Method:
         average = averaged(h, scalars, h.base.lr, taken)
         own, coefficients = base.advance(h.base, h.base.lr, scalars, taken._replace(damping=average.damping))
         decay = h.base.lr * average.damping * h.weight_decay_at_y
-        return {**average.scalars, **own}, _Coefficients(average.z_share, average.y_share, decay, coefficients)
+        return {**average.scalars, **own}, _Coefficients(
+            average.z_share, average.y_share, average.z_pull, decay, coefficients
+        )
 
     return Method(("y", "z", *base.buffers), {**INITIAL, **base.initial}, advance, _over(base.rule), interpolation)
 
@@ -77,7 +81,7 @@ def _wrapper(base: Base) -> Method:
 def _advance_gpa(h: GPAAdamW, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
     lr = scheduled(h.lr, h.schedule, scalars["k"])
     _, coefficients = ADAMW.advance(h, lr, scalars, taken)
-    return {"k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
+    return {"k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, 0.0, coefficients)
 
 
 GPA_ADAMW = Method(("y", "z", *ADAMW.buffers), {"k": 0}, _advance_gpa, _over(ADAMW.rule), lambda h, _: float(h.mu_y))
