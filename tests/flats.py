@@ -51,8 +51,9 @@ class Flat:
         damping: float = 1.0,
         scale: float = 1.0,
         largest_rate: float = math.inf,
+        staleness: float = 0.0,
     ) -> None:
-        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, largest_rate)
+        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, largest_rate, staleness)
         self.scalars = step(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken)
 
     def observe(self, name: str, value: float) -> None:
@@ -63,7 +64,7 @@ class Flat:
 
     def point(self, name: str) -> dict[str, Tensor]:
         out = torch.empty_like(self.buffers["y"])
-        interpolate(self.method, self.layout, self.hyperparameters, self.buffers, name, out)  # type: ignore[arg-type]
+        interpolate(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, name, out)  # type: ignore[arg-type]
         return {slot.name: out[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots}
 
 

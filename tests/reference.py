@@ -3,6 +3,14 @@
     y_t = (1 - β) z_t + β x_t        z_{t+1} = z_t - γ d(y_t)        x_{t+1} = (1 - c) x_t + c z_{t+1}
 
 All three points are kept, so that nothing of how the service keeps two of them is shared with it.
+
+A step may be told of an expected staleness τ̂. It then makes its y with a β of its own, and takes a part of γ:
+
+    u = 1 - β₀ if τ̂ = 0 else min(0.3, max((1 - β₀) / (1 + τ̂), 2 τ̂ c_prev))
+    y_{t+1} = u z_{t+1} + (1 - u) x_{t+1}        γ (1 - β₀) / ((1 + τ̂) u)
+
+with β₀ the user's, and c_prev the c of the step before, 1 until there was one. c is of the user's γ. Before a step with
+another τ̂ than the one before had, z goes from where it is along the line through x to where y, with the new u, stays.
 """
 
 from __future__ import annotations
@@ -21,8 +29,35 @@ def fadas(lr: float, staleness: int, threshold: int) -> float:
     return lr if staleness <= threshold else min(lr, 1 / staleness)
 
 
+@dataclass(kw_only=True)
+class Delayed:
+    """The share of x in y, as steps leave it."""
+
+    beta: float
+    share: float = field(init=False)
+    """β of the y that there is."""
+    c: float = 1.0
+    """Of the step before."""
+    staleness: float = 0.0
+    """Expected in the step before."""
+
+    def __post_init__(self) -> None:
+        self.share = self.beta
+
+    def u(self, staleness: float) -> float:
+        if staleness == 0:
+            return 1 - self.beta
+        return min(0.3, max((1 - self.beta) / (1 + staleness), 2 * staleness * self.c))
+
+    def expect(self, staleness: float) -> tuple[float, float]:
+        """Takes the next y's β; returns what is left of γ, and by how much z gets farther from x."""
+        farther = self.u(self.staleness) / self.u(staleness)
+        self.share, self.staleness = 1 - self.u(staleness), staleness
+        return (1 - self.beta) / ((1 + staleness) * self.u(staleness)), farther
+
+
 @dataclass
-class ScheduleFree:
+class ScheduleFree(Delayed):
     """One param group's points from its initial weights.
 
     `adaptive` divides by the root of v, as AdamW does; `rectified` does so as RAdam (arXiv 1908.03265) once the
@@ -32,7 +67,6 @@ class ScheduleFree:
 
     x: Tensor
     lr: float
-    beta: float
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -53,6 +87,7 @@ class ScheduleFree:
     m: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.x = self.x.double().clone()
         self.z = self.x.clone()
         self.v = torch.zeros_like(self.x)
@@ -60,9 +95,9 @@ class ScheduleFree:
 
     @property
     def y(self) -> Tensor:
-        return (1 - self.beta) * self.z + self.beta * self.x
+        return (1 - self.share) * self.z + self.share * self.x
 
-    def step(self, gradient: Tensor, damping: float = 1.0) -> None:
+    def step(self, gradient: Tensor, damping: float = 1.0, staleness: float = 0.0) -> None:
         """One step along a gradient taken at y; `damping` multiplies the learning rate of z alone."""
         y, g = self.y, gradient.double()
         lr = self.lr * min(1.0, (self.k + 1) / self.warmup_steps) if self.warmup_steps else self.lr
@@ -83,8 +118,10 @@ class ScheduleFree:
         c = weight / self.weight_sum if self.weight_sum else 0.0
         if self.averaging_constant is not None:
             c = min((1 - self.beta) * self.averaging_constant * c, 1.0)
-        self.z = self.z - damping * lr * d
+        left, farther = self.expect(staleness)
+        self.z = self.x + farther * (self.z - self.x) - damping * left * lr * d
         self.x = (1 - c) * self.x + c * self.z
+        self.c = c if self.weight_sum else 1.0
         self.k += 1
 
     def rectification(self) -> float | None:
@@ -97,7 +134,7 @@ class ScheduleFree:
 
 
 @dataclass
-class OverTorch:
+class OverTorch(Delayed):
     """The same over an optimizer of torch's, made by `base` for a parameter in fp64, which is z.
 
     `decay_at_y` takes lr · decay_at_y · y off z before the optimizer's step. Where `mu_x` is given c is 1 - mu_x, which
@@ -106,7 +143,6 @@ class OverTorch:
 
     x: Tensor
     base: Callable[[list[nn.Parameter]], Optimizer]
-    beta: float
     decay_at_y: float = 0.0
     r: float = 0.0
     weight_lr_power: float = 2.0
@@ -120,6 +156,7 @@ class OverTorch:
     lr: float = field(init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.x = self.x.double().clone()
         self.parameter = nn.Parameter(self.x.clone())
         self.optimizer = self.base([self.parameter])
@@ -131,11 +168,14 @@ class OverTorch:
 
     @property
     def y(self) -> Tensor:
-        return (1 - self.beta) * self.z + self.beta * self.x
+        return (1 - self.share) * self.z + self.share * self.x
 
-    def step(self, gradient: Tensor, damping: float = 1.0) -> None:
+    def step(self, gradient: Tensor, damping: float = 1.0, staleness: float = 0.0) -> None:
         """One step along a gradient taken at y; `damping` multiplies the learning rate of z alone."""
-        self.z.sub_(damping * self.lr * self.decay_at_y * self.y)
+        y, at_first = self.y, self.z.clone()
+        left, farther = self.expect(staleness)
+        damping *= left
+        self.z.sub_(damping * self.lr * self.decay_at_y * y)
         before = self.z.clone()
         self.parameter.grad = gradient.double()
         (group,) = self.optimizer.param_groups
@@ -147,7 +187,9 @@ class OverTorch:
             self.optimizer.step()
         if isinstance(self.optimizer, Rprop):
             self.z.copy_(before + damping * (self.z - before))
+        self.z.add_((farther - 1) * (at_first - self.x))
         self.x = (1 - (c := self._weight())) * self.x + c * self.z
+        self.c = c if self.weight_sum else 1.0
         self.k += 1
 
     def _weight(self) -> float:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from freestep.bases import Base, BaseAdamW, BaseSGD, MatrixBase
+from freestep.delay import DelayCorrection, NoCorrection
 from freestep.schedules import Averaging, Constant, NoAveraging, Schedule
 from freestep.validation import (
     Coefficient,
@@ -32,6 +33,7 @@ from freestep.validation import (
 __all__ = [
     "ALGORITHMS",
     "GPASGD",
+    "LEAST_CORRECTED",
     "SGD",
     "AdamW",
     "AdamWScheduleFree",
@@ -40,8 +42,12 @@ __all__ = [
     "OptimizerSpec",
     "RAdamScheduleFree",
     "SGDScheduleFree",
+    "ScheduleFree",
     "ScheduleFreeWrapper",
 ]
+
+LEAST_CORRECTED = 0.7
+"""The least β of the user's with which delay is corrected for: what the correction makes of it is never less."""
 
 
 class _Hyperparameters(StrictModel):
@@ -50,7 +56,7 @@ class _Hyperparameters(StrictModel):
 
     def overruled(self, overrides: Mapping[str, Any]) -> Self:
         """A param group's hyperparameters: these, with its own in their place. Raises ValidationError."""
-        for name in ("algorithm", "max_grad_norm"):
+        for name in ("algorithm", "max_grad_norm", "delay_correction"):
             if name in overrides:
                 raise fault((name,), f"{name} belongs to the run, not to a group")
         made = type(self).model_validate({**self.model_dump(), **overrides})
@@ -69,14 +75,30 @@ class _Hyperparameters(StrictModel):
         return False
 
 
-class _ScheduleFree(_Hyperparameters):
+class ScheduleFree(_Hyperparameters):
+    """What the Schedule-Free algorithms have in common."""
+
     r: Power = 0.0
     weight_lr_power: Power = 2.0
     averaging_constant: Annotated[float, Field(strict=True, gt=0, le=1e12)] | None = None
     """C of arXiv 2507.09846: the newest z weighs min(c · (1 - β) · C, 1) in the average, where it weighs c without."""
+    delay_correction: DelayCorrection | None = None
+    """None leaves it to the run's aggregation policy."""
+
+    @property
+    def beta(self) -> float:
+        """β, how much of x there is in y."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _corrects_large_betas_only(self) -> Self:
+        given = self.delay_correction
+        if given is not None and not isinstance(given, NoCorrection) and self.beta < LEAST_CORRECTED:
+            raise fault(("delay_correction",), f"corrects for delay where β is at least {LEAST_CORRECTED}")
+        return self
 
 
-class SGDScheduleFree(_ScheduleFree):
+class SGDScheduleFree(ScheduleFree):
     """Schedule-Free SGD, arXiv 2405.15682, as `schedulefree.SGDScheduleFree`."""
 
     algorithm: Literal["sgd_schedule_free"] = "sgd_schedule_free"
@@ -85,8 +107,12 @@ class SGDScheduleFree(_ScheduleFree):
     weight_decay: NonNegative = 0.0
     warmup_steps: Count = 0
 
+    @property
+    def beta(self) -> float:
+        return self.momentum
 
-class AdamWScheduleFree(_ScheduleFree):
+
+class AdamWScheduleFree(ScheduleFree):
     """Schedule-Free AdamW, arXiv 2405.15682, as `schedulefree.AdamWScheduleFree`.
 
     decay_at_z: weight decay takes z, as in `schedulefree.AdamWScheduleFreeReference`, and not y.
@@ -102,11 +128,15 @@ class AdamWScheduleFree(_ScheduleFree):
     decay_at_z: Flag = False
     inner_momentum: Coefficient = 0.0
 
+    @property
+    def beta(self) -> float:
+        return self.betas[0]
+
     def _kept(self) -> dict[str, Any]:
         return {"inner_momentum": self.inner_momentum > 0}
 
 
-class RAdamScheduleFree(_ScheduleFree):
+class RAdamScheduleFree(ScheduleFree):
     """Schedule-Free RAdam, as `schedulefree.RAdamScheduleFree`; the rectification is arXiv 1908.03265's."""
 
     algorithm: Literal["radam_schedule_free"] = "radam_schedule_free"
@@ -116,8 +146,12 @@ class RAdamScheduleFree(_ScheduleFree):
     weight_decay: NonNegative = 0.0
     silent_sgd_phase: Flag = True
 
+    @property
+    def beta(self) -> float:
+        return self.betas[0]
 
-class ScheduleFreeWrapper(_ScheduleFree):
+
+class ScheduleFreeWrapper(ScheduleFree):
     """Schedule-Free over an optimizer of torch's, as `schedulefree.ScheduleFreeWrapper`, or over NorMuon.
 
     The base has the learning rate, and its own weight decay takes z; `weight_decay_at_y` takes y. A group may overrule
@@ -133,6 +167,10 @@ class ScheduleFreeWrapper(_ScheduleFree):
     @property
     def takes_matrices(self) -> bool:
         return isinstance(self.base, MatrixBase)
+
+    @property
+    def beta(self) -> float:
+        return self.momentum
 
     def overruled(self, overrides: Mapping[str, Any]) -> Self:
         base = overrides.get("base")

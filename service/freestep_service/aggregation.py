@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from freestep.models import AggregationSpec
 
-__all__ = ["Policy", "damping", "lateness"]
+__all__ = ["ADAPTIVE", "LIVE", "NONE", "Policy", "damping", "lateness"]
 
 LIVE = "live"
 """As a batch: one push of every live worker."""

@@ -117,6 +117,8 @@ class _PartManifest(BaseModel):
     weight: float
     damping: float
     lateness: int = 0
+    expected_staleness: float = 0.0
+    """Parts that older versions wrote lack it."""
     metrics: dict[str, dict[str, float]] = {}
     """Name -> step -> value, of what evaluators have reported."""
     receipts: dict[str, dict[str, Any]]
@@ -135,8 +137,18 @@ class _Part:
 
     def common(self) -> str:
         """What all parts of a cut have in common, as text, by which NaN is equal to itself."""
-        fields = {"vectors", "numel", "scalars", "group", "weight", "damping", "lateness", "metrics"}
-        return json.dumps(self.manifest.model_dump(include=fields), sort_keys=True)
+        kept = {
+            "vectors",
+            "numel",
+            "scalars",
+            "group",
+            "weight",
+            "damping",
+            "lateness",
+            "expected_staleness",
+            "metrics",
+        }
+        return json.dumps(self.manifest.model_dump(include=kept), sort_keys=True)
 
 
 class _DamagedPart(Damaged):
@@ -215,6 +227,7 @@ class Checkpoints:
             "metrics": {
                 name: {str(step): value for step, value in steps.items()} for name, steps in cut.reported.items()
             },
+            "expected_staleness": cut.expected_staleness,
             "receipts": {key: asdict(record) for key, record in receipts.items()},
         }
         try:
@@ -419,6 +432,7 @@ class Checkpoints:
             reported={
                 name: {int(step): value for step, value in steps.items()} for name, steps in state.metrics.items()
             },
+            expected_staleness=state.expected_staleness,
         )
         return made, receipts
 

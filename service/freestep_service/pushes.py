@@ -426,6 +426,8 @@ class Pushes:
             scale=1.0 if limit is None else min(1.0, limit / (float(record.norm) + 1e-6)),
             damping=damping(self._spec.aggregation, record.staleness, record.live),
             lateness=lateness(self._spec.aggregation, record.staleness),
+            staleness=record.staleness,
+            live=record.live,
             cuts=decision.cuts,
         )
 

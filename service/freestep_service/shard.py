@@ -16,6 +16,7 @@ from torch import Tensor
 from freestep.manifest import Manifest
 from freestep.models import Point, RunSpec
 from freestep_service.aggregation import Policy
+from freestep_service.delay import Expectation
 from freestep_service.loans import Loan
 from freestep_service.optimizers import (
     Conditions,
@@ -53,6 +54,7 @@ class Entry:
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
     lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
+    staleness: the push's, in steps. live: the workers that were, when it was committed.
     """
 
     seq: int
@@ -64,6 +66,8 @@ class Entry:
     scale: float = 1.0
     damping: float = 1.0
     lateness: int = 0
+    staleness: int = 0
+    live: int = 1
     cuts: Mapping[str, str] = field(default_factory=dict)
     """Ticket -> "POINT DTYPE", and the shard where only one is asked: points wanted of the state that this leaves."""
     checkpoint: bool = False
@@ -87,6 +91,7 @@ class Cut:
     damping: float
     reported: Reported = field(default_factory=dict)
     lateness: int = 0
+    expected_staleness: float = 0.0
 
 
 class Shard:
@@ -103,6 +108,8 @@ class Shard:
         groups = {parameter.group for parameter in spec.parameters}
         self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in sorted(groups)}
         self._gathers = Policy.of(spec.aggregation).groups
+        self._expectation = Expectation.of(spec)
+        self._expected_staleness = 0.0
         self._buffers: dict[str, Tensor] = {}
         self._room = room
         self._home: Vector | None = None
@@ -132,6 +139,7 @@ class Shard:
         self._buffers = initial_buffers(self._method, self._as_y(parameters))
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
         self._reported = {}
+        self._expected_staleness = 0.0
         self._clear_group()
         settle(self.device)
 
@@ -147,12 +155,16 @@ class Shard:
             self._observe(entry.measured)
         if entry.gradient is None and not entry.advance:
             return
-        pushed = None if entry.gradient is None else entry.gradient.to(self.device)
+        pushed = None
+        if entry.gradient is not None:
+            pushed = entry.gradient.to(self.device)
+            self._expected_staleness = self._expectation.after(self._expected_staleness, entry.staleness, entry.live)
         if not entry.advance:
             assert pushed is not None
             self._gather(pushed, entry)
             return
         gradient, taken = self._direction(pushed, entry)
+        taken = taken._replace(expected_staleness=self._expected_staleness)
         self._leave_lent()
         self._scalars = step(
             self._method, self._layout, self._hyperparameters, self._scalars, self._buffers, gradient, taken
@@ -177,7 +189,7 @@ class Shard:
         self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
 
     def _direction(self, pushed: Tensor | None, entry: Entry) -> tuple[Gradient, Conditions]:
-        """The gradient of the step that an entry brings about, and what the step is taken under."""
+        """The gradient of the step that an entry brings about, and what the log says of its pushes."""
         if not self._gathers:
             assert pushed is not None
             return Gradient(pushed, entry.scale), _conditions(entry.damping, entry.lateness)
@@ -198,10 +210,11 @@ class Shard:
 
         note: as `interpolate` has it.
         """
+        state = self._method, self._layout, self._hyperparameters, self._scalars, self._buffers
         if isinstance(out, Quanta):
-            quantize(self._method, self._layout, self._hyperparameters, self._buffers, point, out)
+            quantize(*state, point, out)
         else:
-            interpolate(self._method, self._layout, self._hyperparameters, self._buffers, point, out, note)
+            interpolate(*state, point, out, note)
         return self.epoch, self.step
 
     def lend(self, spare: Vector) -> Loan:
@@ -252,6 +265,7 @@ class Shard:
             self._damping,
             self._reported,
             self._lateness,
+            self._expected_staleness,
         )
 
     def load(self, cut: Cut, epoch: int) -> None:
@@ -263,6 +277,7 @@ class Shard:
         self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
         self.group = dict(cut.group)
         self._weight, self._damping, self._lateness = cut.weight, cut.damping, cut.lateness
+        self._expected_staleness = cut.expected_staleness
         self._reported = cut.reported
 
 

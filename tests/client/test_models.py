@@ -133,6 +133,32 @@ INVALID = [
             ("rprop", "weight_decay", {"weight_decay": 0.1}),
         ]
     ),
+    ("optimizer.delay_correction.name", optimizer("sgd_schedule_free", delay_correction={"name": "some"})),
+    ("optimizer.delay_correction.name", optimizer("sgd_schedule_free", delay_correction={})),
+    ("optimizer.delay_correction", optimizer("sgd_schedule_free", delay_correction="auto")),
+    *(
+        (
+            "optimizer.delay_correction.expected_staleness",
+            optimizer("radam_schedule_free", delay_correction={"name": name, **staleness}),
+        )
+        for name, staleness in [
+            ("constant", {}),
+            ("constant", {"expected_staleness": -1}),
+            ("constant", {"expected_staleness": float("nan")}),
+            ("auto", {"expected_staleness": 3}),
+        ]
+    ),
+    (
+        "optimizer.delay_correction",
+        optimizer("sgd_schedule_free", momentum=0.69, delay_correction={"name": "auto"}),
+    ),
+    (
+        "groups.slow.delay_correction",
+        optimizer("adamw_schedule_free", delay_correction={"name": "auto"})
+        | {"groups": {"slow": {"betas": [0.5, 0.9]}}},
+    ),
+    ("groups.slow.delay_correction", spec(groups={"slow": {"delay_correction": {"name": "auto"}}})),
+    ("optimizer.delay_correction", optimizer("gpa_adamw", delay_correction={"name": "auto"})),
     ("optimizer.max_grad_norm", optimizer("adamw_schedule_free", max_grad_norm=0)),
     ("optimizer.max_grad_norm", optimizer("adamw_schedule_free", max_grad_norm=float("inf"))),
     ("aggregation.policy", spec(aggregation={"policy": "median"})),
@@ -192,7 +218,7 @@ PACKAGES = {
 
 OURS_ALONE = {
     *("algorithm", "max_grad_norm", "schedule", "averaging"),
-    *("averaging_constant", "inner_momentum", "mu_x", "mu_y"),
+    *("averaging_constant", "delay_correction", "inner_momentum", "mu_x", "mu_y"),
 }
 
 

@@ -89,7 +89,7 @@ class Run:
         for number in range(STEPS):
             gathered = self._random() if number % 2 else None
             gradient = Gradient(self._random(), 1 / (1 + number), 0.7, gathered)
-            taken = Conditions(damping=1 - number / STEPS)
+            taken = Conditions(damping=1 - number / STEPS, expected_staleness=number % 3)
             self.scalars = step(
                 self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken
             )

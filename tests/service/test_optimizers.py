@@ -251,12 +251,12 @@ class Stretch:
         part = slice(self.begin, self.end)
         gradient = Gradient(pushed[part], 0.3, share, None if gathered is None else gathered[part])
         self.scalars = step(
-            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, Conditions(0.7)
+            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, Conditions(0.7, 3.0)
         )
 
     def point(self, name: str, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.end - self.begin, dtype=dtype)
-        interpolate(self.method, self.layout, self.hyperparameters, self.buffers, name, out)  # type: ignore[arg-type]
+        interpolate(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, name, out)  # type: ignore[arg-type]
         return out
 
 
@@ -410,7 +410,15 @@ def test_no_push_waits_for_a_compiler() -> None:
             for point, dtype in itertools.product("xyz", (torch.float32, torch.bfloat16, torch.float16)):
                 stretch.point(point, dtype)
             for point in ("x", "y"):
-                quantize(stretch.method, stretch.layout, stretch.hyperparameters, stretch.buffers, point, int8)
+                quantize(
+                    stretch.method,
+                    stretch.layout,
+                    stretch.hyperparameters,
+                    stretch.scalars,
+                    stretch.buffers,
+                    point,
+                    int8,
+                )
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for first in (True, False):
                 gather(wide, random_vector(9, 1).to(dtype), 0.5, first=first)
@@ -498,7 +506,7 @@ def test_a_narrow_point_is_the_wide_one_rounded() -> None:
         flat.step(gradients)
     wide, narrow = torch.empty(flat.buffers["y"].numel()), torch.empty(flat.buffers["y"].numel(), dtype=torch.bfloat16)
     for out in (wide, narrow):
-        interpolate(flat.method, flat.layout, flat.hyperparameters, flat.buffers, "x", out)
+        interpolate(flat.method, flat.layout, flat.hyperparameters, flat.scalars, flat.buffers, "x", out)
     assert torch.equal(wide.bfloat16(), narrow)
 
 
@@ -535,7 +543,7 @@ def test_points_are_rounded_as_torch_rounds(dtype: torch.dtype, threads: int) ->
     anywhere = torch.randint(-(2**31), 2**31, (2**20,), generator=torch.Generator().manual_seed(0))
     y = torch.cat([EDGES, every_half, *near, anywhere.to(torch.int32).view(torch.float32)])
     out = torch.empty(y.numel(), dtype=dtype)
-    interpolate(method_of(SGD()), [Segment("", 0, y.numel())], {"": SGD()}, {"y": y}, "y", out)
+    interpolate(method_of(SGD()), [Segment("", 0, y.numel())], {"": SGD()}, {"": {}}, {"y": y}, "y", out)
     assert torch.equal(out.isnan(), y.isnan())
     number = ~y.isnan()
     assert torch.equal(out.view(torch.int16)[number], y.to(dtype).view(torch.int16)[number])

@@ -36,6 +36,7 @@ SHAPES: list[dict[str, tuple[int, ...]]] = [
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 METHOD = method_of(SGDScheduleFree())
 HYPERPARAMETERS = {name: SGDScheduleFree(momentum=momentum) for name, momentum in (("default", 0.9), ("odd", 0.6))}
+SCALARS = {name: METHOD.initial for name in HYPERPARAMETERS}
 
 
 @pytest.fixture(params=["compiled", "by torch"])
@@ -68,7 +69,7 @@ def quantized(manifest: Manifest, buffers: dict[str, Tensor], point: str) -> dic
     blocks = Blocks.of(manifest, INT8)
     junk = torch.full((manifest.numel,), 99, dtype=torch.int8), torch.full((len(blocks.bounds) - 1,), 9.0)
     out = Quanta(*junk, blocks)
-    quantize(METHOD, segments(manifest.slots), HYPERPARAMETERS, buffers, point, out)  # type: ignore[arg-type]
+    quantize(METHOD, segments(manifest.slots), HYPERPARAMETERS, SCALARS, buffers, point, out)  # type: ignore[arg-type]
     counts = [INT8.blocks(slot) for slot in manifest.slots]
     assert len(out.scales) == sum(counts)
     items = {}
@@ -96,7 +97,7 @@ def test_a_point_is_the_wide_one_in_int8(
     buffers = initial_buffers(METHOD, torch.randn(manifest.numel, generator=generator))
     buffers["z"] += torch.randn(manifest.numel, generator=generator)
     wide = torch.empty(manifest.numel)
-    interpolate(METHOD, segments(manifest.slots), HYPERPARAMETERS, buffers, point, wide)  # type: ignore[arg-type]
+    interpolate(METHOD, segments(manifest.slots), HYPERPARAMETERS, SCALARS, buffers, point, wide)  # type: ignore[arg-type]
     assert_is_the_plain_one(quantized(manifest, buffers, point), manifest, wide)
 
 

@@ -112,6 +112,8 @@ def specs(draw: st.DrawFn, algorithm: str, policy: str) -> dict[str, Any]:
     optimizer = {"algorithm": algorithm, **HYPERPARAMETERS[algorithm]}
     if draw(st.booleans()):
         optimizer["max_grad_norm"] = draw(st.sampled_from([0.5, 5.0]))
+    if "schedule_free" in algorithm:
+        optimizer["delay_correction"] = {"name": draw(st.sampled_from(["none", "auto"]))}
     damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt", "fadas"]))
     threshold = {"staleness_threshold": 1} if damping == "fadas" else {}
     return {

@@ -33,10 +33,12 @@ class Conditions(NamedTuple):
 
     damping: in (0, 1], multiplies the step's learning rate and leaves the averaging weights alone.
     largest_rate: no more than this is left of the learning rate; it leaves the averaging weights alone too.
+    expected_staleness: of gradients in steps, as far as the method is to correct for it (`delay`).
     """
 
     damping: float = 1.0
     largest_rate: float = math.inf
+    expected_staleness: float = 0.0
 
     def rate(self, lr: float) -> float:
         """What is left of a learning rate."""
@@ -65,7 +67,7 @@ class Method:
         gradient `g`. It is arithmetic, the same for numbers and for tensors, and is executed as either (see `sweep`):
         it branches on coefficients that are bools only, calls those functions of torch that `compiled` knows, and
         holds no literals.
-    interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
+    interpolation: (hyperparameters, scalars) -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
     direction: hyperparameters -> what makes of each matrix of a group the `g` that the rule gets, before it does; None
         where the rule gets the gradient. It is given what the method keeps beside y and z.
     observe: (hyperparameters, scalars, name, value) -> the next scalars: what a metric that is reported between two
@@ -76,7 +78,7 @@ class Method:
     initial: Scalars
     advance: Callable[[Any, Scalars, Conditions], tuple[Scalars, Any]]
     rule: Callable[..., tuple[Tensor, ...]]
-    interpolation: Callable[[Any], float] | None = None
+    interpolation: Callable[[Any, Scalars], float] | None = None
     direction: Callable[[Any], Direction | None] | None = None
     observe: Callable[[Any, Scalars, str, float], Scalars] = deaf
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
 from freestep_service.optimizers.halves import bf16_bits, f16_bits
-from freestep_service.optimizers.method import Buffers, Method
+from freestep_service.optimizers.method import Buffers, Method, Scalars
 from freestep_service.optimizers.slices import in_slices
 from freestep_service.optimizers.streams import settle
 from freestep_service.optimizers.sweep import CHUNK, Segment, within
@@ -67,6 +67,7 @@ def interpolate(
     method: Method,
     layout: Iterable[Segment],
     hyperparameters: Mapping[str, Any],
+    scalars: Mapping[str, Scalars],
     buffers: Buffers,
     point: Literal["x", "y", "z"],
     out: Tensor,
@@ -78,18 +79,20 @@ def interpolate(
 
     note: called with how many elements are there, again and again where compiled loops write them.
     """
-    weights = mixture(method, hyperparameters, point)
+    weights = mixture(method, hyperparameters, scalars, point)
     if weights is not None:
         _copy_x(tuple(layout), weights, buffers["y"], buffers["z"], out, note)
     else:
         _copy(buffers.get(point, buffers["y"]), out, note)
 
 
-def mixture(method: Method, hyperparameters: Mapping[str, Any], point: str) -> dict[str, float] | None:
+def mixture(
+    method: Method, hyperparameters: Mapping[str, Any], scalars: Mapping[str, Scalars], point: str
+) -> dict[str, float] | None:
     """By group, how much of z - y is added to y; None where the point is one of the state's vectors."""
     if point != "x" or method.interpolation is None:
         return None
-    return {group: 1 - 1 / method.interpolation(chosen) for group, chosen in hyperparameters.items()}
+    return {group: 1 - 1 / method.interpolation(hyperparameters[group], state) for group, state in scalars.items()}
 
 
 def _copy(source: Tensor, out: Tensor, note: Callable[[int], object] | None) -> None:

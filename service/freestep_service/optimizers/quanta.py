@@ -17,7 +17,7 @@ from torch import Tensor
 from freestep.encoding import Encoding
 from freestep.manifest import Manifest
 from freestep_service.optimizers.compiled import compiled, is_compiled
-from freestep_service.optimizers.method import Buffers, Method
+from freestep_service.optimizers.method import Buffers, Method, Scalars
 from freestep_service.optimizers.points import mix, mixture
 from freestep_service.optimizers.slices import in_slices
 from freestep_service.optimizers.streams import settle
@@ -107,12 +107,13 @@ def quantize(
     method: Method,
     layout: Iterable[Segment],
     hyperparameters: Mapping[str, Any],
+    scalars: Mapping[str, Scalars],
     buffers: Buffers,
     point: Literal["x", "y", "z"],
     out: Quanta,
 ) -> None:
     """As `interpolate`, to int8; no block is of two tensors, and so none is of two groups."""
-    layout, weights = tuple(layout), mixture(method, hyperparameters, point)
+    layout, weights = tuple(layout), mixture(method, hyperparameters, scalars, point)
     y, z = buffers["y"], buffers.get("z", buffers["y"])
     source = buffers.get(point, y)
     if not is_compiled(y):

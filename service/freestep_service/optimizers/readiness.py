@@ -40,11 +40,11 @@ def compile_loops() -> None:
     # Two that between them have all loops of points.
     for chosen in (specs.AdamWScheduleFree(), specs.SGD()):
         method, hyperparameters = method_of(chosen), {"": chosen}
-        buffers = initial_buffers(method, nought.clone())
+        scalars, buffers = {"": method.initial}, initial_buffers(method, nought.clone())
         for point in ("x", "y"):
             for dtype in DTYPES:
-                interpolate(method, _LAYOUT, hyperparameters, buffers, point, nought.to(dtype, copy=True))
-            quantize(method, _LAYOUT, hyperparameters, buffers, point, quanta)
+                interpolate(method, _LAYOUT, hyperparameters, scalars, buffers, point, nought.to(dtype, copy=True))
+            quantize(method, _LAYOUT, hyperparameters, scalars, buffers, point, quanta)
     for dtype in DTYPES:
         for first in (True, False):
             gather(nought.clone(), nought.to(dtype), 1.0, first=first)

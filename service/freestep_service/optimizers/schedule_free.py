@@ -7,7 +7,7 @@ Only y and z are kept. Equations 9 to 11 of the paper with x eliminated give, fo
 where w_k = (k+1)^r · γ_max^weight_lr_power and γ is the learning rate after warmup, as the `schedulefree`
 package has them. SGD takes d = g; the Adam forms take d = g / (sqrt(v / (1 - β2^(k+1))) + eps), with v the
 moving average of g². Inner momentum μ puts m / (1 - μ^(k+1)) in the place of g there, with m that of g. Weight decay
-adds weight_decay · y to d, or weight_decay · z.
+adds weight_decay · y to d, or weight_decay · z. Where gradients are stale β changes from step to step: see `averages`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from freestep.hyperparameters import AdamWScheduleFree, RAdamScheduleFree, ScheduleFreeWrapper, SGDScheduleFree
+from freestep.hyperparameters import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
+from freestep_service.optimizers.averages import INITIAL, Average, averaged, interpolation
 from freestep_service.optimizers.method import Conditions, Method, Scalars
 from freestep_service.optimizers.schedules import warmup
 
-__all__ = ["ADAMW", "ADAMW_INNER_MOMENTUM", "INITIAL", "RADAM", "SGD", "average"]
-
-INITIAL: Scalars = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
+__all__ = ["ADAMW", "ADAMW_INNER_MOMENTUM", "RADAM", "SGD"]
 
 
 class _Coefficients(NamedTuple):
     """What SGD takes."""
 
     lr: float
-    c: float
+    z_share: float
+    """c, where β stays: what of z - y is added to y."""
     y_lr: float
     """γ (β (1 - c) - 1): what y moves by along d."""
+    z_pull: float
+    """What of z - y is taken off z: 0, where the staleness that is expected stays."""
     weight_decay: float
 
 
@@ -40,8 +42,9 @@ class _AdamCoefficients(NamedTuple):
     """What the Adam forms take."""
 
     lr: float
-    c: float
+    z_share: float
     y_lr: float
+    z_pull: float
     weight_decay: float
     beta2: float
     v_share: float
@@ -58,46 +61,24 @@ class _AdamCoefficients(NamedTuple):
     """1 / (1 - μ^(k+1)), of m."""
 
 
-def average(
-    h: SGDScheduleFree | AdamWScheduleFree | RAdamScheduleFree | ScheduleFreeWrapper,
-    scalars: Scalars,
-    lr: float,
-    beta: float,
-) -> tuple[dict[str, float], float]:
-    """The next averaging scalars and c, the weight of the newest z in the average.
-
-    `lr` is the learning rate of this step, undamped. The averaging constant C makes c the smaller of 1 and
-    c · (1 - β) · C (arXiv 2507.09846).
-    """
-    k = scalars["k"]
-    lr_max = max(lr, scalars["lr_max"])
-    weight: float = (k + 1) ** h.r * lr_max**h.weight_lr_power
-    weight_sum = scalars["weight_sum"] + weight
-    c = weight / weight_sum if weight_sum else 0.0
-    if h.averaging_constant is not None:
-        c = min(c * (1 - beta) * h.averaging_constant, 1.0)
-    return {"k": k + 1, "weight_sum": weight_sum, "lr_max": lr_max}, c
-
-
 def _advance_sgd(h: SGDScheduleFree, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
-    following, c = average(h, scalars, lr, h.momentum)
-    lr = taken.rate(lr)
-    return following, _Coefficients(lr, c, lr * (h.momentum * (1 - c) - 1), h.weight_decay)
+    average = averaged(h, scalars, lr, taken)
+    lr = average.taken.rate(lr)
+    return average.scalars, _Coefficients(lr, average.z_share, lr * average.y_share, average.z_pull, h.weight_decay)
 
 
 def _sgd(g: Tensor, y: Tensor, z: Tensor, s: _Coefficients) -> tuple[Tensor, Tensor]:
     d = g + s.weight_decay * y
-    return y + s.c * (z - y) + s.y_lr * d, z - s.lr * d
+    return y + s.z_share * (z - y) + s.y_lr * d, z - s.z_pull * (z - y) - s.lr * d
 
 
 def _advance_adamw(h: AdamWScheduleFree, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _AdamCoefficients]:
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
-    following, c = average(h, scalars, lr, h.betas[0])
-    lr = taken.rate(lr)
-    inner = h.inner_momentum
-    return following, _adam_coefficients(
-        h, lr, c, following["k"], adaptive=True, decay_at_z=h.decay_at_z, inner_momentum=inner
+    average = averaged(h, scalars, lr, taken)
+    lr = average.taken.rate(lr)
+    return average.scalars, _adam_coefficients(
+        h, lr, average, adaptive=True, decay_at_z=h.decay_at_z, inner_momentum=h.inner_momentum
     )
 
 
@@ -113,26 +94,27 @@ def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, taken: Conditions) ->
         rectification = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
     else:
         rectification = 0.0 if h.silent_sgd_phase else 1.0
-    following, c = average(h, scalars, h.lr * rectification, h.betas[0])
-    lr = taken.rate(h.lr) * rectification
-    return following, _adam_coefficients(h, lr, c, step, adaptive=adaptive)
+    average = averaged(h, scalars, h.lr * rectification, taken)
+    lr = average.taken.rate(h.lr) * rectification
+    return average.scalars, _adam_coefficients(h, lr, average, adaptive=adaptive)
 
 
 def _adam_coefficients(
     h: AdamWScheduleFree | RAdamScheduleFree,
     lr: float,
-    c: float,
-    step: float,
+    average: Average,
     *,
     adaptive: bool,
     decay_at_z: bool = False,
     inner_momentum: float = 0.0,
 ) -> _AdamCoefficients:
-    beta1, beta2 = h.betas
+    _, beta2 = h.betas
+    step = average.scalars["k"]
     return _AdamCoefficients(
         lr=lr,
-        c=c,
-        y_lr=lr * (beta1 * (1 - c) - 1),
+        z_share=average.z_share,
+        y_lr=lr * average.y_share,
+        z_pull=average.z_pull,
         weight_decay=h.weight_decay,
         beta2=beta2,
         v_share=1 - beta2,
@@ -149,7 +131,7 @@ def _adam(g: Tensor, y: Tensor, z: Tensor, v: Tensor, s: _AdamCoefficients) -> t
     v = s.beta2 * v + s.v_share * (g * g)
     d = g / (torch.sqrt(v) * s.correction + s.eps) if s.adaptive else g
     d = d + s.weight_decay * (z if s.decay_at_z else y)
-    return y + s.c * (z - y) + s.y_lr * d, z - s.lr * d, v
+    return y + s.z_share * (z - y) + s.y_lr * d, z - s.z_pull * (z - y) - s.lr * d, v
 
 
 def _adam_inner_momentum(
@@ -159,12 +141,12 @@ def _adam_inner_momentum(
     m = m + s.m_share * (g - m)
     d = s.m_correction * m / (torch.sqrt(v) * s.correction + s.eps)
     d = d + s.weight_decay * (z if s.decay_at_z else y)
-    return y + s.c * (z - y) + s.y_lr * d, z - s.lr * d, v, m
+    return y + s.z_share * (z - y) + s.y_lr * d, z - s.z_pull * (z - y) - s.lr * d, v, m
 
 
-SGD = Method(("y", "z"), INITIAL, _advance_sgd, _sgd, lambda h: float(h.momentum))
-ADAMW = Method(("y", "z", "exp_avg_sq"), INITIAL, _advance_adamw, _adam, lambda h: float(h.betas[0]))
+SGD = Method(("y", "z"), INITIAL, _advance_sgd, _sgd, interpolation)
+ADAMW = Method(("y", "z", "exp_avg_sq"), INITIAL, _advance_adamw, _adam, interpolation)
 ADAMW_INNER_MOMENTUM = Method(
-    ("y", "z", "exp_avg_sq", "exp_avg"), INITIAL, _advance_adamw, _adam_inner_momentum, lambda h: float(h.betas[0])
+    ("y", "z", "exp_avg_sq", "exp_avg"), INITIAL, _advance_adamw, _adam_inner_momentum, interpolation
 )
-RADAM = Method(("y", "z", "exp_avg_sq"), INITIAL, _advance_radam, _adam, lambda h: float(h.betas[0]))
+RADAM = Method(("y", "z", "exp_avg_sq"), INITIAL, _advance_radam, _adam, interpolation)

@@ -23,21 +23,24 @@ from torch import Tensor
 
 from freestep.bases import BaseSGD
 from freestep.hyperparameters import GPASGD, GPAAdamW, ScheduleFreeWrapper
+from freestep_service.optimizers.averages import INITIAL, averaged, interpolation
 from freestep_service.optimizers.bases import SGD, base_of
 from freestep_service.optimizers.compiled import inlined
 from freestep_service.optimizers.method import Base, Conditions, Method, Scalars
 from freestep_service.optimizers.moments import ADAMW
 from freestep_service.optimizers.plateau import observe, remaining
-from freestep_service.optimizers.schedule_free import INITIAL, average
 from freestep_service.optimizers.schedules import scheduled, warmup
 
 __all__ = ["GPA_ADAMW", "GPA_SGD", "wrapper_of"]
 
 
 class _Coefficients(NamedTuple):
-    c: float
+    z_share: float
+    """c, where β stays: what of z - y is added to y."""
     y_share: float
     """β (1 - c) - 1: what y moves by along d."""
+    z_pull: float
+    """What of z - y is taken off z: 0, where the staleness that is expected stays."""
     decay: float
     """γ λ: what of y is a part of d."""
     base: Any
@@ -53,7 +56,7 @@ def _over(base: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor
         decayed = s.decay * y
         moved = base(g, z - decayed, *rest[:-1], s.base)
         d = decayed + moved[0]
-        return (y + s.c * (z - y) + s.y_share * d, z - d, *moved[1:])
+        return (y + s.z_share * (z - y) + s.y_share * d, z - s.z_pull * (z - y) - d, *moved[1:])
 
     rule.__qualname__ = f"{_over.__qualname__}.{base.__qualname__}"
     return rule
@@ -68,10 +71,12 @@ def wrapper_of(h: ScheduleFreeWrapper) -> Method:
 def _wrapper(base: Base) -> Method:
     def advance(h: ScheduleFreeWrapper, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
         lr = h.base.lr * warmup(scalars["k"], h.warmup_steps)
-        following, c = average(h, scalars, lr, h.momentum)
-        own, coefficients = base.advance(h.base, lr, scalars, taken)
-        decay = taken.rate(lr) * h.weight_decay_at_y
-        return {**following, **own}, _Coefficients(c, h.momentum * (1 - c) - 1, decay, coefficients)
+        average = averaged(h, scalars, lr, taken)
+        own, coefficients = base.advance(h.base, lr, scalars, average.taken)
+        decay = average.taken.rate(lr) * h.weight_decay_at_y
+        return {**average.scalars, **own}, _Coefficients(
+            average.z_share, average.y_share, average.z_pull, decay, coefficients
+        )
 
     directed = base.direction
     return Method(
@@ -79,7 +84,7 @@ def _wrapper(base: Base) -> Method:
         {**INITIAL, **base.initial},
         advance,
         _over(base.rule),
-        lambda h: float(h.momentum),
+        interpolation,
         None if directed is None else lambda h: directed(h.base),
     )
 
@@ -90,10 +95,12 @@ def _gpa(base: Base, its: Callable[[Any], Any]) -> Method:
     def advance(h: GPAAdamW | GPASGD, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
         lr = scheduled(remaining(h, scalars), h.schedule, scalars["k"])
         _, coefficients = base.advance(its(h), lr, scalars, taken)
-        return {**scalars, "k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
+        return {**scalars, "k": scalars["k"] + 1}, _Coefficients(
+            1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, 0.0, coefficients
+        )
 
     return Method(
-        ("y", "z", *base.buffers), {"k": 0}, advance, _over(base.rule), lambda h: float(h.mu_y), observe=observe
+        ("y", "z", *base.buffers), {"k": 0}, advance, _over(base.rule), lambda h, _: float(h.mu_y), observe=observe
     )
 
 

@@ -1,0 +1,166 @@
+"""A language model by four worker processes of a real service, beside one process with the package's optimizer.
+
+All train the same transformer on the same samples by AdamW Schedule-Free. What four workers take for one step of the
+policy `sync` is one batch of the package's; under `async` each of their batches is a step of its own, and so it is for
+the package's second run, whose batches are as small and come one after the other: what that differs by from the first
+is due to the size of batches, and what async differs by from that is due to stale gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from examples.lab.characters import Text, Transformer
+from examples.lab.figures import COLOURS, Table, digits, plot
+from freestep import Client
+from freestep.demo.processes import Processes
+
+BATCH = 8
+"""Windows in a batch of a worker's."""
+LR, WARMUP = 0.0025, 0.1
+"""The package's default, not tuned for any of the runs; and the share of the steps that is warmup."""
+LOOKS = 8
+_SILENCE_S = 300.0
+"""With nothing heard for so long, something is broken."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model, and of its training: workers, batches of each, and windows of the validation (None: all)."""
+
+    workers: int
+    width: int
+    layers: int
+    length: int
+    batches: int
+    validation: int | None
+
+    def model(self, text: Text) -> Transformer:
+        torch.manual_seed(0)
+        return Transformer(text.alphabet, self.length, self.width, self.layers)
+
+
+WHOLE, QUICK = Size(4, 144, 4, 64, 400, None), Size(2, 32, 1, 32, 16, 64)
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    size = QUICK if quick else WHOLE
+    text = Text(size.length)
+    model = size.model(text)
+    found: dict[str, Any] = {
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "characters": len(text.train),
+        "steps": size.batches,
+        "workers": size.workers,
+        "samples": size.batches * size.workers * BATCH,
+        "length": size.length,
+        "runs": [_alone(size, text, size.workers), _served(size, text, "sync"), _alone(size, text, 1)],
+    }
+    found["runs"].append(_served(size, text, "async"))
+    return found
+
+
+def options(size: Size, step_batches: int) -> dict[str, Any]:
+    """Of AdamW Schedule-Free, for a run of which a step takes so many of the batches."""
+    return {"lr": LR, "warmup_steps": int(WARMUP * size.batches * size.workers / step_batches)}
+
+
+def _alone(size: Size, text: Text, step_batches: int) -> dict[str, Any]:
+    """One process with the package's optimizer, so many of the workers' batches to a step."""
+    from schedulefree import AdamWScheduleFree
+
+    began = time.perf_counter()
+    model, validation = size.model(text), text.validation_windows(size.validation)
+    optimizer = AdamWScheduleFree(model.parameters(), **options(size, step_batches))
+    optimizer.train()
+    steps, curve = size.batches * size.workers // step_batches, []
+    for step in range(steps):
+        numbers = range(step * step_batches, (step + 1) * step_batches)
+        optimizer.zero_grad()
+        model.loss(torch.cat([text.batch(BATCH, number) for number in numbers])).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if (step + 1) % max(1, steps // LOOKS) == 0:
+            optimizer.eval()
+            curve.append({"samples": (step + 1) * step_batches * BATCH, "loss": model.mean_loss(validation)})
+            optimizer.train()
+    name = f"package, one process, batches of {step_batches * BATCH}"
+    return {"name": name, "steps": steps, "seconds": time.perf_counter() - began, "curve": curve}
+
+
+def _served(size: Size, text: Text, policy: str) -> dict[str, Any]:
+    """Four workers under a policy, and this process as the evaluator, which pulls x while they go on."""
+    began = time.perf_counter()
+    model, validation, curve = size.model(text), text.validation_windows(size.validation), []
+    step_batches = size.workers if policy == "sync" else 1
+    with tempfile.TemporaryDirectory(prefix="freestep-lab-") as folder, Processes(Path(folder, "log")) as processes:
+        processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", folder, heard=True)
+        _, line = processes.hear(_SILENCE_S)
+        if line is None:
+            raise RuntimeError(Path(folder, "log").read_text())
+        url = line.split()[-1]
+        for worker in range(size.workers):
+            told = json.dumps({"url": url, "policy": policy, "worker": worker, "size": asdict(size)})
+            processes.start(f"worker-{worker}", "examples.lab.language_worker", told, heard=True)
+        staleness: list[float] = []
+        with Client(url) as client:
+            for said in _said(processes, Path(folder, "log"), size.workers):
+                if "mean_staleness" in said:
+                    staleness.append(said["mean_staleness"])
+                elif said["worker"] > 0:
+                    continue
+                if "mean_staleness" not in said or len(staleness) == size.workers:
+                    tensors, step = client.run(policy).pull("x")
+                    model.load_state_dict(tensors)
+                    curve.append({"samples": step * step_batches * BATCH, "loss": model.mean_loss(validation)})
+    name = f"{policy}, {size.workers} workers, batches of {BATCH}"
+    seconds = time.perf_counter() - began
+    return {"name": name, "steps": step, "staleness": mean(staleness), "seconds": seconds, "curve": curve}
+
+
+def _said(processes: Processes, log: Path, workers: int) -> Iterator[dict[str, Any]]:
+    """What workers say, until all have ended. Raises RuntimeError where one ended before its time."""
+    finished: set[str] = set()
+    while len(finished) < workers:
+        name, line = processes.hear(_SILENCE_S)
+        if line is None and name not in finished:
+            raise RuntimeError(f"{name} ended: {log.read_text()}")
+        if line is None or name == "service":
+            continue
+        said = json.loads(line)
+        if "mean_staleness" in said:
+            finished.add(name)
+        yield said
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    rows = []
+    for run in found["runs"]:
+        last = run["curve"][-1]["loss"]
+        beside = [100 * (last / each["curve"][-1]["loss"] - 1) for each in found["runs"] if "package" in each["name"]]
+        stale = digits(run["staleness"]) if "staleness" in run else ""
+        rows.append([run["name"], f"{run['steps']:,}", digits(last, 4), *(f"{each:+.2f}%" for each in beside), stale])
+    whole, small = found["workers"] * BATCH, BATCH
+    heads = ["", "steps", "validation loss", f"to batches of {whole}", f"to batches of {small}", "mean staleness"]
+    title = f"{found['parameters']:,} parameters, {found['samples']:,} samples of {found['length']} characters"
+    return [Table(title, heads, rows)]
+
+
+def draw(found: dict[str, Any], folder: Path) -> None:
+    title = f"A character-level transformer of {found['parameters']:,} parameters"
+    with plot(folder / "language.png", title, "samples", "validation loss, nats a character") as axes:
+        for run, colour in zip(found["runs"], ("black", COLOURS[0], "#888888", COLOURS[1]), strict=True):
+            style = "--" if "package" in run["name"] else "-"
+            samples = [look["samples"] for look in run["curve"]]
+            axes.plot(
+                samples, [look["loss"] for look in run["curve"]], style, color=colour, marker="o", label=run["name"]
+            )
+        axes.legend()

@@ -1,0 +1,377 @@
+"""Schedule-Free under delay: the rule beside its plain twin, and the staleness that is expected."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flats import GROUPS, Flat, initial_weights, random_gradients
+from freestep.hyperparameters import AdamWScheduleFree, SGDScheduleFree
+from freestep.manifest import Manifest
+from freestep.models import RunSpec
+from freestep_service.checkpoints import Checkpoints
+from freestep_service.delay import Expectation
+from freestep_service.optimizers import Conditions
+from freestep_service.optimizers.averages import averaged
+from freestep_service.records import CutId
+from freestep_service.shard import Entry, Shard
+from freestep_service.storage import open_storage
+from harness import TENSORS, Api
+from reference import OverTorch, ScheduleFree
+
+STEADY = settings(derandomize=True, deadline=None, max_examples=5, suppress_health_check=list(HealthCheck))
+
+staleness = st.one_of(st.just(0.0), st.floats(0.01, 300.0), st.sampled_from([1e6, 1e12]))
+stretches = st.lists(st.tuples(st.integers(1, 20), staleness), min_size=1, max_size=8)
+"""How long which staleness is expected."""
+betas = st.sampled_from([0.7, 0.9, 0.98])
+
+
+def each(played: list[tuple[int, float]]) -> Iterator[float]:
+    """The staleness of each step."""
+    return itertools.chain.from_iterable(itertools.repeat(expected, count) for count, expected in played)
+
+
+SGD = {"lr": 0.05, "weight_decay": 0.02, "warmup_steps": 15}
+ADAM = {"lr": 0.01, "weight_decay": 0.1, "r": 1.0}
+SECOND = {"lr": 0.003, "weight_decay": 0.0}
+TWINS: dict[str, dict[str, Any]] = {
+    "sgd_schedule_free": SGD,
+    "adamw_schedule_free": ADAM | {"adaptive": True, "inner_momentum": 0.8, "averaging_constant": 30.0},
+    "radam_schedule_free": ADAM | {"rectified": True},
+}
+"""Algorithms, and what their twins are made with."""
+
+
+def play(flat: Flat, exact: Flat, twins: dict[str, Any], played: list[tuple[int, float]]) -> None:
+    """Takes the same steps on the compiled rule, on torch's evaluation of it in fp64, and on the twins."""
+    pushed = random_gradients(sum(count for count, _ in played))
+    for count, expected in played:
+        for gradients in itertools.islice(pushed, count):
+            flat.step(gradients, 0.8, staleness=expected)
+            exact.step({name: gradient.double() for name, gradient in gradients.items()}, 0.8, staleness=expected)
+            for name, twin in twins.items():
+                twin.step(gradients[name], 0.8, expected)
+        for name, twin in twins.items():
+            for point, wanted in (("x", twin.x), ("y", twin.y), ("z", twin.z)):
+                torch.testing.assert_close(exact.point(point)[name], wanted, rtol=1e-9, atol=1e-10)
+                torch.testing.assert_close(flat.point(point)[name], wanted.float(), rtol=1e-4, atol=2e-5)
+
+
+def both(optimizer: dict[str, Any], second: dict[str, Any]) -> tuple[Flat, Flat]:
+    weights = initial_weights()
+    return Flat(optimizer, second, weights), Flat(optimizer, second, {name: w.double() for name, w in weights.items()})
+
+
+@pytest.mark.parametrize("algorithm", TWINS)
+def test_the_sweep_is_the_corrected_rule(algorithm: str) -> None:
+    @STEADY
+    @given(stretches, betas)
+    def compared(played: list[tuple[int, float]], beta: float) -> None:
+        options = TWINS[algorithm]
+        hyperparameters = {key: value for key, value in options.items() if key not in ("adaptive", "rectified")}
+        hyperparameters |= {"momentum": beta} if algorithm == "sgd_schedule_free" else {"betas": [beta, 0.99]}
+        twins = {
+            name: ScheduleFree(weight, beta=beta, beta2=0.99, **options | (SECOND if GROUPS[name] == "second" else {}))
+            for name, weight in initial_weights().items()
+        }
+        play(*both({"algorithm": algorithm, **hyperparameters}, SECOND), twins, played)
+
+    compared()
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam", "nadam", "rprop"])
+def test_the_wrapper_is_the_corrected_rule(base: str) -> None:
+    make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "nadam": torch.optim.NAdam, "rprop": torch.optim.Rprop}
+
+    @STEADY
+    @given(stretches, betas)
+    def compared(played: list[tuple[int, float]], beta: float) -> None:
+        twins = {
+            name: OverTorch(
+                weight,
+                partial(make[base], lr=0.002 if GROUPS[name] == "second" else 0.01),
+                beta=beta,
+                decay_at_y=0.05,
+            )
+            for name, weight in initial_weights().items()
+        }
+        spec = {
+            "algorithm": "schedule_free_wrapper",
+            "base": {"algorithm": base, "lr": 0.01},
+            "momentum": beta,
+            "weight_decay_at_y": 0.05,
+        }
+        play(*both(spec, {"base": {"lr": 0.002}}), twins, played)
+
+    compared()
+
+
+@settings(STEADY, max_examples=200)
+@given(stretches, betas, st.sampled_from([0, 10]), st.sampled_from([0.0, 2.0]), st.sampled_from([None, 5.0]))
+def test_coefficients_stay_in_their_bounds(
+    played: list[tuple[int, float]], beta: float, warmup_steps: int, r: float, constant: float | None
+) -> None:
+    """However the staleness changes: y is between x and z, next to x, and no step is longer than the user's."""
+    h = SGDScheduleFree(momentum=beta, warmup_steps=warmup_steps, r=r, averaging_constant=constant)
+    scalars: Any = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
+    for expected in each(played):
+        made = averaged(h, scalars, h.lr, Conditions(0.5, expected_staleness=expected))
+        assert 0.7 <= made.scalars["beta"] < 1
+        assert 0 < made.taken.damping <= 0.5
+        assert made.taken.damping * (1 - made.scalars["beta"]) * (1 + expected) == pytest.approx(0.5 * (1 - beta))
+        assert -1 <= made.y_share < 0
+        scalars = made.scalars
+
+
+def test_where_no_staleness_is_expected_it_is_the_papers_to_the_bit() -> None:
+    for h in (SGDScheduleFree(momentum=0.83), AdamWScheduleFree(betas=(0.71, 0.9), averaging_constant=3.0)):
+        scalars: Any = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
+        weight_sum = 0.0
+        for k in range(100):
+            made = averaged(h, scalars, h.lr, Conditions())
+            weight_sum += h.lr**2
+            c = h.lr**2 / weight_sum
+            if h.averaging_constant is not None:
+                c = min(c * (1 - h.beta) * h.averaging_constant, 1.0)
+            assert made[1:] == (Conditions(), c, h.beta * (1 - c) - 1, 0.0), k
+            scalars = made.scalars
+
+
+@pytest.mark.parametrize("algorithm", ["sgd_schedule_free", "adamw_schedule_free"])
+def test_a_staleness_that_rises_and_falls_tenfold_leaves_the_run_sound(algorithm: str) -> None:
+    """On least squares, with gradients as old as is expected, beside the twin."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 20, generator=generator).double() * torch.linspace(0.1, 1.5, 20)
+    targets = inputs @ torch.randn(20, generator=generator).double() + 0.1 * torch.randn(400, generator=generator)
+    adaptive = algorithm == "adamw_schedule_free"
+    lr = 0.2 if adaptive else 0.3
+    twin = ScheduleFree(torch.zeros(20), lr=lr, beta=0.9, adaptive=adaptive)
+    flat = Flat({"algorithm": algorithm, "lr": lr}, {}, {"vector": torch.zeros(20)})
+
+    def loss(point: Tensor) -> float:
+        return float((inputs @ point.double() - targets).square().mean())
+
+    seen, points = [], deque([flat.point("y")["vector"]], maxlen=200)
+    for delay in each([(600, 10), (600, 100), (600, 10), (600, 0), (600, 100)]):
+        rows = torch.randint(0, 400, (16,), generator=generator)
+        taken_at = points[max(0, len(points) - 1 - int(delay))].double()
+        gradient = inputs[rows].T @ (inputs[rows] @ taken_at - targets[rows]) / 16
+        flat.step({"vector": gradient.float()}, staleness=delay)
+        twin.step(gradient.float(), staleness=delay)
+        points.append(flat.point("y")["vector"])
+        seen.append((loss(flat.point("x")["vector"]), loss(points[-1])))
+    torch.testing.assert_close(flat.point("x")["vector"], twin.x.float(), rtol=1e-3, atol=1e-3)
+    # Neither x nor y is ever worse than before the first change.
+    assert max(itertools.chain.from_iterable(seen[600:])) < 1.1 * max(seen[599])
+    assert seen[-1][0] < loss(torch.zeros(20)) / 1000
+
+
+# What is expected
+
+
+def expectation(correction: dict[str, Any] | None, **aggregation: Any) -> Expectation:
+    optimizer = {"algorithm": "sgd_schedule_free"} | ({"delay_correction": correction} if correction else {})
+    spec = {"optimizer": optimizer, "aggregation": aggregation, "parameters": [{"name": "w", "shape": [1]}]}
+    return Expectation.of(RunSpec.model_validate(spec))
+
+
+AUTO = {"name": "auto"}
+LIVE = [
+    ({"policy": "async"}, 8),
+    ({"policy": "ringmaster"}, 8),
+    ({"policy": "ringmaster", "max_staleness": 3}, 3),
+    ({"policy": "buffered", "batch": 3}, 3),
+    ({"policy": "sync"}, 0),
+    ({"policy": "quorum", "batch": 2}, 0),
+    ({"policy": "rennala", "batch": 2}, 0),
+]
+
+
+@pytest.mark.parametrize(("aggregation", "steps"), LIVE)
+def test_as_much_is_expected_at_once_as_nine_workers_let_expect(aggregation: dict[str, Any], steps: int) -> None:
+    assert expectation(AUTO, **aggregation).after(0.0, 0, 9) == steps
+    assert expectation(AUTO, **aggregation).after(0.0, 0, 1) == 0
+
+
+@pytest.mark.parametrize("correction", [None, {"name": "none"}, {"name": "constant", "expected_staleness": 7.5}])
+def test_without_auto_nothing_is_followed(correction: dict[str, Any] | None) -> None:
+    expected = 7.5 if correction and correction["name"] == "constant" else 0.0
+    assert expectation(correction, policy="async").after(3.0, 40, 9) == expected
+
+
+@STEADY
+@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 300)), max_size=60))
+def test_what_is_expected_is_within_what_was_seen(pushes: list[tuple[int, int]]) -> None:
+    followed, most, expected = expectation(AUTO, policy="async"), 0, 0.0
+    for seen, live in pushes:
+        before, expected = expected, followed.after(expected, seen, live)
+        most = max(most, seen, live - 1)
+        assert live - 1 <= expected <= most
+        assert expected >= before - 0.5 or live > before
+
+
+def test_a_steady_staleness_comes_to_be_expected() -> None:
+    followed, expected = expectation(AUTO, policy="async"), 0.0
+    for _ in range(400):
+        expected = followed.after(expected, 25, 1)
+    assert expected == pytest.approx(25, rel=1e-3)
+    for _ in range(60):
+        expected = followed.after(expected, 1, 2)
+    assert expected < 2
+
+
+# In a shard's state
+
+NUMEL = 37
+
+
+def shard(algorithm: str, policy: dict[str, Any], count: int = 1, index: int = 0, **hyperparameters: Any) -> Shard:
+    base = {"base": {"algorithm": "adam", "lr": 0.05}} if algorithm == "schedule_free_wrapper" else {"lr": 0.05}
+    other = {"base": {"lr": 0.5}} if "base" in base else {"lr": 0.5}
+    spec = RunSpec.model_validate(
+        {
+            "optimizer": {"algorithm": algorithm, "delay_correction": AUTO, **base, **hyperparameters},
+            "aggregation": policy,
+            "parameters": [{"name": "w", "shape": [31]}, {"name": "v", "shape": [2, 3], "group": "other"}],
+            "groups": {"other": other},
+        }
+    )
+    manifest = Manifest(spec.parameters).part(index, count)
+    made = Shard(spec, manifest, torch.device("cpu"))
+    weights = torch.randn(NUMEL, generator=torch.Generator().manual_seed(0))
+    made.initialize(weights[manifest.begin : manifest.end], epoch=1)
+    return made
+
+
+def advance(made: Shard, entries: int, batch: int) -> None:
+    """Applies entries that depend on their place alone, of workers that join and leave."""
+    for seq in range(made.seq + 1, made.seq + 1 + entries):
+        gradient = torch.randn(NUMEL, generator=torch.Generator().manual_seed(seq))
+        part = gradient[made.manifest.begin : made.manifest.end].clone()
+        old, live = seq * seq % 19, 1 + (60 if seq % 23 > 17 else seq % 5)
+        made.apply(Entry(seq, 1, advance=seq % batch == 0, gradient=part, worker="w", staleness=old, live=live))
+
+
+def vectors(*shards: Shard) -> list[Tensor]:
+    outs = [torch.empty(NUMEL) for _ in "xyz"]
+    for (point, out), made in itertools.product(zip("xyz", outs, strict=True), shards):
+        made.copy_point(point, out[made.manifest.begin : made.manifest.end])  # type: ignore[arg-type]
+    return outs
+
+
+ALGORITHMS = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "schedule_free_wrapper"]
+POLICIES = [({"policy": "async"}, 1), ({"policy": "buffered", "batch": 3}, 3)]
+
+
+@pytest.mark.parametrize(("policy", "batch"), POLICIES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_shards_correct_alike(algorithm: str, policy: dict[str, Any], batch: int) -> None:
+    whole, parts = shard(algorithm, policy), [shard(algorithm, policy, 3, index) for index in range(3)]
+    for made in (whole, *parts):
+        advance(made, 100, batch)
+    for one, many in zip(vectors(whole), vectors(*parts), strict=True):
+        assert torch.equal(one, many)
+    assert {json.dumps(made.cut().scalars, sort_keys=True) for made in parts} == {
+        json.dumps(whole.cut().scalars, sort_keys=True)
+    }
+
+
+@pytest.mark.parametrize(("policy", "batch"), POLICIES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_checkpoint_in_the_middle_changes_nothing(
+    algorithm: str, policy: dict[str, Any], batch: int, tmp_path: Path
+) -> None:
+    through, first = shard(algorithm, policy), shard(algorithm, policy)
+    advance(through, 61, batch)
+    advance(first, 40, batch)
+    checkpoints = Checkpoints(open_storage(tmp_path), "run", keep=1)
+    cut = first.cut()
+    checkpoints.write(cut, 0, NUMEL, NUMEL, {})
+    parts = [shard(algorithm, policy, 2, index) for index in range(2)]
+    for made in parts:
+        at = CutId(cut.epoch, cut.step, cut.seq)
+        made.load(checkpoints.load(at, made.manifest.begin, made.manifest.end)[0], 1)
+    for one, many in zip(vectors(first), vectors(*parts), strict=True):
+        assert torch.equal(one, many)
+    for made in parts:
+        advance(made, 21, batch)
+    for one, many in zip(vectors(through), vectors(*parts), strict=True):
+        assert torch.equal(one, many)
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_as_the_plain_method(tmp_path: Path) -> None:
+    """Whose steps had the user's β, and knew of no staleness."""
+    plain = shard("sgd_schedule_free", {"policy": "async"}, delay_correction={"name": "none"})
+    advance(plain, 30, 1)
+    cut, checkpoints = plain.cut(), Checkpoints(open_storage(tmp_path), "run", keep=1)
+    checkpoints.write(cut, 0, NUMEL, NUMEL, {})
+    (file,) = tmp_path.rglob(f"{0:015d}-{NUMEL:015d}.json")
+    document = json.loads(file.read_bytes())
+    del document["checksum"], document["expected_staleness"]
+    for scalars in document["scalars"].values():
+        del scalars["beta"], scalars["c"], scalars["staleness"]
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
+    file.write_text(json.dumps(document | {"checksum": checksum}))
+    old, _ = checkpoints.load(CutId(cut.epoch, cut.step, cut.seq), 0, NUMEL)
+    again = shard("sgd_schedule_free", {"policy": "async"}, delay_correction={"name": "none"})
+    again.load(old, 1)
+    for made in (plain, again):
+        advance(made, 30, 1)
+    for one, other in zip(vectors(plain), vectors(again), strict=True):
+        assert torch.equal(one, other)
+    corrected = shard("sgd_schedule_free", {"policy": "async"})
+    corrected.load(checkpoints.load(CutId(cut.epoch, cut.step, cut.seq), 0, NUMEL)[0], 1)
+    advance(corrected, 30, 1)
+    assert all(point.isfinite().all() for point in vectors(corrected))
+
+
+@pytest.mark.parametrize("correction", [{"name": "constant", "expected_staleness": 0.0}, AUTO])
+def test_fresh_gradients_are_not_corrected_for(correction: dict[str, Any]) -> None:
+    plain, other = (
+        shard("adamw_schedule_free", {"policy": "async"}, delay_correction=each_)
+        for each_ in ({"name": "none"}, correction)
+    )
+    for made in (plain, other):
+        for seq in range(1, 40):
+            gradient = torch.randn(NUMEL, generator=torch.Generator().manual_seed(seq))
+            made.apply(Entry(seq, 1, advance=True, gradient=gradient))
+    for one, many in zip(vectors(plain), vectors(other), strict=True):
+        assert torch.equal(one, many)
+
+
+# Over HTTP
+
+
+@pytest.mark.parametrize("correction", [AUTO, {"name": "constant", "expected_staleness": 3}])
+def test_the_service_corrects_for_the_staleness_of_its_leases(api: Api, correction: dict[str, Any]) -> None:
+    api.create(
+        optimizer={"algorithm": "sgd_schedule_free", "lr": 0.1, "delay_correction": correction},
+        aggregation={"policy": "async"},
+    )
+    leases = [api.lease(f"worker-{number}") for number in range(3)]
+    twin, expected = ScheduleFree(TENSORS["w"], lr=0.1, beta=0.9), 0.0
+    generator = torch.Generator().manual_seed(0)
+    for step in range(30):
+        if step == 20:
+            assert api.http.delete(api.path(f"/leases/{leases.pop()['lease']}")).status_code == 204
+        taken_at = max(0, step - 7) if step % 4 == 0 else max(0, step - 2)
+        pushed = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in TENSORS.items()}
+        receipt = api.push(leases[step % len(leases)], taken_at, tensors=pushed).json()
+        assert receipt["staleness"] == step - taken_at
+        expected = max(len(leases) - 1, expected + (receipt["staleness"] - expected) / (2 * (1 + expected)))
+        twin.step(pushed["w"], staleness=expected if correction == AUTO else 3)
+        for point in "xyz":
+            torch.testing.assert_close(api.pull(point)[0]["w"], getattr(twin, point).float(), rtol=1e-4, atol=1e-5)
