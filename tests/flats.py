@@ -51,8 +51,9 @@ class Flat:
         damping: float = 1.0,
         scale: float = 1.0,
         largest_rate: float = math.inf,
+        loss: float = 0.0,
     ) -> None:
-        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, largest_rate)
+        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, largest_rate, loss)
         self.scalars = step(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken)
 
     def observe(self, name: str, value: float) -> None:

@@ -118,6 +118,10 @@ class RunSpec(StrictModel):
                 raise fault(("parameters", index, "group"), f"there is no group {parameter.group!r}")
         for group in self.groups:
             self.hyperparameters(group)
+        if self.optimizer.needs_loss and self.shards > 1:
+            raise fault(
+                ("shards",), "the algorithm's step size needs sums over all parameters, and has them in one shard"
+            )
         return self
 
     def hyperparameters(self, group: str) -> OptimizerSpec:

@@ -117,6 +117,7 @@ class _PartManifest(BaseModel):
     weight: float
     damping: float
     lateness: int = 0
+    loss: float = 0.0
     metrics: dict[str, dict[str, float]] = {}
     """Name -> step -> value, of what evaluators have reported."""
     receipts: dict[str, dict[str, Any]]
@@ -135,7 +136,7 @@ class _Part:
 
     def common(self) -> str:
         """What all parts of a cut have in common, as text, by which NaN is equal to itself."""
-        fields = {"vectors", "numel", "scalars", "group", "weight", "damping", "lateness", "metrics"}
+        fields = {"vectors", "numel", "scalars", "group", "weight", "damping", "lateness", "loss", "metrics"}
         return json.dumps(self.manifest.model_dump(include=fields), sort_keys=True)
 
 
@@ -212,6 +213,7 @@ class Checkpoints:
             "weight": cut.weight,
             "damping": cut.damping,
             "lateness": cut.lateness,
+            "loss": cut.loss,
             "metrics": {
                 name: {str(step): value for step, value in steps.items()} for name, steps in cut.reported.items()
             },
@@ -416,6 +418,7 @@ class Checkpoints:
             weight=state.weight,
             damping=state.damping,
             lateness=state.lateness,
+            loss=state.loss,
             reported={
                 name: {int(step): value for step, value in steps.items()} for name, steps in state.metrics.items()
             },

@@ -426,6 +426,7 @@ class Pushes:
             scale=1.0 if limit is None else min(1.0, limit / (float(record.norm) + 1e-6)),
             damping=damping(self._spec.aggregation, record.staleness, record.live),
             lateness=lateness(self._spec.aggregation, record.staleness),
+            loss=claim.loss or 0.0,
             cuts=decision.cuts,
         )
 

@@ -74,6 +74,7 @@ class Claim:
     step: int
     key: str
     samples: float | None = None
+    loss: float | None = None
 
     def fingerprint(self) -> str:
         """What must be the same when the key comes again; it begins with the lease, see lua/open.lua."""

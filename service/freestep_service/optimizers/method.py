@@ -29,10 +29,15 @@ class Conditions(NamedTuple):
 
     damping: in (0, 1], multiplies the step's learning rate and leaves the averaging weights alone.
     largest_rate: no more than this is left of the learning rate; it leaves the averaging weights alone too.
+    loss: that of the batch, where it is needed. l1, inner: Σ|g| and Σ g·(z - x) over all parameters, where a method
+        needs them.
     """
 
     damping: float = 1.0
     largest_rate: float = math.inf
+    loss: float = 0.0
+    l1: float = 0.0
+    inner: float = 0.0
 
     def rate(self, lr: float) -> float:
         """What is left of a learning rate."""
@@ -64,6 +69,7 @@ class Method:
     interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
     observe: (hyperparameters, scalars, name, value) -> the next scalars: what a metric that is reported between two
         steps changes.
+    needs_sums: whether `advance` needs the conditions' sums; x and z are then among the buffers.
     """
 
     buffers: tuple[str, ...]
@@ -72,6 +78,7 @@ class Method:
     rule: Callable[..., tuple[Tensor, ...]]
     interpolation: Callable[[Any], float] | None = None
     observe: Callable[[Any, Scalars, str, float], Scalars] = deaf
+    needs_sums: bool = False
 
 
 @dataclass(frozen=True, eq=False)
