@@ -177,7 +177,7 @@ class Run:
     def manifest(self) -> Manifest:
         """The run's tensors, as the service has them."""
         if self._manifest is None:
-            self._manifest = Manifest(self.status().spec.parameters)
+            self._manifest = Manifest.of(self.status().spec)
         return self._manifest
 
     def create(self, spec: RunSpec | Mapping[str, Any]) -> RunStatus:
@@ -329,13 +329,13 @@ class Run:
 
     def _noted(self, answer: Answer) -> RunStatus:
         status = _parsed(RunStatus, answer)
-        self._manifest = Manifest(status.spec.parameters)
+        self._manifest = Manifest.of(status.spec)
         self._shards.heard(status.epoch, status.shards)
         return status
 
     def _read_status(self, retry: bool) -> RunStatus:
         status = _parsed(RunStatus, self._transport.request("GET", self._path, retry=retry))
-        self._manifest = Manifest(status.spec.parameters)
+        self._manifest = Manifest.of(status.spec)
         return status
 
     def _read_topology(self, retry: bool) -> Topology:

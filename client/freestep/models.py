@@ -116,13 +116,21 @@ class RunSpec(StrictModel):
             names.add(parameter.name)
             if parameter.group not in self.groups and parameter.group != DEFAULT_GROUP:
                 raise fault(("parameters", index, "group"), f"there is no group {parameter.group!r}")
-        for group in self.groups:
-            self.hyperparameters(group)
+        whole = self.whole_groups()
+        for index, parameter in enumerate(self.parameters):
+            if parameter.group in whole and len(parameter.shape) != 2:
+                raise fault(
+                    ("parameters", index, "shape"), "its group's base takes matrices; that of others may be adamw"
+                )
         if self.optimizer.needs_loss and self.shards > 1:
             raise fault(
                 ("shards",), "the algorithm's step size needs sums over all parameters, and has them in one shard"
             )
         return self
+
+    def whole_groups(self) -> set[str]:
+        """The param groups whose tensors a step takes whole, so that no shard may have a part of one."""
+        return {group for group in (DEFAULT_GROUP, *self.groups) if self.hyperparameters(group).takes_matrices}
 
     def hyperparameters(self, group: str) -> OptimizerSpec:
         """The hyperparameters of a param group: the run's, with the group's own in their place."""
@@ -162,7 +170,10 @@ class LeaseList(_Answer):
 
 
 class WorkerStatus(_Answer):
-    """A live worker: when its lease ends, and what it last pushed."""
+    """A live worker: when its lease ends, and what it last pushed.
+
+    speed: the steps that it takes by itself in a second, if a push has said so.
+    """
 
     worker: str
     lease: str
@@ -172,6 +183,7 @@ class WorkerStatus(_Answer):
     pushes: int = 0
     step: int | None = None
     staleness: int | None = None
+    speed: float | None = None
 
 
 class MetricReport(StrictModel):

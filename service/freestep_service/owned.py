@@ -30,7 +30,7 @@ from freestep_service.reported import Measured
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry, Shard
 from freestep_service.snapshots import Reading, Snapshot, Snapshots
-from freestep_service.turns import COMPILER, Turns
+from freestep_service.turns import Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -99,7 +99,7 @@ class OwnedShard:
 
     async def prepare(self) -> None:
         """Has ready what updates take. Until then the shard is given no state, and the run is not open for uploads."""
-        await asyncio.to_thread(self._turns.of(COMPILER, self.shard.prepare))
+        await asyncio.get_running_loop().run_in_executor(self._turns.compiler, self.shard.prepare)
 
     # Initial weights
 

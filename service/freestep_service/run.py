@@ -78,7 +78,7 @@ class Run:
         self.name = name
         self.spec = spec
         self.canonical_spec = spec.model_dump_json()
-        self.manifest = Manifest(spec.parameters)
+        self.manifest = Manifest.of(spec)
         self._node = node
         self._settings = settings
         self._storage = storage

@@ -14,8 +14,9 @@ from torch import Tensor
 from freestep import bases as specs
 from freestep_service.optimizers import moments
 from freestep_service.optimizers.method import Base, Conditions, Scalars
+from freestep_service.optimizers.muon import MATRICES
 
-__all__ = ["base_of"]
+__all__ = ["SGD", "base_of"]
 
 
 class _SGD(NamedTuple):
@@ -168,3 +169,5 @@ def base_of(h: specs.Base) -> Base:
             return moments.ADAMAX
         case specs.BaseRprop():
             return RPROP
+        case specs.MatrixBase():
+            return MATRICES

@@ -15,13 +15,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PLAIN", "Base", "Buffers", "Conditions", "Method", "Scalars", "deaf", "each_number"]
+__all__ = ["PLAIN", "Base", "Buffers", "Conditions", "Direction", "Method", "Scalars", "deaf", "each_number"]
 
 Scalars = Mapping[str, float]
 """A param group's scalar state: `k` (steps taken), and what else the method keeps."""
 
 Buffers = Mapping[str, Tensor]
 """The state vectors by name, each fp32 of one shape; `y` is among them."""
+
+
+Direction = Callable[..., Tensor]
+"""(g, *the base's state) -> what a matrix's step is along, each [rows, columns]; it moves the state, in place."""
 
 
 class Conditions(NamedTuple):
@@ -67,6 +71,8 @@ class Method:
         it branches on coefficients that are bools only, calls those functions of torch that `compiled` knows, and
         holds no literals.
     interpolation: hyperparameters -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
+    direction: hyperparameters -> what makes of each matrix of a group the `g` that the rule gets, before it does; None
+        where the rule gets the gradient. It is given what the method keeps beside y and z.
     observe: (hyperparameters, scalars, name, value) -> the next scalars: what a metric that is reported between two
         steps changes.
     needs_sums: whether `advance` needs the conditions' sums; x and z are then among the buffers.
@@ -77,6 +83,7 @@ class Method:
     advance: Callable[[Any, Scalars, Conditions], tuple[Scalars, Any]]
     rule: Callable[..., tuple[Tensor, ...]]
     interpolation: Callable[[Any], float] | None = None
+    direction: Callable[[Any], Direction | None] | None = None
     observe: Callable[[Any, Scalars, str, float], Scalars] = deaf
     needs_sums: bool = False
 
@@ -91,12 +98,14 @@ class Base:
     rule: (g, z, *state, coefficients) -> (how far the point z moves back, *the next state), as a tuple. As a method's
         rule, else.
     initial: the scalars that it keeps beside `k`, before the first step.
+    direction: as a method's, of the base's hyperparameters and state.
     """
 
     buffers: tuple[str, ...]
     advance: Callable[[Any, float, Scalars, Conditions], tuple[Scalars, Any]]
     rule: Callable[..., tuple[Tensor, ...]]
     initial: Scalars = field(default_factory=dict)
+    direction: Callable[[Any], Direction | None] | None = None
 
 
 def each_number(convert: Callable[[Any], Any], coefficients: Any) -> Any:
