@@ -52,8 +52,9 @@ class Flat:
         scale: float = 1.0,
         largest_rate: float = math.inf,
         staleness: float = 0.0,
+        loss: float = 0.0,
     ) -> None:
-        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, largest_rate, staleness)
+        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, largest_rate, staleness, loss)
         self.scalars = step(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken)
 
     def observe(self, name: str, value: float) -> None:

@@ -15,6 +15,7 @@ another τ̂ than the one before had, z goes from where it is along the line thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -201,6 +202,77 @@ class OverTorch(Delayed):
         self.weight_sum += weight
         c = weight / self.weight_sum if self.weight_sum else 0.0
         return c if self.averaging_constant is None else min((1 - self.beta) * self.averaging_constant * c, 1.0)
+
+
+@dataclass
+class AdamCPlus:
+    """ScheduleFree+ (arXiv 2605.19095, Algorithm 1), of all tensors of a model, since its step size is of all of them.
+
+        e_t = β_p e_{t-1} + (1 - β_p) sqrt(π/2) |g_t|_1       ê_t = e_t / (1 - β_p^t)
+        I_t = β̃_t <g_t, z_{t-1} - x_{t-1}>                    η_t = γ_t max(0, F_t + I_t) / ê_t
+        z_t = z_{t-1} - η_t² λ y_{t-1} - η_t m̂_t / (sqrt(v̂_t) + eps)
+        x_t = (1 - c_t) x_{t-1} + c_t z_t                     y_t = β̃_t x_t + (1 - β̃_t) z_t
+
+    The paper was not at hand: this follows what is published of its equations, and where those are silent the author's
+    `AdamCScheduleFreePlusPaper` (github.com/facebookresearch/schedule_free): β̃_t, with log(1 - β̃) going on a straight
+    line over steps counted from 0; c_t, Schedule-Free's with the weights t^r η_max^p, η_max at least eps, and 1 in the
+    first c_warmup steps. That code keeps ê in e's place where β_p > 0; here e is kept, as the equations say. Ours
+    alone are the warmup of γ, the damping of η, and η = 0 where all gradients have been 0.
+    """
+
+    x: dict[str, Tensor]
+    lr: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    sf_beta1: float = 0.9
+    sf_beta1_anneal_steps: int = 0
+    sf_beta1_max: float = 0.965
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    c_warmup: int = 0
+    polyak_beta: float = 0.0
+    r: float = 0.0
+    weight_lr_power: float = 2.0
+    t: int = 0
+    e: float = 0.0
+    lr_max: float = 0.0
+    weight_sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.x = {name: tensor.double().clone() for name, tensor in self.x.items()}
+        self.z, self.y = dict(self.x), dict(self.x)
+        self.m, self.v = ({name: torch.zeros_like(x) for name, x in self.x.items()} for _ in range(2))
+
+    def step(self, gradients: dict[str, Tensor], loss: float, damping: float = 1.0) -> None:
+        """One step along gradients taken at y, where the loss was `loss`."""
+        self.t += 1
+        beta = self.sf_beta1
+        if self.sf_beta1_anneal_steps:
+            share = min((self.t - 1) / self.sf_beta1_anneal_steps, 1.0)
+            beta = 1 - math.exp((1 - share) * math.log(1 - beta) + share * math.log(1 - self.sf_beta1_max))
+        g = {name: gradient.double() for name, gradient in gradients.items()}
+        norm = sum(float(each.abs().sum()) for each in g.values())
+        inner = sum(float((g[name] * (self.z[name] - self.x[name])).sum()) for name in g)
+        self.e = self.polyak_beta * self.e + (1 - self.polyak_beta) * math.sqrt(math.pi / 2) * norm
+        corrected = self.e / (1 - self.polyak_beta**self.t)
+        lr = self.lr * min(1.0, self.t / self.warmup_steps) if self.warmup_steps else self.lr
+        eta = lr * max(0.0, loss + beta * inner) / corrected if corrected else 0.0
+        self.lr_max = max(self.lr_max, eta, self.eps)
+        c = 1.0
+        if self.t > self.c_warmup:
+            weight = self.t**self.r * self.lr_max**self.weight_lr_power
+            self.weight_sum += weight
+            c = weight / self.weight_sum
+        eta *= damping
+        for name, each in g.items():
+            self.m[name] = self.betas[0] * self.m[name] + (1 - self.betas[0]) * each
+            self.v[name] = self.betas[1] * self.v[name] + (1 - self.betas[1]) * each * each
+            m = self.m[name] / (1 - self.betas[0] ** self.t)
+            v = self.v[name] / (1 - self.betas[1] ** self.t)
+            z = self.z[name] - eta * eta * self.weight_decay * self.y[name]
+            self.z[name] = z - eta * m / (v.sqrt() + self.eps)
+            self.x[name] = (1 - c) * self.x[name] + c * self.z[name]
+            self.y[name] = beta * self.x[name] + (1 - beta) * self.z[name]
 
 
 @dataclass

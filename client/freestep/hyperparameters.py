@@ -7,7 +7,7 @@ its paper's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,6 +35,7 @@ __all__ = [
     "GPASGD",
     "LEAST_CORRECTED",
     "SGD",
+    "AdamCScheduleFreePlus",
     "AdamW",
     "AdamWScheduleFree",
     "DiLoCo",
@@ -51,12 +52,17 @@ LEAST_CORRECTED = 0.7
 
 
 class _Hyperparameters(StrictModel):
+    needs_loss: ClassVar[bool] = False
+    """Whether each push has to say its loss."""
+    of_the_run: ClassVar[tuple[str, ...]] = ()
+    """What no param group has of its own."""
+
     max_grad_norm: Positive | None = None
     """Each push's gradient is scaled to at most this 2-norm, taken over all parameters of the run."""
 
     def overruled(self, overrides: Mapping[str, Any]) -> Self:
         """A param group's hyperparameters: these, with its own in their place. Raises ValidationError."""
-        for name in ("algorithm", "max_grad_norm", "delay_correction"):
+        for name in ("algorithm", "max_grad_norm", *self.of_the_run):
             if name in overrides:
                 raise fault((name,), f"{name} belongs to the run, not to a group")
         made = type(self).model_validate({**self.model_dump(), **overrides})
@@ -77,6 +83,8 @@ class _Hyperparameters(StrictModel):
 
 class ScheduleFree(_Hyperparameters):
     """What the Schedule-Free algorithms have in common."""
+
+    of_the_run = ("delay_correction",)
 
     r: Power = 0.0
     weight_lr_power: Power = 2.0
@@ -188,6 +196,33 @@ class ScheduleFreeWrapper(ScheduleFree):
         return {"base": {**members, "momentum": members.get("momentum", 0) > 0}}
 
 
+class AdamCScheduleFreePlus(_Hyperparameters):
+    """ScheduleFree+ (arXiv 2605.19095), as `AdamCScheduleFreePlusPaper` of the `schedulefree` repository.
+
+    The learning rate is `lr` times a Polyak step size, for which each push says its loss. betas: AdamC's. sf_beta1: how
+    much of x there is in y, which goes to sf_beta1_max in sf_beta1_anneal_steps. weight_decay: times the square of the
+    learning rate, so values are more like 20 than 0.1. polyak_beta: of the average of gradients' norms. c_warmup: steps
+    in which x is z.
+    """
+
+    needs_loss: ClassVar[bool] = True
+    of_the_run: ClassVar[tuple[str, ...]] = ("sf_beta1", "sf_beta1_anneal_steps", "sf_beta1_max", "polyak_beta")
+
+    algorithm: Literal["adamc_schedule_free_plus"] = "adamc_schedule_free_plus"
+    lr: NonNegative = 1.0
+    betas: tuple[Coefficient, Coefficient] = (0.9, 0.95)
+    sf_beta1: Coefficient = 0.9
+    sf_beta1_anneal_steps: Count = 0
+    sf_beta1_max: Coefficient = 0.965
+    eps: Epsilon = 1e-8
+    weight_decay: NonNegative = 0.0
+    warmup_steps: Count = 0
+    c_warmup: Count = 0
+    polyak_beta: Coefficient = 0.0
+    r: Power = 0.0
+    weight_lr_power: Power = 2.0
+
+
 class GPAAdamW(_Hyperparameters):
     """Generalized primal averaging over AdamW, arXiv 2512.17131: x is an exponential moving average of z.
 
@@ -275,6 +310,7 @@ _Algorithms = (
     | AdamWScheduleFree
     | RAdamScheduleFree
     | ScheduleFreeWrapper
+    | AdamCScheduleFreePlus
     | GPAAdamW
     | GPASGD
     | SGD

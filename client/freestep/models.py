@@ -122,6 +122,10 @@ class RunSpec(StrictModel):
                 raise fault(
                     ("parameters", index, "shape"), "its group's base takes matrices; that of others may be adamw"
                 )
+        if self.optimizer.needs_loss and self.shards > 1:
+            raise fault(
+                ("shards",), "the algorithm's step size needs sums over all parameters, and has them in one shard"
+            )
         return self
 
     def whole_groups(self) -> set[str]:

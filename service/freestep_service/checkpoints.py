@@ -119,6 +119,7 @@ class _PartManifest(BaseModel):
     lateness: int = 0
     expected_staleness: float = 0.0
     """Parts that older versions wrote lack it."""
+    loss: float = 0.0
     metrics: dict[str, dict[str, float]] = {}
     """Name -> step -> value, of what evaluators have reported."""
     receipts: dict[str, dict[str, Any]]
@@ -137,17 +138,8 @@ class _Part:
 
     def common(self) -> str:
         """What all parts of a cut have in common, as text, by which NaN is equal to itself."""
-        kept = {
-            "vectors",
-            "numel",
-            "scalars",
-            "group",
-            "weight",
-            "damping",
-            "lateness",
-            "expected_staleness",
-            "metrics",
-        }
+        kept = {"vectors", "numel", "scalars", "group", "metrics"}
+        kept |= {"weight", "damping", "lateness", "expected_staleness", "loss"}
         return json.dumps(self.manifest.model_dump(include=kept), sort_keys=True)
 
 
@@ -224,6 +216,7 @@ class Checkpoints:
             "weight": cut.weight,
             "damping": cut.damping,
             "lateness": cut.lateness,
+            "loss": cut.loss,
             "metrics": {
                 name: {str(step): value for step, value in steps.items()} for name, steps in cut.reported.items()
             },
@@ -429,6 +422,7 @@ class Checkpoints:
             weight=state.weight,
             damping=state.damping,
             lateness=state.lateness,
+            loss=state.loss,
             reported={
                 name: {int(step): value for step, value in steps.items()} for name, steps in state.metrics.items()
             },

@@ -13,7 +13,7 @@ from freestep.models import Receipt
 from freestep.wire import MEDIA_TYPE
 from freestep_service.records import Claim
 
-__all__ = ["Preferences", "body_length", "claim", "loss", "preferences", "receipt_headers", "upload"]
+__all__ = ["Preferences", "body_length", "claim", "preferences", "receipt_headers", "upload"]
 
 _LONGEST_WAIT_S = 600.0
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-12, 1e12
@@ -79,12 +79,14 @@ def upload(request: Request, *, required: bool) -> str | None:
 def claim(request: Request) -> Claim:
     """A push's claim. Raises MalformedRequest, naming the header."""
     samples, speed = request.headers.get("freestep-samples"), request.headers.get("freestep-speed")
+    loss = request.headers.get("freestep-loss")
     parsed = Claim(
         lease=_token(request, "Freestep-Lease"),
         token=_integer("Freestep-Token", _token(request, "Freestep-Token")),
         step=_integer("Freestep-Step", _token(request, "Freestep-Step")),
         key=_token(request, "Idempotency-Key"),
         samples=None if samples is None else _number("Freestep-Samples", samples),
+        loss=None if loss is None else _number("Freestep-Loss", loss),
         speed=None if speed is None else _number("Freestep-Speed", speed),
     )
     if parsed.step < 0:
@@ -96,12 +98,6 @@ def claim(request: Request) -> Claim:
     if parsed.speed is not None and parsed.speed <= 0:
         raise MalformedRequest("Freestep-Speed is not above 0", field="Freestep-Speed")
     return parsed
-
-
-def loss(request: Request) -> float | None:
-    """The loss that a push reports."""
-    text = request.headers.get("freestep-loss")
-    return None if text is None else _number("Freestep-Loss", text)
 
 
 def receipt_headers(receipt: Receipt) -> dict[str, str]:

@@ -428,6 +428,7 @@ class Pushes:
             lateness=lateness(self._spec.aggregation, record.staleness),
             staleness=record.staleness,
             live=record.live,
+            loss=claim.loss or 0.0,
             cuts=decision.cuts,
         )
 

@@ -77,6 +77,7 @@ class Claim:
     step: int
     key: str
     samples: float | None = None
+    loss: float | None = None
     speed: float | None = None
 
     def fingerprint(self) -> str:

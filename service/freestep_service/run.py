@@ -288,9 +288,13 @@ class Run:
         if self.leads and owned.index == 0 and self.spec.durability == "checkpoint":
             await self.checkpoint()
 
-    async def push(
-        self, owned: OwnedShard, claim: Claim, body: Body, loss: float | None, wish: Wish
-    ) -> tuple[Record, bool]:
+    def require_loss(self, claim: Claim) -> None:
+        """Raises InvalidSpec where the run's algorithm needs the loss of each push, and this one says none."""
+        if self.spec.optimizer.needs_loss and claim.loss is None:
+            algorithm = self.spec.optimizer.algorithm
+            raise InvalidSpec(f"{algorithm} needs the header Freestep-Loss on each push", field="Freestep-Loss")
+
+    async def push(self, owned: OwnedShard, claim: Claim, body: Body, wish: Wish) -> tuple[Record, bool]:
         """Carries a push to its decision: its record, and whether that was known before. Raises what pushes.py says."""
         self.require_initialized(owned)
         began = time.monotonic()
@@ -304,7 +308,7 @@ class Run:
         else:
             self._metrics.received(body.length)
             if owned.index == 0:
-                self._metrics.pushed(record, loss, time.monotonic() - began)
+                self._metrics.pushed(record, claim.loss, time.monotonic() - began)
             self._metrics.at(self.epoch, self.step)
         return record, replayed
 
@@ -434,6 +438,10 @@ class Run:
             raise InvalidSpec("a run without checkpoints cannot be cut anew", field="durability")
         if shards == self.count:
             return
+        if self.spec.optimizer.needs_loss:
+            raise InvalidSpec(
+                "the algorithm's step size needs sums over all parameters, and has them in one shard", field="shards"
+            )
         async with self._ownership.opening():
             await self.coordinator.gather(self.count, resharding=shards)
         if self.count != shards:

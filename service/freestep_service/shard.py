@@ -6,6 +6,7 @@ log, and of nothing else; whoever calls it sees to it that one thread does so at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,7 @@ class Entry:
     damping: what staleness leaves of the learning rate, in (0, 1].
     lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
     staleness: the push's, in steps. live: the workers that were, when it was committed.
+    loss: that of the push; 0 where it says none.
     """
 
     seq: int
@@ -68,6 +70,7 @@ class Entry:
     lateness: int = 0
     staleness: int = 0
     live: int = 1
+    loss: float = 0.0
     cuts: Mapping[str, str] = field(default_factory=dict)
     """Ticket -> "POINT DTYPE", and the shard where only one is asked: points wanted of the state that this leaves."""
     checkpoint: bool = False
@@ -92,6 +95,7 @@ class Cut:
     reported: Reported = field(default_factory=dict)
     lateness: int = 0
     expected_staleness: float = 0.0
+    loss: float = 0.0
 
 
 class Shard:
@@ -132,6 +136,7 @@ class Shard:
         self._weight = 0.0
         self._damping = 0.0
         self._lateness = 0
+        self._loss = 0.0
 
     def initialize(self, parameters: Tensor, epoch: int) -> None:
         """Starts at step 0 from the initial weights, flat [numel], fp32 or narrower, which are copied."""
@@ -146,8 +151,8 @@ class Shard:
     def apply(self, entry: Entry) -> None:
         """Applies the log's next entry.
 
-        A group's gradient is the mean of its pushes weighted by their samples, and its damping likewise; it is as late
-        as the latest of them.
+        A group's gradient is the mean of its pushes weighted by their samples, and its damping and loss likewise; it
+        is as late as the latest of them.
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
@@ -186,21 +191,23 @@ class Shard:
         self._weight += entry.weight
         self._damping += entry.weight * entry.damping
         self._lateness = max(self._lateness, entry.lateness)
+        self._loss += entry.weight * entry.loss
         self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
 
     def _direction(self, pushed: Tensor | None, entry: Entry) -> tuple[Gradient, Conditions]:
         """The gradient of the step that an entry brings about, and what the log says of its pushes."""
         if not self._gathers:
             assert pushed is not None
-            return Gradient(pushed, entry.scale), _conditions(entry.damping, entry.lateness)
+            return Gradient(pushed, entry.scale), _conditions(entry.damping, entry.lateness, entry.loss)
         if pushed is None:
             assert self._accumulated is not None
-            taken = _conditions(self._damping / self._weight, self._lateness)
+            taken = _conditions(self._damping / self._weight, self._lateness, self._loss / self._weight)
             return Gradient(self._accumulated, 1 / self._weight), taken
         weight = self._weight + entry.weight
         gathered = self._accumulated if self._weight else None
         damping = (self._damping + entry.weight * entry.damping) / weight
-        taken = _conditions(damping, max(self._lateness, entry.lateness))
+        loss = (self._loss + entry.weight * entry.loss) / weight
+        taken = _conditions(damping, max(self._lateness, entry.lateness), loss)
         return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), taken
 
     def copy_point(
@@ -266,6 +273,7 @@ class Shard:
             self._reported,
             self._lateness,
             self._expected_staleness,
+            self._loss,
         )
 
     def load(self, cut: Cut, epoch: int) -> None:
@@ -276,10 +284,11 @@ class Shard:
         self._scalars = dict(cut.scalars)
         self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
         self.group = dict(cut.group)
-        self._weight, self._damping, self._lateness = cut.weight, cut.damping, cut.lateness
+        self._weight, self._damping = cut.weight, cut.damping
+        self._lateness, self._loss = cut.lateness, cut.loss
         self._expected_staleness = cut.expected_staleness
         self._reported = cut.reported
 
 
-def _conditions(damping: float, lateness: int) -> Conditions:
-    return Conditions(damping, 1 / lateness) if lateness else Conditions(damping)
+def _conditions(damping: float, lateness: int, loss: float) -> Conditions:
+    return Conditions(damping, 1 / lateness if lateness else math.inf, loss=loss)

@@ -24,6 +24,7 @@ from freestep.demo.model import SmallConvNet
 from freestep.demo.plot import draw
 from freestep.demo.processes import Processes
 from freestep.demo.worker import shifted
+from freestep.models import Metric
 from harness import ProcessService, wait_until
 
 
@@ -146,6 +147,7 @@ def test_workers_come_and_go_while_an_evaluator_looks_on(
         last = Evaluation(**seen[-1])
         assert last.x_accuracy > 0.5
         assert last.x_step == last.y_step == step
+        assert run.status().metrics == {"accuracy": Metric(value=last.x_accuracy, step=step)}
         run.delete()
 
 

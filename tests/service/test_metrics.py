@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from freestep.models import AggregationSpec
+from freestep_service.aggregation import Policy
+from freestep_service.coordinator import Coordinator, Owner
+from freestep_service.records import Known
+from freestep_service.reported import Measured
+from freestep_service.store import Store
 from harness import TENSORS, Api, ProcessService, ThreadService, slug
 
 PLATEAU = {"name": "plateau", "metric": "loss", "patience": 1, "factor": 0.5, "cooldown": 1, "threshold": 0.0}
@@ -136,6 +143,27 @@ def test_reports_outlive_an_orderly_restart_and_redis(
         redis.flushall()
     assert slug(report(api, 0.3, 0)) == "idempotency-conflict"
     assert api.status()["metrics"] == {"loss": {"value": 0.1, "step": 1}}
+
+
+def test_a_report_of_which_only_the_log_tells_comes_before_the_next_push(api: Api, service: ThreadService) -> None:
+    """As one does whose answer from Redis was lost."""
+    plateau = {**PLATEAU, "patience": 0}
+    api.create(optimizer={"algorithm": "sgd", "lr": 1.0, "schedule": plateau})
+    report(api, 1.0, 0)
+
+    async def unheard() -> None:
+        store = await Store.connect(f"unix://{service.settings.data_dir.resolve()}/valkey/valkey.sock")
+        coordinator = Coordinator(store, api.run, "", Policy.of(AggregationSpec()))
+        token = service.redis_dump(api.redis_key("shards"))[api.redis_key("shards")]["0:token"]
+        for step, value in enumerate((1.0, 2.0)):
+            await coordinator.measure(Owner(0, token, Known(1, 0)), Measured("loss", step, value), None)
+        await store.close()
+
+    api.push(api.lease(), 0, tensors=ONES)
+    asyncio.run(unheard())
+    assert api.push(api.lease(), 1, tensors=ONES).json()["step"] == 2
+    assert torch.equal(api.pull("y")[0]["w"], TENSORS["w"] - 1.5)
+    assert report(api, 2.0, 1).json()["replayed"] is True
 
 
 @pytest.mark.slow

@@ -97,8 +97,11 @@ def test_a_redis_cluster_holds_a_run_in_one_slot(
     assert api.push(one, 0, "first").json()["replayed"] is True
     assert api.http.put(api.path(f"/leases/{one['lease']}")).status_code == 200
     assert [worker["worker"] for worker in api.status()["workers"]] == ["one", "two"]
+    report = {"name": "loss", "value": 0.5, "step": 1}
+    assert api.http.post(api.path("/metrics"), json=report).status_code == 200
     api.http.post(api.path("/checkpoints"))
     assert api.http.post(api.path("/checkpoints/1/restore")).status_code == 200
+    assert api.http.post(api.path("/metrics"), json=report).json()["replayed"] is True
     api.lease("dies", ttl_ms=100)
     leases = api.redis_key("leases")
     wait_until(lambda: "dies" not in service.redis_dump(leases)[leases])

@@ -20,7 +20,6 @@ from redis import Redis
 from torch import Tensor
 
 from forms import own
-from freestep.hyperparameters import ALGORITHMS
 from harness import ShardedApi, ThreadService, at_once, persistently, under_way, wait_until
 from shards.runs import NONE_LEFT, leftovers, sharded, staged, wholly
 
@@ -227,7 +226,7 @@ def compare(nodes: list[ThreadService], spec: dict[str, Any], shards: int, todo:
 
 PAIRS = [
     (algorithm, policy)
-    for algorithm in ALGORITHMS
+    for algorithm in HYPERPARAMETERS
     for policy in (["async", "buffered"] if algorithm in RARE else POLICIES)
 ]
 
@@ -247,7 +246,7 @@ def test_shards_are_as_one(nodes: list[ThreadService], algorithm: str, policy: s
 def test_shards_are_as_one_at_length(nodes: list[ThreadService], policy: str) -> None:
     @settings(STEADY, max_examples=12, suppress_health_check=list(HealthCheck))
     @given(
-        spec=st.sampled_from(sorted(ALGORITHMS)).flatmap(lambda algorithm: specs(algorithm, policy)),
+        spec=st.sampled_from(sorted(HYPERPARAMETERS)).flatmap(lambda algorithm: specs(algorithm, policy)),
         shards=st.integers(2, 5),
         todo=rounds,
     )

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Gradient"]
+from freestep_service.optimizers.halves import of_bf16_bits, of_f16_bits
+
+__all__ = ["WIDENING", "Gradient"]
+
+
+def _same(g: Any) -> Any:
+    return g
+
+
+WIDENING: dict[torch.dtype, Callable[[Any], Any]] = {
+    torch.float32: _same,
+    torch.bfloat16: of_bf16_bits,
+    torch.float16: of_f16_bits,
+}
+"""What compiled loops make fp32 of an element with, as it came; halves are given as their bits."""
 
 
 class Gradient(NamedTuple):

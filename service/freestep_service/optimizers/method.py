@@ -34,11 +34,16 @@ class Conditions(NamedTuple):
     damping: in (0, 1], multiplies the step's learning rate and leaves the averaging weights alone.
     largest_rate: no more than this is left of the learning rate; it leaves the averaging weights alone too.
     expected_staleness: of gradients in steps, as far as the method is to correct for it (`delay`).
+    loss: that of the batch, where it is needed. l1, inner: Σ|g| and Σ g·(z - x) over all parameters, where a method
+        needs them.
     """
 
     damping: float = 1.0
     largest_rate: float = math.inf
     expected_staleness: float = 0.0
+    loss: float = 0.0
+    l1: float = 0.0
+    inner: float = 0.0
 
     def rate(self, lr: float) -> float:
         """What is left of a learning rate."""
@@ -72,6 +77,7 @@ class Method:
         where the rule gets the gradient. It is given what the method keeps beside y and z.
     observe: (hyperparameters, scalars, name, value) -> the next scalars: what a metric that is reported between two
         steps changes.
+    needs_sums: whether `advance` needs the conditions' sums; x and z are then among the buffers.
     """
 
     buffers: tuple[str, ...]
@@ -81,6 +87,7 @@ class Method:
     interpolation: Callable[[Any, Scalars], float] | None = None
     direction: Callable[[Any], Direction | None] | None = None
     observe: Callable[[Any, Scalars, str, float], Scalars] = deaf
+    needs_sums: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from freestep import hyperparameters as specs
-from freestep_service.optimizers import baselines, outer, schedule_free, wrapper
+from freestep_service.optimizers import adamc, baselines, outer, schedule_free, wrapper
 from freestep_service.optimizers.method import Method
 
 __all__ = ["method_of"]
@@ -20,6 +20,8 @@ def method_of(h: specs.OptimizerSpec) -> Method:
             return schedule_free.RADAM
         case specs.ScheduleFreeWrapper():
             return wrapper.wrapper_of(h)
+        case specs.AdamCScheduleFreePlus():
+            return adamc.ADAMC_PLUS
         case specs.GPAAdamW():
             return wrapper.GPA_ADAMW
         case specs.GPASGD():

@@ -21,11 +21,11 @@ from torch import Tensor
 from freestep.manifest import Slot
 from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
 from freestep_service.optimizers.fused import fuse
-from freestep_service.optimizers.gradient import Gradient
-from freestep_service.optimizers.halves import of_bf16_bits, of_f16_bits
+from freestep_service.optimizers.gradient import WIDENING, Gradient
 from freestep_service.optimizers.method import PLAIN, Buffers, Conditions, Method, Scalars, each_number
 from freestep_service.optimizers.slices import in_slices
 from freestep_service.optimizers.streams import settle
+from freestep_service.optimizers.sums import gradient_sums
 
 __all__ = ["Segment", "gather", "initial_buffers", "segments", "step"]
 
@@ -80,6 +80,9 @@ def step(
     taken: Conditions = PLAIN,
 ) -> dict[str, Scalars]:
     """Moves the buffers, in place, one step along the gradient, and returns the groups' next scalars."""
+    if method.needs_sums:
+        l1, inner = gradient_sums(gradient, buffers["z"], buffers["x"])
+        taken = taken._replace(l1=l1, inner=inner)
     advanced = {group: method.advance(hyperparameters[group], state, taken) for group, state in scalars.items()}
     coefficients = {group: chosen for group, (_, chosen) in advanced.items()}
     state = [buffers[name] for name in method.buffers]
@@ -183,17 +186,6 @@ def _evaluate(
             place.copy_(moved)
 
 
-def _same(g: Any) -> Any:
-    return g
-
-
-_WIDENING: dict[torch.dtype, Callable[[Any], Any]] = {
-    torch.float32: _same,
-    torch.bfloat16: of_bf16_bits,
-    torch.float16: of_f16_bits,
-}
-
-
 @cache
 def _loop(rule: Callable[..., Any], vectors: int, dtype: torch.dtype, gathered: bool) -> Callable[..., None]:
     """The compiled loop of a rule over so many state vectors, for gradients that come as `dtype`.
@@ -202,7 +194,7 @@ def _loop(rule: Callable[..., Any], vectors: int, dtype: torch.dtype, gathered: 
     its place is not read.
     """
     name = f"{rule.__module__}.{rule.__qualname__}.{dtype}.{'group' if gathered else 'one'}"
-    rule, widened = inlined(rule), inlined(_WIDENING[dtype])
+    rule, widened = inlined(rule), inlined(WIDENING[dtype])
 
     def alone(scale: Any, share: Any, g: Any, h: Any) -> Any:
         return scale * (share * widened(g))

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from freestep.encoding import ENCODINGS
 from freestep.models import PointDtype, Receipt
 from freestep_service.egress import SnapshotResponse
-from freestep_service.headers import Preferences, body_length, claim, loss, preferences, receipt_headers
+from freestep_service.headers import Preferences, body_length, claim, preferences, receipt_headers
 from freestep_service.ingest import Body
 from freestep_service.peers import Peers, stall_seconds
 from freestep_service.pushes import Wish
@@ -42,6 +42,7 @@ async def push(request: Request) -> Response:
     wishes = preferences(request)
     body = Body(request, length, stall_s)
     claimed = claim(request)
+    run.require_loss(claimed)
     if asked.shard is None:
         return await _push_whole(run, request, asked.peers, body, claimed, wishes, dtype)
     if not run.owns(asked.shard):
@@ -49,7 +50,7 @@ async def push(request: Request) -> Response:
     owned = run.shard(asked.shard)
     wanted = f"y {dtype}" if wishes.representation and run.many else ""
     wish = Wish(wanted, after_update=wishes.wait > 0)
-    record, replayed = await run.push(owned, claimed, body, loss(request), wish)
+    record, replayed = await run.push(owned, claimed, body, wish)
     if not (wishes.representation and run.many):
         record = await owned.pushes.settle(record, wishes.wait)
     if not wishes.representation:
