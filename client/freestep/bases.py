@@ -30,6 +30,9 @@ __all__ = [
 
 _Betas = tuple[Coefficient, Coefficient]
 _Number = Annotated[float, Field(strict=True, ge=-100, le=100)]
+_TRIED = 512
+"""Singular values in (0, 1] that Newton-Schulz coefficients are tried on."""
+_LARGEST_SINGULAR_VALUE = 10
 
 
 class BaseSGD(StrictModel):
@@ -145,6 +148,18 @@ class MatrixBase(StrictModel):
     ns_coefficients: tuple[_Number, _Number, _Number] = (3.4445, -4.775, 2.0315)
     """a, b and c of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X."""
     ns_steps: Annotated[int, Field(strict=True, ge=1, le=99)] = 5
+
+    @model_validator(mode="after")
+    def _keeps_singular_values_small(self) -> Self:
+        a, b, c = self.ns_coefficients
+        for number in range(1, _TRIED + 1):
+            # Of a matrix divided by its norm.
+            sigma = number / _TRIED
+            for _ in range(self.ns_steps):
+                sigma = a * sigma + b * sigma**3 + c * sigma**5
+                if abs(sigma) > _LARGEST_SINGULAR_VALUE:
+                    raise fault(("ns_coefficients",), f"make singular values above {_LARGEST_SINGULAR_VALUE}")
+        return self
 
 
 class BaseMuon(MatrixBase):

@@ -53,6 +53,9 @@ EXTREMES: dict[str, tuple[Any, ...]] = {
     "lr_decay": (0.0, 1e12),
     "initial_accumulator_value": (0.0, 1e12),
     "momentum_decay": (0.0, 1e12),
+    "adjust_lr_fn": (None, "match_rms_adamw"),
+    "beta2": (0.0, JUST_BELOW_1),
+    "ns_steps": (1, 99),
     "etas": ((1e-300, 1e12), (JUST_BELOW_1, math.nextafter(1, 2))),
     "step_sizes": ((0.0, 0.0), (0.0, 1e12), (1e12, 1e12)),
 }
@@ -66,14 +69,14 @@ def choices(model: Any, **chosen: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, values, strict=True))
 
 
-def assert_steps(optimizer: dict[str, Any]) -> None:
+def assert_steps(optimizer: dict[str, Any], shape: tuple[int, ...] = (2,)) -> None:
     """A step that fails halfway leaves the vectors torn; and a weight of 0 with gradient 0 must not become NaN."""
-    flat = Flat(optimizer, {}, {"w": torch.tensor([0.0, 1.0])})
+    flat = Flat(optimizer, {}, {"w": torch.tensor([0.0, 1.0]).view(shape)})
     for k in (0, LAST - 1):
         flat.scalars["default"] = {**flat.scalars["default"], "k": k}
-        flat.step({"w": torch.tensor([0.0, 1e3])})
+        flat.step({"w": torch.tensor([0.0, 1e3]).view(shape)})
         assert all(map(math.isfinite, flat.scalars["default"].values()))
-        assert flat.point("x")["w"][0] == 0
+        assert flat.point("x")["w"].flatten()[0] == 0
 
 
 @pytest.mark.parametrize("algorithm", [algorithm for algorithm in ALGORITHMS if algorithm != "schedule_free_wrapper"])
@@ -88,7 +91,8 @@ def test_nor_does_one_of_a_base(base: str) -> None:
     kind = kinds_of("algorithm", get_args(bases.Base)[0])[base]
     # Momentum of 0 is another rule.
     for chosen in choices(kind, momentum=(0.0, 1e-6, JUST_BELOW_1)):
-        assert_steps({**wrapper, "base": {"algorithm": base, **chosen}})
+        shape = (1, 2) if issubclass(kind, bases.MatrixBase) else (2,)
+        assert_steps({**wrapper, "base": {"algorithm": base, **chosen}}, shape)
 
 
 def test_nor_does_one_of_the_wrapper() -> None:

@@ -143,6 +143,10 @@ def spec(base: dict[str, Any], *, shape: list[int], second: dict[str, Any] | Non
         (spec({"algorithm": "muon"}, shape=[3], second={"algorithm": "adamw", "amsgrad": True}), "groups.second.base"),
         (spec({"algorithm": "adamw"}, shape=[3, 3], second={"algorithm": "muon"}), "groups.second.base.algorithm"),
         (spec({"algorithm": "muon", "ns_steps": 0}, shape=[3, 3]), "optimizer.base.ns_steps"),
+        (
+            spec({"algorithm": "muon", "ns_coefficients": (4.0, 1, 1)}, shape=[3]),
+            "optimizer.base.ns_coefficients",
+        ),
         (spec({"algorithm": "muon", "beta2": 0.9}, shape=[3, 3]), "optimizer.base.beta2"),
     ],
 )
