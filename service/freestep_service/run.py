@@ -126,6 +126,11 @@ class Run:
         return self.many or self.spec.aggregation.slack is not None
 
     @property
+    def is_looked_after_elsewhere(self) -> bool:
+        """Whether its one shard is another process's, which would not hear of leases that are granted or end here."""
+        return not (self.many or self.owned)
+
+    @property
     def writer(self) -> Writer | None:
         """That of the first shard owned here, which knows the log as well as any other."""
         return self.owned[min(self.owned)].writer if self.owned else None

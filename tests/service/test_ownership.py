@@ -472,10 +472,34 @@ def test_two_services_share_runs_of_one_shard(
     assert count(views[0]) == count(views[1]) == 2
     assert views[1].checkpoint().step == 2
     assert views[1].restore(0).step == 0
+    json = {"Content-Type": "application/json"}
+    for node in nodes:
+        answer = httpx.post(f"{node.url}/v1/runs/counted/reshard", content=b'{ "shards": 1 }', headers=json)
+        assert answer.json()["shards"] == 1
     views[1].delete()
     for node in nodes:
         wait_until(lambda node=node: httpx.get(f"{node.url}/v1/runs/counted").status_code == 404)  # type: ignore[misc]
     assert not (tmp_path / "data" / "runs" / "counted").exists()
+
+
+def test_leases_of_one_shard_may_come_and_go_through_any_service(
+    start_service: Callable[..., ThreadService], store: ValkeyServer, run_of: Callable[..., Run]
+) -> None:
+    """An update that waited for a worker goes on, whoever was told that it left."""
+    nodes = [start_service(redis_url=url_of(store)) for _ in range(2)]
+    mine, other = (run_of(node.url) for node in nodes)
+    create(mine, 1, aggregation={"policy": "sync"})
+    assert owners(mine) == [nodes[0].url]
+    stays = other.lease("stays")
+    leases = f"{nodes[1].url}/v1/runs/counted/leases"
+    for step, ttl_ms in enumerate((60_000, 1_000)):
+        lost = httpx.post(leases, json={"worker": "leaves", "ttl_ms": ttl_ms}).json()["lease"]
+        assert mine.push(PUSHED, stays.claim(step)).decision == "accumulated"
+        if step == 0:
+            assert httpx.delete(f"{leases}/{lost}").status_code == 204
+        # The other lease runs out by itself.
+        assert mine.pull("y", min_step=step + 1, wait=30)[1] == step + 1
+    stays.release()
 
 
 @pytest.mark.slow

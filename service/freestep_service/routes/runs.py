@@ -43,7 +43,7 @@ async def get_topology(run: AnyRun) -> Topology:
 async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, peers: AnyPeers) -> Any:
     """Cuts the run into another number of shards, in a new epoch."""
     if not run.owned:
-        return await peers.relay(request, run, content=wish.model_dump_json().encode())
+        return await peers.relay(request, run, content=await request.body())
     await run.reshard(wish.shards)
     return await run.status()
 
