@@ -44,7 +44,7 @@ def test_defaults_of_a_spec(api: Api) -> None:
         ("optimizer.algorithm", {"optimizer": {}}),
         ("optimizer", {"optimizer": "sgd"}),
         ("aggregation.batch", {"aggregation": {"policy": "rennala"}}),
-        ("aggregation.policy", {"aggregation": {"policy": "ssp"}}),
+        ("aggregation.policy", {"aggregation": {"policy": "bsp"}}),
         ("parameters", {"parameters": []}),
         ("parameters.0.shape.0", {"parameters": [{"name": "w", "shape": [-1]}]}),
         ("parameters.0.group", {"parameters": [{"name": "w", "shape": [1], "group": "none"}]}),
