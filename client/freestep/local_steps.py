@@ -224,8 +224,8 @@ class LocalSteps(RemoteOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As RemoteOptimizer's; then goes on with the inner optimizer's state, and with the round, at the newest y.
 
-        If the run has gone back to an earlier step since, the round's progress is dropped, and `receipt` says so. It is
-        pushed in any case, so load a state only where the worker that saved it has pushed nothing since.
+        If the run has gone back to an earlier step since, the round's progress is dropped, and `receipt` says so. Else
+        it is part of the next push, also where the worker that saved it has pushed it since: then it counts twice.
         """
         if "inner" not in state_dict:
             raise ManifestMismatch("the state has no inner optimizer's: it is not one of LocalSteps")
