@@ -156,6 +156,44 @@ class OverTorch:
         return c if self.averaging_constant is None else min((1 - self.beta) * self.averaging_constant * c, 1.0)
 
 
+@dataclass
+class DelayedNesterov:
+    """The outer optimizer of DiLoCo (arXiv 2311.08105), and Delayed Nesterov (arXiv 2401.09135, section 5).
+
+    Step t receives g and has Δ <- Δ + g. Where t + 1 is a multiple of N = `period`
+
+        m <- β m + Δ/N        θ <- θ - ε ((1 - c N + c) β m + g/N)        Δ <- 0
+
+    else m stays, and θ <- θ - ε (c β m + g/N); with β = `momentum`, c = `activation`.
+    """
+
+    y: Tensor
+    lr: float = 0.7
+    momentum: float = 0.9
+    period: int = 1
+    activation: float = 0.0
+    t: int = 0
+    m: Tensor = field(init=False)
+    total: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.y = self.y.double().clone()
+        self.m = torch.zeros_like(self.y)
+        self.total = torch.zeros_like(self.y)
+
+    def step(self, gradient: Tensor, damping: float = 1.0) -> None:
+        """One step; `damping` multiplies the learning rate."""
+        g = gradient.double()
+        self.total += g
+        share = self.activation
+        if (self.t + 1) % self.period == 0:
+            self.m = self.momentum * self.m + self.total / self.period
+            self.total = torch.zeros_like(g)
+            share = 1 - self.activation * self.period + self.activation
+        self.y = self.y - damping * self.lr * (share * self.momentum * self.m + g / self.period)
+        self.t += 1
+
+
 @contextmanager
 def _doubles() -> Iterator[None]:
     """Has torch keep scalars in fp64, such as NAdam's product of momenta."""

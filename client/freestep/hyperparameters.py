@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from freestep.bases import Base, BaseSGD
 from freestep.schedules import Averaging, Constant, NoAveraging, Schedule
@@ -22,6 +22,7 @@ from freestep.validation import (
     NonNegative,
     Positive,
     Power,
+    Steps,
     StrictModel,
     fault,
     kinds_of,
@@ -30,9 +31,11 @@ from freestep.validation import (
 
 __all__ = [
     "ALGORITHMS",
+    "GPASGD",
     "SGD",
     "AdamW",
     "AdamWScheduleFree",
+    "DiLoCo",
     "GPAAdamW",
     "OptimizerSpec",
     "RAdamScheduleFree",
@@ -150,6 +153,21 @@ class GPAAdamW(_Hyperparameters):
     schedule: Schedule = Constant()
 
 
+class GPASGD(_Hyperparameters):
+    """Generalized primal averaging over SGD without momentum, arXiv 2512.17131; for pseudo-gradients, too.
+
+    For mu_x = mu_y = μ it is SGD with Nesterov momentum μ and the learning rate lr · (1 - μ), and x a smoother y.
+    The defaults are those of `diloco` in these terms; the paper has none for pseudo-gradients.
+    """
+
+    algorithm: Literal["gpa_sgd"] = "gpa_sgd"
+    mu_y: Interpolation = 0.9
+    mu_x: Coefficient = 0.9
+    lr: NonNegative = 7.0
+    weight_decay: NonNegative = 0.0
+    schedule: Schedule = Constant()
+
+
 class _Baseline(_Hyperparameters):
     schedule: Schedule = Constant()
     averaging: Averaging = NoAveraging()
@@ -172,7 +190,46 @@ class AdamW(_Baseline):
     weight_decay: NonNegative = 0.01
 
 
-_Algorithms = SGDScheduleFree | AdamWScheduleFree | RAdamScheduleFree | ScheduleFreeWrapper | GPAAdamW | SGD | AdamW
+class DiLoCo(_Hyperparameters):
+    """The outer optimizer of DiLoCo, arXiv 2311.08105: SGD with Nesterov momentum, along pseudo-gradients.
+
+    A pseudo-gradient is how far a worker's own steps have come, y at their beginning - where they ended.
+
+    momentum_period: N of Delayed Nesterov, arXiv 2401.09135: the momentum changes once in N steps, by the mean of
+    their gradients. momentum_activation: its c, the share of the momentum that each of the steps between takes; at most
+    1/N.
+    """
+
+    algorithm: Literal["diloco"] = "diloco"
+    lr: NonNegative = 0.7
+    momentum: Coefficient = 0.9
+    nesterov: Flag = True
+    momentum_period: Steps = 1
+    momentum_activation: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _delays_nesterov_momentum(self) -> Self:
+        if self.momentum_period > 1 and not self.nesterov:
+            raise fault(("momentum_period",), "it is Nesterov momentum that can be delayed")
+        if self.momentum_activation * self.momentum_period > 1:
+            raise fault(("momentum_activation",), "must be at most 1 / momentum_period")
+        return self
+
+    def _kept(self) -> dict[str, Any]:
+        return {"momentum_period": self.momentum_period > 1}
+
+
+_Algorithms = (
+    SGDScheduleFree
+    | AdamWScheduleFree
+    | RAdamScheduleFree
+    | ScheduleFreeWrapper
+    | GPAAdamW
+    | GPASGD
+    | SGD
+    | AdamW
+    | DiLoCo
+)
 OptimizerSpec = Annotated[_Algorithms, Field(discriminator="algorithm"), told_by("algorithm", _Algorithms)]
 
 ALGORITHMS: dict[str, type[_Algorithms]] = kinds_of("algorithm", _Algorithms)

@@ -147,7 +147,10 @@ class LeaseList(_Answer):
 
 
 class WorkerStatus(_Answer):
-    """A live worker: when its lease ends, and what it last pushed."""
+    """A live worker: when its lease ends, and what it last pushed.
+
+    speed: the steps that it takes by itself in a second, if a push has said so.
+    """
 
     worker: str
     lease: str
@@ -157,6 +160,7 @@ class WorkerStatus(_Answer):
     pushes: int = 0
     step: int | None = None
     staleness: int | None = None
+    speed: float | None = None
 
 
 class Receipt(_Answer):

@@ -291,8 +291,9 @@ class Coordinator:
         """
         keys, *arguments = self._push_call(claim, owner)
         largest = "" if largest_norm is None else repr(largest_norm)
+        speed = "" if claim.speed is None else repr(claim.speed)
         status, *rest = await self._store.run(
-            "commit", keys, *arguments, digest, repr(norm), largest, wanted, int(after_update)
+            "commit", keys, *arguments, digest, repr(norm), largest, wanted, int(after_update), speed
         )
         if status == "staged":
             return None

@@ -61,13 +61,17 @@ class CutId(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """What a push says of itself: its lease and token, where its gradient was taken, its idempotency key."""
+    """What a push says of itself: its lease and token, where its gradient was taken, its idempotency key.
+
+    speed: the steps that its worker takes by itself in a second, which its lease remembers.
+    """
 
     lease: str
     token: int
     step: int
     key: str
     samples: float | None = None
+    speed: float | None = None
 
     def fingerprint(self) -> str:
         """What must be the same when the key comes again; it begins with the lease, see lua/open.lua."""

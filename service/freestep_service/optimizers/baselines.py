@@ -16,10 +16,12 @@ from freestep_service.optimizers.averaging import averaged
 from freestep_service.optimizers.method import Conditions, Method, Scalars
 from freestep_service.optimizers.schedules import scheduled
 
-__all__ = ["ADAMW", "AVERAGED_ADAMW", "AVERAGED_SGD", "SGD"]
+__all__ = ["ADAMW", "AVERAGED_ADAMW", "AVERAGED_SGD", "SGD", "SGDCoefficients"]
 
 
-class _SGDCoefficients(NamedTuple):
+class SGDCoefficients(NamedTuple):
+    """What the rule of SGD takes."""
+
     lr: float
     weight_decay: float
     momentum: float
@@ -29,15 +31,15 @@ class _SGDCoefficients(NamedTuple):
     nesterov: bool
 
 
-def _advance_sgd(h: SGDSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _SGDCoefficients]:
+def _advance_sgd(h: SGDSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, SGDCoefficients]:
     k = scalars["k"]
     lr = taken.damping * scheduled(h.lr, h.schedule, k)
     # The buffer starts as the first gradient, undampened.
     gain = 1 - h.dampening if k else 1.0
-    return {"k": k + 1}, _SGDCoefficients(lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov)
+    return {"k": k + 1}, SGDCoefficients(lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov)
 
 
-def _sgd(g: Tensor, y: Tensor, buffer: Tensor, s: _SGDCoefficients) -> tuple[Tensor, Tensor]:
+def _sgd(g: Tensor, y: Tensor, buffer: Tensor, s: SGDCoefficients) -> tuple[Tensor, Tensor]:
     g = g + s.weight_decay * y
     d = g
     if s.has_momentum:

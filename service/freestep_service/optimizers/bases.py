@@ -15,7 +15,7 @@ from freestep import bases as specs
 from freestep_service.optimizers import moments
 from freestep_service.optimizers.method import Base, Conditions, Scalars
 
-__all__ = ["base_of"]
+__all__ = ["SGD", "base_of"]
 
 
 class _SGD(NamedTuple):

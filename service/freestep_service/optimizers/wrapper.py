@@ -10,7 +10,7 @@ become, without x,
 
 Schedule-Free has c = w_k / Σ w, and γ λ y as a part of d where it decays weights at y, before the base sees z. That is
 the `schedulefree` package's ScheduleFreeWrapper. Generalized primal averaging (arXiv 2512.17131) has β = μ_y and
-c = 1 - μ_x, over an AdamW that takes the gradient at y and decays z.
+c = 1 - μ_x, over an AdamW or SGD that takes the gradient at y and decays z.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from freestep.hyperparameters import GPAAdamW, ScheduleFreeWrapper
-from freestep_service.optimizers.bases import base_of
+from freestep.bases import BaseSGD
+from freestep.hyperparameters import GPASGD, GPAAdamW, ScheduleFreeWrapper
+from freestep_service.optimizers.bases import SGD, base_of
 from freestep_service.optimizers.compiled import inlined
 from freestep_service.optimizers.method import Base, Conditions, Method, Scalars
 from freestep_service.optimizers.moments import ADAMW
 from freestep_service.optimizers.schedule_free import INITIAL, average
 from freestep_service.optimizers.schedules import scheduled
 
-__all__ = ["GPA_ADAMW", "wrapper_of"]
+__all__ = ["GPA_ADAMW", "GPA_SGD", "wrapper_of"]
 
 
 class _Coefficients(NamedTuple):
@@ -75,10 +76,16 @@ def _wrapper(base: Base) -> Method:
     )
 
 
-def _advance_gpa(h: GPAAdamW, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
-    lr = scheduled(h.lr, h.schedule, scalars["k"])
-    _, coefficients = ADAMW.advance(h, lr, scalars, taken)
-    return {"k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
+def _gpa(base: Base, its: Callable[[Any], Any]) -> Method:
+    """Over a base, whose own hyperparameters `its` finds in the method's."""
+
+    def advance(h: GPAAdamW | GPASGD, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
+        lr = scheduled(h.lr, h.schedule, scalars["k"])
+        _, coefficients = base.advance(its(h), lr, scalars, taken)
+        return {"k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, coefficients)
+
+    return Method(("y", "z", *base.buffers), {"k": 0}, advance, _over(base.rule), lambda h: float(h.mu_y))
 
 
-GPA_ADAMW = Method(("y", "z", *ADAMW.buffers), {"k": 0}, _advance_gpa, _over(ADAMW.rule), lambda h: float(h.mu_y))
+GPA_ADAMW = _gpa(ADAMW, lambda h: h)
+GPA_SGD = _gpa(SGD, lambda h: BaseSGD(weight_decay=h.weight_decay))
