@@ -88,10 +88,6 @@ def _look(trial: Trial, number: int) -> dict[str, Any]:
     return {"step": looks[0]["step"], **{figure: over_seeds(looks, figure) for figure in FIGURES}}
 
 
-def _at(curve: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    return next(look for look in curve if look["step"] == steps)
-
-
 def tables(found: dict[str, Any]) -> list[Table]:
     losses, others, accuracies = [], [], []
     for number, steps in enumerate(found["lengths"]):
@@ -125,7 +121,8 @@ def _with_lr(cell: str, run: dict[str, Any]) -> str:
 
 
 def _at(run: dict[str, Any], steps: int) -> dict[str, Any]:
-    return next(look for look in run["curve"] if look["step"] == steps)
+    found: dict[str, Any] = next(look for look in run["curve"] if look["step"] == steps)
+    return found
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:

@@ -26,6 +26,7 @@ from examples.lab.service import serving
 from examples.lab.training import batches
 from examples.lab.tuning import Trial, over_seeds, tune
 from freestep import Client, LocalSteps, RemoteOptimizer
+from freestep.models import Dtype
 
 WORKERS, BATCH, SEEDS, STEPS = 4, 16, 2, 600
 QUICK_SEEDS, QUICK_STEPS = 1, 20
@@ -41,7 +42,7 @@ class Way:
     """How workers send: every so many steps, and as what."""
 
     every: int
-    dtype: str = "F32"
+    dtype: Dtype = "F32"
 
     @property
     def name(self) -> str:
