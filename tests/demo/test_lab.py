@@ -16,6 +16,9 @@ from examples.lab.tuning import Trial, tune
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "lab.md"
 
+LONG = pytest.mark.timeout(600)
+"""Processes that import torch, many times, are slow to start on a machine that does other things."""
+
 
 def parabola(best: float) -> list[float]:
     """The learning rates that a grid of 1, 2 and 4 comes to try where one is best, and the one that it says is."""
@@ -59,7 +62,8 @@ def test_means_have_the_digits_that_count(average: float, spread: float, expecte
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "theorem" else [pytest.mark.slow]) for name in NAMES]
+    "name",
+    [pytest.param(name, marks=[] if name == "theorem" else [pytest.mark.slow, LONG]) for name in NAMES],
 )
 def test_an_experiment_writes_its_table_and_its_plot(name: str, tmp_path: Path) -> None:
     run(name, tmp_path, quick=True)
