@@ -14,7 +14,8 @@ demo: $(VENV)/installed
 	$(BIN)/freestep demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not alone' --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m alone
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

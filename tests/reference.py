@@ -24,6 +24,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, Rprop
 
 
+def fadas(lr: float, staleness: int, threshold: int) -> float:
+    """FADAS's learning rate under delay (arXiv 2407.18365): η where τ <= τ_c, else min(η, 1/τ)."""
+    return lr if staleness <= threshold else min(lr, 1 / staleness)
+
+
 @dataclass(kw_only=True)
 class Delayed:
     """The share of x in y, as steps leave it."""
@@ -198,6 +203,44 @@ class OverTorch(Delayed):
         return c if self.averaging_constant is None else min((1 - self.beta) * self.averaging_constant * c, 1.0)
 
 
+@dataclass
+class DelayedNesterov:
+    """The outer optimizer of DiLoCo (arXiv 2311.08105), and Delayed Nesterov (arXiv 2401.09135, section 5).
+
+    Step t receives g and has Δ <- Δ + g. Where t + 1 is a multiple of N = `period`
+
+        m <- β m + Δ/N        θ <- θ - ε ((1 - c N + c) β m + g/N)        Δ <- 0
+
+    else m stays, and θ <- θ - ε (c β m + g/N); with β = `momentum`, c = `activation`.
+    """
+
+    y: Tensor
+    lr: float = 0.7
+    momentum: float = 0.9
+    period: int = 1
+    activation: float = 0.0
+    t: int = 0
+    m: Tensor = field(init=False)
+    total: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.y = self.y.double().clone()
+        self.m = torch.zeros_like(self.y)
+        self.total = torch.zeros_like(self.y)
+
+    def step(self, gradient: Tensor, damping: float = 1.0) -> None:
+        """One step; `damping` multiplies the learning rate."""
+        g = gradient.double()
+        self.total += g
+        share = self.activation
+        if (self.t + 1) % self.period == 0:
+            self.m = self.momentum * self.m + self.total / self.period
+            self.total = torch.zeros_like(g)
+            share = 1 - self.activation * self.period + self.activation
+        self.y = self.y - damping * self.lr * (share * self.momentum * self.m + g / self.period)
+        self.t += 1
+
+
 @contextmanager
 def _doubles() -> Iterator[None]:
     """Has torch keep scalars in fp64, such as NAdam's product of momenta."""
@@ -207,3 +250,53 @@ def _doubles() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class Muon(Optimizer):
+    """Muon in fp64 (arXiv 2502.16982, algorithm 1), by torch.optim.Muon's names and definition of momentum.
+
+    Where `beta2` is given it is NorMuon (arXiv 2510.05491, algorithm 1; over it Schedule-Free is SF-NorMuon, arXiv
+    2605.23061): rows divided by the root of their mean squares' average, the whole with a root mean square of 0.2.
+    """
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        nesterov: bool = True,
+        beta2: float | None = None,
+        adjust_lr_fn: str | None = None,
+        eps: float = 1e-7,
+    ) -> None:
+        super().__init__(params, {"lr": lr})
+        (self.parameter,) = params
+        self.momentum, self.weight_decay, self.nesterov = momentum, weight_decay, nesterov
+        self.beta2, self.adjust_lr_fn, self.eps = beta2, adjust_lr_fn, eps
+        self.m = torch.zeros_like(self.parameter)
+        self.row_squares = torch.zeros_like(self.parameter[:, 0])
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        g, lr = self.parameter.grad, self.param_groups[0]["lr"]
+        assert g is not None
+        self.m = self.momentum * self.m + (1 - self.momentum) * g
+        rows, columns = g.shape
+        if self.beta2 is None:
+            p = self.polar(self.momentum * self.m + (1 - self.momentum) * g if self.nesterov else self.m)
+            by_rms = self.adjust_lr_fn == "match_rms_adamw"
+            p = p * (0.2 * max(rows, columns) ** 0.5 if by_rms else max(1.0, rows / columns) ** 0.5)
+        else:
+            p = self.polar(self.m)
+            self.row_squares = self.beta2 * self.row_squares + (1 - self.beta2) * p.square().mean(1)
+            p = p / (self.row_squares.sqrt() + self.eps)[:, None]
+            p = 0.2 * p / p.square().mean().sqrt()
+        self.parameter.copy_((1 - lr * self.weight_decay) * self.parameter - lr * p)
+
+    def polar(self, m: Tensor) -> Tensor:
+        """Five iterations of the odd polynomial, taken on the singular values themselves."""
+        u, sigma, vh = torch.linalg.svd(m / m.norm(), full_matrices=False)
+        for _ in range(5):
+            sigma = 3.4445 * sigma - 4.775 * sigma**3 + 2.0315 * sigma**5
+        return u @ sigma.diag() @ vh

@@ -18,6 +18,7 @@ TRIES = 3
 """Whoever else uses the machine takes more from several processes than from the floor's two."""
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_push_and_pull_costs_little_more_than_its_bytes() -> None:
     command = [sys.executable, "-m", "benchmarks.roundtrip", "--json", "--largest", str(PARAMETERS)]

@@ -6,6 +6,7 @@ from freestep.errors import *  # noqa: F403
 from freestep.errors import __all__ as _errors
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
+from freestep.local_steps import LocalSteps
 from freestep.models import AggregationSpec, Receipt, RunSpec, RunStatus
 from freestep.optimizer import RemoteOptimizer
 
@@ -18,6 +19,7 @@ __all__ = [
     "Flat",
     "HeldLease",
     "Int8",
+    "LocalSteps",
     "Pulled",
     "Receipt",
     "RemoteOptimizer",

@@ -1,7 +1,7 @@
-"""The base optimizers that `schedule_free_wrapper` wraps: the elementwise ones of `torch.optim`, in snake case.
+"""The base optimizers that `schedule_free_wrapper` wraps: the elementwise ones of `torch.optim`, and those of matrices.
 
-Hyperparameters are torch's own, with its defaults. Left out are those that say how and not what is computed (foreach,
-fused, capturable, differentiable), and maximize, which is the sign of a worker's loss.
+Hyperparameters are torch's own, with its defaults, and of NorMuon its paper's. Left out are those that say how and not
+what is computed (foreach, fused, capturable, differentiable), and maximize, which is the sign of a worker's loss.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ __all__ = [
     "BaseAdam",
     "BaseAdamW",
     "BaseAdamax",
+    "BaseMuon",
     "BaseNAdam",
+    "BaseNorMuon",
     "BaseRAdam",
     "BaseRMSprop",
     "BaseRprop",
     "BaseSGD",
+    "MatrixBase",
 ]
 
 _Betas = tuple[Coefficient, Coefficient]
+_Number = Annotated[float, Field(strict=True, ge=-100, le=100)]
 
 
 class BaseSGD(StrictModel):
@@ -128,5 +132,52 @@ class BaseRprop(StrictModel):
         return self
 
 
-_Bases = BaseSGD | BaseRMSprop | BaseAdagrad | BaseAdam | BaseAdamW | BaseNAdam | BaseRAdam | BaseAdamax | BaseRprop
+class MatrixBase(StrictModel):
+    """What steps along a matrix's gradient made orthogonal by Newton-Schulz iterations.
+
+    Such a base takes whole matrices, parameters of two dimensions; groups of other parameters have the base `adamw`.
+    """
+
+    lr: NonNegative = 0.001
+    weight_decay: NonNegative = 0.1
+    momentum: Coefficient = 0.95
+    eps: Epsilon = 1e-7
+    ns_coefficients: tuple[_Number, _Number, _Number] = (3.4445, -4.775, 2.0315)
+    """a, b and c of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X."""
+    ns_steps: Annotated[int, Field(strict=True, ge=1, le=99)] = 5
+
+
+class BaseMuon(MatrixBase):
+    """What `torch.optim.Muon` takes."""
+
+    algorithm: Literal["muon"] = "muon"
+    nesterov: Flag = True
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
+    """lr is multiplied by sqrt(max(1, rows / columns)), which is the original, or by 0.2 sqrt(max(rows, columns))."""
+
+
+class BaseNorMuon(MatrixBase):
+    """Muon whose rows are scaled by the root of their mean squares' moving average, arXiv 2510.05491.
+
+    Over it Schedule-Free is SF-NorMuon, arXiv 2605.23061.
+    """
+
+    algorithm: Literal["normuon"] = "normuon"
+    weight_decay: NonNegative = 0.0
+    beta2: Coefficient = 0.95
+
+
+_Bases = (
+    BaseSGD
+    | BaseRMSprop
+    | BaseAdagrad
+    | BaseAdam
+    | BaseAdamW
+    | BaseNAdam
+    | BaseRAdam
+    | BaseAdamax
+    | BaseRprop
+    | BaseMuon
+    | BaseNorMuon
+)
 Base = Annotated[_Bases, Field(discriminator="algorithm"), told_by("algorithm", _Bases)]

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from freestep.client import DEFAULT_URL, Client, Pulled
 from freestep.errors import FreestepError, ServiceUnreachable
 from freestep.flat import Flat
-from freestep.models import MOST_SHARDS, Checkpoint, Point, PointDtype, RunStatus
+from freestep.models import MOST_SHARDS, Checkpoint, Metric, MetricReport, Point, PointDtype, RunStatus
 from freestep_command import interruptible
 
 __all__ = ["main"]
@@ -148,6 +148,30 @@ def workers(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: 
 
 
 @app.command()
+def report(
+    run: RunName,
+    name: Annotated[str, typer.Argument(help="The metric's name.")],
+    value: Annotated[float, typer.Argument(help="Its value; after -- if it is negative.")],
+    step: Annotated[int, typer.Option(min=0, help="The step of the x at which it was measured.")],
+    epoch: Annotated[int | None, typer.Option(min=0, help="The epoch of that x.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Report a metric of a run, for its status and its plateau schedules."""
+    try:
+        made = MetricReport(name=name, value=value, step=step, epoch=epoch)
+    except ValidationError as error:
+        _fail(2, f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}")
+    with _client(url, token) as client:
+        receipt = client.run(run).report(made.name, made.value, made.step, epoch=made.epoch)
+    if as_json:
+        _json(receipt.model_dump(mode="json"))
+    else:
+        _say(f"{name} of {run} at step {step} is {value:g}" + (", as reported before" if receipt.replayed else ""))
+
+
+@app.command()
 def pull(
     run: RunName,
     output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.")],
@@ -230,8 +254,13 @@ def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, st
         ("pushes", ", ".join(f"{count} {decision}" for decision, count in status.pushes.items())),
         ("loss", _or_dash(status.loss)),
         ("staleness", _or_dash(status.staleness)),
+        ("metrics", ", ".join(_told(name, metric) for name, metric in status.metrics.items()) or "-"),
         ("checkpoint", _or_dash(status.checkpoint_step)),
     ]
+
+
+def _told(name: str, metric: Metric) -> str:
+    return f"{name} {metric.value:.4g} at step {metric.step}"
 
 
 def _write(output: Path, flat: Flat, run: str, point: str, pulled: Pulled) -> None:

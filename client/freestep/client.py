@@ -29,6 +29,8 @@ from freestep.models import (
     CheckpointList,
     Lease,
     LeaseList,
+    MetricReceipt,
+    MetricReport,
     Point,
     Receipt,
     RunList,
@@ -175,7 +177,7 @@ class Run:
     def manifest(self) -> Manifest:
         """The run's tensors, as the service has them."""
         if self._manifest is None:
-            self._manifest = Manifest(self.status().spec.parameters)
+            self._manifest = Manifest.of(self.status().spec)
         return self._manifest
 
     def create(self, spec: RunSpec | Mapping[str, Any]) -> RunStatus:
@@ -303,6 +305,16 @@ class Run:
         self._ranks.spread(into, len(answers))
         return pulled
 
+    def report(self, name: str, value: float, step: int, *, epoch: int | None = None) -> MetricReceipt:
+        """Reports what was measured at the x of a step; plateau schedules hear of it, and the run's status shows it.
+
+        A report counts once, however often it is made. Raises IdempotencyConflict when another value was reported of
+        that step, MalformedRequest when the run has not come to it, and EpochChanged when `epoch` is given and over.
+        """
+        report = MetricReport(name=name, value=float(value), step=step, epoch=epoch)
+        document = report.model_dump(exclude_none=True)
+        return _parsed(MetricReceipt, self._transport.request("POST", f"{self._path}/metrics", json=document))
+
     def checkpoint(self) -> Checkpoint:
         """Has a checkpoint written now."""
         return _parsed(Checkpoint, self._transport.request("POST", f"{self._path}/checkpoints"))
@@ -317,13 +329,13 @@ class Run:
 
     def _noted(self, answer: Answer) -> RunStatus:
         status = _parsed(RunStatus, answer)
-        self._manifest = Manifest(status.spec.parameters)
+        self._manifest = Manifest.of(status.spec)
         self._shards.heard(status.epoch, status.shards)
         return status
 
     def _read_status(self, retry: bool) -> RunStatus:
         status = _parsed(RunStatus, self._transport.request("GET", self._path, retry=retry))
-        self._manifest = Manifest(status.spec.parameters)
+        self._manifest = Manifest.of(status.spec)
         return status
 
     def _read_topology(self, retry: bool) -> Topology:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from freestep.encoders import Encoder, Int8, Rounded, TopK
@@ -100,14 +101,24 @@ class Gradients:
         copy: they may be changed before they are pushed. Raises ManifestMismatch when others are trained than the
         run's.
         """
-        self._check()
+        self.check()
         gradients = {name: tensor.grad for name, tensor in self._tensors.items()}
         if self._loose is not None:
             self._loose.gather(gradients, copy=copy)
         else:
             self.flat.gather(gradients)
 
-    def _check(self) -> None:
+    def gather_since(self, start: Flat) -> None:
+        """Takes `start` - the parameters as they are now, which a step along it of learning rate 1 makes of `start`.
+
+        Raises as `gather`.
+        """
+        self.check()
+        for name, tensor in self._tensors.items():
+            torch.sub(start.views[name], tensor.to("cpu", torch.float32), out=self.flat.views[name])
+
+    def check(self) -> None:
+        """Raises ManifestMismatch when other parameters are trained than the run's."""
         for name, tensor in self._tensors.items():
             if not tensor.requires_grad:
                 raise ManifestMismatch(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from freestep.bases import Base, BaseSGD
+from freestep.bases import Base, BaseAdamW, BaseSGD, MatrixBase
 from freestep.delay import DelayCorrection, NoCorrection
 from freestep.schedules import Averaging, Constant, NoAveraging, Schedule
 from freestep.validation import (
@@ -23,6 +23,7 @@ from freestep.validation import (
     NonNegative,
     Positive,
     Power,
+    Steps,
     StrictModel,
     fault,
     kinds_of,
@@ -31,10 +32,12 @@ from freestep.validation import (
 
 __all__ = [
     "ALGORITHMS",
+    "GPASGD",
     "LEAST_CORRECTED",
     "SGD",
     "AdamW",
     "AdamWScheduleFree",
+    "DiLoCo",
     "GPAAdamW",
     "OptimizerSpec",
     "RAdamScheduleFree",
@@ -65,6 +68,11 @@ class _Hyperparameters(StrictModel):
     def _kept(self) -> dict[str, Any]:
         """What decides, by its name, which vectors the method keeps."""
         return {}
+
+    @property
+    def takes_matrices(self) -> bool:
+        """Whether a step takes a parameter whole, and as a matrix."""
+        return False
 
 
 class ScheduleFree(_Hyperparameters):
@@ -144,16 +152,21 @@ class RAdamScheduleFree(ScheduleFree):
 
 
 class ScheduleFreeWrapper(ScheduleFree):
-    """Schedule-Free over one of nine optimizers of torch's, as `schedulefree.ScheduleFreeWrapper`.
+    """Schedule-Free over an optimizer of torch's, as `schedulefree.ScheduleFreeWrapper`, or over NorMuon.
 
     The base has the learning rate, and its own weight decay takes z; `weight_decay_at_y` takes y. A group may overrule
-    members of its base one by one.
+    members of its base one by one; beside groups of matrices, others may have the base `adamw`.
     """
 
     algorithm: Literal["schedule_free_wrapper"] = "schedule_free_wrapper"
     base: Base
     momentum: Interpolation = 0.9
     weight_decay_at_y: NonNegative = 0.0
+    warmup_steps: Count = 0
+
+    @property
+    def takes_matrices(self) -> bool:
+        return isinstance(self.base, MatrixBase)
 
     @property
     def beta(self) -> float:
@@ -162,12 +175,15 @@ class ScheduleFreeWrapper(ScheduleFree):
     def overruled(self, overrides: Mapping[str, Any]) -> Self:
         base = overrides.get("base")
         if isinstance(base, Mapping):
-            if base.get("algorithm", self.base.algorithm) != self.base.algorithm:
+            if base.get("algorithm", self.base.algorithm) == self.base.algorithm:
+                overrides = {**overrides, "base": {**self.base.model_dump(), **base}}
+            elif not self.takes_matrices:
                 raise fault(("base", "algorithm"), "the base's algorithm belongs to the run, not to a group")
-            overrides = {**overrides, "base": {**self.base.model_dump(), **base}}
         return super().overruled(overrides)
 
     def _kept(self) -> dict[str, Any]:
+        if self.takes_matrices or (isinstance(self.base, BaseAdamW) and not self.base.amsgrad):
+            return {"base": ("exp_avg", "exp_avg_sq")}
         members = self.base.model_dump(include={"algorithm", "momentum", "centered", "amsgrad"})
         return {"base": {**members, "momentum": members.get("momentum", 0) > 0}}
 
@@ -185,6 +201,21 @@ class GPAAdamW(_Hyperparameters):
     betas: tuple[Coefficient, Coefficient] = (0.9, 0.999)
     eps: Epsilon = 1e-8
     weight_decay: NonNegative = 0.01
+    schedule: Schedule = Constant()
+
+
+class GPASGD(_Hyperparameters):
+    """Generalized primal averaging over SGD without momentum, arXiv 2512.17131; for pseudo-gradients, too.
+
+    For mu_x = mu_y = μ it is SGD with Nesterov momentum μ and the learning rate lr · (1 - μ), and x a smoother y.
+    The defaults are those of `diloco` in these terms; the paper has none for pseudo-gradients.
+    """
+
+    algorithm: Literal["gpa_sgd"] = "gpa_sgd"
+    mu_y: Interpolation = 0.9
+    mu_x: Coefficient = 0.9
+    lr: NonNegative = 7.0
+    weight_decay: NonNegative = 0.0
     schedule: Schedule = Constant()
 
 
@@ -210,7 +241,46 @@ class AdamW(_Baseline):
     weight_decay: NonNegative = 0.01
 
 
-_Algorithms = SGDScheduleFree | AdamWScheduleFree | RAdamScheduleFree | ScheduleFreeWrapper | GPAAdamW | SGD | AdamW
+class DiLoCo(_Hyperparameters):
+    """The outer optimizer of DiLoCo, arXiv 2311.08105: SGD with Nesterov momentum, along pseudo-gradients.
+
+    A pseudo-gradient is how far a worker's own steps have come, y at their beginning - where they ended.
+
+    momentum_period: N of Delayed Nesterov, arXiv 2401.09135: the momentum changes once in N steps, by the mean of
+    their gradients. momentum_activation: its c, the share of the momentum that each of the steps between takes; at most
+    1/N.
+    """
+
+    algorithm: Literal["diloco"] = "diloco"
+    lr: NonNegative = 0.7
+    momentum: Coefficient = 0.9
+    nesterov: Flag = True
+    momentum_period: Steps = 1
+    momentum_activation: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _delays_nesterov_momentum(self) -> Self:
+        if self.momentum_period > 1 and not self.nesterov:
+            raise fault(("momentum_period",), "it is Nesterov momentum that can be delayed")
+        if self.momentum_activation * self.momentum_period > 1:
+            raise fault(("momentum_activation",), "must be at most 1 / momentum_period")
+        return self
+
+    def _kept(self) -> dict[str, Any]:
+        return {"momentum_period": self.momentum_period > 1}
+
+
+_Algorithms = (
+    SGDScheduleFree
+    | AdamWScheduleFree
+    | RAdamScheduleFree
+    | ScheduleFreeWrapper
+    | GPAAdamW
+    | GPASGD
+    | SGD
+    | AdamW
+    | DiLoCo
+)
 OptimizerSpec = Annotated[_Algorithms, Field(discriminator="algorithm"), told_by("algorithm", _Algorithms)]
 
 ALGORITHMS: dict[str, type[_Algorithms]] = kinds_of("algorithm", _Algorithms)

@@ -23,6 +23,7 @@ class Claim:
     """What a push says of itself. `key` makes it one push however often it is sent.
 
     step: where the gradient was taken. samples: how many it is a mean over; a group's gradients are weighted by it.
+    speed: the steps that the worker takes by itself in a second.
     """
 
     lease: str
@@ -30,6 +31,7 @@ class Claim:
     step: int
     samples: float | None = None
     loss: float | None = None
+    speed: float | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def headers(self) -> dict[str, str]:
@@ -43,6 +45,8 @@ class Claim:
             headers["Freestep-Samples"] = repr(float(self.samples))
         if self.loss is not None:
             headers["Freestep-Loss"] = repr(float(self.loss))
+        if self.speed is not None:
+            headers["Freestep-Speed"] = repr(float(self.speed))
         return headers
 
 
@@ -62,9 +66,11 @@ class HeldLease:
         self._thread = threading.Thread(target=self._renew, name=f"freestep-lease-{lease.worker}", daemon=True)
         self._thread.start()
 
-    def claim(self, step: int, *, samples: float | None = None, loss: float | None = None) -> Claim:
+    def claim(
+        self, step: int, *, samples: float | None = None, loss: float | None = None, speed: float | None = None
+    ) -> Claim:
         """A new push's claim under this lease, for a gradient taken at y of `step`."""
-        return Claim(self.granted.lease, self.granted.token, step, samples, loss)
+        return Claim(self.granted.lease, self.granted.token, step, samples, loss, speed)
 
     def _renew(self) -> None:
         while not self._ended.wait(self.granted.ttl_ms / 3000):

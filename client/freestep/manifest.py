@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar, TypeVarTuple, cast
+from typing import Any, Self, TypeVar, TypeVarTuple, cast
 
-from freestep.models import ParameterSpec
+from freestep.models import ParameterSpec, RunSpec
 
 __all__ = ["Manifest", "Slot"]
 
@@ -40,14 +40,21 @@ class Manifest:
     A shard's manifest (`part`) is elements `begin` to `end` of the whole model's flat vector.
     """
 
-    def __init__(self, parameters: Iterable[ParameterSpec]) -> None:
+    def __init__(self, parameters: Iterable[ParameterSpec], whole: Collection[str] = ()) -> None:
+        """whole: the groups whose tensors are not cut."""
         slots: list[Slot] = []
         offset = 0
+        self._whole = frozenset(whole)
         for parameter in parameters:
             numel = prod(parameter.shape)
             slots.append(Slot(parameter.name, parameter.shape, parameter.group, offset, numel))
             offset += numel
         self._assemble(slots, 0, offset)
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> Self:
+        """A run's."""
+        return cls(spec.parameters, spec.whole_groups())
 
     def _assemble(self, slots: Iterable[Slot], begin: int, end: int) -> None:
         self.slots = tuple(slots)
@@ -60,7 +67,8 @@ class Manifest:
         """Shard `index` of `count`: a stretch of the flat vector of about `numel / count` elements.
 
         Where it can, a cut falls between two tensors or two rows of one; a tensor whose rows are too long for
-        shards of equal size is cut within a row. One of 1 is the whole.
+        shards of equal size is cut within a row. One that is not to be cut goes to the shard that would have had the
+        larger part of it. One of 1 is the whole.
         """
         begin, end = self._cut(index, count), self._cut(index + 1, count)
         if (begin, end) == (0, self.numel):
@@ -75,6 +83,8 @@ class Manifest:
         if ideal in (0, self.numel):
             return ideal
         slot = next(slot for slot in self.slots if slot.offset <= ideal < slot.offset + slot.numel)
+        if slot.group in self._whole:
+            return min(slot.offset, slot.offset + slot.numel, key=lambda place: abs(place - ideal))
         row = prod(slot.shape[1:])
         below = ideal - (ideal - slot.offset) % row
         nearest = min((below, min(below + row, self.numel)), key=lambda place: abs(place - ideal))

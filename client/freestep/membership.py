@@ -76,7 +76,8 @@ class Membership:
 
     def claim(self, taken_at: Pulled, batch: Batch) -> Claim:
         """A new push's claim."""
-        return self._ranks.first(lambda: self._held[0].claim(taken_at.step, samples=batch.samples, loss=batch.loss))
+        samples, loss, speed = batch.samples, batch.loss, batch.speed
+        return self._ranks.first(lambda: self._held[0].claim(taken_at.step, samples=samples, loss=loss, speed=speed))
 
     def is_lost(self) -> bool:
         """Whether the lease is known to be no longer good."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from freestep.hyperparameters import OptimizerSpec
-from freestep.validation import LARGEST_INTEGER, Count, StrictModel, fault
+from freestep.validation import LARGEST_INTEGER, Count, MetricName, StrictModel, fault
 
 __all__ = [
     "DEFAULT_GROUP",
@@ -21,6 +21,9 @@ __all__ = [
     "Lease",
     "LeaseList",
     "LeaseRequest",
+    "Metric",
+    "MetricReceipt",
+    "MetricReport",
     "ParameterSpec",
     "Point",
     "PointDtype",
@@ -56,18 +59,26 @@ class AggregationSpec(StrictModel):
     """How pushes become updates: a named policy, whose own values the given fields overrule.
 
     An update is made of `batch` pushes, and a push is admitted while its staleness, in steps, is at most
-    `max_staleness`. Under `sync` and `quorum` a worker contributes once to an update.
+    `max_staleness`. Under `sync` and `quorum` a worker contributes once to an update. Under `ssp`, or where `slack` is
+    given, a worker that is more than `slack` pushes ahead of the slowest live one waits.
     """
 
-    policy: Literal["async", "ringmaster", "sync", "quorum", "buffered", "rennala"] = "ringmaster"
+    policy: Literal["async", "ringmaster", "sync", "quorum", "buffered", "rennala", "ssp"] = "ringmaster"
     batch: Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] | None = None
     max_staleness: Count | None = None
-    staleness_damping: Literal["none", "delay_adaptive", "inverse_sqrt"] = "none"
+    slack: Count | None = None
+    staleness_damping: Literal["none", "delay_adaptive", "inverse_sqrt", "fadas"] = "none"
+    staleness_threshold: Count | None = None
+    """τ_c of `fadas`: staler steps have a learning rate of at most 1/τ."""
 
     @model_validator(mode="after")
-    def _needs_a_batch(self) -> AggregationSpec:
+    def _complete(self) -> AggregationSpec:
         if self.policy in ("quorum", "buffered", "rennala") and self.batch is None:
             raise fault(("batch",), f"the policy {self.policy} needs a batch")
+        if self.policy == "ssp" and self.slack is None:
+            raise fault(("slack",), "the policy ssp needs a slack")
+        if (self.staleness_damping == "fadas") != (self.staleness_threshold is not None):
+            raise fault(("staleness_threshold",), "the staleness damping fadas needs a threshold, and no other has one")
         return self
 
 
@@ -105,9 +116,17 @@ class RunSpec(StrictModel):
             names.add(parameter.name)
             if parameter.group not in self.groups and parameter.group != DEFAULT_GROUP:
                 raise fault(("parameters", index, "group"), f"there is no group {parameter.group!r}")
-        for group in self.groups:
-            self.hyperparameters(group)
+        whole = self.whole_groups()
+        for index, parameter in enumerate(self.parameters):
+            if parameter.group in whole and len(parameter.shape) != 2:
+                raise fault(
+                    ("parameters", index, "shape"), "its group's base takes matrices; that of others may be adamw"
+                )
         return self
+
+    def whole_groups(self) -> set[str]:
+        """The param groups whose tensors a step takes whole, so that no shard may have a part of one."""
+        return {group for group in (DEFAULT_GROUP, *self.groups) if self.hyperparameters(group).takes_matrices}
 
     def hyperparameters(self, group: str) -> OptimizerSpec:
         """The hyperparameters of a param group: the run's, with the group's own in their place."""
@@ -147,7 +166,10 @@ class LeaseList(_Answer):
 
 
 class WorkerStatus(_Answer):
-    """A live worker: when its lease ends, and what it last pushed."""
+    """A live worker: when its lease ends, and what it last pushed.
+
+    speed: the steps that it takes by itself in a second, if a push has said so.
+    """
 
     worker: str
     lease: str
@@ -157,6 +179,33 @@ class WorkerStatus(_Answer):
     pushes: int = 0
     step: int | None = None
     staleness: int | None = None
+    speed: float | None = None
+
+
+class MetricReport(StrictModel):
+    """What an evaluator has measured at x: `step` is that of the x, and `epoch` too where it is given."""
+
+    name: MetricName
+    value: Annotated[float, Field(strict=True, allow_inf_nan=False)]
+    step: Count
+    epoch: Count | None = None
+
+
+class MetricReceipt(_Answer):
+    """What became of a report: `replayed` says that the same one had counted before."""
+
+    name: str
+    value: float
+    step: int
+    epoch: int
+    replayed: bool = False
+
+
+class Metric(_Answer):
+    """The value of a metric, and the step of the x at which it was measured."""
+
+    value: float
+    step: int
 
 
 class Receipt(_Answer):
@@ -182,7 +231,11 @@ class Receipt(_Answer):
 
 
 class RunStatus(_Answer):
-    """A run at this moment. `loss` and `staleness` are moving averages over recent pushes."""
+    """A run at this moment.
+
+    `loss` and `staleness` are moving averages over recent pushes; `metrics` are those that evaluators have reported,
+    each as of its newest step.
+    """
 
     run: str
     epoch: int
@@ -193,6 +246,7 @@ class RunStatus(_Answer):
     pushes: dict[str, int]
     loss: float | None = None
     staleness: float | None = None
+    metrics: dict[str, Metric] = {}
     checkpoint_step: int | None = None
     parameter_count: int
     shards: int = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -120,7 +120,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 "durability": durability,
             }
             wanted = run_spec(self.param_groups, algorithm, given, options)
-            manifest = Manifest(wanted.parameters)
+            manifest = Manifest.of(wanted)
             pinned = any(tensor.is_cuda for tensor in self._tensors.values())
             wire = Wire(
                 push_dtype,
@@ -131,6 +131,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
             self._gradients = Gradients(self._tensors, frozen, manifest, wire, self._ranks, pinned=pinned)
             self._arriving = Flat(manifest, pull_dtype or "F32", pinned=pinned)
+            self._prepare(frozen)
         worker = self._ranks.first(lambda: worker or os.environ.get("FREESTEP_WORKER") or worker_name())
         self.receipt: Receipt | None = None
         """What became of the last push that has been answered."""
@@ -156,6 +157,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def worker(self) -> str:
         """The worker's name."""
         return self._membership.worker
+
+    def _prepare(self, frozen: Sequence[tuple[str, Tensor]]) -> None:
+        """Has ready what is needed before the run is joined; `frozen` are the parameters that were left out."""
 
     def _join(self) -> None:
         """Takes a lease and the run's y; gives the run this model's weights if it has none."""
@@ -322,16 +326,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _load(self, point: Point, *, min_step: int = 0) -> None:
         wait = _WAIT_S if min_step else 0.0
-        self._scatter(self._run.pull_into(self._arriving, point, min_step=min_step, wait=wait))
+        self._scatter(self._run.pull_into(self._arriving, point, min_step=min_step, wait=wait), point)
 
-    def _scatter(self, pulled: Pulled) -> None:
-        self._arriving.scatter(self._tensors)
+    def _scatter(self, pulled: Pulled, point: Point = "y") -> None:
+        self._place(pulled, point)
         newest = self._newest
         encoder = self._gradients.encoder
         if encoder is not None and newest and pulled.epoch != newest.epoch and pulled.step < newest.step:
             # The run forgot the pushes that the residual is of; what made it go back may have been their fault.
             encoder.forget()
         self.pulled = self._newest = pulled
+
+    def _place(self, pulled: Pulled, point: Point) -> None:
+        """Has the model hold the point that has arrived."""
+        self._arriving.scatter(self._tensors)
 
     # torch.optim.Optimizer
 

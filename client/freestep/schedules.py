@@ -10,7 +10,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from freestep.validation import Coefficient, Count, Steps, StrictModel, fault, told_by
+from freestep.validation import (
+    Coefficient,
+    Count,
+    MetricName,
+    NonNegative,
+    Steps,
+    StrictModel,
+    fault,
+    told_by,
+)
 
 __all__ = [
     "Averaging",
@@ -21,6 +30,7 @@ __all__ = [
     "InverseSqrt",
     "Linear",
     "NoAveraging",
+    "Plateau",
     "Polyak",
     "Schedule",
     "Step",
@@ -88,7 +98,24 @@ class InverseSqrt(_Warm):
     name: Literal["inverse_sqrt"] = "inverse_sqrt"
 
 
-_Schedules = Constant | Linear | Cosine | CosineRestarts | Step | InverseSqrt
+class Plateau(_Warm):
+    """lr · factor when `metric`, which evaluators report, has not improved for more than `patience` reports.
+
+    As `torch.optim.lr_scheduler.ReduceLROnPlateau`, of which a report is a step.
+    """
+
+    name: Literal["plateau"] = "plateau"
+    metric: MetricName
+    mode: Literal["min", "max"] = "min"
+    factor: Coefficient = 0.1
+    patience: Count = 10
+    threshold: NonNegative = 1e-4
+    threshold_mode: Literal["rel", "abs"] = "rel"
+    cooldown: Count = 0
+    min_lr: NonNegative = 0.0
+
+
+_Schedules = Constant | Linear | Cosine | CosineRestarts | Step | InverseSqrt | Plateau
 Schedule = Annotated[_Schedules, Field(discriminator="name"), told_by("name", _Schedules, default="constant")]
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "Epsilon",
     "Flag",
     "Interpolation",
+    "MetricName",
     "NonNegative",
     "Positive",
     "Power",
@@ -38,6 +39,7 @@ Power = Annotated[float, Field(strict=True, ge=0, le=10)]
 """At most 10, so that Σ (k+1)^r · γ^weight_lr_power stays a double however long the run."""
 Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST_INTEGER)]
 Steps = Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)]
+MetricName = Annotated[str, Field(min_length=1, max_length=128)]
 Coefficient = Annotated[float, Field(strict=True, ge=0, lt=1)]
 """A decay rate that may be off: 0 <= value < 1."""
 Interpolation = Annotated[float, Field(strict=True, ge=1e-6, lt=1)]

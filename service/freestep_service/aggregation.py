@@ -1,7 +1,8 @@
 """How pushes become updates: the named policies as values of one mechanism, and the damping of stale steps.
 
 An update is made of `batch` pushes; a push is admitted while its staleness is at most `max_staleness`;
-`distinct` says whether a worker contributes only once to an update. The scripts under lua/ decide by these
+`distinct` says whether a worker contributes only once to an update. A worker that is more than `slack` pushes ahead of
+the slowest live one waits before it may push (stale synchronous parallel). The scripts under lua/ decide by these
 values, which is why they are strings here.
 """
 
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from freestep.models import AggregationSpec
 
-__all__ = ["ADAPTIVE", "LIVE", "NONE", "Policy", "damping"]
+__all__ = ["ADAPTIVE", "LIVE", "NONE", "Policy", "damping", "lateness"]
 
 LIVE = "live"
 """As a batch: one push of every live worker."""
@@ -27,15 +28,18 @@ _POLICIES: dict[str, tuple[str, str, bool]] = {
     "quorum": ("", "0", True),
     "buffered": ("", NONE, False),
     "rennala": ("", "0", False),
+    "ssp": ("1", NONE, False),
 }
 
 
 class Policy(NamedTuple):
-    """The three values of the mechanism, as the scripts read them."""
+    """The values of the mechanism, as the scripts read them."""
 
     batch: str
     max_staleness: str
     distinct: bool
+    slack: str = ""
+    """Empty where nobody waits for others."""
 
     @classmethod
     def of(cls, spec: AggregationSpec) -> Policy:
@@ -45,7 +49,7 @@ class Policy(NamedTuple):
             batch = str(spec.batch)
         if spec.max_staleness is not None:
             max_staleness = str(spec.max_staleness)
-        return cls(batch, max_staleness, distinct)
+        return cls(batch, max_staleness, distinct, "" if spec.slack is None else str(spec.slack))
 
     @property
     def groups(self) -> bool:
@@ -68,3 +72,12 @@ def damping(spec: AggregationSpec, staleness: int, live: int) -> float:
     if spec.staleness_damping == "inverse_sqrt":
         return float((1 + staleness) ** -0.5)
     return 1.0
+
+
+def lateness(spec: AggregationSpec, staleness: int) -> int:
+    """A push's staleness τ where it bounds the learning rate, to 1/τ; 0 where it does not.
+
+    fadas: it does above the threshold τ_c (FADAS, arXiv 2407.18365, its delay-adaptive learning rate).
+    """
+    threshold = spec.staleness_threshold
+    return 0 if threshold is None or staleness <= threshold else staleness

@@ -116,8 +116,10 @@ class _PartManifest(BaseModel):
     group: dict[str, int]
     weight: float
     damping: float
+    lateness: int = 0
     expected_staleness: float = 0.0
-    """Parts that older versions wrote lack it."""
+    metrics: dict[str, dict[str, float]] = {}
+    """Name -> step -> value, of what evaluators have reported."""
     receipts: dict[str, dict[str, Any]]
 
 
@@ -134,7 +136,17 @@ class _Part:
 
     def common(self) -> str:
         """What all parts of a cut have in common, as text, by which NaN is equal to itself."""
-        fields = {"vectors", "numel", "scalars", "group", "weight", "damping", "expected_staleness"}
+        fields = {
+            "vectors",
+            "numel",
+            "scalars",
+            "group",
+            "weight",
+            "damping",
+            "lateness",
+            "expected_staleness",
+            "metrics",
+        }
         return json.dumps(self.manifest.model_dump(include=fields), sort_keys=True)
 
 
@@ -211,6 +223,10 @@ class Checkpoints:
             "weight": cut.weight,
             "damping": cut.damping,
             "expected_staleness": cut.expected_staleness,
+            "lateness": cut.lateness,
+            "metrics": {
+                name: {str(step): value for step, value in steps.items()} for name, steps in cut.reported.items()
+            },
             "receipts": {key: asdict(record) for key, record in receipts.items()},
         }
         try:
@@ -412,6 +428,10 @@ class Checkpoints:
             weight=state.weight,
             damping=state.damping,
             expected_staleness=state.expected_staleness,
+            lateness=state.lateness,
+            reported={
+                name: {int(step): value for step, value in steps.items()} for name, steps in state.metrics.items()
+            },
         )
         return made, receipts
 

@@ -23,10 +23,11 @@ from freestep.errors import (
     RunNotInitialized,
     ShardUnavailable,
 )
-from freestep.models import Lease, WorkerStatus
+from freestep.models import Lease, Metric, WorkerStatus
 from freestep_service.aggregation import Policy
 from freestep_service.records import (
     Admission,
+    Ahead,
     Behind,
     Claim,
     CutId,
@@ -39,6 +40,7 @@ from freestep_service.records import (
     RunState,
     Standing,
 )
+from freestep_service.reported import Measured
 from freestep_service.store import Store, reachable
 
 __all__ = ["RUNS_KEY", "Coordinator", "Owner"]
@@ -67,7 +69,8 @@ class Coordinator:
             "shards", "staged", "queue", "cuts",
         )  # fmt: skip
         self._keys = [self._prefix + name for name in names]
-        self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct))
+        self._metrics_key = f"{self._prefix}metrics"
+        self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct), policy.slack)
 
     @property
     def channel(self) -> str:
@@ -86,7 +89,7 @@ class Coordinator:
         with reachable():
             leases = (await self._store.client.hgetall(self._keys[2])).values()
         keys = [key for lease in leases for key in (self._lease_key(lease), self._window_key(lease))]
-        await self._store.run("delete", [*self._keys, *keys])
+        await self._store.run("delete", [*self._keys, self._metrics_key, *keys])
         with reachable():
             await self._store.client.srem(RUNS_KEY, self._run)
 
@@ -136,13 +139,17 @@ class Coordinator:
         """Makes Redis say what the state says, and the shards load it; False where another generation has begun."""
         receipts = [text for key, record in state.receipts.items() for text in (key, record.to_json())]
         group = json.dumps(dict(state.group))
+        metrics = {
+            name: json.dumps([[step, repr(value)] for step, value in steps.items()])
+            for name, steps in state.reported.items()
+        }
         with reachable():
             await self._store.client.sadd(RUNS_KEY, self._run)
             leases = list(await self._store.client.hvals(self._keys[2]))
-        keys = [*self._keys, *map(self._window_key, leases)]
+        keys = [*self._keys, self._metrics_key, *map(self._window_key, leases)]
         (status,) = await self._store.run(
             "open", keys, *self._rules, shards, state.epoch, state.step, state.seq, int(state.initialized), group,
-            json.dumps(leases), generation, json.dumps(dict(target)), *receipts,
+            json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics), *receipts,
         )  # fmt: skip
         return bool(status == "load")
 
@@ -250,7 +257,7 @@ class Coordinator:
         """Renews the lease and decides what the claim can decide.
 
         sent: tickets of cuts whose parts the shard has sent, as of `done`.
-        Raises Pending and the refusals of lua/admit.lua.
+        Raises Pending, Ahead and the refusals of lua/admit.lua.
         """
         keys, *arguments = self._push_call(claim, owner)
         status, *rest = await self._store.run("admit", keys, *arguments, *sent)
@@ -291,8 +298,9 @@ class Coordinator:
         """
         keys, *arguments = self._push_call(claim, owner)
         largest = "" if largest_norm is None else repr(largest_norm)
+        speed = "" if claim.speed is None else repr(claim.speed)
         status, *rest = await self._store.run(
-            "commit", keys, *arguments, digest, repr(norm), largest, wanted, int(after_update)
+            "commit", keys, *arguments, digest, repr(norm), largest, wanted, int(after_update), speed
         )
         if status == "staged":
             return None
@@ -303,6 +311,38 @@ class Coordinator:
     async def discard(self, claim: Claim, shard: int, slug: str = "", detail: str = "") -> None:
         """Forgets a shard's part of an admitted push; with a slug, all shards refuse it."""
         await self._store.run("discard", self._keys, claim.key, shard, slug, detail)
+
+    # Metrics
+
+    async def measure(self, owner: Owner, measured: Measured, epoch: int | None) -> tuple[int, dict[str, Any] | None]:
+        """The run's epoch, and the log entry that a report has become; none where it had counted before.
+
+        epoch: that of the x, where it is said. Raises the refusals of lua/measure.lua.
+        """
+        name, step, value = measured
+        status, *rest = await self._store.run(
+            "measure", [*self._keys, self._metrics_key], *owner.known, owner.shard, owner.token, name, repr(value),
+            step, _or_empty(epoch),
+        )  # fmt: skip
+        match [status, *rest]:
+            case ["noted", epoch_now, entry]:
+                return epoch_now, json.loads(entry)
+            case ["replay", epoch_now]:
+                return epoch_now, None
+            case ["conflict"]:
+                raise IdempotencyConflict(f"{name} at step {step} was reported before, with another value")
+            case ["forgotten", oldest]:
+                raise MalformedRequest(f"reports of {name} from before step {oldest} are forgotten", field="step")
+            case ["crowded", most]:
+                raise MalformedRequest(f"the run has {most} metrics already, which is the most", field="name")
+        self._refuse(status, rest)
+
+    async def metrics(self) -> dict[str, Metric]:
+        """Each metric at its newest step, by name."""
+        with reachable():
+            reported = await self._store.client.hgetall(self._metrics_key)
+        newest = {name: json.loads(steps)[-1] for name, steps in sorted(reported.items())}
+        return {name: Metric(value=float(value), step=step) for name, (step, value) in newest.items()}
 
     # Cuts and checkpoints
 
@@ -360,12 +400,14 @@ class Coordinator:
                 raise Lost
             case ["pending"]:
                 raise Pending
+            case ["ahead"]:
+                raise Ahead
             case ["lease-expired"]:
                 raise LeaseExpired
             case ["epoch-changed", epoch]:
                 raise EpochChanged(f"the run is in epoch {epoch} now", epoch=epoch)
             case ["step-ahead", step]:
-                raise MalformedRequest(f"Freestep-Step is ahead of the run's step {step}", step=step)
+                raise MalformedRequest(f"the step is ahead of the run's step {step}", step=step)
             case ["run-not-initialized"]:
                 raise RunNotInitialized
             case ["idempotency-conflict"]:

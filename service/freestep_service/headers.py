@@ -78,13 +78,14 @@ def upload(request: Request, *, required: bool) -> str | None:
 
 def claim(request: Request) -> Claim:
     """A push's claim. Raises MalformedRequest, naming the header."""
-    samples = request.headers.get("freestep-samples")
+    samples, speed = request.headers.get("freestep-samples"), request.headers.get("freestep-speed")
     parsed = Claim(
         lease=_token(request, "Freestep-Lease"),
         token=_integer("Freestep-Token", _token(request, "Freestep-Token")),
         step=_integer("Freestep-Step", _token(request, "Freestep-Step")),
         key=_token(request, "Idempotency-Key"),
         samples=None if samples is None else _number("Freestep-Samples", samples),
+        speed=None if speed is None else _number("Freestep-Speed", speed),
     )
     if parsed.step < 0:
         raise MalformedRequest("Freestep-Step is negative", field="Freestep-Step")
@@ -92,6 +93,8 @@ def claim(request: Request) -> Claim:
         raise MalformedRequest(
             f"Freestep-Samples is not between {_FEWEST_SAMPLES:g} and {_MOST_SAMPLES:g}", field="Freestep-Samples"
         )
+    if parsed.speed is not None and parsed.speed <= 0:
+        raise MalformedRequest("Freestep-Speed is not above 0", field="Freestep-Speed")
     return parsed
 
 

@@ -85,6 +85,10 @@ class Leases:
                 self._may_have_missed_a_closure = True
                 raise
 
+    def look_out(self) -> None:
+        """Redis may have put an entry into the log of which it could not tell."""
+        self._may_have_missed_a_closure = True
+
     async def workers(self) -> list[WorkerStatus]:
         """The live workers, by name."""
         return await self._coordinator.workers()

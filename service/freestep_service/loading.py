@@ -23,6 +23,7 @@ from freestep_service.opening import Decision, Report, Waiting, decide
 from freestep_service.owned import OwnedShard
 from freestep_service.pushes import Receipts
 from freestep_service.records import CutId, Fenced, Known, Record, RunState, Standing
+from freestep_service.reported import Reported
 from freestep_service.shard import Cut
 from freestep_service.storage import Storage
 
@@ -172,20 +173,22 @@ class Loading:
         cut = decision.cut
         receipts: Mapping[str, Record] = {}
         group: Mapping[str, int] = {}
+        reported: Reported = {}
         if decision.live and self._host.owned:
             held = next((owned for owned in self._host.owned.values() if owned.loaded is not None), None)
             if held is not None:
                 _, _, group = await held.writer.run(held.shard.position)
+                reported = await held.writer.run(held.shard.reported)
                 receipts = self._receipts.until(cut.seq if cut else 0)
-        if decision.initialized and cut is not None and not receipts and not group:
+        if decision.initialized and cut is not None and not (receipts or group or reported):
             loaded = await self._load_cut(cut, 0, 0)
             if loaded is None and not decision.live:
                 await self._host.coordinator.gather(self._host.count, standing.generation)
                 return True
             if loaded is not None:
-                group, receipts = loaded[0].group, loaded[1]
+                group, reported, receipts = loaded[0].group, loaded[0].reported, loaded[1]
         place = cut or CutId(decision.epoch, 0, 0)
-        state = RunState(decision.epoch, place.step, place.seq, decision.initialized, group, receipts)
+        state = RunState(decision.epoch, place.step, place.seq, decision.initialized, group, receipts, reported)
         return await self._host.coordinator.open(state, self._host.count, standing.generation, decision.target())
 
     async def load(self, standing: Standing, mine: Sequence[OwnedShard]) -> bool:
@@ -240,6 +243,8 @@ class Loading:
         await asyncio.to_thread(self._checkpoints.clear_closed, begin, end)
         owned.initialized = initialized
         writer.resume(epoch, seq, step)
+        if owned.index == 0:
+            self._metrics.restored(await writer.run(owned.shard.reported))
         if not initialized:
             # Entries wait until the weights are there.
             writer.pause()

@@ -7,6 +7,7 @@ from contextlib import suppress
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from freestep_service.records import Record
+from freestep_service.reported import Reported
 
 __all__ = ["Metrics", "RunMetrics"]
 
@@ -43,6 +44,7 @@ class Metrics:
         self.epoch = Gauge("freestep_epoch", "The epoch.", ["run"], registry=registry)
         self.workers = Gauge("freestep_workers", "Live workers.", ["run"], registry=registry)
         self.loss = Gauge("freestep_loss", "Moving average of reported losses.", ["run"], registry=registry)
+        self.measured = Gauge("freestep_metric", "Metrics that evaluators report.", ["run", "name"], registry=registry)
         self.checkpoint_step = Gauge(
             "freestep_checkpoint_step", "Step of the newest checkpoint.", ["run"], registry=registry
         )
@@ -85,6 +87,7 @@ class RunMetrics:
         self._metrics = metrics
         self._run = run
         self._forgotten = False
+        self._names: set[str] = set()
         # Found once: a push has to do with most of them.
         self._epoch, self._step = metrics.epoch.labels(run), metrics.step.labels(run)
         self._received, self._sent = metrics.received.labels(run), metrics.sent.labels(run)
@@ -114,6 +117,18 @@ class RunMetrics:
     def sent(self, size: int) -> None:
         self._sent.inc(size)
 
+    def measured(self, name: str, value: float) -> None:
+        self._names.add(name)
+        self._metrics.measured.labels(self._run, name).set(value)
+
+    def restored(self, reported: Reported) -> None:
+        """The run goes on with what had been reported at some place in its log."""
+        for name in self._names:
+            self._metrics.measured.remove(self._run, name)
+        self._names.clear()
+        for name, steps in reported.items():
+            self.measured(name, steps[max(steps)])
+
     def live(self, workers: int) -> None:
         if self._forgotten:
             return
@@ -122,6 +137,7 @@ class RunMetrics:
     def forget(self) -> None:
         """Ends the run's series, so that a deleted run is no longer exposed."""
         self._forgotten = True
+        self.restored({})
         self._metrics.forget(self._run)
 
     def checkpointed(self, step: int, seconds: float) -> None:

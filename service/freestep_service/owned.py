@@ -26,10 +26,11 @@ from freestep_service.cuts import Cuts
 from freestep_service.ingest import Body
 from freestep_service.pushes import SLOTS, Host, Pushes, Receipts, stage, staging_vectors
 from freestep_service.records import Behind, Fenced, Known, Record
+from freestep_service.reported import Measured
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry, Shard
 from freestep_service.snapshots import Reading, Snapshot, Snapshots
-from freestep_service.turns import COMPILER, Turns
+from freestep_service.turns import Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
@@ -98,7 +99,7 @@ class OwnedShard:
 
     async def prepare(self) -> None:
         """Has ready what updates take. Until then the shard is given no state, and the run is not open for uploads."""
-        await asyncio.to_thread(self._turns.of(COMPILER, self.shard.prepare))
+        await asyncio.get_running_loop().run_in_executor(self._turns.compiler, self.shard.prepare)
 
     # Initial weights
 
@@ -217,7 +218,15 @@ class OwnedShard:
         self.writer.heard_of(epoch, seq)
         if "key" in entry:
             return self.pushes.decided(entry["key"], Record.from_json(entry["record"]), cuts)
-        made = Entry(seq, epoch, advance=entry["advance"], cuts=cuts, checkpoint=bool(entry.get("checkpoint")))
+        measured = entry.get("measured")
+        made = Entry(
+            seq,
+            epoch,
+            advance=entry["advance"],
+            cuts=cuts,
+            checkpoint=bool(entry.get("checkpoint")),
+            measured=measured and Measured(measured["name"], measured["step"], float(measured["value"])),
+        )
         self.writer.submit(made)
         return True
 

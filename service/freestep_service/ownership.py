@@ -45,6 +45,10 @@ class _Host(Protocol):
         """Whether it has several shards."""
 
     @property
+    def listens(self) -> bool:
+        """Whether what other processes do for the run concerns its pushes here."""
+
+    @property
     def epoch(self) -> int:
         """The newest that is known here."""
 
@@ -188,7 +192,7 @@ class Ownership:
             self.owned[index].token = mine[index]
         for index in sorted(mine.keys() - self.owned.keys()):
             self.owned[index] = self._host.make_owned(index, mine[index])
-        if self.owned and self._host.many:
+        if self.owned and self._host.listens:
             await self._messages.listen(self._host.coordinator.channel, self._host.hear)
         else:
             await self._messages.ignore(self._host.coordinator.channel)

@@ -49,7 +49,10 @@ _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailers",
     b"transfer-encoding", b"upgrade", b"host", b"date", b"server",
 }  # fmt: skip
-_FORWARDED = ("authorization", "freestep-lease", "freestep-token", "freestep-step", "freestep-samples", "freestep-loss")
+_FORWARDED = (
+    "authorization",
+    *("freestep-lease", "freestep-token", "freestep-step", "freestep-samples", "freestep-loss", "freestep-speed"),
+)
 
 
 @dataclass(frozen=True)

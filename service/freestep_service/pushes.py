@@ -32,11 +32,11 @@ from freestep.errors import (
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
 from freestep.wire import Receiver
-from freestep_service.aggregation import Policy, damping
+from freestep_service.aggregation import Policy, damping, lateness
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.ingest import Body
 from freestep_service.measure import decode_and_measure
-from freestep_service.records import Admission, Behind, Claim, Fenced, Lost, Pending, Record
+from freestep_service.records import Admission, Ahead, Behind, Claim, Fenced, Lost, Pending, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry
 from freestep_service.turns import HOST, Turns
@@ -176,6 +176,8 @@ class Pushes:
         """Takes the tickets of the cuts that the shard has sent and not told Redis of."""
         self._flights: dict[str, _Flight] = {}
         self._commits: set[asyncio.Task[Record]] = set()
+        self._moved = asyncio.Event()
+        """Set, and replaced, when the slowest worker has moved on."""
         self._closed = False
 
     async def push(self, claim: Claim, body: Body, wish: Wish = Wish()) -> tuple[Record, bool]:
@@ -221,6 +223,7 @@ class Pushes:
         """Gives up the commits that Redis has not answered; whether there were none."""
         # A cancellation that meets a timeout of Redis's is lost.
         self._closed = True
+        self.moved()
         pending = [task for task in self._commits if not task.done()]
         for task in pending:
             task.cancel()
@@ -233,6 +236,11 @@ class Pushes:
         """A push's turn has come."""
         if flight := self._flights.get(key):
             flight.granted.set()
+
+    def moved(self) -> None:
+        """The slowest worker has moved on, or left: who waits for it may go on."""
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     def refused(self, key: str, slug: str, detail: str) -> None:
         """Another shard refused a push, or its lease has ended."""
@@ -269,7 +277,9 @@ class Pushes:
             commit.exception()
 
     async def _admit(self, claim: Claim) -> Admission:
+        deadline = asyncio.get_running_loop().time() + self._settings.queue_seconds
         while True:
+            moved = self._moved
             try:
                 admission = await self._coordinator.admit(claim, self._owner(), self._sent())
             except Behind:
@@ -277,6 +287,8 @@ class Pushes:
             except Fenced:
                 self._host.fenced()
                 raise ShardUnavailable from None
+            except Ahead:
+                await self._wait_for_the_slowest(moved, deadline)
             except Pending:
                 # Admitted before, but by no request that is still here: its answer or its body was lost.
                 return Admission()
@@ -284,6 +296,15 @@ class Pushes:
                 if admission.record is not None and not admission.replayed:
                     self._receipts.remember(claim.key, admission.record, admission.evicted)
                 return admission
+
+    async def _wait_for_the_slowest(self, moved: asyncio.Event, deadline: float) -> None:
+        """Returns when it has moved, or may have and that was not heard. Raises Overloaded past the deadline."""
+        now = asyncio.get_running_loop().time()
+        if self._closed or now >= deadline:
+            raise Overloaded("the worker is too far ahead of the slowest one, and has waited for it")
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(min(deadline, now + _SILENCE_S)):
+                await moved.wait()
 
     async def _answer(self, claim: Claim, admission: Admission, record: Record, body: Body) -> tuple[Record, bool]:
         # A push that was dropped on its claim alone has no digest: its body was never read. Nor has one that was
@@ -404,6 +425,7 @@ class Pushes:
             # As torch.nn.utils.clip_grad_norm_.
             scale=1.0 if limit is None else min(1.0, limit / (float(record.norm) + 1e-6)),
             damping=damping(self._spec.aggregation, record.staleness, record.live),
+            lateness=lateness(self._spec.aggregation, record.staleness),
             staleness=record.staleness,
             live=record.live,
             cuts=decision.cuts,

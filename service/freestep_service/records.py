@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from freestep.models import Receipt
+from freestep_service.reported import Reported
 
 __all__ = [
     "Admission",
+    "Ahead",
     "Behind",
     "Claim",
     "CutId",
@@ -23,6 +25,10 @@ __all__ = [
     "RunState",
     "Standing",
 ]
+
+
+class Ahead(Exception):
+    """The push's worker is too far ahead of the slowest one; it has to wait."""
 
 
 class Behind(Exception):
@@ -61,13 +67,17 @@ class CutId(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """What a push says of itself: its lease and token, where its gradient was taken, its idempotency key."""
+    """What a push says of itself: its lease and token, where its gradient was taken, its idempotency key.
+
+    speed: the steps that its worker takes by itself in a second, which its lease remembers.
+    """
 
     lease: str
     token: int
     step: int
     key: str
     samples: float | None = None
+    speed: float | None = None
 
     def fingerprint(self) -> str:
         """What must be the same when the key comes again; it begins with the lease, see lua/open.lua."""
@@ -130,6 +140,7 @@ class RunState:
     """Worker -> its pushes in the update being gathered."""
     receipts: Mapping[str, Record] = field(default_factory=dict)
     """Idempotency key -> record, oldest first."""
+    reported: Reported = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

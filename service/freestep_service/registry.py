@@ -73,7 +73,7 @@ class Registry:
 
     async def create(self, name: str, spec: RunSpec) -> tuple[Run, bool]:
         """The run, and whether it is new. Raises RunExists when it is there with another spec."""
-        limit = body_limit(Manifest(spec.parameters))
+        limit = body_limit(Manifest.of(spec))
         if limit > self._settings.max_body_bytes:
             raise InvalidSpec(
                 f"a body of these parameters may have {limit} bytes, more than the service accepts",

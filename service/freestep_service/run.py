@@ -32,6 +32,7 @@ from freestep_service.aggregation import Policy
 from freestep_service.checkpointing import Checkpointing
 from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile
 from freestep_service.coordinator import Coordinator, not_open
+from freestep_service.feedback import Feedback
 from freestep_service.ingest import Body
 from freestep_service.leases import Leases
 from freestep_service.loading import Loading
@@ -77,7 +78,7 @@ class Run:
         self.name = name
         self.spec = spec
         self.canonical_spec = spec.model_dump_json()
-        self.manifest = Manifest(spec.parameters)
+        self.manifest = Manifest.of(spec)
         self._node = node
         self._settings = settings
         self._storage = storage
@@ -90,6 +91,7 @@ class Run:
         self._receipts = Receipts()
         patience_ms = int(1000 * settings.stall_seconds)
         self.leases = Leases(self.coordinator, self, self._receipts, metrics, spec.lease_ttl_ms, patience_ms)
+        self.feedback = Feedback(self.coordinator, self)
         self._whole = VectorPool(self.manifest.numel, 1)
         self.checkpointing = Checkpointing(self, self._checkpoints, self._receipts, settings, metrics)
         self._loading = Loading(self, self._checkpoints, storage, self._receipts, self.checkpointing, metrics)
@@ -119,6 +121,11 @@ class Run:
         return self.count > 1
 
     @property
+    def listens(self) -> bool:
+        """Whether what other processes do for the run concerns its pushes here."""
+        return self.many or self.spec.aggregation.slack is not None
+
+    @property
     def writer(self) -> Writer | None:
         """That of the first shard owned here, which knows the log as well as any other."""
         return self.owned[min(self.owned)].writer if self.owned else None
@@ -144,7 +151,7 @@ class Run:
         if self.owned:
             after = min(owned.writer.taken_seq for owned in self.owned.values())
             for entry in await self.coordinator.entries(after):
-                self._hear_entry(entry)
+                self.hear_entry(entry)
 
     def catch_up_soon(self) -> None:
         """As `catch_up`, in the background."""
@@ -200,7 +207,7 @@ class Run:
             return
         match message["kind"]:
             case "entry":
-                self._hear_entry(message)
+                self.hear_entry(message)
             case "decided":
                 record = Record.from_json(message["record"])
                 self._receipts.remember(message["key"], record, message["evicted"] or ())
@@ -212,6 +219,9 @@ class Run:
             case "granted":
                 for owned in self.owned.values():
                     owned.pushes.granted(message["key"])
+            case "moved":
+                for owned in self.owned.values():
+                    owned.pushes.moved()
             case "initialized":
                 for owned in self.owned.values():
                     owned.uploaded(message["upload"])
@@ -222,7 +232,10 @@ class Run:
             case "phase" | "deleted":
                 self._spawn(self.keep())
 
-    def _hear_entry(self, entry: dict[str, Any]) -> None:
+    def hear_entry(self, entry: dict[str, Any]) -> None:
+        """Takes an entry of the log, as Redis tells it."""
+        if (measured := entry.get("measured")) and self.leads:
+            self._metrics.measured(measured["name"], float(measured["value"]))
         if "key" in entry and self.writer is not None and entry["epoch"] == self.writer.epoch:
             evicted = entry.get("evicted") or ()
             self._receipts.remember(entry["key"], Record.from_json(entry["record"]), evicted)
@@ -332,7 +345,7 @@ class Run:
 
     async def status(self) -> RunStatus:
         standing = await self.coordinator.read()
-        workers = await self.leases.workers()
+        workers, metrics = await self.leases.workers(), await self.feedback.newest()
         fields = standing.run if standing else {}
         loss, staleness = self._metrics.loss, self._metrics.staleness
         if standing and not self.leads:
@@ -353,6 +366,7 @@ class Run:
             pushes={name: int(fields.get(name, 0)) for name in ("applied", "accumulated", "dropped")},
             loss=loss,
             staleness=staleness,
+            metrics=metrics,
             checkpoint_step=checkpoint_step,
             parameter_count=self.manifest.numel,
             shards=self.count,

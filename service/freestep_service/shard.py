@@ -33,6 +33,7 @@ from freestep_service.optimizers import (
 )
 from freestep_service.optimizers.readiness import compile_kernels, compile_rule
 from freestep_service.optimizers.streams import settle
+from freestep_service.reported import Measured, Reported, with_measured
 from freestep_service.turns import HOST
 from freestep_service.vectors import Vector
 
@@ -52,6 +53,7 @@ class Entry:
         no push: the end of a lease closed the update, or the entry only marks a place.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
+    lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
     staleness: the push's, in steps. live: the workers that were, when it was committed.
     """
 
@@ -63,12 +65,15 @@ class Entry:
     weight: float = 1.0
     scale: float = 1.0
     damping: float = 1.0
+    lateness: int = 0
     staleness: int = 0
     live: int = 1
     cuts: Mapping[str, str] = field(default_factory=dict)
     """Ticket -> "POINT DTYPE", and the shard where only one is asked: points wanted of the state that this leaves."""
     checkpoint: bool = False
     """Whether that state is to be kept."""
+    measured: Measured | None = None
+    """A metric that was reported."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,9 @@ class Cut:
     group: dict[str, int]
     weight: float
     damping: float
-    expected_staleness: float
+    reported: Reported = field(default_factory=dict)
+    lateness: int = 0
+    expected_staleness: float = 0.0
 
 
 class Shard:
@@ -109,6 +116,7 @@ class Shard:
         """Where y lies, if that is on the host."""
         self._loan: Loan | None = None
         self._scalars: dict[str, Scalars] = {}
+        self._reported: Reported = {}
         self._accumulated: Tensor | None = None
         self._clear_group()
 
@@ -123,12 +131,14 @@ class Shard:
         self.group: dict[str, int] = {}
         self._weight = 0.0
         self._damping = 0.0
+        self._lateness = 0
 
     def initialize(self, parameters: Tensor, epoch: int) -> None:
         """Starts at step 0 from the initial weights, flat [numel], fp32 or narrower, which are copied."""
         self.epoch, self.step, self.seq = epoch, 0, 0
         self._buffers = initial_buffers(self._method, self._as_y(parameters))
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
+        self._reported = {}
         self._expected_staleness = 0.0
         self._clear_group()
         settle(self.device)
@@ -136,10 +146,13 @@ class Shard:
     def apply(self, entry: Entry) -> None:
         """Applies the log's next entry.
 
-        A group's gradient is the mean of its pushes weighted by their samples, and its damping likewise.
+        A group's gradient is the mean of its pushes weighted by their samples, and its damping likewise; it is as late
+        as the latest of them.
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
+        if entry.measured is not None:
+            self._observe(entry.measured)
         if entry.gradient is None and not entry.advance:
             return
         pushed = None
@@ -159,26 +172,36 @@ class Shard:
         self.step += 1
         self._clear_group()
 
+    def _observe(self, measured: Measured) -> None:
+        self._reported = with_measured(self._reported, measured)
+        self._scalars = {
+            group: self._method.observe(self._hyperparameters[group], scalars, measured.name, measured.value)
+            for group, scalars in self._scalars.items()
+        }
+
     def _gather(self, pushed: Tensor, entry: Entry) -> None:
         if self._accumulated is None:
             self._accumulated = torch.empty(self.manifest.numel, device=self.device)
         gather(self._accumulated, pushed, entry.weight * entry.scale, first=not self._weight)
         self._weight += entry.weight
         self._damping += entry.weight * entry.damping
+        self._lateness = max(self._lateness, entry.lateness)
         self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
 
     def _direction(self, pushed: Tensor | None, entry: Entry) -> tuple[Gradient, Conditions]:
         """The gradient of the step that an entry brings about, and what the log says of its pushes."""
         if not self._gathers:
             assert pushed is not None
-            return Gradient(pushed, entry.scale), Conditions(entry.damping)
+            return Gradient(pushed, entry.scale), _conditions(entry.damping, entry.lateness)
         if pushed is None:
             assert self._accumulated is not None
-            return Gradient(self._accumulated, 1 / self._weight), Conditions(self._damping / self._weight)
+            taken = _conditions(self._damping / self._weight, self._lateness)
+            return Gradient(self._accumulated, 1 / self._weight), taken
         weight = self._weight + entry.weight
         gathered = self._accumulated if self._weight else None
         damping = (self._damping + entry.weight * entry.damping) / weight
-        return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), Conditions(damping)
+        taken = _conditions(damping, max(self._lateness, entry.lateness))
+        return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), taken
 
     def copy_point(
         self, point: Point, out: Tensor | Quanta, note: Callable[[int], object] | None = None
@@ -222,6 +245,10 @@ class Shard:
         """(seq, step, group): where in the log the state stands."""
         return self.seq, self.step, dict(self.group)
 
+    def reported(self) -> Reported:
+        """The metrics that were reported up to here."""
+        return self._reported
+
     def cut(self) -> Cut:
         """A copy of the state; its cost is one pass over memory."""
         tensors = dict(self._buffers)
@@ -236,6 +263,8 @@ class Shard:
             dict(self.group),
             self._weight,
             self._damping,
+            self._reported,
+            self._lateness,
             self._expected_staleness,
         )
 
@@ -247,5 +276,10 @@ class Shard:
         self._scalars = dict(cut.scalars)
         self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
         self.group = dict(cut.group)
-        self._weight, self._damping = cut.weight, cut.damping
+        self._weight, self._damping, self._lateness = cut.weight, cut.damping, cut.lateness
+        self._reported = cut.reported
         self._expected_staleness = cut.expected_staleness
+
+
+def _conditions(damping: float, lateness: int) -> Conditions:
+    return Conditions(damping, 1 / lateness) if lateness else Conditions(damping)

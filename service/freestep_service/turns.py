@@ -15,15 +15,13 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["COMPILER", "HOST", "Turns", "arithmetic_threads"]
+__all__ = ["HOST", "Turns", "arithmetic_threads"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 HOST = torch.device("cpu")
 """Where bodies are received and measured."""
-COMPILER = torch.device("meta")
-"""Where nothing is computed: whoever has the turn has kernels compiled, which others may then find made."""
 
 
 class Turns:
@@ -35,6 +33,8 @@ class Turns:
     def __init__(self, few: int = 0) -> None:
         self._few = few
         self._locks: defaultdict[torch.device, threading.Lock] = defaultdict(threading.Lock)
+        self.compiler = arithmetic_threads("compiler", 1)
+        """Where kernels are compiled: the next in line may find its own made."""
 
     def needs_none(self, device: torch.device, numel: int) -> bool:
         """Whether arithmetic is so little that whoever wants it does it at once: on the event loop, out of turn."""

@@ -63,6 +63,17 @@ def test_a_run_is_shown(service: ThreadService, run: Run) -> None:
     assert (document["step"], document["loss"]) == (1, 0.5)
 
 
+def test_a_metric_is_reported(service: ThreadService, run: Run) -> None:
+    assert freestep(service, "report", run.name, "accuracy", "0.875", "--step", "1").returncode == 0
+    again = freestep(service, "report", run.name, "accuracy", "0.875", "--step", "1", "--epoch", "1", "--json")
+    assert json.loads(again.stdout)["replayed"] is True
+    assert "accuracy 0.875 at step 1" in freestep(service, "runs", "show", run.name).stdout
+    below = freestep(service, "report", run.name, "gain", "--step", "1", "--", "-2e-3")
+    assert below.stdout == f"gain of {run.name} at step 1 is -0.002\n"
+    assert freestep(service, "report", run.name, "accuracy", "0.5", "--step", "1").returncode == 1
+    assert freestep(service, "report", run.name, "accuracy", "nan", "--step", "1").returncode == 2
+
+
 def test_workers_are_listed(service: ThreadService, run: Run) -> None:
     assert "worker-1" in freestep(service, "workers", run.name).stdout
     (document,) = json.loads(freestep(service, "workers", run.name, "--json").stdout)

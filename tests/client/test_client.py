@@ -36,7 +36,7 @@ from freestep import (
 )
 from freestep.flat import DTYPES
 from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
+from freestep.models import Metric, MetricReceipt, ParameterSpec
 from harness import SGD, TENSORS, ThreadService, wait_until
 from proxies import Cutter
 
@@ -121,6 +121,20 @@ def test_an_exchange_is_a_push_and_a_pull(run: Run, dtype: str) -> None:
     assert (pulled.step, pulled.epoch) == (1, 1)
     for name, view in arriving.views.items():
         assert torch.equal(view.float(), 0.5 * TENSORS[name])
+
+
+def test_a_metric_is_reported_once(run: Run) -> None:
+    assert run.report("accuracy", 0.5, 0) == MetricReceipt(name="accuracy", value=0.5, step=0, epoch=1)
+    assert run.report("accuracy", 0.5, 0, epoch=1).replayed
+    assert run.status().metrics == {"accuracy": Metric(value=0.5, step=0)}
+    with pytest.raises(IdempotencyConflict, match="accuracy at step 0"):
+        run.report("accuracy", 0.25, 0)
+    with pytest.raises(MalformedRequest):
+        run.report("accuracy", 0.5, 1)
+    with pytest.raises(EpochChanged):
+        run.report("accuracy", 0.5, 0, epoch=2)
+    with pytest.raises(ValueError):
+        run.report("accuracy", float("nan"), 0)
 
 
 def test_tensors_that_do_not_fit_are_not_sent(run: Run) -> None:

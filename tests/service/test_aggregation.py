@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness import SGD, TENSORS, Api, ThreadService, slug, under_way, wait_until
-from reference import ScheduleFree
+from reference import ScheduleFree, fadas
 
 
 def scaled(factor: float) -> dict[str, Tensor]:
@@ -191,6 +191,54 @@ def test_a_groups_damping_is_the_mean_of_its_pushes(api: Api) -> None:
         api.push(lease, taken_at, Freestep_Samples=samples)
     factors = 1 + (3 * 2**-0.5 + 1) / 4
     torch.testing.assert_close(api.pull("y")[0]["w"], (1 - 0.1 * factors) * TENSORS["w"])
+
+
+FADAS = {"staleness_damping": "fadas", "staleness_threshold": 2}
+
+
+def test_above_its_threshold_fadas_bounds_the_learning_rate(api: Api) -> None:
+    api.create(optimizer={"algorithm": "sgd", "lr": 0.3}, aggregation={"policy": "async", **FADAS})
+    lease = api.lease()
+    for _ in range(7):
+        api.push(lease, 0)
+    rates = [fadas(0.3, staleness, 2) for staleness in range(7)]
+    assert rates == [0.3, 0.3, 0.3, 0.3, 1 / 4, 1 / 5, 1 / 6]
+    torch.testing.assert_close(api.pull("y")[0]["w"], (1 - sum(rates)) * TENSORS["w"])
+
+
+def test_fadas_takes_a_group_for_as_stale_as_its_stalest_push(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    """Wherever that is in the group, and with a restart in the middle of one."""
+    service = start_service()
+    api = connect(service.url)
+    api.create(optimizer=SGD, aggregation={"policy": "buffered", "batch": 3, **FADAS})
+    lease, rates = api.lease(), []
+    for group in ((0, 0, 0), (0, 1, 1), (0, 2, 2), (0, 3, 0), (4, 4, 0), (5, 3, 2), (0, 6, 6)):
+        for number, taken_at in enumerate(group):
+            if (len(rates), number) == (6, 2):
+                service.stop()
+                service = start_service()
+                api = connect(service.url, api.run)
+                lease = api.lease()
+            assert api.push(lease, taken_at, tensors=scaled(1.0)).status_code == 200
+        rates.append(fadas(1.0, len(rates) - min(group), 2))
+    assert rates == [1, 1, 1, 1 / 3, 1 / 4, 1 / 3, 1 / 6]
+    torch.testing.assert_close(api.pull("y")[0]["w"], (1 - sum(rates)) * TENSORS["w"])
+
+
+@pytest.mark.parametrize(
+    "aggregation",
+    [
+        {"policy": "async", "staleness_damping": "fadas"},
+        {"policy": "async", "staleness_threshold": 2},
+        {"policy": "async", "staleness_damping": "inverse_sqrt", "staleness_threshold": 2},
+    ],
+)
+def test_fadas_and_its_threshold_belong_together(api: Api, aggregation: dict[str, Any]) -> None:
+    answer = api.http.put(api.path(), json=api.spec(aggregation=aggregation))
+    assert (answer.status_code, slug(answer)) == (422, "invalid-spec")
+    assert answer.json()["field"] == "aggregation.staleness_threshold"
 
 
 def test_a_wait_that_runs_out_leaves_the_push_accumulated(api: Api) -> None:

@@ -45,6 +45,24 @@ def test_live_leases_are_listed_by_worker(api: Api) -> None:
     assert 0 < listed[0]["expires_in_ms"] <= 30_000
 
 
+def test_a_lease_shows_the_speed_that_its_last_push_told(api: Api) -> None:
+    api.create()
+    lease = api.lease()
+
+    def speed() -> float | None:
+        (listed,) = api.http.get(api.path("/leases")).json()["leases"]
+        return None if listed["speed"] is None else float(listed["speed"])
+
+    assert speed() is None
+    for told in (2.5, 1 / 3):
+        api.push(lease, 0, Freestep_Speed=repr(told))
+        assert speed() == told
+    api.push(lease, 0)
+    assert speed() == 1 / 3
+    assert api.lease()["token"] > lease["token"]
+    assert speed() is None
+
+
 def test_a_lease_is_given_before_the_run_has_weights(api: Api) -> None:
     api.http.put(api.path(), json=api.spec())
     lease = api.lease()

@@ -128,10 +128,10 @@ def test_coefficients_stay_in_their_bounds(
     h = SGDScheduleFree(momentum=beta, warmup_steps=warmup_steps, r=r, averaging_constant=constant)
     scalars: Any = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
     for expected in each(played):
-        made = averaged(h, scalars, h.lr, Conditions(0.5, expected))
+        made = averaged(h, scalars, h.lr, Conditions(0.5, expected_staleness=expected))
         assert 0.7 <= made.scalars["beta"] < 1
-        assert 0 < made.damping <= 0.5
-        assert made.damping * (1 - made.scalars["beta"]) * (1 + expected) == pytest.approx(0.5 * (1 - beta))
+        assert 0 < made.taken.damping <= 0.5
+        assert made.taken.damping * (1 - made.scalars["beta"]) * (1 + expected) == pytest.approx(0.5 * (1 - beta))
         assert -1 <= made.y_share < 0
         scalars = made.scalars
 
@@ -146,7 +146,7 @@ def test_where_no_staleness_is_expected_it_is_the_papers_to_the_bit() -> None:
             c = h.lr**2 / weight_sum
             if h.averaging_constant is not None:
                 c = min(c * (1 - h.beta) * h.averaging_constant, 1.0)
-            assert made[1:] == (1.0, c, h.beta * (1 - c) - 1, 0.0), k
+            assert made[1:] == (Conditions(), c, h.beta * (1 - c) - 1, 0.0), k
             scalars = made.scalars
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from flats import STEPS, Flat, assert_points, initial_weights, random_gradients, torch_groups
 from forms import FORMS, hyperparameters, own
 from freestep.encoding import INT8
-from freestep.hyperparameters import SGD
+from freestep.hyperparameters import SGD, ScheduleFreeWrapper
 from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
 from freestep_service.optimizers import (
@@ -190,6 +190,27 @@ def test_damping_leaves_the_averaging_weights_alone(form: str) -> None:
     assert not torch.equal(damped.buffers["y"], plain.buffers["y"])
 
 
+@pytest.mark.parametrize(
+    "form", sorted(FORMS.keys() - {"schedule_free_wrapper-rprop", "schedule_free_wrapper-adagrad"})
+)
+def test_a_bound_on_the_learning_rate_is_a_damping_down_to_it(form: str) -> None:
+    """Of a learning rate that is the same in each step; Rprop has none, and Adagrad's decays."""
+    weights = {name: weight.double() for name, weight in initial_weights().items()}
+    plain, loose, damped, bounded = (Flat(FORMS[form], {}, weights) for _ in range(4))
+    h = bounded.hyperparameters["default"]
+    lr = h.base.lr if isinstance(h, ScheduleFreeWrapper) else h.lr
+    for gradients in random_gradients(10):
+        exact = {name: gradient.double() for name, gradient in gradients.items()}
+        plain.step(exact)
+        loose.step(exact, largest_rate=lr)
+        damped.step(exact, damping=1 / 4)
+        bounded.step(exact, largest_rate=lr / 4)
+    assert bounded.scalars == plain.scalars
+    assert torch.equal(loose.buffers["y"], plain.buffers["y"])
+    torch.testing.assert_close(bounded.buffers["y"], damped.buffers["y"], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(bounded.buffers["y"], plain.buffers["y"])
+
+
 USUAL = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "sgd", "adamw"]
 """Forms whose rules are compiled at the start, and are tried at all sizes."""
 RARE = [form for form in FORMS if form not in USUAL]
@@ -230,7 +251,13 @@ class Stretch:
         part = slice(self.begin, self.end)
         gradient = Gradient(pushed[part], 0.3, share, None if gathered is None else gathered[part])
         self.scalars = step(
-            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, Conditions(0.7, 3.0)
+            self.method,
+            self.layout,
+            self.hyperparameters,
+            self.scalars,
+            self.buffers,
+            gradient,
+            Conditions(0.7, expected_staleness=3.0),
         )
 
     def point(self, name: str, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,10 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flats import Flat
-from freestep.schedules import Schedule
+from freestep.hyperparameters import SGD
+from freestep.schedules import Plateau, Schedule
+from freestep_service.optimizers import Scalars
+from freestep_service.optimizers.plateau import observe, remaining
 from freestep_service.optimizers.schedules import scheduled
 
 STEPS = 500
@@ -61,6 +64,55 @@ def test_a_schedule_is_torchs(members: dict[str, Any], make: Make) -> None:
         assert scheduled(LR, ours, k) == pytest.approx(peer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
         peer.step()
         theirs.step()
+
+
+MEMBERS = st.fixed_dictionaries(
+    {
+        "mode": st.sampled_from(["min", "max"]),
+        "factor": st.sampled_from([0.0, 0.1, 0.5]),
+        "patience": st.integers(0, 4),
+        "threshold": st.sampled_from([0.0, 1e-4, 0.1, 2.0]),
+        "threshold_mode": st.sampled_from(["rel", "abs"]),
+        "cooldown": st.integers(0, 3),
+        "min_lr": st.sampled_from([0.0, 0.001, 0.2]),
+    }
+)
+VALUES = st.lists(st.one_of(st.sampled_from([0.0, 1.0, 0.999, -1.0]), st.floats(-3, 3)), min_size=1, max_size=60)
+
+
+@settings(STEADY, max_examples=300)
+@given(MEMBERS, VALUES)
+def test_a_plateau_is_torchs(members: dict[str, Any], values: list[float]) -> None:
+    h = SGD(lr=LR, schedule=Plateau(metric="loss", warmup_steps=3, **members))
+    peer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
+    theirs = lr_scheduler.ReduceLROnPlateau(peer, **members)
+    scalars: Scalars = {"k": 7}
+    for value in values:
+        scalars = observe(h, scalars, "loss", value)
+        assert observe(h, scalars, "accuracy", value) is scalars
+        theirs.step(value)
+        assert remaining(h, scalars) == peer.param_groups[0]["lr"]
+        assert (scalars["best"], scalars["num_bad_epochs"]) == (theirs.best, theirs.num_bad_epochs)
+        assert scalars["cooldown_counter"] == theirs.cooldown_counter
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "adamw", "gpa_adamw"])
+@pytest.mark.parametrize("averaging", [{}, {"averaging": {"name": "polyak"}}])
+def test_a_plateau_is_a_groups_own(algorithm: str, averaging: dict[str, Any]) -> None:
+    """A group takes a tenth of the learning rate when its metric says so; the others go on."""
+    if algorithm == "gpa_adamw" and averaging:
+        pytest.skip("it is an average itself")
+    plateau = {"name": "plateau", "metric": "loss", "patience": 0}
+    spec = {"algorithm": algorithm, "lr": 0.5, **averaging}
+    weights = {name: torch.zeros(4, dtype=torch.float64) for name in ("matrix", "vector")}
+    twins = [Flat(spec, {"schedule": plateau}, weights), Flat(spec, {}, weights)]
+    for flat in twins:
+        for metric, value in (("loss", 1.0), ("other", 2.0), ("loss", 2.0)):
+            flat.observe(metric, value)
+        flat.step({name: torch.ones(4, dtype=torch.float64) for name in weights})
+    reduced, plain = (flat.point("z") for flat in twins)
+    torch.testing.assert_close(reduced["matrix"], plain["matrix"], rtol=0, atol=0)
+    torch.testing.assert_close(reduced["vector"], plain["vector"] / 10)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

@@ -154,6 +154,35 @@ def test_primal_averaging_is_the_papers() -> None:
     compared()
 
 
+def test_primal_averaging_over_sgd_is_the_papers() -> None:
+    @STEADY
+    @given(
+        st.fixed_dictionaries({"lr": rates, "weight_decay": decays}),
+        st.sampled_from([0.3, 0.7, 0.95]),
+        st.sampled_from([0.0, 0.9, 0.9967]),
+        flags,
+    )
+    def compared(sgd: dict[str, Any], mu_y: float, mu_x: float, damped: bool) -> None:
+        spec = {"algorithm": "gpa_sgd", "mu_y": mu_y, "mu_x": mu_x, **sgd}
+        second = {"lr": 0.001, "weight_decay": 0.0}
+        references = twins(torch.optim.SGD, sgd, {**sgd, **second}, beta=mu_y, mu_x=mu_x)
+        compare(spec, second, references, damped)
+
+    compared()
+
+
+def test_primal_averaging_with_one_weight_is_nesterov_momentum() -> None:
+    """With the default hyperparameters it is DiLoCo's outer optimizer with its own."""
+    primal, nesterov = (Flat({"algorithm": name}, {}, weights()) for name in ("gpa_sgd", "diloco"))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        gradients = {name: 0.1 * torch.randn(each.shape, generator=generator) for name, each in weights().items()}
+        primal.step(gradients)
+        nesterov.step(gradients)
+        for name, y in nesterov.point("y").items():
+            torch.testing.assert_close(primal.point("y")[name], y, rtol=1e-4, atol=2e-4)
+
+
 PACKAGE = [
     ("sgd", torch.optim.SGD, {"lr": 0.02}),
     ("sgd", torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01}),

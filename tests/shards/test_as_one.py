@@ -83,6 +83,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
         "averaging_constant": 20.0,
     },
     "gpa_adamw": {"lr": 0.05, "schedule": {"name": "linear", "total_steps": 5}},
+    "gpa_sgd": {"lr": 0.5},
     "sgd": {
         "lr": 0.1,
         "momentum": 0.9,
@@ -91,7 +92,10 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
         "averaging": {"name": "polyak", "start_step": 1},
     },
     "adamw": {"lr": 0.05, "schedule": {"name": "constant", "warmup_steps": 2}},
+    "diloco": {"momentum_period": 2, "momentum_activation": 0.3},
 }
+RARE = ("schedule_free_wrapper", "gpa_adamw", "gpa_sgd", "diloco")
+"""Algorithms that are tried under two policies only."""
 POLICIES: dict[str, dict[str, Any]] = {
     "async": {},
     "ringmaster": {"max_staleness": 2},
@@ -110,10 +114,11 @@ def specs(draw: st.DrawFn, algorithm: str, policy: str) -> dict[str, Any]:
         optimizer["max_grad_norm"] = draw(st.sampled_from([0.5, 5.0]))
     if "schedule_free" in algorithm:
         optimizer["delay_correction"] = {"name": draw(st.sampled_from(["none", "auto"]))}
-    damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt"]))
+    damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt", "fadas"]))
+    threshold = {"staleness_threshold": 1} if damping == "fadas" else {}
     return {
         "optimizer": optimizer,
-        "aggregation": {"policy": policy, "staleness_damping": damping, **POLICIES[policy]},
+        "aggregation": {"policy": policy, "staleness_damping": damping, **threshold, **POLICIES[policy]},
         "parameters": [
             {"name": f"t{number}", "shape": list(shape), "group": draw(st.sampled_from(["default", "own"]))}
             for number, shape in enumerate(shapes_)
@@ -223,7 +228,7 @@ def compare(nodes: list[ThreadService], spec: dict[str, Any], shards: int, todo:
 PAIRS = [
     (algorithm, policy)
     for algorithm in ALGORITHMS
-    for policy in (["async", "buffered"] if algorithm in ("schedule_free_wrapper", "gpa_adamw") else POLICIES)
+    for policy in (["async", "buffered"] if algorithm in RARE else POLICIES)
 ]
 
 

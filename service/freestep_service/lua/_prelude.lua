@@ -2,7 +2,8 @@
 --
 -- KEYS 1-12 the same for every script, all under one hash tag, freestep:{run}:...
 --   run       hash    spec, epoch, step, seq, initialized, token, the policy's values, counts of pushes; shards (how
---                     many), phase and generation of its opening (see open.lua), durable (the newest checkpoint)
+--                     many), phase and generation of its opening (see open.lua), durable (the newest checkpoint),
+--                     clocks (JSON: worker -> its pushes, where the policy has a slack)
 --   leases    zset    worker -> when its lease ends, ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
 --   receipts  hash    idempotency key -> record (JSON: claim, digests, and the receipt's members)
@@ -17,10 +18,11 @@
 --                     its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its cut), left (shards yet to read it), ends}
--- KEYS 13-  lease:ID (hash) and window:ID (list: the lease's newest idempotency keys), where a script says so
+-- KEYS 13-  lease:ID (hash) and window:ID (list: the lease's newest idempotency keys), or metrics (see measure.lua),
+--           where a script says so
 --
 -- Shards hear what other callers brought about on the channel freestep:{run}:messages, as JSON; a run of one shard has
--- nobody to tell. Whoever misses a message reads the log, or asks again.
+-- nobody to tell, but of the slowest worker. Whoever misses a message reads the log, or asks again.
 
 local RUN, LEASES, WORKERS, RECEIPTS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local PENDING, GROUP, LOG, ENDED = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
@@ -230,6 +232,47 @@ local function is_fresh(staleness, live)
   if bound == 'none' then return true end
   if bound == 'adaptive' then return staleness <= 4 * math.max(live, 1) end
   return staleness <= tonumber(bound)
+end
+
+-- How many pushes a worker may be ahead of the slowest live one; nil where nobody waits for others.
+local function slack()
+  return tonumber(redis.call('HGET', RUN, 'slack') or '')
+end
+
+local function clocks()
+  return cjson.decode(redis.call('HGET', RUN, 'clocks') or '{}')
+end
+
+-- The least count of pushes of those who live; 0 where nobody does.
+local function slowest(counts, now)
+  local least = nil
+  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '(' .. text(now), '+inf')) do
+    local count = counts[worker]
+    if count and (not least or count < least) then least = count end
+  end
+  return least or 0
+end
+
+-- Sets a worker's count of pushes, or with nil ends it, and has those wait no longer who waited for that.
+local function set_clock(counts, worker, count, now)
+  local before = slowest(counts, now)
+  counts[worker] = count
+  redis.call('HSET', RUN, 'clocks', cjson.encode(counts))
+  if not count or slowest(counts, now) > before then tell({kind = 'moved'}) end
+end
+
+-- Counts a push that was decided.
+local function count_push(worker, now)
+  if not slack() then return end
+  local counts = clocks()
+  set_clock(counts, worker, (counts[worker] or slowest(counts, now)) + 1, now)
+end
+
+-- Ends a worker's lease: it holds nobody up any more.
+local function end_lease(worker, now)
+  redis.call('ZREM', LEASES, worker)
+  redis.call('HDEL', WORKERS, worker)
+  if slack() then set_clock(clocks(), worker, nil, now) end
 end
 
 -- The tickets that get their cut at a log entry, with their points, as far as there is memory for it; nil for none.

@@ -11,6 +11,7 @@
 --          {run-not-initialized}, {lease-expired}, {epoch-changed, epoch}, {step-ahead, step}
 --          {refused-before, slug, detail}   another part was refused before this one came
 --          {dropped, record, evicted idempotency keys ...}   too stale already
+--          {ahead}                  the worker is too far ahead of the slowest one, and is to wait
 --          {admitted}, or {queued}: it will be told when it may send its body
 
 local lease, token, taken_at, key, claim = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
@@ -58,9 +59,15 @@ if not is_fresh(step - taken_at, live) then
   record = cjson.encode({claim = claim, digests = {}, decision = 'dropped', reason = 'stale', step = step,
     staleness = step - taken_at, seq = 0, live = live, worker = worker, epoch = tonumber(epoch)})
   redis.call('HINCRBY', RUN, 'dropped', 1)
+  count_push(worker, now)
   local evicted = remember(key, record, KEYS[14])
   if many then tell({kind = 'decided', key = key, record = record, evicted = evicted}) end
   return {'dropped', record, unpack(evicted)}
+end
+local may_lead = slack()
+if may_lead then
+  local counts = clocks()
+  if (counts[worker] or 0) - slowest(counts, now) > may_lead then return {'ahead'} end
 end
 redis.call('HSET', PENDING, key, claim)
 if not many then return {'admitted'} end

@@ -4,7 +4,7 @@
 -- ARGV     1 lease, 2 token, 3 step where the gradient was taken, 4 idempotency key, 5 claim, 6 epoch and 7 newest
 --          seq that the shard knows, 8 shard, 9 its owner's token, 10 digest of its part of the body, 11 its part's
 --          norm, 12 largest norm allowed or an empty string, 13 the point wanted in answer ("y F32") or an empty
---          string, 14 1 if that is to be after the group's update, else 0
+--          string, 14 1 if that is to be after the group's update, else 0, 15 the worker's speed or an empty string
 -- returns  {behind}, {not-open, missing shards}, {fenced}, {lost} (the run was opened again, or the push refused, since
 --          it was admitted), {lease-expired}, {epoch-changed, epoch}, {staged} (other shards have not: the decision will
 --          be told), {refused} (the norm is too large), or {committed, record, evicted idempotency keys ...}; the
@@ -74,7 +74,9 @@ end
 extend(KEYS[13], worker, now)
 redis.call('HINCRBY', RUN, decision, 1)
 redis.call('HINCRBY', KEYS[13], 'pushes', 1)
+count_push(worker, now)
 redis.call('HSET', KEYS[13], 'step', taken_at, 'staleness', staleness)
+if ARGV[15] ~= '' then redis.call('HSET', KEYS[13], 'speed', ARGV[15]) end
 record = cjson.encode({claim = claim, digests = digests, decision = decision, reason = reason, step = step,
   staleness = staleness, seq = seq, live = live, worker = worker, epoch = tonumber(epoch),
   norm = string.format('%.17g', norm)})

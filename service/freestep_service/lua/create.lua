@@ -1,13 +1,13 @@
 -- Creates a run; it opens once its shards are owned.
 -- KEYS     the run's
 -- ARGV     1 spec (canonical JSON), 2 batch (a number, or live), 3 max_staleness (a number, none or adaptive),
---          4 distinct (0 or 1), 5 epoch, 6 shards
+--          4 distinct (0 or 1), 5 slack (a number, or an empty string), 6 epoch, 7 shards
 -- returns  created, same or different (than the spec of the run that exists)
 
 local existing = redis.call('HGET', RUN, 'spec')
 if existing then return existing == ARGV[1] and 'same' or 'different' end
 redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
-  'epoch', ARGV[5], 'shards', ARGV[6], 'step', 0, 'seq', 0, 'initialized', 0, 'token', 0, 'grouped', 0,
-  'applied', 0, 'accumulated', 0, 'dropped', 0, 'created_ms', text(clock()))
+  'slack', ARGV[5], 'epoch', ARGV[6], 'shards', ARGV[7], 'step', 0, 'seq', 0, 'initialized', 0, 'token', 0,
+  'grouped', 0, 'applied', 0, 'accumulated', 0, 'dropped', 0, 'created_ms', text(clock()))
 begin_gathering()
 return 'created'

@@ -13,8 +13,7 @@ for index = 4, #ARGV, 2 do
   local worker, lease = ARGV[index], ARGV[index + 1]
   local ends = redis.call('ZSCORE', LEASES, worker)
   if redis.call('HGET', WORKERS, worker) == lease and (not ends or tonumber(ends) <= now) then
-    redis.call('ZREM', LEASES, worker)
-    redis.call('HDEL', WORKERS, worker)
+    end_lease(worker, now)
     retire(lease, KEYS[12 + (index - 2) / 2], evicted)
   end
 end

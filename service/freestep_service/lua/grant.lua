@@ -20,6 +20,11 @@ if older ~= '' then
   tell_evicted(evicted)
 end
 redis.call('HSET', RUN, 'token', token)
+if slack() then
+  -- Who comes anew holds nobody up.
+  local counts, ends = clocks(), tonumber(redis.call('ZSCORE', LEASES, worker) or 0)
+  set_clock(counts, worker, ends > now and counts[worker] or slowest(counts, now), now)
+end
 redis.call('HSET', WORKERS, worker, lease)
 redis.call('HSET', KEYS[13], 'worker', worker, 'token', token, 'ttl_ms', ttl,
   'epoch', redis.call('HGET', RUN, 'epoch'), 'granted_ms', text(now), 'pushes', 0)

@@ -9,8 +9,7 @@ local now = clock()
 local worker = holder(KEYS[13], ARGV[1], nil, now)
 if not worker then return {'lease-expired'} end
 local evicted, seq, step = {}, 0, 0
-redis.call('ZREM', LEASES, worker)
-redis.call('HDEL', WORKERS, worker)
+end_lease(worker, now)
 redis.call('DEL', KEYS[13])
 retire(ARGV[1], KEYS[14], evicted)
 tell_evicted(evicted)

@@ -46,11 +46,11 @@ _KAPPA = 2.0
 class Average(NamedTuple):
     """A step of the average.
 
-    scalars: the next ones. damping: of the learning rate, which also has that of the conditions in it.
+    scalars: the next ones. taken: the conditions, with what is left of the learning rate in their damping.
     """
 
     scalars: dict[str, float]
-    damping: float
+    taken: Conditions
     z_share: float
     """What of z - y is added to y: c, where β stays."""
     y_share: float
@@ -90,7 +90,7 @@ def averaged(h: ScheduleFree, scalars: Scalars, lr: float, taken: Conditions) ->
             "c": c if weight_sum else 1.0,
             "staleness": staleness,
         },
-        damping=taken.damping * ((1 - h.beta) / ((1 + staleness) * share)),
+        taken=taken._replace(damping=taken.damping * ((1 - h.beta) / ((1 + staleness) * share))),
         z_share=c + (1 - c) * (1 - kept * beta / before) - (1 - kept) / before,
         y_share=beta * (1 - c) - 1,
         z_pull=(1 - kept) / before,

@@ -40,7 +40,8 @@ def averaged(method: Method) -> Method:
         return following, _Coefficients(_share(h.averaging, scalars["k"]), coefficients)
 
     first, *others = method.buffers
-    return Method((first, "x", *others), method.initial, advance, _beside(method.rule))
+    rule = _beside(method.rule)
+    return Method((first, "x", *others), method.initial, advance, rule, observe=method.observe)
 
 
 def _beside(method: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

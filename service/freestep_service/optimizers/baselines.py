@@ -14,12 +14,15 @@ from freestep.hyperparameters import SGD as SGDSpec
 from freestep.hyperparameters import AdamW as AdamWSpec
 from freestep_service.optimizers.averaging import averaged
 from freestep_service.optimizers.method import Conditions, Method, Scalars
+from freestep_service.optimizers.plateau import observe, remaining
 from freestep_service.optimizers.schedules import scheduled
 
-__all__ = ["ADAMW", "AVERAGED_ADAMW", "AVERAGED_SGD", "SGD"]
+__all__ = ["ADAMW", "AVERAGED_ADAMW", "AVERAGED_SGD", "SGD", "SGDCoefficients"]
 
 
-class _SGDCoefficients(NamedTuple):
+class SGDCoefficients(NamedTuple):
+    """What the rule of SGD takes."""
+
     lr: float
     weight_decay: float
     momentum: float
@@ -29,15 +32,15 @@ class _SGDCoefficients(NamedTuple):
     nesterov: bool
 
 
-def _advance_sgd(h: SGDSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _SGDCoefficients]:
+def _advance_sgd(h: SGDSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, SGDCoefficients]:
     k = scalars["k"]
-    lr = taken.damping * scheduled(h.lr, h.schedule, k)
+    lr = taken.rate(scheduled(remaining(h, scalars), h.schedule, k))
     # The buffer starts as the first gradient, undampened.
     gain = 1 - h.dampening if k else 1.0
-    return {"k": k + 1}, _SGDCoefficients(lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov)
+    return {**scalars, "k": k + 1}, SGDCoefficients(lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov)
 
 
-def _sgd(g: Tensor, y: Tensor, buffer: Tensor, s: _SGDCoefficients) -> tuple[Tensor, Tensor]:
+def _sgd(g: Tensor, y: Tensor, buffer: Tensor, s: SGDCoefficients) -> tuple[Tensor, Tensor]:
     g = g + s.weight_decay * y
     d = g
     if s.has_momentum:
@@ -64,8 +67,8 @@ class _AdamWCoefficients(NamedTuple):
 def _advance_adamw(h: AdamWSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _AdamWCoefficients]:
     beta1, beta2 = h.betas
     step = scalars["k"] + 1
-    lr = taken.damping * scheduled(h.lr, h.schedule, scalars["k"])
-    return {"k": step}, _AdamWCoefficients(
+    lr = taken.rate(scheduled(remaining(h, scalars), h.schedule, scalars["k"]))
+    return {**scalars, "k": step}, _AdamWCoefficients(
         shrink=1 - lr * h.weight_decay,
         m_share=1 - beta1,
         beta2=beta2,
@@ -82,7 +85,7 @@ def _adamw(g: Tensor, y: Tensor, m: Tensor, v: Tensor, s: _AdamWCoefficients) ->
     return s.shrink * y - s.step_size * (m / (torch.sqrt(v) * s.correction + s.eps)), m, v
 
 
-SGD = Method(("y", "momentum_buffer"), {"k": 0}, _advance_sgd, _sgd)
-ADAMW = Method(("y", "exp_avg", "exp_avg_sq"), {"k": 0}, _advance_adamw, _adamw)
+SGD = Method(("y", "momentum_buffer"), {"k": 0}, _advance_sgd, _sgd, observe=observe)
+ADAMW = Method(("y", "exp_avg", "exp_avg_sq"), {"k": 0}, _advance_adamw, _adamw, observe=observe)
 AVERAGED_SGD = averaged(SGD)
 AVERAGED_ADAMW = averaged(ADAMW)

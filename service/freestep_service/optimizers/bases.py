@@ -14,8 +14,9 @@ from torch import Tensor
 from freestep import bases as specs
 from freestep_service.optimizers import moments
 from freestep_service.optimizers.method import Base, Conditions, Scalars
+from freestep_service.optimizers.muon import MATRICES
 
-__all__ = ["base_of"]
+__all__ = ["SGD", "base_of"]
 
 
 class _SGD(NamedTuple):
@@ -30,7 +31,7 @@ class _SGD(NamedTuple):
 def _advance_sgd(h: specs.BaseSGD, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _SGD]:
     # The buffer starts as the first gradient, undampened.
     gain = 1 - h.dampening if scalars["k"] else 1.0
-    return {}, _SGD(lr * taken.damping, h.weight_decay, h.momentum, gain, h.nesterov)
+    return {}, _SGD(taken.rate(lr), h.weight_decay, h.momentum, gain, h.nesterov)
 
 
 def _sgd(g: Tensor, z: Tensor, s: _SGD) -> tuple[Tensor]:
@@ -54,7 +55,7 @@ class _RMSprop(NamedTuple):
 
 
 def _advance_rmsprop(h: specs.BaseRMSprop, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _RMSprop]:
-    return {}, _RMSprop(lr * taken.damping, h.weight_decay, h.alpha, 1 - h.alpha, h.eps, h.momentum)
+    return {}, _RMSprop(taken.rate(lr), h.weight_decay, h.alpha, 1 - h.alpha, h.eps, h.momentum)
 
 
 def _rmsprop(g: Tensor, z: Tensor, v: Tensor, s: _RMSprop) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ class _Adagrad(NamedTuple):
 def _advance_adagrad(h: specs.BaseAdagrad, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Adagrad]:
     k = scalars["k"]
     added = 0.0 if k else h.initial_accumulator_value
-    return {}, _Adagrad(lr * taken.damping / (1 + k * h.lr_decay), h.weight_decay, added, h.eps)
+    return {}, _Adagrad(taken.rate(lr / (1 + k * h.lr_decay)), h.weight_decay, added, h.eps)
 
 
 def _adagrad(g: Tensor, z: Tensor, total: Tensor, s: _Adagrad) -> tuple[Tensor, Tensor]:
@@ -168,3 +169,5 @@ def base_of(h: specs.Base) -> Base:
             return moments.ADAMAX
         case specs.BaseRprop():
             return RPROP
+        case specs.MatrixBase():
+            return MATRICES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from freestep import hyperparameters as specs
-from freestep_service.optimizers import baselines, schedule_free, wrapper
+from freestep_service.optimizers import baselines, outer, schedule_free, wrapper
 from freestep_service.optimizers.method import Method
 
 __all__ = ["method_of"]
@@ -22,7 +22,11 @@ def method_of(h: specs.OptimizerSpec) -> Method:
             return wrapper.wrapper_of(h)
         case specs.GPAAdamW():
             return wrapper.GPA_ADAMW
+        case specs.GPASGD():
+            return wrapper.GPA_SGD
         case specs.SGD():
             return baselines.SGD if h.averaging.name == "none" else baselines.AVERAGED_SGD
         case specs.AdamW():
             return baselines.ADAMW if h.averaging.name == "none" else baselines.AVERAGED_ADAMW
+        case specs.DiLoCo():
+            return outer.NESTEROV if h.momentum_period == 1 else outer.DELAYED_NESTEROV

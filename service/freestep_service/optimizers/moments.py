@@ -13,10 +13,10 @@ from torch import Tensor
 from freestep import bases as specs
 from freestep_service.optimizers.method import Base, Conditions, Scalars
 
-__all__ = ["ADAM", "ADAMAX", "ADAMW", "ADAMW_AMSGRAD", "ADAM_AMSGRAD", "NADAM", "RADAM"]
+__all__ = ["ADAM", "ADAMAX", "ADAMW", "ADAMW_AMSGRAD", "ADAM_AMSGRAD", "NADAM", "RADAM", "Moments"]
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
     """What those take that average gradients and their squares."""
 
     weight_decay: float
@@ -47,9 +47,9 @@ def _moments(
     g_step: float = 0.0,
     correction: float = 1.0,
     adaptive: bool = True,
-) -> _Moments:
+) -> Moments:
     beta1, beta2 = h.betas
-    return _Moments(
+    return Moments(
         weight_decay=0.0 if decoupled else h.weight_decay,
         shrink=lr * h.weight_decay if decoupled else 0.0,
         m_share=1 - beta1,
@@ -65,26 +65,26 @@ def _moments(
 
 def _corrected(
     h: specs.BaseAdam | specs.BaseAdamW, lr: float, scalars: Scalars, *, decoupled: bool
-) -> tuple[Scalars, _Moments]:
+) -> tuple[Scalars, Moments]:
     beta1, beta2 = h.betas
     t = scalars["k"] + 1
     return {}, _moments(h, lr, decoupled=decoupled, m_step=lr / (1 - beta1**t), correction=(1 - beta2**t) ** -0.5)
 
 
-def _advance_adam(h: specs.BaseAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Moments]:
-    return _corrected(h, lr * taken.damping, scalars, decoupled=h.decoupled_weight_decay)
+def _advance_adam(h: specs.BaseAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
+    return _corrected(h, taken.rate(lr), scalars, decoupled=h.decoupled_weight_decay)
 
 
-def _advance_adamw(h: specs.BaseAdamW, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Moments]:
-    return _corrected(h, lr * taken.damping, scalars, decoupled=True)
+def _advance_adamw(h: specs.BaseAdamW, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
+    return _corrected(h, taken.rate(lr), scalars, decoupled=True)
 
 
-def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Moments]:
+def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
     beta1, beta2 = h.betas
     t = scalars["k"] + 1
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (step * h.momentum_decay)) for step in (t, t + 1))
     product = scalars["mu_product"] * mu
-    lr *= taken.damping
+    lr = taken.rate(lr)
     return {"mu_product": product}, _moments(
         h,
         lr,
@@ -95,14 +95,14 @@ def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, taken: Condi
     )
 
 
-def _advance_radam(h: specs.BaseRAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Moments]:
+def _advance_radam(h: specs.BaseRAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
     beta1, beta2 = h.betas
     t = scalars["k"] + 1
     # The length of the approximated simple moving average, arXiv 1908.03265, section 4.1, and its limit.
     limit = 2 / (1 - beta2) - 1
     length = limit - 2 * t * beta2**t / (1 - beta2**t)
     adaptive = length > 5
-    lr *= taken.damping
+    lr = taken.rate(lr)
     m_step = lr / (1 - beta1**t)
     if adaptive:
         rectification = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
@@ -110,7 +110,7 @@ def _advance_radam(h: specs.BaseRAdam, lr: float, scalars: Scalars, taken: Condi
     return {}, _moments(h, lr, decoupled=h.decoupled_weight_decay, m_step=m_step, adaptive=adaptive)
 
 
-def _adam(g: Tensor, z: Tensor, m: Tensor, v: Tensor, s: _Moments) -> tuple[Tensor, Tensor, Tensor]:
+def _adam(g: Tensor, z: Tensor, m: Tensor, v: Tensor, s: Moments) -> tuple[Tensor, Tensor, Tensor]:
     g = g + s.weight_decay * z
     m = m + s.m_share * (g - m)
     v = s.beta2 * v + s.v_share * (g * g)
@@ -120,7 +120,7 @@ def _adam(g: Tensor, z: Tensor, m: Tensor, v: Tensor, s: _Moments) -> tuple[Tens
 
 
 def _amsgrad(
-    g: Tensor, z: Tensor, m: Tensor, v: Tensor, largest: Tensor, s: _Moments
+    g: Tensor, z: Tensor, m: Tensor, v: Tensor, largest: Tensor, s: Moments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = g + s.weight_decay * z
     m = m + s.m_share * (g - m)
@@ -140,7 +140,7 @@ class _Adamax(NamedTuple):
 
 def _advance_adamax(h: specs.BaseAdamax, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Adamax]:
     beta1, beta2 = h.betas
-    return {}, _Adamax(h.weight_decay, 1 - beta1, beta2, h.eps, lr * taken.damping / (1 - beta1 ** (scalars["k"] + 1)))
+    return {}, _Adamax(h.weight_decay, 1 - beta1, beta2, h.eps, taken.rate(lr) / (1 - beta1 ** (scalars["k"] + 1)))
 
 
 def _adamax(g: Tensor, z: Tensor, m: Tensor, norm: Tensor, s: _Adamax) -> tuple[Tensor, Tensor, Tensor]:

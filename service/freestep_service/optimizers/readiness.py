@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ def compile_rule(hyperparameters: specs.OptimizerSpec, *, gathers: bool) -> None
 
     Takes about half a second for each dtype in which gradients come, twice that with groups, unless it is on disk.
     """
-    method, nought = method_of(hyperparameters), torch.zeros(1)
+    # Where a direction is made first, it is to the loop a gradient as others are.
+    method, nought = replace(method_of(hyperparameters), direction=None), torch.zeros(1)
     buffers = initial_buffers(method, nought.clone())
     for dtype in DTYPES:
         for gathered in (None, nought) if gathers else (None,):
@@ -84,7 +86,7 @@ def compile_kernels(
         Segment(group, 2 * _APART * number + offset, 2 * _APART * number + offset + 2)
         for number, (group, offset) in enumerate(places)
     ]
-    nought = torch.zeros(2 * _APART * len(small), device=device)
+    method, nought = replace(method, direction=None), torch.zeros(2 * _APART * len(small), device=device)
     for gathered in (None, nought) if gathers else (None,):
         buffers, scalars = initial_buffers(method, nought.clone()), dict.fromkeys(hyperparameters, method.initial)
         for _ in range(_STEPS):

@@ -64,7 +64,7 @@ class _AdamCoefficients(NamedTuple):
 def _advance_sgd(h: SGDScheduleFree, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
     average = averaged(h, scalars, lr, taken)
-    lr *= average.damping
+    lr = average.taken.rate(lr)
     return average.scalars, _Coefficients(lr, average.z_share, lr * average.y_share, average.z_pull, h.weight_decay)
 
 
@@ -77,7 +77,7 @@ def _advance_adamw(h: AdamWScheduleFree, scalars: Scalars, taken: Conditions) ->
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
     average = averaged(h, scalars, lr, taken)
     return average.scalars, _adam_coefficients(
-        h, lr, average, adaptive=True, decay_at_z=h.decay_at_z, inner_momentum=h.inner_momentum
+        h, average.taken.rate(lr), average, adaptive=True, decay_at_z=h.decay_at_z, inner_momentum=h.inner_momentum
     )
 
 
@@ -93,8 +93,8 @@ def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, taken: Conditions) ->
         rectification = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
     else:
         rectification = 0.0 if h.silent_sgd_phase else 1.0
-    lr = h.lr * rectification
-    average = averaged(h, scalars, lr, taken)
+    average = averaged(h, scalars, h.lr * rectification, taken)
+    lr = average.taken.rate(h.lr) * rectification
     return average.scalars, _adam_coefficients(h, lr, average, adaptive=adaptive)
 
 
@@ -109,7 +109,6 @@ def _adam_coefficients(
 ) -> _AdamCoefficients:
     _, beta2 = h.betas
     step = average.scalars["k"]
-    lr *= average.damping
     return _AdamCoefficients(
         lr=lr,
         z_share=average.z_share,

@@ -1,4 +1,7 @@
-"""Learning rates by the step: functions of `k`, which counts steps from 0. `freestep.schedules` says what each is."""
+"""Learning rates by the step: functions of `k`, which counts steps from 0. `freestep.schedules` says what each is.
+
+What metrics make of a learning rate is `plateau`'s.
+"""
 
 from __future__ import annotations
 

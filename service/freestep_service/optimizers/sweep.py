@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,11 +35,12 @@ CHUNK = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Segment:
-    """Elements `begin` to `end` of the flat vector, all of one param group."""
+    """Elements `begin` to `end` of the flat vector, all of one param group; the shapes of the tensors that they are."""
 
     group: str
     begin: int
     end: int
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def segments(slots: Iterable[Slot]) -> tuple[Segment, ...]:
@@ -46,7 +48,8 @@ def segments(slots: Iterable[Slot]) -> tuple[Segment, ...]:
     found = []
     for group, members in groupby(slots, key=lambda slot: slot.group):
         run = list(members)
-        found.append(Segment(group, run[0].offset, run[-1].offset + run[-1].numel))
+        shapes = tuple(slot.shape for slot in run)
+        found.append(Segment(group, run[0].offset, run[-1].offset + run[-1].numel, shapes))
     return tuple(found)
 
 
@@ -79,8 +82,38 @@ def step(
     """Moves the buffers, in place, one step along the gradient, and returns the groups' next scalars."""
     advanced = {group: method.advance(hyperparameters[group], state, taken) for group, state in scalars.items()}
     coefficients = {group: chosen for group, (_, chosen) in advanced.items()}
-    _sweep(method.rule, layout, coefficients, gradient, [buffers[name] for name in method.buffers])
+    state = [buffers[name] for name in method.buffers]
+    for segments, along in _directed(method, layout, hyperparameters, gradient, state):
+        _sweep(method.rule, segments, coefficients, along, state)
     return {group: following for group, (following, _) in advanced.items()}
+
+
+def _directed(
+    method: Method,
+    layout: Iterable[Segment],
+    hyperparameters: Mapping[str, Any],
+    gradient: Gradient,
+    state: Sequence[Tensor],
+) -> Iterator[tuple[Iterable[Segment], Gradient]]:
+    """What each segment's rule is to be given as its gradient."""
+    if method.direction is None:
+        yield layout, gradient
+        return
+    plain, matrices, made = [], [], torch.empty_like(state[0])
+    for segment in layout:
+        direction = method.direction(hyperparameters[segment.group])
+        if direction is None:
+            plain.append(segment)
+            continue
+        matrices.append(segment)
+        begin = segment.begin
+        for shape in segment.shapes:
+            part = slice(begin, begin := begin + prod(shape))
+            g = gradient.part(part).evaluated(made.dtype)
+            kept = [vector[part].view(shape) for vector in state[2:]]
+            made[part].view(shape).copy_(direction(g.view(shape), *kept))
+    yield plain, gradient
+    yield matrices, Gradient(made)
 
 
 class _None(NamedTuple):

@@ -10,7 +10,7 @@ become, without x,
 
 Schedule-Free has c = w_k / Σ w, and γ λ y as a part of d where it decays weights at y, before the base sees z. That is
 the `schedulefree` package's ScheduleFreeWrapper. Generalized primal averaging (arXiv 2512.17131) has β = μ_y and
-c = 1 - μ_x, over an AdamW that takes the gradient at y and decays z.
+c = 1 - μ_x, over an AdamW or SGD that takes the gradient at y and decays z.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from freestep.hyperparameters import GPAAdamW, ScheduleFreeWrapper
+from freestep.bases import BaseSGD
+from freestep.hyperparameters import GPASGD, GPAAdamW, ScheduleFreeWrapper
 from freestep_service.optimizers.averages import INITIAL, averaged, interpolation
-from freestep_service.optimizers.bases import base_of
+from freestep_service.optimizers.bases import SGD, base_of
 from freestep_service.optimizers.compiled import inlined
 from freestep_service.optimizers.method import Base, Conditions, Method, Scalars
 from freestep_service.optimizers.moments import ADAMW
-from freestep_service.optimizers.schedules import scheduled
+from freestep_service.optimizers.plateau import observe, remaining
+from freestep_service.optimizers.schedules import scheduled, warmup
 
-__all__ = ["GPA_ADAMW", "wrapper_of"]
+__all__ = ["GPA_ADAMW", "GPA_SGD", "wrapper_of"]
 
 
 class _Coefficients(NamedTuple):
@@ -68,20 +70,39 @@ def wrapper_of(h: ScheduleFreeWrapper) -> Method:
 @cache
 def _wrapper(base: Base) -> Method:
     def advance(h: ScheduleFreeWrapper, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
-        average = averaged(h, scalars, h.base.lr, taken)
-        own, coefficients = base.advance(h.base, h.base.lr, scalars, taken._replace(damping=average.damping))
-        decay = h.base.lr * average.damping * h.weight_decay_at_y
+        lr = h.base.lr * warmup(scalars["k"], h.warmup_steps)
+        average = averaged(h, scalars, lr, taken)
+        own, coefficients = base.advance(h.base, lr, scalars, average.taken)
+        decay = average.taken.rate(lr) * h.weight_decay_at_y
         return {**average.scalars, **own}, _Coefficients(
             average.z_share, average.y_share, average.z_pull, decay, coefficients
         )
 
-    return Method(("y", "z", *base.buffers), {**INITIAL, **base.initial}, advance, _over(base.rule), interpolation)
+    directed = base.direction
+    return Method(
+        ("y", "z", *base.buffers),
+        {**INITIAL, **base.initial},
+        advance,
+        _over(base.rule),
+        interpolation,
+        None if directed is None else lambda h: directed(h.base),
+    )
 
 
-def _advance_gpa(h: GPAAdamW, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
-    lr = scheduled(h.lr, h.schedule, scalars["k"])
-    _, coefficients = ADAMW.advance(h, lr, scalars, taken)
-    return {"k": scalars["k"] + 1}, _Coefficients(1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, 0.0, coefficients)
+def _gpa(base: Base, its: Callable[[Any], Any]) -> Method:
+    """Over a base, whose own hyperparameters `its` finds in the method's."""
+
+    def advance(h: GPAAdamW | GPASGD, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
+        lr = scheduled(remaining(h, scalars), h.schedule, scalars["k"])
+        _, coefficients = base.advance(its(h), lr, scalars, taken)
+        return {**scalars, "k": scalars["k"] + 1}, _Coefficients(
+            1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, 0.0, coefficients
+        )
+
+    return Method(
+        ("y", "z", *base.buffers), {"k": 0}, advance, _over(base.rule), lambda h, _: float(h.mu_y), observe=observe
+    )
 
 
-GPA_ADAMW = Method(("y", "z", *ADAMW.buffers), {"k": 0}, _advance_gpa, _over(ADAMW.rule), lambda h, _: float(h.mu_y))
+GPA_ADAMW = _gpa(ADAMW, lambda h: h)
+GPA_SGD = _gpa(SGD, lambda h: BaseSGD(weight_decay=h.weight_decay))

@@ -76,5 +76,6 @@ PUSH_HEADERS = [
     _header("Idempotency-Key", "string", "Makes this one push, however often it is sent.", required=True),
     _header("Freestep-Samples", "number", "Samples behind the gradient: its weight in a group's mean."),
     _header("Freestep-Loss", "number", "The training loss of the batch."),
+    _header("Freestep-Speed", "number", "Steps that the worker takes by itself in a second; its lease shows them."),
     PREFER,
 ]
