@@ -25,7 +25,7 @@ import torch
 
 from examples.lab.figures import markdown
 
-NAMES = ("convex", "anytime", "theorem", "language", "delay")
+NAMES = ("convex", "anytime", "theorem", "language", "communication", "delay")
 """Modules of this package, each an experiment."""
 
 PUBLISHED, TRIED = Path("docs/lab"), Path("lab-out")

@@ -1,9 +1,10 @@
 """Anytime: one Schedule-Free run beside runs of several lengths whose schedules know their end.
 
-A small network on digits. Each schedule of each length has the learning rate that is best for its own final training
-loss, mean over seeds. The Schedule-Free run has one learning rate, chosen at its last step, and is looked at where the
-others end; the claim is that it is no worse there than runs made for that length. What Schedule-Free has with the
-learning rate that is best for each length stands beside it, so that the two questions do not mix.
+A small network on digits. Each schedule of each length has the learning rate that is best for its own end, mean over
+seeds. The Schedule-Free run has one learning rate, chosen at its last step, and is looked at where the others end; the
+claim is that it is no worse there than runs made for that length. What Schedule-Free has with the learning rate that
+is best for each length stands beside it, so that the two questions do not mix. All that is done twice: by training
+loss, and by test accuracy.
 """
 
 from __future__ import annotations
@@ -29,26 +30,29 @@ FIGURES = ("train_loss", "test_accuracy")
 def measure(quick: bool) -> dict[str, Any]:
     lengths = QUICK_LENGTHS if quick else LENGTHS
     problem = Network("MNIST-5k, 14 × 14", mnist(14), hidden=32)
-    found: dict[str, Any] = {"problem": problem.name, "parameters": problem.numel, "lengths": lengths}
     # A curve has its looks at all lengths, so that it can be read there.
     looks = sorted({*checkpoints(max(lengths), LOOKS), *lengths})
-    schedule_free = _tuned(problem, {"algorithm": "sgd_schedule_free", "momentum": 0.9}, max(lengths), looks, quick)
-    found["Schedule-Free"] = _best(schedule_free)
-    found["Schedule-Free by length"] = [_best_at(schedule_free, steps) for steps in lengths]
-    for name in SCHEDULES:
-        found[name] = [
-            _best(
-                _tuned(
-                    problem,
-                    {"algorithm": "sgd", "schedule": {"name": name, "total_steps": steps}},
-                    steps,
-                    [look for look in looks if look <= steps],
-                    quick,
-                )
-            )
-            for steps in lengths
-        ]
-    return found
+    one = _tuned(problem, {"algorithm": "sgd_schedule_free", "momentum": 0.9}, max(lengths), looks, quick)
+    by_schedule = {
+        name: [_tuned(problem, _scheduled(name, steps), steps, looks, quick) for steps in lengths] for name in SCHEDULES
+    }
+    return {
+        "problem": problem.name,
+        "parameters": problem.numel,
+        "lengths": lengths,
+        **{
+            figure: {
+                "Schedule-Free": _best(one, figure),
+                "Schedule-Free by length": [_best_at(one, figure, steps) for steps in lengths],
+                **{name: [_best(tuned, figure) for tuned in all_tuned] for name, all_tuned in by_schedule.items()},
+            }
+            for figure in FIGURES
+        },
+    }
+
+
+def _scheduled(name: str, steps: int) -> dict[str, Any]:
+    return {"algorithm": "sgd", "schedule": {"name": name, "total_steps": steps}}
 
 
 def _tuned(problem: Problem, optimizer: dict[str, Any], steps: int, looks: list[int], quick: bool) -> Tuned:
@@ -57,16 +61,16 @@ def _tuned(problem: Problem, optimizer: dict[str, Any], steps: int, looks: list[
     def run(lr: float) -> Trial:
         return [train(problem, {**optimizer, "lr": lr}, steps, BATCH, seed, looks) for seed in seeds]
 
-    return tune(run, QUICK_GRID if quick else GRID, least=["train_loss"])
+    return tune(run, QUICK_GRID if quick else GRID, least=["train_loss"], most=["test_accuracy"])
 
 
-def _best(tuned: Tuned) -> dict[str, Any]:
-    lr = tuned.best["train_loss"]
+def _best(tuned: Tuned, figure: str) -> dict[str, Any]:
+    lr = tuned.best[figure]
     curve = [_look(tuned.trials[lr], number) for number in range(len(tuned.trials[lr][0]["curve"]))]
-    return {"lr": lr, "at_edge": bool(tuned.at_edge), "curve": curve}
+    return {"lr": lr, "at_edge": figure in tuned.at_edge, "curve": curve}
 
 
-def _best_at(tuned: Tuned, steps: int) -> dict[str, Any]:
+def _best_at(tuned: Tuned, figure: str, steps: int) -> dict[str, Any]:
     """The best of the runs of all learning rates, as they were after so many steps."""
     looks = {
         lr: _look(trial, number)
@@ -74,8 +78,9 @@ def _best_at(tuned: Tuned, steps: int) -> dict[str, Any]:
         for number, look in enumerate(trial[0]["curve"])
         if look["step"] == steps and all(len(run["curve"]) > number for run in trial)
     }
-    lr = min(looks, key=lambda each: looks[each]["train_loss"][0])
-    return {"lr": lr, "at_edge": lr in (min(looks), max(looks)), **looks[lr]}
+    sign = -1 if figure == "test_accuracy" else 1
+    lr = min(looks, key=lambda each: sign * looks[each][figure][0])
+    return {"lr": lr, "at_edge": lr in (min(looks), max(looks)), "curve": [looks[lr]]}
 
 
 def _look(trial: Trial, number: int) -> dict[str, Any]:
@@ -83,53 +88,60 @@ def _look(trial: Trial, number: int) -> dict[str, Any]:
     return {"step": looks[0]["step"], **{figure: over_seeds(looks, figure) for figure in FIGURES}}
 
 
-def _at(curve: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    return next(look for look in curve if look["step"] == steps)
-
-
 def tables(found: dict[str, Any]) -> list[Table]:
-    losses, accuracies, rates = [], [], []
+    losses, others, accuracies = [], [], []
     for number, steps in enumerate(found["lengths"]):
-        one = _at(found["Schedule-Free"]["curve"], steps)
-        own = found["Schedule-Free by length"][number]
-        ends = [found[name][number]["curve"][-1] for name in SCHEDULES]
-        ratio = one["train_loss"][0] / min(end["train_loss"][0] for end in ends)
-        cells = [plus_minus(*look["train_loss"]) for look in (one, own, *ends)]
-        losses.append([f"{steps:,}", *cells, digits(ratio)])
-        accuracies.append([f"{steps:,}", *(percent(*look["test_accuracy"]) for look in (one, own, *ends))])
-        chosen = [found["Schedule-Free"], own, *(found[name][number] for name in SCHEDULES)]
-        rates.append([f"{steps:,}", *(f"{each['lr']:g}" + "*" * each["at_edge"] for each in chosen)])
+        by_loss, by_accuracy = ([_at(run, steps) for run in _compared(found[by], number)] for by in FIGURES)
+        ratio = by_loss[0]["train_loss"][0] / min(look["train_loss"][0] for look in by_loss[2:])
+        cells = [plus_minus(*look["train_loss"]) for look in by_loss]
+        losses.append([f"{steps:,}", *map(_with_lr, cells, _compared(found["train_loss"], number)), digits(ratio)])
+        others.append([f"{steps:,}", *(percent(*look["test_accuracy"]) for look in by_loss)])
+        cells = [percent(*look["test_accuracy"]) for look in by_accuracy]
+        accuracies.append([f"{steps:,}", *map(_with_lr, cells, _compared(found["test_accuracy"], number))])
     heads = ["steps", "Schedule-Free, one run", "Schedule-Free, lr of the length", "cosine", "linear decay"]
     return [
-        Table("training loss", [*heads, "one run by the best schedule"], losses),
-        Table("test accuracy", heads, accuracies),
-        Table("learning rates (* the edge of the grid)", heads, rates),
+        Table(
+            "training loss, and in brackets the learning rate, best by it (* the edge of the grid)",
+            [*heads, "one run by the best schedule"],
+            losses,
+        ),
+        Table("test accuracy of the same runs", heads, others),
+        Table("test accuracy, and in brackets the learning rate, best by it", heads, accuracies),
     ]
 
 
+def _compared(by_figure: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    """The runs of a row: what ends, or is looked at, after the length of that number."""
+    names = ("Schedule-Free by length", *SCHEDULES)
+    return [by_figure["Schedule-Free"], *(by_figure[name][number] for name in names)]
+
+
+def _with_lr(cell: str, run: dict[str, Any]) -> str:
+    return f"{cell} ({run['lr']:g}{'*' * run['at_edge']})"
+
+
+def _at(run: dict[str, Any], steps: int) -> dict[str, Any]:
+    found: dict[str, Any] = next(look for look in run["curve"] if look["step"] == steps)
+    return found
+
+
 def draw(found: dict[str, Any], folder: Path) -> None:
-    title = "One Schedule-Free run, and cosine and linear runs of several lengths"
+    title = "One Schedule-Free run, and runs of several lengths, each at its best by what is shown"
     options = {"ncols": 2, "figsize": (10.5, 4.8)}
-    with plot(folder / "anytime.png", title, "steps", "", **options) as (losses, accuracies):
-        for axes, figure in ((losses, "train_loss"), (accuracies, "test_accuracy")):
+    with plot(folder / "anytime.png", title, "steps", "", **options) as panels:
+        for axes, figure in zip(panels, FIGURES, strict=True):
             for name, colour in zip(SCHEDULES, COLOURS[1:], strict=False):
-                for run in found[name]:
+                for run in found[figure][name]:
                     steps, values = _line(run["curve"], figure)
                     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.6)
-                    axes.plot(
-                        steps[-1:],
-                        values[-1:],
-                        color=colour,
-                        marker="o",
-                        label=name if run is found[name][-1] else None,
-                    )
-            steps, values = _line(found["Schedule-Free"]["curve"], figure)
+                    axes.plot(steps[-1:], values[-1:], color=colour, marker="o", linestyle="")
+                axes.plot([], [], color=colour, marker="o", label=f"{name}, a run of each length")
+            steps, values = _line(found[figure]["Schedule-Free"]["curve"], figure)
             axes.plot(steps, values, color=COLOURS[0], linewidth=2.2, label="Schedule-Free, one run")
-            axes.set(xscale="log")
-        losses.set(yscale="log", ylabel="training loss")
-        accuracies.set(ylabel="test accuracy")
-        accuracies.set_ylim(bottom=0.7)
-        losses.legend()
+            axes.set(xscale="log", ylabel=figure.replace("train_", "training ").replace("_", " "))
+        panels[0].set_yscale("log")
+        panels[1].set_ylim(bottom=0.7)
+        panels[0].legend()
 
 
 def _line(curve: list[dict[str, Any]], figure: str) -> tuple[list[int], list[float]]:

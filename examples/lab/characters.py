@@ -36,8 +36,8 @@ class Text:
         generator = torch.Generator().manual_seed(number)
         return self._windows(self.train, torch.randint(len(self.train) - self.length, (size,), generator=generator))
 
-    def validation_windows(self, most: int | None = None) -> Tensor:
-        """All windows of the validation's text, side by side, or the first of them; [n, length + 1]."""
+    def validation_windows(self, most: int) -> Tensor:
+        """Windows of the validation's text, side by side, at most so many; [n, length + 1]."""
         begins = torch.arange(0, len(self.validation) - self.length, self.length)
         return self._windows(self.validation, begins[:most])
 

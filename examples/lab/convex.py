@@ -100,14 +100,20 @@ def tables(found: list[dict[str, Any]]) -> list[Table]:
 
 def draw(found: list[dict[str, Any]], folder: Path) -> None:
     problems = list(dict.fromkeys(case["problem"] for case in found))
+    title = "Logistic regression, each method with the learning rate of its best final loss"
     options = {"ncols": len(problems), "figsize": (10.5, 4.8)}
-    with plot(
-        folder / "convex.png", "Logistic regression, each method at its best", "steps", "training loss", **options
-    ) as panels:
+    with plot(folder / "convex.png", title, "steps", "training loss, mean and spread over seeds", **options) as panels:
         for axes, problem in zip(panels, problems, strict=True):
-            for case, colour in zip((case for case in found if case["problem"] == problem), COLOURS, strict=False):
+            cases = [case for case in found if case["problem"] == problem]
+            for case, colour in zip(cases, COLOURS, strict=False):
                 steps, losses, spreads = zip(*case["curve"], strict=True)
+                low, high = zip(
+                    *((loss - off, loss + off) for loss, off in zip(losses, spreads, strict=True)), strict=True
+                )
                 width = 2.2 if case["method"] == "Schedule-Free" else 1.2
-                axes.errorbar(steps, losses, yerr=spreads, label=case["method"], color=colour, linewidth=width)
+                axes.plot(steps, losses, label=case["method"], color=colour, linewidth=width)
+                axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            least = min(loss for case in cases for _, loss, _ in case["curve"])
             axes.set(title=problem, xscale="log", yscale="log")
+            axes.set_ylim(bottom=least / 1.5)
         panels[0].legend()

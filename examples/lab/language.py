@@ -9,7 +9,6 @@ is due to the size of batches, and what async differs by from that is due to sta
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,35 +20,33 @@ import torch
 
 from examples.lab.characters import Text, Transformer
 from examples.lab.figures import COLOURS, Table, digits, plot
+from examples.lab.service import SILENCE_S, Service, serving
 from freestep import Client
-from freestep.demo.processes import Processes
 
 BATCH = 8
 """Windows in a batch of a worker's."""
 LR, WARMUP = 0.0025, 0.1
 """The package's default, not tuned for any of the runs; and the share of the steps that is warmup."""
 LOOKS = 8
-_SILENCE_S = 300.0
-"""With nothing heard for so long, something is broken."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model, and of its training: workers, batches of each, and windows of the validation (None: all)."""
+    """Of the model, and of its training: workers, batches of each, and windows of the validation."""
 
     workers: int
     width: int
     layers: int
     length: int
     batches: int
-    validation: int | None
+    validation: int
 
     def model(self, text: Text) -> Transformer:
         torch.manual_seed(0)
         return Transformer(text.alphabet, self.length, self.width, self.layers)
 
 
-WHOLE, QUICK = Size(4, 144, 4, 64, 400, None), Size(2, 32, 1, 32, 16, 64)
+WHOLE, QUICK = Size(4, 144, 4, 64, 160, 256), Size(2, 32, 1, 32, 16, 64)
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -101,43 +98,36 @@ def _served(size: Size, text: Text, policy: str) -> dict[str, Any]:
     began = time.perf_counter()
     model, validation, curve = size.model(text), text.validation_windows(size.validation), []
     step_batches = size.workers if policy == "sync" else 1
-    with tempfile.TemporaryDirectory(prefix="freestep-lab-") as folder, Processes(Path(folder, "log")) as processes:
-        processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", folder, heard=True)
-        _, line = processes.hear(_SILENCE_S)
-        if line is None:
-            raise RuntimeError(Path(folder, "log").read_text())
-        url = line.split()[-1]
+    with serving() as service, Client(service.url) as client:
         for worker in range(size.workers):
-            told = json.dumps({"url": url, "policy": policy, "worker": worker, "size": asdict(size)})
-            processes.start(f"worker-{worker}", "examples.lab.language_worker", told, heard=True)
+            told = json.dumps({"url": service.url, "policy": policy, "worker": worker, "size": asdict(size)})
+            service.processes.start(f"worker-{worker}", "examples.lab.language_worker", told, heard=True)
         staleness: list[float] = []
-        with Client(url) as client:
-            for said in _said(processes, Path(folder, "log"), size.workers):
-                if "mean_staleness" in said:
-                    staleness.append(said["mean_staleness"])
-                elif said["worker"] > 0:
-                    continue
-                if "mean_staleness" not in said or len(staleness) == size.workers:
-                    tensors, step = client.run(policy).pull("x")
-                    model.load_state_dict(tensors)
-                    curve.append({"samples": step * step_batches * BATCH, "loss": model.mean_loss(validation)})
+        for said in _said(service, size.workers):
+            if "mean_staleness" in said:
+                staleness.append(said["mean_staleness"])
+            # The first worker's progress stands for all; and in the end, when all have said that they are done.
+            if len(staleness) == size.workers or ("mean_staleness" not in said and said["worker"] == 0):
+                tensors, step = client.run(policy).pull("x")
+                model.load_state_dict(tensors)
+                curve.append({"samples": step * step_batches * BATCH, "loss": model.mean_loss(validation)})
     name = f"{policy}, {size.workers} workers, batches of {BATCH}"
     seconds = time.perf_counter() - began
     return {"name": name, "steps": step, "staleness": mean(staleness), "seconds": seconds, "curve": curve}
 
 
-def _said(processes: Processes, log: Path, workers: int) -> Iterator[dict[str, Any]]:
-    """What workers say, until all have ended. Raises RuntimeError where one ended before its time."""
-    finished: set[str] = set()
-    while len(finished) < workers:
-        name, line = processes.hear(_SILENCE_S)
-        if line is None and name not in finished:
-            raise RuntimeError(f"{name} ended: {log.read_text()}")
+def _said(service: Service, workers: int) -> Iterator[dict[str, Any]]:
+    """What workers say, until all are done. Raises RuntimeError where one, or the service, ended before its time."""
+    done: set[str] = set()
+    while len(done) < workers:
+        name, line = service.processes.hear(SILENCE_S)
+        if line is None and name not in done:
+            raise RuntimeError(f"{name} ended: {service.log.read_text()}")
         if line is None or name == "service":
             continue
         said = json.loads(line)
         if "mean_staleness" in said:
-            finished.add(name)
+            done.add(name)
         yield said
 
 
