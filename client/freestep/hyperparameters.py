@@ -91,7 +91,7 @@ class ScheduleFree(_Hyperparameters):
     averaging_constant: Annotated[float, Field(strict=True, gt=0, le=1e12)] | None = None
     """C of arXiv 2507.09846: the newest z weighs min(c · (1 - β) · C, 1) in the average, where it weighs c without."""
     delay_correction: DelayCorrection | None = None
-    """None leaves it to the run's aggregation policy."""
+    """None is `auto` where the run's policy admits stale gradients and β is large enough, else `none`."""
 
     @property
     def beta(self) -> float:

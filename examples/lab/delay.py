@@ -53,6 +53,7 @@ class Size:
 
 QUICK = Size(taus=(0, 4), steps=60, seeds=1, uneven_steps=60, pauses_ms=(2, 2, 20))
 BATCH = 16
+NAMED = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
 GRIDS = {FORMS[0]: (0.1, 10**-0.5, 1.0), FORMS[1]: (0.001, 10**-2.5, 0.01)}
 """Learning rates to begin with; `tune` adds to them."""
 
@@ -248,7 +249,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
                 [rule, *(_cell(case, how, figure, shown) for case in cases if case["rule"] == rule)] for rule in RULES
             ]
             what = "learning rate tuned at each τ" if how == "tuned" else "learning rate tuned at τ = 0"
-            title = f"{form}: {figure.replace('_', ' ')}, {what}, {found['steps']:,} steps of {BATCH}"
+            title = f"{form}: {NAMED[figure]}, {what}, {found['steps']:,} steps of {BATCH}"
             made.append(Table(title, ["", *(f"τ = {tau}" for tau in taus)], rows))
         rows = [[rule, *(f"{case['tuned']['lr']:.3g}" for case in cases if case["rule"] == rule)] for rule in RULES]
         made.append(Table(f"{form}: the tuned learning rates", ["", *(f"τ = {tau}" for tau in taus)], rows))
@@ -294,7 +295,8 @@ def draw(found: dict[str, Any], folder: Path) -> None:
                     seen = [(case["tau"], *case[how]["train_loss"]) for case in cases if case[how]["train_loss"]]
                     taus, losses, spreads = zip(*seen, strict=True)
                     label = rule if how == "tuned" else None
-                    axes.errorbar(taus, losses, spreads, linestyle=style, color=colour, marker="o", label=label)
+                    shown = spreads if how == "tuned" else None
+                    axes.errorbar(taus, losses, shown, linestyle=style, color=colour, marker="o", label=label)
             axes.set(title=form, xscale="symlog", yscale="log")
             axes.set_ylim(top=5)
         panels[0].legend(title="dotted: the lr of τ = 0")

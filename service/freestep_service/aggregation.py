@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from freestep.models import AggregationSpec
 
-__all__ = ["ADAPTIVE", "LIVE", "NONE", "Policy", "damping", "lateness"]
+__all__ = ["ADAPTIVE", "FRESH", "LIVE", "NONE", "Policy", "damping", "lateness"]
 
 LIVE = "live"
 """As a batch: one push of every live worker."""
@@ -20,14 +20,16 @@ NONE = "none"
 """As a bound: any staleness is admitted."""
 ADAPTIVE = "adaptive"
 """As a bound: four steps for each live worker, at least four."""
+FRESH = "0"
+"""As a bound: none."""
 
 _POLICIES: dict[str, tuple[str, str, bool]] = {
     "async": ("1", NONE, False),
     "ringmaster": ("1", ADAPTIVE, False),
-    "sync": (LIVE, "0", True),
-    "quorum": ("", "0", True),
+    "sync": (LIVE, FRESH, True),
+    "quorum": ("", FRESH, True),
     "buffered": ("", NONE, False),
-    "rennala": ("", "0", False),
+    "rennala": ("", FRESH, False),
     "ssp": ("1", NONE, False),
 }
 

@@ -19,9 +19,9 @@ import math
 from typing import NamedTuple
 
 from freestep.delay import Auto, DelayCorrection, NoCorrection, Steady
-from freestep.hyperparameters import ScheduleFree
+from freestep.hyperparameters import LEAST_CORRECTED, ScheduleFree
 from freestep.models import RunSpec
-from freestep_service.aggregation import ADAPTIVE, LIVE, NONE, Policy
+from freestep_service.aggregation import ADAPTIVE, FRESH, LIVE, NONE, Policy
 
 __all__ = ["Expectation"]
 
@@ -60,8 +60,13 @@ class Expectation(NamedTuple):
 
 
 def _correction(spec: RunSpec) -> DelayCorrection:
-    """The run's correction: what its optimizer says, or else its policy."""
+    """What the run's optimizer says, or else its policy: `auto` where that admits stale gradients, and β allows it."""
     optimizer = spec.optimizer
     if not isinstance(optimizer, ScheduleFree):
         return NoCorrection()
-    return optimizer.delay_correction or NoCorrection()
+    if optimizer.delay_correction is not None:
+        return optimizer.delay_correction
+    groups = [spec.hyperparameters(group) for group in spec.groups]
+    betas = [each.beta for each in (optimizer, *groups) if isinstance(each, ScheduleFree)]
+    admits_stale = Policy.of(spec.aggregation).max_staleness != FRESH
+    return Auto() if admits_stale and min(betas) >= LEAST_CORRECTED else NoCorrection()

@@ -278,7 +278,8 @@ def test_a_group_is_one_step_of_the_package_on_the_mean(api: Api) -> None:
 
 @pytest.mark.parametrize("damping", ["none", "delay_adaptive", "inverse_sqrt"])
 def test_damping_scales_the_step_of_schedule_free_and_not_its_average(api: Api, damping: str) -> None:
-    api.create(aggregation={"policy": "async", "staleness_damping": damping})
+    optimizer = {"algorithm": "sgd_schedule_free", "lr": 0.5, "delay_correction": {"name": "none"}}
+    api.create(optimizer=optimizer, aggregation={"policy": "async", "staleness_damping": damping})
     lease = api.lease()
     factor = {
         "none": lambda _: 1.0,

@@ -206,9 +206,31 @@ def test_as_much_is_expected_at_once_as_nine_workers_let_expect(aggregation: dic
     assert expectation(AUTO, **aggregation).after(0.0, 0, 1) == 0
 
 
-@pytest.mark.parametrize("correction", [None, {"name": "none"}, {"name": "constant", "expected_staleness": 7.5}])
-def test_without_auto_nothing_is_followed(correction: dict[str, Any] | None) -> None:
-    expected = 7.5 if correction and correction["name"] == "constant" else 0.0
+@pytest.mark.parametrize(("aggregation", "steps"), LIVE)
+def test_policies_that_admit_stale_gradients_have_auto_by_default(aggregation: dict[str, Any], steps: int) -> None:
+    assert expectation(None, **aggregation).after(0.0, 0, 9) == steps
+    assert expectation(None, **aggregation | {"max_staleness": 0}).after(0.0, 0, 9) == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "group"),
+    [
+        ({"algorithm": "sgd_schedule_free", "momentum": 0.6}, {}),
+        ({"algorithm": "adamw_schedule_free"}, {"betas": [0.69, 0.9]}),
+        ({"algorithm": "gpa_adamw"}, {}),
+        ({"algorithm": "sgd"}, {}),
+    ],
+)
+def test_where_a_beta_does_not_allow_it_there_is_none_by_default(
+    optimizer: dict[str, Any], group: dict[str, Any]
+) -> None:
+    spec = {"optimizer": optimizer, "parameters": [{"name": "w", "shape": [1]}], "groups": {"slow": group}}
+    assert Expectation.of(RunSpec.model_validate(spec)).after(0.0, 5, 9) == 0
+
+
+@pytest.mark.parametrize("correction", [{"name": "none"}, {"name": "constant", "expected_staleness": 7.5}])
+def test_without_auto_nothing_is_followed(correction: dict[str, Any]) -> None:
+    expected = 7.5 if correction["name"] == "constant" else 0.0
     assert expectation(correction, policy="async").after(3.0, 40, 9) == expected
 
 

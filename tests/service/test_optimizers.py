@@ -251,7 +251,13 @@ class Stretch:
         part = slice(self.begin, self.end)
         gradient = Gradient(pushed[part], 0.3, share, None if gathered is None else gathered[part])
         self.scalars = step(
-            self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, Conditions(0.7, 3.0)
+            self.method,
+            self.layout,
+            self.hyperparameters,
+            self.scalars,
+            self.buffers,
+            gradient,
+            Conditions(0.7, expected_staleness=3.0),
         )
 
     def point(self, name: str, dtype: torch.dtype) -> Tensor:
