@@ -140,11 +140,11 @@ def workers(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: 
     with _client(url, token) as client:
         found = client.run(run).workers()
     rows = [
-        (worker.worker, worker.pushes, _or_dash(worker.step), _or_dash(worker.staleness),
+        (worker.worker, worker.pushes, _or_dash(worker.step), _or_dash(worker.staleness), _or_dash(worker.speed),
          f"{worker.expires_in_ms / 1000:.1f} s")
         for worker in found
     ]  # fmt: skip
-    _print(found, as_json, ("worker", "pushes", "last at step", "staleness", "lease ends in"), rows)
+    _print(found, as_json, ("worker", "pushes", "last at step", "staleness", "steps/s", "lease ends in"), rows)
 
 
 @app.command()

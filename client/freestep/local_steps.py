@@ -19,6 +19,10 @@ from freestep.rounds import Round
 
 __all__ = ["LocalSteps"]
 
+_WAITS_FOR_ALL = {"policy": "sync"}
+_WAITS_FOR_ALL_BUT_ONE_STEP = {"policy": "sync", "max_staleness": 1}
+"""For overlap, whose pushes are one step stale."""
+
 
 class LocalSteps(RemoteOptimizer):
     """Trains a model by steps of an inner optimizer, and pushes how far each round of them has come.
@@ -41,6 +45,8 @@ class LocalSteps(RemoteOptimizer):
         them (arXiv 2401.09135): max(1, floor(every · v / v_max)), with v the steps a second of this worker's last
         round, without the time for pushes, and v_max the largest that a live worker has said.
     clock: what `dynamic` measures seconds by.
+    aggregation: unless one is given, `diloco` and `gpa_sgd` have the rounds of all live workers make a step together:
+        their momentum makes much of rounds that are stale.
     params, algorithm, the others: as for `RemoteOptimizer`, but for `process_group`: each process is a worker of its
         own. An `lr` among them is the run's, not the inner optimizer's.
 
@@ -78,6 +84,8 @@ class LocalSteps(RemoteOptimizer):
                 f"{type(inner).__name__} keeps points beside the parameters, which would stay behind when y is loaded: "
                 "take another inner optimizer, and a Schedule-Free algorithm for the run"
             )
+        if options.get("aggregation") is None and algorithm in ("diloco", "gpa_sgd"):
+            options["aggregation"] = _WAITS_FOR_ALL_BUT_ONE_STEP if overlap else _WAITS_FOR_ALL
         self.inner = inner
         self.every = every
         self.length = every

@@ -347,6 +347,21 @@ def test_it_is_the_loop_with_one_round_of_delay(
     assert torch.equal(held(model), by_hand(service.url, optimizer.spec, network(), 6, 5))
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "overlap", "policy", "max_staleness"),
+    [
+        ("diloco", False, "sync", None),
+        ("gpa_sgd", True, "sync", 1),
+        ("sgd_schedule_free", False, "ringmaster", None),
+    ],
+)
+def test_momentum_waits_for_all_workers_by_default(
+    make: Callable[..., LocalSteps], algorithm: str, overlap: bool, policy: str, max_staleness: int | None
+) -> None:
+    made = make(network(), algorithm=algorithm, overlap=overlap, aggregation=None).spec.aggregation
+    assert (made.policy, made.max_staleness) == (policy, max_staleness)
+
+
 def test_overlap_needs_a_policy_that_takes_late_gradients(make: Callable[..., LocalSteps], run: Run) -> None:
     with pytest.raises(ValueError, match="max_staleness"):
         make(network(), aggregation="sync", overlap=True)
