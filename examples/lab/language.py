@@ -3,7 +3,8 @@
 All train the same transformer on the same samples by AdamW Schedule-Free. What four workers take for one step of the
 policy `sync` is one batch of the package's; under `async` each of their batches is a step of its own, and so it is for
 the package's second run, whose batches are as small and come one after the other: what that differs by from the first
-is due to the size of batches, and what async differs by from that is due to stale gradients.
+is due to the size of batches, and what async differs by from that is due to stale gradients, which are corrected for or
+not.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Size:
         return Transformer(text.alphabet, self.length, self.width, self.layers)
 
 
-WHOLE, QUICK = Size(4, 144, 4, 64, 160, 256), Size(2, 32, 1, 32, 16, 64)
+WHOLE, QUICK = Size(4, 144, 4, 64, 320, 256), Size(2, 32, 1, 32, 16, 64)
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -60,9 +61,14 @@ def measure(quick: bool) -> dict[str, Any]:
         "workers": size.workers,
         "samples": size.batches * size.workers * BATCH,
         "length": size.length,
-        "runs": [_alone(size, text, size.workers), _served(size, text, "sync"), _alone(size, text, 1)],
+        "runs": [
+            _alone(size, text, size.workers),
+            _served(size, text, "sync", "none"),
+            _alone(size, text, 1),
+            _served(size, text, "async", "none"),
+            _served(size, text, "async", "auto"),
+        ],
     }
-    found["runs"].append(_served(size, text, "async"))
     return found
 
 
@@ -93,15 +99,16 @@ def _alone(size: Size, text: Text, step_batches: int) -> dict[str, Any]:
     return {"name": name, "steps": steps, "seconds": time.perf_counter() - began, "curve": curve}
 
 
-def _served(size: Size, text: Text, policy: str) -> dict[str, Any]:
-    """Four workers under a policy, and this process as the evaluator, which pulls x while they go on."""
+def _served(size: Size, text: Text, policy: str, correction: str) -> dict[str, Any]:
+    """Four workers, and this process as the evaluator, which pulls x while they go on."""
     began = time.perf_counter()
     model, validation, curve = size.model(text), text.validation_windows(size.validation), []
     step_batches = size.workers if policy == "sync" else 1
     with serving() as service, Client(service.url) as client:
         for worker in range(size.workers):
-            told = json.dumps({"url": service.url, "policy": policy, "worker": worker, "size": asdict(size)})
-            service.processes.start(f"worker-{worker}", "examples.lab.language_worker", told, heard=True)
+            told = {"url": service.url, "policy": policy, "correction": correction, "worker": worker}
+            told["size"] = asdict(size)
+            service.processes.start(f"worker-{worker}", "examples.lab.language_worker", json.dumps(told), heard=True)
         staleness: list[float] = []
         for said in _said(service, size.workers):
             if "mean_staleness" in said:
@@ -111,7 +118,8 @@ def _served(size: Size, text: Text, policy: str) -> dict[str, Any]:
                 tensors, step = client.run(policy).pull("x")
                 model.load_state_dict(tensors)
                 curve.append({"samples": step * step_batches * BATCH, "loss": model.mean_loss(validation)})
-    name = f"{policy}, {size.workers} workers, batches of {BATCH}"
+    corrected = ", corrected" if correction == "auto" else ""
+    name = f"{policy}{corrected}, {size.workers} workers, batches of {BATCH}"
     seconds = time.perf_counter() - began
     return {"name": name, "steps": step, "staleness": mean(staleness), "seconds": seconds, "curve": curve}
 
@@ -147,7 +155,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 def draw(found: dict[str, Any], folder: Path) -> None:
     title = f"A character-level transformer of {found['parameters']:,} parameters"
     with plot(folder / "language.png", title, "samples", "validation loss, nats a character") as axes:
-        for run, colour in zip(found["runs"], ("black", COLOURS[0], "#888888", COLOURS[1]), strict=True):
+        for run, colour in zip(found["runs"], ("black", COLOURS[0], "#888888", *COLOURS[1:3]), strict=True):
             style = "--" if "package" in run["name"] else "-"
             samples = [look["samples"] for look in run["curve"]]
             axes.plot(

@@ -20,7 +20,7 @@ _PAUSE_S = 0.02
 def main() -> None:
     told: dict[str, Any] = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    size, policy, worker = Size(**told["size"]), told["policy"], told["worker"]
+    size, policy, correction, worker = Size(**told["size"]), told["policy"], told["correction"], told["worker"]
     text = Text(size.length)
     model = size.model(text)
     staleness = []
@@ -34,6 +34,7 @@ def main() -> None:
             aggregation=policy,
             worker=f"worker-{worker}",
             durability="none",
+            delay_correction={"name": correction},
             **options(size, size.workers if policy == "sync" else 1),
         ) as optimizer,
     ):
