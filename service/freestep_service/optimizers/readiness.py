@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from freestep import hyperparameters as specs
-from freestep_service.optimizers import Gradient, initial_buffers, method_of
+from freestep_service.optimizers import Conditions, Gradient, initial_buffers, method_of
 from freestep_service.optimizers.method import Method
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
@@ -89,7 +89,10 @@ def compile_kernels(
     method, nought = replace(method, direction=None), torch.zeros(2 * _APART * len(small), device=device)
     for gathered in (None, nought) if gathers else (None,):
         buffers, scalars = initial_buffers(method, nought.clone()), dict.fromkeys(hyperparameters, method.initial)
-        for _ in range(_STEPS):
-            scalars = step(method, small, hyperparameters, scalars, buffers, Gradient(nought, gathered=gathered))
+        for number in range(_STEPS):
+            # Changing and staying in turn.
+            taken = Conditions(expected_staleness=number // 2 % 2)
+            gradient = Gradient(nought, gathered=gathered)
+            scalars = step(method, small, hyperparameters, scalars, buffers, gradient, taken)
     for first in (True, False) if gathers else ():
         gather(nought.clone(), nought, 1.0, first=first)

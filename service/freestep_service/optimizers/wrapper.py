@@ -40,7 +40,8 @@ class _Coefficients(NamedTuple):
     y_share: float
     """β (1 - c) - 1: what y moves by along d."""
     z_pull: float
-    """What of z - y is taken off z: 0, where the staleness that is expected stays."""
+    """What of z - y is taken off z, where something is."""
+    pulls: bool
     decay: float
     """γ λ: what of y is a part of d."""
     base: Any
@@ -56,7 +57,9 @@ def _over(base: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor
         decayed = s.decay * y
         moved = base(g, z - decayed, *rest[:-1], s.base)
         d = decayed + moved[0]
-        return (y + s.z_share * (z - y) + s.y_share * d, z - s.z_pull * (z - y) - d, *moved[1:])
+        following = y + s.z_share * (z - y) + s.y_share * d
+        z = z - s.z_pull * (z - y) if s.pulls else z
+        return (following, z - d, *moved[1:])
 
     rule.__qualname__ = f"{_over.__qualname__}.{base.__qualname__}"
     return rule
@@ -75,7 +78,7 @@ def _wrapper(base: Base) -> Method:
         own, coefficients = base.advance(h.base, lr, scalars, average.taken)
         decay = average.taken.rate(lr) * h.weight_decay_at_y
         return {**average.scalars, **own}, _Coefficients(
-            average.z_share, average.y_share, average.z_pull, decay, coefficients
+            average.z_share, average.y_share, average.z_pull, average.z_pull != 0, decay, coefficients
         )
 
     directed = base.direction
@@ -96,7 +99,7 @@ def _gpa(base: Base, its: Callable[[Any], Any]) -> Method:
         lr = scheduled(remaining(h, scalars), h.schedule, scalars["k"])
         _, coefficients = base.advance(its(h), lr, scalars, taken)
         return {**scalars, "k": scalars["k"] + 1}, _Coefficients(
-            1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, 0.0, coefficients
+            1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, False, 0.0, coefficients
         )
 
     return Method(
