@@ -38,11 +38,6 @@ ADAMW = {"lr": 0.01, "weight_decay": 0.1}
 
 
 @pytest.fixture
-def name() -> str:
-    return f"run-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
 def make(service: ThreadService, name: str) -> Iterator[Callable[..., LocalSteps]]:
     """Makes optimizers of one run, over AdamW unless another is given; they are closed with the test."""
     made: list[LocalSteps] = []
@@ -56,13 +51,6 @@ def make(service: ThreadService, name: str) -> Iterator[Callable[..., LocalSteps
     yield optimizer
     for each in made:
         each.close()
-
-
-@pytest.fixture
-def run(service: ThreadService, name: str) -> Iterator[Run]:
-    """The run, as an onlooker sees it."""
-    with Client(service.url) as client:
-        yield client.run(name)
 
 
 def network(seed: int = 0) -> nn.Sequential:

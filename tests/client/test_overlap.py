@@ -67,11 +67,6 @@ class Counting(nn.Module):
 
 
 @pytest.fixture
-def name() -> str:
-    return f"run-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
 def make(service: ThreadService, name: str) -> Iterator[Callable[..., RemoteOptimizer]]:
     """Makes optimizers of one run that takes every gradient off its parameters; they are closed with the test."""
     made: list[RemoteOptimizer] = []
@@ -84,13 +79,6 @@ def make(service: ThreadService, name: str) -> Iterator[Callable[..., RemoteOpti
     yield optimizer
     for each in made:
         each.close()
-
-
-@pytest.fixture
-def run(service: ThreadService, name: str) -> Iterator[Run]:
-    """The run, as an onlooker sees it."""
-    with Client(service.url) as client:
-        yield client.run(name)
 
 
 class Gate:
