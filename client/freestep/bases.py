@@ -6,6 +6,7 @@ what is computed (foreach, fused, capturable, differentiable), and maximize, whi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -30,7 +31,7 @@ __all__ = [
 
 _Betas = tuple[Coefficient, Coefficient]
 _Number = Annotated[float, Field(strict=True, ge=-100, le=100)]
-_TRIED = 512
+_TRIED = 64
 """Singular values in (0, 1] that Newton-Schulz coefficients are tried on."""
 _LARGEST_SINGULAR_VALUE = 10
 
@@ -135,6 +136,22 @@ class BaseRprop(StrictModel):
         return self
 
 
+@lru_cache
+def _keeps_small(coefficients: tuple[float, float, float], steps: int) -> bool:
+    """Whether the iterations leave singular values small, tried on some of a matrix that was divided by its norm.
+
+    A spec is validated once for each of its groups.
+    """
+    a, b, c = coefficients
+    for number in range(1, _TRIED + 1):
+        sigma = number / _TRIED
+        for _ in range(steps):
+            sigma = a * sigma + b * sigma**3 + c * sigma**5
+            if abs(sigma) > _LARGEST_SINGULAR_VALUE:
+                return False
+    return True
+
+
 class MatrixBase(StrictModel):
     """What steps along a matrix's gradient made orthogonal by Newton-Schulz iterations.
 
@@ -151,14 +168,8 @@ class MatrixBase(StrictModel):
 
     @model_validator(mode="after")
     def _keeps_singular_values_small(self) -> Self:
-        a, b, c = self.ns_coefficients
-        for number in range(1, _TRIED + 1):
-            # Of a matrix divided by its norm.
-            sigma = number / _TRIED
-            for _ in range(self.ns_steps):
-                sigma = a * sigma + b * sigma**3 + c * sigma**5
-                if abs(sigma) > _LARGEST_SINGULAR_VALUE:
-                    raise fault(("ns_coefficients",), f"make singular values above {_LARGEST_SINGULAR_VALUE}")
+        if not _keeps_small(self.ns_coefficients, self.ns_steps):
+            raise fault(("ns_coefficients",), f"make singular values above {_LARGEST_SINGULAR_VALUE}")
         return self
 
 
