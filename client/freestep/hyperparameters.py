@@ -6,6 +6,7 @@ its paper's.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -94,9 +95,9 @@ class ScheduleFree(_Hyperparameters):
     """None is `auto` where the run's policy admits stale gradients and β is large enough, else `none`."""
 
     @property
+    @abstractmethod
     def beta(self) -> float:
         """β, how much of x there is in y."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _corrects_large_betas_only(self) -> Self:

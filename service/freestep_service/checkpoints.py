@@ -95,7 +95,7 @@ class LastEpochs:
 
 
 class _PartManifest(BaseModel):
-    """What a part's json holds beside its format and checksum."""
+    """What a part's json holds beside its format and checksum; older versions wrote none of what has a default."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -117,9 +117,8 @@ class _PartManifest(BaseModel):
     weight: float
     damping: float
     lateness: int = 0
-    expected_staleness: float = 0.0
-    """Parts that older versions wrote lack it."""
     loss: float = 0.0
+    expected_staleness: float = 0.0
     metrics: dict[str, dict[str, float]] = {}
     """Name -> step -> value, of what evaluators have reported."""
     receipts: dict[str, dict[str, Any]]
@@ -138,9 +137,8 @@ class _Part:
 
     def common(self) -> str:
         """What all parts of a cut have in common, as text, by which NaN is equal to itself."""
-        kept = {"vectors", "numel", "scalars", "group", "metrics"}
-        kept |= {"weight", "damping", "lateness", "expected_staleness", "loss"}
-        return json.dumps(self.manifest.model_dump(include=kept), sort_keys=True)
+        own = {"begin", "end", "tensors", "created_at", "bytes", "receipts"}
+        return json.dumps(self.manifest.model_dump(exclude=own), sort_keys=True)
 
 
 class _DamagedPart(Damaged):

@@ -1,5 +1,4 @@
-"""An evaluator: `python -m freestep.demo.evaluator`. It pulls x and y while training goes on, and reports how
-well x does."""
+"""An evaluator, `python -m freestep.demo.evaluator`: it pulls x and y while training goes on, and reports its findings."""
 
 from __future__ import annotations
 

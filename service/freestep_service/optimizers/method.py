@@ -23,7 +23,6 @@ Scalars = Mapping[str, float]
 Buffers = Mapping[str, Tensor]
 """The state vectors by name, each fp32 of one shape; `y` is among them."""
 
-
 Direction = Callable[..., Tensor]
 """(g, *the base's state) -> what a matrix's step is along, each [rows, columns]; it moves the state, in place."""
 
