@@ -1,4 +1,4 @@
-"""An evaluator, `python -m freestep.demo.evaluator`: it pulls x and y while training goes on, and reports its findings."""
+"""An evaluator, `python -m freestep.demo.evaluator`: it pulls x and y while training goes on, and reports accuracy."""
 
 from __future__ import annotations
 
