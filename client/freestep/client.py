@@ -92,7 +92,7 @@ class Client:
             limits = httpx.Limits(
                 max_connections=None, max_keepalive_connections=MOST_SHARDS, keepalive_expiry=_KEEPALIVE_S
             )
-            http = httpx.Client(
+            http = _Http(
                 base_url=url or os.environ.get("FREESTEP_URL") or DEFAULT_URL,
                 headers={"Authorization": f"Bearer {token}"} if token else {},
                 timeout=timeout,
@@ -123,6 +123,20 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Cookies(httpx.Cookies):
+    """Looks for cookies in the answers that set some: httpx makes a request of urllib's of every answer to look."""
+
+    def extract_cookies(self, response: httpx.Response) -> None:
+        if "set-cookie" in response.headers:
+            super().extract_cookies(response)
+
+
+class _Http(httpx.Client):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._cookies = _Cookies()
 
 
 def _trusting(verify: ssl.SSLContext | str | os.PathLike[str] | bool) -> ssl.SSLContext:

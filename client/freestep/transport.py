@@ -54,8 +54,10 @@ _ASTRAY = (
 """What a place answers that cannot be reached from here, or that is another server as seen from here."""
 
 
-_parsed = lru_cache(maxsize=1024)(httpx.URL)
-"""A URL; most are asked at every step."""
+@lru_cache(maxsize=1024)
+def _address(url: str, *params: tuple[str, str | int]) -> httpx.URL:
+    """A URL with its query; most are asked at every step."""
+    return httpx.URL(url).copy_merge_params(dict(params)) if params else httpx.URL(url)
 
 
 class _Destination(Protocol):
@@ -132,8 +134,16 @@ class Transport:
             connect = min(patience, _CONNECT_S) if url else patience
             timeout = httpx.Timeout(patience, connect=connect, read=patience + wait)
             base = url or str(self.base_url).rstrip("/")
+            # httpx would put a client's own parameters in the place of an address's.
+            query = () if self._http.params else tuple((params or {}).items())
             request = self._http.build_request(
-                method, _parsed(base + path), json=json, headers=lines, params=params, content=body, timeout=timeout
+                method,
+                _address(base + path, *query),
+                json=json,
+                headers=lines,
+                params=None if query else params,
+                content=body,
+                timeout=timeout,
             )
             if body is not None:
                 request.stream = body

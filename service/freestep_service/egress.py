@@ -21,6 +21,8 @@ __all__ = ["SnapshotResponse", "etag", "is_known", "parse_range"]
 _SLICE = 1024 * 1024
 _TAIL = 256 * 1024
 """More than a transport buffers (64 KiB by default), see `_send`."""
+_SMALL = 512 * 1024
+"""Bytes of a body that it takes less to copy than to send in pieces."""
 
 
 def etag(epoch: int, step: int, point: str, dtype: str) -> str:
@@ -97,12 +99,11 @@ async def _send(
     header, data = snapshot.slices(begin, end)
     # Bytes of the tensors before the first that is sent.
     skipped = max(begin - len(snapshot.header), 0)
-    bulk = max(len(data) - _TAIL, 0)
-    if not bulk:
+    if end - begin <= _SMALL:
         await snapshot.reach(skipped + len(data))
         await send({"type": "http.response.body", "body": b"".join((header, data)), "more_body": False})
         return
-    clock = asyncio.get_running_loop().time
+    clock, bulk = asyncio.get_running_loop().time, len(data) - _TAIL
     ends = [*range(_SLICE, bulk, _SLICE), bulk, len(data)]
     async with asyncio.timeout(None) as stalled:
 
