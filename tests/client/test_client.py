@@ -178,6 +178,7 @@ class Answering(http.server.BaseHTTPRequestHandler):
     """Gives the answers that its server lists, in turn."""
 
     def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers["Cookie"]))  # type: ignore[attr-defined]
         status, headers, body = self.server.answers.pop(0)  # type: ignore[attr-defined]
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
@@ -190,9 +191,16 @@ class Answering(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def answering() -> Iterator[Callable[..., str]]:
+def asked() -> list[tuple[str, str | None]]:
+    """The targets, and the cookies, of the requests that the answering server was sent."""
+    return []
+
+
+@pytest.fixture
+def answering(asked: list[tuple[str, str | None]]) -> Iterator[Callable[..., str]]:
     """A server that gives listed answers; returns its URL."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    server.asked = asked  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
 
@@ -252,6 +260,24 @@ def test_a_retry_after_that_is_no_count_of_seconds_is_ignored(answering: Callabl
     busy = (503, {"Retry-After": seconds}, BUSY[2])
     with Client(answering(busy, (200, {}, b'{"runs": []}')), retry_for=20) as client:
         assert client.runs() == []
+
+
+def test_cookies_are_sent_back(answering: Callable[..., str], asked: list[tuple[str, str | None]]) -> None:
+    none, lane = {}, {"Set-Cookie": "lane=7"}
+    with Client(answering(*[(200, lines, b'{"runs": []}') for lines in (none, lane, none)])) as client:
+        for _ in range(3):
+            client.runs()
+    assert [cookie for _, cookie in asked] == [None, None, "lane=7"]
+
+
+def test_parameters_of_a_client_of_ones_own_are_sent_too(
+    answering: Callable[..., str], asked: list[tuple[str, str | None]]
+) -> None:
+    manifest = Manifest([ParameterSpec(name="w", shape=(1,))])
+    with Client(http=httpx.Client(base_url=answering((200, {}, b"")), params={"lane": "7"})) as client:
+        with pytest.raises(UnexpectedResponse):
+            client.run("run").pull_into(Flat(manifest))
+    assert asked == [("/v1/runs/run/parameters?lane=7&point=x&dtype=F32&min_step=0", None)]
 
 
 def test_a_name_is_not_a_path(run: Run, client: Client) -> None:
