@@ -25,8 +25,10 @@ from forms import FORMS, PLAIN, own
 from freestep.errors import CheckpointNotFound
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile
+from freestep_service.checkpoints import Checkpoints
 from freestep_service.records import CutId, Record
+from freestep_service.run_files import LastEpochs, RunFile
+from freestep_service.sealed import Damaged
 from freestep_service.shard import Cut, Entry, Shard
 from freestep_service.storage import LocalStorage, Storage, open_storage
 from harness import TENSORS, Api, ThreadService, at_once, wait_until
