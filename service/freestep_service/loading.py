@@ -21,7 +21,7 @@ from freestep_service.coordinator import Coordinator
 from freestep_service.metrics import RunMetrics
 from freestep_service.opening import Decision, Report, Waiting, decide
 from freestep_service.owned import OwnedShard
-from freestep_service.pushes import Receipts
+from freestep_service.receipts import Receipts
 from freestep_service.records import CutId, Fenced, Known, Record, RunState, Standing
 from freestep_service.reported import Reported
 from freestep_service.run_files import RunFile

@@ -42,7 +42,8 @@ from freestep_service.nodes import Node
 from freestep_service.opening import Decision
 from freestep_service.owned import OwnedShard
 from freestep_service.ownership import Ownership
-from freestep_service.pushes import Receipts, Wish, stage
+from freestep_service.pushes import Wish, stage
+from freestep_service.receipts import Receipts
 from freestep_service.records import Claim, Record, Standing
 from freestep_service.run_files import LastEpochs, RunFile
 from freestep_service.sealed import Damaged
