@@ -16,7 +16,7 @@ from freestep_service.checkpoints import Checkpoints
 from freestep_service.coordinator import Coordinator
 from freestep_service.metrics import RunMetrics
 from freestep_service.owned import OwnedShard
-from freestep_service.pushes import Receipts
+from freestep_service.receipts import Receipts
 from freestep_service.records import CutId, Fenced
 from freestep_service.settings import Settings
 from freestep_service.shard import Cut, Entry

@@ -1,156 +1,50 @@
-"""Checkpoints in storage: a run's cuts, written in parts by its shards, and what else outlives the service.
+"""The checkpoints of a run in storage: cuts, written in parts by its shards, listed, chosen, loaded and dropped.
 
-    deleted/RUN                                  the last epoch of a run that was deleted
-    runs/RUN/run.json                            spec, epoch and number of shards
     runs/RUN/closed/BEGIN-END.json               where in the log an orderly shutdown left a shard
     runs/RUN/checkpoints/EPOCH-STEP-SEQ/         one cut:
         BEGIN-END.safetensors, BEGIN-END.json        a part: elements BEGIN to END of the run's flat vectors
         complete.json                                all parts are written, here or on the disks of other hosts
 
 The law of this file: a checkpoint is whole or it is not there. A part's manifest is written after its tensors and
-dropped before them; it names the checksum of the tensors and of itself; what fails a check is skipped and said so.
-Checksums are XXH3-128, against damage and not against forgery. A cut may have parts of several numbers of shards,
-and is loaded from whichever cover what is asked for. Several processes write and drop here at the same time.
+dropped before them; what fails a check is skipped and said so. A cut may have parts of several numbers of shards, and
+is loaded from whichever cover what is asked for. Several processes write and drop here at the same time.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import xxhash
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from torch import Tensor
 
 from freestep.errors import CheckpointNotFound
 from freestep.header import encode_header
-from freestep.manifest import Manifest
-from freestep.models import Checkpoint, ParameterSpec
+from freestep.models import Checkpoint
+from freestep_service.part_manifest import DamagedPart, Part, layout_of, manifest_of, read_part, stretch_name
+from freestep_service.part_tensors import read_tensors, write_tensors
 from freestep_service.records import CutId, Record
+from freestep_service.sealed import Damaged, seal, unseal
 from freestep_service.shard import Cut
 from freestep_service.storage import Storage
 
-__all__ = ["Checkpoints", "Damaged", "LastEpochs", "RunFile"]
+__all__ = ["Checkpoints"]
 
 logger = logging.getLogger("freestep")
-
-_FORMAT = 2
-_PIECE = 4 * 1024 * 1024
-"""Bytes that pass through memory at a time."""
 
 _MARK = "complete.json"
 _CUT_NAME = re.compile("([0-9]+)-([0-9]+)-([0-9]+)")
 _MANIFEST_NAME = re.compile(r"(([0-9]+)-([0-9]+))\.json")
 
 
-class Damaged(Exception):
-    """What is in storage fails its checks; the message says how."""
-
-
-@dataclass(frozen=True)
-class RunFile:
-    """What storage knows of a run beside its checkpoints; `spec` is canonical JSON."""
-
-    spec: str
-    epoch: int
-    shards: int
-
-    def write(self, storage: Storage, run: str) -> None:
-        storage.write(f"runs/{run}/run.json", [json.dumps(asdict(self)).encode()])
-
-    @classmethod
-    def read(cls, storage: Storage, run: str) -> RunFile:
-        """Raises OSError or ValueError when there is none that can be read."""
-        return _RUN_FILE.validate_json(storage.read(f"runs/{run}/run.json"), strict=True)
-
-
-_RUN_FILE = TypeAdapter(RunFile)
-
-
-class LastEpochs:
-    """The last epoch of each run that was deleted: a run of the same name goes on after it.
-
-    Else a lease, a step or an ETag of the run that is gone would pass for one of the new run's.
-    """
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-
-    def read(self, run: str) -> int:
-        """0 for a run that never was. Raises OSError or ValueError when it cannot be read."""
-        try:
-            return int(self._storage.read(f"deleted/{run}"))
-        except FileNotFoundError:
-            return 0
-
-    def write(self, run: str, epoch: int) -> None:
-        self._storage.write(f"deleted/{run}", [str(epoch).encode()])
-
-
-class _PartManifest(BaseModel):
-    """What a part's json holds beside its format and checksum; older versions wrote none of what has a default."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    epoch: int
-    step: int
-    seq: int
-    begin: int
-    end: int
-    numel: int
-    """Elements of the whole run."""
-    vectors: list[str]
-    """The names of the tensors, in the order of the file; each is flat fp32 [end - begin]."""
-    tensors: str
-    """The checksum of the whole file of the tensors."""
-    created_at: str
-    bytes: int
-    scalars: dict[str, dict[str, int | float]]
-    group: dict[str, int]
-    weight: float
-    damping: float
-    lateness: int = 0
-    loss: float = 0.0
-    expected_staleness: float = 0.0
-    metrics: dict[str, dict[str, float]] = {}
-    """Name -> step -> value, of what evaluators have reported."""
-    receipts: dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part whose manifest passed its checks. path: without a suffix; header: what its file begins with."""
-
-    name: str
-    path: str
-    manifest: _PartManifest
-    layout: Manifest
-    header: bytes
-    receipts: dict[str, Record]
-
-    def common(self) -> str:
-        """What all parts of a cut have in common, as text, by which NaN is equal to itself."""
-        own = {"begin", "end", "tensors", "created_at", "bytes", "receipts"}
-        return json.dumps(self.manifest.model_dump(exclude=own), sort_keys=True)
-
-
-class _DamagedPart(Damaged):
-    def __init__(self, part: _Part, reason: str) -> None:
-        super().__init__(reason)
-        self.part = part
-
-
 class _Chosen(NamedTuple):
     """A part, and the elements of the run, `first` to `last`, that are taken from it."""
 
-    part: _Part
+    part: Part
     first: int
     last: int
 
@@ -159,7 +53,7 @@ class _Chosen(NamedTuple):
 class _Contents:
     """What there is of a cut. damaged: some of it is known to fail its checks."""
 
-    parts: list[_Part]
+    parts: list[Part]
     marked: bool
     damaged: bool
 
@@ -189,42 +83,19 @@ class Checkpoints:
 
         Returns the bytes of its tensors. Where the part is there already, and whole, it is left as it is.
         """
-        identity, name = CutId(cut.epoch, cut.step, cut.seq), _stretch(begin, end)
+        identity, name = CutId(cut.epoch, cut.step, cut.seq), stretch_name(begin, end)
         path = f"{self._path(identity)}/{name}"
         there = self._find_whole(identity, name)
         if there is not None:
             return there.manifest.bytes
-        vectors = list(cut.tensors)
-        layout = _layout(vectors, end - begin)
+        layout = layout_of(cut.tensors, end - begin)
         header = encode_header(layout, "F32")
         size = len(header) + 4 * layout.numel
-        digest = xxhash.xxh3_128()
-        manifest = {
-            "epoch": cut.epoch,
-            "step": cut.step,
-            "seq": cut.seq,
-            "begin": begin,
-            "end": end,
-            "numel": numel,
-            "vectors": vectors,
-            "created_at": _now(),
-            "bytes": size,
-            "scalars": {group: dict(scalars) for group, scalars in cut.scalars.items()},
-            "group": cut.group,
-            "weight": cut.weight,
-            "damping": cut.damping,
-            "lateness": cut.lateness,
-            "loss": cut.loss,
-            "metrics": {
-                name: {str(step): value for step, value in steps.items()} for name, steps in cut.reported.items()
-            },
-            "expected_staleness": cut.expected_staleness,
-            "receipts": {key: asdict(record) for key, record in receipts.items()},
-        }
+        manifest = manifest_of(cut, begin, end, numel, receipts, size, _now())
         try:
             self._storage.remove(f"{path}.json")
-            self._storage.write(f"{path}.safetensors", _digested(_pieces(header, cut.tensors.values()), digest))
-            self._storage.write(f"{path}.json", [_seal(manifest | {"tensors": digest.hexdigest()})])
+            checksum = write_tensors(self._storage, path, header, cut.tensors.values())
+            self._storage.write(f"{path}.json", [seal(manifest | {"tensors": checksum})])
         except OSError:
             # Half a part would lie there, on a medium that may be full, until newer checkpoints push it out.
             with suppress(OSError):
@@ -247,7 +118,7 @@ class Checkpoints:
         while chosen := _cover(self._look(cut, begin, end).parts, begin, end):
             try:
                 return self._assemble(cut, chosen, begin, end)
-            except _DamagedPart as error:
+            except DamagedPart as error:
                 reason = f"{error.part.name}: {error}"
                 logger.error("checkpoint part %s is damaged and skipped: %s", self._place(error.part.path), error)
                 self._damaged.setdefault(cut, set()).add(error.part.name)
@@ -272,7 +143,7 @@ class Checkpoints:
 
     def complete(self, cut: CutId) -> None:
         """Takes note that all parts of a cut are written, then drops what is older than the newest complete ones."""
-        self._storage.write(f"{self._path(cut)}/{_MARK}", [_seal({"completed_at": _now()})])
+        self._storage.write(f"{self._path(cut)}/{_MARK}", [seal({"completed_at": _now()})])
         oldest, kept = cut, 0
         cuts = self._cuts()
         for each in reversed(cuts):
@@ -289,13 +160,13 @@ class Checkpoints:
 
     def mark_closed(self, begin: int, end: int, epoch: int, seq: int) -> None:
         """Takes note of the log entry at which a shard was left in good order, with a checkpoint of it."""
-        self._storage.write(self._closed_path(begin, end), [_seal({"epoch": epoch, "seq": seq})])
+        self._storage.write(self._closed_path(begin, end), [seal({"epoch": epoch, "seq": seq})])
 
     def closed(self, begin: int, end: int) -> tuple[int, int] | None:
         """(epoch, seq) as `mark_closed` was given them; None if it was not, or what it wrote is damaged."""
         path = self._closed_path(begin, end)
         try:
-            document = _unseal(self._storage.read(path))
+            document = unseal(self._storage.read(path))
         except FileNotFoundError:
             return None
         except (OSError, Damaged) as error:
@@ -321,7 +192,7 @@ class Checkpoints:
         return f"{self._directory}/{_cut_name(cut)}"
 
     def _closed_path(self, begin: int, end: int) -> str:
-        return f"{self._run}/closed/{_stretch(begin, end)}.json"
+        return f"{self._run}/closed/{stretch_name(begin, end)}.json"
 
     def _place(self, path: str) -> str:
         return f"{self._storage}/{path}"
@@ -335,7 +206,7 @@ class Checkpoints:
     def _look(self, cut: CutId, begin: int = 0, end: int = 0) -> _Contents:
         """What there is of a cut, of parts only those that overlap `begin` to `end`, or all where these are equal."""
         names = self._storage.names(self._path(cut))
-        parts: list[_Part] = []
+        parts: list[Part] = []
         damaged = False
         for match in filter(None, map(_MANIFEST_NAME.fullmatch, names)):
             name, first, last = match[1], int(match[2]), int(match[3])
@@ -345,7 +216,7 @@ class Checkpoints:
                 damaged = True
                 continue
             try:
-                parts.append(self._read_part(cut, name))
+                parts.append(read_part(self._storage, self._path(cut), cut, name))
             except FileNotFoundError:
                 # Somebody drops the cut.
                 continue
@@ -369,102 +240,30 @@ class Checkpoints:
         self._storage.remove(path)
         self._damaged.pop(cut, None)
 
-    def _read_part(self, cut: CutId, name: str) -> _Part:
-        """Raises FileNotFoundError when it is not there, Damaged when its manifest fails its checks."""
-        path = f"{self._path(cut)}/{name}"
-        try:
-            document = _unseal(self._storage.read(f"{path}.json"))
-            manifest = _PartManifest.model_validate(document)
-            layout = _layout(manifest.vectors, manifest.end - manifest.begin)
-            receipts = {key: Record(**record) for key, record in manifest.receipts.items()}
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise Damaged(f"its manifest cannot be read ({error})") from error
-        except (ValidationError, TypeError) as error:
-            raise Damaged("its manifest does not hold what one holds") from error
-        header = encode_header(layout, "F32")
-        named = (CutId(manifest.epoch, manifest.step, manifest.seq), _stretch(manifest.begin, manifest.end))
-        if named != (cut, name) or manifest.end > manifest.numel:
-            raise Damaged("its manifest is that of another part")
-        if manifest.bytes != len(header) + 4 * layout.numel or len(layout.by_name) != len(layout.slots):
-            raise Damaged("its manifest contradicts itself")
-        return _Part(name, path, manifest, layout, header, receipts)
-
-    def _find_whole(self, cut: CutId, name: str) -> _Part | None:
+    def _find_whole(self, cut: CutId, name: str) -> Part | None:
         """A part that passes all checks, for which its tensors are read."""
         try:
-            part = self._read_part(cut, name)
-            self._read_tensors(part, 0, 0, {})
+            part = read_part(self._storage, self._path(cut), cut, name)
+            read_tensors(self._storage, part, 0, 0, {})
         except (OSError, Damaged):
             return None
         return part
 
     def _assemble(self, cut: CutId, chosen: list[_Chosen], begin: int, end: int) -> tuple[Cut, dict[str, Record]]:
         leader = chosen[0].part
-        state = leader.manifest
-        tensors = {name: torch.empty(end - begin) for name in state.vectors}
+        tensors = {name: torch.empty(end - begin) for name in leader.manifest.vectors}
         receipts: dict[str, Record] = {}
         for part, first, last in chosen:
             if part.common() != leader.common():
-                raise _DamagedPart(part, "it is not of the same state as the other parts")
+                raise DamagedPart(part, "it is not of the same state as the other parts")
             if first < last:
                 stretches = {name: tensor[first - begin : last - begin] for name, tensor in tensors.items()}
-                self._read_tensors(part, first, last, stretches)
+                read_tensors(self._storage, part, first, last, stretches)
             receipts |= part.receipts
-        made = Cut(
-            **cut._asdict(),
-            tensors=tensors,
-            scalars=dict(state.scalars),
-            group=dict(state.group),
-            weight=state.weight,
-            damping=state.damping,
-            lateness=state.lateness,
-            loss=state.loss,
-            reported={
-                name: {int(step): value for step, value in steps.items()} for name, steps in state.metrics.items()
-            },
-            expected_staleness=state.expected_staleness,
-        )
-        return made, receipts
-
-    def _read_tensors(self, part: _Part, first: int, last: int, targets: Mapping[str, Tensor]) -> None:
-        """Reads a part's tensors once through, and of each elements `first` to `last` of the run into its target.
-
-        Raises _DamagedPart when they do not have the checksum that the manifest names.
-        """
-        digest = xxhash.xxh3_128()
-        scratch = memoryview(bytearray(_PIECE))
-        skipped, length = first - part.manifest.begin, last - first
-        try:
-            with self._storage.open(f"{part.path}.safetensors") as file:
-
-                def pass_on(size: int, target: memoryview | None = None) -> None:
-                    for start in range(0, size, _PIECE):
-                        piece = (scratch if target is None else target[start:])[: min(_PIECE, size - start)]
-                        if file.readinto(piece) != len(piece):
-                            raise _DamagedPart(part, "its tensors are cut short")
-                        digest.update(piece)
-
-                if file.read(len(part.header)) != part.header:
-                    raise _DamagedPart(part, "its tensors do not begin with the header that belongs to its manifest")
-                digest.update(part.header)
-                for slot in part.layout.slots:
-                    target = targets.get(slot.name)
-                    if target is None:
-                        pass_on(4 * slot.numel)
-                    else:
-                        pass_on(4 * skipped)
-                        pass_on(4 * length, _bytes_of(target))
-                        pass_on(4 * (slot.numel - skipped - length))
-                is_at_end = not file.read(1)
-        except OSError as error:
-            raise _DamagedPart(part, f"its tensors cannot be read: {error}") from error
-        if not is_at_end or digest.hexdigest() != part.manifest.tensors:
-            raise _DamagedPart(part, "its tensors do not have the checksum that its manifest names")
+        return leader.manifest.cut(tensors), receipts
 
 
-def _cover(parts: Iterable[_Part], begin: int, end: int) -> list[_Chosen]:
+def _cover(parts: Iterable[Part], begin: int, end: int) -> list[_Chosen]:
     """Parts that cover elements `begin` to `end` among them, as few as can be; none if they do not.
 
     Any part covers nothing at all.
@@ -485,7 +284,7 @@ def _cover(parts: Iterable[_Part], begin: int, end: int) -> list[_Chosen]:
     return chosen
 
 
-def _describe(cut: CutId, parts: list[_Part]) -> Checkpoint:
+def _describe(cut: CutId, parts: list[Part]) -> Checkpoint:
     manifests = [part.manifest for part in parts]
     return Checkpoint(
         step=cut.step,
@@ -497,61 +296,6 @@ def _describe(cut: CutId, parts: list[_Part]) -> Checkpoint:
 
 def _cut_name(cut: CutId) -> str:
     return f"{cut.epoch:08d}-{cut.step:012d}-{cut.seq:012d}"
-
-
-def _stretch(begin: int, end: int) -> str:
-    return f"{begin:015d}-{end:015d}"
-
-
-def _layout(vectors: Iterable[str], length: int) -> Manifest:
-    """Where the vectors lie in a part's file, one after another. Raises ValidationError."""
-    return Manifest(ParameterSpec(name=name, shape=(length,)) for name in vectors)
-
-
-def _pieces(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
-    yield header
-    for tensor in tensors:
-        content = _bytes_of(tensor)
-        for start in range(0, len(content), _PIECE):
-            yield content[start : start + _PIECE]
-
-
-def _digested(pieces: Iterable[bytes | memoryview], digest: xxhash.xxh3_128) -> Iterator[bytes | memoryview]:
-    for piece in pieces:
-        digest.update(piece)
-        yield piece
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a flat fp32 tensor on the CPU."""
-    assert tensor.dtype == torch.float32 and tensor.is_contiguous(), "state vectors are flat fp32"
-    # An empty array's memory cannot be cast.
-    return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(b"")
-
-
-def _seal(document: Mapping[str, Any]) -> bytes:
-    """A document as JSON that names its format and its own checksum."""
-    content = {"format": _FORMAT, **document}
-    return json.dumps(content | {"checksum": _checksum(content)}, indent=1).encode()
-
-
-def _unseal(text: bytes) -> dict[str, Any]:
-    """The document that was sealed. Raises Damaged."""
-    try:
-        content = json.loads(text)
-        checksum = content.pop("checksum")
-        expected = _checksum(content)
-    except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
-    if checksum != expected:
-        raise Damaged("its manifest does not have the checksum that it names")
-    if content.pop("format", None) != _FORMAT:
-        raise Damaged("its format is not the one that this version reads")
-    return dict(content)
-
-
-def _checksum(document: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
 
 
 def _now() -> str:

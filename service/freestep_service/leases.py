@@ -9,7 +9,7 @@ from freestep.errors import CoordinatorUnavailable, RunNotFound, ShardUnavailabl
 from freestep.models import Lease, WorkerStatus
 from freestep_service.coordinator import Coordinator
 from freestep_service.metrics import RunMetrics
-from freestep_service.pushes import Receipts
+from freestep_service.receipts import Receipts
 from freestep_service.records import Behind, Ended, Known, Lost
 from freestep_service.shard import Entry
 from freestep_service.writer import Writer

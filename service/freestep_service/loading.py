@@ -16,14 +16,16 @@ from freestep.errors import CoordinatorUnavailable
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
 from freestep_service.checkpointing import Checkpointing
-from freestep_service.checkpoints import Checkpoints, Damaged, RunFile
+from freestep_service.checkpoints import Checkpoints
 from freestep_service.coordinator import Coordinator
 from freestep_service.metrics import RunMetrics
 from freestep_service.opening import Decision, Report, Waiting, decide
 from freestep_service.owned import OwnedShard
-from freestep_service.pushes import Receipts
+from freestep_service.receipts import Receipts
 from freestep_service.records import CutId, Fenced, Known, Record, RunState, Standing
 from freestep_service.reported import Reported
+from freestep_service.run_files import RunFile
+from freestep_service.sealed import Damaged
 from freestep_service.shard import Cut
 from freestep_service.storage import Storage
 

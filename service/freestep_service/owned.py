@@ -24,7 +24,8 @@ from freestep_service.bodies import room
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.cuts import Cuts
 from freestep_service.ingest import Body
-from freestep_service.pushes import SLOTS, Host, Pushes, Receipts, stage, staging_vectors
+from freestep_service.pushes import SLOTS, Host, Pushes, stage, staging_vectors
+from freestep_service.receipts import Receipts
 from freestep_service.records import Behind, Fenced, Known, Record
 from freestep_service.reported import Measured
 from freestep_service.settings import Settings

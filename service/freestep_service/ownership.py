@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 from freestep.errors import CoordinatorUnavailable, RunNotFound
 from freestep.models import RunSpec
-from freestep_service.checkpoints import LastEpochs
 from freestep_service.coordinator import Coordinator, not_open
 from freestep_service.loading import Loading
 from freestep_service.messages import Messages
 from freestep_service.nodes import Grace, Node
 from freestep_service.owned import OwnedShard
 from freestep_service.records import Fenced, Known, Standing
+from freestep_service.run_files import LastEpochs
 from freestep_service.store import Store
 
 __all__ = ["Ownership"]

@@ -9,7 +9,7 @@ it has changed nothing; once it is, it will be applied on all shards, whatever b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,6 +36,7 @@ from freestep_service.aggregation import Policy, damping, lateness
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.ingest import Body
 from freestep_service.measure import decode_and_measure
+from freestep_service.receipts import Receipts
 from freestep_service.records import Admission, Ahead, Behind, Claim, Fenced, Lost, Pending, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry
@@ -43,7 +44,7 @@ from freestep_service.turns import HOST, Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
-__all__ = ["SLOTS", "Host", "Pushes", "Receipts", "Wish", "stage", "staging_vectors"]
+__all__ = ["SLOTS", "Host", "Pushes", "Wish", "stage", "staging_vectors"]
 
 SLOTS = 4
 """Pushes of a run of several shards that may be on their way at once, as lua/_prelude.lua grants them."""
@@ -53,22 +54,6 @@ _RETRY_S = 0.2
 """Pause before Redis is asked again for a commit whose answer was lost."""
 _SILENCE_S = 1.0
 """How long a decision is listened for before Redis is asked for it."""
-
-
-class Receipts(dict[str, Record]):
-    """The decided pushes by idempotency key, oldest first: the same that Redis holds."""
-
-    def remember(self, key: str, record: Record, evicted: Iterable[str]) -> None:
-        self[key] = record
-        self.forget(evicted)
-
-    def forget(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            self.pop(key, None)
-
-    def until(self, seq: int) -> dict[str, Record]:
-        """Those of the log up to an entry, and the dropped, which have no place in it."""
-        return {key: record for key, record in self.items() if record.seq <= seq}
 
 
 @dataclass(frozen=True)

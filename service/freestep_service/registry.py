@@ -15,12 +15,12 @@ from freestep.errors import CoordinatorUnavailable, FreestepError, InvalidSpec, 
 from freestep.header import body_limit
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep_service.checkpoints import RunFile
 from freestep_service.coordinator import RUNS_KEY, Coordinator
 from freestep_service.messages import Messages
 from freestep_service.metrics import Metrics, RunMetrics
 from freestep_service.nodes import Node
 from freestep_service.run import Run
+from freestep_service.run_files import RunFile
 from freestep_service.settings import Settings
 from freestep_service.storage import Storage
 from freestep_service.store import Store, reachable

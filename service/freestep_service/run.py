@@ -30,7 +30,7 @@ from freestep.manifest import Manifest
 from freestep.models import Checkpoint, RunSpec, RunStatus, Topology
 from freestep_service.aggregation import Policy
 from freestep_service.checkpointing import Checkpointing
-from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile
+from freestep_service.checkpoints import Checkpoints
 from freestep_service.coordinator import Coordinator, not_open
 from freestep_service.feedback import Feedback
 from freestep_service.ingest import Body
@@ -42,8 +42,11 @@ from freestep_service.nodes import Node
 from freestep_service.opening import Decision
 from freestep_service.owned import OwnedShard
 from freestep_service.ownership import Ownership
-from freestep_service.pushes import Receipts, Wish, stage
+from freestep_service.pushes import Wish, stage
+from freestep_service.receipts import Receipts
 from freestep_service.records import Claim, Record, Standing
+from freestep_service.run_files import LastEpochs, RunFile
+from freestep_service.sealed import Damaged
 from freestep_service.settings import Settings
 from freestep_service.snapshots import Reading, Snapshot
 from freestep_service.storage import Storage

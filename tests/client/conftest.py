@@ -1,15 +1,19 @@
-"""A run that optimizers make, and an onlooker's view of it."""
+"""A run that optimizers make, and an onlooker's view of it; servers that answer as they are told, and who asks them."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import httpx
 import pytest
 
 from freestep import Client
+from freestep.bulk import BulkTransport
 from freestep.client import Run
 from harness import ThreadService
+from scripted import Script, Server
 
 
 @pytest.fixture
@@ -23,3 +27,24 @@ def run(service: ThreadService, name: str) -> Iterator[Run]:
     """The run, as an onlooker sees it."""
     with Client(service.url) as client:
         yield client.run(name)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """Starts servers that follow scripts; what failed in those fails the test."""
+    made: list[Server] = []
+
+    def start(*scripts: Script, **options: Any) -> Server:
+        made.append(Server(*scripts, **options))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def http() -> Iterator[httpx.Client]:
+    """Who asks them, through the transport of large bodies."""
+    with httpx.Client(transport=BulkTransport(), timeout=30) as client:
+        yield client

@@ -2,112 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
 import resource
-import shutil
 import subprocess
 import sys
 import threading
-import uuid
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-import xxhash
 
-from forms import FORMS, PLAIN, own
+from checkpointed import (
+    RECORD,
+    advance,
+    bounds,
+    cut_short,
+    files,
+    flip_a_bit,
+    identity,
+    newest,
+    part_of,
+    points,
+    sealed,
+    shard,
+    write,
+)
+from forms import FORMS, PLAIN
 from freestep.errors import CheckpointNotFound
-from freestep.manifest import Manifest
-from freestep.models import RunSpec
-from freestep_service.checkpoints import Checkpoints, Damaged, LastEpochs, RunFile
-from freestep_service.records import CutId, Record
-from freestep_service.shard import Cut, Entry, Shard
-from freestep_service.storage import LocalStorage, Storage, open_storage
-from harness import TENSORS, Api, ThreadService, at_once, wait_until
-
-RECORD = Record("claim", {"0": "digest"}, "applied", step=1, staleness=0, seq=1, live=1, worker="w", epoch=1)
-
-
-def shard(form: str = "adamw_schedule_free", index: int = 0, count: int = 1, **changes: Any) -> Shard:
-    """Shard `index` of `count` of a run of 37 elements."""
-    document = {
-        "optimizer": FORMS[form],
-        "parameters": [{"name": "w", "shape": [31]}, {"name": "v", "shape": [2, 3], "group": "other"}],
-        "groups": {"other": own(form, lr=0.5, weight_decay=0.2)},
-        **changes,
-    }
-    spec = RunSpec.model_validate(document)
-    manifest = Manifest(spec.parameters).part(index, count)
-    made = Shard(spec, manifest, torch.device("cpu"))
-    made.initialize(torch.randn(37, generator=torch.Generator().manual_seed(0))[manifest.begin : manifest.end], epoch=1)
-    return made
-
-
-def advance(made: Shard, entries: int, batch: int = 1) -> None:
-    """Applies entries whose gradients depend on their place alone."""
-    for seq in range(made.seq + 1, made.seq + 1 + entries):
-        gradient = torch.randn(37, generator=torch.Generator().manual_seed(seq))
-        gradient = gradient[made.manifest.begin : made.manifest.end].clone()
-        made.apply(Entry(seq, made.epoch, advance=seq % batch == 0, gradient=gradient, worker=f"w{seq}", weight=seq))
-
-
-def points(*shards: Shard) -> list[torch.Tensor]:
-    """x, y and z of the whole run."""
-    outs = [torch.empty(37) for _ in "xyz"]
-    for point, out in zip("xyz", outs, strict=True):
-        for made in shards:
-            made.copy_point(point, out[made.manifest.begin : made.manifest.end])  # type: ignore[arg-type]
-    return outs
-
-
-@pytest.fixture(params=["local", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    return open_storage(tmp_path if request.param == "local" else f"memory://{uuid.uuid4()}/data")
-
-
-def bounds(count: int) -> list[tuple[int, int]]:
-    """Where the parts of `count` shards begin and end."""
-    manifests = [shard(index=index, count=count).manifest for index in range(count)]
-    return [(manifest.begin, manifest.end) for manifest in manifests]
-
-
-def identity(cut: Cut) -> CutId:
-    return CutId(cut.epoch, cut.step, cut.seq)
-
-
-def part_of(cut: Cut, begin: int, end: int) -> Cut:
-    """What a shard of the same run holds of a cut."""
-    return dataclasses.replace(cut, tensors={name: tensor[begin:end].clone() for name, tensor in cut.tensors.items()})
-
-
-def write(checkpoints: Checkpoints, cut: Cut, shards: int = 1, receipts: Mapping[str, Record] | None = None) -> CutId:
-    """Writes all parts of a cut, as that many shards do."""
-    for begin, end in bounds(shards):
-        checkpoints.write(part_of(cut, begin, end), begin, end, 37, receipts or {})
-    checkpoints.complete(identity(cut))
-    return identity(cut)
-
-
-def newest(checkpoints: Checkpoints, begin: int = 0, end: int = 37) -> Cut | None:
-    """The newest checkpoint that passes its checks, found as a shard finds it."""
-    while offers := checkpoints.offers(begin, end):
-        try:
-            return checkpoints.load(offers[-1], begin, end)[0]
-        except Damaged:
-            continue
-    return None
-
-
-def files(directory: Path, suffix: str = "") -> list[Path]:
-    """The files of the newest cut under a storage's directory."""
-    found = sorted(directory.glob("runs/run/checkpoints/*"))[-1]
-    return sorted(each for each in found.iterdir() if each.name.endswith(suffix))
+from freestep_service.checkpoints import Checkpoints
+from freestep_service.records import CutId
+from freestep_service.sealed import Damaged
+from freestep_service.shard import Shard
+from freestep_service.storage import LocalStorage, Storage
+from harness import at_once
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -282,21 +210,6 @@ def test_of_two_epochs_with_a_step_the_newer_is_gone_back_to(storage: Storage) -
     assert checkpoints.at(0) == (2, 0, 0)
 
 
-@pytest.mark.parametrize("suffix", ["7.json", ".safetensors"])
-def test_a_damaged_part_of_the_same_cut_is_written_anew(tmp_path: Path, suffix: str) -> None:
-    made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    cut = write(checkpoints, made.cut())
-    (file,) = files(tmp_path, suffix)
-    flip_a_bit(file)
-    with pytest.raises(Damaged):
-        checkpoints.load(cut, 0, 37)
-    assert checkpoints.offers(0, 37) == []
-    write(checkpoints, made.cut(), receipts={"key": RECORD})
-    assert checkpoints.offers(0, 37) == [cut]
-    assert checkpoints.load(cut, 0, 37)[1] == {"key": RECORD}
-    assert len(files(tmp_path)) == 3
-
-
 def test_the_same_part_twice_is_one(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
     size = checkpoints.write(made.cut(), 0, 37, 37, {})
@@ -304,152 +217,6 @@ def test_the_same_part_twice_is_one(tmp_path: Path) -> None:
     before = [file.stat().st_ino for file in files(tmp_path)]
     assert checkpoints.write(made.cut(), 0, 37, 37, {"key": RECORD}) == size
     assert [file.stat().st_ino for file in files(tmp_path)] == before
-
-
-def cut_short(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-20])
-
-
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def append(file: Path) -> None:
-    file.write_bytes(file.read_bytes() + b" x")
-
-
-def make_a_directory(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-DAMAGES = [cut_short, flip_a_bit, append, make_a_directory, Path.unlink]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_damaged_checkpoint_is_skipped_and_said_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str, index: int, damage: Callable[[Path], None]
-) -> None:
-    made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    for _ in range(2):
-        advance(made, 1)
-        write(checkpoints, made.cut(), 3)
-    damage(files(tmp_path, suffix)[index])
-    with caplog.at_level(logging.ERROR):
-        loaded = newest(checkpoints)
-    assert loaded is not None
-    assert loaded.step == 1
-    if (suffix, damage) != (".json", Path.unlink):
-        assert "is damaged and skipped" in caplog.text
-        assert [each.step for each in checkpoints.all()] == [1]
-        with pytest.raises(CheckpointNotFound, match="is damaged"):
-            checkpoints.at(2)
-    for other, (begin, end) in enumerate(bounds(3)):
-        loaded = newest(checkpoints, begin, end)
-        assert loaded is not None
-        assert loaded.step == (1 if other == index else 2)
-
-
-def test_what_is_damaged_in_one_part_is_taken_from_another(tmp_path: Path) -> None:
-    made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    advance(made, 2)
-    cut = made.cut()
-    write(checkpoints, cut, 1)
-    write(checkpoints, cut, 3)
-    whole = files(tmp_path, "000000000000000-000000000000037.safetensors")[0]
-    flip_a_bit(whole)
-    loaded = checkpoints.load(identity(cut), 0, 37)[0]
-    assert all(torch.equal(loaded.tensors[name], cut.tensors[name]) for name in cut.tensors)
-    assert [each.step for each in checkpoints.all()] == [2]
-
-
-def test_parts_of_different_states_are_no_checkpoint(storage: Storage) -> None:
-    made, checkpoints = shard(), Checkpoints(storage, "run", keep=5)
-    first, second = bounds(2)
-    checkpoints.write(part_of(made.cut(), *first), *first, 37, {})
-    other = dataclasses.replace(part_of(made.cut(), *second), damping=0.5)
-    checkpoints.write(other, *second, 37, {})
-    with pytest.raises(Damaged, match="not of the same state"):
-        checkpoints.load(identity(other), 0, 37)
-    assert checkpoints.offers(0, 37) == []
-
-
-def sealed(document: dict[str, Any]) -> bytes:
-    checksum = xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
-    return json.dumps({**document, "checksum": checksum}).encode()
-
-
-def changed(**fields: Any) -> Callable[[dict[str, Any]], bytes]:
-    return lambda document: sealed({**document, **fields})
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda document: b"",
-        lambda document: b"\xff\xfe\x00",
-        lambda document: b"[" * 100_000,
-        *[
-            lambda document, text=text: text
-            for text in (b"null", b"1", b'"a"', b"[]", b"[1]", b"{}", b'{"checksum": []}')
-        ],
-        lambda document: b'{"checksum": ' + b"1" * 5000 + b"}",
-        lambda document: sealed({}),
-        lambda document: sealed({"format": 2}),
-        *[
-            lambda document, name=name: sealed({key: document[key] for key in document if key != name})
-            for name in ("step", "tensors")
-        ],
-        changed(format=1),
-        changed(format=[]),
-        changed(epoch=7),
-        changed(begin=1),
-        changed(begin=50),
-        changed(begin=None),
-        changed(end=10**30),
-        changed(numel=3),
-        changed(bytes=1),
-        changed(bytes="many"),
-        changed(tensors=None),
-        changed(vectors=["y", "y"]),
-        changed(vectors=["__metadata__"]),
-        changed(vectors=["\ud800"]),
-        changed(vectors=[[]]),
-        changed(vectors="y"),
-        changed(scalars=[]),
-        changed(scalars={"default": {"k": "1"}}),
-        changed(group={"w": 0.5}),
-        changed(weight=None),
-        changed(receipts={"key": 1}),
-        changed(receipts={"key": {}}),
-        changed(receipts={"key": {"self": 1}}),
-        changed(receipts=[[1, 2]]),
-    ],
-)
-def test_a_manifest_of_any_shape_is_skipped_and_said_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[dict[str, Any]], bytes]
-) -> None:
-    checkpoints = Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    cut = write(checkpoints, shard().cut())
-    (file,) = files(tmp_path, "7.json")
-    document = json.loads(file.read_bytes())
-    del document["checksum"]
-    file.write_bytes(sealed(document))
-    assert checkpoints.offers(0, 37) == [cut]
-    file.write_bytes(make(document))
-    for _ in range(2):
-        assert checkpoints.offers(0, 37) == []
-        assert checkpoints.all() == []
-        assert "is damaged and skipped" in caplog.text
-        caplog.clear()
-    with pytest.raises(Damaged):
-        checkpoints.load(cut, 0, 37)
-    with pytest.raises(CheckpointNotFound):
-        checkpoints.at(0)
 
 
 def test_names_of_another_kind_are_no_cuts_and_no_parts(tmp_path: Path) -> None:
@@ -623,115 +390,3 @@ def test_an_orderly_shutdown_is_remembered_of_each_shard(tmp_path: Path, caplog:
         assert checkpoints.closed(*bounds(2)[1]) is None
         assert "is damaged and skipped" in caplog.text
         caplog.clear()
-
-
-def test_nothing_is_left_of_a_run_that_was_removed_and_all_of_the_others(storage: Storage) -> None:
-    for run in ("run", "run-2"):
-        RunFile("{}", 3, 2).write(storage, run)
-        checkpoints = Checkpoints(storage, run, keep=1)
-        write(checkpoints, shard().cut(), 2)
-        checkpoints.mark_closed(0, 37, 1, 0)
-    Checkpoints(storage, "run", keep=1).remove()
-    assert storage.names("runs") == ["run-2"]
-    assert storage.names("runs/run") == []
-    assert [each.step for each in checkpoints.all()] == [0]
-
-
-def test_a_run_file_is_read_back(storage: Storage) -> None:
-    with pytest.raises(FileNotFoundError):
-        RunFile.read(storage, "run")
-    RunFile("{}", 3, 17).write(storage, "run")
-    assert RunFile.read(storage, "run") == RunFile("{}", 3, 17)
-    for text in (b"", b"[1]", b"\xff", b"[" * 100_000, b'{"spec": "{}", "epoch": "3", "shards": 1}', b'{"spec": "{}"}'):
-        storage.write("runs/run/run.json", [text])
-        with pytest.raises(ValueError, match="RunFile"):
-            RunFile.read(storage, "run")
-
-
-def test_the_last_epoch_of_a_deleted_run_is_read_back(storage: Storage) -> None:
-    epochs = LastEpochs(storage)
-    assert epochs.read("run") == 0
-    epochs.write("run", 3)
-    epochs.write("other", 5)
-    assert (epochs.read("run"), epochs.read("other")) == (3, 5)
-
-
-def checkpoint_steps(api: Api) -> list[int]:
-    return [each["step"] for each in api.http.get(api.path("/checkpoints")).json()["checkpoints"]]
-
-
-@pytest.mark.parametrize("settings", [{"checkpoint_steps": 5}, {"checkpoint_seconds": 0.05}])
-def test_checkpoints_are_written_in_the_background(
-    start_service: Callable[..., ThreadService], connect: Callable[..., Api], settings: dict[str, Any]
-) -> None:
-    api = connect(start_service(**settings).url)
-    api.create()
-    lease = api.lease()
-    for step in range(5):
-        api.push(lease, step)
-    wait_until(lambda: checkpoint_steps(api)[-1] == 5)
-    wait_until(lambda: api.status()["checkpoint_step"] == 5)
-
-
-def test_the_last_checkpoint_is_written_at_shutdown(
-    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
-) -> None:
-    service = start_service(tmp_path / "data")
-    api = connect(service.url)
-    api.create()
-    api.push(api.lease(), 0, "key")
-    service.stop()
-    checkpoints = Checkpoints(LocalStorage(tmp_path / "data"), api.run, keep=1)
-    cut, receipts = checkpoints.load(checkpoints.at(1), 0, 7)
-    assert cut.step == 1
-    assert receipts["key"].decision == "applied"
-
-
-def test_a_run_whose_last_checkpoint_fails_does_not_cost_the_others_theirs(
-    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
-) -> None:
-    service = start_service(tmp_path / "data")
-    first, second = connect(service.url, "first"), connect(service.url, "second")
-    for api in (first, second):
-        api.create()
-        api.push(api.lease(), 0)
-    checkpoints = tmp_path / "data" / "runs" / "first" / "checkpoints"
-    shutil.rmtree(checkpoints)
-    checkpoints.touch()
-    service.stop()
-    checkpoints.unlink()
-    again = connect(start_service(tmp_path / "data").url, "second")
-    assert (again.status()["epoch"], again.status()["step"]) == (1, 1)
-
-
-def test_going_back_and_on_is_never_having_been_elsewhere(api: Api, service: ThreadService) -> None:
-    def gradient(step: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(step)
-        return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in TENSORS.items()}
-
-    def train(first: int, last: int) -> None:
-        lease = api.lease()
-        for step in range(first, last):
-            assert api.push(lease, step, tensors=gradient(step)).json()["step"] == step + 1
-
-    api.create(optimizer={"algorithm": "adamw_schedule_free", "warmup_steps": 4, "weight_decay": 0.1})
-    train(0, 3)
-    api.http.post(api.path("/checkpoints"))
-    train(3, 8)
-    points = [safetensors.torch.save(api.pull(point)[0]) for point in "xyz"]
-    assert api.http.post(api.path("/checkpoints/3/restore")).json()["epoch"] == 2
-    train(3, 8)
-    assert [safetensors.torch.save(api.pull(point)[0]) for point in "xyz"] == points
-
-
-def test_a_damaged_checkpoint_is_not_gone_back_to(
-    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
-) -> None:
-    api = connect(start_service(tmp_path / "data").url)
-    api.create()
-    for file in (tmp_path / "data" / "runs" / api.run / "checkpoints").glob("*/*.safetensors"):
-        flip_a_bit(file)
-    answer = api.http.post(api.path("/checkpoints/0/restore"))
-    assert answer.status_code == 404
-    assert "is damaged" in answer.json()["detail"]
-    assert api.status()["epoch"] == 1

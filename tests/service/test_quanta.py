@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -46,14 +44,6 @@ def execution(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         # Of a few blocks each.
         monkeypatch.setattr(quanta, "CHUNK", 1000)
     return str(request.param)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def manifest_of(shapes: dict[str, tuple[int, ...]]) -> Manifest:

@@ -1,0 +1,205 @@
+"""The transport of large bodies: which connections are kept, and what httpx does with them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+
+import httpx
+import pytest
+
+from freestep import Client
+from freestep.bulk import BulkTransport, direct_mounts
+from harness import ThreadService, at_once
+from scripted import ANSWERS, LARGE, Peer, Server, post, poured
+
+# Which connections are kept
+
+
+def test_a_connection_is_not_kept_when_the_server_says_so(serve: Callable[..., Server], http: httpx.Client) -> None:
+    def script(peer: Peer) -> None:
+        peer.head()
+        peer.answer("once", Connection="close")
+        assert peer.ended()
+
+    url = serve(script, script).url
+    assert http.get(url).text == "once"
+    assert poured(http, url, 4) == b"once"
+
+
+def test_a_connection_with_something_left_on_it_is_not_kept(serve: Callable[..., Server], http: httpx.Client) -> None:
+    def script(peer: Peer) -> None:
+        peer.head()
+        peer.send(ANSWERS["length"] + "more")
+        assert peer.ended()
+
+    def unread(peer: Peer) -> None:
+        peer.head()
+        peer.send(ANSWERS["length"])
+        assert peer.ended()
+
+    url = serve(script, script, unread).url
+    assert http.get(url).text == "0123456789"
+    assert poured(http, url, 10) == b"0123456789"
+    with http.stream("GET", url):
+        pass
+
+
+def test_no_more_idle_connections_are_kept_than_asked_for(serve: Callable[..., Server]) -> None:
+    def kept(peer: Peer) -> None:
+        for _ in range(2):
+            peer.head()
+            peer.answer()
+
+    def ended(peer: Peer) -> None:
+        peer.head()
+        peer.answer()
+        assert peer.ended()
+
+    first, second = serve(ended), serve(kept)
+    with httpx.Client(transport=BulkTransport(limits=httpx.Limits(max_keepalive_connections=1))) as http:
+        for server in (first, second, second):
+            assert http.get(server.url).is_success
+        first.wait_for(0)
+    for limits in (httpx.Limits(max_keepalive_connections=0), httpx.Limits(keepalive_expiry=-1)):
+        with httpx.Client(transport=BulkTransport(limits=limits)) as http:
+            server = serve(ended, ended)
+            for number in range(2):
+                assert http.get(server.url).is_success
+                server.wait_for(number)
+
+
+def test_a_hundred_threads_share_a_client(service: ThreadService) -> None:
+    with Client(service.url, retry_for=0) as client:
+
+        def ask() -> None:
+            for _ in range(3):
+                client.runs()
+
+        at_once(*[ask] * 128)
+
+
+# What httpx does with it
+
+
+def test_a_client_says_who_it_is(serve: Callable[..., Server]) -> None:
+    def script(peer: Peer) -> None:
+        assert "\r\nAuthorization: Bearer secret\r\n" in (head := peer.head())
+        assert "\r\nAccept-Encoding: identity\r\n" in head
+        peer.answer('{"runs": []}', Content_Type="application/json")
+
+    with Client(serve(script).url, token="secret") as client:
+        assert client.runs() == []
+
+
+def test_authentication_sends_the_body_again(serve: Callable[..., Server], http: httpx.Client) -> None:
+    def script(peer: Peer) -> None:
+        assert "Authorization" not in peer.head()
+        assert peer.body(len(LARGE)) == LARGE
+        peer.answer("who?", "401 Unauthorized", WWW_Authenticate='Digest realm="r", nonce="n", qop="auth"')
+        assert "\r\nAuthorization: Digest " in peer.head()
+        assert peer.body(len(LARGE)) == LARGE
+        peer.answer("you")
+
+    http.auth = httpx.DigestAuth("name", "password")
+    assert post(http, serve(script).url, LARGE).text == "you"
+
+
+def test_hooks_are_called_and_cookies_kept(serve: Callable[..., Server], http: httpx.Client) -> None:
+    def script(peer: Peer) -> None:
+        peer.head()
+        peer.answer(Set_Cookie="taste=sweet")
+        assert "\r\nCookie: taste=sweet\r\n" in peer.head()
+        peer.answer()
+
+    seen: list[str] = []
+    http.event_hooks = {
+        "request": [lambda request: seen.append(request.method)],
+        "response": [lambda response: seen.append(response.reason_phrase)],
+    }
+    url = serve(script).url
+    http.get(url)
+    http.get(url)
+    assert seen == ["GET", "OK", "GET", "OK"]
+
+
+def test_redirects_are_followed_only_when_asked(serve: Callable[..., Server], http: httpx.Client) -> None:
+    def script(peer: Peer) -> None:
+        for _ in range(2):
+            assert peer.head().startswith("POST / ")
+            peer.body(4)
+            peer.answer("", "307 Temporary Redirect", Location="/there")
+        assert peer.head().startswith("POST /there ")
+        assert peer.body(4) == b"body"
+        peer.answer("there")
+
+    url = serve(script).url
+    assert post(http, url, b"body").status_code == 307
+    http.follow_redirects = True
+    assert post(http, url, b"body").text == "there"
+
+
+def test_ipv6(serve: Callable[..., Server], http: httpx.Client) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6 here")
+
+    def script(peer: Peer) -> None:
+        assert f"\r\nHost: [::1]:{server.port}\r\n" in peer.head()
+        peer.answer("six")
+
+    server = serve(script, host="::1")
+    assert http.get(server.url).text == "six"
+
+
+# Proxies
+
+
+def test_a_proxy_of_the_environment_is_used(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    def proxy(peer: Peer) -> None:
+        assert peer.head().startswith("GET http://service.test/v1/runs HTTP/1.1\r\n")
+        peer.answer('{"runs": []}')
+
+    for name in ("ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", serve(proxy).url)
+    with Client("http://service.test", retry_for=0) as client:
+        assert client.runs() == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "url", "is_direct"),
+    [
+        ({}, "http://a.test", True),
+        ({"http_proxy": "http://127.0.0.1:1"}, "http://a.test", False),
+        ({"http_proxy": "http://127.0.0.1:1"}, "https://a.test", True),
+        ({"all_proxy": "http://127.0.0.1:1"}, "https://a.test", False),
+        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "*"}, "https://a.test", True),
+        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "b.test, a.test"}, "https://c.a.test", True),
+        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": ".a.test"}, "https://a.test", False),
+        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "localhost"}, "http://localhost:8000", True),
+        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "localhost"}, "http://a.localhost:8000", False),
+        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1"}, "http://127.0.0.1:8000", True),
+        ({"http_proxy": "http://127.0.0.1:1", "no_proxy": "::1"}, "http://[::1]:8000", True),
+        ({"http_proxy": "http://127.0.0.1:1", "no_proxy": "http://a.test"}, "http://a.test", True),
+    ],
+)
+def test_what_the_environment_names_no_proxy_for_is_asked_directly(
+    monkeypatch: pytest.MonkeyPatch, environment: Mapping[str, str], url: str, is_direct: bool
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked: list[str] = []
+
+    def note(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(200)
+
+    with httpx.Client(mounts=direct_mounts(httpx.MockTransport(note))) as http:
+        try:
+            http.get(url, timeout=0.001)
+        except httpx.TransportError:
+            assert not is_direct
+    assert bool(asked) == is_direct
