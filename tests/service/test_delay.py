@@ -131,7 +131,8 @@ def test_coefficients_stay_in_their_bounds(
         made = averaged(h, scalars, h.lr, Conditions(0.5, expected_staleness=expected))
         assert 0.7 <= made.scalars["beta"] < 1
         assert 0 < made.taken.damping <= 0.5
-        assert made.taken.damping * (1 - made.scalars["beta"]) * (1 + expected) == pytest.approx(0.5 * (1 - beta))
+        moved = made.taken.damping * (1 - made.scalars["beta"]) * (1 + expected)
+        assert moved == pytest.approx(0.15) or (made.taken.damping == 0.5 and moved < 0.15)
         assert -1 <= made.y_share < 0
         scalars = made.scalars
 
