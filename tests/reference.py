@@ -7,7 +7,7 @@ All three points are kept, so that nothing of how the service keeps two of them 
 A step may be told of an expected staleness τ̂. It then makes its y with a β of its own, and takes a part of γ:
 
     u = 1 - β₀ if τ̂ = 0 else min(0.3, max((1 - β₀) / (1 + τ̂), 2 τ̂ c_prev))
-    y_{t+1} = u z_{t+1} + (1 - u) x_{t+1}        γ (1 - β₀) / ((1 + τ̂) u)
+    y_{t+1} = u z_{t+1} + (1 - u) x_{t+1}        γ min(1, max(0.2, 1 - β₀) / ((1 + τ̂) u))
 
 with β₀ the user's, and c_prev the c of the step before, 1 until there was one. c is of the user's γ. Before a step with
 another τ̂ than the one before had, z goes from where it is along the line through x to where y, with the new u, stays.
@@ -54,7 +54,8 @@ class Delayed:
         """Takes the next y's β; returns what is left of γ, and by how much z gets farther from x."""
         farther = self.u(self.staleness) / self.u(staleness)
         self.share, self.staleness = 1 - self.u(staleness), staleness
-        return (1 - self.beta) / ((1 + staleness) * self.u(staleness)), farther
+        left = min(1.0, max(0.2, 1 - self.beta) / ((1 + staleness) * self.u(staleness)))
+        return left, farther
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 Constant delay τ: τ + 1 workers in turn, so that each gradient is applied τ steps after it was taken. Each rule has at
 each τ the learning rate of its best final training loss, mean over seeds, and again the one that was best at τ = 0.
-These runs are of the service's own state machine in this process. The first seed of each is then made again on a
-service, in a process of its own, over HTTP and with τ + 1 leases, and its x compared to the bit.
+These runs are of the service's own state machine in this process. The first seed of each rule, and every seed of the
+corrected one, is then made again on a service, in a process of its own, over HTTP and with τ + 1 leases, and its x
+compared to the bit.
 
 Workers of different speeds: processes of their own (`delay_worker`), of which some pause longer after each gradient.
 How stale gradients are is then up to chance, and no two runs are alike.
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from math import isfinite
 from pathlib import Path
@@ -85,7 +87,7 @@ def measure(quick: bool) -> dict[str, Any]:
         case["transferred"] = _figures(lr, _trial(case["form"], case["rule"], case["tau"], lr, size))
     with _service() as (url, processes), Client(url) as client:
         for number, case in enumerate(cases):
-            case["same_on_service"] = _same(client, f"constant-{number}", case, size)
+            case["same_on_service"] = _same_on_service(client, f"constant-{number}", case, size)
         uneven = _uneven(url, client, processes, size)
     return {"steps": size.steps, "uneven_steps": size.uneven_steps, "pauses_ms": size.pauses_ms} | {
         "constant": cases,
@@ -122,6 +124,7 @@ def _judged(made: Problem, x: Tensor) -> dict[str, Any]:
     return seen if isfinite(seen["train_loss"]) else dict.fromkeys(seen)
 
 
+@cache
 def _alone(form: str, rule: str, tau: int, lr: float, steps: int, seed: int) -> Tensor:
     """x after a run in this process."""
     made = problem(form)
@@ -157,25 +160,35 @@ def _create(client: Client, name: str, optimizer_: dict[str, Any], initial: Tens
     run.initialize({"w": initial})
 
 
-def _same(client: Client, name: str, case: dict[str, Any], size: Size) -> bool:
-    """Makes a case's first seed again on the service; whether its x is the same to the bit."""
-    form, tau, lr = case["form"], case["tau"], case["tuned"]["lr"]
+def _same_on_service(client: Client, name: str, case: dict[str, Any], size: Size) -> list[bool]:
+    """Makes runs of a case again on the service, at both its learning rates; which of their x are the same."""
+    of = case["form"], case["rule"], case["tau"]
+    seeds = range(size.seeds if case["rule"] == RULES[0] else 1)
+    runs = [(lr, seed) for lr in sorted({case["tuned"]["lr"], case["transferred"]["lr"]}) for seed in seeds]
+    return [
+        torch.equal(_served(client, f"{name}-{number}", *of, lr, size.steps, seed), _alone(*of, lr, size.steps, seed))
+        for number, (lr, seed) in enumerate(runs)
+    ]
+
+
+def _served(client: Client, name: str, form: str, rule: str, tau: int, lr: float, steps: int, seed: int) -> Tensor:
+    """As `_alone`, on the service."""
     made = problem(form)
-    _create(client, name, optimizer(form, case["rule"], lr, size.steps), made.initial(0))
-    run, order = client.run(name), batches(made.samples, BATCH, 0)
+    _create(client, name, optimizer(form, rule, lr, steps), made.initial(seed))
+    run, order = client.run(name), batches(made.samples, BATCH, seed)
     gradient, y = Flat(run.manifest), Flat(run.manifest)
     with ExitStack() as stack:
         leases = [stack.enter_context(run.lease(f"worker-{each}", ttl_ms=_TTL_MS)) for each in range(tau + 1)]
         run.pull_into(y, "y")
         points = deque([y.views["w"].clone()], maxlen=tau + 1)
-        for step in range(size.steps):
+        for step in range(steps):
             gradient.views["w"].copy_(made.gradient(points[0], next(order)))
             receipt, _ = run.exchange(gradient, leases[step % (tau + 1)].claim(max(0, step - tau)), y)
             assert (receipt.decision, receipt.staleness) == ("applied", min(step, tau))
             points.append(y.views["w"].clone())
     tensors, _ = run.pull("x")
     run.delete()
-    return torch.equal(tensors["w"], _alone(form, case["rule"], tau, lr, size.steps, 0))
+    return tensors["w"]
 
 
 # Workers of different speeds
@@ -253,12 +266,12 @@ def tables(found: dict[str, Any]) -> list[Table]:
             made.append(Table(title, ["", *(f"τ = {tau}" for tau in taus)], rows))
         rows = [[rule, *(f"{case['tuned']['lr']:.3g}" for case in cases if case["rule"] == rule)] for rule in RULES]
         made.append(Table(f"{form}: the tuned learning rates", ["", *(f"τ = {tau}" for tau in taus)], rows))
-    same = sum(case["same_on_service"] for case in found["constant"])
+    same = [each for case in found["constant"] for each in case["same_on_service"]]
     made.append(
         Table(
             "On the service, over HTTP",
             ["", "runs"],
-            [["same x to the bit", str(same)], ["of", str(len(found["constant"]))]],
+            [["same x to the bit", str(sum(same))], ["of", str(len(same))]],
         )
     )
     rows = [

@@ -4,14 +4,14 @@ All train the same transformer on the same samples by AdamW Schedule-Free. What 
 policy `sync` is one batch of the package's; under `async` each of their batches is a step of its own, and so it is for
 the package's second run, whose batches are as small and come one after the other: what that differs by from the first
 is due to the size of batches, and what async differs by from that is due to stale gradients, which are corrected for or
-not.
+not. What has no step of four batches is run at several learning rates.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -26,8 +26,8 @@ from freestep import Client
 
 BATCH = 8
 """Windows in a batch of a worker's."""
-LR, WARMUP = 0.0025, 0.1
-"""The package's default, not tuned for any of the runs; and the share of the steps that is warmup."""
+RATES, WARMUP = (0.0025, 0.005, 0.01), 0.1
+"""Learning rates, the package's default first; and the share of the steps that is warmup."""
 LOOKS = 8
 
 
@@ -41,13 +41,14 @@ class Size:
     length: int
     batches: int
     validation: int
+    rates: Sequence[float]
 
     def model(self, text: Text) -> Transformer:
         torch.manual_seed(0)
         return Transformer(text.alphabet, self.length, self.width, self.layers)
 
 
-WHOLE, QUICK = Size(4, 144, 4, 64, 320, 256), Size(2, 32, 1, 32, 16, 64)
+WHOLE, QUICK = Size(4, 144, 4, 64, 320, 256, RATES), Size(2, 32, 1, 32, 16, 64, RATES[:1])
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -62,28 +63,28 @@ def measure(quick: bool) -> dict[str, Any]:
         "samples": size.batches * size.workers * BATCH,
         "length": size.length,
         "runs": [
-            _alone(size, text, size.workers),
-            _served(size, text, "sync", "none"),
-            _alone(size, text, 1),
-            _served(size, text, "async", "none"),
-            _served(size, text, "async", "auto"),
+            _alone(size, text, size.workers, RATES[0]),
+            _served(size, text, "sync", "none", RATES[0]),
+            *(_alone(size, text, 1, lr) for lr in size.rates),
+            *(_served(size, text, "async", "none", lr) for lr in size.rates),
+            *(_served(size, text, "async", "auto", lr) for lr in size.rates),
         ],
     }
     return found
 
 
-def options(size: Size, step_batches: int) -> dict[str, Any]:
+def options(size: Size, step_batches: int, lr: float) -> dict[str, Any]:
     """Of AdamW Schedule-Free, for a run of which a step takes so many of the batches."""
-    return {"lr": LR, "warmup_steps": int(WARMUP * size.batches * size.workers / step_batches)}
+    return {"lr": lr, "warmup_steps": int(WARMUP * size.batches * size.workers / step_batches)}
 
 
-def _alone(size: Size, text: Text, step_batches: int) -> dict[str, Any]:
+def _alone(size: Size, text: Text, step_batches: int, lr: float) -> dict[str, Any]:
     """One process with the package's optimizer, so many of the workers' batches to a step."""
     from schedulefree import AdamWScheduleFree
 
     began = time.perf_counter()
     model, validation = size.model(text), text.validation_windows(size.validation)
-    optimizer = AdamWScheduleFree(model.parameters(), **options(size, step_batches))
+    optimizer = AdamWScheduleFree(model.parameters(), **options(size, step_batches, lr))
     optimizer.train()
     steps, curve = size.batches * size.workers // step_batches, []
     for step in range(steps):
@@ -96,17 +97,17 @@ def _alone(size: Size, text: Text, step_batches: int) -> dict[str, Any]:
             curve.append({"samples": (step + 1) * step_batches * BATCH, "loss": model.mean_loss(validation)})
             optimizer.train()
     name = f"package, one process, batches of {step_batches * BATCH}"
-    return {"name": name, "steps": steps, "seconds": time.perf_counter() - began, "curve": curve}
+    return {"name": name, "lr": lr, "steps": steps, "seconds": time.perf_counter() - began, "curve": curve}
 
 
-def _served(size: Size, text: Text, policy: str, correction: str) -> dict[str, Any]:
+def _served(size: Size, text: Text, policy: str, correction: str, lr: float) -> dict[str, Any]:
     """Four workers, and this process as the evaluator, which pulls x while they go on."""
     began = time.perf_counter()
     model, validation, curve = size.model(text), text.validation_windows(size.validation), []
     step_batches = size.workers if policy == "sync" else 1
     with serving() as service, Client(service.url) as client:
         for worker in range(size.workers):
-            told = {"url": service.url, "policy": policy, "correction": correction, "worker": worker}
+            told = {"url": service.url, "policy": policy, "correction": correction, "worker": worker, "lr": lr}
             told["size"] = asdict(size)
             service.processes.start(f"worker-{worker}", "examples.lab.language_worker", json.dumps(told), heard=True)
         staleness: list[float] = []
@@ -121,7 +122,7 @@ def _served(size: Size, text: Text, policy: str, correction: str) -> dict[str, A
     corrected = ", corrected" if correction == "auto" else ""
     name = f"{policy}{corrected}, {size.workers} workers, batches of {BATCH}"
     seconds = time.perf_counter() - began
-    return {"name": name, "steps": step, "staleness": mean(staleness), "seconds": seconds, "curve": curve}
+    return {"name": name, "lr": lr, "steps": step, "staleness": mean(staleness), "seconds": seconds, "curve": curve}
 
 
 def _said(service: Service, workers: int) -> Iterator[dict[str, Any]]:
@@ -140,25 +141,34 @@ def _said(service: Service, workers: int) -> Iterator[dict[str, Any]]:
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
+    title = f"{found['parameters']:,} parameters, {found['samples']:,} samples of {found['length']} characters"
     rows = []
-    for run in found["runs"]:
+    first = [run for run in found["runs"] if run["lr"] == RATES[0]]
+    for run in first:
         last = run["curve"][-1]["loss"]
-        beside = [100 * (last / each["curve"][-1]["loss"] - 1) for each in found["runs"] if "package" in each["name"]]
+        beside = [100 * (last / each["curve"][-1]["loss"] - 1) for each in first if "package" in each["name"]]
         stale = digits(run["staleness"]) if "staleness" in run else ""
         rows.append([run["name"], f"{run['steps']:,}", digits(last, 4), *(f"{each:+.2f}%" for each in beside), stale])
     whole, small = found["workers"] * BATCH, BATCH
     heads = ["", "steps", "validation loss", f"to batches of {whole}", f"to batches of {small}", "mean staleness"]
-    title = f"{found['parameters']:,} parameters, {found['samples']:,} samples of {found['length']} characters"
-    return [Table(title, heads, rows)]
+    made = [Table(f"{title}, learning rate {RATES[0]}", heads, rows)]
+    rates = list(dict.fromkeys(run["lr"] for run in found["runs"]))
+    rows = [
+        [name, *(digits(run["curve"][-1]["loss"], 4) for run in found["runs"] if run["name"] == name)]
+        for name in (run["name"] for run in first[2:])
+    ]
+    made.append(Table("Validation loss by learning rate", ["", *(f"{lr:g}" for lr in rates)], rows))
+    return made
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
     title = f"A character-level transformer of {found['parameters']:,} parameters"
+    names = list(dict.fromkeys(run["name"] for run in found["runs"]))
     with plot(folder / "language.png", title, "samples", "validation loss, nats a character") as axes:
-        for run, colour in zip(found["runs"], ("black", COLOURS[0], "#888888", *COLOURS[1:3]), strict=True):
-            style = "--" if "package" in run["name"] else "-"
-            samples = [look["samples"] for look in run["curve"]]
-            axes.plot(
-                samples, [look["loss"] for look in run["curve"]], style, color=colour, marker="o", label=run["name"]
-            )
+        for name, colour in zip(names, ("black", COLOURS[0], "#888888", *COLOURS[1:3]), strict=True):
+            run = min((run for run in found["runs"] if run["name"] == name), key=lambda run: run["curve"][-1]["loss"])
+            style = "--" if "package" in name else "-"
+            samples, losses = zip(*((look["samples"], look["loss"]) for look in run["curve"]), strict=True)
+            label = f"{name}, lr {run['lr']:g}"
+            axes.plot(samples, losses, style, color=colour, marker="o", label=label)
         axes.legend()

@@ -35,7 +35,7 @@ def main() -> None:
             worker=f"worker-{worker}",
             durability="none",
             delay_correction={"name": correction},
-            **options(size, size.workers if policy == "sync" else 1),
+            **options(size, size.workers if policy == "sync" else 1, told["lr"]),
         ) as optimizer,
     ):
         # Under `sync` those who begin earlier would make steps without the others.

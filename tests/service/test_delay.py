@@ -131,7 +131,10 @@ def test_coefficients_stay_in_their_bounds(
         made = averaged(h, scalars, h.lr, Conditions(0.5, expected_staleness=expected))
         assert 0.7 <= made.scalars["beta"] < 1
         assert 0 < made.taken.damping <= 0.5
-        assert made.taken.damping * (1 - made.scalars["beta"]) * (1 + expected) == pytest.approx(0.5 * (1 - beta))
+        moved = made.taken.damping * (1 - made.scalars["beta"]) * (1 + expected)
+        most = 0.5 * max(0.2, 1 - beta)
+        assert moved < most * (1 + 1e-12)
+        assert made.taken.damping == 0.5 or moved == pytest.approx(most)
         assert -1 <= made.y_share < 0
         scalars = made.scalars
 

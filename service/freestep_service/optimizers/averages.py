@@ -5,11 +5,12 @@ another one, which changes as the run goes on. With τ̂ the staleness that is e
 and c as ever,
 
     u  = 1 - β₀ if τ̂ = 0 else min(u_max, max((1 - β₀)/S, κ τ̂ c_prev))        β' = 1 - u
-    lr = γ (1 - β₀)/(S u)                                                      from about γ (1 - β₀)/u_max/S to γ
+    lr = γ min(1, max(a, 1 - β₀)/(S u))                                       from about γ a/u_max/S to γ
 
 and y is z + β' (x - z). A change of z is u-fold in y at once, and z has been moved on S times before that shows in a
-gradient: lr · u · S is to stay what γ (1 - β₀) is without delay. And as x takes up z with weight c, u is to stay above
-τ̂ c, or early iterates grow. That is a heuristic reason and no proof; the rule was found by experiment.
+gradient: lr · u · S is to stay bounded, by γ a, which is twice what γ (1 - β) is without delay where β is 0.9. And as x
+takes up z with weight c, u is to stay above τ̂ c, or early iterates grow. That is a heuristic reason and no proof; the
+rule was found by experiment.
 
 Where another staleness is expected than in the step before, which had τ̂_prev, z moves to where y stays,
 
@@ -41,6 +42,8 @@ INITIAL: Scalars = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
 _LARGEST_SHARE = 1 - LEAST_CORRECTED
 """u_max: of z in y."""
 _KAPPA = 2.0
+_LARGEST_MOVE = 0.2
+"""a. With 0.1 it learned slowly at first; with 0.3 a transformer was lost at a rate that it stands without delay."""
 
 
 class Average(NamedTuple):
@@ -80,6 +83,7 @@ def averaged(h: ScheduleFree, scalars: Scalars, lr: float, taken: Conditions) ->
     share = _share(h.beta, staleness, previous)
     kept = _share(h.beta, scalars.get("staleness", 0.0), previous) / share
     beta = 1 - share if staleness else h.beta
+    left = min(1.0, max(_LARGEST_MOVE, 1 - h.beta) / ((1 + staleness) * share))
     return Average(
         scalars={
             "k": k + 1,
@@ -90,7 +94,7 @@ def averaged(h: ScheduleFree, scalars: Scalars, lr: float, taken: Conditions) ->
             "c": c if weight_sum else 1.0,
             "staleness": staleness,
         },
-        taken=taken._replace(damping=taken.damping * ((1 - h.beta) / ((1 + staleness) * share))),
+        taken=taken._replace(damping=taken.damping * left),
         z_share=c + (1 - c) * (1 - kept * beta / before) - (1 - kept) / before,
         y_share=beta * (1 - c) - 1,
         z_pull=(1 - kept) / before,
