@@ -6,14 +6,13 @@ import os
 import signal
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPResponse
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -25,6 +24,7 @@ import uvicorn
 from redis import Redis
 from torch import Tensor
 
+import forked
 from freestep.wire import MEDIA_TYPE
 from freestep_service.app import create_app
 from freestep_service.connection import Connection
@@ -99,7 +99,7 @@ class ThreadService:
 
 
 class ProcessService:
-    """`freestep serve` in a process of its own, on one port for all its lives."""
+    """`freestep serve` in a process of its own, on one port for all its lives; it ends with the tests at the latest."""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         self.data_dir = data_dir
@@ -109,29 +109,33 @@ class ProcessService:
         its = Settings(**self._settings)
         self.url = its.url_of("127.0.0.1", self.port)
         self._trusted = trusted_by(its)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: BaseProcess | None = None
         self.start()
 
     def start(self) -> None:
-        environment = {**os.environ, **{f"FREESTEP_{key.upper()}": str(value) for key, value in self._settings.items()}}
-        command = [sys.executable, "-m", "freestep.cli", "serve"]
-        self.process = process = subprocess.Popen(command, env=environment)
-        wait_ready(self.url, lambda: process.poll() is None, self._trusted)
+        environment = {f"FREESTEP_{key.upper()}": str(value) for key, value in self._settings.items()}
+        self.process = forked.start("serve", **environment)
+        wait_ready(self.url, self.process.is_alive, self._trusted)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Sends the process a signal."""
+        assert self.process is not None and self.process.pid is not None
+        os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         """SIGKILL."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
     def stop(self) -> None:
         """SIGTERM, and the embedded store that a SIGKILL may have left."""
         assert self.process is not None
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        if self.process.is_alive():
+            self.send_signal(signal.SIGTERM)
             # A test that failed may have left it stopped.
-            self.process.send_signal(signal.SIGCONT)
-            self.process.wait()
+            self.send_signal(signal.SIGCONT)
+            self.process.join()
 
 
 def _escape(text: str) -> str:

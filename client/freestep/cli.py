@@ -21,7 +21,7 @@ from freestep.client import DEFAULT_URL, Client, Pulled
 from freestep.errors import FreestepError, ServiceUnreachable
 from freestep.flat import Flat
 from freestep.models import MOST_SHARDS, Checkpoint, Metric, MetricReport, Point, PointDtype, RunStatus
-from freestep_command import interruptible
+from freestep_command import importing
 
 __all__ = ["main"]
 
@@ -63,7 +63,7 @@ def main() -> None:
 def serve(context: typer.Context) -> None:
     """Run the service (`freestep serve --help` lists its settings)."""
     try:
-        with interruptible():
+        with importing():
             from freestep_service.server import main as serve_main
     except ImportError as error:
         _fail(2, f"the service is not installed ({error}); pip install 'freestep[service]' brings it")
@@ -223,7 +223,7 @@ def demo(
 ) -> None:
     """Train a small convolutional net on real digits: a service, four workers, a kill and a join."""
     try:
-        with interruptible():
+        with importing():
             from freestep.demo.main import run_demo
     except ImportError as error:
         _fail(2, f"the demo is not installed ({error}); pip install 'freestep[demo]' brings it")

@@ -16,7 +16,7 @@ from examples.lab.training import checkpoints, train
 from examples.lab.tuning import over_seeds, tune
 
 SEEDS, BATCH, EPOCHS = 3, 16, {"digits": 30, "MNIST-5k, 7 × 7": 12}
-QUICK_SEEDS, QUICK_EPOCHS = 2, 1
+QUICK_SEEDS, QUICK_EPOCHS = 1, 1
 GRID = tuple(2.0**power for power in range(-4, 2))
 """Learning rates to begin with; `tune` adds to them."""
 QUICK_GRID = (0.05, 0.2)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 
+import forked
 from freestep import Client, Run
 from harness import TENSORS, ThreadService
 
@@ -38,11 +37,9 @@ def run(service: ThreadService) -> Iterator[Run]:
             yield made
 
 
-def freestep(service: ThreadService | str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def freestep(service: ThreadService | str, *arguments: str, stdin: str = "") -> CompletedProcess[str]:
     url = service if isinstance(service, str) else service.url
-    environment = {**os.environ, "FREESTEP_URL": url, "COLUMNS": "120"}
-    command = [sys.executable, "-m", "freestep.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, input=stdin, timeout=60)
+    return forked.freestep(*arguments, stdin=stdin, FREESTEP_URL=url, COLUMNS="120")
 
 
 def test_runs_are_listed(service: ThreadService, run: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import uuid
@@ -497,8 +496,7 @@ def test_a_service_that_goes_while_a_push_is_in_flight(
             model.push(optimizer)
         optimizer.flush()
         client.run(name).checkpoint()
-        assert service.process is not None
-        os.kill(service.process.pid, signal.SIGSTOP)
+        service.send_signal(signal.SIGSTOP)
         model.push(optimizer)
         if end == "killed":
             service.kill()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import httpx
@@ -18,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import forked
 from freestep import AlreadyInitialized, Client, Flat, NonFiniteGradient, Receipt, RemoteOptimizer, Run, StepNotReached
 from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
@@ -383,10 +382,8 @@ def test_what_one_shard_refuses_is_refused_by_all(run: Run, shard: int, value: f
 # The command
 
 
-def freestep(service: ThreadService, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "FREESTEP_URL": service.url, "COLUMNS": "160"}
-    command = [sys.executable, "-m", "freestep.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+def freestep(service: ThreadService, *arguments: str) -> CompletedProcess[str]:
+    return forked.freestep(*arguments, FREESTEP_URL=service.url, COLUMNS="160")
 
 
 @pytest.mark.slow

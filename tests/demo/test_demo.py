@@ -182,7 +182,7 @@ def test_a_worker_and_an_evaluator_ride_out_a_restart(
 def test_the_demo_from_beginning_to_end(tmp_path: Path) -> None:
     (tmp_path / "out" / "service").mkdir(parents=True)
     (tmp_path / "out" / "service" / "mine").touch()
-    command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "freestep_command", "demo", "--plain", "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + (tmp_path / "out" / "processes.log").read_text()
     for event in ("worker-2 killed", "worker-5 joined"):
@@ -207,7 +207,7 @@ def named(directory: Path) -> list[int]:
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A demo that has made its first steps; whatever it leaves behind is killed."""
-    command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "freestep_command", "demo", "--plain", "-o", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True

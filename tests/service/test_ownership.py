@@ -185,11 +185,10 @@ def test_nothing_that_a_zombie_does_counts(
     push(run, 2)
     run.checkpoint()
     push(run)
-    assert nodes[1].process is not None
-    nodes[1].process.send_signal(signal.SIGSTOP)
+    nodes[1].send_signal(signal.SIGSTOP)
     wait_until(lambda: owners(run) == [nodes[0].url] * 2)
     assert push(run, 2).step == 4
-    nodes[1].process.send_signal(signal.SIGCONT)
+    nodes[1].send_signal(signal.SIGCONT)
     # Through the zombie, which has to find out that it owns nothing.
     assert push(zombies, 2).step == 6
     assert count(run) == count(zombies) == 6
@@ -210,13 +209,12 @@ def test_a_checkpoint_does_not_wait_for_a_part_that_cannot_come(
     create(run, 2)
     push(run)
     api = connect(nodes[0].url, "counted")
-    assert nodes[1].process is not None
-    nodes[1].process.send_signal(signal.SIGSTOP)
+    nodes[1].send_signal(signal.SIGSTOP)
     # It is marked before anybody knows that a shard's owner is silent.
     answer = api.http.post(api.path("/checkpoints"))
     assert slug(answer) == "shard-unavailable"
     assert "opened again" in answer.json()["detail"]
-    nodes[1].process.send_signal(signal.SIGCONT)
+    nodes[1].send_signal(signal.SIGCONT)
     assert push(run).step == count(run)
 
 

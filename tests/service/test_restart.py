@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+import forked
 from harness import (
     SGD,
     TENSORS,
@@ -237,8 +238,7 @@ def test_two_services_do_not_share_a_data_directory(
     start_service: Callable[..., ThreadService], tmp_path: Path
 ) -> None:
     start_service(tmp_path / "data")
-    command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    second = forked.freestep("serve", "--port", "0", "--data-dir", str(tmp_path / "data"))
     assert second.returncode == 1
     assert second.stderr == (
         f"freestep serve: another service uses the data directory {tmp_path / 'data'}: end it, or name another with "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
+import forked
 from freestep_service.settings import Settings
 
 
@@ -56,8 +55,7 @@ def test_threads_are_half_the_cores_unless_chosen() -> None:
     ],
 )
 def test_wrong_flags_are_named(flags: list[str], complaint: str) -> None:
-    command = [sys.executable, "-m", "freestep.cli", "serve", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = forked.freestep("serve", *flags)
     assert done.returncode == 2
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr

