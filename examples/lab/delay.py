@@ -13,10 +13,8 @@ How stale gradients are is then up to chance, and no two runs are alike.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -30,6 +28,7 @@ from torch import Tensor
 from examples.lab.figures import COLOURS, Table, percent, plot, plus_minus
 from examples.lab.local import LocalRun
 from examples.lab.problems import LogisticRegression, Network, Problem, mnist
+from examples.lab.service import SILENCE_S, serving
 from examples.lab.training import batches
 from examples.lab.tuning import over_seeds, tune
 from freestep.client import Client
@@ -38,7 +37,6 @@ from freestep.flat import Flat
 
 RULES = ("corrected", "Schedule-Free", "linear decay", "flat")
 FORMS = ("SGD, logistic regression", "AdamW, MLP")
-_SILENCE_S = 120.0
 _TTL_MS = 3_600_000
 
 
@@ -85,10 +83,10 @@ def measure(quick: bool) -> dict[str, Any]:
         first = next(each for each in cases if (each["form"], each["rule"]) == (case["form"], case["rule"]))
         lr = first["tuned"]["lr"]
         case["transferred"] = _figures(lr, _trial(case["form"], case["rule"], case["tau"], lr, size))
-    with _service() as (url, processes), Client(url) as client:
+    with serving() as service, Client(service.url) as client:
         for number, case in enumerate(cases):
             case["same_on_service"] = _same_on_service(client, f"constant-{number}", case, size)
-        uneven = _uneven(url, client, processes, size)
+        uneven = _uneven(service.url, client, service.processes, size)
     return {"steps": size.steps, "uneven_steps": size.uneven_steps, "pauses_ms": size.pauses_ms} | {
         "constant": cases,
         "uneven": uneven,
@@ -135,16 +133,6 @@ def _alone(form: str, rule: str, tau: int, lr: float, steps: int, seed: int) -> 
         run.push(made.gradient(points[0], next(order)), staleness=min(step, tau), live=tau + 1)
         points.append(run.point("y"))
     return run.point("x")
-
-
-@contextmanager
-def _service() -> Iterator[tuple[str, Processes]]:
-    with tempfile.TemporaryDirectory(prefix="freestep-lab-") as folder, Processes(Path(folder, "log")) as processes:
-        processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", folder, heard=True)
-        _, line = processes.hear(_SILENCE_S)
-        if line is None:
-            raise RuntimeError(Path(folder, "log").read_text())
-        yield line.split()[-1], processes
 
 
 def _create(client: Client, name: str, optimizer_: dict[str, Any], initial: Tensor) -> None:
@@ -237,7 +225,7 @@ def _uneven(url: str, client: Client, processes: Processes, size: Size) -> list[
 
 def _heard(processes: Processes) -> dict[str, Any]:
     """What the next worker to have done with a run says."""
-    name, line = processes.hear(_SILENCE_S)
+    name, line = processes.hear(SILENCE_S)
     if line is None:
         raise RuntimeError(f"{name} ended before its time")
     said: dict[str, Any] = json.loads(line)
