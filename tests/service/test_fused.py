@@ -35,7 +35,11 @@ from freestep_service.optimizers.readiness import compile_kernels
 
 STEPS = 12
 """By then RAdam divides by the root of v."""
-ALL = {**FORMS, "sgd-nesterov": {**FORMS["sgd"], "momentum": 0.9, "nesterov": True}}
+ALL = {
+    **FORMS,
+    "sgd-nesterov": {**FORMS["sgd"], "momentum": 0.9, "nesterov": True},
+    "adamc_schedule_free_plus": {"algorithm": "adamc_schedule_free_plus"},
+}
 ALIGNED = (200, 100)
 ANYHOW = (200, 1, 199, 100)
 """Stretches of two groups in turn: of them one begins where vectors are not aligned, and one is of a single element."""
@@ -89,7 +93,7 @@ class Run:
         for number in range(STEPS):
             gathered = self._random() if number % 2 else None
             gradient = Gradient(self._random(), 1 / (1 + number), 0.7, gathered)
-            taken = Conditions(damping=1 - number / STEPS, expected_staleness=number % 3)
+            taken = Conditions(damping=1 - number / STEPS, expected_staleness=number % 3, loss=1.0)
             self.scalars = step(
                 self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken
             )
