@@ -99,11 +99,12 @@ async def _send(
     header, data = snapshot.slices(begin, end)
     # Bytes of the tensors before the first that is sent.
     skipped = max(begin - len(snapshot.header), 0)
-    if end - begin <= _SMALL:
+    bulk = len(data) - _TAIL
+    if bulk <= 0 or end - begin <= _SMALL:
         await snapshot.reach(skipped + len(data))
         await send({"type": "http.response.body", "body": b"".join((header, data)), "more_body": False})
         return
-    clock, bulk = asyncio.get_running_loop().time, len(data) - _TAIL
+    clock = asyncio.get_running_loop().time
     ends = [*range(_SLICE, bulk, _SLICE), bulk, len(data)]
     async with asyncio.timeout(None) as stalled:
 
