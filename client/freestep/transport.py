@@ -8,7 +8,6 @@ carry an idempotency key.
 from __future__ import annotations
 
 import random
-import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +41,9 @@ _CONNECT_S = 3.0
 """A place other than the service's own URL may be one that drops packets: a container's address, seen from outside."""
 _MOST_THREADS = 1 << 16
 """No limit: requests that wait for each other must all be made, and idle threads are used again."""
+
+_UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
+"""OpenSSL's reason, which a transport's ConnectError repeats. The certificate is the same the next time."""
 
 _PASSING = (CoordinatorUnavailable, Overloaded, ShardUnavailable, httpx.TransportError)
 _ASTRAY = (
@@ -176,7 +178,7 @@ class Transport:
                 failure: Exception = error
             except _PASSING as error:
                 failure = error
-            if _is_untrusted(failure):
+            if isinstance(failure, httpx.ConnectError) and _UNTRUSTED in str(failure):
                 raise ServiceUnreachable(f"{self._http.base_url} is not trusted: {failure}") from failure
             if place is not None:
                 place.failed(url, failure)
@@ -217,14 +219,6 @@ def in_background(work: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=do, name="freestep-push", daemon=True).start()
     return future
-
-
-def _is_untrusted(error: BaseException | None) -> bool:
-    """Whether an attempt failed because of the server's certificate, which is the same the next time."""
-    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
-        # httpcore forgets its errors' causes, but not their contexts.
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _read(response: httpx.Response, into: _Destination | None) -> Answer:

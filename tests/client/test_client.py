@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import socket
+import ssl
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -262,6 +263,14 @@ def test_a_retry_after_that_is_no_count_of_seconds_is_ignored(answering: Callabl
         assert client.runs() == []
 
 
+def test_what_the_caller_was_about_does_not_end_its_retries(answering: Callable[..., str]) -> None:
+    try:
+        raise ssl.SSLCertVerificationError("of another server")
+    except ssl.SSLCertVerificationError:
+        with Client(answering(BUSY, (200, {}, b'{"runs": []}')), retry_for=20) as client:
+            assert client.runs() == []
+
+
 def test_cookies_are_sent_back(answering: Callable[..., str], asked: list[tuple[str, str | None]]) -> None:
     none, lane = {}, {"Set-Cookie": "lane=7"}
     with Client(answering(*[(200, lines, b'{"runs": []}') for lines in (none, lane, none)])) as client:
@@ -295,6 +304,20 @@ def test_points_are_pulled_in_a_dtype(run: Run, dtype: str) -> None:
         for name, tensor in TENSORS.items():
             assert tensors[name].dtype == DTYPES[dtype]
             assert torch.equal(tensors[name].float(), tensor)
+
+
+@pytest.mark.parametrize("count", [0, 47_000, 300_000])
+def test_a_header_may_be_longer_than_what_is_sent_in_one_piece(client: Client, count: int) -> None:
+    run = client.run(f"run-{uuid.uuid4().hex[:8]}")
+    scalars = [{"name": f"{number:0200}", "shape": []} for number in range(3000)]
+    run.create({"optimizer": {"algorithm": "sgd"}, "parameters": [*scalars, {"name": "w", "shape": [count]}]})
+    weights = Flat(run.manifest)
+    torch.arange(weights.vector.numel(), out=weights.vector)
+    run.initialize(weights)
+    pulled = Flat(run.manifest)
+    run.pull_into(pulled, "x")
+    assert torch.equal(pulled.vector, weights.vector)
+    run.delete()
 
 
 def test_a_lease_is_renewed_while_it_is_held(run: Run, service: ThreadService) -> None:
