@@ -54,7 +54,7 @@ class Size:
 QUICK = Size(taus=(0, 4), steps=20, seeds=1, uneven_steps=20, pauses_ms=(2, 2, 20))
 BATCH = 16
 NAMED = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
-GRIDS = {FORMS[0]: (0.1, 10**-0.5, 1.0), FORMS[1]: (0.001, 10**-2.5, 0.01)}
+GRIDS = {FORMS[0]: (0.1, 10**-0.5, 1.0), FORMS[1]: (10**-3.5, 0.001, 10**-2.5, 0.01)}
 """Learning rates to begin with; `tune` adds to them."""
 
 

@@ -43,7 +43,7 @@ _LARGEST_SHARE = 1 - LEAST_CORRECTED
 """u_max: of z in y."""
 _KAPPA = 2.0
 _LARGEST_MOVE = 0.2
-"""a. With 0.1 it learned slowly at first; with 0.3 a transformer was lost at a rate that it stands without delay."""
+"""a: chosen by trial, between (1 - β₀) for the usual β₀ and u_max."""
 
 
 class Average(NamedTuple):
