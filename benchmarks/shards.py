@@ -1,9 +1,10 @@
 """What it costs to cut a run into shards: `python -m benchmarks.shards`.
 
 One worker pushes a fp32 gradient to 1, 2 and 4 shards, has AdamW Schedule-Free applied, and receives fresh y: with
-all shards in one service process, and with a process for each. Rounds of the numbers of shards alternate, so that all
-see the same machine; figures are medians over the rounds, and a ratio is the median of each round's ratio to 1 shard.
-Redis is asked for its own account of the calls, by MONITOR, in rounds that are not timed.
+all shards in one service process, and with a process for each. CPU is that of all the service processes, whichever of
+them have shards, since one without a shard has its heartbeat too. Rounds of the numbers of shards alternate, so that
+all see the same machine; figures are medians over the rounds, and a ratio is the median of each round's ratio to 1
+shard. Redis is asked for its own account of the calls, by MONITOR, in rounds that are not timed.
 """
 
 from __future__ import annotations
@@ -146,14 +147,14 @@ def measure(services: Sequence[Service], store: Redis, placement: str, parameter
 
 
 def _subject(run: Run, services: Sequence[Service], store: Redis, parameters: int, shards: int) -> Subject:
-    owners = _spread(run, services, parameters, shards)
+    _spread(run, services, parameters, shards)
     run.initialize(Flat(run.manifest))
-    pids = [service.pid for service in services if service.url in owners]
+    pids = [service.pid for service in services]
     return Subject(Worker(run), shards, pids, store.info("server")["process_id"])
 
 
-def _spread(run: Run, services: Sequence[Service], parameters: int, shards: int) -> set[str]:
-    """Creates a run whose shards are in as many processes as there are for them; returns these processes' URLs.
+def _spread(run: Run, services: Sequence[Service], parameters: int, shards: int) -> None:
+    """Creates a run whose shards are in as many processes as there are for them.
 
     Processes that have not heard of each other yet take more than their share; then the run is created again.
     """
@@ -163,7 +164,7 @@ def _spread(run: Run, services: Sequence[Service], parameters: int, shards: int)
             time.sleep(_SETTLED_S)
         owners = {shard.url for shard in topology.shards if shard.url is not None}
         if len(owners) == min(shards, len(services)):
-            return owners
+            return
         run.delete()
         time.sleep(1)
 

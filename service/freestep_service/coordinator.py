@@ -215,19 +215,20 @@ class Coordinator:
             self._refuse(status, rest)
         return Ended(rest[0], rest[1], rest[2], rest[3:])
 
-    async def expire(self, known: Known, patience_ms: int) -> tuple[int, Ended | None]:
-        """How many leases are live, and what came of ending those that have run out, if there was anything to do.
+    async def expire(self, known: Known, patience_ms: int) -> tuple[int, int, Ended | None]:
+        """How many leases are live, how many ms the one that ends next has left, and what came of ending those that
+        have run out, if there was anything to do.
 
         patience_ms: how long a push may take to reach all shards while others wait. Raises Behind.
         """
-        live, waits, *pairs = await self._store.run("expired", self._keys, patience_ms)
+        live, waits, left_ms, *pairs = await self._store.run("expired", self._keys, patience_ms)
         if not waits and not pairs:
-            return live, None
+            return live, left_ms, None
         keys = [*self._keys, *(self._window_key(lease) for lease in pairs[1::2])]
         status, *rest = await self._store.run("expire", keys, *known, patience_ms, *pairs)
         if status != "ended":
             self._refuse(status, rest)
-        return live, Ended(rest[0], rest[1], rest[2], rest[3:])
+        return live, left_ms, Ended(rest[0], rest[1], rest[2], rest[3:])
 
     async def entries(self, after_seq: int) -> list[dict[str, Any]]:
         """The log's entries after `after_seq`."""

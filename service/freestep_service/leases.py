@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import Protocol
 
@@ -15,6 +16,9 @@ from freestep_service.shard import Entry
 from freestep_service.writer import Writer
 
 __all__ = ["Leases"]
+
+_LONGEST_LOOK_S = 0.5
+"""Seconds between two looks, at the most: another process may grant a short lease and say nothing of it."""
 
 
 class _Host(Protocol):
@@ -55,6 +59,8 @@ class Leases:
         self._patience_ms = patience_ms
         self._may_be_live = True
         self._may_have_missed_a_closure = False
+        self._next_look = 0.0
+        """By the event loop's clock; before it no lease that is known of runs out."""
 
     async def grant(self, worker: str, ttl_ms: int | None) -> Lease:
         """Grants a lease, for the run's time to live unless another is given; the worker's older one is fenced off."""
@@ -66,6 +72,7 @@ class Leases:
             else:
                 self._receipts.forget(evicted)
                 self._may_be_live = True
+                self._next_look = 0.0
                 return lease
 
     async def renew(self, lease: str) -> Lease:
@@ -97,7 +104,8 @@ class Leases:
         """Ends the leases that have run out, and closes the update that waited for them alone."""
         writer = self._host.writer
         missed = self._may_have_missed_a_closure or (writer is not None and writer.has_gap)
-        if not (self._may_be_live or missed):
+        now = asyncio.get_running_loop().time()
+        if not (missed or (self._may_be_live and now >= self._next_look)):
             return
         era = self._era
         try:
@@ -105,15 +113,16 @@ class Leases:
                 await self._host.catch_up()
                 self._may_have_missed_a_closure = False
             # Before the question, since a lease may be granted before the answer.
-            self._may_be_live = False
-            live, ended = await self._coordinator.expire(self._known, self._patience_ms)
-            # Another process may grant one and say nothing of it.
+            self._may_be_live, self._next_look = False, now + _LONGEST_LOOK_S
+            live, left_ms, ended = await self._coordinator.expire(self._known, self._patience_ms)
             self._may_be_live |= live > 0 or self._host.many
+            if live:
+                self._next_look = min(self._next_look, now + left_ms / 1000)
             if ended:
                 self._ended(ended, era)
             self._metrics.live(live)
         except Behind:
-            self._may_be_live = True
+            self._may_be_live, self._next_look = True, 0.0
             with suppress(CoordinatorUnavailable, RunNotFound, ShardUnavailable):
                 await self._host.reopen()
         except CoordinatorUnavailable:
