@@ -12,7 +12,7 @@ from freestep.encoding import INDICES, SCALE, VALUES
 from freestep.errors import MalformedTensors
 from freestep.manifest import Manifest, Slot
 from freestep.wire import Beside, Receiver
-from freestep_service.optimizers import dequantize, square_sum, widen
+from freestep_service.optimizers import Pushed, Quantized, dequantize, square_sum, widen
 from freestep_service.optimizers.streams import arriving, settle
 from freestep_service.shard import DTYPES
 from freestep_service.turns import HOST
@@ -23,16 +23,19 @@ __all__ = ["decode_and_measure"]
 _BESIDE = {**DTYPES, "I32": torch.int32, "I64": torch.int64}
 
 
-def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -> tuple[Tensor, float | None]:
-    """Makes one flat tensor [numel] of all that was received into a vector.
+def decode_and_measure(vector: Vector, manifest: Manifest, receiver: Receiver) -> tuple[Pushed, float | None]:
+    """Makes one flat vector [numel] of all that was received into a vector.
 
-    On the host it is in the vector's own memory: BF16 or F16 where all tensors came so, else fp32. To a GPU they go as
-    they came, and become fp32 there. Returns it, and its 2-norm, or None when that is not finite. Raises
+    On the host it is in the vector's own memory: int8, or BF16 or F16 where all tensors came so, else fp32. To a GPU
+    they go as they came, and become fp32 there. Returns it, and its 2-norm, or None when that is not finite. Raises
     MalformedTensors where indices are not those of different elements.
     """
     if vector.device == HOST and receiver.dtype is not None:
         whole = _whole(vector, receiver.dtype)
         return whole, _norm(square_sum(whole))
+    if vector.device == HOST and receiver.encoding.name == "int8":
+        quantized = _quantized(vector, manifest, receiver)
+        return quantized, _norm(quantized.square_sum())
     vector.pin()
     with arriving(vector.device):
         total = _decode(vector, manifest, receiver)
@@ -50,6 +53,10 @@ def _decode(vector: Vector, manifest: Manifest, receiver: Receiver) -> float | T
         return widen(_whole(vector, receiver.dtype), wide)
     if receiver.encoding.name == "topk":
         return sum(_scatter(slot, receiver, _place(wide, slot)) for slot in manifest.slots)
+    if receiver.encoding.name == "int8":
+        came = _quantized(vector, manifest, receiver)
+        parts = zip(came.slots, came.quanta, came.scales, strict=True)
+        return sum(dequantize(quanta, scales, came.block, _place(wide, slot)) for slot, quanta, scales in parts)
     total: float | Tensor = 0.0
     for dtype, members in groupby(manifest.slots, key=lambda slot: receiver.dtypes[slot.name]):
         run = list(members)
@@ -58,13 +65,14 @@ def _decode(vector: Vector, manifest: Manifest, receiver: Receiver) -> float | T
             total += square_sum(wide[part]) if vector.device == HOST else widen(memory[part], wide[part])
             continue
         for slot in run:
-            place, came = _place(wide, slot), _place(memory, slot)
-            if dtype == "I8":
-                scales = _tensor(receiver.beside[slot.name + SCALE])
-                total += dequantize(came.view(torch.int8)[3 * slot.numel :], scales, receiver.encoding.block, place)
-            else:
-                total += widen(came.view(DTYPES[dtype])[slot.numel :], place)
+            total += widen(_place(memory, slot).view(DTYPES[dtype])[slot.numel :], _place(wide, slot))
     return total
+
+
+def _quantized(vector: Vector, manifest: Manifest, receiver: Receiver) -> Quantized:
+    quanta = [_place(vector.tensor(), slot).view(torch.int8)[3 * slot.numel :] for slot in manifest.slots]
+    scales = [_tensor(receiver.beside[slot.name + SCALE]) for slot in manifest.slots]
+    return Quantized(manifest.slots, quanta, scales, receiver.encoding.block)
 
 
 def _whole(vector: Vector, dtype: str) -> Tensor:

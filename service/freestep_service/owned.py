@@ -162,7 +162,10 @@ class OwnedShard:
             if not staging.done():
                 staging.cancel()
                 await asyncio.wait([staging])
-        return staging.result()[:2]
+        parameters, norm, _ = staging.result()
+        # Only gradients are encoded.
+        assert isinstance(parameters, Tensor)
+        return parameters, norm
 
     async def _agree(self, upload: str, heard: asyncio.Future[bool]) -> None:
         """Returns once all shards have their parts of the upload. Raises AlreadyInitialized when it has lost."""

@@ -14,8 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
-
 from freestep.encoding import ENCODINGS
 from freestep.errors import (
     PROBLEMS,
@@ -36,6 +34,7 @@ from freestep_service.aggregation import Policy, damping, lateness
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.ingest import Body
 from freestep_service.measure import decode_and_measure
+from freestep_service.optimizers import Pushed
 from freestep_service.receipts import Receipts
 from freestep_service.records import Admission, Ahead, Behind, Claim, Fenced, Lost, Pending, Record
 from freestep_service.settings import Settings
@@ -67,7 +66,7 @@ class Wish:
 @dataclass(frozen=True)
 class _Staged:
     vector: Vector
-    gradient: Tensor
+    gradient: Pushed
     norm: float
     digest: str
 
@@ -116,7 +115,7 @@ class Host(Protocol):
 
 async def stage(
     body: Body, manifest: Manifest, vector: Vector, turns: Turns, encodings: Collection[str] = ("dense",)
-) -> tuple[Tensor, float | None, str]:
+) -> tuple[Pushed, float | None, str]:
     """Receives a body's tensors into a vector; returns them as `decode_and_measure` does, and the digest.
 
     Raises MalformedTensors and MalformedRequest.

@@ -40,6 +40,7 @@ from freestep_service.messages import Messages
 from freestep_service.metrics import RunMetrics
 from freestep_service.nodes import Node
 from freestep_service.opening import Decision
+from freestep_service.optimizers import Quantized
 from freestep_service.owned import OwnedShard
 from freestep_service.ownership import Ownership
 from freestep_service.pushes import Wish, stage
@@ -271,13 +272,15 @@ class Run:
 
     @asynccontextmanager
     async def staged(self, body: Body, encodings: Collection[str] = ("dense",)) -> AsyncIterator[Tensor]:
-        """A body of the whole model, flat [numel], as `decode_and_measure` leaves it; one at a time.
+        """A body of the whole model, flat [numel], fp32, or BF16 or F16 as it came; one at a time.
 
         Raises MalformedTensors.
         """
         vector = await self._whole.acquire()
         try:
             whole, _, _ = await stage(body, self.manifest, vector, self._turns, encodings)
+            if isinstance(whole, Quantized):
+                whole = await asyncio.to_thread(whole.decoded, 0, whole.numel(), vector.tensor())
             yield whole
         finally:
             self._whole.release(vector)

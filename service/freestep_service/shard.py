@@ -22,7 +22,9 @@ from freestep_service.loans import Loan
 from freestep_service.optimizers import (
     Conditions,
     Gradient,
+    Pushed,
     Quanta,
+    Quantized,
     Scalars,
     gather,
     initial_buffers,
@@ -50,8 +52,8 @@ class Entry:
 
     seq: its place in the log. epoch: the run's when it was committed.
     advance: whether the pushes gathered so far, this one included, become an update.
-    gradient: flat [numel], on the host or where the shard is, fp32, or BF16 or F16 as it came; None where the entry is
-        no push: the end of a lease closed the update, or the entry only marks a place.
+    gradient: flat [numel], on the host or where the shard is, as it came; None where the entry is no push: the end of a
+        lease closed the update, or the entry only marks a place.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
     lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
@@ -62,7 +64,7 @@ class Entry:
     seq: int
     epoch: int
     advance: bool
-    gradient: Tensor | None = None
+    gradient: Pushed | None = None
     worker: str = ""
     weight: float = 1.0
     scale: float = 1.0
@@ -160,9 +162,9 @@ class Shard:
             self._observe(entry.measured)
         if entry.gradient is None and not entry.advance:
             return
-        pushed = None
-        if entry.gradient is not None:
-            pushed = entry.gradient.to(self.device)
+        pushed = entry.gradient
+        if pushed is not None:
+            pushed = pushed if isinstance(pushed, Quantized) else pushed.to(self.device)
             self._expected_staleness = self._expectation.after(self._expected_staleness, entry.staleness, entry.live)
         if not entry.advance:
             assert pushed is not None
@@ -184,7 +186,7 @@ class Shard:
             for group, scalars in self._scalars.items()
         }
 
-    def _gather(self, pushed: Tensor, entry: Entry) -> None:
+    def _gather(self, pushed: Pushed, entry: Entry) -> None:
         if self._accumulated is None:
             self._accumulated = torch.empty(self.manifest.numel, device=self.device)
         gather(self._accumulated, pushed, entry.weight * entry.scale, first=not self._weight)
@@ -194,7 +196,7 @@ class Shard:
         self._loss += entry.weight * entry.loss
         self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
 
-    def _direction(self, pushed: Tensor | None, entry: Entry) -> tuple[Gradient, Conditions]:
+    def _direction(self, pushed: Pushed | None, entry: Entry) -> tuple[Gradient, Conditions]:
         """The gradient of the step that an entry brings about, and what the log says of its pushes."""
         if not self._gathers:
             assert pushed is not None

@@ -25,6 +25,7 @@ from freestep_service.optimizers import (
     Conditions,
     Gradient,
     Quanta,
+    Quantized,
     Segment,
     gather,
     initial_buffers,
@@ -227,7 +228,8 @@ def test_no_push_waits_for_a_compiler() -> None:
     for form in forms:
         compile_rule(hyperparameters(form), gathers=True)
     wide = torch.ones(9)
-    blocks = Blocks.of(Manifest([ParameterSpec(name="w", shape=(9,))]), INT8)
+    manifest = Manifest([ParameterSpec(name="w", shape=(9,))])
+    blocks = Blocks.of(manifest, INT8)
     int8 = Quanta(torch.empty(9, dtype=torch.int8), torch.empty(1), blocks)
     with event.install_recorder("numba:compile") as compilations:
         for form in forms:
@@ -253,6 +255,17 @@ def test_no_push_waits_for_a_compiler() -> None:
             square_sum(wide.to(dtype))
         for dtype in (torch.bfloat16, torch.float16):
             widen(wide.to(dtype), wide)
+        came = Quantized(manifest.slots, [wide.to(torch.int8)], [torch.ones(1)], 256)
+        step(
+            stretch.method,
+            stretch.layout,
+            stretch.hyperparameters,
+            stretch.scalars,
+            stretch.buffers,
+            Gradient(came),
+        )
+        gather(wide, came, 0.5, first=False)
+        came.square_sum()
     assert not compilations.buffer
 
 

@@ -14,7 +14,7 @@ from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
 from freestep.wire import Receiver, lay
 from freestep_service.measure import decode_and_measure
-from freestep_service.optimizers import squares
+from freestep_service.optimizers import Quantized, squares
 from freestep_service.optimizers.squares import CHUNK
 from freestep_service.turns import HOST
 from freestep_service.vectors import Vector
@@ -47,7 +47,12 @@ def received(body: bytes, numel: int, device: torch.device) -> tuple[Tensor, flo
     receiver = Receiver(manifest, vector.bytes, len(body), encodings=ENCODINGS)
     lay(receiver, body)
     assert receiver.complete
-    return decode_and_measure(vector, manifest, receiver)
+    whole, norm = decode_and_measure(vector, manifest, receiver)
+    if isinstance(whole, Quantized):
+        elsewhere = whole.decoded(0, manifest.numel, torch.empty(manifest.numel))
+        whole = whole.decoded(0, manifest.numel, vector.tensor())
+        assert torch.equal(whole, elsewhere)
+    return whole, norm
 
 
 def random_tensors(numel: int) -> dict[str, Tensor]:

@@ -67,12 +67,12 @@ def fuse(
     vectors = [vector.data for vector in given]
     is_aligned = all(vector.data_ptr() % _ALIGNMENT == 0 for vector in vectors)
     flags = each_number(lambda _: None, coefficients)
-    kernel = _kernel(_Form(rule, len(state), flags, gathered is not None, pushed.device, is_aligned))
+    kernel = _kernel(_Form(rule, len(state), flags, gathered is not None, state[0].device, is_aligned))
     if kernel is None:
         return False
     # A vector on the device, not numbers: those would be compiled into the kernel.
     numbers = torch.tensor([scale, share, *_numbers(coefficients)])
-    numbers = numbers.to(pushed.device, torch.float32, non_blocking=True)
+    numbers = numbers.to(state[0].device, torch.float32, non_blocking=True)
     for begin in range(0, pushed.numel(), MOST):
         kernel(numbers, *(vector[begin : begin + MOST].data for vector in vectors))
     return True

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from freestep import hyperparameters as specs
+from freestep.manifest import Slot
 from freestep_service.optimizers import Conditions, Gradient, initial_buffers, method_of
 from freestep_service.optimizers.method import Method
 from freestep_service.optimizers.points import interpolate
 from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
-from freestep_service.optimizers.squares import dequantize, square_sum, widen
+from freestep_service.optimizers.quantized import Quantized
+from freestep_service.optimizers.squares import square_sum, widen
 from freestep_service.optimizers.sweep import Segment, gather, step
 
 __all__ = ["compile_kernels", "compile_loops", "compile_rule"]
@@ -49,7 +51,9 @@ def compile_loops() -> None:
         for first in (True, False):
             gather(nought.clone(), nought.to(dtype), 1.0, first=first)
         square_sum(nought.to(dtype))
-    dequantize(nought.to(torch.int8), nought, 1, nought.clone())
+    came = Quantized([Slot("", (1,), "", 0, 1)], [nought.to(torch.int8)], [nought], 1)
+    came.decoded(0, 1, nought.clone())
+    came.square_sum()
     for dtype in DTYPES[1:]:
         widen(nought.to(dtype), nought.clone())
 

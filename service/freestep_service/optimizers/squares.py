@@ -100,43 +100,18 @@ def widen(narrow: Tensor, out: Tensor) -> float | Tensor:
     return float(_WIDENING[narrow.dtype](narrow.view(torch.uint16).numpy(), out.numpy()))
 
 
-def _dequantizing(quanta: Any, scales: Any, block: Any, vector: Any) -> Any:
-    total = 0.0
-    some = np.empty(min(CHUNK, quanta.size), np.int8)
-    for begin in range(0, quanta.size, CHUNK):
-        part, place = quanta[begin : begin + CHUNK], vector[begin : begin + CHUNK]
-        for i in range(part.size):
-            some[i] = part[i]
-        at = 0
-        while at < place.size:
-            number = (begin + at) // block
-            end = min((number + 1) * block - begin, place.size)
-            scale = scales[number]
-            for i in range(at, end):
-                place[i] = np.float32(some[i]) * scale
-            at = end
-        total += _squares(place)
-    return total
+def dequantize(quanta: Tensor, scales: Tensor, block: int, out: Tensor) -> Tensor:
+    """Writes q · scale, of int8 q [numel] and an fp32 scale for each `block` of them, into `out`, fp32 on a GPU.
 
-
-_dequantize = compiled(_dequantizing)
-
-
-def dequantize(quanta: Tensor, scales: Tensor, block: int, out: Tensor) -> float | Tensor:
-    """Writes q · scale, of int8 q [numel] and an fp32 scale for each `block` of them, into `out`, fp32 [numel].
-
-    Returns Σ x² as `square_sum` does. `quanta` may be the last quarter of the memory of `out`; or `out` is on a GPU, as
-    for `widen`.
+    Returns Σ x², and takes what is on the host, as `widen` does. On the host it stays int8, see `Quantized`.
     """
-    if not is_compiled(out):
-        steps = scales.to(out.device, non_blocking=True)
+    steps = scales.to(out.device, non_blocking=True)
 
-        def values(part: slice) -> Tensor:
-            blocks = torch.arange(part.start, part.stop, device=out.device) // block
-            return quanta[part].to(out.device, non_blocking=True).float() * steps[blocks]
+    def values(part: slice) -> Tensor:
+        blocks = torch.arange(part.start, part.stop, device=out.device) // block
+        return quanta[part].to(out.device, non_blocking=True).float() * steps[blocks]
 
-        return _carry(values, out)
-    return float(_dequantize(quanta.numpy(), scales.numpy(), block, out.numpy()))
+    return _carry(values, out)
 
 
 def _carry(values: Callable[[slice], Tensor], out: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
-from freestep_service.optimizers.gradient import WIDENING, Gradient
+from freestep_service.optimizers.compiled import compiled, is_compiled
+from freestep_service.optimizers.gradient import Gradient, element
 from freestep_service.optimizers.slices import in_slices
 
 __all__ = ["gradient_sums"]
@@ -28,35 +28,26 @@ def gradient_sums(gradient: Gradient, z: Tensor, x: Tensor) -> tuple[float, floa
     """Σ|g| and Σ g·(z - x), of flat vectors [numel], z and x fp32."""
     if not is_compiled(z):
         return _evaluate(gradient, z, x)
-    pushed, scale, share, gathered = gradient
-    loop = _loop(pushed.dtype, gathered is not None)
-    arriving = (pushed if pushed.dtype == torch.float32 else pushed.view(torch.uint16)).numpy()
-    before = arriving if gathered is None else gathered.numpy()
-    vectors = [arriving, before, z.numpy(), x.numpy()]
-    sums = np.zeros((-(-pushed.numel() // BLOCK), 2))
+    numel = gradient.pushed.numel()
+    loop = _loop(gradient.dtype, gradient.gathered is not None)
+    scale, share = np.float32(gradient.scale), np.float32(gradient.share)
+    vectors, sums = [z.numpy(), x.numpy()], np.zeros((-(-numel // BLOCK), 2))
 
     def work(begin: int, end: int) -> None:
         # A block is the slice's in which it begins.
         for block in range(-(-begin // BLOCK), -(-end // BLOCK)):
-            part = slice(block * BLOCK, (block + 1) * BLOCK)
-            sums[block] = loop(np.float32(scale), np.float32(share), *(vector[part] for vector in vectors))
+            pieces = gradient.pieces(block * BLOCK, min((block + 1) * BLOCK, numel))
+            for part, pushed, gathered in pieces:
+                sums[block] += loop(scale, share, pushed, gathered, *(vector[part] for vector in vectors))
 
-    in_slices(work, pushed.numel())
+    in_slices(work, numel)
     return sum(sums[:, 0].tolist()), sum(sums[:, 1].tolist())
 
 
 @cache
 def _loop(dtype: torch.dtype, gathered: bool) -> Callable[..., tuple[float, float]]:
     """The compiled loop over a block, for gradients that come as `dtype`."""
-    widened = inlined(WIDENING[dtype])
-
-    def alone(scale: Any, share: Any, g: Any, h: Any) -> Any:
-        return scale * (share * widened(g))
-
-    def mean(scale: Any, share: Any, g: Any, h: Any) -> Any:
-        return scale * (h + share * widened(g))
-
-    whole = inlined(mean if gathered else alone)
+    whole = element(dtype, gathered=gathered)
 
     def loop(scale: Any, share: Any, pushed: Any, before: Any, z: Any, x: Any) -> Any:
         l1, inner = 0.0, 0.0

@@ -21,7 +21,7 @@ from torch import Tensor
 from freestep.manifest import Slot
 from freestep_service.optimizers.compiled import compiled, inlined, is_compiled
 from freestep_service.optimizers.fused import fuse
-from freestep_service.optimizers.gradient import WIDENING, Gradient
+from freestep_service.optimizers.gradient import Gradient, Pushed, element
 from freestep_service.optimizers.method import PLAIN, Buffers, Conditions, Method, Scalars, each_number
 from freestep_service.optimizers.slices import in_slices
 from freestep_service.optimizers.streams import settle
@@ -133,7 +133,7 @@ def _add(g: Tensor, accumulated: Tensor, _: _None) -> tuple[Tensor]:
     return (accumulated + g,)
 
 
-def gather(accumulated: Tensor, pushed: Tensor, share: float, *, first: bool) -> None:
+def gather(accumulated: Tensor, pushed: Pushed, share: float, *, first: bool) -> None:
     """Adds `share * pushed` to what was gathered before, in place; the first takes its place. Flat [numel]."""
     whole = [Segment("", 0, pushed.numel())]
     _sweep(_take if first else _add, whole, {"": _None()}, Gradient(pushed, share=share), [accumulated])
@@ -150,28 +150,26 @@ def _sweep(
 
     When it returns it is done, on a GPU too: the gradient's memory may be used for the next one.
     """
-    pushed, scale, share, gathered = gradient
     if not is_compiled(state[0]):
         for segment in layout:
             part = slice(segment.begin, segment.end)
             own = rule, coefficients[segment.group], gradient.part(part), [vector[part] for vector in state]
             if not fuse(*own):
                 _evaluate(*own)
-        settle(pushed.device)
+        settle(state[0].device)
         return
-    loop = _loop(rule, len(state), pushed.dtype, gathered is not None)
+    loop = _loop(rule, len(state), gradient.dtype, gradient.gathered is not None)
     layout = tuple(layout)
     narrow = {group: each_number(np.float32, chosen) for group, chosen in coefficients.items()}
-    arriving = (pushed if pushed.dtype == torch.float32 else pushed.view(torch.uint16)).numpy()
-    before = arriving if gathered is None else gathered.numpy()
-    vectors = [arriving, before, *(vector.numpy() for vector in state)]
+    scale, share = np.float32(gradient.scale), np.float32(gradient.share)
+    vectors = [vector.numpy() for vector in state]
 
     def work(begin: int, end: int) -> None:
         for segment in within(layout, begin, end):
-            part = slice(segment.begin, segment.end)
-            loop(np.float32(scale), np.float32(share), *(vector[part] for vector in vectors), narrow[segment.group])
+            for part, pushed, gathered in gradient.pieces(segment.begin, segment.end):
+                loop(scale, share, pushed, gathered, *(vector[part] for vector in vectors), narrow[segment.group])
 
-    in_slices(work, pushed.numel())
+    in_slices(work, gradient.pushed.numel())
 
 
 def _evaluate(
@@ -190,19 +188,10 @@ def _evaluate(
 def _loop(rule: Callable[..., Any], vectors: int, dtype: torch.dtype, gathered: bool) -> Callable[..., None]:
     """The compiled loop of a rule over so many state vectors, for gradients that come as `dtype`.
 
-    It is (scale, share, pushed, gathered, *state, coefficients) -> None; where nothing was gathered, whatever stands in
-    its place is not read.
+    It is (scale, share, pushed, gathered, *state, coefficients) -> None, of the elements of `Gradient.pieces`.
     """
     name = f"{rule.__module__}.{rule.__qualname__}.{dtype}.{'group' if gathered else 'one'}"
-    rule, widened = inlined(rule), inlined(WIDENING[dtype])
-
-    def alone(scale: Any, share: Any, g: Any, h: Any) -> Any:
-        return scale * (share * widened(g))
-
-    def mean(scale: Any, share: Any, g: Any, h: Any) -> Any:
-        return scale * (h + share * widened(g))
-
-    gradient = inlined(mean if gathered else alone)
+    rule, gradient = inlined(rule), element(dtype, gathered=gathered)
 
     def one(scale: Any, share: Any, g: Any, h: Any, a: Any, s: Any) -> None:
         for i in range(g.size):
