@@ -24,13 +24,14 @@ from freestep_service.bodies import room
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.cuts import Cuts
 from freestep_service.ingest import Body
-from freestep_service.pushes import SLOTS, Host, Pushes, stage, staging_vectors
+from freestep_service.pushes import Host, Pushes
 from freestep_service.receipts import Receipts
 from freestep_service.records import Behind, Fenced, Known, Record
 from freestep_service.reported import Measured
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry, Shard
 from freestep_service.snapshots import Reading, Snapshot, Snapshots
+from freestep_service.staging import stage, staging_vectors
 from freestep_service.turns import Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
@@ -73,8 +74,7 @@ class OwnedShard:
         self._keep = keep
         self._coordinator = coordinator
         self._host = host
-        policy = Policy.of(spec.aggregation)
-        staging = staging_vectors(policy) if count == 1 else SLOTS
+        staging = staging_vectors(Policy.of(spec.aggregation), count)
         self._staging = VectorPool(self.manifest.numel, staging, device=device)
         self.snapshots = Snapshots(run, self.writer) if count == 1 else None
         self.cuts = None if count == 1 else Cuts(run, coordinator, self.writer, self.owner, settings.queue_seconds)

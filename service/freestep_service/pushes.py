@@ -9,7 +9,7 @@ it has changed nothing; once it is, it will be applied on all shards, whatever b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,24 +29,21 @@ from freestep.errors import (
 )
 from freestep.manifest import Manifest
 from freestep.models import RunSpec
-from freestep.wire import Receiver
-from freestep_service.aggregation import Policy, damping, lateness
+from freestep_service.aggregation import damping, lateness
 from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.ingest import Body
-from freestep_service.measure import decode_and_measure
 from freestep_service.optimizers import Pushed
 from freestep_service.receipts import Receipts
 from freestep_service.records import Admission, Ahead, Behind, Claim, Fenced, Lost, Pending, Record
 from freestep_service.settings import Settings
 from freestep_service.shard import Entry
-from freestep_service.turns import HOST, Turns
+from freestep_service.staging import stage
+from freestep_service.turns import Turns
 from freestep_service.vectors import Vector, VectorPool
 from freestep_service.writer import Writer
 
-__all__ = ["SLOTS", "Host", "Pushes", "Wish", "stage", "staging_vectors"]
+__all__ = ["Host", "Pushes", "Wish"]
 
-SLOTS = 4
-"""Pushes of a run of several shards that may be on their way at once, as lua/_prelude.lua grants them."""
 _LARGEST_NORM = 2.0**63
 """A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
 _RETRY_S = 0.2
@@ -111,22 +108,6 @@ class Host(Protocol):
 
     def fenced(self) -> None:
         """Somebody else owns the shard."""
-
-
-async def stage(
-    body: Body, manifest: Manifest, vector: Vector, turns: Turns, encodings: Collection[str] = ("dense",)
-) -> tuple[Pushed, float | None, str]:
-    """Receives a body's tensors into a vector; returns them as `decode_and_measure` does, and the digest.
-
-    Raises MalformedTensors and MalformedRequest.
-    """
-    receiver = Receiver(manifest, vector.bytes, body.length, encodings=encodings)
-    digest = await body.receive_into(receiver)
-    if turns.needs_none(vector.device, manifest.numel):
-        return *decode_and_measure(vector, manifest, receiver), digest
-    # What a GPU decodes has a stream of its own there, and need not wait until others have computed.
-    decode = turns.of(HOST, decode_and_measure) if vector.device == HOST else decode_and_measure
-    return *await asyncio.to_thread(decode, vector, manifest, receiver), digest
 
 
 class Pushes:
@@ -415,9 +396,3 @@ class Pushes:
             loss=claim.loss or 0.0,
             cuts=decision.cuts,
         )
-
-
-def staging_vectors(policy: Policy) -> int:
-    """How many bodies may be received at once by a run of one shard: with a group's accumulator and two snapshots, it
-    has at most batch + 3 vectors in flight."""
-    return max(2, policy.concurrency)

@@ -43,13 +43,14 @@ from freestep_service.opening import Decision
 from freestep_service.optimizers import Quantized
 from freestep_service.owned import OwnedShard
 from freestep_service.ownership import Ownership
-from freestep_service.pushes import Wish, stage
+from freestep_service.pushes import Wish
 from freestep_service.receipts import Receipts
 from freestep_service.records import Claim, Record, Standing
 from freestep_service.run_files import LastEpochs, RunFile
 from freestep_service.sealed import Damaged
 from freestep_service.settings import Settings
 from freestep_service.snapshots import Reading, Snapshot
+from freestep_service.staging import stage
 from freestep_service.storage import Storage
 from freestep_service.store import Store
 from freestep_service.topology import topology
