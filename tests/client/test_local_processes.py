@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from freestep import Client, Run
-from harness import ProcessService, wait_until
+from harness import ProcessService
+from meanwhile import wait_until
 
 WORKER = Path(__file__).with_name("local_worker.py")
 WHOLE = {"algorithm": "diloco", "lr": 1.0, "momentum": 0.0}

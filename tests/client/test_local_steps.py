@@ -28,7 +28,8 @@ from freestep import (
     RunNotFound,
     ServiceUnreachable,
 )
-from harness import ThreadService, at_once
+from harness import ThreadService
+from meanwhile import at_once
 from proxies import Cutter
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

@@ -25,7 +25,8 @@ from freestep import (
     RemoteOptimizer,
     Run,
 )
-from harness import ThreadService, at_once, under_way, wait_until
+from harness import ThreadService
+from meanwhile import at_once, under_way, wait_until
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-7}
 

@@ -28,7 +28,8 @@ from freestep import (
     TopK,
 )
 from freestep.encoders import Encoder
-from harness import ProcessService, ThreadService, under_way
+from harness import ProcessService, ThreadService
+from meanwhile import under_way
 from proxies import Cutter
 
 BATCHES = 8

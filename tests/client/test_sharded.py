@@ -21,7 +21,9 @@ from freestep import AlreadyInitialized, Client, Flat, NonFiniteGradient, Receip
 from freestep.manifest import Manifest
 from freestep.models import ParameterSpec
 from freestep.wire import lay
-from harness import TENSORS, ProcessService, ThreadService, at_once, under_way
+from harness import ProcessService, ThreadService
+from meanwhile import at_once, under_way
+from plain_calls import TENSORS
 from proxies import Cutter
 from shards.runs import ONES, SHARDS, SIZES, ZEROS, counting
 

@@ -25,7 +25,8 @@ from freestep.demo.plot import draw
 from freestep.demo.processes import Processes
 from freestep.demo.worker import shifted
 from freestep.models import Metric
-from harness import ProcessService, wait_until
+from harness import ProcessService
+from meanwhile import wait_until
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from freestep import Client, LocalSteps
 from freestep.demo.data import Digits, load
 from freestep.demo.model import SmallConvNet
-from harness import ThreadService, at_once
+from harness import ThreadService
+from meanwhile import at_once
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,9 @@ from http.client import HTTPResponse
 import httpx
 import pytest
 
-from harness import Api, ThreadService, connected, head_of_a_push, slug
+from harness import ThreadService
+from plain_calls import Api, slug
+from raw_pushes import connected, head_of_a_push
 
 UNREADABLE = {
     "a length that is none": b"POST /v1/runs HTTP/1.1\r\nHost: here\r\nContent-Length: ten\r\n\r\n",

@@ -10,8 +10,11 @@ import psutil
 import pytest
 
 from freestep.wire import MEDIA_TYPE
-from harness import Api, ProcessService, ThreadService, answered, connected, head_of_a_push, slug, wait_until
+from harness import ProcessService, ThreadService
 from malformed.bodies import BODIES, NON_FINITE, PARAMETERS, valid
+from meanwhile import wait_until
+from plain_calls import Api, slug
+from raw_pushes import answered, connected, head_of_a_push
 
 MIB = 1024**2
 

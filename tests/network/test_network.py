@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 
 from freestep import Client
-from harness import slug, wait_until
+from meanwhile import wait_until
 from network.conftest import COMPANION, SHARDS, WORKERS, Training
 from network.worker import COUNTERS
+from plain_calls import slug
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,9 @@ from freestep import InvalidSpec, RemoteOptimizer
 from freestep_service.optimizers import Gradient
 from freestep_service.optimizers.slices import LEAST
 from freestep_service.optimizers.sums import BLOCK, gradient_sums
-from harness import TENSORS, Api, ThreadService, answered, begun_push, slug
+from harness import ThreadService
+from plain_calls import TENSORS, Api, slug
+from raw_pushes import answered, begun_push
 from reference import AdamCPlus
 
 PLUS = {"algorithm": "adamc_schedule_free_plus"}

@@ -13,7 +13,9 @@ import schedulefree
 import torch
 from torch import Tensor
 
-from harness import SGD, TENSORS, Api, ThreadService, slug, under_way, wait_until
+from harness import ThreadService
+from meanwhile import under_way, wait_until
+from plain_calls import SGD, TENSORS, Api, slug
 from reference import ScheduleFree, fadas
 
 

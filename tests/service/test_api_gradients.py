@@ -10,7 +10,10 @@ import safetensors.torch
 import torch
 
 from freestep.wire import MEDIA_TYPE
-from harness import BODY, SGD, TENSORS, Api, ThreadService, answered, at_once, begun_push, is_pending, slug, wait_until
+from harness import ThreadService
+from meanwhile import at_once, wait_until
+from plain_calls import BODY, SGD, TENSORS, Api, slug
+from raw_pushes import answered, begun_push, is_pending
 
 
 def test_a_push_gets_a_receipt(api: Api) -> None:

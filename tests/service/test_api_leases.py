@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from harness import Api, ThreadService, slug, wait_until
+from harness import ThreadService
+from meanwhile import wait_until
+from plain_calls import Api, slug
 
 
 def test_a_lease_is_granted_renewed_and_released(api: Api) -> None:

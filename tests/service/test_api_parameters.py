@@ -12,7 +12,10 @@ import schedulefree
 import torch
 
 from freestep.wire import MEDIA_TYPE
-from harness import BODY, TENSORS, Api, ThreadService, answered, at_once, connected, slug, under_way, wait_until
+from harness import ThreadService
+from meanwhile import at_once, under_way, wait_until
+from plain_calls import BODY, TENSORS, Api, slug
+from raw_pushes import answered, connected
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

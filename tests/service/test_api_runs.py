@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness import TENSORS, Api, ThreadService, at_once, slug
+from harness import ThreadService
+from meanwhile import at_once
+from plain_calls import TENSORS, Api, slug
 
 
 def test_a_run_is_created_once(api: Api) -> None:

@@ -35,7 +35,7 @@ from freestep_service.records import CutId
 from freestep_service.sealed import Damaged
 from freestep_service.shard import Shard
 from freestep_service.storage import LocalStorage, Storage
-from harness import at_once
+from meanwhile import at_once
 
 
 @pytest.mark.parametrize("batch", [1, 4])

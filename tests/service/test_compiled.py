@@ -40,7 +40,7 @@ from freestep_service.optimizers import (
 )
 from freestep_service.optimizers.readiness import DTYPES, compile_loops, compile_rule
 from freestep_service.optimizers.slices import LEAST
-from harness import Api
+from plain_calls import Api
 
 USUAL = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "sgd", "adamw"]
 """Forms whose rules are compiled at the start, and are tried at all sizes."""

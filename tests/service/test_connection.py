@@ -23,7 +23,10 @@ from freestep.wire import lay
 from freestep_service.connection import INLET, Connection
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
-from harness import SGD, Api, ThreadService, connected, head_of_a_push, slug, wait_until
+from harness import ThreadService
+from meanwhile import wait_until
+from plain_calls import SGD, Api, slug
+from raw_pushes import connected, head_of_a_push
 
 NUMEL = 100_000
 WEIGHTS = {"w": torch.zeros(NUMEL)}

@@ -32,7 +32,8 @@ from freestep_service.optimizers import (
 )
 from freestep_service.shard import Entry, Shard
 from freestep_service.vectors import Vector
-from harness import TENSORS, Api, ThreadService
+from harness import ThreadService
+from plain_calls import TENSORS, Api
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),

@@ -28,7 +28,7 @@ from freestep_service.optimizers.averages import averaged
 from freestep_service.records import CutId
 from freestep_service.shard import Entry, Shard
 from freestep_service.storage import open_storage
-from harness import TENSORS, Api
+from plain_calls import TENSORS, Api
 from reference import OverTorch, ScheduleFree
 
 STEADY = settings(derandomize=True, deadline=None, max_examples=5, suppress_health_check=list(HealthCheck))

@@ -17,7 +17,8 @@ from torch import Tensor
 import encoded
 from freestep_service import app
 from freestep_service.optimizers import fused, points, quanta, squares, sweep
-from harness import Api, ThreadService
+from harness import ThreadService
+from plain_calls import Api
 
 SHAPES = {"matrix": (37, 7), "scalar": (), "empty": (0, 4), "long": (1000,)}
 SPEC: dict[str, Any] = {

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from encoded import assemble, decoded, int8, topk
 from freestep.wire import MEDIA_TYPE
-from harness import SGD, Api, ThreadService, at_once, slug
+from harness import ThreadService
+from meanwhile import at_once
+from plain_calls import SGD, Api, slug
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (40, 33), "s": (), "e": (0, 4), "b": (7,)}
 GENERATOR = torch.Generator().manual_seed(7)

@@ -11,20 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from harness import (
-    BODY,
-    SGD,
-    TENSORS,
-    Api,
-    ThreadService,
-    answered,
-    at_once,
-    begun_push,
-    is_pending,
-    slug,
-    under_way,
-    wait_until,
-)
+from harness import ThreadService
+from meanwhile import at_once, under_way, wait_until
+from plain_calls import BODY, SGD, TENSORS, Api, slug
+from raw_pushes import answered, begun_push, is_pending
 
 
 def test_the_same_push_again_gives_the_same_receipt_and_moves_nothing(api: Api, service: ThreadService) -> None:

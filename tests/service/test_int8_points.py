@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import encoded
-from harness import Api, ThreadService, at_once, persistently, slug
+from harness import ThreadService
+from meanwhile import at_once
+from plain_calls import Api, persistently, slug
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (40, 33), "s": (), "e": (0, 4), "m": (3, 256), "b": (7,)}
 GENERATOR = torch.Generator().manual_seed(9)

@@ -14,7 +14,9 @@ import torch
 from freestep.wire import MEDIA_TYPE
 from freestep_service.loans import Copying
 from freestep_service.optimizers.points import STRETCH
-from harness import SGD, Api, at_once, connected
+from meanwhile import at_once
+from plain_calls import SGD, Api
+from raw_pushes import connected
 
 NUMEL = 2 * STRETCH + 7
 ONES = safetensors.torch.save({"w": torch.ones(NUMEL)})

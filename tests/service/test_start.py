@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import forked
-from harness import wait_until
+from meanwhile import wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from freestep_service.storage import FsspecStorage, LocalStorage, Storage, open_storage
-from harness import at_once
+from meanwhile import at_once
 
 
 @pytest.fixture(params=["directory", "memory", "fsspec-directory"])

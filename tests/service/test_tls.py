@@ -30,7 +30,9 @@ from freestep.bulk import BulkTransport
 from freestep_service.faults import CannotStart
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
-from harness import ProcessService, ShardedApi, ThreadService, connected, slug
+from harness import ProcessService, ThreadService
+from plain_calls import ShardedApi, slug
+from raw_pushes import connected
 from shards.runs import ONES, ZEROS, counting, wholly
 
 HEALTHCHECK = Path(__file__).parent.parent.parent / "docker" / "healthcheck.py"

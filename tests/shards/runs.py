@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from redis import Redis
 
-from harness import SGD, Api, ShardedApi, ThreadService, connected, head_of_a_push, wait_until
+from harness import ThreadService
+from meanwhile import wait_until
+from plain_calls import SGD, Api, ShardedApi
+from raw_pushes import connected, head_of_a_push
 
 SHARDS = 3
 SLOTS = 4

@@ -20,7 +20,9 @@ from redis import Redis
 from torch import Tensor
 
 from forms import own
-from harness import ShardedApi, ThreadService, at_once, persistently, under_way, wait_until
+from harness import ThreadService
+from meanwhile import at_once, under_way, wait_until
+from plain_calls import ShardedApi, persistently
 from shards.runs import NONE_LEFT, leftovers, sharded, staged, wholly
 
 STEADY = settings(derandomize=True, deadline=None)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from redis import Redis
 
-from harness import ShardedApi, ThreadService, at_once, slug, under_way, wait_until
+from harness import ThreadService
+from meanwhile import at_once, under_way, wait_until
+from plain_calls import ShardedApi, slug
 from shards.runs import (
     NONE_LEFT,
     ONES,

@@ -11,7 +11,9 @@ import safetensors.torch
 import torch
 from redis import Redis
 
-from harness import ShardedApi, ThreadService, at_once, persistently, slug, under_way, wait_until
+from harness import ThreadService
+from meanwhile import at_once, under_way, wait_until
+from plain_calls import ShardedApi, persistently, slug
 from shards.runs import NONE_LEFT, ONES, SHARDS, SLOTS, leftovers
 
 

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from harness import SGD, ShardedApi, ThreadService, connected, head_of_a_push, slug, under_way, wait_until
+from harness import ThreadService
+from meanwhile import under_way, wait_until
+from plain_calls import SGD, ShardedApi, slug
+from raw_pushes import connected, head_of_a_push
 from shards.runs import (
     NONE_LEFT,
     ONES,

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import Api, ShardedApi, ThreadService, at_once
+from harness import ThreadService
+from meanwhile import at_once
+from plain_calls import Api, ShardedApi
 from shards.runs import ONES, SHARDS, SIZES, counting, sharded, wholly
 
 ADAMW = {

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from harness import ShardedApi, ThreadService, under_way, wait_until
+from harness import ThreadService
+from meanwhile import under_way, wait_until
+from plain_calls import ShardedApi
 from shards.runs import NONE_LEFT, ONES, SHARDS, ZEROS, counting, leftovers, sharded
 
 SSP = {"policy": "ssp", "slack": 2}

@@ -12,7 +12,9 @@ import torch
 
 from freestep.flat import DTYPES
 from freestep.wire import MEDIA_TYPE
-from harness import ShardedApi, ThreadService, at_once, persistently, slug, under_way
+from harness import ThreadService
+from meanwhile import at_once, under_way
+from plain_calls import ShardedApi, persistently, slug
 from shards.runs import ONES, SHARDS, SLOTS, counting, sharded, spoiled
 
 

@@ -1,0 +1,56 @@
+"""Pushes as bytes over connections of the tests' own, of which as much is sent as a test wants."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Mapping
+from http.client import HTTPResponse
+from typing import Any
+from urllib.parse import urlsplit
+
+from harness import ThreadService
+from plain_calls import BODY, Api
+
+
+def head_of_a_push(target: str, headers: Mapping[str, str | list[str]], length: int = len(BODY)) -> bytes:
+    """The head of a push as raw bytes; a header whose value is a list stands as often."""
+    lines = [f"POST {target} HTTP/1.1"]
+    for name, value in {"Host": "test", "Content-Length": str(length), **headers}.items():
+        lines += [f"{name}: {each}" for each in ([value] if isinstance(value, str) else value)]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def half_of_a_push(api: Api, lease: dict[str, Any], step: int, key: str) -> bytes:
+    """A push of BODY as raw bytes, up to the middle of the body."""
+    return head_of_a_push(api.path("/gradients"), api.headers(lease, step, key)) + BODY[: len(BODY) // 2]
+
+
+def connected(url: str, trusted: ssl.SSLContext | None = None) -> socket.socket:
+    """A connection of the test's own to a service; `trusted` says whose certificate it may show."""
+    address = urlsplit(url)
+    made = socket.create_connection((address.hostname, address.port))
+    if address.scheme == "http":
+        return made
+    assert trusted is not None
+    return trusted.wrap_socket(made, server_hostname=address.hostname)
+
+
+def begun_push(api: Api, lease: dict[str, Any], sent: bytes, key: str = "raw", **more: str) -> socket.socket:
+    """The connection over which a push of BODY at step 0 was begun: its head was sent, and these bytes of the body."""
+    connection = connected(api.url)
+    connection.sendall(head_of_a_push(api.path("/gradients"), api.headers(lease, 0, key, **more)) + sent)
+    return connection
+
+
+def answered(connection: socket.socket) -> bytes:
+    """The body of the answer that comes over a connection."""
+    response = HTTPResponse(connection)
+    response.begin()
+    return response.read()
+
+
+def is_pending(service: ThreadService, api: Api, key: str) -> bool:
+    """Whether a push is admitted and not yet committed."""
+    pending = api.redis_key("pending")
+    return key in service.redis_dump(pending).get(pending, {})
