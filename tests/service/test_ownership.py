@@ -441,7 +441,7 @@ def test_a_store_that_was_away_leaves_everything_where_it_was(
     api = ShardedApi(nodes[0].url, "counted")
     api.create(**counting(2), tensors=ZEROS)
     run = run_of(nodes[0].url)
-    held, lease = owners(run), api.lease("halves", ttl_ms=60_000)
+    held, lease = owners(run), api.lease("halves", ttl_ms=3_600_000)
     bodies = api.bodies(PUSHED)
     first = under_way(partial(api.push_part, 0, lease, 0, "halves", bodies[0]))
     with nodes[0].redis() as client:
