@@ -49,7 +49,7 @@ _LARGEST_NORM = 2.0**63
 _RETRY_S = 0.2
 """Pause before Redis is asked again for a commit whose answer was lost."""
 _SILENCE_S = 1.0
-"""How long a decision is listened for before Redis is asked for it."""
+"""How long what others are to say is listened for before Redis is asked for it."""
 
 
 @dataclass(frozen=True)
@@ -267,9 +267,7 @@ class Pushes:
         now = asyncio.get_running_loop().time()
         if self._closed or now >= deadline:
             raise Overloaded("the worker is too far ahead of the slowest one, and has waited for it")
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(min(deadline, now + _SILENCE_S)):
-                await moved.wait()
+        await _comes(moved, min(deadline - now, _SILENCE_S))
 
     async def _answer(self, claim: Claim, admission: Admission, record: Record, body: Body) -> tuple[Record, bool]:
         # A push that was dropped on its claim alone has no digest: its body was never read. Nor has one that was
@@ -283,7 +281,7 @@ class Pushes:
         vector = None if queued else self._staging.try_acquire()
         try:
             if vector is None:
-                vector = await self._turn(flight, queued=queued)
+                vector = await self._turn(claim, flight, queued=queued)
             gradient, norm, digest = await stage(body, self._manifest, vector, self._turns, ENCODINGS)
             if norm is None:
                 raise NonFiniteGradient("the gradient holds NaN or infinity")
@@ -300,12 +298,13 @@ class Pushes:
                     await self._coordinator.discard(claim, self._owner().shard)
             raise
 
-    async def _turn(self, flight: _Flight, *, queued: bool) -> Vector:
-        """Memory for a body, when it is its turn. Raises Overloaded."""
+    async def _turn(self, claim: Claim, flight: _Flight, *, queued: bool) -> Vector:
+        """Memory for a body, when it is its turn. Raises Overloaded, and what `_admit` raises."""
         try:
             async with asyncio.timeout(self._settings.queue_seconds):
-                if queued:
-                    await flight.granted.wait()
+                while queued and not await _comes(flight.granted):
+                    # It may have come unheard; or the run was opened anew, and there is no line any more.
+                    queued = (await self._admit(claim)).queued
                 return await self._staging.acquire()
         except TimeoutError:
             raise Overloaded from None
@@ -396,3 +395,11 @@ class Pushes:
             loss=claim.loss or 0.0,
             cuts=decision.cuts,
         )
+
+
+async def _comes(event: asyncio.Event, seconds: float = _SILENCE_S) -> bool:
+    """Waits for an event, for as long at the most; whether it has come."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
