@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import httpx
+
+from freestep import Client
 
 
 class Cutter:
@@ -55,7 +58,16 @@ class Cutter:
             except OSError:
                 pass
 
-    def close(self) -> None:
+    def client(self) -> Client:
+        """One that comes through it with a connection for each request, and makes each once."""
+        return Client(http=httpx.Client(base_url=self.url, headers={"Connection": "close"}), retry_for=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._accepting.join()

@@ -1,4 +1,4 @@
-"""What inner optimizers train in the tests of LocalSteps, and how its parameters are read and set."""
+"""What tests train with optimizers of their own, and how the parameters of a model are read and set."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from freestep import Client, LocalSteps
 from freestep.bulk import BulkTransport
 from freestep.client import Run
 from harness import ThreadService
-from inner import ADAMW
 from scripted import Script, Server
+from trained import ADAMW
 
 
 @pytest.fixture

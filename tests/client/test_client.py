@@ -151,14 +151,10 @@ def test_a_push_whose_answer_is_cut_is_sent_again_and_counts_once(
     service: ThreadService, run: Run, cuts: list[int]
 ) -> None:
     lease = run.lease()
-    cutter = Cutter(service.url, cuts)
-    try:
-        with Client(cutter.url, retry_for=20) as through:
-            gradient, arriving = Flat(run.manifest), Flat(run.manifest)
-            gradient.fill(TENSORS)
-            receipt, pulled = through.run(run.name).exchange(gradient, lease.claim(0), arriving)
-    finally:
-        cutter.close()
+    with Cutter(service.url, cuts) as cutter, Client(cutter.url, retry_for=20) as through:
+        gradient, arriving = Flat(run.manifest), Flat(run.manifest)
+        gradient.fill(TENSORS)
+        receipt, pulled = through.run(run.name).exchange(gradient, lease.claim(0), arriving)
     assert receipt.replayed is True
     assert (receipt.step, pulled.step, run.status().step) == (1, 1, 1)
     assert not arriving.vector.any()

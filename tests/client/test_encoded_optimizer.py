@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import encoded
 from freestep import Client, FreestepError, RemoteOptimizer
 from harness import ThreadService
+from trained import held
 
 
 def network() -> nn.Sequential:
@@ -52,10 +53,6 @@ def push(model: nn.Module, optimizer: RemoteOptimizer, seed: int) -> Tensor:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     optimizer.step()
     return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters() if parameter.grad is not None])
-
-
-def held(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 def place(optimizer: RemoteOptimizer) -> Mapping[str, Any]:

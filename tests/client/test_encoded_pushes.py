@@ -88,14 +88,14 @@ def test_a_dropped_or_refused_push_takes_nothing_but_its_gradient(run: Run, name
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "topk"])
 def test_a_push_whose_answer_is_cut_counts_once(service: ThreadService, run: Run, name: str) -> None:
-    cutter = Cutter(service.url, [200, 3000, 200])
     encoder = MAKERS[name](filled())
     encoder.begin()
-    try:
-        with Client(cutter.url, retry_for=10) as through, run.lease() as lease:
-            through.run(run.name).push(encoder, lease.claim(0))
-    finally:
-        cutter.close()
+    with (
+        Cutter(service.url, [200, 3000, 200]) as cutter,
+        Client(cutter.url, retry_for=10) as through,
+        run.lease() as lease,
+    ):
+        through.run(run.name).push(encoder, lease.claim(0))
     torch.testing.assert_close(encoder.residual - at_y(run), encoder.gradient.vector)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from typing import Any
 
 import pytest
@@ -166,7 +165,7 @@ def test_an_onlooker_goes_on_when_the_run_is_cut_anew(
 def test_a_pull_that_is_cut_is_made_again(service: ThreadService, client: Client) -> None:
     run, into = started(client, 1), Flat(MANIFEST, "I8")
     cuts = [1200, 2500]
-    with closing(Cutter(service.url, cuts)) as cutter, Client(cutter.url) as other:
+    with Cutter(service.url, cuts) as cutter, Client(cutter.url) as other:
         other.run(run.name).pull_into(into, "y")
     assert not cuts
     assert torch.equal(into.vector, said(WEIGHTS))

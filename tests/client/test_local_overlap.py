@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from freestep import Client, Flat, LocalSteps, Run
 from harness import ThreadService
-from inner import ADAMW, WHOLE, Counting, held, hold, network, step
 from meanwhile import at_once
+from trained import ADAMW, WHOLE, Counting, held, hold, network, step
 
 
 def test_progress_made_while_a_push_travels_is_kept(locally: Callable[..., LocalSteps], run: Run) -> None:

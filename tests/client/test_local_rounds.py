@@ -8,14 +8,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 import schedulefree
 import torch
 from torch import nn
 
 from freestep import (
-    Client,
     EvalMode,
     FreestepError,
     LocalSteps,
@@ -27,8 +25,8 @@ from freestep import (
     ServiceUnreachable,
 )
 from harness import ThreadService
-from inner import ADAMW, TOLERANCE, WHOLE, Counting, held, network, pulled, step
 from proxies import Cutter
+from trained import ADAMW, TOLERANCE, WHOLE, Counting, held, network, pulled, step
 
 
 def test_a_round_may_be_ended_early(locally: Callable[..., LocalSteps], run: Run) -> None:
@@ -115,31 +113,23 @@ def test_a_push_of_which_nothing_is_known_is_sent_again_and_counts_once(
     service: ThreadService, locally: Callable[..., LocalSteps], run: Run, overlap: bool
 ) -> None:
     to_come: list[int] = []
-    cutter = Cutter(service.url, to_come)
     model = Counting()
-    try:
-        # A connection for each request.
-        http = httpx.Client(base_url=cutter.url, headers={"Connection": "close"})
-        with Client(http=http, retry_for=0) as client:
-            optimizer = locally(
-                model, model.sgd, every=2, client=client, lease_ttl_ms=3_600_000, overlap=overlap, **WHOLE
-            )
-            model.step(optimizer, 2)
+    with Cutter(service.url, to_come) as cutter, cutter.client() as client:
+        optimizer = locally(model, model.sgd, every=2, client=client, lease_ttl_ms=3_600_000, overlap=overlap, **WHOLE)
+        model.step(optimizer, 2)
+        optimizer.flush()
+        # So many bytes come of the next answers.
+        to_come += [0, 100]
+        model.step(optimizer, 1)
+        with pytest.raises(ServiceUnreachable):
+            model.step(optimizer, 1)
             optimizer.flush()
-            # So many bytes come of the next answers.
-            to_come += [0, 100]
-            model.step(optimizer, 1)
-            with pytest.raises(ServiceUnreachable):
-                model.step(optimizer, 1)
-                optimizer.flush()
-            with pytest.raises(ServiceUnreachable):
-                optimizer.flush()
-            model.step(optimizer, 1)
-            assert (model.counted, optimizer.steps) == (5.0, 1)
-            model.step(optimizer, 1)
-            optimizer.close()
-    finally:
-        cutter.close()
+        with pytest.raises(ServiceUnreachable):
+            optimizer.flush()
+        model.step(optimizer, 1)
+        assert (model.counted, optimizer.steps) == (5.0, 1)
+        model.step(optimizer, 1)
+        optimizer.close()
     assert (model.counted, optimizer.steps, run.status().step) == (6.0, 0, 3)
 
 

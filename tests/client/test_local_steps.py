@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from freestep import Flat, LocalSteps, ManifestMismatch, Run
-from inner import ADAMW, TOLERANCE, WHOLE, Counting, held, hold, loss_of, network, pulled, step
 from meanwhile import at_once
+from trained import ADAMW, TOLERANCE, WHOLE, Counting, held, hold, loss_of, network, pulled, step
 
 
 @pytest.mark.parametrize(("every", "shards"), [(1, 1), (1, 3), (4, 1)])

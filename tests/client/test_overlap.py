@@ -31,6 +31,7 @@ from freestep.encoders import Encoder
 from harness import ProcessService, ThreadService
 from meanwhile import under_way
 from proxies import Cutter
+from trained import held
 
 BATCHES = 8
 
@@ -43,10 +44,6 @@ def network() -> nn.Sequential:
 def loss_of(model: nn.Module, number: int) -> Tensor:
     loss: Tensor = model(torch.randn(8, 6, generator=torch.Generator().manual_seed(number))).square().sum()
     return loss
-
-
-def held(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 class Counting(nn.Module):
@@ -359,27 +356,21 @@ def test_a_push_of_which_nothing_was_heard_is_sent_again_and_counts_once(
     service: ThreadService, make: Callable[..., RemoteOptimizer], run: Run, options: dict[str, Any]
 ) -> None:
     to_come: list[int] = []
-    cutter = Cutter(service.url, to_come)
     model = Counting()
-    try:
-        # A connection for each request.
-        http = httpx.Client(base_url=cutter.url, headers={"Connection": "close"})
-        with Client(http=http, retry_for=0) as client:
-            optimizer = make(model, client=client, lease_ttl_ms=3_600_000, **options)
-            model.push(optimizer)
-            optimizer.flush()
-            # So many bytes come of the next answers.
-            to_come += [0, 100]
-            model.push(optimizer)
-            for _ in range(2):
-                with pytest.raises(ServiceUnreachable):
-                    model.push(optimizer)
-                assert model.counted == 1
-            model.push(optimizer)
-            optimizer.flush()
-            optimizer.close()
-    finally:
-        cutter.close()
+    with Cutter(service.url, to_come) as cutter, cutter.client() as client:
+        optimizer = make(model, client=client, lease_ttl_ms=3_600_000, **options)
+        model.push(optimizer)
+        optimizer.flush()
+        # So many bytes come of the next answers.
+        to_come += [0, 100]
+        model.push(optimizer)
+        for _ in range(2):
+            with pytest.raises(ServiceUnreachable):
+                model.push(optimizer)
+            assert model.counted == 1
+        model.push(optimizer)
+        optimizer.flush()
+        optimizer.close()
     # What was in flight once, and what was pushed when it had landed.
     assert (model.counted, run.status().step) == (3, 3)
 

@@ -26,6 +26,7 @@ from meanwhile import at_once, under_way
 from plain_calls import TENSORS
 from proxies import Cutter
 from shards.runs import ONES, SHARDS, SIZES, ZEROS, counting
+from trained import held
 
 
 @pytest.fixture
@@ -61,10 +62,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> Non
         optimizer.zero_grad()
         model(torch.randn(8, 6, generator=generator)).square().mean().backward()
         optimizer.step()
-
-
-def held(model: nn.Module) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 class Watched:
@@ -338,10 +335,9 @@ def test_a_part_that_is_cut_is_sent_again_and_the_push_counts_once(
     nodes: list[ThreadService], run: Run, cuts: list[int]
 ) -> None:
     to_come: list[int] = []
-    cutter = Cutter(nodes[0].url, to_come)
-    watched = Watched(cutter.url)
-    watched.walled = {node.url for node in nodes}
-    try:
+    with Cutter(nodes[0].url, to_come) as cutter:
+        watched = Watched(cutter.url)
+        watched.walled = {node.url for node in nodes}
         with watched.client as through:
             asking = through.run(run.name)
             asking.status()
@@ -351,8 +347,6 @@ def test_a_part_that_is_cut_is_sent_again_and_the_push_counts_once(
                 # The next connections: one is there already, and there are more shards.
                 to_come += cuts
                 receipt, pulled = asking.exchange(gradient, lease.claim(0), arriving)
-    finally:
-        cutter.close()
     assert len(to_come) <= len(cuts) - 2
     assert (receipt.decision, receipt.step, pulled.step, run.status().step) == ("applied", 1, 1, 1)
     assert torch.equal(arriving.vector, -gradient.vector)
