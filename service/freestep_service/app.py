@@ -23,7 +23,7 @@ from freestep_service.metrics import Metrics
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.peers import Peers
 from freestep_service.registry import Registry
-from freestep_service.routes import checkpoints, gradients, health, leases, parameters, runs
+from freestep_service.routes import checkpoints, gradients, health, leases, parameters, renewals, runs
 from freestep_service.routes import metrics as reports
 from freestep_service.settings import Settings
 from freestep_service.storage import open_storage
@@ -62,8 +62,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.has_started, app.state.failure = False, None
     app.add_middleware(JsonLimit)
     problems.install(app, lambda slug: metrics.problems.labels(slug).inc())
-    # The data path first: routes are tried one after another.
-    for module in (gradients, parameters, leases, runs, checkpoints, reports, health):
+    # What is asked most often first: routes are tried one after another.
+    for module in (gradients, renewals, parameters, leases, runs, checkpoints, reports, health):
         app.include_router(module.router)
     return app
 

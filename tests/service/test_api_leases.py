@@ -121,3 +121,17 @@ def test_a_malformed_wish_is_refused(api: Api, service: ThreadService, wish: dic
     answer = api.http.post(api.path("/leases"), json=wish)
     assert (answer.status_code, slug(answer)) == (400, "malformed-request")
     assert api.state(service) == before
+
+
+def test_a_malformed_address_of_a_lease_is_refused(api: Api, service: ThreadService) -> None:
+    api.create()
+    api.lease()
+    before = api.state(service)
+    for path in (api.path("/leases/" + "l" * 201), "/v1/runs/no%20name/leases/l"):
+        for method in ("PUT", "DELETE"):
+            answer = api.http.request(method, path)
+            assert (answer.status_code, slug(answer)) == (400, "malformed-request")
+            assert answer.json()["field"]
+    unknown = api.http.put("/v1/runs/nobody/leases/l")
+    assert (unknown.status_code, slug(unknown)) == (404, "run-not-found")
+    assert api.state(service) == before

@@ -19,7 +19,7 @@ from freestep_service.routes.dependencies import RUN_NAME
 from freestep_service.run import Run
 from freestep_service.settings import Settings
 
-__all__ = ["Asked", "DataRoute"]
+__all__ = ["Asked", "DataRoute", "run_of"]
 
 _RUN_NAME = re.compile(RUN_NAME)
 _INTEGER = re.compile(r"[0-9]{1,18}", re.ASCII)
@@ -33,6 +33,15 @@ class DataRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
         return handler
+
+
+async def run_of(request: Request) -> Run:
+    """The run that the path names. Raises MalformedRequest, RunNotFound and CoordinatorUnavailable."""
+    name = request.path_params["run"]
+    if not _RUN_NAME.match(name):
+        raise MalformedRequest("run: a run's name is 1 to 128 letters, digits, '.', '_' and '-'", field="run")
+    run: Run = await request.app.state.registry.find(name)
+    return run
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,7 @@ class Asked:
     async def of(cls, request: Request) -> Self:
         """Raises MalformedRequest, RunNotFound, CoordinatorUnavailable, and ShardUnavailable where the run has another
         number of shards than the request supposes."""
-        state, name = request.app.state, request.path_params["run"]
-        if not _RUN_NAME.match(name):
-            raise MalformedRequest("run: a run's name is 1 to 128 letters, digits, '.', '_' and '-'", field="run")
-        run: Run = await state.registry.find(name)
+        state, run = request.app.state, await run_of(request)
         shard, of = _integer(request, "shard", 0, MOST_SHARDS - 1), _integer(request, "of", 1, MOST_SHARDS)
         if of is not None and of != run.count:
             raise ShardUnavailable(f"the run has {run.count} shards, not {of}", shards=run.count)

@@ -10,14 +10,15 @@ from freestep_service.peers import Peers
 from freestep_service.registry import Registry
 from freestep_service.run import Run
 
-__all__ = ["RUN_NAME", "AnyPeers", "AnyRegistry", "AnyRun", "LeaseId", "RunName"]
+__all__ = ["LONGEST_LEASE", "RUN_NAME", "AnyPeers", "AnyRegistry", "AnyRun", "LeaseId", "RunName"]
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+LONGEST_LEASE = 200
 
 # They are coroutines though they wait for nothing, since FastAPI calls plain functions in a thread.
 
 RunName = Annotated[str, Path(pattern=RUN_NAME)]
-LeaseId = Annotated[str, Path(min_length=1, max_length=200)]
+LeaseId = Annotated[str, Path(min_length=1, max_length=LONGEST_LEASE)]
 
 
 async def _registry(request: Request) -> Registry:

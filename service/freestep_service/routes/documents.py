@@ -6,15 +6,17 @@ from typing import Any, get_args
 
 from freestep.models import MOST_SHARDS, Point, PointDtype
 from freestep.wire import MEDIA_TYPE
-from freestep_service.routes.dependencies import RUN_NAME
+from freestep_service.routes.dependencies import LONGEST_LEASE, RUN_NAME
 
 __all__ = [
     "DTYPE",
+    "LEASE",
     "PART",
     "POINT",
     "PULL_QUERY",
     "PUSH_HEADERS",
     "RANGE_HEADERS",
+    "RUN",
     "TENSORS",
     "TENSORS_BODY",
     "UPLOAD_HEADERS",
@@ -35,8 +37,14 @@ def _query(name: str, schema: dict[str, Any], description: str) -> dict[str, Any
     return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
 
 
+def _path(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+RUN = _path("run", {"type": "string", "pattern": RUN_NAME})
+LEASE = _path("lease", {"type": "string", "minLength": 1, "maxLength": LONGEST_LEASE})
 PART = [
-    {"name": "run", "in": "path", "required": True, "schema": {"type": "string", "pattern": RUN_NAME}},
+    RUN,
     _query(
         "shard",
         {"type": "integer", "minimum": 0, "maximum": MOST_SHARDS - 1},

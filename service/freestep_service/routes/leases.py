@@ -1,4 +1,4 @@
-"""Leases: grant, renew, release, list."""
+"""Leases: grant, release, list; `renewals` has what is asked of them most."""
 
 from __future__ import annotations
 
@@ -18,12 +18,6 @@ async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, peers: 
     if run.is_looked_after_elsewhere:
         return await peers.relay(request, run, content=await request.body())
     return await run.leases.grant(wish.worker, wish.ttl_ms)
-
-
-@router.put("/v1/runs/{run}/leases/{lease}")
-async def renew_lease(run: AnyRun, lease: LeaseId) -> Lease:
-    """Renews a lease for its time to live."""
-    return await run.leases.renew(lease)
 
 
 @router.delete("/v1/runs/{run}/leases/{lease}", status_code=204)
