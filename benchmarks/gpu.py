@@ -1,17 +1,20 @@
 """What an update and a push cost on a GPU: `python -m benchmarks.gpu`. Without one it says so.
 
-The update is AdamW Schedule-Free's, beside one pass of as many bytes at the bandwidth of a large copy on the card. The
-push is of BF16, from this process to a service on the same host, until its update is applied. Ingest alone is the same
-body sent to a process that does no more than receive it as the service does, into pinned memory. Rounds alternate;
-figures are medians, and a ratio is the median of each round's ratio.
+The update is AdamW Schedule-Free's, beside a pass of as many bytes at the bandwidth of a large copy on the card: until
+it is done, and on the card alone, without the host's part of it. The push is of BF16, from this process to a service on
+the same host, until its update is applied. Ingest alone is the same body sent to a process that does no more than
+receive it as the service does, into pinned memory. Rounds alternate; figures are medians, and a ratio is the median of
+each round's ratio.
 """
 
 from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.figures import Figure, Report, print_table
 from benchmarks.floor import BYTES_PER_PARAMETER
@@ -25,6 +28,8 @@ from freestep_service.optimizers.streams import settle
 
 PARAMETERS, ROUNDS = 124_000_000, 15
 QUICK_PARAMETERS, QUICK_ROUNDS = 5_000_000, 5
+UPDATES_A_ROUND = 10
+"""Rounds of updates for one of pushes: they are so short that a moment's hiccup of the host would be all of them."""
 WARMUP = 3
 STEPS = 10
 """Of a round, which together are what is timed."""
@@ -35,7 +40,7 @@ def report(options: Options) -> Report:
     if not torch.cuda.is_available():
         return Report(notes=["not measured: there is no CUDA device"])
     parameters, rounds = (QUICK_PARAMETERS, QUICK_ROUNDS) if options.quick else (PARAMETERS, ROUNDS)
-    figures = [*_update(parameters, rounds), *_push(parameters, rounds)]
+    figures = [*_update(parameters, rounds * UPDATES_A_ROUND), *_push(parameters, rounds)]
     return Report(figures, [f"{torch.cuda.get_device_name()}; ingest alone is the body received, and digested"])
 
 
@@ -43,27 +48,44 @@ def _update(parameters: int, rounds: int) -> list[Figure]:
     device = torch.device("cuda")
     gradient, weights = (torch.randn(parameters, device=device) for _ in range(2))
     step = freestep("adamw_schedule_free", gradient, weights)
+
+    def copy() -> None:
+        weights.copy_(gradient)
+        settle(device)
+
+    # A copy reads and writes each element once.
+    moved = BYTES_PER_PARAMETER / (2 * gradient.itemsize)
     updates, passes = [], []
     for number in range(WARMUP + rounds):
-        began = time.perf_counter()
-        for _ in range(STEPS):
-            # What was asked of the GPU is done when it returns.
-            step()
-        update = (time.perf_counter() - began) / STEPS
-        began = time.perf_counter()
-        for _ in range(STEPS):
-            weights.copy_(gradient)
-            settle(device)
-        copy = (time.perf_counter() - began) / STEPS
+        # What was asked of the GPU is done when it returns.
+        update, copied = _seconds(step), _seconds(copy)
         if number >= WARMUP:
             updates.append(update)
-            passes.append(copy * BYTES_PER_PARAMETER / (2 * gradient.itemsize))
+            passes.append(copied * moved)
     name = f"{parameters / 1e6:g}M AdamW Schedule-Free"
     shares = [least / taken for least, taken in zip(passes, updates, strict=True)]
     return [
         Figure.of(name, (1e3 * seconds for seconds in updates), "ms"),
         Figure.of(f"{name}, of the copy bandwidth", shares, "×", least=LEAST_BANDWIDTH),
+        Figure.of(f"{name}, on the card alone", [_on_the_card(copy) * moved / _on_the_card(step)], "×"),
     ]
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """Of one time, which several are timed for."""
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        work()
+    return (time.perf_counter() - began) / STEPS
+
+
+def _on_the_card(work: Callable[[], None]) -> float:
+    """As `_seconds`, of what the GPU does alone."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(STEPS):
+            work()
+    microseconds: float = sum(event.self_device_time_total for event in profiled.key_averages())
+    return microseconds / 1e6 / STEPS
 
 
 def _push(parameters: int, rounds: int) -> list[Figure]:
