@@ -3,20 +3,18 @@ them, and does nothing else with them. `python -m benchmarks.ingest PARAMETERS D
 
 from __future__ import annotations
 
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
 import torch
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from benchmarks.apart import apart, serve
 from freestep import Flat
 from freestep.bulk import Body as Outgoing
 from freestep.bulk import BulkTransport
@@ -50,14 +48,11 @@ class Ingest:
 @contextmanager
 def ingest_alone(parameters: int, device: str) -> Iterator[Ingest]:
     """A process that receives bodies of one tensor of so many parameters, which a device could then copy."""
-    command = [sys.executable, "-m", "benchmarks.ingest", str(parameters), device]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            with httpx.Client(transport=BulkTransport(), timeout=_STALL_S) as http:
-                yield Ingest(process.stdout.readline().strip(), http)
-        finally:
-            process.terminate()
+    with (
+        apart("benchmarks.ingest", str(parameters), device) as url,
+        httpx.Client(transport=BulkTransport(), timeout=_STALL_S) as http,
+    ):
+        yield Ingest(url, http)
 
 
 def main() -> None:
@@ -71,11 +66,7 @@ def main() -> None:
         receiver = Receiver(manifest, vector.bytes, length)
         return PlainTextResponse(await Body(request, length, _STALL_S).receive_into(receiver))
 
-    app = Starlette(routes=[Route("/", receive, methods=["POST"])])
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        print(f"http://127.0.0.1:{listener.getsockname()[1]}/", flush=True)
-        config = uvicorn.Config(app, http=Connection, ws="none", log_level="warning")
-        uvicorn.Server(config).run(sockets=[listener])
+    serve(Starlette(routes=[Route("/", receive, methods=["POST"])]), http=Connection)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,16 @@ with either. `python -m benchmarks.stack` is that process."""
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
-import uvicorn
 from fastapi import FastAPI, Request, Response
 
-__all__ = ["Stack", "stack_alone"]
+from benchmarks.apart import apart, serve
 
-_TIMEOUT_S = 30.0
+__all__ = ["Stack", "stack_alone"]
 
 
 class Stack:
@@ -36,15 +32,9 @@ class Stack:
 
 @contextmanager
 def stack_alone() -> Iterator[Stack]:
-    """A process of its own, on a free port."""
-    command = [sys.executable, "-m", "benchmarks.stack"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            with httpx.Client(base_url=process.stdout.readline().strip(), timeout=_TIMEOUT_S) as http:
-                yield Stack(http)
-        finally:
-            process.terminate()
+    """A process of its own."""
+    with apart("benchmarks.stack") as url, httpx.Client(base_url=url) as http:
+        yield Stack(http)
 
 
 def main() -> None:
@@ -56,9 +46,7 @@ def main() -> None:
         await request.body()
         return Response(answers.setdefault(size, bytes(size)), media_type="application/octet-stream")
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-        uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning")).run(sockets=[listener])
+    serve(app)
 
 
 if __name__ == "__main__":
