@@ -127,7 +127,7 @@ def test_a_malformed_address_of_a_lease_is_refused(api: Api, service: ThreadServ
     api.create()
     api.lease()
     before = api.state(service)
-    for path in (api.path("/leases/" + "l" * 201), "/v1/runs/no%20name/leases/l"):
+    for path in (api.path("/leases/" + "l" * 201), "/v1/runs/no%20name/leases/l", "/v1/runs/name%0A/leases/l"):
         for method in ("PUT", "DELETE"):
             answer = api.http.request(method, path)
             assert (answer.status_code, slug(answer)) == (400, "malformed-request")

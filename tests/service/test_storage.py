@@ -170,6 +170,8 @@ def test_threads_read_the_same_file_at_the_same_time(storage: Storage) -> None:
         assert first.read() == second.read() == content[100:]
 
 
+# Not in memory, a dict that fsspec lists while other threads delete from it, should a garbage collection let them.
+@pytest.mark.parametrize("storage", ["directory", "fsspec-directory"], indirect=True)
 def test_threads_remove_the_same_tree_at_the_same_time(storage: Storage) -> None:
     for number in range(100):
         storage.write(f"tree/{number % 10}/{number}", [b"x"])

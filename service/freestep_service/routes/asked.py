@@ -38,7 +38,7 @@ class DataRoute(APIRoute):
 async def run_of(request: Request) -> Run:
     """The run that the path names. Raises MalformedRequest, RunNotFound and CoordinatorUnavailable."""
     name = request.path_params["run"]
-    if not _RUN_NAME.match(name):
+    if not _RUN_NAME.fullmatch(name):
         raise MalformedRequest("run: a run's name is 1 to 128 letters, digits, '.', '_' and '-'", field="run")
     run: Run = await request.app.state.registry.find(name)
     return run
