@@ -12,9 +12,19 @@ import torch
 from freestep_service.storage import Storage, open_storage
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["directory", "memory", "fsspec-directory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    return open_storage(tmp_path if request.param == "local" else f"memory://{uuid.uuid4()}/data")
+    """One of each kind: a directory, a backend without directories, and one with them.
+
+    Memory is not for threads: fsspec lists the dict that it is while others delete from it, should a garbage collection
+    in between let them.
+    """
+    places = {
+        "directory": str(tmp_path / "new" / "place"),
+        "memory": f"memory://{uuid.uuid4()}/data",
+        "fsspec-directory": f"local://{tmp_path}/new/place",
+    }
+    return open_storage(places[request.param])
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -330,6 +330,7 @@ def test_processes_drop_the_same_checkpoints_at_the_same_time(tmp_path: Path) ->
     assert len(list(tmp_path.glob("runs/run/checkpoints/*"))) == 2
 
 
+@pytest.mark.parametrize("storage", ["directory", "fsspec-directory"], indirect=True)
 def test_threads_write_list_and_drop_at_the_same_time(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
     made = shard()
     cuts = []

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,17 +14,6 @@ import pytest
 
 from freestep_service.storage import FsspecStorage, LocalStorage, Storage, open_storage
 from meanwhile import at_once
-
-
-@pytest.fixture(params=["directory", "memory", "fsspec-directory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """One of each kind: a directory, a backend without directories, and one with them."""
-    places = {
-        "directory": str(tmp_path / "new" / "place"),
-        "memory": f"memory://{uuid.uuid4()}",
-        "fsspec-directory": f"local://{tmp_path}/new/place",
-    }
-    return open_storage(places[request.param])
 
 
 def test_a_path_and_a_file_url_are_directories(tmp_path: Path) -> None:
@@ -170,7 +158,6 @@ def test_threads_read_the_same_file_at_the_same_time(storage: Storage) -> None:
         assert first.read() == second.read() == content[100:]
 
 
-# Not in memory, a dict that fsspec lists while other threads delete from it, should a garbage collection let them.
 @pytest.mark.parametrize("storage", ["directory", "fsspec-directory"], indirect=True)
 def test_threads_remove_the_same_tree_at_the_same_time(storage: Storage) -> None:
     for number in range(100):
