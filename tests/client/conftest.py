@@ -10,7 +10,7 @@ import httpx
 import pytest
 import torch
 
-from freestep import Client, LocalSteps
+from freestep import Client, LocalSteps, RemoteOptimizer
 from freestep.bulk import BulkTransport
 from freestep.client import Run
 from harness import ThreadService
@@ -61,6 +61,21 @@ def locally(service: ThreadService, name: str) -> Iterator[Callable[..., LocalSt
         given = {"run": name, "every": 5, "aggregation": "async", **options}
         inner = inner or torch.optim.AdamW(model.parameters(), **ADAMW)
         made.append(LocalSteps(model, inner, **(given if "client" in given else {"url": service.url, **given})))
+        return made[-1]
+
+    yield optimizer
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def remotely(service: ThreadService, name: str) -> Iterator[Callable[..., RemoteOptimizer]]:
+    """Makes optimizers of one run that takes every gradient off its parameters; they are closed with the test."""
+    made: list[RemoteOptimizer] = []
+
+    def optimizer(model: torch.nn.Module, **options: Any) -> RemoteOptimizer:
+        given = {"run": name, "algorithm": "sgd", "lr": 1.0, "aggregation": "async", **options}
+        made.append(RemoteOptimizer(model, **(given if "client" in given else {"url": service.url, **given})))
         return made[-1]
 
     yield optimizer

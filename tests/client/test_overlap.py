@@ -1,8 +1,7 @@
-"""Steps whose push travels while the next batch is computed: what they compute, and what may happen to them."""
+"""Steps whose push travels while the next batch is computed: what they compute, and what receives the answer."""
 
 from __future__ import annotations
 
-import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,24 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freestep import (
-    Client,
-    EvalMode,
-    Flat,
-    Int8,
-    NonFiniteGradient,
-    Receipt,
-    RemoteOptimizer,
-    Rounded,
-    Run,
-    RunNotFound,
-    ServiceUnreachable,
-    TopK,
-)
+from freestep import Client, EvalMode, Flat, Int8, RemoteOptimizer, Rounded, Run, TopK
 from freestep.encoders import Encoder
-from harness import ProcessService, ThreadService
+from harness import ThreadService
 from meanwhile import under_way
-from proxies import Cutter
+from overlapped import Counting, what
 from trained import held
 
 BATCHES = 8
@@ -44,38 +30,6 @@ def network() -> nn.Sequential:
 def loss_of(model: nn.Module, number: int) -> Tensor:
     loss: Tensor = model(torch.randn(8, 6, generator=torch.Generator().manual_seed(number))).square().sum()
     return loss
-
-
-class Counting(nn.Module):
-    """Parameters from 0 whose every gradient is -1: at a run of plain SGD they count the pushes that were applied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = nn.Parameter(torch.zeros(30))
-
-    def push(self, optimizer: RemoteOptimizer, value: float = -1.0, **options: Any) -> None:
-        self.count.grad = torch.full_like(self.count, value)
-        optimizer.step(**{"overlap": True, **options})
-
-    @property
-    def counted(self) -> int:
-        assert (self.count == self.count[0]).all()
-        return int(self.count[0].item())
-
-
-@pytest.fixture
-def make(service: ThreadService, name: str) -> Iterator[Callable[..., RemoteOptimizer]]:
-    """Makes optimizers of one run that takes every gradient off its parameters; they are closed with the test."""
-    made: list[RemoteOptimizer] = []
-
-    def optimizer(model: nn.Module, **options: Any) -> RemoteOptimizer:
-        given = {"run": name, "algorithm": "sgd", "lr": 1.0, "aggregation": "async", **options}
-        made.append(RemoteOptimizer(model, **(given if "client" in given else {"url": service.url, **given})))
-        return made[-1]
-
-    yield optimizer
-    for each in made:
-        each.close()
 
 
 class Gate:
@@ -100,10 +54,6 @@ def gate(service: ThreadService) -> Iterator[Gate]:
         for thread in threading.enumerate():
             if thread.name == "freestep-push":
                 thread.join()
-
-
-def what(receipt: Receipt | None) -> tuple[str, str | None, int, int] | None:
-    return None if receipt is None else (receipt.decision, receipt.reason, receipt.step, receipt.staleness)
 
 
 # What is computed
@@ -150,7 +100,7 @@ def by_hand(
 )
 def test_it_is_the_loop_with_one_step_of_delay(
     service: ThreadService,
-    make: Callable[..., RemoteOptimizer],
+    remotely: Callable[..., RemoteOptimizer],
     shards: int,
     closure: bool,
     options: dict[str, Any],
@@ -158,7 +108,7 @@ def test_it_is_the_loop_with_one_step_of_delay(
 ) -> None:
     model, seen = network(), []
     twin = network()
-    optimizer = make(model, algorithm="adamw_schedule_free", lr=0.01, shards=shards, **options)
+    optimizer = remotely(model, algorithm="adamw_schedule_free", lr=0.01, shards=shards, **options)
 
     def backward(number: int) -> Tensor:
         optimizer.zero_grad()
@@ -182,9 +132,9 @@ def test_it_is_the_loop_with_one_step_of_delay(
         assert torch.equal(mine, theirs), number
 
 
-def test_receipts_come_one_step_late(make: Callable[..., RemoteOptimizer]) -> None:
+def test_receipts_come_one_step_late(remotely: Callable[..., RemoteOptimizer]) -> None:
     model = Counting()
-    optimizer = make(model)
+    optimizer = remotely(model)
     seen = []
     for _ in range(3):
         model.push(optimizer)
@@ -197,19 +147,19 @@ def test_receipts_come_one_step_late(make: Callable[..., RemoteOptimizer]) -> No
     assert model.counted == 3
 
 
-def test_an_ordinary_step_comes_after_the_push_in_flight(make: Callable[..., RemoteOptimizer]) -> None:
+def test_an_ordinary_step_comes_after_the_push_in_flight(remotely: Callable[..., RemoteOptimizer]) -> None:
     model = Counting()
-    optimizer = make(model)
+    optimizer = remotely(model)
     model.push(optimizer)
     model.push(optimizer, overlap=False)
     assert what(optimizer.receipt) == ("applied", None, 2, 1)
     assert model.counted == 2
 
 
-def test_the_push_travels_while_its_caller_goes_on(make: Callable[..., RemoteOptimizer], gate: Gate) -> None:
+def test_the_push_travels_while_its_caller_goes_on(remotely: Callable[..., RemoteOptimizer], gate: Gate) -> None:
     """And takes with it what the gradients were, whatever becomes of them."""
     model = Counting()
-    optimizer = make(model, client=gate.client)
+    optimizer = remotely(model, client=gate.client)
     model.push(optimizer)
     gate.reached.wait()
     assert model.count.grad is not None
@@ -222,10 +172,10 @@ def test_the_push_travels_while_its_caller_goes_on(make: Callable[..., RemoteOpt
     assert model.counted == 1
 
 
-def test_large_gradients_are_copied_too(make: Callable[..., RemoteOptimizer], gate: Gate) -> None:
+def test_large_gradients_are_copied_too(remotely: Callable[..., RemoteOptimizer], gate: Gate) -> None:
     model = nn.Linear(300, 300)
     begun = held(model)
-    optimizer = make(model, client=gate.client)
+    optimizer = remotely(model, client=gate.client)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(overlap=True)
@@ -236,9 +186,9 @@ def test_large_gradients_are_copied_too(make: Callable[..., RemoteOptimizer], ga
     assert torch.equal(held(model), begun - 1.0)
 
 
-def test_a_closure_is_evaluated_while_the_push_travels(make: Callable[..., RemoteOptimizer], gate: Gate) -> None:
+def test_a_closure_is_evaluated_while_the_push_travels(remotely: Callable[..., RemoteOptimizer], gate: Gate) -> None:
     model = Counting()
-    optimizer = make(model, client=gate.client)
+    optimizer = remotely(model, client=gate.client)
     model.push(optimizer)
     gate.reached.wait()
 
@@ -258,9 +208,9 @@ def test_a_closure_is_evaluated_while_the_push_travels(make: Callable[..., Remot
 
 
 @pytest.mark.parametrize("by", ["flush", "eval", "state_dict", "close"])
-def test_the_answer_is_received_by(make: Callable[..., RemoteOptimizer], run: Run, by: str) -> None:
+def test_the_answer_is_received_by(remotely: Callable[..., RemoteOptimizer], run: Run, by: str) -> None:
     model = Counting()
-    optimizer = make(model)
+    optimizer = remotely(model)
     model.push(optimizer)
     model.push(optimizer)
     getattr(optimizer, by)()
@@ -270,9 +220,9 @@ def test_the_answer_is_received_by(make: Callable[..., RemoteOptimizer], run: Ru
     assert len(run.workers()) == (by != "close")
 
 
-def test_evaluation_in_between(make: Callable[..., RemoteOptimizer], run: Run) -> None:
+def test_evaluation_in_between(remotely: Callable[..., RemoteOptimizer], run: Run) -> None:
     model = network()
-    optimizer = make(model, algorithm="sgd_schedule_free", lr=0.01)
+    optimizer = remotely(model, algorithm="sgd_schedule_free", lr=0.01)
     for number in range(4):
         for part in range(2):
             optimizer.zero_grad()
@@ -289,9 +239,9 @@ def test_evaluation_in_between(make: Callable[..., RemoteOptimizer], run: Run) -
         assert torch.equal(held(model), torch.cat([each.reshape(-1) for each in y.values()]))
 
 
-def test_a_state_is_loaded_after_the_push_in_flight(make: Callable[..., RemoteOptimizer]) -> None:
+def test_a_state_is_loaded_after_the_push_in_flight(remotely: Callable[..., RemoteOptimizer]) -> None:
     model = Counting()
-    optimizer = make(model, push_encoding="int8")
+    optimizer = remotely(model, push_encoding="int8")
     state = optimizer.state_dict()
     model.push(optimizer, -1.0)
     optimizer.load_state_dict(state)
@@ -301,206 +251,21 @@ def test_a_state_is_loaded_after_the_push_in_flight(make: Callable[..., RemoteOp
     assert model.counted == 2
 
 
-def test_a_block_that_ends_waits_for_its_last_push(make: Callable[..., RemoteOptimizer], run: Run) -> None:
+def test_a_block_that_ends_waits_for_its_last_push(remotely: Callable[..., RemoteOptimizer], run: Run) -> None:
     model = Counting()
-    with make(model) as optimizer:
+    with remotely(model) as optimizer:
         model.push(optimizer)
     assert (model.counted, run.status().step) == (1, 1)
     assert run.workers() == []
 
 
 def test_a_block_that_an_error_ends_waits_for_nothing(
-    make: Callable[..., RemoteOptimizer], gate: Gate, run: Run
+    remotely: Callable[..., RemoteOptimizer], gate: Gate, run: Run
 ) -> None:
     model = Counting()
     with pytest.raises(KeyError, match="mine"):
-        with make(model, client=gate.client) as optimizer:
+        with remotely(model, client=gate.client) as optimizer:
             model.push(optimizer)
             gate.reached.wait()
             raise KeyError("mine")
     assert run.workers() == []
-
-
-# What the push fails with
-
-
-@pytest.mark.parametrize("by", ["flush", "eval", "state_dict", "close", "step"])
-def test_a_refusal_is_raised_by(make: Callable[..., RemoteOptimizer], run: Run, by: str) -> None:
-    model = Counting()
-    optimizer = make(model, worker="me")
-    model.push(optimizer, float("nan"))
-    model.count.grad = torch.full_like(model.count, -1.0)
-    with pytest.raises(NonFiniteGradient):
-        getattr(optimizer, by)()
-    assert (model.counted, optimizer.receipt) == (0, None)
-    assert len(run.workers()) == (by != "close")
-    if by != "close":
-        # It was told once, and the gradients that came after it are there still.
-        optimizer.step(overlap=True)
-        optimizer.flush()
-        assert model.counted == run.status().step == 1
-
-
-def test_a_run_that_is_gone_is_said_to_be(make: Callable[..., RemoteOptimizer], run: Run) -> None:
-    model = Counting()
-    optimizer = make(model)
-    run.delete()
-    model.push(optimizer)
-    with pytest.raises(RunNotFound):
-        model.push(optimizer)
-    optimizer.flush()
-
-
-@pytest.mark.parametrize("options", [{}, {"push_dtype": "F16"}, {"push_encoding": "int8"}], ids=str)
-def test_a_push_of_which_nothing_was_heard_is_sent_again_and_counts_once(
-    service: ThreadService, make: Callable[..., RemoteOptimizer], run: Run, options: dict[str, Any]
-) -> None:
-    to_come: list[int] = []
-    model = Counting()
-    with Cutter(service.url, to_come) as cutter, cutter.client() as client:
-        optimizer = make(model, client=client, lease_ttl_ms=3_600_000, **options)
-        model.push(optimizer)
-        optimizer.flush()
-        # So many bytes come of the next answers.
-        to_come += [0, 100]
-        model.push(optimizer)
-        for _ in range(2):
-            with pytest.raises(ServiceUnreachable):
-                model.push(optimizer)
-            assert model.counted == 1
-        model.push(optimizer)
-        optimizer.flush()
-        optimizer.close()
-    # What was in flight once, and what was pushed when it had landed.
-    assert (model.counted, run.status().step) == (3, 3)
-
-
-def test_closing_without_an_answer_is_closing(start_service: Callable[..., ThreadService], name: str) -> None:
-    service, model = start_service(), Counting()
-    with Client(service.url, retry_for=0) as client:
-        optimizer = RemoteOptimizer(model, client=client, run=name, algorithm="sgd", aggregation="async")
-        service.stop()
-        model.push(optimizer)
-        for _ in range(2):
-            with pytest.raises(ServiceUnreachable):
-                optimizer.flush()
-        with pytest.raises(ServiceUnreachable):
-            optimizer.close()
-        optimizer.close()
-
-
-def test_the_wrong_policies_are_refused(make: Callable[..., RemoteOptimizer], run: Run) -> None:
-    for number, aggregation in enumerate(
-        (
-            "sync",
-            {"policy": "quorum", "batch": 1},
-            {"policy": "rennala", "batch": 1},
-            {"policy": "async", "max_staleness": 0},
-        )
-    ):
-        model = Counting()
-        optimizer = make(model, run=f"{run.name}-{number}", aggregation=aggregation)
-        with pytest.raises(ValueError, match=r"a step late.*max_staleness is 0"):
-            model.push(optimizer)
-        model.push(optimizer, overlap=False)
-        assert model.counted == 1
-
-
-@pytest.mark.parametrize("policy", ["sync", "quorum", "rennala"])
-def test_with_a_staleness_of_one_they_are_not(make: Callable[..., RemoteOptimizer], policy: str) -> None:
-    model = Counting()
-    batch = {} if policy == "sync" else {"batch": 1}
-    optimizer = make(model, aggregation={"policy": policy, "max_staleness": 1, **batch})
-    for _ in range(3):
-        model.push(optimizer)
-    optimizer.flush()
-    assert model.counted == 3
-
-
-# Leases and epochs
-
-
-@pytest.mark.parametrize("by", ["flush", "step"])
-def test_a_push_under_a_lease_that_is_lost_counts_under_the_next(
-    make: Callable[..., RemoteOptimizer], run: Run, by: str
-) -> None:
-    model = Counting()
-    optimizer = make(model, worker="me")
-    model.push(optimizer)
-    optimizer.flush()
-    run.lease("me").release()
-    model.push(optimizer)
-    if by == "step":
-        model.push(optimizer)
-    optimizer.flush()
-    assert model.counted == run.status().step == (2 if by == "flush" else 3)
-    assert run.status().pushes["dropped"] == 0
-
-
-@pytest.mark.parametrize("change", ["restored", "resharded"])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_what_is_in_flight_in_an_epoch_that_ends_is_dropped_and_so_is_what_follows_it(
-    make: Callable[..., RemoteOptimizer], run: Run, shards: int, change: str
-) -> None:
-    model = Counting()
-    optimizer = make(model, shards=shards)
-    model.push(optimizer)
-    optimizer.flush()
-    if change == "restored":
-        run.checkpoint()
-        model.push(optimizer)
-        model.push(optimizer)
-        optimizer.flush()
-        assert model.counted == 3
-        run.restore(1)
-    else:
-        run.reshard(2)
-    model.push(optimizer)
-    optimizer.flush()
-    assert what(optimizer.receipt) == ("dropped", "epoch-changed", 1, 0)
-    if change == "restored":
-        run.restore(1)
-    else:
-        run.reshard(3)
-    model.push(optimizer)
-    optimizer.receipt = None
-    # Taken at y of the epoch before.
-    model.push(optimizer)
-    assert what(optimizer.receipt) == ("dropped", "epoch-changed", 1, 0)
-    assert model.counted == 1
-    model.push(optimizer)
-    model.push(optimizer)
-    optimizer.flush()
-    assert model.counted == run.status().step == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("end", ["killed", "stopped"])
-def test_a_service_that_goes_while_a_push_is_in_flight(
-    start_process: Callable[..., ProcessService], name: str, end: str
-) -> None:
-    service, model = start_process(), Counting()
-    with (
-        Client(service.url) as client,
-        RemoteOptimizer(model, url=service.url, run=name, algorithm="sgd", lr=1.0, aggregation="async") as optimizer,
-    ):
-        for _ in range(3):
-            model.push(optimizer)
-        optimizer.flush()
-        client.run(name).checkpoint()
-        service.send_signal(signal.SIGSTOP)
-        model.push(optimizer)
-        if end == "killed":
-            service.kill()
-        else:
-            service.stop()
-        service.start()
-        model.push(optimizer)
-        model.push(optimizer)
-        optimizer.flush()
-        status = client.run(name).status()
-        y, step = client.run(name).pull("y")
-    # In a new epoch the first two are of no use; else each counts once, whether or not the service had it before.
-    assert (status.epoch, step) == ((2, 4) if end == "killed" else (1, 6))
-    assert model.counted == step
-    assert torch.equal(y["count"], model.count)

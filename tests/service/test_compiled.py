@@ -4,89 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from numba.core import event
-from torch import Tensor
 
-from forms import FORMS, hyperparameters, own
-from freestep.encoding import INT8
-from freestep.hyperparameters import SGD
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
-from freestep_service.optimizers import (
-    Blocks,
-    Conditions,
-    Gradient,
-    Quanta,
-    Quantized,
-    Segment,
-    gather,
-    initial_buffers,
-    interpolate,
-    method_of,
-    points,
-    quantize,
-    square_sum,
-    step,
-    sweep,
-    widen,
-)
-from freestep_service.optimizers.readiness import DTYPES, compile_loops, compile_rule
+from forms import FORMS
+from freestep_service.optimizers import gather, points, square_sum, sweep
 from freestep_service.optimizers.slices import LEAST
-from plain_calls import Api
+from stretch import SIZES, USUAL, Stretch, random_vector
 
-USUAL = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "sgd", "adamw"]
-"""Forms whose rules are compiled at the start, and are tried at all sizes."""
 RARE = [form for form in FORMS if form not in USUAL]
-SIZES = [0, 1, 7, 15, 16, 17, 1000, 2 * LEAST - 1, 2 * LEAST, 3 * LEAST + 17]
-"""Around the width of vector instructions, and where a second thread is given a slice."""
-
-
-def random_vector(numel: int, seed: int) -> Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
-
-
-class Stretch:
-    """Elements `begin` to `end` of a run whose groups alternate, as the shard that has them steps."""
-
-    def __init__(self, form: str, weights: Tensor, begin: int, end: int) -> None:
-        chosen = hyperparameters(form)
-        self.begin, self.end, self.method = begin, end, method_of(chosen)
-        numel = weights.numel()
-        edges = sorted({0, numel // 3, numel // 2 + 1, min(numel // 2 + 4, numel), numel} & set(range(numel + 1)))
-        self.layout = [
-            Segment(group, max(first, begin) - begin, min(last, end) - begin)
-            for (first, last), group in zip(itertools.pairwise(edges), itertools.cycle(("even", "odd")))
-            if max(first, begin) < min(last, end)
-        ]
-        self.hyperparameters = {"even": chosen, "odd": chosen.overruled(own(form, lr=0.1, weight_decay=0.3))}
-        self.buffers = initial_buffers(self.method, weights[begin:end].clone())
-        self.scalars = dict.fromkeys(self.hyperparameters, self.method.initial)
-
-    def step(self, pushed: Tensor, share: float = 1.0, gathered: Tensor | None = None) -> None:
-        part = slice(self.begin, self.end)
-        gradient = Gradient(pushed[part], 0.3, share, None if gathered is None else gathered[part])
-        self.scalars = step(
-            self.method,
-            self.layout,
-            self.hyperparameters,
-            self.scalars,
-            self.buffers,
-            gradient,
-            Conditions(0.7, expected_staleness=3.0),
-        )
-
-    def point(self, name: str, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(self.end - self.begin, dtype=dtype)
-        interpolate(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, name, out)  # type: ignore[arg-type]
-        return out
 
 
 @pytest.mark.parametrize("numel", SIZES)
@@ -220,144 +148,6 @@ def test_what_is_not_finite_stays_where_it_is(form: str) -> None:
     assert not odd.buffers["y"][0].isfinite()
     for name, buffer in odd.buffers.items():
         assert torch.equal(buffer[~touched], plain.buffers[name][~touched])
-
-
-def test_no_push_waits_for_a_compiler() -> None:
-    compile_loops()
-    forms = [*USUAL, "adamw-ema", "schedule_free_wrapper-rmsprop"]
-    for form in forms:
-        compile_rule(hyperparameters(form), gathers=True)
-    wide = torch.ones(9)
-    manifest = Manifest([ParameterSpec(name="w", shape=(9,))])
-    blocks = Blocks.of(manifest, INT8)
-    int8 = Quanta(torch.empty(9, dtype=torch.int8), torch.empty(1), blocks)
-    with event.install_recorder("numba:compile") as compilations:
-        for form in forms:
-            stretch = Stretch(form, random_vector(9, 0), 0, 9)
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                stretch.step(random_vector(9, 1).to(dtype))
-                stretch.step(random_vector(9, 1).to(dtype), 0.5, wide)
-            for point, dtype in itertools.product("xyz", (torch.float32, torch.bfloat16, torch.float16)):
-                stretch.point(point, dtype)
-            for point in ("x", "y"):
-                quantize(
-                    stretch.method,
-                    stretch.layout,
-                    stretch.hyperparameters,
-                    stretch.scalars,
-                    stretch.buffers,
-                    point,
-                    int8,
-                )
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for first in (True, False):
-                gather(wide, random_vector(9, 1).to(dtype), 0.5, first=first)
-            square_sum(wide.to(dtype))
-        for dtype in (torch.bfloat16, torch.float16):
-            widen(wide.to(dtype), wide)
-        came = Quantized(manifest.slots, [wide.to(torch.int8)], [torch.ones(1)], 256)
-        step(
-            stretch.method,
-            stretch.layout,
-            stretch.hyperparameters,
-            stretch.scalars,
-            stretch.buffers,
-            Gradient(came),
-        )
-        gather(wide, came, 0.5, first=False)
-        came.square_sum()
-    assert not compilations.buffer
-
-
-def test_the_start_compiles_the_usual_rules_and_a_run_its_own(api: Api) -> None:
-    sweep._loop.cache_clear()
-    compile_loops()
-
-    def ready(form: str) -> list[bool]:
-        """Whether loops are compiled: for each dtype alone, and in a group."""
-        method = method_of(hyperparameters(form))
-        loops = [(method.rule, len(method.buffers), dtype, gathered) for gathered in (False, True) for dtype in DTYPES]
-        return [bool(sweep._loop(*loop).signatures) for loop in loops]  # type: ignore[attr-defined]
-
-    rare = "schedule_free_wrapper-rprop"
-    assert all(all(ready(form)) for form in USUAL)
-    assert not any(ready(rare))
-    api.create(optimizer=FORMS[rare], aggregation={"policy": "async"})
-    assert ready(rare) == [True] * 3 + [False] * 3
-    assert api.push(api.lease(), 0).json()["decision"] == "applied"
-    api.http.delete(api.path())
-    api.create(optimizer=FORMS[rare], aggregation={"policy": "buffered", "batch": 2})
-    assert all(ready(rare))
-
-
-SUM_ONCE = """
-import torch
-from numba.core import event
-from freestep_service.optimizers import square_sum
-with event.install_recorder("numba:compile") as compilations:
-    assert square_sum(torch.ones(3)) == 3
-print(len(compilations.buffer))
-"""
-
-
-@pytest.mark.slow
-def test_machine_code_is_kept_where_there_is_a_place_for_it(tmp_path: Path) -> None:
-    def compilations(folder: Path | str) -> int:
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
-        return int(subprocess.check_output([sys.executable, "-W", "error", "-c", SUM_ONCE], env=environment))
-
-    assert compilations(tmp_path) > 0
-    assert compilations(tmp_path) == 0
-    assert compilations("/dev/null/nowhere") > 0
-
-
-EDGES = torch.tensor(
-    [
-        *(
-            0.0,
-            -0.0,
-            math.inf,
-            -math.inf,
-            math.nan,
-            -math.nan,
-            3.4028235e38,
-            -3.4028235e38,
-            1e-45,
-            -1e-45,
-            1.1754944e-38,
-        ),
-        # The largest of F16 and BF16, what is just rounded to it, and what is just not.
-        *(65504.0, 65519.996, 65520.0, -65520.0, 3.3895314e38, 3.3961775e38, 3.3961776e38),
-        # F16's subnormals: the smallest, its half, which ties to 0, just above it, and where they end.
-        *(5.9604645e-08, 2.9802322e-08, 2.9802326e-08, 6.1035156e-05, 6.097555e-05, 6.1005354e-05),
-    ]
-)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_points_are_rounded_as_torch_rounds(dtype: torch.dtype, threads: int) -> None:
-    every_half = torch.arange(2**16).to(torch.uint16).view(dtype).float()
-    bits = every_half.view(torch.int32)
-    # Both neighbours of each number that 16 bits can hold, and of what lies halfway to the next.
-    halfway = 2**15 if dtype == torch.bfloat16 else 2**12
-    near = [(bits + offset).view(torch.float32) for offset in (-1, 1, halfway - 1, halfway, halfway + 1)]
-    anywhere = torch.randint(-(2**31), 2**31, (2**20,), generator=torch.Generator().manual_seed(0))
-    y = torch.cat([EDGES, every_half, *near, anywhere.to(torch.int32).view(torch.float32)])
-    out = torch.empty(y.numel(), dtype=dtype)
-    interpolate(method_of(SGD()), [Segment("", 0, y.numel())], {"": SGD()}, {"": {}}, {"y": y}, "y", out)
-    assert torch.equal(out.isnan(), y.isnan())
-    number = ~y.isnan()
-    assert torch.equal(out.view(torch.int16)[number], y.to(dtype).view(torch.int16)[number])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_are_widened_as_torch_widens(dtype: torch.dtype) -> None:
-    halves = torch.arange(2**16).to(torch.uint16).view(dtype)
-    out = torch.empty(halves.numel())
-    assert not math.isfinite(widen(halves, out))
-    assert torch.equal(out.isnan(), halves.isnan())
-    number = ~halves.isnan()
-    assert torch.equal(out.view(torch.int32)[number], halves.float().view(torch.int32)[number])
 
 
 @pytest.mark.parametrize("numel", SIZES)
