@@ -24,7 +24,7 @@ from benchmarks.services import running_service
 from benchmarks.updates import freestep
 from benchmarks.worker import new_run
 from freestep import Client, Flat
-from freestep_service.optimizers.streams import settle
+from freestep_service.optimizers.kernels.streams import settle
 
 PARAMETERS, ROUNDS = 124_000_000, 15
 QUICK_PARAMETERS, QUICK_ROUNDS = 5_000_000, 5

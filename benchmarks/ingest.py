@@ -16,14 +16,14 @@ from starlette.routing import Route
 
 from benchmarks.apart import apart, serve
 from freestep import Flat
+from freestep.api.models import ParameterSpec
 from freestep.bulk import Body as Outgoing
 from freestep.bulk import BulkTransport
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
-from freestep.wire import Receiver
-from freestep_service.connection import Connection
-from freestep_service.ingest import Body
-from freestep_service.vectors import Vector
+from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import Receiver
+from freestep_service.state.buffers import Vector
+from freestep_service.web.body import Body
+from freestep_service.web.connection import Connection
 
 __all__ = ["Ingest", "ingest_alone"]
 

@@ -34,7 +34,7 @@ from benchmarks.options import Options, parser_of_sizes
 from benchmarks.services import Service, cpu_seconds, running_service
 from benchmarks.worker import Worker, spec
 from freestep import Client, Flat, FreestepError, Run
-from freestep_service.embedded import embedded_store
+from freestep_service.coordination.embedded import embedded_store
 
 SHARDS = (1, 2, 4)
 SIZES = {5_000_000: 40, 25_000_000: 20}
@@ -53,13 +53,13 @@ BOUND_AT = 25_000_000
 
 _SETTLED_S = 0.02
 """What a push leaves to be done after its answer is done by then."""
-_HEARTBEATS = {"beat", "own", "expired", "expire", "renew", "smembers", "subscribe"}
+_HEARTBEATS = {"node_heartbeat", "run_heartbeat", "leases_due", "leases_expire", "lease_renew", "smembers", "subscribe"}
 """Calls that are made whether or not anybody pushes."""
 
 
 def _script_names() -> dict[str, str]:
     """What the service's scripts are called, by the digests that EVALSHA names them by."""
-    folder = files("freestep_service") / "lua"
+    folder = files("freestep_service.coordination") / "lua"
     prelude = (folder / "_prelude.lua").read_text()
     scripts = [entry for entry in folder.iterdir() if entry.name.endswith(".lua") and not entry.name.startswith("_")]
     return {

@@ -43,7 +43,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class RedisPipeline:
     """The cost of a push as a fixed part and one by size; `farthest` is the largest relative distance of a cost."""
 
     fixed_ms: float
@@ -67,16 +67,16 @@ def measure(parameters: int, windows: int, seconds: float) -> list[Point]:
     return [Point(parameters, workers, median(taken), spread(taken)) for workers, taken in costs.items()]
 
 
-def fit(points: Sequence[Point]) -> Line:
+def fit(points: Sequence[Point]) -> RedisPipeline:
     """The line of one worker's costs."""
     alone = [point for point in points if point.workers == 1]
     sizes = np.array([point.parameters / 1e6 for point in alone])
     costs = np.array([point.cost_ms for point in alone])
     slope, fixed = np.polyfit(sizes, costs, 1, w=1 / costs)
-    return Line(float(fixed), float(slope), float(np.max(np.abs((fixed + slope * sizes) / costs - 1))))
+    return RedisPipeline(float(fixed), float(slope), float(np.max(np.abs((fixed + slope * sizes) / costs - 1))))
 
 
-def draw(points: Sequence[Point], line: Line, file: Path) -> None:
+def draw(points: Sequence[Point], line: RedisPipeline, file: Path) -> None:
     """Writes the plot of cost against size."""
     import matplotlib
 

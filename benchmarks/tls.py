@@ -1,4 +1,4 @@
-"""What TLS costs: push + pull of one worker over it, beside the same without it, in turns."""
+"""What TLS costs: push + pull of one worker over it, beside the same without it, in locks."""
 
 from __future__ import annotations
 

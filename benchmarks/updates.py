@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.floor import BYTES_PER_PARAMETER, copy_pass
-from freestep.hyperparameters import ALGORITHMS, OptimizerSpec
+from freestep.api.hyperparameters import ALGORITHMS, OptimizerSpec
 from freestep_service.optimizers import Gradient, Scalars, Segment, initial_buffers, method_of, step
 from freestep_service.optimizers.readiness import compile_loops
 

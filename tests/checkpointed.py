@@ -12,12 +12,12 @@ import torch
 import xxhash
 
 from forms import FORMS, own
-from freestep.manifest import Manifest
-from freestep.models import RunSpec
-from freestep_service.checkpoints import Checkpoints
-from freestep_service.records import CutId, Record
-from freestep_service.sealed import Damaged
-from freestep_service.shard import Cut, Entry, Shard
+from freestep.api.models import RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.domain.records import CheckpointId, Record
+from freestep_service.state.shard import Entry, Shard, StateCopy
+from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checksummed import Damaged
 
 __all__ = [
     "RECORD",
@@ -76,16 +76,18 @@ def bounds(count: int) -> list[tuple[int, int]]:
     return [(manifest.begin, manifest.end) for manifest in manifests]
 
 
-def identity(cut: Cut) -> CutId:
-    return CutId(cut.epoch, cut.step, cut.seq)
+def identity(cut: StateCopy) -> CheckpointId:
+    return CheckpointId(cut.epoch, cut.step, cut.seq)
 
 
-def part_of(cut: Cut, begin: int, end: int) -> Cut:
+def part_of(cut: StateCopy, begin: int, end: int) -> StateCopy:
     """What a shard of the same run holds of a cut."""
     return dataclasses.replace(cut, tensors={name: tensor[begin:end].clone() for name, tensor in cut.tensors.items()})
 
 
-def write(checkpoints: Checkpoints, cut: Cut, shards: int = 1, receipts: Mapping[str, Record] | None = None) -> CutId:
+def write(
+    checkpoints: Checkpoints, cut: StateCopy, shards: int = 1, receipts: Mapping[str, Record] | None = None
+) -> CheckpointId:
     """Writes all parts of a cut, as that many shards do."""
     for begin, end in bounds(shards):
         checkpoints.write(part_of(cut, begin, end), begin, end, 37, receipts or {})
@@ -93,7 +95,7 @@ def write(checkpoints: Checkpoints, cut: Cut, shards: int = 1, receipts: Mapping
     return identity(cut)
 
 
-def newest(checkpoints: Checkpoints, begin: int = 0, end: int = 37) -> Cut | None:
+def newest(checkpoints: Checkpoints, begin: int = 0, end: int = 37) -> StateCopy | None:
     """The newest checkpoint that passes its checks, found as a shard finds it."""
     while offers := checkpoints.offers(begin, end):
         try:

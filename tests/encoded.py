@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freestep.header import header_of
+from freestep.wire.header import header_of
 
 __all__ = ["assemble", "decoded", "int8", "topk"]
 

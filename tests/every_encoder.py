@@ -11,11 +11,11 @@ from torch import Tensor
 
 import encoded
 from freestep import Flat, Int8, Rounded, TopK
+from freestep.api.models import ParameterSpec
 from freestep.encoders import Encoder
-from freestep.encoding import ENCODINGS
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
-from freestep.wire import Receiver, lay
+from freestep.wire.encoding import ENCODINGS
+from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import Receiver, lay
 
 __all__ = ["MAKERS", "MANIFEST", "SHAPES", "filled", "read", "said", "whole"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freestep.manifest import Manifest
-from freestep.models import RunSpec
+from freestep.api.models import RunSpec
+from freestep.wire.manifest import Manifest
 from freestep_service.optimizers import Conditions, Gradient, initial_buffers, interpolate, method_of, segments, step
 
 STEPS = 250

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from freestep.hyperparameters import ALGORITHMS, OptimizerSpec
+from freestep.api.hyperparameters import ALGORITHMS, OptimizerSpec
 
 BASES: dict[str, dict[str, Any]] = {
     "sgd": {"algorithm": "sgd", "lr": 0.05},

@@ -17,9 +17,9 @@ from redis import Redis
 
 import forked
 from freestep_service.app import create_app
-from freestep_service.connection import Connection
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
+from freestep_service.web.connection import Connection
 
 ORDINARY: dict[str, Any] = {"checkpoint_seconds": 3600.0, "inline_elements": 0}
 """Settings, unless a test has its own: no checkpoint is written because a test takes long on a busy machine, and small

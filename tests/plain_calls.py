@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from freestep.wire import MEDIA_TYPE
+from freestep.wire.receiver import MEDIA_TYPE
 from harness import ThreadService
 from meanwhile import at_once
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from forms import hyperparameters, own
 from freestep_service.optimizers import Conditions, Gradient, Segment, initial_buffers, interpolate, method_of, step
-from freestep_service.optimizers.slices import LEAST
+from freestep_service.optimizers.kernels.slices import LEAST
 
 USUAL = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "sgd", "adamw"]
 """Forms whose rules are compiled at the start, and are tried at all sizes."""

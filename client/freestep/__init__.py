@@ -1,5 +1,6 @@
 """freestep: Schedule-Free optimization as a service; the client."""
 
+from freestep.api.models import AggregationSpec, Receipt, RunSpec, RunStatus
 from freestep.client import Client, Pulled, Run
 from freestep.encoders import Int8, Rounded, TopK
 from freestep.errors import *  # noqa: F403
@@ -7,7 +8,6 @@ from freestep.errors import __all__ as _errors
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
 from freestep.local_steps import LocalSteps
-from freestep.models import AggregationSpec, Receipt, RunSpec, RunStatus
 from freestep.optimizer import RemoteOptimizer
 
 __version__ = "0.1.0"

@@ -25,7 +25,7 @@ from urllib.request import getproxies
 import h11
 import httpx
 
-from freestep.wire import Sink, lay
+from freestep.wire.receiver import Sink, lay
 
 __all__ = ["Body", "BulkTransport", "direct_mounts", "pour"]
 

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from freestep.api.models import MOST_SHARDS, Checkpoint, Metric, MetricReport, Point, PointDtype, RunStatus
 from freestep.client import DEFAULT_URL, Client, Pulled
 from freestep.errors import FreestepError, ServiceUnreachable
 from freestep.flat import Flat
-from freestep.models import MOST_SHARDS, Checkpoint, Metric, MetricReport, Point, PointDtype, RunStatus
 from freestep_command import importing
 
 __all__ = ["main"]

@@ -16,14 +16,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from freestep.bulk import BulkTransport, direct_mounts
-from freestep.encoders import Encoder
-from freestep.errors import ProblemError, UnexpectedResponse
-from freestep.flat import Flat
-from freestep.lease import Claim, HeldLease
-from freestep.loose import Loose
-from freestep.manifest import Manifest
-from freestep.models import (
+from freestep.api.models import (
     MOST_SHARDS,
     Checkpoint,
     CheckpointList,
@@ -39,9 +32,16 @@ from freestep.models import (
     Topology,
     WorkerStatus,
 )
-from freestep.parts import PASSING, Begun, Call, Shards
-from freestep.ranks import ALONE, Ranks
+from freestep.bulk import BulkTransport, direct_mounts
+from freestep.encoders import Encoder
+from freestep.errors import ProblemError, UnexpectedResponse
+from freestep.flat import Flat
+from freestep.in_place_gradient import Loose
+from freestep.lease import Claim, HeldLease
+from freestep.sharding import PASSING, Begun, Call, Shards
 from freestep.transport import Answer, Transport
+from freestep.wire.manifest import Manifest
+from freestep.worker_group import ALONE, Ranks
 
 __all__ = ["Client", "Exchange", "Pulled", "Run", "worker_name"]
 
@@ -207,7 +207,7 @@ class Run:
         return self._read_topology(retry=True)
 
     def reshard(self, shards: int) -> RunStatus:
-        """Cuts the run into another number of shards, in a new epoch."""
+        """ConsistentReads the run into another number of shards, in a new epoch."""
         wish = {"shards": shards}
         return self._noted(self._transport.request("POST", f"{self._path}/reshard", json=wish, retry=False))
 

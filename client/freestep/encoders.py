@@ -15,11 +15,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from freestep.encoding import INDICES, ITEMSIZE, VALUES, Encoding
 from freestep.errors import FreestepError, ManifestMismatch
 from freestep.flat import DTYPES, Flat, bytes_of
-from freestep.header import header_of
-from freestep.manifest import Manifest, Slot
+from freestep.wire.encoding import INDICES, ITEMSIZE, VALUES, Encoding
+from freestep.wire.header import header_of
+from freestep.wire.manifest import Manifest, Slot
 
 __all__ = ["Encoder", "Int8", "Part", "Rounded", "TopK"]
 

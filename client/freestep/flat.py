@@ -10,12 +10,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from freestep.encoding import SCALE
+from freestep.api.models import PointDtype
 from freestep.errors import FreestepError, ManifestMismatch
-from freestep.header import encode_header
-from freestep.manifest import Manifest, Slot
-from freestep.models import PointDtype
-from freestep.wire import Receiver
+from freestep.wire.encoding import SCALE
+from freestep.wire.header import encode_header
+from freestep.wire.manifest import Manifest, Slot
+from freestep.wire.receiver import Receiver
 
 __all__ = ["DTYPES", "Flat", "Stretch", "bytes_of"]
 

@@ -8,14 +8,14 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from freestep.api.models import Dtype
 from freestep.encoders import Encoder, Int8, Rounded, TopK
-from freestep.encoding import ENCODINGS, Encoding
 from freestep.errors import FreestepError, ManifestMismatch
 from freestep.flat import DTYPES, Flat
-from freestep.loose import Loose
-from freestep.manifest import Manifest
-from freestep.models import Dtype
-from freestep.ranks import Batch, Ranks
+from freestep.in_place_gradient import Loose
+from freestep.wire.encoding import ENCODINGS, Encoding
+from freestep.wire.manifest import Manifest
+from freestep.worker_group import Batch, Ranks
 
 __all__ = ["Gradients", "Wire"]
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
+from freestep.api.hyperparameters import ALGORITHMS
+from freestep.api.models import DEFAULT_GROUP, RunSpec
 from freestep.errors import InvalidSpec
-from freestep.hyperparameters import ALGORITHMS
-from freestep.models import DEFAULT_GROUP, RunSpec
 
 __all__ = ["complete", "named", "run_spec", "trainable"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from freestep.api.models import Lease
 from freestep.errors import EpochChanged, FreestepError, LeaseExpired, RunNotFound
-from freestep.models import Lease
 from freestep.transport import Transport
 
 __all__ = ["Claim", "HeldLease"]

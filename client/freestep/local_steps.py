@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freestep.api.models import Point, Receipt
 from freestep.client import Pulled
 from freestep.errors import EvalMode, FreestepError, ManifestMismatch, NonFiniteGradient
-from freestep.flight import refuse_late_gradients
-from freestep.models import Point, Receipt
+from freestep.inflight_push import refuse_late_gradients
 from freestep.optimizer import RemoteOptimizer
-from freestep.ranks import Batch
 from freestep.rounds import Round
+from freestep.worker_group import Batch
 
 __all__ = ["LocalSteps"]
 

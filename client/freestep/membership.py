@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from itertools import zip_longest
 
+from freestep.api.models import Lease, RunSpec
 from freestep.client import Pulled, Run
 from freestep.errors import AlreadyInitialized, ManifestMismatch, RunExists
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
-from freestep.models import Lease, RunSpec
-from freestep.ranks import Batch, Ranks
+from freestep.worker_group import Batch, Ranks
 
 __all__ = ["Membership"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from freestep.api.models import AggregationSpec, Dtype, Point, PointDtype, Receipt
 from freestep.client import Client, Pulled, worker_name
-from freestep.encoding import Encoding
 from freestep.errors import (
     EpochChanged,
     EvalMode,
@@ -26,14 +26,14 @@ from freestep.errors import (
     StepNotReached,
 )
 from freestep.flat import Flat
-from freestep.flight import Flight, refuse_late_gradients
 from freestep.gradients import Gradients, Wire
 from freestep.groups import complete, named, run_spec, trainable
+from freestep.inflight_push import Flight, refuse_late_gradients
 from freestep.lease import HeldLease
-from freestep.manifest import Manifest
 from freestep.membership import Membership
-from freestep.models import AggregationSpec, Dtype, Point, PointDtype, Receipt
-from freestep.ranks import Batch, ranks_of
+from freestep.wire.encoding import Encoding
+from freestep.wire.manifest import Manifest
+from freestep.worker_group import Batch, ranks_of
 
 __all__ = ["RemoteOptimizer"]
 

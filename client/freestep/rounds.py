@@ -10,8 +10,8 @@ from torch import Tensor
 
 from freestep.client import Pulled
 from freestep.flat import Flat
-from freestep.manifest import Manifest
-from freestep.ranks import Batch
+from freestep.wire.manifest import Manifest
+from freestep.worker_group import Batch
 
 __all__ = ["Round"]
 

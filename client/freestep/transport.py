@@ -30,7 +30,7 @@ from freestep.errors import (
     Unauthenticated,
     UnexpectedResponse,
 )
-from freestep.wire import MEDIA_TYPE, Receiver
+from freestep.wire.receiver import MEDIA_TYPE, Receiver
 
 __all__ = ["Answer", "Place", "Transport", "in_background"]
 

@@ -28,7 +28,7 @@ from examples.lab.service import serving
 from examples.lab.training import batches
 from examples.lab.tuning import Trial, over_seeds, tune
 from freestep import Client, LocalSteps, RemoteOptimizer
-from freestep.models import Dtype
+from freestep.api.models import Dtype
 
 WORKERS, BATCH, SEEDS, STEPS = 4, 16, 3, 400
 QUICK_SEEDS, QUICK_STEPS = 1, 10

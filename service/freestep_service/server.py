@@ -12,10 +12,9 @@ from pydantic_settings import CliApp
 from rich.console import Console
 
 from freestep_service.app import create_app
-from freestep_service.connection import Connection
-from freestep_service.faults import CannotStart
-from freestep_service.settings import Settings
+from freestep_service.settings import CannotStart, Settings
 from freestep_service.tls import uvicorn_options
+from freestep_service.web.connection import Connection
 
 __all__ = ["main", "serve"]
 

@@ -11,7 +11,19 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-__all__ = ["Settings"]
+__all__ = ["BadSetting", "CannotStart", "Settings"]
+
+
+class CannotStart(Exception):
+    """What keeps the service from starting: one line that says what is wrong and what to do about it."""
+
+    exit_code = 1
+
+
+class BadSetting(CannotStart):
+    """A setting is wrong wherever the service is started."""
+
+    exit_code = 2
 
 
 class Settings(BaseSettings):

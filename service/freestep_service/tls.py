@@ -8,8 +8,7 @@ from typing import Any
 
 import httpx
 
-from freestep_service.faults import CannotStart
-from freestep_service.settings import Settings
+from freestep_service.settings import CannotStart, Settings
 
 __all__ = ["trusted_by", "uvicorn_options"]
 

@@ -35,9 +35,9 @@ from freestep import (
     StepNotReached,
     UnexpectedResponse,
 )
+from freestep.api.models import Metric, MetricReceipt, ParameterSpec
 from freestep.flat import DTYPES
-from freestep.manifest import Manifest
-from freestep.models import Metric, MetricReceipt, ParameterSpec
+from freestep.wire.manifest import Manifest
 from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import SGD, TENSORS

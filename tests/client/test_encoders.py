@@ -8,9 +8,9 @@ import torch
 import encoded
 from every_encoder import MAKERS, MANIFEST, filled, read, said, whole
 from freestep import Flat, FreestepError, Int8, MalformedTensors, ManifestMismatch, Rounded, TopK, encoders
+from freestep.api.models import ParameterSpec
 from freestep.flat import DTYPES
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
+from freestep.wire.manifest import Manifest
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])

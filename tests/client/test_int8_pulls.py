@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import encoded
 from freestep import Client, Flat, FreestepError, MalformedTensors, RemoteOptimizer, Run, flat
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
-from freestep.wire import lay
+from freestep.api.models import ParameterSpec
+from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import lay
 from harness import ThreadService
 from proxies import Cutter
 

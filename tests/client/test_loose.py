@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from freestep import Flat, RemoteOptimizer, loose
-from freestep.loose import Loose
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
+from freestep.api.models import ParameterSpec
+from freestep.in_place_gradient import Loose
+from freestep.wire.manifest import Manifest
 from harness import ThreadService
 
 LARGE = loose._LARGE

@@ -11,9 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from forms import FORMS, own
+from freestep.api.hyperparameters import ALGORITHMS
+from freestep.api.models import LeaseRequest, RunSpec
 from freestep.errors import PROBLEMS, ProblemError
-from freestep.hyperparameters import ALGORITHMS
-from freestep.models import LeaseRequest, RunSpec
 
 
 def spec(**changes: Any) -> dict[str, Any]:

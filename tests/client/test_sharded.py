@@ -18,9 +18,9 @@ from torch import nn
 
 import forked
 from freestep import AlreadyInitialized, Client, Flat, NonFiniteGradient, Receipt, RemoteOptimizer, Run, StepNotReached
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
-from freestep.wire import lay
+from freestep.api.models import ParameterSpec
+from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import lay
 from harness import ProcessService, ThreadService
 from meanwhile import at_once, under_way
 from plain_calls import TENSORS
@@ -182,14 +182,14 @@ def test_a_worker_goes_on_when_its_run_is_cut_anew(nodes: list[ThreadService], c
     with RemoteOptimizer(model, run="cut", url=nodes[1].url, algorithm="sgd_schedule_free", shards=SHARDS) as optimizer:
         train(model, optimizer, 3)
         before = held(model)
-        assert client.run("cut").reshard(shards).shards == shards
+        assert client.run("request_cut").reshard(shards).shards == shards
         train(model, optimizer, 1)
         assert optimizer.receipt is not None
         assert (optimizer.receipt.decision, optimizer.receipt.reason) == ("dropped", "epoch-changed")
         assert torch.equal(held(model), before)
         train(model, optimizer, 1)
         assert (optimizer.receipt.decision, optimizer.receipt.step) == ("applied", 4)
-        status = client.run("cut").status()
+        status = client.run("request_cut").status()
         assert (status.shards, status.spec.shards) == (shards, SHARDS)
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freestep import Flat
-from freestep.encoding import ITEMSIZE
+from freestep.api.models import ParameterSpec
 from freestep.errors import MalformedTensors, ManifestMismatch
-from freestep.header import encode_header
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
-from freestep.wire import Receiver, lay
+from freestep.wire.encoding import ITEMSIZE
+from freestep.wire.header import encode_header
+from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import Receiver, lay
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SHAPES = {"first": (3, 4), "scalar": (), "empty": (0, 2), "last": (5,), "naïve.名": (2, 1, 2)}

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from freestep import Client
+from freestep.api.models import Metric
 from freestep.demo.data import load
 from freestep.demo.evaluator import Evaluation
 from freestep.demo.main import progress
@@ -24,7 +25,6 @@ from freestep.demo.model import SmallConvNet
 from freestep.demo.plot import draw
 from freestep.demo.processes import Processes
 from freestep.demo.worker import shifted
-from freestep.models import Metric
 from harness import ProcessService
 from meanwhile import wait_until
 

@@ -1,4 +1,4 @@
-"""Messages that are not HTTP/1.1: refused with a problem document, in their turn, and nothing else is disturbed."""
+"""Channels that are not HTTP/1.1: refused with a problem document, in their turn, and nothing else is disturbed."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
+from freestep.api.models import ParameterSpec
 from freestep.errors import MalformedTensors
-from freestep.header import body_limit, header_limit
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
-from freestep.wire import Receiver, lay
+from freestep.wire.header import body_limit, header_limit
+from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import Receiver, lay
 from malformed.bodies import BODIES, NON_FINITE, PARAMETERS, header, numel, valid
 
 MANIFEST = Manifest(ParameterSpec.model_validate(parameter) for parameter in PARAMETERS)

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from freestep.wire import MEDIA_TYPE
+from freestep.wire.receiver import MEDIA_TYPE
 from harness import ProcessService, ThreadService
 from malformed.bodies import BODIES, NON_FINITE, PARAMETERS, valid
 from meanwhile import wait_until

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from freestep_service.storage import Storage, open_storage
+from freestep_service.storage.media import Storage, open_storage
 
 
 @pytest.fixture(params=["directory", "memory", "fsspec-directory"])

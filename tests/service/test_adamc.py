@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from flats import STEPS, Flat, initial_weights, random_gradients
 from freestep import InvalidSpec, RemoteOptimizer
 from freestep_service.optimizers import Gradient
-from freestep_service.optimizers.slices import LEAST
-from freestep_service.optimizers.sums import BLOCK, gradient_sums
+from freestep_service.optimizers.kernels.slices import LEAST
+from freestep_service.optimizers.kernels.sums import BLOCK, gradient_sums
 from harness import ThreadService
 from plain_calls import TENSORS, Api, slug
 from raw_pushes import answered, begun_push

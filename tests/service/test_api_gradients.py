@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from freestep.wire import MEDIA_TYPE
+from freestep.wire.receiver import MEDIA_TYPE
 from harness import ThreadService
 from meanwhile import at_once, wait_until
 from plain_calls import BODY, SGD, TENSORS, Api, slug

@@ -11,7 +11,7 @@ import safetensors.torch
 import schedulefree
 import torch
 
-from freestep.wire import MEDIA_TYPE
+from freestep.wire.receiver import MEDIA_TYPE
 from harness import ThreadService
 from meanwhile import at_once, under_way, wait_until
 from plain_calls import BODY, TENSORS, Api, slug

@@ -30,11 +30,11 @@ from checkpointed import (
 )
 from forms import FORMS, PLAIN
 from freestep.errors import CheckpointNotFound
-from freestep_service.checkpoints import Checkpoints
-from freestep_service.records import CutId
-from freestep_service.sealed import Damaged
-from freestep_service.shard import Shard
-from freestep_service.storage import LocalStorage, Storage
+from freestep_service.domain.records import CheckpointId
+from freestep_service.state.shard import Shard
+from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.media import LocalStorage, Storage
 from meanwhile import at_once
 
 
@@ -62,7 +62,7 @@ def go_on(storage: Storage, form: str, batch: int, before: int, after: int) -> N
     (straight,), stopped, resumed = run(1), run(before), run(after)
     advance(straight, 41, batch)
     checkpoints = Checkpoints(storage, "run", keep=3)
-    cut = CutId(1, 10 // batch, 10)
+    cut = CheckpointId(1, 10 // batch, 10)
     for part in stopped:
         advance(part, 10, batch)
         checkpoints.write(part.cut(), part.manifest.begin, part.manifest.end, 37, {"key": RECORD})
@@ -256,7 +256,7 @@ import torch
 from freestep.models import RunSpec
 from freestep.manifest import Manifest
 from freestep_service.checkpoints import Checkpoints
-from freestep_service.records import CutId
+from freestep_service.records import CheckpointId
 from freestep_service.shard import Entry, Shard
 from freestep_service.storage import open_storage
 document = {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": "w", "shape": [200_000]}]}
@@ -270,9 +270,9 @@ else:
     shard.initialize(torch.zeros(200_000), epoch=1)
 while True:
     shard.apply(Entry(shard.seq + 1, 1, advance=True, gradient=torch.ones(200_000)))
-    cut = shard.cut()
+    cut = shard.copy_state()
     checkpoints.write(cut, 0, 200_000, 200_000, {})
-    checkpoints.complete(CutId(cut.epoch, cut.step, cut.seq))
+    checkpoints.complete(CheckpointId(cut.epoch, cut.step, cut.seq))
     print(cut.step, flush=True)
 """
 
@@ -369,7 +369,7 @@ def test_without_checkpoints(storage: Storage) -> None:
     with pytest.raises(CheckpointNotFound, match="no checkpoint of step 3"):
         checkpoints.at(3)
     with pytest.raises(Damaged):
-        checkpoints.load(CutId(1, 0, 0), 0, 37)
+        checkpoints.load(CheckpointId(1, 0, 0), 0, 37)
     assert checkpoints.closed(0, 37) is None
     checkpoints.clear_closed(0, 37)
     checkpoints.remove()

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from forms import FORMS
-from freestep_service.optimizers import gather, points, square_sum, sweep
-from freestep_service.optimizers.slices import LEAST
+from freestep_service.optimizers import gather, square_sum
+from freestep_service.optimizers.kernels import points, sweep
+from freestep_service.optimizers.kernels.slices import LEAST
 from stretch import SIZES, USUAL, Stretch, random_vector
 
 RARE = [form for form in FORMS if form not in USUAL]

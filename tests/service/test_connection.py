@@ -19,10 +19,10 @@ import torch
 import uvicorn
 
 from freestep.errors import MalformedTensors
-from freestep.wire import lay
-from freestep_service.connection import INLET, Connection
+from freestep.wire.receiver import lay
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
+from freestep_service.web.connection import INLET, Connection
 from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import SGD, Api, slug

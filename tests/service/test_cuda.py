@@ -13,25 +13,15 @@ from torch._dynamo.utils import counters
 
 import encoded
 from forms import FORMS, hyperparameters, own
-from freestep.encoding import ENCODINGS, INT8
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec, RunSpec
-from freestep.wire import Receiver, lay
-from freestep_service.measure import decode_and_measure
-from freestep_service.optimizers import (
-    Blocks,
-    Gradient,
-    Quanta,
-    Segment,
-    fused,
-    initial_buffers,
-    method_of,
-    squares,
-    step,
-    sweep,
-)
-from freestep_service.shard import Entry, Shard
-from freestep_service.vectors import Vector
+from freestep.api.models import ParameterSpec, RunSpec
+from freestep.wire.encoding import ENCODINGS, INT8
+from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import Receiver, lay
+from freestep_service.optimizers import Blocks, Gradient, Quanta, Segment, initial_buffers, method_of, step
+from freestep_service.optimizers.kernels import fused, squares, sweep
+from freestep_service.state.buffers import Vector
+from freestep_service.state.decode import decode_and_measure
+from freestep_service.state.shard import Entry, Shard
 from harness import ThreadService
 from plain_calls import TENSORS, Api
 
@@ -173,7 +163,7 @@ def test_what_is_not_finite_is_found_there() -> None:
 
 def test_a_cut_comes_back_on_the_gpu() -> None:
     shard = trained("cuda", "adamw_schedule_free", {"policy": "async"})
-    cut = shard.cut()
+    cut = shard.copy_state()
     assert {tensor.device.type for tensor in cut.tensors.values()} == {"cpu"}
     outs = [torch.empty(shard.manifest.numel) for _ in range(2)]
     shard.copy_point("x", outs[0])

@@ -27,9 +27,9 @@ from checkpointed import (
     write,
 )
 from freestep.errors import CheckpointNotFound
-from freestep_service.checkpoints import Checkpoints
-from freestep_service.sealed import Damaged
-from freestep_service.storage import LocalStorage, Storage
+from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.media import LocalStorage, Storage
 
 
 @pytest.mark.parametrize("suffix", ["7.json", ".safetensors"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import encoded
 from freestep_service import app
-from freestep_service.optimizers import fused, points, quanta, squares, sweep
+from freestep_service.optimizers.kernels import fused, points, quanta, squares, sweep
 from harness import ThreadService
 from plain_calls import Api
 

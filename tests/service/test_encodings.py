@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from encoded import assemble, decoded, int8, topk
-from freestep.wire import MEDIA_TYPE
+from freestep.wire.receiver import MEDIA_TYPE
 from harness import ThreadService
 from meanwhile import at_once
 from plain_calls import SGD, Api, slug

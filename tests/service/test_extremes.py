@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from flats import Flat
-from freestep import bases
-from freestep.hyperparameters import ALGORITHMS
-from freestep.validation import kinds_of
+from freestep.api import bases
+from freestep.api.hyperparameters import ALGORITHMS
+from freestep.api.validation import kinds_of
 
 JUST_BELOW_1 = math.nextafter(1, 0)
 LAST = 2**53 - 1

@@ -18,19 +18,10 @@ from torch._dynamo.utils import counters
 from torch._inductor import metrics
 
 from forms import FORMS, own
-from freestep.manifest import Manifest
-from freestep.models import RunSpec
-from freestep_service.optimizers import (
-    Conditions,
-    Gradient,
-    fused,
-    gather,
-    initial_buffers,
-    method_of,
-    segments,
-    step,
-    sweep,
-)
+from freestep.api.models import RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.optimizers import Conditions, Gradient, gather, initial_buffers, method_of, segments, step
+from freestep_service.optimizers.kernels import fused, sweep
 from freestep_service.optimizers.readiness import compile_kernels
 
 STEPS = 12

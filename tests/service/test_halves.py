@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from freestep.hyperparameters import SGD
+from freestep.api.hyperparameters import SGD
 from freestep_service.optimizers import (
     Segment,
     interpolate,

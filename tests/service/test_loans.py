@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from freestep.manifest import Manifest
-from freestep.models import RunSpec
-from freestep_service.loans import Loan
-from freestep_service.shard import Entry, Shard
-from freestep_service.vectors import Vector
+from freestep.api.models import RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.state.buffers import Vector
+from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.views import PointView
 
 NUMEL = 5
 
@@ -49,11 +49,11 @@ def assert_holds(vector: Vector, step: int) -> None:
 def test_nothing_moves_where_a_loan_ends_before_the_next_step(shard: Shard) -> None:
     homes, spare = set(), Vector(NUMEL)
     for step in range(3):
-        loan = shard.lend(spare)
-        assert (loan.epoch, loan.step, loan.is_copy) == (1, step, False)
-        assert_holds(loan.vector, step)
-        homes.add(id(loan.vector))
-        assert loan.end() is spare
+        view = shard.lend(spare)
+        assert (view.epoch, view.step, view.is_copy) == (1, step, False)
+        assert_holds(view.vector, step)
+        homes.add(id(view.vector))
+        assert view.end() is spare
         advance(shard)
     assert len(homes) == 1
     assert_holds(y(shard), 3)
@@ -61,12 +61,12 @@ def test_nothing_moves_where_a_loan_ends_before_the_next_step(shard: Shard) -> N
 
 def test_the_state_goes_on_in_the_spare_vector_while_the_lent_one_is_read(shard: Shard) -> None:
     spare = Vector(NUMEL)
-    loan = shard.lend(spare)
+    view = shard.lend(spare)
     advance(shard)
     advance(shard)
-    assert_holds(loan.vector, 0)
+    assert_holds(view.vector, 0)
     assert_holds(y(shard), 2)
-    assert loan.end() is loan.vector
+    assert view.end() is view.vector
     assert shard.lend(Vector(NUMEL)).vector is spare
 
 
@@ -76,40 +76,40 @@ def test_what_is_lent_already_is_copied(shard: Shard) -> None:
     assert second.is_copy
     assert second.vector is spare
     advance(shard)
-    for loan in (first, second):
-        assert_holds(loan.vector, 0)
+    for view in (first, second):
+        assert_holds(view.vector, 0)
     assert second.end() is spare
 
 
 def test_a_state_that_is_replaced_leaves_its_loan_alone(shard: Shard) -> None:
-    cut = shard.cut()
+    cut = shard.copy_state()
     advance(shard)
     spare = Vector(NUMEL)
-    loan = shard.lend(spare)
+    view = shard.lend(spare)
     shard.load(cut, epoch=2)
     advance(shard)
-    assert_holds(loan.vector, 1)
+    assert_holds(view.vector, 1)
     assert_holds(y(shard), 1)
     # The spare vector was never needed.
-    assert loan.end() is spare
+    assert view.end() is spare
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_loan_keeps_its_step_through_any_schedule(shard: Shard, seed: int) -> None:
     chance = random.Random(seed)
-    free, loans = [Vector(NUMEL) for _ in range(3)], list[Loan]()
+    free, views = [Vector(NUMEL) for _ in range(3)], list[PointView]()
     for _ in range(200):
         match chance.choice(["lend", "end", "advance"]):
             case "lend" if free:
-                loans.append(shard.lend(free.pop()))
-            case "end" if loans:
-                free.append(loans.pop(chance.randrange(len(loans))).end())
+                views.append(shard.lend(free.pop()))
+            case "end" if views:
+                free.append(views.pop(chance.randrange(len(views))).end())
             case "advance":
                 advance(shard)
-        for loan in loans:
-            assert_holds(loan.vector, loan.step)
+        for view in views:
+            assert_holds(view.vector, view.step)
         for vector in free:
             vector.tensor().fill_(-1.0)
         assert_holds(y(shard), shard.step)
     assert len({id(vector) for vector in free}) == len(free)
-    assert len(free) + len(loans) == 3
+    assert len(free) + len(views) == 3

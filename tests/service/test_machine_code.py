@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from freestep_service.optimizers.machine_code import UNUSED_S, prune
+from freestep_service.optimizers.kernels.machine_code import UNUSED_S, prune
 
 
 def folder(caches: Path, name: str, unused_s: float, now: float) -> Path:

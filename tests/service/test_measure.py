@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from encoded import assemble, decoded, int8, topk
-from freestep.encoding import ENCODINGS
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
-from freestep.wire import Receiver, lay
-from freestep_service.measure import decode_and_measure
-from freestep_service.optimizers import Quantized, squares
-from freestep_service.optimizers.squares import CHUNK
-from freestep_service.turns import HOST
-from freestep_service.vectors import Vector
+from freestep.api.models import ParameterSpec
+from freestep.wire.encoding import ENCODINGS
+from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import Receiver, lay
+from freestep_service.optimizers import Quantized
+from freestep_service.optimizers.kernels import squares
+from freestep_service.optimizers.kernels.squares import CHUNK
+from freestep_service.state.buffers import Vector
+from freestep_service.state.compute import HOST
+from freestep_service.state.decode import decode_and_measure
 
 SIZES = [0, 1, 7, CHUNK - 1, CHUNK, 2 * CHUNK + 17]
 NAMES = {"first": "F32", "second": "BF16", "third": "F16", "fourth": "F32", "fifth": "F32"}

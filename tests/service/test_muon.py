@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import freestep
 import reference
 from flats import Flat
-from freestep.bases import BaseMuon
-from freestep.manifest import Manifest
-from freestep.models import RunSpec
-from freestep_service.optimizers import method_of, step, sweep
-from freestep_service.optimizers.gradient import Gradient
-from freestep_service.optimizers.muon import polar
+from freestep.api.bases import BaseMuon
+from freestep.api.models import RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.optimizers import method_of, step
+from freestep_service.optimizers.kernels import sweep
+from freestep_service.optimizers.kernels.gradient import Gradient
+from freestep_service.optimizers.methods.muon import polar
 from freestep_service.optimizers.readiness import DTYPES, compile_rule
 from harness import ThreadService
 from plain_calls import Api

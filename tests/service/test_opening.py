@@ -7,37 +7,37 @@ from typing import Any
 
 import pytest
 
-from freestep_service.opening import Decision, Report, Waiting, decide
-from freestep_service.records import CutId, Known, Standing
+from freestep_service.domain.opening import Decision, Report, Waiting, decide
+from freestep_service.domain.records import CheckpointId, LogPosition, RunView
 
-AT_7 = CutId(2, 7, 9)
+AT_7 = CheckpointId(2, 7, 9)
 """Where the log of these runs ends: entry 9 of epoch 2, at step 7."""
-AT_5 = CutId(2, 5, 6)
-AT_3 = CutId(2, 3, 3)
-NOTHING = CutId(2, 0, 0)
+AT_5 = CheckpointId(2, 5, 6)
+AT_3 = CheckpointId(2, 3, 3)
+NOTHING = CheckpointId(2, 0, 0)
 LOST: dict[str, Any] = {"lost": 1}
 
 
-def standing(place: CutId = AT_7, *, initialized: int = 1, **fields: Any) -> Standing:
+def standing(place: CheckpointId = AT_7, *, initialized: int = 1, **fields: Any) -> RunView:
     run = {"epoch": place.epoch, "step": place.step, "seq": place.seq, "initialized": initialized, **fields}
-    return Standing({name: str(value) for name, value in run.items()}, {}, 0)
+    return RunView({name: str(value) for name, value in run.items()}, {}, 0)
 
 
-def lost(**fields: Any) -> Standing:
+def lost(**fields: Any) -> RunView:
     """Of a Redis that came back without the run."""
-    return Standing({name: str(value) for name, value in (LOST | fields).items()}, {}, 0)
+    return RunView({name: str(value) for name, value in (LOST | fields).items()}, {}, 0)
 
 
-def live(place: CutId = AT_7, *offers: CutId, epoch: int = 2) -> Report:
+def live(place: CheckpointId = AT_7, *offers: CheckpointId, epoch: int = 2) -> Report:
     return Report(epoch, initialized=True, live=place, offers=offers)
 
 
-def closed(place: CutId = AT_7, *offers: CutId, epoch: int = 2) -> Report:
+def closed(place: CheckpointId = AT_7, *offers: CheckpointId, epoch: int = 2) -> Report:
     """Of a shard that was left in order, with the checkpoint that its process wrote then among its offers."""
-    return Report(epoch, closed=Known(place.epoch, place.seq), offers=[*offers, place])
+    return Report(epoch, closed=LogPosition(place.epoch, place.seq), offers=[*offers, place])
 
 
-def stored(*offers: CutId, epoch: int = 2) -> Report:
+def stored(*offers: CheckpointId, epoch: int = 2) -> Report:
     """Of a shard that is nowhere but in checkpoints."""
     return Report(epoch, offers=offers)
 
@@ -50,7 +50,7 @@ def stored(*offers: CutId, epoch: int = 2) -> Report:
     [
         Report(1),
         Report(3, initialized=True, live=AT_7, offers=[AT_3, AT_5]),
-        Report(2, closed=Known(2, 9), offers=[AT_7]),
+        Report(2, closed=LogPosition(2, 9), offers=[AT_7]),
     ],
 )
 def test_a_report_is_read_as_it_was_written(report: Report) -> None:
@@ -62,8 +62,8 @@ def test_a_report_is_read_as_it_was_written(report: Report) -> None:
         report.closed,
     )
     assert list(read.offers) == list(report.offers)
-    assert isinstance(read.live, CutId | None)
-    assert isinstance(read.closed, Known | None)
+    assert isinstance(read.live, CheckpointId | None)
+    assert isinstance(read.closed, LogPosition | None)
     assert read.place == report.place
 
 
@@ -75,11 +75,11 @@ def test_a_report_is_read_as_it_was_written(report: Report) -> None:
         (live(AT_7, AT_5), AT_7),
         (closed(AT_7, AT_5), AT_7),
         # The checkpoint of an orderly end that cannot be read leaves the shard nowhere.
-        (Report(2, closed=Known(2, 9), offers=[AT_5]), None),
-        (Report(2, closed=Known(1, 9), offers=[AT_7]), None),
+        (Report(2, closed=LogPosition(2, 9), offers=[AT_5]), None),
+        (Report(2, closed=LogPosition(1, 9), offers=[AT_7]), None),
     ],
 )
-def test_a_shard_stands_where_it_is_live_or_was_left(report: Report, place: CutId | None) -> None:
+def test_a_shard_stands_where_it_is_live_or_was_left(report: Report, place: CheckpointId | None) -> None:
     assert report.place == place
 
 
@@ -101,8 +101,8 @@ def test_shards_that_are_live_and_shards_that_were_left_at_one_place_go_on_toget
     assert decide(standing(), [live(), closed(), live()]) == Decision(2, AT_7, initialized=True, live=True)
 
 
-@pytest.mark.parametrize("behind", [AT_5, CutId(1, 20, 20)])
-def test_live_shards_go_on_where_redis_has_gone_back(behind: CutId) -> None:
+@pytest.mark.parametrize("behind", [AT_5, CheckpointId(1, 20, 20)])
+def test_live_shards_go_on_where_redis_has_gone_back(behind: CheckpointId) -> None:
     assert decide(standing(behind), [live()] * 2) == Decision(2, AT_7, initialized=True, live=True)
 
 
@@ -147,7 +147,7 @@ def test_shards_without_state_are_read_from_the_newest_checkpoint() -> None:
 
 
 def test_the_newest_checkpoint_is_that_of_the_newest_epoch() -> None:
-    newer = CutId(3, 1, 1)
+    newer = CheckpointId(3, 1, 1)
     assert decide(standing(newer), [stored(AT_7, newer)] * 2) == Decision(4, newer, initialized=True)
 
 
@@ -155,7 +155,7 @@ def test_the_newest_checkpoint_is_that_of_the_newest_epoch() -> None:
     "reports",
     [
         [live(AT_7, AT_5), live(AT_7, AT_5, epoch=5)],
-        [live(AT_7, AT_5), live(AT_7, AT_5, CutId(5, 0, 0))],
+        [live(AT_7, AT_5), live(AT_7, AT_5, CheckpointId(5, 0, 0))],
     ],
 )
 def test_a_newer_epoch_that_anybody_knows_of_outdoes_the_state(reports: list[Report]) -> None:
@@ -176,13 +176,13 @@ def test_a_run_without_weights_that_is_cut_anew_begins_again() -> None:
 
 
 def test_a_new_run_begins_in_the_epoch_it_was_given() -> None:
-    new = standing(CutId(4, 0, 0), initialized=0)
+    new = standing(CheckpointId(4, 0, 0), initialized=0)
     assert decide(new, [Report(4), Report(0)]) == Decision(4, None, initialized=False)
     assert decide(new, [Report(0)]) == Decision(4, None, initialized=False)
 
 
 @pytest.mark.parametrize("gone", [standing(), lost()])
-def test_what_is_nowhere_begins_again_in_a_new_epoch(gone: Standing) -> None:
+def test_what_is_nowhere_begins_again_in_a_new_epoch(gone: RunView) -> None:
     assert decide(gone, [Report(2)] * 2) == Decision(3, None, initialized=False)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from flats import STEPS, Flat, assert_points, initial_weights, random_gradients, torch_groups
 from forms import FORMS
-from freestep.hyperparameters import ScheduleFreeWrapper
+from freestep.api.hyperparameters import ScheduleFreeWrapper
 from freestep_service.optimizers import interpolate
 from reference import ScheduleFree
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from flats import STEPS, Flat, assert_points, initial_weights, random_gradients, torch_groups
-from freestep.hyperparameters import DiLoCo
-from freestep.models import RunSpec
+from freestep.api.hyperparameters import DiLoCo
+from freestep.api.models import RunSpec
 from reference import DelayedNesterov
 
 SECOND = {"lr": 0.01, "momentum": 0.5}

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flats import GROUPS, Flat, initial_weights, random_gradients
-from freestep.manifest import Manifest
-from freestep.models import RunSpec
-from freestep_service.checkpoints import Checkpoints
-from freestep_service.records import CutId
-from freestep_service.shard import Entry, Shard
-from freestep_service.storage import open_storage
+from freestep.api.models import RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.domain.records import CheckpointId
+from freestep_service.state.shard import Entry, Shard
+from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.media import open_storage
 
 STEPS, CHECKPOINT = 500, 230
 BOUNDS = {"rtol": 1e-5, "atol": 1e-7}
@@ -166,7 +166,7 @@ def through_a_checkpoint(made: Shard, spec: RunSpec) -> Shard:
     whole = 0, made.manifest.numel
     cut = made.cut()
     checkpoints.write(cut, *whole, made.manifest.numel, {})
-    identity = CutId(cut.epoch, cut.step, cut.seq)
+    identity = CheckpointId(cut.epoch, cut.step, cut.seq)
     checkpoints.complete(identity)
     other = Shard(spec, made.manifest, made.device)
     other.load(checkpoints.load(identity, *whole)[0], epoch=2)

@@ -7,21 +7,13 @@ import torch
 from torch import Tensor
 
 import encoded
-from freestep.encoding import INT8
-from freestep.hyperparameters import SGDScheduleFree
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
-from freestep_service.optimizers import (
-    Blocks,
-    Quanta,
-    initial_buffers,
-    interpolate,
-    method_of,
-    quanta,
-    quantize,
-    segments,
-)
-from freestep_service.optimizers.slices import LEAST
+from freestep.api.hyperparameters import SGDScheduleFree
+from freestep.api.models import ParameterSpec
+from freestep.wire.encoding import INT8
+from freestep.wire.manifest import Manifest
+from freestep_service.optimizers import Blocks, Quanta, initial_buffers, interpolate, method_of, quantize, segments
+from freestep_service.optimizers.kernels import quanta
+from freestep_service.optimizers.kernels.slices import LEAST
 
 SHAPES: list[dict[str, tuple[int, ...]]] = [
     {"s": ()},

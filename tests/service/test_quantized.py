@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from forms import hyperparameters
-from freestep.encoding import INT8, Encoding
-from freestep.hyperparameters import OptimizerSpec, ScheduleFreeWrapper
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
+from freestep.api.hyperparameters import OptimizerSpec, ScheduleFreeWrapper
+from freestep.api.models import ParameterSpec
+from freestep.wire.encoding import INT8, Encoding
+from freestep.wire.manifest import Manifest
 from freestep_service.optimizers import (
     Gradient,
     Quantized,
@@ -23,8 +23,8 @@ from freestep_service.optimizers import (
     segments,
     step,
 )
-from freestep_service.optimizers.gradient import PIECE
-from freestep_service.optimizers.sums import gradient_sums
+from freestep_service.optimizers.kernels.gradient import PIECE
+from freestep_service.optimizers.kernels.sums import gradient_sums
 
 SHAPES = {
     "few": [(3,), (0,), (2, 5), (1,), (0,)],

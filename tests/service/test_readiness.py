@@ -13,9 +13,9 @@ import torch
 from numba.core import event
 
 from forms import FORMS, hyperparameters
-from freestep.encoding import INT8
-from freestep.manifest import Manifest
-from freestep.models import ParameterSpec
+from freestep.api.models import ParameterSpec
+from freestep.wire.encoding import INT8
+from freestep.wire.manifest import Manifest
 from freestep_service.optimizers import (
     Blocks,
     Gradient,
@@ -26,9 +26,9 @@ from freestep_service.optimizers import (
     quantize,
     square_sum,
     step,
-    sweep,
     widen,
 )
+from freestep_service.optimizers.kernels import sweep
 from freestep_service.optimizers.readiness import DTYPES, compile_loops, compile_rule
 from plain_calls import Api
 from stretch import USUAL, Stretch, random_vector

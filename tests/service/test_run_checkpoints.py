@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from checkpointed import flip_a_bit
-from freestep_service.checkpoints import Checkpoints
-from freestep_service.storage import LocalStorage
+from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.media import LocalStorage
 from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import TENSORS, Api

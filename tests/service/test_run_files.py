@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from checkpointed import shard, write
-from freestep_service.checkpoints import Checkpoints
-from freestep_service.run_files import LastEpochs, RunFile
-from freestep_service.storage import Storage
+from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.media import Storage
+from freestep_service.storage.run_files import LastEpochs, RunFile
 
 
 def test_nothing_is_left_of_a_run_that_was_removed_and_all_of_the_others(storage: Storage) -> None:

@@ -15,11 +15,11 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flats import Flat
-from freestep.hyperparameters import SGD
-from freestep.schedules import Plateau, Schedule
+from freestep.api.hyperparameters import SGD
+from freestep.api.schedules import Plateau, Schedule
 from freestep_service.optimizers import Scalars
-from freestep_service.optimizers.plateau import observe, remaining
-from freestep_service.optimizers.schedules import scheduled
+from freestep_service.optimizers.methods.plateau import observe, remaining
+from freestep_service.optimizers.methods.schedules import scheduled
 
 STEPS = 500
 STEADY = settings(derandomize=True, deadline=None, max_examples=2, suppress_health_check=list(HealthCheck))

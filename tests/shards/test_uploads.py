@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from freestep.flat import DTYPES
-from freestep.wire import MEDIA_TYPE
+from freestep.wire.receiver import MEDIA_TYPE
 from harness import ThreadService
 from meanwhile import at_once, under_way
 from plain_calls import ShardedApi, persistently, slug

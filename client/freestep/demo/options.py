@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from freestep.api.models import RunStatus
 from freestep.client import DEFAULT_URL, Client
 from freestep.errors import (
     CoordinatorUnavailable,
@@ -19,7 +20,6 @@ from freestep.errors import (
     ServiceUnreachable,
     ShardUnavailable,
 )
-from freestep.models import RunStatus
 
 __all__ = ["NOT_NOW", "await_run", "end_on_signals", "parser"]
 

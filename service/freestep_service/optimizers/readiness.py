@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from freestep import hyperparameters as specs
-from freestep.manifest import Slot
+from freestep.api import hyperparameters as specs
+from freestep.wire.manifest import Slot
 from freestep_service.optimizers import Conditions, Gradient, initial_buffers, method_of
+from freestep_service.optimizers.kernels.points import interpolate
+from freestep_service.optimizers.kernels.quanta import Blocks, Quanta, quantize
+from freestep_service.optimizers.kernels.quantized import Quantized
+from freestep_service.optimizers.kernels.squares import square_sum, widen
+from freestep_service.optimizers.kernels.sweep import Segment, gather, step
 from freestep_service.optimizers.method import Method
-from freestep_service.optimizers.points import interpolate
-from freestep_service.optimizers.quanta import Blocks, Quanta, quantize
-from freestep_service.optimizers.quantized import Quantized
-from freestep_service.optimizers.squares import square_sum, widen
-from freestep_service.optimizers.sweep import Segment, gather, step
 
 __all__ = ["compile_kernels", "compile_loops", "compile_rule"]
 

@@ -1,0 +1,112 @@
+"""A run's tensors in order, and where each lies in the one flat vector of them all, or of a shard's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Self, TypeVar, TypeVarTuple, cast
+
+from freestep.api.models import ParameterSpec, RunSpec
+
+__all__ = ["Manifest", "Slot"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_TOLERANCE = 0.02
+"""How far, in shares of a shard, a cut may move to where a row ends: two cuts keep a shard within 5% of its share."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor's place in the flat vector: elements `offset` to `offset + numel`.
+
+    In a shard's manifest it may be a part of a tensor: `start` is then where the part begins in the flattened
+    tensor, and its shape is [rows, ...] where it is whole rows, else [numel].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: str
+    offset: int
+    numel: int
+    start: int = 0
+
+
+class Manifest:
+    """The run's tensors in order, and where each lies in the flat vector of `numel` elements.
+
+    A shard's manifest (`part`) is elements `begin` to `end` of the whole model's flat vector.
+    """
+
+    def __init__(self, parameters: Iterable[ParameterSpec], whole: Collection[str] = ()) -> None:
+        """whole: the groups whose tensors are not cut."""
+        slots: list[Slot] = []
+        offset = 0
+        self._whole = frozenset(whole)
+        for parameter in parameters:
+            numel = prod(parameter.shape)
+            slots.append(Slot(parameter.name, parameter.shape, parameter.group, offset, numel))
+            offset += numel
+        self._assemble(slots, 0, offset)
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> Self:
+        """A run's."""
+        return cls(spec.parameters, spec.whole_groups())
+
+    def _assemble(self, slots: Iterable[Slot], begin: int, end: int) -> None:
+        self.slots = tuple(slots)
+        self.by_name = {slot.name: slot for slot in self.slots}
+        self.begin, self.end = begin, end
+        self.numel = end - begin
+        self._derived: dict[tuple[Any, ...], Any] = {}
+
+    def part(self, index: int, count: int) -> Manifest:
+        """Shard `index` of `count`: a stretch of the flat vector of about `numel / count` elements.
+
+        Where it can, a cut falls between two tensors or two rows of one; a tensor whose rows are too long for
+        shards of equal size is cut within a row. One that is not to be cut goes to the shard that would have had the
+        larger part of it. One of 1 is the whole.
+        """
+        begin, end = self._cut(index, count), self._cut(index + 1, count)
+        if (begin, end) == (0, self.numel):
+            return self
+        made = Manifest(())
+        made._assemble(self._slices(begin, end), begin, end)
+        return made
+
+    def _cut(self, index: int, count: int) -> int:
+        """Where shard `index` begins; rows end at multiples of a tensor's trailing dimensions."""
+        ideal = self.numel * index // count
+        if ideal in (0, self.numel):
+            return ideal
+        slot = next(slot for slot in self.slots if slot.offset <= ideal < slot.offset + slot.numel)
+        if slot.group in self._whole:
+            return min(slot.offset, slot.offset + slot.numel, key=lambda place: abs(place - ideal))
+        row = prod(slot.shape[1:])
+        below = ideal - (ideal - slot.offset) % row
+        nearest = min((below, min(below + row, self.numel)), key=lambda place: abs(place - ideal))
+        return nearest if abs(nearest - ideal) <= _TOLERANCE * self.numel / count else ideal
+
+    def _slices(self, begin: int, end: int) -> Iterator[Slot]:
+        for slot in self.slots:
+            first, last = max(slot.offset, begin), min(slot.offset + slot.numel, end)
+            # An empty tensor belongs to the shard whose stretch it lies in, and to the last one at the very end.
+            is_here = begin <= slot.offset < end or slot.offset == end == self.numel
+            if first >= last and not (slot.numel == 0 and is_here):
+                continue
+            numel, start = last - first, first - slot.offset
+            shape, row = slot.shape, prod(slot.shape[1:])
+            if numel != slot.numel:
+                is_rows = start % row == 0 and numel % row == 0
+                shape = (numel // row, *slot.shape[1:]) if is_rows else (numel,)
+            yield Slot(slot.name, shape, slot.group, first - begin, numel, start)
+
+    def derived(self, make: Callable[[Manifest, *Ts], T], *arguments: *Ts) -> T:
+        """`make(self, *arguments)`, made once: for what follows from the manifest and is asked for again and again."""
+        key = (make, *arguments)
+        if key not in self._derived:
+            self._derived[key] = make(self, *arguments)
+        return cast(T, self._derived[key])

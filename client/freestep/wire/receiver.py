@@ -1,0 +1,219 @@
+"""Tensors on the wire: a run's parameters or gradients as one safetensors body.
+
+The law of this file: it reads no socket and computes with no tensor. A `Receiver` says where the next bytes
+belong and is told how many arrived, so that a socket can fill the flat vector itself; whatever it is fed, it
+ends with the manifest's tensors in their slots or with MalformedTensors, in time and memory that the manifest
+bounds and the sender does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from freestep.errors import MalformedTensors
+from freestep.wire.encoding import ITEMSIZE, Encoding
+from freestep.wire.header import (
+    PREFIX,
+    Entry,
+    body_limit,
+    encoded_limit,
+    header_limit,
+    parse_entries,
+    parse_header,
+    parse_plain,
+    plain_entries,
+)
+from freestep.wire.manifest import Manifest
+
+__all__ = ["MEDIA_TYPE", "Beside", "Receiver", "Sink", "lay"]
+
+MEDIA_TYPE = "application/vnd.safetensors"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What an encoding has beside a tensor, or instead of it."""
+
+    dtype: str
+    memory: memoryview
+
+
+class Sink(Protocol):
+    """Where bytes that are received belong; as in `asyncio.BufferedProtocol`."""
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go; empty when there is no room for more."""
+
+    def buffer_updated(self, size: int) -> None:
+        """Takes note that `size` bytes were put at the front of `get_buffer()`. May raise; then it is used no more."""
+
+
+def lay(sink: Sink, data: bytes | bytearray | memoryview) -> None:
+    """Copies bytes that lie elsewhere into a sink.
+
+    Raises what the sink raises, and MalformedTensors when it has no room for them.
+    """
+    view = memoryview(data)
+    while view:
+        buffer = sink.get_buffer()
+        if not buffer:
+            raise MalformedTensors("there are bytes left over after the last tensor")
+        size = min(len(buffer), len(view))
+        buffer[:size] = view[:size]
+        view = view[size:]
+        sink.buffer_updated(size)
+
+
+class Receiver:
+    """Lays a body of `length` bytes into `target`, a writable byte view of a flat vector.
+
+    `target` holds `itemsize` bytes for each element of the manifest. A tensor whose dtype is narrower than that
+    lands right-aligned in its slot, so that it can be widened in place from the front; `dtypes` names, once the
+    header is read, each tensor's dtype as it came. Where all are of one `dtype`, they land as one flat vector of it,
+    right-aligned in the target. What an encoding has beside that, or instead of it, lands in memory
+    of its own: `beside`, by its name in the header.
+
+    It is a Sink, until it is `complete`. With `encodings` it takes bodies of these.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        target: memoryview,
+        length: int,
+        itemsize: int = 4,
+        encodings: Collection[str] = ("dense",),
+    ) -> None:
+        if length < PREFIX:
+            raise MalformedTensors("the body is shorter than the 8 bytes of its header length")
+        limit = body_limit(manifest) if tuple(encodings) == ("dense",) else encoded_limit(manifest)
+        if length > limit:
+            raise MalformedTensors("the body is longer than the run's tensors can be", limit=limit)
+        self.dtypes: Mapping[str, str] = {}
+        self.dtype: str | None = None
+        self.metadata: Mapping[str, str] = {}
+        self.encoding = Encoding()
+        self.beside: dict[str, Beside] = {}
+        self._manifest = manifest
+        self._target = target
+        self._length = length
+        self._itemsize = itemsize
+        self._encodings = encodings
+        self._header: bytearray | None = None
+        self._pending: list[memoryview] = [memoryview(bytearray(PREFIX))]
+        self._prefix = self._pending[0]
+        self._received = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole body has arrived."""
+        return not self._pending
+
+    @property
+    def missing(self) -> int:
+        """How many bytes of the body have not arrived."""
+        return self._length - self._received
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes of the body belong; empty once it is complete."""
+        return self._pending[-1] if self._pending else memoryview(b"")
+
+    def buffer_updated(self, size: int) -> None:
+        """Takes note that `size` bytes were put at the front of `get_buffer()`.
+
+        Raises MalformedTensors as soon as what arrived cannot be the manifest's tensors.
+        """
+        self._received += size
+        rest = self._pending[-1][size:]
+        if rest:
+            self._pending[-1] = rest
+            return
+        self._pending.pop()
+        if self._pending:
+            return
+        if self._header is None:
+            self._begin_header()
+        elif self._prefix:
+            self._begin_tensors()
+
+    def _begin_header(self) -> None:
+        size = int.from_bytes(self._prefix, "little")
+        if size > self._length - PREFIX:
+            raise MalformedTensors("the header's length runs past the end of the body")
+        if size > header_limit(self._manifest):
+            raise MalformedTensors("the header is longer than the run's can be", limit=header_limit(self._manifest))
+        if size < 2:
+            raise MalformedTensors("the header is too short to be a JSON object")
+        self._header = bytearray(size)
+        self._pending = [memoryview(self._header)]
+
+    def _begin_tensors(self) -> None:
+        assert self._header is not None
+        self._prefix = memoryview(b"")
+        raw, data_length = bytes(self._header), self._length - PREFIX - len(self._header)
+        plain = parse_plain(raw, self._manifest, data_length) if "dense" in self._encodings else None
+        if plain is not None:
+            dtype, self.metadata = plain
+            self._land(self._manifest.derived(_plain_layout, dtype, self._itemsize))
+            return
+        header, self.metadata = parse_header(raw)
+        self.encoding = Encoding.of(self.metadata, self._encodings)
+        entries = parse_entries(header, self._manifest, self.encoding, data_length)
+        if self.encoding.name == "dense":
+            self._land(_lay_out(entries, self._manifest, self._itemsize))
+        else:
+            self._land_beside(entries)
+
+    def _land(self, layout: _Layout) -> None:
+        self.dtypes, self.dtype = layout.dtypes, layout.dtype
+        self._pending = [self._target[begin:end] for begin, end in reversed(layout.landings)]
+
+    def _land_beside(self, entries: Sequence[Entry]) -> None:
+        self.dtypes = {entry.slot.name: entry.dtype for entry in entries if not entry.role}
+        self._pending = []
+        for entry in reversed(entries):
+            if entry.role:
+                place = memoryview(bytearray(entry.size))
+                self.beside[entry.name] = Beside(entry.dtype, place)
+            else:
+                end = (entry.slot.offset + entry.slot.numel) * self._itemsize
+                place = self._target[end - entry.size : end]
+            if place:
+                self._pending.append(place)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Each tensor's dtype, that of all if there is one, and the stretches of a target, in bytes, that a body's tensors
+    fill one after the other."""
+
+    dtypes: Mapping[str, str]
+    dtype: str | None
+    landings: Sequence[tuple[int, int]]
+
+
+def _plain_layout(manifest: Manifest, dtype: str, itemsize: int) -> _Layout:
+    """Where the tensors of a plain header go, in a target of `itemsize` bytes an element."""
+    return _lay_out(plain_entries(manifest, dtype), manifest, itemsize)
+
+
+def _lay_out(entries: Iterable[Entry], manifest: Manifest, itemsize: int) -> _Layout:
+    entries = list(entries)
+    dtypes = {entry.slot.name: entry.dtype for entry in entries}
+    for name, each in dtypes.items():
+        if ITEMSIZE[each] > itemsize:
+            raise MalformedTensors(f"the tensor {name!r} is {each}, wider than what was asked for")
+    found = set(dtypes.values())
+    dtype = found.pop() if len(found) == 1 else None
+    landings: list[tuple[int, int]] = []
+    for entry in entries:
+        slot, size = entry.slot, entry.size
+        width = itemsize if dtype is None else ITEMSIZE[dtype]
+        end = (itemsize - width) * manifest.numel + width * (slot.offset + slot.numel)
+        if landings and landings[-1][1] == end - size:
+            landings[-1] = (landings[-1][0], end)
+        elif size:
+            landings.append((end - size, end))
+    return _Layout(dtypes, dtype, landings)

@@ -1,0 +1,101 @@
+"""The connection to Redis, plain or cluster, and the scripts that change what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from freestep.errors import CoordinatorUnavailable
+from freestep_service.coordination.pipeline import RedisPipeline
+
+__all__ = ["Store"]
+
+_LUA = files("freestep_service.coordination") / "lua"
+_TIMEOUT_S = 5.0
+_CONNECTIONS = 32
+
+
+class Store:
+    """A Redis-protocol server. Every failure to reach it is CoordinatorUnavailable."""
+
+    def __init__(self, client: Redis | RedisCluster, url: str, pipeline: RedisPipeline | None) -> None:
+        self.client: Any = client
+        self._url = url
+        self._execute = client.execute_command if pipeline is None else pipeline.execute
+        self._pipeline = pipeline
+        prelude = (_LUA / "_prelude.lua").read_text()
+        self._scripts: dict[str, tuple[str, str]] = {}
+        for entry in _LUA.iterdir():
+            if entry.name.endswith(".lua") and not entry.name.startswith("_"):
+                source = prelude + entry.read_text()
+                digest = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+                self._scripts[entry.name.removesuffix(".lua")] = (digest, source)
+
+    @classmethod
+    async def connect(cls, url: str) -> Store:
+        """Connects to a server by its URL; a server in cluster mode is noticed and used as one."""
+        options: dict[str, Any] = {
+            "decode_responses": True,
+            "socket_timeout": _TIMEOUT_S,
+            "socket_connect_timeout": _TIMEOUT_S,
+            # A command whose answer was lost is not sent again behind our back: who calls knows what that means.
+            "retry": Retry(NoBackoff(), 0),
+        }
+        pool = BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=_TIMEOUT_S, **options)
+        client = Redis.from_pool(pool)
+        with reachable():
+            clustered = (await client.info("cluster")).get("cluster_enabled")
+        if not clustered:
+            return cls(client, url, RedisPipeline(pool, _TIMEOUT_S))
+        await client.aclose()
+        return cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url, None)
+
+    async def run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
+        """Runs a script of lua/ by its file's name."""
+        digest, source = self._scripts[script]
+        with reachable():
+            try:
+                return await self._execute("EVALSHA", digest, len(keys), *keys, *arguments)
+            except NoScriptError:
+                return await self._execute("EVAL", source, len(keys), *keys, *arguments)
+
+    def listener(self) -> Redis:
+        """A client of its own for channels: any one server of a cluster hears what is told to the others."""
+        return Redis.from_url(
+            self._url,
+            decode_responses=True,
+            socket_connect_timeout=_TIMEOUT_S,
+            # Nothing is ever said on it: without probes a connection whose other end is gone would seem to be quiet.
+            health_check_interval=_TIMEOUT_S,
+            **({} if self._url.startswith("unix:") else {"socket_keepalive": True}),
+        )
+
+    async def ping(self) -> None:
+        with reachable():
+            await self.client.ping()
+
+    async def close(self) -> None:
+        if self._pipeline is not None:
+            await self._pipeline.close()
+        await self.client.aclose()
+
+
+@contextmanager
+def reachable() -> Iterator[None]:
+    """DeviceLocks a lost, refused, loading or read-only connection into CoordinatorUnavailable."""
+    try:
+        yield
+    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+        raise CoordinatorUnavailable(f"Redis does not answer: {type(error).__name__}") from error
+    except RedisError as error:
+        raise CoordinatorUnavailable(f"Redis refused a command: {error}") from error

@@ -1,0 +1,1 @@
+"""What processes agree on: pure data and rules, without IO."""

@@ -1,0 +1,106 @@
+"""How a run that was closed goes on: what its shards say of themselves, and what is decided from that.
+
+The law of this file: no IO. A run opens when every shard has an owner and each owner has said what it has: the state it
+holds, the place at which an orderly shutdown left one, the checkpoints from which it could be read. Nothing that is
+durable is given up for want of somebody who has it: then the run waits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from freestep_service.domain.records import CheckpointId, LogPosition, RunView
+
+__all__ = ["Decision", "Report", "Waiting", "decide"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the owner of a shard says of it.
+
+    live: the place in the log of the state it holds, and its step. closed: where a shutdown left it, if it holds none.
+    offers: the checkpoints it can be loaded from, oldest first. epoch: the newest that its owner knows of.
+    """
+
+    epoch: int
+    initialized: bool = False
+    live: CheckpointId | None = None
+    closed: LogPosition | None = None
+    offers: Sequence[CheckpointId] = field(default_factory=tuple)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        members: dict[str, Any] = json.loads(text)
+        live, closed = members["live"], members["closed"]
+        return cls(
+            members["epoch"],
+            members["initialized"],
+            None if live is None else CheckpointId(*live),
+            None if closed is None else LogPosition(*closed),
+            [CheckpointId(*offer) for offer in members["offers"]],
+        )
+
+    def to_json(self) -> str:
+        offers = [list(offer) for offer in self.offers]
+        return json.dumps(
+            {
+                "epoch": self.epoch,
+                "initialized": self.initialized,
+                "live": self.live,
+                "closed": self.closed,
+                "offers": offers,
+            }
+        )
+
+    @property
+    def place(self) -> CheckpointId | None:
+        """Where the shard stands, whether it holds that state or has it on disk."""
+        if self.live is not None or self.closed is None:
+            return self.live
+        return next((offer for offer in self.offers if (offer.epoch, offer.seq) == self.closed), None)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The state that the shards load: that of a cut, or nothing (None). `live`: what shards hold of it is good."""
+
+    epoch: int
+    cut: CheckpointId | None
+    initialized: bool
+    live: bool = False
+
+    def target(self) -> dict[str, Any]:
+        """As lua/open.lua keeps it."""
+        return {"cut": self.cut, "live": self.live}
+
+
+class Waiting(Exception):
+    """The run cannot be opened with what is there; the message says what is missing."""
+
+
+def decide(standing: RunView, reports: Sequence[Report]) -> Decision:
+    """What a run goes on from. The epoch changes unless nothing can have been lost. Raises Waiting."""
+    known = CheckpointId(standing.number("epoch"), standing.number("step"), standing.number("seq"))
+    is_lost, is_recut = "lost" in standing.run, "recut" in standing.run
+    newest = max([known.epoch, *(report.epoch for report in reports)])
+    newest = max([newest, *(offer.epoch for report in reports for offer in report.offers)])
+    places = {report.place for report in reports}
+    place = places.pop() if len(places) == 1 else None
+    if place is not None and place.epoch == newest and not is_recut:
+        is_there = (known.epoch, known.seq) == (place.epoch, place.seq)
+        holds_on = all(report.live for report in reports) and (known.epoch, known.seq) <= (place.epoch, place.seq)
+        if is_lost or is_there or holds_on:
+            initialized = all(report.initialized or report.live is None for report in reports)
+            return Decision(place.epoch, place, initialized, live=True)
+    if not any(report.offers or report.initialized for report in reports) and "durable" not in standing.run:
+        is_new = not is_lost and not standing.number("initialized") and known.epoch == newest
+        return Decision(newest if is_new else newest + 1, None, initialized=False)
+    common = set(reports[0].offers).intersection(*(report.offers for report in reports[1:]))
+    if common:
+        return Decision(newest + 1, max(common), initialized=True)
+    if any(report.offers for report in reports) or "durable" in standing.run:
+        raise Waiting("no checkpoint can be read that has all shards in it")
+    return Decision(newest + 1, None, initialized=False)

@@ -1,0 +1,1 @@
+"""How it is computed: loops for CPUs, kernels for GPUs, decoding and points."""

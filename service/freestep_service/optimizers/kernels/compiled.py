@@ -1,0 +1,97 @@
+"""The seam to numba, which compiles loops for the CPU: to machine code, without the GIL, kept on disk.
+
+Loops are compiled to IEEE arithmetic, in which vector instructions give what scalar ones do: what comes out for an
+element does not depend on where in a vector it stands, and so not on how a model is cut into shards. Numbers that
+loops are given are fp32, and rules hold no literals: a single double would make doubles of all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from numba import config, njit, types
+from numba.extending import overload, register_jitable
+from torch import Tensor
+
+from freestep_service.optimizers.kernels.machine_code import folder_of_code
+
+__all__ = ["compiled", "inlined", "is_compiled"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+_CACHE = folder_of_code()
+if _CACHE is not None:
+    vars(config)["CACHE_DIR"] = str(_CACHE)
+
+
+def compiled(loop: F, name: str = "", *, reassociate: bool = False) -> F:
+    """The loop as machine code, made for the types it is first called with.
+
+    name: of what it carries, where the same lines make several loops. numba keeps a file for each name; services that
+        start at the same time could take one loop for another if they shared it.
+    reassociate: sums may be taken in any order, as vector instructions take them; NaN and infinity stay what they are.
+    """
+    if name:
+        loop.__qualname__ += f".{name}"
+    fastmath = {"reassoc"} if reassociate else False
+    return cast(F, njit(nogil=True, error_model="numpy", fastmath=fastmath, cache=_CACHE is not None)(loop))
+
+
+def inlined(rule: F) -> F:
+    """The function itself, which compiled loops may call from now on."""
+    return register_jitable(rule)
+
+
+def is_compiled(vector: Tensor) -> bool:
+    """Whether it is for compiled loops: what is not on the host, or not fp32, is for torch."""
+    return vector.device.type == "cpu" and vector.dtype == torch.float32
+
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+def _sqrt(x: Any) -> Callable[[Any], Any] | None:
+    return (lambda x: math.sqrt(x)) if isinstance(x, types.Float) else None
+
+
+def _abs(x: Any) -> Callable[[Any], Any] | None:
+    return (lambda x: abs(x)) if isinstance(x, types.Float) else None
+
+
+def _sign(x: Any) -> Callable[[Any], Any] | None:
+    # NaN has NaN, and so do the others keep it.
+    return (lambda x: _ONE if x > _ZERO else -_ONE if x < _ZERO else x) if isinstance(x, types.Float) else None
+
+
+def _relu(x: Any) -> Callable[[Any], Any] | None:
+    return (lambda x: _ZERO if x < _ZERO else x) if isinstance(x, types.Float) else None
+
+
+def _maximum(x: Any, y: Any) -> Callable[[Any, Any], Any] | None:
+    return (lambda x, y: x if x > y or x != x else y) if isinstance(x, types.Float) else None
+
+
+def _clamp(x: Any, low: Any, high: Any) -> Callable[[Any, Any, Any], Any] | None:
+    return (lambda x, low, high: low if x < low else high if x > high else x) if isinstance(x, types.Float) else None
+
+
+def _where(condition: Any, x: Any, y: Any) -> Callable[[Any, Any, Any], Any] | None:
+    return (lambda condition, x, y: x if condition else y) if isinstance(x, types.Float) else None
+
+
+# Rules call functions by torch's names, of tensors as of numbers.
+for _function, _of_numbers in (
+    (torch.sqrt, _sqrt),
+    (torch.abs, _abs),
+    (torch.sign, _sign),
+    (torch.relu, _relu),
+    (torch.maximum, _maximum),
+    (torch.clamp, _clamp),
+    (torch.where, _where),
+):
+    overload(_function, strict=False)(_of_numbers)

@@ -1,0 +1,1 @@
+"""What is computed: update rules, coefficients, schedules and averages."""

@@ -1,0 +1,1 @@
+"""One run: where state, coordination and storage meet."""

@@ -1,0 +1,1 @@
+"""A shard's memory and its one writer. Knows neither Redis nor HTTP."""

@@ -1,0 +1,60 @@
+"""Device locks: one long computation at a time on each device, and the threads that run them.
+
+Without them, several shards of one process would sweep their vectors at the same time, with more threads than cores,
+and evict each other from the cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["HOST", "DeviceLocks", "arithmetic_threads"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+HOST = torch.device("cpu")
+"""Where bodies are received and decoded."""
+
+
+class DeviceLocks:
+    """One lock per device, for one process; safe to use from several threads.
+
+    inline_elements: a shard of no more elements is computed inline, faster than a thread would begin.
+    """
+
+    def __init__(self, inline_elements: int = 0) -> None:
+        self._inline_elements = inline_elements
+        self._locks: defaultdict[torch.device, threading.Lock] = defaultdict(threading.Lock)
+        self.compiler = arithmetic_threads("compiler", 1)
+        """The thread that compiles kernels; one at a time: the next request may find its kernel made."""
+
+    def runs_inline(self, device: torch.device, numel: int) -> bool:
+        """True if the work is small enough to run inline on the event loop, without the device lock."""
+        return device == HOST and numel <= self._inline_elements
+
+    def exclusive(self, device: torch.device, function: Callable[P, T]) -> Callable[P, T]:
+        """The function, holding the device's lock while it runs."""
+        lock = self._locks[device]
+
+        def locked(*arguments: P.args, **options: P.kwargs) -> T:
+            with lock:
+                return function(*arguments, **options)
+
+        return locked
+
+
+def arithmetic_threads(name: str, most: int | None = None) -> ThreadPoolExecutor:
+    """At most `most` threads, whose tensor arithmetic is spread over as many as that of the calling thread.
+
+    OpenMP keeps that number for every thread by itself, and starts with that of the cores: a thread that is not told
+    has helpers that spin, against the event loop and each other, even for the square root of a few elements.
+    """
+    return ThreadPoolExecutor(most, f"freestep-{name}", partial(torch.set_num_threads, torch.get_num_threads()))

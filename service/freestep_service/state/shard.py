@@ -1,0 +1,296 @@
+"""A shard: its stretch of a run's state vectors and what happens to them, one log entry after another.
+
+The law of this file: no IO, no clock, no lock. It is a function of the entries applied to it, in the order of the
+log, and of nothing else; whoever calls it sees to it that one thread does so at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freestep.api.models import Point, RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.delay import Expectation
+from freestep_service.domain.reports import Measured, Reported, with_measured
+from freestep_service.optimizers import (
+    Conditions,
+    Gradient,
+    Pushed,
+    Quanta,
+    Quantized,
+    Scalars,
+    gather,
+    initial_buffers,
+    interpolate,
+    method_of,
+    quantize,
+    segments,
+    step,
+)
+from freestep_service.optimizers.kernels.streams import settle
+from freestep_service.optimizers.readiness import compile_kernels, compile_rule
+from freestep_service.state.buffers import Vector
+from freestep_service.state.compute import HOST
+from freestep_service.state.views import PointView
+
+__all__ = ["DTYPES", "Entry", "Shard", "StateCopy"]
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""torch's names of the dtypes that travel as they are."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the commit log, with the gradient that was staged for it.
+
+    seq: its place in the log. epoch: the run's when it was committed.
+    advance: whether the pushes gathered so far, this one included, become an update.
+    gradient: flat [numel], on the host or where the shard is, as it came; None where the entry is no push: the end of a
+        lease closed the update, or the entry only marks a place.
+    weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
+    damping: what staleness leaves of the learning rate, in (0, 1].
+    lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
+    staleness: the push's, in steps. live: the workers that were, when it was committed.
+    loss: that of the push; 0 where it says none.
+    """
+
+    seq: int
+    epoch: int
+    advance: bool
+    gradient: Pushed | None = None
+    worker: str = ""
+    weight: float = 1.0
+    scale: float = 1.0
+    damping: float = 1.0
+    lateness: int = 0
+    staleness: int = 0
+    live: int = 1
+    loss: float = 0.0
+    cuts: Mapping[str, str] = field(default_factory=dict)
+    """Ticket -> "POINT DTYPE", and the shard where only one is asked: points wanted of the state that this leaves."""
+    checkpoint: bool = False
+    """Whether that state is to be kept."""
+    measured: Measured | None = None
+    """A metric that was reported."""
+
+
+@dataclass(frozen=True)
+class StateCopy:
+    """A shard's whole state between two entries of the log, in memory of its own."""
+
+    epoch: int
+    step: int
+    seq: int
+    tensors: dict[str, Tensor]
+    """The state vectors by name, and `accumulated` where pushes have been gathered; on the CPU."""
+    scalars: dict[str, Scalars]
+    group: dict[str, int]
+    weight: float
+    damping: float
+    reported: Reported = field(default_factory=dict)
+    lateness: int = 0
+    expected_staleness: float = 0.0
+    loss: float = 0.0
+
+
+class Shard:
+    """The state of a stretch of one run's parameters, as of log entry `seq` and step `step` of epoch `epoch`."""
+
+    def __init__(self, spec: RunSpec, manifest: Manifest, device: torch.device, room: int = 0) -> None:
+        """room: bytes that a vector which takes y's place may have beside those of its elements."""
+        self.manifest = manifest
+        self.device = device
+        self.epoch = self.step = self.seq = 0
+        self._method = method_of(spec.optimizer)
+        self._layout = segments(self.manifest.slots)
+        # All of the run's groups, so that the scalars of any one shard are those of every other.
+        groups = {parameter.group for parameter in spec.parameters}
+        self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in sorted(groups)}
+        self._gathers = Policy.of(spec.aggregation).groups
+        self._expectation = Expectation.of(spec)
+        self._expected_staleness = 0.0
+        self._buffers: dict[str, Tensor] = {}
+        self._room = room
+        self._home: Vector | None = None
+        """Where y lies, if that is on the host."""
+        self._loan: PointView | None = None
+        self._scalars: dict[str, Scalars] = {}
+        self._reported: Reported = {}
+        self._accumulated: Tensor | None = None
+        self._clear_group()
+
+    def prepare(self) -> None:
+        """Has ready what a step takes, so that no entry waits for it. The first time on a machine it takes seconds."""
+        if self.device == HOST:
+            compile_rule(next(iter(self._hyperparameters.values())), gathers=self._gathers)
+        else:
+            compile_kernels(self._method, self._layout, self._hyperparameters, self.device, gathers=self._gathers)
+
+    def _clear_group(self) -> None:
+        self.group: dict[str, int] = {}
+        self._weight = 0.0
+        self._damping = 0.0
+        self._lateness = 0
+        self._loss = 0.0
+
+    def initialize(self, parameters: Tensor, epoch: int) -> None:
+        """Starts at step 0 from the initial weights, flat [numel], fp32 or narrower, which are copied."""
+        self.epoch, self.step, self.seq = epoch, 0, 0
+        self._buffers = initial_buffers(self._method, self._as_y(parameters))
+        self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
+        self._reported = {}
+        self._expected_staleness = 0.0
+        self._clear_group()
+        settle(self.device)
+
+    def apply(self, entry: Entry) -> None:
+        """Applies the log's next entry.
+
+        A group's gradient is the mean of its pushes weighted by their samples, and its damping and loss likewise; it
+        is as late as the latest of them.
+        """
+        assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
+        self.seq = entry.seq
+        if entry.measured is not None:
+            self._observe(entry.measured)
+        if entry.gradient is None and not entry.advance:
+            return
+        pushed = entry.gradient
+        if pushed is not None:
+            pushed = pushed if isinstance(pushed, Quantized) else pushed.to(self.device)
+            self._expected_staleness = self._expectation.after(self._expected_staleness, entry.staleness, entry.live)
+        if not entry.advance:
+            assert pushed is not None
+            self._gather(pushed, entry)
+            return
+        gradient, taken = self._direction(pushed, entry)
+        taken = taken._replace(expected_staleness=self._expected_staleness)
+        self._leave_lent()
+        self._scalars = step(
+            self._method, self._layout, self._hyperparameters, self._scalars, self._buffers, gradient, taken
+        )
+        self.step += 1
+        self._clear_group()
+
+    def _observe(self, measured: Measured) -> None:
+        self._reported = with_measured(self._reported, measured)
+        self._scalars = {
+            group: self._method.observe(self._hyperparameters[group], scalars, measured.name, measured.value)
+            for group, scalars in self._scalars.items()
+        }
+
+    def _gather(self, pushed: Pushed, entry: Entry) -> None:
+        if self._accumulated is None:
+            self._accumulated = torch.empty(self.manifest.numel, device=self.device)
+        gather(self._accumulated, pushed, entry.weight * entry.scale, first=not self._weight)
+        self._weight += entry.weight
+        self._damping += entry.weight * entry.damping
+        self._lateness = max(self._lateness, entry.lateness)
+        self._loss += entry.weight * entry.loss
+        self.group[entry.worker] = self.group.get(entry.worker, 0) + 1
+
+    def _direction(self, pushed: Pushed | None, entry: Entry) -> tuple[Gradient, Conditions]:
+        """The gradient of the step that an entry brings about, and what the log says of its pushes."""
+        if not self._gathers:
+            assert pushed is not None
+            return Gradient(pushed, entry.scale), _conditions(entry.damping, entry.lateness, entry.loss)
+        if pushed is None:
+            assert self._accumulated is not None
+            taken = _conditions(self._damping / self._weight, self._lateness, self._loss / self._weight)
+            return Gradient(self._accumulated, 1 / self._weight), taken
+        weight = self._weight + entry.weight
+        gathered = self._accumulated if self._weight else None
+        damping = (self._damping + entry.weight * entry.damping) / weight
+        loss = (self._loss + entry.weight * entry.loss) / weight
+        taken = _conditions(damping, max(self._lateness, entry.lateness), loss)
+        return Gradient(pushed, 1 / weight, entry.weight * entry.scale, gathered), taken
+
+    def copy_point(
+        self, point: Point, out: Tensor | Quanta, note: Callable[[int], object] | None = None
+    ) -> tuple[int, int]:
+        """Writes a point into `out`, flat [numel] of a dtype in DTYPES or int8, on the host; returns (epoch, step).
+
+        note: as `interpolate` has it.
+        """
+        state = self._method, self._layout, self._hyperparameters, self._scalars, self._buffers
+        if isinstance(out, Quanta):
+            quantize(*state, point, out)
+        else:
+            interpolate(*state, point, out, note)
+        return self.epoch, self.step
+
+    def lend(self, spare: Vector) -> PointView:
+        """y as it is now, in the state's own memory; where that is lent already, or on a device, copied to `spare`."""
+        if self._home is None or (self._loan is not None and self._loan.is_open):
+            spare.pin()
+            return PointView(*self.copy_point("y", spare.tensor()), spare)
+        self._loan = PointView(self.epoch, self.step, self._home, spare)
+        return self._loan
+
+    def _leave_lent(self) -> None:
+        """Has y in memory that nobody reads."""
+        view, self._loan = self._loan, None
+        spare = None if view is None else view.take_spare()
+        if spare is not None:
+            self.copy_point("y", spare.tensor())
+            self._home, self._buffers["y"] = spare, spare.tensor()
+
+    def _as_y(self, parameters: Tensor) -> Tensor:
+        """A copy of `parameters`, flat [numel], on the device and as fp32, to be y."""
+        self._loan = None
+        if self.device != HOST:
+            return parameters.to(self.device, torch.float32, copy=True)
+        self._home = Vector(self.manifest.numel, self._room)
+        return self._home.tensor().copy_(parameters)
+
+    def position(self) -> tuple[int, int, dict[str, int]]:
+        """(seq, step, group): where in the log the state stands."""
+        return self.seq, self.step, dict(self.group)
+
+    def reported(self) -> Reported:
+        """The metrics that were reported up to here."""
+        return self._reported
+
+    def copy_state(self) -> StateCopy:
+        """A copy of the state; its cost is one pass over memory."""
+        tensors = dict(self._buffers)
+        if self.group and self._accumulated is not None:
+            tensors["accumulated"] = self._accumulated
+        return StateCopy(
+            self.epoch,
+            self.step,
+            self.seq,
+            {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()},
+            dict(self._scalars),
+            dict(self.group),
+            self._weight,
+            self._damping,
+            self._reported,
+            self._lateness,
+            self._expected_staleness,
+            self._loss,
+        )
+
+    def load(self, cut: StateCopy, epoch: int) -> None:
+        """Takes a cut's state, and its tensors, as this shard's, in the given epoch."""
+        self.epoch, self.step, self.seq = epoch, cut.step, cut.seq
+        kept = {name: cut.tensors[name].to(self.device) for name in self._method.buffers if name != "y"}
+        self._buffers = {"y": self._as_y(cut.tensors["y"]), **kept}
+        self._scalars = dict(cut.scalars)
+        self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
+        self.group = dict(cut.group)
+        self._weight, self._damping = cut.weight, cut.damping
+        self._lateness, self._loss = cut.lateness, cut.loss
+        self._expected_staleness = cut.expected_staleness
+        self._reported = cut.reported
+
+
+def _conditions(damping: float, lateness: int, loss: float) -> Conditions:
+    return Conditions(damping, 1 / lateness if lateness else math.inf, loss=loss)

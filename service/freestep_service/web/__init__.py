@@ -1,0 +1,1 @@
+"""HTTP: the only package that knows status codes, headers and sockets."""

@@ -1,0 +1,35 @@
+"""Checkpoints: write one now, list them, go back to one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request
+
+from freestep.api.models import Checkpoint, CheckpointList, RunStatus
+from freestep_service.web.routes.dependencies import AnyRelay, AnyRun
+
+router = APIRouter(tags=["checkpoints"])
+
+
+@router.post("/v1/runs/{run}/checkpoints", status_code=201, response_model=Checkpoint)
+async def write_checkpoint(run: AnyRun, request: Request, relay: AnyRelay) -> Any:
+    """Writes a checkpoint of the newest step."""
+    if not run.owned:
+        return await relay.forward(request, run)
+    return await run.checkpoint()
+
+
+@router.get("/v1/runs/{run}/checkpoints")
+async def list_checkpoints(run: AnyRun) -> CheckpointList:
+    """The checkpoints that are kept, oldest first."""
+    return CheckpointList(checkpoints=await run.list_checkpoints())
+
+
+@router.post("/v1/runs/{run}/checkpoints/{step}/restore", response_model=RunStatus)
+async def restore_checkpoint(run: AnyRun, request: Request, relay: AnyRelay, step: Annotated[int, Path(ge=0)]) -> Any:
+    """Goes back to a checkpoint, in a new epoch: leases of the old one no longer push."""
+    if not run.owned:
+        return await relay.forward(request, run)
+    await run.restore(step)
+    return await run.status()

@@ -1,0 +1,20 @@
+"""Metrics: what evaluators report of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from freestep.api.models import MetricReceipt, MetricReport
+from freestep_service.web.routes.dependencies import AnyRelay, AnyRun
+
+router = APIRouter(tags=["metrics"])
+
+
+@router.post("/v1/runs/{run}/metrics", response_model=MetricReceipt)
+async def report_metric(run: AnyRun, report: MetricReport, request: Request, relay: AnyRelay) -> Any:
+    """Reports a metric measured at the x of a step; a report counts once, however often it is sent."""
+    if not run.owned:
+        return await relay.forward(request, run, content=await request.body())
+    return await run.feedback.report(report)

@@ -1,0 +1,85 @@
+"""Parameters: initial weights in, points out."""
+
+from __future__ import annotations
+
+import secrets
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from freestep.api.models import RunStatus
+from freestep_service.state.snapshots import Reading
+from freestep_service.web.body import Body
+from freestep_service.web.headers import body_length, preferences, upload
+from freestep_service.web.relay import stall_seconds
+from freestep_service.web.responses import SnapshotResponse, etag, is_known
+from freestep_service.web.routes.data_request import DataRequest, DataRoute
+from freestep_service.web.routes.documents import (
+    DTYPE,
+    PART,
+    POINT,
+    PULL_QUERY,
+    RANGE_HEADERS,
+    TENSORS,
+    TENSORS_BODY,
+    UPLOAD_HEADERS,
+)
+
+router = APIRouter(tags=["parameters"], route_class=DataRoute)
+
+
+@router.put(
+    "/v1/runs/{run}/parameters",
+    status_code=201,
+    response_model=RunStatus,
+    openapi_extra={"requestBody": TENSORS_BODY, "parameters": [*PART, *UPLOAD_HEADERS]},
+)
+async def initialize_run(request: Request) -> Response:
+    """Gives the run its initial weights; the first who does wins, the others get already-initialized.
+
+    With `shard`, the body is that shard's part, and the answer comes when all shards have theirs: an Idempotency-Key
+    says which parts belong together.
+    """
+    parsed = await DataRequest.of(request)
+    run, relay = parsed.run, parsed.relay
+    length = body_length(request, parsed.settings.max_body_bytes)
+    body = Body(request, length, parsed.settings.stall_seconds)
+    if parsed.shard is None:
+        async with run.staged(body) as whole:
+            await relay.send(request, run, "PUT", "parameters", whole, {"Idempotency-Key": secrets.token_hex(16)})
+    elif not run.owns(parsed.shard):
+        return await relay.forward(request, run, parsed.shard)
+    else:
+        await run.initialize(run.shard(parsed.shard), body, upload(request, required=run.many))
+    status = await run.status()
+    return JSONResponse(status.model_dump(mode="json"), 201)
+
+
+@router.get(
+    "/v1/runs/{run}/parameters",
+    response_class=Response,
+    responses={200: TENSORS, 206: TENSORS, 304: {"description": "The point's ETag is one of those named."}},
+    openapi_extra={"parameters": [*PART, POINT, DTYPE, *PULL_QUERY, *RANGE_HEADERS]},
+)
+async def pull(request: Request) -> Response:
+    """A point of the run's newest step, or of a step not before `min_step` (`Prefer: wait=S`).
+
+    With `shard`, that shard's part of it. All shards that are asked with the same `cut`, any fresh word, answer with
+    parts of one step.
+    """
+    parsed = await DataRequest.of(request)
+    run, point, dtype, min_step, cut = parsed.run, parsed.point, parsed.dtype, parsed.min_step, parsed.cut
+    if parsed.shard is None:
+        return await parsed.relay.pull(request, run, point, dtype, min_step, request.headers.get("prefer", ""))
+    if not run.owns(parsed.shard):
+        return await parsed.relay.forward(request, run, parsed.shard)
+    owned = run.shard(parsed.shard)
+    run.require_initialized(owned)
+    wishes = preferences(request)
+    await run.wait_for(owned, min_step, wishes.wait)
+    tag = etag(owned.writer.epoch, owned.writer.applied_step, point, dtype)
+    # Of a cut all shards have to answer alike.
+    if not cut and is_known(tag, request.headers.get("if-none-match", "")):
+        return Response(status_code=304, headers={"ETag": tag})
+    reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
+    return SnapshotResponse(run, owned, reading, stall_seconds(request, parsed.settings.stall_seconds), request.headers)

@@ -1,0 +1,54 @@
+"""Runs: create, list, look at, cut anew, delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from freestep.api.models import ReshardRequest, RunList, RunSpec, RunStatus, Topology
+from freestep_service.web.routes.dependencies import AnyRegistry, AnyRelay, AnyRun, RunName
+
+router = APIRouter(tags=["runs"])
+
+
+@router.put("/v1/runs/{run}", status_code=201)
+async def create_run(run: RunName, spec: RunSpec, registry: AnyRegistry, response: Response) -> RunStatus:
+    """Creates a run: 201, or 200 when it exists with the same spec."""
+    made, is_new = await registry.create(run, spec)
+    if not is_new:
+        response.status_code = 200
+    return await made.status()
+
+
+@router.get("/v1/runs")
+async def list_runs(registry: AnyRegistry) -> RunList:
+    """Every run's status."""
+    return RunList(runs=[await run.status() for run in registry.all()])
+
+
+@router.get("/v1/runs/{run}")
+async def get_run(run: AnyRun) -> RunStatus:
+    """The run's status."""
+    return await run.status()
+
+
+@router.get("/v1/runs/{run}/topology")
+async def get_topology(run: AnyRun) -> Topology:
+    """Where the run's shards are, and what each owns."""
+    return await run.topology()
+
+
+@router.post("/v1/runs/{run}/reshard", response_model=RunStatus)
+async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, relay: AnyRelay) -> Any:
+    """ConsistentReads the run into another number of shards, in a new epoch."""
+    if not run.owned:
+        return await relay.forward(request, run, content=await request.body())
+    await run.reshard(wish.shards)
+    return await run.status()
+
+
+@router.delete("/v1/runs/{run}", status_code=204)
+async def delete_run(run: RunName, registry: AnyRegistry) -> None:
+    """Deletes a run, its checkpoints included."""
+    await registry.delete(run)
