@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freestep import Flat, RemoteOptimizer, loose
+from freestep import Flat, RemoteOptimizer, in_place_gradient
 from freestep.api.models import ParameterSpec
 from freestep.in_place_gradient import Loose
 from freestep.wire.manifest import Manifest
 from harness import ThreadService
 
-LARGE = loose._LARGE
+LARGE = in_place_gradient._LARGE
 SHAPES: dict[str, tuple[int, ...]] = {
     "a": (3,), "w": (LARGE // 64, 64), "s": (), "e": (0, 4), "m": (5, 7), "v": (LARGE,), "u": (LARGE + 1,), "n": (2,),
 }  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_model_of_large_and_small_tensors_trains_as_its_copies_do(
 ) -> None:
     ended = []
     for large in (LARGE, 10**9):
-        monkeypatch.setattr(loose, "_LARGE", large)
+        monkeypatch.setattr(in_place_gradient, "_LARGE", large)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, LARGE // 64), nn.Tanh(), nn.Linear(LARGE // 64, 64), nn.Linear(64, 3))
         run = f"run-{uuid.uuid4().hex[:8]}"
