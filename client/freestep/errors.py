@@ -23,7 +23,8 @@
     │   ├── Overloaded            overloaded
     │   ├── CoordinatorUnavailable  coordinator-unavailable
     │   ├── ShardUnavailable      shard-unavailable
-    │   └── StepNotReached        step-not-reached
+    │   ├── StepNotReached        step-not-reached
+    │   └── StorageUnavailable    storage-unavailable
     ├── ServiceUnreachable        no answer came within the time allowed for retries
     ├── UnexpectedResponse        an answer that does not follow the protocol
     ├── ManifestMismatch          the local parameters are not those of the run
@@ -64,6 +65,7 @@ __all__ = [
     "ServiceUnreachable",
     "ShardUnavailable",
     "StepNotReached",
+    "StorageUnavailable",
     "Unauthenticated",
     "UnexpectedResponse",
     "UnsupportedMediaType",
@@ -218,12 +220,19 @@ class ShardUnavailable(ProblemError):
     """`missing` are the shards that nobody owns; or the shard is another process's by now (see the topology)."""
 
     slug = "shard-unavailable"
-    title = "A shard of the run is not where it was looked for"
+    title = "The shard has another owner"
 
 
 class StepNotReached(ProblemError):
     slug = "step-not-reached"
     title = "The run did not reach the step in the time allowed"
+
+
+class StorageUnavailable(ProblemError):
+    """Nothing was changed: the medium that checkpoints are kept on is full, read-only or away."""
+
+    slug = "storage-unavailable"
+    title = "The storage cannot be read or written"
 
 
 class ServiceUnreachable(FreestepError):

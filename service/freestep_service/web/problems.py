@@ -41,6 +41,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.CoordinatorUnavailable: 503,
     errors.ShardUnavailable: 503,
     errors.StepNotReached: 504,
+    errors.StorageUnavailable: 507,
 }
 
 _PROBLEM = {
