@@ -15,7 +15,8 @@ from forms import FORMS, own
 from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.records import CheckpointId, Record
-from freestep_service.state.shard import Entry, Shard, StateCopy
+from freestep_service.state.log import Entry
+from freestep_service.state.shard import Shard, StateCopy
 from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.checksummed import Damaged
 

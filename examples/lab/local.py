@@ -16,7 +16,8 @@ from torch import Tensor
 from freestep.api.models import Point, RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.state.compute import HOST
-from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.log import Entry
+from freestep_service.state.shard import Shard
 
 __all__ = ["LocalRun"]
 

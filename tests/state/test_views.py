@@ -10,7 +10,8 @@ import torch
 from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.state.buffers import Vector
-from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.log import Entry
+from freestep_service.state.shard import Shard
 from freestep_service.state.views import PointView
 
 NUMEL = 5

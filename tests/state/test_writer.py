@@ -1,25 +1,27 @@
-"""The order of the log on one thread, and the pool of vectors."""
+"""The writer: entries in the order of the log on one thread, the memory that they own, and updates that fail."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 import torch
 
 from freestep.api.models import RunSpec
+from freestep.errors import ShardUnavailable
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.records import Lost
-from freestep_service.state.buffers import Vector, VectorPool
+from freestep_service.state.buffers import Hold, VectorPool
 from freestep_service.state.compute import DeviceLocks
-from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.log import Entry
+from freestep_service.state.shard import Shard
 from freestep_service.state.writer import Writer
 
 
-@pytest.fixture(params=[0, 1], ids=["thread", "inline"])
-def writer(request: pytest.FixtureRequest) -> Iterator[Writer]:
-    """A writer of a shard that counts: lr 1, and each entry's gradient is minus its place in the log."""
+def counting_shard() -> Shard:
+    """A shard that counts: lr 1, and each entry's gradient is minus its place in the log."""
     spec = RunSpec.model_validate(
         {
             "optimizer": {"algorithm": "sgd", "lr": 1.0},
@@ -29,9 +31,15 @@ def writer(request: pytest.FixtureRequest) -> Iterator[Writer]:
     )
     shard = Shard(spec, Manifest(spec.parameters), torch.device("cpu"))
     shard.initialize(torch.zeros(1), epoch=1)
-    made = Writer(shard, "test", locks=DeviceLocks(request.param))
+    return shard
+
+
+@pytest.fixture(params=[0, 1], ids=["thread", "inline"])
+def writer(request: pytest.FixtureRequest) -> Iterator[Writer]:
+    shard = counting_shard()
+    made = Writer(shard, "test", DeviceLocks(request.param))
     yield made
-    made.close()
+    asyncio.run(made.close())
 
 
 def entry(seq: int, epoch: int = 1) -> Entry:
@@ -57,8 +65,8 @@ def test_entries_are_applied_in_the_order_of_the_log(writer: Writer) -> None:
         writer.resume(1, 0, 0)
         third, second = writer.submit(entry(3)), writer.submit(entry(2))
         assert writer.has_gap
-        assert (writer.taken_seq, writer.known_seq) == (0, 3)
-        await writer.apply(entry(1))
+        assert (writer.taken_seq, writer.position.seq) == (0, 3)
+        await writer.submit(entry(1))
         await asyncio.gather(second, third)
         assert not writer.has_gap
         assert (writer.shard.seq, value(writer.shard), writer.applied_step) == (3, 6.0, 3)
@@ -80,10 +88,10 @@ def test_entries_wait_while_the_writer_is_paused(writer: Writer) -> None:
 def test_old_entries_and_old_epochs_are_lost(writer: Writer) -> None:
     async def work() -> None:
         writer.resume(1, 0, 0)
-        await writer.apply(entry(1))
+        await writer.submit(entry(1))
         for late in (entry(1), entry(2, epoch=0), entry(2, epoch=2)):
             with pytest.raises(Lost):
-                await writer.apply(late)
+                await writer.submit(late)
         assert value(writer.shard) == 1.0
 
     run(work)
@@ -108,12 +116,12 @@ def test_what_is_held_may_be_forgotten(writer: Writer) -> None:
 def test_a_new_epoch_keeps_its_own_entries(writer: Writer) -> None:
     async def work() -> None:
         writer.resume(1, 0, 0)
-        await writer.apply(entry(1))
+        await writer.submit(entry(1))
         cut = await writer.run(writer.shard.copy_state)
-        await writer.apply(entry(2))
+        await writer.submit(entry(2))
         writer.pause()
         old, new = writer.submit(entry(3)), writer.submit(entry(2, epoch=2))
-        await writer.run(writer.shard.load, cut, 2)
+        await writer.load(writer.shard.load, cut, 2)
         writer.resume(2, 1, 1)
         with pytest.raises(Lost):
             await old
@@ -128,10 +136,10 @@ def test_a_step_is_waited_for(writer: Writer) -> None:
         writer.resume(1, 0, 0)
         waiting = [asyncio.create_task(writer.reach(step, 20)) for step in (2, 1, 2)]
         await asyncio.sleep(0)
-        await writer.apply(entry(1))
+        await writer.submit(entry(1))
         assert await waiting[1]
         assert not waiting[0].done()
-        await writer.apply(entry(2))
+        await writer.submit(entry(2))
         assert await waiting[0]
         assert await waiting[2]
         assert await writer.reach(2, 0)
@@ -153,45 +161,126 @@ def test_a_wait_ends_with_its_epoch(writer: Writer) -> None:
     run(work)
 
 
-def test_vectors_are_lent_first_come_first_served() -> None:
-    async def work() -> None:
-        pool = VectorPool(3, capacity=2)
-        first, second = await pool.acquire(), await pool.acquire()
-        assert pool.try_acquire() is None
-        waiting = [asyncio.create_task(pool.acquire()) for _ in range(3)]
-        await asyncio.sleep(0)
-        assert pool.contended
-        waiting[0].cancel()
-        pool.release(first)
-        assert await waiting[1] is first
-        pool.release(second)
-        assert await waiting[2] is second
-        assert not pool.contended
-        pool.release(first)
-        assert pool.try_acquire() is first
+class Peer:
+    """A holder that is as slow as it is told."""
 
-    run(work)
+    speed = 0.0
+
+    def is_slow(self) -> bool:
+        return False
+
+    def end(self) -> None: ...
+
+    def on_excused(self) -> None: ...
 
 
-def test_a_vector_that_comes_too_late_goes_to_the_next() -> None:
-    async def work() -> None:
-        pool = VectorPool(3, capacity=1)
-        vector = await pool.acquire()
-        waiting = asyncio.create_task(pool.acquire())
-        await asyncio.sleep(0)
+def held(pool: VectorPool, seq: int, epoch: int = 1) -> Entry:
+    """An entry whose gradient lies in a vector of a pool."""
+    vector = pool.try_acquire()
+    assert vector is not None
+    gradient = vector.tensor()
+    gradient.fill_(-float(seq))
+    return Entry(seq, epoch, advance=True, gradient=gradient, hold=Hold(pool, vector, Peer()))
+
+
+def free(pool: VectorPool) -> int:
+    """How many vectors of a pool are not lent."""
+    taken = []
+    while (vector := pool.try_acquire()) is not None:
+        taken.append(vector)
+    for vector in taken:
         pool.release(vector)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        assert await pool.acquire() is vector
+    return len(taken)
+
+
+def test_an_entry_owns_its_memory_until_it_is_applied_or_lost(writer: Writer) -> None:
+    async def work() -> None:
+        pool = VectorPool(1, capacity=4)
+        writer.resume(1, 0, 0)
+        second = writer.submit(held(pool, 2))
+        assert free(pool) == 3
+        await writer.submit(held(pool, 1))
+        await second
+        assert free(pool) == 4
+        for late in (held(pool, 1), held(pool, 3, epoch=0)):
+            with pytest.raises(Lost):
+                await writer.submit(late)
+        gap = writer.submit(held(pool, 9))
+        writer.pause(forget=True)
+        with pytest.raises(Lost):
+            await gap
+        assert free(pool) == 4
+        assert value(writer.shard) == 3.0
 
     run(work)
 
 
-@pytest.mark.parametrize("numel", [0, 1, 1000])
-def test_a_vectors_bytes_are_its_tensors(numel: int) -> None:
-    vector = Vector(numel)
-    assert len(vector.bytes) == 4 * numel
-    vector.tensor().fill_(1.0)
-    assert bytes(vector.bytes) == b"\x00\x00\x80\x3f" * numel
-    assert vector.tensor(torch.bfloat16).numel() == numel
+def test_a_shard_that_is_given_up_keeps_the_memory_of_an_update_until_its_end() -> None:
+    """Else the next body would be received into what the writer's thread still reads."""
+
+    async def work() -> None:
+        started, may_end = threading.Event(), threading.Event()
+        writer = Writer(counting_shard(), "test", DeviceLocks())
+        pool = VectorPool(1, capacity=1)
+        apply = writer.shard.apply
+
+        def slow(entry: Entry) -> None:
+            started.set()
+            assert may_end.wait(30)
+            apply(entry)
+
+        writer.shard.apply = slow  # type: ignore[method-assign]
+        writer.resume(1, 0, 0)
+        applied = writer.submit(held(pool, 1))
+        closing = asyncio.create_task(writer.close())
+        await asyncio.to_thread(started.wait, 30)
+        assert free(pool) == 0
+        may_end.set()
+        await closing
+        await applied
+        assert free(pool) == 1
+        assert value(writer.shard) == 1.0
+
+    run(work)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_nothing_follows_an_update_that_fails(writer: Writer, fails_at: int) -> None:
+    async def work() -> None:
+        pool = VectorPool(1, capacity=4)
+        failures: list[bool] = []
+        apply, kept = writer.shard.apply, writer.shard.copy_state()
+
+        def fail(entry: Entry) -> None:
+            if entry.seq == fails_at:
+                # As a device that runs out of memory within an update leaves it.
+                writer.shard.seq = entry.seq
+                raise RuntimeError("out of memory")
+            apply(entry)
+
+        writer.shard.apply = fail  # type: ignore[method-assign]
+        writer.on_failure = lambda: failures.append(True)
+        writer.resume(1, 0, 0)
+        entries = [writer.submit(held(pool, seq)) for seq in (1, 2, 3)]
+        outcomes = await asyncio.gather(*entries, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [
+            *[type(None)] * (fails_at - 1),
+            ShardUnavailable,
+            *[Lost] * (3 - fails_at),
+        ]
+        assert free(pool) == 4
+        assert failures == [True]
+        assert (writer.applied_step, value(writer.shard)) == (fails_at - 1, float(sum(range(fails_at))))
+        # Its state is neither read, nor written as a checkpoint, nor gone on from.
+        with pytest.raises(ShardUnavailable, match="out of memory"):
+            await writer.run(writer.shard.copy_state)
+        with pytest.raises(Lost):
+            await writer.submit(held(pool, 4))
+        assert not await writer.reach(9, 20)
+        writer.shard.apply = apply  # type: ignore[method-assign]
+        await writer.load(writer.shard.load, kept, 2)
+        writer.resume(2, 0, 0)
+        await writer.submit(held(pool, 1, epoch=2))
+        assert value(writer.shard) == 1.0
+
+    run(work)

@@ -257,7 +257,8 @@ from freestep.models import RunSpec
 from freestep.manifest import Manifest
 from freestep_service.checkpoints import Checkpoints
 from freestep_service.records import CheckpointId
-from freestep_service.shard import Entry, Shard
+from freestep_service.state.log import Entry
+from freestep_service.state.shard import Shard
 from freestep_service.storage import open_storage
 document = {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": "w", "shape": [200_000]}]}
 spec = RunSpec.model_validate(document)

@@ -30,6 +30,8 @@ class Report:
     live: CheckpointId | None = None
     closed: LogPosition | None = None
     offers: Sequence[CheckpointId] = field(default_factory=tuple)
+    problem: str | None = None
+    """Why the state could not be written, where the run was to be divided anew."""
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -41,6 +43,7 @@ class Report:
             None if live is None else CheckpointId(*live),
             None if closed is None else LogPosition(*closed),
             [CheckpointId(*offer) for offer in members["offers"]],
+            members.get("problem"),
         )
 
     def to_json(self) -> str:
@@ -52,6 +55,7 @@ class Report:
                 "live": self.live,
                 "closed": self.closed,
                 "offers": offers,
+                "problem": self.problem,
             }
         )
 

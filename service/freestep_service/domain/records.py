@@ -19,7 +19,9 @@ __all__ = [
     "Ended",
     "Fenced",
     "LogPosition",
+    "LogTruncated",
     "Lost",
+    "Owner",
     "Pending",
     "Receipts",
     "Record",
@@ -44,6 +46,10 @@ class Lost(Exception):
     """The run was opened again since the push was admitted, which is thereby forgotten."""
 
 
+class LogTruncated(Exception):
+    """The log begins behind the entry that was asked for: what is missing can be read no more."""
+
+
 class Pending(Exception):
     """The push's key is on its way through another request."""
 
@@ -64,6 +70,14 @@ class CheckpointId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.epoch}-{self.step}-{self.seq}"
+
+
+class Owner(NamedTuple):
+    """A shard, the fencing token under which a process owns it, and how much of the log that process knows."""
+
+    shard: int
+    token: str
+    position: LogPosition
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,10 @@ class Record:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    def digest_of(self, begin: int, end: int) -> str | None:
+        """The digest of elements `begin` to `end`; None where it is not known."""
+        return self.digests.get(f"{begin}-{end}")
 
     def settled(self, step: int) -> Record:
         """The record of an accumulated push, once the run has reached a step after it: its update is applied."""

@@ -1,157 +1,182 @@
-"""Points of a run of several shards, as of one place in the log: every shard sends its part of the same cut.
+"""Points of a run as of one place in the log: every shard sends its part of the same consistent read.
 
-Which places are cut at is decided in Redis, where it is known how much memory all shards have for it, and written into
-the log (lua/_prelude.lua): a ticket, which the requests for all parts of one pull share, gets the first cut for which
-there is room, and those that wait for room get one together. A shard takes its part when it comes to that place, and
-keeps it until it is asked for, or for so long that nobody will.
+A run of one shard reads at the newest step. Of several, the places are decided in Redis, where it is known how much
+memory all shards have for it, and written into the log (lua/_prelude.lua): a ticket, which the requests for all parts
+of one read share, gets the first place for which there is room. A shard takes its part when it comes to that place, and
+keeps it until it is fetched, or for so long that nobody will.
+
+The law of this file: no read holds up a push. What a slow or absent reader holds is counted apart and reported to Redis
+as sent, so that its place goes to another; and a push whose answer finds no memory is answered with its receipt alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import cast
 
 from freestep.api.models import Point
-from freestep.errors import CoordinatorUnavailable, Overloaded, ProblemError, ShardUnavailable
-from freestep_service.coordination.coordinator import Coordinator, Owner
-from freestep_service.domain.records import Behind, Fenced
-from freestep_service.state.bodies import body, room
-from freestep_service.state.buffers import Vector, VectorPool
-from freestep_service.state.shard import Entry
-from freestep_service.state.snapshots import Reading, Snapshot, take
-from freestep_service.state.views import PointView
-from freestep_service.state.writer import Writer
+from freestep.errors import Overloaded, ProblemError, ShardUnavailable
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.shard_core import ShardCore
+from freestep_service.state.log import Entry
+from freestep_service.state.snapshots import PointBody, Snapshot
 
-__all__ = ["MOST_CUTS", "ConsistentReads"]
+__all__ = ["ConsistentReads", "Reading"]
 
-MOST_CUTS = 4
-"""ConsistentReads that may be held at once, as lua/_prelude.lua grants them."""
 _KEPT_S = 30.0
-_UNSAID_S = 0.2
-"""How long a push is waited for to tell Redis with it that a part was sent."""
+_REPORT_S = 0.2
+"""Seconds for which sent-acknowledgements are held back so that the next admit can carry them."""
+_ANSWER_S = 1.0
+"""Seconds for which a push's answer waits for its place, which fast readers leave within."""
+_SILENCE_S = 1.0
+"""Seconds for which a message is listened for before Redis is asked for what it would say."""
+_PLACES = 4
+"""Places that may be read at once, as lua/_prelude.lua grants them to pushes."""
 
 
-@dataclass
-class _Part:
-    """A shard's part of a cut: what it is of, whose tickets it is for, and how many are reading it."""
+@dataclass(frozen=True)
+class Reading:
+    """What is to be read: a point and its dtype.
 
-    wanted: str
-    seq: int
-    taken: asyncio.Future[PointView]
-    spare: Vector
-    tickets: set[str]
-    readers: int = 0
-    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+    Of several shards, at the place that `ticket` gets, which `readers` shards are asked for.
+    answers_push: whether it answers a push, which does not wait for readers. is_asked: whether that push's commit has
+    asked Redis for the place. patience: seconds for which the push's group is waited for.
+    """
+
+    point: Point
+    dtype: str
+    ticket: str = ""
+    readers: int = 1
+    answers_push: bool = False
+    is_asked: bool = False
+    patience: float = 0.0
 
 
 class ConsistentReads:
-    """The cuts of one shard."""
+    """The reads of one shard."""
 
-    def __init__(
-        self, run: str, coordinator: Coordinator, writer: Writer, owner: Callable[[], Owner], queue_s: float
-    ) -> None:
-        self._run = run
-        self._coordinator = coordinator
-        self._writer = writer
-        self._owner = owner
-        self._queue_s = queue_s
-        manifest = writer.shard.manifest
-        self._pool = VectorPool(manifest.numel, MOST_CUTS, room(manifest), writer.shard.device)
-        self._parts: dict[str, _Part] = {}
-        self._waiting: dict[str, asyncio.Future[_Part]] = {}
+    def __init__(self, context: RunContext, recovery: Recovery, core: ShardCore) -> None:
+        self._coordinator = context.coordinator.log
+        self._background = context.background
+        self._settings = context.settings
+        self._recovery = recovery
+        self._core = core
+        self._snapshots = core.snapshots
+        self._parts: dict[str, Snapshot] = {}
+        """By ticket."""
+        self._waiting: dict[str, asyncio.Future[Snapshot]] = {}
         self._sent: list[str] = []
+        """Tickets whose parts were sent, and that Redis has not been told of."""
+        self._reported: set[str] = set()
+        """Tickets that Redis was told of while their parts are still here, for slow readers."""
         self._reminder: asyncio.TimerHandle | None = None
-        self._telling: set[asyncio.Task[None]] = set()
-
-    def take(self, entry: Entry) -> None:
-        """Takes the parts that an entry asks for: the next thing that the writer does."""
-        for wanted in sorted(set(entry.cuts.values())):
-            point, dtype, *only = wanted.split()
-            if only and only != [str(self._owner().shard)]:
-                continue
-            tickets = {ticket for ticket, each in entry.cuts.items() if each == wanted}
-            vector = self._pool.try_acquire()
-            if vector is None:
-                # Somebody is slow. Who wanted this is told to ask again.
-                for ticket in tickets:
-                    self._fail(ticket, Overloaded())
-                continue
-            part = _Part(wanted, entry.seq, take(self._writer, cast(Point, point), dtype, vector), vector, tickets)
-            part.timer = asyncio.get_running_loop().call_later(_KEPT_S, self._expire, part)
-            self._parts.update(dict.fromkeys(tickets, part))
-            for ticket in tickets & self._waiting.keys():
-                self._waiting.pop(ticket).set_result(part)
+        self._closed = False
+        core.snapshots.pool.pressed = lambda: bool(self._waiting)
 
     @asynccontextmanager
-    async def read(self, reading: Reading) -> AsyncIterator[Snapshot]:
-        """This shard's part of a ticket's cut, kept until the block ends.
+    async def read(self, reading: Reading) -> AsyncIterator[PointBody]:
+        """This shard's part of a point, which does not change until the block ends.
 
-        Raises Overloaded when there is no memory for it in time, ShardUnavailable, CoordinatorUnavailable.
+        Raises Overloaded when there is no memory for it in time, ShardUnavailable and CoordinatorUnavailable.
         """
-        ticket, part = await self._part(reading)
-        part.readers += 1
+        wait = self._settings.queue_seconds
+        if not self._core.is_sharded:
+            snapshot = await self._snapshots.newest(
+                reading.point, reading.dtype, wait, waits_for_slow=not reading.answers_push
+            )
+            ticket = ""
+        else:
+            ticket, snapshot = await self._part(reading, wait)
+            snapshot.needed += 1
         try:
-            view = await asyncio.shield(part.taken)
-            manifest = self._writer.shard.manifest
-            header, data = body(view.vector, manifest, reading.dtype, self._run, view.epoch, view.step, reading.point)
-            yield Snapshot(view.epoch, view.step, header, data, view, seq=part.seq)
+            async with self._snapshots.reading(snapshot, self._settings.slow_bytes_per_second) as body:
+                yield body
         finally:
-            part.readers -= 1
-            if ticket in part.tickets:
-                part.tickets.discard(ticket)
-                self._parts.pop(ticket, None)
-                self._note(ticket)
-            self._let_go(part)
+            if ticket in snapshot.tickets:
+                self._fetched(ticket, snapshot)
 
-    async def _part(self, reading: Reading) -> tuple[str, _Part]:
+    # Parts of several shards
+
+    def take(self, entry: Entry) -> None:
+        """Takes the parts that an entry asks for: the next work of the writer."""
+        for wanted in sorted(set(entry.reads.values())):
+            point, dtype, *only = wanted.split()
+            if only and only != [str(self._core.index)]:
+                continue
+            tickets = {ticket for ticket, each in entry.reads.items() if each == wanted}
+            try:
+                vector = self._snapshots.pool.try_acquire()
+                if vector is None:
+                    raise Overloaded
+                snapshot = self._snapshots.take(cast(Point, point), dtype, vector, entry.seq)
+            except ProblemError as problem:
+                # Its readers are to ask again; a push is answered with its receipt.
+                for ticket in tickets:
+                    self._fail(ticket, problem)
+                    self._report(ticket)
+                continue
+            snapshot.wanted = wanted
+            snapshot.tickets = set(tickets)
+            snapshot.needed = len(tickets)
+            snapshot.on_apart = lambda snapshot=snapshot: self._report_slow(snapshot)  # type: ignore[misc]
+            asyncio.get_running_loop().call_later(_KEPT_S, self._expire, snapshot)
+            for ticket in tickets:
+                self._parts[ticket] = snapshot
+                if (waiting := self._waiting.pop(ticket, None)) is not None and not waiting.done():
+                    waiting.set_result(snapshot)
+
+    async def _part(self, reading: Reading, wait: float) -> tuple[str, Snapshot]:
         """The part that is wanted, and the ticket that it goes by."""
         loop = asyncio.get_running_loop()
         ticket, readers, wanted = reading.ticket, reading.readers, f"{reading.point} {reading.dtype}"
-        # What no other shard is asked for, none other takes.
-        alone = f"{wanted} {self._owner().shard}"
+        # A read of this shard only is taken by no other.
+        alone = f"{wanted} {self._core.index}"
         if not ticket:
             ticket, readers, wanted = secrets.token_hex(16), 1, alone
         try:
             part = self._parts.get(ticket)
-            if reading.asked and part is None:
-                part = await self._come(ticket, self._queue_s if reading.patience is None else reading.patience)
-            deadline = loop.time() + self._queue_s
+            if reading.is_asked and part is None:
+                part = await self._come(ticket, reading.patience or _ANSWER_S)
+                if part is None and not reading.patience:
+                    self._report(ticket)
+                    raise Overloaded("no memory for the answer was free in time")
+            deadline = loop.time() + wait
             while part is None or part.wanted != wanted:
-                # In line before Redis is asked: the cut may come before its answer.
+                # Waiting before Redis is asked: the place may come before its answer.
                 self._waiting.setdefault(ticket, loop.create_future())
-                seq = await self._ask(ticket, wanted, readers)
+                seq = await self._recovery.call(
+                    lambda ticket=ticket, wanted=wanted, readers=readers: self._coordinator.request_read(  # type: ignore[misc]
+                        self._core.owner(), ticket, wanted, readers
+                    )
+                )
                 part, left = self._parts.get(ticket), deadline - loop.time()
-                if part.wanted != wanted if part else 0 < seq <= self._writer.taken_seq:
+                if part.wanted != wanted if part else 0 < seq <= self._core.writer.taken_seq:
                     # The ticket is of something else, or was read already, or nobody came for it: a new one, which is
-                    # not the same cut as the others'.
+                    # not the same place as the others'.
                     self._waiting.pop(ticket, None)
                     ticket, readers, wanted, part = secrets.token_hex(16), 1, alone, None
                 elif part is None and left <= 0:
-                    raise Overloaded
+                    raise Overloaded("no memory for the answer was free")
                 elif part is None:
-                    part = await self._come(ticket, min(left, 1.0))
+                    part = await self._come(ticket, min(left, _SILENCE_S))
             return ticket, part
-        except BaseException:
+        finally:
             self._waiting.pop(ticket, None)
-            raise
 
-    async def _come(self, ticket: str, seconds: float) -> _Part | None:
+    async def _come(self, ticket: str, seconds: float) -> Snapshot | None:
         """Waits for a ticket's part."""
         if ticket in self._parts:
             return self._parts[ticket]
+        if self._closed:
+            raise ShardUnavailable
         future = self._waiting.setdefault(ticket, asyncio.get_running_loop().create_future())
         done, _ = await asyncio.wait([future], timeout=seconds)
         return future.result() if done else None
-
-    async def _ask(self, ticket: str, wanted: str, readers: int) -> int:
-        try:
-            return await self._coordinator.cut(self._owner(), ticket, wanted, readers)
-        except (Behind, Fenced):
-            raise ShardUnavailable from None
 
     def _fail(self, ticket: str, problem: ProblemError) -> None:
         if (future := self._waiting.pop(ticket, None)) is not None and not future.done():
@@ -159,42 +184,43 @@ class ConsistentReads:
             # Its waiter may have left.
             future.exception()
 
-    def _expire(self, part: _Part) -> None:
-        for ticket in part.tickets:
+    def _fetched(self, ticket: str, snapshot: Snapshot) -> None:
+        """A ticket's part was sent."""
+        snapshot.tickets.discard(ticket)
+        self._parts.pop(ticket, None)
+        self._report(ticket)
+        self._snapshots.let_go(snapshot)
+
+    def _expire(self, snapshot: Snapshot) -> None:
+        for ticket in list(snapshot.tickets):
+            snapshot.tickets.discard(ticket)
             self._parts.pop(ticket, None)
-        part.tickets = set()
-        self._let_go(part)
+            self._reported.discard(ticket)
+            self._snapshots.let_go(snapshot)
 
-    def _let_go(self, part: _Part) -> None:
-        if part.readers or part.tickets or part.timer is None:
-            return
-        part.timer.cancel()
-        part.timer = None
-        part.taken.add_done_callback(lambda taken: self._release(taken, part.spare))
+    # What Redis is told
 
-    def _release(self, taken: asyncio.Future[PointView], spare: Vector) -> None:
-        """Takes back the vector of a part that was let go, when nobody writes to it any more."""
-        if taken.cancelled() or taken.exception() is not None:
-            self._pool.release(spare)
-            return
-        view = taken.result()
-        if view.copying is None:
-            self._pool.release(view.end())
-        else:
-            view.copying.done.add_done_callback(lambda _: self._pool.release(view.end()))
+    def _report_slow(self, snapshot: Snapshot) -> None:
+        """A part's memory is counted apart: for Redis it is as if it were sent."""
+        for ticket in snapshot.tickets:
+            self._report(ticket)
+            self._reported.add(ticket)
+        self._tell()
 
-    def _note(self, ticket: str) -> None:
+    def _report(self, ticket: str) -> None:
         """Has Redis told that a part was sent: with the next push, or soon, or now if others may wait for room."""
+        if ticket in self._reported:
+            self._reported.discard(ticket)
+            return
         self._sent.append(ticket)
         held = len({part.seq for part in self._parts.values()})
-        if held + len(self._sent) >= MOST_CUTS:
+        if held + len(self._sent) >= _PLACES:
             self._tell()
         elif self._reminder is None:
-            self._reminder = asyncio.get_running_loop().call_later(_UNSAID_S, self._tell)
+            self._reminder = asyncio.get_running_loop().call_later(_REPORT_S, self._tell)
 
     def take_sent(self) -> list[str]:
-        """The tickets whose parts were sent, for whoever tells Redis; what is then lost is known when the cuts' time is
-        over."""
+        """The tickets whose parts were sent, for the caller to tell Redis."""
         sent, self._sent = self._sent, []
         if self._reminder is not None:
             self._reminder.cancel()
@@ -202,22 +228,14 @@ class ConsistentReads:
         return sent
 
     def _tell(self) -> None:
-        task = asyncio.create_task(self._say(self.take_sent()))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        if sent := self.take_sent():
+            self._background.spawn(self._coordinator.reads_sent(sent), "reads that were sent were not reported")
 
-    async def _say(self, sent: list[str]) -> None:
-        with suppress(CoordinatorUnavailable):
-            await self._coordinator.done(sent)
-
-    async def close(self) -> None:
-        """Forgets all cuts; who waits for one is told that the shard is gone."""
-        for part in self._parts.values():
-            if part.timer is not None:
-                part.timer.cancel()
-        self._parts.clear()
+    def close(self) -> None:
+        """Forgets all parts; those who wait for one are told that the shard is gone."""
+        self._closed = True
         for ticket in list(self._waiting):
             self._fail(ticket, ShardUnavailable())
-        if self._sent:
-            self._tell()
-        await asyncio.gather(*self._telling)
+        for snapshot in set(self._parts.values()):
+            self._expire(snapshot)
+        self._tell()

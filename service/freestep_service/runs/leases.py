@@ -3,76 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
-from typing import Protocol
 
 from freestep.api.models import Lease, WorkerStatus
-from freestep.errors import CoordinatorUnavailable, RunNotFound, ShardUnavailable
-from freestep_service.coordination.coordinator import Coordinator
-from freestep_service.domain.records import Behind, Ended, LogPosition, Lost, Receipts
-from freestep_service.runs.telemetry import RunMetrics
-from freestep_service.state.shard import Entry
-from freestep_service.state.writer import Writer
+from freestep.errors import CoordinatorUnavailable
+from freestep_service.domain.records import Behind, Ended, LogPosition
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.owned_shards import OwnedShards
+from freestep_service.runs.recovery import Recovery
+from freestep_service.state.log import Entry
 
 __all__ = ["Leases"]
 
 _LONGEST_LOOK_S = 0.5
-"""Seconds between two looks, at the most: another process may grant a short lease and say nothing of it."""
-
-
-class _Host(Protocol):
-    """What the leases ask of their run."""
-
-    @property
-    def many(self) -> bool:
-        """Whether the run has several shards, which hear of the ends of leases."""
-
-    @property
-    def writer(self) -> Writer | None:
-        """That of a shard that is owned here, if there is one."""
-
-    async def reopen(self) -> None:
-        """Has the run opened again, because Redis has lost its data."""
-
-    async def catch_up(self) -> None:
-        """Reads what of the log was not heard."""
+"""Seconds between two looks, at the most: another process may grant a short lease and send no message of it."""
 
 
 class Leases:
     """The leases of one run."""
 
-    def __init__(
-        self,
-        coordinator: Coordinator,
-        host: _Host,
-        receipts: Receipts,
-        metrics: RunMetrics,
-        ttl_ms: int,
-        patience_ms: int,
-    ) -> None:
-        self._coordinator = coordinator
-        self._host = host
-        self._receipts = receipts
-        self._metrics = metrics
-        self._ttl_ms = ttl_ms
-        self._patience_ms = patience_ms
+    def __init__(self, context: RunContext, recovery: Recovery, shards: OwnedShards) -> None:
+        self._coordinator = context.coordinator.leases
+        self._receipts = context.receipts
+        self._telemetry = context.telemetry
+        self._ttl_ms = context.spec.lease_ttl_ms
+        self._patience_ms = int(1000 * context.settings.stall_seconds)
+        self._recovery = recovery
+        self._shards = shards
         self._may_be_live = True
-        self._may_have_missed_a_closure = False
         self._next_look = 0.0
         """By the event loop's clock; before it no lease that is known of runs out."""
 
     async def grant(self, worker: str, ttl_ms: int | None) -> Lease:
         """Grants a lease, for the run's time to live unless another is given; the worker's older one is fenced off."""
-        while True:
-            try:
-                lease, evicted = await self._coordinator.grant(worker, ttl_ms or self._ttl_ms)
-            except Behind:
-                await self._host.reopen()
-            else:
-                self._receipts.forget(evicted)
-                self._may_be_live = True
-                self._next_look = 0.0
-                return lease
+        lease, evicted = await self._recovery.call(lambda: self._coordinator.grant(worker, ttl_ms or self._ttl_ms))
+        self._receipts.forget(evicted)
+        self._may_be_live = True
+        self._next_look = 0.0
+        return lease
 
     async def renew(self, lease: str) -> Lease:
         """Raises LeaseExpired and EpochChanged."""
@@ -80,68 +47,68 @@ class Leases:
 
     async def release(self, lease: str) -> None:
         """Ends a lease. Raises LeaseExpired."""
-        while True:
-            era = self._era
-            try:
-                self._ended(await self._coordinator.release(lease, self._known), era)
-                return
-            except Behind:
-                await self._host.reopen()
-            except CoordinatorUnavailable:
-                self._may_have_missed_a_closure = True
-                raise
 
-    def look_out(self) -> None:
-        """Redis may have put an entry into the log of which it could not tell."""
-        self._may_have_missed_a_closure = True
+        async def release() -> tuple[Ended, int]:
+            era = self._era
+            return await self._coordinator.release(lease, self._position), era
+
+        try:
+            self._on_ended(*await self._recovery.call(release))
+        except CoordinatorUnavailable:
+            # The update that waited for it may be closed by an entry that Redis could not answer with.
+            self._recovery.catch_up()
+            raise
 
     async def workers(self) -> list[WorkerStatus]:
         """The live workers, by name."""
         return await self._coordinator.workers()
 
     async def expire(self) -> None:
-        """Ends the leases that have run out, and closes the update that waited for them alone."""
-        writer = self._host.writer
-        missed = self._may_have_missed_a_closure or (writer is not None and writer.has_gap)
+        """Ends the leases that have run out, and closes the update that waited for them alone.
+
+        That is done by the owner of the run's first shard.
+        """
+        if not self._shards.has_first:
+            return
         now = asyncio.get_running_loop().time()
-        if not (missed or (self._may_be_live and now >= self._next_look)):
+        if not self._may_be_live or now < self._next_look:
             return
         era = self._era
+        # Before the question, since a lease may be granted before the answer.
+        self._may_be_live, self._next_look = False, now + _LONGEST_LOOK_S
         try:
-            if missed:
-                await self._host.catch_up()
-                self._may_have_missed_a_closure = False
-            # Before the question, since a lease may be granted before the answer.
-            self._may_be_live, self._next_look = False, now + _LONGEST_LOOK_S
-            live, left_ms, ended = await self._coordinator.expire(self._known, self._patience_ms)
-            self._may_be_live |= live > 0 or self._host.many
+            live, left_ms, ended = await self._coordinator.expire(self._position, self._patience_ms)
+        except Behind:
+            self._may_be_live, self._next_look = True, 0.0
+            self._recovery.reopen("Redis has lost what its shards have seen")
+        except CoordinatorUnavailable:
+            self._may_be_live, self._next_look = True, 0.0
+            self._recovery.catch_up()
+        else:
+            self._may_be_live |= live > 0 or self._shards.is_sharded
             if live:
                 self._next_look = min(self._next_look, now + left_ms / 1000)
             if ended:
-                self._ended(ended, era)
-            self._metrics.live(live)
-        except Behind:
-            self._may_be_live, self._next_look = True, 0.0
-            with suppress(CoordinatorUnavailable, RunNotFound, ShardUnavailable):
-                await self._host.reopen()
-        except CoordinatorUnavailable:
-            self._may_have_missed_a_closure = True
+                self._on_ended(ended, era)
+            self._telemetry.live(live)
 
     @property
-    def _known(self) -> LogPosition:
-        return LogPosition(0, 0) if self._host.writer is None else self._host.writer.known
+    def _position(self) -> LogPosition:
+        lowest = self._shards.lowest
+        return LogPosition(0, 0) if lowest is None else lowest.core.writer.position
 
     @property
     def _era(self) -> int:
-        return 0 if self._host.writer is None else self._host.writer.era
+        lowest = self._shards.lowest
+        return 0 if lowest is None else lowest.core.writer.era
 
-    def _ended(self, ended: Ended, era: int) -> None:
-        writer = self._host.writer
-        if era != self._era or writer is None:
-            # Said by a Redis that has lost it since, or of no concern here.
+    def _on_ended(self, ended: Ended, era: int) -> None:
+        lowest = self._shards.lowest
+        if era != self._era or lowest is None:
+            # The answer of a Redis that has lost it since, or of no concern here.
             return
         self._receipts.forget(ended.evicted)
-        if ended.seq and not self._host.many:
-            with suppress(Lost):
-                applied = writer.submit(Entry(ended.seq, ended.epoch, advance=True))
-                applied.add_done_callback(lambda _: self._metrics.at(writer.epoch, writer.applied_step))
+        if ended.seq and not self._shards.is_sharded:
+            writer = lowest.core.writer
+            applied = writer.submit(Entry(ended.seq, ended.epoch, advance=True))
+            applied.add_done_callback(lambda _: self._telemetry.at(writer.epoch, writer.applied_step))

@@ -1,31 +1,27 @@
-"""The state of the shards that are owned here: what they say of it, which they load, and what they leave on disk.
+"""The state of the shards that are owned here: where they stand, which state they load, and what they leave on disk.
 
-The law of this file: nobody says or leaves where a shard stands before it has taken all of the log that there is, and
-none loads anything but what was decided for all of them (`opening`). It is called by heartbeats, one at a time.
+The law of this file: no shard reports or leaves its state before it has taken all of the log that there is, and none
+loads anything but what was decided for all of them (`domain.opening`). It is called by one task at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol
 
-from freestep.api.models import RunSpec
-from freestep.errors import CoordinatorUnavailable
-from freestep.wire.manifest import Manifest
-from freestep_service.coordination.coordinator import Coordinator
+from freestep.errors import CoordinatorUnavailable, FreestepError
 from freestep_service.domain.opening import Decision, Report, Waiting, decide
-from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, Receipts, Record, RunState, RunView
+from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, Record, RunState, RunView
 from freestep_service.domain.reports import Reported
 from freestep_service.runs.checkpointing import Checkpointing
+from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
-from freestep_service.runs.telemetry import RunMetrics
+from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.state.shard import StateCopy
 from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.media import Storage
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Loading"]
@@ -33,254 +29,250 @@ __all__ = ["Loading"]
 logger = logging.getLogger("freestep")
 
 _CATCHING_UP_S = 3.0
-"""How long a shard that stops for an opening waits for entries of the log that it has not got."""
+"""Seconds for which a shard that stops for an opening waits for entries of the log that it has not got."""
 _POLL_S = 0.05
 
 
-class _Host(Protocol):
-    """What is asked of the run."""
-
-    name: str
-    spec: RunSpec
-    canonical_spec: str
-    manifest: Manifest
-    coordinator: Coordinator
-
-    @property
-    def owned(self) -> Mapping[int, LocalShard]:
-        """The shards that this process owns."""
-
-    @property
-    def count(self) -> int:
-        """How many shards the run has."""
-
-    @property
-    def many(self) -> bool:
-        """Whether it has several."""
-
-    @property
-    def epoch(self) -> int:
-        """The newest that is known here."""
-
-    @property
-    def step(self) -> int:
-        """The newest that is known here."""
-
-
 class Loading:
-    """What the owned shards of one run say, load and leave."""
+    """What the owned shards of one run report, load and leave."""
 
     def __init__(
-        self,
-        host: _Host,
-        checkpoints: Checkpoints,
-        storage: Storage,
-        receipts: Receipts,
-        checkpointing: Checkpointing,
-        metrics: RunMetrics,
+        self, context: RunContext, shards: OwnedShards, checkpoints: Checkpoints, checkpointing: Checkpointing
     ) -> None:
-        self.openings = 0
-        """How often a shard has loaded what was decided."""
         self.newest_epoch = 0
-        """The newest in which a shard has done so."""
-        self._host = host
+        """The newest in which a shard has loaded its state."""
+        self.problem: str | None = None
+        """Why the last division into other shards failed here."""
+        self._context = context
+        self._coordinator = context.coordinator
+        self._disk = context.resources.disk
+        self._shards = shards
         self._checkpoints = checkpoints
-        self._storage = storage
-        self._receipts = receipts
         self._checkpointing = checkpointing
-        self._metrics = metrics
 
     # Gather
 
-    async def report(self, standing: RunView, mine: Sequence[LocalShard]) -> bool:
-        """Says where the owned shards stand; whether the run goes on to the next phase with that."""
-        reports, coordinator = None, self._host.coordinator
-        for owned in mine:
-            report = await self._stand(owned, standing)
-            reports = await coordinator.report(owned.owner(), standing.generation, report.to_json())
+    async def report(self, view: RunView, mine: Sequence[LocalShard]) -> bool:
+        """Reports where the owned shards stand; whether the run goes on to the next phase with that."""
+        reports, opening = None, self._coordinator.opening
+        for shard in mine:
+            report = await self._stand(shard, view)
+            reports = await opening.report_shard(shard.core.owner(), view.generation, report.to_json())
         if reports is None:
             return False
         parsed = [Report.from_json(report) for report in reports]
-        if shards := standing.number("resharding"):
+        if shards := view.number("resharding"):
+            if problem := next((report.problem for report in parsed if report.problem), None):
+                logger.error("run %s is not divided into %d shards: %s", self._context.name, shards, problem)
+                await opening.gather(self._shards.count, view.generation, resharding=0)
+                return True
             places = {(report.live, report.initialized) for report in parsed}
             if len(places) == 1 and parsed[0].live is not None:
-                await coordinator.reshard(standing.generation, shards)
+                await opening.reshard(view.generation, shards)
                 return True
         try:
-            decision = decide(standing, parsed)
+            decision = decide(view, parsed)
         except Waiting as reason:
-            logger.error("run %s cannot be opened: %s", self._host.name, reason)
+            logger.error("run %s cannot be opened: %s", self._context.name, reason)
             return False
-        return await self.open(standing, decision)
+        return await self.open(view, decision)
 
-    async def _stand(self, owned: LocalShard, standing: RunView) -> Report:
+    async def _stand(self, shard: LocalShard, view: RunView) -> Report:
         """Where a shard stands, once it has taken what there is of the log."""
-        writer, live, closed = owned.writer, None, None
-        is_lost = "lost" in standing.run or (standing.number("epoch"), standing.number("seq")) < owned.known
-        if owned.loaded is not None:
+        core, writer = shard.core, shard.core.writer
+        live, closed, problem = None, None, None
+        if writer.failure is not None:
+            # Its state may be half changed.
+            core.loaded = None
+        is_lost = "lost" in view.run or (view.number("epoch"), view.number("seq")) < writer.position
+        if core.loaded is not None:
             if is_lost:
                 writer.pause(forget=True)
-            elif owned.initialized and standing.number("epoch") == writer.epoch:
-                await self._take_all(owned, standing.number("seq"))
-            seq, step, _ = await writer.run(owned.shard.position)
+            elif core.initialized and view.number("epoch") == writer.epoch:
+                await self._take_all(shard, view.number("seq"))
+            seq, step, _ = await writer.run(core.shard.position)
             live = CheckpointId(writer.epoch, step, seq)
-            if not is_lost and (live.epoch, live.seq) != (standing.number("epoch"), standing.number("seq")):
+            if not is_lost and (live.epoch, live.seq) != (view.number("epoch"), view.number("seq")):
                 # Entries of the log are missing here: from there it cannot go on.
-                live = owned.loaded = None
-            elif "resharding" in standing.run and owned.initialized:
-                size = await self._checkpointing.write(owned, await writer.run(owned.shard.copy_state))
-                await self._host.coordinator.written(owned.owner(), live, size)
-        begin, end = owned.manifest.begin, owned.manifest.end
+                live = core.loaded = None
+            elif view.number("resharding") and core.initialized:
+                problem = await self._write(shard, live)
+        begin, end = core.manifest.begin, core.manifest.end
         offers: list[CheckpointId] = []
-        if self._host.spec.durability == "checkpoint":
-            offers = await self.offers(owned.index, self._host.count)
-            if live is None and (left := await asyncio.to_thread(self._checkpoints.closed, begin, end)):
+        if self._context.keeps_checkpoints:
+            offers = await self.offers(core.index, self._shards.count)
+            if live is None and (left := await self._disk.run(self._checkpoints.closed, begin, end)):
                 closed = LogPosition(*left)
         epoch = max(self.newest_epoch, writer.epoch, (await self._stored())[0])
-        return Report(epoch, owned.initialized, live, closed, offers)
+        return Report(epoch, core.initialized, live, closed, offers, problem)
+
+    async def _write(self, shard: LocalShard, identity: CheckpointId) -> str | None:
+        """Writes a shard's state, for others to take; why that failed, if it did."""
+        self.problem = None
+        try:
+            size = await self._checkpointing.write(shard, await shard.core.writer.run(shard.core.shard.copy_state))
+        except (FreestepError, OSError) as error:
+            self.problem = str(error)
+            return self.problem
+        await self._coordinator.log.part_written(shard.core.owner(), identity, size)
+        return None
 
     async def offers(self, index: int, count: int) -> list[CheckpointId]:
         """The checkpoints that a shard could be loaded from here, oldest first."""
-        part = self._host.manifest.part(index, count)
-        return await asyncio.to_thread(self._checkpoints.offers, part.begin, part.end)
+        part = self._context.manifest.part(index, count)
+        return await self._disk.run(self._checkpoints.offers, part.begin, part.end)
 
     async def last_epoch(self) -> int:
         """The newest epoch that is known here or in storage."""
         stored, _ = await self._stored()
-        return max(self._host.epoch, self.newest_epoch, stored)
+        return max(self._shards.epoch, self.newest_epoch, stored)
 
     async def _stored(self) -> tuple[int, int]:
         """The epoch and the number of shards that storage knows of."""
         try:
-            file = await asyncio.to_thread(RunFile.read, self._storage, self._host.name)
-        except (OSError, ValueError):
+            file = await self._disk.run(RunFile.read, self._context.resources.storage, self._context.name)
+        except (OSError, ValueError, FreestepError):
             return 0, 0
         return file.epoch, file.shards
 
-    async def _take_all(self, owned: LocalShard, seq: int) -> None:
+    async def _take_all(self, shard: LocalShard, seq: int) -> None:
         """Has a shard take the log up to an entry, or as much of it as there is."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_CATCHING_UP_S):
-                while owned.writer.taken_seq < seq:
-                    entries = await self._host.coordinator.entries(owned.writer.taken_seq)
-                    if not all([owned.hear(entry) for entry in entries]):
+                while shard.core.writer.taken_seq < seq:
+                    entries = await self._coordinator.log.entries(shard.core.writer.taken_seq)
+                    if not all([shard.on_entry(entry) for entry in entries]):
                         return
                     await asyncio.sleep(_POLL_S)
 
     # Load
 
-    async def open(self, standing: RunView, decision: Decision) -> bool:
+    async def open(self, view: RunView, decision: Decision) -> bool:
         """Has all shards load what was decided; whether that is what they now do."""
-        cut = decision.cut
-        receipts: Mapping[str, Record] = {}
-        group: Mapping[str, int] = {}
+        checkpoint, opening = decision.cut, self._coordinator.opening
+        group: dict[str, int] = {}
         reported: Reported = {}
-        if decision.live and self._host.owned:
-            held = next((owned for owned in self._host.owned.values() if owned.loaded is not None), None)
+        receipts: dict[str, Record] = {}
+        if decision.live:
+            held = next((shard.core for shard in self._shards if shard.core.loaded is not None), None)
             if held is not None:
                 _, _, group = await held.writer.run(held.shard.position)
                 reported = await held.writer.run(held.shard.reported)
-                receipts = self._receipts.until(cut.seq if cut else 0)
-        if decision.initialized and cut is not None and not (receipts or group or reported):
-            loaded = await self._load_cut(cut, 0, 0)
+                receipts = self._context.receipts.until(checkpoint.seq if checkpoint else 0)
+        if decision.initialized and checkpoint is not None and not (receipts or group or reported):
+            loaded = await self._load(checkpoint, 0, 0)
             if loaded is None and not decision.live:
-                await self._host.coordinator.gather(self._host.count, standing.generation)
+                await opening.gather(self._shards.count, view.generation)
                 return True
             if loaded is not None:
                 group, reported, receipts = loaded[0].group, loaded[0].reported, loaded[1]
-        place = cut or CheckpointId(decision.epoch, 0, 0)
+        place = checkpoint or CheckpointId(decision.epoch, 0, 0)
         state = RunState(decision.epoch, place.step, place.seq, decision.initialized, group, receipts, reported)
-        return await self._host.coordinator.open(state, self._host.count, standing.generation, decision.target())
+        return await opening.open(state, self._shards.count, view.generation, decision.target())
 
-    async def load(self, standing: RunView, mine: Sequence[LocalShard]) -> bool:
+    async def load(self, view: RunView, mine: Sequence[LocalShard]) -> bool:
         """Takes the state that was decided on; whether the run goes on to the next phase with that."""
-        host, target, generation = self._host, standing.target(), standing.generation
-        cut = None if target["cut"] is None else CheckpointId(*target["cut"])
-        epoch = standing.number("epoch")
-        initialized = standing.number("initialized") == 1
+        target, generation, opening = view.target(), view.generation, self._coordinator.opening
+        checkpoint = None if target["cut"] is None else CheckpointId(*target["cut"])
+        epoch = view.number("epoch")
+        initialized = view.number("initialized") == 1
         opened = False
-        if await self._stored() != (epoch, host.count):
-            file = RunFile(host.canonical_spec, epoch, host.count)
-            await asyncio.to_thread(file.write, self._storage, host.name)
-        for owned in mine:
-            if owned.loaded == generation:
+        await self._write_run_file(epoch)
+        for shard in mine:
+            core = shard.core
+            if core.loaded == generation:
                 continue
-            holds = target["live"] and owned.loaded is not None
-            if not await self._take(owned, None if holds else cut, epoch, initialized, holds=holds):
-                await host.coordinator.gather(host.count, generation)
+            holds = target["live"] and core.loaded is not None
+            source = None if holds else checkpoint
+            if not await self._take(shard, source, epoch, initialized=initialized, holds=holds):
+                await opening.gather(self._shards.count, generation)
                 return True
-            owned.loaded = generation
-            self.openings += 1
-            if await host.coordinator.loaded(owned.owner(), generation) == "open":
+            core.loaded = generation
+            if await opening.loaded(core.owner(), generation) == "open":
                 opened = True
-        if cut is not None and initialized and not target["live"]:
-            self._checkpointing.went_back_to(cut)
+        if checkpoint is not None and initialized and not target["live"]:
+            self._checkpointing.went_back_to(checkpoint)
         self.newest_epoch = max(self.newest_epoch, epoch)
-        self._metrics.at(host.epoch, host.step)
+        step = self._shards.lowest.core.writer.applied_step if self._shards.lowest else view.number("step")
+        self._context.telemetry.at(epoch, step)
         if opened:
-            logger.info("run %s is open: epoch %d, step %d", host.name, host.epoch, host.step)
+            logger.info("run %s is open: epoch %d, step %d", self._context.name, epoch, step)
         return opened
 
+    async def _write_run_file(self, epoch: int) -> None:
+        """Notes the epoch in storage. Where that fails the run opens all the same: checkpoints hold their epochs."""
+        if await self._stored() == (epoch, self._shards.count):
+            return
+        file = RunFile(self._context.canonical_spec, epoch, self._shards.count)
+        try:
+            await self._disk.run(file.write, self._context.resources.storage, self._context.name)
+        except (FreestepError, OSError) as error:
+            logger.warning("run %s: its run file was not written: %s", self._context.name, error)
+
     async def _take(
-        self, owned: LocalShard, cut: CheckpointId | None, epoch: int, initialized: bool, *, holds: bool
+        self, shard: LocalShard, checkpoint: CheckpointId | None, epoch: int, *, initialized: bool, holds: bool
     ) -> bool:
-        """Brings a shard to a cut, to what it holds or to nothing; False where the cut is damaged."""
-        writer, begin, end = owned.writer, owned.manifest.begin, owned.manifest.end
-        await owned.prepare()
+        """Brings a shard to a checkpoint, to the state it holds or to none; False where the checkpoint is damaged."""
+        core, writer = shard.core, shard.core.writer
+        begin, end = core.manifest.begin, core.manifest.end
+        await core.prepare()
         if holds:
-            seq, step, _ = await writer.run(owned.shard.position)
-            self._keep_receipts(self._receipts.until(seq))
+            seq, step, _ = await writer.run(core.shard.position)
+            self._keep_receipts(self._context.receipts.until(seq))
         else:
             writer.pause()
             seq, step = 0, 0
-            if cut is not None and initialized:
-                loaded = await self._load_cut(cut, begin, end)
+            if checkpoint is not None and initialized:
+                loaded = await self._load(checkpoint, begin, end)
                 if loaded is None:
                     return False
                 state, receipts = loaded
-                await writer.run(owned.shard.load, state, epoch)
+                await writer.load(core.shard.load, state, epoch)
                 self._keep_receipts(receipts)
                 seq, step = state.seq, state.step
             else:
-                self._receipts.clear()
-        await asyncio.to_thread(self._checkpoints.clear_closed, begin, end)
-        owned.initialized = initialized
+                await writer.load(core.shard.clear)
+                self._context.receipts.clear()
+        with suppress(FreestepError, OSError):
+            await self._disk.run(self._checkpoints.clear_closed, begin, end)
+        core.initialized = initialized
         writer.resume(epoch, seq, step)
-        if owned.index == 0:
-            self._metrics.restored(await writer.run(owned.shard.reported))
+        if core.index == 0:
+            self._context.telemetry.restored(await writer.run(core.shard.reported))
         if not initialized:
             # Entries wait until the weights are there.
             writer.pause()
         return True
 
     def _keep_receipts(self, receipts: dict[str, Record]) -> None:
-        self._receipts.clear()
-        self._receipts.update(receipts)
+        self._context.receipts.clear()
+        self._context.receipts.update(receipts)
 
-    async def _load_cut(self, cut: CheckpointId, begin: int, end: int) -> tuple[StateCopy, dict[str, Record]] | None:
+    async def _load(self, identity: CheckpointId, begin: int, end: int) -> tuple[StateCopy, dict[str, Record]] | None:
         try:
-            return await asyncio.to_thread(self._checkpoints.load, cut, begin, end)
+            return await self._disk.run(self._checkpoints.load, identity, begin, end)
         except Damaged:
             return None
 
     # Leave
 
-    async def leave(self, owned: LocalShard, standing: RunView | None) -> None:
-        """Closes a shard's pushes and leaves its state on disk; `standing`: None where Redis cannot be reached."""
-        if owned.initialized and standing is not None and standing.number("epoch") == owned.writer.epoch:
-            await self._take_all(owned, standing.number("seq"))
+    async def leave(self, shard: LocalShard, view: RunView | None) -> None:
+        """Closes a shard's pushes and leaves its state on disk; `view`: None where Redis cannot be reached."""
+        core, writer = shard.core, shard.core.writer
+        if core.initialized and view is not None and view.number("epoch") == writer.epoch:
+            await self._take_all(shard, view.number("seq"))
         # What Redis has not decided by now it will not, or, where it cannot be reached, nobody knows.
-        settled = await owned.pushes.close() or standing is not None
-        if not owned.initialized or self._host.spec.durability != "checkpoint":
+        settled = await shard.close_pushes() or view is not None
+        if not core.initialized or not self._context.keeps_checkpoints:
             return
-        cut = await owned.writer.run(owned.shard.copy_state)
-        size = await self._checkpointing.write(owned, cut)
-        identifier = CheckpointId(cut.epoch, cut.step, cut.seq)
-        durable = not self._host.many
+        copy = await writer.run(core.shard.copy_state)
+        size = await self._checkpointing.write(shard, copy)
+        identity = CheckpointId(copy.epoch, copy.step, copy.seq)
+        durable = not self._shards.is_sharded
         with suppress(CoordinatorUnavailable, Fenced):
-            durable = await self._host.coordinator.written(owned.owner(), identifier, size) or durable
+            durable = await self._coordinator.log.part_written(core.owner(), identity, size) or durable
         if durable:
-            await asyncio.to_thread(self._checkpoints.complete, identifier)
-        if settled and cut.seq == owned.writer.known_seq:
-            begin, end = owned.manifest.begin, owned.manifest.end
-            await asyncio.to_thread(self._checkpoints.mark_closed, begin, end, cut.epoch, cut.seq)
+            await self._disk.run(self._checkpoints.complete, identity)
+        if settled and copy.seq == writer.position.seq:
+            begin, end = core.manifest.begin, core.manifest.end
+            await self._disk.run(self._checkpoints.mark_closed, begin, end, copy.epoch, copy.seq)

@@ -1,267 +1,202 @@
-"""A shard that this process owns: its state, the thread that changes it, and the ways in and out of it."""
+"""A shard that this process owns: what is asked of it, and what it hears of its run's log."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, suppress
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from freestep.api.models import RunSpec
-from freestep.errors import (
-    AlreadyInitialized,
-    CoordinatorUnavailable,
-    MalformedTensors,
-    Overloaded,
-    ShardUnavailable,
-)
-from freestep.wire.manifest import Manifest
-from freestep_service.coordination.coordinator import Coordinator, Owner
-from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import Behind, Fenced, LogPosition, Receipts, Record
+from freestep.api.models import PointDtype, Receipt
+from freestep.errors import InvalidSpec, StepNotReached
+from freestep_service.domain.records import Claim, Record
 from freestep_service.domain.reports import Measured
-from freestep_service.runs.consistent_reads import ConsistentReads
-from freestep_service.runs.pushes import Host, Pushes
-from freestep_service.settings import Settings
-from freestep_service.state.bodies import room
-from freestep_service.state.buffers import Vector, VectorPool
-from freestep_service.state.compute import DeviceLocks
-from freestep_service.state.shard import Entry, Shard
-from freestep_service.state.snapshots import Reading, Snapshot, Snapshots
-from freestep_service.state.staging import Body, stage, staging_vectors
-from freestep_service.state.writer import Writer
+from freestep_service.runs.consistent_reads import ConsistentReads, Reading
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.initial_weights import InitialWeights
+from freestep_service.runs.pushes import Pushes, PushOptions
+from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.shard_core import ShardCore
+from freestep_service.state.log import Entry
+from freestep_service.state.shard import StateCopy
+from freestep_service.state.snapshots import PointBody
+from freestep_service.state.staging import Body
 
-__all__ = ["LocalShard"]
+__all__ = ["LocalShard", "Outcome"]
 
-_POLL_S = 1.0
-"""How long the outcome of an upload is listened for before Redis is asked for it."""
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a push. reading: of the y that its answer is to hold, None where that is a receipt."""
+
+    record: Record
+    replayed: bool
+    reading: Reading | None = None
+    waits: bool = False
+    """Whether the y is that of the group's update, which settles an accumulated push."""
+
+    def receipt(self, step: int | None = None) -> Receipt:
+        """The receipt; beside a y of `step`, that of a push whose update is in it."""
+        record = self.record.settled(step) if self.waits and step is not None else self.record
+        return record.receipt(replayed=self.replayed)
 
 
 class LocalShard:
-    """Shard `index` of `count`, owned under a token."""
+    """Shard `core.index` of a run, with its pushes, reads and initial weights.
+
+    on_mark: takes a copy of its state, at each place in the log that marks a checkpoint.
+    """
 
     def __init__(
         self,
-        run: str,
-        spec: RunSpec,
-        whole: Manifest,
-        index: int,
-        count: int,
-        token: str,
-        device: torch.device,
-        coordinator: Coordinator,
-        receipts: Receipts,
-        settings: Settings,
-        locks: DeviceLocks,
-        host: Host,
-        keep: Callable[[LocalShard, Entry], None],
+        context: RunContext,
+        recovery: Recovery,
+        core: ShardCore,
+        on_mark: Callable[[LocalShard, asyncio.Future[StateCopy]], None],
     ) -> None:
-        self.index = index
-        self.token = token
-        self.manifest = whole.part(index, count)
-        self.shard = Shard(spec, self.manifest, device, room(self.manifest))
-        self.writer = Writer(self.shard, f"{run}-{index}", self._taken, locks)
-        self.initialized = False
-        self.loaded: int | None = None
-        """The generation of the run's opening whose state it has loaded."""
-        self._settings = settings
-        self._locks = locks
-        self._keep = keep
-        self._coordinator = coordinator
-        self._host = host
-        staging = staging_vectors(Policy.of(spec.aggregation), count)
-        self._staging = VectorPool(self.manifest.numel, staging, device=device)
-        self.snapshots = Snapshots(run, self.writer) if count == 1 else None
-        self.cuts = (
-            None if count == 1 else ConsistentReads(run, coordinator, self.writer, self.owner, settings.queue_seconds)
-        )
-        self.pushes = Pushes(
-            spec,
-            self.manifest,
-            coordinator,
-            self.writer,
-            self.owner,
-            receipts,
-            settings,
-            self._staging,
-            locks,
-            host,
-            list if self.cuts is None else self.cuts.take_sent,
-        )
-        self._uploads: dict[str, asyncio.Future[bool]] = {}
-        self._initializing = asyncio.Lock()
-
-    def owner(self) -> Owner:
-        """What this process calls Redis with, on the shard's behalf."""
-        return Owner(self.index, self.token, self.writer.known)
-
-    async def prepare(self) -> None:
-        """Has ready what updates take. Until then the shard is given no state, and the run is not open for uploads."""
-        await asyncio.get_running_loop().run_in_executor(self._locks.compiler, self.shard.prepare)
-
-    # Initial weights
-
-    async def initialize(self, body: Body, upload: str) -> None:
-        """Takes this shard's part of the initial weights.
-
-        Raises AlreadyInitialized where another upload was first, Overloaded where others had their locks for too long,
-        and ShardUnavailable when the upload does not reach all shards.
-        """
-        # One at a time, as a run of one shard has few vectors; Redis gives the uploads to several shards their locks.
-        lock = asyncio.Lock() if self._host.many else self._initializing
-        async with lock:
-            if self.initialized:
-                raise AlreadyInitialized
-            heard = self._uploads.setdefault(upload, asyncio.get_running_loop().create_future())
-            vector = None
-            try:
-                if self._host.many:
-                    await self._turn(upload, heard)
-                vector = await self._staging.acquire()
-                try:
-                    parameters, norm = await self._receive(body, vector, upload)
-                    if norm is None:
-                        raise MalformedTensors("the parameters hold NaN or infinity")
-                except BaseException:
-                    if self._host.many:
-                        with suppress(CoordinatorUnavailable, ShardUnavailable, AlreadyInitialized):
-                            await self._say(upload, "withdrawn")
-                    raise
-                await self._agree(upload, heard)
-                if not self.initialized:
-                    await self.writer.run(self.shard.initialize, parameters, self.writer.epoch)
-                    self.initialized = True
-                    self.writer.resume(self.writer.epoch, 0, 0)
-            finally:
-                self._uploads.pop(upload, None)
-                if vector is not None:
-                    self._staging.release(vector)
-
-    async def _turn(self, upload: str, heard: asyncio.Future[bool]) -> None:
-        """Returns when it is an upload's turn."""
-        deadline = asyncio.get_running_loop().time() + self._settings.queue_seconds
-        while await self._say(upload, "coming") == "waiting":
-            if asyncio.get_running_loop().time() >= deadline:
-                raise Overloaded
-            await asyncio.wait([heard], timeout=_POLL_S)
-            if heard.done() and not heard.result():
-                raise AlreadyInitialized
-
-    async def _receive(self, body: Body, vector: Vector, upload: str) -> tuple[Tensor, float | None]:
-        """As `stage`, and keeps the upload's turn meanwhile."""
-        staging = asyncio.ensure_future(stage(body, self.manifest, vector, self._locks))
-        try:
-            while not (await asyncio.wait([staging], timeout=_POLL_S))[0]:
-                with suppress(CoordinatorUnavailable, ShardUnavailable):
-                    if self._host.many:
-                        await self._say(upload, "coming")
-        finally:
-            if not staging.done():
-                staging.cancel()
-                await asyncio.wait([staging])
-        parameters, norm, _ = staging.result()
-        # Only gradients are encoded.
-        assert isinstance(parameters, Tensor)
-        return parameters, norm
-
-    async def _agree(self, upload: str, heard: asyncio.Future[bool]) -> None:
-        """Returns once all shards have their parts of the upload. Raises AlreadyInitialized when it has lost."""
-        deadline = asyncio.get_running_loop().time() + self._settings.commit_seconds
-        progress = "staged"
-        while True:
-            try:
-                status = await self._say(upload, progress)
-            except CoordinatorUnavailable:
-                # Whether this part counts must not stay unknown, unless it is the only one.
-                if not self._host.many:
-                    raise
-                await asyncio.sleep(_POLL_S)
-                continue
-            if status == "initialized":
-                return
-            if status != "staged":
-                raise ShardUnavailable("the upload has not reached all shards")
-            await asyncio.wait([heard], timeout=_POLL_S)
-            if heard.done() and not heard.result():
-                raise AlreadyInitialized
-            if asyncio.get_running_loop().time() >= deadline:
-                progress = "withdrawn"
-
-    async def _say(self, upload: str, progress: str) -> str:
-        """Tells Redis how far this shard's part of an upload is; what comes of that, see lua/initial_weights.lua."""
-        patience_ms = int(1000 * self._settings.stall_seconds)
-        while True:
-            try:
-                status = await self._coordinator.initialize(self.owner(), upload, progress, patience_ms)
-            except Behind:
-                await self._host.reopen()
-                continue
-            except Fenced:
-                self._host.fenced()
-                raise ShardUnavailable from None
-            if status == "already-initialized":
-                raise AlreadyInitialized
-            return status
-
-    def uploaded(self, upload: str) -> None:
-        """An upload has won."""
-        for name, heard in self._uploads.items():
-            if not heard.done():
-                heard.set_result(name == upload)
-
-    # The log
-
-    def hear(self, entry: dict[str, Any]) -> bool:
-        """Takes an entry of the log, as Redis tells it; False where it is a push whose gradient is not here."""
-        epoch, seq, cuts = entry["epoch"], entry["seq"], entry.get("cuts") or {}
-        if epoch != self.writer.epoch or self.writer.has(epoch, seq):
-            return True
-        self.writer.heard_of(epoch, seq)
-        if "key" in entry:
-            return self.pushes.decided(entry["key"], Record.from_json(entry["record"]), cuts)
-        measured = entry.get("measured")
-        made = Entry(
-            seq,
-            epoch,
-            advance=entry["advance"],
-            cuts=cuts,
-            checkpoint=bool(entry.get("checkpoint")),
-            measured=measured and Measured(measured["name"], measured["step"], float(measured["value"])),
-        )
-        self.writer.submit(made)
-        return True
-
-    def _taken(self, entry: Entry) -> None:
-        if self.cuts is not None:
-            self.cuts.take(entry)
-        if entry.checkpoint:
-            self._keep(self, entry)
-
-    # Points
-
-    def read(self, reading: Reading) -> AbstractAsyncContextManager[Snapshot]:
-        """This shard's part of a point as a body: of the newest step, or of a ticket's cut."""
-        if self.cuts is not None:
-            return self.cuts.read(reading)
-        assert self.snapshots is not None
-        return self.snapshots.read(reading.point, reading.dtype)
+        self.core = core
+        self._context = context
+        self._recovery = recovery
+        self._telemetry = context.telemetry
+        self._weights = InitialWeights(context, recovery, core)
+        self._reads = ConsistentReads(context, recovery, core)
+        self._pushes = Pushes(context, recovery, core, self._reads.take_sent)
+        self._on_mark = on_mark
+        core.writer.on_taken = self._on_taken
+        core.writer.on_failure = lambda: recovery.reopen("an update failed")
 
     @property
-    def known(self) -> LogPosition:
-        return self.writer.known
+    def index(self) -> int:
+        return self.core.index
 
-    async def close(self) -> bool:
-        """Stops; whether no push was on its way."""
-        settled = await self.pushes.close()
-        if self.cuts is not None:
-            await self.cuts.close()
-        for heard in self._uploads.values():
-            if not heard.done():
-                heard.set_exception(ShardUnavailable())
-                # Its waiter may have left.
-                heard.exception()
-        self.writer.close()
-        return settled
+    # What requests ask of it
+
+    async def initialize(self, body: Body, upload: str) -> None:
+        """Takes its part of the initial weights. Raises AlreadyInitialized for all but the first upload."""
+        with self._recovery.unless_deleted():
+            await self._weights.receive(body, upload)
+
+    async def push(self, claim: Claim, body: Body, answer: PointDtype | None = None, wait: float = 0.0) -> Outcome:
+        """Carries a push to its decision, and applies it.
+
+        answer: the dtype of the y to answer with, None for a receipt. wait: seconds for which the update of the push's
+        group is waited for. Raises what pushes.py says, InvalidSpec and RunNotInitialized.
+        """
+        spec, core = self._context.spec, self.core
+        if spec.optimizer.needs_loss and claim.loss is None:
+            algorithm = spec.optimizer.algorithm
+            raise InvalidSpec(f"{algorithm} needs the header Freestep-Loss on each push", field="Freestep-Loss")
+        core.require_initialized()
+        began = time.monotonic()
+        # With several shards, the commit asks for a place at which all of them read y.
+        wanted = f"y {answer}" if answer is not None and core.is_sharded else ""
+        with self._recovery.unless_deleted():
+            record, replayed = await self._pushes.push(claim, body, PushOptions(wanted, after_update=wait > 0))
+        self._observe(record, claim, body, replayed=replayed, seconds=time.monotonic() - began)
+        if not wanted:
+            record = await self._pushes.settle(record, wait)
+        if answer is None:
+            return Outcome(record, replayed)
+        waits = wait > 0 and (record.decision == "accumulated" or record.reason == "duplicate-worker")
+        reading = Reading(
+            "y",
+            answer,
+            ticket=claim.key if core.is_sharded else "",
+            readers=core.count,
+            answers_push=True,
+            is_asked=bool(record.digests) and not replayed,
+            patience=wait if waits else 0.0,
+        )
+        return Outcome(record, replayed, reading, waits)
+
+    def _observe(self, record: Record, claim: Claim, body: Body, *, replayed: bool, seconds: float) -> None:
+        if replayed:
+            self._telemetry.replayed()
+            return
+        self._telemetry.received(body.length)
+        if self.core.index == 0:
+            self._telemetry.pushed(record, claim.loss, seconds)
+        self._telemetry.at(self.core.writer.epoch, self.core.writer.applied_step)
+
+    @asynccontextmanager
+    async def read(self, reading: Reading) -> AsyncIterator[PointBody]:
+        """Its part of a point as a body, which does not change until the block ends."""
+        self.core.require_initialized()
+        with self._recovery.unless_deleted():
+            async with self._reads.read(reading) as body:
+                yield body
+        self._telemetry.sent(body.size)
+
+    async def reach(self, step: int, wait: float) -> None:
+        """Returns when it has reached a step. Raises StepNotReached after `wait` seconds."""
+        self.core.require_initialized()
+        with self._recovery.unless_deleted():
+            if not await self.core.writer.reach(step, wait):
+                applied = self.core.writer.applied_step
+                raise StepNotReached(f"the run is at step {applied}", step=applied)
+
+    # What it hears
+
+    def on_entry(self, entry: dict[str, Any]) -> bool:
+        """Takes an entry of the log, as Redis has it; False where it is a push whose gradient is not here."""
+        writer = self.core.writer
+        epoch, seq, reads = entry["epoch"], entry["seq"], entry.get("cuts") or {}
+        if epoch != writer.epoch or writer.has(epoch, seq):
+            return True
+        writer.note(epoch, seq)
+        if "key" in entry:
+            return self._pushes.committed(entry["key"], Record.from_json(entry["record"]), reads)
+        measured = entry.get("measured")
+        writer.submit(
+            Entry(
+                seq,
+                epoch,
+                advance=entry["advance"],
+                reads=reads,
+                checkpoint=bool(entry.get("checkpoint")),
+                measured=measured and Measured(measured["name"], measured["step"], float(measured["value"])),
+            )
+        )
+        return True
+
+    def _on_taken(self, entry: Entry) -> None:
+        """The next work of the writer sees the state that the entry leaves."""
+        if entry.reads:
+            self._reads.take(entry)
+        if entry.checkpoint:
+            self._on_mark(self, self.core.writer.call(self.core.shard.copy_state))
+
+    def on_dropped(self, key: str, record: Record) -> None:
+        """A push was decided without a place in the log."""
+        self._pushes.dropped(key, record)
+
+    def on_refused(self, key: str, slug: str, detail: str) -> None:
+        """A push was refused by another shard, or its lease has ended."""
+        self._pushes.refused(key, slug, detail)
+
+    def on_granted(self, key: str) -> None:
+        """A push's turn to send its body has come."""
+        self._pushes.granted(key)
+
+    def on_moved(self) -> None:
+        """The slowest worker has moved on."""
+        self._pushes.moved()
+
+    def on_initialized(self, upload: str) -> None:
+        """An upload of initial weights has won."""
+        self._weights.won(upload)
+
+    # The end
+
+    async def close_pushes(self) -> bool:
+        """Takes no pushes any more; whether none was undecided."""
+        return await self._pushes.close()
+
+    async def close(self) -> None:
+        """Stops, once what has a place in the log is applied or lost."""
+        await self._pushes.close()
+        self._reads.close()
+        self._weights.close()
+        await self.core.writer.close()

@@ -1,27 +1,28 @@
 """Which of a run's shards this process owns: what it takes, keeps, hands over and lets go.
 
-The law of this file: Redis says who owns a shard, and every heartbeat asks it. What others own is let go; what nobody
-owns is taken, up to this process's share, and more when others leave it. All of that is done by one heartbeat at a
-time, under `lock`, which whatever has the run opened anew holds too; what state shards then load is `loading`'s.
+The law of this file: Redis says who owns a shard, and every heartbeat asks it. Shards of other owners are let go; free
+ones are taken, up to this process's share, and more when others leave them. One task at a time does that, under `lock`,
+which whatever has the run opened again holds too; what state shards then load is `loading`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Protocol
 
-from freestep.api.models import RunSpec
 from freestep.errors import CoordinatorUnavailable, RunNotFound
-from freestep_service.coordination.channels import Channels
-from freestep_service.coordination.coordinator import Coordinator, not_open
-from freestep_service.coordination.nodes import Node, Stopwatch
-from freestep_service.coordination.store import Store
+from freestep_service.coordination.nodes import Stopwatch
+from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.records import Fenced, LogPosition, RunView
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.loading import Loading
 from freestep_service.runs.local_shard import LocalShard
+from freestep_service.runs.owned_shards import OwnedShards
+from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.watched_lock import WatchedLock
 from freestep_service.storage.run_files import LastEpochs
 
 __all__ = ["Ownership"]
@@ -29,284 +30,298 @@ __all__ = ["Ownership"]
 logger = logging.getLogger("freestep")
 
 _OPENING_S = 20.0
-"""How long a request waits for a run that is being opened."""
+"""Seconds for which a request waits for a run that is being opened."""
 _POLL_S = 0.05
-
-
-class _Host(Protocol):
-    """What is asked of the run."""
-
-    name: str
-    spec: RunSpec
-    coordinator: Coordinator
-
-    @property
-    def many(self) -> bool:
-        """Whether it has several shards."""
-
-    @property
-    def listens(self) -> bool:
-        """Whether what other processes do for the run concerns its pushes here."""
-
-    @property
-    def epoch(self) -> int:
-        """The newest that is known here."""
-
-    def make_owned(self, index: int, token: str) -> LocalShard:
-        """Makes a shard that is owned from now on, and has no state yet."""
-
-    def says(self) -> Mapping[str, str]:
-        """What a heartbeat tells of the owned shards: fields of the shards' hash."""
-
-    def hear(self, message: dict[str, Any] | None) -> None:
-        """Takes a message from the run's channel."""
-
-    def catch_up_soon(self) -> None:
-        """Has read what of the log was not heard."""
+_LONGEST_GAP_S = 5.0
+"""Seconds after which a gap in the log that reading it has not filled is one for good."""
 
 
 class Ownership:
-    """The shards of one run that this process owns: some, all or none."""
+    """The shards of one run that this process owns: some, all or none.
+
+    make_shard: makes one that is owned from now on, by its index and token, and has no state yet.
+    """
 
     def __init__(
         self,
-        host: _Host,
-        shards: int,
-        node: Node,
-        store: Store,
-        messages: Channels,
-        last_epochs: LastEpochs,
+        context: RunContext,
+        recovery: Recovery,
+        shards: OwnedShards,
+        dispatch: Dispatch,
         loading: Loading,
+        make_shard: Callable[[int, str], LocalShard],
     ) -> None:
-        self.count = shards
-        """How many shards the run has."""
-        self.owned: dict[int, LocalShard] = {}
-        self.standing: RunView | None = None
+        self.view: RunView | None = None
         """How the run stood at the last heartbeat."""
-        self.lock = asyncio.Lock()
-        """Held by a heartbeat, and by whoever changes what there is to keep."""
+        self.lock = WatchedLock(f"run {context.name}")
+        """Held by a heartbeat, and by whatever changes what there is to keep."""
         self.is_closed = False
         """Whether nothing is kept any more."""
         self.is_gone = False
         """Whether another process has deleted the run."""
-        self.is_troubled = False
-        """Whether a shard cannot go on: the next heartbeat has the run opened anew."""
-        self._host = host
-        self._node = node
-        self._store = store
-        self._messages = messages
-        self._last_epochs = last_epochs
+        self._context = context
+        self._opening = context.coordinator.opening
+        self._channel = context.coordinator.channel
+        self._node = context.resources.node
+        self._channels = context.resources.channels
+        self._last_epochs = LastEpochs(context.resources.storage)
+        self._recovery = recovery
+        self._shards = shards
+        self._dispatch = dispatch
         self._loading = loading
+        self._make_shard = make_shard
         self._missing_since = Stopwatch()
         self._surplus_since = Stopwatch()
+        self._gap_since = Stopwatch()
         self._expected_seq = 0
         """The newest entry of the log at the last heartbeat."""
 
     @property
     def missing(self) -> list[int]:
         """The shards that nobody owned at the last heartbeat."""
-        return self.standing.missing() if self.standing else []
+        return self.view.missing() if self.view else []
 
     def require_open(self) -> None:
         """Raises RunNotFound."""
         if self.is_closed or self.is_gone:
-            raise RunNotFound(f"there is no run {self._host.name!r}", run=self._host.name)
+            raise RunNotFound(f"there is no run {self._context.name!r}", run=self._context.name)
 
     # The heartbeat
 
     async def keep(self) -> None:
-        """A heartbeat: keeps what is owned, takes what nobody owns, and helps the run to open."""
-        async with self.lock:
-            if not self.is_closed:
-                try:
-                    await self._keep()
-                except (CoordinatorUnavailable, Fenced):
-                    # The next one may reach Redis, and learns who owns what.
-                    pass
+        """A heartbeat: keeps what is owned, takes what is free, and helps the run to open.
+
+        Answers the signals of `recovery`. Raises CoordinatorUnavailable where Redis cannot be reached.
+        """
+        async with self.lock("a heartbeat"):
+            if self.is_closed:
+                return
+            if self._recovery.must_reopen:
+                await self._reopen()
+            with suppress(Fenced):
+                # Where it is fenced, the next heartbeat learns of the new owner.
+                await self._keep()
 
     async def prolong(self) -> None:
-        """As `keep`, or if that takes its time already, no more than to say that this process lives."""
-        if not self.lock.locked():
-            await self.keep()
-        elif self.owned:
+        """Prolongs what is owned, and no more, while a heartbeat takes its time."""
+        if self.lock.locked() and len(self._shards) and not self.is_closed:
             with suppress(CoordinatorUnavailable):
-                await self._host.coordinator.own(self._node.id, self._node.url, self._node.ttl_ms, (), {})
+                await self._opening.heartbeat(self._node, (), {})
 
     async def _keep(self) -> RunView | None:
         """As `keep`; how the run stands then, None where it is gone."""
-        standing = await self._own()
-        while standing is not None:
-            await self._change_owned(standing)
-            if wanted := await self._wanted(standing):
-                standing = await self._own(wanted)
+        view = await self._heartbeat()
+        while view is not None:
+            await self._change_owned(view)
+            if wanted := await self._wanted(view):
+                view = await self._heartbeat(wanted)
                 continue
-            mine = [self.owned[index] for index in self._mine(standing)]
-            if standing.phase == "gather" and self.owned and await self._loading.report(standing, mine):
-                standing = await self._own()
+            mine = [self._shards[index] for index in sorted(self._mine(view))]
+            if view.phase == "gather" and mine and await self._loading.report(view, mine):
+                view = await self._heartbeat()
                 continue
-            if standing.phase == "load" and await self._loading.load(standing, mine):
-                standing = await self._own()
+            if view.phase == "load" and await self._loading.load(view, mine):
+                view = await self._heartbeat()
                 continue
-            if standing.phase == "open":
-                await self._even_out(standing)
+            if view.phase == "open":
+                self._watch_gap()
+                await self._even_out(view)
             break
-        return standing
+        return view
 
-    async def _own(self, wanted: Iterable[int] = ()) -> RunView | None:
-        known = max((owned.known for owned in self.owned.values()), default=LogPosition(0, 0))
-        node, coordinator = self._node, self._host.coordinator
-        standing = await coordinator.own(node.id, node.url, node.ttl_ms, list(wanted), self._host.says())
-        if standing is None:
-            last = await asyncio.to_thread(self._last_epochs.read, self._host.name)
-            if last >= max(self._host.epoch, self._loading.newest_epoch, 1):
-                self.is_gone = True
-                await self._drop(list(self.owned))
-                return None
-            await coordinator.gather(self.count)
-            return await self._own(wanted)
-        self.standing = standing
-        is_behind = (standing.number("epoch"), standing.number("seq")) < known
-        if standing.phase == "open" and (is_behind or self.is_troubled):
-            self.is_troubled = False
-            await coordinator.gather(self.count, standing.generation)
-            return await self._own(wanted)
-        if self.owned and self._host.many and self._expected_seq > known.seq:
-            # Its message should have come by now.
-            self._host.catch_up_soon()
-        self._expected_seq = standing.number("seq")
-        return standing
+    async def _heartbeat(self, wanted: Iterable[int] = ()) -> RunView | None:
+        wanted = list(wanted)
+        while True:
+            position = max((shard.core.writer.position for shard in self._shards), default=LogPosition(0, 0))
+            view = await self._opening.heartbeat(self._node, wanted, self._fields())
+            if view is None:
+                last = await self._context.resources.disk.run(self._last_epochs.read, self._context.name)
+                if last >= max(self._shards.epoch, self._loading.newest_epoch, 1):
+                    self.is_gone = True
+                    await self._drop(self._shards.indices)
+                    return None
+                await self._opening.gather(self._shards.count)
+                continue
+            self.view = view
+            is_behind = (view.number("epoch"), view.number("seq")) < position
+            has_failed = any(shard.core.writer.failure is not None for shard in self._shards)
+            if view.phase == "open" and (is_behind or has_failed):
+                await self._opening.gather(self._shards.count, view.generation)
+                continue
+            if len(self._shards) and self._shards.is_sharded and self._expected_seq > position.seq:
+                # Its message should have come by now.
+                self._recovery.catch_up()
+            self._expected_seq = view.number("seq")
+            return view
 
-    async def _change_owned(self, standing: RunView) -> None:
-        """Lets go the shards that are another's by now, and begins with those that are this process's."""
-        is_recut, self.count = standing.count != self.count, standing.count
-        owners = {index: standing.field(index, "node") for index in range(standing.count)}
-        mine = self._mine(standing)
-        # What nobody owns, since Redis has lost that too, or was silent for long, is as good as it was: the log cannot
-        # have gone on without it.
-        lost = [index for index in self.owned if is_recut or owners[index] not in (self._node.id, None)]
-        if lost:
-            if not is_recut:
-                logger.warning("run %s: shard %s is another process's now", self._host.name, ", ".join(map(str, lost)))
-            await self._drop(lost)
-        for index in self.owned.keys() & mine.keys():
-            self.owned[index].token = mine[index]
-        for index in sorted(mine.keys() - self.owned.keys()):
-            self.owned[index] = self._host.make_owned(index, mine[index])
-        if self.owned and self._host.listens:
-            await self._messages.listen(self._host.coordinator.channel, self._host.hear)
+    def _fields(self) -> Mapping[str, str]:
+        """What a heartbeat tells of the owned shards: fields of the shards' hash."""
+        fields = {}
+        for shard in self._shards:
+            fields[f"{shard.index}:applied"] = str(shard.core.writer.applied_step)
+            fields[f"{shard.index}:applied_seq"] = str(shard.core.writer.taken_seq)
+        telemetry = self._context.telemetry
+        if self._shards.has_first and telemetry.loss is not None:
+            fields["0:loss"] = repr(telemetry.loss)
+        if self._shards.has_first and telemetry.staleness is not None:
+            fields["0:staleness"] = repr(telemetry.staleness)
+        return fields
+
+    def _watch_gap(self) -> None:
+        """Has the run opened again where an entry of the log is lost: a gap that reading the log does not fill."""
+        has_gap = any(shard.core.writer.has_gap for shard in self._shards)
+        self._gap_since.note({"gap"} if has_gap else set())
+        if not has_gap:
+            return
+        if self._gap_since.age("gap") > _LONGEST_GAP_S:
+            self._gap_since.note(set())
+            self._recovery.reopen("an entry of the log is lost")
         else:
-            await self._messages.ignore(self._host.coordinator.channel)
+            self._recovery.catch_up()
 
-    def _mine(self, standing: RunView) -> dict[int, str]:
+    async def _change_owned(self, view: RunView) -> None:
+        """Lets go the shards that are another's by now, and begins with those that are this process's."""
+        is_resharded = view.count != self._shards.count
+        owners = {index: view.field(index, "node") for index in range(view.count)}
+        mine = self._mine(view)
+        # A shard without an owner in Redis may be kept: no entry can have been committed without its owner.
+        lost = [
+            index
+            for index in sorted(self._shards.indices)
+            if is_resharded or owners.get(index) not in (self._node.id, None)
+        ]
+        if lost:
+            if not is_resharded:
+                for index in lost:
+                    url = view.field(index, "url")
+                    logger.warning("run %s: shard %d is taken over by %s", self._context.name, index, url)
+            await self._drop(lost)
+        self._shards.count = view.count
+        for index, token in sorted(mine.items()):
+            if index in self._shards:
+                self._shards[index].core.token = token
+            else:
+                self._shards.add(self._make_shard(index, token))
+        await self._subscribe()
+
+    async def _subscribe(self) -> None:
+        """Listens to the run's channel where what other processes do for it concerns its pushes here."""
+        needs_messages = self._shards.is_sharded or self._context.spec.aggregation.slack is not None
+        if len(self._shards) and needs_messages:
+            await self._channels.subscribe(self._channel, self._dispatch.on_message)
+        else:
+            await self._channels.unsubscribe(self._channel)
+
+    def _mine(self, view: RunView) -> dict[int, str]:
         """The shards that this process owns, as Redis has it, and their tokens."""
         return {
-            index: standing.shards[f"{index}:token"]
-            for index in range(standing.count)
-            if standing.field(index, "node") == self._node.id
+            index: view.shards[f"{index}:token"]
+            for index in range(view.count)
+            if view.field(index, "node") == self._node.id
         }
 
-    async def _wanted(self, standing: RunView) -> list[int]:
-        """The shards to take: those that nobody owns, up to this process's share, or more if others leave them.
+    async def _wanted(self, view: RunView) -> list[int]:
+        """The shards to take: free ones, up to this process's share, or more if others leave them.
 
         Not those whose checkpoint is where this process cannot read it.
         """
         free = {
             index
-            for index in range(standing.count)
-            if not standing.is_owned(index)
-            or (standing.field(index, "url") == self._node.url and standing.field(index, "node") != self._node.id)
+            for index in range(view.count)
+            if not view.is_owned(index)
+            or (view.field(index, "url") == self._node.url and view.field(index, "node") != self._node.id)
         }
         self._missing_since.note(set(free))
         if free:
-            await self._node.beat(self._store)
+            await self._node.heartbeat(self._context.resources.store)
         # Where Redis has lost its data, others hold the state of what seems free.
-        waits = "lost" in standing.run and self._node.others > 0
-        left = self._node.share(standing.count) - len(self._mine(standing))
+        waits = "lost" in view.run and self._node.live_peers > 0
+        left = self._node.share(view.count) - len(self._mine(view))
         wanted: list[int] = []
         # Those whose state is still here come first.
-        for index in sorted(free, key=lambda index: (index not in self.owned, index)):
-            was_mine = index in self.owned or standing.field(index, "url") == self._node.url
+        for index in sorted(free, key=lambda index: (index not in self._shards, index)):
+            was_mine = index in self._shards or view.field(index, "url") == self._node.url
             is_left = was_mine or self._missing_since.age(index) > self._node.ttl_ms / 1000
-            can_load = index in self.owned or "durable" not in standing.run
+            can_load = index in self._shards or "durable" not in view.run
             may_take = (left > 0 and not waits) or is_left
-            if may_take and (can_load or await self._loading.offers(index, standing.count)):
+            if may_take and (can_load or await self._loading.offers(index, view.count)):
                 wanted.append(index)
                 left -= 1
         return wanted
 
     # Giving up
 
-    async def _even_out(self, standing: RunView) -> None:
+    async def _even_out(self, view: RunView) -> None:
         """Hands over what this process owns beyond its share, once others have long had room for it."""
-        mine = sorted(self._mine(standing))
-        surplus = mine[self._node.share(standing.count) :] if self._host.spec.durability == "checkpoint" else []
+        mine = sorted(self._mine(view))
+        surplus = mine[self._node.share(view.count) :] if self._context.keeps_checkpoints else []
         self._surplus_since.note({"surplus"} if surplus else set())
         # Beyond the time for which a process that is gone is counted.
         if self._surplus_since.age("surplus") <= 3 * self._node.ttl_ms / 1000:
             return
-        logger.info("run %s: shard %s is handed over", self._host.name, ", ".join(map(str, surplus)))
-        await self._give_up([self.owned[index] for index in surplus])
+        logger.info("run %s: shard %s is handed over", self._context.name, ", ".join(map(str, surplus)))
+        await self._give_up([self._shards[index] for index in surplus])
 
     async def _give_up(self, given: Sequence[LocalShard]) -> None:
-        """Leaves shards on disk, for others to take where they stand. Nobody pushes meanwhile."""
-        standing, coordinator = None, self._host.coordinator
+        """Leaves shards on disk, for others to take where they stand. The run takes no pushes meanwhile."""
+        view = None
         with suppress(CoordinatorUnavailable, Fenced):
             if given:
-                await coordinator.gather(self.count)
-                standing = await coordinator.read()
-        for owned in given:
+                await self._opening.gather(self._shards.count)
+                view = await self._opening.read()
+        for shard in given:
             try:
-                await self._loading.leave(owned, standing)
+                await self._loading.leave(shard, view)
             except Exception:
-                logger.exception("run %s: shard %d could not be written", self._host.name, owned.index)
+                logger.exception("run %s: shard %d could not be written", self._context.name, shard.index)
         with suppress(CoordinatorUnavailable):
-            await coordinator.leave([owned.owner() for owned in given])
-        await self._drop([owned.index for owned in given])
+            await self._opening.give_up([shard.core.owner() for shard in given])
+        await self._drop([shard.index for shard in given])
 
     async def _drop(self, indices: Iterable[int]) -> None:
-        for index in indices:
-            await self.owned.pop(index).close()
+        for index in list(indices):
+            await self._shards.remove(index)
 
     async def give_up_all(self) -> None:
         """Leaves what is owned on disk, for others to take. Under `lock`."""
-        await self._give_up(list(self.owned.values()))
-        await self._messages.ignore(self._host.coordinator.channel)
+        await self._give_up(list(self._shards))
+        await self._channels.unsubscribe(self._channel)
 
     async def drop_all(self) -> None:
         """Lets go of what is owned, as it is."""
-        await self._drop(list(self.owned))
-        await self._messages.ignore(self._host.coordinator.channel)
+        await self._drop(self._shards.indices)
+        await self._channels.unsubscribe(self._channel)
 
-    # Opening anew
+    # Opening again
 
-    async def reopen(self) -> None:
-        """Has the run's part of Redis written anew, because Redis has lost what the shards have seen.
-
-        Raises RunNotFound, ShardUnavailable while other processes have to say what they have.
-        """
-        openings = self._loading.openings
-        async with self.lock:
-            self.require_open()
-            if self._loading.openings != openings:
-                return
+    async def _reopen(self) -> None:
+        """Answers those who wait for the run to be opened again."""
+        error: Exception | None = None
+        try:
+            await self._opening.gather(self._shards.count)
             try:
-                await self._host.coordinator.gather(self.count)
-                standing = await self._keep()
+                view = await self._keep()
             except Fenced:
-                standing = await self._host.coordinator.read()
-            if standing is None or standing.phase != "open":
-                raise not_open(self._host.name, standing.missing() if standing else [])
+                view = await self._opening.read()
+            if self.is_gone:
+                self.require_open()
+            if view is None or view.phase != "open":
+                error = not_open(self._context.name, view.missing() if view else [])
+        except Exception as failure:
+            error = failure
+        self._recovery.reopened(error)
 
     @asynccontextmanager
-    async def opening(self) -> AsyncIterator[None]:
+    async def opening(self, what: str) -> AsyncIterator[None]:
         """A block that closes the run and says how it is to go on; when the block is left, the run is open again.
 
-        Raises RunNotFound before, ShardUnavailable after it.
+        what: for the log. Raises RunNotFound before, ShardUnavailable after it.
         """
-        async with self.lock:
+        async with self.lock(what):
             self.require_open()
             yield
-            await self._keep()
+            with suppress(Fenced):
+                await self._keep()
         await self._opened()
 
     async def _opened(self) -> None:
@@ -315,10 +330,9 @@ class Ownership:
             async with asyncio.timeout(_OPENING_S):
                 while True:
                     await self.keep()
-                    standing = await self._host.coordinator.read()
-                    if standing is not None and standing.phase == "open":
-                        self.count = standing.count
+                    view = await self._opening.read()
+                    if view is not None and view.phase == "open" and view.count == self._shards.count:
                         return
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            raise not_open(self._host.name, self.missing) from None
+            raise not_open(self._context.name, self.missing) from None

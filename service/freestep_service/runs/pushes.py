@@ -4,6 +4,9 @@ admit (Redis: lease, token, epoch, key, staleness) decides what the claim can de
 vector and checks it. commit (Redis), by the last shard to stage its part, is the policy's decision, the step and a
 place in the log; the other shards hear of it. apply is each shard's, in the order of the log. Until a push is committed
 it has changed nothing; once it is, it will be applied on all shards, whatever becomes of the requests that carried it.
+
+The law of this file: memory has one owner. A staged vector is the flight's until the log's entry is heard, and the
+entry's from then on.
 """
 
 from __future__ import annotations
@@ -11,10 +14,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-from freestep.api.models import RunSpec
 from freestep.errors import (
     PROBLEMS,
     CoordinatorUnavailable,
@@ -28,60 +29,59 @@ from freestep.errors import (
     ShardUnavailable,
 )
 from freestep.wire.encoding import ENCODINGS
-from freestep.wire.manifest import Manifest
-from freestep_service.coordination.coordinator import Coordinator, Owner
 from freestep_service.domain.aggregation import damping, lateness
-from freestep_service.domain.records import Admission, Ahead, Behind, Claim, Fenced, Lost, Pending, Receipts, Record
-from freestep_service.optimizers import Pushed
-from freestep_service.settings import Settings
-from freestep_service.state.buffers import Vector, VectorPool
-from freestep_service.state.compute import DeviceLocks
-from freestep_service.state.shard import Entry
-from freestep_service.state.staging import Body, stage
-from freestep_service.state.writer import Writer
+from freestep_service.domain.records import Admission, Ahead, Claim, Lost, Pending, Record
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.shard_core import ShardCore
+from freestep_service.state.buffers import Vector
+from freestep_service.state.log import Entry
+from freestep_service.state.staging import Body, Staged
 
-__all__ = ["Host", "PushOptions", "Pushes"]
+__all__ = ["PushOptions", "Pushes"]
 
 _LARGEST_NORM = 2.0**63
 """A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
 _RETRY_S = 0.2
-"""Pause before Redis is asked again for a commit whose answer was lost."""
+"""Seconds before Redis is asked again for a commit whose answer was lost."""
 _SILENCE_S = 1.0
-"""How long what others are to say is listened for before Redis is asked for it."""
+"""Seconds for which a message is listened for before Redis is asked for what it would say."""
 
 
 @dataclass(frozen=True)
 class PushOptions:
-    """What a push's sender wants in answer: a point and dtype ("y F32"), and to wait for its group's update."""
+    """What a push's answer is to be: a point and dtype ("y F32"); of its group's update rather than its own entry."""
 
     wanted: str = ""
     after_update: bool = False
 
 
 @dataclass(frozen=True)
-class _Staged:
-    vector: Vector
-    gradient: Pushed
-    norm: float
-    digest: str
-
-
-@dataclass(frozen=True)
 class _Decision:
+    """A decided push; applied: the outcome of its entry on this shard, None where it has none."""
+
     record: Record
-    cuts: Mapping[str, str] = field(default_factory=dict)
+    applied: asyncio.Future[None] | None
 
 
 class _Flight:
-    """A key that is on its way; whoever sends it again waits until it has landed."""
+    """A key that is on its way; requests that send it again wait until it has landed."""
 
-    def __init__(self, fingerprint: str) -> None:
-        self.fingerprint = fingerprint
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.fingerprint = claim.fingerprint()
         self.landed = asyncio.Event()
         self.granted = asyncio.Event()
-        """Its turn has come to send its body."""
+        """Set when its turn has come to send its body."""
         self.decided: asyncio.Future[_Decision] = asyncio.get_running_loop().create_future()
-        """What is heard of its decision; the refusal, where another shard refused it."""
+        """The decision, or the refusal of another shard."""
+        self.staged: Staged | None = None
+        """The body, until the log's entry takes it."""
+        self.commit: asyncio.Task[Record] | None = None
+
+    def decide(self, record: Record, applied: asyncio.Future[None] | None) -> None:
+        if not self.decided.done():
+            self.decided.set_result(_Decision(record, applied))
 
     def refuse(self, problem: ProblemError) -> None:
         if not self.decided.done():
@@ -90,110 +90,99 @@ class _Flight:
             self.decided.exception()
         self.granted.set()
 
-
-class Host(Protocol):
-    """What a shard's pushes ask of their run."""
-
-    @property
-    def many(self) -> bool:
-        """Whether the run has other shards, of which decisions are heard."""
-
-    async def reopen(self) -> None:
-        """Has the run opened again, because Redis has lost its data."""
-
-    async def catch_up(self) -> None:
-        """Reads what of the log was not heard."""
-
-    def fenced(self) -> None:
-        """Somebody else owns the shard."""
+    def give_back(self) -> None:
+        """Gives back the memory of a push that has no entry in the log."""
+        if self.staged is not None:
+            self.staged.hold.release()
+            self.staged = None
 
 
 class Pushes:
-    """The pushes of one shard."""
+    """The pushes of one shard.
+
+    take_sent: takes the tickets of the reads that the shard has sent and has not reported to Redis.
+    """
 
     def __init__(
-        self,
-        spec: RunSpec,
-        manifest: Manifest,
-        coordinator: Coordinator,
-        writer: Writer,
-        owner: Callable[[], Owner],
-        receipts: Receipts,
-        settings: Settings,
-        staging: VectorPool,
-        locks: DeviceLocks,
-        host: Host,
-        sent: Callable[[], Sequence[str]],
+        self, context: RunContext, recovery: Recovery, core: ShardCore, take_sent: Callable[[], Sequence[str]]
     ) -> None:
-        self._spec = spec
-        self._manifest = manifest
-        self._coordinator = coordinator
-        self._writer = writer
-        self._owner = owner
-        self._receipts = receipts
-        self._settings = settings
-        self._staging = staging
-        self._locks = locks
-        self._host = host
-        self._sent = sent
-        """Takes the tickets of the cuts that the shard has sent and not told Redis of."""
+        self._spec = context.spec
+        self._settings = context.settings
+        self._coordinator = context.coordinator.pushes
+        self._receipts = context.receipts
+        self._background = context.background
+        self._recovery = recovery
+        self._core = core
+        self._take_sent = take_sent
         self._flights: dict[str, _Flight] = {}
-        self._commits: set[asyncio.Task[Record]] = set()
         self._moved = asyncio.Event()
         """Set, and replaced, when the slowest worker has moved on."""
         self._closed = False
 
-    async def push(self, claim: Claim, body: Body, wish: PushOptions = PushOptions()) -> tuple[Record, bool]:
-        """What was decided of a push, and whether that had been decided before."""
+    async def push(self, claim: Claim, body: Body, options: PushOptions = PushOptions()) -> tuple[Record, bool]:
+        """The decision on a push, applied, and whether it had been decided before."""
+        self._require_sound()
         while (earlier := self._flights.get(claim.key)) is not None:
             if earlier.fingerprint != claim.fingerprint():
                 raise IdempotencyConflict
             await self._landed(earlier)
-        flight = self._flights[claim.key] = _Flight(claim.fingerprint())
+        flight = self._flights[claim.key] = _Flight(claim)
         commit = None
         try:
             admission = await self._admit(claim)
             if admission.record is not None:
-                return await self._answer(claim, admission, admission.record, body)
-            staged = await self._stage(claim, flight, body, queued=admission.queued)
-            commit = asyncio.create_task(self._commit(claim, flight, staged, wish))
-            self._commits.add(commit)
-            commit.add_done_callback(lambda commit: self._over(claim, flight, commit))
+                return await self._answer(admission, admission.record, body)
+            flight.staged = await self._stage(claim, flight, body, queued=admission.queued)
+            commit = flight.commit = asyncio.create_task(self._commit(claim, flight, options))
+            commit.add_done_callback(lambda commit: self._end(claim, flight, commit))
         finally:
             if commit is None:
                 self._land(claim, flight)
         await asyncio.wait([commit], timeout=self._settings.commit_seconds)
+        if flight.decided.done():
+            # It will be applied: that takes as long as the updates before it, whatever Redis does.
+            await asyncio.wait([commit])
         if commit.cancelled():
             raise ShardUnavailable("the shard is being given up")
         if commit.done():
             return commit.result(), False
-        if self._host.many:
+        if self._core.is_sharded:
             raise ShardUnavailable("the push has not reached all shards yet")
         raise CoordinatorUnavailable("Redis has not answered whether the push is committed")
 
     async def settle(self, record: Record, wait: float) -> Record:
         """Waits, for at most `wait` seconds, until the update that an accumulated push is part of is applied."""
+        writer = self._core.writer
         if record.decision != "accumulated" or wait <= 0:
             return record
-        epoch = self._writer.epoch
-        if await self._writer.reach(record.step + 1, wait):
+        epoch = writer.epoch
+        if await writer.reach(record.step + 1, wait):
             return record.settled(record.step + 1)
-        if self._writer.epoch != epoch:
-            raise EpochChanged(f"the run is in epoch {self._writer.epoch} now", epoch=self._writer.epoch)
+        if writer.epoch != epoch:
+            raise EpochChanged(f"the run is in epoch {writer.epoch} now", epoch=writer.epoch)
         return record
 
     async def close(self) -> bool:
-        """Gives up the commits that Redis has not answered; whether there were none."""
+        """Cancels the commits that have no place in the log; whether there were none.
+
+        Those that have one end when their entries are applied, or lost with the writer.
+        """
         # A cancellation that meets a timeout of Redis's is lost.
         self._closed = True
         self.moved()
-        pending = [task for task in self._commits if not task.done()]
-        for task in pending:
+        for flight in self._flights.values():
+            flight.granted.set()
+        undecided = [
+            flight.commit
+            for flight in self._flights.values()
+            if flight.commit is not None and not flight.commit.done() and not flight.decided.done()
+        ]
+        for task in undecided:
             task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        return not pending
+        await asyncio.gather(*undecided, return_exceptions=True)
+        return not undecided
 
-    # What is heard
+    # Messages
 
     def granted(self, key: str) -> None:
         """A push's turn has come."""
@@ -201,7 +190,7 @@ class Pushes:
             flight.granted.set()
 
     def moved(self) -> None:
-        """The slowest worker has moved on, or left: who waits for it may go on."""
+        """The slowest worker has moved on, or left: workers that wait for it may go on."""
         self._moved.set()
         self._moved = asyncio.Event()
 
@@ -210,16 +199,26 @@ class Pushes:
         if flight := self._flights.get(key):
             flight.refuse(PROBLEMS[slug](detail or None))
 
-    def decided(self, key: str, record: Record, cuts: Mapping[str, str]) -> bool:
-        """A push was decided; whether this shard holds its gradient."""
+    def dropped(self, key: str, record: Record) -> None:
+        """A push was decided without a place in the log."""
+        if flight := self._flights.get(key):
+            flight.decide(record, None)
+
+    def committed(self, key: str, record: Record, reads: Mapping[str, str]) -> bool:
+        """A push has a place in the log: gives its entry to the writer. False where its gradient is not here."""
         flight = self._flights.get(key)
-        if flight is None:
+        if flight is None or flight.staged is None:
             return False
-        if not flight.decided.done():
-            flight.decided.set_result(_Decision(record, cuts))
+        staged, flight.staged = flight.staged, None
+        flight.decide(record, self._core.writer.submit(self._entry(flight.claim, staged, record, reads)))
         return True
 
     # The way
+
+    def _require_sound(self) -> None:
+        """Raises ShardUnavailable: a receipt must not be given for what a failed update has lost."""
+        if (failure := self._core.writer.failure) is not None:
+            raise ShardUnavailable(f"an update failed and the run returns to its newest checkpoint: {failure}")
 
     async def _landed(self, flight: _Flight) -> None:
         try:
@@ -229,14 +228,14 @@ class Pushes:
             raise CoordinatorUnavailable("the push is still on its way through another request") from None
 
     def _land(self, claim: Claim, flight: _Flight) -> None:
+        flight.give_back()
         del self._flights[claim.key]
         flight.landed.set()
 
-    def _over(self, claim: Claim, flight: _Flight, commit: asyncio.Task[Record]) -> None:
+    def _end(self, claim: Claim, flight: _Flight, commit: asyncio.Task[Record]) -> None:
         self._land(claim, flight)
-        self._commits.discard(commit)
         if not commit.cancelled():
-            # Who asked may have left.
+            # The request may have left.
             commit.exception()
 
     async def _admit(self, claim: Claim) -> Admission:
@@ -244,12 +243,9 @@ class Pushes:
         while True:
             moved = self._moved
             try:
-                admission = await self._coordinator.admit(claim, self._owner(), self._sent())
-            except Behind:
-                await self._host.reopen()
-            except Fenced:
-                self._host.fenced()
-                raise ShardUnavailable from None
+                admission = await self._recovery.call(
+                    lambda: self._coordinator.admit(claim, self._core.owner(), self._take_sent())
+                )
             except Ahead:
                 await self._wait_for_the_slowest(moved, deadline)
             except Pending:
@@ -261,127 +257,147 @@ class Pushes:
                 return admission
 
     async def _wait_for_the_slowest(self, moved: asyncio.Event, deadline: float) -> None:
-        """Returns when it has moved, or may have and that was not heard. Raises Overloaded past the deadline."""
+        """Returns when it has moved, or may have unheard. Raises Overloaded past the deadline."""
         now = asyncio.get_running_loop().time()
         if self._closed or now >= deadline:
             raise Overloaded("the worker is too far ahead of the slowest one, and has waited for it")
         await _comes(moved, min(deadline - now, _SILENCE_S))
 
-    async def _answer(self, claim: Claim, admission: Admission, record: Record, body: Body) -> tuple[Record, bool]:
-        # A push that was dropped on its claim alone has no digest: its body was never read. Nor has one that was
-        # pushed when the run was cut into other shards.
-        digest = record.digests.get(str(self._owner().shard))
+    async def _answer(self, admission: Admission, record: Record, body: Body) -> tuple[Record, bool]:
+        # A push that was dropped on its claim alone has no digest, since its body was never read; and that of other
+        # elements than this shard's cannot be compared.
+        digest = record.digest_of(self._core.manifest.begin, self._core.manifest.end)
         if admission.replayed and digest and digest != await body.receive_digest():
             raise IdempotencyConflict("the idempotency key came before with another body")
         return record, admission.replayed
 
-    async def _stage(self, claim: Claim, flight: _Flight, body: Body, *, queued: bool) -> _Staged:
-        vector = None if queued else self._staging.try_acquire()
+    async def _stage(self, claim: Claim, flight: _Flight, body: Body, *, queued: bool) -> Staged:
+        staging, staged = self._core.staging, None
         try:
+            vector = None if queued else staging.pool.try_acquire()
             if vector is None:
                 vector = await self._turn(claim, flight, queued=queued)
-            gradient, norm, digest = await stage(body, self._manifest, vector, self._locks, ENCODINGS)
-            if norm is None:
+            staged = await staging.receive(body, vector, ENCODINGS, lambda: self._yield_slot(claim))
+            if staged.norm is None:
                 raise NonFiniteGradient("the gradient holds NaN or infinity")
-            if self._spec.optimizer.max_grad_norm is None and norm > _LARGEST_NORM:
-                raise NonFiniteGradient(f"the gradient's norm is {norm:.3g}, and its square overflows fp32", norm=norm)
-            return _Staged(vector, gradient, norm, digest)
+            if self._spec.optimizer.max_grad_norm is None and staged.norm > _LARGEST_NORM:
+                raise NonFiniteGradient(
+                    f"the gradient's norm is {staged.norm:.3g}, and its square overflows fp32", norm=staged.norm
+                )
+            return staged
         except BaseException as error:
-            if vector is not None:
-                self._staging.release(vector)
+            if staged is not None:
+                staged.hold.release()
             with suppress(CoordinatorUnavailable):
                 if isinstance(error, MalformedTensors | NonFiniteGradient):
-                    await self._coordinator.discard(claim, self._owner().shard, error.slug, error.detail)
+                    await self._coordinator.discard(claim, self._core.index, error.slug, error.detail)
                 else:
-                    await self._coordinator.discard(claim, self._owner().shard)
+                    await self._coordinator.discard(claim, self._core.index)
             raise
 
+    def _yield_slot(self, claim: Claim) -> None:
+        """The push's sender is slow, and its memory is counted apart: another push may have its slot."""
+        if self._core.is_sharded:
+            self._background.spawn(self._coordinator.yield_slot(claim), "a slow push's slot was not given on")
+
     async def _turn(self, claim: Claim, flight: _Flight, *, queued: bool) -> Vector:
-        """Memory for a body, when it is its turn. Raises Overloaded, and what `_admit` raises."""
+        """Memory for a body, when its turn has come. Raises Overloaded, and what `_admit` raises."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.queue_seconds
         try:
-            async with asyncio.timeout(self._settings.queue_seconds):
+            async with asyncio.timeout_at(deadline):
                 while queued and not await _comes(flight.granted):
-                    # It may have come unheard; or the run was opened anew, and there is no line any more.
+                    # It may have come unheard; or the run was opened anew, and there is no queue any more.
                     queued = (await self._admit(claim)).queued
-                return await self._staging.acquire()
         except TimeoutError:
             raise Overloaded from None
+        if self._closed:
+            raise ShardUnavailable("the shard is being given up")
+        return await self._core.staging.pool.acquire(max(deadline - loop.time(), 0.0))
 
-    async def _commit(self, claim: Claim, flight: _Flight, staged: _Staged, wish: PushOptions) -> Record:
+    async def _commit(self, claim: Claim, flight: _Flight, options: PushOptions) -> Record:
         """Commits and applies. Redis is asked until it answers: what it decided must not stay unknown."""
+        record = None
         try:
-            decision = await self._decide(claim, flight, staged, wish)
+            decision = await self._decide(claim, flight, options)
             record = decision.record
-            if record.seq:
-                try:
-                    await self._writer.apply(self._entry(claim, staged, decision))
-                except Lost:
-                    if self._receipts.get(claim.key) is record:
-                        del self._receipts[claim.key]
-                    raise
+            if decision.applied is not None:
+                await asyncio.shield(decision.applied)
             return record
         except Lost:
-            if self._host.many:
-                raise ShardUnavailable("the run was opened again before the push was applied") from None
-            raise LeaseExpired("the run was opened again before the push was applied") from None
+            self._forget(claim, record)
+            detail = "the run was opened again before the push was applied"
+            raise ShardUnavailable(detail) if self._core.is_sharded else LeaseExpired(detail) from None
+        except ShardUnavailable:
+            self._forget(claim, record)
+            raise
         finally:
-            self._staging.release(staged.vector)
+            flight.give_back()
 
-    async def _decide(self, claim: Claim, flight: _Flight, staged: _Staged, wish: PushOptions) -> _Decision:
+    def _forget(self, claim: Claim, record: Record | None) -> None:
+        """Forgets the receipt of an entry that is lost."""
+        if record is not None and self._receipts.get(claim.key) is record:
+            del self._receipts[claim.key]
+
+    async def _decide(self, claim: Claim, flight: _Flight, options: PushOptions) -> _Decision:
+        writer, staged = self._core.writer, flight.staged
+        assert staged is not None
         largest = _LARGEST_NORM if self._spec.optimizer.max_grad_norm is None else None
         while True:
             if self._closed:
                 raise asyncio.CancelledError
-            era = self._writer.era
+            era = writer.era
             try:
-                answer = await self._coordinator.commit(
-                    claim,
-                    self._owner(),
-                    staged.digest,
-                    staged.norm,
-                    largest,
-                    wish.wanted,
-                    after_update=wish.after_update,
+                answer = await self._recovery.call(
+                    lambda: self._coordinator.commit(
+                        claim,
+                        self._core.owner(),
+                        staged.digest,
+                        staged.norm or 0.0,
+                        largest,
+                        options.wanted,
+                        after_update=options.after_update,
+                    )
                 )
             except (CoordinatorUnavailable, ShardUnavailable):
                 await asyncio.sleep(_RETRY_S)
                 continue
-            except Fenced:
-                self._host.fenced()
-                raise ShardUnavailable from None
-            except Behind:
-                with suppress(CoordinatorUnavailable, ShardUnavailable):
-                    await self._host.reopen()
-                continue
             except Lost:
                 # Where another shard refused the push meanwhile, that is on its way.
-                heard, _ = await asyncio.wait([flight.decided], timeout=_SILENCE_S if self._host.many else 0)
-                if heard:
+                if await self._hears(flight, _SILENCE_S if self._core.is_sharded else 0):
                     return flight.decided.result()
                 raise
-            if answer is not None and not self._host.many:
+            if answer is not None and not self._core.is_sharded:
                 record, evicted = answer
-                if era != self._writer.era:
+                if era != writer.era:
                     raise Lost
                 self._receipts.remember(claim.key, record, evicted)
-                return _Decision(record)
-            # Of several shards' decisions the log's order, and the cuts that go with them, are heard.
-            heard, _ = await asyncio.wait([flight.decided], timeout=_SILENCE_S)
-            if heard:
+                if not record.seq:
+                    return _Decision(record, None)
+                self.committed(claim.key, record, {})
+                return flight.decided.result()
+            # The order of several shards' decisions, and the reads that go with them, are in the log.
+            if await self._hears(flight, _SILENCE_S):
                 return flight.decided.result()
             if answer is not None and not answer[0].seq:
-                return _Decision(answer[0])
-            # Other shards may still commit it: not even without Redis is this part given up.
-            with suppress(CoordinatorUnavailable):
-                await self._host.catch_up()
+                return _Decision(answer[0], None)
+            # Other shards may still commit it, so this part is kept, even without Redis.
+            self._recovery.catch_up()
 
-    def _entry(self, claim: Claim, staged: _Staged, decision: _Decision) -> Entry:
-        limit, record = self._spec.optimizer.max_grad_norm, decision.record
+    @staticmethod
+    async def _hears(flight: _Flight, seconds: float) -> bool:
+        """Waits for a message of the decision; whether it has come."""
+        await asyncio.wait([flight.decided], timeout=seconds)
+        return flight.decided.done()
+
+    def _entry(self, claim: Claim, staged: Staged, record: Record, reads: Mapping[str, str]) -> Entry:
+        limit = self._spec.optimizer.max_grad_norm
         return Entry(
             seq=record.seq,
             epoch=record.epoch,
             advance=record.decision == "applied",
-            gradient=staged.gradient,
+            gradient=staged.tensors,
+            hold=staged.hold,
             worker=record.worker,
             weight=1.0 if claim.samples is None else claim.samples,
             # As torch.nn.utils.clip_grad_norm_.
@@ -391,12 +407,12 @@ class Pushes:
             staleness=record.staleness,
             live=record.live,
             loss=claim.loss or 0.0,
-            cuts=decision.cuts,
+            reads=reads,
         )
 
 
 async def _comes(event: asyncio.Event, seconds: float = _SILENCE_S) -> bool:
-    """Waits for an event, for as long at the most; whether it has come."""
+    """Waits for an event, for at most that long; whether it has come."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -1,57 +1,48 @@
-"""The runs that this service knows, and what is done for all of them in the background."""
+"""The runs that this service knows."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections import defaultdict
 from contextlib import suppress
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from freestep.api.models import RunSpec
 from freestep.errors import CoordinatorUnavailable, FreestepError, InvalidSpec, RunExists, RunNotFound
 from freestep.wire.header import body_limit
 from freestep.wire.manifest import Manifest
-from freestep_service.coordination.channels import Channels
-from freestep_service.coordination.coordinator import RUNS_KEY, Coordinator
-from freestep_service.coordination.nodes import Node
-from freestep_service.coordination.store import Store, reachable
+from freestep_service.coordination.opening import read_run
+from freestep_service.coordination.run_scripts import RUNS_KEY
+from freestep_service.coordination.store import reachable
+from freestep_service.runs.background import Background
+from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
-from freestep_service.runs.telemetry import Metrics, RunMetrics
-from freestep_service.settings import Settings
-from freestep_service.state.compute import DeviceLocks
-from freestep_service.storage.media import Storage
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Registry"]
 
 logger = logging.getLogger("freestep")
 
-_HOUSEKEEPING_S = 0.1
-_SLOWEST_BEAT_S = 1.0
+_SLOWEST_HEARTBEAT_S = 1.0
+_OPENING_S = 60.0
+"""Seconds for which the start of the service waits for runs that open."""
 
 
 class Registry:
     """Every run by its name."""
 
-    def __init__(
-        self, settings: Settings, store: Store, storage: Storage, device: torch.device, metrics: Metrics
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._storage = storage
-        self._device = device
-        self._locks = DeviceLocks(settings.inline_elements)
-        self._metrics = metrics
-        self.node = Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds))
-        self._messages = Channels(store)
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
         self._runs: dict[str, Run] = {}
-        self._creating = asyncio.Lock()
-        self._closing = asyncio.Event()
-        self._background: set[asyncio.Task[None]] = set()
+        self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By run: held while it is opened, created or deleted here."""
+        self._set_aside: dict[str, str] = {}
+        """Runs that cannot be opened, and why; said once in the log."""
+        self._stopping = asyncio.Event()
+        self._background = Background("the service")
 
     def get(self, name: str) -> Run:
         """A run that is known here already. Raises RunNotFound."""
@@ -63,34 +54,43 @@ class Registry:
     async def find(self, name: str) -> Run:
         """A run, which another process may have created. Raises RunNotFound and CoordinatorUnavailable."""
         if name not in self._runs:
-            async with self._creating:
+            async with self._change(name):
                 if name not in self._runs:
                     await self._open(name, is_from_elsewhere=True)
         return self.get(name)
 
     def all(self) -> list[Run]:
+        """The runs that are known here, by name."""
         return [self._runs[name] for name in sorted(self._runs)]
 
+    @property
+    def problems(self) -> dict[str, str]:
+        """What is wrong with runs, by name: those that cannot be opened, and those whose checkpoints fail."""
+        failing = {run.name: run.checkpoint_failure for run in self.all() if run.checkpoint_failure}
+        return {**self._set_aside, **failing}
+
     async def create(self, name: str, spec: RunSpec) -> tuple[Run, bool]:
-        """The run, and whether it is new. Raises RunExists when it is there with another spec."""
+        """The run, and whether it is new. Raises RunExists when it is there with another spec, and InvalidSpec."""
+        resources = self._resources
         limit = body_limit(Manifest.of(spec))
-        if limit > self._settings.max_body_bytes:
+        if limit > resources.settings.max_body_bytes:
             raise InvalidSpec(
                 f"a body of these parameters may have {limit} bytes, more than the service accepts",
                 field="parameters",
             )
         with suppress(RunNotFound):
             return self._same(await self.find(name), spec), False
-        async with self._creating:
+        async with self._change(name):
             if name in self._runs:
                 return self._same(self._runs[name], spec), False
-            await self.node.beat(self._store)
-            run = self._make(name, spec, spec.shards)
+            await resources.node.heartbeat(resources.store)
+            run = Run(name, spec, spec.shards, resources)
             await run.create()
             self._runs[name] = run
-            await run.keep()
-            if self.node.others:
-                await self._messages.publish({"kind": "created", "run": name})
+            self._set_aside.pop(name, None)
+            await run.start()
+            if resources.node.live_peers:
+                await resources.channels.publish({"kind": "created", "run": name})
             return run, True
 
     def _same(self, run: Run, spec: RunSpec) -> Run:
@@ -101,126 +101,109 @@ class Registry:
     async def delete(self, name: str) -> None:
         """Raises RunNotFound."""
         await self.find(name)
-        async with self._creating:
+        async with self._change(name):
             await self.get(name).delete()
-            del self._runs[name]
+            self._runs.pop(name, None)
+
+    def _change(self, name: str) -> asyncio.Lock:
+        return self._changing[name]
+
+    # The life of the service
 
     async def start(self) -> None:
-        """Opens every run that storage or Redis knows, as far as it is for this process to, and begins housekeeping."""
-        await self.node.beat(self._store)
-        await self._messages.start(self._hear)
-        for name in sorted(await self._names()):
-            await self._open(name)
-        self._spawn(self._keep_house())
-        self._spawn(self._beat())
-
-    async def _names(self) -> set[str]:
-        with reachable():
-            known = set(await self._store.client.smembers(RUNS_KEY))
-        return known | set(await asyncio.to_thread(self._storage.names, "runs"))
+        """Opens every run that storage or Redis knows, as far as it is for this process to."""
+        resources = self._resources
+        await resources.node.heartbeat(resources.store)
+        await resources.channels.start(self._on_message)
+        opening = [asyncio.create_task(self._try_to_open(name)) for name in sorted(await self._names())]
+        if opening:
+            await asyncio.wait(opening, timeout=_OPENING_S)
+        self._background.spawn(self._beat(), "runs of other processes are not looked for any more")
 
     async def close(self) -> None:
         """Writes the last checkpoints."""
-        self._closing.set()
-        for run in self._runs.values():
-            run.checkpointing.give_up()
-        # Not cancelled: a command cut short leaves its connection, and a checkpoint its thread, behind.
-        while self._background:
-            await asyncio.gather(*self._background, return_exceptions=True)
-        for run in self._runs.values():
-            try:
-                await run.close()
-            except Exception:
-                logger.exception("run %s could not be closed in order", run.name)
-        await self._messages.close()
+        self._stopping.set()
+        await self._background.settle()
+        closing = await asyncio.gather(*(run.close() for run in self.all()), return_exceptions=True)
+        for run, error in zip(self.all(), closing, strict=True):
+            if error is not None:
+                logger.error("run %s could not be closed in order", run.name, exc_info=error)
+        await self._resources.channels.close()
         with suppress(CoordinatorUnavailable):
-            await self.node.leave(self._store)
+            await self._resources.node.leave(self._resources.store)
+        self._resources.disk.close()
+        self._resources.locks.close()
 
-    def _make(self, name: str, spec: RunSpec, shards: int) -> Run:
-        metrics = RunMetrics(self._metrics, name)
-        return Run(
-            name, spec, shards, self.node, self._settings, self._store, self._storage, self._messages, self._device,
-            self._locks, metrics,
-        )  # fmt: skip
+    async def _names(self) -> set[str]:
+        with reachable():
+            known = set(await self._resources.store.client.smembers(RUNS_KEY))
+        return known | set(await self._resources.disk.run(self._resources.storage.names, "runs"))
+
+    async def _try_to_open(self, name: str) -> None:
+        """Opens a run, unless it is open; one that cannot be is set aside, and the others go on."""
+        try:
+            async with self._change(name):
+                if name not in self._runs:
+                    await self._open(name)
+        except CoordinatorUnavailable:
+            raise
+        except Exception as error:
+            self._put_aside(name, f"{error}", error)
 
     async def _open(self, name: str, *, is_from_elsewhere: bool = False) -> None:
-        standing = await Coordinator.read_run(self._store, name)
-        if standing is None and is_from_elsewhere:
+        view = await read_run(self._resources.store, name)
+        if view is None and is_from_elsewhere:
             return
         try:
-            file = await asyncio.to_thread(RunFile.read, self._storage, name)
-        except (OSError, ValueError, TypeError) as error:
-            if standing is None:
+            file = await self._resources.disk.run(RunFile.read, self._resources.storage, name)
+        except (OSError, ValueError, TypeError, FreestepError) as error:
+            if view is None:
                 if not isinstance(error, FileNotFoundError):
-                    logger.error("run %s cannot be opened: %s", name, error)
+                    self._put_aside(name, str(error))
                 return
             file = None
         try:
-            spec = RunSpec.model_validate_json(file.spec if file else standing.run["spec"] if standing else "")
+            spec = RunSpec.model_validate_json(file.spec if file else view.run["spec"] if view else "")
         except ValidationError as error:
-            logger.error("run %s cannot be opened, its spec is not valid: %s", name, error)
+            self._put_aside(name, f"its spec is not valid: {error}")
             return
-        run = self._make(name, spec, standing.count if standing else file.shards if file else spec.shards)
+        run = Run(name, spec, view.count if view else file.shards if file else spec.shards, self._resources)
         self._runs[name] = run
-        await run.keep()
+        self._set_aside.pop(name, None)
+        await run.start()
 
-    def _hear(self, message: dict[str, Any] | None) -> None:
+    def _put_aside(self, name: str, reason: str, error: Exception | None = None) -> None:
+        if self._set_aside.get(name) != reason:
+            self._set_aside[name] = reason
+            logger.error("run %s cannot be opened: %s", name, reason, exc_info=error)
+
+    def _on_message(self, message: dict[str, Any] | None) -> None:
         if message is not None and message["kind"] == "created":
-            self._spawn(self._look_at(message["run"]))
+            self._background.spawn(self._look_at(message["run"]), f"run {message['run']} was not opened")
 
     async def _look_at(self, name: str) -> None:
         with suppress(RunNotFound, CoordinatorUnavailable):
             await self.find(name)
 
     async def _beat(self) -> None:
-        """Keeps what this process owns, and notices what others have created or lost."""
-        pause = min(_SLOWEST_BEAT_S, self._settings.owner_ttl_seconds / 4)
-        while not await self._is_closing(pause):
+        """Tells that this process lives, and notices what others have created or deleted."""
+        resources = self._resources
+        pause_s = min(_SLOWEST_HEARTBEAT_S, resources.settings.owner_ttl_seconds / 4)
+        while not self._stopping.is_set():
             try:
-                await self.node.beat(self._store)
-                if self.node.others:
-                    for name in await self._names() - self._runs.keys():
+                await resources.node.heartbeat(resources.store)
+                if resources.node.live_peers:
+                    for name in sorted(await self._names() - self._runs.keys()):
                         await self._look_at(name)
-            except (CoordinatorUnavailable, OSError):
-                continue
+            except (CoordinatorUnavailable, OSError, FreestepError):
+                # The runs say in the log that Redis is away.
+                pass
+            except Exception:
+                logger.exception("other processes' runs could not be looked for")
             for run in self.all():
-                self._spawn(self._prolong(run))
-
-    async def _prolong(self, run: Run) -> None:
-        try:
-            await run.prolong()
-        except Exception:
-            logger.exception("run %s could not be looked after", run.name)
-        if run.is_gone and self._runs.get(run.name) is run:
-            del self._runs[run.name]
-            await run.forget()
-
-    async def _keep_house(self) -> None:
-        while not await self._is_closing(_HOUSEKEEPING_S):
-            for run in self.all():
-                if not run.leads:
-                    continue
-                try:
-                    await run.leases.expire()
-                except Exception:
-                    logger.exception("the leases of run %s could not be looked after", run.name)
-                if run.is_checkpoint_due():
-                    self._spawn(self._checkpoint(run))
-
-    async def _is_closing(self, pause: float) -> bool:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), pause)
-        return self._closing.is_set()
-
-    async def _checkpoint(self, run: Run) -> None:
-        try:
-            await run.checkpoint()
-        except FreestepError as error:
-            logger.warning("a checkpoint of run %s was not written: %s", run.name, error)
-        except OSError:
-            logger.exception("a checkpoint of run %s could not be written", run.name)
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+                if run.is_gone and self._runs.get(run.name) is run:
+                    del self._runs[run.name]
+                    self._background.spawn(run.forget(), f"run {run.name} was not forgotten")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._stopping.wait()

@@ -48,6 +48,9 @@ class Metrics:
         self.checkpoint_step = Gauge(
             "freestep_checkpoint_step", "Step of the newest checkpoint.", ["run"], registry=registry
         )
+        self.checkpoint_failures = Counter(
+            "freestep_checkpoint_failures", "Checkpoints that could not be written.", ["run"], registry=registry
+        )
         self.checkpoint_seconds = Histogram(
             "freestep_checkpoint_seconds", "Time to write a checkpoint.", ["run"], registry=registry
         )
@@ -72,6 +75,7 @@ class Metrics:
             self.workers,
             self.loss,
             self.checkpoint_step,
+            self.checkpoint_failures,
             self.checkpoint_seconds,
         ):
             with suppress(KeyError):
@@ -139,6 +143,9 @@ class RunMetrics:
         self._forgotten = True
         self.restored({})
         self._metrics.forget(self._run)
+
+    def checkpoint_failed(self) -> None:
+        self._metrics.checkpoint_failures.labels(self._run).inc()
 
     def checkpointed(self, step: int, seconds: float) -> None:
         self._metrics.checkpoint_step.labels(self._run).set(step)

@@ -1,10 +1,12 @@
-"""Host memory for one vector at a time: what bodies are received into and snapshots are sent from.
+"""Host memory for one vector at a time: bodies are received into it and snapshots are sent from it.
 
 Where a shard lives on a GPU, its vectors are pinned, so that the GPU copies from them and into them by itself, and one
 that a body was received into has a counterpart there, in which that becomes fp32.
 
-A pool holds a fixed number of vectors, made when first needed and then used again and again, so a run's memory
-does not grow with the number of its workers: whoever finds none free waits in line.
+A pool holds a fixed number of vectors, made when first needed and then reused, so a run's memory does not grow with the
+number of its workers: a caller that finds none free waits in line. A vector that a slow peer holds is counted apart,
+in a reserve for slow peers, and another takes its place. Where the reserve is used up and callers wait, the slowest
+transfer ends.
 """
 
 from __future__ import annotations
@@ -14,19 +16,23 @@ import logging
 import mmap
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from freestep.errors import Overloaded
 from freestep_service.state.compute import HOST
 
-__all__ = ["Vector", "VectorPool"]
+__all__ = ["Hold", "Holder", "Reserve", "Vector", "VectorPool"]
 
 logger = logging.getLogger("freestep")
 
+_LOOK_S = 0.02
+"""Seconds between two looks at the speed of those that hold vectors."""
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all of the process's GPUs."""
 
@@ -77,50 +83,186 @@ class Vector:
         weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
 
-class VectorPool:
-    """At most `capacity` vectors of `numel` elements, or of `room` bytes, lent first come, first served."""
+class Holder(Protocol):
+    """Who holds a vector: a transfer, or the readers of a snapshot."""
 
-    def __init__(self, numel: int, capacity: int, room: int = 0, device: torch.device = HOST) -> None:
+    def is_slow(self) -> bool:
+        """Whether the peer is so slow that its memory is counted apart."""
+
+    @property
+    def speed(self) -> float:
+        """Bytes a second."""
+
+    def end(self) -> None:
+        """Ends the transfer; the vector is released soon after."""
+
+    def on_excused(self) -> None:
+        """The vector is counted apart from now on."""
+
+
+class Reserve(Protocol):
+    """Memory for what slow peers hold."""
+
+    def try_reserve(self, size: int) -> bool:
+        """Takes `size` bytes of it, if they are there."""
+
+    def release(self, size: int) -> None:
+        """Gives them back."""
+
+
+class VectorPool:
+    """`capacity` vectors of `numel` elements, or of `room` bytes, lent first come, first served, on one event loop.
+
+    reserve: from which vectors that slow peers hold are counted; without one, they count as the others do.
+    """
+
+    def __init__(
+        self,
+        numel: int,
+        capacity: int,
+        room: int = 0,
+        device: torch.device = HOST,
+        reserve: Reserve | None = None,
+    ) -> None:
         self.numel = numel
         self.room = room
         self.device = device
         self.capacity = capacity
+        self.pressed: Callable[[], bool] = lambda: False
+        """Whether callers wait elsewhere for a vector of this pool."""
+        self._reserve = reserve
         self._made = 0
         self._free: list[Vector] = []
         self._waiting: deque[asyncio.Future[Vector]] = deque()
+        self._holders: dict[Holder, bool] = {}
+        """Those whose speed is watched, and whether their vector is counted apart."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of a vector."""
+        return max(4 * self.numel, self.room)
 
     def try_acquire(self) -> Vector | None:
-        """A vector, unless all are lent."""
+        """A vector, unless all are lent. Raises Overloaded where the machine has no memory for one."""
         if self._free:
             return self._free.pop()
-        if self._made < self.capacity:
-            self._made += 1
-            return Vector(self.numel, self.room, self.device)
-        return None
+        if self._made >= self.capacity:
+            return None
+        try:
+            vector = Vector(self.numel, self.room, self.device)
+        except (OSError, MemoryError) as error:
+            raise Overloaded(f"the machine has no memory for a body: {error}") from error
+        self._made += 1
+        return vector
 
-    async def acquire(self) -> Vector:
-        """A vector; its contents are unspecified."""
+    async def acquire(self, timeout_s: float) -> Vector:
+        """A vector; its contents are unspecified. Raises Overloaded when none is free in time."""
         vector = self.try_acquire()
         if vector is not None:
             return vector
         future: asyncio.Future[Vector] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         try:
-            return await future
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            self._withdraw(future)
+            raise Overloaded(f"no memory for a body was free within {timeout_s:g} s") from None
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self.release(future.result())
+            self._withdraw(future)
             raise
+
+    def _withdraw(self, future: asyncio.Future[Vector]) -> None:
+        """Ends a wait; a vector that came at the same moment goes to the next in line."""
+        if future.done() and not future.cancelled() and future.exception() is None:
+            self.release(future.result())
+        with suppress(ValueError):
+            self._waiting.remove(future)
 
     @property
     def contended(self) -> bool:
-        """Whether somebody waits for a vector."""
-        return any(not future.done() for future in self._waiting)
+        """Whether callers wait for a vector."""
+        return any(not future.done() for future in self._waiting) or self.pressed()
 
-    def release(self, vector: Vector) -> None:
+    @property
+    def is_held_by_slow_peers(self) -> bool:
+        """Whether all vectors that count are held by slow peers: none will be free soon."""
+        counted = [holder for holder, apart in self._holders.items() if not apart]
+        return not self._free and self._made >= self.capacity and all(holder.is_slow() for holder in counted)
+
+    def watch(self, holder: Holder) -> None:
+        """Watches the speed of a vector's holder until it is released with the vector."""
+        self._holders[holder] = False
+        if self._timer is None and self._reserve is not None:
+            self._timer = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+
+    def unwatch(self, holder: Holder) -> None:
+        """Watches a holder no more; a vector that was counted apart counts as the others do."""
+        if self._holders.pop(holder, False):
+            assert self._reserve is not None
+            self._reserve.release(self.size)
+            self._made += 1
+
+    def release(self, vector: Vector, holder: Holder | None = None) -> None:
+        """Takes a vector back."""
+        if holder is not None:
+            self.unwatch(holder)
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(vector)
                 return
+        if self._made > self.capacity:
+            self._made -= 1
+            return
         self._free.append(vector)
+
+    def _look(self) -> None:
+        self._timer = None
+        slow = [holder for holder, apart in self._holders.items() if not apart and holder.is_slow()]
+        left = [holder for holder in slow if not self._count_apart(holder)]
+        if left and self.contended:
+            slowest = min(left, key=lambda holder: holder.speed)
+            logger.warning("a peer that moves %.0f bytes/s is ended: others wait for its memory", slowest.speed)
+            slowest.end()
+        if any(not apart for apart in self._holders.values()):
+            self._timer = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+
+    def _count_apart(self, holder: Holder) -> bool:
+        """Counts a holder's vector in the reserve, so that another may be made; whether there was room for it."""
+        if self._reserve is None or not self._reserve.try_reserve(self.size):
+            return False
+        self._holders[holder] = True
+        self._made -= 1
+        holder.on_excused()
+        self._serve()
+        return True
+
+    def _serve(self) -> None:
+        """Makes a vector for the first who waits, if there may be one more."""
+        while self._waiting and self._made < self.capacity:
+            future = self._waiting.popleft()
+            if future.done():
+                continue
+            try:
+                vector = self.try_acquire()
+            except Overloaded as error:
+                future.set_exception(error)
+                return
+            assert vector is not None
+            future.set_result(vector)
+
+
+class Hold:
+    """A vector that is in use, and whose holder is watched; its owner gives it back once."""
+
+    def __init__(self, pool: VectorPool, vector: Vector, holder: Holder) -> None:
+        self.vector = vector
+        self._pool = pool
+        self._holder = holder
+        pool.watch(holder)
+
+    def release(self) -> None:
+        """Gives the vector back to its pool."""
+        self._pool.release(self.vector, self._holder)

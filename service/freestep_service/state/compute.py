@@ -6,6 +6,7 @@ and evict each other from the cache.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["HOST", "DeviceLocks", "arithmetic_threads"]
+__all__ = ["HOST", "DeviceLocks", "arithmetic_threads", "uninterrupted"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,12 +34,23 @@ class DeviceLocks:
     def __init__(self, inline_elements: int = 0) -> None:
         self._inline_elements = inline_elements
         self._locks: defaultdict[torch.device, threading.Lock] = defaultdict(threading.Lock)
+        self._decoders = arithmetic_threads("decoder")
+        """Of their own, so that nothing else that threads are used for, a hung disk say, holds up the bodies."""
         self.compiler = arithmetic_threads("compiler", 1)
         """The thread that compiles kernels; one at a time: the next request may find its kernel made."""
 
     def runs_inline(self, device: torch.device, numel: int) -> bool:
         """True if the work is small enough to run inline on the event loop, without the device lock."""
         return device == HOST and numel <= self._inline_elements
+
+    def decoding(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> asyncio.Future[T]:
+        """Runs a function in one of the threads that decode bodies."""
+        return asyncio.get_running_loop().run_in_executor(self._decoders, partial(function, *arguments, **options))
+
+    def close(self) -> None:
+        """Ends the threads once they are done."""
+        self._decoders.shutdown(wait=False)
+        self.compiler.shutdown(wait=False)
 
     def exclusive(self, device: torch.device, function: Callable[P, T]) -> Callable[P, T]:
         """The function, holding the device's lock while it runs."""
@@ -58,3 +70,20 @@ def arithmetic_threads(name: str, most: int | None = None) -> ThreadPoolExecutor
     has helpers that spin, against the event loop and each other, even for the square root of a few elements.
     """
     return ThreadPoolExecutor(most, f"freestep-{name}", partial(torch.set_num_threads, torch.get_num_threads()))
+
+
+async def uninterrupted(work: asyncio.Future[T]) -> T:
+    """Waits for work in a thread, which a cancellation cannot stop; a cancellation is raised when the work has ended.
+
+    So the memory that the thread uses is not given back before.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        work.exception()
+        raise cancelled
+    return work.result()

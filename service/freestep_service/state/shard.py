@@ -7,7 +7,7 @@ log, and of nothing else; whoever calls it sees to it that one thread does so at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,47 +38,13 @@ from freestep_service.optimizers.kernels.streams import settle
 from freestep_service.optimizers.readiness import compile_kernels, compile_rule
 from freestep_service.state.buffers import Vector
 from freestep_service.state.compute import HOST
+from freestep_service.state.log import Entry
 from freestep_service.state.views import PointView
 
-__all__ = ["DTYPES", "Entry", "Shard", "StateCopy"]
+__all__ = ["DTYPES", "Shard", "StateCopy"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """torch's names of the dtypes that travel as they are."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry of the commit log, with the gradient that was staged for it.
-
-    seq: its place in the log. epoch: the run's when it was committed.
-    advance: whether the pushes gathered so far, this one included, become an update.
-    gradient: flat [numel], on the host or where the shard is, as it came; None where the entry is no push: the end of a
-        lease closed the update, or the entry only marks a place.
-    weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
-    damping: what staleness leaves of the learning rate, in (0, 1].
-    lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
-    staleness: the push's, in steps. live: the workers that were, when it was committed.
-    loss: that of the push; 0 where it says none.
-    """
-
-    seq: int
-    epoch: int
-    advance: bool
-    gradient: Pushed | None = None
-    worker: str = ""
-    weight: float = 1.0
-    scale: float = 1.0
-    damping: float = 1.0
-    lateness: int = 0
-    staleness: int = 0
-    live: int = 1
-    loss: float = 0.0
-    cuts: Mapping[str, str] = field(default_factory=dict)
-    """Ticket -> "POINT DTYPE", and the shard where only one is asked: points wanted of the state that this leaves."""
-    checkpoint: bool = False
-    """Whether that state is to be kept."""
-    measured: Measured | None = None
-    """A metric that was reported."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +86,7 @@ class Shard:
         self._room = room
         self._home: Vector | None = None
         """Where y lies, if that is on the host."""
-        self._loan: PointView | None = None
+        self._lent: PointView | None = None
         self._scalars: dict[str, Scalars] = {}
         self._reported: Reported = {}
         self._accumulated: Tensor | None = None
@@ -149,6 +115,16 @@ class Shard:
         self._expected_staleness = 0.0
         self._clear_group()
         settle(self.device)
+
+    def clear(self) -> None:
+        """Forgets the state: the shard waits for initial weights."""
+        self.epoch = self.step = self.seq = 0
+        self._buffers, self._home, self._lent = {}, None, None
+        self._scalars = {}
+        self._reported = {}
+        self._accumulated = None
+        self._expected_staleness = 0.0
+        self._clear_group()
 
     def apply(self, entry: Entry) -> None:
         """Applies the log's next entry.
@@ -228,15 +204,15 @@ class Shard:
 
     def lend(self, spare: Vector) -> PointView:
         """y as it is now, in the state's own memory; where that is lent already, or on a device, copied to `spare`."""
-        if self._home is None or (self._loan is not None and self._loan.is_open):
+        if self._home is None or (self._lent is not None and self._lent.is_open):
             spare.pin()
             return PointView(*self.copy_point("y", spare.tensor()), spare)
-        self._loan = PointView(self.epoch, self.step, self._home, spare)
-        return self._loan
+        self._lent = PointView(self.epoch, self.step, self._home, spare)
+        return self._lent
 
     def _leave_lent(self) -> None:
         """Has y in memory that nobody reads."""
-        view, self._loan = self._loan, None
+        view, self._lent = self._lent, None
         spare = None if view is None else view.take_spare()
         if spare is not None:
             self.copy_point("y", spare.tensor())
@@ -244,7 +220,7 @@ class Shard:
 
     def _as_y(self, parameters: Tensor) -> Tensor:
         """A copy of `parameters`, flat [numel], on the device and as fp32, to be y."""
-        self._loan = None
+        self._lent = None
         if self.device != HOST:
             return parameters.to(self.device, torch.float32, copy=True)
         self._home = Vector(self.manifest.numel, self._room)

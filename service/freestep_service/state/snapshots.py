@@ -1,60 +1,49 @@
-"""Points of a run as bodies ready to send: one per (step, point, dtype), shared by all who pull it.
+"""Points of a shard's state as bodies ready to send: one per (place, point, dtype), shared by all who read it.
 
-A snapshot is immutable while anybody reads it. A run has two vectors for snapshots: when both are being sent, the
-next pullers wait in line and then share one snapshot of the step that the run has reached by then, so slow
-pullers cost neither memory nor training. y as fp32 is not copied but lent (`views`).
+A snapshot does not change while anybody reads it. A shard has a fixed number of vectors for snapshots, and more where
+slow readers hold them (`buffers`). y as fp32 is not copied but lent (`views`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from freestep.api.models import Point
-from freestep_service.state.bodies import body, copy_point, room
+from freestep.errors import Overloaded
+from freestep_service.state.bodies import body, copy_point
 from freestep_service.state.buffers import Vector, VectorPool
 from freestep_service.state.compute import HOST
 from freestep_service.state.shard import DTYPES
+from freestep_service.state.transfers import GRACE_S, Transfer
 from freestep_service.state.views import Copying, PointView
 from freestep_service.state.writer import Writer
 
-__all__ = ["Reading", "Snapshot", "Snapshots", "take"]
+__all__ = ["PointBody", "Snapshot", "Snapshots"]
 
-VECTORS = 2
+_LOOK_S = 0.05
+"""Seconds between two looks at whether slow readers hold all memory."""
 _LARGE = 1024 * 1024
-"""Elements of which a copy takes longer than its beginning to be sent."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is to be read: a point and its dtype.
-
-    Of several shards, the cut that `ticket` names, which `readers` shards will be asked for. asked: whether the push
-    that wants it has told Redis so. patience: then, how many seconds its group's update is waited for.
-    """
-
-    point: Point
-    dtype: str
-    ticket: str = ""
-    readers: int = 1
-    asked: bool = False
-    patience: float | None = None
+"""Elements from which on a copy is sent while it is still being made."""
 
 
 @dataclass
-class Snapshot:
-    """A point of one step, as a safetensors body: `header` and then `data`."""
+class PointBody:
+    """A shard's part of a point of one step, as a safetensors body: `header` and then `data`."""
 
     epoch: int
     step: int
     header: bytes
     data: memoryview
-    view: PointView = field(repr=False)
-    readers: int = 0
     seq: int | None = None
-    """The place in the log that the point was cut at, where shards have to agree on it."""
+    """The place in the log that the point is of, where shards have to agree on it."""
+    copying: Copying | None = None
+    sent: int = 0
+    """Bytes that the peer's connection has taken."""
+    end: Callable[[], None] = lambda: None
+    """Ends the sending, where the memory is needed and the peer is slow."""
 
     @property
     def size(self) -> int:
@@ -63,8 +52,8 @@ class Snapshot:
 
     async def reach(self, size: int) -> None:
         """Returns when the first `size` bytes of the tensors are there. Raises what made their copy fail."""
-        if self.view.copying is not None:
-            await self.view.copying.reach(size)
+        if self.copying is not None:
+            await self.copying.reach(size)
 
     def slices(self, begin: int, end: int) -> tuple[memoryview, memoryview]:
         """Bytes `begin` to `end` of the body, those of the header and those of the tensors."""
@@ -75,16 +64,218 @@ class Snapshot:
         )
 
 
-def take(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Future[PointView]:
+@dataclass(eq=False)
+class Snapshot:
+    """A point in memory that stays as it is, and who needs it. It holds one vector of the pool."""
+
+    point: Point
+    dtype: str
+    vector: Vector = field(repr=False)
+    taken: asyncio.Future[PointView]
+    seq: int | None = None
+    wanted: str = ""
+    """What its tickets ask for, as consistent reads word it."""
+    tickets: set[str] = field(default_factory=set)
+    """The reads that it is kept for, and that have not come yet."""
+    readers: set[Transfer] = field(default_factory=set)
+    needed: int = 0
+    """How many need it: readers, tickets, and the copy that is still being made."""
+    unread_since: float = 0.0
+    """By the event loop's clock, where nobody reads it."""
+    apart: bool = False
+    """Whether its memory is counted with that of slow peers."""
+    on_apart: Callable[[], None] = lambda: None
+    """Called when that begins."""
+
+    def is_slow(self) -> bool:
+        """Whether no reader is fast; where none has come, whether the peer that asked for it is slow to fetch it."""
+        if not self.taken.done():
+            return False
+        if not self.readers:
+            return self.taken.get_loop().time() > self.unread_since + GRACE_S
+        return all(reader.is_slow() for reader in self.readers)
+
+    @property
+    def speed(self) -> float:
+        """Bytes a second of its fastest reader."""
+        return max((reader.speed for reader in self.readers), default=0.0)
+
+    def end(self) -> None:
+        """Ends its readers."""
+        for reader in self.readers:
+            reader.end()
+
+    def on_excused(self) -> None:
+        self.apart = True
+        self.on_apart()
+
+
+class Snapshots:
+    """The snapshots of one shard."""
+
+    def __init__(self, run: str, writer: Writer, pool: VectorPool) -> None:
+        self.pool = pool
+        self._run = run
+        self._writer = writer
+        self._newest: dict[tuple[Point, str], Snapshot] = {}
+        """By point and dtype, the snapshot that another reader of the same step may share."""
+        self._making: dict[tuple[Point, str], asyncio.Task[Snapshot]] = {}
+
+    # The newest step
+
+    async def newest(self, point: Point, dtype: str, timeout_s: float, *, waits_for_slow: bool = True) -> Snapshot:
+        """A snapshot of a step no older than the one that is applied now; the caller lets it go.
+
+        Raises Overloaded when no memory is free in time, or, unless the caller waits for slow readers, as soon as they
+        hold all of it.
+        """
+        wanted = (self._writer.epoch, self._writer.applied_step)
+        key = (point, dtype)
+        while True:
+            newest = self._newest.get(key)
+            if newest is None or _step_of(newest) < wanted:
+                newest = await self._made(key, timeout_s, waits_for_slow=waits_for_slow)
+            if _step_of(newest) >= wanted and self._newest.get(key) is newest:
+                if not newest.needed:
+                    self.pool.watch(newest)
+                newest.needed += 1
+                return newest
+
+    async def _made(self, key: tuple[Point, str], timeout_s: float, *, waits_for_slow: bool) -> Snapshot:
+        """A new snapshot, which all who wait for it share."""
+        making = self._making.get(key)
+        if making is None:
+            making = self._making[key] = asyncio.create_task(self._make(key, timeout_s))
+            # Those who wait may leave before it fails.
+            making.add_done_callback(lambda made: made.cancelled() or made.exception())
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not making.done():
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0 or (not waits_for_slow and self.pool.is_held_by_slow_peers):
+                raise Overloaded("no memory for the answer was free in time")
+            await asyncio.wait([making], timeout=left if waits_for_slow else min(left, _LOOK_S))
+        return making.result()
+
+    async def _make(self, key: tuple[Point, str], timeout_s: float) -> Snapshot:
+        try:
+            snapshot = self.take(*key, self._recycle(key) or await self.pool.acquire(timeout_s))
+            try:
+                await snapshot.taken
+            except BaseException:
+                self.let_go(snapshot)
+                raise
+            replaced, self._newest[key] = self._newest.get(key), snapshot
+            if replaced is not None:
+                self._release_unneeded(replaced)
+            # For those who wait for this task: they need it from here on.
+            snapshot.needed -= 1
+            return snapshot
+        finally:
+            del self._making[key]
+
+    def _recycle(self, key: tuple[Point, str]) -> Vector | None:
+        """A free vector, or that of a snapshot which nobody reads: the one that the new one replaces first."""
+        vector = self.pool.try_acquire()
+        if vector is not None:
+            return vector
+        for other in sorted(self._newest, key=lambda other: other != key):
+            if self._newest[other].needed == 0:
+                unneeded = self._newest.pop(other)
+                self.pool.unwatch(unneeded)
+                return unneeded.taken.result().end()
+        return None
+
+    # Any place
+
+    def take(self, point: Point, dtype: str, vector: Vector, seq: int | None = None) -> Snapshot:
+        """A snapshot of the state that the writer's next entry finds; the caller needs it until it lets it go."""
+        try:
+            taken = _take(self._writer, point, dtype, vector)
+        except BaseException:
+            self.pool.release(vector)
+            raise
+        snapshot = Snapshot(point, dtype, vector, taken, seq, needed=1)
+        snapshot.unread_since = taken.get_loop().time()
+        self.pool.watch(snapshot)
+        taken.add_done_callback(lambda taken: self._keep_while_copied(snapshot, taken))
+        return snapshot
+
+    def _keep_while_copied(self, snapshot: Snapshot, taken: asyncio.Future[PointView]) -> None:
+        if taken.cancelled() or taken.exception() is not None:
+            return
+        copying = taken.result().copying
+        if copying is not None and not copying.done.done():
+            snapshot.needed += 1
+            copying.done.add_done_callback(lambda copied: self._copied(snapshot, copied))
+
+    def _copied(self, snapshot: Snapshot, copied: asyncio.Future[None]) -> None:
+        if copied.exception() is not None:
+            self._newest = {key: newest for key, newest in self._newest.items() if newest is not snapshot}
+        self.let_go(snapshot)
+
+    @asynccontextmanager
+    async def reading(self, snapshot: Snapshot, floor: float) -> AsyncIterator[PointBody]:
+        """The snapshot as a body, for a caller that needs it; it is let go when the block ends.
+
+        floor: bytes a second below which its memory is counted with that of slow peers.
+        """
+        loop = asyncio.get_running_loop()
+        transfer = None
+        try:
+            view = await asyncio.shield(snapshot.taken)
+            manifest = self._writer.shard.manifest
+            header, data = body(view.vector, manifest, snapshot.dtype, self._run, view.epoch, view.step, snapshot.point)
+            sent = PointBody(view.epoch, view.step, header, data, snapshot.seq, view.copying)
+            transfer = Transfer(lambda: sent.sent, loop.time, floor, lambda: sent.end())
+            snapshot.readers.add(transfer)
+            yield sent
+        finally:
+            if transfer is not None:
+                snapshot.readers.discard(transfer)
+                snapshot.unread_since = loop.time()
+            self.let_go(snapshot)
+
+    def let_go(self, snapshot: Snapshot) -> None:
+        """Says that one who needed a snapshot needs it no more."""
+        snapshot.needed -= 1
+        self._release_unneeded(snapshot)
+
+    def _release_unneeded(self, snapshot: Snapshot) -> None:
+        if snapshot.needed:
+            return
+        if not snapshot.taken.done():
+            snapshot.taken.add_done_callback(lambda _: self._release_unneeded(snapshot))
+            return
+        if snapshot.taken.cancelled() or snapshot.taken.exception() is not None:
+            self.pool.release(snapshot.vector, snapshot)
+            return
+        view = snapshot.taken.result()
+        key = (snapshot.point, snapshot.dtype)
+        is_newest = self._newest.get(key) is snapshot
+        # A lent y is to be had again for nothing, and would have to be copied when the state moves on.
+        if is_newest and view.is_copy and not snapshot.apart and not self.pool.contended:
+            self.pool.unwatch(snapshot)
+            return
+        if is_newest:
+            del self._newest[key]
+        self.pool.release(view.end(), snapshot)
+
+
+def _step_of(snapshot: Snapshot) -> tuple[int, int]:
+    view = snapshot.taken.result()
+    return view.epoch, view.step
+
+
+def _take(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Future[PointView]:
     """A point of the state that the writer's next entry finds, in the state's own memory or in `spare`.
 
-    A large copy is there when it has begun.
+    The future of a large copy is done when the copy has begun.
     """
     shard = writer.shard
     if (point, dtype) == ("y", "F32"):
         return writer.call(shard.lend, spare)
     if dtype in DTYPES and shard.device == HOST and shard.manifest.numel >= _LARGE:
-        return _begin(writer, point, dtype, spare)
+        return _begin_copy(writer, point, dtype, spare)
 
     def copy() -> PointView:
         return PointView(*copy_point(shard, point, spare, dtype), spare)
@@ -92,7 +283,7 @@ def take(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Fut
     return writer.call(copy)
 
 
-def _begin(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Future[PointView]:
+def _begin_copy(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Future[PointView]:
     shard, loop, copying = writer.shard, asyncio.get_running_loop(), Copying()
     begun: asyncio.Future[PointView] = loop.create_future()
 
@@ -105,97 +296,12 @@ def _begin(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.F
         copy_point(shard, point, spare, dtype, copying.note)
 
     def end(done: asyncio.Future[None]) -> None:
-        copying.end(done.exception())
+        error = done.exception()
+        copying.end(error)
+        if error is not None and not begun.done():
+            begun.set_exception(error)
+            # Its reader may have left.
+            begun.exception()
 
     writer.call(copy).add_done_callback(end)
     return begun
-
-
-class Snapshots:
-    """The snapshots of one run."""
-
-    def __init__(self, run: str, writer: Writer) -> None:
-        self._run = run
-        self._writer = writer
-        manifest = writer.shard.manifest
-        self._pool = VectorPool(manifest.numel, VECTORS, room(manifest), writer.shard.device)
-        self._newest: dict[tuple[Point, str], Snapshot] = {}
-        self._making: dict[tuple[Point, str], asyncio.Task[Snapshot]] = {}
-
-    @asynccontextmanager
-    async def read(self, point: Point, dtype: str) -> AsyncIterator[Snapshot]:
-        """A snapshot of a step no older than the one the run has reached now, kept until the block ends."""
-        snapshot = await self._acquire(point, dtype)
-        try:
-            yield snapshot
-        finally:
-            self._leave(snapshot)
-
-    async def _acquire(self, point: Point, dtype: str) -> Snapshot:
-        wanted = (self._writer.epoch, self._writer.applied_step)
-        while True:
-            newest = self._newest.get((point, dtype))
-            if newest is None or (newest.epoch, newest.step) < wanted:
-                newest = await self._make(point, dtype)
-            if (newest.epoch, newest.step) >= wanted and self._newest.get((point, dtype)) is newest:
-                newest.readers += 1
-                return newest
-
-    async def _make(self, point: Point, dtype: str) -> Snapshot:
-        key = (point, dtype)
-        if key not in self._making:
-            self._making[key] = asyncio.create_task(self._copy(point, dtype))
-        return await asyncio.shield(self._making[key])
-
-    async def _copy(self, point: Point, dtype: str) -> Snapshot:
-        key = (point, dtype)
-        try:
-            vector, manifest = await self._vector(key), self._writer.shard.manifest
-            try:
-                view = await take(self._writer, point, dtype, vector)
-            except BaseException:
-                self._pool.release(vector)
-                raise
-            header, data = body(view.vector, manifest, dtype, self._run, view.epoch, view.step, point)
-            snapshot = Snapshot(view.epoch, view.step, header, data, view)
-            if view.copying is not None:
-                # Who copies needs the vector as long as any reader.
-                snapshot.readers += 1
-                view.copying.done.add_done_callback(lambda copied: self._copied(snapshot, copied))
-            replaced, self._newest[key] = self._newest.get(key), snapshot
-            if replaced is not None:
-                self._let_go(replaced)
-            return snapshot
-        finally:
-            del self._making[key]
-
-    async def _vector(self, key: tuple[Point, str]) -> Vector:
-        """A vector for a new snapshot, taken from one that nobody reads if there is no other."""
-        vector = self._pool.try_acquire()
-        if vector is not None:
-            return vector
-        # The key's own old snapshot first: it is the one that the new one replaces.
-        for other in sorted(self._newest, key=lambda other: other != key):
-            if self._newest[other].readers == 0:
-                return self._newest.pop(other).view.end()
-        return await self._pool.acquire()
-
-    def _copied(self, snapshot: Snapshot, copied: asyncio.Future[None]) -> None:
-        if copied.exception() is not None:
-            self._newest = {key: newest for key, newest in self._newest.items() if newest is not snapshot}
-        self._leave(snapshot)
-
-    def _leave(self, snapshot: Snapshot) -> None:
-        snapshot.readers -= 1
-        self._let_go(snapshot)
-
-    def _let_go(self, snapshot: Snapshot) -> None:
-        if snapshot.readers:
-            return
-        key = next((key for key, newest in self._newest.items() if newest is snapshot), None)
-        # What is lent is to be had again for nothing, and would have to be copied when the state moves on.
-        if key is not None and not self._pool.contended and snapshot.view.is_copy:
-            return
-        if key is not None:
-            del self._newest[key]
-        self._pool.release(snapshot.view.end())

@@ -1,20 +1,23 @@
-"""Between the socket and the commit: bodies are received into vectors, of which a shard has few."""
+"""From a body to a gradient: received into a vector of the shard's, decoded and measured there."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from freestep.errors import Overloaded
 from freestep.wire.manifest import Manifest
 from freestep.wire.receiver import Receiver
 from freestep_service.domain.aggregation import Policy
 from freestep_service.optimizers import Pushed
-from freestep_service.state.buffers import Vector
-from freestep_service.state.compute import HOST, DeviceLocks
+from freestep_service.state.buffers import Hold, Vector, VectorPool
+from freestep_service.state.compute import HOST, DeviceLocks, uninterrupted
 from freestep_service.state.decode import decode_and_measure
+from freestep_service.state.transfers import Transfer
 
-__all__ = ["Body", "stage", "staging_vectors"]
+__all__ = ["Body", "Staged", "Staging", "staging_vectors"]
 
 _SLOTS = 4
 """Pushes of a run of several shards that may be on their way at once, as lua/_prelude.lua grants them."""
@@ -23,7 +26,9 @@ _SLOTS = 4
 class Body(Protocol):
     """A body of `length` bytes that has not been read."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Bytes of the body."""
 
     async def receive_into(self, receiver: Receiver) -> str:
         """Fills the receiver and returns the digest of the bytes. Raises MalformedTensors and MalformedRequest."""
@@ -32,25 +37,86 @@ class Body(Protocol):
         """Reads the body for its digest alone. Raises MalformedRequest."""
 
 
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """A body that was received, in the memory of a vector.
+
+    tensors: flat [numel], as `decode_and_measure` returns them. norm: their 2-norm, None where it is not finite.
+    digest: of the body's bytes.
+    """
+
+    tensors: Pushed
+    norm: float | None
+    digest: str
+    hold: Hold = field(repr=False)
+    """The memory; its owner gives it back."""
+
+
 def staging_vectors(policy: Policy, shards: int) -> int:
-    """How many bodies a shard may receive at once.
+    """How many bodies of fast peers a shard may receive at once.
 
     A run of one shard has, with a group's accumulator and two snapshots, at most batch + 3 vectors in flight.
     """
     return max(2, policy.concurrency) if shards == 1 else _SLOTS
 
 
-async def stage(
-    body: Body, manifest: Manifest, vector: Vector, locks: DeviceLocks, encodings: Collection[str] = ("dense",)
-) -> tuple[Pushed, float | None, str]:
-    """Receives a body's tensors into a vector; returns them as `decode_and_measure` does, and the digest.
+class Staging:
+    """Receives the bodies of one shard.
 
-    Raises MalformedTensors and MalformedRequest.
+    floor: bytes a second below which a peer is slow, and its memory counted apart.
     """
-    receiver = Receiver(manifest, vector.bytes, body.length, encodings=encodings)
-    digest = await body.receive_into(receiver)
-    if locks.runs_inline(vector.device, manifest.numel):
-        return *decode_and_measure(vector, manifest, receiver), digest
-    # What a GPU decodes has a stream of its own there, and need not wait until others have computed.
-    decode = locks.exclusive(HOST, decode_and_measure) if vector.device == HOST else decode_and_measure
-    return *await asyncio.to_thread(decode, vector, manifest, receiver), digest
+
+    def __init__(self, manifest: Manifest, pool: VectorPool, locks: DeviceLocks, floor: float) -> None:
+        self.pool = pool
+        self._manifest = manifest
+        self._locks = locks
+        self._floor = floor
+
+    async def receive(
+        self,
+        body: Body,
+        vector: Vector,
+        encodings: Collection[str] = ("dense",),
+        on_slow: Callable[[], None] = lambda: None,
+    ) -> Staged:
+        """Receives a body's tensors into a vector of the pool, which is given back where this raises.
+
+        on_slow: called once when the vector is counted with those of slow peers. Raises MalformedTensors,
+        MalformedRequest, and Overloaded where the peer is slow and others need the memory.
+        """
+        loop = asyncio.get_running_loop()
+        bound = asyncio.timeout(None)
+        try:
+            receiver = Receiver(self._manifest, vector.bytes, body.length, encodings=encodings)
+        except BaseException:
+            self.pool.release(vector)
+            raise
+        transfer = Transfer(
+            lambda: body.length - receiver.missing,
+            loop.time,
+            self._floor,
+            end=lambda: bound.reschedule(loop.time()),
+            on_excused=on_slow,
+        )
+        hold = Hold(self.pool, vector, transfer)
+        try:
+            async with bound:
+                digest = await body.receive_into(receiver)
+            tensors, norm = await self._decode(vector, receiver)
+        except TimeoutError:
+            hold.release()
+            speed = f"{transfer.speed:.0f} bytes/s"
+            raise Overloaded(f"the body came at {speed}, and others waited for its memory") from None
+        except BaseException:
+            hold.release()
+            raise
+        finally:
+            transfer.end = lambda: None
+        return Staged(tensors, norm, digest, hold)
+
+    async def _decode(self, vector: Vector, receiver: Receiver) -> tuple[Pushed, float | None]:
+        if self._locks.runs_inline(vector.device, self._manifest.numel):
+            return decode_and_measure(vector, self._manifest, receiver)
+        # What a GPU decodes has a stream of its own there, and need not wait until others have computed.
+        decode = self._locks.exclusive(HOST, decode_and_measure) if vector.device == HOST else decode_and_measure
+        return await uninterrupted(self._locks.decoding(decode, vector, self._manifest, receiver))

@@ -1,63 +1,203 @@
-"""The one thread that changes a shard, and the order in which it does; for a small shard that is the event loop's.
+"""The writer of a shard: the one thread that changes it; for a small shard that is the event loop's.
 
-Commits come back from Redis in any order; the shard takes them in the order of the log. Whatever must see the
-shard between two entries (snapshots, checkpoints, restores) runs on the same thread.
+Commits return from Redis in any order; the shard applies them in the order of the log. Whatever must see the state
+between two entries (snapshots, checkpoints, restores) runs on the same thread. An update that fails ends the writer's
+work: the state may be half changed, so nothing is applied to it or read from it until another has been loaded.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from freestep.errors import ShardUnavailable
 from freestep_service.domain.records import LogPosition, Lost
 from freestep_service.state.compute import DeviceLocks, arithmetic_threads
-from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.log import Entry, Log
+from freestep_service.state.shard import Shard
 
 __all__ = ["Writer"]
+
+logger = logging.getLogger("freestep")
 
 T = TypeVar("T")
 
 
 class Writer:
-    """Applies log entries to a shard, in order, on one thread."""
+    """Applies log entries to a shard, in order, on one thread.
+
+    The memory of an entry is given back when it has been applied, or never can be. name: for the log.
+    """
 
     def __init__(
-        self, shard: Shard, name: str, taken: Callable[[Entry], None] | None = None, locks: DeviceLocks | None = None
+        self,
+        shard: Shard,
+        name: str,
+        locks: DeviceLocks,
     ) -> None:
         self.shard = shard
-        self._locks = locks or DeviceLocks()
-        self._taken = taken
-        """Called, on the event loop, for each entry once its application is under way: what is then run on the
-        writer's thread sees the state that the entry leaves."""
-        self.epoch = 0
-        """The epoch whose entries are taken."""
-        self.known_seq = 0
-        """The newest entry heard of in this epoch."""
         self.era = 0
-        """How often Redis has lost data: what it said in an earlier era it may have forgotten."""
+        """How often Redis has lost data: what it answered in an earlier era it may have forgotten."""
         self.applied_step = 0
-        self._next_seq = 1
-        self._paused = True
+        self.failure: BaseException | None = None
+        """What the last update failed with, until another state is loaded."""
+        self.on_taken: Callable[[Entry], None] = lambda entry: None
+        """Called on the event loop for each entry once its application is under way: what is then run on the writer's
+        thread sees the state that the entry leaves."""
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called once when an update has failed."""
+        self._name = name
+        self._locks = locks
+        self._log = Log()
         self._closed = False
-        self._held: dict[tuple[int, int], tuple[Entry, asyncio.Future[None]]] = {}
-        at_once = self._locks.runs_inline(shard.device, shard.manifest.numel)
-        self._thread = None if at_once else arithmetic_threads(f"writer-{name}", 1)
+        self._applied: dict[tuple[int, int], asyncio.Future[None]] = {}
+        """The outcome of each entry that was submitted and is not yet applied."""
+        self._under_way: set[asyncio.Future[None]] = set()
+        inline = locks.runs_inline(shard.device, shard.manifest.numel)
+        self._thread = None if inline else arithmetic_threads(f"writer-{name}", 1)
         self._waiters: set[tuple[int, asyncio.Future[None]]] = set()
+
+    # The log
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose entries are taken."""
+        return self._log.epoch
+
+    @property
+    def position(self) -> LogPosition:
+        """How much of the log is known to exist."""
+        return self._log.position
+
+    @property
+    def taken_seq(self) -> int:
+        """The newest entry that the shard was given."""
+        return self._log.taken_seq
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether entries are held because one before them has not come."""
+        return self._log.has_gap
+
+    def has(self, epoch: int, seq: int) -> bool:
+        """Whether an entry has come."""
+        return self._log.has(epoch, seq)
+
+    def note(self, epoch: int, seq: int) -> None:
+        """Notes that an entry exists, which is still to come."""
+        self._log.note(epoch, seq)
+
+    def submit(self, entry: Entry) -> asyncio.Future[None]:
+        """Takes an entry and its memory, or holds them until the entries before it have come.
+
+        The future is done once the entry is applied; it fails with Lost where the run was opened again instead, and
+        with ShardUnavailable where the update failed.
+        """
+        key = entry.epoch, entry.seq
+        future = self._applied.get(key)
+        if future is not None and self._log.has(*key):
+            _give_back(entry)
+            return future
+        future = asyncio.get_running_loop().create_future()
+        if self._closed or self.failure is not None or self._log.is_past(*key):
+            _give_back(entry)
+            _fail(future, Lost())
+            return future
+        self._applied[key] = future
+        self._log.add(entry)
+        self._take()
+        return future
+
+    def _take(self) -> None:
+        for entry in self._log.take():
+            work = self._begin(self._apply, entry)
+            self._under_way.add(work)
+            work.add_done_callback(lambda done, entry=entry: self._finish(done, entry))  # type: ignore[misc]
+            self.on_taken(entry)
+
+    def _apply(self, entry: Entry) -> None:
+        """On the writer's thread."""
+        if self.failure is not None:
+            raise Lost
+        try:
+            self.shard.apply(entry)
+        except Exception as error:
+            # Set here, before the thread comes to the next entry.
+            self.failure = error
+            raise
+
+    def _finish(self, work: asyncio.Future[None], entry: Entry) -> None:
+        self._under_way.discard(work)
+        _give_back(entry)
+        future = self._applied.pop((entry.epoch, entry.seq))
+        error = work.exception()
+        if isinstance(error, Lost):
+            _fail(future, error)
+        elif error is not None:
+            logger.error("%s: the update of log entry %d failed", self._name, entry.seq, exc_info=error)
+            _fail(future, ShardUnavailable(f"the update failed and the run returns to its newest checkpoint: {error}"))
+            self._log.pause()
+            self._lose(self._log.drop_held())
+            self._wake(lambda _: True)
+            self.on_failure()
+        else:
+            if entry.epoch == self.epoch:
+                self.applied_step = max(self.applied_step, self.shard.step)
+                self._wake(lambda step: step <= self.applied_step)
+            future.set_result(None)
+
+    def _lose(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            _give_back(entry)
+            _fail(self._applied.pop((entry.epoch, entry.seq)), Lost())
+
+    def pause(self, *, forget: bool = False) -> None:
+        """Takes no entries until `resume`; those that come are held.
+
+        forget: Redis has lost data. That ends an era, and the entries held already are Lost.
+        """
+        self._log.pause()
+        if forget:
+            self.era += 1
+            self._lose(self._log.drop_held())
+
+    def resume(self, epoch: int, seq: int, step: int) -> None:
+        """Goes on after entry `seq` of an epoch; held entries of other epochs are Lost."""
+        self.applied_step = step
+        self._lose(self._log.resume(epoch, seq))
+        self._take()
+        self._wake(lambda _: True)
+
+    # Work on the writer's thread
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Runs a function on the writer's thread, after the entries that were taken before.
 
-        Raises ShardUnavailable once the writer is closed.
+        Raises ShardUnavailable once the writer is closed, or where an update has failed.
         """
         return await self.call(function, *arguments)
 
     def call(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
-        """As `run`, but in line already when this returns."""
+        """As `run`, but queued when this returns."""
         if self._closed:
             raise ShardUnavailable("the shard is being given up")
-        return self._begin(function, *arguments)
+        return self._begin(self._on_sound_state, function, *arguments)
+
+    def _on_sound_state(self, function: Callable[..., T], *arguments: object) -> T:
+        if self.failure is not None:
+            raise ShardUnavailable(f"an update failed and the run returns to its newest checkpoint: {self.failure}")
+        return function(*arguments)
+
+    async def load(self, function: Callable[..., None], *arguments: object) -> None:
+        """Runs a function that replaces the whole state, also after an update has failed."""
+
+        def replace() -> None:
+            function(*arguments)
+            self.failure = None
+
+        await self._begin(replace)
 
     def _begin(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
@@ -70,90 +210,7 @@ class Writer:
             done.set_exception(error)
         return done
 
-    async def apply(self, entry: Entry) -> None:
-        """Returns once the entry is applied; raises Lost when the run was opened again instead."""
-        await asyncio.shield(self.submit(entry))
-
-    def submit(self, entry: Entry) -> asyncio.Future[None]:
-        """Takes an entry, or holds it until those before it have come; the future is done once it is applied."""
-        key = (entry.epoch, entry.seq)
-        if key not in self._held:
-            if not self._paused and (entry.epoch != self.epoch or entry.seq < self._next_seq):
-                raise Lost
-            self._held[key] = (entry, asyncio.get_running_loop().create_future())
-        future = self._held[key][1]
-        self._take()
-        return future
-
-    @property
-    def known(self) -> LogPosition:
-        return LogPosition(self.epoch, self.known_seq)
-
-    @property
-    def taken_seq(self) -> int:
-        """The newest entry that the shard was given."""
-        return self._next_seq - 1
-
-    def has(self, epoch: int, seq: int) -> bool:
-        """Whether an entry has come."""
-        return (epoch == self.epoch and seq < self._next_seq) or (epoch, seq) in self._held
-
-    def heard_of(self, epoch: int, seq: int) -> None:
-        """Takes note that an entry exists, which is still to come."""
-        if epoch == self.epoch:
-            self.known_seq = max(self.known_seq, seq)
-
-    @property
-    def has_gap(self) -> bool:
-        """Whether entries are held because one before them has not come."""
-        return bool(self._held)
-
-    def _take(self) -> None:
-        while not self._paused and (held := self._held.pop((self.epoch, self._next_seq), None)):
-            entry, future = held
-            self.known_seq = max(self.known_seq, entry.seq)
-            self._next_seq += 1
-            work = self._begin(self.shard.apply, entry)
-            work.add_done_callback(lambda done, future=future: self._finish(done, future))  # type: ignore[misc]
-            if self._taken is not None:
-                self._taken(entry)
-        newest = max((seq for epoch, seq in self._held if epoch == self.epoch), default=0)
-        self.known_seq = max(self.known_seq, newest)
-
-    def _finish(self, work: asyncio.Future[None], future: asyncio.Future[None]) -> None:
-        if error := work.exception():
-            future.set_exception(error)
-            return
-        if self.shard.epoch == self.epoch:
-            self.applied_step = max(self.applied_step, self.shard.step)
-            self._wake(lambda step: step <= self.applied_step)
-        future.set_result(None)
-
-    def pause(self, *, forget: bool = False) -> None:
-        """Takes no entries until `resume`. Those that come are held; those held already may be forgotten.
-
-        They are where Redis has lost data, with which an era ends: its entries that are still to come are not to be
-        submitted.
-        """
-        self._paused = True
-        if forget:
-            self.era += 1
-            self._lose(list(self._held))
-
-    def resume(self, epoch: int, seq: int, step: int) -> None:
-        """Goes on after entry `seq` of an epoch; held entries of other epochs are Lost."""
-        self._paused = False
-        self.epoch, self.known_seq, self._next_seq = epoch, seq, seq + 1
-        self.applied_step = step
-        self._lose([key for key in self._held if key[0] != epoch or key[1] <= seq])
-        self._take()
-        self._wake(lambda _: True)
-
-    def _lose(self, keys: list[tuple[int, int]]) -> None:
-        for key in keys:
-            _, future = self._held.pop(key)
-            future.set_exception(Lost())
-            future.exception()
+    # Steps
 
     async def reach(self, step: int, timeout: float) -> bool:
         """Waits until the shard has reached a step, for at most `timeout` seconds; whether it has."""
@@ -161,6 +218,7 @@ class Writer:
         epoch, deadline = self.epoch, loop.time() + timeout
         while (
             not self._closed
+            and self.failure is None
             and self.applied_step < step
             and self.epoch == epoch
             and (left := deadline - loop.time()) > 0
@@ -178,9 +236,26 @@ class Writer:
             if is_due(step) and not woken.done():
                 woken.set_result(None)
 
-    def close(self) -> None:
-        """Stops the thread once it has done what it was given, and lets go those who wait for a step."""
+    async def close(self) -> None:
+        """Applies what was taken, loses what is held, and ends the thread."""
+        if self._closed:
+            return
         self._closed = True
+        self._log.pause()
+        self._lose(self._log.drop_held())
         self._wake(lambda _: True)
+        if self._under_way:
+            await asyncio.wait(set(self._under_way))
         if self._thread is not None:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=False)
+
+
+def _fail(future: asyncio.Future[None], error: BaseException) -> None:
+    future.set_exception(error)
+    # Its waiter may have left.
+    future.exception()
+
+
+def _give_back(entry: Entry) -> None:
+    if entry.hold is not None:
+        entry.hold.release()

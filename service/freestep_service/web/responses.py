@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from itertools import pairwise
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from freestep.errors import RangeNotSatisfiable
+from freestep.errors import Overloaded, RangeNotSatisfiable
 from freestep.wire.receiver import MEDIA_TYPE
+from freestep_service.runs.consistent_reads import Reading
 from freestep_service.runs.local_shard import LocalShard
-from freestep_service.runs.run import Run
-from freestep_service.state.snapshots import Reading, Snapshot
+from freestep_service.state.snapshots import PointBody
 
 __all__ = ["SnapshotResponse", "etag", "is_known", "parse_range"]
 
@@ -40,29 +41,35 @@ class SnapshotResponse(Response):
     """Answers with a shard's part of a point, or with the range of it that `request_headers` ask for.
 
     The snapshot is taken when the answer begins and let go when its last byte is on its way. `lines` are headers that
-    go with it, by the step that it is of.
+    go with it, by the step that it is of. `otherwise`: the answer where there is no memory for the snapshot.
     """
 
     def __init__(
         self,
-        run: Run,
-        owned: LocalShard,
+        shard: LocalShard,
         reading: Reading,
         stall_s: float,
         request_headers: Mapping[str, str] | None = None,
         *,
         lines: Callable[[int], Mapping[str, str]] | None = None,
+        otherwise: Response | None = None,
     ) -> None:
         super().__init__(media_type=MEDIA_TYPE)
-        self._run = run
-        self._owned = owned
+        self._shard = shard
         self._reading = reading
         self._stall_s = stall_s
         self._request_headers = request_headers or {}
         self._lines_of = lines or (lambda _: {})
+        self._otherwise = otherwise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._run.read(self._owned, self._reading) as snapshot:
+        async with AsyncExitStack() as stack:
+            try:
+                snapshot = await stack.enter_async_context(self._shard.read(self._reading))
+            except Overloaded:
+                if self._otherwise is None:
+                    raise
+                return await self._otherwise(scope, receive, send)
             tag = etag(snapshot.epoch, snapshot.step, self._reading.point, self._reading.dtype)
             wanted = self._request_headers.get("range")
             if self._request_headers.get("if-range", tag) != tag:
@@ -82,7 +89,7 @@ class SnapshotResponse(Response):
 
 
 async def _send(
-    send: Send, snapshot: Snapshot, lines: dict[str, str], span: tuple[int, int] | None, stall_s: float
+    send: Send, snapshot: PointBody, lines: dict[str, str], span: tuple[int, int] | None, stall_s: float
 ) -> None:
     """Sends a snapshot's body, or the bytes `begin` to `end` of it.
 
@@ -107,6 +114,7 @@ async def _send(
     clock = asyncio.get_running_loop().time
     ends = [*range(_SLICE, bulk, _SLICE), bulk, len(data)]
     async with asyncio.timeout(None) as stalled:
+        snapshot.end = lambda: stalled.reschedule(clock())
 
         async def sent(piece: bytes | memoryview, *, more: bool = True) -> None:
             stalled.reschedule(clock() + stall_s)
@@ -116,6 +124,7 @@ async def _send(
         for at, until in pairwise([0, *ends]):
             await snapshot.reach(skipped + until)
             await sent(data[at:until] if until <= bulk else bytes(data[at:until]))
+            snapshot.sent = until
         await sent(b"", more=False)
 
 

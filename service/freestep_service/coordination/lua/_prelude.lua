@@ -17,7 +17,8 @@
 --                     are several shards; or {at, claim, slug, detail, parts} of one that was refused before all of
 --                     its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first
---   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its cut), left (shards yet to read it), ends}
+--   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
+--                     kind (push or pull; older versions wrote none)}
 -- KEYS 13-  lease:ID (hash) and window:ID (list: the lease's newest idempotency keys), or metrics (see report_metric.lua),
 --           where a script says so
 --
@@ -30,8 +31,9 @@ local SHARDS, STAGED, QUEUE, CUTS = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 local WINDOW_LENGTH, ENDED_LENGTH, LOG_LENGTH = 64, 4096, 1024
 -- Fewer than Lua can return at once; what is left goes at the next opportunity.
 local MOST_EVICTED = 1024
--- Pushes of several shards that may hold memory at once, and cuts that may; each shard has as many vectors for them.
-local SLOTS, MOST_CUTS = 4, 4
+-- Pushes of several shards that may hold memory at once; and places that may be read at once, for the answers of pushes
+-- and for pulls, so that no pull holds up a push. Each shard has as many vectors for them.
+local SLOTS, MOST_CUTS = 4, {push = 4, pull = 2}
 -- How long a cut is kept for who does not come for it, in ms.
 local CUT_TTL = 30000
 
@@ -143,15 +145,8 @@ local function remember(key, record, window)
   return evicted
 end
 
--- Forgets a push that was not committed; where it held a slot, the next in line gets it.
-local function forget(key)
-  local staged = redis.call('HGET', STAGED, key)
-  redis.call('HDEL', PENDING, key)
-  redis.call('HDEL', STAGED, key)
-  redis.call('LREM', QUEUE, 0, key)
-  if not staged then return end
-  staged = cjson.decode(staged)
-  if staged.queued or staged.slug then return end
+-- Gives up a slot; the next in line gets it.
+local function leave_slot()
   redis.call('HINCRBY', RUN, 'in_flight', -1)
   while run_number('in_flight') < SLOTS do
     local following = redis.call('LPOP', QUEUE)
@@ -165,6 +160,17 @@ local function forget(key)
       tell({kind = 'granted', key = following})
     end
   end
+end
+
+-- Forgets a push that was not committed, and gives up the slot that it held.
+local function forget(key)
+  local staged = redis.call('HGET', STAGED, key)
+  redis.call('HDEL', PENDING, key)
+  redis.call('HDEL', STAGED, key)
+  redis.call('LREM', QUEUE, 0, key)
+  if not staged then return end
+  staged = cjson.decode(staged)
+  if not (staged.queued or staged.slug or staged.slow) then leave_slot() end
 end
 
 -- Whether every shard has a part of a push, or is receiving it.
@@ -275,31 +281,50 @@ local function end_lease(worker, now)
   if slack() then set_clock(clocks(), worker, nil, now) end
 end
 
--- The tickets that get their cut at a log entry, with their points, as far as there is memory for it; nil for none.
--- A ticket that waits for its group's update waits on, unless this entry is an update.
-local function due_cuts(seq, advance)
-  local now, open, points, due, any = clock(), 0, {}, {}, false
-  local waiting = {}
+-- The places that are read now, as SEQ and point, and how many of each kind there are; and the tickets that wait for one,
+-- after tickets whose time is over were dropped. A place that a push's answer reads is a push's, whoever else reads it.
+local function read_places(now)
+  local kinds, open, waiting = {}, {push = 0, pull = 0}, {}
   local all = redis.call('HGETALL', CUTS)
   for index = 1, #all, 2 do
     local ticket, cut = all[index], cjson.decode(all[index + 1])
-    if cut.ends <= now and cut.seq > 0 then
-      redis.call('HDEL', CUTS, ticket)
-    elseif cut.seq > 0 then
-      local name = cut.seq .. cut.point
-      if not points[name] then points[name], open = true, open + 1 end
-    elseif advance or not cut.grouped then
+    local kind = cut.kind or 'pull'
+    if cut.seq == 0 then
       waiting[ticket] = cut
+    elseif cut.ends <= now then
+      redis.call('HDEL', CUTS, ticket)
+    else
+      local name = text(cut.seq) .. cut.point
+      if kinds[name] ~= 'push' then kinds[name] = kind end
     end
   end
+  for _, kind in pairs(kinds) do open[kind] = open[kind] + 1 end
+  return kinds, open, waiting
+end
+
+-- Whether a waiting ticket may have its place at an entry: others read there already, or there is room for its kind.
+local function has_room(cut, name, kinds, open)
+  local kind = cut.kind or 'pull'
+  return kinds[name] ~= nil or open[kind] < MOST_CUTS[kind]
+end
+
+-- The tickets that get their place at a log entry, with their points, as far as there is memory for it; nil for none.
+-- A ticket that waits for its group's update waits on, unless this entry is an update.
+local function due_cuts(seq, advance)
+  local now, due, any = clock(), {}, false
+  local kinds, open, waiting = read_places(now)
   for ticket, cut in pairs(waiting) do
-    local name = seq .. cut.point
-    if points[name] or open < MOST_CUTS then
-      if not points[name] then points[name], open = true, open + 1 end
+    local name = text(seq) .. cut.point
+    local is_due = advance or not cut.grouped
+    if is_due and has_room(cut, name, kinds, open) then
+      if not kinds[name] then
+        kinds[name] = cut.kind or 'pull'
+        open[kinds[name]] = open[kinds[name]] + 1
+      end
       cut.seq, cut.ends, cut.grouped = seq, now + CUT_TTL, nil
       redis.call('HSET', CUTS, ticket, cjson.encode(cut))
       due[ticket], any = cut.point, true
-    elseif cut.grouped then
+    elseif is_due and cut.grouped then
       cut.grouped = nil
       redis.call('HSET', CUTS, ticket, cjson.encode(cut))
     end
@@ -330,20 +355,15 @@ local function publish(entry)
   end
 end
 
--- Takes a cut for the tickets that wait, if there is memory for it.
+-- Takes a place for the tickets that wait, if there is memory for one of them.
 local function cut_if_waited_for()
-  local open, points, waits, now = 0, {}, false, clock()
-  local all = redis.call('HGETALL', CUTS)
-  for index = 2, #all, 2 do
-    local cut = cjson.decode(all[index])
-    if cut.seq == 0 then
-      waits = waits or not cut.grouped
-    elseif cut.ends > now then
-      local name = cut.seq .. cut.point
-      if not points[name] then points[name], open = true, open + 1 end
+  local kinds, open, waiting = read_places(clock())
+  for _, cut in pairs(waiting) do
+    if not cut.grouped and has_room(cut, '', kinds, open) then
+      publish(append(false, {cut = true}))
+      return
     end
   end
-  if waits and open < MOST_CUTS then publish(append(false, {cut = true})) end
 end
 
 -- Counts a shard off the cuts of some tickets: it has sent its part of them.

@@ -84,7 +84,7 @@ local evicted = remember(key, record, KEYS[14])
 if count > 1 and ARGV[13] ~= '' then
   local grouped = ARGV[14] == '1' and (decision == 'accumulated' or reason == 'duplicate-worker')
   redis.call('HSET', CUTS, key, cjson.encode({point = ARGV[13], seq = 0, left = count, ends = now + CUT_TTL,
-    grouped = grouped or nil}))
+    kind = 'push', grouped = grouped or nil}))
 end
 if entry then
   entry.record, entry.evicted = record, evicted

@@ -1,8 +1,8 @@
 -- Closes a run to pushes and has its shards say where they stand; a run that Redis has lost is begun anew.
 -- KEYS     the run's
 -- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack, 6 shards, for a run that is not there; 7 generation that
---          is to end (another caller may have ended it already), or an empty string, 8 shards to cut the run into, or
---          an empty string
+--          is to end (another caller may have ended it already), or an empty string, 8 shards to divide the run
+--          into, 0 to give that up, or an empty string
 -- returns  the generation
 
 if redis.call('EXISTS', RUN) == 0 then
@@ -11,5 +11,9 @@ if redis.call('EXISTS', RUN) == 0 then
 elseif ARGV[7] ~= '' and redis.call('HGET', RUN, 'generation') ~= ARGV[7] then
   return run_number('generation')
 end
-if ARGV[8] ~= '' then redis.call('HSET', RUN, 'resharding', ARGV[8]) end
+if ARGV[8] == '0' then
+  redis.call('HDEL', RUN, 'resharding')
+elseif ARGV[8] ~= '' then
+  redis.call('HSET', RUN, 'resharding', ARGV[8])
+end
 return begin_gathering()

@@ -15,7 +15,7 @@ router = APIRouter(tags=["checkpoints"])
 @router.post("/v1/runs/{run}/checkpoints", status_code=201, response_model=Checkpoint)
 async def write_checkpoint(run: AnyRun, request: Request, relay: AnyRelay) -> Any:
     """Writes a checkpoint of the newest step."""
-    if not run.owned:
+    if not run.owns_any:
         return await relay.forward(request, run)
     return await run.checkpoint()
 
@@ -29,7 +29,7 @@ async def list_checkpoints(run: AnyRun) -> CheckpointList:
 @router.post("/v1/runs/{run}/checkpoints/{step}/restore", response_model=RunStatus)
 async def restore_checkpoint(run: AnyRun, request: Request, relay: AnyRelay, step: Annotated[int, Path(ge=0)]) -> Any:
     """Goes back to a checkpoint, in a new epoch: leases of the old one no longer push."""
-    if not run.owned:
+    if not run.owns_any:
         return await relay.forward(request, run)
     await run.restore(step)
     return await run.status()

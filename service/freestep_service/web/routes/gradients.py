@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from freestep.api.models import PointDtype, Receipt
 from freestep.wire.encoding import ENCODINGS
 from freestep_service.domain.records import Claim
-from freestep_service.runs.pushes import PushOptions
 from freestep_service.runs.run import Run
-from freestep_service.state.snapshots import Reading
 from freestep_service.web.body import Body
 from freestep_service.web.headers import Preferences, body_length, claim, preferences, receipt_headers
 from freestep_service.web.relay import Relay, stall_seconds
@@ -42,35 +42,26 @@ async def push(request: Request) -> Response:
     wishes = preferences(request)
     body = Body(request, length, stall_s)
     claimed = claim(request)
-    run.require_loss(claimed)
     if parsed.shard is None:
         return await _push_whole(run, request, parsed.relay, body, claimed, wishes, dtype)
     if not run.owns(parsed.shard):
         return await parsed.relay.forward(request, run, parsed.shard)
-    owned = run.shard(parsed.shard)
-    wanted = f"y {dtype}" if wishes.representation and run.many else ""
-    wish = PushOptions(wanted, after_update=wishes.wait > 0)
-    record, replayed = await run.push(owned, claimed, body, wish)
-    if not (wishes.representation and run.many):
-        record = await owned.pushes.settle(record, wishes.wait)
-    if not wishes.representation:
-        receipt = record.receipt(replayed=replayed)
-        return JSONResponse(receipt.model_dump(exclude_none=True), headers=wishes.applied())
-    waits = wishes.wait > 0 and (record.decision == "accumulated" or record.reason == "duplicate-worker")
-    reading = Reading(
-        "y",
-        dtype,
-        ticket=claimed.key,
-        readers=run.count,
-        asked=bool(record.digests) and not replayed,
-        patience=wishes.wait if waits else None,
-    )
+    shard = run.shard(parsed.shard)
+    outcome = await shard.push(claimed, body, dtype if wishes.representation else None, wishes.wait)
+    if outcome.reading is None:
+        return _receipt(outcome.receipt(), wishes)
 
     def lines(step: int) -> dict[str, str]:
-        settled = record.settled(step) if waits else record
-        return wishes.applied() | receipt_headers(settled.receipt(replayed=replayed))
+        return wishes.applied() | receipt_headers(outcome.receipt(step))
 
-    return SnapshotResponse(run, owned, reading, stall_seconds(request, stall_s), lines=lines)
+    # A push does not wait for those who read: where no memory is free for y, its sender pulls it.
+    receipt_only = _receipt(outcome.receipt(), replace(wishes, representation=False))
+    stall_s = stall_seconds(request, stall_s)
+    return SnapshotResponse(shard, outcome.reading, stall_s, lines=lines, otherwise=receipt_only)
+
+
+def _receipt(receipt: Receipt, wishes: Preferences) -> Response:
+    return JSONResponse(receipt.model_dump(exclude_none=True), headers=wishes.applied())
 
 
 async def _push_whole(
@@ -78,10 +69,10 @@ async def _push_whole(
 ) -> Response:
     """The slow way: this process takes the whole gradient in and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}
-    await run.coordinator.check(claimed)
+    await run.coordinator.pushes.precheck(claimed)
     async with run.staged(body, ENCODINGS) as whole:
         receipt = await relay.push(request, run, whole, {"Idempotency-Key": claimed.key, **wait})
     if not wishes.representation:
-        return JSONResponse(receipt.model_dump(exclude_none=True), headers=wishes.applied())
+        return _receipt(receipt, wishes)
     lines = wishes.applied() | receipt_headers(receipt)
     return await relay.pull(request, run, "y", dtype, receipt.step, "wait=30", lines)

@@ -20,7 +20,7 @@ renewals = APIRouter(tags=["leases"], route_class=DataRoute)
 @router.post("/v1/runs/{run}/leases", status_code=201, response_model=Lease)
 async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, relay: AnyRelay) -> Any:
     """Grants a lease with a new fencing token; the worker's older lease is fenced off."""
-    if run.is_looked_after_elsewhere:
+    if run.leases_are_elsewhere:
         return await relay.forward(request, run, content=await request.body())
     return await run.leases.grant(wish.worker, wish.ttl_ms)
 
@@ -38,7 +38,7 @@ async def renew_lease(request: Request) -> Response:
 @router.delete("/v1/runs/{run}/leases/{lease}", status_code=204)
 async def release_lease(run: AnyRun, lease: LeaseId, request: Request, relay: AnyRelay) -> Response:
     """Ends a lease; an update that waited for its worker alone goes on."""
-    if run.is_looked_after_elsewhere:
+    if run.leases_are_elsewhere:
         return await relay.forward(request, run)
     await run.leases.release(lease)
     return Response(status_code=204)

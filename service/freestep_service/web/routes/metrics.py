@@ -15,6 +15,6 @@ router = APIRouter(tags=["metrics"])
 @router.post("/v1/runs/{run}/metrics", response_model=MetricReceipt)
 async def report_metric(run: AnyRun, report: MetricReport, request: Request, relay: AnyRelay) -> Any:
     """Reports a metric measured at the x of a step; a report counts once, however often it is sent."""
-    if not run.owned:
+    if not run.owns_any:
         return await relay.forward(request, run, content=await request.body())
-    return await run.feedback.report(report)
+    return await run.reports.report(report)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from freestep.api.models import RunStatus
-from freestep_service.state.snapshots import Reading
+from freestep_service.runs.consistent_reads import Reading
 from freestep_service.web.body import Body
 from freestep_service.web.headers import body_length, preferences, upload
 from freestep_service.web.relay import stall_seconds
@@ -50,7 +50,7 @@ async def initialize_run(request: Request) -> Response:
     elif not run.owns(parsed.shard):
         return await relay.forward(request, run, parsed.shard)
     else:
-        await run.initialize(run.shard(parsed.shard), body, upload(request, required=run.many))
+        await run.initialize(run.shard(parsed.shard), body, upload(request, required=run.is_sharded))
     status = await run.status()
     return JSONResponse(status.model_dump(mode="json"), 201)
 
@@ -73,13 +73,13 @@ async def pull(request: Request) -> Response:
         return await parsed.relay.pull(request, run, point, dtype, min_step, request.headers.get("prefer", ""))
     if not run.owns(parsed.shard):
         return await parsed.relay.forward(request, run, parsed.shard)
-    owned = run.shard(parsed.shard)
-    run.require_initialized(owned)
+    shard = run.shard(parsed.shard)
+    shard.core.require_initialized()
     wishes = preferences(request)
-    await run.wait_for(owned, min_step, wishes.wait)
-    tag = etag(owned.writer.epoch, owned.writer.applied_step, point, dtype)
+    await shard.reach(min_step, wishes.wait)
+    tag = etag(shard.core.writer.epoch, shard.core.writer.applied_step, point, dtype)
     # Of a cut all shards have to answer alike.
     if not cut and is_known(tag, request.headers.get("if-none-match", "")):
         return Response(status_code=304, headers={"ETag": tag})
     reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
-    return SnapshotResponse(run, owned, reading, stall_seconds(request, parsed.settings.stall_seconds), request.headers)
+    return SnapshotResponse(shard, reading, stall_seconds(request, parsed.settings.stall_seconds), request.headers)

@@ -1,0 +1,44 @@
+"""What the parts of a run need to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from freestep.api.models import RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.coordination.coordinator import Coordinator
+from freestep_service.domain.records import Receipts
+from freestep_service.runs.background import Background
+from freestep_service.runs.resources import Resources
+from freestep_service.runs.telemetry import RunMetrics
+from freestep_service.settings import Settings
+
+__all__ = ["RunContext"]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run's name and spec, its part of Redis, and what this process keeps and has for it.
+
+    canonical_spec: the spec as JSON, by which specs are compared. manifest: of the whole model. receipts: the decided
+    pushes, as Redis has them.
+    """
+
+    name: str
+    spec: RunSpec
+    canonical_spec: str
+    manifest: Manifest
+    coordinator: Coordinator
+    receipts: Receipts
+    telemetry: RunMetrics
+    background: Background
+    resources: Resources
+
+    @property
+    def settings(self) -> Settings:
+        return self.resources.settings
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether the run's durability is that of checkpoints."""
+        return self.spec.durability == "checkpoint"

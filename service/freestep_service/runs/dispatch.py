@@ -1,0 +1,80 @@
+"""What a run hears: messages of its channel, and the entries of its log, given to the shards that they concern."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from freestep_service.domain.records import CheckpointId, Record
+from freestep_service.runs.checkpointing import Checkpointing
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.owned_shards import OwnedShards
+from freestep_service.runs.recovery import Recovery
+
+__all__ = ["Dispatch"]
+
+
+class Dispatch:
+    """The dispatcher of one run."""
+
+    def __init__(
+        self, context: RunContext, recovery: Recovery, shards: OwnedShards, checkpointing: Checkpointing
+    ) -> None:
+        self._coordinator = context.coordinator
+        self._receipts = context.receipts
+        self._telemetry = context.telemetry
+        self._background = context.background
+        self._recovery = recovery
+        self._shards = shards
+        self._checkpointing = checkpointing
+
+    def on_message(self, message: dict[str, Any] | None) -> None:
+        """Takes a message from the run's channel; None where some may have been missed."""
+        if message is None:
+            self._recovery.catch_up()
+            return
+        match message["kind"]:
+            case "entry":
+                self.on_entry(message)
+            case "decided":
+                record = Record.from_json(message["record"])
+                self._receipts.remember(message["key"], record, message["evicted"] or ())
+                for shard in self._shards:
+                    shard.on_dropped(message["key"], record)
+            case "refused":
+                for shard in self._shards:
+                    shard.on_refused(message["key"], message["slug"], message["detail"])
+            case "granted":
+                for shard in self._shards:
+                    shard.on_granted(message["key"])
+            case "moved":
+                for shard in self._shards:
+                    shard.on_moved()
+            case "initialized":
+                for shard in self._shards:
+                    shard.on_initialized(message["upload"])
+            case "evicted":
+                self._receipts.forget(message["keys"])
+            case "durable":
+                identity = CheckpointId(*map(int, message["cut"].split("-")))
+                self._background.spawn(self._checkpointing.complete(identity), "a checkpoint was not completed")
+            case "phase" | "deleted":
+                self._recovery.look()
+
+    def on_entry(self, entry: dict[str, Any]) -> None:
+        """Takes an entry of the log, as Redis has it."""
+        if (measured := entry.get("measured")) and self._shards.has_first:
+            self._telemetry.measured(measured["name"], float(measured["value"]))
+        if "key" in entry and len(self._shards) and entry["epoch"] == self._shards.epoch:
+            record = Record.from_json(entry["record"])
+            self._receipts.remember(entry["key"], record, entry.get("evicted") or ())
+        for shard in self._shards:
+            if not shard.on_entry(entry) and self._shards.is_sharded and shard.core.initialized:
+                # A push was committed of which this shard has no part: it cannot go on from here.
+                self._recovery.reopen(f"shard {shard.index} has no part of entry {entry['seq']} of the log")
+
+    async def catch_up(self) -> None:
+        """Reads the entries that may have been missed."""
+        if len(self._shards):
+            after = min(shard.core.writer.taken_seq for shard in self._shards)
+            for entry in await self._coordinator.log.entries(after):
+                self.on_entry(entry)

@@ -1,0 +1,165 @@
+"""A run's initial weights: uploaded to each shard, agreed on by all, and then the state of step 0.
+
+The first upload that reaches all shards wins. With several shards Redis gives uploads their turns
+(lua/initial_weights.lua), so that no two hold memory while each waits for the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from torch import Tensor
+
+from freestep.errors import AlreadyInitialized, CoordinatorUnavailable, MalformedTensors, Overloaded, ShardUnavailable
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.shard_core import ShardCore
+from freestep_service.state.compute import uninterrupted
+from freestep_service.state.staging import Body, Staged
+
+__all__ = ["InitialWeights"]
+
+_POLL_S = 1.0
+"""Seconds for which the outcome of an upload is listened for before Redis is asked for it."""
+
+
+class InitialWeights:
+    """The uploads of initial weights to one shard."""
+
+    def __init__(self, context: RunContext, recovery: Recovery, core: ShardCore) -> None:
+        self._coordinator = context.coordinator.opening
+        self._settings = context.settings
+        self._recovery = recovery
+        self._core = core
+        self._outcomes: dict[str, asyncio.Future[bool]] = {}
+        """By upload: whether it has won, once that is known."""
+        self._turn_here = asyncio.Lock()
+        """A run of one shard takes one upload at a time, since it has few vectors."""
+
+    async def receive(self, body: Body, upload: str) -> None:
+        """Takes this shard's part of the initial weights.
+
+        Raises AlreadyInitialized where another upload was first, Overloaded where others had their turns for too long,
+        and ShardUnavailable when the upload does not reach all shards.
+        """
+        async with self._turn(upload) as outcome:
+            if self._core.initialized:
+                raise AlreadyInitialized
+            staged = await self._stage(body, upload)
+            try:
+                await self._agree(upload, outcome)
+                if not self._core.initialized:
+                    # The writer's thread reads the staged memory, whether or not the request is still there.
+                    await uninterrupted(asyncio.ensure_future(self._begin(staged)))
+            finally:
+                staged.hold.release()
+
+    async def _begin(self, staged: Staged) -> None:
+        """Makes the weights the state of step 0."""
+        assert isinstance(staged.tensors, Tensor), "only gradients are encoded"
+        writer = self._core.writer
+        await writer.run(self._core.shard.initialize, staged.tensors, writer.epoch)
+        self._core.initialized = True
+        writer.resume(writer.epoch, 0, 0)
+
+    def won(self, upload: str) -> None:
+        """An upload has won."""
+        for name, outcome in self._outcomes.items():
+            if not outcome.done():
+                outcome.set_result(name == upload)
+
+    def close(self) -> None:
+        """Ends the waits for an outcome."""
+        for outcome in self._outcomes.values():
+            if not outcome.done():
+                outcome.set_exception(ShardUnavailable())
+                # Its waiter may have left.
+                outcome.exception()
+
+    @asynccontextmanager
+    async def _turn(self, upload: str) -> AsyncIterator[asyncio.Future[bool]]:
+        """Waits for an upload's turn, which ends with the block; yields its outcome to come."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.queue_seconds
+        if not self._core.is_sharded:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._turn_here.acquire()
+            except TimeoutError:
+                raise Overloaded("other uploads had their turns for too long") from None
+        outcome = self._outcomes.setdefault(upload, loop.create_future())
+        try:
+            while self._core.is_sharded and await self._report(upload, "coming") == "waiting":
+                if loop.time() >= deadline:
+                    raise Overloaded("other uploads had their turns for too long")
+                await asyncio.wait([outcome], timeout=_POLL_S)
+                if outcome.done() and not outcome.result():
+                    raise AlreadyInitialized
+            yield outcome
+        finally:
+            self._outcomes.pop(upload, None)
+            if not self._core.is_sharded:
+                self._turn_here.release()
+
+    async def _stage(self, body: Body, upload: str) -> Staged:
+        """Receives the part, and keeps the upload's turn meanwhile."""
+        receiving = asyncio.ensure_future(self._receive(body))
+        try:
+            while not (await asyncio.wait([receiving], timeout=_POLL_S))[0]:
+                with suppress(CoordinatorUnavailable, ShardUnavailable):
+                    if self._core.is_sharded:
+                        await self._report(upload, "coming")
+            staged = receiving.result()
+            if staged.norm is None:
+                raise MalformedTensors("the parameters hold NaN or infinity")
+            return staged
+        except BaseException:
+            if not receiving.done():
+                receiving.cancel()
+                await asyncio.wait([receiving])
+            if not receiving.cancelled() and receiving.exception() is None:
+                receiving.result().hold.release()
+            if self._core.is_sharded:
+                with suppress(CoordinatorUnavailable, ShardUnavailable, AlreadyInitialized):
+                    await self._report(upload, "withdrawn")
+            raise
+
+    async def _receive(self, body: Body) -> Staged:
+        staging = self._core.staging
+        vector = await staging.pool.acquire(self._settings.queue_seconds)
+        return await staging.receive(body, vector)
+
+    async def _agree(self, upload: str, outcome: asyncio.Future[bool]) -> None:
+        """Returns once all shards have their parts of the upload. Raises AlreadyInitialized when it has lost."""
+        deadline = asyncio.get_running_loop().time() + self._settings.commit_seconds
+        progress = "staged"
+        while True:
+            try:
+                status = await self._report(upload, progress)
+            except CoordinatorUnavailable:
+                # Whether this part counts must not stay unknown, unless it is the only one.
+                if not self._core.is_sharded:
+                    raise
+                await asyncio.sleep(_POLL_S)
+                continue
+            if status == "initialized":
+                return
+            if status != "staged":
+                raise ShardUnavailable("the upload has not reached all shards")
+            await asyncio.wait([outcome], timeout=_POLL_S)
+            if outcome.done() and not outcome.result():
+                raise AlreadyInitialized
+            if asyncio.get_running_loop().time() >= deadline:
+                progress = "withdrawn"
+
+    async def _report(self, upload: str, progress: str) -> str:
+        """Reports to Redis how far this shard's part of an upload is; what comes of it: see lua/initial_weights.lua."""
+        patience_ms = int(1000 * self._settings.stall_seconds)
+        status = await self._recovery.call(
+            lambda: self._coordinator.initial_weights(self._core.owner(), upload, progress, patience_ms)
+        )
+        if status == "already-initialized":
+            raise AlreadyInitialized
+        return status

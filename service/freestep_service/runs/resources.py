@@ -1,0 +1,61 @@
+"""What the runs of one process share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from freestep_service.coordination.channels import Channels
+from freestep_service.coordination.nodes import Node
+from freestep_service.coordination.store import Store
+from freestep_service.runs.telemetry import Metrics
+from freestep_service.settings import Settings
+from freestep_service.state.buffers import Reserve
+from freestep_service.state.compute import DeviceLocks
+from freestep_service.storage.media import Storage
+
+__all__ = ["Disk", "Resources"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_DISK_THREADS = 16
+
+
+class Disk:
+    """Threads of their own for storage, so that a medium that hangs holds up nothing but what needs it."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_DISK_THREADS, "freestep-disk")
+
+    async def run(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """Runs a blocking function of storage in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*arguments, **options))
+
+    def close(self) -> None:
+        """Ends the threads once they are done."""
+        self._threads.shutdown(wait=False)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The process's settings, store, storage, devices and threads.
+
+    reserve: memory for what slow peers hold, over all runs.
+    """
+
+    settings: Settings
+    store: Store
+    storage: Storage
+    channels: Channels
+    node: Node
+    device: torch.device
+    locks: DeviceLocks
+    metrics: Metrics
+    reserve: Reserve
+    disk: Disk = field(default_factory=Disk)

@@ -1,0 +1,75 @@
+"""A shard's state, its writer and its memory, as the parts that work on it share them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+
+from freestep.errors import RunNotInitialized
+from freestep.wire.manifest import Manifest
+from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.records import Owner
+from freestep_service.runs.context import RunContext
+from freestep_service.state.bodies import room
+from freestep_service.state.buffers import VectorPool
+from freestep_service.state.shard import Shard
+from freestep_service.state.snapshots import Snapshots
+from freestep_service.state.staging import Staging, staging_vectors
+from freestep_service.state.writer import Writer
+
+__all__ = ["SNAPSHOTS_SHARDED", "ShardCore"]
+
+_SNAPSHOTS = 2
+SNAPSHOTS_SHARDED = 6
+"""Vectors for snapshots of a shard of several: those of pushes and of pulls, as lua/_prelude.lua grants them."""
+
+
+class ShardCore:
+    """Shard `index` of `count`, owned under a fencing token."""
+
+    def __init__(self, context: RunContext, index: int, count: int, token: str) -> None:
+        resources, settings = context.resources, context.settings
+        self.index = index
+        self.count = count
+        self.token = token
+        self.manifest: Manifest = context.manifest.part(index, count)
+        self.initialized = False
+        self.loaded: int | None = None
+        """The generation of the run's opening whose state it has loaded."""
+        device = _device(resources.device, index)
+        bytes_ = room(self.manifest)
+        self.shard = Shard(context.spec, self.manifest, device, bytes_)
+        self.writer = Writer(self.shard, f"run {context.name}, shard {index}", resources.locks)
+        vectors = staging_vectors(Policy.of(context.spec.aggregation), count)
+        bodies = VectorPool(self.manifest.numel, vectors, device=device, reserve=resources.reserve)
+        self.staging = Staging(self.manifest, bodies, resources.locks, settings.slow_bytes_per_second)
+        answers = VectorPool(
+            self.manifest.numel, SNAPSHOTS_SHARDED if count > 1 else _SNAPSHOTS, bytes_, device, resources.reserve
+        )
+        self.snapshots = Snapshots(context.name, self.writer, answers)
+        self._compiler = resources.locks.compiler
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the run has other shards."""
+        return self.count > 1
+
+    def owner(self) -> Owner:
+        """How this process calls Redis on the shard's behalf."""
+        return Owner(self.index, self.token, self.writer.position)
+
+    def require_initialized(self) -> None:
+        """Raises RunNotInitialized."""
+        if not self.initialized:
+            raise RunNotInitialized
+
+    async def prepare(self) -> None:
+        """Compiles what updates need. Until then the shard is given no state, and the run takes no uploads."""
+        await asyncio.get_running_loop().run_in_executor(self._compiler, self.shard.prepare)
+
+
+def _device(device: torch.device, index: int) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", index % torch.cuda.device_count())
+    return device

@@ -1,0 +1,127 @@
+"""The log of a shard: entries come in any order, and are applied in the order of their sequence numbers.
+
+The law of this file: no IO, no clock, no thread. An entry owns the memory that its gradient lies in, until it has been
+applied or can never be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from freestep_service.domain.records import LogPosition
+from freestep_service.domain.reports import Measured
+from freestep_service.optimizers import Pushed
+from freestep_service.state.buffers import Hold
+
+__all__ = ["Entry", "Log"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the commit log, with the gradient that was staged for it.
+
+    seq: its place in the log. epoch: the run's when it was committed.
+    advance: whether the pushes gathered so far, this one included, become an update.
+    gradient: flat [numel], on the host or on the shard's device, as it came; None where the entry is no push: the end
+        of a lease closed the update, or the entry only marks a place.
+    hold: the memory that the gradient lies in; the entry owns it, and the writer gives it back.
+    weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
+    damping: what staleness leaves of the learning rate, in (0, 1].
+    lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
+    staleness: the push's, in steps. live: the live workers when it was committed.
+    loss: the push's training loss; 0 where it gives none.
+    """
+
+    seq: int
+    epoch: int
+    advance: bool
+    gradient: Pushed | None = None
+    hold: Hold | None = field(default=None, repr=False)
+    worker: str = ""
+    weight: float = 1.0
+    scale: float = 1.0
+    damping: float = 1.0
+    lateness: int = 0
+    staleness: int = 0
+    live: int = 1
+    loss: float = 0.0
+    reads: Mapping[str, str] = field(default_factory=dict)
+    """Ticket -> "POINT DTYPE", and the shard where only one is asked: the points to copy after this entry."""
+    checkpoint: bool = False
+    """Whether to copy the whole state after this entry."""
+    measured: Measured | None = None
+    """A metric that was reported."""
+
+
+class Log:
+    """Which entries a shard has heard of, holds and has taken, in one epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        """The epoch whose entries are taken."""
+        self.known_seq = 0
+        """The newest entry heard of in this epoch."""
+        self._next_seq = 1
+        self._paused = True
+        self._held: dict[tuple[int, int], Entry] = {}
+
+    @property
+    def position(self) -> LogPosition:
+        """How much of the log is known to exist."""
+        return LogPosition(self.epoch, self.known_seq)
+
+    @property
+    def taken_seq(self) -> int:
+        """The newest entry that was taken."""
+        return self._next_seq - 1
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether entries are held because one before them has not come."""
+        return bool(self._held) and not self._paused
+
+    def has(self, epoch: int, seq: int) -> bool:
+        """Whether an entry has been added."""
+        return (epoch == self.epoch and seq < self._next_seq) or (epoch, seq) in self._held
+
+    def is_past(self, epoch: int, seq: int) -> bool:
+        """Whether an entry can no longer be taken: the log has gone on without it, or in another epoch."""
+        return not self._paused and (epoch != self.epoch or seq < self._next_seq)
+
+    def note(self, epoch: int, seq: int) -> None:
+        """Notes that an entry exists, which is still to be added."""
+        if epoch == self.epoch:
+            self.known_seq = max(self.known_seq, seq)
+
+    def add(self, entry: Entry) -> None:
+        """Holds an entry until those before it have come."""
+        self._held[entry.epoch, entry.seq] = entry
+        self.note(entry.epoch, entry.seq)
+
+    def take(self) -> Iterator[Entry]:
+        """The held entries that are next in order."""
+        while not self._paused and (entry := self._held.pop((self.epoch, self._next_seq), None)):
+            self._next_seq += 1
+            self.note(entry.epoch, entry.seq)
+            yield entry
+
+    def pause(self) -> None:
+        """Takes no entries until `resume`; those that come are held."""
+        self._paused = True
+
+    def resume(self, epoch: int, seq: int) -> list[Entry]:
+        """Goes on after entry `seq` of an epoch; returns the held entries that can never be taken."""
+        self._paused = False
+        self.epoch, self.known_seq, self._next_seq = epoch, seq, seq + 1
+        for held_epoch, held_seq in self._held:
+            self.note(held_epoch, held_seq)
+        return self._drop(lambda held_epoch, held_seq: held_epoch != epoch or held_seq <= seq)
+
+    def drop_held(self) -> list[Entry]:
+        """Forgets all held entries, and returns them."""
+        return self._drop(lambda _epoch, _seq: True)
+
+    def _drop(self, is_dropped: Callable[[int, int], bool]) -> list[Entry]:
+        keys = [key for key in self._held if is_dropped(*key)]
+        return [self._held.pop(key) for key in keys]
