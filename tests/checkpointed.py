@@ -1,4 +1,4 @@
-"""Shards whose cuts are written, whole or in parts, and what is done to the files of those."""
+"""Shards whose state is checkpointed, whole or in parts, and damage to the files of those."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from freestep.wire.manifest import Manifest
 from freestep_service.domain.records import CheckpointId, Record
 from freestep_service.state.log import Entry
 from freestep_service.state.shard import Shard, StateCopy
-from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checkpoints import Checkpoints, id_of
 from freestep_service.storage.checksummed import Damaged
 
 __all__ = [
     "RECORD",
     "advance",
     "bounds",
-    "cut_short",
     "files",
     "flip_a_bit",
-    "identity",
     "newest",
     "part_of",
     "points",
-    "sealed",
     "shard",
+    "truncate",
+    "with_checksum",
     "write",
 ]
 
@@ -77,42 +76,38 @@ def bounds(count: int) -> list[tuple[int, int]]:
     return [(manifest.begin, manifest.end) for manifest in manifests]
 
 
-def identity(cut: StateCopy) -> CheckpointId:
-    return CheckpointId(cut.epoch, cut.step, cut.seq)
-
-
-def part_of(cut: StateCopy, begin: int, end: int) -> StateCopy:
-    """What a shard of the same run holds of a cut."""
-    return dataclasses.replace(cut, tensors={name: tensor[begin:end].clone() for name, tensor in cut.tensors.items()})
+def part_of(copy: StateCopy, begin: int, end: int) -> StateCopy:
+    """The copy that a shard of elements `begin` to `end` makes of the same state."""
+    return dataclasses.replace(copy, tensors={name: tensor[begin:end].clone() for name, tensor in copy.tensors.items()})
 
 
 def write(
-    checkpoints: Checkpoints, cut: StateCopy, shards: int = 1, receipts: Mapping[str, Record] | None = None
+    checkpoints: Checkpoints, copy: StateCopy, shards: int = 1, receipts: Mapping[str, Record] | None = None
 ) -> CheckpointId:
-    """Writes all parts of a cut, as that many shards do."""
+    """Writes all parts of a checkpoint, as that many shards do."""
     for begin, end in bounds(shards):
-        checkpoints.write(part_of(cut, begin, end), begin, end, 37, receipts or {})
-    checkpoints.complete(identity(cut))
-    return identity(cut)
+        checkpoints.write(part_of(copy, begin, end), begin, end, 37, receipts or {})
+    checkpoints.complete(id_of(copy))
+    return id_of(copy)
 
 
 def newest(checkpoints: Checkpoints, begin: int = 0, end: int = 37) -> StateCopy | None:
     """The newest checkpoint that passes its checks, found as a shard finds it."""
     while offers := checkpoints.offers(begin, end):
         try:
-            return checkpoints.load(offers[-1], begin, end)[0]
+            return checkpoints.load(offers[-1], begin, end).state
         except Damaged:
             continue
     return None
 
 
 def files(directory: Path, suffix: str = "") -> list[Path]:
-    """The files of the newest cut under a storage's directory."""
+    """The files of the newest checkpoint in a storage's directory."""
     found = sorted(directory.glob("runs/run/checkpoints/*"))[-1]
     return sorted(each for each in found.iterdir() if each.name.endswith(suffix))
 
 
-def cut_short(file: Path) -> None:
+def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-20])
 
 
@@ -122,6 +117,7 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-def sealed(document: dict[str, Any]) -> bytes:
+def with_checksum(document: dict[str, Any]) -> bytes:
+    """A document as it is stored, with its checksum."""
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
     return json.dumps({**document, "checksum": checksum}).encode()

@@ -22,12 +22,11 @@ from freestep.api.hyperparameters import AdamWScheduleFree, SGDScheduleFree
 from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.delay import Expectation
-from freestep_service.domain.records import CheckpointId
 from freestep_service.optimizers import Conditions
 from freestep_service.optimizers.methods.averages import averaged
 from freestep_service.state.log import Entry
 from freestep_service.state.shard import Shard
-from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checkpoints import Checkpoints, id_of
 from freestep_service.storage.media import open_storage
 from plain_calls import TENSORS, Api
 from reference import OverTorch, ScheduleFree
@@ -310,8 +309,8 @@ def test_shards_correct_alike(algorithm: str, policy: dict[str, Any], batch: int
         advance(made, 100, batch)
     for one, many in zip(vectors(whole), vectors(*parts), strict=True):
         assert torch.equal(one, many)
-    assert {json.dumps(made.cut().scalars, sort_keys=True) for made in parts} == {
-        json.dumps(whole.cut().scalars, sort_keys=True)
+    assert {json.dumps(made.copy_state().scalars, sort_keys=True) for made in parts} == {
+        json.dumps(whole.copy_state().scalars, sort_keys=True)
     }
 
 
@@ -324,11 +323,11 @@ def test_a_checkpoint_in_the_middle_changes_nothing(
     advance(through, 61, batch)
     advance(first, 40, batch)
     checkpoints = Checkpoints(open_storage(tmp_path), "run", keep=1)
-    cut = first.cut()
-    checkpoints.write(cut, 0, NUMEL, NUMEL, {})
+    copy = first.copy_state()
+    checkpoints.write(copy, 0, NUMEL, NUMEL, {})
     parts = [shard(algorithm, policy, 2, index) for index in range(2)]
     for made in parts:
-        at = CheckpointId(cut.epoch, cut.step, cut.seq)
+        at = id_of(copy)
         made.load(checkpoints.load(at, made.manifest.begin, made.manifest.end)[0], 1)
     for one, many in zip(vectors(first), vectors(*parts), strict=True):
         assert torch.equal(one, many)
@@ -342,8 +341,8 @@ def test_a_checkpoint_of_an_older_version_goes_on_as_the_plain_method(tmp_path: 
     """Whose steps had the user's β, and knew of no staleness."""
     plain = shard("sgd_schedule_free", {"policy": "async"}, delay_correction={"name": "none"})
     advance(plain, 30, 1)
-    cut, checkpoints = plain.cut(), Checkpoints(open_storage(tmp_path), "run", keep=1)
-    checkpoints.write(cut, 0, NUMEL, NUMEL, {})
+    copy, checkpoints = plain.copy_state(), Checkpoints(open_storage(tmp_path), "run", keep=1)
+    checkpoints.write(copy, 0, NUMEL, NUMEL, {})
     (file,) = tmp_path.rglob(f"{0:015d}-{NUMEL:015d}.json")
     document = json.loads(file.read_bytes())
     del document["checksum"], document["expected_staleness"]
@@ -351,7 +350,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_as_the_plain_method(tmp_path: 
         del scalars["beta"], scalars["c"], scalars["staleness"]
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
     file.write_text(json.dumps(document | {"checksum": checksum}))
-    old, _ = checkpoints.load(CheckpointId(cut.epoch, cut.step, cut.seq), 0, NUMEL)
+    old, _ = checkpoints.load(id_of(copy), 0, NUMEL)
     again = shard("sgd_schedule_free", {"policy": "async"}, delay_correction={"name": "none"})
     again.load(old, 1)
     for made in (plain, again):
@@ -359,7 +358,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_as_the_plain_method(tmp_path: 
     for one, other in zip(vectors(plain), vectors(again), strict=True):
         assert torch.equal(one, other)
     corrected = shard("sgd_schedule_free", {"policy": "async"})
-    corrected.load(checkpoints.load(CheckpointId(cut.epoch, cut.step, cut.seq), 0, NUMEL)[0], 1)
+    corrected.load(checkpoints.load(id_of(copy), 0, NUMEL)[0], 1)
     advance(corrected, 30, 1)
     assert all(point.isfinite().all() for point in vectors(corrected))
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from flats import GROUPS, Flat, initial_weights, random_gradients
 from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
-from freestep_service.domain.records import CheckpointId
 from freestep_service.state.log import Entry
 from freestep_service.state.shard import Shard
-from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checkpoints import Checkpoints, id_of
 from freestep_service.storage.media import open_storage
 
 STEPS, CHECKPOINT = 500, 230
@@ -165,12 +164,12 @@ def through_a_checkpoint(made: Shard, spec: RunSpec) -> Shard:
     """Another shard, which has read what this one has written."""
     checkpoints = Checkpoints(open_storage(f"memory://{uuid.uuid4()}"), "run", keep=1)
     whole = 0, made.manifest.numel
-    cut = made.cut()
-    checkpoints.write(cut, *whole, made.manifest.numel, {})
-    identity = CheckpointId(cut.epoch, cut.step, cut.seq)
-    checkpoints.complete(identity)
+    copy = made.copy_state()
+    checkpoints.write(copy, *whole, made.manifest.numel, {})
+    checkpoint_id = id_of(copy)
+    checkpoints.complete(checkpoint_id)
     other = Shard(spec, made.manifest, made.device)
-    other.load(checkpoints.load(identity, *whole)[0], epoch=2)
+    other.load(checkpoints.load(checkpoint_id, *whole)[0], epoch=2)
     return other
 
 

@@ -16,34 +16,33 @@ from checkpointed import (
     RECORD,
     advance,
     bounds,
-    cut_short,
     files,
     flip_a_bit,
-    identity,
     newest,
     part_of,
-    sealed,
     shard,
+    truncate,
+    with_checksum,
     write,
 )
 from freestep.errors import CheckpointNotFound
-from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checkpoints import Checkpoints, id_of
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.media import LocalStorage, Storage
 
 
 @pytest.mark.parametrize("suffix", ["7.json", ".safetensors"])
-def test_a_damaged_part_of_the_same_cut_is_written_anew(tmp_path: Path, suffix: str) -> None:
+def test_a_damaged_part_of_the_same_checkpoint_is_written_anew(tmp_path: Path, suffix: str) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    cut = write(checkpoints, made.cut())
+    checkpoint_id = write(checkpoints, made.copy_state())
     (file,) = files(tmp_path, suffix)
     flip_a_bit(file)
     with pytest.raises(Damaged):
-        checkpoints.load(cut, 0, 37)
+        checkpoints.load(checkpoint_id, 0, 37)
     assert checkpoints.offers(0, 37) == []
-    write(checkpoints, made.cut(), receipts={"key": RECORD})
-    assert checkpoints.offers(0, 37) == [cut]
-    assert checkpoints.load(cut, 0, 37)[1] == {"key": RECORD}
+    write(checkpoints, made.copy_state(), receipts={"key": RECORD})
+    assert checkpoints.offers(0, 37) == [checkpoint_id]
+    assert checkpoints.load(checkpoint_id, 0, 37)[1] == {"key": RECORD}
     assert len(files(tmp_path)) == 3
 
 
@@ -56,7 +55,7 @@ def make_a_directory(file: Path) -> None:
     file.mkdir()
 
 
-DAMAGES = [cut_short, flip_a_bit, append, make_a_directory, Path.unlink]
+DAMAGES = [truncate, flip_a_bit, append, make_a_directory, Path.unlink]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -68,7 +67,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said_so(
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
     for _ in range(2):
         advance(made, 1)
-        write(checkpoints, made.cut(), 3)
+        write(checkpoints, made.copy_state(), 3)
     damage(files(tmp_path, suffix)[index])
     with caplog.at_level(logging.ERROR):
         loaded = newest(checkpoints)
@@ -88,29 +87,29 @@ def test_a_damaged_checkpoint_is_skipped_and_said_so(
 def test_what_is_damaged_in_one_part_is_taken_from_another(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
     advance(made, 2)
-    cut = made.cut()
-    write(checkpoints, cut, 1)
-    write(checkpoints, cut, 3)
+    copy = made.copy_state()
+    write(checkpoints, copy, 1)
+    write(checkpoints, copy, 3)
     whole = files(tmp_path, "000000000000000-000000000000037.safetensors")[0]
     flip_a_bit(whole)
-    loaded = checkpoints.load(identity(cut), 0, 37)[0]
-    assert all(torch.equal(loaded.tensors[name], cut.tensors[name]) for name in cut.tensors)
+    loaded = checkpoints.load(id_of(copy), 0, 37)[0]
+    assert all(torch.equal(loaded.tensors[name], copy.tensors[name]) for name in copy.tensors)
     assert [each.step for each in checkpoints.all()] == [2]
 
 
 def test_parts_of_different_states_are_no_checkpoint(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=5)
     first, second = bounds(2)
-    checkpoints.write(part_of(made.cut(), *first), *first, 37, {})
-    other = dataclasses.replace(part_of(made.cut(), *second), damping=0.5)
+    checkpoints.write(part_of(made.copy_state(), *first), *first, 37, {})
+    other = dataclasses.replace(part_of(made.copy_state(), *second), damping=0.5)
     checkpoints.write(other, *second, 37, {})
     with pytest.raises(Damaged, match="not of the same state"):
-        checkpoints.load(identity(other), 0, 37)
+        checkpoints.load(id_of(other), 0, 37)
     assert checkpoints.offers(0, 37) == []
 
 
 def changed(**fields: Any) -> Callable[[dict[str, Any]], bytes]:
-    return lambda document: sealed({**document, **fields})
+    return lambda document: with_checksum({**document, **fields})
 
 
 @pytest.mark.parametrize(
@@ -124,10 +123,10 @@ def changed(**fields: Any) -> Callable[[dict[str, Any]], bytes]:
             for text in (b"null", b"1", b'"a"', b"[]", b"[1]", b"{}", b'{"checksum": []}')
         ],
         lambda document: b'{"checksum": ' + b"1" * 5000 + b"}",
-        lambda document: sealed({}),
-        lambda document: sealed({"format": 2}),
+        lambda document: with_checksum({}),
+        lambda document: with_checksum({"format": 2}),
         *[
-            lambda document, name=name: sealed({key: document[key] for key in document if key != name})
+            lambda document, name=name: with_checksum({key: document[key] for key in document if key != name})
             for name in ("step", "tensors")
         ],
         changed(format=1),
@@ -160,12 +159,12 @@ def test_a_manifest_of_any_shape_is_skipped_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[dict[str, Any]], bytes]
 ) -> None:
     checkpoints = Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    cut = write(checkpoints, shard().cut())
+    checkpoint_id = write(checkpoints, shard().copy_state())
     (file,) = files(tmp_path, "7.json")
     document = json.loads(file.read_bytes())
     del document["checksum"]
-    file.write_bytes(sealed(document))
-    assert checkpoints.offers(0, 37) == [cut]
+    file.write_bytes(with_checksum(document))
+    assert checkpoints.offers(0, 37) == [checkpoint_id]
     file.write_bytes(make(document))
     for _ in range(2):
         assert checkpoints.offers(0, 37) == []
@@ -173,6 +172,6 @@ def test_a_manifest_of_any_shape_is_skipped_and_said_so(
         assert "is damaged and skipped" in caplog.text
         caplog.clear()
     with pytest.raises(Damaged):
-        checkpoints.load(cut, 0, 37)
+        checkpoints.load(checkpoint_id, 0, 37)
     with pytest.raises(CheckpointNotFound):
         checkpoints.at(0)

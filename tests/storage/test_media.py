@@ -1,4 +1,4 @@
-"""The medium of checkpoints: files are whole or not there, and failures are OSErrors."""
+"""The medium of checkpoints: files are whole or not there, and a medium that fails raises StorageUnavailable."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from freestep.errors import StorageUnavailable
 from freestep_service.storage.media import FsspecStorage, LocalStorage, Storage, open_storage
 from meanwhile import at_once
 
@@ -104,7 +105,7 @@ def test_a_write_that_fails_leaves_what_was_there(storage: Storage, before: byte
 
     if before is not None:
         storage.write("file", [before])
-    with pytest.raises(OSError, match="no more"):
+    with pytest.raises(StorageUnavailable, match=r"cannot be written: .*no more"):
         storage.write("file", pieces())
     assert storage.names("") == ([] if before is None else ["file"])
     if before is not None:
@@ -119,11 +120,42 @@ def test_nothing_hidden_is_left_by_a_write_that_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_where_a_directory_should_be_is_an_oserror(storage: Storage) -> None:
+def test_a_file_where_a_directory_should_be_cannot_be_written_to(storage: Storage) -> None:
     storage.write("file", [b"x"])
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(StorageUnavailable, match="cannot be written"):
         storage.write("file/inside", [b"x"])
     assert storage.read("file") == b"x"
+    assert storage.names("file") == []
+    with pytest.raises(FileNotFoundError):
+        storage.read("file/inside")
+
+
+@pytest.mark.parametrize("storage", ["directory", "fsspec-directory"], indirect=True)
+def test_a_directory_where_a_file_should_be_is_no_fault_of_the_medium(storage: Storage) -> None:
+    storage.write("directory/file", [b"x"])
+    with pytest.raises(IsADirectoryError):
+        storage.read("directory")
+    with pytest.raises(IsADirectoryError), storage.open("directory") as file:
+        file.read()
+
+
+def test_what_can_be_written_is_left_as_it_was(storage: Storage) -> None:
+    storage.require_writable()
+    assert storage.names("") == []
+    storage.write("file", [b"x"])
+    storage.require_writable()
+    assert storage.names("") == ["file"]
+
+
+def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    at_once(*[storage.require_writable] * 4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_in_the_url_is_not_shown() -> None:
+    storage = open_storage("simplecache::ftp://name:secret@127.0.0.1:1/place")
+    assert str(storage) == "simplecache::ftp://127.0.0.1:1/place"
 
 
 def test_threads_have_their_writes_to_themselves(storage: Storage) -> None:
@@ -141,7 +173,7 @@ def test_threads_have_their_writes_to_themselves(storage: Storage) -> None:
     def work(index: int) -> None:
         try:
             storage.write(f"file-{index}", pieces(index))
-        except OSError:
+        except StorageUnavailable:
             failed.append(index)
 
     at_once(*(partial(work, index) for index in range(8)))
@@ -166,16 +198,17 @@ def test_threads_remove_the_same_tree_at_the_same_time(storage: Storage) -> None
     assert storage.names("") == []
 
 
-def test_what_a_backend_raises_is_an_oserror() -> None:
+def test_whatever_a_backend_raises_makes_the_storage_unavailable() -> None:
     """A server that hangs up makes ftplib raise EOFError."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         storage = open_storage(f"ftp://127.0.0.1:{listener.getsockname()[1]}/place")
         calls: list[Callable[[], object]] = [
             lambda: storage.write("file", [b"x"]),
             lambda: storage.read("file"),
-            lambda: storage.open("file"),
+            lambda: storage.open("file").__enter__(),
             lambda: storage.names(""),
             lambda: storage.remove("file"),
+            storage.require_writable,
         ]
 
         def hang_up() -> None:
@@ -185,14 +218,16 @@ def test_what_a_backend_raises_is_an_oserror() -> None:
         server = threading.Thread(target=hang_up)
         server.start()
         for call in calls:
-            with pytest.raises(OSError, match="EOFError"):
+            with pytest.raises(StorageUnavailable, match="EOFError") as raised:
                 call()
+            assert isinstance(raised.value.__cause__, OSError)
         server.join()
 
 
 WRITER = """
 import sys
-from freestep_service.storage import open_storage
+from freestep.errors import StorageUnavailable
+from freestep_service.storage.media import open_storage
 
 def pieces():
     yield b"half"

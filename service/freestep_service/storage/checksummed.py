@@ -1,7 +1,6 @@
-"""Documents in storage that tell for themselves whether they are as they were written.
+"""JSON documents in storage that name their format and their own checksum.
 
-The law of this file: a document is JSON that names its format and its own checksum, and what fails either is Damaged,
-never something else. Checksums are XXH3-128, against damage and not against forgery.
+Checksums are XXH3-128: they find damage, not forgery. A document that fails a check raises Damaged and nothing else.
 """
 
 from __future__ import annotations
@@ -12,33 +11,37 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["Damaged", "verified", "with_checksum"]
+from freestep_service.storage.medium import Storage
+
+__all__ = ["Damaged", "read_document", "write_document"]
 
 _FORMAT = 2
 
 
-class Damaged(Exception):
-    """What is in storage fails its checks; the message says how."""
+class Damaged(ValueError):
+    """A file was read and is not what was written; the message says what is wrong with it."""
 
 
-def with_checksum(document: Mapping[str, Any]) -> bytes:
-    """A document as JSON that names its format and its own checksum."""
+def write_document(storage: Storage, path: str, document: Mapping[str, Any]) -> None:
+    """Writes a document with its format and its checksum. Raises StorageUnavailable."""
     content = {"format": _FORMAT, **document}
-    return json.dumps(content | {"checksum": _checksum(content)}, indent=1).encode()
+    storage.write(path, [json.dumps(content | {"checksum": _checksum(content)}, indent=1).encode()])
 
 
-def verified(text: bytes) -> dict[str, Any]:
-    """The document that was sealed. Raises Damaged."""
+def read_document(storage: Storage, path: str) -> dict[str, Any]:
+    """The document as it was written. Raises FileNotFoundError, Damaged, StorageUnavailable."""
     try:
-        content = json.loads(text)
+        content = json.loads(storage.read(path))
         checksum = content.pop("checksum")
         expected = _checksum(content)
+    except IsADirectoryError as error:
+        raise Damaged("it is a directory") from error
     except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from error
+        raise Damaged(f"it is no document with a checksum ({type(error).__name__})") from error
     if checksum != expected:
-        raise Damaged("its manifest does not have the checksum that it names")
+        raise Damaged("it does not have the checksum that it names")
     if content.pop("format", None) != _FORMAT:
-        raise Damaged("its format is not the one that this version reads")
+        raise Damaged(f"its format is not {_FORMAT}, the one that this version reads")
     return dict(content)
 
 

@@ -1,0 +1,84 @@
+"""A directory as a medium."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from freestep_service.storage.medium import Storage
+
+__all__ = ["LocalStorage"]
+
+
+class LocalStorage(Storage):
+    """Files in a directory: written under a hidden name, flushed to disk and renamed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __str__(self) -> str:
+        return str(self._root)
+
+    def _write(self, path: str, pieces: Iterable[bytes | memoryview]) -> None:
+        target = self._root / path
+        _make_directory(target.parent)
+        # Processes of several hosts may share the directory, so a process id does not tell them apart.
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        try:
+            with temporary.open("xb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _flush_directory(target.parent)
+
+    def _read(self, path: str) -> bytes:
+        return (self._root / path).read_bytes()
+
+    def _open(self, path: str) -> io.BufferedReader:
+        return (self._root / path).open("rb")
+
+    def _names(self, directory: str) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._root / directory) if not name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _remove(self, path: str) -> None:
+        target = self._root / path
+        # On a read-only medium the removal of a file that does not exist fails too.
+        if not os.path.lexists(target):
+            return
+        if not target.is_dir():
+            target.unlink(missing_ok=True)
+            return
+        for directory, _, names in os.walk(target, topdown=False):
+            for name in names:
+                Path(directory, name).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.rmdir(directory)
+
+
+def _make_directory(directory: Path) -> None:
+    """Makes a directory and its parents, and flushes them, so that they survive a power failure."""
+    if not directory.is_dir():
+        _make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _flush_directory(directory.parent)
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
