@@ -41,17 +41,17 @@ class Channels:
 
     async def start(self, listener: Listener) -> None:
         """Begins, with what is told to everybody."""
-        await self.listen(_EVERYBODY, listener)
+        await self.subscribe(_EVERYBODY, listener)
         self._task = asyncio.create_task(self._hear())
 
-    async def listen(self, channel: str, listener: Listener) -> None:
+    async def subscribe(self, channel: str, listener: Listener) -> None:
         if channel in self._listeners:
             return
         self._listeners[channel] = listener
         with reachable():
             await self._pubsub.subscribe(channel)
 
-    async def ignore(self, channel: str) -> None:
+    async def unsubscribe(self, channel: str) -> None:
         if self._listeners.pop(channel, None) is not None:
             with suppress(RedisError, OSError):
                 await self._pubsub.unsubscribe(channel)

@@ -22,12 +22,12 @@ class Node:
     ttl_ms: int
     """How long it keeps what it owns when nothing is heard of it."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
-    others: int = 0
+    live_peers: int = 0
     """Other processes that are alive, or were until lately: they may be back soon, or Redis may have forgotten them."""
     _counted_at: float = 0.0
     _heard_at: float = 0.0
 
-    async def beat(self, store: Store) -> None:
+    async def heartbeat(self, store: Store) -> None:
         """Says that it lives, and counts who else does."""
         others = int(await store.run("node_heartbeat", [_NODES_KEY], self.id, self.ttl_ms)) - 1
         now, ttl = time.monotonic(), self.ttl_ms / 1000
@@ -35,8 +35,8 @@ class Node:
             # Redis was away, for the others too: that it has not heard of them says nothing yet.
             self._counted_at = now
         self._heard_at = now
-        if others >= self.others or now > self._counted_at + ttl:
-            self.others, self._counted_at = others, now
+        if others >= self.live_peers or now > self._counted_at + ttl:
+            self.live_peers, self._counted_at = others, now
 
     async def leave(self, store: Store) -> None:
         """Says that it goes."""
@@ -45,7 +45,7 @@ class Node:
 
     def share(self, shards: int) -> int:
         """How many of a run's shards fall to each process."""
-        return -(-shards // (1 + self.others))
+        return -(-shards // (1 + self.live_peers))
 
 
 class Stopwatch:

@@ -20,6 +20,7 @@ __all__ = [
     "Fenced",
     "LogPosition",
     "Lost",
+    "Owner",
     "Pending",
     "Receipts",
     "Record",
@@ -64,6 +65,14 @@ class CheckpointId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.epoch}-{self.step}-{self.seq}"
+
+
+class Owner(NamedTuple):
+    """A shard, the fencing token under which a process owns it, and how much of the log that process knows."""
+
+    shard: int
+    token: str
+    position: LogPosition
 
 
 @dataclass(frozen=True)

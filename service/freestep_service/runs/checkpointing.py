@@ -124,7 +124,7 @@ class Checkpointing:
         size = await self.write(owned, cut)
         await asyncio.to_thread(self._checkpoints.complete, identifier)
         with suppress(CoordinatorUnavailable, Fenced):
-            await self._host.coordinator.written(owned.owner(), identifier, size)
+            await self._host.coordinator.log.part_written(owned.owner(), identifier, size)
         return identifier
 
     async def _write_parts(self) -> CheckpointId:
@@ -132,9 +132,9 @@ class Checkpointing:
         owned = next(iter(self._host.owned.values()), None)
         if owned is None:
             raise ShardUnavailable("this process owns no shard of the run")
-        before = await self._host.coordinator.read()
+        before = await self._host.coordinator.opening.read()
         try:
-            cut = await self._host.coordinator.mark(owned.owner())
+            cut = await self._host.coordinator.log.mark_checkpoint(owned.owner())
         except Fenced:
             raise ShardUnavailable from None
         durable = self._durable.setdefault(cut, asyncio.get_running_loop().create_future())
@@ -142,7 +142,7 @@ class Checkpointing:
         try:
             async with asyncio.timeout(_OTHERS_S + self._settings.queue_seconds):
                 while not (await asyncio.wait([durable], timeout=_POLL_S))[0]:
-                    standing = await self._host.coordinator.read()
+                    standing = await self._host.coordinator.opening.read()
                     if standing is not None and standing.run.get("durable") == str(cut):
                         await self.note_durable(str(cut))
                     elif standing is None or before is None or standing.generation != before.generation:
@@ -165,7 +165,9 @@ class Checkpointing:
         try:
             cut = await copied
             size = await self.write(owned, cut)
-            await self._host.coordinator.written(owned.owner(), CheckpointId(cut.epoch, cut.step, cut.seq), size)
+            await self._host.coordinator.log.part_written(
+                owned.owner(), CheckpointId(cut.epoch, cut.step, cut.seq), size
+            )
         except Fenced:
             self._host.fenced()
         except (FreestepError, OSError):

@@ -17,8 +17,8 @@ from typing import cast
 
 from freestep.api.models import Point
 from freestep.errors import CoordinatorUnavailable, Overloaded, ProblemError, ShardUnavailable
-from freestep_service.coordination.coordinator import Coordinator, Owner
-from freestep_service.domain.records import Behind, Fenced
+from freestep_service.coordination.coordinator import Coordinator
+from freestep_service.domain.records import Behind, Fenced, Owner
 from freestep_service.state.bodies import body, room
 from freestep_service.state.buffers import Vector, VectorPool
 from freestep_service.state.shard import Entry
@@ -149,7 +149,7 @@ class ConsistentReads:
 
     async def _ask(self, ticket: str, wanted: str, readers: int) -> int:
         try:
-            return await self._coordinator.cut(self._owner(), ticket, wanted, readers)
+            return await self._coordinator.log.request_read(self._owner(), ticket, wanted, readers)
         except (Behind, Fenced):
             raise ShardUnavailable from None
 
@@ -208,7 +208,7 @@ class ConsistentReads:
 
     async def _say(self, sent: list[str]) -> None:
         with suppress(CoordinatorUnavailable):
-            await self._coordinator.done(sent)
+            await self._coordinator.log.reads_sent(sent)
 
     async def close(self) -> None:
         """Forgets all cuts; who waits for one is told that the shard is gone."""

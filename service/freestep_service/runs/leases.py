@@ -65,7 +65,7 @@ class Leases:
         """Grants a lease, for the run's time to live unless another is given; the worker's older one is fenced off."""
         while True:
             try:
-                lease, evicted = await self._coordinator.grant(worker, ttl_ms or self._ttl_ms)
+                lease, evicted = await self._coordinator.leases.grant(worker, ttl_ms or self._ttl_ms)
             except Behind:
                 await self._host.reopen()
             else:
@@ -76,14 +76,14 @@ class Leases:
 
     async def renew(self, lease: str) -> Lease:
         """Raises LeaseExpired and EpochChanged."""
-        return await self._coordinator.renew(lease)
+        return await self._coordinator.leases.renew(lease)
 
     async def release(self, lease: str) -> None:
         """Ends a lease. Raises LeaseExpired."""
         while True:
             era = self._era
             try:
-                self._ended(await self._coordinator.release(lease, self._known), era)
+                self._ended(await self._coordinator.leases.release(lease, self._known), era)
                 return
             except Behind:
                 await self._host.reopen()
@@ -97,7 +97,7 @@ class Leases:
 
     async def workers(self) -> list[WorkerStatus]:
         """The live workers, by name."""
-        return await self._coordinator.workers()
+        return await self._coordinator.leases.workers()
 
     async def expire(self) -> None:
         """Ends the leases that have run out, and closes the update that waited for them alone."""
@@ -113,7 +113,7 @@ class Leases:
                 self._may_have_missed_a_closure = False
             # Before the question, since a lease may be granted before the answer.
             self._may_be_live, self._next_look = False, now + _LONGEST_LOOK_S
-            live, left_ms, ended = await self._coordinator.expire(self._known, self._patience_ms)
+            live, left_ms, ended = await self._coordinator.leases.expire(self._known, self._patience_ms)
             self._may_be_live |= live > 0 or self._host.many
             if live:
                 self._next_look = min(self._next_look, now + left_ms / 1000)

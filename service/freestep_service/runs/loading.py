@@ -97,14 +97,14 @@ class Loading:
         reports, coordinator = None, self._host.coordinator
         for owned in mine:
             report = await self._stand(owned, standing)
-            reports = await coordinator.report(owned.owner(), standing.generation, report.to_json())
+            reports = await coordinator.opening.report_shard(owned.owner(), standing.generation, report.to_json())
         if reports is None:
             return False
         parsed = [Report.from_json(report) for report in reports]
         if shards := standing.number("resharding"):
             places = {(report.live, report.initialized) for report in parsed}
             if len(places) == 1 and parsed[0].live is not None:
-                await coordinator.reshard(standing.generation, shards)
+                await coordinator.opening.reshard(standing.generation, shards)
                 return True
         try:
             decision = decide(standing, parsed)
@@ -129,7 +129,7 @@ class Loading:
                 live = owned.loaded = None
             elif "resharding" in standing.run and owned.initialized:
                 size = await self._checkpointing.write(owned, await writer.run(owned.shard.copy_state))
-                await self._host.coordinator.written(owned.owner(), live, size)
+                await self._host.coordinator.log.part_written(owned.owner(), live, size)
         begin, end = owned.manifest.begin, owned.manifest.end
         offers: list[CheckpointId] = []
         if self._host.spec.durability == "checkpoint":
@@ -162,7 +162,7 @@ class Loading:
         with suppress(TimeoutError):
             async with asyncio.timeout(_CATCHING_UP_S):
                 while owned.writer.taken_seq < seq:
-                    entries = await self._host.coordinator.entries(owned.writer.taken_seq)
+                    entries = await self._host.coordinator.log.entries(owned.writer.taken_seq)
                     if not all([owned.hear(entry) for entry in entries]):
                         return
                     await asyncio.sleep(_POLL_S)
@@ -184,13 +184,15 @@ class Loading:
         if decision.initialized and cut is not None and not (receipts or group or reported):
             loaded = await self._load_cut(cut, 0, 0)
             if loaded is None and not decision.live:
-                await self._host.coordinator.gather(self._host.count, standing.generation)
+                await self._host.coordinator.opening.gather(self._host.count, standing.generation)
                 return True
             if loaded is not None:
                 group, reported, receipts = loaded[0].group, loaded[0].reported, loaded[1]
         place = cut or CheckpointId(decision.epoch, 0, 0)
         state = RunState(decision.epoch, place.step, place.seq, decision.initialized, group, receipts, reported)
-        return await self._host.coordinator.open(state, self._host.count, standing.generation, decision.target())
+        return await self._host.coordinator.opening.open(
+            state, self._host.count, standing.generation, decision.target()
+        )
 
     async def load(self, standing: RunView, mine: Sequence[LocalShard]) -> bool:
         """Takes the state that was decided on; whether the run goes on to the next phase with that."""
@@ -207,11 +209,11 @@ class Loading:
                 continue
             holds = target["live"] and owned.loaded is not None
             if not await self._take(owned, None if holds else cut, epoch, initialized, holds=holds):
-                await host.coordinator.gather(host.count, generation)
+                await host.coordinator.opening.gather(host.count, generation)
                 return True
             owned.loaded = generation
             self.openings += 1
-            if await host.coordinator.loaded(owned.owner(), generation) == "open":
+            if await host.coordinator.opening.loaded(owned.owner(), generation) == "open":
                 opened = True
         if cut is not None and initialized and not target["live"]:
             self._checkpointing.went_back_to(cut)
@@ -278,7 +280,7 @@ class Loading:
         identifier = CheckpointId(cut.epoch, cut.step, cut.seq)
         durable = not self._host.many
         with suppress(CoordinatorUnavailable, Fenced):
-            durable = await self._host.coordinator.written(owned.owner(), identifier, size) or durable
+            durable = await self._host.coordinator.log.part_written(owned.owner(), identifier, size) or durable
         if durable:
             await asyncio.to_thread(self._checkpoints.complete, identifier)
         if settled and cut.seq == owned.writer.known_seq:

@@ -19,9 +19,9 @@ from freestep.errors import (
     ShardUnavailable,
 )
 from freestep.wire.manifest import Manifest
-from freestep_service.coordination.coordinator import Coordinator, Owner
+from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import Behind, Fenced, LogPosition, Receipts, Record
+from freestep_service.domain.records import Behind, Fenced, LogPosition, Owner, Receipts, Record
 from freestep_service.domain.reports import Measured
 from freestep_service.runs.consistent_reads import ConsistentReads
 from freestep_service.runs.pushes import Host, Pushes
@@ -195,7 +195,7 @@ class LocalShard:
         patience_ms = int(1000 * self._settings.stall_seconds)
         while True:
             try:
-                status = await self._coordinator.initialize(self.owner(), upload, progress, patience_ms)
+                status = await self._coordinator.opening.initial_weights(self.owner(), upload, progress, patience_ms)
             except Behind:
                 await self._host.reopen()
                 continue

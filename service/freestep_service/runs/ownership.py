@@ -16,8 +16,9 @@ from typing import Any, Protocol
 from freestep.api.models import RunSpec
 from freestep.errors import CoordinatorUnavailable, RunNotFound
 from freestep_service.coordination.channels import Channels
-from freestep_service.coordination.coordinator import Coordinator, not_open
+from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.nodes import Node, Stopwatch
+from freestep_service.coordination.run_scripts import not_open
 from freestep_service.coordination.store import Store
 from freestep_service.domain.records import Fenced, LogPosition, RunView
 from freestep_service.runs.loading import Loading
@@ -130,7 +131,7 @@ class Ownership:
             await self.keep()
         elif self.owned:
             with suppress(CoordinatorUnavailable):
-                await self._host.coordinator.own(self._node.id, self._node.url, self._node.ttl_ms, (), {})
+                await self._host.coordinator.opening.heartbeat(self._node, (), {})
 
     async def _keep(self) -> RunView | None:
         """As `keep`; how the run stands then, None where it is gone."""
@@ -155,20 +156,20 @@ class Ownership:
     async def _own(self, wanted: Iterable[int] = ()) -> RunView | None:
         known = max((owned.known for owned in self.owned.values()), default=LogPosition(0, 0))
         node, coordinator = self._node, self._host.coordinator
-        standing = await coordinator.own(node.id, node.url, node.ttl_ms, list(wanted), self._host.says())
+        standing = await coordinator.opening.heartbeat(node, list(wanted), self._host.says())
         if standing is None:
             last = await asyncio.to_thread(self._last_epochs.read, self._host.name)
             if last >= max(self._host.epoch, self._loading.newest_epoch, 1):
                 self.is_gone = True
                 await self._drop(list(self.owned))
                 return None
-            await coordinator.gather(self.count)
+            await coordinator.opening.gather(self.count)
             return await self._own(wanted)
         self.standing = standing
         is_behind = (standing.number("epoch"), standing.number("seq")) < known
         if standing.phase == "open" and (is_behind or self.is_troubled):
             self.is_troubled = False
-            await coordinator.gather(self.count, standing.generation)
+            await coordinator.opening.gather(self.count, standing.generation)
             return await self._own(wanted)
         if self.owned and self._host.many and self._expected_seq > known.seq:
             # Its message should have come by now.
@@ -193,9 +194,9 @@ class Ownership:
         for index in sorted(mine.keys() - self.owned.keys()):
             self.owned[index] = self._host.make_owned(index, mine[index])
         if self.owned and self._host.listens:
-            await self._messages.listen(self._host.coordinator.channel, self._host.hear)
+            await self._messages.subscribe(self._host.coordinator.channel, self._host.hear)
         else:
-            await self._messages.ignore(self._host.coordinator.channel)
+            await self._messages.unsubscribe(self._host.coordinator.channel)
 
     def _mine(self, standing: RunView) -> dict[int, str]:
         """The shards that this process owns, as Redis has it, and their tokens."""
@@ -218,9 +219,9 @@ class Ownership:
         }
         self._missing_since.note(set(free))
         if free:
-            await self._node.beat(self._store)
+            await self._node.heartbeat(self._store)
         # Where Redis has lost its data, others hold the state of what seems free.
-        waits = "lost" in standing.run and self._node.others > 0
+        waits = "lost" in standing.run and self._node.live_peers > 0
         left = self._node.share(standing.count) - len(self._mine(standing))
         wanted: list[int] = []
         # Those whose state is still here come first.
@@ -252,15 +253,15 @@ class Ownership:
         standing, coordinator = None, self._host.coordinator
         with suppress(CoordinatorUnavailable, Fenced):
             if given:
-                await coordinator.gather(self.count)
-                standing = await coordinator.read()
+                await coordinator.opening.gather(self.count)
+                standing = await coordinator.opening.read()
         for owned in given:
             try:
                 await self._loading.leave(owned, standing)
             except Exception:
                 logger.exception("run %s: shard %d could not be written", self._host.name, owned.index)
         with suppress(CoordinatorUnavailable):
-            await coordinator.leave([owned.owner() for owned in given])
+            await coordinator.opening.give_up([owned.owner() for owned in given])
         await self._drop([owned.index for owned in given])
 
     async def _drop(self, indices: Iterable[int]) -> None:
@@ -270,12 +271,12 @@ class Ownership:
     async def give_up_all(self) -> None:
         """Leaves what is owned on disk, for others to take. Under `lock`."""
         await self._give_up(list(self.owned.values()))
-        await self._messages.ignore(self._host.coordinator.channel)
+        await self._messages.unsubscribe(self._host.coordinator.channel)
 
     async def drop_all(self) -> None:
         """Lets go of what is owned, as it is."""
         await self._drop(list(self.owned))
-        await self._messages.ignore(self._host.coordinator.channel)
+        await self._messages.unsubscribe(self._host.coordinator.channel)
 
     # Opening anew
 
@@ -290,10 +291,10 @@ class Ownership:
             if self._loading.openings != openings:
                 return
             try:
-                await self._host.coordinator.gather(self.count)
+                await self._host.coordinator.opening.gather(self.count)
                 standing = await self._keep()
             except Fenced:
-                standing = await self._host.coordinator.read()
+                standing = await self._host.coordinator.opening.read()
             if standing is None or standing.phase != "open":
                 raise not_open(self._host.name, standing.missing() if standing else [])
 
@@ -315,7 +316,7 @@ class Ownership:
             async with asyncio.timeout(_OPENING_S):
                 while True:
                     await self.keep()
-                    standing = await self._host.coordinator.read()
+                    standing = await self._host.coordinator.opening.read()
                     if standing is not None and standing.phase == "open":
                         self.count = standing.count
                         return

@@ -29,9 +29,20 @@ from freestep.errors import (
 )
 from freestep.wire.encoding import ENCODINGS
 from freestep.wire.manifest import Manifest
-from freestep_service.coordination.coordinator import Coordinator, Owner
+from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.domain.aggregation import damping, lateness
-from freestep_service.domain.records import Admission, Ahead, Behind, Claim, Fenced, Lost, Pending, Receipts, Record
+from freestep_service.domain.records import (
+    Admission,
+    Ahead,
+    Behind,
+    Claim,
+    Fenced,
+    Lost,
+    Owner,
+    Pending,
+    Receipts,
+    Record,
+)
 from freestep_service.optimizers import Pushed
 from freestep_service.settings import Settings
 from freestep_service.state.buffers import Vector, VectorPool
@@ -244,7 +255,7 @@ class Pushes:
         while True:
             moved = self._moved
             try:
-                admission = await self._coordinator.admit(claim, self._owner(), self._sent())
+                admission = await self._coordinator.pushes.admit(claim, self._owner(), self._sent())
             except Behind:
                 await self._host.reopen()
             except Fenced:
@@ -291,9 +302,9 @@ class Pushes:
                 self._staging.release(vector)
             with suppress(CoordinatorUnavailable):
                 if isinstance(error, MalformedTensors | NonFiniteGradient):
-                    await self._coordinator.discard(claim, self._owner().shard, error.slug, error.detail)
+                    await self._coordinator.pushes.discard(claim, self._owner().shard, error.slug, error.detail)
                 else:
-                    await self._coordinator.discard(claim, self._owner().shard)
+                    await self._coordinator.pushes.discard(claim, self._owner().shard)
             raise
 
     async def _turn(self, claim: Claim, flight: _Flight, *, queued: bool) -> Vector:
@@ -334,7 +345,7 @@ class Pushes:
                 raise asyncio.CancelledError
             era = self._writer.era
             try:
-                answer = await self._coordinator.commit(
+                answer = await self._coordinator.pushes.commit(
                     claim,
                     self._owner(),
                     staged.digest,

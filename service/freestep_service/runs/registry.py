@@ -16,8 +16,9 @@ from freestep.errors import CoordinatorUnavailable, FreestepError, InvalidSpec, 
 from freestep.wire.header import body_limit
 from freestep.wire.manifest import Manifest
 from freestep_service.coordination.channels import Channels
-from freestep_service.coordination.coordinator import RUNS_KEY, Coordinator
 from freestep_service.coordination.nodes import Node
+from freestep_service.coordination.opening import read_run
+from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import Store, reachable
 from freestep_service.runs.run import Run
 from freestep_service.runs.telemetry import Metrics, RunMetrics
@@ -84,12 +85,12 @@ class Registry:
         async with self._creating:
             if name in self._runs:
                 return self._same(self._runs[name], spec), False
-            await self.node.beat(self._store)
+            await self.node.heartbeat(self._store)
             run = self._make(name, spec, spec.shards)
             await run.create()
             self._runs[name] = run
             await run.keep()
-            if self.node.others:
+            if self.node.live_peers:
                 await self._messages.publish({"kind": "created", "run": name})
             return run, True
 
@@ -107,7 +108,7 @@ class Registry:
 
     async def start(self) -> None:
         """Opens every run that storage or Redis knows, as far as it is for this process to, and begins housekeeping."""
-        await self.node.beat(self._store)
+        await self.node.heartbeat(self._store)
         await self._messages.start(self._hear)
         for name in sorted(await self._names()):
             await self._open(name)
@@ -144,7 +145,7 @@ class Registry:
         )  # fmt: skip
 
     async def _open(self, name: str, *, is_from_elsewhere: bool = False) -> None:
-        standing = await Coordinator.read_run(self._store, name)
+        standing = await read_run(self._store, name)
         if standing is None and is_from_elsewhere:
             return
         try:
@@ -177,8 +178,8 @@ class Registry:
         pause = min(_SLOWEST_BEAT_S, self._settings.owner_ttl_seconds / 4)
         while not await self._is_closing(pause):
             try:
-                await self.node.beat(self._store)
-                if self.node.others:
+                await self.node.heartbeat(self._store)
+                if self.node.live_peers:
                     for name in await self._names() - self._runs.keys():
                         await self._look_at(name)
             except (CoordinatorUnavailable, OSError):

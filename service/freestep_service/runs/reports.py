@@ -55,7 +55,7 @@ class MetricReports:
             owned = self._host.shard(min(self._host.owned, default=0))
             era = owned.writer.era
             try:
-                epoch, entry = await self._coordinator.measure(owned.owner(), measured, report.epoch)
+                epoch, entry = await self._coordinator.log.report_metric(owned.owner(), measured, report.epoch)
             except Behind:
                 await self._host.reopen()
                 continue
@@ -74,4 +74,4 @@ class MetricReports:
 
     async def newest(self) -> dict[str, Metric]:
         """Each metric at its newest step, by name."""
-        return await self._coordinator.metrics()
+        return await self._coordinator.log.metrics()

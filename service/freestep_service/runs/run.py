@@ -29,8 +29,9 @@ from freestep.errors import (
 )
 from freestep.wire.manifest import Manifest
 from freestep_service.coordination.channels import Channels
-from freestep_service.coordination.coordinator import Coordinator, not_open
+from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.nodes import Node
+from freestep_service.coordination.run_scripts import not_open
 from freestep_service.coordination.store import Store
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.opening import Decision
@@ -158,7 +159,7 @@ class Run:
         """Reads what of the log was not heard."""
         if self.owned:
             after = min(owned.writer.taken_seq for owned in self.owned.values())
-            for entry in await self.coordinator.entries(after):
+            for entry in await self.coordinator.log.entries(after):
                 self.on_entry(entry)
 
     def catch_up_soon(self) -> None:
@@ -193,7 +194,7 @@ class Run:
     async def create(self) -> None:
         """Starts as a new run, which waits for its initial weights. Raises RunExists."""
         epoch = await asyncio.to_thread(self._last_epochs.read, self.name) + 1
-        if await self.coordinator.create(epoch, self.count) == "different":
+        if await self.coordinator.opening.create(epoch, self.count) == "different":
             raise RunExists(f"the run {self.name!r} exists with another spec", run=self.name)
         await asyncio.to_thread(RunFile(self.canonical_spec, epoch, self.count).write, self._storage, self.name)
 
@@ -358,7 +359,7 @@ class Run:
         return self._standing.number("step") if self._standing else 0
 
     async def status(self) -> RunStatus:
-        standing = await self.coordinator.read()
+        standing = await self.coordinator.opening.read()
         workers, metrics = await self.leases.workers(), await self.feedback.newest()
         fields = standing.run if standing else {}
         loss, staleness = self._metrics.loss, self._metrics.staleness
@@ -388,7 +389,7 @@ class Run:
 
     async def topology(self) -> Topology:
         """Where the shards are."""
-        standing = await self.coordinator.read()
+        standing = await self.coordinator.opening.read()
         if standing is None:
             self._ownership.require_open()
             raise not_open(self.name, list(range(self.count)))
@@ -429,8 +430,8 @@ class Run:
             except Damaged as error:
                 raise CheckpointNotFound(f"the checkpoint of step {step} is damaged: {error}", step=step) from None
         async with self._ownership.opening():
-            generation = await self.coordinator.gather(self.count)
-            standing = await self.coordinator.read()
+            generation = await self.coordinator.opening.gather(self.count)
+            standing = await self.coordinator.opening.read()
             # Beyond a restore that failed halfway too: Redis may have granted leases in its epoch.
             last = max(await self._loading.last_epoch(), standing.number("epoch") if standing else 0)
             decision = Decision(last + 1, cut, initialized=True)
@@ -453,7 +454,7 @@ class Run:
                 "the algorithm's step size needs sums over all parameters, and has them in one shard", field="shards"
             )
         async with self._ownership.opening():
-            await self.coordinator.gather(self.count, resharding=shards)
+            await self.coordinator.opening.gather(self.count, resharding=shards)
         if self.count != shards:
             raise ShardUnavailable("a shard was lost while the run was being cut anew")
 
@@ -474,7 +475,7 @@ class Run:
             try:
                 last = await self._loading.last_epoch()
                 await asyncio.to_thread(self._last_epochs.write, self.name, last)
-                await self.coordinator.delete()
+                await self.coordinator.opening.delete()
             except (CoordinatorUnavailable, OSError):
                 self._ownership.is_closed = False
                 raise

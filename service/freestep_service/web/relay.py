@@ -28,7 +28,7 @@ from freestep.wire.encoding import ITEMSIZE
 from freestep.wire.header import encode_header
 from freestep.wire.manifest import Manifest
 from freestep.wire.receiver import MEDIA_TYPE
-from freestep_service.coordination.coordinator import not_open
+from freestep_service.coordination.run_scripts import not_open
 from freestep_service.runs.run import Run
 from freestep_service.state.bodies import body_metadata
 from freestep_service.state.shard import DTYPES

@@ -78,7 +78,7 @@ async def _push_whole(
 ) -> Response:
     """The slow way: this process takes the whole gradient in and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}
-    await run.coordinator.check(claimed)
+    await run.coordinator.pushes.precheck(claimed)
     async with run.staged(body, ENCODINGS) as whole:
         receipt = await relay.push(request, run, whole, {"Idempotency-Key": claimed.key, **wait})
     if not wishes.representation:

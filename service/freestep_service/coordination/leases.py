@@ -1,0 +1,103 @@
+"""The leases of a run's workers.
+
+Leases are liveness. Safety is the fencing token, which is checked when a push is admitted and when it is committed.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import NamedTuple
+
+from freestep.api.models import Lease, WorkerStatus
+from freestep_service.coordination.run_scripts import RunScripts
+from freestep_service.coordination.store import reachable
+from freestep_service.domain.records import Behind, Ended, LogPosition
+
+__all__ = ["Expired", "RunLeases"]
+
+
+class Expired(NamedTuple):
+    """How many leases are live, how long the one that ends next has left (ms), and the result of ending others."""
+
+    live: int
+    left_ms: int
+    ended: Ended | None
+    """None if there was nothing to end."""
+
+
+class RunLeases:
+    """The leases of one run."""
+
+    def __init__(self, scripts: RunScripts) -> None:
+        self._scripts = scripts
+
+    async def grant(self, worker: str, ttl_ms: int) -> tuple[Lease, list[str]]:
+        """A new lease, and the idempotency keys whose receipts were dropped with the worker's older lease.
+
+        Raises Behind and ShardUnavailable.
+        """
+        scripts = self._scripts
+        lease, older = secrets.token_hex(16), await self._newest_lease(worker)
+        while True:
+            keys = [scripts.lease_key(lease), scripts.window_key(older), scripts.lease_key(older)]
+            status, *rest = await scripts.call("lease_grant", worker, lease, ttl_ms, older, keys=keys)
+            if status == "missing":
+                raise Behind
+            if status == "granted":
+                token, epoch, step, *evicted = rest
+                granted = Lease(lease=lease, token=int(token), worker=worker, ttl_ms=ttl_ms, epoch=epoch, step=step)
+                return granted, evicted
+            if status != "changed":
+                scripts.refuse(status, rest)
+            older = rest[0]
+
+    async def renew(self, lease: str) -> Lease:
+        """Raises LeaseExpired, and EpochChanged when the run was restored since the grant."""
+        status, *rest = await self._scripts.call("lease_renew", lease, keys=[self._scripts.lease_key(lease)])
+        if status != "renewed":
+            self._scripts.refuse(status, rest)
+        worker, token, ttl_ms, epoch, step = rest
+        return Lease(lease=lease, token=int(token), worker=worker, ttl_ms=ttl_ms, epoch=epoch, step=step)
+
+    async def release(self, lease: str, position: LogPosition) -> Ended:
+        """Ends a lease. Raises Behind and LeaseExpired."""
+        keys = [self._scripts.lease_key(lease), self._scripts.window_key(lease)]
+        status, *rest = await self._scripts.call("lease_release", lease, *position, keys=keys)
+        if status != "ended":
+            self._scripts.refuse(status, rest)
+        return Ended(rest[0], rest[1], rest[2], rest[3:])
+
+    async def expire(self, position: LogPosition, patience_ms: int) -> Expired:
+        """Ends the leases that have run out.
+
+        patience_ms: how long a push may take to reach all shards while others wait. Raises Behind.
+        """
+        live, is_due, left_ms, *pairs = await self._scripts.call("leases_due", patience_ms)
+        if not is_due and not pairs:
+            return Expired(live, left_ms, None)
+        keys = [self._scripts.window_key(lease) for lease in pairs[1::2]]
+        status, *rest = await self._scripts.call("leases_expire", *position, patience_ms, *pairs, keys=keys)
+        if status != "ended":
+            self._scripts.refuse(status, rest)
+        return Expired(live, left_ms, Ended(rest[0], rest[1], rest[2], rest[3:]))
+
+    async def workers(self) -> list[WorkerStatus]:
+        """The live workers, by name."""
+        scripts = self._scripts
+        with reachable():
+            newest: dict[str, str] = await scripts.store.client.hgetall(scripts.key("workers"))
+            pipeline = scripts.store.client.pipeline(transaction=False)
+            for lease in newest.values():
+                pipeline.hgetall(scripts.lease_key(lease))
+                pipeline.pttl(scripts.lease_key(lease))
+            answers = await pipeline.execute() if newest else []
+        live = []
+        for (worker, lease), fields, ttl in zip(newest.items(), answers[::2], answers[1::2], strict=True):
+            if fields and ttl > 0:
+                status = {**fields, "worker": worker, "lease": lease, "expires_in_ms": ttl}
+                live.append(WorkerStatus.model_validate(status))
+        return sorted(live, key=lambda status: status.worker)
+
+    async def _newest_lease(self, worker: str) -> str:
+        with reachable():
+            return await self._scripts.store.client.hget(self._scripts.key("workers"), worker) or ""

@@ -1,0 +1,93 @@
+"""The commit log of a run, and what takes a place in it beside pushes: reports of metrics, reads, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from freestep.api.models import Metric
+from freestep.errors import IdempotencyConflict, MalformedRequest
+from freestep_service.coordination.run_scripts import RunScripts
+from freestep_service.coordination.store import reachable
+from freestep_service.domain.records import CheckpointId, Fenced, Owner
+from freestep_service.domain.reports import Measured
+
+__all__ = ["RunLog"]
+
+
+class RunLog:
+    """The log of one run. Calls with an owner may raise Behind, Fenced and ShardUnavailable."""
+
+    def __init__(self, scripts: RunScripts) -> None:
+        self._scripts = scripts
+
+    async def entries(self, after_seq: int) -> list[dict[str, Any]]:
+        """The log's entries after `after_seq`."""
+        with reachable():
+            entries = await self._scripts.store.client.xrange(self._scripts.key("log"), f"({after_seq}-0", "+")
+        return [json.loads(fields["entry"]) for _, fields in entries]
+
+    async def report_metric(
+        self, owner: Owner, measured: Measured, epoch: int | None
+    ) -> tuple[int, dict[str, Any] | None]:
+        """The run's epoch and the log entry that the report has become; no entry where it had counted before.
+
+        epoch: of the x that was measured, None if the report does not name it.
+        Raises the refusals of lua/report_metric.lua.
+        """
+        name, step, value = measured
+        status, *rest = await self._scripts.call(
+            "report_metric", *owner.position, owner.shard, owner.token, name, repr(value), step,
+            "" if epoch is None else epoch, keys=[self._scripts.key("metrics")],
+        )  # fmt: skip
+        match [status, *rest]:
+            case ["noted", epoch_now, entry]:
+                return epoch_now, json.loads(entry)
+            case ["replay", epoch_now]:
+                return epoch_now, None
+            case ["conflict"]:
+                raise IdempotencyConflict(f"{name} at step {step} was reported before, with another value")
+            case ["forgotten", oldest]:
+                raise MalformedRequest(f"reports of {name} from before step {oldest} are forgotten", field="step")
+            case ["crowded", most]:
+                raise MalformedRequest(f"the run has {most} metrics already, which is the most", field="name")
+        self._scripts.refuse(status, rest)
+
+    async def metrics(self) -> dict[str, Metric]:
+        """Each metric at its newest step, by name."""
+        with reachable():
+            reported = await self._scripts.store.client.hgetall(self._scripts.key("metrics"))
+        newest = {name: json.loads(steps)[-1] for name, steps in sorted(reported.items())}
+        return {name: Metric(value=float(value), step=step) for name, (step, value) in newest.items()}
+
+    async def request_read(self, owner: Owner, ticket: str, wanted: str, readers: int) -> int:
+        """The place in the log that a ticket's consistent read is of; 0 while there is no memory for it."""
+        arguments = (*owner.position, owner.shard, owner.token, ticket, wanted, readers)
+        status, *rest = await self._scripts.call("request_cut", *arguments)
+        if status != "cut":
+            self._scripts.refuse(status, rest)
+        return int(rest[0])
+
+    async def reads_sent(self, tickets: Sequence[str]) -> None:
+        """Notes that a shard has sent its parts of the reads with these tickets."""
+        await self._scripts.call("cut_sent", *tickets)
+
+    async def mark_checkpoint(self, owner: Owner) -> CheckpointId:
+        """Takes a place in the log at which every shard copies its part of a checkpoint."""
+        arguments = (*owner.position, owner.shard, owner.token)
+        status, *rest = await self._scripts.call("mark_checkpoint", *arguments)
+        if status != "marked":
+            self._scripts.refuse(status, rest)
+        return CheckpointId(*map(int, rest))
+
+    async def part_written(self, owner: Owner, checkpoint: CheckpointId, size: int) -> bool:
+        """Notes that a shard's part of a checkpoint is on disk; returns whether all parts are. Raises Fenced.
+
+        size: of the part, in bytes.
+        """
+        arguments = (owner.shard, owner.token, str(checkpoint), checkpoint.step, size)
+        (status,) = await self._scripts.call("checkpoint_part_written", *arguments)
+        if status == "fenced":
+            raise Fenced
+        return bool(status == "durable")

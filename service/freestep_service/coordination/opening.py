@@ -1,0 +1,148 @@
+"""The life of a run in Redis: creation, ownership of its shards, the phases of its opening, deletion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from freestep_service.coordination.nodes import Node
+from freestep_service.coordination.run_scripts import RUNS_KEY, RunScripts
+from freestep_service.coordination.store import Store, reachable
+from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.records import Fenced, Owner, RunState, RunView
+
+__all__ = ["RunOpening", "read_run"]
+
+
+class RunOpening:
+    """Creates, opens and deletes one run, and keeps the owners of its shards."""
+
+    def __init__(self, scripts: RunScripts, spec: str, policy: Policy) -> None:
+        self._scripts = scripts
+        self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct), policy.slack)
+
+    async def create(self, epoch: int, shards: int) -> str:
+        """Returns created, or same or different for a run that exists with this or with another spec."""
+        await self._list_run()
+        (status,) = await self._scripts.call("create", *self._rules, epoch, shards)
+        return str(status)
+
+    async def delete(self) -> None:
+        store, scripts = self._scripts.store, self._scripts
+        leases = await self._newest_leases()
+        keys = [key for lease in leases for key in (scripts.lease_key(lease), scripts.window_key(lease))]
+        await scripts.call("delete", keys=[scripts.key("metrics"), *keys])
+        with reachable():
+            await store.client.srem(RUNS_KEY, scripts.run)
+
+    async def read(self) -> RunView | None:
+        """See `read_run`."""
+        return await read_run(self._scripts.store, self._scripts.run)
+
+    async def heartbeat(self, node: Node, wanted: Sequence[int], fields: Mapping[str, str]) -> RunView | None:
+        """Prolongs what the process owns and takes the wanted shards that are free.
+
+        fields: what the process tells of its shards, as fields of the shards' hash ("K:applied").
+        Returns None when there is no such run.
+        """
+        arguments = (node.id, node.url, node.ttl_ms, json.dumps(list(wanted)), json.dumps(dict(fields)))
+        status, *rest = await self._scripts.call("run_heartbeat", *arguments)
+        if status == "missing":
+            return None
+        run, shards, now = rest
+        return RunView(_pairs(run), _pairs(shards), int(now))
+
+    async def gather(self, shards: int, generation: int | None = None, resharding: int | None = None) -> int:
+        """Closes the run to pushes until its shards have reported; returns the generation of the opening.
+
+        generation: the one that is to end; where another has begun since, nothing is changed.
+        """
+        await self._list_run()
+        arguments = (*self._rules, shards, _or_empty(generation), _or_empty(resharding))
+        (begun,) = await self._scripts.call("gather", *arguments)
+        return int(begun)
+
+    async def report_shard(self, owner: Owner, generation: int, report: str) -> list[str] | None:
+        """Reports where a shard stands. Returns all shards' reports, in order, once all are there. Raises Fenced."""
+        arguments = (owner.shard, owner.token, generation, report)
+        status, *reports = await self._scripts.call("report_shard", *arguments)
+        if status == "fenced":
+            raise Fenced
+        return reports if status == "gathered" else None
+
+    async def open(self, state: RunState, shards: int, generation: int, target: Mapping[str, Any]) -> bool:
+        """Writes a state into Redis and has the shards load it; False where another generation has begun.
+
+        target: what shards load, see `Decision.target`.
+        """
+        receipts = [text for key, record in state.receipts.items() for text in (key, record.to_json())]
+        group = json.dumps(dict(state.group))
+        metrics = {
+            name: json.dumps([[step, repr(value)] for step, value in steps.items()])
+            for name, steps in state.reported.items()
+        }
+        await self._list_run()
+        leases = await self._newest_leases()
+        (status,) = await self._scripts.call(
+            "open", *self._rules, shards, state.epoch, state.step, state.seq, int(state.initialized), group,
+            json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics), *receipts,
+            keys=[self._scripts.key("metrics"), *map(self._scripts.window_key, leases)],
+        )  # fmt: skip
+        return bool(status == "load")
+
+    async def loaded(self, owner: Owner, generation: int) -> str:
+        """Notes that a shard has loaded its state; returns waiting (for other shards), open or late. Raises Fenced."""
+        (status,) = await self._scripts.call("loaded", owner.shard, owner.token, generation)
+        if status == "fenced":
+            raise Fenced
+        return str(status)
+
+    async def give_up(self, owners: Iterable[Owner]) -> None:
+        """Ends the ownership of shards, so that any process may take them."""
+        arguments = [text for owner in owners for text in (owner.shard, owner.token)]
+        if arguments:
+            await self._scripts.call("give_up_shards", *arguments)
+
+    async def reshard(self, generation: int, shards: int) -> None:
+        """Divides the run into another number of shards, once the state of the present ones is on disk."""
+        await self._scripts.call("reshard", generation, shards)
+
+    async def initial_weights(self, owner: Owner, upload: str, progress: str, patience_ms: int) -> str:
+        """Notes how far a shard is with its part of an upload: coming, staged or withdrawn.
+
+        Returns coming, waiting, staged, initialized or already-initialized, see lua/initial_weights.lua.
+        Raises Behind, Fenced and ShardUnavailable.
+        """
+        arguments = (owner.shard, owner.token, upload, *owner.position, progress, patience_ms)
+        (status,) = await self._scripts.call("initial_weights", *arguments)
+        if status in ("coming", "waiting", "staged", "initialized", "already-initialized"):
+            return str(status)
+        self._scripts.refuse(status, ["[]"] if status == "not-open" else [])
+
+    async def _list_run(self) -> None:
+        with reachable():
+            await self._scripts.store.client.sadd(RUNS_KEY, self._scripts.run)
+
+    async def _newest_leases(self) -> list[str]:
+        with reachable():
+            return list(await self._scripts.store.client.hvals(self._scripts.key("workers")))
+
+
+async def read_run(store: Store, run: str) -> RunView | None:
+    """Reads how a run stands; None when Redis does not know it. The time is not read: `now_ms` is 0."""
+    scripts = RunScripts(store, run)
+    with reachable():
+        pipeline = store.client.pipeline(transaction=False)
+        pipeline.hgetall(scripts.key("run"))
+        pipeline.hgetall(scripts.key("shards"))
+        fields, shards = await pipeline.execute()
+    return RunView(fields, shards, 0) if "spec" in fields else None
+
+
+def _pairs(flat: Sequence[str]) -> dict[str, str]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _or_empty(number: int | None) -> str:
+    return "" if number is None else str(number)

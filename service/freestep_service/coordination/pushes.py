@@ -1,0 +1,92 @@
+"""The admission and the commit of pushes.
+
+A push is admitted and committed under its lease's fencing token, and under the token of each shard's owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from freestep_service.coordination.run_scripts import RunScripts
+from freestep_service.domain.records import Admission, Claim, Owner, Record
+
+__all__ = ["RunPushes"]
+
+
+class RunPushes:
+    """The pushes of one run. `admit` and `commit` may raise Behind, Fenced and ShardUnavailable."""
+
+    def __init__(self, scripts: RunScripts) -> None:
+        self._scripts = scripts
+
+    async def admit(self, claim: Claim, owner: Owner, sent: Sequence[str] = ()) -> Admission:
+        """Renews the lease and decides what the claim can decide.
+
+        sent: tickets of reads whose parts the shard has sent, as of `RunLog.reads_sent`.
+        Raises Pending, Ahead and the refusals of lua/admit.lua.
+        """
+        status, *rest = await self._call("admit", claim, owner, *sent)
+        match status:
+            case "admitted":
+                return Admission()
+            case "queued":
+                return Admission(queued=True)
+            case "replay":
+                return Admission(Record.from_json(rest[0]), replayed=True)
+            case "dropped":
+                return Admission(Record.from_json(rest[0]), evicted=tuple(rest[1:]))
+        self._scripts.refuse(status, rest)
+
+    async def precheck(self, claim: Claim) -> None:
+        """Raises what `admit` would refuse a claim with, whichever shard it is for; renews nothing."""
+        arguments = (claim.lease, claim.token, claim.step, claim.key, claim.fingerprint())
+        keys = [self._scripts.lease_key(claim.lease)]
+        status, *rest = await self._scripts.call("precheck_claim", *arguments, keys=keys)
+        if status != "passed":
+            self._scripts.refuse(status, rest)
+
+    async def commit(
+        self,
+        claim: Claim,
+        owner: Owner,
+        digest: str,
+        norm: float,
+        largest_norm: float | None,
+        wanted: str = "",
+        *,
+        after_update: bool = False,
+    ) -> tuple[Record, list[str]] | None:
+        """The policy's decision and the evicted idempotency keys; None while other shards have not staged their parts.
+
+        wanted: the point and dtype to answer with, as of the push's place in the log, or of its group's update.
+        Raises Lost, LeaseExpired, EpochChanged and NonFiniteGradient (the norm over all shards is too large).
+        """
+        largest = "" if largest_norm is None else repr(largest_norm)
+        speed = "" if claim.speed is None else repr(claim.speed)
+        arguments = (digest, repr(norm), largest, wanted, int(after_update), speed)
+        status, *rest = await self._call("commit", claim, owner, *arguments)
+        if status == "staged":
+            return None
+        if status != "committed":
+            self._scripts.refuse(status, rest)
+        return Record.from_json(rest[0]), rest[1:]
+
+    async def discard(self, claim: Claim, shard: int, slug: str = "", detail: str = "") -> None:
+        """Forgets a shard's part of an admitted push; with a slug, all shards refuse the push."""
+        await self._scripts.call("discard_part", claim.key, shard, slug, detail)
+
+    async def _call(self, script: str, claim: Claim, owner: Owner, *more: str | int) -> list[Any]:
+        return await self._scripts.call(
+            script,
+            claim.lease,
+            claim.token,
+            claim.step,
+            claim.key,
+            claim.fingerprint(),
+            *owner.position,
+            owner.shard,
+            owner.token,
+            *more,
+            keys=[self._scripts.lease_key(claim.lease), self._scripts.window_key(claim.lease)],
+        )

@@ -1,0 +1,98 @@
+"""The keys of one run in Redis, calls of scripts with them, and the refusals of those scripts as exceptions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from freestep.errors import (
+    PROBLEMS,
+    CoordinatorUnavailable,
+    EpochChanged,
+    IdempotencyConflict,
+    LeaseExpired,
+    MalformedRequest,
+    NonFiniteGradient,
+    RunNotInitialized,
+    ShardUnavailable,
+)
+from freestep_service.coordination.store import Store
+from freestep_service.domain.records import Ahead, Behind, Fenced, Lost, Pending
+
+__all__ = ["RUNS_KEY", "RunScripts", "not_open"]
+
+RUNS_KEY = "freestep:runs"
+"""The set of the names of all runs; the key belongs to no run."""
+
+_NAMES = (
+    "run", "leases", "workers", "receipts", "pending", "group", "log", "ended", "shards", "staged", "queue", "cuts",
+)  # fmt: skip
+"""The keys that every script takes, in the order of lua/_prelude.lua."""
+
+
+class RunScripts:
+    """Calls the scripts of lua/ for one run. All keys share one hash tag, so that Redis Cluster keeps them together."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self.store = store
+        self.run = run
+        self._keys = [self.key(name) for name in _NAMES]
+
+    def key(self, name: str) -> str:
+        return f"freestep:{{{self.run}}}:{name}"
+
+    def lease_key(self, lease: str) -> str:
+        return self.key(f"lease:{lease}")
+
+    def window_key(self, lease: str) -> str:
+        """The list of the newest idempotency keys that were used under a lease."""
+        return self.key(f"window:{lease}")
+
+    async def call(self, script: str, *arguments: str | int, keys: Sequence[str] = ()) -> list[Any]:
+        """Calls a script by the name of its file; `keys` follow those that every script takes.
+
+        Returns the members of its answer, of which the first is the status in most scripts.
+        Raises CoordinatorUnavailable.
+        """
+        answer = await self.store.run(script, [*self._keys, *keys], *arguments)
+        return answer if isinstance(answer, list) else [answer]
+
+    def refuse(self, status: str, rest: Iterable[Any]) -> NoReturn:
+        """Raises the exception for a status that several scripts return."""
+        match [status, *rest]:
+            case ["behind"]:
+                raise Behind
+            case ["fenced"]:
+                raise Fenced
+            case ["not-open", missing]:
+                raise not_open(self.run, json.loads(missing))
+            case ["lost"]:
+                raise Lost
+            case ["pending"]:
+                raise Pending
+            case ["ahead"]:
+                raise Ahead
+            case ["lease-expired"]:
+                raise LeaseExpired
+            case ["epoch-changed", epoch]:
+                raise EpochChanged(f"the run is in epoch {epoch} now", epoch=epoch)
+            case ["step-ahead", step]:
+                raise MalformedRequest(f"the step is ahead of the run's step {step}", step=step)
+            case ["run-not-initialized"]:
+                raise RunNotInitialized
+            case ["idempotency-conflict"]:
+                raise IdempotencyConflict
+            case ["refused-before", slug, detail]:
+                raise PROBLEMS[slug](detail or None)
+            case ["refused"]:
+                raise NonFiniteGradient("the gradient's norm is so large that its square overflows fp32")
+        raise CoordinatorUnavailable(f"unexpected answer of a script: {status}")
+
+
+def not_open(run: str, missing: Sequence[int]) -> ShardUnavailable:
+    """The refusal of a request to a run that is not open; `missing`: the shards without an owner."""
+    if missing:
+        listed = ", ".join(map(str, missing))
+        return ShardUnavailable(f"nobody owns shard {listed} of the run {run!r}", missing=list(missing))
+    return ShardUnavailable(f"the shards of the run {run!r} are being opened", missing=[])
