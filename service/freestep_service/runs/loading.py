@@ -17,8 +17,9 @@ from freestep.errors import CoordinatorUnavailable
 from freestep.wire.manifest import Manifest
 from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.domain.opening import Decision, Report, Waiting, decide
-from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, Receipts, Record, RunState, RunView
+from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Receipts, Record, RunState
 from freestep_service.domain.reports import Reported
+from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.telemetry import RunMetrics
@@ -159,10 +160,11 @@ class Loading:
 
     async def _take_all(self, owned: LocalShard, seq: int) -> None:
         """Has a shard take the log up to an entry, or as much of it as there is."""
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, LogTruncated):
             async with asyncio.timeout(_CATCHING_UP_S):
                 while owned.writer.taken_seq < seq:
-                    entries = await self._host.coordinator.log.entries(owned.writer.taken_seq)
+                    taken = LogPosition(owned.writer.epoch, owned.writer.taken_seq)
+                    entries = await self._host.coordinator.log.entries(taken)
                     if not all([owned.hear(entry) for entry in entries]):
                         return
                     await asyncio.sleep(_POLL_S)

@@ -20,7 +20,8 @@ from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.nodes import Node, Stopwatch
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.coordination.store import Store
-from freestep_service.domain.records import Fenced, LogPosition, RunView
+from freestep_service.domain.records import Fenced, LogPosition
+from freestep_service.domain.run_view import RunView
 from freestep_service.runs.loading import Loading
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.storage.run_files import LastEpochs
@@ -215,7 +216,10 @@ class Ownership:
             index
             for index in range(standing.count)
             if not standing.is_owned(index)
-            or (standing.field(index, "url") == self._node.url and standing.field(index, "node") != self._node.id)
+            or (
+                standing.was_owned_by_predecessor(index, self._node.url, self._node.host)
+                and standing.field(index, "node") != self._node.id
+            )
         }
         self._missing_since.note(set(free))
         if free:
@@ -226,7 +230,7 @@ class Ownership:
         wanted: list[int] = []
         # Those whose state is still here come first.
         for index in sorted(free, key=lambda index: (index not in self.owned, index)):
-            was_mine = index in self.owned or standing.field(index, "url") == self._node.url
+            was_mine = index in self.owned or standing.was_owned_by_predecessor(index, self._node.url, self._node.host)
             is_left = was_mine or self._missing_since.age(index) > self._node.ttl_ms / 1000
             can_load = index in self.owned or "durable" not in standing.run
             may_take = (left > 0 and not waits) or is_left

@@ -42,6 +42,7 @@ from freestep_service.domain.records import (
     Pending,
     Receipts,
     Record,
+    StagedPart,
 )
 from freestep_service.optimizers import Pushed
 from freestep_service.settings import Settings
@@ -281,7 +282,7 @@ class Pushes:
     async def _answer(self, claim: Claim, admission: Admission, record: Record, body: Body) -> tuple[Record, bool]:
         # A push that was dropped on its claim alone has no digest: its body was never read. Nor has one that was
         # pushed when the run was cut into other shards.
-        digest = record.digests.get(str(self._owner().shard))
+        digest = record.digest_of(self._manifest.begin, self._manifest.end)
         if admission.replayed and digest and digest != await body.receive_digest():
             raise IdempotencyConflict("the idempotency key came before with another body")
         return record, admission.replayed
@@ -348,8 +349,7 @@ class Pushes:
                 answer = await self._coordinator.pushes.commit(
                     claim,
                     self._owner(),
-                    staged.digest,
-                    staged.norm,
+                    StagedPart(self._manifest.begin, self._manifest.end, staged.digest, staged.norm),
                     largest,
                     wish.wanted,
                     after_update=wish.after_update,

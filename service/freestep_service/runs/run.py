@@ -35,7 +35,8 @@ from freestep_service.coordination.run_scripts import not_open
 from freestep_service.coordination.store import Store
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.opening import Decision
-from freestep_service.domain.records import Claim, Receipts, Record, RunView
+from freestep_service.domain.records import Claim, LogPosition, LogTruncated, Receipts, Record
+from freestep_service.domain.run_view import RunView
 from freestep_service.domain.topology import topology
 from freestep_service.optimizers import Quantized
 from freestep_service.runs.checkpointing import Checkpointing
@@ -159,7 +160,13 @@ class Run:
         """Reads what of the log was not heard."""
         if self.owned:
             after = min(owned.writer.taken_seq for owned in self.owned.values())
-            for entry in await self.coordinator.log.entries(after):
+            try:
+                entries = await self.coordinator.log.entries(LogPosition(self.epoch, after))
+            except LogTruncated as error:
+                logger.error("run %s cannot go on: %s", self.name, error)
+                self._ownership.is_troubled = True
+                return
+            for entry in entries:
                 self.on_entry(entry)
 
     def catch_up_soon(self) -> None:
