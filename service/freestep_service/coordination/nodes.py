@@ -92,14 +92,15 @@ class Node:
             if rival is None:
                 self._is_registered = True
                 return live, None
-            if seen.setdefault(rival.id, rival.ends) != rival.ends:
+            if seen.get(rival.id, rival.ends) != rival.ends:
                 raise UrlInUse(self.url, self._name, _name(rival.host))
-            if len(seen) == 1:
+            if rival.id not in seen:
                 logger.warning(
                     "%s was the URL of a service on the host %s until lately: waiting to see whether that is live",
                     self.url,
                     _name(rival.host),
                 )
+            seen[rival.id] = rival.ends
             await self.sleep(_POLL_S)
 
     async def _register(self, store: Store) -> tuple[int, _Rival | None]:
