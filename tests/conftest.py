@@ -107,6 +107,15 @@ def start_process(tmp_path: Path) -> Iterator[Callable[..., ProcessService]]:
         each.stop()
 
 
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Valkey server that tests share; each uses keys of its own."""
+    folder = tmp_path_factory.mktemp("valkey")
+    path = folder / "valkey.sock"
+    with ValkeyServer(port=0, data_dir=folder, unix_socket_path=path):
+        yield f"unix://{path}"
+
+
 @pytest.fixture(params=["valkey", "redis"])
 def redis_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A store that outlives the service: Valkey, and Debian's redis-server where it is installed."""

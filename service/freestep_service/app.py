@@ -19,6 +19,7 @@ from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.embedded import embedded_store
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.store import Store
+from freestep_service.domain.records import UrlInUse
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.resources import Resources
@@ -118,6 +119,8 @@ async def _start(app: FastAPI, settings: Settings, metrics: Metrics, stack: Asyn
         await registry.start()
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
+    except UrlInUse as error:
+        raise CannotStart(str(error)) from error
     except OSError as error:
         raise CannotStart(
             f"the checkpoints in {place} cannot be read, name another place with checkpoint_url: {error}"

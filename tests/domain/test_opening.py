@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from freestep_service.domain.opening import Decision, Report, Waiting, decide
-from freestep_service.domain.records import CheckpointId, LogPosition, RunView
+from freestep_service.domain.records import CheckpointId, LogPosition
+from freestep_service.domain.run_view import RunView
 
 AT_7 = CheckpointId(2, 7, 9)
 """Where the log of these runs ends: entry 9 of epoch 2, at step 7."""
@@ -18,14 +19,17 @@ NOTHING = CheckpointId(2, 0, 0)
 LOST: dict[str, Any] = {"lost": 1}
 
 
+RULES = {"spec": "{}", "batch": 1, "max_staleness": "none", "distinct": 0, "phase": "gather", "generation": 1}
+
+
 def standing(place: CheckpointId = AT_7, *, initialized: int = 1, **fields: Any) -> RunView:
     run = {"epoch": place.epoch, "step": place.step, "seq": place.seq, "initialized": initialized, **fields}
-    return RunView({name: str(value) for name, value in run.items()}, {}, 0)
+    return RunView({name: str(value) for name, value in (RULES | run).items()}, {}, 0)
 
 
 def lost(**fields: Any) -> RunView:
     """Of a Redis that came back without the run."""
-    return RunView({name: str(value) for name, value in (LOST | fields).items()}, {}, 0)
+    return RunView({name: str(value) for name, value in (RULES | LOST | fields).items()}, {}, 0)
 
 
 def live(place: CheckpointId = AT_7, *offers: CheckpointId, epoch: int = 2) -> Report:

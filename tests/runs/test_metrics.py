@@ -13,10 +13,10 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from freestep.api.models import AggregationSpec
-from freestep_service.coordination.coordinator import Coordinator, Owner
+from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.store import Store
 from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import LogPosition
+from freestep_service.domain.records import LogPosition, Owner
 from freestep_service.domain.reports import Measured
 from harness import ProcessService, ThreadService
 from plain_calls import TENSORS, Api, slug
@@ -157,7 +157,7 @@ def test_a_report_of_which_only_the_log_tells_comes_before_the_next_push(api: Ap
         coordinator = Coordinator(store, api.run, "", Policy.of(AggregationSpec()))
         token = service.redis_dump(api.redis_key("shards"))[api.redis_key("shards")]["0:token"]
         for step, value in enumerate((1.0, 2.0)):
-            await coordinator.measure(Owner(0, token, LogPosition(1, 0)), Measured("loss", step, value), None)
+            await coordinator.log.report_metric(Owner(0, token, LogPosition(1, 0)), Measured("loss", step, value), None)
         await store.close()
 
     api.push(api.lease(), 0, tensors=ONES)

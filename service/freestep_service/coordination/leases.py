@@ -11,7 +11,7 @@ from typing import NamedTuple
 from freestep.api.models import Lease, WorkerStatus
 from freestep_service.coordination.run_scripts import RunScripts
 from freestep_service.coordination.store import reachable
-from freestep_service.domain.records import Behind, Ended, LogPosition
+from freestep_service.domain.records import Ended, LogPosition
 
 __all__ = ["Expired", "RunLeases"]
 
@@ -41,8 +41,6 @@ class RunLeases:
         while True:
             keys = [scripts.lease_key(lease), scripts.window_key(older), scripts.lease_key(older)]
             status, *rest = await scripts.call("lease_grant", worker, lease, ttl_ms, older, keys=keys)
-            if status == "missing":
-                raise Behind
             if status == "granted":
                 token, epoch, step, *evicted = rest
                 granted = Lease(lease=lease, token=int(token), worker=worker, ttl_ms=ttl_ms, epoch=epoch, step=step)

@@ -10,7 +10,7 @@ from freestep.api.models import Metric
 from freestep.errors import IdempotencyConflict, MalformedRequest
 from freestep_service.coordination.run_scripts import RunScripts
 from freestep_service.coordination.store import reachable
-from freestep_service.domain.records import CheckpointId, Fenced, Owner
+from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Owner
 from freestep_service.domain.reports import Measured
 
 __all__ = ["RunLog"]
@@ -22,11 +22,17 @@ class RunLog:
     def __init__(self, scripts: RunScripts) -> None:
         self._scripts = scripts
 
-    async def entries(self, after_seq: int) -> list[dict[str, Any]]:
-        """The log's entries after `after_seq`."""
-        with reachable():
-            entries = await self._scripts.store.client.xrange(self._scripts.key("log"), f"({after_seq}-0", "+")
-        return [json.loads(fields["entry"]) for _, fields in entries]
+    async def entries(self, after: LogPosition) -> list[dict[str, Any]]:
+        """The entries after a position; none if the run is in another epoch by now.
+
+        Raises LogTruncated where the log begins behind the position.
+        """
+        newest, *entries = await self._scripts.call("log_entries", after.epoch, after.seq)
+        parsed: list[dict[str, Any]] = [json.loads(entry) for entry in entries]
+        first = parsed[0]["seq"] if parsed else newest + 1
+        if newest > after.seq and first != after.seq + 1:
+            raise LogTruncated(after, first)
+        return parsed
 
     async def report_metric(
         self, owner: Owner, measured: Measured, epoch: int | None

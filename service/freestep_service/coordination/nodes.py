@@ -1,45 +1,115 @@
-"""The service processes that share a Redis: who this one is, and how many there are."""
+"""The service processes that share a Redis: this process, and how many others are live."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import secrets
+import socket
 import time
+import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 from freestep_service.coordination.store import Store, reachable
+from freestep_service.domain.records import UrlInUse
 
-__all__ = ["Node"]
+__all__ = ["Node", "Stopwatch", "host_identity"]
+
+logger = logging.getLogger("freestep")
 
 _NODES_KEY = "freestep:nodes"
-"""The live processes, see lua/node_heartbeat.lua; no run owns it."""
+"""The live processes, see lua/node_heartbeat.lua; the key belongs to no run."""
+_HOSTS_KEY = "{freestep:nodes}:hosts"
+"""Their URLs and hosts. The hash tag keeps both keys on one server of a cluster."""
+_POLL_S = 0.25
+
+
+def host_identity() -> str:
+    """The host's name and the id of its boot: different for two hosts, and for two containers, that share a name.
+
+    A machine id would not do: copies of one image share it.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = f"{uuid.getnode():012x}"
+    return f"{socket.gethostname()} {boot}"
+
+
+class _Rival(NamedTuple):
+    """A live process on another host with the same URL. `ends`: until when it counts as live, by Redis's clock."""
+
+    id: str
+    host: str
+    ends: str
 
 
 @dataclass
 class Node:
-    """This process. `id` is its own for as long as it lives; at `url` the others, and clients, reach it."""
+    """This process. `id` is its own until it ends; at `url` the other processes, and clients, reach it."""
 
     url: str
     ttl_ms: int
-    """How long it keeps what it owns when nothing is heard of it."""
+    """How long others count it as live, and leave it its shards, after a heartbeat."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
+    host: str = field(default_factory=host_identity)
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     live_peers: int = 0
-    """Other processes that are alive, or were until lately: they may be back soon, or Redis may have forgotten them."""
+    """Other processes that are live, or were until lately: they may come back, or Redis may have forgotten them."""
     _counted_at: float = 0.0
-    _heard_at: float = 0.0
+    _answered_at: float = 0.0
+    _is_registered: bool = False
+    _named: set[str] = field(default_factory=set)
+    """The rivals that were logged."""
 
     async def heartbeat(self, store: Store) -> None:
-        """Says that it lives, and counts who else does."""
-        others = int(await store.run("node_heartbeat", [_NODES_KEY], self.id, self.ttl_ms)) - 1
-        now, ttl = time.monotonic(), self.ttl_ms / 1000
-        if now > self._heard_at + ttl:
-            # Redis was away, for the others too: that it has not heard of them says nothing yet.
+        """Registers this process as live, and counts the others.
+
+        The first heartbeat raises UrlInUse if a live process on another host has the same URL; it takes up to `ttl_ms`
+        to see whether such a process is still live. Later heartbeats log it.
+        """
+        live, rival = await self._register(store) if self._is_registered else await self._join(store)
+        if rival is not None and rival.id not in self._named:
+            self._named.add(rival.id)
+            logger.error("%s", UrlInUse(self.url, self._name, _name(rival.host)))
+        peers, now, ttl = live - 1, self.clock(), self.ttl_ms / 1000
+        if now > self._answered_at + ttl:
+            # Redis did not answer the others either, so it may count too few of them for now.
             self._counted_at = now
-        self._heard_at = now
-        if others >= self.live_peers or now > self._counted_at + ttl:
-            self.live_peers, self._counted_at = others, now
+        self._answered_at = now
+        if peers >= self.live_peers or now > self._counted_at + ttl:
+            self.live_peers, self._counted_at = peers, now
+
+    async def _join(self, store: Store) -> tuple[int, _Rival | None]:
+        """Registers this process once no process on another host has its URL. Raises UrlInUse if one is live."""
+        seen: dict[str, str] = {}
+        while True:
+            live, rival = await self._register(store)
+            if rival is None:
+                self._is_registered = True
+                return live, None
+            if seen.get(rival.id, rival.ends) != rival.ends:
+                raise UrlInUse(self.url, self._name, _name(rival.host))
+            if rival.id not in seen:
+                logger.warning(
+                    "%s was the URL of a service on the host %s until lately: waiting to see whether that is live",
+                    self.url,
+                    _name(rival.host),
+                )
+            seen[rival.id] = rival.ends
+            await self.sleep(_POLL_S)
+
+    async def _register(self, store: Store) -> tuple[int, _Rival | None]:
+        arguments = (self.id, self.ttl_ms, self.url, self.host, int(self._is_registered))
+        live, *rival = await store.run("node_heartbeat", [_NODES_KEY, _HOSTS_KEY], *arguments)
+        return int(live), _Rival(*map(str, rival)) if rival[0] else None
 
     async def leave(self, store: Store) -> None:
-        """Says that it goes."""
+        """Ends the registration, so that others need not wait until it runs out."""
         with reachable():
             await store.client.zrem(_NODES_KEY, self.id)
 
@@ -47,18 +117,28 @@ class Node:
         """How many of a run's shards fall to each process."""
         return -(-shards // (1 + self.live_peers))
 
+    @property
+    def _name(self) -> str:
+        return _name(self.host)
+
+
+def _name(host: str) -> str:
+    return host.split()[0]
+
 
 class Stopwatch:
-    """How long something has been so: since it was first noticed, in seconds."""
+    """For how long each of several things has been the case, in seconds since it was first noted."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._since: dict[object, float] = {}
 
     def note(self, things: set[object]) -> None:
-        """These are so now, and all others are not."""
-        now = time.monotonic()
+        """Notes what is the case now; everything else is not."""
+        now = self._clock()
         self._since = {thing: self._since.get(thing, now) for thing in things}
 
     def age(self, thing: object) -> float:
+        """Seconds since `thing` was first noted, 0 if it is not the case."""
         since = self._since.get(thing)
-        return 0.0 if since is None else time.monotonic() - since
+        return 0.0 if since is None else self._clock() - since

@@ -10,7 +10,8 @@ from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.run_scripts import RUNS_KEY, RunScripts
 from freestep_service.coordination.store import Store, reachable
 from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import Fenced, Owner, RunState, RunView
+from freestep_service.domain.records import Fenced, LogPosition, Owner, RunState
+from freestep_service.domain.run_view import RunView
 
 __all__ = ["RunOpening", "read_run"]
 
@@ -40,14 +41,24 @@ class RunOpening:
         """See `read_run`."""
         return await read_run(self._scripts.store, self._scripts.run)
 
-    async def heartbeat(self, node: Node, wanted: Sequence[int], fields: Mapping[str, str]) -> RunView | None:
-        """Prolongs what the process owns and takes the wanted shards that are free.
+    async def heartbeat(
+        self,
+        node: Node,
+        wanted: Sequence[int],
+        fields: Mapping[str, str],
+        applied: Mapping[int, LogPosition] | None = None,
+    ) -> RunView | None:
+        """Prolongs the ownership of the process's shards and takes the wanted shards that are free.
 
-        fields: what the process tells of its shards, as fields of the shards' hash ("K:applied").
-        Returns None when there is no such run.
+        fields: what else to keep of its shards, as fields of the shards' hash ("K:applied").
+        applied: up to where its shards have applied the log. Entries after that are not trimmed.
+        Returns None when there is no such run. Raises DamagedRun.
         """
-        arguments = (node.id, node.url, node.ttl_ms, json.dumps(list(wanted)), json.dumps(dict(fields)))
-        status, *rest = await self._scripts.call("run_heartbeat", *arguments)
+        positions = {} if applied is None else {str(shard): list(position) for shard, position in applied.items()}
+        status, *rest = await self._scripts.call(
+            "run_heartbeat", node.id, node.url, node.host, node.ttl_ms, json.dumps(list(wanted)),
+            json.dumps(dict(fields)), json.dumps(positions),
+        )  # fmt: skip
         if status == "missing":
             return None
         run, shards, now = rest
@@ -115,10 +126,10 @@ class RunOpening:
         Raises Behind, Fenced and ShardUnavailable.
         """
         arguments = (owner.shard, owner.token, upload, *owner.position, progress, patience_ms)
-        (status,) = await self._scripts.call("initial_weights", *arguments)
+        status, *rest = await self._scripts.call("initial_weights", *arguments)
         if status in ("coming", "waiting", "staged", "initialized", "already-initialized"):
             return str(status)
-        self._scripts.refuse(status, ["[]"] if status == "not-open" else [])
+        self._scripts.refuse(status, rest)
 
     async def _list_run(self) -> None:
         with reachable():
@@ -130,7 +141,10 @@ class RunOpening:
 
 
 async def read_run(store: Store, run: str) -> RunView | None:
-    """Reads how a run stands; None when Redis does not know it. The time is not read: `now_ms` is 0."""
+    """Reads how a run stands; None when Redis does not know it. The time is not read: `now_ms` is 0.
+
+    Raises DamagedRun.
+    """
     scripts = RunScripts(store, run)
     with reachable():
         pipeline = store.client.pipeline(transaction=False)

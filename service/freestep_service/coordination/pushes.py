@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from freestep_service.coordination.run_scripts import RunScripts
-from freestep_service.domain.records import Admission, Claim, Owner, Record
+from freestep_service.domain.records import Admission, Claim, Owner, Record, StagedPart
 
 __all__ = ["RunPushes"]
 
@@ -50,8 +50,7 @@ class RunPushes:
         self,
         claim: Claim,
         owner: Owner,
-        digest: str,
-        norm: float,
+        part: StagedPart,
         largest_norm: float | None,
         wanted: str = "",
         *,
@@ -59,13 +58,16 @@ class RunPushes:
     ) -> tuple[Record, list[str]] | None:
         """The policy's decision and the evicted idempotency keys; None while other shards have not staged their parts.
 
+        part: what the shard has staged. largest_norm: of the whole gradient; None if any is allowed.
         wanted: the point and dtype to answer with, as of the push's place in the log, or of its group's update.
         Raises Lost, LeaseExpired, EpochChanged and NonFiniteGradient (the norm over all shards is too large).
         """
         largest = "" if largest_norm is None else repr(largest_norm)
         speed = "" if claim.speed is None else repr(claim.speed)
-        arguments = (digest, repr(norm), largest, wanted, int(after_update), speed)
-        status, *rest = await self._call("commit", claim, owner, *arguments)
+        status, *rest = await self._call(
+            "commit", claim, owner, f"{part.begin}-{part.end}", part.digest, repr(part.norm), largest, wanted,
+            int(after_update), speed,
+        )  # fmt: skip
         if status == "staged":
             return None
         if status != "committed":

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from freestep_service.domain.records import CheckpointId, LogPosition, RunView
+from freestep_service.domain.records import CheckpointId, LogPosition
+from freestep_service.domain.run_view import RunView
 
 __all__ = ["Decision", "Report", "Waiting", "decide"]
 

@@ -1,11 +1,11 @@
-"""What passes between coordinator, pushes and shards: claims, decisions, and what is known of a run."""
+"""Claims, decisions and positions in the log, as Redis, shards and checkpoints exchange them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from freestep.api.models import Receipt
 from freestep_service.domain.reports import Reported
@@ -26,43 +26,59 @@ __all__ = [
     "Receipts",
     "Record",
     "RunState",
-    "RunView",
+    "StagedPart",
+    "UrlInUse",
 ]
 
 
 class Ahead(Exception):
-    """The push's worker is too far ahead of the slowest one; it has to wait."""
+    """A push has to wait: its worker is further ahead of the slowest worker than the policy's slack allows."""
 
 
 class Behind(Exception):
-    """Redis has lost what the shard has seen; the run must be opened again."""
+    """Redis has lost log entries that a shard has seen. The run must be opened again."""
 
 
 class Fenced(Exception):
-    """Another process owns the shard by now; nothing that this one does for it counts."""
+    """Another process owns the shard. Its calls for the shard change nothing any more."""
 
 
 class Lost(Exception):
-    """The run was opened again since the push was admitted, which is thereby forgotten."""
+    """An admitted push was forgotten: the run was opened again, or another shard refused the push."""
 
 
 class LogTruncated(Exception):
-    """The log begins behind the entry that was asked for: what is missing can be read no more."""
+    """The log lacks entries that a shard has not taken. The run must be opened again."""
+
+    def __init__(self, after: LogPosition, first_seq: int) -> None:
+        """first_seq: of the oldest entry after that position which the log still has."""
+        super().__init__(f"the log has entries from {first_seq} on, and entry {after.seq + 1} is needed")
+        self.first_seq = first_seq
 
 
 class Pending(Exception):
-    """The push's key is on its way through another request."""
+    """Another request carries a push with the same idempotency key at the moment."""
+
+
+class UrlInUse(Exception):
+    """A live process on another host has the URL of this one."""
+
+    def __init__(self, url: str, host: str, other_host: str) -> None:
+        super().__init__(
+            f"{url} is the URL of a service on the host {other_host} already, and this one runs on {host}: "
+            "set advertise_url to a URL at which the other services reach this one"
+        )
 
 
 class LogPosition(NamedTuple):
-    """How much of the log a shard has heard of. A Redis that has not got that far has lost data."""
+    """A position in the log: after entry `seq` of an epoch. Redis has lost data if its log ends before a known one."""
 
     epoch: int
     seq: int
 
 
 class CheckpointId(NamedTuple):
-    """A cut of a run: its state at entry `seq` of the log of `epoch`, when it had reached `step`. They sort by age."""
+    """The state of a run after entry `seq` of the log of an epoch, when it had reached `step`. Sorts by age."""
 
     epoch: int
     step: int
@@ -82,9 +98,9 @@ class Owner(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """What a push says of itself: its lease and token, where its gradient was taken, its idempotency key.
+    """The claim of a push: lease and fencing token, the step at which its gradient was taken, idempotency key.
 
-    speed: the steps that its worker takes by itself in a second, which its lease remembers.
+    samples: the push's weight in a mean. speed: local steps that its worker takes in a second, kept with its lease.
     """
 
     lease: str
@@ -96,15 +112,25 @@ class Claim:
     speed: float | None = None
 
     def fingerprint(self) -> str:
-        """What must be the same when the key comes again; it begins with the lease, see lua/open.lua."""
+        """What has to be the same when the key comes again. It begins with the lease, see lua/open.lua."""
         return f"{self.lease} {self.token} {self.step} {self.samples}"
+
+
+class StagedPart(NamedTuple):
+    """A shard's part of a push: elements [begin, end) of the flat gradient, the digest of their bytes, their norm."""
+
+    begin: int
+    end: int
+    digest: str
+    norm: float
 
 
 @dataclass(frozen=True)
 class Record:
     """A decided push, as kept for its idempotency key. `seq` is its place in the log, 0 if it has none.
 
-    digests: of its body, by shard. norm: of its gradient over all shards, in full precision.
+    digests: of the body, by range of elements ("BEGIN-END"; older versions: by index of the shard).
+    norm: of the gradient over all shards, in full precision.
     """
 
     claim: str
@@ -127,11 +153,15 @@ class Record:
         return json.dumps(asdict(self))
 
     def digest_of(self, begin: int, end: int) -> str | None:
-        """The digest of elements `begin` to `end`; None where it is not known."""
+        """The digest of elements [begin, end) of the body.
+
+        None if it is not known: the body was never read, or it was pushed in other parts, so that bodies cannot be
+        compared.
+        """
         return self.digests.get(f"{begin}-{end}")
 
     def settled(self, step: int) -> Record:
-        """The record of an accumulated push, once the run has reached a step after it: its update is applied."""
+        """The record once the run has reached `step`: an accumulated push is applied by then, if the step is later."""
         if self.decision != "accumulated" or step <= self.step:
             return self
         return replace(self, decision="applied", step=self.step + 1)
@@ -149,7 +179,7 @@ class Record:
 
 
 class Receipts(dict[str, Record]):
-    """The decided pushes by idempotency key, oldest first: the same that Redis holds."""
+    """The decided pushes by idempotency key, oldest first, as Redis holds them too."""
 
     def remember(self, key: str, record: Record, evicted: Iterable[str]) -> None:
         self[key] = record
@@ -160,70 +190,32 @@ class Receipts(dict[str, Record]):
             self.pop(key, None)
 
     def until(self, seq: int) -> dict[str, Record]:
-        """Those of the log up to an entry, and the dropped, which have no place in it."""
+        """The records of the log up to an entry, and those of dropped pushes, which have no place in the log."""
         return {key: record for key, record in self.items() if record.seq <= seq}
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What is known of a run, enough to write its part of Redis anew."""
+    """The state of a run that its part of Redis is written from when the run opens."""
 
     epoch: int
     step: int = 0
     seq: int = 0
     initialized: bool = False
     group: Mapping[str, int] = field(default_factory=dict)
-    """Worker -> its pushes in the update being gathered."""
+    """Worker -> number of its pushes in the update that is being gathered."""
     receipts: Mapping[str, Record] = field(default_factory=dict)
     """Idempotency key -> record, oldest first."""
     reported: Reported = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class RunView:
-    """How a run stands in Redis: its hash, and the hash of its shards, as lua/_prelude.lua has them."""
-
-    run: Mapping[str, str]
-    shards: Mapping[str, str]
-    now_ms: int
-
-    @property
-    def count(self) -> int:
-        """How many shards there are."""
-        return int(self.run.get("shards", 1))
-
-    @property
-    def phase(self) -> str:
-        return self.run["phase"]
-
-    @property
-    def generation(self) -> int:
-        return int(self.run["generation"])
-
-    def number(self, field: str) -> int:
-        """A number of the run's hash, 0 where there is none."""
-        return int(self.run.get(field, 0))
-
-    def field(self, shard: int, field: str) -> str | None:
-        """What is said of a shard."""
-        return self.shards.get(f"{shard}:{field}")
-
-    def is_owned(self, shard: int) -> bool:
-        ends = self.field(shard, "ends")
-        return ends is not None and int(ends) > self.now_ms
-
-    def missing(self) -> list[int]:
-        """The shards that nobody owns."""
-        return [shard for shard in range(self.count) if not self.is_owned(shard)]
-
-    def target(self) -> dict[str, Any]:
-        """What shards load, see lua/open.lua."""
-        return dict(json.loads(self.run["target"]))
-
-
-@dataclass(frozen=True)
 class Admission:
-    """What the claim decided: nothing yet (no record), or all of it. `queued`: the body has to wait for its turn."""
+    """The answer to a claim: a record if the claim alone decides the push, else the body may be sent.
+
+    queued: the body has to wait for a message. replayed: the record was known before.
+    evicted: idempotency keys whose receipts the record has displaced.
+    """
 
     record: Record | None = None
     replayed: bool = False
@@ -233,7 +225,7 @@ class Admission:
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a run when leases ended; `seq` is 0 unless that closed an update."""
+    """What ending leases has changed: `seq` is the place in the log of the update that it completed, 0 if none."""
 
     seq: int
     step: int

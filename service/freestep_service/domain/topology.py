@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from freestep.api.models import ShardStatus, Slice, Topology
 from freestep.wire.manifest import Manifest
-from freestep_service.domain.records import RunView
+from freestep_service.domain.run_view import RunView
 
 __all__ = ["topology"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from freestep_service.domain.records import CheckpointId, Record
+from freestep_service.domain.records import CheckpointId, LogPosition, Record
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.owned_shards import OwnedShards
@@ -75,6 +75,6 @@ class Dispatch:
     async def catch_up(self) -> None:
         """Reads the entries that may have been missed."""
         if len(self._shards):
-            after = min(shard.core.writer.taken_seq for shard in self._shards)
+            after = LogPosition(self._shards.epoch, min(shard.core.writer.taken_seq for shard in self._shards))
             for entry in await self._coordinator.log.entries(after):
                 self.on_entry(entry)

@@ -13,8 +13,9 @@ from contextlib import suppress
 
 from freestep.errors import CoordinatorUnavailable, FreestepError
 from freestep_service.domain.opening import Decision, Report, Waiting, decide
-from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, Record, RunState, RunView
+from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Record, RunState
 from freestep_service.domain.reports import Reported
+from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
@@ -137,10 +138,11 @@ class Loading:
 
     async def _take_all(self, shard: LocalShard, seq: int) -> None:
         """Has a shard take the log up to an entry, or as much of it as there is."""
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, LogTruncated):
             async with asyncio.timeout(_CATCHING_UP_S):
                 while shard.core.writer.taken_seq < seq:
-                    entries = await self._coordinator.log.entries(shard.core.writer.taken_seq)
+                    writer = shard.core.writer
+                    entries = await self._coordinator.log.entries(LogPosition(writer.epoch, writer.taken_seq))
                     if not all([shard.on_entry(entry) for entry in entries]):
                         return
                     await asyncio.sleep(_POLL_S)

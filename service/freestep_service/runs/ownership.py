@@ -15,7 +15,8 @@ from contextlib import asynccontextmanager, suppress
 from freestep.errors import CoordinatorUnavailable, RunNotFound
 from freestep_service.coordination.nodes import Stopwatch
 from freestep_service.coordination.run_scripts import not_open
-from freestep_service.domain.records import Fenced, LogPosition, RunView
+from freestep_service.domain.records import Fenced, LogPosition
+from freestep_service.domain.run_view import RunView
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.loading import Loading
@@ -133,7 +134,7 @@ class Ownership:
         wanted = list(wanted)
         while True:
             position = max((shard.core.writer.position for shard in self._shards), default=LogPosition(0, 0))
-            view = await self._opening.heartbeat(self._node, wanted, self._fields())
+            view = await self._opening.heartbeat(self._node, wanted, self._fields(), self._applied())
             if view is None:
                 last = await self._context.resources.disk.run(self._last_epochs.read, self._context.name)
                 if last >= max(self._shards.epoch, self._loading.newest_epoch, 1):
@@ -159,13 +160,18 @@ class Ownership:
         fields = {}
         for shard in self._shards:
             fields[f"{shard.index}:applied"] = str(shard.core.writer.applied_step)
-            fields[f"{shard.index}:applied_seq"] = str(shard.core.writer.taken_seq)
         telemetry = self._context.telemetry
         if self._shards.has_first and telemetry.loss is not None:
             fields["0:loss"] = repr(telemetry.loss)
         if self._shards.has_first and telemetry.staleness is not None:
             fields["0:staleness"] = repr(telemetry.staleness)
         return fields
+
+    def _applied(self) -> Mapping[int, LogPosition]:
+        """Up to where the owned shards have taken the log: what is behind that may be trimmed."""
+        return {
+            shard.index: LogPosition(shard.core.writer.epoch, shard.core.writer.taken_seq) for shard in self._shards
+        }
 
     def _watch_gap(self) -> None:
         """Has the run opened again where an entry of the log is lost: a gap that reading the log does not fill."""

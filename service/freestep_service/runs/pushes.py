@@ -30,7 +30,7 @@ from freestep.errors import (
 )
 from freestep.wire.encoding import ENCODINGS
 from freestep_service.domain.aggregation import damping, lateness
-from freestep_service.domain.records import Admission, Ahead, Claim, Lost, Pending, Record
+from freestep_service.domain.records import Admission, Ahead, Claim, Lost, Pending, Record, StagedPart
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
@@ -341,6 +341,7 @@ class Pushes:
 
     async def _decide(self, claim: Claim, flight: _Flight, options: PushOptions) -> _Decision:
         writer, staged = self._core.writer, flight.staged
+        begin, end = self._core.manifest.begin, self._core.manifest.end
         assert staged is not None
         largest = _LARGEST_NORM if self._spec.optimizer.max_grad_norm is None else None
         while True:
@@ -352,8 +353,7 @@ class Pushes:
                     lambda: self._coordinator.commit(
                         claim,
                         self._core.owner(),
-                        staged.digest,
-                        staged.norm or 0.0,
+                        StagedPart(begin, end, staged.digest, staged.norm or 0.0),
                         largest,
                         options.wanted,
                         after_update=options.after_update,

@@ -22,7 +22,8 @@ from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.opening import Decision
-from freestep_service.domain.records import Receipts, RunView
+from freestep_service.domain.records import Receipts
+from freestep_service.domain.run_view import RunView
 from freestep_service.domain.topology import topology
 from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background

@@ -1,35 +1,42 @@
--- Goes before every script: the run's keys by name, the clock, and what several scripts share.
+-- This file is put before every other script: the names of the run's keys, the clock, and shared functions.
 --
--- KEYS 1-12 the same for every script, all under one hash tag, freestep:{run}:...
+-- KEYS 1-12 are the same for every script that is called for a run. Their hash tag is the same: freestep:{run}:...
 --   run       hash    spec, epoch, step, seq, initialized, token, the policy's values, counts of pushes; shards (how
---                     many), phase and generation of its opening (see open.lua), durable (the newest checkpoint),
---                     clocks (JSON: worker -> its pushes, where the policy has a slack)
---   leases    zset    worker -> when its lease ends, ms since 1970 by Redis's clock
+--                     many), phase and generation of the opening (see open.lua), durable (the newest checkpoint),
+--                     clocks (JSON: worker -> number of its pushes; only under a policy with a slack).
+--                     A run exists if this hash has a spec.
+--   leases    zset    worker -> the time at which its lease ends, in ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
---   receipts  hash    idempotency key -> record (JSON: claim, digests, and the receipt's members)
+--   receipts  hash    idempotency key -> record (JSON: claim, digests by range of elements, members of the receipt)
 --   pending   hash    idempotency key -> claim of a push that is admitted and not yet committed
---   group     hash    worker -> its pushes in the update that is being gathered
---   log       stream  one entry a commit, with the id SEQ-0, in the order in which shards apply them
+--   group     hash    worker -> number of its pushes in the update that is being gathered
+--   log       stream  the commit log: one entry for each commit, with the id SEQ-0
 --   ended     list    idempotency keys of leases that have ended, oldest first
---   shards    hash    K:node, K:url, K:token, K:ends (who owns shard K, and until when), K:report, K:loaded,
---                     K:applied, K:written, and what else its owner says of it
+--   shards    hash    of shard K: K:node, K:url, K:host, K:token, K:ends (its owner, and when the ownership ends),
+--                     K:report, K:loaded (see open.lua), K:written (its newest part of a checkpoint), K:applied_seq
+--                     (the newest entry of this epoch's log that it has applied), and other fields of heartbeats
 --   staged    hash    idempotency key -> JSON {at, queued, parts: {K: {digest, norm}}} of a pending push, where there
 --                     are several shards; or {at, claim, slug, detail, parts} of one that was refused before all of
 --                     its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
 --                     kind (push or pull; older versions wrote none)}
--- KEYS 13-  lease:ID (hash) and window:ID (list: the lease's newest idempotency keys), or metrics (see report_metric.lua),
---           where a script says so
+-- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease) or metrics
+-- (hash, see report_metric.lua).
 --
--- Shards hear what other callers brought about on the channel freestep:{run}:messages, as JSON; a run of one shard has
--- nobody to tell, but of the slowest worker. Whoever misses a message reads the log, or asks again.
+-- Scripts publish what they change as JSON on the channel freestep:{run}:messages, to the owners of other shards. Runs
+-- of one shard need no messages, except that the slowest worker has moved. An owner that misses messages reads the log.
+--
+-- Redis keeps what a script wrote before it failed. So a script checks the types of its keys before its first write.
 
 local RUN, LEASES, WORKERS, RECEIPTS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local PENDING, GROUP, LOG, ENDED = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local SHARDS, STAGED, QUEUE, CUTS = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
-local WINDOW_LENGTH, ENDED_LENGTH, LOG_LENGTH = 64, 4096, 1024
--- Fewer than Lua can return at once; what is left goes at the next opportunity.
+local WINDOW_LENGTH, ENDED_LENGTH = 64, 4096
+-- Entries of the log that are kept at least, and at most where a shard is behind.
+local LOG_LENGTH, LONGEST_LOG = 1024, 16384
+local TRIM_INTERVAL = 64
+-- Idempotency keys that one call evicts. Lua can return some 8,000 values; later calls evict the rest.
 local MOST_EVICTED = 1024
 -- Pushes of several shards that may hold memory at once; and places that may be read at once, for the answers of pushes
 -- and for pulls, so that no pull holds up a push. Each shard has as many vectors for them.
@@ -42,9 +49,32 @@ local function clock()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- Integers in full: Lua's tostring would write those above 10^14 with an exponent.
+-- Writes an integer with all its digits: Lua's tostring uses an exponent above 10^14.
 local function text(number)
   return string.format('%.0f', number)
+end
+
+-- Raises an error if one of the keys holds another type.
+local function check_type(expected, ...)
+  for _, key in ipairs({...}) do
+    local found = redis.call('TYPE', key).ok
+    if found ~= expected and found ~= 'none' then
+      error('WRONGTYPE ' .. key .. ' is a ' .. found .. ' and not a ' .. expected, 0)
+    end
+  end
+end
+
+-- Raises an error if one of the run's keys holds another type.
+local function check_types()
+  check_type('hash', RUN, WORKERS, RECEIPTS, PENDING, GROUP, SHARDS, STAGED, CUTS)
+  check_type('list', ENDED, QUEUE)
+  check_type('zset', LEASES)
+  check_type('stream', LOG)
+end
+
+-- Whether the run exists. A hash without a spec was left by a write that came after Redis had evicted the run.
+local function run_exists()
+  return redis.call('HEXISTS', RUN, 'spec') == 1
 end
 
 local function run_number(field)
@@ -59,18 +89,18 @@ local function tell(message)
   redis.call('PUBLISH', string.sub(RUN, 1, -4) .. 'messages', cjson.encode(message))
 end
 
--- True when Redis has lost what a shard has already seen: it was wiped, or came back with older data.
+-- Whether Redis has lost entries that a shard has seen: it lost the run, or came back with older data.
 local function is_behind(known_epoch, known_seq)
-  return redis.call('EXISTS', RUN) == 0 or run_number('epoch') < tonumber(known_epoch)
-    or run_number('seq') < tonumber(known_seq)
+  local run = redis.call('HMGET', RUN, 'spec', 'epoch', 'seq')
+  return not run[1] or tonumber(run[2] or 0) < tonumber(known_epoch) or tonumber(run[3] or 0) < tonumber(known_seq)
 end
 
--- Whether a caller still is a shard's owner; a token that was superseded counts for nothing.
+-- Whether a caller's token is that of the shard's present owner.
 local function owns(shard, token)
   return redis.call('HGET', SHARDS, shard .. ':token') == token
 end
 
--- The shards that nobody owns, as a JSON list.
+-- The shards without an owner, as a JSON list.
 local function missing_shards(now)
   local missing = {}
   for shard = 0, shard_count() - 1 do
@@ -80,22 +110,22 @@ local function missing_shards(now)
   return #missing == 0 and '[]' or cjson.encode(missing)
 end
 
--- Enters a phase of a run's opening, in a generation of its own; those rise with the clock too, so that they go on
--- rising after Redis has lost the last one.
+-- Begins a phase of the run's opening, under a new generation. Generations are at least the time in ms, so that they
+-- go on rising after Redis has lost the last one.
 local function enter(phase)
   local generation = math.max(run_number('generation') + 1, clock())
   redis.call('HSET', RUN, 'phase', phase, 'generation', text(generation))
   return generation
 end
 
--- Closes a run to pushes until every shard has said where it stands, see open.lua.
+-- Closes the run to pushes until every shard has reported where it stands, see open.lua.
 local function begin_gathering()
   local generation = enter('gather')
   if shard_count() > 1 then tell({kind = 'phase', phase = 'gather', generation = generation}) end
   return generation
 end
 
--- The refusal of a shard's call, or nil: the run is not open, or the caller no longer owns the shard.
+-- The refusal of a call by a shard's owner, or nil: the run is not open, or another process owns the shard.
 local function shut(shard, token)
   if redis.call('HGET', RUN, 'phase') ~= 'open' then return {'not-open', missing_shards(clock())} end
   if not owns(shard, token) then return {'fenced'} end
@@ -105,7 +135,7 @@ local function live_workers(now)
   return redis.call('ZCOUNT', LEASES, '(' .. text(now), '+inf')
 end
 
--- The worker that holds a lease, or false when the lease is unknown, expired, fenced off or has another token.
+-- The worker that holds a lease, or false if the lease is unknown, expired, fenced off or has another token.
 local function holder(lease_key, lease, token, now)
   local fields = redis.call('HMGET', lease_key, 'worker', 'token')
   local worker = fields[1]
@@ -116,7 +146,7 @@ local function holder(lease_key, lease, token, now)
   return worker
 end
 
--- The worker whose push a claim may be, or false and the refusal.
+-- The worker of a claim, or false and the refusal of the claim.
 local function claimant(lease_key, lease, token, taken_at, now)
   if redis.call('HGET', RUN, 'initialized') ~= '1' then return false, {'run-not-initialized'} end
   local worker = holder(lease_key, lease, token, now)
@@ -133,16 +163,20 @@ local function extend(lease_key, worker, now)
   redis.call('PEXPIRE', lease_key, ttl)
 end
 
--- Keeps a record; returns the idempotency keys that it pushed out of the lease's window.
-local function remember(key, record, window)
+-- The idempotency keys that the next record will push out of a lease's window.
+local function crowded_out(window)
+  local excess = redis.call('LLEN', window) + 1 - WINDOW_LENGTH
+  return excess > 0 and redis.call('LRANGE', window, 0, excess - 1) or {}
+end
+
+-- Keeps a record, and evicts the keys that `crowded_out` returned.
+local function remember(key, record, window, evicted)
   redis.call('HSET', RECEIPTS, key, record)
   redis.call('RPUSH', window, key)
-  local evicted = {}
-  while redis.call('LLEN', window) > WINDOW_LENGTH do
-    evicted[#evicted + 1] = redis.call('LPOP', window)
-    redis.call('HDEL', RECEIPTS, evicted[#evicted])
+  for _, old in ipairs(evicted) do
+    redis.call('LPOP', window)
+    redis.call('HDEL', RECEIPTS, old)
   end
-  return evicted
 end
 
 -- Gives up a slot; the next in line gets it.
@@ -173,7 +207,7 @@ local function forget(key)
   if not (staged.queued or staged.slug or staged.slow) then leave_slot() end
 end
 
--- Whether every shard has a part of a push, or is receiving it.
+-- Whether every shard has its part of a push, or is receiving it.
 local function has_all_parts(parts)
   for shard = 0, shard_count() - 1 do
     if not parts[tostring(shard)] then return false end
@@ -181,13 +215,13 @@ local function has_all_parts(parts)
   return true
 end
 
--- Whether a push holds a slot, or the memory of a refusal is kept, for parts that do not come. Parts that are coming in,
--- at whatever speed bodies are allowed, are waited for.
+-- Whether a push has held its slot, or a refusal been kept, for longer than `patience` while some shard's part has not
+-- begun to arrive. A part that is arriving has no limit here.
 local function is_overdue(staged, patience, now)
   return not staged.queued and staged.at + patience <= now and not has_all_parts(staged.parts)
 end
 
--- Refuses a push on all shards. For what its body is refused for, parts that are still to come are too.
+-- Refuses a push on all shards. A refusal of its body is kept for the parts that have not begun to arrive.
 local function refuse(key, slug, detail)
   local staged, claim = redis.call('HGET', STAGED, key), redis.call('HGET', PENDING, key)
   forget(key)
@@ -201,8 +235,8 @@ local function refuse(key, slug, detail)
   tell({kind = 'refused', key = key, slug = slug, detail = detail})
 end
 
--- Hands an ended lease's keys to the common list; adds to `evicted` those that no longer fit there. What it has staged
--- and not committed is refused.
+-- Moves the idempotency keys of an ended lease to the list of ended leases, and adds the keys that this list evicts to
+-- `evicted`. Pushes of the lease that are not committed are refused.
 local function retire(lease, window, evicted)
   for _, key in ipairs(redis.call('LRANGE', window, 0, -1)) do
     redis.call('RPUSH', ENDED, key)
@@ -221,18 +255,19 @@ local function tell_evicted(keys)
   if #keys > 0 and shard_count() > 1 then tell({kind = 'evicted', keys = keys}) end
 end
 
--- Whether the gathered pushes make an update: `batch` of them, or one of every live worker.
-local function is_complete(now)
-  local grouped, batch = run_number('grouped'), redis.call('HGET', RUN, 'batch')
+-- Whether the gathered pushes make an update: `batch` pushes, or one of every live worker. `joining`: a worker whose
+-- push is to be counted too, or nil.
+local function is_complete(now, joining)
+  local grouped, batch = run_number('grouped') + (joining and 1 or 0), redis.call('HGET', RUN, 'batch')
   if grouped == 0 then return false end
   if batch ~= 'live' then return grouped >= tonumber(batch) end
   for _, worker in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '(' .. text(now), '+inf')) do
-    if redis.call('HEXISTS', GROUP, worker) == 0 then return false end
+    if worker ~= joining and redis.call('HEXISTS', GROUP, worker) == 0 then return false end
   end
   return true
 end
 
--- Whether a push of this staleness is admitted; 'adaptive' is four steps for each live worker.
+-- Whether a push of this staleness is admitted; the bound 'adaptive' is four steps for each live worker.
 local function is_fresh(staleness, live)
   local bound = redis.call('HGET', RUN, 'max_staleness')
   if bound == 'none' then return true end
@@ -240,7 +275,7 @@ local function is_fresh(staleness, live)
   return staleness <= tonumber(bound)
 end
 
--- How many pushes a worker may be ahead of the slowest live one; nil where nobody waits for others.
+-- How many pushes a worker may be ahead of the slowest live worker; nil if the policy sets no such bound.
 local function slack()
   return tonumber(redis.call('HGET', RUN, 'slack') or '')
 end
@@ -249,7 +284,7 @@ local function clocks()
   return cjson.decode(redis.call('HGET', RUN, 'clocks') or '{}')
 end
 
--- The least count of pushes of those who live; 0 where nobody does.
+-- The least number of pushes of a live worker; 0 without live workers.
 local function slowest(counts, now)
   local least = nil
   for _, worker in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '(' .. text(now), '+inf')) do
@@ -259,7 +294,7 @@ local function slowest(counts, now)
   return least or 0
 end
 
--- Sets a worker's count of pushes, or with nil ends it, and has those wait no longer who waited for that.
+-- Sets the number of a worker's pushes, or removes it (nil). Publishes that the slowest worker may have moved.
 local function set_clock(counts, worker, count, now)
   local before = slowest(counts, now)
   counts[worker] = count
@@ -267,14 +302,14 @@ local function set_clock(counts, worker, count, now)
   if not count or slowest(counts, now) > before then tell({kind = 'moved'}) end
 end
 
--- Counts a push that was decided.
+-- Counts a decided push for the policy's slack.
 local function count_push(worker, now)
   if not slack() then return end
   local counts = clocks()
   set_clock(counts, worker, (counts[worker] or slowest(counts, now)) + 1, now)
 end
 
--- Ends a worker's lease: it holds nobody up any more.
+-- Ends a worker's lease; under a slack, others wait for the worker no longer.
 local function end_lease(worker, now)
   redis.call('ZREM', LEASES, worker)
   redis.call('HDEL', WORKERS, worker)
@@ -332,24 +367,42 @@ local function due_cuts(seq, advance)
   return any and due or nil
 end
 
--- Takes the next place in the commit log; `advance` says whether the gathered pushes become an update there.
+-- The seq, step and epoch that the next entry of the log has; `advance`: whether it completes an update.
+local function next_place(advance)
+  local run = redis.call('HMGET', RUN, 'seq', 'step', 'epoch')
+  return tonumber(run[1] or 0) + 1, tonumber(run[2] or 0) + (advance and 1 or 0), tonumber(run[3] or 0)
+end
+
+-- Trims the log, except for entries that a shard has not applied. A shard that has reported no applied entry in this
+-- epoch may need all.
+local function trim_log(seq)
+  local kept = LOG_LENGTH
+  for shard = 0, shard_count() - 1 do
+    kept = math.max(kept, seq - tonumber(redis.call('HGET', SHARDS, shard .. ':applied_seq') or 0))
+  end
+  redis.call('XTRIM', LOG, 'MAXLEN', '~', math.min(kept, LONGEST_LOG))
+end
+
+-- Appends an entry to the log; `advance`: whether the gathered pushes become an update with it. The entry is written
+-- before it is counted: a count without an entry would be a gap that no shard gets over.
 local function append(advance, entry)
-  local seq = redis.call('HINCRBY', RUN, 'seq', 1)
+  check_type('stream', LOG)
+  entry.seq, entry.step, entry.epoch = next_place(advance)
+  entry.advance = advance
+  if shard_count() > 1 then entry.cuts = due_cuts(entry.seq, advance) end
+  redis.call('XADD', LOG, text(entry.seq) .. '-0', 'entry', cjson.encode(entry))
+  redis.call('HSET', RUN, 'seq', text(entry.seq), 'step', text(entry.step))
   if advance then
-    redis.call('HINCRBY', RUN, 'step', 1)
     redis.call('HSET', RUN, 'grouped', 0)
     redis.call('DEL', GROUP)
   end
-  entry.seq, entry.step, entry.epoch, entry.advance = seq, run_number('step'), run_number('epoch'), advance
+  if entry.seq % TRIM_INTERVAL == 0 then trim_log(entry.seq) end
   return entry
 end
 
--- Writes an entry into the log and tells the shards. A cut may be taken at any entry.
+-- Publishes an entry to the owners of shards.
 local function publish(entry)
-  local many = shard_count() > 1
-  if many then entry.cuts = due_cuts(entry.seq, entry.advance) end
-  redis.call('XADD', LOG, 'MAXLEN', '~', LOG_LENGTH, text(entry.seq) .. '-0', 'entry', cjson.encode(entry))
-  if many then
+  if shard_count() > 1 then
     entry.kind = 'entry'
     tell(entry)
   end

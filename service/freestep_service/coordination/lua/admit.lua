@@ -1,18 +1,18 @@
--- Decides all of a push that its claim can decide, before its body is read, and renews its lease.
+-- Decides whether a push is admitted, by its claim and before its body is read, and renews its lease.
 -- KEYS     the run's, 13 lease:ID, 14 window:ID
--- ARGV     1 lease, 2 token, 3 step where the gradient was taken, 4 idempotency key, 5 claim (what must be the
+-- ARGV     1 lease, 2 fencing token, 3 step at which the gradient was taken, 4 idempotency key, 5 claim (has to be the
 --          same when the key comes again), 6 epoch and 7 newest seq that the shard knows, 8 shard, 9 its owner's
---          token, 10- tickets of the cuts that the shard has sent since it last said so
--- returns  {behind}                 Redis has lost data; the shard must open the run again
---          {not-open, missing shards (JSON)}, {fenced} (the caller no longer owns the shard)
+--          token, 10- tickets of the cuts that the shard has sent since it last reported any
+-- returns  {behind}                 Redis has lost data; the run must be opened again
+--          {not-open, missing shards (JSON)}, {fenced} (another process owns the shard)
 --          {replay, record}         the key was committed before
---          {pending}                the key is on its way through another request
---          {idempotency-conflict}   the key came before with another claim
+--          {pending}                another request carries the push at the moment
+--          {idempotency-conflict}   the key was used with another claim
 --          {run-not-initialized}, {lease-expired}, {epoch-changed, epoch}, {step-ahead, step}
---          {refused-before, slug, detail}   another part was refused before this one came
---          {dropped, record, evicted idempotency keys ...}   too stale already
---          {ahead}                  the worker is too far ahead of the slowest one, and is to wait
---          {admitted}, or {queued}: it will be told when it may send its body
+--          {refused-before, slug, detail}   the body of another part was refused
+--          {dropped, record, evicted idempotency keys ...}   the push is too stale already
+--          {ahead}                  the worker is too far ahead of the slowest one and has to wait
+--          {admitted}, or {queued}: a message {granted} follows when the body may be sent
 
 local lease, token, taken_at, key, claim = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 if is_behind(ARGV[6], ARGV[7]) then return {'behind'} end
@@ -58,9 +58,10 @@ local live = live_workers(now)
 if not is_fresh(step - taken_at, live) then
   record = cjson.encode({claim = claim, digests = {}, decision = 'dropped', reason = 'stale', step = step,
     staleness = step - taken_at, seq = 0, live = live, worker = worker, epoch = tonumber(epoch)})
+  local evicted = crowded_out(KEYS[14])
   redis.call('HINCRBY', RUN, 'dropped', 1)
   count_push(worker, now)
-  local evicted = remember(key, record, KEYS[14])
+  remember(key, record, KEYS[14], evicted)
   if many then tell({kind = 'decided', key = key, record = record, evicted = evicted}) end
   return {'dropped', record, unpack(evicted)}
 end

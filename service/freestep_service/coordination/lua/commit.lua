@@ -1,14 +1,15 @@
--- Commits a push that a shard has staged, once every shard has: the policy's decision, the step, a place in the log;
--- renews the lease. Calling it again with the same key, because an answer was lost, gives the same record.
+-- Commits a push of which a shard has staged its part, once every shard has: decides by the policy, takes a place in the
+-- log, keeps a receipt and renews the lease. A repeated call with the same key returns the same record.
 -- KEYS     the run's, 13 lease:ID, 14 window:ID
--- ARGV     1 lease, 2 token, 3 step where the gradient was taken, 4 idempotency key, 5 claim, 6 epoch and 7 newest
---          seq that the shard knows, 8 shard, 9 its owner's token, 10 digest of its part of the body, 11 its part's
---          norm, 12 largest norm allowed or an empty string, 13 the point wanted in answer ("y F32") or an empty
---          string, 14 1 if that is to be after the group's update, else 0, 15 the worker's speed or an empty string
--- returns  {behind}, {not-open, missing shards}, {fenced}, {lost} (the run was opened again, or the push refused, since
---          it was admitted), {lease-expired}, {epoch-changed, epoch}, {staged} (other shards have not: the decision will
---          be told), {refused} (the norm is too large), or {committed, record, evicted idempotency keys ...}; the
---          record's seq is 0 where the push was dropped
+-- ARGV     1 lease, 2 fencing token, 3 step at which the gradient was taken, 4 idempotency key, 5 claim, 6 epoch and
+--          7 newest seq that the shard knows, 8 shard, 9 its owner's token, 10 elements of its part (BEGIN-END), 11 digest
+--          of that part of the body, 12 norm of that part of the gradient, 13 largest norm allowed or an empty string,
+--          14 the point to answer with ("y F32") or an empty string, 15 1 if that point is to be read after the group's
+--          update, else 0, 16 the worker's speed or an empty string
+-- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {lost} (the run was opened again, or the push refused,
+--          since it was admitted), {lease-expired}, {epoch-changed, epoch}, {staged} (other shards have not staged their
+--          parts; a message with the decision follows), {refused} (the norm is too large), or
+--          {committed, record, evicted idempotency keys ...}; the record's seq is 0 if the push was dropped
 
 local lease, token, taken_at, key, claim = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 if is_behind(ARGV[6], ARGV[7]) then return {'behind'} end
@@ -20,7 +21,7 @@ if refusal then return refusal end
 if redis.call('HEXISTS', PENDING, key) == 0 then return {'lost'} end
 
 local count = shard_count()
-local parts = {[shard] = {digest = ARGV[10], norm = ARGV[11], token = ARGV[9]}}
+local parts = {[shard] = {range = ARGV[10], digest = ARGV[11], norm = ARGV[12], token = ARGV[9]}}
 if count > 1 then
   local staged = cjson.decode(redis.call('HGET', STAGED, key))
   staged.parts[shard] = parts[shard]
@@ -45,49 +46,59 @@ if redis.call('HGET', KEYS[13], 'epoch') ~= epoch then
   if count > 1 then refuse(key, 'epoch-changed', '') else forget(key) end
   return {'epoch-changed', tonumber(epoch)}
 end
+-- Receipts outlive the shards, so their digests are named by elements. A part without a range is of an older version.
 local squares, digests = 0, {}
-for index, part in pairs(parts) do digests[index] = part.digest end
+for index, part in pairs(parts) do digests[part.range or index] = part.digest end
 for index = 0, count - 1 do squares = squares + tonumber(parts[tostring(index)].norm) ^ 2 end
 local norm = math.sqrt(squares)
-if count == 1 then norm = tonumber(ARGV[11]) end
-if ARGV[12] ~= '' and norm > tonumber(ARGV[12]) then
+if count == 1 then norm = tonumber(ARGV[12]) end
+if ARGV[13] ~= '' and norm > tonumber(ARGV[13]) then
   if count > 1 then refuse(key, 'non-finite-gradient', '') else forget(key) end
   return {'refused'}
 end
-forget(key)
 
+-- Whatever can fail comes before the entry is appended and counted.
+check_type('stream', LOG)
+check_type('hash', GROUP)
+if count > 1 then
+  check_type('list', QUEUE)
+  check_type('hash', CUTS)
+end
+local evicted = crowded_out(KEYS[14])
 local step, live, seq = run_number('step'), live_workers(now), 0
 local staleness = step - taken_at
-local decision, reason, entry = 'dropped', nil, nil
+local decision, reason = 'dropped', nil
 if not is_fresh(staleness, live) then
   reason = 'stale'
 elseif redis.call('HGET', RUN, 'distinct') == '1' and redis.call('HEXISTS', GROUP, worker) == 1 then
   reason = 'duplicate-worker'
 else
-  redis.call('HINCRBY', GROUP, worker, 1)
-  redis.call('HINCRBY', RUN, 'grouped', 1)
-  local complete = is_complete(now)
-  decision = complete and 'applied' or 'accumulated'
-  entry = append(complete, {key = key})
-  seq, step = entry.seq, entry.step
+  decision = is_complete(now, worker) and 'applied' or 'accumulated'
 end
-extend(KEYS[13], worker, now)
-redis.call('HINCRBY', RUN, decision, 1)
-redis.call('HINCRBY', KEYS[13], 'pushes', 1)
-count_push(worker, now)
-redis.call('HSET', KEYS[13], 'step', taken_at, 'staleness', staleness)
-if ARGV[15] ~= '' then redis.call('HSET', KEYS[13], 'speed', ARGV[15]) end
+if not reason then seq, step = next_place(decision == 'applied') end
 record = cjson.encode({claim = claim, digests = digests, decision = decision, reason = reason, step = step,
   staleness = staleness, seq = seq, live = live, worker = worker, epoch = tonumber(epoch),
   norm = string.format('%.17g', norm)})
-local evicted = remember(key, record, KEYS[14])
-if count > 1 and ARGV[13] ~= '' then
-  local grouped = ARGV[14] == '1' and (decision == 'accumulated' or reason == 'duplicate-worker')
-  redis.call('HSET', CUTS, key, cjson.encode({point = ARGV[13], seq = 0, left = count, ends = now + CUT_TTL,
+extend(KEYS[13], worker, now)
+count_push(worker, now)
+forget(key)
+if count > 1 and ARGV[14] ~= '' then
+  local grouped = ARGV[15] == '1' and (decision == 'accumulated' or reason == 'duplicate-worker')
+  redis.call('HSET', CUTS, key, cjson.encode({point = ARGV[14], seq = 0, left = count, ends = now + CUT_TTL,
     kind = 'push', grouped = grouped or nil}))
 end
+local entry = not reason and append(decision == 'applied', {key = key, record = record, evicted = evicted})
+
+remember(key, record, KEYS[14], evicted)
+if decision == 'accumulated' then
+  redis.call('HINCRBY', GROUP, worker, 1)
+  redis.call('HINCRBY', RUN, 'grouped', 1)
+end
+redis.call('HINCRBY', RUN, decision, 1)
+redis.call('HINCRBY', KEYS[13], 'pushes', 1)
+redis.call('HSET', KEYS[13], 'step', taken_at, 'staleness', staleness)
+if ARGV[16] ~= '' then redis.call('HSET', KEYS[13], 'speed', ARGV[16]) end
 if entry then
-  entry.record, entry.evicted = record, evicted
   publish(entry)
 elseif count > 1 then
   tell({kind = 'decided', key = key, record = record, evicted = evicted})

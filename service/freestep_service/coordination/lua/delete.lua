@@ -1,6 +1,6 @@
 -- Deletes a run.
--- KEYS     the run's, 13 metrics, then lease:ID and window:ID of every lease that is known
--- returns  how many keys there were
+-- KEYS     the run's, 13 metrics, then lease:ID and window:ID of every known lease
+-- returns  the number of keys that there were
 
 if shard_count() > 1 then tell({kind = 'deleted'}) end
 return redis.call('DEL', unpack(KEYS))

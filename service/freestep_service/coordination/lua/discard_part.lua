@@ -1,16 +1,19 @@
--- Forgets a shard's part of an admitted push, whose body was refused or never came. A refused one is refused by all
--- shards; what never came may come again, and the push is forgotten when no shard has any of it.
+-- Forgets a shard's part of an admitted push whose body was refused or did not arrive. After a refusal all shards refuse
+-- the push. Otherwise the part may be sent again, and the push is forgotten when no shard has a part of it.
 -- KEYS     the run's
 -- ARGV     1 idempotency key, 2 shard, 3 slug of the refusal or an empty string, 4 its detail
--- returns  OK
+-- returns  {OK}
 
+if not run_exists() then return {'OK'} end
+check_type('hash', PENDING)
+check_type('list', QUEUE)
 local key, shard, slug = ARGV[1], ARGV[2], ARGV[3]
 local staged = redis.call('HGET', STAGED, key)
 if not staged then
   redis.call('HDEL', PENDING, key)
 elseif redis.call('HEXISTS', PENDING, key) == 0 then
   -- Another shard has refused it.
-  return 'OK'
+  return {'OK'}
 elseif slug ~= '' then
   refuse(key, slug, ARGV[4])
 else
@@ -22,4 +25,4 @@ else
     forget(key)
   end
 end
-return 'OK'
+return {'OK'}

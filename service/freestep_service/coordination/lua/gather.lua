@@ -1,19 +1,20 @@
--- Closes a run to pushes and has its shards say where they stand; a run that Redis has lost is begun anew.
+-- Closes a run to pushes until its shards have reported where they stand. A run that Redis has lost is begun anew.
 -- KEYS     the run's
--- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack, 6 shards, for a run that is not there; 7 generation that
---          is to end (another caller may have ended it already), or an empty string, 8 shards to divide the run
---          into, 0 to give that up, or an empty string
--- returns  the generation
+-- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack, 6 shards (as for create; for a run that is lost),
+--          7 the generation that is to end (nothing is changed if another has begun since), or an empty string,
+--          8 the number of shards to divide the run into, 0 to give that up, or an empty string
+-- returns  {generation}
 
-if redis.call('EXISTS', RUN) == 0 then
+if not run_exists() then
+  redis.call('DEL', RUN)
   redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
     'slack', ARGV[5], 'shards', ARGV[6], 'lost', 1, 'created_ms', text(clock()))
 elseif ARGV[7] ~= '' and redis.call('HGET', RUN, 'generation') ~= ARGV[7] then
-  return run_number('generation')
+  return {run_number('generation')}
 end
 if ARGV[8] == '0' then
   redis.call('HDEL', RUN, 'resharding')
 elseif ARGV[8] ~= '' then
   redis.call('HSET', RUN, 'resharding', ARGV[8])
 end
-return begin_gathering()
+return {begin_gathering()}

@@ -1,17 +1,20 @@
--- Grants a lease with a new fencing token; the worker's older lease, if any, is fenced off.
--- Tokens rise with the clock too, so that they go on rising after Redis has lost its data.
+-- Grants a lease under a new fencing token. The worker's older lease, if any, is fenced off.
+-- Tokens are at least the time in ms, so that they go on rising after Redis has lost its data.
 -- KEYS     the run's, 13 lease:ID of the new lease, 14 window:ID and 15 lease:ID of the worker's older lease
--- ARGV     1 worker, 2 lease, 3 ttl in ms, 4 the older lease, or an empty string
--- returns  {missing} (there is no such run), {not-open, missing shards}, {changed, older lease} (read it again), or
---          {granted, token, epoch, step, evicted idempotency keys ...}
+-- ARGV     1 worker, 2 lease, 3 time to live in ms, 4 the older lease, or an empty string
+-- returns  {behind} (Redis has lost the run), {not-open, missing shards (JSON)}, {changed, older lease} (call again with
+--          that one), or {granted, token, epoch, step, evicted idempotency keys ...}
 
 local worker, lease, ttl, older = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-if redis.call('EXISTS', RUN) == 0 or redis.call('HGET', RUN, 'lost') then return {'missing'} end
--- Before it is open, nobody knows which epoch that will be in, or a shard may still tell of the one before.
+if not run_exists() or redis.call('HGET', RUN, 'lost') then return {'behind'} end
+-- The epoch of a lease is known only once the run is open.
 if redis.call('HGET', RUN, 'phase') ~= 'open' then return {'not-open', missing_shards(clock())} end
 local actual = redis.call('HGET', WORKERS, worker) or ''
 if actual ~= older then return {'changed', actual} end
 
+check_types()
+check_type('list', KEYS[14])
+check_type('hash', KEYS[13], KEYS[15])
 local now, evicted = clock(), {}
 local token = text(math.max(run_number('token') + 1, now))
 if older ~= '' then
@@ -21,7 +24,7 @@ if older ~= '' then
 end
 redis.call('HSET', RUN, 'token', token)
 if slack() then
-  -- Who comes anew holds nobody up.
+  -- A new worker starts beside the slowest one, so that nobody waits for it.
   local counts, ends = clocks(), tonumber(redis.call('ZSCORE', LEASES, worker) or 0)
   set_clock(counts, worker, ends > now and counts[worker] or slowest(counts, now), now)
 end

@@ -1,13 +1,15 @@
--- Ends a lease at its holder's wish. Where an update waited for that worker alone, it goes on.
+-- Ends a lease at its holder's request, and completes the update that waited for that worker alone.
 -- KEYS     the run's, 13 lease:ID, 14 window:ID
 -- ARGV     1 lease, 2 epoch and 3 newest seq that the shard knows
--- returns  {behind} (Redis has lost data; the shard must open the run again), {lease-expired}, or
---          {ended, seq, step, epoch, evicted idempotency keys ...}; seq is 0 unless an update was closed
+-- returns  {behind} (Redis has lost data; the run must be opened again), {lease-expired}, or
+--          {ended, seq, step, epoch, evicted idempotency keys ...}; seq is 0 if no update was completed
 
 if is_behind(ARGV[2], ARGV[3]) then return {'behind'} end
 local now = clock()
 local worker = holder(KEYS[13], ARGV[1], nil, now)
 if not worker then return {'lease-expired'} end
+check_types()
+check_type('list', KEYS[14])
 local evicted, seq, step = {}, 0, 0
 end_lease(worker, now)
 redis.call('DEL', KEYS[13])

@@ -1,10 +1,10 @@
--- Reads which leases have run out, by Redis's clock, and whether anything else is due: an update that waits for nobody
--- any more (its last absentee's lease may have been lost with Redis's data, and will never end), a push that holds a slot
--- and does not come while others wait in line, or a refusal that was kept for parts that have not come.
+-- Reads which leases have run out by Redis's clock, and whether anything else is due: an update that waits for no live
+-- worker (the lease of the last absent worker may be lost with Redis's data), a push that holds a slot without arriving
+-- while others wait, or a refusal that is kept for parts that have not arrived.
 -- KEYS     the run's
 -- ARGV     1 how long such a push may take, in ms
--- returns  {live leases, 1 if anything else is due or else 0, how many ms the one that ends next has left (0 without any),
---          then worker and lease, in turn, of those that have run out}
+-- returns  {number of live leases, 1 if anything else is due or else 0, ms until the next live lease ends (0 without live
+--          leases), then worker and lease, in turn, of the leases that have run out}
 
 local now = clock()
 local live = live_workers(now)

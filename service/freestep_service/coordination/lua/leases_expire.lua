@@ -1,12 +1,14 @@
--- Ends the leases that have run out, and what they have staged. Where an update waited for those workers alone, it goes on.
--- A push that holds a slot and does not come is put off while others wait in line.
--- KEYS     the run's, then window:ID for each lease
--- ARGV     1 epoch and 2 newest seq that the shard knows, 3 how long a push may hold its slot, in ms, then worker and
---          lease, in turn, in the order of the windows
--- returns  {behind} (Redis has lost data; the shard must open the run again), or
---          {ended, seq, step, epoch, evicted idempotency keys ...}; seq is 0 unless an update was closed
+-- Ends leases that have run out, refuses their pushes that are not committed, and completes the update that waited for
+-- those workers alone. Refuses pushes that hold a slot without arriving while others wait.
+-- KEYS     the run's, then window:ID of each lease
+-- ARGV     1 epoch and 2 newest seq that the shard knows, 3 how long a push may hold its slot without arriving, in ms,
+--          then worker and lease, in turn, in the order of the windows
+-- returns  {behind} (Redis has lost data; the run must be opened again), or
+--          {ended, seq, step, epoch, evicted idempotency keys ...}; seq is 0 if no update was completed
 
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
+check_types()
+check_type('list', unpack(KEYS, 13))
 local now = clock()
 local evicted, seq, step = {}, 0, 0
 for index = 4, #ARGV, 2 do

@@ -1,7 +1,7 @@
--- Marks the place in the log where shards take their parts of a checkpoint.
+-- Takes a place in the log at which every shard copies its part of a checkpoint.
 -- KEYS     the run's
 -- ARGV     1 epoch and 2 newest seq that the shard knows, 3 shard, 4 its owner's token
--- returns  {behind}, {not-open, missing shards}, {fenced}, or {marked, epoch, step, seq}
+-- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, or {marked, epoch, step, seq}
 
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
 local refusal = shut(ARGV[3], ARGV[4])

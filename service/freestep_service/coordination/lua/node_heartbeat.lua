@@ -1,9 +1,27 @@
--- A process says that it lives, and counts those that do.
--- KEYS     1 freestep:nodes (zset: process -> until when it counts as alive, ms since 1970), which no run owns
--- ARGV     1 node, 2 time to live in ms
--- returns  how many processes live
+-- Registers a process as live, counts the live processes, and finds one on another host that has the same URL.
+-- KEYS     1 freestep:nodes (zset: process -> the time until which it counts as live, in ms since 1970), 2 its hosts
+--          (hash: process -> JSON {url, host}); both belong to no run
+-- ARGV     1 process, 2 time to live in ms, 3 its URL, 4 its host, 5 1 if it has been registered before, else 0: it is
+--          then not registered while a process on another host has its URL
+-- returns  {number of live processes, process on another host with this URL or an empty string, that process's host or an
+--          empty string, the time until which it counts as live or 0}
 
+local NODES, HOSTS = KEYS[1], KEYS[2]
+local node, url, host = ARGV[1], ARGV[3], ARGV[4]
 local now = clock()
-redis.call('ZADD', KEYS[1], now + tonumber(ARGV[2]), ARGV[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(now))
-return redis.call('ZCARD', KEYS[1])
+redis.call('ZREMRANGEBYSCORE', NODES, '-inf', text(now))
+local rival = {'', '', '0'}
+local hosts = redis.call('HGETALL', HOSTS)
+for index = 1, #hosts, 2 do
+  local other, place, ends = hosts[index], cjson.decode(hosts[index + 1]), redis.call('ZSCORE', NODES, hosts[index])
+  if not ends then
+    redis.call('HDEL', HOSTS, other)
+  elseif other ~= node and place.url == url and place.host ~= host then
+    rival = {other, place.host, ends}
+  end
+end
+if rival[1] == '' or ARGV[5] == '1' then
+  redis.call('ZADD', NODES, now + tonumber(ARGV[2]), node)
+  redis.call('HSET', HOSTS, node, cjson.encode({url = url, host = host}))
+end
+return {redis.call('ZCARD', NODES), unpack(rival)}

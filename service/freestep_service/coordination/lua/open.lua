@@ -1,16 +1,17 @@
--- Makes a run what its shards have been found to be, or what a checkpoint says: after a restart, a restore, a change of
--- owners, or a Redis that lost its data. Opening goes through phases: `gather` (shards say where they stand), `load`
--- (shards take the state that was decided on) and `open`. Leases stand, but the epochs they were granted in do not
--- change with the run's.
+-- Replaces the state of a run in Redis by one that its shards were found to have or that a checkpoint holds: after a
+-- restart, a restore, a change of owners, or a loss of Redis's data. A run opens in three phases: in `gather` its shards
+-- report where they stand, in `load` they load the state that was decided on, and then it is `open`. Leases remain, and
+-- so do the epochs in which they were granted.
 -- KEYS     the run's, 13 metrics, then window:ID of each lease
--- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack, 6 shards (as for create), 7 epoch, 8 step, 9 seq,
+-- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack (as for create), 6 shards, 7 epoch, 8 step, 9 seq,
 --          10 initialized (0 or 1), 11 group (JSON: worker -> pushes), 12 leases (JSON, in the order of their windows),
---          13 generation that was gathered, 14 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live: true where
---          what a shard holds of it is good}), 15 metrics (JSON: name -> as report_metric.lua keeps it), then idempotency key
---          and record, in turn, oldest first
--- returns  {late} (another generation has begun), or {load}; that begins a generation too
+--          13 generation that was gathered, 14 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live: true if
+--          the state that a shard holds is that cut}), 15 metrics (JSON: name -> value as in report_metric.lua), then
+--          idempotency key and record, in turn, oldest first
+-- returns  {late} (another generation has begun), or {load}, which begins a generation too
 
-if redis.call('HGET', RUN, 'generation') ~= ARGV[13] then return {'late'} end
+if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[13] then return {'late'} end
+check_type('hash', WORKERS, SHARDS)
 local generation = enter('load')
 local grouped = 0
 redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS, KEYS[13])
@@ -21,11 +22,13 @@ for worker, pushes in pairs(cjson.decode(ARGV[11])) do
 end
 redis.call('HDEL', RUN, 'lost', 'initializing', 'resharding', 'recut')
 redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
-  'slack', ARGV[5], 'shards', ARGV[6], 'epoch', ARGV[7], 'step', ARGV[8], 'seq', ARGV[9], 'initialized', ARGV[10], 'grouped', grouped,
-  'in_flight', 0, 'target', ARGV[14])
+  'slack', ARGV[5], 'shards', ARGV[6], 'epoch', ARGV[7], 'step', ARGV[8], 'seq', ARGV[9], 'initialized', ARGV[10],
+  'grouped', grouped, 'in_flight', 0, 'target', ARGV[14])
+-- The log begins anew, so what was applied of the old one says nothing about it.
+for shard = 0, tonumber(ARGV[6]) - 1 do redis.call('HDEL', SHARDS, shard .. ':applied_seq') end
 redis.call('HSETNX', RUN, 'created_ms', text(clock()))
 
--- A live lease's receipts stay in its window, the others' go to the common list; a claim begins with its lease.
+-- Receipts of a live lease go to its window, others to the list of ended leases. A claim begins with its lease.
 local granted, windows = {}, {}
 for _, lease in ipairs(redis.call('HVALS', WORKERS)) do granted[lease] = true end
 for number, lease in ipairs(cjson.decode(ARGV[12])) do

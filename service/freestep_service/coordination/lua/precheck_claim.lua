@@ -1,8 +1,8 @@
--- What is to be said against a push's claim before its body is read, where that is not one shard's. Changes nothing.
+-- Checks the claim of a push to all shards before its body is read. Changes nothing.
 -- KEYS     the run's, 13 lease:ID
--- ARGV     1 lease, 2 token, 3 step where the gradient was taken, 4 idempotency key, 5 claim
+-- ARGV     1 lease, 2 fencing token, 3 step at which the gradient was taken, 4 idempotency key, 5 claim
 -- returns  {idempotency-conflict}, {run-not-initialized}, {lease-expired}, {epoch-changed, epoch}, {step-ahead, step}, or
---          {passed}: the rest is for the shards to say
+--          {passed}: each shard's admission checks the rest
 
 local record, pending = redis.call('HGET', RECEIPTS, ARGV[4]), redis.call('HGET', PENDING, ARGV[4])
 local earlier = record and cjson.decode(record).claim or pending

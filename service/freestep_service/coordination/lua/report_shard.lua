@@ -1,11 +1,11 @@
--- A shard says where it stands, for the opening of its run.
+-- Notes where a shard stands, for the opening of its run.
 -- KEYS     the run's
 -- ARGV     1 shard, 2 its owner's token, 3 generation, 4 report (JSON)
--- returns  {fenced}, {late} (another generation has begun), {waiting} (other shards have not reported),
---          or {gathered, reports (JSON) in the order of the shards ...}
+-- returns  {fenced}, {late} (another generation has begun), {waiting} (for other shards), or
+--          {gathered, reports (JSON) in the order of the shards ...}
 
 local shard, generation = ARGV[1], ARGV[3]
-if not owns(shard, ARGV[2]) then return {'fenced'} end
+if not run_exists() or not owns(shard, ARGV[2]) then return {'fenced'} end
 if redis.call('HGET', RUN, 'generation') ~= generation or redis.call('HGET', RUN, 'phase') ~= 'gather' then
   return {'late'}
 end

@@ -1,32 +1,41 @@
--- A process's heartbeat for a run: prolongs what it owns, takes shards that nobody does, and reads how the run stands.
--- Ownership is a lease with a fencing token; a process that comes back at its predecessor's URL takes over at once.
+-- Prolongs a process's ownership of shards, gives it shards that have no owner, and reads how the run stands.
+-- Ownership is a lease with a fencing token. A process takes over at once from a predecessor: one with the same URL on the
+-- same host.
 -- KEYS     the run's
--- ARGV     1 node, 2 url, 3 time to live in ms, 4 shards to take if they are free (JSON list), 5 what it says of its
---          shards (JSON: field of the shards' hash -> value)
+-- ARGV     1 process, 2 its URL, 3 its host, 4 time to live in ms, 5 shards to take if they are free (JSON list),
+--          6 fields of the shards' hash to set for shards that it owns (JSON: field -> value), 7 what those shards have
+--          applied of the log (JSON: shard -> [epoch, seq])
 -- returns  {missing} (there is no such run), or {run, the run's hash (flat), shards' hash (flat), now in ms}
 
-local node, url, ttl = ARGV[1], ARGV[2], tonumber(ARGV[3])
-if redis.call('EXISTS', RUN) == 0 then return {'missing'} end
+local node, url, host, ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+if not run_exists() then return {'missing'} end
 local now, taken = clock(), false
 local wanted = {}
-for _, shard in ipairs(cjson.decode(ARGV[4])) do wanted[shard] = true end
+for _, shard in ipairs(cjson.decode(ARGV[5])) do wanted[shard] = true end
 for shard = 0, shard_count() - 1 do
-  local owner = redis.call('HMGET', SHARDS, shard .. ':node', shard .. ':url', shard .. ':ends')
-  local is_free = not owner[3] or tonumber(owner[3]) <= now or owner[2] == url
+  local owner = redis.call('HMGET', SHARDS, shard .. ':node', shard .. ':url', shard .. ':host', shard .. ':ends')
+  -- Older versions wrote no host.
+  local is_predecessor = owner[2] == url and (not owner[3] or owner[3] == host)
   if owner[1] == node then
     redis.call('HSET', SHARDS, shard .. ':ends', text(now + ttl))
-  elseif is_free and wanted[shard] then
+  elseif wanted[shard] and (not owner[4] or tonumber(owner[4]) <= now or is_predecessor) then
     local token = text(math.max(run_number('token') + 1, now))
     redis.call('HSET', RUN, 'token', token)
-    redis.call('HSET', SHARDS, shard .. ':node', node, shard .. ':url', url, shard .. ':token', token,
-      shard .. ':ends', text(now + ttl))
-    redis.call('HDEL', SHARDS, shard .. ':report', shard .. ':loaded', shard .. ':applied')
+    redis.call('HSET', SHARDS, shard .. ':node', node, shard .. ':url', url, shard .. ':host', host,
+      shard .. ':token', token, shard .. ':ends', text(now + ttl))
+    redis.call('HDEL', SHARDS, shard .. ':report', shard .. ':loaded', shard .. ':applied', shard .. ':applied_seq')
     taken = true
   end
 end
-for field, value in pairs(cjson.decode(ARGV[5])) do
-  if redis.call('HGET', SHARDS, string.match(field, '^%d+') .. ':node') == node then
-    redis.call('HSET', SHARDS, field, value)
+local function is_owner(shard)
+  return redis.call('HGET', SHARDS, shard .. ':node') == node
+end
+for field, value in pairs(cjson.decode(ARGV[6])) do
+  if is_owner(string.match(field, '^%d+')) then redis.call('HSET', SHARDS, field, value) end
+end
+for shard, position in pairs(cjson.decode(ARGV[7])) do
+  if is_owner(shard) and position[1] == run_number('epoch') then
+    redis.call('HSET', SHARDS, shard .. ':applied_seq', text(position[2]))
   end
 end
 if taken or (missing_shards(now) ~= '[]' and redis.call('HGET', RUN, 'phase') ~= 'gather') then begin_gathering() end
