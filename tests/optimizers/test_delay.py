@@ -309,8 +309,8 @@ def test_shards_correct_alike(algorithm: str, policy: dict[str, Any], batch: int
         advance(made, 100, batch)
     for one, many in zip(vectors(whole), vectors(*parts), strict=True):
         assert torch.equal(one, many)
-    assert {json.dumps(made.cut().scalars, sort_keys=True) for made in parts} == {
-        json.dumps(whole.cut().scalars, sort_keys=True)
+    assert {json.dumps(made.copy_state().scalars, sort_keys=True) for made in parts} == {
+        json.dumps(whole.copy_state().scalars, sort_keys=True)
     }
 
 
@@ -323,7 +323,7 @@ def test_a_checkpoint_in_the_middle_changes_nothing(
     advance(through, 61, batch)
     advance(first, 40, batch)
     checkpoints = Checkpoints(open_storage(tmp_path), "run", keep=1)
-    cut = first.cut()
+    cut = first.copy_state()
     checkpoints.write(cut, 0, NUMEL, NUMEL, {})
     parts = [shard(algorithm, policy, 2, index) for index in range(2)]
     for made in parts:
@@ -341,7 +341,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_as_the_plain_method(tmp_path: 
     """Whose steps had the user's β, and knew of no staleness."""
     plain = shard("sgd_schedule_free", {"policy": "async"}, delay_correction={"name": "none"})
     advance(plain, 30, 1)
-    cut, checkpoints = plain.cut(), Checkpoints(open_storage(tmp_path), "run", keep=1)
+    cut, checkpoints = plain.copy_state(), Checkpoints(open_storage(tmp_path), "run", keep=1)
     checkpoints.write(cut, 0, NUMEL, NUMEL, {})
     (file,) = tmp_path.rglob(f"{0:015d}-{NUMEL:015d}.json")
     document = json.loads(file.read_bytes())

@@ -48,7 +48,7 @@ def test_folders_unused_for_long_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_that_start_at_once_prune_together(tmp_path: Path) -> None:
-    script = "from freestep_service.optimizers.machine_code import folder_of_code; print(folder_of_code())"
+    script = "from freestep_service.optimizers.kernels.machine_code import folder_of_code; print(folder_of_code())"
     command = [sys.executable, "-W", "error", "-c", script]
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
 

@@ -164,7 +164,7 @@ def through_a_checkpoint(made: Shard, spec: RunSpec) -> Shard:
     """Another shard, which has read what this one has written."""
     checkpoints = Checkpoints(open_storage(f"memory://{uuid.uuid4()}"), "run", keep=1)
     whole = 0, made.manifest.numel
-    cut = made.cut()
+    cut = made.copy_state()
     checkpoints.write(cut, *whole, made.manifest.numel, {})
     identity = CheckpointId(cut.epoch, cut.step, cut.seq)
     checkpoints.complete(identity)

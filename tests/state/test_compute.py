@@ -13,7 +13,7 @@ from freestep_service.state.compute import HOST, DeviceLocks
 
 THREADS = """
 import os, torch
-from freestep_service.locks import arithmetic_threads
+from freestep_service.state.compute import arithmetic_threads
 
 def compute():
     torch.rand(250).sqrt_()

@@ -65,7 +65,7 @@ def go_on(storage: Storage, form: str, batch: int, before: int, after: int) -> N
     cut = CheckpointId(1, 10 // batch, 10)
     for part in stopped:
         advance(part, 10, batch)
-        checkpoints.write(part.cut(), part.manifest.begin, part.manifest.end, 37, {"key": RECORD})
+        checkpoints.write(part.copy_state(), part.manifest.begin, part.manifest.end, 37, {"key": RECORD})
     checkpoints.complete(cut)
     for part in resumed:
         stretch = part.manifest.begin, part.manifest.end
@@ -83,7 +83,7 @@ def go_on(storage: Storage, form: str, batch: int, before: int, after: int) -> N
 def test_a_cut_does_not_move_with_the_shard() -> None:
     made = shard()
     advance(made, 3)
-    cut = made.cut()
+    cut = made.copy_state()
     kept = {name: tensor.clone() for name, tensor in cut.tensors.items()}
     advance(made, 3)
     assert all(torch.equal(cut.tensors[name], kept[name]) for name in kept)
@@ -92,17 +92,17 @@ def test_a_cut_does_not_move_with_the_shard() -> None:
 def test_a_part_is_a_safetensors_file_of_flat_vectors(tmp_path: Path) -> None:
     made = shard()
     advance(made, 2)
-    write(Checkpoints(LocalStorage(tmp_path), "run", keep=1), made.cut(), 2)
+    write(Checkpoints(LocalStorage(tmp_path), "run", keep=1), made.copy_state(), 2)
     for (begin, end), file in zip(bounds(2), files(tmp_path, ".safetensors"), strict=True):
         read = safetensors.torch.load_file(file)
-        assert read.keys() == made.cut().tensors.keys()
-        assert all(torch.equal(read[name], tensor[begin:end]) for name, tensor in made.cut().tensors.items())
+        assert read.keys() == made.copy_state().tensors.keys()
+        assert all(torch.equal(read[name], tensor[begin:end]) for name, tensor in made.copy_state().tensors.items())
 
 
 def test_stretches_that_no_shard_wrote_are_cut_out_of_those_that_they_did(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=1)
     advance(made, 2)
-    whole = made.cut()
+    whole = made.copy_state()
     cut = write(checkpoints, whole, 3)
     for begin in range(38):
         for end in range(begin, 38):
@@ -114,16 +114,16 @@ def test_an_empty_shard_finds_its_state_in_any_part(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=1)
     advance(made, 2)
     begin, end = bounds(3)[1]
-    checkpoints.write(part_of(made.cut(), begin, end), begin, end, 37, {"key": RECORD})
-    assert checkpoints.offers(37, 37) == [identity(made.cut())]
-    cut, receipts = checkpoints.load(identity(made.cut()), 37, 37)
-    assert (cut.scalars, receipts) == (made.cut().scalars, {"key": RECORD})
-    assert {name: len(tensor) for name, tensor in cut.tensors.items()} == dict.fromkeys(made.cut().tensors, 0)
+    checkpoints.write(part_of(made.copy_state(), begin, end), begin, end, 37, {"key": RECORD})
+    assert checkpoints.offers(37, 37) == [identity(made.copy_state())]
+    cut, receipts = checkpoints.load(identity(made.copy_state()), 37, 37)
+    assert (cut.scalars, receipts) == (made.copy_state().scalars, {"key": RECORD})
+    assert {name: len(tensor) for name, tensor in cut.tensors.items()} == dict.fromkeys(made.copy_state().tensors, 0)
 
 
 def test_a_shard_without_elements_has_a_part(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=1)
-    empty = part_of(made.cut(), 0, 0)
+    empty = part_of(made.copy_state(), 0, 0)
     assert checkpoints.write(empty, 0, 0, 0, {}) == checkpoints.write(empty, 0, 0, 0, {})
     assert checkpoints.offers(0, 0) == [identity(empty)]
     assert [each.step for each in checkpoints.all()] == [0]
@@ -133,9 +133,9 @@ def test_a_shard_without_elements_has_a_part(storage: Storage) -> None:
 def test_a_cut_is_offered_where_its_parts_are_and_listed_when_they_are_all_there(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=1)
     parts = bounds(3)
-    cut = identity(made.cut())
+    cut = identity(made.copy_state())
     for index in (2, 0):
-        checkpoints.write(part_of(made.cut(), *parts[index]), *parts[index], 37, {})
+        checkpoints.write(part_of(made.copy_state(), *parts[index]), *parts[index], 37, {})
     assert [checkpoints.offers(*part) for part in parts] == [[cut], [], [cut]]
     assert checkpoints.offers(0, 37) == []
     assert checkpoints.all() == []
@@ -143,7 +143,7 @@ def test_a_cut_is_offered_where_its_parts_are_and_listed_when_they_are_all_there
         checkpoints.load(cut, 0, 37)
     with pytest.raises(CheckpointNotFound):
         checkpoints.at(0)
-    size = checkpoints.write(part_of(made.cut(), *parts[1]), *parts[1], 37, {})
+    size = checkpoints.write(part_of(made.copy_state(), *parts[1]), *parts[1], 37, {})
     assert checkpoints.offers(0, 37) == [cut]
     assert [(each.epoch, each.step) for each in checkpoints.all()] == [(1, 0)]
     assert checkpoints.all()[0].bytes > 2 * size
@@ -153,10 +153,10 @@ def test_a_cut_is_offered_where_its_parts_are_and_listed_when_they_are_all_there
 def test_a_complete_cut_is_listed_though_the_other_parts_are_on_other_hosts(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=1)
     begin, end = bounds(2)[0]
-    checkpoints.write(part_of(made.cut(), begin, end), begin, end, 37, {})
-    checkpoints.complete(identity(made.cut()))
+    checkpoints.write(part_of(made.copy_state(), begin, end), begin, end, 37, {})
+    checkpoints.complete(identity(made.copy_state()))
     assert [each.step for each in checkpoints.all()] == [0]
-    assert checkpoints.at(0) == identity(made.cut())
+    assert checkpoints.at(0) == identity(made.copy_state())
     assert checkpoints.offers(0, 37) == []
 
 
@@ -164,7 +164,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=2)
     for _ in range(4):
         advance(made, 1)
-        write(checkpoints, made.cut(), 2)
+        write(checkpoints, made.copy_state(), 2)
     assert [each.step for each in checkpoints.all()] == [3, 4]
     assert len(list(tmp_path.glob("runs/run/checkpoints/*"))) == 2
 
@@ -174,30 +174,30 @@ def test_what_was_never_completed_is_dropped_when_something_newer_is(storage: St
     begin, end = bounds(3)[0]
     for _ in range(4):
         advance(made, 1)
-        checkpoints.write(part_of(made.cut(), begin, end), begin, end, 37, {})
-    write(checkpoints, made.cut(), 1)
+        checkpoints.write(part_of(made.copy_state(), begin, end), begin, end, 37, {})
+    write(checkpoints, made.copy_state(), 1)
     advance(made, 1)
-    checkpoints.write(part_of(made.cut(), begin, end), begin, end, 37, {})
+    checkpoints.write(part_of(made.copy_state(), begin, end), begin, end, 37, {})
     assert [cut.step for cut in checkpoints.offers(begin, end)] == [4, 5]
 
 
 def test_a_cut_that_covers_the_run_is_kept_though_nobody_completed_it(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=2)
-    checkpoints.write(made.cut(), 0, 37, 37, {})
+    checkpoints.write(made.copy_state(), 0, 37, 37, {})
     for _ in range(2):
         advance(made, 1)
-        write(checkpoints, made.cut())
+        write(checkpoints, made.copy_state())
         assert [each.step for each in checkpoints.all()] == [made.step - 1, made.step]
 
 
 def test_a_later_epoch_is_newer_than_a_later_step(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=5)
     advance(made, 5)
-    write(checkpoints, made.cut())
+    write(checkpoints, made.copy_state())
     early = shard()
     advance(early, 2)
-    early.load(early.cut(), epoch=2)
-    write(checkpoints, early.cut())
+    early.load(early.copy_state(), epoch=2)
+    write(checkpoints, early.copy_state())
     assert checkpoints.offers(0, 37) == [(1, 5, 5), (2, 2, 2)]
     assert [(each.epoch, each.step) for each in checkpoints.all()] == [(1, 5), (2, 2)]
 
@@ -205,23 +205,23 @@ def test_a_later_epoch_is_newer_than_a_later_step(storage: Storage) -> None:
 def test_of_two_epochs_with_a_step_the_newer_is_gone_back_to(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=5)
     for epoch in (1, 2):
-        made.load(made.cut(), epoch)
-        write(checkpoints, made.cut())
+        made.load(made.copy_state(), epoch)
+        write(checkpoints, made.copy_state())
     assert checkpoints.at(0) == (2, 0, 0)
 
 
 def test_the_same_part_twice_is_one(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    size = checkpoints.write(made.cut(), 0, 37, 37, {})
+    size = checkpoints.write(made.copy_state(), 0, 37, 37, {})
     assert size == files(tmp_path, ".safetensors")[0].stat().st_size
     before = [file.stat().st_ino for file in files(tmp_path)]
-    assert checkpoints.write(made.cut(), 0, 37, 37, {"key": RECORD}) == size
+    assert checkpoints.write(made.copy_state(), 0, 37, 37, {"key": RECORD}) == size
     assert [file.stat().st_ino for file in files(tmp_path)] == before
 
 
 def test_names_of_another_kind_are_no_cuts_and_no_parts(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    cut = write(checkpoints, made.cut())
+    cut = write(checkpoints, made.copy_state())
     directory = files(tmp_path)[0].parent
     for name in ("1-2-3", "notes", "00000001-000000000000-00000000000x", ".00000001-000000000009-000000000009"):
         (directory.parent / name).mkdir()
@@ -233,14 +233,14 @@ def test_names_of_another_kind_are_no_cuts_and_no_parts(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=1)
-    write(checkpoints, made.cut())
+    write(checkpoints, made.copy_state())
     advance(made, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for room in (100, files(tmp_path, ".safetensors")[0].stat().st_size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
             with pytest.raises(OSError, match="File too large"):
-                checkpoints.write(made.cut(), 0, 37, 37, {f"key-{number}": RECORD for number in range(100)})
+                checkpoints.write(made.copy_state(), 0, 37, 37, {f"key-{number}": RECORD for number in range(100)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         loaded = newest(checkpoints)
@@ -253,12 +253,12 @@ SAVER = """
 import sys
 from pathlib import Path
 import torch
-from freestep.models import RunSpec
-from freestep.manifest import Manifest
-from freestep_service.checkpoints import Checkpoints
-from freestep_service.records import CheckpointId
-from freestep_service.shard import Entry, Shard
-from freestep_service.storage import open_storage
+from freestep.api.models import RunSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.domain.records import CheckpointId
+from freestep_service.state.shard import Entry, Shard
+from freestep_service.storage.media import open_storage
 document = {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": "w", "shape": [200_000]}]}
 spec = RunSpec.model_validate(document)
 shard = Shard(spec, Manifest(spec.parameters), torch.device("cpu"))
@@ -298,8 +298,8 @@ def test_killed_while_it_writes_it_leaves_a_newest_that_is_whole(
 
 PRUNER = """
 import sys
-from freestep_service.checkpoints import Checkpoints
-from freestep_service.storage import open_storage
+from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.media import open_storage
 checkpoints = Checkpoints(open_storage(sys.argv[1]), "run", keep=2)
 newest = checkpoints.offers(0, 37)[-1]
 print("ready", flush=True)
@@ -312,7 +312,7 @@ def test_processes_drop_the_same_checkpoints_at_the_same_time(tmp_path: Path) ->
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=100)
     for _ in range(30):
         advance(made, 1)
-        write(checkpoints, made.cut(), 3)
+        write(checkpoints, made.copy_state(), 3)
     command = [sys.executable, "-c", PRUNER, str(tmp_path)]
     pipe = subprocess.PIPE
     pruners = [
@@ -336,7 +336,7 @@ def test_threads_write_list_and_drop_at_the_same_time(storage: Storage, caplog: 
     cuts = []
     for _ in range(10):
         advance(made, 1)
-        cuts.append(made.cut())
+        cuts.append(made.copy_state())
     barrier = threading.Barrier(4)
 
     def work(index: int) -> None:

@@ -35,13 +35,13 @@ from freestep_service.storage.media import LocalStorage, Storage
 @pytest.mark.parametrize("suffix", ["7.json", ".safetensors"])
 def test_a_damaged_part_of_the_same_cut_is_written_anew(tmp_path: Path, suffix: str) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    cut = write(checkpoints, made.cut())
+    cut = write(checkpoints, made.copy_state())
     (file,) = files(tmp_path, suffix)
     flip_a_bit(file)
     with pytest.raises(Damaged):
         checkpoints.load(cut, 0, 37)
     assert checkpoints.offers(0, 37) == []
-    write(checkpoints, made.cut(), receipts={"key": RECORD})
+    write(checkpoints, made.copy_state(), receipts={"key": RECORD})
     assert checkpoints.offers(0, 37) == [cut]
     assert checkpoints.load(cut, 0, 37)[1] == {"key": RECORD}
     assert len(files(tmp_path)) == 3
@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said_so(
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
     for _ in range(2):
         advance(made, 1)
-        write(checkpoints, made.cut(), 3)
+        write(checkpoints, made.copy_state(), 3)
     damage(files(tmp_path, suffix)[index])
     with caplog.at_level(logging.ERROR):
         loaded = newest(checkpoints)
@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said_so(
 def test_what_is_damaged_in_one_part_is_taken_from_another(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
     advance(made, 2)
-    cut = made.cut()
+    cut = made.copy_state()
     write(checkpoints, cut, 1)
     write(checkpoints, cut, 3)
     whole = files(tmp_path, "000000000000000-000000000000037.safetensors")[0]
@@ -101,8 +101,8 @@ def test_what_is_damaged_in_one_part_is_taken_from_another(tmp_path: Path) -> No
 def test_parts_of_different_states_are_no_checkpoint(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=5)
     first, second = bounds(2)
-    checkpoints.write(part_of(made.cut(), *first), *first, 37, {})
-    other = dataclasses.replace(part_of(made.cut(), *second), damping=0.5)
+    checkpoints.write(part_of(made.copy_state(), *first), *first, 37, {})
+    other = dataclasses.replace(part_of(made.copy_state(), *second), damping=0.5)
     checkpoints.write(other, *second, 37, {})
     with pytest.raises(Damaged, match="not of the same state"):
         checkpoints.load(identity(other), 0, 37)
@@ -160,7 +160,7 @@ def test_a_manifest_of_any_shape_is_skipped_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[dict[str, Any]], bytes]
 ) -> None:
     checkpoints = Checkpoints(LocalStorage(tmp_path), "run", keep=5)
-    cut = write(checkpoints, shard().cut())
+    cut = write(checkpoints, shard().copy_state())
     (file,) = files(tmp_path, "7.json")
     document = json.loads(file.read_bytes())
     del document["checksum"]

@@ -192,7 +192,7 @@ def test_what_a_backend_raises_is_an_oserror() -> None:
 
 WRITER = """
 import sys
-from freestep_service.storage import open_storage
+from freestep_service.storage.media import open_storage
 
 def pieces():
     yield b"half"

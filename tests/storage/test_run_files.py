@@ -14,7 +14,7 @@ def test_nothing_is_left_of_a_run_that_was_removed_and_all_of_the_others(storage
     for run in ("run", "run-2"):
         RunFile("{}", 3, 2).write(storage, run)
         checkpoints = Checkpoints(storage, run, keep=1)
-        write(checkpoints, shard().cut(), 2)
+        write(checkpoints, shard().copy_state(), 2)
         checkpoints.mark_closed(0, 37, 1, 0)
     Checkpoints(storage, "run", keep=1).remove()
     assert storage.names("runs") == ["run-2"]
