@@ -1,7 +1,7 @@
 """freestep beside its peers: what each takes for the same exchange.
 
 Each peer that is installed runs alone with freestep, and their rounds alternate; a peer's ratio is the median of each
-round's ratio of the peer's time to freestep's. Relay run in processes of their own, by benchmarks.peers.host.
+round's ratio of the peer's time to freestep's. Peers run in processes of their own, by benchmarks.peers.host.
 """
 
 from __future__ import annotations

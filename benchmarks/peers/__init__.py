@@ -1,7 +1,7 @@
 """Other ways to do what a push + pull does, each behind one small seam.
 
 A peer's worker sends a fp32 gradient, its server has the schedulefree package's AdamW applied to the parameters that
-it holds, and the worker receives y. Relay need torch, schedulefree and their own packages, and nothing of freestep, so
+it holds, and the worker receives y. Peers need torch, schedulefree and their own packages, and nothing of freestep, so
 that they run in an environment of their own where their requirements are not freestep's: see benchmarks/peers.txt.
 """
 

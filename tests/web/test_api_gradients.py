@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from select import select
 
 import pytest
 import safetensors.torch
@@ -288,25 +289,41 @@ def test_a_body_that_is_cut_leaves_nothing(api: Api, service: ThreadService) -> 
     assert api.push(lease, 0, "raw").json() == {"decision": "applied", "step": 1, "staleness": 0, "replayed": False}
 
 
-def test_when_all_memory_is_taken_pushes_wait_and_then_are_refused(
+def test_what_stalled_bodies_hold_costs_others_nothing(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api]
 ) -> None:
-    service = start_service(queue_seconds=0.2, stall_seconds=30)
+    service = start_service(queue_seconds=30, stall_seconds=30)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    stalled = [begun_push(api, lease, BODY[:-1], key) for key in ("one", "two", "three")]
+    pending = api.redis_key("pending")
+    wait_until(lambda: len(service.redis_dump(pending).get(pending, ())) == 3)
+    assert api.push(lease, 0, "four").json()["step"] == 1
+    for connection in stalled:
+        connection.sendall(BODY[-1:])
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        connection.close()
+    assert api.push(lease, 0, "five").json()["step"] == 5
+
+
+def test_where_slow_peers_may_hold_nothing_the_slowest_are_ended_for_those_who_wait(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    service = start_service(queue_seconds=30, stall_seconds=30, slow_peer_bytes=0)
     api = connect(service.url)
     api.create()
     lease = api.lease()
     stalled = [begun_push(api, lease, BODY[:-1], key) for key in ("one", "two")]
     pending = api.redis_key("pending")
     wait_until(lambda: len(service.redis_dump(pending).get(pending, ())) == 2)
-    refused = api.push(lease, 0, "three")
-    assert (refused.status_code, slug(refused)) == (429, "overloaded")
-    assert int(refused.headers["Retry-After"]) > 0
-    assert set(service.redis_dump(pending)[pending]) == {"one", "two"}
+    assert api.push(lease, 0, "three").json()["step"] == 1
+    ended = [connection for connection in stalled if select([connection], [], [], 0)[0]]
+    assert len(ended) == 1
+    answer = ended[0].recv(4096)
+    assert answer.startswith(b"HTTP/1.1 429") and b"others waited for its memory" in answer
     for connection in stalled:
-        connection.sendall(BODY[-1:])
-        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         connection.close()
-    assert api.push(lease, 0, "three").json()["step"] == 3
 
 
 @pytest.mark.parametrize("samples", ["1e12", "1e-12"])

@@ -92,7 +92,7 @@ class Store:
 
 @contextmanager
 def reachable() -> Iterator[None]:
-    """DeviceLocks a lost, refused, loading or read-only connection into CoordinatorUnavailable."""
+    """Turns a lost, refused, loading or read-only connection into CoordinatorUnavailable."""
     try:
         yield
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:

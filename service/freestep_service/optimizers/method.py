@@ -1,7 +1,7 @@
 """What an optimization method is: data and three functions, over flat fp32 vectors.
 
 The law of this package: no web, no Redis, no clock, no lock. State is data: vectors named as in the papers,
-and per param group a few named scalars. A step is `advance`, which locks a group's scalars into the next ones
+and per param group a few named scalars. A step is `advance`, which turns a group's scalars into the next ones
 and this step's coefficients in double precision, and `rule`, the arithmetic that moves an element with them. The
 average x is a function of the state, not a mode.
 """

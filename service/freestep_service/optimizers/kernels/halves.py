@@ -31,7 +31,7 @@ def f16_bits(x: Any) -> Any:
     """fp32 -> uint16.
 
     Adding a power of two that leaves just the bits of F16 below the point lets the processor round, subnormals
-    included; multiplying to and fro first locks what is too large into infinity. The trick is Marat Dukhan's, as in
+    included; multiplying to and fro first turns what is too large into infinity. The trick is Marat Dukhan's, as in
     torch's c10/util/Half.h.
     """
     bits = np.float32(x).view(np.uint32)

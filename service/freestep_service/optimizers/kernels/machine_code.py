@@ -35,7 +35,7 @@ def folder_of_code() -> Path | None:
     """
     features = binding.get_host_cpu_features().flatten()
     digest = sha256(repr((numba.__version__, binding.get_host_cpu_name(), features)).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(source.read_bytes())
     try:
         folder = _caches() / digest.hexdigest()[:16]

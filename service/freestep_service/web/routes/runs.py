@@ -41,7 +41,7 @@ async def get_topology(run: AnyRun) -> Topology:
 
 @router.post("/v1/runs/{run}/reshard", response_model=RunStatus)
 async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, relay: AnyRelay) -> Any:
-    """ConsistentReads the run into another number of shards, in a new epoch."""
+    """Divides the run into another number of shards, in a new epoch."""
     if not run.owns_any:
         return await relay.forward(request, run, content=await request.body())
     await run.reshard(wish.shards)
