@@ -1,6 +1,6 @@
 """All benchmarks, and one table of what they found beside what is to be reached: `make bench`.
 
-Figures are medians of several runs; ratios are taken within a run, in which the subjects take locks so that all see
+Figures are medians of several runs; ratios are taken within a run, in which the subjects take turns so that all see
 the same machine. A figure beyond its target is marked so, and nothing fails for it: other programs on the machine
 move them. Only a benchmark that could not be run makes the exit code 1.
 """

@@ -1,4 +1,4 @@
-"""What TLS costs: push + pull of one worker over it, beside the same without it, in locks."""
+"""What TLS costs: push + pull of one worker over it, beside the same without it, in turn."""
 
 from __future__ import annotations
 
