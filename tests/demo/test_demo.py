@@ -183,7 +183,7 @@ def test_a_worker_and_an_evaluator_ride_out_a_restart(
 def test_the_demo_from_beginning_to_end(tmp_path: Path) -> None:
     (tmp_path / "out" / "service").mkdir(parents=True)
     (tmp_path / "out" / "service" / "mine").touch()
-    command = [sys.executable, "-m", "freestep_command", "demo", "--plain", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + (tmp_path / "out" / "processes.log").read_text()
     for event in ("worker-2 killed", "worker-5 joined"):
@@ -208,7 +208,7 @@ def named(directory: Path) -> list[int]:
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A demo that has made its first steps; whatever it leaves behind is killed."""
-    command = [sys.executable, "-m", "freestep_command", "demo", "--plain", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -251,5 +251,5 @@ def test_a_demo_whose_service_dies_says_so_and_leaves_nothing_running(
     service.kill()
     rest, _ = demo.communicate(timeout=60)
     assert demo.returncode == 1
-    assert "broke off" in rest and "Traceback" not in rest
+    assert "ended early" in rest and "Traceback" not in rest
     assert not named(tmp_path)
