@@ -17,8 +17,8 @@ from starlette.routing import Route
 from benchmarks.apart import apart, serve
 from freestep import Flat
 from freestep.api.models import ParameterSpec
-from freestep.bulk import Body as Outgoing
 from freestep.bulk import BulkTransport
+from freestep.bulk_exchange import Body as Outgoing
 from freestep.wire.manifest import Manifest
 from freestep.wire.receiver import Receiver
 from freestep_service.state.buffers import Vector

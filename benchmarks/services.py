@@ -41,7 +41,7 @@ class Service:
 def running_service(**settings: str) -> Iterator[Service]:
     """A service of its own on a free port, ready; with an embedded store unless the settings name another."""
     with tempfile.TemporaryDirectory(prefix="freestep-bench-") as data_dir:
-        command = [sys.executable, "-m", "freestep_command", "serve", "--port", "0", "--data-dir", data_dir]
+        command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", data_dir]
         variables = {f"FREESTEP_{name.upper()}": value for name, value in settings.items()}
         environment = {**os.environ, "FREESTEP_LOG_LEVEL": "warning", "PYTHONUNBUFFERED": "1", **variables}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from freestep_command import main
+from freestep.cli import main
 
 __all__ = ["freestep", "start"]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from freestep.bulk import Body, pour
+from freestep.bulk import pour
+from freestep.bulk_exchange import Body
 
 __all__ = ["ANSWERS", "LARGE", "Peer", "Script", "Server", "Sink", "assert_", "post", "poured"]
 

@@ -1,14 +1,38 @@
 """freestep: Schedule-Free optimization as a service; the client."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from freestep.answers import Pulled
 from freestep.api.models import AggregationSpec, Receipt, RunSpec, RunStatus
-from freestep.client import Client, Pulled, Run
-from freestep.encoders import Int8, Rounded, TopK
+from freestep.client import Client
 from freestep.errors import *  # noqa: F403
 from freestep.errors import __all__ as _errors
-from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
-from freestep.local_steps import LocalSteps
-from freestep.optimizer import RemoteOptimizer
+from freestep.run import Run
+
+if TYPE_CHECKING:
+    from freestep.encoders import Int8, Rounded, TopK
+    from freestep.flat import Flat
+    from freestep.local_steps import LocalSteps
+    from freestep.optimizer import RemoteOptimizer
+else:
+    # Imported when first used: torch takes seconds to import, and the control plane does not need it.
+    _WITH_TORCH = {
+        "Flat": "freestep.flat",
+        "Int8": "freestep.encoders",
+        "LocalSteps": "freestep.local_steps",
+        "RemoteOptimizer": "freestep.optimizer",
+        "Rounded": "freestep.encoders",
+        "TopK": "freestep.encoders",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WITH_TORCH:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_WITH_TORCH[name]), name)
+        return value
+
 
 __version__ = "0.1.0"
 

@@ -1,27 +1,31 @@
 """The `freestep` command.
 
 Exit codes: 0 done, 1 refused by the service, 2 used wrongly, 3 the service cannot be reached, 130 interrupted.
+
+Only the commands that need torch import it, since that takes seconds.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from pydantic import BaseModel, ValidationError
-from rich.console import Console
-from rich.table import Table
+from pydantic import ValidationError
 
-from freestep.api.models import MOST_SHARDS, Checkpoint, Metric, MetricReport, Point, PointDtype, RunStatus
-from freestep.client import DEFAULT_URL, Client, Pulled
+from freestep.answers import Pulled
+from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport, Point, PointDtype, RunStatus
+from freestep.client import DEFAULT_URL, Client
 from freestep.errors import FreestepError, ServiceUnreachable
-from freestep.flat import Flat
-from freestep_command import importing
+from freestep.terminal import print_error, print_json, print_line, print_result, printable
+
+if TYPE_CHECKING:
+    from freestep.flat import Flat
 
 __all__ = ["main"]
 
@@ -40,12 +44,14 @@ Token = Annotated[str | None, typer.Option(envvar="FREESTEP_TOKEN", help="A bear
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 RunName = Annotated[str, typer.Argument(help="The run's name.")]
 
-RETRY_FOR_S = 3.0
-"""A person at a terminal is told soon that the service is away."""
+_RETRY_FOR_S = 3.0
+"""Short, since a person waits for the answer."""
+_INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
 
 
 def main() -> None:
-    """Runs the command; see the module's docstring for its exit codes."""
+    """Runs the command, and exits with one of the codes in the module's docstring."""
     try:
         app()
     except ServiceUnreachable as error:
@@ -53,7 +59,7 @@ def main() -> None:
     except FreestepError as error:
         _fail(1, str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
 
 
 @app.command(
@@ -63,10 +69,10 @@ def main() -> None:
 def serve(context: typer.Context) -> None:
     """Run the service (`freestep serve --help` lists its settings)."""
     try:
-        with importing():
+        with _slow_imports():
             from freestep_service.server import main as serve_main
     except ImportError as error:
-        _fail(2, f"the service is not installed ({error}); pip install 'freestep[service]' brings it")
+        _fail(2, f"the service is not installed ({error}): pip install 'freestep[service]'")
     serve_main(context.args)
 
 
@@ -80,7 +86,7 @@ def list_runs(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False
          len(status.workers), status.parameter_count)
         for status in found
     ]  # fmt: skip
-    _print(found, as_json, ("run", "algorithm", "policy", "step", "epoch", "workers", "parameters"), rows)
+    print_result(found, as_json, ("run", "algorithm", "policy", "step", "epoch", "workers", "parameters"), rows)
 
 
 @runs.command("show")
@@ -90,34 +96,34 @@ def show_run(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json:
         remote = client.run(run)
         status = remote.status()
         missing = [] if as_json else remote.topology().missing
-    _print(status, as_json, ("", ""), _facts(status, missing))
+    print_result(status, as_json, ("", ""), _facts(status, missing))
 
 
 @runs.command("topology")
 def show_topology(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
-    """Show where a run's shards are."""
+    """Show a run's shards and their owners."""
     with _client(url, token) as client:
         topology = client.run(run).topology()
     rows = [
-        (shard.index, shard.url or "nobody's", f"{shard.begin:,} to {shard.end:,}", len(shard.slices),
+        (shard.index, shard.url or "no owner", f"{shard.begin:,} to {shard.end:,}", len(shard.slices),
          _or_dash(shard.applied_step), _or_dash(shard.durable_step))
         for shard in topology.shards
     ]  # fmt: skip
-    _print(topology, as_json, ("shard", "is at", "elements", "tensors", "applied step", "durable step"), rows)
+    print_result(topology, as_json, ("shard", "owner", "elements", "tensors", "applied step", "durable step"), rows)
 
 
 @runs.command("reshard")
 def reshard_run(
     run: RunName,
-    shards: Annotated[int, typer.Option(min=1, max=MOST_SHARDS, help="How many shards there are to be.")],
+    shards: Annotated[int, typer.Option(min=1, max=MOST_SHARDS, help="The new number of shards.")],
     url: Url = DEFAULT_URL,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Cut a run into another number of shards; its workers go on by themselves."""
+    """Divide a run into another number of shards; its workers go on."""
     with _client(url, token) as client:
         status = client.run(run).reshard(shards)
-    _print(status, as_json, ("", ""), _facts(status))
+    print_result(status, as_json, ("", ""), _facts(status))
 
 
 @runs.command("delete")
@@ -127,9 +133,9 @@ def delete_run(
     token: Token = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a run, its checkpoints included."""
+    """Delete a run and its checkpoints."""
     if not yes:
-        typer.confirm(f"Delete the run {run} and its checkpoints?", abort=True)
+        typer.confirm(f"Delete the run {printable(run)} and its checkpoints?", abort=True)
     with _client(url, token) as client:
         client.run(run).delete()
 
@@ -144,7 +150,7 @@ def workers(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: 
          f"{worker.expires_in_ms / 1000:.1f} s")
         for worker in found
     ]  # fmt: skip
-    _print(found, as_json, ("worker", "pushes", "last at step", "staleness", "steps/s", "lease ends in"), rows)
+    print_result(found, as_json, ("worker", "pushes", "last at step", "staleness", "steps/s", "lease ends in"), rows)
 
 
 @app.command()
@@ -166,9 +172,9 @@ def report(
     with _client(url, token) as client:
         receipt = client.run(run).report(made.name, made.value, made.step, epoch=made.epoch)
     if as_json:
-        _json(receipt.model_dump(mode="json"))
+        print_json(receipt)
     else:
-        _say(f"{name} of {run} at step {step} is {value:g}" + (", as reported before" if receipt.replayed else ""))
+        print_line(f"{name} of {run} at step {step} is {value:g}" + (", as reported before" * receipt.replayed))
 
 
 @app.command()
@@ -184,36 +190,38 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Write a run's parameters to a safetensors file, whole or not at all."""
+    with _slow_imports():
+        from freestep.flat import Flat
     with _client(url, token) as client:
         remote = client.run(run)
         flat = Flat(remote.manifest, dtype)
         pulled = remote.pull_into(flat, point)
     _write(output, flat, run, point, pulled)
     if as_json:
-        _json({"run": run, "point": point, "epoch": pulled.epoch, "step": pulled.step, "output": str(output)})
+        print_json({"run": run, "point": point, "epoch": pulled.epoch, "step": pulled.step, "output": str(output)})
     else:
-        _say(f"{point} of {run} at step {pulled.step} is in {output}")
+        print_line(f"{point} of {run} at step {pulled.step} is in {output}")
 
 
 @app.command()
 def checkpoint(
     run: RunName,
-    restore: Annotated[int | None, typer.Option(help="Go back to the checkpoint of this step.")] = None,
+    restore: Annotated[int | None, typer.Option(help="Return to the checkpoint of this step.")] = None,
     show: Annotated[bool, typer.Option("--list", help="List the checkpoints that are kept.")] = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint now, list those that are kept, or go back to one."""
+    """Write a checkpoint now, list those that are kept, or return to one."""
     with _client(url, token) as client:
         remote = client.run(run)
         if restore is not None:
             status = remote.restore(restore)
-            _print(status, as_json, ("", ""), _facts(status))
+            print_result(status, as_json, ("", ""), _facts(status))
             return
         found: Sequence[Checkpoint] = remote.checkpoints() if show else [remote.checkpoint()]
     rows = [(each.step, each.epoch, each.created_at, each.bytes) for each in found]
-    _print(found if show else found[0], as_json, ("step", "epoch", "written at", "bytes"), rows)
+    print_result(found if show else found[0], as_json, ("step", "epoch", "written at", "bytes"), rows)
 
 
 @app.command()
@@ -223,23 +231,37 @@ def demo(
 ) -> None:
     """Train a small convolutional net on real digits: a service, four workers, a kill and a join."""
     try:
-        with importing():
+        with _slow_imports():
             from freestep.demo.main import run_demo
     except ImportError as error:
-        _fail(2, f"the demo is not installed ({error}); pip install 'freestep[demo]' brings it")
+        _fail(2, f"the demo is not installed ({error}): pip install 'freestep[demo]'")
     raise typer.Exit(run_demo(output, plain=plain))
+
+
+@contextmanager
+def _slow_imports() -> Iterator[None]:
+    """Makes Ctrl-C end the process at once and silently: an interrupted import of torch ends in a traceback."""
+    before = signal.getsignal(signal.SIGINT)
+    # A process in the background may have been started with the signal ignored.
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _client(url: str, token: str | None) -> Client:
     try:
-        return Client(url, token=token, retry_for=RETRY_FOR_S)
+        return Client(url, token=token, retry_for=_RETRY_FOR_S)
     except OSError as error:
         _fail(2, str(error))
 
 
 def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, str]]:
     settings = status.spec.optimizer.model_dump(exclude={"algorithm"}, exclude_none=True)
-    unowned = f"; nobody owns {', '.join(map(str, missing))}" if missing else ""
+    without_owner = f"; without an owner: {', '.join(map(str, missing))}" if missing else ""
+    metrics = (f"{name} {metric.value:.4g} at step {metric.step}" for name, metric in status.metrics.items())
     return [
         ("run", status.run),
         ("step", str(status.step)),
@@ -249,18 +271,14 @@ def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, st
         ("", " ".join(f"{name}={value}" for name, value in settings.items())),
         ("policy", status.spec.aggregation.policy),
         ("parameters", f"{status.parameter_count:,} in {len(status.spec.parameters)} tensors"),
-        ("shards", f"{status.shards}{unowned}"),
+        ("shards", f"{status.shards}{without_owner}"),
         ("workers", ", ".join(worker.worker for worker in status.workers) or "-"),
         ("pushes", ", ".join(f"{count} {decision}" for decision, count in status.pushes.items())),
         ("loss", _or_dash(status.loss)),
         ("staleness", _or_dash(status.staleness)),
-        ("metrics", ", ".join(_told(name, metric) for name, metric in status.metrics.items()) or "-"),
+        ("metrics", ", ".join(metrics) or "-"),
         ("checkpoint", _or_dash(status.checkpoint_step)),
     ]
-
-
-def _told(name: str, metric: Metric) -> str:
-    return f"{name} {metric.value:.4g} at step {metric.step}"
 
 
 def _write(output: Path, flat: Flat, run: str, point: str, pulled: Pulled) -> None:
@@ -281,38 +299,12 @@ def _write(output: Path, flat: Flat, run: str, point: str, pulled: Pulled) -> No
         _fail(2, f"{output} cannot be written: {error.strerror}")
 
 
-def _print(
-    found: BaseModel | Sequence[BaseModel], as_json: bool, columns: Sequence[str], rows: Iterable[Sequence[object]]
-) -> None:
-    if as_json:
-        _json(
-            found.model_dump(mode="json")
-            if isinstance(found, BaseModel)
-            else [each.model_dump(mode="json") for each in found]
-        )
-        return
-    table = Table(box=None, header_style="bold", show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console().print(table)
-
-
-def _json(document: object) -> None:
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
-
-
-def _say(text: str) -> None:
-    Console().print(text, soft_wrap=True, highlight=False, markup=False)
-
-
 def _or_dash(value: float | int | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _fail(code: int, message: str) -> NoReturn:
-    sys.stderr.write(f"freestep: {message}\n")
+    print_error(f"freestep: {message}")
     sys.exit(code)
 
 

@@ -1,9 +1,9 @@
-"""Gradients that travel as fewer bytes than their elements have: rounded, int8 with scales, or the largest alone.
+"""Encodings of pushed gradients in fewer bytes: rounded to BF16 or F16, int8 with scales, or the largest elements.
 
-What an encoding loses is not lost: it is kept, and added to the next gradient (error feedback: Seide et al. 2014;
-Stich et al., arXiv 1809.07599; Karimireddy et al., arXiv 1901.09847). With g the gradients, e the residual and q what
-the pushed bodies say, q = C(g + e) and e' = g + e - q, so that at any time what was pushed and the residual sum up to
-the gradients, within the rounding of fp32.
+The encoding error is added to the next gradient (error feedback: Seide et al., Interspeech 2014; Stich et al., arXiv
+1809.07599; Karimireddy et al., arXiv 1901.09847). With g the gradient, e the residual and C the encoding, a push sends
+q = C(g + e), and e <- g + e - q: the sum of what was pushed and the residual is the sum of the gradients, within fp32
+rounding.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from freestep.wire.encoding import INDICES, ITEMSIZE, VALUES, Encoding
 from freestep.wire.header import header_of
 from freestep.wire.manifest import Manifest, Slot
 
-__all__ = ["Encoder", "Int8", "Part", "Rounded", "TopK"]
+__all__ = ["EncodedPart", "Encoder", "Int8", "Rounded", "TopK"]
 
 _NARROW = ("BF16", "F16")
 _CHUNK = 128 * 1024
-"""Elements worked on at a time: few enough for what is between two operations to stay in the cache."""
+"""Elements that are encoded at a time, few enough for intermediate results to stay in the cache."""
 _SMALLEST = torch.finfo(torch.float32).tiny
-"""Scales below it are of less precision than a quantum needs."""
+"""The smallest normal number: subnormal scales have fewer significant bits than an int8 value needs."""
 _LARGEST_I32 = 2**31 - 1
 _SAMPLE = 1 << 14
-"""Elements of a tensor from which it is guessed how large its k-th largest is."""
+"""Elements of a tensor by which the magnitude of its k-th largest is estimated."""
 
 
-class Part:
-    """A shard's stretch of an encoded gradient, in buffers of its own that every push fills anew.
+class EncodedPart:
+    """A shard's part of an encoded gradient, in buffers that every push fills anew.
 
-    items: what the body holds, by name, dtype and shape, in the order of the buffers' bytes.
+    items: name, dtype and shape of what the body contains, in the order of the buffers' bytes.
     """
 
     def __init__(
@@ -56,71 +56,79 @@ class Part:
 
 
 class Encoder(ABC):
-    """Encodes the gradients of one worker, one push after the other, and keeps the residual.
+    """Encodes one gradient after another, and keeps the residual.
 
-    gradient: where each gradient is put, fp32. For every push, fill it, call `begin`, and give the encoder to
-        `Run.push` or `Run.exchange`, which say what became of it (`settle`). Until the next `begin` the gradient
-        must not be changed: its bodies are made when they are asked for, and are the same whenever that is.
+    For every push: fill `gradient`, call `begin`, and give the encoder to `Run.push` or `Run.exchange`, which report
+    the outcome to it (`settle`). Until the next `begin` the gradient must not change: bodies are encoded when they are
+    sent, and again if the number of shards changes.
 
-    A push that was dropped or refused takes its own gradient with it and nothing else: the residual is what it was
-    before. Where nobody knows whether a push counted, it is taken to have counted, so that nothing is pushed twice.
+    A push that was dropped or refused loses its own gradient only: the residual is what it was before. If the outcome
+    is unknown, the push is assumed to have counted, so that nothing is pushed twice.
 
-    Beside the gradient it keeps two fp32 vectors, the residual before and after the push, and the bodies' buffers.
-    Raises FreestepError where the gradient is not fp32, and MalformedTensors where the encoding would have two tensors
-    of one name.
+    Beside the gradient it keeps two fp32 vectors, the residual before and after the push, and the bodies' buffers. Not
+    safe to use from several threads at the same time.
     """
 
     def __init__(self, gradient: Flat, encoding: Encoding) -> None:
         if gradient.dtype != "F32":
-            raise FreestepError(f"gradients are encoded from fp32, not from {gradient.dtype}")
+            raise FreestepError(f"gradients must be encoded from fp32, not from {gradient.dtype}")
         encoding.roles(gradient.manifest)
         self.gradient = gradient
         self.encoding = encoding
         self._before = torch.zeros_like(gradient.vector, pin_memory=False)
         self._after = torch.zeros_like(gradient.vector, pin_memory=False)
-        self._parts: tuple[Part, ...] = ()
+        self._parts: tuple[EncodedPart, ...] = ()
         self._encoded = False
         self._counts: bool | None = None
 
     @property
     def residual(self) -> Tensor:
-        """What the pushes that counted have lost so far, [manifest.numel] fp32: a view, which later pushes change."""
+        """What the pushes that counted have left out so far, fp32 [manifest.numel]; a view that later pushes change.
+
+        Setting it copies a residual in; raises ManifestMismatch if its shape is another.
+        """
         return self._after if self._counted() else self._before
 
     @residual.setter
     def residual(self, residual: Tensor) -> None:
-        """Raises ManifestMismatch when it is not of the gradient's shape."""
         if residual.shape != self._before.shape:
-            raise ManifestMismatch(f"a residual is of the shape {list(residual.shape)}, not {list(self._before.shape)}")
+            raise ManifestMismatch(
+                f"the residual has shape {list(residual.shape)}, but the gradient has {list(self._before.shape)}"
+            )
         self._encoded = False
         self._before.copy_(residual)
 
     def begin(self) -> None:
-        """Takes note that there is another gradient."""
+        """Starts the push of a new gradient, which `gradient` now contains."""
         if self._counted():
             self._before, self._after = self._after, self._before
         self._encoded, self._counts = False, None
 
     def settle(self, counts: bool) -> None:
-        """Takes note whether the push counts: it was applied or accumulated, and neither dropped nor refused."""
+        """Sets the outcome of the push.
+
+        Args:
+            counts: True if it was applied or accumulated, False if it was dropped or refused.
+        """
         self._counts = counts
 
     def forget(self) -> None:
-        """Drops the residual: the run went back to before the pushes that it is of."""
+        """Sets the residual to zero, after the run went back to a step before the pushes that left it."""
         self._encoded = False
         self._before.zero_()
 
     def _counted(self) -> bool:
         if not self._encoded or self._counts is not None:
             return self._encoded and bool(self._counts)
-        # What is not finite was certainly refused, and must not stay.
+        # A gradient that is not finite was refused, and must not remain in the residual.
         return bool(self._after.sum().isfinite())
 
     @torch.no_grad()
-    def parts(self, count: int) -> Sequence[Part]:
-        """The encoded stretches of the gradient and the residual, for the shards of a run cut into `count`.
+    def parts(self, count: int) -> Sequence[EncodedPart]:
+        """The encoded parts of gradient + residual, one for each shard.
 
-        For another count they are made anew, and so is what they lose.
+        Args:
+            count: The run's number of shards; if it changes, parts and residual are computed anew.
         """
         if len(self._parts) != count:
             manifest = self.gradient.manifest
@@ -128,67 +136,86 @@ class Encoder(ABC):
             self._encoded = False
         if not self._encoded:
             for part in self._parts:
-                stretch = slice(part.manifest.begin, part.manifest.end)
-                self._encode(part, self.gradient.vector[stretch], self._before[stretch], self._after[stretch])
+                own = slice(part.manifest.begin, part.manifest.end)
+                self._encode(part, self.gradient.vector[own], self._before[own], self._after[own])
             self._encoded = True
         return self._parts
 
     @abstractmethod
-    def _part(self, manifest: Manifest) -> Part:
-        """Buffers for a shard's part, and what the body says of them."""
+    def _part(self, manifest: Manifest) -> EncodedPart:
+        """Allocates the buffers of a shard's part."""
 
     @abstractmethod
-    def _encode(self, part: Part, gradient: Tensor, before: Tensor, after: Tensor) -> None:
-        """Fills a part's buffers from `gradient` + `before`, and `after` with what they do not say; all [numel]."""
+    def _encode(self, part: EncodedPart, gradient: Tensor, before: Tensor, after: Tensor) -> None:
+        """Encodes `gradient` + `before` into the part's buffers, and puts the error into `after`; all fp32 [numel]."""
 
 
 class Rounded(Encoder):
-    """Each element rounded to the nearest number of a narrower dtype.
+    """Rounds each element to BF16 or F16, 2 bytes an element.
 
-    F16 says nothing of elements below 3e-8, push after push, and BF16 rounds off up to 1/256 of each; with the residual
-    that is pushed once it has added up.
+    Without a residual, F16 would lose elements below 3e-8 in every push, and BF16 up to 1/256 of each element; with it,
+    these are pushed once they have added up.
 
-    dtype: BF16 or F16. The body is a dense one of that dtype, 2 bytes an element.
+    Example:
+        >>> encoder = freestep.Rounded(freestep.Flat(run.manifest), "BF16")
+        >>> encoder.gradient.fill(gradients)
+        >>> encoder.begin()
+        >>> receipt = run.push(encoder, lease.claim(step))
+
+    Args:
+        gradient: Contains each gradient, fp32.
+        dtype: "BF16" or "F16".
+
+    Raises:
+        FreestepError: The gradient is not fp32, or the dtype is another.
     """
 
     def __init__(self, gradient: Flat, dtype: str) -> None:
         if dtype not in _NARROW:
-            raise FreestepError(f"gradients are rounded to {' or '.join(_NARROW)}, not to {dtype}")
+            raise FreestepError(f"gradients can be rounded to {' or '.join(_NARROW)}, not to {dtype}")
         super().__init__(gradient, Encoding())
         self._dtype = dtype
 
-    def _part(self, manifest: Manifest) -> Part:
+    def _part(self, manifest: Manifest) -> EncodedPart:
         items = [(slot.name, self._dtype, slot.shape) for slot in manifest.slots]
-        return Part(manifest, self.encoding, items, (torch.empty(manifest.numel, dtype=DTYPES[self._dtype]),))
+        return EncodedPart(manifest, self.encoding, items, (torch.empty(manifest.numel, dtype=DTYPES[self._dtype]),))
 
-    def _encode(self, part: Part, gradient: Tensor, before: Tensor, after: Tensor) -> None:
+    def _encode(self, part: EncodedPart, gradient: Tensor, before: Tensor, after: Tensor) -> None:
         (values,) = part.buffers
         chunks = (torch.split(each, _CHUNK) for each in (gradient, before, values, after))
-        for exact, kept, said, lost in zip(*chunks, strict=True):
+        for exact, kept, rounded, lost in zip(*chunks, strict=True):
             torch.add(exact, kept, out=lost)
-            said.copy_(lost)
-            lost.sub_(said)
+            rounded.copy_(lost)
+            lost.sub_(rounded)
 
 
 class Int8(Encoder):
-    """Each element rounded to one of 255 multiples of its block's scale, which is the block's largest magnitude / 127.
+    """Rounds each element to an int8 multiple of its block's scale, which is the block's largest magnitude / 127.
 
-    block: elements of a tensor that share a scale.
+    A push takes 1 + 4 / block bytes an element.
+
+    Args:
+        gradient: Contains each gradient, fp32.
+        block: How many consecutive elements of a tensor share a scale, at least 1.
+
+    Raises:
+        FreestepError: The gradient is not fp32, or the block is smaller.
+        MalformedTensors: Two tensors would have the same name, such as `w::scale` beside the scales of `w`.
     """
 
     def __init__(self, gradient: Flat, block: int = Encoding.block) -> None:
         if block < 1:
-            raise FreestepError(f"a block has at least one element, not {block}")
+            raise FreestepError(f"a block must have at least one element, not {block}")
         super().__init__(gradient, Encoding("int8", block))
-        # Two: g + e, and what is made of it.
+        # g + e, and its multiples of the scale.
         self._scratch = torch.empty(2, min(max(_CHUNK, block), gradient.vector.numel()))
 
-    def _part(self, manifest: Manifest) -> Part:
+    def _part(self, manifest: Manifest) -> EncodedPart:
         items = list(self.encoding.int8_items(manifest))
         scales = torch.empty(sum(prod(shape) for _, dtype, shape in items if dtype == "F32"))
-        return Part(manifest, self.encoding, items, (scales, torch.empty(manifest.numel, dtype=torch.int8)))
+        return EncodedPart(manifest, self.encoding, items, (scales, torch.empty(manifest.numel, dtype=torch.int8)))
 
-    def _encode(self, part: Part, gradient: Tensor, before: Tensor, after: Tensor) -> None:
+    def _encode(self, part: EncodedPart, gradient: Tensor, before: Tensor, after: Tensor) -> None:
         scales, quanta = part.buffers
         first = 0
         for begin, end, width in self.encoding.stretches(part.manifest.slots, _CHUNK):
@@ -200,7 +227,7 @@ class Int8(Encoder):
             torch.abs(exact, out=made)
             torch.amax(made, 1, keepdim=True, out=scale)
             scale.div_(127)
-            # A block of zeros has the scale 0, by which nothing is to be divided.
+            # A block of zeros has the scale 0.
             torch.div(exact, scale.clamp_min(_SMALLEST), out=made)
             made.round_()
             quanta[begin:end].view(rows, width).copy_(made)
@@ -209,20 +236,26 @@ class Int8(Encoder):
 
 
 class TopK(Encoder):
-    """Of each tensor, and of each part of one where it lies on several shards, the elements of largest magnitude.
+    """Sends the elements of largest magnitude in each tensor, with their indices; the others stay in the residual.
 
-    It is for SGD and its like. An element that comes seldom, and then with all that was kept of it, makes AdamW's
-    second moment larger than the gradients are, and its steps smaller: it learns more slowly than with all elements.
+    A tensor that is divided between shards counts as one tensor on each. Suited to SGD: an element that is sent rarely,
+    with all that has added up, makes AdamW's second moment larger than the gradients are, and so its steps smaller.
 
-    fraction: how many of them, above 0 and at most 1; of a tensor that is not empty, at least one. dtype: F32, BF16 or
-        F16, what the values are rounded to; the rounding is part of the residual.
+    Args:
+        gradient: Contains each gradient, fp32.
+        fraction: The fraction of each tensor's elements that is sent, above 0 and at most 1; at least one element.
+        dtype: "F32", "BF16" or "F16", the dtype of the values; the rounding error stays in the residual.
+
+    Raises:
+        FreestepError: The gradient is not fp32, or fraction or dtype are others.
+        MalformedTensors: Two tensors would have the same name, such as `w::values` beside the values of `w`.
     """
 
     def __init__(self, gradient: Flat, fraction: float = 0.01, dtype: str = "F32") -> None:
         if not 0 < fraction <= 1:
-            raise FreestepError(f"a fraction is above 0 and at most 1, not {fraction}")
+            raise FreestepError(f"fraction must be above 0 and at most 1, not {fraction}")
         if dtype not in ITEMSIZE:
-            raise FreestepError(f"values are of {', '.join(ITEMSIZE)}, not of {dtype}")
+            raise FreestepError(f"values can be of {', '.join(ITEMSIZE)}, not of {dtype}")
         super().__init__(gradient, Encoding("topk"))
         self._fraction = fraction
         self._dtype = dtype
@@ -230,58 +263,60 @@ class TopK(Encoder):
     def _count(self, slot: Slot) -> int:
         return min(max(round(self._fraction * slot.numel), 1), slot.numel)
 
-    def _part(self, manifest: Manifest) -> Part:
+    def _part(self, manifest: Manifest) -> EncodedPart:
         slots, counts = manifest.slots, [self._count(slot) for slot in manifest.slots]
         is_wide = any(slot.numel - 1 > _LARGEST_I32 for slot in slots)
-        # The indices come first, so that they lie at multiples of their size.
+        # The indices come first, so that they are aligned.
         items = [
             (slot.name + role, dtype, (count,))
             for role, dtype in ((INDICES, "I64" if is_wide else "I32"), (VALUES, self._dtype))
             for slot, count in zip(slots, counts, strict=True)
         ]
         indices = torch.empty(sum(counts), dtype=torch.int64 if is_wide else torch.int32)
-        return Part(manifest, self.encoding, items, (indices, torch.empty(sum(counts), dtype=DTYPES[self._dtype])))
+        return EncodedPart(
+            manifest, self.encoding, items, (indices, torch.empty(sum(counts), dtype=DTYPES[self._dtype]))
+        )
 
-    def _encode(self, part: Part, gradient: Tensor, before: Tensor, after: Tensor) -> None:
+    def _encode(self, part: EncodedPart, gradient: Tensor, before: Tensor, after: Tensor) -> None:
         indices, values = part.buffers
         torch.add(gradient, before, out=after)
         first = 0
         for slot in part.manifest.slots:
-            place = after[slot.offset : slot.offset + slot.numel]
+            rest = after[slot.offset : slot.offset + slot.numel]
             here = slice(first, first := first + self._count(slot))
-            chosen = _largest(place, here.stop - here.start)
-            exact = place[chosen]
+            chosen = _largest(rest, here.stop - here.start)
+            exact = rest[chosen]
             indices[here] = chosen
             values[here] = exact
-            place[chosen] = exact - values[here].float()
+            rest[chosen] = exact - values[here].float()
 
 
 def _largest(vector: Tensor, count: int) -> Tensor:
-    """The indices [count], int64 and ascending, of the elements of largest magnitude; NaN is larger than any number.
+    """The indices of the elements of largest magnitude, int64 [count], ascending; NaN counts as the largest.
 
-    In a long vector most elements are passed over by comparing them with a bound that a sample suggests.
+    In a long vector most elements are ruled out by a bound that is estimated from a sample.
     """
     numel = vector.numel()
     if count == numel:
         return torch.arange(numel)
     found = torch.arange(numel) if numel <= 2 * _SAMPLE else _candidates(vector, count)
     if len(found) < count:
-        # The sample was not like the rest.
+        # The estimate was too high.
         found = torch.arange(numel)
     ranks = vector[found].abs_().topk(count, sorted=False).indices
     return found[ranks.sort().values]
 
 
 def _candidates(vector: Tensor, count: int) -> Tensor:
-    """The indices of some more than the `count` largest elements, very likely: of all that are not below a bound."""
-    # Odd, so that it is no multiple of a row in which all elements are of one column.
+    """The indices of all elements above an estimated bound, very likely the `count` largest among them."""
+    # An odd stride, so that the sample is not from a single column of a matrix.
     sample = vector[:: (len(vector) // _SAMPLE) | 1].abs()
     expected = count * len(sample) / len(vector)
     rank = min(int(expected + 4 * expected**0.5) + 4, len(sample))
     bound = sample.topk(rank).values[-1]
     return torch.cat(
         [
-            # Not `>=`, which passes over NaN.
+            # Not `>=`, which is false for NaN.
             torch.lt(chunk.abs(), bound).logical_not_().nonzero().view(-1).add_(number * _CHUNK)
             for number, chunk in enumerate(torch.split(vector, _CHUNK))
         ]

@@ -1,4 +1,4 @@
-"""A manifest's tensors in one flat vector, as bytes to send from and to receive into."""
+"""A run's tensors in one flat vector, whose memory bodies are sent from and received into."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from freestep.wire.header import encode_header
 from freestep.wire.manifest import Manifest, Slot
 from freestep.wire.receiver import Receiver
 
-__all__ = ["DTYPES", "Flat", "Stretch", "bytes_of"]
+__all__ = ["DTYPES", "Flat", "FlatPart", "bytes_of"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""torch's names of the dtypes that travel."""
+"""The torch dtypes of the tensor dtypes in bodies."""
 
 
 _CHUNK = 128 * 1024
-"""Elements that are made of int8 at a time: few enough to stay in the cache."""
+"""Elements that are decoded from int8 at a time, few enough to stay in the cache."""
 
 
-class Stretch:
-    """Bytes that hold a manifest's tensors, all of one dtype in DTYPES: a flat vector, or a shard's part of one.
+class FlatPart:
+    """A shard's part of a flat vector, or all of it, as bytes.
 
-    arrives: what it is received as, its own dtype or, where that is F32, I8.
+    manifest: the tensors in it. dtype: that of its memory, F32, BF16 or F16. memory: its bytes, writable. arrives: the
+    dtype in which bodies are received, `dtype` or, if that is F32, I8.
     """
 
     def __init__(self, manifest: Manifest, dtype: str, memory: memoryview, arrives: str) -> None:
@@ -44,17 +45,29 @@ class Stretch:
         return memoryview(encode_header(self.manifest, self.dtype))
 
     def body(self, metadata: Mapping[str, str] | None = None) -> list[memoryview]:
-        """The safetensors body in pieces; the second is the stretch itself."""
+        """The safetensors body in two pieces without a copy: its header, and the vector's bytes.
+
+        Args:
+            metadata: Entries of the header's `__metadata__`.
+        """
         header = memoryview(encode_header(self.manifest, self.dtype, metadata)) if metadata else self._header
         return [header, self.bytes]
 
     def receiver(self, length: int) -> Receiver:
-        """Lays a body of `length` bytes into the stretch, where `decode` makes the tensors of it."""
+        """A receiver that puts a body into the vector's memory; `decode` finishes it.
+
+        Args:
+            length: The body's length in bytes.
+        """
         encoding = "int8" if self.arrives == "I8" else "dense"
         return Receiver(self.manifest, self.bytes, length, DTYPES[self.dtype].itemsize, (encoding,))
 
     def decode(self, receiver: Receiver) -> None:
-        """Makes fp32 of int8 that has arrived, in place: an element is q · scale."""
+        """Decodes int8 to fp32 in place: an element is q · scale. Does nothing for other dtypes.
+
+        Args:
+            receiver: The receiver of this vector, after it has received the whole body.
+        """
         if self.arrives != "I8":
             return
         for slot in self.manifest.slots:
@@ -62,51 +75,74 @@ class Stretch:
                 self._dequantize(slot, receiver)
 
     def _dequantize(self, slot: Slot, receiver: Receiver) -> None:
-        place = torch.frombuffer(self.bytes, dtype=torch.float32, count=slot.numel, offset=4 * slot.offset)
-        quanta = place.view(torch.int8)[3 * slot.numel :]
+        decoded = torch.frombuffer(self.bytes, dtype=torch.float32, count=slot.numel, offset=4 * slot.offset)
+        quanta = decoded.view(torch.int8)[3 * slot.numel :]
         scales = torch.frombuffer(receiver.beside[slot.name + SCALE].memory, dtype=torch.float32).view(-1, 1)
         first = 0
         for begin, end, width in receiver.encoding.stretches((slot,), _CHUNK):
             here = slice(begin - slot.offset, end - slot.offset)
-            # A copy, since the place lies over some of them; it never lies over those that are yet to be read.
+            # Copied, since the quanta are right-aligned in the memory that is written: what is written from the front
+            # overlaps these quanta, but none that are yet to be read.
             exact = quanta[here].float().view(-1, width)
-            torch.mul(exact, scales[first : first + len(exact)], out=place[here].view(-1, width))
+            torch.mul(exact, scales[first : first + len(exact)], out=decoded[here].view(-1, width))
             first += len(exact)
 
 
-class Flat(Stretch):
-    """A flat vector on the host, [manifest.numel], and a view of each tensor in it.
+class Flat(FlatPart):
+    """A run's tensors in one flat vector in host memory.
 
-    dtype: F32, BF16 or F16; or I8, of which the vector is F32 but is received as int8 with scales, a quarter of the
-        bytes. Raises FreestepError where it is another.
-    pinned: in memory that a CUDA device can reach by itself, for tensors that come from there or go there.
+    Attributes: `vector`, [manifest.numel], zeros at first; `views`, a view of each tensor by name; `manifest`; `dtype`,
+    that of the vector; `arrives`, the dtype in which bodies are received; `bytes`, the vector's memory. Not safe to use
+    from several threads at the same time.
+
+    Example:
+        >>> gradient, y = freestep.Flat(run.manifest), freestep.Flat(run.manifest)
+        >>> gradient.fill({name: parameter.grad for name, parameter in model.named_parameters()})
+        >>> receipt, pulled = run.exchange(gradient, lease.claim(step), into=y)
+
+    Args:
+        manifest: The tensors, from `Run.manifest`.
+        dtype: "F32", "BF16" or "F16", the vector's dtype; or "I8": the vector is fp32 and bodies are received as int8
+            with a scale for each 256 elements, a quarter of the bytes.
+        pinned: Allocates page-locked memory, for copies from and to a CUDA device.
+
+    Raises:
+        FreestepError: The dtype is another.
     """
 
     def __init__(self, manifest: Manifest, dtype: str = "F32", *, pinned: bool = False) -> None:
         if dtype not in get_args(PointDtype):
-            raise FreestepError(f"a dtype is one of {', '.join(get_args(PointDtype))}, not {dtype!r}")
-        held = "F32" if dtype == "I8" else dtype
-        self.vector = torch.zeros(manifest.numel, dtype=DTYPES[held], pin_memory=pinned)
-        super().__init__(manifest, held, bytes_of(self.vector), dtype)
+            raise FreestepError(f"dtype must be one of {', '.join(get_args(PointDtype))}, not {dtype!r}")
+        stored = "F32" if dtype == "I8" else dtype
+        self.vector = torch.zeros(manifest.numel, dtype=DTYPES[stored], pin_memory=pinned)
+        super().__init__(manifest, stored, bytes_of(self.vector), dtype)
         self.views: dict[str, Tensor] = {
             slot.name: self.vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in manifest.slots
         }
-        self._parts: tuple[Stretch, ...] = (self,)
+        self._parts: tuple[FlatPart, ...] = (self,)
 
-    def parts(self, count: int) -> tuple[Stretch, ...]:
-        """The stretches of the vector that are the shards of a run cut into `count`; of one, the vector itself."""
+    def parts(self, count: int) -> tuple[FlatPart, ...]:
+        """The parts of the vector that belong to each shard; for one shard, the vector itself.
+
+        Args:
+            count: The run's number of shards.
+        """
         if len(self._parts) != count:
             self._parts = (self,) if count == 1 else tuple(self._part(index, count) for index in range(count))
         return self._parts
 
-    def _part(self, index: int, count: int) -> Stretch:
+    def _part(self, index: int, count: int) -> FlatPart:
         manifest, size = self.manifest.part(index, count), DTYPES[self.dtype].itemsize
-        return Stretch(manifest, self.dtype, self.bytes[manifest.begin * size : manifest.end * size], self.arrives)
+        return FlatPart(manifest, self.dtype, self.bytes[manifest.begin * size : manifest.end * size], self.arrives)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies tensors in, rounding them to the vector's dtype.
+        """Copies all tensors into the vector, rounded to its dtype.
 
-        Raises ManifestMismatch when their names or shapes are not the manifest's.
+        Args:
+            tensors: One tensor for each of the manifest, of its shape, on any device.
+
+        Raises:
+            ManifestMismatch: Names or shapes are not the manifest's; the vector is unchanged.
         """
         for name in tensors:
             if name not in self.views:
@@ -116,13 +152,17 @@ class Flat(Stretch):
                 raise ManifestMismatch(f"the tensor {name!r} is missing")
             if tensors[name].shape != view.shape:
                 raise ManifestMismatch(
-                    f"the tensor {name!r} has the shape {list(tensors[name].shape)}, and the run's {list(view.shape)}"
+                    f"the tensor {name!r} has shape {list(tensors[name].shape)}, but the run's has {list(view.shape)}"
                 )
         self.gather(tensors)
 
     @torch.no_grad()
     def gather(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Copies tensors in that are known to fit; zeros where there is None. Others stay what they are."""
+        """Copies some tensors into the vector, without checking them; those that are not given stay as they are.
+
+        Args:
+            tensors: Tensors of the manifest's names and shapes, dense or sparse, on any device; None for zeros.
+        """
         targets, sources = [], []
         for name, tensor in tensors.items():
             view = self.views[name]
@@ -135,25 +175,29 @@ class Flat(Stretch):
 
     @torch.no_grad()
     def scatter(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies the vector into tensors that are known to fit."""
+        """Copies the vector into tensors, without checking them.
+
+        Args:
+            tensors: One tensor for each of the manifest, of its shape, on any device and of any float dtype.
+        """
         targets = [tensors[name] for name in self.views]
         _copy(targets, list(self.views.values()), targets)
 
 
-def _copy(targets: list[Tensor], sources: list[Tensor], elsewhere: list[Tensor]) -> None:
-    """Copies each source to its target, all at once, and returns when they are there; `elsewhere` may be on devices."""
+def _copy(targets: list[Tensor], sources: list[Tensor], outside: list[Tensor]) -> None:
+    """Copies each source to its target and waits for it; `outside` are those that may be on CUDA devices."""
     if not targets:
         return
-    devices = {each.device for each in elsewhere if each.is_cuda}
+    devices = {each.device for each in outside if each.is_cuda}
     torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's bytes, which keep it alive on their way to and from a socket."""
+    """A contiguous tensor's memory as bytes, which keep the tensor alive."""
     if not tensor.nbytes:
-        # It may have no address.
+        # An empty tensor may have a null pointer.
         return memoryview(b"")
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     array.tensor = tensor  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A worker's gradients, as its pushes take them."""
+"""A worker's gradients, gathered for its pushes in the format that they are sent in."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from freestep.api.models import Dtype
 from freestep.encoders import Encoder, Int8, Rounded, TopK
 from freestep.errors import FreestepError, ManifestMismatch
 from freestep.flat import DTYPES, Flat
-from freestep.in_place_gradient import Loose
+from freestep.in_place_gradient import InPlaceGradient
 from freestep.wire.encoding import ENCODINGS, Encoding
 from freestep.wire.manifest import Manifest
-from freestep.worker_group import Batch, Ranks
+from freestep.worker_group import Batch, WorkerGroup
 
-__all__ = ["Gradients", "Wire"]
+__all__ = ["Gradients", "PushFormat"]
 
 
-class Wire:
-    """How gradients travel: `push_dtype`, `push_encoding` and their options, as RemoteOptimizer has them.
+class PushFormat:
+    """The dtype and encoding of pushed gradients: `push_dtype`, `push_encoding` and their options of RemoteOptimizer.
 
-    Raises FreestepError where they do not go together.
+    Raises FreestepError if they do not go together.
     """
 
     def __init__(
@@ -37,34 +37,37 @@ class Wire:
     ) -> None:
         if dtype is not None and dtype not in get_args(Dtype):
             choices = ", ".join(get_args(Dtype))
-            raise FreestepError(f"push_dtype is one of {choices}, not {dtype!r}; push_encoding may be 'int8'")
+            raise FreestepError(
+                f"push_dtype must be one of {choices}, not {dtype!r}; for int8 set push_encoding='int8'"
+            )
         if encoding not in ENCODINGS:
-            raise FreestepError(f"push_encoding is one of {', '.join(ENCODINGS)}, not {encoding!r}")
+            raise FreestepError(f"push_encoding must be one of {', '.join(ENCODINGS)}, not {encoding!r}")
         if encoding == "int8" and dtype is not None:
-            raise FreestepError(f"push_encoding='int8' leaves no choice of push_dtype, which is {dtype!r}")
+            raise FreestepError(f"push_encoding='int8' excludes push_dtype, which is {dtype!r}: leave it out")
         if encoding != "dense" and not error_feedback:
-            raise FreestepError(f"push_encoding={encoding!r} needs error_feedback: most of a gradient would be lost")
+            raise FreestepError(
+                f"push_encoding={encoding!r} requires error_feedback: without it most of each gradient would be lost"
+            )
         self.dtype = dtype or "F32"
         self.encoding = encoding
         self.topk_fraction = topk_fraction
         self.int8_block = int8_block
         self.error_feedback = error_feedback
 
-    def loses(self, tensors: Mapping[str, Tensor], ranks: Ranks) -> bool:
-        """Whether a gradient may be more than what is said of it; a mean over ranks is fp32 whatever they are."""
-        narrow = ranks.size == 1 and all(tensor.dtype == DTYPES[self.dtype] for tensor in tensors.values())
-        return self.encoding != "dense" or not (self.dtype == "F32" or narrow)
+    def is_lossy(self, tensors: Mapping[str, Tensor], worker_group: WorkerGroup) -> bool:
+        """True if bodies contain less than the gradients of these parameters; a mean over ranks is always fp32."""
+        same_dtype = worker_group.size == 1 and all(tensor.dtype == DTYPES[self.dtype] for tensor in tensors.values())
+        return self.encoding != "dense" or not (self.dtype == "F32" or same_dtype)
 
 
 class Gradients:
-    """The gradients of some parameters, gathered for one push after the other.
+    """The gradients of a model's parameters, gathered for one push after another.
 
-    frozen: the parameters that were left out, by what they are called. encoder: what encodes the gradients and keeps a
-    residual, if anything does.
+    frozen: the parameters that the run does not have, with names for messages. encoder: encodes the gradients and keeps
+    their residual, or None.
 
-    They are gathered when a step is made, and not by hooks while backward runs: `clip_grad_norm_`, the unscaling of
-    mixed precision, a second backward that adds to the first and whatever else the caller does to `.grad` come after
-    a hook has run, and leave no trace from which it could be seen that what the hook took is no longer the gradient.
+    Gradients are gathered when a step is taken, not by hooks during backward: `clip_grad_norm_`, a GradScaler's
+    unscaling and a second backward change `.grad` after a hook has run, and leave no trace that would show it.
     """
 
     def __init__(
@@ -72,77 +75,76 @@ class Gradients:
         tensors: Mapping[str, Tensor],
         frozen: Sequence[tuple[str, Tensor]],
         manifest: Manifest,
-        wire: Wire,
-        ranks: Ranks,
+        push_format: PushFormat,
+        worker_group: WorkerGroup,
         *,
         pinned: bool,
     ) -> None:
         self._tensors = tensors
         self._frozen = frozen
-        self._ranks = ranks
+        self._worker_group = worker_group
         self.encoder: Encoder | None = None
-        self._loose: Loose | None = None
-        if wire.error_feedback and wire.loses(tensors, ranks):
+        self._in_place: InPlaceGradient | None = None
+        if push_format.error_feedback and push_format.is_lossy(tensors, worker_group):
             self.flat = Flat(manifest, pinned=pinned)
-            self.encoder = _encoder(self.flat, wire)
+            self.encoder = _encoder(self.flat, push_format)
         else:
-            self.flat = Flat(manifest, wire.dtype, pinned=pinned)
-            if wire.dtype == "F32" and ranks.size == 1:
-                self._loose = Loose(self.flat)
+            self.flat = Flat(manifest, push_format.dtype, pinned=pinned)
+            if push_format.dtype == "F32" and worker_group.size == 1:
+                self._in_place = InPlaceGradient(self.flat)
 
     @property
-    def body(self) -> Flat | Loose | Encoder:
-        """What was gathered last, as a push takes it."""
-        return self.encoder or self._loose or self.flat
+    def body(self) -> Flat | InPlaceGradient | Encoder:
+        """The gathered gradients, in the form that a push takes."""
+        return self.encoder or self._in_place or self.flat
 
     def gather(self, *, copy: bool) -> None:
-        """Takes the gradients as they are now; zeros for parameters without one.
+        """Takes the current gradients; zeros for parameters without one.
 
-        copy: they may be changed before they are pushed. Raises ManifestMismatch when others are trained than the
-        run's.
+        copy: True if gradients may change before the push has been answered. Raises ManifestMismatch as `check` does.
         """
         self.check()
         gradients = {name: tensor.grad for name, tensor in self._tensors.items()}
-        if self._loose is not None:
-            self._loose.gather(gradients, copy=copy)
+        if self._in_place is not None:
+            self._in_place.gather(gradients, copy=copy)
         else:
             self.flat.gather(gradients)
 
-    def gather_since(self, start: Flat) -> None:
-        """Takes `start` - the parameters as they are now, which a step along it of learning rate 1 makes of `start`.
+    def gather_difference(self, start: Flat) -> None:
+        """Takes `start` minus the current parameters, the gradient by which SGD with lr 1 would have come from start.
 
-        Raises as `gather`.
+        Raises ManifestMismatch as `check` does.
         """
         self.check()
         for name, tensor in self._tensors.items():
             torch.sub(start.views[name], tensor.to("cpu", torch.float32), out=self.flat.views[name])
 
     def check(self) -> None:
-        """Raises ManifestMismatch when other parameters are trained than the run's."""
+        """Raises ManifestMismatch if a parameter has been frozen since, or a frozen one has a gradient."""
         for name, tensor in self._tensors.items():
             if not tensor.requires_grad:
                 raise ManifestMismatch(
-                    f"the parameter {name!r} no longer requires a gradient, but the run goes on averaging and decaying "
-                    "it: for other parameters, make an optimizer of another run"
+                    f"the parameter {name!r} no longer requires a gradient, but the run would go on averaging and "
+                    "decaying it: create an optimizer with another run for the parameters that are trained now"
                 )
         for name, tensor in self._frozen:
             if tensor.requires_grad and tensor.grad is not None:
                 raise ManifestMismatch(
-                    f"{name} has a gradient, but was frozen when the optimizer was made, so that the run does not have "
-                    "it: for other parameters, make an optimizer of another run"
+                    f"{name} has a gradient, but was frozen when the optimizer was created, so the run does not have "
+                    "it: create an optimizer with another run for the parameters that are trained now"
                 )
 
-    def mean(self, batches: Sequence[Batch]) -> Batch:
-        """Makes the gathered gradients the mean over all ranks' batches, the batch that is returned."""
-        batch = self._ranks.mean(self.flat, batches)
+    def average(self, batches: Sequence[Batch]) -> Batch:
+        """Replaces the gathered gradients by the mean over ranks; returns the combined batch."""
+        batch = self._worker_group.average(self.flat, batches)
         if self.encoder is not None:
             self.encoder.begin()
         return batch
 
 
-def _encoder(gradient: Flat, wire: Wire) -> Encoder:
-    if wire.encoding == "int8":
-        return Int8(gradient, wire.int8_block)
-    if wire.encoding == "topk":
-        return TopK(gradient, wire.topk_fraction, wire.dtype)
-    return Rounded(gradient, wire.dtype)
+def _encoder(gradient: Flat, push_format: PushFormat) -> Encoder:
+    if push_format.encoding == "int8":
+        return Int8(gradient, push_format.int8_block)
+    if push_format.encoding == "topk":
+        return TopK(gradient, push_format.topk_fraction, push_format.dtype)
+    return Rounded(gradient, push_format.dtype)

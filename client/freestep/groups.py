@@ -1,4 +1,4 @@
-"""A torch optimizer's param groups as a run's spec."""
+"""Param groups of a torch optimizer as a run's spec."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from freestep.api.hyperparameters import ALGORITHMS
 from freestep.api.models import DEFAULT_GROUP, RunSpec
 from freestep.errors import InvalidSpec
 
-__all__ = ["complete", "named", "run_spec", "trainable"]
+__all__ = ["complete_hyperparameters", "named_tensors", "run_spec", "split_frozen"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def complete(algorithm: str, given: dict[str, Any]) -> dict[str, Any]:
-    """All hyperparameters of an algorithm, the given ones in place of the defaults."""
+def complete_hyperparameters(algorithm: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All hyperparameters of an algorithm: the given ones, and defaults for the others. Raises InvalidSpec."""
     if algorithm not in ALGORITHMS:
-        raise InvalidSpec(f"there is no algorithm {algorithm!r}", field="optimizer.algorithm")
+        raise InvalidSpec(
+            f"unknown algorithm {algorithm!r}: must be one of {', '.join(ALGORITHMS)}", field="optimizer.algorithm"
+        )
     return _validated(ALGORITHMS[algorithm], given).model_dump(exclude={"algorithm"})
 
 
@@ -33,17 +35,17 @@ def _validated(model: type[Model], value: Any) -> Model:
         raise InvalidSpec(f"{field}: {first['msg']}", field=field) from None
 
 
-def trainable(params: nn.Module | Iterable[Any]) -> tuple[list[Any], list[tuple[str, Tensor]]]:
-    """The parameters or groups without those that are frozen; and these, with what they can be called."""
+def split_frozen(params: nn.Module | Iterable[Any]) -> tuple[list[Any], list[tuple[str, Tensor]]]:
+    """The parameters or param groups without frozen parameters; and the frozen ones, with names for messages."""
     if isinstance(params, nn.Module):
         params = params.named_parameters()
     items, frozen = list(params), list[tuple[str, Tensor]]()
     if items and isinstance(items[0], dict):
-        return [{**group, "params": _unfrozen(group["params"], frozen)} for group in items], frozen
-    return _unfrozen(items, frozen), frozen
+        return [{**group, "params": _trainable(group["params"], frozen)} for group in items], frozen
+    return _trainable(items, frozen), frozen
 
 
-def _unfrozen(params: Any, frozen: list[tuple[str, Tensor]]) -> list[Any]:
+def _trainable(params: Any, frozen: list[tuple[str, Tensor]]) -> list[Any]:
     kept = []
     for item in [params] if isinstance(params, Tensor) else params:
         name, tensor = item if isinstance(item, tuple) else ("", item)
@@ -54,8 +56,8 @@ def _unfrozen(params: Any, frozen: list[tuple[str, Tensor]]) -> list[Any]:
     return kept
 
 
-def named(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor, int]]:
-    """The tensors of param groups, by name and group; nameless ones are numbered within their group."""
+def named_tensors(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor, int]]:
+    """Name, tensor and group number of every parameter; parameters without names are numbered within their group."""
     for number, group in enumerate(groups):
         names = group.get("param_names") or [f"group{number}.{index}" for index in range(len(group["params"]))]
         for name, tensor in zip(names, group["params"], strict=True):
@@ -65,9 +67,10 @@ def named(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor, int]]
 def run_spec(
     groups: Iterable[dict[str, Any]], algorithm: str, given: Mapping[str, Any], options: Mapping[str, Any]
 ) -> RunSpec:
-    """The spec of a run for param groups; `options` are the spec's other members, None where not chosen.
+    """The spec of a run for param groups.
 
-    A group's hyperparameters that differ from the `given` ones become its own. Raises InvalidSpec.
+    A group's hyperparameters that differ from the `given` ones become the group's own. options: the spec's other
+    members, None for defaults. Raises InvalidSpec.
     """
     listed = list(groups)
     names = [
@@ -84,7 +87,7 @@ def run_spec(
             "optimizer": {"algorithm": algorithm, **given},
             "parameters": [
                 {"name": name, "shape": list(tensor.shape), "group": names[number]}
-                for name, tensor, number in named(listed)
+                for name, tensor, number in named_tensors(listed)
             ],
             "groups": {} if own == {DEFAULT_GROUP: {}} else own,
             **{name: value for name, value in options.items() if value is not None},

@@ -1,4 +1,4 @@
-"""A manifest's tensors on their way to the service, the large ones from where they lie."""
+"""A gradient for a push whose large tensors are sent from the memory they are in, without a copy."""
 
 from __future__ import annotations
 
@@ -7,62 +7,62 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from freestep.flat import Flat, Stretch, bytes_of
+from freestep.flat import Flat, FlatPart, bytes_of
 
-__all__ = ["Loose", "Piecewise"]
+__all__ = ["InPlaceGradient", "InPlacePart"]
 
 _LARGE = 128 * 1024
-"""Elements from which a tensor is sent by itself: a piece has a cost of its own, which is more than a copy of few."""
+"""Elements from which a tensor is sent in place: below, copying it costs less than a piece of its own to send."""
 _ITEMSIZE = 4
 
 
-class Piecewise:
-    """A shard's part of a Loose, whose tensors are as they were when they were gathered."""
+class InPlacePart:
+    """A shard's part of an InPlaceGradient, with the tensors of its last `gather`."""
 
-    def __init__(self, stretch: Stretch, apart: Mapping[str, memoryview]) -> None:
-        self._stretch = stretch
-        self._apart = apart
+    def __init__(self, part: FlatPart, in_place: Mapping[str, memoryview]) -> None:
+        self._part = part
+        self._in_place = in_place
 
     def body(self) -> list[memoryview]:
         """The safetensors body in pieces."""
-        header, gathered = self._stretch.body()
+        header, copied = self._part.body()
         pieces, sent = [header], 0
-        for slot in self._stretch.manifest.slots:
-            if (tensor := self._apart.get(slot.name)) is not None:
+        for slot in self._part.manifest.slots:
+            if (tensor := self._in_place.get(slot.name)) is not None:
                 begin = _ITEMSIZE * slot.offset
                 if sent < begin:
-                    pieces.append(gathered[sent:begin])
+                    pieces.append(copied[sent:begin])
                 sent = begin + _ITEMSIZE * slot.numel
                 pieces.append(tensor[_ITEMSIZE * slot.start : _ITEMSIZE * (slot.start + slot.numel)])
-        if sent < len(gathered):
-            pieces.append(gathered[sent:])
+        if sent < len(copied):
+            pieces.append(copied[sent:])
         return pieces
 
 
-class Loose:
-    """fp32 tensors for a push, of which only those are copied that are small, or not in order in the host's memory.
+class InPlaceGradient:
+    """fp32 tensors for a push; large contiguous ones in host memory are not copied.
 
-    flat: where they are copied to.
+    flat: the vector that the other tensors are copied to.
 
-    The others must not be changed until the push has been answered.
+    Tensors that are not copied must not change until the push has been answered.
     """
 
     def __init__(self, flat: Flat) -> None:
         self.flat = flat
-        self._apart: dict[str, memoryview] = {}
+        self._in_place: dict[str, memoryview] = {}
 
     def gather(self, tensors: Mapping[str, Tensor | None], *, copy: bool = False) -> None:
-        """Takes tensors that are known to fit; zeros where there is None. copy: of all of them."""
-        self._apart = {
+        """Takes tensors of the manifest's names and shapes, None for zeros; with `copy`, all of them are copied."""
+        self._in_place = {
             name: bytes_of(tensor)
             for name, tensor in tensors.items()
             if tensor is not None and not copy and _can_stay(tensor)
         }
-        self.flat.gather({name: tensor for name, tensor in tensors.items() if name not in self._apart})
+        self.flat.gather({name: tensor for name, tensor in tensors.items() if name not in self._in_place})
 
-    def parts(self, count: int) -> Sequence[Piecewise]:
-        """The parts of a run cut into `count` shards."""
-        return [Piecewise(stretch, self._apart) for stretch in self.flat.parts(count)]
+    def parts(self, count: int) -> Sequence[InPlacePart]:
+        """The parts of a run of `count` shards."""
+        return [InPlacePart(part, self._in_place) for part in self.flat.parts(count)]
 
 
 def _can_stay(tensor: Tensor) -> bool:

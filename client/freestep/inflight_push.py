@@ -1,69 +1,70 @@
-"""A push in flight, from its claim to what is known of it."""
+"""A push from its claim until its outcome is known; with overlap, that is during the next batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeAlias
 
+from freestep.answers import Pulled
 from freestep.api.models import AggregationSpec, Receipt
-from freestep.client import Exchange, Pulled
-from freestep.errors import ProblemError
+from freestep.errors import ProblemError, StepNotReached
 from freestep.lease import Claim
-from freestep.sharding import PASSING
+from freestep.sharding import TRANSIENT
+from freestep.tensor_transfer import Exchange
 from freestep.worker_group import Batch
 
-__all__ = ["Flight", "refuse_late_gradients"]
+__all__ = ["InflightPush", "require_stale_gradients_accepted"]
 
 _Answer: TypeAlias = tuple[Receipt, Pulled]
 
-_AT_ONCE = ("sync", "quorum", "rennala")
-"""Policies that drop a gradient which was not taken at the newest step, unless their max_staleness says otherwise."""
+_NO_STALENESS = ("sync", "quorum", "rennala")
+"""Policies whose max_staleness is 0 by default."""
 
 
-class Flight:
-    """A push under one claim after the other, of a gradient that stays what it is.
+class InflightPush:
+    """A push of one gradient, which may need several claims until its outcome is known.
 
-    taken_at: where the gradient was taken. batch: what it is of.
+    taken_at: the y at which the gradient was computed. batch: the samples that it was computed from.
     """
 
     def __init__(self, taken_at: Pulled, batch: Batch, claim: Claim) -> None:
         self.taken_at = taken_at
         self.batch = batch
         self.claim = claim
-        self._begun: Exchange | None = None
+        self._started: Exchange | None = None
 
-    def begin(self, exchange: Exchange) -> None:
-        """Takes note that it is on its way in the background, under its claim."""
-        self._begun = exchange
+    def start(self, exchange: Exchange) -> None:
+        """Sets the exchange that sends the push in the background, under the current claim."""
+        self._started = exchange
 
     def answer(self, exchange: Callable[[], _Answer]) -> _Answer:
-        """What the push was answered with, which is made now, by `exchange`, if it is not on its way."""
-        return (self._begun.result if self._begun is not None else exchange)()
+        """Waits for the background exchange; if there is none, makes one with `exchange`."""
+        return (self._started.result if self._started is not None else exchange)()
 
     def renew(self, claim: Claim) -> None:
-        """Has another claim, since nothing was applied under the one before nor will be."""
+        """Replaces the claim, once it is certain that the push was not and will not be applied under the old one."""
         self.claim = claim
-        self._begun = None
+        self._started = None
 
-    def failed(self, error: Exception) -> bool:
-        """Whether it has to be made again: what became of it is not known.
+    def resend(self) -> None:
+        """Makes the next `answer` send the push again under the same claim, by which it counts once."""
+        self._started = None
 
-        Under the same claim, so that it counts once if it has arrived before.
-        """
-        self._begun = None
-        return not isinstance(error, ProblemError) or isinstance(error, PASSING)
+    def is_unresolved(self, error: Exception) -> bool:
+        """True if, after this error, the push may have been applied: it has to be sent again to find out."""
+        return not isinstance(error, ProblemError) or isinstance(error, (*TRANSIENT, StepNotReached))
 
     def abandon(self) -> None:
-        """Has it made no more."""
-        if self._begun is not None:
-            self._begun.abandon()
+        """Stops retries of the background exchange."""
+        if self._started is not None:
+            self._started.abandon()
 
 
-def refuse_late_gradients(aggregation: AggregationSpec) -> None:
-    """Raises ValueError where a run drops gradients that were taken one step before."""
+def require_stale_gradients_accepted(aggregation: AggregationSpec) -> None:
+    """Raises ValueError if the policy drops every gradient that was computed one step ago."""
     most = aggregation.max_staleness
-    if most == 0 or (most is None and aggregation.policy in _AT_ONCE):
+    if most == 0 or (most is None and aggregation.policy in _NO_STALENESS):
         raise ValueError(
-            f"with overlap=True gradients are a step late, and the run's policy, {aggregation.policy}, drops them: its "
-            "max_staleness is 0"
+            f"with overlap=True gradients are one step stale, but the run's policy {aggregation.policy!r} drops stale "
+            "gradients: its max_staleness is 0. Create the run with max_staleness=1 or more, or use overlap=False"
         )

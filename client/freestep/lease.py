@@ -1,8 +1,10 @@
-"""A worker's lease, renewed in the background while its holder lives."""
+"""Leases that are renewed in the background, and the claims of pushes under them."""
 
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import uuid
 from dataclasses import dataclass, field
@@ -13,17 +15,28 @@ from freestep.api.models import Lease
 from freestep.errors import EpochChanged, FreestepError, LeaseExpired, RunNotFound
 from freestep.transport import Transport
 
-__all__ = ["Claim", "HeldLease"]
+__all__ = ["Claim", "HeldLease", "worker_name"]
 
 logger = logging.getLogger("freestep")
 
 
+def worker_name() -> str:
+    """A unique worker name: host, process ID and a random part."""
+    return f"{socket.gethostname()[:100]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+
+
 @dataclass(frozen=True)
 class Claim:
-    """What a push says of itself. `key` makes it one push however often it is sent.
+    """The lease, step and key of one push, from `HeldLease.claim`.
 
-    step: where the gradient was taken. samples: how many it is a mean over; a group's gradients are weighted by it.
-    speed: the steps that the worker takes by itself in a second.
+    Args:
+        lease: The lease's ID.
+        token: The lease's fencing token.
+        step: The step of the y at which the gradient was computed.
+        samples: How many samples the gradient is a mean over, its weight in the mean of a group; None weighs 1.
+        loss: The mean training loss over these samples.
+        speed: Local steps a second of this worker, if it takes local steps.
+        key: The idempotency key: pushes with the same key count once. Unique by default.
     """
 
     lease: str
@@ -35,6 +48,7 @@ class Claim:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def headers(self) -> dict[str, str]:
+        """The claim as HTTP request headers."""
         headers = {
             "Freestep-Lease": self.lease,
             "Freestep-Token": str(self.token),
@@ -51,10 +65,23 @@ class Claim:
 
 
 class HeldLease:
-    """A lease that a background thread renews every third of its time to live. Use it as a context manager.
+    """A worker's lease, from `Run.lease`; a daemon thread renews it every third of its time to live.
 
-    `lost` is the reason why the lease is no longer good, once that is known: LeaseExpired, EpochChanged or
-    RunNotFound. A lost lease is not taken again behind its holder's back, who must pull first.
+    Use it as a context manager, or call `release`. Attributes: `granted`, the lease as the service granted it (ID,
+    token, worker, `ttl_ms`, epoch, step); `lost`, None while the lease is good as far as is known, else the error that
+    ended it (LeaseExpired, EpochChanged or RunNotFound). A lost lease is not replaced: take a new one, and pull y,
+    since the run may have gone back to an earlier step.
+
+    Safe to use from several threads.
+
+    Example:
+        >>> with run.lease("worker-1") as lease:
+        ...     receipt = run.push(gradients, lease.claim(step))
+
+    Args:
+        transport: Sends the renewals.
+        path: The path of the run's leases.
+        lease: The lease that was granted.
     """
 
     def __init__(self, transport: Transport, path: str, lease: Lease) -> None:
@@ -62,32 +89,39 @@ class HeldLease:
         self.lost: FreestepError | None = None
         self._transport = transport
         self._path = f"{path}/{lease.lease}"
-        self._ended = threading.Event()
+        self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"freestep-lease-{lease.worker}", daemon=True)
         self._thread.start()
 
     def claim(
         self, step: int, *, samples: float | None = None, loss: float | None = None, speed: float | None = None
     ) -> Claim:
-        """A new push's claim under this lease, for a gradient taken at y of `step`."""
+        """A claim for one new push under this lease.
+
+        Args:
+            step: The step of the y at which the gradient was computed.
+            samples: How many samples the gradient is a mean over, its weight in the mean of a group; None weighs 1.
+            loss: The mean training loss over these samples; `adamc_schedule_free_plus` needs it.
+            speed: Local steps a second of this worker, if it takes local steps.
+        """
         return Claim(self.granted.lease, self.granted.token, step, samples, loss, speed)
 
     def _renew(self) -> None:
-        while not self._ended.wait(self.granted.ttl_ms / 3000):
+        while not self._released.wait(self.granted.ttl_ms / 3000):
             try:
                 self._transport.request("PUT", self._path, retry=False)
             except (LeaseExpired, EpochChanged, RunNotFound) as error:
                 self.lost = error
                 return
             except Exception as error:
-                # The service is away or busy: the next push, or the next renewal, will tell.
+                # The next renewal, or the next push, will show whether the lease has ended meanwhile.
                 logger.debug("the lease of %s could not be renewed: %s", self.granted.worker, error)
 
     def release(self) -> None:
-        """Ends the lease, so that a group does not wait for its worker; never raises."""
-        if self._ended.is_set():
+        """Ends the lease, so that groups do not wait for this worker; sends one request at most, and never raises."""
+        if self._released.is_set():
             return
-        self._ended.set()
+        self._released.set()
         if self.lost is None:
             try:
                 self._transport.request("DELETE", self._path, retry=False)

@@ -1,4 +1,4 @@
-"""LocalSteps: many steps of a worker's own between two pushes, as DiLoCo has them (arXiv 2311.08105)."""
+"""LocalSteps: a worker takes many local steps between two pushes, as in DiLoCo (arXiv 2311.08105)."""
 
 from __future__ import annotations
 
@@ -9,57 +9,72 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freestep.answers import Pulled
 from freestep.api.models import Point, Receipt
-from freestep.client import Pulled
 from freestep.errors import EvalMode, FreestepError, ManifestMismatch, NonFiniteGradient
-from freestep.inflight_push import refuse_late_gradients
+from freestep.inflight_push import require_stale_gradients_accepted
 from freestep.optimizer import RemoteOptimizer
-from freestep.rounds import Round
+from freestep.rounds import LocalRound
 from freestep.worker_group import Batch
 
 __all__ = ["LocalSteps"]
 
-_WAITS_FOR_ALL = {"policy": "sync"}
-_WAITS_FOR_ALL_BUT_ONE_STEP = {"policy": "sync", "max_staleness": 1}
-"""For overlap, whose pushes are one step stale."""
+_SYNC = {"policy": "sync"}
+_SYNC_WITH_OVERLAP = {"policy": "sync", "max_staleness": 1}
+"""With overlap, pushes are one step stale."""
 
 
 class LocalSteps(RemoteOptimizer):
-    """Trains a model by steps of an inner optimizer, and pushes how far each round of them has come.
+    """Trains a model by local steps of an inner optimizer, and pushes the progress of each round of them.
 
-    A round begins with the model at the run's y. Each `step` is one of the inner optimizer's; the `every`-th pushes y
-    at the round's beginning - the parameters, the pseudo-gradient, along which the run's algorithm takes its step, and
-    loads the fresh y, where the next round begins. The inner optimizer's state stays with the worker; gradient
-    accumulation, clipping and learning-rate schedules are its own affair, and a GradScaler steps this optimizer.
+    A round begins with the model at the run's y. Each `step` is one step of the inner optimizer; the last of a round
+    pushes the pseudo-gradient, y at the round's beginning minus the parameters, along which the run's algorithm takes
+    its step, and loads fresh y, where the next round begins. The inner optimizer's state stays with the worker;
+    gradient accumulation, clipping, learning-rate schedules and a GradScaler work as with the inner optimizer alone.
 
-    inner: any torch optimizer of the same parameters. Not one with a `train` and an `eval` of its own, as the
-        schedulefree package's have: their state holds points beside the parameters, which would stay behind when y is
-        loaded.
-    every: how many steps make a round.
-    overlap: lets a push travel while the next round's steps are taken, from where the last one ended. Its answer is
-        received by the push after it, or by `flush`, and then the new y takes the place of the round's beginning, while
-        the progress made since is kept: parameters <- y + (parameters - start). A push is as stale as the oldest y
-        that its steps were taken from. Refused under policies that take no stale gradients: `sync` needs a
-        `max_staleness` of 1.
-    dynamic: takes fewer steps in a round where other workers are faster, so that rounds take about as long on all of
-        them (arXiv 2401.09135): max(1, floor(every · v / v_max)), with v the steps a second of this worker's last
-        round, without the time for pushes, and v_max the largest that a live worker has said.
-    clock: what `dynamic` measures seconds by.
-    aggregation: unless one is given, `diloco` and `gpa_sgd` have the rounds of all live workers make a step together:
-        their momentum makes much of rounds that are stale.
-    params, algorithm, the others: as for `RemoteOptimizer`, but for `process_group`: each process is a worker of its
-        own. An `lr` among them is the run's, not the inner optimizer's.
+    A push that is dropped (too stale, or the run went back to an earlier step) loses its round's progress, and
+    `receipt` says so; the next round begins at fresh y. If the run went back, progress made since is dropped too. A
+    push whose outcome is unknown stays in flight and is sent again by the next push or `flush`, under the same key, so
+    that it counts once; steps can be taken meanwhile. `close` does not push: call `push` before it if an unfinished
+    round shall count.
 
-    A push that is dropped (too stale, say, or because the run went back to an earlier step) takes its round's progress
-    with it, and `receipt` says so; the next round begins at fresh y. Of a run that went back, progress made since is
-    dropped as well. A push of which nothing is known, since the service was away for too long, stays in flight and is
-    sent again by the next push or `flush`, under the key that makes it count once; steps can be taken meanwhile, as
-    with `overlap`. `close` pushes nothing: call `push` before it where the steps of an unfinished round are to count.
+    Attributes beside those of RemoteOptimizer: `inner`; `every`; `length`, how many steps the current round has;
+    `steps`, how many of them have been taken. Memory in addition to RemoteOptimizer's and the inner optimizer's: 4
+    bytes a parameter for the round's beginning, and a copy of the parameters while the model contains x in the middle
+    of a round. Not safe to use from several threads.
 
-    It keeps 4 bytes a parameter more than RemoteOptimizer, for the round's beginning: 12 with fp32 both ways, 22 with
-    BF16 pushes; beside what the inner optimizer has. While the model holds x in mid-round, a copy of its parameters.
+    Example:
+        >>> inner = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        >>> with freestep.LocalSteps(model, inner, every=100, url="http://127.0.0.1:8000", run="local") as opt:
+        ...     for inputs, targets in loader:
+        ...         opt.zero_grad()
+        ...         loss_fn(model(inputs), targets).backward()
+        ...         opt.step(samples=len(inputs))
+        ...     opt.push()
 
-    Raises ManifestMismatch where the inner optimizer has other parameters, and what RemoteOptimizer does.
+    Args:
+        params: As for RemoteOptimizer.
+        inner: Any torch optimizer of the same parameters, except those with `train` and `eval` methods, as the
+            schedulefree package has: their state contains points beside the parameters, which loading y would not move.
+        every: How many steps make a round, at least 1.
+        run: The run's name.
+        algorithm: The algorithm that the run is created with.
+        overlap: Sends a push while the next round's steps are taken, from where the last one ended. Its answer is
+            received by the push after it, or by `flush`; the new y then replaces the round's beginning and the progress
+            made since is kept: parameters <- y + (parameters - start). A push is as stale as the oldest y that its
+            steps were taken from.
+        dynamic: Takes fewer steps a round while other workers are faster, so that rounds take about the same time on
+            all (arXiv 2401.09135): max(1, floor(every · v / v_max)), with v this worker's steps a second in its last
+            round, pushes excluded, and v_max the largest v that a live worker has reported.
+        clock: Returns the seconds by which `dynamic` measures.
+        **options: As for RemoteOptimizer, except `process_group`: each process is a worker of its own. `aggregation`
+            defaults to `sync` for `diloco` and `gpa_sgd`, whose momentum amplifies stale rounds, with a max_staleness
+            of 1 if `overlap` is set. Hyperparameters, `lr` among them, are the run's and not the inner optimizer's.
+
+    Raises:
+        ManifestMismatch: The inner optimizer has other parameters; and as for RemoteOptimizer.
+        ValueError: `overlap` is set, and the run's policy drops gradients that are one step stale.
+        FreestepError: `every`, `inner` or an option is not valid.
     """
 
     def __init__(
@@ -76,46 +91,46 @@ class LocalSteps(RemoteOptimizer):
         **options: Any,
     ) -> None:
         if every < 1:
-            raise FreestepError(f"a round has at least one step, not {every}")
+            raise FreestepError(f"every must be at least one step, not {every}")
         if options.get("process_group") is not None:
-            raise FreestepError("LocalSteps has no process_group: each process is a worker of its own")
+            raise FreestepError("LocalSteps takes no process_group: each process is a worker of its own")
         if hasattr(inner, "train") or hasattr(inner, "eval"):
             raise FreestepError(
-                f"{type(inner).__name__} keeps points beside the parameters, which would stay behind when y is loaded: "
-                "take another inner optimizer, and a Schedule-Free algorithm for the run"
+                f"{type(inner).__name__} keeps points beside the parameters, which loading y would not move: use "
+                "another inner optimizer, and a Schedule-Free algorithm for the run"
             )
         if options.get("aggregation") is None and algorithm in ("diloco", "gpa_sgd"):
-            options["aggregation"] = _WAITS_FOR_ALL_BUT_ONE_STEP if overlap else _WAITS_FOR_ALL
+            options["aggregation"] = _SYNC_WITH_OVERLAP if overlap else _SYNC
         self.inner = inner
         self.every = every
         self.length = every
-        """How many steps make the round that is under way."""
+        """How many steps the current round has."""
         self._overlaps = overlap
         self._is_dynamic = dynamic
         self._clock = clock
-        self._aside: tuple[Pulled, dict[str, Tensor]] | None = None
+        self._interrupted: tuple[Pulled, dict[str, Tensor]] | None = None
         super().__init__(params, run=run, algorithm=algorithm, **options)
         if overlap:
             try:
-                refuse_late_gradients(self.spec.aggregation)
+                require_stale_gradients_accepted(self.spec.aggregation)
             except ValueError:
                 self.close()
                 raise
 
     def _prepare(self, frozen: Sequence[tuple[str, Tensor]]) -> None:
-        its = {id(tensor): tensor for group in self.inner.param_groups for tensor in group["params"]}
+        remaining = {id(tensor): tensor for group in self.inner.param_groups for tensor in group["params"]}
         for name, tensor in self._tensors.items():
-            if its.pop(id(tensor), None) is None:
+            if remaining.pop(id(tensor), None) is None:
                 raise ManifestMismatch(f"the inner optimizer does not have the parameter {name!r}")
         for _, tensor in frozen:
-            its.pop(id(tensor), None)
-        for tensor in its.values():
+            remaining.pop(id(tensor), None)
+        for tensor in remaining.values():
             raise ManifestMismatch(f"the inner optimizer has another parameter, of shape {list(tensor.shape)}")
-        self._round = Round(self._arriving.manifest, self._tensors, self._clock)
+        self._round = LocalRound(self._receive_buffer.manifest, self._tensors, self._clock)
 
     @property
     def steps(self) -> int:
-        """Steps of the round that is under way."""
+        """How many steps of the current round have been taken."""
         return self._round.steps
 
     # Training
@@ -129,13 +144,22 @@ class LocalSteps(RemoteOptimizer):
     ) -> float | None:
         """Takes a step of the inner optimizer; the last of a round pushes the round's progress and loads fresh y.
 
-        loss: the batch's training loss; the mean over the round is reported. samples: the batch's size; their sum over
-        the round, if all steps say it, is the push's weight in a group's mean. Returns what the inner optimizer's step
-        returns. Raises EvalMode while the model holds x, ManifestMismatch as RemoteOptimizer does, before the step is
-        taken, and what `push` raises.
+        Args:
+            closure: As for the inner optimizer.
+            loss: The batch's mean training loss; the mean over the round is reported. None takes the closure's.
+            samples: The batch's size; the sum over the round, if all steps give it, is the push's weight in the mean of
+                a group.
+
+        Returns:
+            What the inner optimizer's step returns.
+
+        Raises:
+            EvalMode: The model contains x; call `train` first.
+            ManifestMismatch: A parameter of the run was frozen, or a frozen one has a gradient; no step was taken.
+            FreestepError: As for `push`, after the step was taken.
         """
         if self.pulled is None:
-            raise EvalMode("the model holds x; call train() before step()")
+            raise EvalMode("the model contains x: call train() before step()")
         self._gradients.check()
         result: float | None = self.inner.step(closure)
         self._round.add(samples, result if loss is None else loss)
@@ -145,22 +169,25 @@ class LocalSteps(RemoteOptimizer):
 
     @torch.no_grad()
     def push(self) -> None:
-        """Ends the round now, as `step` does with the last of its steps; does nothing where no step was taken.
+        """Ends the round now, as the last of its steps does; does nothing if no step was taken.
 
-        Raises what RemoteOptimizer's `step` does. A round whose progress is not finite is lost: the model is at fresh y
-        again, and the inner optimizer's state is for its owner to look at.
+        If the progress contains NaN or infinity, the round is lost: NonFiniteGradient is raised and the model is at
+        fresh y. The inner optimizer's state is not changed, and may contain NaN too.
+
+        Raises:
+            FreestepError: As for RemoteOptimizer's `step`.
         """
         if self.pulled is None:
-            raise EvalMode("the model holds x; call train() before push()")
-        self._round.pause()
+            raise EvalMode("the model contains x: call train() before push()")
+        self._round.pause_clock()
         self.flush()
         if self._round.steps:
             self._end_round(self._round.taken_at, self._round.batch)
-        self._round.go_on()
+        self._round.resume_clock()
 
     def _end_round(self, taken_at: Pulled, batch: Batch) -> None:
-        self._gradients.gather_since(self._round.start)
-        batch = self._gradients.mean([batch])
+        self._gradients.gather_difference(self._round.start)
+        batch = self._gradients.average([batch])
         assert self.pulled is not None
         self._round.begin(self.pulled)
         self._push(taken_at, batch, overlap=True)
@@ -172,11 +199,15 @@ class LocalSteps(RemoteOptimizer):
 
     @torch.no_grad()
     def flush(self) -> None:
-        """As RemoteOptimizer's. The new y takes the place of the round's beginning; progress made since is kept."""
+        """Waits for a push in flight; its y replaces the round's beginning, and progress made since is kept.
+
+        Raises:
+            FreestepError: What the push failed with.
+        """
         try:
             super().flush()
         except NonFiniteGradient:
-            # From what is not finite no step leads back.
+            # The parameters contain NaN or infinity, which no further step would remove.
             self._restart()
             raise
 
@@ -184,11 +215,11 @@ class LocalSteps(RemoteOptimizer):
         self._round.steps = 0
         self._load("y")
 
-    def _place(self, pulled: Pulled, point: Point) -> None:
-        if point == "y" and self._round.goes_on_at(pulled):
-            self._round.move(self._arriving)
+    def _set_parameters(self, pulled: Pulled, point: Point) -> None:
+        if point == "y" and self._round.can_move_to(pulled):
+            self._round.move(self._receive_buffer)
             return
-        super()._place(pulled, point)
+        super()._set_parameters(pulled, point)
         if point == "y":
             self._round.begin(pulled)
 
@@ -196,25 +227,25 @@ class LocalSteps(RemoteOptimizer):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Loads x into the model, and keeps the parameters of a round that is under way for `train`."""
+        """Loads x, the average, into the model; the parameters of an unfinished round are kept for `train`."""
         self.flush()
         if self.pulled is not None:
-            aside = None
+            interrupted = None
             if self._round.steps:
-                self._round.pause()
-                aside = self.pulled, {name: tensor.clone() for name, tensor in self._tensors.items()}
+                self._round.pause_clock()
+                interrupted = self.pulled, {name: tensor.clone() for name, tensor in self._tensors.items()}
             super().eval()
-            self._aside = aside
+            self._interrupted = interrupted
 
     @torch.no_grad()
     def train(self) -> None:
-        """Goes on with the round that was under way, or loads y for a new one."""
-        if self._aside is not None:
-            self.pulled, held = self._aside
-            self._aside = None
+        """Restores the parameters of the unfinished round, or loads y for a new one."""
+        if self._interrupted is not None:
+            self.pulled, held = self._interrupted
+            self._interrupted = None
             for name, tensor in self._tensors.items():
                 tensor.copy_(held[name])
-            self._round.go_on()
+            self._round.resume_clock()
         else:
             super().train()
 
@@ -222,27 +253,34 @@ class LocalSteps(RemoteOptimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """As RemoteOptimizer's, with the inner optimizer's state and the place in the round, its progress included."""
+        """As RemoteOptimizer's, with the inner optimizer's state and the unfinished round's progress."""
         state = super().state_dict()
-        held = self._tensors if self._aside is None else self._aside[1]
+        held = self._tensors if self._interrupted is None else self._interrupted[1]
         state["freestep"]["round"] = self._round.state(held)
         return {**state, "inner": self.inner.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As RemoteOptimizer's; then goes on with the inner optimizer's state, and with the round, at the newest y.
+        """Restores the inner optimizer's state and the unfinished round, at the run's newest y.
 
-        If the run has gone back to an earlier step since, the round's progress is dropped, and `receipt` says so. Else
-        it is part of the next push, also where the worker that saved it has pushed it since: then it counts twice.
+        If the run has gone back to an earlier step since, the round's progress is dropped, and `receipt` says so.
+        Otherwise it is part of the next push, even if the worker that saved it has pushed it since: then it counts
+        twice.
+
+        Args:
+            state_dict: From `state_dict`.
+
+        Raises:
+            ManifestMismatch: The state is of another run, or not of LocalSteps.
         """
         if "inner" not in state_dict:
-            raise ManifestMismatch("the state has no inner optimizer's: it is not one of LocalSteps")
+            raise ManifestMismatch("the state has no entry 'inner': it is not from LocalSteps.state_dict()")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "inner"})
-        self._aside = None
+        self._interrupted = None
         self.inner.load_state_dict(state_dict["inner"])
         self._round.steps = 0
         assert self.pulled is not None
-        self._place(self.pulled, "y")
-        place = state_dict["freestep"]["round"]
-        if place["steps"] and not self._round.resume(place):
+        self._set_parameters(self.pulled, "y")
+        saved = state_dict["freestep"]["round"]
+        if saved["steps"] and not self._round.restore(saved):
             self.receipt = Receipt(decision="dropped", reason="epoch-changed", step=self.pulled.step, staleness=0)

@@ -1,4 +1,4 @@
-"""RemoteOptimizer: a `torch.optim.Optimizer` whose step happens at the service."""
+"""RemoteOptimizer: a `torch.optim.Optimizer` whose steps are taken by the service."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from freestep.answers import Pulled
 from freestep.api.models import AggregationSpec, Dtype, Point, PointDtype, Receipt
-from freestep.client import Client, Pulled, worker_name
+from freestep.client import Client
 from freestep.errors import (
     EpochChanged,
     EvalMode,
@@ -26,60 +27,95 @@ from freestep.errors import (
     StepNotReached,
 )
 from freestep.flat import Flat
-from freestep.gradients import Gradients, Wire
-from freestep.groups import complete, named, run_spec, trainable
-from freestep.inflight_push import Flight, refuse_late_gradients
-from freestep.lease import HeldLease
+from freestep.gradients import Gradients, PushFormat
+from freestep.groups import complete_hyperparameters, named_tensors, run_spec, split_frozen
+from freestep.inflight_push import InflightPush, require_stale_gradients_accepted
+from freestep.lease import HeldLease, worker_name
 from freestep.membership import Membership
+from freestep.process_group import worker_group
 from freestep.wire.encoding import Encoding
 from freestep.wire.manifest import Manifest
-from freestep.worker_group import Batch, ranks_of
+from freestep.worker_group import Batch
 
 __all__ = ["RemoteOptimizer"]
 
 logger = logging.getLogger("freestep")
 
 _WAIT_S = 30.0
-"""How long one request waits for a group's update before it is asked again."""
+"""Seconds for which one request waits for the update of a group of pushes."""
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
     """Trains a model on a run of a freestep service.
 
-    The first worker creates the run and gives it its model's weights; the others check that their parameters are
-    the run's and take over its weights. Each `step` pushes the gradients and loads fresh y, in one round trip. The
-    optimizer's state, and so the hyperparameters that count, are the run's: later changes to `param_groups` are not
-    sent.
+    The first worker creates the run and uploads its model's weights; later ones check that their parameters are the
+    run's, and load its weights. Each `step` pushes the gradients and loads fresh y, in one round trip. The optimizer's
+    state belongs to the run, and so do the hyperparameters: later changes to `param_groups` have no effect.
 
-    params: an `nn.Module`, named parameters, parameters, or param groups as for any torch optimizer; a group may
-        have a `name`, and hyperparameters of its own. Frozen parameters are left out. Buffers, such as BatchNorm's
-        statistics, stay with each worker.
-    run: the run's name. url, token: as for `Client`. client: a `Client` of your own instead.
-    algorithm, aggregation, hyperparameters: what the run is created with; `aggregation` is a policy's name or an
-        aggregation spec. Where the run exists with others, they are the run's, and a warning is logged.
-    worker: this worker's name; a second worker of the same name fences off the first.
-    shards: how many shards a new run is cut into. A run that exists keeps its own number.
-    push_dtype, pull_dtype: F32, BF16 or F16, what gradients and parameters travel as. pull_dtype may also be I8: y and
-        x travel as int8 with a scale for each 256 elements, and arrive as fp32. Gradients are then taken beside y, by
-        what was rounded off; the run's own parameters stay fp32.
-    push_encoding: how gradients travel. dense: all elements, of push_dtype. int8: a byte for each, and a scale for each
-        `int8_block`. topk: of each tensor the `topk_fraction` of largest magnitude, of push_dtype, and where they are;
-        it suits SGD, and slows AdamW down. What BF16, F16, int8 and topk leave out is the residual, which is pushed
-        with the next gradients. A push that is dropped leaves it as it was; a run that goes back to an earlier step
-        takes it away; another number of shards does not matter to it. `state_dict` has it.
-    error_feedback: False has what BF16 and F16 round off forgotten, as it is anyway where the model is of that dtype
-        and nothing is rounded off. int8 and topk are not to be had without.
-    process_group: a torch.distributed group whose ranks are one worker together, or True for all of torchrun's. It
-        must carry tensors of the host, as gloo does. Each rank makes every call, with a batch of its own: the
-        gradient that is pushed is the mean over ranks, weighted by `samples` where all give them. What fails on one
-        rank is raised on all. A GradScaler must skip the same steps on all ranks, as torch's ShardedGradScaler does.
+    Gradients are taken at y, which the model contains from the start and after `train`; `eval` loads x, the average.
+    Attributes: `receipt`, the Receipt of the last push that was answered, or None; `pulled`, the epoch and step
+    (Pulled) of the y that the model contains, None while it contains x; `spec`, the run's RunSpec.
 
-    The worker keeps two vectors beside its model and gradients: one that gradients are sent from, of push_dtype, and
-    one that parameters arrive in. Where there is a residual the first is fp32, and there are two more of it, before
-    and after a push, and the bytes that are sent: for BF16, 14 bytes a parameter instead of 2. fp32 gradients in the
-    host's memory that are large are sent from where they lie, so that their part of the first vector is never touched.
+    The worker keeps two vectors beside its model and gradients, in host memory: one that gradients are sent from, of
+    push_dtype, and one that parameters arrive in, of pull_dtype. With error feedback it keeps the gradient as fp32, the
+    residual before and after a push, and the encoded bytes: 14 bytes a parameter for BF16, instead of 2. Large fp32
+    gradients in host memory are sent without a copy.
 
-    Raises ManifestMismatch, InvalidSpec and whatever the calls of `Client` raise.
+    Not safe to use from several threads. Use it as a context manager, or call `close`.
+
+    Example:
+        >>> with freestep.RemoteOptimizer(model, url="http://127.0.0.1:8000", run="mnist", lr=2.5e-3) as opt:
+        ...     for inputs, targets in loader:
+        ...         opt.zero_grad()
+        ...         loss = loss_fn(model(inputs), targets)
+        ...         loss.backward()
+        ...         opt.step(loss=loss.detach(), samples=len(inputs))
+        ...     opt.eval()
+
+    Args:
+        params: An `nn.Module`, named parameters, parameters, or param groups as for any torch optimizer; a group may
+            have a `name` and hyperparameters of its own. Parameters may be on any device and of any float dtype: the
+            run keeps fp32 masters. Frozen parameters are left out. Buffers, such as BatchNorm's statistics, are not
+            part of the run.
+        run: The run's name.
+        url: The service's URL, as for `Client`.
+        token: A bearer token, as for `Client`.
+        client: A client to use instead of one made of `url` and `token`; it is not closed.
+        algorithm: The algorithm that the run is created with: `adamw_schedule_free`, `sgd_schedule_free`,
+            `radam_schedule_free`, `schedule_free_wrapper`, `adamc_schedule_free_plus`, `gpa_adamw`, `gpa_sgd`,
+            `diloco`, `sgd` or `adamw`. If the run exists with another spec, that is used, and a warning is logged.
+        aggregation: The policy that the run is created with: a policy's name, or an AggregationSpec or its document.
+            None is `ringmaster`, which drops gradients that are too stale.
+        worker: This worker's name; None takes FREESTEP_WORKER from the environment, or a unique name. An older worker
+            of the same name loses its lease.
+        shards: The number of shards that the run is created with, 1 to 256; None is 1. An existing run keeps its own.
+        lease_ttl_ms: Milliseconds after which a worker that does not answer counts as gone, 100 to 3,600,000; None is
+            30,000.
+        durability: "none" or "checkpoint", which is the default: after a crash the run returns to its last checkpoint.
+        push_dtype: "F32", "BF16" or "F16", the dtype in which gradients are sent; None is "F32".
+        pull_dtype: "F32", "BF16", "F16" or "I8", the dtype in which parameters are received; None is "F32". With "I8",
+            y and x travel as int8 with a scale for each 256 elements and arrive as fp32, so that gradients are taken
+            beside y by the rounding error; the run itself stays fp32.
+        push_encoding: "dense": all elements in push_dtype. "int8": a byte for each element, and a scale for each
+            `int8_block`. "topk": the `topk_fraction` of largest magnitude of each tensor, in push_dtype, with their
+            indices; suited to SGD, and slower with AdamW.
+        topk_fraction: The fraction of each tensor's elements that "topk" sends, above 0 and at most 1.
+        int8_block: How many elements share a scale under "int8".
+        error_feedback: Adds what an encoding left out of one push (the residual) to the next. A push that is dropped
+            does not change the residual; it is set to zero when the run goes back to an earlier step, and is part of
+            `state_dict`. False forgets what BF16 and F16 round off; int8 and topk require True.
+        process_group: A torch.distributed group whose ranks are one worker together, or True for the default group; its
+            backend must have collectives for CPU tensors, as gloo does. Every rank makes every call, with a batch of
+            its own; the gradient that is pushed is the mean over ranks, weighted by `samples` if all give them. An
+            error on one rank is raised on all. A GradScaler must skip the same steps on all ranks, as torch's
+            ShardedGradScaler does.
+        **hyperparameters: The algorithm's hyperparameters, with the defaults of its class in
+            `freestep.api.hyperparameters`.
+
+    Raises:
+        ManifestMismatch: The run exists with other parameters.
+        InvalidSpec: The algorithm, a hyperparameter or the aggregation is not valid.
+        FreestepError: The dtypes and encodings do not go together.
     """
 
     def __init__(
@@ -105,14 +141,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
         process_group: ProcessGroup | Literal[True] | None = None,
         **hyperparameters: Any,
     ) -> None:
-        self._ranks = ranks_of(process_group)
-        with self._ranks.together():
-            given = complete(algorithm, hyperparameters)
-            self._sealed = False
-            kept, frozen = trainable(params)
+        self._worker_group = worker_group(process_group)
+        with self._worker_group.raise_on_all():
+            given = complete_hyperparameters(algorithm, hyperparameters)
+            self._has_all_groups = False
+            kept, frozen = split_frozen(params)
             super().__init__(kept, given)
-            self._sealed = True
-            self._tensors = {name: tensor for name, tensor, _ in named(self.param_groups)}
+            self._has_all_groups = True
+            self._tensors = {name: tensor for name, tensor, _ in named_tensors(self.param_groups)}
             options = {
                 "aggregation": {"policy": aggregation} if isinstance(aggregation, str) else aggregation,
                 "shards": shards,
@@ -122,30 +158,30 @@ class RemoteOptimizer(torch.optim.Optimizer):
             wanted = run_spec(self.param_groups, algorithm, given, options)
             manifest = Manifest.of(wanted)
             pinned = any(tensor.is_cuda for tensor in self._tensors.values())
-            wire = Wire(
+            push_format = PushFormat(
                 push_dtype,
                 push_encoding,
                 topk_fraction=topk_fraction,
                 int8_block=int8_block,
                 error_feedback=error_feedback,
             )
-            self._gradients = Gradients(self._tensors, frozen, manifest, wire, self._ranks, pinned=pinned)
-            self._arriving = Flat(manifest, pull_dtype or "F32", pinned=pinned)
+            self._gradients = Gradients(self._tensors, frozen, manifest, push_format, self._worker_group, pinned=pinned)
+            self._receive_buffer = Flat(manifest, pull_dtype or "F32", pinned=pinned)
             self._prepare(frozen)
-        worker = self._ranks.first(lambda: worker or os.environ.get("FREESTEP_WORKER") or worker_name())
+        worker = self._worker_group.run_on_first(lambda: worker or os.environ.get("FREESTEP_WORKER") or worker_name())
         self.receipt: Receipt | None = None
-        """What became of the last push that has been answered."""
+        """The receipt of the last push that was answered."""
         self.pulled: Pulled | None = None
-        """Which epoch and step of y the model holds; None while it holds x."""
+        """The epoch and step of the y that the model contains; None while it contains x."""
         self._newest: Pulled | None = None
-        self._flight: Flight | None = None
+        self._inflight: InflightPush | None = None
         own_client = client is None
         self._client = client or Client(url, token=token)
-        self._run = self._client.run(run, ranks=self._ranks)
+        self._run = self._client.run(run, ranks=self._worker_group)
         held: list[HeldLease] = []
-        # Without a reference to self, so that leases end with the optimizer and, at the latest, with the process.
+        # Has no reference to self, so that the lease ends when the optimizer is collected or the process exits.
         self._finalizer = weakref.finalize(self, _close, held, self._client if own_client else None)
-        self._membership = Membership(self._run, worker, self._ranks, held)
+        self._membership = Membership(self._run, worker, self._worker_group, held)
         try:
             self.spec = self._membership.create(wanted)
             self._join()
@@ -159,18 +195,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._membership.worker
 
     def _prepare(self, frozen: Sequence[tuple[str, Tensor]]) -> None:
-        """Has ready what is needed before the run is joined; `frozen` are the parameters that were left out."""
+        """Called before the run is joined; `frozen` are the parameters that were left out."""
 
     def _join(self) -> None:
-        """Takes a lease and the run's y; gives the run this model's weights if it has none."""
+        """Takes a lease and loads the run's y; uploads this model's weights if the run has none."""
         while True:
             self._membership.take_lease()
             try:
                 self._load("y")
                 return
             except RunNotInitialized:
-                weights = next((flat for flat in (self._arriving, self._gradients.flat) if flat.dtype == "F32"), None)
-                weights = weights or Flat(self._arriving.manifest)
+                weights = next(
+                    (flat for flat in (self._receive_buffer, self._gradients.flat) if flat.dtype == "F32"), None
+                )
+                weights = weights or Flat(self._receive_buffer.manifest)
                 weights.fill(self._tensors)
                 self._membership.initialize(weights)
 
@@ -185,30 +223,36 @@ class RemoteOptimizer(torch.optim.Optimizer):
         samples: float | None = None,
         overlap: bool = False,
     ) -> float | None:
-        """Pushes the gradients, loads the fresh y, and leaves the push's receipt in `receipt`.
+        """Pushes the gradients and loads fresh y; the push's receipt is then in `receipt`.
 
-        loss: the batch's training loss, reported to the service. samples: the batch's size, the weight of this
-        gradient in a group's mean. Parameters without a gradient push zeros. Returns the closure's loss, if there is
-        a closure.
+        Parameters without a gradient push zeros. Under the policies `sync` and `quorum` it returns when the update that
+        the push is part of has been applied. A push that the run no longer accepts, since it was restored to an earlier
+        step for example, is dropped: the run is joined again at its newest y, and the receipt's reason says why.
 
-        overlap: returns at once, while the push travels. The gradients are copied before, so that `zero_grad` and
-        the next batch may do with them as they like. The next `step`, with or without overlap, first receives the
-        answer and loads the y that came with it; `receipt` is then that of the push before this one. So gradients
-        are one step staler than without. `flush`, `eval`, `state_dict`, `load_state_dict` and `close` wait for the
-        answer too. What the push fails with is raised there, and by `step` before it pushes anything: the new
-        gradients are where they were. A push that was refused is over then. One of which nothing is known (the service
-        was away for too long, say) stays in flight: the next of these calls sends it again, under the key that makes
-        it count once. If its run has gone back to an earlier step, the gradients that were to follow it are of no
-        use either, and are dropped as it is.
+        Args:
+            closure: Computes the loss and the gradients, and returns the loss.
+            loss: The batch's mean training loss, which the run's status shows; None takes the closure's.
+            samples: The batch's size, the weight of this gradient in the mean of a group; None weighs 1.
+            overlap: Returns at once, while the push is sent in the background; the gradients are copied before. The
+                next `step` first waits for the answer and loads the y that came with it, so gradients are one step
+                staler, and `receipt` is that of the push before. `flush`, `eval`, `state_dict`, `load_state_dict` and
+                `close` wait for it too. The call that waits raises the push's error, and `step` does so before it
+                pushes anything. A push that was refused is over then; one whose outcome is unknown stays in flight and
+                is sent again by the next of these calls, under the same key, so that it counts once. If the run went
+                back to an earlier step, gradients that were to follow that push are dropped too.
 
-        Under the policies sync and quorum this returns when the update that the push is part of is applied. A push
-        that the run no longer takes (it was restored to an earlier step, say) is dropped, and its receipt says
-        why. Raises EvalMode while the model holds x, ManifestMismatch when parameters of the run have been frozen, or
-        frozen ones have a gradient, NonFiniteGradient, and whatever the calls of `Client` raise; and ValueError for
-        `overlap` under a policy whose max_staleness is 0, which would drop every second push.
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            EvalMode: The model contains x; call `train` first.
+            ManifestMismatch: A parameter of the run was frozen, or a frozen one has a gradient.
+            NonFiniteGradient: The gradients contain NaN or infinity; nothing was applied.
+            ValueError: `overlap` is set, and the run's policy drops gradients that are one step stale.
+            ServiceUnreachable: The service did not answer in time; it is unknown whether the push counted.
         """
         if overlap:
-            refuse_late_gradients(self.spec.aggregation)
+            require_stale_gradients_accepted(self.spec.aggregation)
         taken_at, result = self.pulled, None
 
         def evaluate() -> None:
@@ -221,7 +265,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         def prepare() -> Batch:
             evaluate()
             if taken_at is None:
-                raise EvalMode("the model holds x; call train() before step()")
+                raise EvalMode("the model contains x: call train() before step()")
             self._gradients.gather(copy=overlap)
             reported = result if loss is None else loss
             return Batch(
@@ -229,59 +273,73 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 None if reported is None else float(reported),
             )
 
-        if self._flight is not None:
-            # What a closure computes is computed while the push travels, as what its caller does otherwise.
-            self._ranks.every(evaluate)
+        if self._inflight is not None:
+            # The closure is evaluated while the push is being sent.
+            self._worker_group.run_on_all(evaluate)
             self.flush()
-        batch = self._gradients.mean(self._ranks.every(prepare))
+        batch = self._gradients.average(self._worker_group.run_on_all(prepare))
         assert taken_at is not None
         self._push(taken_at, batch, overlap)
         return result
 
     def _push(self, taken_at: Pulled, batch: Batch, overlap: bool) -> None:
         if taken_at.epoch < self._membership.granted.epoch:
-            # The push before, which was in flight, found the run in a new epoch.
+            # The push before this one, which was in flight, found the run in a new epoch.
             self._rejoin("epoch-changed")
             return
-        flight = Flight(taken_at, batch, self._membership.claim(taken_at, batch))
+        push = InflightPush(taken_at, batch, self._membership.claim(taken_at, batch))
         if overlap:
-            flight.begin(self._run.begin_exchange(self._gradients.body, flight.claim, self._arriving, wait=self._waits))
-            self._flight = flight
+            push.start(
+                self._run.begin_exchange(self._gradients.body, push.claim, self._receive_buffer, wait=self._waits)
+            )
+            self._inflight = push
         else:
-            self._land(flight)
+            self._finish_push(push)
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Waits for the answer to a push in flight, if there is one, and loads its y. Raises what the push fails with.
+        """Waits for the answer to a push in flight and loads its y; does nothing if there is none.
 
-        As every other call, it is made by all ranks of a group.
+        Collective over the ranks of a process group.
+
+        Raises:
+            FreestepError: What the push failed with, as `step` describes.
         """
-        if self._flight is not None:
+        if self._inflight is not None:
             try:
-                self._land(self._flight)
+                self._finish_push(self._inflight)
             except Exception as error:
-                if not self._flight.failed(error):
-                    self._flight = None
+                if self._inflight.is_unresolved(error):
+                    self._inflight.resend()
+                else:
+                    self._inflight = None
                 raise
-            self._flight = None
+            self._inflight = None
 
-    def _land(self, flight: Flight) -> None:
-        """Receives the answer to a push, which is made again where that is of use, and loads its y."""
+    def _finish_push(self, push: InflightPush) -> None:
+        """Waits for a push's answer, sends it again if that may help, and loads its y."""
         while True:
-            exchange = partial(self._run.exchange, self._gradients.body, flight.claim, self._arriving, wait=self._waits)
+            exchange = partial(
+                self._run.exchange, self._gradients.body, push.claim, self._receive_buffer, wait=self._waits
+            )
             try:
-                self.receipt, pulled = flight.answer(exchange)
+                self.receipt, pulled = push.answer(exchange)
+            except StepNotReached:
+                # Its receipt came without y, and its update is late. The same claim gets the receipt again, or a
+                # refusal if the run was restored meanwhile.
+                push.resend()
+                continue
             except LeaseExpired:
-                # Never applied, and never will be under that lease: the gradient is still good in the same epoch.
+                # It was not applied and will not be under that lease; in the same epoch the gradient is still good.
                 self._membership.take_lease()
-                if self._membership.granted.epoch == flight.taken_at.epoch:
-                    flight.renew(self._membership.claim(flight.taken_at, flight.batch))
+                if self._membership.granted.epoch == push.taken_at.epoch:
+                    push.renew(self._membership.claim(push.taken_at, push.batch))
                     continue
                 self._rejoin("epoch-changed")
             except (EpochChanged, RunNotInitialized) as error:
                 self._rejoin(error.slug)
             else:
-                self._scatter(pulled)
+                self._load_received(pulled)
                 if self._waits and (
                     self.receipt.decision == "accumulated" or self.receipt.reason == "duplicate-worker"
                 ):
@@ -293,7 +351,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return _WAIT_S if self.spec.aggregation.policy in ("sync", "quorum") else 0.0
 
     def _rejoin(self, reason: str) -> None:
-        logger.warning("the run %s no longer takes this push (%s); joining it again", self._run.name, reason)
+        logger.warning("the run %s dropped a push (%s) and is joined again", self._run.name, reason)
         self._join()
         assert self.pulled is not None
         self.receipt = Receipt(decision="dropped", reason=reason, step=self.pulled.step, staleness=0)
@@ -312,7 +370,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Loads x, the average, into the model; buffers are not touched."""
+        """Loads x, the average, into the model, for evaluation; buffers are not changed."""
         self.flush()
         if self.pulled is not None:
             self._load("x")
@@ -320,39 +378,43 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Loads y, where gradients are taken, into the model."""
+        """Loads y, where gradients are taken, into the model; does nothing if it contains y already."""
         if self.pulled is None:
             self._load("y")
 
     def _load(self, point: Point, *, min_step: int = 0) -> None:
         wait = _WAIT_S if min_step else 0.0
-        self._scatter(self._run.pull_into(self._arriving, point, min_step=min_step, wait=wait), point)
+        self._load_received(self._run.pull_into(self._receive_buffer, point, min_step=min_step, wait=wait), point)
 
-    def _scatter(self, pulled: Pulled, point: Point = "y") -> None:
-        self._place(pulled, point)
+    def _load_received(self, pulled: Pulled, point: Point = "y") -> None:
+        self._set_parameters(pulled, point)
         newest = self._newest
         encoder = self._gradients.encoder
         if encoder is not None and newest and pulled.epoch != newest.epoch and pulled.step < newest.step:
-            # The run forgot the pushes that the residual is of; what made it go back may have been their fault.
+            # The run has lost the pushes that left the residual, perhaps on purpose.
             encoder.forget()
         self.pulled = self._newest = pulled
 
-    def _place(self, pulled: Pulled, point: Point) -> None:
-        """Has the model hold the point that has arrived."""
-        self._arriving.scatter(self._tensors)
+    def _set_parameters(self, pulled: Pulled, point: Point) -> None:
+        """Copies the point in the receive buffer to the model."""
+        self._receive_buffer.scatter(self._tensors)
 
     # torch.optim.Optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while the optimizer is made: a run's parameters do not change."""
-        if self._sealed:
-            raise FreestepError("a run's parameters are fixed when it is created")
+        """Raises FreestepError: a run's parameters are fixed when it is created.
+
+        Args:
+            param_group: As for any torch optimizer, whose constructor calls this.
+        """
+        if self._has_all_groups:
+            raise FreestepError("the run's parameters are fixed: create an optimizer with another run to train others")
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The param groups, and under `freestep` what names the run, and the residual of an encoding.
+        """The param groups, and under the key `freestep` the run's name, the worker's name and the residual.
 
-        The optimizer's state is the service's. A push in flight is waited for, as by `flush`.
+        The optimizer's state is the run's, and is in its checkpoints. Waits for a push in flight, as `flush` does.
         """
         self.flush()
         place: dict[str, Any] = {"run": self._run.name, "worker": self.worker}
@@ -363,16 +425,21 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return {**super().state_dict(), "freestep": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back the worker's name and the residual, and joins the run again, at its newest y.
+        """Restores the worker's name and the residual, and joins the run again at its newest y.
 
-        A state without a residual, or one that is loaded for another kind of pushes, leaves none. Raises
-        ManifestMismatch when the state is of another run.
+        If the state has no residual, or has one of another push_encoding, the residual is set to zero.
+
+        Args:
+            state_dict: From `state_dict`.
+
+        Raises:
+            ManifestMismatch: The state is of another run.
         """
         self.flush()
-        with self._ranks.together():
+        with self._worker_group.raise_on_all():
             place = state_dict.get("freestep", {})
             if place.get("run") != self._run.name:
-                raise ManifestMismatch(f"the state is of the run {place.get('run')!r}, not of {self._run.name!r}")
+                raise ManifestMismatch(f"the state is of the run {place.get('run')!r}, not {self._run.name!r}")
             super().load_state_dict({key: value for key, value in state_dict.items() if key != "freestep"})
             if (encoder := self._gradients.encoder) is not None:
                 encoder.forget()
@@ -383,11 +450,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._join()
 
     def close(self) -> None:
-        """Waits for a push in flight, as `flush` does, and releases the lease. The model keeps what it holds."""
+        """Waits for a push in flight, as `flush` does, and releases the lease; the model is not changed."""
         try:
             self.flush()
         finally:
-            self._flight = None
+            self._inflight = None
             self._finalizer()
 
     def __enter__(self) -> Self:
@@ -396,10 +463,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes the optimizer. Where an error ends the block, a push in flight is not waited for nor made again."""
-        if error is not None and self._flight is not None:
-            self._flight.abandon()
-            self._flight = None
+        """Closes the optimizer; after an error in the block, without waiting for a push in flight."""
+        if error is not None and self._inflight is not None:
+            self._inflight.abandon()
+            self._inflight = None
         self.close()
 
 

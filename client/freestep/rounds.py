@@ -1,4 +1,4 @@
-"""A round: the steps that a worker takes by itself between two pushes, and how far they have come."""
+"""A round: the local steps that a worker takes between two pushes, and the progress that they have made."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freestep.client import Pulled
+from freestep.answers import Pulled
 from freestep.flat import Flat
 from freestep.wire.manifest import Manifest
 from freestep.worker_group import Batch
 
-__all__ = ["Round"]
+__all__ = ["LocalRound"]
 
 
-class Round:
-    """One round after the other of the steps on some parameters.
+class LocalRound:
+    """One round after another of local steps on a model's parameters.
 
-    start: y where the round began, as the parameters held it, fp32 [manifest.numel]. taken_at: of which epoch and step
-    it is. steps: those taken since. The round's progress is how far the parameters are from `start`.
+    start: the parameters at the round's beginning (y), fp32 [manifest.numel]. taken_at: the epoch and step of that y.
+    steps: local steps since. The round's progress is the parameters minus `start`.
 
-    clock: gives seconds, from whenever.
+    clock: returns seconds, from any origin.
     """
 
     taken_at: Pulled
@@ -39,36 +39,36 @@ class Round:
         self._samples: float | None = 0.0
         self._losses: list[float | Tensor] = []
         self._seconds = 0.0
-        self.go_on()
+        self.resume_clock()
 
     def begin(self, taken_at: Pulled) -> None:
-        """Begins a round at the parameters as they are."""
+        """Begins a round at the current parameters, which are the y `taken_at`."""
         self.start.gather(self._tensors)
         self.taken_at = taken_at
         self._clear()
 
     def add(self, samples: float | None, loss: float | Tensor | None) -> None:
-        """Counts a step that was taken."""
+        """Counts a local step."""
         self.steps += 1
         self._samples = None if samples is None or self._samples is None else self._samples + float(samples)
         if loss is not None:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
-    def pause(self) -> None:
-        """What comes now is no part of the time that the steps take."""
+    def pause_clock(self) -> None:
+        """Ends the time that counts as local steps, before a push or a pull."""
         now = self._clock()
         self._seconds += now - self._since
         self._since = now
 
-    def go_on(self) -> None:
-        """Ends a pause."""
+    def resume_clock(self) -> None:
+        """Starts the time that counts as local steps."""
         self._since = self._clock()
 
     @property
     def batch(self) -> Batch:
-        """What the round is of, as far as it is known.
+        """The round's batch: the sum of samples, if all steps have given them, the mean loss, and steps a second.
 
-        All its samples, if each step has said how many it took; the mean of the losses; in a pause, the steps a second.
+        The clock must be paused.
         """
         losses = [float(each) for each in self._losses]
         return Batch(
@@ -77,14 +77,14 @@ class Round:
             self.steps / self._seconds if self._seconds > 0 else None,
         )
 
-    def goes_on_at(self, pulled: Pulled) -> bool:
-        """Whether steps have been taken that are of use at another y."""
+    def can_move_to(self, pulled: Pulled) -> bool:
+        """True if there is progress that can be kept at another y: it is of the same epoch."""
         return self.steps > 0 and pulled.epoch == self.taken_at.epoch
 
     def move(self, y: Flat) -> None:
-        """Has the round begin at another y: parameters <- y + (parameters - start).
+        """Replaces the round's start by another y and keeps its progress: parameters <- y + (parameters - start).
 
-        What is rounded off the parameters is taken off `start`, too, so that it is no progress.
+        The rounding error of the parameters is taken off `start` too, so that it does not count as progress.
         """
         for name, tensor in self._tensors.items():
             start = self.start.views[name]
@@ -93,7 +93,7 @@ class Round:
             torch.sub(tensor.to("cpu", torch.float32), progress, out=start)
 
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The place in the round, for parameters that are as in `tensors`."""
+        """The round's state for `state_dict`, with these tensors as the current parameters."""
         now = Flat(self.start.manifest)
         now.gather(tensors)
         return {
@@ -104,8 +104,8 @@ class Round:
             "progress": now.vector.sub_(self.start.vector),
         }
 
-    def resume(self, state: Mapping[str, Any]) -> bool:
-        """Goes on from a place in a round, at the y where this round begins; False if that is in another epoch."""
+    def restore(self, state: Mapping[str, Any]) -> bool:
+        """Adds a saved round's progress to this round, which has just begun; False if it is of another epoch."""
         taken_at = Pulled(*state["taken_at"])
         if taken_at.epoch != self.taken_at.epoch:
             return False

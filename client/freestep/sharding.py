@@ -1,8 +1,8 @@
-"""A run's shards as a client sees them: where each is, and requests to all of them at once.
+"""Requests to all shards of a run at once, and where the shards are.
 
-Shards are contiguous stretches of the flat vector, so each is sent from, and received into, the one vector of the
-whole model. A run of one shard is asked by plain requests to the service's own URL; so is a run of which nothing is
-known yet, since these serve a model of many shards as well, only more slowly.
+Shards are contiguous parts of the flat vector, so each one's tensors are sent from, and received into, the one vector
+of the whole model. A run of one shard is asked at the service's own URL, and so is a run whose shards are not known
+yet: the service relays requests for the whole model, only more slowly.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from freestep.api.models import RunStatus, Topology
-from freestep.bulk import Body
-from freestep.encoders import Encoder
+from freestep.bulk_exchange import Body
 from freestep.errors import (
     CoordinatorUnavailable,
     EpochChanged,
@@ -29,25 +29,28 @@ from freestep.errors import (
     ShardUnavailable,
     UnexpectedResponse,
 )
-from freestep.flat import Flat
-from freestep.in_place_gradient import Loose
-from freestep.transport import Answer, Transport, in_background
-from freestep.worker_group import ALONE, Ranks
+from freestep.transport import Answer, Transport, run_in_background
+from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
 
-__all__ = ["PASSING", "Begun", "Call", "Layout", "Shards"]
+if TYPE_CHECKING:
+    from freestep.encoders import Encoder
+    from freestep.flat import Flat
+    from freestep.in_place_gradient import InPlaceGradient
 
-_ASTRAY_S = 30.0
-"""For how long a URL at which the service was not found is passed over."""
-_REREAD_S = 1.0
-"""How soon a layout that could not be read is read again: all requests that wait for it go on without."""
-PASSING = (CoordinatorUnavailable, Overloaded, ShardUnavailable)
-"""What a request that is made again may meet."""
-_DOUBTS = (EpochChanged, ShardUnavailable, MalformedTensors)
+__all__ = ["TRANSIENT", "PendingCall", "ShardClient", "ShardMap", "ShardedCall"]
+
+_UNREACHABLE_S = 30.0
+"""Seconds for which a URL at which the service was not found is not tried again."""
+_REFRESH_S = 1.0
+"""Seconds between two attempts to read the shard map while requests go on with the old one."""
+TRANSIENT = (CoordinatorUnavailable, Overloaded, ShardUnavailable)
+"""Refusals after which the same request may succeed."""
+_SUGGEST_RESHARDING = (EpochChanged, ShardUnavailable, MalformedTensors)
 """Refusals after which the run may have another number of shards."""
 
 
 class _Abandoned(FreestepError):
-    """Another shard's request failed for good, so this one is not made again."""
+    """The request is not repeated, since another shard's request has failed for good."""
 
 
 class _Resharded(FreestepError):
@@ -55,43 +58,43 @@ class _Resharded(FreestepError):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a run's shards are in an epoch: each one's URL, or nothing for the service's own. Epoch 0: not known."""
+class ShardMap:
+    """The URL of each shard's owner in an epoch, empty for the service's own URL. Epoch 0 means not known."""
 
     epoch: int = 0
     urls: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
-class Call:
-    """A request that is made of every shard: with its stretch of `body`, for its stretch of `into`."""
+class ShardedCall:
+    """A request to every shard, each with its part of `body` and of `into`."""
 
     method: str
     path: str
     headers: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str | int] = field(default_factory=dict)
-    body: Flat | Loose | Encoder | None = None
+    body: Flat | InPlaceGradient | Encoder | None = None
     into: Flat | None = None
     wait: float = 0.0
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A call whose requests are being made in the background."""
+class PendingCall:
+    """A call whose requests are being sent in the background."""
 
-    calls: _Calls
+    requests: _ShardRequests
     outcomes: Future[dict[int, Answer | FreestepError]]
 
     def abandon(self) -> None:
-        """Has no request made again."""
-        self.calls.abandoned.set()
+        """Stops retries of its requests."""
+        self.requests.abandoned.set()
 
 
-class Shards:
-    """A run's shards.
+class ShardClient:
+    """Sends requests to a run's shards.
 
-    status, topology: ask the service for these; their argument says whether to ask again where it is away. ranks:
-    each of them makes its share of the requests in `ask`.
+    status, topology: read these from the service; their argument is whether to retry. worker_group: each rank sends
+    the requests of some shards.
     """
 
     def __init__(
@@ -99,144 +102,158 @@ class Shards:
         transport: Transport,
         status: Callable[[bool], RunStatus],
         topology: Callable[[bool], Topology],
-        ranks: Ranks,
+        worker_group: WorkerGroup,
     ) -> None:
         self._transport = transport
         self._status = status
         self._topology = topology
-        self._ranks = ranks
-        self._layout = Layout()
+        self._worker_group = worker_group
+        self._map = ShardMap()
         self._outdated = False
-        self._reading = threading.Lock()
-        self._not_before = 0.0
-        self._astray: dict[str, float] = {}
+        self._map_lock = threading.Lock()
+        self._refresh_at = 0.0
+        self._unreachable_until: dict[str, float] = {}
 
-    def heard(self, epoch: int, count: int | None = None) -> None:
-        """Takes note of the run's epoch and, if it is known, its number of shards."""
-        known = self._layout
-        if count is None:
+    def note_epoch(self, epoch: int, shards: int | None = None) -> None:
+        """Compares the shard map with an epoch and, if given, a number of shards that the service has named."""
+        known = self._map
+        if shards is None:
             self._outdated |= known.epoch not in (0, epoch)
-        elif (epoch, count) != (known.epoch, len(known.urls)):
-            if count == 1:
-                self._layout = Layout(epoch)
-            self._outdated = count != 1
+        elif (epoch, shards) != (known.epoch, len(known.urls)):
+            if shards == 1:
+                self._map = ShardMap(epoch)
+            self._outdated = shards != 1
 
-    def begin(self, call: Call) -> Begun:
-        """Has the requests of a call made in the background; `ask` has their answers.
+    def start(self, call: ShardedCall) -> PendingCall:
+        """Sends a call's requests in the background; `request_all` waits for their answers.
 
-        Every rank begins it and asks for it. What it sends must not be changed meanwhile, nor `into` be used.
+        Collective. The call's body must not change, and `into` must not be used, until then.
         """
-        calls = self._calls(call, self._ranks)
-        return Begun(calls, in_background(calls.made))
+        requests = self._requests(call, self._worker_group)
+        return PendingCall(requests, run_in_background(requests.send))
 
-    def ask(self, call: Call, *, alone: bool = False, begun: Begun | None = None) -> list[Answer]:
-        """Makes a call of every shard, all at the same time; returns their answers, by shard.
+    def request_all(
+        self, call: ShardedCall, *, by_this_rank: bool = False, pending: PendingCall | None = None
+    ) -> list[Answer]:
+        """Sends a call to every shard at the same time; returns the answers by shard.
 
-        Returns, or raises, when the last request has ended. What one shard refuses is raised, and of several
-        refusals that of the first shard. Each rank makes its share of the requests; all get all answers, and each
-        the stretches of `into` that it asked for. With `alone` this process makes all requests. begun: where the
-        requests are being made already.
+        Collective: each rank sends some of the requests; every rank gets all answers, but only its own parts of `into`.
+        by_this_rank: sends all requests from this process, without the other ranks. pending: requests that were sent
+        by `start`.
+
+        Returns or raises when the last request has ended. Raises the refusal of the first shard that refused.
         """
-        ranks = ALONE if alone else self._ranks
+        worker_group = SINGLE_PROCESS if by_this_rank else self._worker_group
         while True:
-            # Only here do ranks wait for each other, never in the background: no two of them would agree on when.
-            calls = begun.calls if begun is not None else self._calls(call, ranks)
-            told = ranks.every(begun.outcomes.result if begun is not None else calls.made)
-            begun = None
-            outcomes = {shard: outcome for each in told for shard, outcome in each.items()}
+            # Ranks wait for each other here and never in the background, where they could not agree on an order.
+            requests = pending.requests if pending is not None else self._requests(call, worker_group)
+            gathered = worker_group.run_on_all(pending.outcomes.result if pending is not None else requests.send)
+            pending = None
+            outcomes = {shard: outcome for each in gathered for shard, outcome in each.items()}
             failures = [outcome for _, outcome in sorted(outcomes.items()) if isinstance(outcome, FreestepError)]
             if not failures:
                 return [outcome for _, outcome in sorted(outcomes.items()) if isinstance(outcome, Answer)]
             failure = min(failures, key=_precedence)
             if not isinstance(failure, _Resharded):
-                self._outdated |= isinstance(failure, _DOUBTS)
+                self._outdated |= isinstance(failure, _SUGGEST_RESHARDING)
                 raise failure
-            # Unless it was this rank that found out.
-            self._outdated |= len(self._layout.urls) == calls.count
+            # The rank that noticed has the new map already.
+            self._outdated |= len(self._map.urls) == requests.count
 
-    def _calls(self, call: Call, ranks: Ranks) -> _Calls:
-        layout, token = ranks.first(self._plan)
-        self._adopt(layout)
-        count = len(layout.urls)
-        mine = [shard for shard in range(count) if ranks.owns(shard)]
-        return _Calls(self._transport, self, call, count, mine, token)
+    def _requests(self, call: ShardedCall, worker_group: WorkerGroup) -> _ShardRequests:
+        shard_map, token = worker_group.run_on_first(self._current_map)
+        self._adopt(shard_map)
+        count = len(shard_map.urls)
+        own = [shard for shard in range(count) if worker_group.requests_shard(shard)]
+        return _ShardRequests(self._transport, self, call, count, own, token)
 
-    def _plan(self) -> tuple[Layout, str]:
-        """What the requests of one call agree on: where the shards are, and a token that no other call has."""
-        with self._reading:
+    def _current_map(self) -> tuple[ShardMap, str]:
+        """The shard map, and a token that makes the requests of one call a unit."""
+        with self._map_lock:
             if self._outdated:
-                self._layout, self._outdated = self._read(retry=True), False
-            return self._layout, uuid.uuid4().hex
+                self._map, self._outdated = self._read_map(retry=True), False
+            return self._map, uuid.uuid4().hex
 
-    def _read(self, *, retry: bool) -> Layout:
+    def _read_map(self, *, retry: bool) -> ShardMap:
         status = self._status(retry)
         if status.shards > 1:
             topology = self._topology(retry)
-            urls = tuple(self._usable(shard.url) for shard in topology.shards)
-            return Layout(topology.epoch, urls if len(urls) > 1 else ("",))
-        return Layout(status.epoch)
+            urls = tuple(self._usable_url(shard.url) for shard in topology.shards)
+            return ShardMap(topology.epoch, urls if len(urls) > 1 else ("",))
+        return ShardMap(status.epoch)
 
-    def _usable(self, url: str | None) -> str:
-        # A token that was trusted to TLS does not travel without it.
+    def _usable_url(self, url: str | None) -> str:
+        # A token that is given to a service over TLS must not be sent without TLS.
         schemes = ("https://",) if self._transport.base_url.scheme == "https" else ("http://", "https://")
         return url.rstrip("/") if url is not None and url.startswith(schemes) else ""
 
-    def _adopt(self, layout: Layout) -> None:
-        """Takes over rank 0's layout, unless this rank's own is as good, and perhaps newer."""
-        if (layout.epoch, len(layout.urls)) != (self._layout.epoch, len(self._layout.urls)):
-            self._layout, self._outdated = layout, False
+    def _adopt(self, shard_map: ShardMap) -> None:
+        """Takes over rank 0's map, unless this rank's own is of the same epoch and size, and perhaps newer."""
+        if (shard_map.epoch, len(shard_map.urls)) != (self._map.epoch, len(self._map.urls)):
+            self._map, self._outdated = shard_map, False
 
-    def place(self, shard: int, count: int) -> tuple[Layout, str]:
-        """Where a shard of `count` is now, and by which layout. Raises _Resharded when there are not so many."""
-        with self._reading:
-            if self._outdated and time.monotonic() >= self._not_before:
+    def locate(self, shard: int, count: int) -> tuple[ShardMap, str]:
+        """The URL of a shard of `count`, and the map that it is from. Raises _Resharded if the run has another number.
+
+        Reads the map anew if it is outdated; if that fails, the last known URL is as good as any.
+        """
+        with self._map_lock:
+            if self._outdated and time.monotonic() >= self._refresh_at:
                 try:
-                    self._layout, self._outdated = self._read(retry=False), False
-                except (*PASSING, ServiceUnreachable, UnexpectedResponse):
-                    # Then where the shard was last is as good a place as any.
-                    self._not_before = time.monotonic() + _REREAD_S
-            layout = self._layout
-        if len(layout.urls) != count:
-            raise _Resharded(f"the run has {len(layout.urls)} shards by now, and not {count}")
-        url = layout.urls[shard]
-        return layout, "" if time.monotonic() < self._astray.get(url, 0.0) else url
+                    self._map, self._outdated = self._read_map(retry=False), False
+                except (*TRANSIENT, ServiceUnreachable, UnexpectedResponse):
+                    self._refresh_at = time.monotonic() + _REFRESH_S
+            shard_map = self._map
+        if len(shard_map.urls) != count:
+            raise _Resharded(f"the run now has {len(shard_map.urls)} shards, not {count}")
+        url = shard_map.urls[shard]
+        return shard_map, "" if time.monotonic() < self._unreachable_until.get(url, 0.0) else url
 
-    def doubt(self, layout: Layout) -> None:
-        """Takes note that a shard was not where a layout said."""
-        self._outdated |= self._layout is layout
+    def mark_outdated(self, shard_map: ShardMap) -> None:
+        """Has the map read anew, if it is still this one."""
+        self._outdated |= self._map is shard_map
 
-    def pass_over(self, url: str) -> None:
-        """Takes note that the service is not to be found at a URL; the service's own URL relays instead."""
-        self._astray[url] = time.monotonic() + _ASTRAY_S
+    def avoid(self, url: str) -> None:
+        """Sends the requests for an owner's URL to the service's own URL for some time, which relays them."""
+        self._unreachable_until[url] = time.monotonic() + _UNREACHABLE_S
 
 
-class _Calls:
-    """The requests that this process makes for one call."""
+class _ShardRequests:
+    """The requests that this process sends for one call."""
 
     def __init__(
-        self, transport: Transport, shards: Shards, call: Call, count: int, mine: Sequence[int], token: str
+        self,
+        transport: Transport,
+        shards: ShardClient,
+        call: ShardedCall,
+        count: int,
+        own: Sequence[int],
+        token: str,
     ) -> None:
         self._transport = transport
         self._call = call
-        self._mine = mine
+        self._own = own
         self._token = token
         self.shards = shards
         self.count = count
         self.abandoned = threading.Event()
         self._bodies: list[Body] = []
 
-    def made(self) -> dict[int, Answer | FreestepError]:
-        """Makes the requests of the shards that are this rank's; what became of each."""
+    def send(self) -> dict[int, Answer | FreestepError]:
+        """Sends the requests of this rank's shards; returns each one's answer or error."""
         if self._call.body is not None:
-            # Here, before there are threads; and for all shards, so that every rank has the residual of all.
+            # Encoded before there are threads, and for all shards, so that every rank has the whole residual.
             self._bodies = [Body(part.body()) for part in self._call.body.parts(self.count)]
-        works = [partial(self._outcome, shard) for shard in self._mine]
+        functions = [partial(self._outcome, shard) for shard in self._own]
         try:
-            outcomes = self._transport.at_once(works) if len(works) > 1 else [work() for work in works]
+            if len(functions) > 1:
+                outcomes = self._transport.run_parallel(functions)
+            else:
+                outcomes = [function() for function in functions]
         finally:
-            # Only an interrupt leaves requests behind, and those are not to be retried.
+            # Requests are left over after an interrupt only, and must not be repeated then.
             self.abandoned.set()
-        return dict(zip(self._mine, outcomes, strict=True))
+        return dict(zip(self._own, outcomes, strict=True))
 
     def _outcome(self, shard: int) -> Answer | FreestepError:
         try:
@@ -250,12 +267,12 @@ class _Calls:
 
     def _request(self, shard: int) -> Answer:
         call, headers, params = self._call, dict(self._call.headers), dict(self._call.params)
-        # In I8 there are only parts: by its name, not even a run's only shard is ever taken for the whole of several.
+        # I8 exists shard by shard only; naming the shard also keeps a run's only one apart from the whole of several.
         is_named = self.count > 1 or params.get("dtype") == "I8"
         if is_named:
             params |= {"shard": shard, "of": self.count}
         if self.count > 1:
-            # What makes the requests one call; a push has its claim's key for that.
+            # What makes the requests one call; for a push that is its claim's key.
             if call.method == "GET":
                 params["cut"] = self._token
             elif call.method == "PUT":
@@ -268,37 +285,37 @@ class _Calls:
             body=self._bodies[shard] if self._bodies else None,
             into=None if call.into is None else call.into.parts(self.count)[shard],
             wait=call.wait,
-            place=_Place(self, shard) if is_named else None,
+            route=_ShardRoute(self, shard) if is_named else None,
         )
 
 
-class _Place:
-    """Where a shard is, for the attempts of one request."""
+class _ShardRoute:
+    """The URL of a shard's owner, for the attempts of one request."""
 
-    def __init__(self, calls: _Calls, shard: int) -> None:
-        self._calls = calls
+    def __init__(self, requests: _ShardRequests, shard: int) -> None:
+        self._requests = requests
         self._shard = shard
-        self._layout: Layout | None = None
+        self._map: ShardMap | None = None
 
     def url(self) -> str:
-        if self._calls.abandoned.is_set():
-            raise _Abandoned(f"the request of shard {self._shard} was given up, since another one failed")
-        self._layout, url = self._calls.shards.place(self._shard, self._calls.count)
+        if self._requests.abandoned.is_set():
+            raise _Abandoned(f"the request of shard {self._shard} was given up because another one failed")
+        self._map, url = self._requests.shards.locate(self._shard, self._requests.count)
         return url
 
     def failed(self, url: str, error: Exception) -> None:
-        # A busy service, or one whose Redis is away, is where it was said to be.
-        if self._layout is not None and not isinstance(error, CoordinatorUnavailable | Overloaded):
-            self._calls.shards.doubt(self._layout)
+        # An overloaded owner, or one whose Redis does not answer, is still the owner.
+        if self._map is not None and not isinstance(error, CoordinatorUnavailable | Overloaded):
+            self._requests.shards.mark_outdated(self._map)
 
-    def astray(self, url: str) -> None:
-        self._calls.shards.pass_over(url)
+    def unreachable(self, url: str) -> None:
+        self._requests.shards.avoid(url)
 
 
 def _precedence(failure: FreestepError) -> int:
-    """Which of several shards' failures says most: what the service decided, before what only happened to a request."""
+    """Which of several shards' failures to raise: refusals first, then a resharding, then transient errors."""
     if isinstance(failure, _Abandoned):
         return 3
     if isinstance(failure, _Resharded):
         return 1
-    return 0 if isinstance(failure, ProblemError) and not isinstance(failure, PASSING) else 2
+    return 0 if isinstance(failure, ProblemError) and not isinstance(failure, TRANSIENT) else 2

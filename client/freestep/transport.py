@@ -1,8 +1,7 @@
-"""HTTP with retries, and bodies of tensors without whole copies of them.
+"""HTTP requests with retries; bodies of tensors are sent and received without copying them as a whole.
 
-A request is made again after a lost connection, though not where the server's certificate is not trusted, and after
-429 and 503 as long as the service asks: every request that freestep retries is safe to repeat, pushes because they
-carry an idempotency key.
+Requests are repeated after a lost connection, and after 429 and 503 when the service's Retry-After has passed; but not
+if the server's certificate is not trusted. Every request that is repeated is idempotent, a push by its idempotency key.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 
-from freestep.bulk import Body, pour
+from freestep.bulk import pour
+from freestep.bulk_exchange import Body
 from freestep.errors import (
     CoordinatorUnavailable,
     MalformedTensors,
@@ -32,21 +32,21 @@ from freestep.errors import (
 )
 from freestep.wire.receiver import MEDIA_TYPE, Receiver
 
-__all__ = ["Answer", "Place", "Transport", "in_background"]
+__all__ = ["Answer", "Route", "Transport", "run_in_background"]
 
 T = TypeVar("T")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 3.0
 _CONNECT_S = 3.0
-"""A place other than the service's own URL may be one that drops packets: a container's address, seen from outside."""
+"""Connection timeout for shard owners' URLs: these may be addresses that drop packets, such as a container's."""
 _MOST_THREADS = 1 << 16
-"""No limit: requests that wait for each other must all be made, and idle threads are used again."""
+"""Effectively no limit: requests that wait for each other must all be sent; idle threads are reused."""
 
 _UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
-"""OpenSSL's reason, which a transport's ConnectError repeats. The certificate is the same the next time."""
+"""OpenSSL's reason in a ConnectError's text; such a request is not repeated."""
 
-_PASSING = (CoordinatorUnavailable, Overloaded, ShardUnavailable, httpx.TransportError)
-_ASTRAY = (
+_TRANSIENT = (CoordinatorUnavailable, Overloaded, ShardUnavailable, httpx.TransportError)
+_UNREACHABLE = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
     httpx.UnsupportedProtocol,
@@ -55,43 +55,43 @@ _ASTRAY = (
     RunNotFound,
     Unauthenticated,
 )
-"""What a place answers that cannot be reached from here, or that is another server as seen from here."""
+"""Errors by which a shard owner's URL shows that it cannot be reached from here, or leads to another server."""
 
 
 @lru_cache(maxsize=1024)
 def _address(url: str, *params: tuple[str, str | int]) -> httpx.URL:
-    """A URL with its query; most are asked at every step."""
+    """A URL with its query, parsed once: httpx takes about 60 µs for it, at every step."""
     return httpx.URL(url).copy_merge_params(dict(params)) if params else httpx.URL(url)
 
 
 class _Destination(Protocol):
     def receiver(self, length: int) -> Receiver:
-        """Where a body of `length` bytes goes."""
+        """A receiver for a body of `length` bytes."""
 
     def decode(self, receiver: Receiver) -> None:
-        """Makes of a body that has arrived what is wanted of it."""
+        """Decodes a body that was received as a whole."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer's status, headers by their names in lower case, and JSON document where it has one."""
+    """An answer: its status, its headers by names in lower case, and its JSON document, None if it has none."""
 
     status: int
     headers: Mapping[str, str]
     document: Any = None
 
 
-class Place(Protocol):
-    """Where a request goes, which may be elsewhere at every attempt."""
+class Route(Protocol):
+    """The server that a request goes to, which may change between attempts."""
 
     def url(self) -> str:
-        """What stands before the path: a URL, or nothing for the service's own. May raise to give the request up."""
+        """The server's URL, empty for the service's own. Raises FreestepError to stop the request."""
 
     def failed(self, url: str, error: Exception) -> None:
-        """Takes note that an attempt there failed in a way that may pass."""
+        """Called after an attempt failed with a transient error."""
 
-    def astray(self, url: str) -> None:
-        """Takes note that the service is not to be found there, so that `url` says something else next."""
+    def unreachable(self, url: str) -> None:
+        """Called when the service cannot be reached at this URL; the next `url()` must be another."""
 
 
 class Transport:
@@ -101,7 +101,7 @@ class Transport:
         self._http = http
         self._retry_for = retry_for
         self._pool: ThreadPoolExecutor | None = None
-        self._making = threading.Lock()
+        self._pool_lock = threading.Lock()
 
     @property
     def base_url(self) -> httpx.URL:
@@ -119,15 +119,16 @@ class Transport:
         into: _Destination | None = None,
         wait: float = 0.0,
         retry: bool = True,
-        place: Place | None = None,
+        route: Route | None = None,
     ) -> Answer:
-        """One exchange, retried.
+        """Sends a request, and repeats it after transient errors.
 
-        body: a safetensors body, sent as it lies. into: where an answer's tensors go. wait: seconds for
-        which the service may hold the answer. place: where to ask, instead of the service's own URL.
+        body: a safetensors body. into: where an answer's tensors are put; an answer may be a JSON document instead.
+        wait: seconds for which the service may hold the answer. retry: False sends the request once. route: the server
+        to ask, if it is not the service's own URL.
 
-        Raises the ProblemError that the service named, ServiceUnreachable when nothing answered in time, and
-        UnexpectedResponse when what answered is not freestep.
+        Raises the ProblemError that the service named, ServiceUnreachable if nothing answered in time, and
+        UnexpectedResponse if the answer is not freestep's.
         """
         lines = {**(headers or {}), "Accept-Encoding": "identity"}
         if body is not None:
@@ -138,7 +139,7 @@ class Transport:
             connect = min(patience, _CONNECT_S) if url else patience
             timeout = httpx.Timeout(patience, connect=connect, read=patience + wait)
             base = url or str(self.base_url).rstrip("/")
-            # httpx would put a client's own parameters in the place of an address's.
+            # httpx would replace the address's query by the client's own default parameters.
             query = () if self._http.params else tuple((params or {}).items())
             request = self._http.build_request(
                 method,
@@ -157,72 +158,72 @@ class Transport:
             finally:
                 response.close()
 
-        return self._retried(attempt, place, self._retry_for if retry else 0.0)
+        return self._with_retries(attempt, route, self._retry_for if retry else 0.0)
 
-    def _retried(self, attempt: Callable[[str], Answer], place: Place | None, seconds: float) -> Answer:
+    def _with_retries(self, attempt: Callable[[str], Answer], route: Route | None, seconds: float) -> Answer:
         deadline = time.monotonic() + seconds
         longest = _FIRST_PAUSE_S
         while True:
-            url = place.url() if place is not None else ""
+            url = route.url() if route is not None else ""
             try:
                 return attempt(url)
-            except _ASTRAY as error:
-                if url and place is not None:
-                    place.astray(url)
+            except _UNREACHABLE as error:
+                if url and route is not None:
+                    route.unreachable(url)
                     continue
                 if isinstance(error, httpx.UnsupportedProtocol):
-                    message = f"{self._http.base_url} is not a URL that can be asked: {error}"
+                    message = f"{self._http.base_url} is not a URL that can be requested: {error}"
                     raise ServiceUnreachable(message) from error
-                if not isinstance(error, _PASSING):
+                if not isinstance(error, _TRANSIENT):
                     raise
                 failure: Exception = error
-            except _PASSING as error:
+            except _TRANSIENT as error:
                 failure = error
             if isinstance(failure, httpx.ConnectError) and _UNTRUSTED in str(failure):
                 raise ServiceUnreachable(f"{self._http.base_url} is not trusted: {failure}") from failure
-            if place is not None:
-                place.failed(url, failure)
+            if route is not None:
+                route.failed(url, failure)
             pause = random.uniform(longest / 2, longest) + (getattr(failure, "retry_after", None) or 0.0)
             if time.monotonic() + pause > deadline:
                 if isinstance(failure, ProblemError):
                     raise failure
-                asked = f" for {seconds:g} s" if seconds else ""
-                raise ServiceUnreachable(f"{url or self._http.base_url} did not answer{asked}: {failure}") from failure
+                tried = f" for {seconds:g} s" if seconds else ""
+                raise ServiceUnreachable(f"{url or self._http.base_url} did not answer{tried}: {failure}") from failure
             time.sleep(pause)
             longest = min(2 * longest, _LONGEST_PAUSE_S)
 
-    def at_once(self, works: Sequence[Callable[[], T]]) -> list[T]:
-        """Does all works at the same time, on threads of their own, and returns when the last one has ended."""
-        with self._making:
+    def run_parallel(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+        """Runs functions at the same time, each on a thread of its own; returns when the last one has ended."""
+        with self._pool_lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="freestep-shard")
-            futures = [self._pool.submit(work) for work in works]
+            futures = [self._pool.submit(function) for function in functions]
         wait(futures)
         return [future.result() for future in futures]
 
     def close(self) -> None:
         self._http.close()
         if self._pool is not None:
-            # An interrupted call's requests may still wait for their answers; nobody waits for them.
+            # After an interrupt, requests may still be waiting for their answers; these are not needed.
             self._pool.shutdown(wait=False)
 
 
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """Does a work on a thread of its own, for which a process that ends does not wait."""
+def run_in_background(function: Callable[[], T]) -> Future[T]:
+    """Runs a function on a daemon thread, which does not keep the process alive."""
     future: Future[T] = Future()
 
-    def do() -> None:
+    def run() -> None:
         try:
-            future.set_result(work())
+            future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=do, name="freestep-push", daemon=True).start()
+    threading.Thread(target=run, name="freestep-push", daemon=True).start()
     return future
 
 
 def _read(response: httpx.Response, into: _Destination | None) -> Answer:
-    # Once: httpx reads all of them for each one that it is asked for.
+    # Converted once: httpx goes through all headers for each look-up.
     headers = dict(response.headers.items())
     if into is not None and headers.get("content-type") == MEDIA_TYPE and response.is_success:
         _receive(response, headers, into)
@@ -240,7 +241,7 @@ def _read(response: httpx.Response, into: _Destination | None) -> Answer:
 
 
 def _receive(response: httpx.Response, headers: Mapping[str, str], into: _Destination) -> None:
-    """What comes from the socket goes to its place in the flat vector."""
+    """Receives an answer's body into the flat vector, straight from the socket where the transport can."""
     try:
         receiver = into.receiver(int(headers["content-length"]))
         pour(response, receiver)

@@ -14,9 +14,10 @@ import torch
 
 from examples.lab.delay import BATCH, problem
 from examples.lab.training import batches
-from freestep.client import Client, Run
+from freestep.client import Client
 from freestep.errors import RunNotFound
 from freestep.flat import Flat
+from freestep.run import Run
 
 _PAUSE_S = 0.02
 

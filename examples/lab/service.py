@@ -31,7 +31,7 @@ def serving() -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="freestep-lab-") as folder:
         log = Path(folder, "log")
         with Processes(log) as processes:
-            processes.start("service", "freestep_command", "serve", "--port", "0", "--data-dir", folder, heard=True)
+            processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", folder, heard=True)
             # The first line of its output names the port that it found.
             _, line = processes.hear(SILENCE_S)
             if line is None:

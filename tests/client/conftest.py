@@ -10,9 +10,8 @@ import httpx
 import pytest
 import torch
 
-from freestep import Client, LocalSteps, RemoteOptimizer
+from freestep import Client, LocalSteps, RemoteOptimizer, Run
 from freestep.bulk import BulkTransport
-from freestep.client import Run
 from harness import ThreadService
 from scripted import Script, Server
 from trained import ADAMW

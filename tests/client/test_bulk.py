@@ -267,7 +267,7 @@ def test_a_request_that_cannot_be_sent_is_not(
 def test_an_answer_that_comes_before_the_end_of_the_body_is_heard(
     serve: Callable[..., Server], http: httpx.Client, ending: str, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freestep.bulk._TOGETHER", together)
+    monkeypatch.setattr("freestep.bulk_exchange._GATHERED", together)
     heard = threading.Event()
 
     def script(peer: Peer) -> None:

@@ -11,7 +11,8 @@ import httpx
 import pytest
 import trustme
 
-from freestep.bulk import Body, BulkTransport, pour
+from freestep.bulk import BulkTransport, pour
+from freestep.bulk_exchange import Body
 from scripted import LARGE, Peer, Server, Sink, assert_, post
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -126,6 +127,91 @@ def test_a_run_is_deleted_when_that_is_meant(service: ThreadService, run: Run) -
     assert run.status().step == 1
     assert freestep(service, "runs", "delete", run.name, "--yes").returncode == 0
     assert freestep(service, "runs", "show", run.name).returncode == 1
+
+
+HOSTILE = [
+    "gpu[/0]",
+    "[red]w[/red]",
+    "acc[/top1]",
+    "ppl[wikitext]",
+    ":boom: [bold",
+    "\\[x]",
+    "w\x1b[31m\r\n",
+    "[@click=a]ü 日",
+]
+"""Names that rich would take for markup or emoji, and that a terminal would take for commands."""
+
+
+def shown(name: str) -> str:
+    """A name as it is shown: literally, but for control characters."""
+    return name.replace("\x1b", "\\x1b").replace("\r", "\\r").replace("\n", "\\n")
+
+
+@pytest.fixture
+def hostile(service: ThreadService) -> Iterator[Run]:
+    """A run whose workers, metrics, parameters and groups have these names."""
+    with Client(service.url) as client, ExitStack() as leases:
+        made = client.run(f"cli-{uuid.uuid4().hex[:8]}")
+        parameters = [{"name": name, "shape": [2], "group": name} for name in HOSTILE]
+        made.create({**SPEC, "parameters": parameters, "groups": {name: {"lr": 0.1} for name in HOSTILE}})
+        made.initialize({name: torch.zeros(2) for name in HOSTILE})
+        held = [leases.enter_context(made.lease(name)) for name in HOSTILE]
+        made.push({name: torch.ones(2) for name in HOSTILE}, held[0].claim(0))
+        for name in HOSTILE:
+            made.report(name, 0.5, 1)
+        yield made
+
+
+def test_hostile_names_are_shown_as_they_are(service: ThreadService, hostile: Run, tmp_path: Path) -> None:
+    run = hostile.name
+
+    def output(*arguments: str) -> str:
+        done = forked.freestep(*arguments, FREESTEP_URL=service.url, COLUMNS="1000")
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert "\x1b" not in done.stdout
+        return done.stdout
+
+    def assert_shown(text: str, form: str = "{}") -> None:
+        assert [name for name in HOSTILE if form.format(shown(name)) not in text] == []
+
+    assert_shown(output("workers", run))
+    facts = output("runs", "show", run)
+    assert_shown(facts, "{} 0.5 at step 1")
+    assert_shown(next(line for line in facts.splitlines() if line.split()[:1] == ["workers"]))
+    assert run in output("runs", "list")
+    assert "no owner" not in output("runs", "topology", run)
+    file = tmp_path / "model[red]:x:.safetensors"
+    assert output("pull", run, "-o", str(file)).endswith(f"is in {file}\n")
+    assert safetensors.torch.load_file(file).keys() == set(HOSTILE)
+    assert set(json.loads(output("runs", "show", run, "--json"))["metrics"]) == set(HOSTILE)
+    output("checkpoint", run)
+    for going_back in (("checkpoint", run, "--restore", "1"), ("runs", "reshard", run, "--shards", "1")):
+        assert_shown(output(*going_back), "{} 0.5 at step 1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("runs", "show", "{}"),
+        ("runs", "topology", "{}"),
+        ("runs", "reshard", "{}", "--shards", "2"),
+        ("runs", "delete", "{}", "--yes"),
+        ("workers", "{}"),
+        ("checkpoint", "{}"),
+        ("pull", "{}", "-o", "none"),
+        ("report", "{}", "{}", "1", "--step", "1"),
+    ],
+    ids=" ".join,
+)
+def test_a_hostile_argument_is_repeated_as_it_is(service: ThreadService, arguments: tuple[str, ...]) -> None:
+    name = "[/0] :x: [red]\x1b[31m\r\n"
+    done = freestep(service, *(each.format(name) for each in arguments))
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr.startswith("freestep: ") and done.stderr.count("\n") == 1
+    assert "\x1b" not in done.stderr and "Traceback" not in done.stderr
+    if "delete" in arguments:
+        asked = freestep(service, "runs", "delete", name, stdin="n\n")
+        assert asked.stdout.startswith(f"Delete the run {shown(name)} and its checkpoints?")
 
 
 def test_refused_is_1(service: ThreadService) -> None:

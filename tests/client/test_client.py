@@ -33,6 +33,7 @@ from freestep import (
     RunNotInitialized,
     ServiceUnreachable,
     StepNotReached,
+    StorageUnavailable,
     UnexpectedResponse,
 )
 from freestep.api.models import Metric, MetricReceipt, ParameterSpec
@@ -48,6 +49,8 @@ SPEC: dict[str, Any] = {
     "aggregation": {"policy": "async"},
     "parameters": [{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()],
 }
+
+MANIFEST = Manifest([ParameterSpec(name="w", shape=(1,))])
 
 
 @pytest.fixture
@@ -229,6 +232,36 @@ def test_a_busy_service_is_not_asked_forever(answering: Callable[..., str]) -> N
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        lambda run: run.create(SPEC),
+        lambda run: run.checkpoint(),
+        lambda run: run.restore(1),
+        lambda run: run.reshard(2),
+        lambda run: run.delete(),
+        lambda run: run.initialize(Flat(MANIFEST)),
+        lambda run: run.push(Flat(MANIFEST), Claim("lease", 1, 0)),
+        lambda run: run.exchange(Flat(MANIFEST), Claim("lease", 1, 0), Flat(MANIFEST)),
+    ],
+)
+def test_full_storage_is_raised_as_such_and_at_once(call: Callable[[Run], object]) -> None:
+    seen: list[str] = []
+
+    def full(request: httpx.Request) -> httpx.Response:
+        seen.append(request.method)
+        return httpx.Response(507, json=StorageUnavailable("no space left", free_bytes=7).to_document(507))
+
+    http = httpx.Client(base_url="http://service.test", transport=httpx.MockTransport(full))
+    with (
+        Client(http=http, retry_for=3600) as client,
+        pytest.raises(StorageUnavailable, match="no space left") as caught,
+    ):
+        call(client.run("run"))
+    assert caught.value.extensions == {"free_bytes": 7}
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
     "answer",
     [
         (200, {}, b"<html>a proxy's page</html>"),
@@ -249,9 +282,8 @@ def test_what_is_not_freestep_is_unexpected(
 
 def test_a_pull_that_is_answered_by_another_server_is_unexpected(answering: Callable[..., str]) -> None:
     with Client(answering((200, {"Content-Type": "application/json"}, b"{}"))) as client:
-        manifest = Manifest([ParameterSpec(name="w", shape=(1,))])
         with pytest.raises(UnexpectedResponse, match="freestep-epoch"):
-            client.run("run").pull_into(Flat(manifest))
+            client.run("run").pull_into(Flat(MANIFEST))
 
 
 @pytest.mark.parametrize("seconds", ["-5", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"])
@@ -280,10 +312,9 @@ def test_cookies_are_sent_back(answering: Callable[..., str], asked: list[tuple[
 def test_parameters_of_a_client_of_ones_own_are_sent_too(
     answering: Callable[..., str], asked: list[tuple[str, str | None]]
 ) -> None:
-    manifest = Manifest([ParameterSpec(name="w", shape=(1,))])
     with Client(http=httpx.Client(base_url=answering((200, {}, b"")), params={"lane": "7"})) as client:
         with pytest.raises(UnexpectedResponse):
-            client.run("run").pull_into(Flat(manifest))
+            client.run("run").pull_into(Flat(MANIFEST))
     assert asked == [("/v1/runs/run/parameters?lane=7&point=x&dtype=F32&min_step=0", None)]
 
 

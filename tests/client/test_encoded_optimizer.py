@@ -152,11 +152,11 @@ def test_the_residual_is_saved_and_loaded(service: ThreadService, make: Callable
     ("options", "message"),
     [
         ({"push_encoding": "int4"}, "one of dense, int8, topk, not 'int4'"),
-        ({"push_encoding": "int8", "push_dtype": "BF16"}, "no choice of push_dtype"),
+        ({"push_encoding": "int8", "push_dtype": "BF16"}, "excludes push_dtype"),
         ({"push_encoding": "topk", "topk_fraction": 0.0}, "above 0 and at most 1, not 0.0"),
         ({"push_encoding": "int8", "int8_block": 0}, "at least one element, not 0"),
-        ({"push_encoding": "int8", "error_feedback": False}, "'int8' needs error_feedback"),
-        ({"push_encoding": "topk", "error_feedback": False}, "'topk' needs error_feedback"),
+        ({"push_encoding": "int8", "error_feedback": False}, "'int8' requires error_feedback"),
+        ({"push_encoding": "topk", "error_feedback": False}, "'topk' requires error_feedback"),
     ],
 )
 def test_a_wrong_encoding_is_named(service: ThreadService, options: dict[str, Any], message: str) -> None:

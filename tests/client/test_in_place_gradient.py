@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from freestep import Flat, RemoteOptimizer, in_place_gradient
 from freestep.api.models import ParameterSpec
-from freestep.in_place_gradient import Loose
+from freestep.in_place_gradient import InPlaceGradient
 from freestep.wire.manifest import Manifest
 from harness import ThreadService
 
@@ -27,7 +27,7 @@ def drawn(seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def bodies(sent: Flat | Loose, count: int) -> list[bytes]:
+def bodies(sent: Flat | InPlaceGradient, count: int) -> list[bytes]:
     return [b"".join(part.body()) for part in sent.parts(count)]
 
 
@@ -40,7 +40,7 @@ def filled(tensors: Mapping[str, Tensor | None]) -> Flat:
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 @pytest.mark.parametrize("copy", [False, True])
 def test_bodies_are_those_of_the_flat_vector(count: int, copy: bool) -> None:
-    sent = Loose(Flat(MANIFEST))
+    sent = InPlaceGradient(Flat(MANIFEST))
     for seed in range(3):
         tensors: dict[str, Tensor | None] = {**drawn(seed), "m": None, "v": drawn(seed)["v"] if seed != 1 else None}
         sent.gather(tensors, copy=copy)
@@ -48,7 +48,7 @@ def test_bodies_are_those_of_the_flat_vector(count: int, copy: bool) -> None:
 
 
 def test_only_what_is_small_is_copied() -> None:
-    sent, tensors = Loose(Flat(MANIFEST)), drawn()
+    sent, tensors = InPlaceGradient(Flat(MANIFEST)), drawn()
     sent.gather(tensors)
     (part,) = sent.parts(1)
     # The header; a; w; s, e and m; v; u; n.
@@ -75,7 +75,7 @@ def test_what_does_not_lie_as_it_is_sent_is_copied(kind: str) -> None:
         "sparse": lambda: w.to_sparse(),
         "a subclass": lambda: nn.Parameter(w),
     }[kind]()
-    sent = Loose(Flat(MANIFEST))
+    sent = InPlaceGradient(Flat(MANIFEST))
     sent.gather(tensors)
     assert sent.flat.views["w"].any()
     assert bodies(sent, 2) == bodies(filled(tensors), 2)

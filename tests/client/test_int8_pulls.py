@@ -77,7 +77,7 @@ def test_other_dtypes_are_refused(service: ThreadService) -> None:
     with pytest.raises(FreestepError, match="one of F32, BF16, F16, I8, not 'I4'"):
         RemoteOptimizer(nn.Linear(2, 2), **options, pull_dtype="I4")  # type: ignore[arg-type]
     for encoding in ("dense", "topk"):
-        with pytest.raises(FreestepError, match="one of F32, BF16, F16, not 'I8'; push_encoding may be 'int8'"):
+        with pytest.raises(FreestepError, match="one of F32, BF16, F16, not 'I8'; for int8 set push_encoding='int8'"):
             RemoteOptimizer(nn.Linear(2, 2), **options, push_dtype="I8", push_encoding=encoding)  # type: ignore[arg-type]
     with Client(service.url) as client:
         assert name not in [status.run for status in client.runs()]

@@ -91,7 +91,7 @@ def test_the_wrong_policies_are_refused(remotely: Callable[..., RemoteOptimizer]
     ):
         model = Counting()
         optimizer = remotely(model, run=f"{run.name}-{number}", aggregation=aggregation)
-        with pytest.raises(ValueError, match=r"a step late.*max_staleness is 0"):
+        with pytest.raises(ValueError, match=r"one step stale.*max_staleness is 0"):
             model.push(optimizer)
         model.push(optimizer, overlap=False)
         assert model.counted == 1

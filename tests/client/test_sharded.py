@@ -182,14 +182,14 @@ def test_a_worker_goes_on_when_its_run_is_cut_anew(nodes: list[ThreadService], c
     with RemoteOptimizer(model, run="cut", url=nodes[1].url, algorithm="sgd_schedule_free", shards=SHARDS) as optimizer:
         train(model, optimizer, 3)
         before = held(model)
-        assert client.run("request_cut").reshard(shards).shards == shards
+        assert client.run("cut").reshard(shards).shards == shards
         train(model, optimizer, 1)
         assert optimizer.receipt is not None
         assert (optimizer.receipt.decision, optimizer.receipt.reason) == ("dropped", "epoch-changed")
         assert torch.equal(held(model), before)
         train(model, optimizer, 1)
         assert (optimizer.receipt.decision, optimizer.receipt.step) == ("applied", 4)
-        status = client.run("request_cut").status()
+        status = client.run("cut").status()
         assert (status.shards, status.spec.shards) == (shards, SHARDS)
 
 

@@ -245,7 +245,7 @@ def test_views_are_the_vector() -> None:
     [
         ({"other": torch.zeros(1)}, "no tensor 'other'"),
         ({"first": None}, "'first' is missing"),
-        ({"last": torch.zeros(6)}, "'last' has the shape \\[6\\]"),
+        ({"last": torch.zeros(6)}, "'last' has shape \\[6\\]"),
     ],
 )
 def test_other_tensors_do_not_fit(changes: dict[str, Tensor | None], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from freestep import Client
 from freestep.api.models import Metric
@@ -24,6 +26,7 @@ from freestep.demo.main import progress
 from freestep.demo.model import SmallConvNet
 from freestep.demo.plot import draw
 from freestep.demo.processes import Processes
+from freestep.demo.show import Show
 from freestep.demo.worker import shifted
 from harness import ProcessService
 from meanwhile import wait_until
@@ -50,6 +53,19 @@ def test_the_model_has_as_many_parameters_as_it_says() -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     assert f"{count:,} parameters" in (SmallConvNet.__doc__ or "")
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_names_are_displayed_as_they_are(plain: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {name: 1 for name in Evaluation.__annotations__}
+    evaluation = Evaluation(**{**fields, "workers": {"gpu[/0]": 7, "[red]:x:": 8}})
+    file = io.StringIO()
+    with Show(Console(file=file, force_terminal=True, width=200), "http://[/x]:8000", plain=plain) as show:
+        show.update(evaluation, 0.5)
+        show.show_event("gpu[/0] killed")
+    text = file.getvalue() + capsys.readouterr().out
+    expected = ["http://[/x]:8000", "gpu[/0] killed"] + ([] if plain else ["gpu[/0] (7 pushes)  [red]:x: (8 pushes)"])
+    assert [each for each in expected if each not in text] == []
 
 
 def test_shifted_images_keep_their_ink() -> None:
@@ -183,7 +199,7 @@ def test_a_worker_and_an_evaluator_ride_out_a_restart(
 def test_the_demo_from_beginning_to_end(tmp_path: Path) -> None:
     (tmp_path / "out" / "service").mkdir(parents=True)
     (tmp_path / "out" / "service" / "mine").touch()
-    command = [sys.executable, "-m", "freestep_command", "demo", "--plain", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + (tmp_path / "out" / "processes.log").read_text()
     for event in ("worker-2 killed", "worker-5 joined"):
@@ -208,7 +224,7 @@ def named(directory: Path) -> list[int]:
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A demo that has made its first steps; whatever it leaves behind is killed."""
-    command = [sys.executable, "-m", "freestep_command", "demo", "--plain", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -251,5 +267,5 @@ def test_a_demo_whose_service_dies_says_so_and_leaves_nothing_running(
     service.kill()
     rest, _ = demo.communicate(timeout=60)
     assert demo.returncode == 1
-    assert "broke off" in rest and "Traceback" not in rest
+    assert "ended early" in rest and "Traceback" not in rest
     assert not named(tmp_path)

@@ -144,7 +144,7 @@ def test_a_file_without_ca_certificates_is_named(tmp_path: Path, monkeypatch: py
         Client()
     done = forked.freestep("runs", "list")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"freestep: {tmp_path / name}: no CA certificates can be read there: ")
+    assert done.stderr.startswith(f"freestep: {tmp_path / name}: the CA certificates cannot be read: ")
     assert done.stderr.count("\n") == 1
 
 

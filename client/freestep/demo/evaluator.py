@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from freestep.client import Client, Run
+from freestep.client import Client
 from freestep.demo.data import Digits, load
 from freestep.demo.model import SmallConvNet
 from freestep.demo.options import NOT_NOW, await_run, end_on_signals, parser
 from freestep.errors import EpochChanged, IdempotencyConflict
+from freestep.run import Run
 
 __all__ = ["Evaluation", "evaluate", "main"]
 

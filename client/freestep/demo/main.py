@@ -16,6 +16,7 @@ from freestep.demo.evaluator import Evaluation
 from freestep.demo.plot import draw
 from freestep.demo.processes import Processes
 from freestep.demo.show import Show
+from freestep.terminal import print_line
 
 __all__ = ["progress", "run_demo"]
 
@@ -55,7 +56,7 @@ def run_demo(output: Path, *, plain: bool) -> int:
     if history:
         figures.write_text("".join(json.dumps(asdict(each)) + "\n" for each in history))
     if not finished:
-        console.print(f"the demo broke off; {log} may say why", soft_wrap=True, highlight=False)
+        print_line(f"the demo ended early: see {log}")
         return 1
     draw(history, events, history[0].time, plot)
     return _conclude(console, history[-1], output, data_dir)
@@ -87,11 +88,11 @@ def _train(
             if not events and done >= KILL_AT:
                 processes.kill("worker-2")
                 events.append((time.time(), "worker-2 killed"))
-                show.say("worker-2 killed")
+                show.show_event("worker-2 killed")
             elif len(events) == 1 and done >= JOIN_AT:
                 processes.start("worker-5", "freestep.demo.worker", *place, "--worker", "worker-5")
                 events.append((time.time(), "worker-5 joined"))
-                show.say("worker-5 joined")
+                show.show_event("worker-5 joined")
             elif done >= 1:
                 return True
     return False
@@ -111,7 +112,7 @@ def _fresh(output: Path) -> Path:
 
 def _start_service(processes: Processes, data_dir: Path) -> str | None:
     """The service's URL, or None where it does not start."""
-    processes.start("service", "freestep_command", "serve", "--port", "0", "--data-dir", str(data_dir), heard=True)
+    processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", str(data_dir), heard=True)
     try:
         # The first line of its output names the port that it found.
         _, line = processes.hear(_SILENCE_S)
@@ -152,5 +153,6 @@ def _conclude(console: Console, last: Evaluation, output: Path, data_dir: Path) 
         soft_wrap=True,
         highlight=False,
         markup=False,
+        emoji=False,
     )
     return 0 if reached else 1

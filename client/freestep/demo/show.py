@@ -1,4 +1,4 @@
-"""What the demo shows while it runs: a live table on a terminal, else a line for each evaluation."""
+"""The demo's display while it runs: a live table on a terminal, otherwise a line for each evaluation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from freestep.demo.evaluator import Evaluation
+from freestep.terminal import literal, print_line
 
 __all__ = ["Show"]
 
@@ -19,10 +20,9 @@ _BAR_WIDTH = 50
 
 
 class Show:
-    """A context manager; `update` is told of each evaluation, `say` of what happens in between."""
+    """A context manager; `update` shows an evaluation, `show_event` an event."""
 
     def __init__(self, console: Console, url: str, *, plain: bool) -> None:
-        self._console = console
         self._url = url
         self._best = 0.0
         self._events: list[str] = []
@@ -36,14 +36,13 @@ class Show:
         if self._live is not None:
             self._live.update(self._render(evaluation, progress), refresh=True)
         else:
-            line = f"{evaluation}  staleness {_or_dash(evaluation.staleness)}"
-            self._console.print(line, soft_wrap=True, highlight=False)
+            print_line(f"{evaluation}  staleness {_or_dash(evaluation.staleness)}")
 
-    def say(self, event: str) -> None:
-        """Shows that something happened."""
+    def show_event(self, event: str) -> None:
+        """Shows an event."""
         self._events.append(event)
         if self._live is None:
-            self._console.print(f"-- {event}", highlight=False)
+            print_line(f"-- {event}")
         elif self._last is not None:
             self._live.update(self._render(*self._last), refresh=True)
 
@@ -51,13 +50,14 @@ class Show:
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim")
         facts.add_column()
-        facts.add_row("service", self._url)
+        facts.add_row("service", literal(self._url))
         facts.add_row("step", f"{evaluation.step:,}")
-        facts.add_row("workers", "  ".join(f"{name} ({pushes} pushes)" for name, pushes in evaluation.workers.items()))
+        workers = "  ".join(f"{name} ({pushes} pushes)" for name, pushes in evaluation.workers.items())
+        facts.add_row("workers", literal(workers))
         facts.add_row("staleness", f"{_or_dash(evaluation.staleness)} steps on average")
         facts.add_row("train loss", _or_dash(evaluation.train_loss))
         facts.add_row("test accuracy", self._accuracies(evaluation))
-        facts.add_row("events", ", ".join(self._events) or "-")
+        facts.add_row("events", literal(", ".join(self._events) or "-"))
         bar = ProgressBar(total=1.0, completed=progress, width=_BAR_WIDTH)
         return Group(Text("Schedule-Free as a service", style="bold"), facts, bar)
 
@@ -72,7 +72,7 @@ class Show:
         if self._live is not None:
             self._live.start()
         else:
-            self._console.print(f"the service is at {self._url}", highlight=False)
+            print_line(f"the service is at {self._url}")
         return self
 
     def __exit__(

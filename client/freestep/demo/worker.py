@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from freestep.client import Client, worker_name
+from freestep.client import Client
 from freestep.demo.data import load
 from freestep.demo.model import SmallConvNet
 from freestep.demo.options import end_on_signals, parser
 from freestep.errors import RunNotFound
+from freestep.lease import worker_name
 from freestep.optimizer import RemoteOptimizer
 
 __all__ = ["main"]

@@ -1,0 +1,78 @@
+"""The service's answers as models and receipts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from freestep.api.models import Receipt
+from freestep.errors import UnexpectedResponse
+from freestep.transport import Answer
+
+__all__ = ["Pulled", "header", "parse", "receipt"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """The epoch and step of a point that was pulled.
+
+    Args:
+        epoch: The run's epoch; it rises when the run goes back to an earlier step.
+        step: The number of updates that the point contains.
+    """
+
+    epoch: int
+    step: int
+
+    @classmethod
+    def of(cls, answer: Answer) -> Self:
+        """The epoch and step in an answer's headers. Raises UnexpectedResponse if they are missing."""
+        return cls(_integer(answer, "freestep-epoch"), _integer(answer, "freestep-step"))
+
+
+def parse(model: type[Model], answer: Answer) -> Model:
+    """An answer's JSON document as a model. Raises UnexpectedResponse if it is not one."""
+    try:
+        return model.model_validate(answer.document)
+    except ValidationError as error:
+        raise UnexpectedResponse(f"the answer is not freestep's: {error}") from error
+
+
+def receipt(answer: Answer) -> Receipt:
+    """A push's receipt: in the headers of an answer whose body is y, else the JSON document.
+
+    Raises UnexpectedResponse if there is none.
+    """
+    if answer.document is not None:
+        return parse(Receipt, answer)
+    document = {
+        "decision": header(answer, "freestep-decision"),
+        "reason": answer.headers.get("freestep-reason"),
+        "step": _integer(answer, "freestep-receipt-step"),
+        "staleness": _integer(answer, "freestep-staleness"),
+        "replayed": header(answer, "freestep-replayed") == "true",
+    }
+    try:
+        return Receipt.model_validate(document)
+    except ValidationError as error:
+        raise UnexpectedResponse(f"the answer is not freestep's: {error}") from error
+
+
+def header(answer: Answer, name: str) -> str:
+    """A header's value. Raises UnexpectedResponse if it is missing."""
+    try:
+        return answer.headers[name]
+    except KeyError:
+        raise UnexpectedResponse(f"the answer is not freestep's: it has no header {name}") from None
+
+
+def _integer(answer: Answer, name: str) -> int:
+    value = header(answer, name)
+    try:
+        return int(value)
+    except ValueError:
+        raise UnexpectedResponse(f"the answer is not freestep's: its header {name} is {value!r}") from None

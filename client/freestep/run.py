@@ -1,0 +1,298 @@
+"""Run: one run of a service, its calls as Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from freestep.answers import Pulled, parse
+from freestep.api.models import (
+    Checkpoint,
+    CheckpointList,
+    Lease,
+    LeaseList,
+    MetricReceipt,
+    MetricReport,
+    Point,
+    Receipt,
+    RunSpec,
+    RunStatus,
+    Topology,
+    WorkerStatus,
+)
+from freestep.lease import Claim, HeldLease, worker_name
+from freestep.sharding import ShardClient
+from freestep.transport import Answer, Transport
+from freestep.wire.manifest import Manifest
+from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from freestep.encoders import Encoder
+    from freestep.flat import Flat
+    from freestep.in_place_gradient import InPlaceGradient
+    from freestep.tensor_transfer import Exchange, TensorTransfer
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One run of a service, from `Client.run`; it need not exist yet.
+
+    A run of several shards is asked at all owners in parallel, once a call has shown that there are several (`status`,
+    `lease`, and others); before that, the service relays requests for the whole model.
+
+    Every call may raise a ProblemError (RunNotFound, Overloaded, ...), ServiceUnreachable or UnexpectedResponse. Safe
+    to use from several threads, except that a gradient or a receiving `Flat` belongs to one call at a time.
+
+    Example:
+        >>> with freestep.Client("http://127.0.0.1:8000") as client:
+        ...     run = client.run("mnist")
+        ...     x, step = run.pull("x")
+
+    Args:
+        transport: Sends the requests.
+        name: The run's name.
+        ranks: The processes that are one worker together.
+    """
+
+    def __init__(self, transport: Transport, name: str, ranks: WorkerGroup = SINGLE_PROCESS) -> None:
+        self.name = name
+        self._transport = transport
+        self._path = f"/v1/runs/{quote(name, safe='')}"
+        self._manifest: Manifest | None = None
+        self._worker_group = ranks
+        self._shards = ShardClient(transport, self._read_status, self._read_topology, ranks)
+
+    @cached_property
+    def _tensors(self) -> TensorTransfer:
+        # Imported when tensors are needed: torch takes seconds to import.
+        from freestep.tensor_transfer import TensorTransfer
+
+        return TensorTransfer(self._path, self._shards, self._worker_group, lambda: self.manifest)
+
+    # Control plane
+
+    @property
+    def manifest(self) -> Manifest:
+        """The run's tensors in order, with names, shapes and groups; read from the service once."""
+        if self._manifest is None:
+            self._manifest = Manifest.of(self.status().spec)
+        return self._manifest
+
+    def create(self, spec: RunSpec | Mapping[str, Any]) -> RunStatus:
+        """Creates the run, or finds it if it exists with the same spec.
+
+        Args:
+            spec: The run's optimizer, aggregation and parameters, as a model or as its JSON document.
+
+        Raises:
+            RunExists: The run exists with another spec.
+            InvalidSpec: The spec is not valid; `extensions["field"]` names the field.
+        """
+        document = spec.model_dump(mode="json") if isinstance(spec, RunSpec) else dict(spec)
+        return self._noted(self._transport.request("PUT", self._path, json=document))
+
+    def status(self) -> RunStatus:
+        """The run's step, epoch, spec, workers and moving averages at this moment."""
+        return self._noted(self._transport.request("GET", self._path))
+
+    def topology(self) -> Topology:
+        """The shards, their owners' URLs, and the shards that have no owner."""
+        return self._read_topology(retry=True)
+
+    def reshard(self, shards: int) -> RunStatus:
+        """Divides the run into another number of shards, in a new epoch; nothing that was applied is lost.
+
+        Args:
+            shards: The new number of shards, 1 to 256.
+        """
+        document = {"shards": shards}
+        return self._noted(self._transport.request("POST", f"{self._path}/reshard", json=document, retry=False))
+
+    def delete(self) -> None:
+        """Deletes the run and its checkpoints."""
+        self._transport.request("DELETE", self._path)
+        self._manifest = None
+
+    def workers(self) -> list[WorkerStatus]:
+        """The workers that hold a lease."""
+        return parse(LeaseList, self._transport.request("GET", f"{self._path}/leases")).leases
+
+    def lease(self, worker: str | None = None, ttl_ms: int | None = None) -> HeldLease:
+        """Takes a lease, which a background thread renews until it is released.
+
+        Args:
+            worker: The worker's name, 1 to 200 characters; None makes a unique one. An older lease of the same worker
+                is no longer accepted.
+            ttl_ms: Milliseconds after which the lease ends if it is not renewed; None takes the run's `lease_ttl_ms`.
+        """
+        document: dict[str, Any] = {"worker": worker or worker_name()}
+        if ttl_ms is not None:
+            document["ttl_ms"] = ttl_ms
+        granted = parse(Lease, self._transport.request("POST", f"{self._path}/leases", json=document))
+        self._shards.note_epoch(granted.epoch)
+        return HeldLease(self._transport, f"{self._path}/leases", granted)
+
+    def report(self, name: str, value: float, step: int, *, epoch: int | None = None) -> MetricReceipt:
+        """Reports a metric that was measured at x of a step; the same report counts once.
+
+        The run's status shows it, and `plateau` schedules follow it.
+
+        Args:
+            name: The metric's name, 1 to 128 characters.
+            value: Its value, finite.
+            step: The step of the x at which it was measured.
+            epoch: The epoch of that x; None takes the run's current epoch.
+
+        Raises:
+            IdempotencyConflict: Another value was reported for this name and step.
+            MalformedRequest: The run has not reached the step.
+            EpochChanged: `epoch` is not the run's epoch.
+        """
+        report = MetricReport(name=name, value=float(value), step=step, epoch=epoch)
+        document = report.model_dump(exclude_none=True)
+        return parse(MetricReceipt, self._transport.request("POST", f"{self._path}/metrics", json=document))
+
+    def checkpoint(self) -> Checkpoint:
+        """Writes a checkpoint now. Raises StorageUnavailable if it cannot be written."""
+        return parse(Checkpoint, self._transport.request("POST", f"{self._path}/checkpoints"))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints that are kept, oldest first."""
+        return parse(CheckpointList, self._transport.request("GET", f"{self._path}/checkpoints")).checkpoints
+
+    def restore(self, step: int) -> RunStatus:
+        """Returns to a checkpoint, in a new epoch: pushes under older leases are refused with EpochChanged.
+
+        Args:
+            step: The step of one of `checkpoints`.
+
+        Raises:
+            CheckpointNotFound: There is no checkpoint of this step.
+        """
+        return self._noted(self._transport.request("POST", f"{self._path}/checkpoints/{step}/restore", retry=False))
+
+    # Data plane
+
+    def initialize(self, tensors: Mapping[str, Tensor] | Flat) -> None:
+        """Uploads the initial weights.
+
+        Args:
+            tensors: One tensor for each of the run's parameters, of its shape and any float dtype, on any device; or a
+                flat vector.
+
+        Raises:
+            AlreadyInitialized: Another worker was first; pull y instead.
+            ManifestMismatch: Names or shapes are not the run's.
+        """
+        self._tensors.initialize(tensors)
+
+    def push(self, tensors: Mapping[str, Tensor] | Flat | Encoder, claim: Claim, *, wait: float = 0.0) -> Receipt:
+        """Pushes a gradient.
+
+        Args:
+            tensors: One tensor for each of the run's parameters, of its shape and any float dtype, on any device; or a
+                flat vector, or an encoder whose `begin` was called.
+            claim: From `HeldLease.claim`. A push that is repeated with the same claim counts once.
+            wait: Seconds to wait until the update that an accumulated push is part of has been applied.
+
+        Raises:
+            LeaseExpired: The lease has ended; nothing was applied.
+            EpochChanged: The run was restored since the lease was granted; nothing was applied.
+            NonFiniteGradient: The gradient contains NaN or infinity; nothing was applied.
+            IdempotencyConflict: The claim was used for another gradient.
+            ManifestMismatch: Names or shapes are not the run's; nothing was sent.
+        """
+        return self._tensors.push(tensors, claim, wait)
+
+    def exchange(
+        self, gradient: Flat | InPlaceGradient | Encoder, claim: Claim, into: Flat, *, wait: float = 0.0
+    ) -> tuple[Receipt, Pulled]:
+        """Pushes a gradient and receives y of a step not before the receipt's, in one round trip.
+
+        If the service has no memory free for y, it answers with the receipt alone, and y is pulled in a second request.
+
+        Args:
+            gradient: A flat vector, an encoder whose `begin` was called, or an in-place gradient.
+            claim: From `HeldLease.claim`. An exchange that is repeated with the same claim counts once.
+            into: Receives y, in the dtype that it was made for. Undefined after an error.
+            wait: Seconds to wait until the update that an accumulated push is part of has been applied.
+
+        Returns:
+            The push's receipt, and the epoch and step of y.
+
+        Raises:
+            StepNotReached: The push was decided on, but its update was not applied within 30 s. Repeat the exchange
+                with the same claim.
+            ProblemError: As for `push`.
+        """
+        return self._tensors.exchange(gradient, claim, into, wait)
+
+    def begin_exchange(
+        self, gradient: Flat | InPlaceGradient | Encoder, claim: Claim, into: Flat, *, wait: float = 0.0
+    ) -> Exchange:
+        """Starts an exchange in the background, on a thread of its own.
+
+        Args:
+            gradient: As for `exchange`; must not change until the exchange has its result.
+            claim: As for `exchange`.
+            into: As for `exchange`; must not be used until the exchange has its result.
+            wait: As for `exchange`.
+
+        Returns:
+            An exchange whose `result()` waits for it, and returns or raises what `exchange` does.
+        """
+        return self._tensors.begin_exchange(gradient, claim, into, wait)
+
+    def pull(
+        self, point: Point = "x", *, dtype: str = "F32", min_step: int = 0, wait: float = 0.0
+    ) -> tuple[dict[str, Tensor], int]:
+        """Pulls a point, all of it at one step.
+
+        Args:
+            point: "x", the average, for evaluation; "y", where gradients are taken; "z", the base iterate.
+            dtype: "F32", "BF16" or "F16", the dtype of the tensors; or "I8": they travel as int8 and arrive as fp32,
+                each element off by at most 1/254 of the largest magnitude in its block of 256.
+            min_step: The least step that the point may be of.
+            wait: Seconds to wait until the run reaches `min_step`.
+
+        Returns:
+            The tensors by name, views of one flat vector in host memory, and their step.
+
+        Raises:
+            StepNotReached: The run did not reach `min_step` within `wait` seconds.
+            RunNotInitialized: The run has no weights yet.
+        """
+        return self._tensors.pull(point, dtype, min_step, wait)
+
+    def pull_into(self, into: Flat, point: Point = "x", *, min_step: int = 0, wait: float = 0.0) -> Pulled:
+        """Pulls a point into an existing flat vector; as `pull` otherwise.
+
+        Args:
+            into: Receives the point, in the dtype that it was made for. Undefined after an error.
+            point: As for `pull`.
+            min_step: As for `pull`.
+            wait: As for `pull`.
+
+        Returns:
+            The epoch and step of the point.
+        """
+        return self._tensors.pull_into(into, point, min_step, wait)
+
+    def _noted(self, answer: Answer) -> RunStatus:
+        status = parse(RunStatus, answer)
+        self._manifest = Manifest.of(status.spec)
+        self._shards.note_epoch(status.epoch, status.shards)
+        return status
+
+    def _read_status(self, retry: bool) -> RunStatus:
+        status = parse(RunStatus, self._transport.request("GET", self._path, retry=retry))
+        self._manifest = Manifest.of(status.spec)
+        return status
+
+    def _read_topology(self, retry: bool) -> Topology:
+        return parse(Topology, self._transport.request("GET", f"{self._path}/topology", retry=retry))
