@@ -93,7 +93,7 @@ class Checkpointing:
             self._not_before = began + _PAUSE_AFTER_FAILURE_S
             try:
                 identity = await (self._write_parts() if self._shards.is_sharded else self._write_whole())
-            except (FreestepError, OSError) as error:
+            except FreestepError as error:
                 self.failure = str(error)
                 self._context.telemetry.checkpoint_failed()
                 raise
@@ -101,16 +101,13 @@ class Checkpointing:
             self._last = (identity.step, time.monotonic())
             self._not_before = 0.0
             self._context.telemetry.checkpointed(identity.step, time.monotonic() - began)
-        for written in await self._disk.run(self._checkpoints.all):
-            if (written.epoch, written.step) == identity[:2]:
-                return written
-        raise ShardUnavailable("the checkpoint was dropped while it was being written")
+        return await self._disk.run(self._checkpoints.describe, identity)
 
     async def write_or_retry(self) -> None:
         """Writes a checkpoint now; where that fails the log tells, and the background repeats it."""
         try:
             await self.write_now()
-        except (FreestepError, OSError) as error:
+        except FreestepError as error:
             logger.warning("run %s: a checkpoint was not written, and is tried again: %s", self._context.name, error)
 
     async def _write_whole(self) -> CheckpointId:
@@ -152,11 +149,15 @@ class Checkpointing:
         )
 
     async def _write_part(self, shard: LocalShard, copied: asyncio.Future[StateCopy]) -> None:
-        copy = await copied
+        async with shard.core.writing:
+            # One after the other: Redis keeps the newest that each shard has reported.
+            await self._write_and_report(shard, await copied)
+
+    async def _write_and_report(self, shard: LocalShard, copy: StateCopy) -> None:
         identity = CheckpointId(copy.epoch, copy.step, copy.seq)
         try:
             size = await self.write(shard, copy)
-        except (FreestepError, OSError) as error:
+        except FreestepError as error:
             self.failure = str(error)
             self._context.telemetry.checkpoint_failed()
             if (waiter := self._durable.get(identity)) is not None and not waiter.done():

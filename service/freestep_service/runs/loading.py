@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
-from freestep.errors import CoordinatorUnavailable, FreestepError
+from freestep.errors import CheckpointNotFound, CoordinatorUnavailable, FreestepError, StorageUnavailable
 from freestep_service.domain.opening import Decision, Report, Waiting, decide
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Record, RunState
 from freestep_service.domain.reports import Reported
@@ -20,8 +20,7 @@ from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
-from freestep_service.state.shard import StateCopy
-from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checkpoints import Checkpoints, LoadedState
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.run_files import RunFile
 
@@ -44,6 +43,7 @@ class Loading:
         """The newest in which a shard has loaded its state."""
         self.problem: str | None = None
         """Why the last division into other shards failed here."""
+        self._prefetched: dict[tuple[CheckpointId, int, int], LoadedState] = {}
         self._context = context
         self._coordinator = context.coordinator
         self._disk = context.resources.disk
@@ -112,7 +112,7 @@ class Loading:
         self.problem = None
         try:
             size = await self._checkpointing.write(shard, await shard.core.writer.run(shard.core.shard.copy_state))
-        except (FreestepError, OSError) as error:
+        except FreestepError as error:
             self.problem = str(error)
             return self.problem
         await self._coordinator.log.part_written(shard.core.owner(), identity, size)
@@ -132,7 +132,7 @@ class Loading:
         """The epoch and the number of shards that storage knows of."""
         try:
             file = await self._disk.run(RunFile.read, self._context.resources.storage, self._context.name)
-        except (OSError, ValueError, FreestepError):
+        except (FileNotFoundError, Damaged, StorageUnavailable):
             return 0, 0
         return file.epoch, file.shards
 
@@ -208,7 +208,7 @@ class Loading:
         file = RunFile(self._context.canonical_spec, epoch, self._shards.count)
         try:
             await self._disk.run(file.write, self._context.resources.storage, self._context.name)
-        except (FreestepError, OSError) as error:
+        except FreestepError as error:
             logger.warning("run %s: its run file was not written: %s", self._context.name, error)
 
     async def _take(
@@ -235,7 +235,7 @@ class Loading:
             else:
                 await writer.load(core.shard.clear)
                 self._context.receipts.clear()
-        with suppress(FreestepError, OSError):
+        with suppress(StorageUnavailable):
             await self._disk.run(self._checkpoints.clear_closed, begin, end)
         core.initialized = initialized
         writer.resume(epoch, seq, step)
@@ -250,7 +250,23 @@ class Loading:
         self._context.receipts.clear()
         self._context.receipts.update(receipts)
 
-    async def _load(self, identity: CheckpointId, begin: int, end: int) -> tuple[StateCopy, dict[str, Record]] | None:
+    async def prefetch(self, identity: CheckpointId) -> None:
+        """Reads a checkpoint for the shards here, before anything is changed. Raises CheckpointNotFound if damaged."""
+        for shard in self._shards:
+            stretch = shard.core.manifest.begin, shard.core.manifest.end
+            try:
+                self._prefetched[identity, *stretch] = await self._disk.run(self._checkpoints.load, identity, *stretch)
+            except Damaged as error:
+                detail = f"the checkpoint of step {identity.step} is damaged: {error}"
+                raise CheckpointNotFound(detail, step=identity.step) from None
+
+    def forget_prefetched(self) -> None:
+        """Gives back the memory of what was read and is not needed."""
+        self._prefetched.clear()
+
+    async def _load(self, identity: CheckpointId, begin: int, end: int) -> LoadedState | None:
+        if prefetched := self._prefetched.pop((identity, begin, end), None):
+            return prefetched
         try:
             return await self._disk.run(self._checkpoints.load, identity, begin, end)
         except Damaged:

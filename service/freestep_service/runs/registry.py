@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from freestep.api.models import RunSpec
-from freestep.errors import CoordinatorUnavailable, FreestepError, InvalidSpec, RunExists, RunNotFound
+from freestep.errors import CoordinatorUnavailable, InvalidSpec, RunExists, RunNotFound, StorageUnavailable
 from freestep.wire.header import body_limit
 from freestep.wire.manifest import Manifest
 from freestep_service.coordination.opening import read_run
@@ -20,6 +20,7 @@ from freestep_service.coordination.store import reachable
 from freestep_service.runs.background import Background
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
+from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Registry"]
@@ -27,7 +28,7 @@ __all__ = ["Registry"]
 logger = logging.getLogger("freestep")
 
 _SLOWEST_HEARTBEAT_S = 1.0
-_OPENING_S = 60.0
+_OPENING_S = 20.0
 """Seconds for which the start of the service waits for runs that open."""
 
 
@@ -41,6 +42,8 @@ class Registry:
         """By run: held while it is opened, created or deleted here."""
         self._set_aside: dict[str, str] = {}
         """Runs that cannot be opened, and why; said once in the log."""
+        self._opening: list[asyncio.Task[None]] = []
+        """Runs that were there when the service started."""
         self._stopping = asyncio.Event()
         self._background = Background("the service")
 
@@ -83,6 +86,7 @@ class Registry:
         async with self._change(name):
             if name in self._runs:
                 return self._same(self._runs[name], spec), False
+            await resources.disk.run(resources.storage.require_writable)
             await resources.node.heartbeat(resources.store)
             run = Run(name, spec, spec.shards, resources)
             await run.create()
@@ -115,17 +119,21 @@ class Registry:
         resources = self._resources
         await resources.node.heartbeat(resources.store)
         await resources.channels.start(self._on_message)
-        opening = [asyncio.create_task(self._try_to_open(name)) for name in sorted(await self._names())]
-        if opening:
-            await asyncio.wait(opening, timeout=_OPENING_S)
+        self._opening = [asyncio.create_task(self._try_to_open(name)) for name in sorted(await self._names())]
+        if self._opening:
+            await asyncio.wait(self._opening, timeout=_OPENING_S)
         self._background.spawn(self._beat(), "runs of other processes are not looked for any more")
 
     async def close(self) -> None:
         """Writes the last checkpoints."""
         self._stopping.set()
         await self._background.settle()
-        closing = await asyncio.gather(*(run.close() for run in self.all()), return_exceptions=True)
-        for run, error in zip(self.all(), closing, strict=True):
+        for task in self._opening:
+            task.cancel()
+        await asyncio.gather(*self._opening, return_exceptions=True)
+        runs = self.all()
+        closing = await asyncio.gather(*(run.close() for run in runs), return_exceptions=True)
+        for run, error in zip(runs, closing, strict=True):
             if error is not None:
                 logger.error("run %s could not be closed in order", run.name, exc_info=error)
         await self._resources.channels.close()
@@ -145,8 +153,8 @@ class Registry:
             async with self._change(name):
                 if name not in self._runs:
                     await self._open(name)
-        except CoordinatorUnavailable:
-            raise
+        except CoordinatorUnavailable as error:
+            self._put_aside(name, f"{error}")
         except Exception as error:
             self._put_aside(name, f"{error}", error)
 
@@ -156,7 +164,7 @@ class Registry:
             return
         try:
             file = await self._resources.disk.run(RunFile.read, self._resources.storage, name)
-        except (OSError, ValueError, TypeError, FreestepError) as error:
+        except (FileNotFoundError, Damaged, StorageUnavailable) as error:
             if view is None:
                 if not isinstance(error, FileNotFoundError):
                     self._put_aside(name, str(error))
@@ -195,7 +203,7 @@ class Registry:
                 if resources.node.live_peers:
                     for name in sorted(await self._names() - self._runs.keys()):
                         await self._look_at(name)
-            except (CoordinatorUnavailable, OSError, FreestepError):
+            except (CoordinatorUnavailable, StorageUnavailable):
                 # The runs say in the log that Redis is away.
                 pass
             except Exception:

