@@ -1,66 +1,57 @@
-"""Folders of machine code: those that none has used for long go, and nothing else does."""
+"""Where the machine code of compiled loops is kept: apart for each version of the sources."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 
-from freestep_service.optimizers.kernels.machine_code import UNUSED_S, prune
+from freestep_service import optimizers
+from freestep_service.optimizers.kernels.machine_code import cache_directory
+
+PACKAGE = Path(optimizers.__file__).parent
 
 
-def folder(caches: Path, name: str, unused_s: float, now: float) -> Path:
-    """A folder with code in it that was last used so many seconds ago."""
-    made = caches / name
-    (made / "sweep_1234").mkdir(parents=True)
-    (made / "sweep_1234" / "sweep.nbi").write_bytes(b"code")
-    os.utime(made, (now - unused_s, now - unused_s))
-    return made
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's caches, in a directory that does not exist yet."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "caches"))
+    return tmp_path / "caches"
 
 
-def filled(caches: Path) -> set[str]:
-    """Makes folders of several ages; those that are to stay."""
-    caches.mkdir(exist_ok=True)
-    now = caches.stat().st_mtime
-    kept = {
-        folder(caches, "0" * 16, 0, now),
-        folder(caches, "1" * 16, UNUSED_S - 60, now),
-        # Other programs' own, or not a folder of code at all.
-        folder(caches, "torch", 2 * UNUSED_S, now),
-        folder(caches, "2" * 15, 2 * UNUSED_S, now),
-        folder(caches, ".other", 2 * UNUSED_S, now),
-    }
-    for number in range(8):
-        folder(caches, f"{number:016x}"[::-1] if number else "f" * 16, UNUSED_S + 60, now)
-    folder(caches, f".{'a' * 16}.going-01234567", UNUSED_S + 60, now)
-    return {each.name for each in kept}
+def test_the_same_sources_have_the_same_directory(caches: Path) -> None:
+    directory = cache_directory()
+    assert directory is not None
+    assert directory.is_dir()
+    assert directory.parent == caches
+    assert cache_directory() == directory
 
 
-def test_folders_unused_for_long_are_removed(tmp_path: Path) -> None:
-    kept = filled(tmp_path)
-    prune(tmp_path / ("0" * 16))
-    assert {each.name for each in tmp_path.iterdir()} == kept
-    assert all((each / "sweep_1234" / "sweep.nbi").exists() for each in tmp_path.iterdir())
+@pytest.mark.parametrize("changed", ["kernels/sweep.py", "methods/schedule_free.py", "method.py"])
+def test_changed_sources_have_another_directory(caches: Path, tmp_path: Path, changed: str) -> None:
+    copy = tmp_path / "optimizers"
+    shutil.copytree(PACKAGE, copy)
+    before = cache_directory(copy)
+    assert before == cache_directory()
+    (copy / changed).write_text((copy / changed).read_text() + "# A change.\n")
+    assert cache_directory(copy) not in (before, None)
 
 
-@pytest.mark.slow
-def test_processes_that_start_at_once_prune_together(tmp_path: Path) -> None:
-    script = "from freestep_service.optimizers.kernels.machine_code import folder_of_code; print(folder_of_code())"
-    command = [sys.executable, "-W", "error", "-c", script]
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+def test_no_code_is_kept_where_no_directory_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/null/nowhere")
+    assert cache_directory() is None
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
-    own = Path(start().communicate(timeout=120)[0].strip())
-    kept = filled(tmp_path)
-    # It has not been used for long either, until now.
-    long_ago = own.stat().st_mtime - 2 * UNUSED_S
-    os.utime(own, (long_ago, long_ago))
-    processes = [start() for _ in range(3)]
-    assert [process.communicate(timeout=120)[0].strip() for process in processes] == [str(own)] * 3
-    assert {each.name for each in tmp_path.iterdir()} == {*kept, own.name}
-    assert own.stat().st_mtime > long_ago
+def test_the_directory_is_among_the_users_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    directory = cache_directory()
+    assert directory is not None
+    assert directory.parent == tmp_path / "xdg" / "freestep"
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    directory = cache_directory()
+    assert directory is not None
+    assert directory.parent == tmp_path / "Library" / "Caches" / "freestep"

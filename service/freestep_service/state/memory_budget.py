@@ -1,35 +1,167 @@
-"""Memory that is counted before it is used."""
+"""Memory that is counted before it is allocated: by run when it is created, and by buffer while it is served.
+
+Without it, a run that is too large for the machine would be noticed by the kernel, which ends the process and with it
+all runs.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
-__all__ = ["MemoryBudget", "machine_memory"]
+import torch
+
+from freestep.api.models import RunSpec
+from freestep.errors import InvalidSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.domain.aggregation import Policy
+from freestep_service.optimizers import method_of
+from freestep_service.state.bodies import room
+from freestep_service.state.compute import HOST
+from freestep_service.state.staging import staging_vectors
+
+__all__ = ["MemoryBudget", "machine_memory", "run_bytes", "snapshot_vectors"]
 
 
 class MemoryBudget:
-    """`total` bytes, of which parts are taken and given back; safe to use from several threads."""
+    """`total` bytes of host memory, reserved under names, which stand for runs, or in amounts, which stand for buffers.
+
+    It only counts. Safe to use from several threads.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._used = 0
+        self._named: dict[str, int] = {}
+        self._amounts = 0
         self._lock = threading.Lock()
 
-    def try_reserve(self, size: int) -> bool:
-        """Takes `size` bytes, if they are there."""
+    @property
+    def free(self) -> int:
+        """Bytes that are not reserved."""
         with self._lock:
-            if self._used + size > self.total:
+            return self._free()
+
+    def _free(self) -> int:
+        return self.total - self._amounts - sum(self._named.values())
+
+    def reserve(self, name: str, size: int) -> None:
+        """Reserves `size` bytes under a name, in place of what is reserved under it already.
+
+        Raises InvalidSpec, with the figures, where they are not free; then nothing has changed.
+        """
+        with self._lock:
+            free = self._free() + self._named.get(name, 0)
+            if size > free:
+                raise InvalidSpec(
+                    f"the run needs up to {_gib(size)} of memory, and {_gib(free)} of {_gib(self.total)} are free",
+                    field="parameters",
+                    needed_bytes=size,
+                    free_bytes=free,
+                    total_bytes=self.total,
+                )
+            self._named[name] = size
+
+    def cancel(self, name: str) -> None:
+        """Gives back what is reserved under a name, if anything is."""
+        with self._lock:
+            self._named.pop(name, None)
+
+    def try_reserve(self, size: int) -> bool:
+        """Reserves `size` bytes; False, and nothing has changed, where they are not free."""
+        with self._lock:
+            if size > self._free():
                 return False
-            self._used += size
+            self._amounts += size
             return True
 
     def release(self, size: int) -> None:
-        """Gives bytes back."""
+        """Gives back bytes of `try_reserve`."""
         with self._lock:
-            self._used -= size
+            assert 0 <= size <= self._amounts, "more is released than was reserved"
+            self._amounts -= size
 
 
-def machine_memory() -> int:
-    """The machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _gib(size: int) -> str:
+    return f"{size / 1024**3:.2f} GiB"
+
+
+def snapshot_vectors(shards: int) -> int:
+    """How many points a shard may hold for fast peers at once: of several shards, as lua/_prelude.lua grants them."""
+    return 2 if shards == 1 else 6
+
+
+def run_bytes(spec: RunSpec, shards_here: int, shards: int, device: torch.device = HOST) -> int:
+    """The most host memory, in bytes, that a process needs for `shards_here` of a run's `shards`, the largest ones.
+
+    That is, of each: the state vectors, a group's accumulator, the vectors of bodies and of points, a copy of the state
+    while it is written or loaded, and y once more while it is loaded; of several, a vector for bodies of the whole
+    model. What slow peers hold is reserved apart. device: where the state is; on a GPU it takes no host memory.
+    """
+    manifest = Manifest.of(spec)
+    parts = [manifest.part(index, shards) for index in range(shards)]
+    largest = sorted((_shard_bytes(spec, part, shards, device) for part in parts), reverse=True)
+    return sum(largest[:shards_here]) + (4 * manifest.numel if shards > 1 else 0)
+
+
+def _shard_bytes(spec: RunSpec, part: Manifest, shards: int, device: torch.device) -> int:
+    method, policy = method_of(spec.optimizer), Policy.of(spec.aggregation)
+    vector, point = 4 * part.numel, max(4 * part.numel, room(part))
+    state = (len(method.buffers) + policy.groups) * vector
+    total = staging_vectors(policy, shards) * vector + snapshot_vectors(shards) * point + state
+    if device == HOST:
+        # y lies in a vector that any point fits into. A direction is made in a vector of its own.
+        total += state - vector + 2 * point + (vector if method.direction is not None else 0)
+    return total
+
+
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may use: the machine's, or the least limit of the cgroups that it is in.
+
+    root: where /proc and /sys are.
+    """
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *_cgroup_limits(root)])
+
+
+def _cgroup_limits(root: Path) -> Iterator[int]:
+    """The limits of the process's cgroups and of those above them, version 1 and version 2 (man 7 cgroups)."""
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        # Not Linux.
+        return
+    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in memberships)}
+    for mount in mounts:
+        # man 5 proc: ... root, mount point, options, optional fields, "-", type, source, options of the file system
+        fields, _, system = mount.partition(" - ")
+        mount_root, mount_point = (field.replace("\\040", " ") for field in fields.split()[3:5])
+        kind, _, options = system.split(maxsplit=2)
+        if kind == "cgroup2":
+            path, file = paths.get(""), "memory.max"
+        elif kind == "cgroup" and "memory" in options.split(","):
+            path = next((path for controllers, path in paths.items() if "memory" in controllers.split(",")), None)
+            file = "memory.limit_in_bytes"
+        else:
+            continue
+        if path is not None:
+            top = root / mount_point.lstrip("/")
+            yield from _limits(top, _below(path, mount_root), file)
+
+
+def _below(path: str, mount_root: str) -> PurePosixPath:
+    """A cgroup's path from its mount point; that of the mount point where the cgroup lies outside of it."""
+    cgroup = PurePosixPath(path)
+    if ".." in cgroup.parts or not cgroup.is_relative_to(mount_root):
+        return PurePosixPath(".")
+    return cgroup.relative_to(mount_root)
+
+
+def _limits(top: Path, below: PurePosixPath, file: str) -> Iterator[int]:
+    for path in [below, *below.parents]:
+        # The file is missing at the root, and "max" is no number.
+        with suppress(OSError, ValueError):
+            yield int((top / path / file).read_text())

@@ -17,14 +17,14 @@ from numba import config, njit, types
 from numba.extending import overload, register_jitable
 from torch import Tensor
 
-from freestep_service.optimizers.kernels.machine_code import folder_of_code
+from freestep_service.optimizers.kernels.machine_code import cache_directory
 
 __all__ = ["compiled", "inlined", "is_compiled"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-_CACHE = folder_of_code()
+_CACHE = cache_directory()
 if _CACHE is not None:
     vars(config)["CACHE_DIR"] = str(_CACHE)
 

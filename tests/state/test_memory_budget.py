@@ -1,0 +1,233 @@
+"""Memory that is counted before it is allocated: the accounting, the machine's limits, and what a run needs."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from forms import FORMS
+from freestep.api.models import RunSpec
+from freestep.errors import InvalidSpec
+from freestep.wire.manifest import Manifest
+from freestep_service.domain.aggregation import Policy
+from freestep_service.state.bodies import room
+from freestep_service.state.buffers import Vector
+from freestep_service.state.memory_budget import MemoryBudget, machine_memory, run_bytes, snapshot_vectors
+from freestep_service.state.shard import Entry, Shard
+from freestep_service.state.staging import staging_vectors
+from meanwhile import at_once
+
+STEADY = settings(derandomize=True, deadline=None)
+PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+MIB = 1024**2
+
+NAMED = st.tuples(st.sampled_from("abc"), st.integers(0, 60) | st.none())
+AMOUNT = st.tuples(st.just(""), st.integers(-60, 60))
+
+
+@STEADY
+@given(st.lists(NAMED | AMOUNT, max_size=30))
+def test_no_more_is_reserved_than_there_is(calls: list[tuple[str, int | None]]) -> None:
+    budget, named, amounts = MemoryBudget(100), dict[str, int](), list[int]()
+    for name, size in calls:
+        free = 100 - sum(named.values()) - sum(amounts)
+        assert budget.free == free >= 0
+        if size is None:
+            budget.cancel(name)
+            named.pop(name, None)
+        elif name:
+            fits = size <= free + named.get(name, 0)
+            try:
+                budget.reserve(name, size)
+            except InvalidSpec as error:
+                assert not fits
+                assert error.extensions["needed_bytes"] == size
+                assert error.extensions["free_bytes"] == free + named.get(name, 0)
+                assert error.extensions["total_bytes"] == 100
+            else:
+                assert fits
+                named[name] = size
+        elif size >= 0:
+            assert budget.try_reserve(size) == (size <= free)
+            if size <= free:
+                amounts.append(size)
+        elif amounts:
+            budget.release(amounts.pop())
+
+
+def test_a_run_that_does_not_fit_is_told_the_figures() -> None:
+    budget = MemoryBudget(4 * 1024**3)
+    budget.reserve("first", 3 * 1024**3)
+    with pytest.raises(
+        InvalidSpec, match=r"^the run needs up to 1\.50 GiB of memory, and 1\.00 GiB of 4\.00 GiB are free$"
+    ):
+        budget.reserve("second", 1536 * MIB)
+    assert budget.free == 1024**3
+    # The first may become larger.
+    budget.reserve("first", 4 * 1024**3)
+    assert budget.free == 0
+
+
+def test_threads_reserve_no_more_than_there_is() -> None:
+    budget = MemoryBudget(100)
+
+    def take() -> int:
+        return sum(budget.try_reserve(1) for _ in range(1000))
+
+    assert sum(at_once(*[take] * 4)) == 100
+    budget.release(100)
+    assert budget.free == 100
+
+
+def machine(root: Path, cgroup: str, mountinfo: str, limits: dict[str, str]) -> Path:
+    """The files of a machine, under a directory that stands for its root."""
+    for path, text in {"proc/self/cgroup": cgroup, "proc/self/mountinfo": mountinfo, **limits}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    return root
+
+
+V2 = "29 22 0:26 {root} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+V1 = (
+    "30 24 0:25 / /sys/fs/cgroup/cpu rw shared:9 - cgroup cgroup rw,cpu\n"
+    "35 31 0:32 {root} /sys/fs/cgroup/memory rw,relatime shared:10 - cgroup cgroup rw,memory\n"
+)
+ELSE = "22 1 0:20 / /proc rw shared:12 - proc proc rw\n"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"user.slice/app.scope/memory.max": f"{64 * MIB}\n"}, 64 * MIB),
+        # The least of those above one another.
+        ({"user.slice/app.scope/memory.max": f"{64 * MIB}\n", "user.slice/memory.max": f"{32 * MIB}\n"}, 32 * MIB),
+        ({"user.slice/app.scope/memory.max": "max\n", "user.slice/memory.max": f"{32 * MIB}\n"}, 32 * MIB),
+        ({"memory.max": f"{16 * MIB}\n"}, 16 * MIB),
+        ({"user.slice/app.scope/memory.max": "max\n"}, PHYSICAL),
+        ({"user.slice/app.scope/memory.max": "\n"}, PHYSICAL),
+        ({"user.slice/app.scope/memory.max": f"{PHYSICAL + MIB}\n"}, PHYSICAL),
+        # Others' limits.
+        ({"system.slice/memory.max": f"{8 * MIB}\n"}, PHYSICAL),
+        ({}, PHYSICAL),
+    ],
+)
+def test_limits_of_cgroups_version_2(tmp_path: Path, limits: dict[str, str], expected: int) -> None:
+    files = {f"sys/fs/cgroup/{path}": text for path, text in limits.items()}
+    root = machine(tmp_path, "0::/user.slice/app.scope\n", ELSE + V2.format(root="/"), files)
+    assert machine_memory(root) == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"docker/abc/memory.limit_in_bytes": f"{64 * MIB}\n"}, 64 * MIB),
+        ({"docker/abc/memory.limit_in_bytes": "9223372036854771712\n"}, PHYSICAL),
+        ({"docker/memory.limit_in_bytes": f"{32 * MIB}\n"}, 32 * MIB),
+    ],
+)
+def test_limits_of_cgroups_version_1(tmp_path: Path, limits: dict[str, str], expected: int) -> None:
+    files = {f"sys/fs/cgroup/memory/{path}": text for path, text in limits.items()}
+    cgroup = "9:name=systemd:/\n4:memory,hugetlb:/docker/abc\n1:cpu:/other\n0::/\n"
+    assert machine_memory(machine(tmp_path, cgroup, V1.format(root="/") + ELSE, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mount_root"),
+    [
+        # A container that sees its own part of the hierarchy: by its path outside, in a namespace, and beside it.
+        ("4:memory:/docker/abc\n", "/docker/abc"),
+        ("4:memory:/\n", "/"),
+        ("4:memory:/../def\n", "/"),
+        ("4:memory:/elsewhere\n", "/docker/abc"),
+    ],
+)
+def test_limits_in_a_container(tmp_path: Path, cgroup: str, mount_root: str) -> None:
+    files = {"sys/fs/cgroup/memory/memory.limit_in_bytes": f"{64 * MIB}\n"}
+    assert machine_memory(machine(tmp_path, cgroup, V1.format(root=mount_root), files)) == 64 * MIB
+
+
+def test_a_machine_without_cgroups_has_what_it_has(tmp_path: Path) -> None:
+    assert machine_memory(tmp_path) == PHYSICAL
+    assert machine_memory(machine(tmp_path, "", ELSE, {})) == PHYSICAL
+    assert 0 < machine_memory() <= PHYSICAL
+
+
+def run_spec(form: str, **changes: Any) -> RunSpec:
+    parameters = [{"name": "w", "shape": [3000, 7]}, {"name": "v", "shape": [1001], "group": "g"}]
+    return RunSpec.model_validate({"optimizer": FORMS[form], "parameters": parameters, "groups": {"g": {}}, **changes})
+
+
+def memory_of_tensors() -> dict[int, int]:
+    """Where tensors' memory is, and how many bytes of it there are."""
+    gc.collect()
+    storages = [each.untyped_storage() for each in gc.get_objects() if type(each) is Tensor]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def allocated(spec: RunSpec, index: int, shards: int) -> int:
+    """Bytes of the tensors that a shard has when all that it may hold at once is there."""
+    before = memory_of_tensors()
+    part = Manifest.of(spec).part(index, shards)
+    policy = Policy.of(spec.aggregation)
+    shard = Shard(spec, part, torch.device("cpu"), room(part))
+    shard.initialize(torch.ones(part.numel), epoch=1)
+    for seq in range(1, 4):
+        gradient = torch.ones(part.numel)
+        shard.apply(Entry(seq, 1, advance=not policy.groups, gradient=gradient, worker=f"w{seq}", loss=1.0))
+    copy = shard.copy_state()
+    bodies = [Vector(part.numel) for _ in range(staging_vectors(policy, shards))]
+    points = [Vector(part.numel, room(part)) for _ in range(snapshot_vectors(shards))]
+    del gradient
+    after = memory_of_tensors()
+    assert len(copy.tensors) == len(shard._buffers) + policy.groups and bodies and points
+    return sum(size for place, size in after.items() if place not in before)
+
+
+@pytest.mark.parametrize("aggregation", [{"policy": "async"}, {"policy": "buffered", "batch": 8}, {"policy": "sync"}])
+@pytest.mark.parametrize("form", ["sgd", "adamw_schedule_free", "schedule_free_wrapper-adam-amsgrad"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_run_needs_what_its_shards_allocate(form: str, aggregation: dict[str, Any], shards: int) -> None:
+    spec = run_spec(form, aggregation=aggregation)
+    whole = Manifest.of(spec)
+    parts = [whole.part(index, shards) for index in range(shards)]
+    made = [allocated(spec, index, shards) for index in range(shards)]
+    # While a state is loaded, y is there once more, in a vector that any point fits into.
+    made = [size + max(4 * part.numel, room(part)) for size, part in zip(made, parts, strict=True)]
+    staged = 4 * whole.numel if shards > 1 else 0
+    assert run_bytes(spec, shards, shards) == sum(made) + staged
+    assert run_bytes(spec, 1, shards) == max(made) + staged
+    assert run_bytes(spec, 0, shards) == staged
+
+
+def test_a_direction_takes_a_vector_of_its_own() -> None:
+    parameters = [{"name": "w", "shape": [30, 7]}]
+    sizes = []
+    for base in ("adamw", "muon"):
+        optimizer = {"algorithm": "schedule_free_wrapper", "base": {"algorithm": base, "lr": 0.1}}
+        sizes.append(run_bytes(RunSpec.model_validate({"optimizer": optimizer, "parameters": parameters}), 1, 1))
+    assert sizes[1] - sizes[0] == 4 * 30 * 7
+
+
+def test_a_state_on_a_gpu_takes_no_host_memory_but_for_its_copy() -> None:
+    spec = run_spec("adamw_schedule_free", aggregation={"policy": "buffered", "batch": 8})
+    numel = Manifest.of(spec).numel
+    difference = run_bytes(spec, 1, 1) - run_bytes(spec, 1, 1, torch.device("cuda"))
+    # y, z, exp_avg_sq and the accumulator, and y once more.
+    assert difference == 4 * numel * 5
+
+
+@STEADY
+@given(numel=st.integers(0, 10_000), shards=st.integers(1, 8))
+def test_more_shards_here_need_no_less(numel: int, shards: int) -> None:
+    document = {"optimizer": FORMS["sgd"], "parameters": [{"name": "w", "shape": [numel]}]}
+    spec = RunSpec.model_validate(document)
+    sizes = [run_bytes(spec, here, shards) for here in range(shards + 1)]
+    assert sizes == sorted(sizes)
