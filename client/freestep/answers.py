@@ -30,7 +30,14 @@ class Pulled:
 
     @classmethod
     def of(cls, answer: Answer) -> Self:
-        """The epoch and step in an answer's headers. Raises UnexpectedResponse if they are missing."""
+        """The epoch and step in an answer's headers.
+
+        Args:
+            answer: An answer whose body is a point.
+
+        Raises:
+            UnexpectedResponse: They are missing.
+        """
         return cls(_integer(answer, "freestep-epoch"), _integer(answer, "freestep-step"))
 
 

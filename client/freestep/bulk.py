@@ -99,6 +99,11 @@ class BulkTransport(httpx.BaseTransport):
         self._is_closed = False
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Sends a request; called by httpx.
+
+        Args:
+            request: The request; its stream may be a `bulk_exchange.Body`.
+        """
         url = request.url
         if url.scheme not in _PORTS:
             protocol = f"has an unsupported protocol '{url.scheme}://'" if url.scheme else "is missing its protocol"
@@ -124,6 +129,7 @@ class BulkTransport(httpx.BaseTransport):
         )
 
     def close(self) -> None:
+        """Closes the idle connections, and those in use when their requests have ended."""
         with self._lock:
             self._is_closed = True
             idle = self._idle.copy()

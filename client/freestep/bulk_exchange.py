@@ -190,7 +190,7 @@ class Exchange(httpx.SyncByteStream):
             for chunk in self:
                 lay(sink, chunk)
             return
-        # h11 is not told of the rest of the body, so its own state stays at the body's beginning.
+        # The rest of the body bypasses h11, whose state therefore stays at the body's beginning.
         early, _ = self._h11.trailing_data
         lay(sink, memoryview(early)[:length])
         missing = length - len(early)

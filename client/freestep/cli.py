@@ -183,7 +183,7 @@ def pull(
     output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.")],
     point: Annotated[Point, typer.Option(help="x: the average; y: where gradients are taken; z: the iterate.")] = "x",
     dtype: Annotated[
-        PointDtype, typer.Option(help="The tensors' dtype; I8 travels as int8 and is F32 in the file.")
+        PointDtype, typer.Option(help="The tensors' dtype; I8 is sent as int8 and is F32 in the file.")
     ] = "F32",
     url: Url = DEFAULT_URL,
     token: Token = None,

@@ -1,4 +1,4 @@
-"""Every error that freestep raises on purpose.
+"""The errors that freestep raises.
 
     FreestepError
     ├── ProblemError              the service refused a call and named why (RFC 9457)
@@ -30,8 +30,8 @@
     ├── ManifestMismatch          the local parameters are not those of the run
     └── EvalMode                  a training step was asked for while x is loaded
 
-The service raises these classes and the client raises the very class that the service named, so a
-slug is written down here and nowhere else. Status codes are the service's affair.
+The service raises these classes, and the client raises the class whose slug the service has answered. Status codes are
+assigned by the service, in `web/problems.py`.
 """
 
 from __future__ import annotations
@@ -75,20 +75,24 @@ URN = "urn:freestep:problem:"
 
 
 class FreestepError(Exception):
-    """The root of every error that freestep raises on purpose."""
+    """The base class of the errors that freestep raises."""
 
 
 class ProblemError(FreestepError):
-    """A refusal with a name: the problem detail of RFC 9457.
+    """A refusal by the service, as a problem document (RFC 9457).
 
-    `slug` names the problem, `title` says it in a few words, `detail` says what was wrong this time, and
-    `extensions` are the members that a program can act on (`field`, `step`, `epoch`, ...).
+    Attributes: `slug`, the problem's name, the end of the document's `type`; `title`, what it is in a few words;
+    `detail`, what was wrong this time; `extensions`, other members of the document, for programs (`field`, `step`,
+    `epoch`, ...); `retry_after`, seconds after which the service asks to repeat the request, or None.
+
+    Args:
+        detail: What was wrong; None takes the title.
+        **extensions: Other members of the document.
     """
 
     slug: ClassVar[str]
     title: ClassVar[str]
     retry_after: float | None = None
-    """Seconds after which the service wants to be asked again, where it says so."""
 
     def __init__(self, detail: str | None = None, /, **extensions: Any) -> None:
         self.detail = detail or self.title
@@ -96,7 +100,11 @@ class ProblemError(FreestepError):
         super().__init__(self.detail)
 
     def to_document(self, status: int) -> dict[str, Any]:
-        """The members of the `application/problem+json` document."""
+        """The `application/problem+json` document.
+
+        Args:
+            status: The HTTP status code.
+        """
         return {
             **self.extensions,
             "type": URN + self.slug,
@@ -107,7 +115,11 @@ class ProblemError(FreestepError):
 
     @staticmethod
     def from_document(document: dict[str, Any]) -> ProblemError | None:
-        """The error that a problem document names, or None when the name is not one of ours."""
+        """The error of a problem document, or None if its type is not one of freestep's.
+
+        Args:
+            document: The JSON document.
+        """
         problem = PROBLEMS.get(str(document.get("type", "")).removeprefix(URN))
         if problem is None:
             return None
@@ -117,138 +129,186 @@ class ProblemError(FreestepError):
 
 
 class MalformedRequest(ProblemError):
+    """A request has a missing, wrong or out-of-range part: `extensions["field"]` names it. Nothing was changed."""
+
     slug = "malformed-request"
     title = "The request is not well formed"
 
 
 class Unauthenticated(ProblemError):
+    """The service needs a bearer token, and got none, a wrong one or one that has expired: see `Client(token=...)`."""
+
     slug = "unauthenticated"
     title = "A valid bearer token is needed"
 
 
 class Forbidden(ProblemError):
+    """The token is good, but not for this run or this kind of call."""
+
     slug = "forbidden"
     title = "The token does not allow this"
 
 
 class RunNotFound(ProblemError):
+    """The service has no run of this name: it was not created yet, or was deleted."""
+
     slug = "run-not-found"
     title = "There is no such run"
 
 
 class CheckpointNotFound(ProblemError):
+    """The run has no checkpoint of this step: see `Run.checkpoints`."""
+
     slug = "checkpoint-not-found"
     title = "There is no such checkpoint"
 
 
 class RunExists(ProblemError):
+    """`Run.create` was called with another spec than the run has: see `Run.status().spec`."""
+
     slug = "run-exists"
     title = "The run exists with another spec"
 
 
 class RunNotInitialized(ProblemError):
+    """The run has no weights yet: call `Run.initialize`."""
+
     slug = "run-not-initialized"
     title = "The run has no parameters yet"
 
 
 class EpochChanged(ProblemError):
+    """The run went back to an earlier step, or was resharded, since the lease was granted; the push was not applied.
+
+    Take a new lease and pull y. `extensions["epoch"]` is the run's epoch.
+    """
+
     slug = "epoch-changed"
     title = "The run was restored to an earlier step since the lease was granted"
 
 
 class IdempotencyConflict(ProblemError):
+    """The key was used before, for another gradient or another value. Nothing was changed."""
+
     slug = "idempotency-conflict"
     title = "The idempotency key was used for another push"
 
 
 class LeaseExpired(ProblemError):
+    """The lease has ended, or the same worker has a newer one; the push was not applied. Take a new lease."""
+
     slug = "lease-expired"
     title = "The lease is unknown, expired or superseded"
 
 
 class LengthRequired(ProblemError):
+    """A body of tensors was sent without a Content-Length."""
+
     slug = "length-required"
     title = "A Content-Length is needed"
 
 
 class AlreadyInitialized(ProblemError):
+    """Another worker uploaded the run's initial weights first: pull y instead."""
+
     slug = "already-initialized"
     title = "The run already has its parameters"
 
 
 class BodyTooLarge(ProblemError):
+    """The body exceeds the service's `max_body_bytes`, which is `extensions["limit"]`."""
+
     slug = "body-too-large"
     title = "The body is larger than the service accepts"
 
 
 class UnsupportedMediaType(ProblemError):
+    """A body of tensors was sent with another Content-Type than application/vnd.safetensors."""
+
     slug = "unsupported-media-type"
     title = "Tensors travel as application/vnd.safetensors"
 
 
 class RangeNotSatisfiable(ProblemError):
+    """The request's Range is outside the body."""
+
     slug = "range-not-satisfiable"
     title = "The range lies outside the body"
 
 
 class InvalidSpec(ProblemError):
+    """The spec of a run is not valid: `extensions["field"]` names the field, such as `optimizer.lr`."""
+
     slug = "invalid-spec"
     title = "The run's spec is not valid"
 
 
 class MalformedTensors(ProblemError):
+    """A body is not the run's tensors: names, shapes, dtypes, offsets or lengths differ. Nothing was changed."""
+
     slug = "malformed-tensors"
     title = "The body is not the run's tensors in safetensors format"
 
 
 class NonFiniteGradient(ProblemError):
+    """A gradient contains NaN or infinity, or values whose squares overflow; the push was not applied."""
+
     slug = "non-finite-gradient"
-    title = "The gradient holds NaN or infinity, or its square would"
+    title = "The gradient contains NaN or infinity, or its square would"
 
 
 class Overloaded(ProblemError):
+    """The service had no memory free for the body in `queue_seconds`. Requests are repeated before this is raised."""
+
     slug = "overloaded"
     title = "Too many bodies are waiting for memory"
 
 
 class CoordinatorUnavailable(ProblemError):
+    """The service's Redis does not answer. Requests are repeated before this is raised."""
+
     slug = "coordinator-unavailable"
     title = "Redis does not answer"
 
 
 class ShardUnavailable(ProblemError):
-    """`missing` are the shards that nobody owns; or the shard is another process's by now (see the topology)."""
+    """A shard has no owner, or another one than was asked: see `Run.topology`.
+
+    Requests are repeated before this is raised. `extensions["missing"]` are the shards without an owner.
+    """
 
     slug = "shard-unavailable"
     title = "The shard has another owner"
 
 
 class StepNotReached(ProblemError):
+    """The run did not reach `min_step` in time: `extensions["step"]` is the step that it has reached."""
+
     slug = "step-not-reached"
     title = "The run did not reach the step in the time allowed"
 
 
 class StorageUnavailable(ProblemError):
-    """Nothing was changed: the medium that checkpoints are kept on is full, read-only or away."""
+    """The disk or object store that checkpoints are kept in is full, read-only or away. Nothing was changed."""
 
     slug = "storage-unavailable"
     title = "The storage cannot be read or written"
 
 
 class ServiceUnreachable(FreestepError):
-    """No answer came within the time allowed for retries; the cause is chained."""
+    """No answer came within the time for retries; `__cause__` is the last attempt's error."""
 
 
 class UnexpectedResponse(FreestepError):
-    """The answer does not follow the protocol: another server, or a proxy in between."""
+    """The answer is not freestep's: another server is at the URL, or a proxy answered."""
 
 
 class ManifestMismatch(FreestepError):
-    """The local parameters differ from the run's in name, shape or order of groups."""
+    """Local tensors differ from the run's in names, shapes, order or groups, or a state is of another run."""
 
 
 class EvalMode(FreestepError):
-    """`step()` was called while the model holds x; call `train()` first."""
+    """`step()` was called while the model contains x: call `train()` first."""
 
 
 def _problems(base: type[ProblemError]) -> dict[str, type[ProblemError]]:

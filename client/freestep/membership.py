@@ -51,7 +51,7 @@ class Membership:
             return self._run.create(wanted).spec
         except RunExists:
             spec = self._run.status().spec
-        # The number of shards is set by whoever creates or reshards the run, not by each worker.
+        # The number of shards can change at any time, so it is not compared.
         if spec.parameters == wanted.parameters and spec != wanted.model_copy(update={"shards": spec.shards}):
             logger.warning(
                 "the run %s exists with another spec, which is used instead of the one given", self._run.name

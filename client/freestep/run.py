@@ -255,7 +255,7 @@ class Run:
 
         Args:
             point: "x", the average, for evaluation; "y", where gradients are taken; "z", the base iterate.
-            dtype: "F32", "BF16" or "F16", the dtype of the tensors; or "I8": they travel as int8 and arrive as fp32,
+            dtype: "F32", "BF16" or "F16", the dtype of the tensors; or "I8": they are sent as int8 and arrive as fp32,
                 each element off by at most 1/254 of the largest magnitude in its block of 256.
             min_step: The least step that the point may be of.
             wait: Seconds to wait until the run reaches `min_step`.

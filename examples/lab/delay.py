@@ -186,7 +186,7 @@ def _uneven(url: str, client: Client, processes: Processes, size: Size) -> list[
     for worker, pause_ms in enumerate(size.pauses_ms):
         told = {"url": url, "worker": worker, "pause_ms": pause_ms, "workers": len(size.pauses_ms)}
         told |= {"steps": size.uneven_steps, "form": FORMS[0]}
-        processes.start(f"worker-{worker}", "examples.lab.delay_worker", json.dumps(told), heard=True)
+        processes.start(f"worker-{worker}", "examples.lab.delay_worker", json.dumps(told), is_read=True)
     numbers, made, cases = count(), problem(FORMS[0]), []
     for rule in RULES:
 
@@ -225,7 +225,7 @@ def _uneven(url: str, client: Client, processes: Processes, size: Size) -> list[
 
 def _heard(processes: Processes) -> dict[str, Any]:
     """What the next worker to have done with a run says."""
-    name, line = processes.hear(SILENCE_S)
+    name, line = processes.read_line(SILENCE_S)
     if line is None:
         raise RuntimeError(f"{name} ended before its time")
     said: dict[str, Any] = json.loads(line)

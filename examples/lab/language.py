@@ -109,7 +109,7 @@ def _served(size: Size, text: Text, policy: str, correction: str, lr: float) -> 
         for worker in range(size.workers):
             told = {"url": service.url, "policy": policy, "correction": correction, "worker": worker, "lr": lr}
             told["size"] = asdict(size)
-            service.processes.start(f"worker-{worker}", "examples.lab.language_worker", json.dumps(told), heard=True)
+            service.processes.start(f"worker-{worker}", "examples.lab.language_worker", json.dumps(told), is_read=True)
         staleness: list[float] = []
         for said in _said(service, size.workers):
             if "mean_staleness" in said:
@@ -129,7 +129,7 @@ def _said(service: Service, workers: int) -> Iterator[dict[str, Any]]:
     """What workers say, until all are done. Raises RuntimeError where one, or the service, ended before its time."""
     done: set[str] = set()
     while len(done) < workers:
-        name, line = service.processes.hear(SILENCE_S)
+        name, line = service.processes.read_line(SILENCE_S)
         if line is None and name not in done:
             raise RuntimeError(f"{name} ended: {service.log.read_text()}")
         if line is None or name == "service":

@@ -31,9 +31,9 @@ def serving() -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="freestep-lab-") as folder:
         log = Path(folder, "log")
         with Processes(log) as processes:
-            processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", folder, heard=True)
+            processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", folder, is_read=True)
             # The first line of its output names the port that it found.
-            _, line = processes.hear(SILENCE_S)
+            _, line = processes.read_line(SILENCE_S)
             if line is None:
                 raise RuntimeError(f"the service ended: {log.read_text()}")
             yield Service(line.split()[-1], processes, log)

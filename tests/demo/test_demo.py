@@ -107,15 +107,15 @@ def test_progress_goes_by_steps_within_bounds_of_time(step: int, seconds: float,
 def test_a_signal_is_heard_after_what_was_said_before_it(tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with Processes(tmp_path / "log") as processes:
-        processes.start("printer", "this", heard=True)
-        assert processes.hear(30) == ("printer", "The Zen of Python, by Tim Peters")
-        while processes.hear(30) != ("printer", None):
+        processes.start("printer", "this", is_read=True)
+        assert processes.read_line(30) == ("printer", "The Zen of Python, by Tim Peters")
+        while processes.read_line(30) != ("printer", None):
             pass
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            processes.hear(30)
+            processes.read_line(30)
         with pytest.raises(TimeoutError):
-            processes.hear(0)
+            processes.read_line(0)
     assert signal.getsignal(signal.SIGTERM) == handler
 
 

@@ -1,1 +1,1 @@
-"""What client and service agree on as JSON."""
+"""The JSON API, shared by client and service: models, hyperparameters and their validation."""

@@ -1,4 +1,4 @@
-"""What the Schedule-Free algorithms do where gradients are applied later than they were taken, as clients name it."""
+"""Corrections of the Schedule-Free algorithms for stale gradients."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ __all__ = ["Auto", "DelayCorrection", "NoCorrection", "Steady"]
 
 
 class NoCorrection(StrictModel):
-    """The paper's method, however stale the gradients."""
+    """No correction: the method of the paper (arXiv 2405.15682), whatever the staleness."""
 
     name: Literal["none"] = "none"
 
 
 class Auto(StrictModel):
-    """Corrects for the staleness that the service sees, and that its live workers let expect."""
+    """Corrects for the staleness that the run expects: a moving average, at least what its live workers cause."""
 
     name: Literal["auto"] = "auto"
 
 
 class Steady(StrictModel):
-    """Corrects for one staleness, in steps, whatever is seen. 0 is the paper's method."""
+    """Corrects for a fixed staleness."""
 
     name: Literal["constant"] = "constant"
     expected_staleness: NonNegative
+    """The staleness in steps; 0 is the method of the paper."""
 
 
 _Corrections = NoCorrection | Auto | Steady

@@ -1,14 +1,14 @@
-"""The JSON of the control plane: what is asked of the service and what it answers."""
+"""The JSON of the control plane: requests to the service, and its answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from freestep.api.hyperparameters import OptimizerSpec
-from freestep.api.validation import LARGEST_INTEGER, Count, MetricName, StrictModel, fault
+from freestep.api.spec import DEFAULT_GROUP, MOST_SHARDS, AggregationSpec, GroupOverrides, ParameterSpec, RunSpec
+from freestep.api.validation import Count, MetricName, StrictModel
 
 __all__ = [
     "DEFAULT_GROUP",
@@ -38,196 +38,135 @@ __all__ = [
     "WorkerStatus",
 ]
 
-DEFAULT_GROUP = "default"
-
-MOST_SHARDS = 256
-"""Shards of one run."""
-
 Point = Literal["x", "y", "z"]
+"""x: the average; y: where gradients are taken; z: the base iterate."""
 Dtype = Literal["F32", "BF16", "F16"]
-"""Of tensors that travel as they are."""
+"""The dtypes of tensors in bodies, by their names in safetensors."""
 PointDtype = Literal[Dtype, "I8"]
-"""Of points: I8 is int8 and a scale for each block."""
-
-_Name = Annotated[str, Field(min_length=1, max_length=512)]
-
-GroupOverrides = dict[str, Any]
-"""Hyperparameters of one param group that differ from the run's."""
-
-
-class AggregationSpec(StrictModel):
-    """How pushes become updates: a named policy, whose own values the given fields overrule.
-
-    An update is made of `batch` pushes, and a push is admitted while its staleness, in steps, is at most
-    `max_staleness`. Under `sync` and `quorum` a worker contributes once to an update. Under `ssp`, or where `slack` is
-    given, a worker that is more than `slack` pushes ahead of the slowest live one waits.
-    """
-
-    policy: Literal["async", "ringmaster", "sync", "quorum", "buffered", "rennala", "ssp"] = "ringmaster"
-    batch: Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] | None = None
-    max_staleness: Count | None = None
-    slack: Count | None = None
-    staleness_damping: Literal["none", "delay_adaptive", "inverse_sqrt", "fadas"] = "none"
-    staleness_threshold: Count | None = None
-    """τ_c of `fadas`: staler steps have a learning rate of at most 1/τ."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> AggregationSpec:
-        if self.policy in ("quorum", "buffered", "rennala") and self.batch is None:
-            raise fault(("batch",), f"the policy {self.policy} needs a batch")
-        if self.policy == "ssp" and self.slack is None:
-            raise fault(("slack",), "the policy ssp needs a slack")
-        if (self.staleness_damping == "fadas") != (self.staleness_threshold is not None):
-            raise fault(("staleness_threshold",), "the staleness damping fadas needs a threshold, and no other has one")
-        return self
-
-
-class ParameterSpec(StrictModel):
-    """One tensor of the manifest; `shape` [] is a scalar, and a dimension of 0 makes it empty."""
-
-    name: _Name
-    shape: tuple[Annotated[int, Field(strict=True, ge=0, le=2**48)], ...] = Field(max_length=64)
-    group: _Name = DEFAULT_GROUP
-
-    @model_validator(mode="after")
-    def _not_reserved(self) -> ParameterSpec:
-        if self.name == "__metadata__":
-            raise fault(("name",), "the safetensors format reserves the name __metadata__")
-        return self
-
-
-class RunSpec(StrictModel):
-    """What a run is: its optimizer, its aggregation, and the manifest of its parameters."""
-
-    optimizer: OptimizerSpec
-    aggregation: AggregationSpec = AggregationSpec()
-    parameters: tuple[ParameterSpec, ...] = Field(min_length=1)
-    groups: dict[_Name, GroupOverrides] = Field(default_factory=dict)
-    lease_ttl_ms: Annotated[int, Field(strict=True, ge=100, le=3_600_000)] = 30_000
-    durability: Literal["none", "checkpoint"] = "checkpoint"
-    shards: Annotated[int, Field(strict=True, ge=1, le=MOST_SHARDS)] = 1
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RunSpec:
-        names: set[str] = set()
-        for index, parameter in enumerate(self.parameters):
-            if parameter.name in names:
-                raise fault(("parameters", index, "name"), f"the name {parameter.name!r} stands twice")
-            names.add(parameter.name)
-            if parameter.group not in self.groups and parameter.group != DEFAULT_GROUP:
-                raise fault(("parameters", index, "group"), f"there is no group {parameter.group!r}")
-        whole = self.whole_groups()
-        for index, parameter in enumerate(self.parameters):
-            if parameter.group in whole and len(parameter.shape) != 2:
-                raise fault(
-                    ("parameters", index, "shape"), "its group's base takes matrices; that of others may be adamw"
-                )
-        if self.optimizer.needs_loss and self.shards > 1:
-            raise fault(
-                ("shards",), "the algorithm's step size needs sums over all parameters, and has them in one shard"
-            )
-        return self
-
-    def whole_groups(self) -> set[str]:
-        """The param groups whose tensors a step takes whole, so that no shard may have a part of one."""
-        return {group for group in (DEFAULT_GROUP, *self.groups) if self.hyperparameters(group).takes_matrices}
-
-    def hyperparameters(self, group: str) -> OptimizerSpec:
-        """The hyperparameters of a param group: the run's, with the group's own in their place."""
-        try:
-            return self.optimizer.overruled(self.groups.get(group, {}))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise fault(("groups", group, *first["loc"]), first["msg"]) from None
+"""The dtypes of points: I8 is int8 with a scale for each block of 256 elements."""
 
 
 class LeaseRequest(StrictModel):
-    """Asks for a lease; a worker's newer lease fences off its older one."""
+    """A request for a lease; a worker's newer lease replaces its older one."""
 
     worker: Annotated[str, Field(min_length=1, max_length=200)]
+    """The worker's name."""
     ttl_ms: Annotated[int, Field(strict=True, ge=100, le=3_600_000)] | None = None
+    """Milliseconds after which the lease ends if it is not renewed; null takes the run's `lease_ttl_ms`."""
 
 
 class _Answer(BaseModel):
-    """What the service says; a newer service may say more."""
+    """An answer of the service; unknown members, which newer services may add, are ignored."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
 class Lease(_Answer):
-    """A worker's lease: `token` is the fencing token, `epoch` and `step` the run's at the grant or renewal."""
+    """A worker's lease."""
 
     lease: str
+    """The lease's ID."""
     token: int
+    """The fencing token: higher than that of every older lease of the worker."""
     worker: str
+    """The worker's name."""
     ttl_ms: int
+    """Milliseconds after which the lease ends if it is not renewed."""
     epoch: int
+    """The run's epoch at the grant or renewal; the lease is good in this epoch only."""
     step: int
+    """The run's step at the grant or renewal."""
 
 
 class LeaseList(_Answer):
+    """The leases of a run."""
+
     leases: list[WorkerStatus]
+    """The live workers."""
 
 
 class WorkerStatus(_Answer):
-    """A live worker: when its lease ends, and what it last pushed.
-
-    speed: the steps that it takes by itself in a second, if a push has said so.
-    """
+    """A live worker and its lease."""
 
     worker: str
+    """The worker's name."""
     lease: str
+    """The lease's ID."""
     token: int
+    """The lease's fencing token."""
     ttl_ms: int
+    """Milliseconds after which the lease ends if it is not renewed."""
     expires_in_ms: int
+    """Milliseconds that are left."""
     pushes: int = 0
+    """How many pushes the worker has made under this lease."""
     step: int | None = None
+    """The step of the y of its last push's gradient."""
     staleness: int | None = None
+    """The staleness of its last push, in steps."""
     speed: float | None = None
+    """Its local steps a second, as its pushes have reported; null if none has."""
 
 
 class MetricReport(StrictModel):
-    """What an evaluator has measured at x: `step` is that of the x, and `epoch` too where it is given."""
+    """A metric that was measured at x."""
 
     name: MetricName
+    """The metric's name."""
     value: Annotated[float, Field(strict=True, allow_inf_nan=False)]
+    """Its value, finite."""
     step: Count
+    """The step of the x at which it was measured."""
     epoch: Count | None = None
+    """The epoch of that x; null takes the run's current epoch."""
 
 
 class MetricReceipt(_Answer):
-    """What became of a report: `replayed` says that the same one had counted before."""
+    """The outcome of a report."""
 
     name: str
+    """The metric's name."""
     value: float
+    """Its value."""
     step: int
+    """The step of the x at which it was measured."""
     epoch: int
+    """The epoch of that x."""
     replayed: bool = False
+    """Whether the same report has counted before."""
 
 
 class Metric(_Answer):
-    """The value of a metric, and the step of the x at which it was measured."""
+    """A metric's value at its newest step."""
 
     value: float
+    """The value."""
     step: int
+    """The step of the x at which it was measured."""
 
 
 class Receipt(_Answer):
-    """What became of a push.
-
-    `step` is the run's step after the decision, and `staleness` how many steps lay between the point where the
-    gradient was taken and the point where it was applied. `reason` says why a push was dropped.
-    """
+    """The outcome of a push."""
 
     decision: Literal["applied", "accumulated", "dropped"]
+    """`applied`: an update with the gradient was made. `accumulated`: the gradient will be part of an update, with
+    others that are still to come. `dropped`: it will not be applied."""
     reason: str | None = None
+    """Why the push was dropped, such as `stale`, `duplicate-worker` or `epoch-changed`."""
     step: int
+    """The run's step after the decision; after `applied`, the step that the gradient made."""
     staleness: int
+    """How many steps the run had made since the y at which the gradient was computed."""
     replayed: bool = False
+    """Whether the push was known already: it was sent again, and counted once."""
 
     @classmethod
     def merged(cls, parts: Sequence[Self]) -> Self:
-        """One receipt of a push's parts, which differ where some were retried or not waited for: the furthest."""
+        """The receipt of a push to several shards, whose receipts differ if some were read later: the furthest one.
+
+        Args:
+            parts: The shards' receipts, at least one.
+        """
         order = ("applied", "accumulated", "dropped")
         furthest = min(parts, key=lambda each: order.index(each.decision))
         step = max(each.step for each in parts)
@@ -235,85 +174,113 @@ class Receipt(_Answer):
 
 
 class RunStatus(_Answer):
-    """A run at this moment.
-
-    `loss` and `staleness` are moving averages over recent pushes; `metrics` are those that evaluators have reported,
-    each as of its newest step.
-    """
+    """A run at this moment."""
 
     run: str
+    """The run's name."""
     epoch: int
+    """The run's epoch; it rises when the run goes back to an earlier step or gets another number of shards."""
     step: int
+    """The number of updates that have been applied."""
     initialized: bool
+    """Whether the run has its initial weights."""
     spec: RunSpec
+    """What the run was created with."""
     workers: list[WorkerStatus]
+    """The live workers."""
     pushes: dict[str, int]
+    """How many pushes have been `applied`, `accumulated` and `dropped`."""
     loss: float | None = None
+    """A moving average of the losses that pushes have reported; null if none has."""
     staleness: float | None = None
+    """A moving average of the pushes' staleness, in steps; null before the first push."""
     metrics: dict[str, Metric] = {}
+    """The metrics that evaluators have reported, by name."""
     checkpoint_step: int | None = None
+    """The step of the newest checkpoint; null if there is none."""
     parameter_count: int
+    """The number of elements of all parameters."""
     shards: int = 1
+    """The current number of shards."""
 
 
 class RunList(_Answer):
+    """All runs of a service."""
+
     runs: list[RunStatus]
+    """Each run's status."""
 
 
 class Slice(_Answer):
-    """What a shard owns of a tensor: elements `begin` to `end` of the flattened tensor.
-
-    `shape` is what travels: [rows, ...] where these are whole rows, else [end - begin].
-    """
+    """The part of a tensor that a shard contains."""
 
     name: str
+    """The tensor's name."""
     shape: tuple[int, ...]
+    """The part's shape in bodies: [rows, ...] if it consists of whole rows, else [end - begin]."""
     begin: int
+    """The part's first element in the flattened tensor."""
     end: int
+    """The element after its last one."""
 
 
 class ShardStatus(_Answer):
-    """A shard: elements `begin` to `end` of the run's flat vector, and the URL of the process that owns it.
-
-    `url` is null while nobody does. `applied_step` is the newest step it has applied, `durable_step` the step of the
-    newest checkpoint with this shard in it; null where there is none.
-    """
+    """A shard: elements `begin` to `end` of the run's flat vector."""
 
     index: int
+    """The shard's number, from 0."""
     url: str | None
+    """The URL of the process that owns it; null while it has no owner."""
     begin: int
+    """Its first element in the flat vector."""
     end: int
+    """The element after its last one."""
     slices: list[Slice]
+    """The parts of tensors that it contains."""
     applied_step: int | None = None
+    """The newest step that it has applied; null if that is not known."""
     durable_step: int | None = None
+    """The step of the newest checkpoint that contains it; null if there is none."""
 
 
 class Topology(_Answer):
-    """Where a run's shards are. `missing` are those that nobody owns: the run waits for them."""
+    """A run's shards and their owners."""
 
     run: str
+    """The run's name."""
     epoch: int
+    """The run's epoch."""
     shards: list[ShardStatus]
+    """The shards, in order."""
     missing: list[int] = []
+    """The numbers of the shards that have no owner, for which the run waits."""
 
 
 class ReshardRequest(StrictModel):
-    """Asks for another number of shards."""
+    """A request for another number of shards."""
 
     shards: Annotated[int, Field(strict=True, ge=1, le=MOST_SHARDS)]
+    """The new number of shards."""
 
 
 class Checkpoint(_Answer):
-    """A checkpoint on disk; `created_at` is RFC 3339, `bytes` the size of its tensors."""
+    """A checkpoint that is kept."""
 
     step: int
+    """The run's step in it."""
     epoch: int
+    """The epoch in which it was written."""
     created_at: str
+    """When it was written, in the format of RFC 3339."""
     bytes: int
+    """The size of its tensors, in bytes."""
 
 
 class CheckpointList(_Answer):
+    """The checkpoints of a run."""
+
     checkpoints: list[Checkpoint]
+    """The checkpoints that are kept, oldest first."""
 
 
 LeaseList.model_rebuild()

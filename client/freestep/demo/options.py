@@ -1,4 +1,4 @@
-"""What the demo's processes have in common."""
+"""Command-line options, signals and waiting, shared by the demo's processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["NOT_NOW", "await_run", "end_on_signals", "parser"]
 _PAUSE_S = 0.5
 
 NOT_NOW = (CoordinatorUnavailable, Overloaded, RunNotFound, RunNotInitialized, ServiceUnreachable, ShardUnavailable)
-"""The errors that waiting may cure."""
+"""Errors after which it helps to wait."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def end_on_signals() -> None:
 
 
 def await_run(client: Client, name: str) -> RunStatus:
-    """The run's status, once the service is up and a worker has given the run its weights."""
+    """Waits until the run has its weights; returns its status."""
     while True:
         try:
             status = client.run(name).status()

@@ -20,7 +20,7 @@ _LABELS = {"x": "x, the average", "y": "y, where gradients are taken"}
 
 
 def draw(history: Sequence[Evaluation], events: Sequence[tuple[float, str]], began: float, file: Path) -> None:
-    """Writes the plot; `events` are times, in seconds since 1970 as `began` is, and what happened then."""
+    """Writes the plot; `events` are times and texts, `began` the start, in seconds since 1970."""
     times = [each.time - began for each in history]
     figure, (losses, accuracies) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7), layout="constrained")
     for point in ("x", "y"):

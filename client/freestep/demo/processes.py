@@ -1,4 +1,4 @@
-"""The demo's processes: started, listened to, and ended whatever happens."""
+"""The demo's processes, which end with it."""
 
 from __future__ import annotations
 
@@ -19,69 +19,69 @@ __all__ = ["Processes"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 15.0
-"""How long processes have to end in order, before they are killed."""
+"""Seconds that processes have to end after SIGTERM, before SIGKILL."""
 
 
 class Processes:
-    """A context manager, at whose end its processes end. It belongs in the main thread.
+    """Child processes that end with this context manager, which must be used in the main thread.
 
-    Each process has a session of its own, so that Ctrl-C reaches this one alone. While the context lasts a signal is
-    only noted, and raised by `hear`: it never comes between a process and the record of it, nor cuts the ending short.
+    Each process has a session of its own, so that Ctrl-C reaches this one only. Signals are queued and raised by
+    `read_line`, so that they neither interrupt the start of a process nor the end of all.
     """
 
     def __init__(self, log: Path) -> None:
         self._log = log.open("wb")
-        self._heard: queue.SimpleQueue[tuple[str, str | None] | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[tuple[str, str | None] | None] = queue.SimpleQueue()
         self._running: dict[str, subprocess.Popen[str]] = {}
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def start(self, name: str, module: str, *arguments: str, heard: bool = False) -> None:
-        """Starts a Python module. The first one is ended last. What it prints goes to the log, or to `hear`."""
+    def start(self, name: str, module: str, *arguments: str, is_read: bool = False) -> None:
+        """Starts a Python module; its output goes to the log, or to `read_line`. The first one is ended last."""
         self._running[name] = process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if heard else self._log,
+            stdout=subprocess.PIPE if is_read else self._log,
             stderr=self._log,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         if process.stdout is not None:
-            threading.Thread(target=self._listen, args=(name, process.stdout), daemon=True).start()
+            threading.Thread(target=self._read_output, args=(name, process.stdout), daemon=True).start()
 
-    def hear(self, timeout: float) -> tuple[str, str | None]:
-        """The next line printed and the name of its process; None for the line where the output ends.
+    def read_line(self, timeout: float) -> tuple[str, str | None]:
+        """The next line of output and the name of its process; None instead of a line if the output has ended.
 
         Raises KeyboardInterrupt after a signal, and TimeoutError.
         """
         try:
-            heard = self._heard.get(timeout=timeout)
+            line = self._lines.get(timeout=timeout)
         except queue.Empty:
-            raise TimeoutError(f"nothing was heard for {timeout:g} s") from None
-        if heard is None:
+            raise TimeoutError(f"no output for {timeout:g} s") from None
+        if line is None:
             raise KeyboardInterrupt
-        return heard
+        return line
 
     def kill(self, name: str) -> None:
-        """SIGKILL: the process says goodbye to nobody."""
+        """Kills a process with SIGKILL."""
         process = self._running.pop(name)
         process.kill()
         process.wait()
 
-    def _listen(self, name: str, output: IO[str]) -> None:
+    def _read_output(self, name: str, output: IO[str]) -> None:
         with output:
             for line in output:
-                self._heard.put((name, line.rstrip("\n")))
-        self._heard.put((name, None))
+                self._lines.put((name, line.rstrip("\n")))
+        self._lines.put((name, None))
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._heard.put(None)
+    def _queue_signal(self, number: int, frame: FrameType | None) -> None:
+        self._lines.put(None)
 
     def __enter__(self) -> Self:
         for number in _SIGNALS:
-            # Whoever started this with a signal ignored, as nohup does, means it.
+            # A signal that is ignored, as nohup does, stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._handlers[number] = signal.signal(number, self._note)
+                self._handlers[number] = signal.signal(number, self._queue_signal)
         return self
 
     def __exit__(
@@ -102,7 +102,7 @@ def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-        # Its whole group: a service that crashed leaves its store behind.
+        # Its whole group: a service that crashed may have left its store running.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

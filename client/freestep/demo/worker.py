@@ -1,4 +1,4 @@
-"""A worker: `python -m freestep.demo.worker`. Start as many as you like, whenever you like."""
+"""A worker: `python -m freestep.demo.worker`. Any number can run, and start and end at any time."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["main"]
 logger = logging.getLogger("freestep.demo")
 
 LEASE_TTL_MS = 3000
-"""Short, so that a killed worker is soon seen to be gone."""
+"""Short, so that a killed worker is soon known to be gone."""
 _PATIENCE_S = 600.0
-"""How long a worker waits for a service that is away; a restarted host takes its time."""
+"""Seconds for which a worker waits for a service that does not answer, such as on a host that restarts."""
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A batch moved by up to two pixels each way, so that 4,000 images go further."""
+    """A batch shifted by up to two pixels each way, which augments the 4,000 images."""
     down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
     return images.roll((down, right), (2, 3))
 
@@ -39,16 +39,16 @@ def main() -> None:
     options.add_argument("--worker", default=os.environ.get("FREESTEP_WORKER") or worker_name(), help="its name")
     options.add_argument("--batch", type=int, default=32, help="images behind a gradient")
     options.add_argument("--shards", type=int, default=os.environ.get("FREESTEP_SHARDS"), help="of a run that is new")
-    options.add_argument("--steps", type=int, help="stop after this many pushes; else when told to")
+    options.add_argument("--steps", type=int, help="stop after this many pushes; by default, at a signal")
     options.add_argument("--seed", type=int, help="of the order of its images; else each worker has its own")
     chosen = options.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     end_on_signals()
-    # One thread: as many workers as cores share a machine, and more threads would spin against each other.
+    # One thread: as many workers as cores share the machine, and more threads would spin against each other.
     torch.set_num_threads(1)
     digits = load(chosen.data)
-    # Any two workers see the images in other orders, but make the same initial weights: whoever is first counts.
+    # Workers see the images in different orders, but have the same initial weights, whichever of them uploads its own.
     torch.manual_seed(0)
     model = SmallConvNet()
     generator = torch.Generator()

@@ -1,1 +1,1 @@
-"""What client and service agree on as bytes: safetensors headers, encodings and the receiver. No IO."""
+"""Tensors as bytes, shared by client and service: safetensors headers, encodings, and the receiver; no IO."""

@@ -1,4 +1,4 @@
-"""How a body holds its tensors: as they are, or encoded as fewer bytes than their elements have."""
+"""The encodings of tensors in a body: dense, or in fewer bytes than the elements have."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from freestep.wire.manifest import Manifest, Slot
 __all__ = ["ENCODINGS", "INDICES", "INT8", "ITEMSIZE", "SCALE", "SIZES", "VALUES", "Encoding"]
 
 ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
-"""Bytes per element of the dtypes that travel."""
+"""Bytes per element of the dtypes of dense tensors."""
 
 ENCODINGS = ("dense", "int8", "topk")
-"""Of gradients."""
+"""The encodings of gradients."""
 SCALE, VALUES, INDICES = "::scale", "::values", "::indices"
-"""What follows a tensor's name where an encoding names something else of it."""
+"""The suffixes of a tensor's name for the parts of its encoding."""
 
 SIZES = {**ITEMSIZE, "I8": 1, "I32": 4, "I64": 8}
-"""Bytes per element of all that a body may hold."""
+"""Bytes per element of every dtype in bodies."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a body holds its tensors, as its metadata says.
+    """The encoding of a body's tensors, which its metadata names.
 
-    dense: a tensor `w` as it is. int8: `w` as I8, and `w::scale`, F32, one for each `block` elements of the flattened
-    tensor (the last block may have fewer); an element is q · scale. topk: `w::values` and `w::indices`, I32 or I64, of
-    k elements of the flattened tensor; the others are 0.
+    dense: a tensor `w` in F32, BF16 or F16. int8: `w` in I8, and `w::scale` in F32, one for each `block` elements of
+    the flattened tensor (the last block may be shorter); an element is q · scale. topk: `w::values`, and `w::indices`
+    in I32 or I64, of k elements of the flattened tensor; the others are 0.
     """
 
     name: str = "dense"
@@ -37,7 +37,7 @@ class Encoding:
 
     @classmethod
     def of(cls, metadata: Mapping[str, str], accepted: Collection[str]) -> Encoding:
-        """What a body's metadata says. Raises MalformedTensors."""
+        """The encoding that a body's metadata names. Raises MalformedTensors if it is not one of `accepted`."""
         name = metadata.get("freestep.encoding", "dense")
         if name not in accepted:
             raise MalformedTensors(f"the encoding is not one of {', '.join(accepted)}", encoding=name)
@@ -49,14 +49,14 @@ class Encoding:
         return cls(name, int(block))
 
     def metadata(self) -> dict[str, str]:
-        """What the body says of itself."""
+        """The metadata of a body in this encoding."""
         if self.name == "dense":
             return {}
         block = {"freestep.block": str(self.block)} if self.name == "int8" else {}
         return {"freestep.encoding": self.name, **block}
 
     def roles(self, manifest: Manifest) -> dict[str, tuple[Slot, str]]:
-        """The names in the header: whose each is, and what. Raises MalformedTensors where one stands for two things."""
+        """The names in the header, with tensor and suffix. Raises MalformedTensors if two of them are the same."""
         roles = {"dense": ("",), "int8": ("", SCALE), "topk": (VALUES, INDICES)}[self.name]
         names = {slot.name + role: (slot, role) for slot in manifest.slots for role in roles}
         if len(names) != len(roles) * len(manifest.slots):
@@ -66,35 +66,33 @@ class Encoding:
         return names
 
     def dtypes(self, role: str) -> tuple[str, ...]:
-        """What something may be of."""
+        """The dtypes that a part of a tensor, named by its suffix, can have."""
         if role == "":
             return ("I8",) if self.name == "int8" else tuple(ITEMSIZE)
         return {SCALE: ("F32",), VALUES: tuple(ITEMSIZE), INDICES: ("I32", "I64")}[role]
 
     def shape(self, slot: Slot, role: str) -> tuple[int, ...] | None:
-        """The shape that something has; None where the sender chooses k."""
+        """The shape of a part of a tensor; None if the sender chooses k."""
         if role == SCALE:
             return (self.blocks(slot),)
         return slot.shape if role == "" else None
 
     def blocks(self, slot: Slot) -> int:
-        """How many blocks a tensor has."""
+        """The number of blocks of a tensor."""
         return -(-slot.numel // self.block)
 
     def int8_items(self, manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """What an int8 body holds, by name, dtype and shape, in the order in which it is made.
-
-        The scales come first, so that they lie at multiples of 4 bytes.
-        """
+        """Name, dtype and shape of an int8 body's contents, in order; the scales come first, so that they are aligned."""
         for slot in manifest.slots:
             yield slot.name + SCALE, "F32", (self.blocks(slot),)
         for slot in manifest.slots:
             yield slot.name, "I8", slot.shape
 
     def stretches(self, slots: Sequence[Slot], most: int) -> Iterator[tuple[int, int, int]]:
-        """The tensors' elements in stretches of whole blocks: begin, end, and how many elements a block has in it.
+        """The elements in ranges of blocks of one size: begin, end, and elements per block.
 
-        They are in order, and of at most about `most` elements; tensors that are whole blocks are as one tensor.
+        Ranges are in order and have at most `most` elements, or one block; they can span tensors that consist of whole
+        blocks.
         """
         most = max(most // self.block, 1) * self.block
         for begin, end, width in self._runs(slots):
@@ -102,7 +100,7 @@ class Encoding:
                 yield place, min(place + most, end), width
 
     def _runs(self, slots: Sequence[Slot]) -> Iterator[tuple[int, int, int]]:
-        """As long stretches of blocks of one size as there are."""
+        """The longest ranges of blocks of one size."""
         begin = end = slots[0].offset if slots else 0
         for slot in slots:
             whole = slot.numel - slot.numel % self.block
@@ -118,4 +116,4 @@ class Encoding:
 
 
 INT8 = Encoding("int8")
-"""That of points."""
+"""The encoding of points."""

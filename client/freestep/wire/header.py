@@ -1,4 +1,4 @@
-"""Headers of safetensors bodies, made and read.
+"""Headers of safetensors bodies: encoding and parsing.
 
 A body is an 8-byte little-endian header length, a JSON header, and the tensors' bytes without a gap:
 
@@ -36,13 +36,13 @@ Item: TypeAlias = tuple[str, str, Sequence[int]]
 """A name in a header, with its dtype and shape."""
 
 PREFIX = 8
-"""Bytes of the header's length."""
+"""Bytes of the header's length, at the beginning of a body."""
 _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of a tensor, or of what an encoding has of it: `count` elements, bytes `begin` to `end`."""
+    """A header's entry of a tensor, or of a part of its encoding: `count` elements, bytes `begin` to `end`."""
 
     name: str
     slot: Slot
@@ -58,7 +58,7 @@ class Entry:
 
 
 def header_limit(manifest: Manifest) -> int:
-    """The longest header accepted, in bytes: four times the plainest one, and room for metadata."""
+    """The longest header accepted, in bytes: four times the shortest one, and room for metadata."""
     return manifest.derived(_header_limit)
 
 
@@ -72,19 +72,19 @@ def body_limit(manifest: Manifest) -> int:
 
 
 def encoded_limit(manifest: Manifest) -> int:
-    """The longest body accepted of any encoding, in bytes: all elements as values with their indices."""
+    """The longest body accepted in any encoding, in bytes: all elements as values with their indices."""
     return PREFIX + header_limit(manifest) + (SIZES["F32"] + SIZES["I64"]) * manifest.numel
 
 
 def plain_entries(manifest: Manifest, dtype: str) -> Iterator[Entry]:
-    """The entries of a plain header, which is one of all tensors in order and of one dtype."""
+    """The entries of a plain header: all tensors in order, in one dtype."""
     size = ITEMSIZE[dtype]
     for slot in manifest.slots:
         yield Entry(slot.name, slot, "", dtype, slot.numel, size * slot.offset, size * (slot.offset + slot.numel))
 
 
 def _tail(manifest: Manifest, dtype: str) -> bytes:
-    """What follows the metadata in a plain header."""
+    """The bytes after the metadata in a plain header."""
     return json.dumps(_described(_items(manifest, dtype)), separators=(",", ":")).encode()[1:]
 
 
@@ -95,7 +95,7 @@ def _items(manifest: Manifest, dtype: str) -> Iterator[Item]:
 
 
 def data_length(manifest: Manifest, dtype: str) -> int:
-    """How many bytes of a body follow a header as `encode_header` makes it."""
+    """The bytes of a body after a header from `encode_header`."""
     return manifest.derived(_data_length, dtype)
 
 
@@ -104,9 +104,9 @@ def _data_length(manifest: Manifest, dtype: str) -> int:
 
 
 def encode_header(manifest: Manifest, dtype: str, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The prefix and header of a body that holds the manifest's tensors in order, all of one dtype.
+    """The length prefix and header of a body with the manifest's tensors in order, in one dtype.
 
-    I8 is the encoding INT8. The header is padded with spaces so that the tensors begin at a multiple of 8 bytes.
+    For I8 the encoding is INT8. The header is padded with spaces, so that the tensors begin at a multiple of 8 bytes.
     """
     text = b"{"
     if dtype == "I8":
@@ -120,7 +120,7 @@ def encode_header(manifest: Manifest, dtype: str, metadata: Mapping[str, str] | 
 
 
 def header_of(items: Iterable[Item], metadata: Mapping[str, str] | None = None) -> bytes:
-    """As `encode_header`, of items by name, dtype and shape."""
+    """As `encode_header`, for items given by name, dtype and shape."""
     header = {**({"__metadata__": dict(metadata)} if metadata else {}), **_described(items)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -128,7 +128,7 @@ def header_of(items: Iterable[Item], metadata: Mapping[str, str] | None = None) 
 
 
 def _described(items: Iterable[Item]) -> dict[str, Any]:
-    """What a header says of items whose bytes follow each other."""
+    """The entries of items whose bytes follow each other."""
     entries: dict[str, Any] = {}
     begin = 0
     for name, dtype, shape in items:
@@ -139,9 +139,9 @@ def _described(items: Iterable[Item]) -> dict[str, Any]:
 
 
 def parse_plain(raw: bytes, manifest: Manifest, data_length: int) -> tuple[str, dict[str, str]] | None:
-    """The dtype and metadata of a header as `encode_header` makes it, found without parsing what is known.
+    """The dtype and metadata of a header from `encode_header`, without parsing its entries; None for any other header.
 
-    None for any other header; this accepts nothing that `parse_header` would not.
+    It accepts nothing that `parse_header` and `parse_entries` would refuse.
     """
     text = raw.rstrip(b" ")
     for dtype, itemsize in ITEMSIZE.items():
@@ -165,7 +165,7 @@ def parse_header(raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     if raw[:1] != b"{":
         raise MalformedTensors("the header does not begin with {")
     try:
-        # Decoded here, since json.loads would accept UTF-16, UTF-32 and encoded surrogates too.
+        # Decoded here: json.loads would also accept UTF-16, UTF-32 and encoded surrogates.
         header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise MalformedTensors(f"the header is not JSON: {type(error).__name__}") from None
@@ -175,7 +175,7 @@ def parse_header(raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         "".join([*metadata, *metadata.values()]).encode()
     except UnicodeEncodeError:
-        raise MalformedTensors("the header's __metadata__ holds half of a surrogate pair") from None
+        raise MalformedTensors("the header's __metadata__ contains half of a surrogate pair") from None
     return header, metadata
 
 
@@ -203,7 +203,7 @@ def parse_entries(header: Mapping[str, Any], manifest: Manifest, encoding: Encod
         counts = {entry.name: entry.count for entry in entries}
         for slot in manifest.slots:
             if counts[slot.name + VALUES] != counts[slot.name + INDICES]:
-                raise MalformedTensors(f"the values and the indices of {slot.name!r} are not of one number")
+                raise MalformedTensors(f"{slot.name!r} has another number of values than of indices")
     return entries
 
 
@@ -238,7 +238,7 @@ def _is_sizes(value: object) -> bool:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name is used twice")
     return members
 
 

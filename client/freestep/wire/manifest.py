@@ -1,4 +1,4 @@
-"""A run's tensors in order, and where each lies in the one flat vector of them all, or of a shard's part of it."""
+"""A run's tensors in order, and their places in the flat vector of all of them, or in a shard's part of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _TOLERANCE = 0.02
-"""How far, in shares of a shard, a cut may move to where a row ends: two cuts keep a shard within 5% of its share."""
+"""How far a boundary between shards may move to the end of a row, as a fraction of a shard's size."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Slot:
 
 
 class Manifest:
-    """The run's tensors in order, and where each lies in the flat vector of `numel` elements.
+    """A run's tensors in order, as slots of a flat vector of `numel` elements.
 
-    A shard's manifest (`part`) is elements `begin` to `end` of the whole model's flat vector.
+    A shard's manifest, from `part`, contains elements `begin` to `end` of the whole model's flat vector.
     """
 
     def __init__(self, parameters: Iterable[ParameterSpec], whole: Collection[str] = ()) -> None:
-        """whole: the groups whose tensors are not cut."""
+        """whole: the groups whose tensors are not divided between shards."""
         slots: list[Slot] = []
         offset = 0
         self._whole = frozenset(whole)
@@ -53,7 +53,7 @@ class Manifest:
 
     @classmethod
     def of(cls, spec: RunSpec) -> Self:
-        """A run's."""
+        """The manifest of a run."""
         return cls(spec.parameters, spec.whole_groups())
 
     def _assemble(self, slots: Iterable[Slot], begin: int, end: int) -> None:
@@ -64,11 +64,10 @@ class Manifest:
         self._derived: dict[tuple[Any, ...], Any] = {}
 
     def part(self, index: int, count: int) -> Manifest:
-        """Shard `index` of `count`: a stretch of the flat vector of about `numel / count` elements.
+        """The manifest of shard `index` of `count`, with about `numel / count` elements; of one shard, this manifest.
 
-        Where it can, a cut falls between two tensors or two rows of one; a tensor whose rows are too long for
-        shards of equal size is cut within a row. One that is not to be cut goes to the shard that would have had the
-        larger part of it. One of 1 is the whole.
+        Boundaries are between tensors or rows if a row's end is near enough, else within a row. A tensor that is not
+        divided goes to the shard that would have had the larger part of it.
         """
         begin, end = self._cut(index, count), self._cut(index + 1, count)
         if (begin, end) == (0, self.numel):
@@ -78,7 +77,7 @@ class Manifest:
         return made
 
     def _cut(self, index: int, count: int) -> int:
-        """Where shard `index` begins; rows end at multiples of a tensor's trailing dimensions."""
+        """The first element of shard `index`; rows end at multiples of a tensor's trailing dimensions."""
         ideal = self.numel * index // count
         if ideal in (0, self.numel):
             return ideal
@@ -93,7 +92,7 @@ class Manifest:
     def _slices(self, begin: int, end: int) -> Iterator[Slot]:
         for slot in self.slots:
             first, last = max(slot.offset, begin), min(slot.offset + slot.numel, end)
-            # An empty tensor belongs to the shard whose stretch it lies in, and to the last one at the very end.
+            # An empty tensor belongs to the shard that contains its offset, at the very end to the last one.
             is_here = begin <= slot.offset < end or slot.offset == end == self.numel
             if first >= last and not (slot.numel == 0 and is_here):
                 continue
@@ -105,7 +104,7 @@ class Manifest:
             yield Slot(slot.name, shape, slot.group, first - begin, numel, start)
 
     def derived(self, make: Callable[[Manifest, *Ts], T], *arguments: *Ts) -> T:
-        """`make(self, *arguments)`, made once: for what follows from the manifest and is asked for again and again."""
+        """`make(self, *arguments)`, computed once for each function and arguments."""
         key = (make, *arguments)
         if key not in self._derived:
             self._derived[key] = make(self, *arguments)

@@ -1,9 +1,8 @@
-"""Tensors on the wire: a run's parameters or gradients as one safetensors body.
+"""Receives a run's parameters or gradients, a safetensors body, into a flat vector.
 
-The law of this file: it reads no socket and computes with no tensor. A `Receiver` says where the next bytes
-belong and is told how many arrived, so that a socket can fill the flat vector itself; whatever it is fed, it
-ends with the manifest's tensors in their slots or with MalformedTensors, in time and memory that the manifest
-bounds and the sender does not.
+This file reads no socket and computes with no tensor. A `Receiver` has a buffer for the next bytes, as
+`asyncio.BufferedProtocol` does, so that a socket can fill the flat vector itself. Whatever bytes it gets, it ends with
+the manifest's tensors in their slots or with MalformedTensors, in time and memory that depend on the manifest only.
 """
 
 from __future__ import annotations
@@ -34,26 +33,26 @@ MEDIA_TYPE = "application/vnd.safetensors"
 
 @dataclass(frozen=True)
 class Beside:
-    """What an encoding has beside a tensor, or instead of it."""
+    """A part of a tensor's encoding that is not in the flat vector: scales, values or indices."""
 
     dtype: str
     memory: memoryview
 
 
 class Sink(Protocol):
-    """Where bytes that are received belong; as in `asyncio.BufferedProtocol`."""
+    """Memory for received bytes, as in `asyncio.BufferedProtocol`."""
 
     def get_buffer(self) -> memoryview:
-        """Where the next bytes go; empty when there is no room for more."""
+        """The memory for the next bytes; empty if there is no room for more."""
 
     def buffer_updated(self, size: int) -> None:
-        """Takes note that `size` bytes were put at the front of `get_buffer()`. May raise; then it is used no more."""
+        """Called when `size` bytes are at the front of `get_buffer()`. May raise, and is not used after that."""
 
 
 def lay(sink: Sink, data: bytes | bytearray | memoryview) -> None:
-    """Copies bytes that lie elsewhere into a sink.
+    """Copies bytes into a sink.
 
-    Raises what the sink raises, and MalformedTensors when it has no room for them.
+    Raises what the sink raises, and MalformedTensors if it has no room for them.
     """
     view = memoryview(data)
     while view:
@@ -67,15 +66,14 @@ def lay(sink: Sink, data: bytes | bytearray | memoryview) -> None:
 
 
 class Receiver:
-    """Lays a body of `length` bytes into `target`, a writable byte view of a flat vector.
+    """Receives a body of `length` bytes into `target`, the writable memory of a flat vector; a Sink until `complete`.
 
-    `target` holds `itemsize` bytes for each element of the manifest. A tensor whose dtype is narrower than that
-    lands right-aligned in its slot, so that it can be widened in place from the front; `dtypes` names, once the
-    header is read, each tensor's dtype as it came. Where all are of one `dtype`, they land as one flat vector of it,
-    right-aligned in the target. What an encoding has beside that, or instead of it, lands in memory
-    of its own: `beside`, by its name in the header.
+    `target` has `itemsize` bytes for each element of the manifest. A tensor of a narrower dtype is put at the end of
+    its slot, so that it can be widened in place from the front; `dtypes` has each tensor's dtype once the header is
+    read. If all tensors are of one `dtype`, they form one flat vector of it at the end of the target. The scales,
+    values and indices of an encoding are put into memory of their own, `beside`, by their names in the header.
 
-    It is a Sink, until it is `complete`. With `encodings` it takes bodies of these.
+    encodings: the encodings that are accepted.
     """
 
     def __init__(
@@ -108,22 +106,22 @@ class Receiver:
 
     @property
     def complete(self) -> bool:
-        """Whether the whole body has arrived."""
+        """True once the whole body has been received."""
         return not self._pending
 
     @property
     def missing(self) -> int:
-        """How many bytes of the body have not arrived."""
+        """The bytes of the body that have not been received."""
         return self._length - self._received
 
     def get_buffer(self) -> memoryview:
-        """Where the next bytes of the body belong; empty once it is complete."""
+        """The memory for the next bytes of the body; empty once it is complete."""
         return self._pending[-1] if self._pending else memoryview(b"")
 
     def buffer_updated(self, size: int) -> None:
-        """Takes note that `size` bytes were put at the front of `get_buffer()`.
+        """Called when `size` bytes are at the front of `get_buffer()`.
 
-        Raises MalformedTensors as soon as what arrived cannot be the manifest's tensors.
+        Raises MalformedTensors as soon as the bytes cannot be the manifest's tensors.
         """
         self._received += size
         rest = self._pending[-1][size:]
@@ -186,8 +184,8 @@ class Receiver:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Each tensor's dtype, that of all if there is one, and the stretches of a target, in bytes, that a body's tensors
-    fill one after the other."""
+    """Each tensor's dtype, the dtype of all if it is the same, and the byte ranges of a target that the body fills, in
+    order."""
 
     dtypes: Mapping[str, str]
     dtype: str | None
@@ -195,7 +193,7 @@ class _Layout:
 
 
 def _plain_layout(manifest: Manifest, dtype: str, itemsize: int) -> _Layout:
-    """Where the tensors of a plain header go, in a target of `itemsize` bytes an element."""
+    """The layout of a plain header's tensors in a target of `itemsize` bytes an element."""
     return _lay_out(plain_entries(manifest, dtype), manifest, itemsize)
 
 
@@ -204,7 +202,7 @@ def _lay_out(entries: Iterable[Entry], manifest: Manifest, itemsize: int) -> _La
     dtypes = {entry.slot.name: entry.dtype for entry in entries}
     for name, each in dtypes.items():
         if ITEMSIZE[each] > itemsize:
-            raise MalformedTensors(f"the tensor {name!r} is {each}, wider than what was asked for")
+            raise MalformedTensors(f"the tensor {name!r} is {each}, wider than the dtype that was requested")
     found = set(dtypes.values())
     dtype = found.pop() if len(found) == 1 else None
     landings: list[tuple[int, int]] = []

@@ -1,0 +1,162 @@
+"""What a run is: its optimizer, its aggregation policy, and the manifest of its parameters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from freestep.api.hyperparameters import OptimizerSpec, ScheduleFreeWrapper
+from freestep.api.validation import LARGEST_INTEGER, Count, StrictModel, fault
+
+__all__ = ["DEFAULT_GROUP", "MOST_SHARDS", "AggregationSpec", "GroupOverrides", "ParameterSpec", "RunSpec"]
+
+DEFAULT_GROUP = "default"
+
+MOST_SHARDS = 256
+"""The largest number of shards of a run."""
+
+_Name = Annotated[str, Field(min_length=1, max_length=512)]
+
+GroupOverrides = dict[str, Any]
+"""The hyperparameters of one param group that differ from the run's."""
+
+
+class AggregationSpec(StrictModel):
+    """How pushes become updates: a named policy, and fields that replace the policy's own values.
+
+    An update is made of `batch` pushes, and its gradient is their mean, weighted by samples if they are given. A push's
+    staleness is the run's step minus the step of the y at which the gradient was computed; staler pushes than
+    `max_staleness` are dropped. The policies, with M live workers:
+
+    - `async`: batch 1, any staleness.
+    - `ringmaster`: batch 1, staleness at most 4 · M, at least 4, unless `max_staleness` is given (arXiv 2501.16168).
+    - `buffered`: `batch` pushes, any staleness (FedBuff, arXiv 2106.06639).
+    - `rennala`: `batch` pushes of staleness 0 (arXiv 2305.12387).
+    - `sync`: one push of every live worker, of staleness 0.
+    - `quorum`: pushes of `batch` different workers, of staleness 0; later ones are dropped.
+    - `ssp`: batch 1, any staleness; a worker that is more than `slack` pushes ahead of the slowest live one waits.
+
+    Example:
+        >>> freestep.AggregationSpec(policy="buffered", batch=8, max_staleness=20)
+
+    Raises:
+        ValidationError: A field that the policy needs is missing, or a value is out of range.
+    """
+
+    policy: Literal["async", "ringmaster", "sync", "quorum", "buffered", "rennala", "ssp"] = "ringmaster"
+    """The policy's name."""
+    batch: Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] | None = None
+    """How many pushes make an update; `quorum`, `buffered` and `rennala` need it. None is the policy's own."""
+    max_staleness: Count | None = None
+    """The largest staleness, in steps, of a push that is not dropped; None is the policy's own."""
+    slack: Count | None = None
+    """How many pushes a worker may be ahead of the slowest live one before it waits; `ssp` needs it. None: any."""
+    staleness_damping: Literal["none", "delay_adaptive", "inverse_sqrt", "fadas"] = "none"
+    """How staleness τ reduces the learning rate of a step. `delay_adaptive`: times min(1, M/τ), with M live workers
+    (arXiv 2206.07638). `inverse_sqrt`: times 1/sqrt(1 + τ). `fadas`: at most 1/τ if τ exceeds `staleness_threshold`
+    (arXiv 2407.18365)."""
+    staleness_threshold: Count | None = None
+    """τ_c of `fadas`, in steps; `fadas` needs it, and no other damping takes it."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> AggregationSpec:
+        if self.policy in ("quorum", "buffered", "rennala") and self.batch is None:
+            raise fault(("batch",), f"the policy {self.policy!r} needs a batch")
+        if self.policy == "ssp" and self.slack is None:
+            raise fault(("slack",), "the policy 'ssp' needs a slack")
+        if (self.staleness_damping == "fadas") != (self.staleness_threshold is not None):
+            raise fault(("staleness_threshold",), "needed by the staleness damping 'fadas', and by no other")
+        return self
+
+
+class ParameterSpec(StrictModel):
+    """One tensor of a run."""
+
+    name: _Name
+    """The tensor's name, unique in the run; `__metadata__` is reserved by the safetensors format."""
+    shape: tuple[Annotated[int, Field(strict=True, ge=0, le=2**48)], ...] = Field(max_length=64)
+    """The tensor's shape; [] is a scalar, and a dimension of 0 makes it empty."""
+    group: _Name = DEFAULT_GROUP
+    """The name of its param group: `default`, or one of the run's `groups`."""
+
+    @model_validator(mode="after")
+    def _not_reserved(self) -> ParameterSpec:
+        if self.name == "__metadata__":
+            raise fault(("name",), "the safetensors format reserves the name __metadata__")
+        return self
+
+
+class RunSpec(StrictModel):
+    """What a run is: fixed when it is created, except for the number of shards.
+
+    Example:
+        >>> freestep.RunSpec.model_validate({
+        ...     "optimizer": {"algorithm": "adamw_schedule_free", "lr": 2.5e-3},
+        ...     "parameters": [{"name": "weight", "shape": [10, 784]}, {"name": "bias", "shape": [10]}],
+        ... })
+
+    Raises:
+        ValidationError: A field is out of range, or names do not match.
+    """
+
+    optimizer: OptimizerSpec
+    """The algorithm and its hyperparameters: a class of `freestep.api.hyperparameters`, or its document with
+    `algorithm`."""
+    aggregation: AggregationSpec = AggregationSpec()
+    """How pushes become updates; `ringmaster` by default."""
+    parameters: tuple[ParameterSpec, ...] = Field(min_length=1)
+    """The tensors, in the order in which the flat vector contains them."""
+    groups: dict[_Name, GroupOverrides] = Field(default_factory=dict)
+    """Param groups by name, with the hyperparameters that differ from the run's."""
+    lease_ttl_ms: Annotated[int, Field(strict=True, ge=100, le=3_600_000)] = 30_000
+    """Milliseconds after which a lease ends that is not renewed."""
+    durability: Literal["none", "checkpoint"] = "checkpoint"
+    """What survives a crash: nothing, or the last checkpoint."""
+    shards: Annotated[int, Field(strict=True, ge=1, le=MOST_SHARDS)] = 1
+    """How many shards the run is created with."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunSpec:
+        names: set[str] = set()
+        for index, parameter in enumerate(self.parameters):
+            if parameter.name in names:
+                raise fault(("parameters", index, "name"), f"the name {parameter.name!r} is used twice")
+            names.add(parameter.name)
+            if parameter.group not in self.groups and parameter.group != DEFAULT_GROUP:
+                raise fault(("parameters", index, "group"), f"there is no group {parameter.group!r}")
+        whole = self.whole_groups()
+        for index, parameter in enumerate(self.parameters):
+            if parameter.group in whole and len(parameter.shape) != 2:
+                raise fault(
+                    ("parameters", index, "shape"),
+                    f"parameter {parameter.name!r} has shape {list(parameter.shape)}, but base "
+                    f"{self._base(parameter.group)!r} needs 2-D parameters: put it in a group with base 'adamw'",
+                )
+        if self.optimizer.needs_loss and self.shards > 1:
+            raise fault(
+                ("shards",),
+                f"{self.optimizer.algorithm!r} needs sums over all parameters for its step size: it runs on one shard",
+            )
+        return self
+
+    def _base(self, group: str) -> str:
+        hyperparameters = self.hyperparameters(group)
+        assert isinstance(hyperparameters, ScheduleFreeWrapper)
+        return hyperparameters.base.algorithm
+
+    def whole_groups(self) -> set[str]:
+        """The names of the param groups whose tensors are not divided between shards."""
+        return {group for group in (DEFAULT_GROUP, *self.groups) if self.hyperparameters(group).takes_matrices}
+
+    def hyperparameters(self, group: str) -> OptimizerSpec:
+        """The hyperparameters of a param group: the run's, with the group's own in their place.
+
+        Args:
+            group: The group's name; one without hyperparameters of its own has the run's.
+        """
+        try:
+            return self.optimizer.overruled(self.groups.get(group, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise fault(("groups", group, *first["loc"]), first["msg"]) from None
