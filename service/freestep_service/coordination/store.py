@@ -70,13 +70,13 @@ class Store:
                 return await self._execute("EVAL", source, len(keys), *keys, *arguments)
 
     def listener(self) -> Redis:
-        """A client of its own for channels: any one server of a cluster hears what is told to the others."""
+        """A client of its own for channels: any one server of a cluster passes on what is published on the others."""
         return Redis.from_url(
             self._url,
             decode_responses=True,
             socket_connect_timeout=_TIMEOUT_S,
-            # Nothing is ever said on it: without probes a connection whose other end is gone would seem to be quiet.
-            health_check_interval=_TIMEOUT_S,
+            # A lost connection is noticed by whoever uses it: it may have lost messages.
+            retry=Retry(NoBackoff(), 0),
             **({} if self._url.startswith("unix:") else {"socket_keepalive": True}),
         )
 
