@@ -98,10 +98,20 @@ async def process(url: str, data_dir: Path, **settings: Any) -> AsyncIterator[Re
     made = Settings(**{"data_dir": data_dir, "checkpoint_seconds": 3600.0, "inline_elements": 0} | settings)
     store = await Store.connect(url)
     node = Node(node_url, int(1000 * made.owner_ttl_seconds))
+    memory = MemoryBudget(made.memory_bytes or 2**30)
     reserve = MemoryBudget(2**24 if made.slow_peer_bytes is None else made.slow_peer_bytes)
     registry = Registry(
         Resources(
-            made, store, storage, Channels(store), node, HOST, DeviceLocks(made.inline_elements), Metrics(), reserve
+            made,
+            store,
+            storage,
+            Channels(store),
+            node,
+            HOST,
+            DeviceLocks(made.inline_elements),
+            Metrics(),
+            memory,
+            reserve,
         )
     )
     try:

@@ -112,7 +112,8 @@ async def _start(app: FastAPI, settings: Settings, metrics: Metrics, stack: Asyn
         device,
         DeviceLocks(settings.inline_elements),
         metrics,
-        MemoryBudget(settings.slow_peer_bytes if settings.slow_peer_bytes is not None else machine_memory() // 8),
+        MemoryBudget(settings.memory_bytes or machine_memory() // 8 * 7),
+        MemoryBudget(machine_memory() // 8 if settings.slow_peer_bytes is None else settings.slow_peer_bytes),
     )
     registry = Registry(resources)
     try:

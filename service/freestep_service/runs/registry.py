@@ -20,6 +20,7 @@ from freestep_service.coordination.store import reachable
 from freestep_service.runs.background import Background
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
+from freestep_service.state.memory_budget import run_bytes
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.run_files import RunFile
 
@@ -73,7 +74,11 @@ class Registry:
         return {**self._set_aside, **failing}
 
     async def create(self, name: str, spec: RunSpec) -> tuple[Run, bool]:
-        """The run, and whether it is new. Raises RunExists when it is there with another spec, and InvalidSpec."""
+        """The run, and whether it is new.
+
+        Raises RunExists when it is there with another spec, InvalidSpec, also where the machine has no memory for it,
+        and StorageUnavailable.
+        """
         resources = self._resources
         limit = body_limit(Manifest.of(spec))
         if limit > resources.settings.max_body_bytes:
@@ -88,8 +93,13 @@ class Registry:
                 return self._same(self._runs[name], spec), False
             await resources.disk.run(resources.storage.require_writable)
             await resources.node.heartbeat(resources.store)
-            run = Run(name, spec, spec.shards, resources)
-            await run.create()
+            resources.memory.reserve(name, self._bytes_of(spec, spec.shards))
+            try:
+                run = Run(name, spec, spec.shards, resources)
+                await run.create()
+            except BaseException:
+                resources.memory.cancel(name)
+                raise
             self._runs[name] = run
             self._set_aside.pop(name, None)
             await run.start()
@@ -108,6 +118,7 @@ class Registry:
         async with self._change(name):
             await self.get(name).delete()
             self._runs.pop(name, None)
+            self._resources.memory.cancel(name)
 
     def _change(self, name: str) -> asyncio.Lock:
         return self._changing[name]
@@ -175,10 +186,20 @@ class Registry:
         except ValidationError as error:
             self._put_aside(name, f"its spec is not valid: {error}")
             return
-        run = Run(name, spec, view.count if view else file.shards if file else spec.shards, self._resources)
+        shards = view.count if view else file.shards if file else spec.shards
+        try:
+            self._resources.memory.reserve(name, self._bytes_of(spec, shards))
+        except InvalidSpec as error:
+            # It was there before: it is opened, and the log tells.
+            logger.error("run %s: %s", name, error)
+        run = Run(name, spec, shards, self._resources)
         self._runs[name] = run
         self._set_aside.pop(name, None)
         await run.start()
+
+    def _bytes_of(self, spec: RunSpec, shards: int) -> int:
+        """The most memory that this process's share of a run takes."""
+        return run_bytes(spec, self._resources.node.share(shards), shards, self._resources.device)
 
     def _put_aside(self, name: str, reason: str, error: Exception | None = None) -> None:
         if self._set_aside.get(name) != reason:
@@ -203,6 +224,8 @@ class Registry:
                 if resources.node.live_peers:
                     for name in sorted(await self._names() - self._runs.keys()):
                         await self._look_at(name)
+                for name in sorted(self._set_aside):
+                    await self._try_to_open(name)
             except (CoordinatorUnavailable, StorageUnavailable):
                 # The runs say in the log that Redis is away.
                 pass
@@ -211,6 +234,7 @@ class Registry:
             for run in self.all():
                 if run.is_gone and self._runs.get(run.name) is run:
                     del self._runs[run.name]
+                    resources.memory.cancel(run.name)
                     self._background.spawn(run.forget(), f"run {run.name} was not forgotten")
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):

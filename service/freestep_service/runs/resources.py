@@ -17,6 +17,7 @@ from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import Settings
 from freestep_service.state.buffers import Reserve
 from freestep_service.state.compute import DeviceLocks
+from freestep_service.state.memory_budget import MemoryBudget
 from freestep_service.storage.media import Storage
 
 __all__ = ["Disk", "Resources"]
@@ -46,7 +47,7 @@ class Disk:
 class Resources:
     """The process's settings, store, storage, devices and threads.
 
-    reserve: memory for what slow peers hold, over all runs.
+    memory: what runs may take, counted when they are created. reserve: what slow peers may hold, over all runs.
     """
 
     settings: Settings
@@ -57,5 +58,6 @@ class Resources:
     device: torch.device
     locks: DeviceLocks
     metrics: Metrics
+    memory: MemoryBudget
     reserve: Reserve
     disk: Disk = field(default_factory=Disk)

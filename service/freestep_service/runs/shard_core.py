@@ -13,16 +13,13 @@ from freestep_service.domain.records import Owner
 from freestep_service.runs.context import RunContext
 from freestep_service.state.bodies import room
 from freestep_service.state.buffers import VectorPool
+from freestep_service.state.memory_budget import snapshot_vectors
 from freestep_service.state.shard import Shard
 from freestep_service.state.snapshots import Snapshots
 from freestep_service.state.staging import Staging, staging_vectors
 from freestep_service.state.writer import Writer
 
-__all__ = ["SNAPSHOTS_SHARDED", "ShardCore"]
-
-_SNAPSHOTS = 2
-SNAPSHOTS_SHARDED = 6
-"""Vectors for snapshots of a shard of several: those of pushes and of pulls, as lua/_prelude.lua grants them."""
+__all__ = ["ShardCore"]
 
 
 class ShardCore:
@@ -46,9 +43,7 @@ class ShardCore:
         vectors = staging_vectors(Policy.of(context.spec.aggregation), count)
         bodies = VectorPool(self.manifest.numel, vectors, device=device, reserve=resources.reserve)
         self.staging = Staging(self.manifest, bodies, resources.locks, settings.slow_bytes_per_second)
-        answers = VectorPool(
-            self.manifest.numel, SNAPSHOTS_SHARDED if count > 1 else _SNAPSHOTS, bytes_, device, resources.reserve
-        )
+        answers = VectorPool(self.manifest.numel, snapshot_vectors(count), bytes_, device, resources.reserve)
         self.snapshots = Snapshots(context.name, self.writer, answers)
         self._compiler = resources.locks.compiler
 
