@@ -35,6 +35,7 @@ class InitialWeights:
         self._core = core
         self._outcomes: dict[str, asyncio.Future[bool]] = {}
         """By upload: whether it has won, once that is known."""
+        self._beginning = asyncio.Lock()
         self._turn_here = asyncio.Lock()
         """A run of one shard takes one upload at a time, since it has few vectors."""
 
@@ -50,19 +51,20 @@ class InitialWeights:
             staged = await self._stage(body, upload)
             try:
                 await self._agree(upload, outcome)
-                if not self._core.initialized:
-                    # The writer's thread reads the staged memory, whether or not the request is still there.
-                    await uninterrupted(asyncio.ensure_future(self._begin(staged)))
+                # The writer's thread reads the staged memory, whether or not the request is still there.
+                await uninterrupted(asyncio.ensure_future(self._begin(staged)))
             finally:
                 staged.hold.release()
 
     async def _begin(self, staged: Staged) -> None:
-        """Makes the weights the state of step 0."""
+        """Makes the weights the state of step 0, unless another request of the same upload has."""
         assert isinstance(staged.tensors, Tensor), "only gradients are encoded"
         writer = self._core.writer
-        await writer.run(self._core.shard.initialize, staged.tensors, writer.epoch)
-        self._core.initialized = True
-        writer.resume(writer.epoch, 0, 0)
+        async with self._beginning:
+            if not self._core.initialized:
+                await writer.run(self._core.shard.initialize, staged.tensors, writer.epoch)
+                self._core.initialized = True
+                writer.resume(writer.epoch, 0, 0)
 
     def won(self, upload: str) -> None:
         """An upload has won."""
