@@ -58,6 +58,12 @@ def test_tokens_rise_over_a_loss_of_redis(run: DrivenRun) -> None:
     assert run.grant().token > lease.token
 
 
+def test_tokens_rise_where_the_clock_does_not(run: DrivenRun) -> None:
+    ahead = run.grant("a").token + HOUR
+    run.redis.hset(run.key("run"), "token", ahead)
+    assert [run.grant(worker).token for worker in "abb"] == [ahead + 1, ahead + 2, ahead + 3]
+
+
 def test_a_lease_of_an_earlier_epoch_is_not_renewed(run: DrivenRun) -> None:
     lease = run.grant()
     run.do(run.opening.gather(run.shards))

@@ -1,0 +1,189 @@
+"""Pushes in any order of calls: each counts once at most, the log has no gap, and nothing is left behind."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from coordination.driven import DrivenRun, Driver
+from freestep.api.models import Lease
+from freestep.errors import EpochChanged, LeaseExpired, NonFiniteGradient, ProblemError
+from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.records import Claim, Lost, Pending, Record, RunState
+
+POLICIES = {
+    "async": Policy("1", "none", distinct=False),
+    "buffered": Policy("2", "none", distinct=False),
+    "sync": Policy("live", "0", distinct=True),
+}
+SHARDS = st.integers(0, 2)
+WORKERS = st.sampled_from(["a", "b"])
+
+
+class Pushes(RuleBasedStateMachine):
+    """What the owners of shards call for pushes that they carry, and what happens to the run meanwhile."""
+
+    driver: ClassVar[Driver]
+    shards: ClassVar[int]
+    policy: ClassVar[Policy]
+
+    pushes = Bundle("pushes")
+
+    @initialize()
+    def open(self) -> None:
+        self.run = DrivenRun(self.driver, self.shards, self.policy).open()
+        self.leases: dict[str, Lease] = {}
+        self.keys = 0
+        self.carried: set[tuple[Claim, int]] = set()
+        """Parts of pushes that owners have admitted and still hold."""
+        self.records: dict[str, Record] = {}
+        self.entries: dict[tuple[int, int], dict[str, Any]] = {}
+        """Every entry of the log that was ever seen, by epoch and seq."""
+
+    @rule(target=pushes, worker=WORKERS)
+    def push(self, worker: str) -> Claim:
+        if worker not in self.leases:
+            self.leases[worker] = self.run.grant(worker)
+        self.keys += 1
+        return self.run.claim(self.leases[worker], f"key-{self.keys}", self.run.number("step"))
+
+    @rule(claim=pushes, shard=SHARDS)
+    def admit(self, claim: Claim, shard: int) -> None:
+        shard %= self.shards
+        try:
+            admission = self.run.admit(claim, shard)
+        except Pending:
+            assert self.shards == 1
+        except ProblemError:
+            assert claim.key not in self.records
+        else:
+            if admission.record is None:
+                self.carried.add((claim, shard))
+            else:
+                self.decided(claim, admission.record)
+
+    @rule(claim=pushes, shard=SHARDS, too_large=st.booleans())
+    def commit(self, claim: Claim, shard: int, too_large: bool) -> None:
+        shard %= self.shards
+        if (claim, shard) not in self.carried:
+            return
+        try:
+            record = self.run.commit(claim, shard, largest_norm=0.5 if too_large else None)
+        except (Lost, LeaseExpired, EpochChanged, NonFiniteGradient):
+            assert claim.key not in self.records
+            self.carried.discard((claim, shard))
+        else:
+            if record is not None:
+                self.decided(claim, record)
+                # An answer may be lost, and the call repeated.
+                assert self.run.commit(claim, shard) == record
+                self.carried.discard((claim, shard))
+
+    @rule(claim=pushes, order=st.permutations(range(3)), again=st.booleans())
+    def deliver(self, claim: Claim, order: list[int], again: bool) -> None:
+        """All that a push takes, and perhaps a second time."""
+        for _ in range(1 + again):
+            for shard in order[: self.shards]:
+                self.admit(claim, shard)
+            for shard in order[: self.shards]:
+                self.commit(claim, shard, too_large=False)
+
+    def decided(self, claim: Claim, record: Record) -> None:
+        assert self.records.setdefault(claim.key, record) == record
+
+    @rule(claim=pushes, shard=SHARDS, slug=st.sampled_from(["", "malformed-tensors", "non-finite-gradient"]))
+    def discard(self, claim: Claim, shard: int, slug: str) -> None:
+        shard %= self.shards
+        if (claim, shard) in self.carried:
+            self.run.do(self.run.pushes.discard(claim, shard, slug))
+            self.carried.discard((claim, shard))
+
+    @rule(worker=WORKERS)
+    def join_again(self, worker: str) -> None:
+        self.leases[worker] = self.run.grant(worker)
+
+    @rule(worker=WORKERS, noticed=st.booleans())
+    def leave(self, worker: str, noticed: bool) -> None:
+        if (lease := self.leases.pop(worker, None)) is not None:
+            self.run.redis.zadd(self.run.key("leases"), {worker: 1})
+            if noticed:
+                self.run.redis.delete(self.run.key(f"lease:{lease.lease}"))
+                self.run.expire()
+                if self.shards > 1:
+                    pending = self.run.redis.hvals(self.run.key("pending"))
+                    assert not [claim for claim in pending if claim.startswith(lease.lease)]
+
+    @rule(patience_ms=st.sampled_from([0, 3_600_000]))
+    def expire(self, patience_ms: int) -> None:
+        self.run.expire(patience_ms)
+
+    @rule(epochs=st.integers(0, 1))
+    def open_again(self, epochs: int) -> None:
+        """The shards go on from what they hold, or go back to it in a new epoch."""
+        run = self.run
+        self.look()
+        receipts = {key: Record.from_json(text) for key, text in run.redis.hgetall(run.key("receipts")).items()}
+        group = {worker: int(count) for worker, count in run.redis.hgetall(run.key("group")).items()}
+        epoch, step, seq = (run.number(name) for name in ("epoch", "step", "seq"))
+        run.do(run.opening.gather(self.shards))
+        run.reopen(RunState(epoch + epochs, step, seq, True, group, receipts))
+        if epochs:
+            self.leases.clear()
+
+    @invariant()
+    def look(self) -> None:
+        """The log ends with the count and has no gap; what was in it once stays, and no key is in it twice."""
+        run, entries = self.run, self.run.entries()
+        seq = run.number("seq")
+        assert [entry["seq"] for entry in entries] == list(range(seq - len(entries) + 1, seq + 1))
+        for entry in entries:
+            assert self.entries.setdefault((entry["epoch"], entry["seq"]), entry) == entry
+        keys = [entry["key"] for entry in self.entries.values() if "key" in entry]
+        assert len(keys) == len(set(keys))
+        decided = {key: record for key, record in self.records.items() if record.seq}
+        assert decided.keys() <= set(keys)
+        assert all(self.entries[record.epoch, record.seq]["key"] == key for key, record in decided.items())
+
+    @invariant()
+    def counts_agree(self) -> None:
+        run = self.run
+        in_flight, pending = run.number("in_flight"), set(run.redis.hkeys(run.key("pending")))
+        staged: Any = run.redis.hgetall(run.key("staged"))
+        assert in_flight >= 0
+        if not pending:
+            assert in_flight == 0
+            assert run.redis.llen(run.key("queue")) == 0
+        assert all(key in pending or '"slug"' in kept for key, kept in staged.items())
+        assert run.number("grouped") == sum(map(int, run.redis.hvals(run.key("group"))))
+
+    def teardown(self) -> None:
+        """Once every worker is gone and every part is let go, nothing is on its way."""
+        for worker in list(self.leases):
+            self.leave(worker, noticed=True)
+        for claim, shard in self.carried:
+            self.run.do(self.run.pushes.discard(claim, shard))
+        self.run.expire(0)
+        assert self.run.redis.hkeys(self.run.key("pending")) == []
+        assert self.run.redis.hkeys(self.run.key("staged")) == []
+        self.look()
+        self.counts_agree()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pushes_in_any_order(driver: Driver, shards: int, policy: str) -> None:
+    machine = type("Machine", (Pushes,), {"driver": driver, "shards": shards, "policy": POLICIES[policy]})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
