@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 
-import pytest
-
+from forked import Script
 from freestep_service.optimizers.kernels.machine_code import UNUSED_S, prune
 
 
@@ -46,21 +44,29 @@ def test_folders_unused_for_long_are_removed(tmp_path: Path) -> None:
     assert all((each / "sweep_1234" / "sweep.nbi").exists() for each in tmp_path.iterdir())
 
 
-@pytest.mark.slow
+FOLDER = """
+import sys, warnings
+from freestep_service.optimizers.kernels.machine_code import folder_of_code
+warnings.simplefilter("error")
+print("ready", flush=True)
+sys.stdin.readline()
+print(folder_of_code(), flush=True)
+"""
+
+
 def test_processes_that_start_at_once_prune_together(tmp_path: Path) -> None:
-    script = "from freestep_service.optimizers.kernels.machine_code import folder_of_code; print(folder_of_code())"
-    command = [sys.executable, "-W", "error", "-c", script]
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-    own = Path(start().communicate(timeout=120)[0].strip())
-    kept = filled(tmp_path)
-    # It has not been used for long either, until now.
-    long_ago = own.stat().st_mtime - 2 * UNUSED_S
-    os.utime(own, (long_ago, long_ago))
-    processes = [start() for _ in range(3)]
-    assert [process.communicate(timeout=120)[0].strip() for process in processes] == [str(own)] * 3
+    with ExitStack() as stack:
+        scripts = [stack.enter_context(Script(FOLDER, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(4)]
+        assert [script.read_line() for script in scripts] == ["ready"] * 4
+        first, *others = scripts
+        first.write_line("")
+        own = Path(first.read_line())
+        kept = filled(tmp_path)
+        # It has not been used for long either, until now.
+        long_ago = own.stat().st_mtime - 2 * UNUSED_S
+        os.utime(own, (long_ago, long_ago))
+        for script in others:
+            script.write_line("")
+        assert [script.read_line() for script in others] == [str(own)] * 3
     assert {each.name for each in tmp_path.iterdir()} == {*kept, own.name}
     assert own.stat().st_mtime > long_ago
