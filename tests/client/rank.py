@@ -1,4 +1,4 @@
-"""One rank of a worker to which things happen; test_worker_group.py runs two of them, and reads what each of them saw.
+"""One rank of a worker of two; test_worker_group.py runs both, and reads what each of them saw.
 
 torchrun --nproc-per-node 2 tests/client/rank.py URL RUN FILE
 """

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forked import Script
 from freestep import Client, Run
 from harness import ProcessService
 from meanwhile import wait_until
@@ -23,22 +22,15 @@ class Worker:
     """A process that takes steps when it is told to."""
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
-        command = [sys.executable, str(WORKER), name, json.dumps(options)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._said() == {"joined": name}
-
-    def _said(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        return dict(json.loads(self._process.stdout.readline()))
+        self._script = Script(WORKER, name, json.dumps(options))
+        assert self.end() == {"joined": name}
 
     def begin(self, steps: int) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        self._script.write_line(steps)
 
     def end(self) -> dict[str, Any]:
-        """What it says after the steps that it was told to take."""
-        return self._said()
+        """What it prints after the steps that it was told to take."""
+        return dict(json.loads(self._script.read_line()))
 
     def take(self, steps: int) -> dict[str, Any]:
         self.begin(steps)
@@ -46,12 +38,12 @@ class Worker:
 
     def kill(self) -> None:
         """SIGKILL."""
-        self._process.kill()
-        self.stop()
+        self._script.kill()
 
     def stop(self) -> None:
         """In order, if it was not killed."""
-        self._process.communicate()
+        self._script.close_stdin()
+        self._script.wait()
 
 
 @pytest.fixture

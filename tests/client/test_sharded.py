@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,11 +28,10 @@ from shards.runs import ONES, SHARDS, SIZES, ZEROS, counting
 from trained import held
 
 
-@pytest.fixture
-def nodes(redis_url: str, start_service: Callable[..., ThreadService], tmp_path: Path) -> list[ThreadService]:
-    """Services that share their runs."""
-    shared = {"redis_url": redis_url, "checkpoint_url": str(tmp_path / "checkpoints")}
-    return [start_service(tmp_path / f"node-{number}", **shared) for number in range(SHARDS)]
+@pytest.fixture(scope="module", params=["valkey", "redis"])
+def nodes(shared_nodes: Callable[..., list[ThreadService]], request: pytest.FixtureRequest) -> list[ThreadService]:
+    """Services that share their runs, on either store."""
+    return shared_nodes(SHARDS, request.param)
 
 
 @pytest.fixture
@@ -43,9 +41,9 @@ def client(nodes: list[ThreadService]) -> Iterator[Client]:
 
 
 @pytest.fixture
-def run(client: Client) -> Run:
+def run(client: Client, name: str) -> Run:
     """A run whose parameters are all 0."""
-    made = client.run(f"run-{uuid.uuid4().hex[:8]}")
+    made = client.run(name)
     made.create(counting())
     made.initialize(ZEROS)
     return made
@@ -133,13 +131,13 @@ def test_receipts_of_parts_are_one() -> None:
     ],
 )
 def test_many_shards_train_as_one_to_the_last_bit(
-    nodes: list[ThreadService], algorithm: str, options: dict[str, Any]
+    nodes: list[ThreadService], name: str, algorithm: str, options: dict[str, Any]
 ) -> None:
     ended: list[tuple[torch.Tensor, torch.Tensor]] = []
     for shards in (1, SHARDS):
         model = network()
         with RemoteOptimizer(
-            model, run=f"of-{shards}", url=nodes[0].url, algorithm=algorithm, shards=shards, **options
+            model, run=f"{name}-{shards}", url=nodes[0].url, algorithm=algorithm, shards=shards, **options
         ) as optimizer:
             train(model, optimizer, 20)
             y = held(model)
@@ -153,12 +151,12 @@ def test_many_shards_train_as_one_to_the_last_bit(
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_narrow_gradients_and_parameters_travel_in_parts(nodes: list[ThreadService], dtype: Any) -> None:
+def test_narrow_gradients_and_parameters_travel_in_parts(nodes: list[ThreadService], name: str, dtype: Any) -> None:
     ended = []
     for shards in (1, SHARDS):
         model = network()
         with RemoteOptimizer(
-            model, run=f"of-{shards}", url=nodes[1].url, shards=shards, push_dtype=dtype, pull_dtype=dtype
+            model, run=f"{name}-{shards}", url=nodes[1].url, shards=shards, push_dtype=dtype, pull_dtype=dtype
         ) as optimizer:
             train(model, optimizer, 5)
         ended.append(held(model))
@@ -166,41 +164,43 @@ def test_narrow_gradients_and_parameters_travel_in_parts(nodes: list[ThreadServi
 
 
 def test_another_number_of_shards_is_no_other_spec(
-    nodes: list[ThreadService], caplog: pytest.LogCaptureFixture
+    nodes: list[ThreadService], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with RemoteOptimizer(network(), run="same", url=nodes[0].url, shards=SHARDS) as first:
+    with RemoteOptimizer(network(), run=name, url=nodes[0].url, shards=SHARDS) as first:
         model = network(1)
-        with RemoteOptimizer(model, run="same", url=nodes[1].url, shards=2) as second:
+        with RemoteOptimizer(model, run=name, url=nodes[1].url, shards=2) as second:
             train(model, second, 1)
             assert second.spec.shards == first.spec.shards == SHARDS
     assert "another spec" not in caplog.text
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
-def test_a_worker_goes_on_when_its_run_is_cut_anew(nodes: list[ThreadService], client: Client, shards: int) -> None:
+def test_a_worker_goes_on_when_its_run_is_cut_anew(
+    nodes: list[ThreadService], client: Client, name: str, shards: int
+) -> None:
     model = network()
-    with RemoteOptimizer(model, run="cut", url=nodes[1].url, algorithm="sgd_schedule_free", shards=SHARDS) as optimizer:
+    with RemoteOptimizer(model, run=name, url=nodes[1].url, algorithm="sgd_schedule_free", shards=SHARDS) as optimizer:
         train(model, optimizer, 3)
         before = held(model)
-        assert client.run("cut").reshard(shards).shards == shards
+        assert client.run(name).reshard(shards).shards == shards
         train(model, optimizer, 1)
         assert optimizer.receipt is not None
         assert (optimizer.receipt.decision, optimizer.receipt.reason) == ("dropped", "epoch-changed")
         assert torch.equal(held(model), before)
         train(model, optimizer, 1)
         assert (optimizer.receipt.decision, optimizer.receipt.step) == ("applied", 4)
-        status = client.run("cut").status()
+        status = client.run(name).status()
         assert (status.shards, status.spec.shards) == (shards, SHARDS)
 
 
-def test_a_worker_goes_on_after_a_restore(nodes: list[ThreadService], client: Client) -> None:
+def test_a_worker_goes_on_after_a_restore(nodes: list[ThreadService], client: Client, name: str) -> None:
     model = network()
-    with RemoteOptimizer(model, run="back", url=nodes[2].url, shards=SHARDS) as optimizer:
+    with RemoteOptimizer(model, run=name, url=nodes[2].url, shards=SHARDS) as optimizer:
         train(model, optimizer, 2)
         at_2 = held(model)
-        assert client.run("back").checkpoint().step == 2
+        assert client.run(name).checkpoint().step == 2
         train(model, optimizer, 2)
-        client.run("back").restore(2)
+        client.run(name).restore(2)
         train(model, optimizer, 1)
         assert optimizer.receipt is not None
         assert optimizer.receipt.reason == "epoch-changed"
@@ -209,12 +209,10 @@ def test_a_worker_goes_on_after_a_restore(nodes: list[ThreadService], client: Cl
         assert (optimizer.receipt.decision, optimizer.receipt.step) == ("applied", 3)
 
 
-def test_sync_workers_of_many_shards_step_together(nodes: list[ThreadService]) -> None:
+def test_sync_workers_of_many_shards_step_together(nodes: list[ThreadService], name: str) -> None:
     models = [network(), network()]
     optimizers = [
-        RemoteOptimizer(
-            model, run="sync", url=nodes[number].url, aggregation="sync", shards=SHARDS, worker=f"w{number}"
-        )
+        RemoteOptimizer(model, run=name, url=nodes[number].url, aggregation="sync", shards=SHARDS, worker=f"w{number}")
         for number, model in enumerate(models)
     ]
     at_once(*(partial(train, *pair, 5) for pair in zip(models, optimizers, strict=True)))
@@ -250,13 +248,13 @@ def test_pulls_are_of_one_cut_while_pushes_go_on(nodes: list[ThreadService], run
     assert len(seen) > 1
 
 
-def test_initial_weights_are_those_of_one_worker(nodes: list[ThreadService], client: Client) -> None:
-    run = client.run("race")
+def test_initial_weights_are_those_of_one_worker(nodes: list[ThreadService], client: Client, name: str) -> None:
+    run = client.run(name)
     run.create(counting())
 
     def give(number: int) -> bool:
         with Client(nodes[number].url) as own:
-            giver = own.run("race")
+            giver = own.run(name)
             giver.status()
             try:
                 giver.initialize({name: torch.full(size, float(number)) for name, size in SIZES.items()})
@@ -403,8 +401,8 @@ def test_the_command_knows_of_shards(nodes: list[ThreadService], run: Run, tmp_p
         assert freestep(nodes[0], "runs", "reshard", run.name, "--shards", wrong).returncode == 2
 
 
-def test_shards_of_more_than_there_are_elements(client: Client) -> None:
-    run = client.run("small")
+def test_shards_of_more_than_there_are_elements(client: Client, name: str) -> None:
+    run = client.run(name)
     run.create(
         counting(20, parameters=[{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()])
     )

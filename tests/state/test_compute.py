@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from forked import Script
 from freestep_service.state.compute import HOST, DeviceLocks
 
 THREADS = """
@@ -23,14 +22,15 @@ torch.set_num_threads(1)
 with arithmetic_threads("test", 1) as pool:
     pool.submit(int).result()
     before = len(os.listdir("/proc/self/task"))
-    print(pool.submit(compute).result() - before)
+    print(pool.submit(compute).result() - before, flush=True)
 """
 
 
 def test_a_thread_that_computes_has_no_helpers() -> None:
     # Once the pool has a thread, nothing that it computes may start more.
-    told = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "0"
+    with Script(THREADS) as script:
+        assert script.read_line() == "0"
+        assert script.wait() == 0
 
 
 def test_one_computes_at_a_time_on_a_device() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
 import threading
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from checkpointed import (
     with_checksum,
     write,
 )
+from forked import Script
 from forms import FORMS, PLAIN
 from freestep.errors import CheckpointNotFound, StorageUnavailable
 from freestep_service.domain.records import CheckpointId
@@ -280,23 +280,20 @@ while True:
 def test_killed_while_it_writes_it_leaves_a_newest_that_is_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = 0
     for count in (1, 4, 7):
-        command = [sys.executable, "-c", SAVER, str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saver:
-            assert saver.stdout is not None
-            for _ in range(count):
-                said = int(saver.stdout.readline())
+        with Script(SAVER, str(tmp_path)) as saver:
+            written = [int(saver.read_line()) for _ in range(count)]
             saver.kill()
         checkpoints = Checkpoints(LocalStorage(tmp_path), "run", keep=2)
         offers = checkpoints.offers(0, 200_000)
-        assert offers[-1].step >= said
+        assert offers[-1].step >= written[-1]
         assert {each.step for each in offers} == {checkpoints.load(each, 0, 200_000)[0].step for each in offers}
     assert caplog.text == ""
 
 
 PRUNER = """
-import sys
+import os, sys
+os.dup2(1, 2)  # so that a log line would be seen
 from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.media import open_storage
 checkpoints = Checkpoints(open_storage(sys.argv[1]), "run", keep=2)
@@ -312,19 +309,12 @@ def test_processes_drop_the_same_checkpoints_at_the_same_time(tmp_path: Path) ->
     for _ in range(30):
         advance(made, 1)
         write(checkpoints, made.copy_state(), 3)
-    command = [sys.executable, "-c", PRUNER, str(tmp_path)]
-    pipe = subprocess.PIPE
-    pruners = [
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True) for _ in range(3)
-    ]
-    for pruner in pruners:
-        assert pruner.stdout is not None
-        assert pruner.stdout.readline() == "ready\n"
-    for pruner in pruners:
-        assert pruner.stdin is not None
-        pruner.stdin.write("\n")
-        pruner.stdin.flush()
-    assert [(pruner.communicate()[0], pruner.returncode) for pruner in pruners] == [("", 0)] * 3
+    with ExitStack() as stack:
+        pruners = [stack.enter_context(Script(PRUNER, str(tmp_path))) for _ in range(3)]
+        assert [pruner.read_line() for pruner in pruners] == ["ready"] * 3
+        for pruner in pruners:
+            pruner.write_line("")
+        assert [(pruner.read_line(), pruner.wait()) for pruner in pruners] == [("", 0)] * 3
     assert [each.step for each in checkpoints.all()] == [29, 30]
     assert len(list(tmp_path.glob("runs/run/checkpoints/*"))) == 2
 

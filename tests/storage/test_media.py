@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import Script
 from freestep.errors import StorageUnavailable
 from freestep_service.storage.media import FsspecStorage, LocalStorage, Storage, open_storage
 from meanwhile import at_once
@@ -243,10 +242,8 @@ def test_killed_in_the_middle_of_a_write_it_leaves_what_was_there(tmp_path: Path
     for before in (None, b"whole"):
         if before is not None:
             storage.write("directory/file", [before])
-        command = [sys.executable, "-c", WRITER, str(tmp_path)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == b"ready\n"
+        with Script(WRITER, str(tmp_path)) as writer:
+            assert writer.read_line() == "ready"
             writer.kill()
         assert storage.names("directory") == ([] if before is None else ["file"])
     assert storage.read("directory/file") == b"whole"

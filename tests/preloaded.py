@@ -1,0 +1,21 @@
+"""What processes that tests fork have ready: the imports of services and workers, and the compiled loops.
+
+The process that imports this has one thread, and starts none.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+import freestep.cli
+import freestep_service.server
+from freestep_service.optimizers.readiness import compile_loops
+
+__all__ = ["freestep", "freestep_service"]
+
+compile_loops()
+# The first optimizer of a process imports torch's compiler, which takes more than a second.
+torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+assert len(os.listdir("/proc/self/task")) == 1, "a process with threads is not forked"

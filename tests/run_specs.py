@@ -1,0 +1,74 @@
+"""Hypothesis strategies for the specs of small runs: an algorithm, a policy, some parameters in two groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from forms import own
+
+__all__ = ["HYPERPARAMETERS", "POLICIES", "run_specs"]
+
+HYPERPARAMETERS: dict[str, dict[str, Any]] = {
+    "sgd_schedule_free": {"lr": 0.3, "weight_decay": 0.01, "warmup_steps": 3, "r": 1.0},
+    "adamw_schedule_free": {"lr": 0.05, "weight_decay": 0.1, "warmup_steps": 2},
+    "radam_schedule_free": {"lr": 0.05, "weight_decay": 0.1},
+    "schedule_free_wrapper": {
+        "base": {"algorithm": "nadam", "lr": 0.05, "weight_decay": 0.1},
+        "weight_decay_at_y": 0.1,
+        "averaging_constant": 20.0,
+    },
+    "gpa_adamw": {"lr": 0.05, "schedule": {"name": "linear", "total_steps": 5}},
+    "gpa_sgd": {"lr": 0.5},
+    "sgd": {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "schedule": {"name": "cosine", "total_steps": 6},
+        "averaging": {"name": "polyak", "start_step": 1},
+    },
+    "adamw": {"lr": 0.05, "schedule": {"name": "constant", "warmup_steps": 2}},
+    "diloco": {"momentum_period": 2, "momentum_activation": 0.3},
+}
+"""Algorithms that a run of several shards may have, with hyperparameters that show within a few steps."""
+POLICIES: dict[str, dict[str, Any]] = {
+    "async": {},
+    "ringmaster": {"max_staleness": 2},
+    "sync": {},
+    "quorum": {"batch": 2},
+    "buffered": {"batch": 3},
+    "rennala": {"batch": 2},
+    "ssp": {"slack": 30},
+}
+"""Policies, and what their specs say beside the name."""
+
+_SHAPES = st.one_of(
+    st.just(()),
+    st.just((0, 3)),
+    st.tuples(st.integers(1, 40)),
+    st.tuples(st.integers(1, 20), st.integers(1, 9)),
+    st.tuples(st.just(1), st.integers(200, 900)),
+)
+
+
+@st.composite
+def run_specs(draw: st.DrawFn, algorithm: str, policy: str) -> dict[str, Any]:
+    """Specs as clients send them, of one to five parameters."""
+    optimizer = {"algorithm": algorithm, **HYPERPARAMETERS[algorithm]}
+    if draw(st.booleans()):
+        optimizer["max_grad_norm"] = draw(st.sampled_from([0.5, 5.0]))
+    if "schedule_free" in algorithm:
+        optimizer["delay_correction"] = {"name": draw(st.sampled_from(["none", "auto"]))}
+    damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt", "fadas"]))
+    threshold = {"staleness_threshold": 1} if damping == "fadas" else {}
+    return {
+        "optimizer": optimizer,
+        "aggregation": {"policy": policy, "staleness_damping": damping, **threshold, **POLICIES[policy]},
+        "parameters": [
+            {"name": f"t{number}", "shape": list(shape), "group": draw(st.sampled_from(["default", "own"]))}
+            for number, shape in enumerate(draw(st.lists(_SHAPES, min_size=1, max_size=5)))
+        ],
+        "groups": {"own": own(algorithm, lr=0.02, weight_decay=0.0)},
+        "durability": "none",
+    }
