@@ -82,7 +82,7 @@ class Encoding:
         return -(-slot.numel // self.block)
 
     def int8_items(self, manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Name, dtype and shape of an int8 body's contents, in order; scales first, so that they are aligned."""
+        """Name, dtype and shape of an int8 body's contents, in order; the scales come first, to be aligned."""
         for slot in manifest.slots:
             yield slot.name + SCALE, "F32", (self.blocks(slot),)
         for slot in manifest.slots:
