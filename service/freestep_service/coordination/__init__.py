@@ -1,1 +1,1 @@
-"""What processes share through Redis. The only package that imports redis; every change is one script of lua/."""
+"""What processes share through Redis. Only this package imports redis. Every change of a run is one script of lua/."""

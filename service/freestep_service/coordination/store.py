@@ -1,4 +1,4 @@
-"""The connection to Redis, plain or cluster, and the scripts that change what it holds."""
+"""The connection to Redis, a single server or a cluster, and the scripts that change its data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CONNECTIONS = 32
 
 
 class Store:
-    """A Redis-protocol server. Every failure to reach it is CoordinatorUnavailable."""
+    """A Redis-protocol server. Its methods raise CoordinatorUnavailable when they cannot reach it."""
 
     def __init__(self, client: Redis | RedisCluster, url: str, pipeline: RedisPipeline | None) -> None:
         self.client: Any = client
@@ -43,12 +43,15 @@ class Store:
 
     @classmethod
     async def connect(cls, url: str) -> Store:
-        """Connects to a server by its URL; a server in cluster mode is noticed and used as one."""
+        """Connects to a server by its URL; recognizes a server in cluster mode.
+
+        Raises CoordinatorUnavailable, and ValueError for a URL that is not one of Redis.
+        """
         options: dict[str, Any] = {
             "decode_responses": True,
             "socket_timeout": _TIMEOUT_S,
             "socket_connect_timeout": _TIMEOUT_S,
-            # A command whose answer was lost is not sent again behind our back: who calls knows what that means.
+            # A command whose answer was lost may have been carried out, so callers decide whether to send it again.
             "retry": Retry(NoBackoff(), 0),
         }
         pool = BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=_TIMEOUT_S, **options)
@@ -61,7 +64,7 @@ class Store:
         return cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url, None)
 
     async def run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
-        """Runs a script of lua/ by its file's name."""
+        """Runs a script of lua/, by the name of its file, and returns its answer."""
         digest, source = self._scripts[script]
         with reachable():
             try:
@@ -75,7 +78,7 @@ class Store:
             self._url,
             decode_responses=True,
             socket_connect_timeout=_TIMEOUT_S,
-            # A lost connection is noticed by whoever uses it: it may have lost messages.
+            # A connection that was lost may have lost messages, so its user has to notice.
             retry=Retry(NoBackoff(), 0),
             **({} if self._url.startswith("unix:") else {"socket_keepalive": True}),
         )
@@ -92,7 +95,7 @@ class Store:
 
 @contextmanager
 def reachable() -> Iterator[None]:
-    """Turns a lost, refused, loading or read-only connection into CoordinatorUnavailable."""
+    """Turns errors of a connection, and those that Redis answers with, into CoordinatorUnavailable."""
     try:
         yield
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:

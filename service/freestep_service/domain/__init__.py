@@ -1,1 +1,1 @@
-"""What processes agree on: pure data and rules, without IO."""
+"""Data and rules that all processes of a service share; no IO."""

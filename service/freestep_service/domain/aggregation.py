@@ -1,9 +1,9 @@
-"""How pushes become updates: the named policies as values of one mechanism, and the damping of stale steps.
+"""Aggregation policies as values of one mechanism, and the damping of stale steps.
 
-An update is made of `batch` pushes; a push is admitted while its staleness is at most `max_staleness`;
-`distinct` says whether a worker contributes only once to an update. A worker that is more than `slack` pushes ahead of
-the slowest live one waits before it may push (stale synchronous parallel). The scripts under lua/ decide by these
-values, which is why they are strings here.
+An update is made of `batch` pushes. A push is admitted if its staleness is at most `max_staleness`. Under `distinct` a
+worker contributes at most once to an update. A worker that is more than `slack` pushes ahead of the slowest live worker
+waits before it may push (stale synchronous parallel). The values are strings, since the scripts of coordination/lua
+read them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from freestep.api.models import AggregationSpec
 __all__ = ["ADAPTIVE", "FRESH", "LIVE", "NONE", "Policy", "damping", "lateness"]
 
 LIVE = "live"
-"""As a batch: one push of every live worker."""
+"""A batch: one push of every live worker."""
 NONE = "none"
-"""As a bound: any staleness is admitted."""
+"""A bound on staleness: none."""
 ADAPTIVE = "adaptive"
-"""As a bound: four steps for each live worker, at least four."""
+"""A bound on staleness: four steps for each live worker, at least four."""
 FRESH = "0"
-"""As a bound: none."""
+"""A bound on staleness: no step."""
 
 _POLICIES: dict[str, tuple[str, str, bool]] = {
     "async": ("1", NONE, False),
@@ -35,17 +35,17 @@ _POLICIES: dict[str, tuple[str, str, bool]] = {
 
 
 class Policy(NamedTuple):
-    """The values of the mechanism, as the scripts read them."""
+    """The values of a policy."""
 
     batch: str
     max_staleness: str
     distinct: bool
     slack: str = ""
-    """Empty where nobody waits for others."""
+    """Empty if no worker waits for others."""
 
     @classmethod
     def of(cls, spec: AggregationSpec) -> Policy:
-        """The named policy's values, overruled by the fields that the spec gives."""
+        """The values of the named policy, except for those that the spec sets."""
         batch, max_staleness, distinct = _POLICIES[spec.policy]
         if spec.batch is not None:
             batch = str(spec.batch)
@@ -60,14 +60,14 @@ class Policy(NamedTuple):
 
     @property
     def concurrency(self) -> int:
-        """How many gradients of one update may be on their way at once, at most four."""
+        """How many gradients of one update may be received at the same time, at most four."""
         return 4 if self.batch == LIVE else min(int(self.batch), 4)
 
 
 def damping(spec: AggregationSpec, staleness: int, live: int) -> float:
-    """What a push's staleness τ leaves of the learning rate, in (0, 1].
+    """The factor in (0, 1] by which a push of staleness τ, in steps, multiplies the learning rate.
 
-    delay_adaptive: min(1, M/τ) with M live workers (arXiv 2206.07638); inverse_sqrt: 1/sqrt(1 + τ).
+    delay_adaptive: min(1, M/τ) with M live workers (arXiv 2206.07638); inverse_sqrt: 1/sqrt(1 + τ); else 1.
     """
     if spec.staleness_damping == "delay_adaptive":
         return min(1.0, max(live, 1) / max(staleness, 1))
@@ -77,9 +77,9 @@ def damping(spec: AggregationSpec, staleness: int, live: int) -> float:
 
 
 def lateness(spec: AggregationSpec, staleness: int) -> int:
-    """A push's staleness τ where it bounds the learning rate, to 1/τ; 0 where it does not.
+    """The staleness τ of a push if it bounds the learning rate, to 1/τ, else 0.
 
-    fadas: it does above the threshold τ_c (FADAS, arXiv 2407.18365, its delay-adaptive learning rate).
+    fadas: it does above the threshold τ_c (the delay-adaptive learning rate of FADAS, arXiv 2407.18365).
     """
     threshold = spec.staleness_threshold
     return 0 if threshold is None or staleness <= threshold else staleness

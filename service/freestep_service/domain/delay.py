@@ -1,16 +1,18 @@
-"""The staleness that a run's next gradients are expected to have: a function of its log, the same for all shards.
+"""The staleness that the next gradients of a run are expected to have.
 
-Where it follows what is seen (`auto`), a push of staleness s takes the expectation τ̂ to
+It is a function of the log, so that all shards expect the same.
+
+Under `auto`, a push of staleness s moves the expectation τ̂ to
 
     max(f, τ̂ + (s - τ̂) / (2 (1 + τ̂)))
 
-f is what the live workers let expect. If each of n is computing a gradient, n - 1 other pushes come before it is its
-turn, and `batch` of them make a step; where the policy drops what is staler than `max_staleness`, that is the most.
-So τ̂ is at f at once when workers join, and is never less; when they leave it falls by half a step with each push, or
-less. It is to be too large rather than too small: that costs some speed, and the other may cost the run.
+f is the staleness of n equally fast workers. While one of them computes a gradient, the n - 1 others push, and `batch`
+pushes make a step; the policy's `max_staleness` is an upper bound, since it drops what is staler. So τ̂ rises to f as
+soon as workers join, and falls by at most half a step with each push after they leave. An expectation that is too large
+costs some speed; one that is too small can make the run diverge.
 
-Each push counts by itself, in the order of the log, whether or not it makes an update: those of a group move τ̂ one
-after the other, and its step is taken under what the last one leaves.
+Each push counts, in the order of the log, whether or not it completes an update. The step of a group is taken under the
+expectation that its last push leaves.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from freestep_service.domain.aggregation import ADAPTIVE, FRESH, LIVE, NONE, Pol
 __all__ = ["Expectation"]
 
 _MEMORY = 2
-"""Over how many times 1 + τ̂ pushes what was seen is forgotten."""
+"""The expectation averages over about this many times 1 + τ̂ pushes."""
 
 
 class Expectation(NamedTuple):
-    """How a run comes to expect a staleness."""
+    """The rule by which a run expects a staleness: its delay correction under its policy."""
 
     correction: DelayCorrection
     policy: Policy
@@ -40,7 +42,7 @@ class Expectation(NamedTuple):
         return cls(_correction(spec), Policy.of(spec.aggregation))
 
     def after(self, expected: float, staleness: int, live: int) -> float:
-        """What is expected after a push of this staleness, when so many workers were live."""
+        """The expectation, in steps, after a push of this staleness; `live`: the number of live workers then."""
         match self.correction:
             case Auto():
                 followed = expected + (staleness - expected) / (_MEMORY * (1 + expected))
@@ -51,7 +53,7 @@ class Expectation(NamedTuple):
                 return 0.0
 
     def _foreseen(self, live: int) -> float:
-        """The staleness, in steps, to which so many workers come that are equally fast."""
+        """The staleness, in steps, of so many equally fast workers."""
         if self.policy.batch == LIVE:
             return 0.0
         steps = math.ceil((max(live, 1) - 1) / int(self.policy.batch))
@@ -60,7 +62,7 @@ class Expectation(NamedTuple):
 
 
 def _correction(spec: RunSpec) -> DelayCorrection:
-    """What the run's optimizer says, or else its policy: `auto` where that admits stale gradients, and β allows it."""
+    """The optimizer's correction; without one, `auto` if the policy admits stale gradients and β is large enough."""
     optimizer = spec.optimizer
     if not isinstance(optimizer, ScheduleFree):
         return NoCorrection()

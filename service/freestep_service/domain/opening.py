@@ -1,8 +1,8 @@
-"""How a run that was closed goes on: what its shards say of themselves, and what is decided from that.
+"""How a closed run goes on: the reports of its shards, and the decision that follows from them.
 
-The law of this file: no IO. A run opens when every shard has an owner and each owner has said what it has: the state it
-holds, the place at which an orderly shutdown left one, the checkpoints from which it could be read. Nothing that is
-durable is given up for want of somebody who has it: then the run waits.
+A run opens when every shard has an owner and each owner has reported what it has: the state in its memory, the place at
+which an orderly shutdown left the shard, the checkpoints that it can read. A durable checkpoint is never given up
+because no owner can read a part of it: the run waits instead.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ __all__ = ["Decision", "Report", "Waiting", "decide"]
 
 @dataclass(frozen=True)
 class Report:
-    """What the owner of a shard says of it.
+    """What the owner of a shard reports of it.
 
-    live: the place in the log of the state it holds, and its step. closed: where a shutdown left it, if it holds none.
-    offers: the checkpoints it can be loaded from, oldest first. epoch: the newest that its owner knows of.
+    epoch: the newest that the owner knows of. initialized: whether the shard has weights.
+    live: the state that the owner holds in memory. closed: where an orderly shutdown left the shard, if it holds none.
+    offers: the checkpoints that the owner can load the shard from, oldest first.
     """
 
     epoch: int
@@ -62,7 +63,7 @@ class Report:
 
     @property
     def place(self) -> CheckpointId | None:
-        """Where the shard stands, whether it holds that state or has it on disk."""
+        """The newest state that the shard has, in memory or on disk."""
         if self.live is not None or self.closed is None:
             return self.live
         return next((offer for offer in self.offers if (offer.epoch, offer.seq) == self.closed), None)
@@ -70,7 +71,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Decision:
-    """The state that the shards load: that of a cut, or nothing (None). `live`: what shards hold of it is good."""
+    """The state that the shards load, as of a place in the log; None: a run without weights.
+
+    live: shards that hold that state in memory keep it.
+    """
 
     epoch: int
     cut: CheckpointId | None
@@ -78,31 +82,34 @@ class Decision:
     live: bool = False
 
     def target(self) -> dict[str, Any]:
-        """As lua/open.lua keeps it."""
+        """The decision as lua/open.lua keeps it."""
         return {"cut": self.cut, "live": self.live}
 
 
 class Waiting(Exception):
-    """The run cannot be opened with what is there; the message says what is missing."""
+    """The run cannot be opened until more is reported; the message says what is missing."""
 
 
 def decide(standing: RunView, reports: Sequence[Report]) -> Decision:
-    """What a run goes on from. The epoch changes unless nothing can have been lost. Raises Waiting."""
+    """Decides what a run goes on from. The epoch changes unless nothing can have been lost. Raises Waiting."""
     known = CheckpointId(standing.number("epoch"), standing.number("step"), standing.number("seq"))
     is_lost, is_recut = "lost" in standing.run, "recut" in standing.run
     newest = max([known.epoch, *(report.epoch for report in reports)])
     newest = max([newest, *(offer.epoch for report in reports for offer in report.offers)])
     places = {report.place for report in reports}
     place = places.pop() if len(places) == 1 else None
+    # All shards are at one place, and there is no newer epoch that they missed.
     if place is not None and place.epoch == newest and not is_recut:
         is_there = (known.epoch, known.seq) == (place.epoch, place.seq)
         holds_on = all(report.live for report in reports) and (known.epoch, known.seq) <= (place.epoch, place.seq)
         if is_lost or is_there or holds_on:
             initialized = all(report.initialized or report.live is None for report in reports)
             return Decision(place.epoch, place, initialized, live=True)
+    # There never was a state to go on from.
     if not any(report.offers or report.initialized for report in reports) and "durable" not in standing.run:
         is_new = not is_lost and not standing.number("initialized") and known.epoch == newest
         return Decision(newest if is_new else newest + 1, None, initialized=False)
+    # Shards differ, or what Redis knows of is lost: back to the newest checkpoint that all can load.
     common = set(reports[0].offers).intersection(*(report.offers for report in reports[1:]))
     if common:
         return Decision(newest + 1, max(common), initialized=True)

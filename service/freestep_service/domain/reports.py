@@ -1,4 +1,4 @@
-"""The metrics that evaluators have reported, as a shard keeps them and a checkpoint holds them."""
+"""The metrics that evaluators have reported, as shards and checkpoints hold them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 __all__ = ["Measured", "Reported", "with_measured"]
 
 _KEPT = 64
-"""Steps of a metric whose reports are kept, as in lua/report_metric.lua."""
+"""How many steps of a metric are kept, as in lua/report_metric.lua."""
 
 Reported = Mapping[str, Mapping[int, float]]
-"""Name -> step of the x -> value: of each metric the newest steps, oldest first."""
+"""Name of a metric -> step of the x that was measured -> value; the newest steps, oldest first."""
 
 
 class Measured(NamedTuple):
-    """A metric's value at the x of a step."""
+    """The value of a metric, measured at the x of a step."""
 
     name: str
     step: int
@@ -23,6 +23,6 @@ class Measured(NamedTuple):
 
 
 def with_measured(reported: Reported, measured: Measured) -> Reported:
-    """What is kept after a report."""
+    """Adds a report, and drops the oldest steps of its metric."""
     steps = {**reported.get(measured.name, {}), measured.step: measured.value}
     return {**reported, measured.name: dict(sorted(steps.items())[-_KEPT:])}

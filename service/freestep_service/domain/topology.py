@@ -1,4 +1,4 @@
-"""Where a run's shards are, as Redis has it."""
+"""Where the shards of a run are."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ __all__ = ["topology"]
 
 
 def topology(run: str, manifest: Manifest, standing: RunView, now_ms: int, applied: Mapping[int, int]) -> Topology:
-    """The topology of a run that stands so. `applied`: the newest steps of shards of which more is known than Redis."""
+    """The topology of a run, by what Redis holds of it.
+
+    now_ms: the time by Redis's clock, which ends ownerships. applied: shard -> newest applied step, of shards of which
+    this process knows more than Redis.
+    """
     shards = []
     for index in range(standing.count):
         part = manifest.part(index, standing.count)
-        ends, said = standing.field(index, "ends"), standing.field(index, "applied")
+        ends, applied_step = standing.field(index, "ends"), standing.field(index, "applied")
         durable = standing.field(index, "durable") or standing.run.get("durable_step")
         shards.append(
             ShardStatus(
@@ -28,7 +32,7 @@ def topology(run: str, manifest: Manifest, standing: RunView, now_ms: int, appli
                     Slice(name=slot.name, shape=slot.shape, begin=slot.start, end=slot.start + slot.numel)
                     for slot in part.slots
                 ],
-                applied_step=applied.get(index, None if said is None else int(said)),
+                applied_step=applied.get(index, None if applied_step is None else int(applied_step)),
                 durable_step=None if durable is None else int(durable),
             )
         )
