@@ -17,9 +17,11 @@ from redis import Redis
 
 import forked
 from freestep_service.app import create_app
+from freestep_service.runs.registry import Registry
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
 from freestep_service.web.connection import Connection
+from freestep_service.web.context import ServiceContext
 
 ORDINARY: dict[str, Any] = {"checkpoint_seconds": 3600.0, "inline_elements": 0}
 """Settings, unless a test has its own: no checkpoint is written because a test takes long on a busy machine, and small
@@ -49,6 +51,12 @@ class ThreadService:
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._thread.start()
         wait_ready(self.url, self._thread.is_alive, self.trusted)
+
+    @property
+    def registry(self) -> Registry:
+        """The service's runs, for tests that look inside."""
+        context: ServiceContext = self.app.state.context
+        return context.registry
 
     def redis(self, *, decode_responses: bool = True) -> Redis:
         """A client of the service's store; the caller closes it."""
