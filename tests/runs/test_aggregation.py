@@ -317,7 +317,7 @@ def test_who_waits_for_a_group_that_a_restore_gave_up_is_told(
 ) -> None:
     api.create(aggregation={"policy": "buffered", "batch": 2})
     waiting = under_way(partial(connect(service.url, api.run).push, api.lease(), 0, Prefer="wait=60"))
-    writer = service.app.state.registry.get(api.run).shard(0).core.writer
+    writer = service.registry.get(api.run).shard(0).core.writer
     wait_until(lambda: bool(writer._waiters))
     api.http.post(api.path("/checkpoints/0/restore"))
     answer = waiting.result()

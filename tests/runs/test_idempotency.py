@@ -163,7 +163,7 @@ def test_a_retry_waits_for_the_upload_before_it(
 ) -> None:
     api.create()
     lease = api.lease()
-    pushes = service.app.state.registry.get(api.run).shard(0)._pushes
+    pushes = service.registry.get(api.run).shard(0)._pushes
     with begun_push(api, lease, BODY[:-1], "once") as first:
         wait_until(lambda: is_pending(service, api, "once"))
         retry = under_way(partial(connect(service.url, api.run).push, lease, 0, "once"))
@@ -184,7 +184,7 @@ def test_a_retry_waits_for_the_update_as_its_first_send_did(
     api.create(aggregation={"policy": "buffered", "batch": 2})
     lease = api.lease()
     api.push(lease, 0, "first")
-    writer = service.app.state.registry.get(api.run).shard(0).core.writer
+    writer = service.registry.get(api.run).shard(0).core.writer
     callers = [connect(service.url, api.run) for _ in range(2)]
     retries = [under_way(partial(caller.push, lease, 0, "first", Prefer="wait=60")) for caller in callers]
     wait_until(lambda: len(writer._waiters) == 2)

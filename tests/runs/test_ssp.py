@@ -26,7 +26,7 @@ def ahead(api: Api, lease: dict[str, Any]) -> None:
 
 def waits(service: ThreadService, api: Api, key: str) -> bool:
     """Whether a push has come to the service, of which Redis does not know yet."""
-    pushes = service.app.state.registry.get(api.run).shard(0)._pushes
+    pushes = service.registry.get(api.run).shard(0)._pushes
     return key in pushes._flights and not service.redis_dump(api.redis_key("pending"))
 
 

@@ -20,7 +20,7 @@ STRAGGLER = Path(__file__).with_name("straggler.py")
 
 def is_held(api: ShardedApi, nodes: list[ThreadService], redis: Redis) -> bool:
     """Whether a push has come to the services, of which Redis does not know yet."""
-    runs = [node.app.state.registry.get(api.run) for node in nodes]
+    runs = [node.registry.get(api.run) for node in nodes]
     has_come = any(shard._pushes._flights for run in runs for shard in run._shards)
     return has_come and not redis.hlen(api.redis_key("pending"))
 

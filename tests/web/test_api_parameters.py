@@ -258,7 +258,7 @@ def test_who_waits_for_a_step_of_a_deleted_run_is_told(
     trained(api)
     http, query = connect(service.url).http, {"min_step": 5}
     waiting = under_way(lambda: http.get(api.path("/parameters"), params=query, headers={"Prefer": "wait=600"}))
-    writer = service.app.state.registry.get(api.run).shard(0).core.writer
+    writer = service.registry.get(api.run).shard(0).core.writer
     wait_until(lambda: bool(writer._waiters))
     api.http.delete(api.path())
     answer = waiting.result()

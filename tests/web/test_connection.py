@@ -22,7 +22,8 @@ from freestep.errors import MalformedTensors
 from freestep.wire.receiver import lay
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
-from freestep_service.web.connection import INLET, Connection
+from freestep_service.web.connection import Connection
+from freestep_service.web.inlet import INLET
 from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import SGD, Api, slug

@@ -1,4 +1,4 @@
-"""What keeps the service from starting is said in one line; a Ctrl-C before it has begun ends it without a word."""
+"""The service says where it listens once it does; what keeps it from that is one line; a Ctrl-C before is silent."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+import torch
 
 import forked
 from meanwhile import wait_until
 
 pytestmark = pytest.mark.slow
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.fixture
@@ -49,6 +52,11 @@ def free() -> str:
         (["--redis-url", "http://127.0.0.1:{free}"], 2, "redis_url: "),
         (["--checkpoint-url", "nowhere://bucket"], 2, "checkpoint_url: "),
         (["--device", "abacus"], 2, "device: 'abacus' is none: cpu, cuda, cuda:N or auto"),
+        (["--device", "mps"], 2, "device: 'mps' is none: cpu, cuda, cuda:N or auto"),
+        (["--device", "cuda:99"], 2, "device: cuda:99 cannot be used, choose another or cpu: "),
+        pytest.param(
+            ["--device", "cuda"], 2, "device: cuda cannot be used, choose another or cpu: ", marks=without_gpu
+        ),
     ],
 )
 def test_what_keeps_it_from_starting_is_one_line(
@@ -61,8 +69,23 @@ def test_what_keeps_it_from_starting_is_one_line(
     assert done.stderr.startswith(f"freestep serve: {complaint.format(**names)}")
     assert done.stderr.count("\n") == 1
     assert done.returncode == exit_code
+    assert done.stdout == ""
     assert "secret" not in done.stderr
     assert not any(str(tmp_path) in " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True))
+
+
+def test_it_says_where_it_listens_once_it_is_ready(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().removeprefix("freestep listens on ").strip()
+        assert url.startswith("http://127.0.0.1:")
+        # Without asking twice.
+        assert httpx.get(f"{url}/readyz").status_code == 200
+    finally:
+        process.terminate()
+        assert process.communicate(timeout=60)[0] == ""
 
 
 @pytest.mark.parametrize("library", ["libtorch_cpu", "llvmlite"])

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from freestep.api.models import PointDtype, Receipt
@@ -36,6 +36,11 @@ class Outcome:
     reading: Reading | None = None
     waits: bool = False
     """Whether the y is that of the group's update, which settles an accumulated push."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its update may be waited for: with several shards, the reading of y waits for it."""
+        return self.record.decision == "accumulated" and (self.reading is None or not self.reading.ticket)
 
     def receipt(self, step: int | None = None) -> Receipt:
         """The receipt; beside a y of `step`, that of a push whose update is in it."""
@@ -82,7 +87,8 @@ class LocalShard:
         """Carries a push to its decision, and applies it.
 
         answer: the dtype of the y to answer with, None for a receipt. wait: seconds for which the update of the push's
-        group is waited for. Raises what pushes.py says, InvalidSpec and RunNotInitialized.
+        group is to be waited for, by `settle` or by the reading of y. Raises what pushes.py says, InvalidSpec and
+        RunNotInitialized.
         """
         spec, core = self._context.spec, self.core
         if spec.optimizer.needs_loss and claim.loss is None:
@@ -95,8 +101,6 @@ class LocalShard:
         with self._recovery.unless_deleted():
             record, replayed = await self._pushes.push(claim, body, PushOptions(wanted, after_update=wait > 0))
         self._observe(record, claim, body, replayed=replayed, seconds=time.monotonic() - began)
-        if not wanted:
-            record = await self._pushes.settle(record, wait)
         if answer is None:
             return Outcome(record, replayed)
         waits = wait > 0 and (record.decision == "accumulated" or record.reason == "duplicate-worker")
@@ -110,6 +114,11 @@ class LocalShard:
             patience=wait if waits else 0.0,
         )
         return Outcome(record, replayed, reading, waits)
+
+    async def settle(self, outcome: Outcome, wait: float) -> Outcome:
+        """The outcome once the update that an accumulated push is part of is applied, or after `wait` seconds."""
+        with self._recovery.unless_deleted():
+            return replace(outcome, record=await self._pushes.settle(outcome.record, wait))
 
     def _observe(self, record: Record, claim: Claim, body: Body, *, replayed: bool, seconds: float) -> None:
         if replayed:

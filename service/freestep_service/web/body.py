@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from freestep.errors import MalformedRequest
 from freestep.wire.receiver import Receiver, Sink, lay
-from freestep_service.web.connection import INLET
+from freestep_service.web.inlet import INLET
 
 __all__ = ["Body"]
 

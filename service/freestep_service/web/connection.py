@@ -1,60 +1,71 @@
-"""HTTP connections on which a large body goes from the socket straight to where it belongs.
+"""HTTP connections: uvicorn's protocol, with large bodies received in place and problem documents for what is not HTTP.
 
-uvicorn's protocol parses the head of a request and then stops reading: the body waits in the kernel, and its sender
-with it, until the application says where it is to lie. Then the connection is read into that memory, nothing in
-between, up to the body's last byte and not beyond; after it uvicorn's protocol has the connection back. Who does not
-ask for that, and every small body, has uvicorn's own way.
+uvicorn's protocol parses the head of a request. If the body is large, reading then pauses: the body waits in the
+kernel, and so does its sender, until the application gives memory for it (`inlet`). Small bodies, and those of unknown
+length, are read by uvicorn.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httptools
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from freestep.errors import MalformedRequest, ProblemError
-from freestep.wire.receiver import Sink, lay
+from freestep_service.web.inlet import INLET, Inlet
 from freestep_service.web.problems import problem_response
 
-__all__ = ["INLET", "Connection", "Inlet"]
+__all__ = ["CONNECTION", "Connection", "abort"]
 
-INLET = "freestep.inlet"
-"""The ASGI extension that a request with a large body comes with: its Inlet."""
+CONNECTION = "freestep.connection"
+"""The ASGI extension of every request: the Connection that it came over."""
 _SMALL = 64 * 1024
-"""Bytes of a body that arrives with the head of its request, or soon after it."""
-_SCRATCH = 256 * 1024
-_FAREWELL_S = 0.05
-"""Within which ours has left."""
+"""Bytes of a body that is likely to arrive together with the head of its request."""
+_CLOSE_NOTIFY_S = 0.05
+"""Seconds within which our own close_notify has been sent."""
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol; requests with large bodies come with an Inlet, and what is not HTTP is refused."""
+    """uvicorn's protocol, with an Inlet for large bodies; the application can abort it, and be notified of its end."""
 
+    is_stopping = False
+    """Whether the server is shutting down."""
     _refusal = b""
     """The answer to what could not be parsed, which is the connection's last."""
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._extensions: dict[str, Any] = {CONNECTION: self}
+        self._unanswered: deque[RequestResponseCycle] = deque()
+        """The request that is being answered, and those behind it: of these, uvicorn's protocol knows the last one."""
+        self._watchers: dict[Callable[[], None], bool] = {}
+        """What to call when the connection ends, and whether to call it when the server's shutdown begins."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = self._extensions
+
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
         length = self._body_length()
         if length > _SMALL:
             self.flow.pause_reading()
-            self.scope["extensions"] = {INLET: Inlet(self, self.cycle, length)}  # type: ignore[dict-item]
+            inlet: Any = Inlet(self, length, self._take_back)
+            self.scope["extensions"] = {**self._extensions, INLET: inlet}
             if self.cycle.waiting_for_100_continue:
-                # Answered before it is told to go on, the sender may or may not send the body, RFC 9110 section 10.1.1.
+                # After a final answer in place of 100, the body may or may not follow: RFC 9110, section 10.1.1.
                 self.cycle.keep_alive = False
 
-    def shutdown(self) -> None:
-        super().shutdown()
-        if self.scheme == "https" and self.transport.is_closing():
-            # TLS would wait for the client's farewell, and an idle client says it only when it comes to ask again.
-            self.loop.call_later(_FAREWELL_S, self.transport.abort)
-
     def _body_length(self) -> int:
-        """What Content-Length says; 0 where it does not say how long the body is."""
+        """The Content-Length; 0 if the length of the body is unknown."""
         length = 0
         for name, value in self.headers:
             if name == b"transfer-encoding" or (name == b"upgrade" and self.parser.should_upgrade()):
@@ -63,25 +74,83 @@ class Connection(HttpToolsProtocol):
                 length = int(value)
         return length
 
-    def send_400_response(self, msg: str) -> None:
-        """Answers what cannot be parsed with a problem document, and ends the connection.
+    def _take_back(self) -> None:
+        """Parses the next request, behind a body that an Inlet has received."""
+        self.flow.pause_reading()
+        # The old parser still expects the body.
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.transport.set_protocol(self)
+        self.flow.resume_reading()
+        if not self.cycle.response_complete:
+            self.on_message_complete()
 
-        uvicorn's protocol calls this where it has caught what the parser raised.
+    # The end of the connection
+
+    def abort(self) -> None:
+        """Ends the connection at once. Nothing that is buffered is sent, nor referred to from here on."""
+        self.transport.abort()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
+
+    @contextmanager
+    def watched(self, on_end: Callable[[], None], *, or_shutdown: bool) -> Iterator[None]:
+        """Calls `on_end` once if the connection ends before the block does, or the server's shutdown begins."""
+        if self.transport.is_closing() or (or_shutdown and self.is_stopping):
+            on_end()
+            yield
+            return
+        # The end of a connection that is not read from goes unnoticed.
+        self.flow.resume_reading()
+        self._watchers[on_end] = or_shutdown
+        try:
+            yield
+        finally:
+            self._watchers.pop(on_end, None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._disconnect()
+        while self._watchers:
+            on_end, _ = self._watchers.popitem()
+            on_end()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.is_stopping = True
+        for on_end in [on_end for on_end, or_shutdown in self._watchers.items() if or_shutdown]:
+            del self._watchers[on_end]
+            on_end()
+        if self.scheme == "https" and self.transport.is_closing():
+            # TLS would wait for the client's close_notify, which an idle client sends when it next uses the connection.
+            self.loop.call_later(_CLOSE_NOTIFY_S, self.transport.abort)
+
+    # What is not HTTP
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what cannot be parsed with a problem document, after the requests before it, and ends the connection.
+
+        uvicorn's protocol calls this where it catches the parser's exception.
         """
         # Nothing that follows can be understood.
         self.flow.pause_reading()
         if self._refusal:
             return
-        self._refusal = self._refusal_of(MalformedRequest(f"what was sent cannot be read as HTTP: {sys.exception()}"))
+        self._refusal = self._encoded(MalformedRequest(f"what was sent cannot be read as HTTP: {sys.exception()}"))
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             self._refuse()
         elif not cycle.more_body:
-            # It came behind requests that are yet to be answered, and is answered after them.
+            # It came behind complete requests, which are answered first.
             return
         elif self.pipeline:
-            # It was in the body of a request that has not begun, the last of several.
+            # It is the body of a request that has not been started, the last in the pipeline.
             self.pipeline.popleft()
+            self._unanswered.pop()
         elif cycle.response_started:
             self.transport.close()
         else:
@@ -90,6 +159,7 @@ class Connection(HttpToolsProtocol):
             self._refuse()
 
     def on_response_complete(self) -> None:
+        self._unanswered.popleft()
         was_last = not self.pipeline
         super().on_response_complete()
         if self._refusal:
@@ -97,7 +167,7 @@ class Connection(HttpToolsProtocol):
             if was_last:
                 self._refuse()
 
-    def _refusal_of(self, problem: ProblemError) -> bytes:
+    def _encoded(self, problem: ProblemError) -> bytes:
         answer = problem_response(problem)
         headers = [*self.server_state.default_headers, *answer.raw_headers, (b"connection", b"close")]
         lines = [b"%b: %b\r\n" % header for header in headers]
@@ -108,120 +178,10 @@ class Connection(HttpToolsProtocol):
             self.transport.write(self._refusal)
             self.transport.close()
 
-    def hand_over(self, inflow: _Inflow) -> None:
-        """Has the connection read by another."""
-        self.flow.pause_reading()
-        self.transport.set_protocol(inflow)
-        self.flow.resume_reading()
 
-    def take_back(self) -> None:
-        """Goes on behind the end of a body."""
-        self.flow.pause_reading()
-        # The old parser still waits for the body.
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.transport.set_protocol(self)
-        self.flow.resume_reading()
-        if not self.cycle.response_complete:
-            self.on_message_complete()
-
-
-class Inlet:
-    """A body of `length` bytes of which the application has seen nothing yet."""
-
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle, length: int) -> None:
-        self._connection = connection
-        self._cycle = cycle
-        self._length = length
-        self._keep_alive = cycle.keep_alive
-
-    async def pour(self, sink: Sink, stall_s: float, deadline: float) -> None:
-        """Returns when the whole body is in the sink, which has room for it; once is enough.
-
-        Raises what the sink raises, EOFError when the connection ends before the body, and TimeoutError when nothing
-        comes for `stall_s` seconds, or not everything until `deadline` of the event loop's clock. What is then left
-        of the body is read and thrown away, so that the connection can be answered and used again.
-        """
-        cycle, transport = self._cycle, self._connection.transport
-        early, cycle.body = memoryview(cycle.body), bytearray()
-        lay(sink, early)
-        missing = self._length - len(early)
-        if not missing:
-            return
-        if cycle.disconnected or transport.is_closing():
-            raise EOFError
-        if cycle.waiting_for_100_continue:
-            cycle.waiting_for_100_continue, cycle.keep_alive = False, self._keep_alive
-            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        inflow = _Inflow(self._connection, sink, missing)
-        self._connection.hand_over(inflow)
-        try:
-            await inflow.wait(stall_s, deadline)
-        finally:
-            inflow.leave()
-
-
-class _Inflow(asyncio.BufferedProtocol):
-    """Reads the last `missing` bytes of a body into a sink, as long as that wants them."""
-
-    def __init__(self, connection: Connection, sink: Sink, missing: int) -> None:
-        self._connection = connection
-        self._sink: Sink | None = sink
-        self._missing = missing
-        self._clock = connection.loop.time
-        self._heard = self._clock()
-        self._over = asyncio.Event()
-        self._error: Exception | None = None
-
-    async def wait(self, stall_s: float, deadline: float) -> None:
-        """As `Inlet.pour`."""
-        while not self._over.is_set():
-            until = min(self._heard + stall_s, deadline)
-            if until <= self._clock():
-                raise TimeoutError
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(until):
-                    await self._over.wait()
-        if self._error is not None:
-            raise self._error
-
-    def leave(self) -> None:
-        """From here on the sink's memory is somebody else's."""
-        self._sink = None
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        if self._sink is None:
-            return memoryview(bytearray(min(self._missing, _SCRATCH)))
-        return self._sink.get_buffer()[: self._missing]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._heard = self._clock()
-        self._missing -= nbytes
-        if self._sink is not None:
-            try:
-                self._sink.buffer_updated(nbytes)
-            except Exception as error:
-                self._end(error)
-        if not self._missing:
-            self._end(None)
-            self._connection.take_back()
-
-    def _end(self, error: Exception | None) -> None:
-        if not self._over.is_set():
-            self._error = error
-            self._over.set()
-        self._sink = None
-
-    def eof_received(self) -> Any:
-        self._end(EOFError())
-        return self._connection.eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end(EOFError())
-        self._connection.connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        self._connection.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._connection.resume_writing()
+def abort(scope: Scope) -> bool:
+    """Aborts the connection that a request came over; False under a server whose connections are not ours."""
+    connection: Connection | None = scope.get("extensions", {}).get(CONNECTION)
+    if connection is not None:
+        connection.abort()
+    return connection is not None

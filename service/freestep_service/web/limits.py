@@ -1,40 +1,46 @@
-"""A bound on bodies that are read whole: all but tensors, which have bounds of their own."""
+"""A bound on the bodies of the control plane's routes, which are read whole, whatever media type they are sent as."""
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
 
-from freestep.errors import BodyTooLarge
-from freestep.wire.receiver import MEDIA_TYPE
-from freestep_service.web.problems import STATUSES
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
-__all__ = ["JsonLimit"]
+from freestep.errors import BodyTooLarge, MalformedRequest
+
+__all__ = ["LONGEST_JSON", "JsonRoute"]
 
 LONGEST_JSON = 16 * 1024**2
 """Bytes: room for the manifest of some hundred thousand tensors."""
 
 
-class JsonLimit:
-    """Middleware that ends the reading of a body past LONGEST_JSON with body-too-large."""
+class JsonRoute(APIRoute):
+    """A route that reads no more than LONGEST_JSON bytes of a body, and refuses the rest with BodyTooLarge."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or Headers(scope=scope).get("content-type") == MEDIA_TYPE:
-            await self._app(scope, receive, send)
-            return
+        async def handle(request: Request) -> Response:
+            bounded = _BoundedRequest(request.scope, request.receive)
+            if self.body_field is not None:
+                # Read here, since FastAPI answers 400 for whatever is raised while it reads. It finds the body cached.
+                await bounded.body()
+            return await handler(bounded)
+
+        return handle
+
+
+class _BoundedRequest(Request):
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         received = 0
-
-        async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > LONGEST_JSON:
-                # FastAPI lets no other exception through while it reads a body.
-                raise HTTPException(STATUSES[BodyTooLarge], f"a JSON body may have {LONGEST_JSON} bytes")
-            return message
-
-        await self._app(scope, bounded, send)
+        try:
+            async for chunk in super().stream():
+                received += len(chunk)
+                if received > LONGEST_JSON:
+                    raise BodyTooLarge(f"a JSON body may have {LONGEST_JSON} bytes", limit=LONGEST_JSON)
+                yield chunk
+        except ClientDisconnect:
+            raise MalformedRequest("the connection was closed before the end of the body") from None

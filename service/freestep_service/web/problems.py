@@ -1,7 +1,8 @@
-"""Refusals on the wire: RFC 9457 problem documents, and the only place where status codes stand."""
+"""Problem documents, RFC 9457, for everything that goes wrong; and the only place where status codes stand."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -12,9 +13,19 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from freestep import errors
-from freestep.errors import InvalidSpec, MalformedRequest, ProblemError
+from freestep.errors import InvalidSpec, MalformedRequest, ProblemError, StorageUnavailable
 
-__all__ = ["DOCUMENTED", "MEDIA_TYPE", "STATUSES", "install", "problem_response"]
+__all__ = [
+    "DOCUMENTED",
+    "INTERNAL_ERROR",
+    "MEDIA_TYPE",
+    "STATUSES",
+    "install",
+    "internal_error_response",
+    "problem_response",
+]
+
+logger = logging.getLogger("freestep")
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -62,10 +73,10 @@ _PROBLEM = {
     },
 }
 DOCUMENTED: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEM, "5XX": _PROBLEM, 422: _PROBLEM}
-"""What the OpenAPI document says of refusals, in place of FastAPI's own 422."""
+"""The refusals in the OpenAPI document, in place of FastAPI's own 422."""
 
-_FASTAPI_WORDS: dict[int, type[ProblemError]] = {400: errors.MalformedRequest, 413: errors.BodyTooLarge}
-"""What is said of a JSON body that FastAPI cannot parse, or that limits.py lets no further."""
+INTERNAL_ERROR = "internal-server-error"
+"""The name under which unexpected errors are counted; clients get no slug, since none is to be acted on."""
 
 _RETRY_AFTER_S = {errors.Overloaded: 1, errors.CoordinatorUnavailable: 1, errors.ShardUnavailable: 1}
 
@@ -81,8 +92,20 @@ def problem_response(problem: ProblemError) -> JSONResponse:
     return JSONResponse(problem.to_document(status), status, headers, MEDIA_TYPE)
 
 
+def internal_error_response() -> JSONResponse:
+    """The answer to a request that failed for a reason of the service's own."""
+    return _plain_response(HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed; its log has the traceback")
+
+
+def _plain_response(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """A problem that its status code describes fully, RFC 9457 section 4.2.1."""
+    title = HTTPStatus(status).phrase
+    document = {"type": "about:blank", "title": title, "status": int(status), "detail": detail}
+    return JSONResponse(document, status, headers, MEDIA_TYPE)
+
+
 def install(app: FastAPI, observe: Callable[[str], None]) -> None:
-    """Makes every error answer of an app a problem document; `observe` is told each one's slug."""
+    """Makes every refusal of an app a problem document; `observe` is called with the slug of each."""
 
     async def on_problem(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ProblemError)
@@ -95,20 +118,23 @@ def install(app: FastAPI, observe: Callable[[str], None]) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        if problem := _FASTAPI_WORDS.get(error.status_code):
-            return await on_problem(request, problem(error.detail))
-        title = HTTPStatus(error.status_code).phrase
-        document = {
-            "type": "about:blank",
-            "title": title,
-            "status": error.status_code,
-            "detail": error.detail,
-        }
-        return JSONResponse(document, error.status_code, error.headers, MEDIA_TYPE)
+        if error.status_code == STATUSES[MalformedRequest]:
+            # A JSON body that FastAPI cannot parse.
+            return await on_problem(request, MalformedRequest(error.detail))
+        return _plain_response(error.status_code, error.detail, error.headers)
+
+    async def on_os_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, OSError)
+        if isinstance(error, TimeoutError | ConnectionError):
+            # Of a connection, not of a file.
+            raise error
+        logger.warning("%s %s: the storage failed: %s", request.method, request.url.path, error)
+        return await on_problem(request, StorageUnavailable(error.strerror or type(error).__name__))
 
     app.add_exception_handler(ProblemError, on_problem)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(OSError, on_os_error)
 
 
 def _from_validation(error: RequestValidationError, route: str) -> ProblemError:

@@ -1,29 +1,34 @@
-"""From memory to the socket: a snapshot is sent as slices of the memory it lies in."""
+"""Answers with a shard's part of a point, sent as slices of the memory that its snapshot lies in."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import pairwise
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from freestep.errors import Overloaded, RangeNotSatisfiable
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.state.snapshots import PointBody
+from freestep_service.web.connection import CONNECTION, abort
+from freestep_service.web.waiting import while_connected
 
-__all__ = ["SnapshotResponse", "etag", "is_known", "parse_range"]
+__all__ = ["SnapshotResponse", "etag", "is_known", "parse_range", "requested_span"]
+
+logger = logging.getLogger("freestep")
 
 _SLICE = 1024 * 1024
 _TAIL = 256 * 1024
 """More than a transport buffers (64 KiB by default), see `_send`."""
 _SMALL = 512 * 1024
-"""Bytes of a body that it takes less to copy than to send in pieces."""
+"""Bytes of a body that is faster to copy than to send in pieces."""
 
 
 def etag(epoch: int, step: int, point: str, dtype: str) -> str:
@@ -32,16 +37,17 @@ def etag(epoch: int, step: int, point: str, dtype: str) -> str:
 
 
 def is_known(tag: str, if_none_match: str) -> bool:
-    """Whether an If-None-Match header names a tag, by the weak comparison of RFC 9110 section 8.8.3.2."""
+    """Whether an If-None-Match header names a tag, by the weak comparison of RFC 9110, section 8.8.3.2."""
     known = [each.strip().removeprefix("W/") for each in if_none_match.split(",")]
     return tag in known or known == ["*"]
 
 
 class SnapshotResponse(Response):
-    """Answers with a shard's part of a point, or with the range of it that `request_headers` ask for.
+    """A shard's part of a point, or the range of it that `request_headers` ask for.
 
-    The snapshot is taken when the answer begins and let go when its last byte is on its way. `lines` are headers that
-    go with it, by the step that it is of. `otherwise`: the answer where there is no memory for the snapshot.
+    The snapshot is taken when the answer begins and released when the transport refers to it no more. `lines(step)` are
+    further headers of an answer of that step. The connection is aborted if the client reads nothing for `stall_s`
+    seconds. `otherwise`: the answer if there is no memory for the snapshot.
     """
 
     def __init__(
@@ -65,16 +71,13 @@ class SnapshotResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with AsyncExitStack() as stack:
             try:
-                snapshot = await stack.enter_async_context(self._shard.read(self._reading))
+                snapshot = await stack.enter_async_context(self._read(scope))
             except Overloaded:
                 if self._otherwise is None:
                     raise
                 return await self._otherwise(scope, receive, send)
             tag = etag(snapshot.epoch, snapshot.step, self._reading.point, self._reading.dtype)
-            wanted = self._request_headers.get("range")
-            if self._request_headers.get("if-range", tag) != tag:
-                wanted = None
-            span = parse_range(wanted, snapshot.size)
+            span = requested_span(self._request_headers, tag, snapshot.size)
             lines = {
                 **self._lines_of(snapshot.step),
                 "ETag": tag,
@@ -85,51 +88,96 @@ class SnapshotResponse(Response):
             }
             if snapshot.seq is not None:
                 lines["Freestep-Cut"] = str(snapshot.seq)
-            await _send(send, snapshot, lines, span, self._stall_s)
+            begin, end = span or (0, snapshot.size)
+            lines["Content-Length"] = str(end - begin)
+            if span:
+                lines["Content-Range"] = f"bytes {begin}-{end - 1}/{snapshot.size}"
+            raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
+            start: Message = {"type": "http.response.start", "status": 206 if span else 200, "headers": raw}
+            if end - begin > _SMALL:
+                with _aborted_on_failure(scope, self._stall_s):
+                    await _send(scope, send, start, snapshot, begin, end, self._stall_s)
+                return
+            await snapshot.reach(end - len(snapshot.header))
+            body = b"".join(snapshot.slices(begin, end))
+        # However slowly the client reads, the snapshot's memory is free.
+        await send(start)
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _read(self, scope: Scope) -> AbstractAsyncContextManager[PointBody]:
+        reading = self._shard.read(self._reading)
+        return _begun_while_connected(scope, reading) if self._reading.patience else reading
+
+
+@asynccontextmanager
+async def _begun_while_connected(
+    scope: Scope, reading: AbstractAsyncContextManager[PointBody]
+) -> AsyncIterator[PointBody]:
+    """A snapshot that may have to be waited for, which ends with the client's connection."""
+    async with AsyncExitStack() as stack:
+        async with while_connected(scope, is_waiting=True):
+            snapshot = await stack.enter_async_context(reading)
+        yield snapshot
+
+
+@contextmanager
+def _aborted_on_failure(scope: Scope, stall_s: float) -> Iterator[None]:
+    """Aborts the connection if its block fails, since the transport refers to memory that is about to be used again.
+
+    A client that reads nothing is no error of the service's: it is logged, and the exception ends here.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not abort(scope) or not isinstance(error, TimeoutError):
+            raise
+        logger.warning("%s %s: aborted, the client read nothing for %g s", scope["method"], scope["path"], stall_s)
 
 
 async def _send(
-    send: Send, snapshot: PointBody, lines: dict[str, str], span: tuple[int, int] | None, stall_s: float
+    scope: Scope, send: Send, start: Message, snapshot: PointBody, begin: int, end: int, stall_s: float
 ) -> None:
-    """Sends a snapshot's body, or the bytes `begin` to `end` of it.
+    """Sends bytes `begin` to `end` of a snapshot's body, more than _SMALL.
 
-    When this returns, nobody refers to the snapshot's memory any more: the last bytes are sent as a copy that is
-    longer than what a transport may still hold. Raises TimeoutError when the peer takes nothing for `stall_s`
-    seconds.
+    When this returns, nothing refers to the snapshot's memory any more: the last bytes are sent as a copy that is
+    longer than what a transport may still buffer. Raises TimeoutError if the client reads nothing for `stall_s`
+    seconds; the connection has to be aborted then. A server whose connections cannot be aborted gets copies only.
     """
-    begin, end = span or (0, snapshot.size)
-    lines["Content-Length"] = str(end - begin)
-    if span:
-        lines["Content-Range"] = f"bytes {begin}-{end - 1}/{snapshot.size}"
-    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
-    await send({"type": "http.response.start", "status": 206 if span else 200, "headers": raw})
     header, data = snapshot.slices(begin, end)
-    # Bytes of the tensors before the first that is sent.
+    # Bytes of the tensors before the first one that is sent.
     skipped = max(begin - len(snapshot.header), 0)
-    bulk = len(data) - _TAIL
-    if bulk <= 0 or end - begin <= _SMALL:
-        await snapshot.reach(skipped + len(data))
-        await send({"type": "http.response.body", "body": b"".join((header, data)), "more_body": False})
-        return
+    bulk = max(len(data) - _TAIL, 0) if CONNECTION in scope.get("extensions", {}) else 0
+
     clock = asyncio.get_running_loop().time
-    ends = [*range(_SLICE, bulk, _SLICE), bulk, len(data)]
     async with asyncio.timeout(None) as stalled:
+        # If the memory is needed and the client is slow, its pool ends the sending.
         snapshot.end = lambda: stalled.reschedule(clock())
 
-        async def sent(piece: bytes | memoryview, *, more: bool = True) -> None:
+        async def send_in_time(message: Message) -> None:
             stalled.reschedule(clock() + stall_s)
-            await send({"type": "http.response.body", "body": piece, "more_body": more})
+            await send(message)
 
-        await sent(bytes(header))
-        for at, until in pairwise([0, *ends]):
+        await send_in_time(start)
+        await send_in_time({"type": "http.response.body", "body": bytes(header), "more_body": True})
+        for at, until in pairwise([*range(0, bulk, _SLICE), *range(bulk, len(data), _SLICE), len(data)]):
             await snapshot.reach(skipped + until)
-            await sent(data[at:until] if until <= bulk else bytes(data[at:until]))
+            piece = data[at:until] if until <= bulk else bytes(data[at:until])
+            await send_in_time({"type": "http.response.body", "body": piece, "more_body": True})
             snapshot.sent = until
-        await sent(b"", more=False)
+        await send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
+    snapshot.end = lambda: None
+
+
+def requested_span(headers: Mapping[str, str], tag: str, size: int) -> tuple[int, int] | None:
+    """The bytes that Range and If-Range ask for of a body with a tag; None for the whole body.
+
+    Raises RangeNotSatisfiable.
+    """
+    return parse_range(headers.get("range") if headers.get("if-range", tag) == tag else None, size)
 
 
 def parse_range(text: str | None, size: int) -> tuple[int, int] | None:
-    """The span that a Range header asks for, RFC 9110 section 14; None for the whole body.
+    """The span that a Range header asks for, RFC 9110, section 14; None for the whole body.
 
     Several ranges, or what is not a byte range (or one of 10^18 and more), are answered with the whole body, as the
     RFC allows. Raises RangeNotSatisfiable when the range begins past the end.

@@ -1,4 +1,4 @@
-"""Checkpoints: write one now, list them, go back to one."""
+"""Checkpoints: write one now, list them, restore one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request
 
 from freestep.api.models import Checkpoint, CheckpointList, RunStatus
+from freestep_service.web.limits import JsonRoute
 from freestep_service.web.routes.dependencies import AnyRelay, AnyRun
 
-router = APIRouter(tags=["checkpoints"])
+router = APIRouter(tags=["checkpoints"], route_class=JsonRoute)
 
 
 @router.post("/v1/runs/{run}/checkpoints", status_code=201, response_model=Checkpoint)
@@ -28,7 +29,7 @@ async def list_checkpoints(run: AnyRun) -> CheckpointList:
 
 @router.post("/v1/runs/{run}/checkpoints/{step}/restore", response_model=RunStatus)
 async def restore_checkpoint(run: AnyRun, request: Request, relay: AnyRelay, step: Annotated[int, Path(ge=0)]) -> Any:
-    """Goes back to a checkpoint, in a new epoch: leases of the old one no longer push."""
+    """Returns the run to a checkpoint, in a new epoch; leases of the old epoch can no longer push."""
     if not run.owns_any:
         return await relay.forward(request, run)
     await run.restore(step)

@@ -1,9 +1,10 @@
-"""What a request of the data path is about, read by hand: FastAPI's way of finding that out costs as much as all else
-that the service does for a small push."""
+"""Parses path and query parameters of the hot endpoints directly.
+
+FastAPI's dependency injection costs about as much as the rest of a small push.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Self, get_args
@@ -16,19 +17,43 @@ from freestep.errors import MalformedRequest, ShardUnavailable
 from freestep.wire.encoding import INT8
 from freestep_service.runs.run import Run
 from freestep_service.settings import Settings
+from freestep_service.web.context import ServiceContext
+from freestep_service.web.fields import PathField, Query, choice, integer, pattern, text
 from freestep_service.web.relay import Relay
-from freestep_service.web.routes.dependencies import RUN_NAME
+from freestep_service.web.routes.dependencies import LONGEST_LEASE, RUN_NAME
 
-__all__ = ["DataRequest", "DataRoute", "run_of"]
+__all__ = ["CUT", "DTYPE", "LEASE", "MIN_STEP", "OF", "POINT", "RUN", "SHARD", "DataRequest", "DataRoute", "run_of"]
 
-_RUN_NAME = re.compile(RUN_NAME)
-_INTEGER = re.compile(r"[0-9]{1,18}", re.ASCII)
-_LARGEST = 10**18 - 1
-_WORD = re.compile(r"[\x21-\x7e]{0,200}")
+RUN = PathField(
+    "run", pattern(RUN_NAME, "1 to 128 letters, digits, '.', '_' and '-', of which the first is a letter or digit")
+)
+LEASE = PathField("lease", text(1, LONGEST_LEASE))
+SHARD = Query(
+    "shard", integer(0, MOST_SHARDS - 1), "The shard whose part the body is; without it the body is the whole model."
+)
+OF = Query("of", integer(1, MOST_SHARDS), "The number of shards that the sender takes the run to have.")
+POINT: Query[Point] = Query("point", choice(get_args(Point)), "The point.", default="x")
+DTYPE: Query[PointDtype] = Query(
+    "dtype",
+    choice(get_args(PointDtype)),
+    "The tensors' dtype. I8: int8, and beside each NAME its NAME::scale, F32, one for each 256 elements; of a run of "
+    "several shards only with `shard`.",
+    default="F32",
+)
+MIN_STEP = Query("min_step", integer(0), "The point is of no step before this one.", default=0)
+CUT = Query(
+    "cut",
+    pattern(r"[\x21-\x7e]{0,200}", "at most 200 printable characters without spaces"),
+    "Shards that are asked with the same word answer of one step.",
+    default="",
+)
 
 
 class DataRoute(APIRoute):
-    """A route whose handler is given the request as it came, and answers with a Response."""
+    """A route whose handler takes the request as it came and returns a Response.
+
+    Handlers bound the body that they read by `body_length`, or read none.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
@@ -37,17 +62,13 @@ class DataRoute(APIRoute):
 
 async def run_of(request: Request) -> Run:
     """The run that the path names. Raises MalformedRequest, RunNotFound and CoordinatorUnavailable."""
-    name = request.path_params["run"]
-    if not _RUN_NAME.fullmatch(name):
-        raise MalformedRequest("run: a run's name is 1 to 128 letters, digits, '.', '_' and '-'", field="run")
-    run: Run = await request.app.state.registry.find(name)
-    return run
+    return await ServiceContext.of(request).registry.find(RUN.read(request))
 
 
 @dataclass(frozen=True)
 class DataRequest:
-    """The run that the path names; the shard that the query does, None where the request is about the whole of a run
-    of several; and the parts of the service that answer."""
+    """A request of the data path: the run, and the shard that the query names; None if it is about the whole of a run
+    of several shards. Besides, what its handler needs of the service."""
 
     run: Run
     shard: int | None
@@ -57,25 +78,24 @@ class DataRequest:
 
     @classmethod
     async def of(cls, request: Request) -> Self:
-        """Raises MalformedRequest, RunNotFound, CoordinatorUnavailable, and ShardUnavailable where the run has another
+        """Raises MalformedRequest, RunNotFound, CoordinatorUnavailable, and ShardUnavailable if the run has another
         number of shards than the request supposes."""
-        state, run = request.app.state, await run_of(request)
-        shard, of = _integer(request, "shard", 0, MOST_SHARDS - 1), _integer(request, "of", 1, MOST_SHARDS)
+        context, run = ServiceContext.of(request), await run_of(request)
+        shard, of = SHARD.find(request), OF.find(request)
         if of is not None and of != run.count:
             raise ShardUnavailable(f"the run has {run.count} shards, not {of}", shards=run.count)
         if shard is not None and shard >= run.count:
-            raise MalformedRequest(f"the run has {run.count} shards", field="shard")
-        return cls(run, 0 if run.count == 1 else shard, state.settings, state.relay, request)
+            raise MalformedRequest(f"shard: the run has {run.count} shards", field="shard")
+        return cls(run, 0 if run.count == 1 else shard, context.settings, context.relay, request)
 
     @property
     def point(self) -> Point:
-        point: Point = self._choice("point", get_args(Point), "x")
-        return point
+        return POINT.read(self._request)
 
     @property
     def dtype(self) -> PointDtype:
-        """Raises MalformedRequest, and MalformedTensors where the run's names leave none for I8's scales."""
-        dtype: PointDtype = self._choice("dtype", get_args(PointDtype), "F32")
+        """Raises MalformedRequest, and MalformedTensors if the run's names leave none for I8's scales."""
+        dtype = DTYPE.read(self._request)
         if dtype == "I8":
             # Blocks begin anew with a shard's part, and not there with the whole's.
             if self.shard is None:
@@ -87,26 +107,8 @@ class DataRequest:
 
     @property
     def min_step(self) -> int:
-        return _integer(self._request, "min_step", 0, _LARGEST) or 0
+        return MIN_STEP.read(self._request)
 
     @property
     def cut(self) -> str:
-        word: str = self._request.query_params.get("cut", "")
-        if not _WORD.fullmatch(word):
-            raise MalformedRequest("cut: a word of at most 200 printable characters", field="cut")
-        return word
-
-    def _choice(self, name: str, choices: tuple[str, ...], ordinary: str) -> Any:
-        chosen = self._request.query_params.get(name, ordinary)
-        if chosen not in choices:
-            raise MalformedRequest(f"{name}: one of {', '.join(choices)}", field=name)
-        return chosen
-
-
-def _integer(request: Request, name: str, least: int, most: int) -> int | None:
-    text = request.query_params.get(name)
-    if text is None:
-        return None
-    if not _INTEGER.fullmatch(text) or not least <= int(text) <= most:
-        raise MalformedRequest(f"{name}: an integer from {least} to {most}", field=name)
-    return int(text)
+        return CUT.read(self._request)

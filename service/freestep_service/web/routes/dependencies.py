@@ -1,35 +1,36 @@
-"""What handlers are given: the run that the path names, and the service's parts."""
+"""What handlers of the control plane are given: the run that the path names, and parts of the service."""
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated
 
 from fastapi import Depends, Path, Request
 
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.run import Run
+from freestep_service.web.context import ServiceContext
 from freestep_service.web.relay import Relay
 
 __all__ = ["LONGEST_LEASE", "RUN_NAME", "AnyRegistry", "AnyRelay", "AnyRun", "LeaseId", "RunName"]
 
-RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 LONGEST_LEASE = 200
 
-# They are coroutines though they wait for nothing, since FastAPI calls plain functions in a thread.
-
-RunName = Annotated[str, Path(pattern=RUN_NAME)]
+RunName = Annotated[str, Path(pattern=f"^{RUN_NAME}$")]
 LeaseId = Annotated[str, Path(min_length=1, max_length=LONGEST_LEASE)]
+
+# Coroutines, though they wait for nothing: FastAPI calls plain functions in a thread.
 
 
 async def _registry(request: Request) -> Registry:
-    return cast(Registry, request.app.state.registry)
+    return ServiceContext.of(request).registry
 
 
 AnyRegistry = Annotated[Registry, Depends(_registry)]
 
 
 async def _relay(request: Request) -> Relay:
-    return cast(Relay, request.app.state.relay)
+    return ServiceContext.of(request).relay
 
 
 AnyRelay = Annotated[Relay, Depends(_relay)]

@@ -12,11 +12,13 @@ from freestep.wire.encoding import ENCODINGS
 from freestep_service.domain.records import Claim
 from freestep_service.runs.run import Run
 from freestep_service.web.body import Body
-from freestep_service.web.headers import Preferences, body_length, claim, preferences, receipt_headers
-from freestep_service.web.relay import Relay, stall_seconds
+from freestep_service.web.headers import PUSH_HEADERS, Preferences, body_length, claim, preferences, receipt_headers
+from freestep_service.web.relay import Relay
 from freestep_service.web.responses import SnapshotResponse
-from freestep_service.web.routes.data_request import DataRequest, DataRoute
-from freestep_service.web.routes.documents import DTYPE, PART, PUSH_HEADERS, TENSORS, TENSORS_BODY
+from freestep_service.web.routes.data_request import DTYPE, OF, RUN, SHARD, DataRequest, DataRoute
+from freestep_service.web.routes.documents import TENSORS, TENSORS_BODY, documented
+from freestep_service.web.waiting import while_connected
+from freestep_service.web.whole_models import pull_whole, push_whole
 
 router = APIRouter(tags=["gradients"], route_class=DataRoute)
 
@@ -25,7 +27,7 @@ router = APIRouter(tags=["gradients"], route_class=DataRoute)
     "/v1/runs/{run}/gradients",
     response_model=Receipt,
     responses={200: TENSORS},
-    openapi_extra={"requestBody": TENSORS_BODY, "parameters": [*PART, DTYPE, *PUSH_HEADERS]},
+    openapi_extra=documented(RUN, SHARD, OF, DTYPE, *PUSH_HEADERS, body=TENSORS_BODY),
 )
 async def push(request: Request) -> Response:
     """Pushes a gradient.
@@ -37,10 +39,10 @@ async def push(request: Request) -> Response:
     the answers' parts of y are of one step.
     """
     parsed = await DataRequest.of(request)
-    run, dtype, stall_s = parsed.run, parsed.dtype, parsed.settings.stall_seconds
+    run, dtype = parsed.run, parsed.dtype
     length = body_length(request, parsed.settings.max_body_bytes)
     wishes = preferences(request)
-    body = Body(request, length, stall_s)
+    body = Body(request, length, parsed.settings.stall_seconds)
     claimed = claim(request)
     if parsed.shard is None:
         return await _push_whole(run, request, parsed.relay, body, claimed, wishes, dtype)
@@ -48,15 +50,18 @@ async def push(request: Request) -> Response:
         return await parsed.relay.forward(request, run, parsed.shard)
     shard = run.shard(parsed.shard)
     outcome = await shard.push(claimed, body, dtype if wishes.representation else None, wishes.wait)
+    if wishes.wait and outcome.is_open:
+        async with while_connected(request.scope, is_waiting=True):
+            outcome = await shard.settle(outcome, wishes.wait)
     if outcome.reading is None:
         return _receipt(outcome.receipt(), wishes)
 
     def lines(step: int) -> dict[str, str]:
         return wishes.applied() | receipt_headers(outcome.receipt(step))
 
-    # A push does not wait for those who read: where no memory is free for y, its sender pulls it.
+    # A push does not wait for those who read: if no memory is free for y, its sender pulls it.
     receipt_only = _receipt(outcome.receipt(), replace(wishes, representation=False))
-    stall_s = stall_seconds(request, stall_s)
+    stall_s = await parsed.relay.stall_seconds(request)
     return SnapshotResponse(shard, outcome.reading, stall_s, lines=lines, otherwise=receipt_only)
 
 
@@ -67,12 +72,12 @@ def _receipt(receipt: Receipt, wishes: Preferences) -> Response:
 async def _push_whole(
     run: Run, request: Request, relay: Relay, body: Body, claimed: Claim, wishes: Preferences, dtype: PointDtype
 ) -> Response:
-    """The slow way: this process takes the whole gradient in and sends every shard its part."""
+    """The slow path: this process receives the whole gradient and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}
     await run.coordinator.pushes.precheck(claimed)
     async with run.staged(body, ENCODINGS) as whole:
-        receipt = await relay.push(request, run, whole, {"Idempotency-Key": claimed.key, **wait})
+        receipt = await push_whole(relay, request, run, whole, {"Idempotency-Key": claimed.key, **wait})
     if not wishes.representation:
         return _receipt(receipt, wishes)
     lines = wishes.applied() | receipt_headers(receipt)
-    return await relay.pull(request, run, "y", dtype, receipt.step, "wait=30", lines)
+    return await pull_whole(relay, request, run, "y", dtype, receipt.step, "wait=30", lines)

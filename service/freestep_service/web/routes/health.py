@@ -9,7 +9,10 @@ import torch
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-router = APIRouter(tags=["health"])
+from freestep_service.web.context import ServiceContext
+from freestep_service.web.limits import JsonRoute
+
+router = APIRouter(tags=["health"], route_class=JsonRoute)
 
 
 @router.get("/healthz")
@@ -20,10 +23,11 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> dict[str, Any]:
-    """Answers 200 when Redis answers and the device computes, else coordinator-unavailable."""
-    await request.app.state.store.ping()
-    device = request.app.state.device
-    # A GPU does first what it was asked before.
+    """Answers 200 if Redis answers and the device computes, else coordinator-unavailable."""
+    context = ServiceContext.of(request)
+    await context.store.ping()
+    device = context.device
+    # In a thread: a GPU finishes the work that is queued first.
     await asyncio.to_thread(lambda: torch.zeros(1, device=device).add_(1).item())
     return {"status": "ready", "device": str(device)}
 
@@ -31,4 +35,4 @@ async def readyz(request: Request) -> dict[str, Any]:
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Prometheus's text format."""
-    return Response(request.app.state.metrics.expose(), media_type=CONTENT_TYPE_LATEST)
+    return Response(ServiceContext.of(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)

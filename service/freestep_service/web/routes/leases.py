@@ -7,14 +7,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from freestep.api.models import Lease, LeaseList, LeaseRequest
-from freestep.errors import MalformedRequest
-from freestep_service.web.routes.data_request import DataRoute, run_of
-from freestep_service.web.routes.dependencies import LONGEST_LEASE, AnyRelay, AnyRun, LeaseId
-from freestep_service.web.routes.documents import LEASE, RUN
+from freestep_service.web.limits import JsonRoute
+from freestep_service.web.routes.data_request import LEASE, RUN, DataRoute, run_of
+from freestep_service.web.routes.dependencies import AnyRelay, AnyRun, LeaseId
+from freestep_service.web.routes.documents import documented
 
-router = APIRouter(tags=["leases"])
+router = APIRouter(tags=["leases"], route_class=JsonRoute)
 renewals = APIRouter(tags=["leases"], route_class=DataRoute)
-"""Parsed directly, like the data path: a thousand workers renew hundreds of leases a second."""
+"""Parsed directly, as the data path is: a thousand workers renew hundreds of leases a second."""
 
 
 @router.post("/v1/runs/{run}/leases", status_code=201, response_model=Lease)
@@ -25,19 +25,17 @@ async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, relay: 
     return await run.leases.grant(wish.worker, wish.ttl_ms)
 
 
-@renewals.put("/v1/runs/{run}/leases/{lease}", response_model=Lease, openapi_extra={"parameters": [RUN, LEASE]})
+@renewals.put("/v1/runs/{run}/leases/{lease}", response_model=Lease, openapi_extra=documented(RUN, LEASE))
 async def renew_lease(request: Request) -> Response:
     """Renews a lease for its time to live."""
-    run, lease = await run_of(request), request.path_params["lease"]
-    if len(lease) > LONGEST_LEASE:
-        raise MalformedRequest(f"lease: at most {LONGEST_LEASE} characters", field="lease")
+    run, lease = await run_of(request), LEASE.read(request)
     renewed = await run.leases.renew(lease)
     return Response(renewed.model_dump_json(), media_type="application/json")
 
 
 @router.delete("/v1/runs/{run}/leases/{lease}", status_code=204)
 async def release_lease(run: AnyRun, lease: LeaseId, request: Request, relay: AnyRelay) -> Response:
-    """Ends a lease; an update that waited for its worker alone goes on."""
+    """Ends a lease; an update that waits for its worker only is then applied."""
     if run.leases_are_elsewhere:
         return await relay.forward(request, run)
     await run.leases.release(lease)

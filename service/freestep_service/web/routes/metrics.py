@@ -1,4 +1,4 @@
-"""Metrics: what evaluators report of a run."""
+"""Metrics that evaluators report."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from freestep.api.models import MetricReceipt, MetricReport
+from freestep_service.web.limits import JsonRoute
 from freestep_service.web.routes.dependencies import AnyRelay, AnyRun
 
-router = APIRouter(tags=["metrics"])
+router = APIRouter(tags=["metrics"], route_class=JsonRoute)
 
 
 @router.post("/v1/runs/{run}/metrics", response_model=MetricReceipt)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import secrets
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from freestep.api.models import RunStatus
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.web.body import Body
-from freestep_service.web.headers import body_length, preferences, upload
-from freestep_service.web.relay import stall_seconds
+from freestep_service.web.headers import PULL_HEADERS, UPLOAD_HEADERS, body_length, preferences, upload
 from freestep_service.web.responses import SnapshotResponse, etag, is_known
-from freestep_service.web.routes.data_request import DataRequest, DataRoute
-from freestep_service.web.routes.documents import (
+from freestep_service.web.routes.data_request import (
+    CUT,
     DTYPE,
-    PART,
+    MIN_STEP,
+    OF,
     POINT,
-    PULL_QUERY,
-    RANGE_HEADERS,
-    TENSORS,
-    TENSORS_BODY,
-    UPLOAD_HEADERS,
+    RUN,
+    SHARD,
+    DataRequest,
+    DataRoute,
 )
+from freestep_service.web.routes.documents import TENSORS, TENSORS_BODY, documented
+from freestep_service.web.waiting import while_connected
+from freestep_service.web.whole_models import initialize_whole, pull_whole
 
 router = APIRouter(tags=["parameters"], route_class=DataRoute)
 
@@ -32,13 +32,13 @@ router = APIRouter(tags=["parameters"], route_class=DataRoute)
     "/v1/runs/{run}/parameters",
     status_code=201,
     response_model=RunStatus,
-    openapi_extra={"requestBody": TENSORS_BODY, "parameters": [*PART, *UPLOAD_HEADERS]},
+    openapi_extra=documented(RUN, SHARD, OF, *UPLOAD_HEADERS, body=TENSORS_BODY),
 )
 async def initialize_run(request: Request) -> Response:
-    """Gives the run its initial weights; the first who does wins, the others get already-initialized.
+    """Gives the run its initial weights; the first upload wins, others get already-initialized.
 
-    With `shard`, the body is that shard's part, and the answer comes when all shards have theirs: an Idempotency-Key
-    says which parts belong together.
+    With `shard`, the body is that shard's part, and the answer comes when all shards have theirs. Parts with the same
+    Idempotency-Key belong together.
     """
     parsed = await DataRequest.of(request)
     run, relay = parsed.run, parsed.relay
@@ -46,7 +46,7 @@ async def initialize_run(request: Request) -> Response:
     body = Body(request, length, parsed.settings.stall_seconds)
     if parsed.shard is None:
         async with run.staged(body) as whole:
-            await relay.send(request, run, "PUT", "parameters", whole, {"Idempotency-Key": secrets.token_hex(16)})
+            await initialize_whole(relay, request, run, whole)
     elif not run.owns(parsed.shard):
         return await relay.forward(request, run, parsed.shard)
     else:
@@ -59,7 +59,7 @@ async def initialize_run(request: Request) -> Response:
     "/v1/runs/{run}/parameters",
     response_class=Response,
     responses={200: TENSORS, 206: TENSORS, 304: {"description": "The point's ETag is one of those named."}},
-    openapi_extra={"parameters": [*PART, POINT, DTYPE, *PULL_QUERY, *RANGE_HEADERS]},
+    openapi_extra=documented(RUN, SHARD, OF, POINT, DTYPE, MIN_STEP, CUT, *PULL_HEADERS),
 )
 async def pull(request: Request) -> Response:
     """A point of the run's newest step, or of a step not before `min_step` (`Prefer: wait=S`).
@@ -70,16 +70,18 @@ async def pull(request: Request) -> Response:
     parsed = await DataRequest.of(request)
     run, point, dtype, min_step, cut = parsed.run, parsed.point, parsed.dtype, parsed.min_step, parsed.cut
     if parsed.shard is None:
-        return await parsed.relay.pull(request, run, point, dtype, min_step, request.headers.get("prefer", ""))
+        prefer = request.headers.get("prefer", "")
+        return await pull_whole(parsed.relay, request, run, point, dtype, min_step, prefer)
     if not run.owns(parsed.shard):
         return await parsed.relay.forward(request, run, parsed.shard)
     shard = run.shard(parsed.shard)
     shard.core.require_initialized()
     wishes = preferences(request)
-    await shard.reach(min_step, wishes.wait)
+    async with while_connected(request.scope, is_waiting=True):
+        await shard.reach(min_step, wishes.wait)
     tag = etag(shard.core.writer.epoch, shard.core.writer.applied_step, point, dtype)
     # Of a cut all shards have to answer alike.
     if not cut and is_known(tag, request.headers.get("if-none-match", "")):
         return Response(status_code=304, headers={"ETag": tag})
     reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
-    return SnapshotResponse(shard, reading, stall_seconds(request, parsed.settings.stall_seconds), request.headers)
+    return SnapshotResponse(shard, reading, await parsed.relay.stall_seconds(request), request.headers)

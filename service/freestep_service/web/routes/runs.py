@@ -1,4 +1,4 @@
-"""Runs: create, list, look at, cut anew, delete."""
+"""Runs: create, list, status, topology, reshard, delete."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from freestep.api.models import ReshardRequest, RunList, RunSpec, RunStatus, Topology
+from freestep_service.web.limits import JsonRoute
 from freestep_service.web.routes.dependencies import AnyRegistry, AnyRelay, AnyRun, RunName
 
-router = APIRouter(tags=["runs"])
+router = APIRouter(tags=["runs"], route_class=JsonRoute)
 
 
 @router.put("/v1/runs/{run}", status_code=201)
@@ -35,13 +36,13 @@ async def get_run(run: AnyRun) -> RunStatus:
 
 @router.get("/v1/runs/{run}/topology")
 async def get_topology(run: AnyRun) -> Topology:
-    """Where the run's shards are, and what each owns."""
+    """The owner of each shard, and the part of the model that it holds."""
     return await run.topology()
 
 
 @router.post("/v1/runs/{run}/reshard", response_model=RunStatus)
 async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, relay: AnyRelay) -> Any:
-    """Divides the run into another number of shards, in a new epoch."""
+    """Splits the run into another number of shards, in a new epoch."""
     if not run.owns_any:
         return await relay.forward(request, run, content=await request.body())
     await run.reshard(wish.shards)

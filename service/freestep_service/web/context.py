@@ -1,0 +1,33 @@
+"""The parts of the service that handlers use, in one place of the application's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from starlette.requests import Request
+
+from freestep_service.coordination.store import Store
+from freestep_service.runs.registry import Registry
+from freestep_service.runs.telemetry import Metrics
+from freestep_service.settings import Settings
+from freestep_service.web.relay import Relay
+
+__all__ = ["ServiceContext"]
+
+
+@dataclass(frozen=True)
+class ServiceContext:
+    """What a service that has started consists of; it stands in `app.state.context`."""
+
+    settings: Settings
+    store: Store
+    relay: Relay
+    registry: Registry
+    metrics: Metrics
+    device: torch.device
+
+    @staticmethod
+    def of(request: Request) -> ServiceContext:
+        context: ServiceContext = request.app.state.context
+        return context

@@ -1,0 +1,52 @@
+"""Requests that services relay to each other are known by the secret that they share, and by nothing else."""
+
+from __future__ import annotations
+
+import pytest
+from redis import Redis
+
+from freestep_service.coordination.secret import SECRET_KEY
+from harness import ThreadService
+from plain_calls import ShardedApi, slug
+
+
+def path_of(run: ShardedApi, shard: int) -> str:
+    return f"{run.path('/parameters')}?shard={shard}&of={len(run.shards)}"
+
+
+@pytest.fixture
+def elsewhere(nodes: list[ThreadService], run: ShardedApi) -> tuple[int, str]:
+    """A shard, and the URL of a service that does not own it."""
+    owner = run.shards[0]["url"]
+    return 0, next(node.url for node in nodes if node.url != owner)
+
+
+def signature(node: ThreadService, target: str) -> str:
+    return str(node.app.state.context.relay._secret.sign(f"GET {target}".encode()))
+
+
+@pytest.mark.parametrize("forged", ["1", "0" * 64])
+def test_anybody_may_say_so_and_is_not_believed(run: ShardedApi, elsewhere: tuple[int, str], forged: str) -> None:
+    shard, url = elsewhere
+    answer = run.http.get(f"{url}{path_of(run, shard)}", headers={"Freestep-Relayed": forged})
+    assert answer.status_code == 200
+    assert answer.content == run.http.get(f"{run.shards[shard]['url']}{path_of(run, shard)}").content
+
+
+def test_a_service_that_says_so_is_believed(
+    nodes: list[ThreadService], run: ShardedApi, elsewhere: tuple[int, str]
+) -> None:
+    shard, url = elsewhere
+    target = path_of(run, shard)
+    for node in nodes:
+        headers = {"Freestep-Relayed": signature(node, target)}
+        # Who is relayed to, and owns nothing of it, asks nobody else.
+        assert slug(run.http.get(f"{url}{target}", headers=headers)) == "shard-unavailable"
+        assert run.http.get(f"{url}{path_of(run, shard)}&cut=x", headers=headers).status_code == 200
+
+
+def test_the_secret_is_in_redis_and_in_no_answer(nodes: list[ThreadService], run: ShardedApi, redis: Redis) -> None:
+    secret = redis.get(SECRET_KEY)
+    assert isinstance(secret, str) and len(secret) == 64
+    assert len({signature(node, "/") for node in nodes}) == 1
+    assert secret not in run.http.get("/metrics").text

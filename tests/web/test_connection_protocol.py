@@ -1,0 +1,345 @@
+"""Connections fed with bytes, without a network: wherever these are cut, a request is the same; and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.requests import ClientDisconnect
+
+from fake_transport import FakeTransport
+from freestep.errors import ShardUnavailable
+from freestep_service.web import connection
+from freestep_service.web.connection import CONNECTION, abort
+from freestep_service.web.inlet import INLET
+from freestep_service.web.waiting import while_connected
+
+BODY = bytes(range(40))
+HEAD = b"POST /a?b=c HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+NEXT = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies of more than 16 bytes are large."""
+    monkeypatch.setattr(connection, "_SMALL", 16)
+
+
+class Memory:
+    """A sink that takes at most seven bytes at a time."""
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+        self._buffer = bytearray(7)
+
+    def get_buffer(self) -> memoryview:
+        return memoryview(self._buffer)
+
+    def buffer_updated(self, size: int) -> None:
+        self.received += self._buffer[:size]
+
+
+class App:
+    """Keeps the bodies of its requests, those that come by an Inlet, and the errors that ended them."""
+
+    def __init__(self, use_inlet: bool = True) -> None:
+        self.bodies: list[bytes] = []
+        self.errors: list[Exception] = []
+        self._use_inlet = use_inlet
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        inlet = scope["extensions"].get(INLET)
+        if inlet is not None and self._use_inlet:
+            sink = Memory()
+            try:
+                await inlet.pour(sink, 10.0, asyncio.get_running_loop().time() + 10.0)
+                self.bodies.append(bytes(sink.received))
+            except EOFError as error:
+                self.errors.append(error)
+        else:
+            body, more = b"", True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    self.errors.append(ClientDisconnect())
+                    return
+                body, more = body + message["body"], message["more_body"]
+            self.bodies.append(body)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+@pytest.mark.parametrize("use_inlet", [True, False])
+@pytest.mark.parametrize("cut", range(1, len(HEAD + BODY + NEXT)))
+def test_a_request_may_be_cut_anywhere(cut: int, use_inlet: bool) -> None:
+    async def work() -> None:
+        app = App(use_inlet)
+        transport, sent = FakeTransport(app), HEAD + BODY + NEXT
+        transport.feed(sent[:cut])
+        await transport.turn()
+        transport.feed(sent[cut:])
+        await transport.turn()
+        assert app.bodies == [BODY, b""]
+        assert transport.written.count(OK) == 2
+        transport.close()
+        await transport.turn()
+
+    run(work)
+
+
+@pytest.mark.parametrize("use_inlet", [True, False])
+@pytest.mark.parametrize("cut", range(len(HEAD + BODY)))
+def test_a_request_may_end_anywhere(cut: int, use_inlet: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        app = App(use_inlet)
+        transport = FakeTransport(app)
+        transport.feed((HEAD + BODY)[:cut])
+        await transport.turn()
+        transport.feed_eof()
+        await transport.turn()
+        assert transport.is_closing()
+        assert transport.written == b""
+        assert not app.bodies
+        assert len(app.errors) == (cut >= len(HEAD))
+
+    run(work)
+    assert not caplog.records
+
+
+def test_requests_without_pauses_are_answered_in_order() -> None:
+    async def work() -> None:
+        app = App()
+        transport = FakeTransport(app)
+        transport.feed(3 * (HEAD + BODY + NEXT))
+        for _ in range(6):
+            await transport.turn()
+        assert app.bodies == 3 * [BODY, b""]
+        transport.close()
+        await transport.turn()
+
+    run(work)
+
+
+# How connections end
+
+
+@pytest.mark.parametrize("before", [b"", NEXT])
+def test_an_aborted_answer_is_not_completed(before: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    answered: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"3")]})
+        if scope["path"] == "/":
+            await send({"type": "http.response.body", "body": b"abc"})
+            return
+        await send({"type": "http.response.body", "body": memoryview(b"a"), "more_body": True})
+        assert abort(scope)
+        await send({"type": "http.response.body", "body": b"bc"})
+        answered.append(scope["path"])
+
+    async def work() -> None:
+        transport = FakeTransport(app)
+        transport.feed(before + b"GET /a HTTP/1.1\r\nHost: here\r\n\r\n" + NEXT)
+        await transport.turn()
+        assert transport.is_aborted
+        assert not transport.buffer
+        assert transport.written.endswith(b"\r\n\r\na")
+
+    run(work)
+    assert answered == ["/a"]
+    assert not caplog.records
+
+
+def test_a_request_before_others_hears_of_the_end_of_its_connection() -> None:
+    async def work() -> None:
+        messages: list[str] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            for _ in range(2):
+                messages.append((await receive())["type"])
+
+        transport = FakeTransport(app)
+        transport.feed(3 * NEXT)
+        await transport.turn()
+        transport.feed_eof()
+        await transport.turn()
+        assert messages == ["http.request", "http.disconnect"]
+
+    run(work)
+
+
+def test_other_servers_connections_are_not_aborted() -> None:
+    assert not abort({"type": "http"})
+    assert not abort({"type": "http", "extensions": {}})
+
+
+class Waiting:
+    """An application whose requests wait until they are let go, `is_waiting` or not."""
+
+    def __init__(self, is_waiting: bool) -> None:
+        self.ended: list[BaseException | None] = []
+        self.go = asyncio.Event()
+        self._is_waiting = is_waiting
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            async with while_connected(scope, is_waiting=self._is_waiting):
+                await self.go.wait()
+            self.ended.append(None)
+        except (ClientDisconnect, ShardUnavailable) as error:
+            self.ended.append(error)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+@pytest.mark.parametrize("behind", [b"", NEXT])
+def test_a_wait_ends_with_the_connection(is_waiting: bool, behind: bytes) -> None:
+    async def work() -> None:
+        app = Waiting(is_waiting)
+        transport = FakeTransport(app)
+        transport.feed(NEXT + behind)
+        await transport.turn()
+        assert not app.ended
+        transport.feed_eof()
+        await transport.turn()
+        assert [type(error) for error in app.ended] == [ClientDisconnect]
+
+    run(work)
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_a_wait_behind_a_large_body_ends_with_the_connection(is_waiting: bool) -> None:
+    async def work() -> None:
+        waiting = Waiting(is_waiting)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await scope["extensions"][INLET].pour(Memory(), 10.0, asyncio.get_running_loop().time() + 10.0)
+            await waiting(scope, receive, send)
+
+        transport = FakeTransport(app)
+        transport.feed(HEAD + BODY)
+        await transport.turn()
+        transport.feed_eof()
+        await transport.turn()
+        assert [type(error) for error in waiting.ended] == [ClientDisconnect]
+
+    run(work)
+
+
+def test_a_wait_ends_when_the_server_shuts_down() -> None:
+    async def work() -> None:
+        app = Waiting(is_waiting=True)
+        transport = FakeTransport(app)
+        transport.feed(NEXT)
+        await transport.turn()
+        transport.connection.shutdown()
+        await transport.turn()
+        assert [type(error) for error in app.ended] == [ShardUnavailable]
+        assert transport.written.startswith(OK)
+        assert transport.is_closing()
+
+    run(work)
+
+
+def test_what_is_not_a_wait_goes_on_when_the_server_shuts_down() -> None:
+    async def work() -> None:
+        app = Waiting(is_waiting=False)
+        transport = FakeTransport(app)
+        transport.feed(NEXT)
+        await transport.turn()
+        transport.connection.shutdown()
+        await transport.turn()
+        assert not app.ended
+        app.go.set()
+        await transport.turn()
+        assert app.ended == [None]
+        assert transport.written.startswith(OK)
+
+    run(work)
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_a_wait_that_is_over_is_not_ended_again(is_waiting: bool) -> None:
+    async def work() -> None:
+        app = Waiting(is_waiting)
+        transport = FakeTransport(app)
+        transport.feed(NEXT)
+        await transport.turn()
+        app.go.set()
+        await transport.turn()
+        assert app.ended == [None]
+        transport.connection.shutdown()
+        transport.feed_eof()
+        await transport.turn()
+        assert app.ended == [None]
+
+    run(work)
+
+
+def test_a_wait_that_begins_too_late_ends_at_once() -> None:
+    async def work() -> None:
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            begun.set()
+            await ended.wait()
+            await waiting(scope, receive, send)
+
+        waiting = Waiting(is_waiting=True)
+        transport = FakeTransport(app)
+        transport.feed(NEXT)
+        await begun.wait()
+        transport.feed_eof()
+        await transport.turn()
+        ended.set()
+        await transport.turn()
+        assert [type(error) for error in waiting.ended] == [ClientDisconnect]
+
+    run(work)
+
+
+def test_a_timeout_of_the_waiting_itself_is_passed_on() -> None:
+    async def work() -> None:
+        raised: list[Exception] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            try:
+                async with while_connected(scope, is_waiting=True):
+                    raise TimeoutError("its own")
+            except TimeoutError as error:
+                raised.append(error)
+
+        async def bare(scope: Any, receive: Any, send: Any) -> None:
+            await app({key: value for key, value in scope.items() if key != "extensions"}, receive, send)
+
+        for each in (app, bare):
+            transport = FakeTransport(each)
+            transport.feed(NEXT)
+            await transport.turn()
+        assert [str(error) for error in raised] == ["its own", "its own"]
+
+    run(work)
+
+
+def test_every_request_knows_its_connection() -> None:
+    found: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found.append(scope["extensions"][CONNECTION])
+        await App()(scope, receive, send)
+
+    async def work() -> None:
+        transport = FakeTransport(app)
+        transport.feed(HEAD + BODY + NEXT)
+        await transport.turn()
+        assert found == [transport.connection] * 2
+
+    run(work)
