@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench lab clean
+.PHONY: demo test evidence check bench lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,9 +13,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/freestep demo
 
+# Many tests wait more than they compute, so there are more processes than cores. Times are measured with nothing beside.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'not alone' --numprocesses auto --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -m 'not evidence' --ignore tests/test_speed.py --numprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest tests/test_speed.py
+
+evidence: $(VENV)/installed
+	$(BIN)/python -m pytest tests/demo -m evidence --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from freestep.demo.model import SmallConvNet
 from freestep.demo.worker import shifted
 from harness import ThreadService
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.evidence]
 
 SEEDS = range(3)
 ADAMW: dict[str, Any] = {"algorithm": "adamw_schedule_free"}

@@ -135,6 +135,7 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.evidence
 @pytest.mark.slow
 def test_workers_come_and_go_while_an_evaluator_looks_on(
     start_process: Callable[..., ProcessService], spawn: Callable[..., subprocess.Popen[str]], digits_file: Path
@@ -168,6 +169,7 @@ def test_workers_come_and_go_while_an_evaluator_looks_on(
         run.delete()
 
 
+@pytest.mark.evidence
 @pytest.mark.slow
 def test_a_worker_and_an_evaluator_ride_out_a_restart(
     start_process: Callable[..., ProcessService],
@@ -195,6 +197,7 @@ def test_a_worker_and_an_evaluator_ride_out_a_restart(
     assert evaluator.poll() is None
 
 
+@pytest.mark.evidence
 @pytest.mark.slow
 def test_the_demo_from_beginning_to_end(tmp_path: Path) -> None:
     (tmp_path / "out" / "service").mkdir(parents=True)
@@ -240,6 +243,7 @@ def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
+@pytest.mark.evidence
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_demo_leaves_nothing_running(
@@ -259,6 +263,7 @@ def test_an_interrupted_demo_leaves_nothing_running(
     assert not named(tmp_path)
 
 
+@pytest.mark.evidence
 @pytest.mark.slow
 def test_a_demo_whose_service_dies_says_so_and_leaves_nothing_running(
     demo: subprocess.Popen[str], tmp_path: Path

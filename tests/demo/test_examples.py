@@ -16,11 +16,12 @@ from torch import Tensor
 from freestep import Client
 from harness import ProcessService
 
+pytestmark = [pytest.mark.slow, pytest.mark.evidence]
+
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TORCHRUN = EXAMPLES / "train_torchrun.py"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("example", sorted({*EXAMPLES.glob("*.py")} - {TORCHRUN}), ids=lambda path: path.stem)
 def test_an_example_runs(start_process: Callable[..., ProcessService], example: Path) -> None:
     environment = {**os.environ, "FREESTEP_URL": start_process().url}
@@ -41,7 +42,6 @@ def torchrun(ranks: int, url: str, save: Path, *arguments: str) -> tuple[float, 
     return float(first[1]), float(last[1]), [torch.load(f"{save}.{rank}") for rank in range(ranks)]
 
 
-@pytest.mark.slow
 def test_the_ranks_of_a_torchrun_group_are_one_worker(
     start_process: Callable[..., ProcessService], tmp_path: Path
 ) -> None:

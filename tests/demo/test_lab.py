@@ -63,7 +63,10 @@ def test_means_have_the_digits_that_count(average: float, spread: float, expecte
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name == "theorem" else [pytest.mark.slow, LONG]) for name in NAMES],
+    [
+        pytest.param(name, marks=[] if name == "theorem" else [pytest.mark.slow, pytest.mark.evidence, LONG])
+        for name in NAMES
+    ],
 )
 def test_an_experiment_writes_its_table_and_its_plot(name: str, tmp_path: Path) -> None:
     run(name, tmp_path, quick=True)

@@ -18,7 +18,7 @@ from freestep.demo.model import SmallConvNet
 from harness import ThreadService
 from meanwhile import at_once
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.evidence]
 
 STEPS, EVERY = 300, 10
 

@@ -1,7 +1,8 @@
 """Bodies that a gradient push must refuse, made for one small manifest.
 
-Each function of `BODIES` gives a body that differs from a valid one in the one way its name says. All are
-`malformed-tensors`, except those named in `NON_FINITE`: they are well formed and hold NaN or infinity.
+Each function of `BODIES` makes a body that differs from a valid one in the one way its name says. All are
+`malformed-tensors`, except those named in `NON_FINITE`: they are well formed and hold NaN or infinity. `KINDS` has
+their names by what is wrong with them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-__all__ = ["BODIES", "NON_FINITE", "PARAMETERS", "body", "header", "numel", "valid"]
+__all__ = ["BODIES", "KINDS", "NON_FINITE", "PARAMETERS", "body", "header", "numel", "valid"]
 
 PARAMETERS: list[dict[str, Any]] = [
     {"name": "weight", "shape": [3, 2]},
@@ -24,6 +25,9 @@ PARAMETERS: list[dict[str, Any]] = [
 
 BODIES: dict[str, Callable[[], bytes]] = {}
 """Each hostile body by the name of its fault."""
+
+KINDS: dict[str, list[str]] = {}
+"""The names of the bodies by the kind of their fault."""
 
 NON_FINITE = frozenset({"nan-value", "infinite-value", "negative-infinite-value", "bf16-nan-value"})
 
@@ -95,6 +99,12 @@ def _spoilt(name: str, spoil: Callable[[Header], object], data: bytes | None = N
         return body(head, data)
 
 
+def _end_of_kind(kind: str) -> None:
+    """The bodies registered since the last kind are of this one."""
+    known = {name for names in KINDS.values() for name in names}
+    KINDS[kind] = [name for name in BODIES if name not in known]
+
+
 def _text(name: str, text: str | bytes) -> None:
     """Registers a body with this header, whatever it is."""
     BODIES[name] = lambda: body(text)
@@ -131,6 +141,8 @@ BODIES["shorter-than-tensors"] = lambda: valid()[:-1]
 BODIES["no-tensor-data"] = lambda: body(header(), b"")
 BODIES["header-padded-past-the-limit"] = lambda: body(json.dumps(header()) + " " * 200_000)
 
+_end_of_kind("frame")
+
 # The text: JSON and no more than JSON.
 
 _text("not-json", b"weights=0.5&bias=1.5")
@@ -160,6 +172,8 @@ _replaced("large-integer", "[0, 24]", f"[0, {'9' * 4000}]")
 _replaced("very-large-integer", "[0, 24]", f"[0, {'9' * 50_000}]")
 _replaced("very-large-dimension", "[3, 2]", f"[3, 1{'0' * 4000}]")
 
+_end_of_kind("text")
+
 # Names.
 
 _replaced("duplicate-name", '"empty"', '"weight"')
@@ -181,6 +195,8 @@ _spoilt(
     lambda head: head.update(extra={"dtype": "F32", "shape": [0], "data_offsets": [40, 40]}),
 )
 
+_end_of_kind("names")
+
 # Entries.
 
 _spoilt("null-entry", lambda head: head.update(bias=None))
@@ -190,6 +206,8 @@ _spoilt("no-shape", lambda head: head["bias"].pop("shape"))
 _spoilt("no-offsets", lambda head: head["bias"].pop("data_offsets"))
 _spoilt("extra-key", lambda head: head["bias"].update(stride=[1]))
 
+_end_of_kind("entries")
+
 _spoilt("f64", lambda head: head["bias"].update(dtype="F64"))
 _spoilt("i32", lambda head: head["bias"].update(dtype="I32"))
 _spoilt("unknown-dtype", lambda head: head["bias"].update(dtype="F31"))
@@ -197,6 +215,8 @@ _spoilt("lower-case-dtype", lambda head: head["bias"].update(dtype="f32"))
 _spoilt("null-dtype", lambda head: head["bias"].update(dtype=None))
 _spoilt("list-dtype", lambda head: head["bias"].update(dtype=["F32"]))
 _spoilt("narrower-dtype-than-data", lambda head: head["bias"].update(dtype="F16"))
+
+_end_of_kind("dtypes")
 
 _spoilt("transposed-shape", lambda head: head["weight"].update(shape=[2, 3]))
 _spoilt("flattened-shape", lambda head: head["weight"].update(shape=[6]))
@@ -209,6 +229,8 @@ _spoilt("string-dimension", lambda head: head["weight"].update(shape=["3", 2]))
 _spoilt("boolean-dimension", lambda head: head["empty"].update(shape=[False, 4]))
 _spoilt("number-for-shape", lambda head: head["bias"].update(shape=3))
 _spoilt("object-for-shape", lambda head: head["temperature"].update(shape={}))
+
+_end_of_kind("shapes")
 
 # Offsets, counted in bytes: weight 0 to 24, empty 24 to 24, bias 24 to 36, temperature 36 to 40.
 
@@ -241,6 +263,8 @@ def _first_bytes_unclaimed() -> bytes:
     return body(head, bytes(8) + _values())
 
 
+_end_of_kind("offsets")
+
 # Metadata.
 
 _spoilt("null-metadata", lambda head: head.update(__metadata__=None))
@@ -254,9 +278,13 @@ _spoilt("surrogate-in-metadata-name", lambda head: head.update(__metadata__={"\u
 _replaced("metadata-twice", "{", '{"__metadata__": {}, "__metadata__": {}, ')
 
 
-# Values. The service finds these when it takes the gradient's norm.
+_end_of_kind("metadata")
+
+# Values, which are checked with the gradient's norm.
 
 BODIES["nan-value"] = lambda: valid()[:-4] + struct.pack("<f", float("nan"))
 BODIES["infinite-value"] = lambda: valid()[:-4] + struct.pack("<f", float("inf"))
 BODIES["negative-infinite-value"] = lambda: body(header(), struct.pack("<f", float("-inf")) + _values()[4:])
 BODIES["bf16-nan-value"] = lambda: valid("BF16")[:-2] + b"\xc0\x7f"
+
+_end_of_kind("values")

@@ -11,7 +11,7 @@ import pytest
 
 from freestep.wire.receiver import MEDIA_TYPE
 from harness import ProcessService, ThreadService
-from malformed.bodies import BODIES, NON_FINITE, PARAMETERS, valid
+from malformed.bodies import BODIES, KINDS, NON_FINITE, PARAMETERS, valid
 from meanwhile import wait_until
 from plain_calls import Api, slug
 from raw_pushes import answered, connected, head_of_a_push
@@ -39,22 +39,26 @@ def initialize(api: Api, body: bytes) -> str:
     return "" if answer.is_success else slug(answer)
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_as_a_gradient(hostile: Api, service: ThreadService, name: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_a_gradient(hostile: Api, service: ThreadService, kind: str) -> None:
     assert initialize(hostile, valid()) == ""
     lease = hostile.lease()
     before = hostile.state(service)
-    answer = hostile.push(lease, 0, "key", body=BODIES[name]())
-    assert slug(answer) == ("non-finite-gradient" if name in NON_FINITE else "malformed-tensors")
-    assert answer.status_code == 422
+    for name in KINDS[kind]:
+        answer = hostile.push(lease, 0, "key", body=BODIES[name]())
+        expected = "non-finite-gradient" if name in NON_FINITE else "malformed-tensors"
+        assert (answer.status_code, slug(answer)) == (422, expected), name
+        assert hostile.status()["step"] == 0, name
     assert hostile.state(service) == before
     assert hostile.push(lease, 0, "key", body=valid()).json()["step"] == 1
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_as_initial_weights(hostile: Api, service: ThreadService, name: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_initial_weights(hostile: Api, service: ThreadService, kind: str) -> None:
     before = hostile.state(service)
-    assert initialize(hostile, BODIES[name]()) == "malformed-tensors"
+    for name in KINDS[kind]:
+        assert initialize(hostile, BODIES[name]()) == "malformed-tensors", name
+        assert not hostile.status()["initialized"], name
     assert hostile.state(service) == before
     assert initialize(hostile, valid()) == ""
 
@@ -130,25 +134,30 @@ def test_a_bad_header_is_refused(hostile: Api, service: ThreadService, changes: 
     assert hostile.state(service) == before
 
 
+@pytest.fixture(scope="module")
+def hasty(shared_nodes: Callable[..., list[ThreadService]]) -> ThreadService:
+    """A service that soon gives up bodies that have stalled."""
+    return shared_nodes(1, stall_seconds=0.3)[0]
+
+
 @pytest.mark.parametrize("cut", [0, 4, 30, len(valid()) - 1])
 @pytest.mark.parametrize("end", ["half-closed", "closed", "stalled"])
 def test_a_body_shorter_than_its_length_leaves_nothing(
-    start_service: Callable[..., ThreadService], connect: Callable[..., Api], end: str, cut: int
+    hasty: ThreadService, connect: Callable[..., Api], end: str, cut: int
 ) -> None:
-    service = start_service(stall_seconds=0.3)
-    api = connect(service.url)
+    api = connect(hasty.url)
     api.http.put(api.path(), json=api.spec(parameters=PARAMETERS))
     initialize(api, valid())
     lease = api.lease()
-    before = api.state(service)
+    before = api.state(hasty)
     with request(api, lease, {"Content-Length": str(len(valid()))}, valid()[:cut]) as connection:
         if end == "stalled":
             assert b"malformed-request" in answered(connection)
         elif end == "half-closed":
             connection.shutdown(socket.SHUT_WR)
             assert connection.recv(4096) == b""
-    # Who closes the connection does not see when the service has noticed.
-    wait_until(lambda: api.state(service) == before)
+    # A client that closes its connection does not see when the service has noticed.
+    wait_until(lambda: api.state(hasty) == before)
     assert api.push(lease, 0, "key", body=valid()).json() == {
         "decision": "applied",
         "step": 1,

@@ -26,7 +26,6 @@ def peak_rss(pid: int) -> int:
     raise AssertionError("the kernel does not say")
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["async", "sync"])
 def test_eight_workers_on_25m_parameters_stay_under_the_bound(

@@ -1,4 +1,9 @@
-"""Whatever is pushed, a run of several shards decides and holds what a run of one shard does, to the last bit."""
+"""A run of several shards decides what a run of one shard does, and holds what that holds, to the last bit.
+
+That shards are a function of the log is tested on the shards themselves, in state/test_shards_as_one.py, for every
+algorithm and policy. Here the same log comes about over HTTP: pushes of several workers are under way at once, in parts
+that come in any order, and a few runs of every policy are compared.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +24,18 @@ from hypothesis import strategies as st
 from redis import Redis
 from torch import Tensor
 
-from forms import own
 from harness import ThreadService
 from meanwhile import at_once, under_way, wait_until
 from plain_calls import ShardedApi, persistently
+from run_specs import HYPERPARAMETERS, POLICIES, run_specs
 from shards.runs import NONE_LEFT, leftovers, sharded, staged, wholly
 
-STEADY = settings(derandomize=True, deadline=None)
+STEADY = settings(derandomize=True, deadline=None, max_examples=4, suppress_health_check=list(HealthCheck))
 
 
 @dataclass(frozen=True)
 class Push:
-    """A push of a round: whose, how stale, and the part of it that comes last."""
+    """A push of a round: its worker, its staleness, and the shard whose part of it comes last."""
 
     worker: int
     staleness: int
@@ -42,7 +47,7 @@ class Push:
 
 @dataclass(frozen=True)
 class Round:
-    """Pushes that are on their way at once, committed in their order; before them a worker may leave or come anew."""
+    """Pushes under way at once, committed in their order; before them a worker may leave and come back."""
 
     pushes: list[Push]
     leaver: int | None
@@ -64,69 +69,9 @@ rounds = st.lists(
         pushes=st.lists(pushes, min_size=1, max_size=3),
         leaver=st.one_of(st.none(), st.none(), st.integers(0, WORKERS - 1)),
     ),
-    min_size=2,
+    min_size=4,
     max_size=6,
 )
-small_shapes = st.one_of(
-    st.just(()),
-    st.just((0, 3)),
-    st.tuples(st.integers(1, 40)),
-    st.tuples(st.integers(1, 20), st.integers(1, 9)),
-    st.tuples(st.just(1), st.integers(200, 900)),
-)
-HYPERPARAMETERS: dict[str, dict[str, Any]] = {
-    "sgd_schedule_free": {"lr": 0.3, "weight_decay": 0.01, "warmup_steps": 3, "r": 1.0},
-    "adamw_schedule_free": {"lr": 0.05, "weight_decay": 0.1, "warmup_steps": 2},
-    "radam_schedule_free": {"lr": 0.05, "weight_decay": 0.1},
-    "schedule_free_wrapper": {
-        "base": {"algorithm": "nadam", "lr": 0.05, "weight_decay": 0.1},
-        "weight_decay_at_y": 0.1,
-        "averaging_constant": 20.0,
-    },
-    "gpa_adamw": {"lr": 0.05, "schedule": {"name": "linear", "total_steps": 5}},
-    "gpa_sgd": {"lr": 0.5},
-    "sgd": {
-        "lr": 0.1,
-        "momentum": 0.9,
-        "nesterov": True,
-        "schedule": {"name": "cosine", "total_steps": 6},
-        "averaging": {"name": "polyak", "start_step": 1},
-    },
-    "adamw": {"lr": 0.05, "schedule": {"name": "constant", "warmup_steps": 2}},
-    "diloco": {"momentum_period": 2, "momentum_activation": 0.3},
-}
-RARE = ("schedule_free_wrapper", "gpa_adamw", "gpa_sgd", "diloco")
-"""Algorithms that are tried under two policies only."""
-POLICIES: dict[str, dict[str, Any]] = {
-    "async": {},
-    "ringmaster": {"max_staleness": 2},
-    "sync": {},
-    "quorum": {"batch": 2},
-    "buffered": {"batch": 3},
-    "rennala": {"batch": 2},
-}
-
-
-@st.composite
-def specs(draw: st.DrawFn, algorithm: str, policy: str) -> dict[str, Any]:
-    shapes_ = draw(st.lists(small_shapes, min_size=1, max_size=5))
-    optimizer = {"algorithm": algorithm, **HYPERPARAMETERS[algorithm]}
-    if draw(st.booleans()):
-        optimizer["max_grad_norm"] = draw(st.sampled_from([0.5, 5.0]))
-    if "schedule_free" in algorithm:
-        optimizer["delay_correction"] = {"name": draw(st.sampled_from(["none", "auto"]))}
-    damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt", "fadas"]))
-    threshold = {"staleness_threshold": 1} if damping == "fadas" else {}
-    return {
-        "optimizer": optimizer,
-        "aggregation": {"policy": policy, "staleness_damping": damping, **threshold, **POLICIES[policy]},
-        "parameters": [
-            {"name": f"t{number}", "shape": list(shape), "group": draw(st.sampled_from(["default", "own"]))}
-            for number, shape in enumerate(shapes_)
-        ],
-        "groups": {"own": own(algorithm, lr=0.02, weight_decay=0.0)},
-        "durability": "none",
-    }
 
 
 def randoms(spec: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
@@ -150,7 +95,7 @@ class Player:
         return self.api.lease(f"worker-{number}", ttl_ms=600_000)
 
     def begin(self, played: Round) -> int:
-        """Has a worker leave and come again; the run's step then."""
+        """Has the round's leaver leave and come back; the run's step then."""
         if played.leaver is not None:
             lease = self.leases[played.leaver]
             assert self.api.http.delete(self.api.path(f"/leases/{lease['lease']}")).status_code == 204
@@ -158,7 +103,7 @@ class Player:
         return int(self.redis.hget(self.api.redis_key("run"), "step") or 0)
 
     def sender(self, push: Push, step: int, key: str) -> Callable[[int], httpx.Response]:
-        """What sends a part of a push: to its owner, or through another."""
+        """A function that sends a part of a push: to its owner, or through another service."""
         dtype = torch.bfloat16 if push.narrow else None
         bodies = self.api.bodies(randoms(self.spec, push.seed), dtype)
         more = {"Freestep_Samples": push.samples} if push.samples else {}
@@ -172,7 +117,7 @@ class Player:
         self.receipts.append(receipt)
 
     def at_once(self, played: Round) -> Round:
-        """Plays a round with all its pushes under way before one is decided; the round as it was decided.
+        """Plays a round with all its pushes under way before one is decided; returns it in the order of decisions.
 
         A push that is too stale for its body to be read is decided before the others.
         """
@@ -221,34 +166,16 @@ def compare(nodes: list[ThreadService], spec: dict[str, Any], shards: int, todo:
                 else:
                     for played in todo:
                         player.in_turn(played)
-                points = {point: wholly(api, point, nodes) for point in "xyz"}
+                points = {point: wholly(api, point, [node]) for point, node in zip("xyz", nodes, strict=True)}
                 ended.append((player.receipts, api.status()["pushes"], points))
     assert ended[0] == ended[1]
 
 
-PAIRS = [
-    (algorithm, policy)
-    for algorithm in HYPERPARAMETERS
-    for policy in (["async", "buffered"] if algorithm in RARE else POLICIES)
-]
-
-
-@pytest.mark.parametrize(("algorithm", "policy"), PAIRS)
-def test_shards_are_as_one(nodes: list[ThreadService], algorithm: str, policy: str) -> None:
-    @settings(STEADY, max_examples=2, suppress_health_check=list(HealthCheck))
-    @given(spec=specs(algorithm, policy), shards=st.integers(2, 5), todo=rounds)
-    def compared(spec: dict[str, Any], shards: int, todo: list[Round]) -> None:
-        compare(nodes, spec, shards, todo)
-
-    compared()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
-def test_shards_are_as_one_at_length(nodes: list[ThreadService], policy: str) -> None:
-    @settings(STEADY, max_examples=12, suppress_health_check=list(HealthCheck))
+def test_runs_of_several_shards_are_as_runs_of_one(nodes: list[ThreadService], policy: str) -> None:
+    @STEADY
     @given(
-        spec=st.sampled_from(sorted(HYPERPARAMETERS)).flatmap(lambda algorithm: specs(algorithm, policy)),
+        spec=st.sampled_from(sorted(HYPERPARAMETERS)).flatmap(lambda algorithm: run_specs(algorithm, policy)),
         shards=st.integers(2, 5),
         todo=rounds,
     )
