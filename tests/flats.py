@@ -50,11 +50,11 @@ class Flat:
         gradients: dict[str, Tensor],
         damping: float = 1.0,
         scale: float = 1.0,
-        largest_rate: float = math.inf,
+        max_lr: float = math.inf,
         staleness: float = 0.0,
         loss: float = 0.0,
     ) -> None:
-        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, largest_rate, staleness, loss)
+        gradient, taken = Gradient(self.join(gradients), scale), Conditions(damping, max_lr, staleness, loss)
         self.scalars = step(self.method, self.layout, self.hyperparameters, self.scalars, self.buffers, gradient, taken)
 
     def observe(self, name: str, value: float) -> None:

@@ -51,7 +51,7 @@ class ShardedRun:
     def owner_url(self, index: int) -> str | None:
         return self.owners[index]
 
-    async def keep(self) -> None:
+    async def refresh(self) -> None:
         self.heartbeats += 1
 
     def shard(self, index: int) -> Any:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from forms import hyperparameters, own
 from freestep_service.optimizers import Conditions, Gradient, Segment, initial_buffers, interpolate, method_of, step
-from freestep_service.optimizers.kernels.slices import LEAST
+from freestep_service.optimizers.kernels.slices import MIN_SLICE
 
 USUAL = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "sgd", "adamw"]
 """Forms whose rules are compiled at the start, and are tried at all sizes."""
-SIZES = [0, 1, 7, 15, 16, 17, 1000, 2 * LEAST - 1, 2 * LEAST, 3 * LEAST + 17]
+SIZES = [0, 1, 7, 15, 16, 17, 1000, 2 * MIN_SLICE - 1, 2 * MIN_SLICE, 3 * MIN_SLICE + 17]
 """Around the width of vector instructions, and where a second thread is given a slice."""
 
 

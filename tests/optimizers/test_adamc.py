@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flats import STEPS, Flat, initial_weights, random_gradients
 from freestep import InvalidSpec, RemoteOptimizer
 from freestep_service.optimizers import Gradient
-from freestep_service.optimizers.kernels.slices import LEAST
+from freestep_service.optimizers.kernels.slices import MIN_SLICE
 from freestep_service.optimizers.kernels.sums import BLOCK, gradient_sums
 from harness import ThreadService
 from plain_calls import TENSORS, Api, slug
@@ -73,7 +73,7 @@ def test_a_step_of_any_loss_and_gradient_is_one_of_numbers(gradient: float, loss
     assert torch.equal(flat.buffers["z"], flat.join(initial_weights())) == is_still
 
 
-@pytest.mark.parametrize("numel", [0, 1, BLOCK - 1, BLOCK, 2 * LEAST + 17, 3 * LEAST + BLOCK + 1])
+@pytest.mark.parametrize("numel", [0, 1, BLOCK - 1, BLOCK, 2 * MIN_SLICE + 17, 3 * MIN_SLICE + BLOCK + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sums_have_the_same_bits_for_any_number_of_threads(numel: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(numel)

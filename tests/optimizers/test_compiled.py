@@ -12,7 +12,7 @@ import torch
 from forms import FORMS
 from freestep_service.optimizers import gather, square_sum
 from freestep_service.optimizers.kernels import points, sweep
-from freestep_service.optimizers.kernels.slices import LEAST
+from freestep_service.optimizers.kernels.slices import MIN_SLICE
 from stretch import SIZES, USUAL, Stretch, random_vector
 
 RARE = [form for form in FORMS if form not in USUAL]
@@ -47,7 +47,7 @@ def compare_with_fp64(form: str, numel: int, atol: float) -> None:
         )
 
 
-@pytest.mark.parametrize("numel", [17, 1000, 3 * LEAST + 17])
+@pytest.mark.parametrize("numel", [17, 1000, 3 * MIN_SLICE + 17])
 @pytest.mark.parametrize("form", USUAL)
 def test_where_a_vector_is_cut_does_not_show(form: str, numel: int, threads: int) -> None:
     compare_with_parts(form, numel)
@@ -107,7 +107,7 @@ def test_gathering_is_a_weighted_sum(numel: int, threads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numel", [17, 3 * LEAST + 17])
+@pytest.mark.parametrize("numel", [17, 3 * MIN_SLICE + 17])
 @pytest.mark.parametrize("form", USUAL)
 def test_a_step_reads_what_it_takes_as_it_came(form: str, numel: int, dtype: torch.dtype, threads: int) -> None:
     """As if what is narrow had been widened, and the last push of a group gathered, by passes of their own."""
@@ -160,9 +160,9 @@ def test_squares_are_summed_in_fp64(numel: int, threads: int) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("place", [0, LEAST, 2 * LEAST])
+@pytest.mark.parametrize("place", [0, MIN_SLICE, 2 * MIN_SLICE])
 def test_the_sum_is_finite_where_all_elements_are(value: float, place: int, threads: int) -> None:
-    vector = torch.full((2 * LEAST + 1,), torch.finfo(torch.float32).max)
+    vector = torch.full((2 * MIN_SLICE + 1,), torch.finfo(torch.float32).max)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert math.isfinite(square_sum(vector))

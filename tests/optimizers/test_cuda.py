@@ -108,7 +108,7 @@ def test_a_kernel_is_what_torch_evaluates(form: str, numel: int, monkeypatch: py
     states = []
     for is_fused in (True, False):
         if not is_fused:
-            monkeypatch.setattr(sweep, "fuse", lambda *given: False)
+            monkeypatch.setattr(sweep, "apply_kernel", lambda *given: False)
         buffers, scalars = initial_buffers(method, weights.clone()), {"": method.initial}
         for pushed, gathered in zip(gradients, [None, *gradients[:-1]], strict=True):
             scalars = step(method, layout, chosen, scalars, buffers, Gradient(pushed, 0.5, 0.7, gathered))

@@ -130,11 +130,11 @@ def test_coefficients_stay_in_their_bounds(
     for expected in each(played):
         made = averaged(h, scalars, h.lr, Conditions(0.5, expected_staleness=expected))
         assert 0.7 <= made.scalars["beta"] < 1
-        assert 0 < made.taken.damping <= 0.5
-        moved = made.taken.damping * (1 - made.scalars["beta"]) * (1 + expected)
+        assert 0 < made.conditions.damping <= 0.5
+        moved = made.conditions.damping * (1 - made.scalars["beta"]) * (1 + expected)
         most = 0.5 * max(0.2, 1 - beta)
         assert moved < most * (1 + 1e-12)
-        assert made.taken.damping == 0.5 or moved == pytest.approx(most)
+        assert made.conditions.damping == 0.5 or moved == pytest.approx(most)
         assert -1 <= made.y_share < 0
         scalars = made.scalars
 

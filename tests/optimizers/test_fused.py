@@ -44,7 +44,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything is for torch, and kernels are traced, and run operation by operation."""
     monkeypatch.setattr(sweep, "is_compiled", lambda vector: False)
     monkeypatch.setattr(fused, "BACKEND", "eager")
-    monkeypatch.setattr(fused, "_TRIED", 1024)
+    monkeypatch.setattr(fused, "_TRIAL", 1024)
     fused._kernel.cache_clear()
     yield
     fused._kernel.cache_clear()
@@ -118,7 +118,7 @@ def test_what_is_compiled_when_a_run_is_loaded_is_its_rule_at_every_step(
     assert not said(caplog)
     kernels.steps()
     assert graphs() - before == made() == count
-    monkeypatch.setattr(sweep, "fuse", lambda *given: False)
+    monkeypatch.setattr(sweep, "apply_kernel", lambda *given: False)
     plain.steps()
     for name, buffer in plain.buffers.items():
         assert torch.equal(kernels.buffers[name], buffer)
@@ -149,7 +149,7 @@ def test_lengths_and_places_make_no_other_kernels() -> None:
 
 
 def test_a_launch_is_not_longer_than_32_bits_can_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "MOST", 999)
+    monkeypatch.setattr(fused, "MAX_LAUNCH", 999)
     accumulated, gradient = torch.zeros(SIZE), torch.arange(float(SIZE))
     gather(accumulated, gradient, 2.0, first=True)
     assert torch.equal(accumulated, 2 * gradient)

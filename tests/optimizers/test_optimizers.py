@@ -171,9 +171,9 @@ def test_a_bound_on_the_learning_rate_is_a_damping_down_to_it(form: str) -> None
     for gradients in random_gradients(10):
         exact = {name: gradient.double() for name, gradient in gradients.items()}
         plain.step(exact)
-        loose.step(exact, largest_rate=lr)
+        loose.step(exact, max_lr=lr)
         damped.step(exact, damping=1 / 4)
-        bounded.step(exact, largest_rate=lr / 4)
+        bounded.step(exact, max_lr=lr / 4)
     assert bounded.scalars == plain.scalars
     assert torch.equal(loose.buffers["y"], plain.buffers["y"])
     torch.testing.assert_close(bounded.buffers["y"], damped.buffers["y"], rtol=1e-12, atol=1e-12)

@@ -13,7 +13,7 @@ from freestep.wire.encoding import INT8
 from freestep.wire.manifest import Manifest
 from freestep_service.optimizers import Blocks, Quanta, initial_buffers, interpolate, method_of, quantize, segments
 from freestep_service.optimizers.kernels import quanta
-from freestep_service.optimizers.kernels.slices import LEAST
+from freestep_service.optimizers.kernels.slices import MIN_SLICE
 
 SHAPES: list[dict[str, tuple[int, ...]]] = [
     {"s": ()},
@@ -21,7 +21,7 @@ SHAPES: list[dict[str, tuple[int, ...]]] = [
     {"w": (256,)},
     {"w": (255,), "v": (257,)},
     {"e": (0, 4), "w": (40, 33), "s": (), "m": (3, 256), "n": (512,), "f": (0,), "b": (7,)},
-    {"l": (LEAST + 1,), "m": (2, LEAST), "b": (300,)},
+    {"l": (MIN_SLICE + 1,), "m": (2, MIN_SLICE), "b": (300,)},
 ]
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 METHOD = method_of(SGDScheduleFree())

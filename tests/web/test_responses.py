@@ -13,7 +13,7 @@ import pytest
 from asgi_calls import Answer, call, scope_of
 from fake_transport import FakeTransport
 from freestep.errors import RangeNotSatisfiable, ShardUnavailable
-from freestep_service.state.snapshots import Reading
+from freestep_service.runs.consistent_reads import Reading
 from freestep_service.web.error_boundary import ErrorBoundary
 from freestep_service.web.responses import SnapshotResponse, is_known, parse_range, requested_span
 
@@ -40,7 +40,7 @@ class Point:
         self._reached = size if reached is None else reached
 
     @asynccontextmanager
-    async def read(self, shard: Any, reading: Reading) -> AsyncIterator[Point]:
+    async def read(self, reading: Reading) -> AsyncIterator[Point]:
         try:
             yield self
         finally:
@@ -58,10 +58,10 @@ class Point:
 
 
 def answer_with(
-    point: Any, headers: dict[str, str] | None = None, stall_s: float = 30.0, patience: float | None = None
+    point: Any, headers: dict[str, str] | None = None, stall_s: float = 30.0, patience: float = 0.0
 ) -> SnapshotResponse:
     reading = Reading("y", "F32", patience=patience)
-    return SnapshotResponse(point, None, reading, stall_s, headers, lines=lambda step: {"Of-Step": str(step)})
+    return SnapshotResponse(point, reading, stall_s, headers, lines=lambda step: {"Of-Step": str(step)})
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
@@ -206,7 +206,7 @@ class Slow(Point):
     """A point that is never there."""
 
     @asynccontextmanager
-    async def read(self, shard: Any, reading: Reading) -> AsyncIterator[Point]:
+    async def read(self, reading: Reading) -> AsyncIterator[Point]:
         await asyncio.Event().wait()
         yield self
 

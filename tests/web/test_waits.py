@@ -20,7 +20,7 @@ WAIT = {"Prefer": "wait=600"}
 
 def test_a_pull_that_waits_ends_with_its_client(api: Api, service: ThreadService) -> None:
     api.create()
-    writer = service.registry.get(api.run).owned[0].writer
+    writer = service.registry.get(api.run).shard(0).core.writer
     for _ in range(3):
         with connected(api.url) as connection:
             head = f"GET {api.path('/parameters')}?min_step=5 HTTP/1.1\r\nHost: here\r\nPrefer: wait=600\r\n\r\n"
@@ -32,7 +32,7 @@ def test_a_pull_that_waits_ends_with_its_client(api: Api, service: ThreadService
 def test_a_push_that_waits_ends_with_its_client_and_counts(api: Api, service: ThreadService) -> None:
     api.create(aggregation={"policy": "buffered", "batch": 2})
     lease = api.lease()
-    writer = service.registry.get(api.run).owned[0].writer
+    writer = service.registry.get(api.run).shard(0).core.writer
     with connected(api.url) as connection:
         connection.sendall(head_of_a_push(api.path("/gradients"), api.headers(lease, 0, "one", **WAIT)) + BODY)
         wait_until(lambda: bool(writer._waiters))
@@ -54,7 +54,7 @@ def test_a_large_push_that_waits_ends_with_its_client(api: Api, service: ThreadS
     assert api.http.put(api.path(), json=spec).status_code == 201
     assert api.initialize({"w": torch.zeros(numel)}).status_code == 201
     lease = api.lease()
-    writer = service.registry.get(api.run).owned[0].writer
+    writer = service.registry.get(api.run).shard(0).core.writer
     with connected(api.url) as connection:
         head = head_of_a_push(api.path("/gradients"), api.headers(lease, 0, "one", **WAIT), len(body))
         connection.sendall(head + body)

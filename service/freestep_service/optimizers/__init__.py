@@ -1,4 +1,14 @@
-"""The optimization methods, and what carries them over a run's vectors."""
+"""The optimization methods, and the loops and kernels that apply them to a run's state vectors.
+
+State is data: flat fp32 vectors [numel] in the order of the run's manifest, and a few scalars for each param group.
+
+    method_of(hyperparameters)      the method: the names of its vectors, its first scalars, its update rule
+    initial_buffers, segments       the vectors before the first step; where the param groups lie in them
+    step                            moves the vectors one step along a gradient, in place
+    gather                          adds a push to a group's accumulator
+    interpolate, quantize           writes a point (x, y or z) as fp32, BF16 or F16, or as int8
+    square_sum, widen, dequantize   a gradient's square norm, and its conversion to fp32
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What an optimization method is: data and three functions, over flat fp32 vectors.
+"""What an optimization method is: names, scalars and pure functions. No web, no Redis, no clock, no lock.
 
-The law of this package: no web, no Redis, no clock, no lock. State is data: vectors named as in the papers,
-and per param group a few named scalars. A step is `advance`, which turns a group's scalars into the next ones
-and this step's coefficients in double precision, and `rule`, the arithmetic that moves an element with them. The
-average x is a function of the state, not a mode.
+A step is `advance`, which computes a param group's next scalars and the step's coefficients in double precision, and
+`rule`, the arithmetic that moves an element with these coefficients. State vectors are named as in the papers. The
+average x is a function of the state, so there is no train or eval mode.
 """
 
 from __future__ import annotations
@@ -15,68 +14,77 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PLAIN", "Base", "Buffers", "Conditions", "Direction", "Method", "Scalars", "deaf", "each_number"]
+__all__ = [
+    "NOMINAL",
+    "Base",
+    "Buffers",
+    "Conditions",
+    "Direction",
+    "Method",
+    "Scalars",
+    "ignore_metrics",
+    "map_numbers",
+]
 
 Scalars = Mapping[str, float]
-"""A param group's scalar state: `k` (steps taken), and what else the method keeps."""
+"""A param group's scalar state: `k`, the number of steps taken, and what else the method keeps."""
 
 Buffers = Mapping[str, Tensor]
-"""The state vectors by name, each fp32 of one shape; `y` is among them."""
+"""The state vectors by name, all flat fp32 [numel] on one device; `y` is among them."""
 
 Direction = Callable[..., Tensor]
-"""(g, *the base's state) -> what a matrix's step is along, each [rows, columns]; it moves the state, in place."""
+"""(gradient, *the base's state) -> the direction of a step, all [rows, columns] of one matrix; changes the state."""
 
 
 class Conditions(NamedTuple):
-    """What a step is taken under, beside its gradient: what the log says of it, the same for every shard.
+    """What a step depends on beside its gradient. It is derived from the commit log, so it is the same on all shards.
 
-    damping: in (0, 1], multiplies the step's learning rate and leaves the averaging weights alone.
-    largest_rate: no more than this is left of the learning rate; it leaves the averaging weights alone too.
-    expected_staleness: of gradients in steps, as far as the method is to correct for it (`delay`).
-    loss: that of the batch, where it is needed. l1, inner: Σ|g| and Σ g·(z - x) over all parameters, where a method
-        needs them.
+    damping: factor on the step's learning rate, in (0, 1]. max_lr: upper bound on the learning rate, after damping.
+    Neither affects the averaging weights.
+    expected_staleness: the staleness τ̂ of gradients, in steps, that the method corrects for; 0: no correction.
+    loss: mean loss of the step's pushes, for methods that need it.
+    grad_l1, grad_dot: Σ|g| and Σ g·(z - x) over all parameters, for methods that need them.
     """
 
     damping: float = 1.0
-    largest_rate: float = math.inf
+    max_lr: float = math.inf
     expected_staleness: float = 0.0
     loss: float = 0.0
-    l1: float = 0.0
-    inner: float = 0.0
+    grad_l1: float = 0.0
+    grad_dot: float = 0.0
 
-    def rate(self, lr: float) -> float:
-        """What is left of a learning rate."""
-        return min(lr * self.damping, self.largest_rate)
-
-
-PLAIN = Conditions()
-"""Those under which a method does what its paper says."""
+    def limited(self, lr: float) -> float:
+        """A learning rate, damped and bounded."""
+        return min(lr * self.damping, self.max_lr)
 
 
-def deaf(hyperparameters: Any, scalars: Scalars, name: str, value: float) -> Scalars:
-    """The `observe` of methods that no metric concerns."""
+NOMINAL = Conditions()
+"""Without damping, bound or correction: the method is that of its paper."""
+
+
+def ignore_metrics(hyperparameters: Any, scalars: Scalars, name: str, value: float) -> Scalars:
+    """The `observe` of methods that do not depend on metrics."""
     return scalars
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One optimization method.
+    """An optimization method.
 
-    buffers: the names of its state vectors, at most five; the points `x`, `y` and `z` start as the parameters, all
-        others as zeros.
+    buffers: names of the state vectors, at most five. x, y and z are initialized with the parameters, others with 0.
     initial: a param group's scalars before the first step.
     advance: (hyperparameters, scalars, conditions) -> (next scalars, coefficients). The coefficients are a NamedTuple
         of floats, bools and such tuples.
-    rule: (g, *state, coefficients) -> the next state, in the order of `buffers`, as a tuple: one step along the
-        gradient `g`. It is arithmetic, the same for numbers and for tensors, and is executed as either (see `sweep`):
-        it branches on coefficients that are bools only, calls those functions of torch that `compiled` knows, and
-        holds no literals.
-    interpolation: (hyperparameters, scalars) -> β, with x = y + (1 - 1/β)(z - y); None where x is kept, or is y.
-    direction: hyperparameters -> what makes of each matrix of a group the `g` that the rule gets, before it does; None
-        where the rule gets the gradient. It is given what the method keeps beside y and z.
-    observe: (hyperparameters, scalars, name, value) -> the next scalars: what a metric that is reported between two
-        steps changes.
-    needs_sums: whether `advance` needs the conditions' sums; x and z are then among the buffers.
+    rule: (g, *state, coefficients) -> the next state, as a tuple in the order of `buffers`: one step along the gradient
+        `g`. The same function is compiled for numbers and evaluated on tensors (`kernels.sweep`): it branches only on
+        coefficients that are bools, calls only those functions of torch that `kernels.compiled` overloads, and contains
+        no literals, which would make doubles of fp32.
+    interpolation: (hyperparameters, scalars) -> β, where x = y + (1 - 1/β)(z - y); None where x is a state vector, or
+        equals y.
+    direction: hyperparameters -> the function that replaces a matrix's gradient before `rule` gets it, or None for
+        param groups without one. It is given the state vectors after y and z.
+    observe: (hyperparameters, scalars, metric, value) -> next scalars, for a metric that is reported between two steps.
+    needs_sums: whether `advance` needs `grad_l1` and `grad_dot`; then x and z are among the buffers.
     """
 
     buffers: tuple[str, ...]
@@ -85,21 +93,20 @@ class Method:
     rule: Callable[..., tuple[Tensor, ...]]
     interpolation: Callable[[Any, Scalars], float] | None = None
     direction: Callable[[Any], Direction | None] | None = None
-    observe: Callable[[Any, Scalars, str, float], Scalars] = deaf
+    observe: Callable[[Any, Scalars, str, float], Scalars] = ignore_metrics
     needs_sums: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """One base optimizer.
+    """A base optimizer, for methods that average over one.
 
-    buffers: the names of its state vectors, at most three, which start as zeros.
-    advance: (hyperparameters, lr, scalars, conditions) -> (what it changes of the scalars, coefficients): of a step
-        with what the conditions leave of the learning rate `lr`.
-    rule: (g, z, *state, coefficients) -> (how far the point z moves back, *the next state), as a tuple. As a method's
-        rule, else.
+    buffers: names of its state vectors, at most three, initialized with 0.
+    advance: (hyperparameters, lr, scalars, conditions) -> (changed scalars, coefficients), where `lr` is neither damped
+        nor bounded yet.
+    rule: (g, z, *state, coefficients) -> (the decrease of z, *the next state), as a tuple; otherwise like a method's.
     initial: the scalars that it keeps beside `k`, before the first step.
-    direction: as a method's, of the base's hyperparameters and state.
+    direction: like a method's, of the base's hyperparameters.
     """
 
     buffers: tuple[str, ...]
@@ -109,8 +116,8 @@ class Base:
     direction: Callable[[Any], Direction | None] | None = None
 
 
-def each_number(convert: Callable[[Any], Any], coefficients: Any) -> Any:
-    """Coefficients with their numbers converted, in order; bools stay."""
+def map_numbers(convert: Callable[[Any], Any], coefficients: Any) -> Any:
+    """Coefficients with each number converted, in order; bools stay."""
     if isinstance(coefficients, tuple):
-        return type(coefficients)(*[each_number(convert, each) for each in coefficients])
+        return type(coefficients)(*[map_numbers(convert, each) for each in coefficients])
     return coefficients if isinstance(coefficients, bool) else convert(coefficients)

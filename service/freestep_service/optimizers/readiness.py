@@ -1,4 +1,4 @@
-"""Compiling loops and kernels before they are needed, or loading them from disk, so that no push waits for it."""
+"""Compiles loops and kernels before they are needed, or loads them from disk, so that no push waits for a compiler."""
 
 from __future__ import annotations
 
@@ -22,53 +22,56 @@ from freestep_service.optimizers.method import Method
 __all__ = ["compile_kernels", "compile_loops", "compile_rule"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""In which gradients come and points are sent."""
+"""Dtypes of pushed gradients and of points."""
 
 _LAYOUT = (Segment("", 0, 1),)
-_USUAL = (specs.SGDScheduleFree, specs.AdamWScheduleFree, specs.RAdamScheduleFree, specs.SGD, specs.AdamW)
-"""Whose rules are compiled whether or not a run has them; those of the others, when a run does."""
+_COMMON = (specs.SGDScheduleFree, specs.AdamWScheduleFree, specs.RAdamScheduleFree, specs.SGD, specs.AdamW)
+"""Algorithms whose rules are compiled when the service starts; the others' are compiled for the run that has them."""
 _STEPS = 32
-"""By then a method's first steps, which some rules make otherwise, are over."""
-_APART = 4
-"""fp32 elements after which a vector is as aligned as at its beginning."""
+"""Steps after which the branches that some rules take in their first steps are over."""
+_ALIGNMENT = 4
+"""Alignment of vectors that kernels are compiled for, in fp32 elements."""
 
 
 def compile_loops() -> None:
-    """Takes seconds the first time on a machine; runs each loop once, on one element, with the types of service."""
-    nought = torch.zeros(1)
-    quanta = Quanta(nought.to(torch.int8), nought.clone(), Blocks(np.array([0, 1]), ((0, 1, 1),)))
-    for usual in _USUAL:
-        compile_rule(usual(), gathers=True)
-    # Two that between them have all loops of points.
+    """Calls each loop once, on one element, with the types that the service calls it with.
+
+    Takes seconds the first time on a machine.
+    """
+    zero = torch.zeros(1)
+    quanta = Quanta(zero.to(torch.int8), zero.clone(), Blocks(np.array([0, 1]), ((0, 1, 1),)))
+    for common in _COMMON:
+        compile_rule(common(), gathers=True)
+    # These two between them use all loops of points.
     for chosen in (specs.AdamWScheduleFree(), specs.SGD()):
         method, hyperparameters = method_of(chosen), {"": chosen}
-        scalars, buffers = {"": method.initial}, initial_buffers(method, nought.clone())
+        scalars, buffers = {"": method.initial}, initial_buffers(method, zero.clone())
         for point in ("x", "y"):
             for dtype in DTYPES:
-                interpolate(method, _LAYOUT, hyperparameters, scalars, buffers, point, nought.to(dtype, copy=True))
+                interpolate(method, _LAYOUT, hyperparameters, scalars, buffers, point, zero.to(dtype, copy=True))
             quantize(method, _LAYOUT, hyperparameters, scalars, buffers, point, quanta)
     for dtype in DTYPES:
         for first in (True, False):
-            gather(nought.clone(), nought.to(dtype), 1.0, first=first)
-        square_sum(nought.to(dtype))
-    came = Quantized([Slot("", (1,), "", 0, 1)], [nought.to(torch.int8)], [nought], 1)
-    came.decoded(0, 1, nought.clone())
-    came.square_sum()
+            gather(zero.clone(), zero.to(dtype), 1.0, first=first)
+        square_sum(zero.to(dtype))
+    quantized = Quantized([Slot("", (1,), "", 0, 1)], [zero.to(torch.int8)], [zero], 1)
+    quantized.decoded(0, 1, zero.clone())
+    quantized.square_sum()
     for dtype in DTYPES[1:]:
-        widen(nought.to(dtype), nought.clone())
+        widen(zero.to(dtype), zero.clone())
 
 
 def compile_rule(hyperparameters: specs.OptimizerSpec, *, gathers: bool) -> None:
-    """Compiles what a step takes on the host, of groups of pushes too where a run `gathers` them.
+    """Compiles the loops of a step on the host. gathers: whether updates may be made of several pushes.
 
-    Takes about half a second for each dtype in which gradients come, twice that with groups, unless it is on disk.
+    Takes about half a second for each dtype of gradients, twice that with `gathers`, unless the code is on disk.
     """
-    # Where a direction is made first, it is to the loop a gradient as others are.
-    method, nought = replace(method_of(hyperparameters), direction=None), torch.zeros(1)
-    buffers = initial_buffers(method, nought.clone())
+    # For the loop, a direction is a gradient like any other.
+    method, zero = replace(method_of(hyperparameters), direction=None), torch.zeros(1)
+    buffers = initial_buffers(method, zero.clone())
     for dtype in DTYPES:
-        for gathered in (None, nought) if gathers else (None,):
-            gradient = Gradient(nought.to(dtype), gathered=gathered)
+        for gathered in (None, zero) if gathers else (None,):
+            gradient = Gradient(zero.to(dtype), gathered=gathered)
             step(method, _LAYOUT, {"": hyperparameters}, {"": method.initial}, buffers, gradient)
 
 
@@ -80,23 +83,23 @@ def compile_kernels(
     *,
     gathers: bool,
 ) -> None:
-    """Compiles what a run takes on a GPU, of groups of pushes too where it `gathers` them.
+    """Compiles the kernels of a step on a GPU. gathers: whether updates may be made of several pushes.
 
-    Takes seconds for each kernel. Takes some steps on small vectors whose segments are as those of `layout`: of the
-    same groups, and as well aligned.
+    Takes seconds for each kernel. Takes some steps on small vectors, whose segments have the groups and the alignment
+    of those of `layout`.
     """
-    places = sorted({(segment.group, segment.begin % _APART) for segment in layout if segment.begin < segment.end})
+    places = sorted({(segment.group, segment.begin % _ALIGNMENT) for segment in layout if segment.begin < segment.end})
     small = [
-        Segment(group, 2 * _APART * number + offset, 2 * _APART * number + offset + 2)
+        Segment(group, 2 * _ALIGNMENT * number + offset, 2 * _ALIGNMENT * number + offset + 2)
         for number, (group, offset) in enumerate(places)
     ]
-    method, nought = replace(method, direction=None), torch.zeros(2 * _APART * len(small), device=device)
-    for gathered in (None, nought) if gathers else (None,):
-        buffers, scalars = initial_buffers(method, nought.clone()), dict.fromkeys(hyperparameters, method.initial)
+    method, zero = replace(method, direction=None), torch.zeros(2 * _ALIGNMENT * len(small), device=device)
+    for gathered in (None, zero) if gathers else (None,):
+        buffers, scalars = initial_buffers(method, zero.clone()), dict.fromkeys(hyperparameters, method.initial)
         for number in range(_STEPS):
-            # Changing and staying in turn.
-            taken = Conditions(expected_staleness=number // 2 % 2)
-            gradient = Gradient(nought, gathered=gathered)
-            scalars = step(method, small, hyperparameters, scalars, buffers, gradient, taken)
+            # A staleness that changes, and one that stays, select different branches of a rule.
+            conditions = Conditions(expected_staleness=number // 2 % 2)
+            gradient = Gradient(zero, gathered=gathered)
+            scalars = step(method, small, hyperparameters, scalars, buffers, gradient, conditions)
     for first in (True, False) if gathers else ():
-        gather(nought.clone(), nought, 1.0, first=first)
+        gather(zero.clone(), zero, 1.0, first=first)

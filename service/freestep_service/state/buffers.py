@@ -134,6 +134,8 @@ class VectorPool:
         self._made = 0
         self._free: list[Vector] = []
         self._waiting: deque[asyncio.Future[Vector]] = deque()
+        self.is_held_by_slow_peers = False
+        """Whether slow peers hold all vectors, and the reserve has no room for theirs: none will be free soon."""
         self._holders: dict[Holder, bool] = {}
         """Those whose speed is watched, and whether their vector is counted apart."""
         self._timer: asyncio.TimerHandle | None = None
@@ -185,12 +187,6 @@ class VectorPool:
         """Whether callers wait for a vector."""
         return any(not future.done() for future in self._waiting) or self.pressed()
 
-    @property
-    def is_held_by_slow_peers(self) -> bool:
-        """Whether all vectors that count are held by slow peers: none will be free soon."""
-        counted = [holder for holder, apart in self._holders.items() if not apart]
-        return not self._free and self._made >= self.capacity and all(holder.is_slow() for holder in counted)
-
     def watch(self, holder: Holder) -> None:
         """Watches the speed of a vector's holder until it is released with the vector."""
         self._holders[holder] = False
@@ -199,6 +195,7 @@ class VectorPool:
 
     def unwatch(self, holder: Holder) -> None:
         """Watches a holder no more; a vector that was counted apart counts as the others do."""
+        self.is_held_by_slow_peers = False
         if self._holders.pop(holder, False):
             assert self._reserve is not None
             self._reserve.release(self.size)
@@ -222,6 +219,8 @@ class VectorPool:
         self._timer = None
         slow = [holder for holder, apart in self._holders.items() if not apart and holder.is_slow()]
         left = [holder for holder in slow if not self._count_apart(holder)]
+        counted = [holder for holder, apart in self._holders.items() if not apart]
+        self.is_held_by_slow_peers = bool(left) and len(left) == len(counted) >= self.capacity
         if left and self.contended:
             slowest = min(left, key=lambda holder: holder.speed)
             logger.warning("a peer that moves %.0f bytes/s is ended: others wait for its memory", slowest.speed)

@@ -1,1 +1,1 @@
-"""How it is computed: loops for CPUs, kernels for GPUs, decoding and points."""
+"""How it is computed: loops for CPUs, kernels for GPUs, decoding of gradients, copies of points."""

@@ -1,8 +1,8 @@
-"""The seam to numba, which compiles loops for the CPU: to machine code, without the GIL, kept on disk.
+"""Compilation of loops for the CPU with numba: to machine code that releases the GIL and is kept on disk.
 
-Loops are compiled to IEEE arithmetic, in which vector instructions give what scalar ones do: what comes out for an
-element does not depend on where in a vector it stands, and so not on how a model is cut into shards. Numbers that
-loops are given are fp32, and rules hold no literals: a single double would make doubles of all.
+Loops are compiled to IEEE arithmetic without contraction, in which vector instructions give what scalar ones give. So
+an element's result does not depend on its position in a vector, nor on the boundaries of shards. Loops get fp32 numbers
+only, and rules contain no literals: a single double would make doubles of all.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if _CACHE is not None:
 
 
 def compiled(loop: F, name: str = "", *, reassociate: bool = False) -> F:
-    """The loop as machine code, made for the types it is first called with.
+    """The loop as machine code, compiled for each combination of argument types when it is first called with it.
 
-    name: of what it carries, where the same lines make several loops. numba keeps a file for each name; services that
-        start at the same time could take one loop for another if they shared it.
-    reassociate: sums may be taken in any order, as vector instructions take them; NaN and infinity stay what they are.
+    name: distinguishes loops that are made from the same lines with different functions. numba keeps a file for each
+        name: without it, services that start at the same time could load one loop's code for another.
+    reassociate: sums may be taken in any order, as vector instructions do; NaN and infinity are preserved.
     """
     if name:
         loop.__qualname__ += f".{name}"
@@ -42,13 +42,13 @@ def compiled(loop: F, name: str = "", *, reassociate: bool = False) -> F:
     return cast(F, njit(nogil=True, error_model="numpy", fastmath=fastmath, cache=_CACHE is not None)(loop))
 
 
-def inlined(rule: F) -> F:
+def inlined(function: F) -> F:
     """The function itself, which compiled loops may call from now on."""
-    return register_jitable(rule)
+    return register_jitable(function)
 
 
 def is_compiled(vector: Tensor) -> bool:
-    """Whether it is for compiled loops: what is not on the host, or not fp32, is for torch."""
+    """Whether compiled loops process a vector: it is fp32 and on the host. Others are left to torch."""
     return vector.device.type == "cpu" and vector.dtype == torch.float32
 
 
@@ -64,7 +64,7 @@ def _abs(x: Any) -> Callable[[Any], Any] | None:
 
 
 def _sign(x: Any) -> Callable[[Any], Any] | None:
-    # NaN has NaN, and so do the others keep it.
+    # The order of comparisons here and below returns NaN for NaN, as torch does.
     return (lambda x: _ONE if x > _ZERO else -_ONE if x < _ZERO else x) if isinstance(x, types.Float) else None
 
 
@@ -84,7 +84,7 @@ def _where(condition: Any, x: Any, y: Any) -> Callable[[Any, Any, Any], Any] | N
     return (lambda condition, x, y: x if condition else y) if isinstance(x, types.Float) else None
 
 
-# Rules call functions by torch's names, of tensors as of numbers.
+# Rules call these functions of torch, on numbers as on tensors.
 for _function, _of_numbers in (
     (torch.sqrt, _sqrt),
     (torch.abs, _abs),

@@ -1,4 +1,4 @@
-"""What a step is taken along: a push, or the mean of a group whose last push has not been gathered."""
+"""The gradient of a step: that of one push, or the mean of a group of pushes, whose last one is added on the fly."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from freestep_service.optimizers.kernels.compiled import inlined
 from freestep_service.optimizers.kernels.halves import of_bf16_bits, of_f16_bits
 from freestep_service.optimizers.kernels.quantized import Quantized
 
-__all__ = ["PIECE", "Gradient", "Pushed", "element"]
+__all__ = ["PIECE", "Gradient", "Pushed", "element_function"]
 
 PIECE = 128 * 1024
-"""Elements that are made of int8 at a time: few enough to stay in the processor's cache."""
+"""Elements of int8 that are decoded at a time: few enough to stay in the processor's cache."""
 
 Pushed = Tensor | Quantized
-"""A push's gradient, flat [numel], as it came: fp32, BF16 or F16, or int8 with scales."""
+"""A push's gradient, flat [numel], as it was received: fp32, BF16 or F16, or int8 with scales."""
 
 
-def _same(g: Any) -> Any:
+def _identity(g: Any) -> Any:
     return g
 
 
 _WIDENING: dict[torch.dtype, Callable[[Any], Any]] = {
-    torch.float32: _same,
+    torch.float32: _identity,
     torch.bfloat16: of_bf16_bits,
     torch.float16: of_f16_bits,
 }
-"""What compiled loops make fp32 of an element with, as it came; halves are given as their bits."""
+"""How compiled loops convert an element to fp32; BF16 and F16 are given as their bits, uint16."""
 
 
 class Gradient(NamedTuple):
-    """`scale · (gathered + share · pushed)`: that of one push, or the mean of a group's, whose last one it is.
+    """scale · (gathered + share · pushed), flat [numel].
 
-    gathered: fp32; None where nothing was gathered before. scale and share: numbers, which a kernel takes as
-    tensors [].
+    gathered: the weighted sum of the group's earlier pushes, fp32; None where there are none. scale, share: numbers; in
+    a kernel they are tensors [].
     """
 
     pushed: Pushed
@@ -47,7 +47,7 @@ class Gradient(NamedTuple):
     gathered: Tensor | None = None
 
     def part(self, part: slice) -> Gradient:
-        """That of some elements; what came as int8 is fp32 then."""
+        """The gradient of some elements, with int8 decoded to fp32."""
         gathered = None if self.gathered is None else self.gathered[part]
         if isinstance(self.pushed, Quantized):
             begin, end, _ = part.indices(self.pushed.numel())
@@ -55,7 +55,7 @@ class Gradient(NamedTuple):
         return self._replace(pushed=self.pushed[part], gathered=gathered)
 
     def evaluated(self, dtype: torch.dtype) -> Tensor:
-        """The gradient itself, by torch."""
+        """The gradient as a tensor [numel] of a dtype, computed by torch."""
         pushed = self.pushed
         if isinstance(pushed, Quantized):
             pushed = pushed.decoded(0, pushed.numel(), torch.empty(pushed.numel()))
@@ -64,42 +64,43 @@ class Gradient(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `pieces` are of."""
+        """The dtype of `pieces`."""
         return torch.float32 if isinstance(self.pushed, Quantized) else self.pushed.dtype
 
     def pieces(self, begin: int, end: int) -> Iterator[tuple[slice, Any, Any]]:
-        """Elements `begin` to `end` for compiled loops, a stretch after another: where it lies, what was pushed there,
-        and what was gathered.
+        """Elements `begin` to `end` for compiled loops, in pieces: (their place, what was pushed, what was gathered).
 
-        Halves are given as their bits. What came as int8 is fp32, in stretches of at most PIECE elements, until the
-        next one is asked for. Where nothing was gathered, what stands in its place is not to be read.
+        BF16 and F16 are given as their bits, uint16. Of int8, a piece is at most PIECE elements, fp32, valid until the
+        next piece. Where nothing was gathered, the third array is a placeholder that is not to be read.
         """
         gathered = None if self.gathered is None else self.gathered.numpy()
-        for part, pushed in self._pushed(begin, end):
+        for part, pushed in self._pushed_pieces(begin, end):
             yield part, pushed, pushed if gathered is None else gathered[part]
 
-    def _pushed(self, begin: int, end: int) -> Iterator[tuple[slice, Any]]:
+    def _pushed_pieces(self, begin: int, end: int) -> Iterator[tuple[slice, Any]]:
         if not isinstance(self.pushed, Quantized):
             part = slice(begin, end)
-            came = self.pushed if self.pushed.dtype == torch.float32 else self.pushed.view(torch.uint16)
-            yield part, came.numpy()[part]
+            elements = self.pushed if self.pushed.dtype == torch.float32 else self.pushed.view(torch.uint16)
+            yield part, elements.numpy()[part]
             return
-        some = torch.empty(min(PIECE, end - begin))
-        for at in range(begin, end, PIECE):
-            part = slice(at, min(at + PIECE, end))
-            yield part, self.pushed.decoded(part.start, part.stop, some).numpy()
+        decoded = torch.empty(min(PIECE, end - begin))
+        for first in range(begin, end, PIECE):
+            part = slice(first, min(first + PIECE, end))
+            yield part, self.pushed.decoded(part.start, part.stop, decoded).numpy()
 
 
 @cache
-def element(dtype: torch.dtype, *, gathered: bool) -> Callable[[Any, Any, Any, Any], Any]:
-    """What compiled loops make an element of a Gradient with, fp32: a function of scale, share, and of the elements of
-    `pieces`, where those are of `dtype`."""
+def element_function(dtype: torch.dtype, *, gathered: bool) -> Callable[[Any, Any, Any, Any], Any]:
+    """(scale, share, pushed element, gathered element) -> the gradient's element, fp32, for compiled loops.
+
+    dtype: that of `Gradient.pieces`.
+    """
     widened = inlined(_WIDENING[dtype])
 
-    def alone(scale: Any, share: Any, pushed: Any, _: Any) -> Any:
+    def single(scale: Any, share: Any, pushed: Any, _: Any) -> Any:
         return scale * (share * widened(pushed))
 
     def mean(scale: Any, share: Any, pushed: Any, gathered: Any) -> Any:
         return scale * (gathered + share * widened(pushed))
 
-    return inlined(mean if gathered else alone)
+    return inlined(mean if gathered else single)

@@ -1,6 +1,6 @@
-"""BF16 and F16 numbers as their 16 bits, to fp32 and back as torch converts them: for compiled loops, branchless.
+"""Conversion between fp32 and the 16 bits of BF16 and F16, as torch converts them: branchless, for compiled loops.
 
-Rounding is to nearest, ties to even. NaN stays NaN; torch keeps nothing of its payload either.
+Rounding is to nearest, ties to even. NaN stays NaN; as in torch, its payload is lost.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def bf16_bits(x: Any) -> Any:
 
 
 def of_bf16_bits(half: Any) -> Any:
-    """uint16 -> fp32, exactly."""
+    """uint16 -> fp32, exact."""
     return np.uint32(np.uint32(half) << 16).view(np.float32)
 
 
 def f16_bits(x: Any) -> Any:
     """fp32 -> uint16.
 
-    Adding a power of two that leaves just the bits of F16 below the point lets the processor round, subnormals
-    included; multiplying to and fro first turns what is too large into infinity. The trick is Marat Dukhan's, as in
-    torch's c10/util/Half.h.
+    Adding a power of two that leaves just the bits of F16 below the point has the processor round, subnormals included;
+    multiplying to and fro before turns what is too large into infinity. The method is Marat Dukhan's, as in torch's
+    c10/util/Half.h.
     """
     bits = np.float32(x).view(np.uint32)
     base = (abs(x) * _TO_INFINITY) * _TO_ZERO
@@ -44,7 +44,7 @@ def f16_bits(x: Any) -> Any:
 
 
 def of_f16_bits(half: Any) -> Any:
-    """uint16 -> fp32, exactly; the inverse of the same trick."""
+    """uint16 -> fp32, exact; the inverse of the same method."""
     bits = np.uint32(np.uint32(half) << 16)
     twice = np.uint32(bits << 1)
     normal = np.float32(np.uint32((twice >> 4) + 0x70000000).view(np.float32) * _F16_SCALE)

@@ -1,7 +1,6 @@
-"""A gradient in int8, as it came: an element is q · the scale of its block.
+"""A gradient in int8, as it was received: an element is q · scale, with one scale for each block of elements.
 
-It is measured as that, and made fp32 where a pass over memory needs it, a piece at a time, so that no fp32 number of it
-is ever read from memory.
+It is decoded within the passes over memory that need it, a piece at a time, so its fp32 elements stay in the cache.
 """
 
 from __future__ import annotations
@@ -20,38 +19,38 @@ from freestep_service.optimizers.kernels.slices import in_slices
 __all__ = ["Quantized"]
 
 
-def _decoding(quanta: Any, scales: Any, first: Any, block: Any, out: Any) -> None:
-    at = 0
-    while at < out.size:
-        number = (first + at) // block
+def _decode_loop(quanta: Any, scales: Any, first: Any, block: Any, out: Any) -> None:
+    begin = 0
+    while begin < out.size:
+        number = (first + begin) // block
         end = min((number + 1) * block - first, out.size)
-        scale, some, place = scales[number], quanta[first + at : first + end], out[at:end]
+        scale, piece, place = scales[number], quanta[first + begin : first + end], out[begin:end]
         for i in range(place.size):
-            place[i] = np.float32(some[i]) * scale
-        at = end
+            place[i] = np.float32(piece[i]) * scale
+        begin = end
 
 
-def _measuring(quanta: Any, scales: Any, first: Any, last: Any, block: Any) -> Any:
+def _square_sum_loop(quanta: Any, scales: Any, first: Any, last: Any, block: Any) -> Any:
     total = 0.0
     while first < last:
         number = first // block
         end = min((number + 1) * block, last)
-        scale, some, of_block = scales[number], quanta[first:end], 0.0
-        for i in range(some.size):
-            x = np.float64(np.float32(some[i]) * scale)
-            of_block += x * x
-        total += of_block
+        scale, piece, block_total = scales[number], quanta[first:end], 0.0
+        for i in range(piece.size):
+            x = np.float64(np.float32(piece[i]) * scale)
+            block_total += x * x
+        total += block_total
         first = end
     return total
 
 
-_decode, _squares = compiled(_decoding), compiled(_measuring, reassociate=True)
+_decode, _squares = compiled(_decode_loop), compiled(_square_sum_loop, reassociate=True)
 
 
 class Quantized(NamedTuple):
-    """One flat vector [numel] on the host, of `slots` in their order.
+    """A flat vector [numel] on the host, of the tensors in `slots`, in their order.
 
-    quanta: int8 of each slot. scales: fp32 of each slot, one for each `block` of its elements.
+    quanta: of each slot, int8 [slot.numel]. scales: of each slot, fp32 [ceil(slot.numel / block)].
     """
 
     slots: Sequence[Slot]
@@ -63,19 +62,20 @@ class Quantized(NamedTuple):
         return self.slots[-1].offset + self.slots[-1].numel if self.slots else 0
 
     def decoded(self, begin: int, end: int, out: Tensor) -> Tensor:
-        """Elements `begin` to `end`, written into the first of `out`, fp32.
+        """Writes elements `begin` to `end` into the first elements of `out`, fp32, and returns these.
 
-        `out` may be the memory in whose slots the quanta lie right-aligned: what is yet to be read is not overtaken.
+        `out` may be the memory in which the quanta lie, right-aligned in their slots: writing from the front never
+        overtakes what is still to be read.
         """
         array = out.numpy()
         for number, first, last in self._places(begin, end):
-            at = self.slots[number].offset + first - begin
+            place = self.slots[number].offset + first - begin
             quanta, scales = self.quanta[number].numpy(), self.scales[number].numpy()
-            _decode(quanta, scales, first, self.block, array[at : at + last - first])
+            _decode(quanta, scales, first, self.block, array[place : place + last - first])
         return out[: end - begin]
 
     def square_sum(self) -> float:
-        """As `square_sum` of the decoded vector."""
+        """Σ x² in fp64; not finite where a scale is not."""
 
         def squares(begin: int, end: int) -> float:
             total = 0.0
@@ -87,7 +87,7 @@ class Quantized(NamedTuple):
         return sum(in_slices(squares, self.numel()))
 
     def _places(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """The slots that make up a stretch of the vector, by number, with the first and last of their elements."""
+        """(slot number, first, last) of the slots that overlap elements `begin` to `end`: their elements in there."""
         number = bisect_right(self.slots, begin, key=lambda slot: slot.offset) - 1
         while begin < end:
             slot = self.slots[number]

@@ -1,4 +1,4 @@
-"""A pass over vectors on the host, spread over threads: a slice for each."""
+"""Spreads a pass over vectors on the host over threads, a slice for each."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["in_slices"]
 
 T = TypeVar("T")
 
-LEAST = 128 * 1024
-"""Elements of a slice: handing over fewer takes longer than the pass itself."""
+MIN_SLICE = 128 * 1024
+"""Elements of a slice at least: passing fewer to another thread takes longer than the pass itself."""
 
 
 def in_slices(work: Callable[[int, int], T], numel: int) -> list[T]:
-    """Calls `work(begin, end)` for slices that make up 0 to `numel`, and returns the results in their order.
+    """Calls `work(begin, end)` for slices that make up elements 0 to `numel`; returns the results in order.
 
-    There are as many slices as the calling thread has torch spread its arithmetic over, and they are worked on at the
-    same time as far as `work` lets the GIL go. The helpers wait asleep, where those of OpenMP spin.
+    There are at most `torch.get_num_threads()` slices. They run at the same time as far as `work` releases the GIL, in
+    threads that sleep between calls, where OpenMP's would spin.
     """
-    count = max(1, min(torch.get_num_threads(), numel // LEAST))
+    count = max(1, min(torch.get_num_threads(), numel // MIN_SLICE))
     if count == 1:
         return [work(0, numel)]
     bounds = [numel * number // count for number in range(count + 1)]

@@ -1,8 +1,8 @@
-"""The square of a gradient's 2-norm, which also says whether all of it is finite: one pass over memory, or on a GPU a
-few, beside its arrival there.
+"""The square of a gradient's 2-norm, and the conversion of a body to fp32: one pass over memory, or a few on a GPU.
 
-Squares of fp32 numbers are summed in fp64, where no number of them overflows: the sum is finite if they are. It costs
-nothing beside reading them, and the sums of a vector's parts make up that of the whole to far below fp32's rounding.
+Squares of fp32 numbers are summed in fp64, where no such sum overflows: it is finite if and only if all elements are.
+That costs nothing beside reading them, and the sums of a vector's parts add up to that of the whole far more exactly
+than fp32 rounds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from freestep_service.optimizers.kernels.slices import in_slices
 __all__ = ["dequantize", "square_sum", "widen"]
 
 CHUNK = 4096
-"""Elements that are widened and measured while the processor has them at hand."""
+"""Elements that are converted and summed up while they are in the processor's cache."""
 PIECE = 4 * 1024 * 1024
-"""Elements that cross to a GPU at a time; what that makes of them besides are vectors of so many."""
+"""Elements that are copied to a GPU at a time; temporary vectors there are of this size."""
 
 
 def _square_sum(vector: Any) -> Any:
@@ -37,36 +37,36 @@ def _square_sum(vector: Any) -> Any:
 _squares = compiled(_square_sum, reassociate=True)
 
 
-def _square_sum_of(whole: Callable[[Any], Any]) -> Callable[[Any], float]:
-    whole = inlined(whole)
+def _square_sum_of(widened: Callable[[Any], Any]) -> Callable[[Any], float]:
+    widened = inlined(widened)
 
     def loop(halves: Any) -> Any:
         total = 0.0
         for i in range(halves.size):
-            x = np.float64(whole(halves[i]))
+            x = np.float64(widened(halves[i]))
             total += x * x
         return total
 
-    return compiled(loop, f"squares.{whole.__name__}", reassociate=True)
+    return compiled(loop, f"squares.{widened.__name__}", reassociate=True)
 
 
-def _widening(whole: Callable[[Any], Any]) -> Callable[[Any, Any], float]:
-    whole = inlined(whole)
+def _widening(widened: Callable[[Any], Any]) -> Callable[[Any, Any], float]:
+    widened = inlined(widened)
 
     def loop(halves: Any, vector: Any) -> Any:
         total = 0.0
-        some = np.empty(min(CHUNK, halves.size), np.uint16)
+        copy = np.empty(min(CHUNK, halves.size), np.uint16)
         for begin in range(0, halves.size, CHUNK):
             part, place = halves[begin : begin + CHUNK], vector[begin : begin + CHUNK]
-            # A copy, since the place may lie over them. Assigning the slice would keep the loops from being vectorised.
+            # The place may overlap the part. Assigning a slice would keep the loops from being vectorized.
             for i in range(part.size):
-                some[i] = part[i]
+                copy[i] = part[i]
             for i in range(place.size):
-                place[i] = whole(some[i])
+                place[i] = widened(copy[i])
             total += _squares(place)
         return total
 
-    return compiled(loop, whole.__name__)
+    return compiled(loop, widened.__name__)
 
 
 _WIDENING = {torch.bfloat16: _widening(of_bf16_bits), torch.float16: _widening(of_f16_bits)}
@@ -87,39 +87,40 @@ def square_sum(vector: Tensor) -> float:
 
 
 def widen(narrow: Tensor, out: Tensor) -> float | Tensor:
-    """Writes BF16 or F16 numbers, flat [numel], into `out`, fp32 [numel], and returns Σ x² as `square_sum` does.
+    """Converts BF16 or F16, flat [numel], to fp32 in `out` [numel]; returns Σ x² as `square_sum` does.
 
-    `narrow` may be the second half of the memory of `out`: widening from the front never overtakes what is yet to be
-    read. That is why it is one thread's.
+    `narrow` may be the second half of the memory of `out`: writing from the front never overtakes what is still to be
+    read, as one thread does all of it.
 
-    `out` may be on a GPU; then `narrow`, which may be fp32 too, has to stay until that has done what it was asked, and
-    the sum is a tensor there, of fp64.
+    `out` may be on a GPU. Then `narrow`, which may also be fp32, must not change until the GPU has finished, and the
+    sum is a tensor [] there, fp64.
     """
     if not is_compiled(out):
-        return _carry(lambda part: narrow[part].to(out.device, non_blocking=True), out)
+        return _fill(lambda part: narrow[part].to(out.device, non_blocking=True), out)
     return float(_WIDENING[narrow.dtype](narrow.view(torch.uint16).numpy(), out.numpy()))
 
 
 def dequantize(quanta: Tensor, scales: Tensor, block: int, out: Tensor) -> Tensor:
-    """Writes q · scale, of int8 q [numel] and an fp32 scale for each `block` of them, into `out`, fp32 on a GPU.
+    """Decodes int8 quanta [numel], with an fp32 scale for each `block` of them, to fp32 in `out` [numel] on a GPU.
 
-    Returns Σ x², and takes what is on the host, as `widen` does. On the host it stays int8, see `Quantized`.
+    Returns Σ x² as `widen` does, and like it needs its arguments until the GPU has finished. On the host, int8 is not
+    decoded beforehand (`Quantized`).
     """
-    steps = scales.to(out.device, non_blocking=True)
+    scales = scales.to(out.device, non_blocking=True)
 
     def values(part: slice) -> Tensor:
         blocks = torch.arange(part.start, part.stop, device=out.device) // block
-        return quanta[part].to(out.device, non_blocking=True).float() * steps[blocks]
+        return quanta[part].to(out.device, non_blocking=True).float() * scales[blocks]
 
-    return _carry(values, out)
+    return _fill(values, out)
 
 
-def _carry(values: Callable[[slice], Tensor], out: Tensor) -> Tensor:
-    """Fills `out`, fp32 on a GPU, with what `values` makes of its parts there, and returns Σ x²."""
+def _fill(values: Callable[[slice], Tensor], out: Tensor) -> Tensor:
+    """Writes `values(part)` to all parts of `out`, fp32 on a GPU; returns Σ x², fp64 []."""
     total = torch.zeros((), dtype=torch.float64, device=out.device)
     for begin in range(0, out.numel(), PIECE):
         part = slice(begin, min(begin + PIECE, out.numel()))
-        # Widened here: a copy between devices would do it on the host.
+        # Converted on the GPU: a copy from the host would convert there.
         place = out[part].copy_(values(part))
         total += torch.linalg.vector_norm(place, dtype=torch.float64).square()
     return total

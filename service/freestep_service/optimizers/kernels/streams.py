@@ -1,6 +1,6 @@
-"""The streams of a GPU: bodies arrive on one of their own, beside the updates and points, which follow each other.
+"""The streams of a GPU: bodies are copied there on one of their own, beside the updates and points on the default one.
 
-Nobody waits for a whole device: a thread waits, off the event loop, for what it has itself asked of a stream.
+No thread waits for a whole device, only for the work that it has itself put on a stream, and never on the event loop.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ __all__ = ["arriving", "settle"]
 
 
 def settle(device: torch.device) -> None:
-    """Returns when the calling thread's stream has done all that it was asked; on the host that is at once."""
+    """Waits until the calling thread's stream has finished its work; on the host, returns at once."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def arriving(device: torch.device) -> AbstractContextManager[Any]:
-    """A block whose work on a GPU is done beside that of its other streams; on the host it is as any other."""
+    """A block whose work on a GPU runs on the stream for bodies; on the host, it has no effect."""
     return torch.cuda.stream(_arrivals(device)) if device.type == "cuda" else nullcontext()
 
 

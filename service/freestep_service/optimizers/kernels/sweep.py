@@ -1,8 +1,8 @@
-"""Carrying a method over a run's flat vectors: one rule, three executions.
+"""Applies a method's rule to a run's flat vectors: one rule, three executions.
 
-On the host a rule is compiled into a loop, which reads and writes each element of each vector once: a step is one pass
-over memory. On a GPU it is compiled into a kernel, which does the same (`fused`). Where there is no kernel, and in
-fp64, which tests take for the truth, torch evaluates the same function on tensors.
+On the host, a rule is compiled into a loop that reads and writes each element of each vector once: a step is one pass
+over memory. On a GPU it is compiled into a kernel that does the same (`fused`). Where there is no kernel, and in fp64,
+the tests' reference, torch evaluates the same function on tensors.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor
 
 from freestep.wire.manifest import Slot
 from freestep_service.optimizers.kernels.compiled import compiled, inlined, is_compiled
-from freestep_service.optimizers.kernels.fused import fuse
-from freestep_service.optimizers.kernels.gradient import Gradient, Pushed, element
+from freestep_service.optimizers.kernels.fused import apply_kernel
+from freestep_service.optimizers.kernels.gradient import Gradient, Pushed, element_function
 from freestep_service.optimizers.kernels.slices import in_slices
 from freestep_service.optimizers.kernels.streams import settle
 from freestep_service.optimizers.kernels.sums import gradient_sums
-from freestep_service.optimizers.method import PLAIN, Buffers, Conditions, Method, Scalars, each_number
+from freestep_service.optimizers.method import NOMINAL, Buffers, Conditions, Method, Scalars, map_numbers
 
 __all__ = ["Segment", "gather", "initial_buffers", "segments", "step"]
 
 CHUNK = 16 * 1024 * 1024
-"""Elements that torch evaluates a rule on at a time: a rule's intermediate results are tensors of so many."""
+"""Elements that torch evaluates a rule on at a time: the rule's intermediate results are tensors of this size."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Elements `begin` to `end` of the flat vector, all of one param group; the shapes of the tensors that they are."""
+    """Elements `begin` to `end` of the flat vector, of one param group. shapes: those of its tensors, in order."""
 
     group: str
     begin: int
@@ -44,7 +44,7 @@ class Segment:
 
 
 def segments(slots: Iterable[Slot]) -> tuple[Segment, ...]:
-    """The param groups' stretches of the flat vector, as few as the manifest's order allows."""
+    """The stretches of the flat vector that belong to one param group each, as few as the manifest's order allows."""
     found = []
     for group, members in groupby(slots, key=lambda slot: slot.group):
         run = list(members)
@@ -54,7 +54,7 @@ def segments(slots: Iterable[Slot]) -> tuple[Segment, ...]:
 
 
 def within(layout: Iterable[Segment], begin: int, end: int) -> Iterator[Segment]:
-    """What of the segments lies in a slice."""
+    """The parts of segments that lie in elements `begin` to `end`, without their shapes."""
     for segment in layout:
         first, last = max(segment.begin, begin), min(segment.end, end)
         if first < last:
@@ -62,7 +62,7 @@ def within(layout: Iterable[Segment], begin: int, end: int) -> Iterator[Segment]
 
 
 def initial_buffers(method: Method, parameters: Tensor) -> dict[str, Tensor]:
-    """The method's state before the first step; takes `parameters`, flat fp32 [numel], as its y."""
+    """The state vectors before the first step; y is `parameters` itself, flat fp32 [numel]."""
     made = {"y": parameters}
     for name in method.buffers:
         if name != "y":
@@ -77,32 +77,36 @@ def step(
     scalars: Mapping[str, Scalars],
     buffers: Buffers,
     gradient: Gradient,
-    taken: Conditions = PLAIN,
+    conditions: Conditions = NOMINAL,
 ) -> dict[str, Scalars]:
-    """Moves the buffers, in place, one step along the gradient, and returns the groups' next scalars."""
+    """Moves the buffers, each flat fp32 [numel], in place, one step along a gradient, flat [numel].
+
+    layout: the segments that make up the vectors. hyperparameters, scalars: by param group. Returns the groups' next
+    scalars. When it returns, the update is done, on a GPU too.
+    """
     if method.needs_sums:
-        l1, inner = gradient_sums(gradient, buffers["z"], buffers["x"])
-        taken = taken._replace(l1=l1, inner=inner)
-    advanced = {group: method.advance(hyperparameters[group], state, taken) for group, state in scalars.items()}
+        grad_l1, grad_dot = gradient_sums(gradient, buffers["z"], buffers["x"])
+        conditions = conditions._replace(grad_l1=grad_l1, grad_dot=grad_dot)
+    advanced = {group: method.advance(hyperparameters[group], state, conditions) for group, state in scalars.items()}
     coefficients = {group: chosen for group, (_, chosen) in advanced.items()}
     state = [buffers[name] for name in method.buffers]
-    for segments, along in _directed(method, layout, hyperparameters, gradient, state):
-        _sweep(method.rule, segments, coefficients, along, state)
-    return {group: following for group, (following, _) in advanced.items()}
+    for segments, direction in _directions(method, layout, hyperparameters, gradient, state):
+        _sweep(method.rule, segments, coefficients, direction, state)
+    return {group: next_scalars for group, (next_scalars, _) in advanced.items()}
 
 
-def _directed(
+def _directions(
     method: Method,
     layout: Iterable[Segment],
     hyperparameters: Mapping[str, Any],
     gradient: Gradient,
     state: Sequence[Tensor],
 ) -> Iterator[tuple[Iterable[Segment], Gradient]]:
-    """What each segment's rule is to be given as its gradient."""
+    """(segments, the gradient for their rule), which for matrices is a direction where the method has one."""
     if method.direction is None:
         yield layout, gradient
         return
-    plain, matrices, made = [], [], torch.empty_like(state[0])
+    plain, matrices, directions = [], [], torch.empty_like(state[0])
     for segment in layout:
         direction = method.direction(hyperparameters[segment.group])
         if direction is None:
@@ -112,31 +116,32 @@ def _directed(
         begin = segment.begin
         for shape in segment.shapes:
             part = slice(begin, begin := begin + prod(shape))
-            g = gradient.part(part).evaluated(made.dtype)
-            kept = [vector[part].view(shape) for vector in state[2:]]
-            made[part].view(shape).copy_(direction(g.view(shape), *kept))
+            g = gradient.part(part).evaluated(directions.dtype)
+            # The vectors after y and z.
+            base_state = [vector[part].view(shape) for vector in state[2:]]
+            directions[part].view(shape).copy_(direction(g.view(shape), *base_state))
     yield plain, gradient
-    yield matrices, Gradient(made)
+    yield matrices, Gradient(directions)
 
 
-class _None(NamedTuple):
-    """The coefficients of rules that have none."""
+class _NoCoefficients(NamedTuple):
+    """numba cannot type an empty tuple."""
 
-    nothing: float = 0.0
+    unused: float = 0.0
 
 
-def _take(g: Tensor, accumulated: Tensor, _: _None) -> tuple[Tensor]:
+def _replace(g: Tensor, accumulated: Tensor, _: _NoCoefficients) -> tuple[Tensor]:
     return (g,)
 
 
-def _add(g: Tensor, accumulated: Tensor, _: _None) -> tuple[Tensor]:
+def _add(g: Tensor, accumulated: Tensor, _: _NoCoefficients) -> tuple[Tensor]:
     return (accumulated + g,)
 
 
 def gather(accumulated: Tensor, pushed: Pushed, share: float, *, first: bool) -> None:
-    """Adds `share * pushed` to what was gathered before, in place; the first takes its place. Flat [numel]."""
+    """Adds `share * pushed`, flat [numel], to `accumulated`, fp32 [numel], in place; the first replaces its content."""
     whole = [Segment("", 0, pushed.numel())]
-    _sweep(_take if first else _add, whole, {"": _None()}, Gradient(pushed, share=share), [accumulated])
+    _sweep(_replace if first else _add, whole, {"": _NoCoefficients()}, Gradient(pushed, share=share), [accumulated])
 
 
 def _sweep(
@@ -148,19 +153,19 @@ def _sweep(
 ) -> None:
     """Replaces the state, in place, by `rule(gradient, *state, coefficients of the group)`.
 
-    When it returns it is done, on a GPU too: the gradient's memory may be used for the next one.
+    When it returns, it is done, on a GPU too, so that the gradient's memory may be reused.
     """
     if not is_compiled(state[0]):
         for segment in layout:
             part = slice(segment.begin, segment.end)
             own = rule, coefficients[segment.group], gradient.part(part), [vector[part] for vector in state]
-            if not fuse(*own):
+            if not apply_kernel(*own):
                 _evaluate(*own)
         settle(state[0].device)
         return
     loop = _loop(rule, len(state), gradient.dtype, gradient.gathered is not None)
     layout = tuple(layout)
-    narrow = {group: each_number(np.float32, chosen) for group, chosen in coefficients.items()}
+    narrow = {group: map_numbers(np.float32, chosen) for group, chosen in coefficients.items()}
     scale, share = np.float32(gradient.scale), np.float32(gradient.share)
     vectors = [vector.numpy() for vector in state]
 
@@ -175,23 +180,23 @@ def _sweep(
 def _evaluate(
     rule: Callable[..., tuple[Tensor, ...]], coefficients: Any, gradient: Gradient, state: Sequence[Tensor]
 ) -> None:
-    """As `fuse`, by torch, operation by operation."""
+    """Like `apply_kernel`, by torch, operation by operation."""
     for begin in range(0, gradient.pushed.numel(), CHUNK):
         part = slice(begin, begin + CHUNK)
         old = [vector[part] for vector in state]
         new = rule(gradient.part(part).evaluated(old[0].dtype), *old, coefficients)
-        for place, moved in zip(old, new, strict=True):
-            place.copy_(moved)
+        for place, value in zip(old, new, strict=True):
+            place.copy_(value)
 
 
 @cache
 def _loop(rule: Callable[..., Any], vectors: int, dtype: torch.dtype, gathered: bool) -> Callable[..., None]:
-    """The compiled loop of a rule over so many state vectors, for gradients that come as `dtype`.
+    """The compiled loop of a rule over a number of state vectors. dtype: that of `Gradient.pieces`.
 
-    It is (scale, share, pushed, gathered, *state, coefficients) -> None, of the elements of `Gradient.pieces`.
+    It is (scale, share, pushed, gathered, *state, coefficients) -> None, where pushed and gathered are of `pieces`.
     """
     name = f"{rule.__module__}.{rule.__qualname__}.{dtype}.{'group' if gathered else 'one'}"
-    rule, gradient = inlined(rule), element(dtype, gathered=gathered)
+    rule, gradient = inlined(rule), element_function(dtype, gathered=gathered)
 
     def one(scale: Any, share: Any, g: Any, h: Any, a: Any, s: Any) -> None:
         for i in range(g.size):

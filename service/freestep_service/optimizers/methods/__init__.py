@@ -1,1 +1,1 @@
-"""What is computed: update rules, coefficients, schedules and averages."""
+"""What is computed: update rules, coefficients, schedules and averages. Each file cites its papers."""

@@ -5,7 +5,8 @@ With F the loss at y, g the gradient there, and all sums over all parameters,
     e = β_p e + (1 - β_p) sqrt(π/2) |g|₁        I = β̃ <g, z - x>        η = γ max(0, F + I) / (e / (1 - β_p^t))
     z <- z - η² λ y - η m̂ / (sqrt(v̂) + eps)     x <- (1 - c) x + c z     y = β̃ x + (1 - β̃) z
 
-where m̂ and v̂ are Adam's. β̃ changes from step to step, so x is kept, not computed. c is Schedule-Free's, from η.
+where m̂ and v̂ are Adam's, t counts steps from 1, and c is Schedule-Free's with η as learning rate. β̃ changes from step
+to step, so x is a state vector.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from freestep_service.optimizers.methods.schedules import warmup
 
 __all__ = ["ADAMC_PLUS"]
 
-_LARGEST_RATE = 1e12
-"""As that of hyperparameters, so that no coefficient overflows fp32 where gradients are all but 0."""
+_MAX_LR = 1e12
+"""The bound of hyperparameters too: no coefficient overflows fp32 where gradients are almost 0."""
 
 
 class _Coefficients(NamedTuple):
     decay: float
-    """η² λ: what of y is taken off z."""
+    """η² λ: the coefficient of y in the decrease of z."""
     step_size: float
     """η / (1 - β1^t)."""
     m_share: float
@@ -37,9 +38,9 @@ class _Coefficients(NamedTuple):
     v_share: float
     """1 - β2: the weight of g² in v."""
     correction: float
-    """1 / sqrt(1 - β2^t), of the root of v."""
+    """1 / sqrt(1 - β2^t): the bias correction of the root of v."""
     eps: float
-    keep: float
+    x_kept: float
     """1 - c."""
     c: float
     x_share: float
@@ -49,28 +50,28 @@ class _Coefficients(NamedTuple):
 
 
 def _beta(h: AdamCScheduleFreePlus, k: float) -> float:
-    """β̃ of step k: 1 - β̃ goes from 1 - sf_beta1 to 1 - sf_beta1_max by equal factors."""
+    """β̃ of step k: 1 - β̃ falls geometrically from 1 - sf_beta1 to 1 - sf_beta1_max."""
     if not h.sf_beta1_anneal_steps:
         return h.sf_beta1
     progress = min(k / h.sf_beta1_anneal_steps, 1.0)
     return float(1 - (1 - h.sf_beta1) ** (1 - progress) * (1 - h.sf_beta1_max) ** progress)
 
 
-def _advance(h: AdamCScheduleFreePlus, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
+def _advance(h: AdamCScheduleFreePlus, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, _Coefficients]:
     k = scalars["k"]
     t, beta, (beta1, beta2) = k + 1, _beta(h, k), h.betas
-    average = h.polyak_beta * scalars["grad_l1_ema"] + (1 - h.polyak_beta) * math.sqrt(math.pi / 2) * taken.l1
+    average = h.polyak_beta * scalars["grad_l1_ema"] + (1 - h.polyak_beta) * math.sqrt(math.pi / 2) * conditions.grad_l1
     norm = average / (1 - h.polyak_beta**t)
-    polyak = max(0.0, taken.loss + beta * taken.inner) / norm if norm else 0.0
-    lr = min(max(h.lr, h.eps) * warmup(k, h.warmup_steps) * polyak, _LARGEST_RATE)
-    following = {**scalars, "k": t, "grad_l1_ema": average, "lr_max": max(lr, scalars["lr_max"], h.eps)}
+    polyak = max(0.0, conditions.loss + beta * conditions.grad_dot) / norm if norm else 0.0
+    lr = min(max(h.lr, h.eps) * warmup(k, h.warmup_steps) * polyak, _MAX_LR)
+    next_scalars = {**scalars, "k": t, "grad_l1_ema": average, "lr_max": max(lr, scalars["lr_max"], h.eps)}
     c = 1.0
     if k >= h.c_warmup:
-        weight = t**h.r * following["lr_max"] ** h.weight_lr_power
-        following["weight_sum"] = scalars["weight_sum"] + weight
-        c = weight / following["weight_sum"] if following["weight_sum"] else 1.0
-    lr = taken.rate(lr)
-    return following, _Coefficients(
+        weight = t**h.r * next_scalars["lr_max"] ** h.weight_lr_power
+        next_scalars["weight_sum"] = scalars["weight_sum"] + weight
+        c = weight / next_scalars["weight_sum"] if next_scalars["weight_sum"] else 1.0
+    lr = conditions.limited(lr)
+    return next_scalars, _Coefficients(
         decay=lr * lr * h.weight_decay,
         step_size=lr / (1 - beta1**t),
         m_share=1 - beta1,
@@ -78,7 +79,7 @@ def _advance(h: AdamCScheduleFreePlus, scalars: Scalars, taken: Conditions) -> t
         v_share=1 - beta2,
         correction=(1 - beta2**t) ** -0.5,
         eps=h.eps,
-        keep=1 - c,
+        x_kept=1 - c,
         c=c,
         x_share=beta,
         z_share=1 - beta,
@@ -91,7 +92,7 @@ def _adamc(
     m = m + s.m_share * (g - m)
     v = s.beta2 * v + s.v_share * (g * g)
     z = z - s.decay * y - s.step_size * (m / (torch.sqrt(v) * s.correction + s.eps))
-    x = s.keep * x + s.c * z
+    x = s.x_kept * x + s.c * z
     return s.x_share * x + s.z_share * z, x, z, m, v
 
 

@@ -1,8 +1,8 @@
-"""Averages of a method's iterates, which keep x beside y: the mean (Polyak), or an exponential moving average.
+"""Averages of a method's iterates y, kept as x: their mean (Polyak), or an exponential moving average.
 
-    x <- x + share · (y - x)        share = 1 up to the first average, then 1/n or 1 - decay
+    x <- x + share · (y - x)        share = 1 up to step `start_step`, then 1/n for the n-th y, or 1 - decay
 
-That is `torch.optim.swa_utils.AveragedModel`, updated after every step from `start_step` on.
+It equals `torch.optim.swa_utils.AveragedModel`, updated after every step from `start_step` on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Coefficients(NamedTuple):
 
 
 def _share(averaging: Averaging, k: float) -> float:
-    """The weight of the y that step k makes."""
+    """The weight in x of the y that step k results in."""
     start = 0 if averaging.name == "none" else averaging.start_step
     if k <= start:
         return 1.0
@@ -33,19 +33,19 @@ def _share(averaging: Averaging, k: float) -> float:
 
 
 def averaged(method: Method) -> Method:
-    """A method that keeps one point, y, with its average x beside it."""
+    """The method that keeps, beside the state of one with a single point y, the average x of y."""
 
-    def advance(h: Any, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
-        following, coefficients = method.advance(h, scalars, taken)
-        return following, _Coefficients(_share(h.averaging, scalars["k"]), coefficients)
+    def advance(h: Any, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, _Coefficients]:
+        next_scalars, coefficients = method.advance(h, scalars, conditions)
+        return next_scalars, _Coefficients(_share(h.averaging, scalars["k"]), coefficients)
 
     first, *others = method.buffers
-    rule = _beside(method.rule)
+    rule = _with_average(method.rule)
     return Method((first, "x", *others), method.initial, advance, rule, observe=method.observe)
 
 
-def _beside(method: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """The rule (g, y, x, *the method's other state, coefficients)."""
+def _with_average(method: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The rule (g, y, x, *the method's other state, coefficients) -> the next state."""
     method = inlined(method)
 
     def rule(g: Tensor, y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -53,5 +53,5 @@ def _beside(method: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Te
         moved = method(g, y, *rest[:-1], s.method)
         return (moved[0], x + s.share * (moved[0] - x), *moved[1:])
 
-    rule.__qualname__ = f"{_beside.__qualname__}.{method.__module__}.{method.__qualname__}"
+    rule.__qualname__ = f"{_with_average.__qualname__}.{method.__module__}.{method.__qualname__}"
     return rule

@@ -1,6 +1,6 @@
 """The baselines: SGD with momentum, and AdamW (Loshchilov and Hutter, arXiv 1711.05101), as in `torch.optim`.
 
-They keep one point, `y`, and x is y; or its average, where one is asked for (`averaging`).
+They keep one point, y. x is y, or the average of y where the hyperparameters have one (`averaging`).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ __all__ = ["ADAMW", "AVERAGED_ADAMW", "AVERAGED_SGD", "SGD", "SGDCoefficients"]
 
 
 class SGDCoefficients(NamedTuple):
-    """What the rule of SGD takes."""
+    """The coefficients of SGD."""
 
     lr: float
     weight_decay: float
     momentum: float
     has_momentum: bool
     gain: float
-    """What the gradient is multiplied by on its way into the momentum buffer."""
+    """The weight of the gradient in the momentum buffer: 1 - dampening, or 1 in the first step."""
     nesterov: bool
 
 
-def _advance_sgd(h: SGDSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, SGDCoefficients]:
+def _advance_sgd(h: SGDSpec, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, SGDCoefficients]:
     k = scalars["k"]
-    lr = taken.rate(scheduled(remaining(h, scalars), h.schedule, k))
-    # The buffer starts as the first gradient, undampened.
+    lr = conditions.limited(scheduled(remaining(h, scalars), h.schedule, k))
+    # As in torch, the buffer is initialized with the first gradient, without dampening.
     gain = 1 - h.dampening if k else 1.0
     return {**scalars, "k": k + 1}, SGDCoefficients(lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov)
 
@@ -51,23 +51,23 @@ def _sgd(g: Tensor, y: Tensor, buffer: Tensor, s: SGDCoefficients) -> tuple[Tens
 
 class _AdamWCoefficients(NamedTuple):
     shrink: float
-    """What weight decay leaves of y."""
+    """1 - γ λ: the factor of decoupled weight decay on y."""
     m_share: float
     """1 - β1: the weight of g in m."""
     beta2: float
     v_share: float
     """1 - β2: the weight of g² in v."""
     correction: float
-    """1 / sqrt(1 - β2^t), of the root of v."""
+    """1 / sqrt(1 - β2^t): the bias correction of the root of v."""
     eps: float
     step_size: float
     """γ / (1 - β1^t)."""
 
 
-def _advance_adamw(h: AdamWSpec, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _AdamWCoefficients]:
+def _advance_adamw(h: AdamWSpec, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, _AdamWCoefficients]:
     beta1, beta2 = h.betas
     step = scalars["k"] + 1
-    lr = taken.rate(scheduled(remaining(h, scalars), h.schedule, scalars["k"]))
+    lr = conditions.limited(scheduled(remaining(h, scalars), h.schedule, scalars["k"]))
     return {**scalars, "k": step}, _AdamWCoefficients(
         shrink=1 - lr * h.weight_decay,
         m_share=1 - beta1,

@@ -1,7 +1,7 @@
-"""The elementwise optimizers of `torch.optim` as bases: how far each moves a point along a gradient.
+"""The elementwise optimizers of `torch.optim` as bases: the step of each along a gradient.
 
-Written from the papers that torch's documentation cites, to give what torch's classes do. RMSprop's variance is 0 where
-rounding makes it negative, which torch takes the root of.
+They equal torch's classes, and are written from the papers that torch's documentation cites. RMSprop's variance is
+clamped to 0 where rounding makes it negative, of which torch takes the root.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class _SGD(NamedTuple):
     weight_decay: float
     momentum: float
     gain: float
-    """What the gradient is multiplied by on its way into the momentum buffer."""
+    """The weight of the gradient in the momentum buffer: 1 - dampening, or 1 in the first step."""
     nesterov: bool
 
 
-def _advance_sgd(h: specs.BaseSGD, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _SGD]:
-    # The buffer starts as the first gradient, undampened.
+def _advance_sgd(h: specs.BaseSGD, lr: float, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, _SGD]:
+    # As in torch, the buffer is initialized with the first gradient, without dampening.
     gain = 1 - h.dampening if scalars["k"] else 1.0
-    return {}, _SGD(taken.rate(lr), h.weight_decay, h.momentum, gain, h.nesterov)
+    return {}, _SGD(conditions.limited(lr), h.weight_decay, h.momentum, gain, h.nesterov)
 
 
 def _sgd(g: Tensor, z: Tensor, s: _SGD) -> tuple[Tensor]:
@@ -49,13 +49,15 @@ class _RMSprop(NamedTuple):
     weight_decay: float
     alpha: float
     share: float
-    """1 - alpha: the weight of what is new in the averages."""
+    """1 - alpha: the weight of the new value in the averages."""
     eps: float
     momentum: float
 
 
-def _advance_rmsprop(h: specs.BaseRMSprop, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _RMSprop]:
-    return {}, _RMSprop(taken.rate(lr), h.weight_decay, h.alpha, 1 - h.alpha, h.eps, h.momentum)
+def _advance_rmsprop(
+    h: specs.BaseRMSprop, lr: float, scalars: Scalars, conditions: Conditions
+) -> tuple[Scalars, _RMSprop]:
+    return {}, _RMSprop(conditions.limited(lr), h.weight_decay, h.alpha, 1 - h.alpha, h.eps, h.momentum)
 
 
 def _rmsprop(g: Tensor, z: Tensor, v: Tensor, s: _RMSprop) -> tuple[Tensor, Tensor]:
@@ -92,14 +94,16 @@ class _Adagrad(NamedTuple):
     lr: float
     weight_decay: float
     added: float
-    """What the sum of squares starts with: 0 but in the first step."""
+    """The initial sum of squares in the first step; then 0."""
     eps: float
 
 
-def _advance_adagrad(h: specs.BaseAdagrad, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Adagrad]:
+def _advance_adagrad(
+    h: specs.BaseAdagrad, lr: float, scalars: Scalars, conditions: Conditions
+) -> tuple[Scalars, _Adagrad]:
     k = scalars["k"]
     added = 0.0 if k else h.initial_accumulator_value
-    return {}, _Adagrad(taken.rate(lr / (1 + k * h.lr_decay)), h.weight_decay, added, h.eps)
+    return {}, _Adagrad(conditions.limited(lr / (1 + k * h.lr_decay)), h.weight_decay, added, h.eps)
 
 
 def _adagrad(g: Tensor, z: Tensor, total: Tensor, s: _Adagrad) -> tuple[Tensor, Tensor]:
@@ -111,7 +115,7 @@ def _adagrad(g: Tensor, z: Tensor, total: Tensor, s: _Adagrad) -> tuple[Tensor, 
 class _Rprop(NamedTuple):
     damping: float
     added: float
-    """What the step sizes start with: 0 but in the first step."""
+    """The initial step size in the first step; then 0."""
     shrink: float
     grow: float
     smallest: float
@@ -119,17 +123,17 @@ class _Rprop(NamedTuple):
     zero: float = 0.0
 
 
-def _advance_rprop(h: specs.BaseRprop, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Rprop]:
-    return {}, _Rprop(taken.damping, 0.0 if scalars["k"] else lr, *h.etas, *h.step_sizes)
+def _advance_rprop(h: specs.BaseRprop, lr: float, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, _Rprop]:
+    return {}, _Rprop(conditions.damping, 0.0 if scalars["k"] else lr, *h.etas, *h.step_sizes)
 
 
 def _rprop(g: Tensor, z: Tensor, previous: Tensor, size: Tensor, s: _Rprop) -> tuple[Tensor, Tensor, Tensor]:
     size = size + s.added
-    # Of the signs, since the product of small gradients would be 0.
+    # Of the signs, since the product of small gradients underflows.
     agreement = torch.sign(g) * torch.sign(previous)
     size = torch.where(agreement > s.zero, s.grow * size, torch.where(agreement < s.zero, s.shrink * size, size))
     size = torch.clamp(size, s.smallest, s.largest)
-    # Where the sign has changed the point stays, and in the next step so does the size.
+    # Where the sign has changed, the point stays, and so does the size in the next step.
     g = torch.where(agreement < s.zero, s.zero * g, g)
     return s.damping * (torch.sign(g) * size), g, size
 
@@ -147,7 +151,7 @@ RPROP = Base(("prev", "step_size"), _advance_rprop, _rprop)
 
 
 def base_of(h: specs.Base) -> Base:
-    """The base that hyperparameters are of."""
+    """The base that hyperparameters select."""
     match h:
         case specs.BaseSGD():
             return SGD_MOMENTUM if h.momentum else SGD

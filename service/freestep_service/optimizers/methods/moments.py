@@ -1,6 +1,6 @@
-"""The bases that average gradients and their squares: torch's Adam, AdamW, NAdam, RAdam and Adamax.
+"""The bases with moving averages of gradients and of their squares: torch's Adam, AdamW, NAdam, RAdam and Adamax.
 
-NAdam's product of momenta is kept in double precision, where torch has fp32.
+NAdam's product of momenta is kept in double precision; torch has fp32.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ __all__ = ["ADAM", "ADAMAX", "ADAMW", "ADAMW_AMSGRAD", "ADAM_AMSGRAD", "NADAM", 
 
 
 class Moments(NamedTuple):
-    """What those take that average gradients and their squares."""
+    """The coefficients of all of them but Adamax. m, v: the moving averages of g and of g²."""
 
     weight_decay: float
-    """What of z is added to g: 0 where weight decay is decoupled from it."""
+    """The coefficient of z that is added to g; 0 where weight decay is decoupled."""
     shrink: float
-    """What of z decoupled weight decay takes away."""
+    """γ λ: the coefficient of z in the step, for decoupled weight decay; else 0."""
     m_share: float
     """1 - β1: the weight of g in m."""
     beta2: float
     v_share: float
     """1 - β2: the weight of g² in v."""
     correction: float
-    """Of the root of v: 1 / sqrt(1 - β2^t) where eps is added after it."""
+    """The factor on the root of v: its bias correction 1 / sqrt(1 - β2^t), or 1 where `m_step` contains that."""
     eps: float
     g_step: float
-    """What g contributes to the step, beside m."""
+    """The coefficient of g in the step, beside that of m."""
     m_step: float
     adaptive: bool
-    """Whether the step is divided by the root of v; RAdam's first steps are not."""
+    """Whether the step is divided by the root of v; in RAdam's first steps it is not."""
 
 
 def _moments(
@@ -71,20 +71,20 @@ def _corrected(
     return {}, _moments(h, lr, decoupled=decoupled, m_step=lr / (1 - beta1**t), correction=(1 - beta2**t) ** -0.5)
 
 
-def _advance_adam(h: specs.BaseAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
-    return _corrected(h, taken.rate(lr), scalars, decoupled=h.decoupled_weight_decay)
+def _advance_adam(h: specs.BaseAdam, lr: float, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, Moments]:
+    return _corrected(h, conditions.limited(lr), scalars, decoupled=h.decoupled_weight_decay)
 
 
-def _advance_adamw(h: specs.BaseAdamW, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
-    return _corrected(h, taken.rate(lr), scalars, decoupled=True)
+def _advance_adamw(h: specs.BaseAdamW, lr: float, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, Moments]:
+    return _corrected(h, conditions.limited(lr), scalars, decoupled=True)
 
 
-def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
+def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, Moments]:
     beta1, beta2 = h.betas
     t = scalars["k"] + 1
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (step * h.momentum_decay)) for step in (t, t + 1))
     product = scalars["mu_product"] * mu
-    lr = taken.rate(lr)
+    lr = conditions.limited(lr)
     return {"mu_product": product}, _moments(
         h,
         lr,
@@ -95,14 +95,14 @@ def _advance_nadam(h: specs.BaseNAdam, lr: float, scalars: Scalars, taken: Condi
     )
 
 
-def _advance_radam(h: specs.BaseRAdam, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, Moments]:
+def _advance_radam(h: specs.BaseRAdam, lr: float, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, Moments]:
     beta1, beta2 = h.betas
     t = scalars["k"] + 1
-    # The length of the approximated simple moving average, arXiv 1908.03265, section 4.1, and its limit.
+    # The length of the approximated simple moving average and its limit: arXiv 1908.03265, section 4.1.
     limit = 2 / (1 - beta2) - 1
     length = limit - 2 * t * beta2**t / (1 - beta2**t)
     adaptive = length > 5
-    lr = taken.rate(lr)
+    lr = conditions.limited(lr)
     m_step = lr / (1 - beta1**t)
     if adaptive:
         rectification = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
@@ -138,9 +138,13 @@ class _Adamax(NamedTuple):
     m_step: float
 
 
-def _advance_adamax(h: specs.BaseAdamax, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Adamax]:
+def _advance_adamax(
+    h: specs.BaseAdamax, lr: float, scalars: Scalars, conditions: Conditions
+) -> tuple[Scalars, _Adamax]:
     beta1, beta2 = h.betas
-    return {}, _Adamax(h.weight_decay, 1 - beta1, beta2, h.eps, taken.rate(lr) / (1 - beta1 ** (scalars["k"] + 1)))
+    return {}, _Adamax(
+        h.weight_decay, 1 - beta1, beta2, h.eps, conditions.limited(lr) / (1 - beta1 ** (scalars["k"] + 1))
+    )
 
 
 def _adamax(g: Tensor, z: Tensor, m: Tensor, norm: Tensor, s: _Adamax) -> tuple[Tensor, Tensor, Tensor]:

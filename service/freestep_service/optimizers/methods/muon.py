@@ -1,19 +1,19 @@
-"""The bases that step along orthogonal matrices: Muon and NorMuon, with AdamW for what is no matrix beside them.
+"""The bases that step along orthogonal matrices: Muon and NorMuon, with AdamW for the parameters that are no matrices.
 
     m <- μ m + (1 - μ) g        P = polar(m)        z <- z - γ (λ z + s P)
 
-polar(m) is U Vᵀ of m = U Σ Vᵀ, to which Newton-Schulz iterations come near. Muon has s = sqrt(max(1, rows / columns)),
-or 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982), and with Nesterov momentum takes polar((1 - μ) g + μ m). That is
-`torch.optim.Muon`, which iterates in bfloat16 where this does so in the matrix's own dtype.
+polar(m) is U Vᵀ of m = U Σ Vᵀ, approximated by Newton-Schulz iterations. Muon has s = sqrt(max(1, rows / columns)), or
+0.2 sqrt(max(rows, columns)) (arXiv 2502.16982), and with Nesterov momentum takes polar((1 - μ) g + μ m). It equals
+`torch.optim.Muon`, except that the iterations are in the matrix's own dtype, and torch's in bfloat16.
 
-NorMuon (arXiv 2510.05491) divides the rows of P by the root of their mean squares' moving average v, and has the whole
-as large as Adam's steps are:
+NorMuon (arXiv 2510.05491) divides the rows of P by the root of the moving average v of their mean squares, and scales
+the result to the size of Adam's steps:
 
     v <- β2 v + (1 - β2) mean(P²) of each row        Q = P / (sqrt(v) + ε)        s P = 0.2 sqrt(rows · columns) Q / ‖Q‖
 
-Schedule-Free over it is SF-NorMuon (arXiv 2605.23061), whose weight decay takes z too.
+Schedule-Free over it is SF-NorMuon (arXiv 2605.23061), whose weight decay is at z too.
 
-The elements of v stand in a whole vector, each as often as its row is long, so that matrices keep what AdamW keeps.
+v is kept as a matrix whose rows are constant, so that matrices have the state vectors that AdamW has.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _Specs = specs.BaseMuon | specs.BaseNorMuon | specs.BaseAdamW
 
 class _Coefficients(NamedTuple):
     has_direction: bool
-    """Whether g is a direction made of a matrix, and not a gradient."""
+    """Whether g is a matrix's direction, and not a gradient."""
     shrink: float
-    """γ λ: what of z weight decay takes away."""
+    """γ λ: the coefficient of z in the step, for weight decay."""
     step: float
     adamw: moments.Moments
 
@@ -47,11 +47,11 @@ class _Coefficients(NamedTuple):
 _UNUSED = moments.ADAMW.advance(specs.BaseAdamW(), 0.0, {"k": 0}, Conditions())[1]
 
 
-def _advance(h: _Specs, lr: float, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Coefficients]:
+def _advance(h: _Specs, lr: float, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, _Coefficients]:
     if isinstance(h, specs.BaseAdamW):
-        kept, adamw = moments.ADAMW.advance(h, lr, scalars, taken)
-        return kept, _Coefficients(False, 0.0, 0.0, adamw)
-    lr = taken.rate(lr)
+        changed, adamw = moments.ADAMW.advance(h, lr, scalars, conditions)
+        return changed, _Coefficients(False, 0.0, 0.0, adamw)
+    lr = conditions.limited(lr)
     return {}, _Coefficients(True, lr * h.weight_decay, lr, _UNUSED)
 
 
@@ -90,12 +90,12 @@ def _normuon(h: specs.BaseNorMuon, g: Tensor, m: Tensor, v: Tensor) -> Tensor:
 
 
 def polar(m: Tensor, h: specs.MatrixBase) -> Tensor:
-    """About the orthogonal factor of a matrix, [rows, columns], whose singular values the iterations bring near 1."""
+    """Approximately the orthogonal polar factor of a matrix, [rows, columns], by Newton-Schulz iterations."""
     a, b, c = h.ns_coefficients
-    # The smaller of the two products.
+    # Of x xᵀ and xᵀ x, the iterations use the smaller.
     is_tall = m.shape[0] > m.shape[1]
     x = m.T if is_tall else m
-    # The largest singular value is at most the norm.
+    # They converge where all singular values are at most 1; the Frobenius norm bounds the largest.
     x = x / x.norm().clamp(min=h.eps)
     for _ in range(h.ns_steps):
         gram = x @ x.T

@@ -1,12 +1,12 @@
-"""DiLoCo's outer optimizer (arXiv 2311.08105): Nesterov momentum over pseudo-gradients, and with delay.
+"""DiLoCo's outer optimizer (arXiv 2311.08105): Nesterov momentum over pseudo-gradients; and Delayed Nesterov.
 
-With Delayed Nesterov (arXiv 2401.09135, section 5) the momentum m changes in every N-th step only. For the sum Δ of a
-period's gradients, β the momentum and ε the learning rate,
+In Delayed Nesterov (arXiv 2401.09135, section 5), the momentum m changes in every N-th step only. With Δ the sum of the
+period's gradients, β the momentum, c the activation and ε the learning rate,
 
     m <- β m + Δ/N    y <- y - ε ((1 - c N + c) β m + g/N)    in a period's last step
                       y <- y - ε (c β m + g/N)                in those before
 
-of which N = 1 is Nesterov momentum, as the baseline SGD has it. x is y.
+N = 1 gives Nesterov momentum, which is the baseline SGD's rule. x is y.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from freestep_service.optimizers.methods.baselines import SGD, SGDCoefficients
 __all__ = ["DELAYED_NESTEROV", "NESTEROV"]
 
 
-def _advance_nesterov(h: DiLoCo, scalars: Scalars, taken: Conditions) -> tuple[Scalars, SGDCoefficients]:
+def _advance_nesterov(h: DiLoCo, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, SGDCoefficients]:
     return {"k": scalars["k"] + 1}, SGDCoefficients(
-        lr=taken.rate(h.lr),
+        lr=conditions.limited(h.lr),
         weight_decay=0.0,
         momentum=h.momentum,
         has_momentum=h.momentum > 0,
@@ -35,18 +35,18 @@ def _advance_nesterov(h: DiLoCo, scalars: Scalars, taken: Conditions) -> tuple[S
 
 class _Delayed(NamedTuple):
     kept: float
-    """What there is of Δ from the step before: 0 in a period's first step, else 1."""
+    """The factor on the previous Δ: 0 in a period's first step, else 1."""
     decay: float
-    """Of m: β in a period's last step, else 1."""
+    """The factor on m: β in a period's last step, else 1."""
     gain: float
     """The weight of Δ in m: 1/N in a period's last step, else 0."""
     m_step: float
     g_step: float
 
 
-def _advance_delayed(h: DiLoCo, scalars: Scalars, taken: Conditions) -> tuple[Scalars, _Delayed]:
+def _advance_delayed(h: DiLoCo, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, _Delayed]:
     period, activation = h.momentum_period, h.momentum_activation
-    lr, k = taken.rate(h.lr), scalars["k"]
+    lr, k = conditions.limited(h.lr), scalars["k"]
     ends = (k + 1) % period == 0
     share = 1 - activation * period + activation if ends else activation
     return {"k": k + 1}, _Delayed(

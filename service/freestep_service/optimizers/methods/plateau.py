@@ -1,7 +1,7 @@
-"""Learning rates that fall when a metric stops improving: `torch.optim.lr_scheduler.ReduceLROnPlateau`.
+"""Learning rates that fall when a metric stops improving, as `torch.optim.lr_scheduler.ReduceLROnPlateau` has them.
 
-A group's scalars hold what that class does, by its names: `lr`, the learning rate that is left, `best`,
-`num_bad_epochs` and `cooldown_counter`. None of them is there before the first report.
+A param group's scalars are named as that class's attributes: `lr`, the reduced learning rate, `best`, `num_bad_epochs`
+and `cooldown_counter`. They are missing until the first report.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from freestep_service.optimizers.method import Scalars
 
 __all__ = ["observe", "remaining"]
 
-_LEAST_CHANGE = 1e-8
-"""torch's eps: by no more the learning rate is not changed."""
+_MIN_CHANGE = 1e-8
+"""torch's eps: smaller changes of the learning rate are not made."""
 
 
 def remaining(h: Any, scalars: Scalars) -> float:
-    """The learning rate that the metrics have left, before warmup; under other schedules the group's own."""
+    """The learning rate after the reductions so far, before warmup; under other schedules, the group's own."""
     return float(scalars.get("lr", h.lr))
 
 
 def observe(h: Any, scalars: Scalars, name: str, value: float) -> Scalars:
-    """A group's scalars after a report."""
+    """A param group's scalars after a report of a metric."""
     schedule = h.schedule
     if not isinstance(schedule, Plateau) or schedule.metric != name:
         return scalars
@@ -38,7 +38,7 @@ def observe(h: Any, scalars: Scalars, name: str, value: float) -> Scalars:
         cooldown, bad = cooldown - 1, 0
     if bad > schedule.patience:
         reduced = max(lr * schedule.factor, schedule.min_lr)
-        lr = reduced if lr - reduced > _LEAST_CHANGE else lr
+        lr = reduced if lr - reduced > _MIN_CHANGE else lr
         cooldown, bad = schedule.cooldown, 0
     return {**scalars, "lr": lr, "best": best, "num_bad_epochs": bad, "cooldown_counter": cooldown}
 

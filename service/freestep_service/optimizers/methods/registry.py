@@ -1,4 +1,4 @@
-"""Which method hyperparameters are of."""
+"""The method that hyperparameters select."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["method_of"]
 
 
 def method_of(h: specs.OptimizerSpec) -> Method:
-    """The method of a run. Hyperparameters of its groups are of the same one."""
+    """The method of a run's hyperparameters; those of its param groups select the same one."""
     match h:
         case specs.SGDScheduleFree():
             return schedule_free.SGD

@@ -1,6 +1,6 @@
-"""Learning rates by the step: functions of `k`, which counts steps from 0. `freestep.schedules` says what each is.
+"""Learning rates as functions of the step `k`, counted from 0. `freestep.api.schedules` defines each schedule.
 
-What metrics make of a learning rate is `plateau`'s.
+`plateau` is the one that depends on metrics.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ __all__ = ["scheduled", "warmup"]
 
 
 def warmup(k: float, warmup_steps: int) -> float:
-    """What a linear warmup makes of the learning rate."""
+    """The factor of a linear warmup on the learning rate, in (0, 1]."""
     return (k + 1) / warmup_steps if k < warmup_steps else 1.0
 
 
 def scheduled(lr: float, schedule: Schedule, k: float) -> float:
-    """The learning rate of step k."""
+    """The learning rate of step k, from the learning rate `lr` of the hyperparameters."""
     if k < schedule.warmup_steps:
         return lr * warmup(k, schedule.warmup_steps)
     return lr * _factor(schedule, k - schedule.warmup_steps)
 
 
 def _factor(schedule: Schedule, k: float) -> float:
-    """What a schedule makes of the learning rate k steps after the warmup."""
+    """The schedule's factor on the learning rate, k steps after the warmup."""
     match schedule:
         case schedules.Linear():
             return _towards(schedule.end_factor, 1 - _progress(schedule, k))
@@ -44,7 +44,7 @@ def _factor(schedule: Schedule, k: float) -> float:
 
 
 def _towards(end: float, share: float) -> float:
-    """From 1 to `end` as `share` goes from 1 to 0."""
+    """Falls linearly from 1 to `end` while `share` falls from 1 to 0."""
     return end + (1 - end) * share
 
 
@@ -53,12 +53,12 @@ def _half_cosine(progress: float) -> float:
 
 
 def _progress(schedule: schedules.Linear | schedules.Cosine, k: float) -> float:
-    """How far the way to the end has been gone, in [0, 1]."""
+    """The share of the steps after the warmup that have passed, in [0, 1]."""
     return min(k / (schedule.total_steps - schedule.warmup_steps), 1.0)
 
 
 def _cycle(schedule: schedules.CosineRestarts, k: float) -> float:
-    """How far the cycle of step k has gone, in [0, 1)."""
+    """The share of the current cycle that has passed, in [0, 1)."""
     length, growth = schedule.cycle_steps, schedule.cycle_growth
     if growth == 1:
         return k % length / length
