@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import gc
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from fastapi import FastAPI
@@ -39,6 +41,8 @@ from freestep_service.web.routes import checkpoints, gradients, health, leases, 
 from freestep_service.web.routes import metrics as reports
 
 __all__ = ["Startup", "create_app"]
+
+logger = logging.getLogger("freestep")
 
 
 @dataclass
@@ -151,9 +155,26 @@ def _redis_url(settings: Settings, stack: AsyncExitStack) -> str:
         stack.enter_context(_locked(settings.data_dir, exclusively=settings.redis_url is None))
         return settings.redis_url or stack.enter_context(embedded_store(settings.data_dir))
     except (OSError, ValkeyServerError) as error:
-        raise CannotStart(
-            f"the data directory {settings.data_dir} cannot be used, name another with data_dir: {error}"
-        ) from error
+        if not _is_unwritable(settings.data_dir):
+            raise CannotStart(
+                f"the data directory {settings.data_dir} cannot be used, name another with data_dir: {error}"
+            ) from error
+        # What can be read is served: the embedded store holds nothing that outlives the service.
+        logger.warning("nothing can be written in %s, and no run can be created: %s", settings.data_dir, error)
+        if settings.redis_url is not None:
+            return settings.redis_url
+        return stack.enter_context(embedded_store(Path(stack.enter_context(TemporaryDirectory(prefix="freestep-")))))
+
+
+def _is_unwritable(data_dir: Path) -> bool:
+    """Whether a directory is there, and its medium is full or read-only."""
+    if not data_dir.is_dir():
+        return False
+    try:
+        open_storage(data_dir).require_writable()
+    except StorageUnavailable:
+        return True
+    return False
 
 
 async def _store(url: str) -> Store:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -15,7 +17,9 @@ import pytest
 import torch
 
 import forked
+from harness import ThreadService
 from meanwhile import wait_until
+from plain_calls import Api, slug
 
 pytestmark = pytest.mark.slow
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -98,3 +102,44 @@ def test_ctrl_c_during_the_imports_says_nothing(tmp_path: Path, library: str) ->
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of the test's own."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a file system")
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "freestep-test", str(place)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("becomes", ["full", "read-only"])
+def test_what_a_disk_holds_is_served_when_nothing_can_be_written(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], disk: Path, becomes: str
+) -> None:
+    service = start_service(disk)
+    api = connect(service.url, "kept")
+    api.create()
+    assert api.push(api.lease(), 0).json()["step"] == 1
+    service.stop()
+    if becomes == "full":
+        with (disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(1 << 16))
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    service = start_service(disk)
+    api = connect(service.url, "kept")
+    assert api.pull("y")[1] == 1
+    refused = connect(service.url, "new").http.put("/v1/runs/new", json=api.spec())
+    assert (refused.status_code, slug(refused)) == (507, "storage-unavailable")
+    written = api.http.post(api.path("/checkpoints"))
+    assert (written.status_code, slug(written)) == (507, "storage-unavailable")
+    assert "kept" in api.http.get("/readyz").json()["problems"]
+    service.stop()

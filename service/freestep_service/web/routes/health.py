@@ -23,13 +23,16 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> dict[str, Any]:
-    """Answers 200 if Redis answers and the device computes, else coordinator-unavailable."""
+    """Answers 200 if Redis answers and the device computes, else coordinator-unavailable.
+
+    `problems` names the runs that cannot be opened, and those whose checkpoints cannot be written, with the reason.
+    """
     context = ServiceContext.of(request)
     await context.store.ping()
     device = context.device
     # In a thread: a GPU finishes the work that is queued first.
     await asyncio.to_thread(lambda: torch.zeros(1, device=device).add_(1).item())
-    return {"status": "ready", "device": str(device)}
+    return {"status": "ready", "device": str(device), "problems": context.registry.problems}
 
 
 @router.get("/metrics", response_class=Response)
