@@ -129,9 +129,11 @@ def test_what_a_disk_holds_is_served_when_nothing_can_be_written(
     assert api.push(api.lease(), 0).json()["step"] == 1
     service.stop()
     if becomes == "full":
-        with (disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(1 << 16))
+        with (disk / "ballast").open("wb", buffering=0) as file:
+            for size in (1 << 16, 1 << 8):
+                with suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     service = start_service(disk)
@@ -139,6 +141,7 @@ def test_what_a_disk_holds_is_served_when_nothing_can_be_written(
     assert api.pull("y")[1] == 1
     refused = connect(service.url, "new").http.put("/v1/runs/new", json=api.spec())
     assert (refused.status_code, slug(refused)) == (507, "storage-unavailable")
+    assert api.push(api.lease("again"), 1).json()["step"] == 2
     written = api.http.post(api.path("/checkpoints"))
     assert (written.status_code, slug(written)) == (507, "storage-unavailable")
     assert "kept" in api.http.get("/readyz").json()["problems"]
