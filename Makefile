@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench lab clean
+.PHONY: demo test test-oldest check bench lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,20 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m 'not alone' --numprocesses auto --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest -m alone
+
+# The lowest versions that pyproject.toml allows of the libraries whose inner parts are used: a folder of theirs goes
+# before the environment's packages.
+OLDEST := $(VENV)/oldest
+
+$(OLDEST)/installed: $(VENV)/installed constraints-oldest.txt
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --target $(OLDEST) --requirement constraints-oldest.txt
+	touch $@
+
+test-oldest: $(OLDEST)/installed
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -m 'not alone' --numprocesses auto --maxprocesses 4 --dist loadfile \
+		tests/test_oldest.py tests/web tests/malformed/test_http.py tests/coordination \
+		tests/client/test_bulk.py tests/client/test_bulk_connections.py tests/client/test_bulk_tls.py tests/client/test_client.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
