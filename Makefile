@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test evidence check bench lab clean
+.PHONY: demo test test-oldest evidence check bench lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,20 @@ test: $(VENV)/installed
 
 evidence: $(VENV)/installed
 	$(BIN)/python -m pytest tests/demo -m evidence --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The lowest versions that pyproject.toml allows of the libraries whose inner parts are used: a folder of theirs goes
+# before the environment's packages.
+OLDEST := $(VENV)/oldest
+
+$(OLDEST)/installed: $(VENV)/installed constraints-oldest.txt
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --target $(OLDEST) --requirement constraints-oldest.txt
+	touch $@
+
+test-oldest: $(OLDEST)/installed
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -m 'not evidence' --numprocesses 4 --dist worksteal \
+		tests/test_oldest.py tests/web tests/malformed/test_http.py tests/coordination \
+		tests/client/test_bulk.py tests/client/test_bulk_connections.py tests/client/test_bulk_tls.py tests/client/test_client.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

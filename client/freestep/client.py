@@ -106,7 +106,7 @@ def _ssl_context(verify: ssl.SSLContext | str | os.PathLike[str] | bool) -> ssl.
     if verify is True:
         verify = os.environ.get("FREESTEP_CA_CERTS") or True
     if isinstance(verify, ssl.SSLContext | bool):
-        return httpx.create_ssl_context(verify)
+        return httpx.create_ssl_context(verify=verify)
     try:
         return ssl.create_default_context(cafile=verify)
     except OSError as error:

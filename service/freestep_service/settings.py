@@ -7,21 +7,22 @@ import os
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 __all__ = ["BadSetting", "CannotStart", "Settings"]
 
 
 class CannotStart(Exception):
-    """What keeps the service from starting: one line that says what is wrong and what to do about it."""
+    """The service cannot start; the message is one line with the cause and the remedy."""
 
     exit_code = 1
 
 
 class BadSetting(CannotStart):
-    """A setting is wrong wherever the service is started."""
+    """The cause is a setting, which is wrong wherever the service is started."""
 
     exit_code = 2
 
@@ -41,62 +42,71 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """The address to listen on; without tokens it must be a loopback address, unless `insecure` is set."""
+    """Address to listen on: a loopback address, unless `insecure` is set."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """The port to listen on; 0 takes a free one, which the first line of output names."""
+    """Port to listen on; 0 takes a free one. The first line of output is the URL, once requests are answered."""
     insecure: bool = False
-    """Lets anybody who can reach the address use the service."""
+    """Allows an address that is not loopback; everybody who can reach it can then use the service."""
     ssl_certfile: Path | None = None
-    """A certificate and those between it and its CA, as PEM: the service then speaks TLS, and nothing else."""
+    """Certificate, followed by those between it and its CA, as PEM. The service then speaks TLS only."""
     ssl_keyfile: Path | None = None
-    """The certificate's private key, as PEM, unless it is in the same file."""
+    """Private key of the certificate, as PEM, if it is in another file."""
     ssl_keyfile_password: SecretStr | None = None
-    """What the key is encrypted with, if it is."""
+    """Password of the private key, if that is encrypted."""
     ca_certs: Path | None = None
-    """CA certificates, as PEM, that those of other services have to be from; else the system's, or SSL_CERT_FILE's."""
+    """CA certificates, as PEM, to trust when other services are called; by default SSL_CERT_FILE's or the system's."""
     data_dir: Path = Path("freestep-data")
-    """Where checkpoints and the embedded store live."""
+    """Directory of the embedded store, and of checkpoints unless `checkpoint_url` is set."""
     checkpoint_url: str | None = None
-    """Where checkpoints go instead: a path, or an fsspec URL such as s3://bucket/folder."""
+    """Place of checkpoints: a path, or an fsspec URL such as s3://bucket/folder."""
     redis_url: str | None = None
-    """A Redis-protocol server; without one the service starts its own. Services that share it share its runs."""
+    """Redis-protocol server; by default the service starts its own. Services with the same Redis share their runs."""
     advertise_url: str | None = None
-    """The URL at which clients and other services reach this one; else it is made of host and port."""
+    """URL at which clients and other services reach this service; by default made of host and port."""
     owner_ttl_seconds: Annotated[float, Field(ge=1)] = 10.0
-    """How long a service that is silent keeps its shards before others take them."""
+    """Seconds without a heartbeat after which other services take over this service's shards."""
     device: str = "auto"
-    """Where parameters live: cpu, cuda, cuda:N, or auto (cuda if there is one)."""
+    """Device of parameters and optimizer state: cpu, cuda, cuda:N, or auto (cuda if there is a GPU)."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads for tensor arithmetic; 0 takes half the cores, at least one."""
+    """Threads for tensor arithmetic; 0 is half the cores, at least one."""
     inline_elements: Annotated[int, Field(ge=0)] = 128 * 1024
-    """Shards of no more elements are updated on the event loop's thread, within some 0.1 ms, sooner than another thread
-    would begin; 0 does that for none."""
+    """Shards of at most this many elements are updated on the event loop's thread, in about 0.1 ms: another thread
+    would start later. 0 is none."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
-    """The longest body accepted."""
+    """Longest request body that is accepted, in bytes."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 10_000
-    """A checkpoint is written after this many steps ..."""
+    """Steps after which a checkpoint is written ..."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """... or this many seconds after the last, if there were steps since."""
+    """... or seconds after the last one, if there were steps since."""
     checkpoints_kept: Annotated[int, Field(ge=1)] = 3
-    """How many checkpoints of a run are kept."""
+    """Number of checkpoints of a run that are kept."""
     stall_seconds: Annotated[float, Field(gt=0)] = 10.0
-    """A body, either way, may stand still this long before its connection is given up."""
+    """Seconds without progress after which a request's body is refused, and a response's connection aborted."""
     slow_bytes_per_second: Annotated[float, Field(gt=0)] = 4 * 1024**2
-    """A peer that sends or receives a body more slowly than this is slow: its memory is counted apart."""
+    """Bytes a second below which a peer is slow: the memory that its body takes is counted apart."""
     memory_bytes: Annotated[int, Field(gt=0)] | None = None
-    """Host memory that runs may take, by which their creation is checked; else seven eighths of the machine's, or of
-    its cgroup's."""
+    """Host memory in bytes for all runs, by which their creation is checked; by default seven eighths of the machine's,
+    or of its cgroup's."""
     slow_peer_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Memory for what slow peers hold, over all runs; else an eighth of the machine's. Where it is used up and others
-    wait, the slowest peer's connection ends."""
+    """Host memory in bytes for bodies of slow peers, over all runs; by default an eighth of the machine's. If it is used
+    up and other peers wait, the slowest peer's connection ends."""
     queue_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """How long a body may wait for memory before it is refused as overloaded."""
+    """Seconds that a body may wait for memory before it is refused as overloaded."""
     commit_seconds: Annotated[float, Field(gt=0)] = 10.0
-    """How long a push waits for Redis before it is answered with coordinator-unavailable."""
+    """Seconds that a push waits for Redis before it is refused with coordinator-unavailable."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least serious log lines that are printed."""
+    """Lowest level of the log lines that are printed."""
     access_log: bool = False
-    """Prints a line for every request."""
+    """Logs a line for every request."""
+
+    @field_validator("advertise_url")
+    @classmethod
+    def _is_http(cls, url: str | None) -> str | None:
+        if url is not None:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+                raise ValueError(f"{url} is no http or https URL of a service")
+        return url
 
     @model_validator(mode="after")
     def _loopback_unless_insecure(self) -> Settings:
@@ -116,17 +126,17 @@ class Settings(BaseSettings):
         return self
 
     def own_url(self) -> str:
-        """The URL at which this service is reached; one that listens everywhere goes by its host's name."""
+        """The URL at which this service is reached; by its host's name if it listens on all addresses."""
         if self.advertise_url is not None:
             return self.advertise_url.rstrip("/")
         return self.url_of(socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host, self.port)
 
     def url_of(self, host: str, port: int) -> str:
-        """The service's URL at an address."""
+        """The service's URL for an address."""
         return f"http{'s' if self.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def thread_count(self) -> int:
-        """Threads for tensor arithmetic: more than this spin against the event loop and each other."""
+        """Threads for tensor arithmetic. More of them would spin against the event loop and each other."""
         return self.threads or max(1, (os.cpu_count() or 1) // 2)
 
 

@@ -1,4 +1,4 @@
-"""TLS: the certificate that the service shows, and whom it trusts where it asks other services."""
+"""TLS: the service's own certificate, and the CAs that it trusts when it calls other services."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["trusted_by", "uvicorn_options"]
 
 
 class _NoPassword(Exception):
-    """The key asks for one; OpenSSL would ask at the terminal."""
+    """The key is encrypted; OpenSSL would prompt for its password at the terminal."""
 
 
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
-    """What uvicorn is to be told of TLS: nothing without a certificate.
+    """uvicorn's options for TLS; none without a certificate.
 
-    Raises CannotStart where the certificate or its key cannot be used.
+    Raises CannotStart if the certificate or its key cannot be used.
     """
     if settings.ssl_certfile is None:
         return {}
     secret = settings.ssl_keyfile_password
     password = secret.get_secret_value() if secret else None
-    _try(settings.ssl_certfile, settings.ssl_keyfile, password)
+    _check(settings.ssl_certfile, settings.ssl_keyfile, password)
     return {
         "ssl_certfile": settings.ssl_certfile,
         "ssl_keyfile": settings.ssl_keyfile,
@@ -34,20 +34,20 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _try(certificate: Path, key: Path | None, password: str | None) -> None:
-    """Loads a certificate as uvicorn will, to say what is wrong with it."""
-    # OpenSSL does not say which file it could not read.
+def _check(certificate: Path, key: Path | None, password: str | None) -> None:
+    """Loads a certificate as uvicorn does. Raises CannotStart with the fault."""
+    # OpenSSL does not name the file that it could not read.
     for file in (certificate, key):
         if file is not None:
             _read(file)
 
-    def given() -> str:
+    def give_password() -> str:
         if password is None:
             raise _NoPassword
         return password
 
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, given)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, give_password)
     except _NoPassword:
         raise CannotStart(f"the key in {key or certificate} is encrypted: set ssl_keyfile_password") from None
     except ssl.SSLError as error:
@@ -59,9 +59,9 @@ def _try(certificate: Path, key: Path | None, password: str | None) -> None:
 
 
 def trusted_by(settings: Settings) -> ssl.SSLContext:
-    """Whose certificates are good: what `ca_certs` names, else what the system or SSL_CERT_FILE does.
+    """Trusts the CAs in `ca_certs`, or by default those of SSL_CERT_FILE or the system.
 
-    Raises CannotStart where that cannot be read.
+    Raises CannotStart if `ca_certs` cannot be read.
     """
     if settings.ca_certs is None:
         return httpx.create_ssl_context()

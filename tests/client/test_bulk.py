@@ -53,12 +53,12 @@ def test_other_content_is_sent_as_httpx_sends_it(serve: Callable[..., Server], h
         assert peer.body(20) == b"2\r\nab\r\n3\r\ncde\r\n0\r\n\r\n"
         peer.answer()
         assert "Content-Type: application/json" in peer.head()
-        assert peer.body(7) == b'{"a":1}'
+        assert peer.body(3) == b"[1]"
         peer.answer()
 
     url = serve(script).url
     assert http.post(url, content=iter([b"ab", b"", b"cde"])).is_success
-    assert http.post(url, json={"a": 1}).is_success
+    assert http.post(url, json=[1]).is_success
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])

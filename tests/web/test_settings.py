@@ -59,3 +59,16 @@ def test_wrong_flags_are_named(flags: list[str], complaint: str) -> None:
     assert done.returncode == 2
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("url", ["http://host:8000", "https://host/behind/a/proxy", "http://[::1]:8000/"])
+def test_an_advertised_url_is_one_of_a_service(url: str) -> None:
+    assert Settings(advertise_url=url).own_url() == url.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    "url", ["host:8000", "ftp://host", "http://", "//host", "http://host?query=1", "http://host#here"]
+)
+def test_any_other_advertised_url_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="is no http or https URL"):
+        Settings(advertise_url=url)

@@ -24,7 +24,7 @@ def api(
     request: pytest.FixtureRequest, start_service: Callable[..., ThreadService], tls: dict[str, Path]
 ) -> Iterator[Api]:
     """A run that counts its pushes down, of a service that soon gives up readers that stall."""
-    service = start_service(stall_seconds=0.3, **(tls if request.param == "https" else {}))
+    service = start_service(stall_seconds=2.0, **(tls if request.param == "https" else {}))
     made = Api(service.url, trusted=service.trusted)
     spec = {"optimizer": SGD, "parameters": [{"name": "w", "shape": [NUMEL]}], "durability": "none"}
     assert made.http.put(made.path(), json={"aggregation": {"policy": "async"}, **spec}).status_code == 201

@@ -1,7 +1,7 @@
-"""From the socket into memory: a body is received straight into the places where its tensors belong.
+"""Request bodies, received from the socket into the memory where their tensors belong.
 
-`Body` is the seam between the web and the shard: everything before it is decided by the
-claim, everything after it works on the flat vector.
+A Body is what the rest of the service gets of a request: what comes before it is decided by the claim, what comes after
+it works on the flat vector.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from freestep_service.web.inlet import INLET
 __all__ = ["Body"]
 
 SLOWEST = 64 * 1024
-"""Bytes a second: who sends more slowly may not hold memory that others wait for."""
-_UNKEPT = 256 * 1024
-"""Bytes at a time of a body that is only digested."""
+"""Bytes a second, below which a sender may not hold memory that others wait for."""
+_SCRATCH = 256 * 1024
+"""Bytes that are read at a time of a body that is only digested."""
 
 
 class Body:
-    """A request's body that has not been read: `length` bytes.
+    """The body of a request, `length` bytes, not read so far.
 
-    It may not stand still for `stall_s` seconds, nor drip: beyond those seconds it has to come at SLOWEST on average.
+    It is refused if nothing arrives for `stall_s` seconds, or if it is slower than SLOWEST on average beyond these.
     """
 
     def __init__(self, request: Request, length: int, stall_s: float) -> None:
@@ -37,13 +37,13 @@ class Body:
     async def receive_into(self, receiver: Receiver) -> str:
         """Fills the receiver and returns the digest of the bytes.
 
-        Raises MalformedTensors as the receiver does, and MalformedRequest when the body ends or stalls early.
+        Raises MalformedTensors as the receiver does, and MalformedRequest if the body stalls or ends early.
         """
         return await self._pour(receiver)
 
     async def receive_digest(self) -> str:
         """Reads the body for its digest alone; raises MalformedRequest as above."""
-        return await self._pour(_Nowhere(self.length))
+        return await self._pour(_Discard(self.length))
 
     async def _pour(self, sink: Sink) -> str:
         digested = _Digested(sink)
@@ -55,13 +55,13 @@ class Body:
             else:
                 await self._stream(digested, deadline)
         except TimeoutError:
-            raise MalformedRequest(f"the body stood still for {self._stall_s:g} s, or came too slowly") from None
+            raise MalformedRequest(f"nothing of the body came for {self._stall_s:g} s, or it came too slowly") from None
         except (ClientDisconnect, EOFError):
             raise MalformedRequest("the body ended before its Content-Length") from None
         return digested.hexdigest()
 
     async def _stream(self, sink: Sink, deadline: float) -> None:
-        """As `Inlet.pour`, from the ASGI server's messages."""
+        """As `Inlet.pour`, from ASGI messages."""
         loop, chunks, missing = asyncio.get_running_loop(), self._request.stream(), self.length
         while missing > 0:
             async with asyncio.timeout_at(min(loop.time() + self._stall_s, deadline)):
@@ -73,7 +73,7 @@ class Body:
 
 
 class _Digested:
-    """A sink whose bytes are digested on their way, while the processor still has them at hand."""
+    """Digests bytes on their way into a sink, while they are in the processor's cache."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -90,11 +90,11 @@ class _Digested:
         self._sink.buffer_updated(size)
 
 
-class _Nowhere:
-    """A sink that has room for `length` bytes and keeps none of them."""
+class _Discard:
+    """A sink for `length` bytes that keeps none of them."""
 
     def __init__(self, length: int) -> None:
-        self._buffer = memoryview(bytearray(min(length, _UNKEPT)))
+        self._buffer = memoryview(bytearray(min(length, _SCRATCH)))
 
     def get_buffer(self) -> memoryview:
         return self._buffer

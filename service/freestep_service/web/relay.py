@@ -112,10 +112,8 @@ class Relay:
             answer = await self._send(owner, made)
         exchanges = AsyncExitStack()
         exchanges.push_async_callback(answer.aclose)
-        response = RelayedResponse(answer.aiter_raw(), answer.status_code, None, exchanges, self.stall_s)
-        lines = [(name.lower(), value) for name, value in answer.headers.raw]
-        response.raw_headers = [(name, value) for name, value in lines if name not in _HOP_BY_HOP]
-        return response
+        answered = {name: value for name, value in answer.headers.items() if name.encode() not in _HOP_BY_HOP}
+        return RelayedResponse(answer.aiter_raw(), answer.status_code, answered, exchanges, self.stall_s)
 
     async def call_all(
         self, exchanges: AsyncExitStack, request: Request, run: Run, call: ShardCall

@@ -8,20 +8,22 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 
 import httpx
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from freestep_service.web.connection import abort
+from freestep_service.web.waiting import while_connected
 
 __all__ = ["RelayedResponse"]
 
 logger = logging.getLogger("freestep")
 
 
-class RelayedResponse(StreamingResponse):
+class RelayedResponse(Response):
     """Sends the chunks of a body as they come; `exchanges`, the answers that they are from, are closed with it.
 
-    The connection is aborted if an owner stops sending, or if the client reads nothing for `stall_s` seconds.
+    The connection is aborted if an owner stops sending, or if the client reads nothing for `stall_s` seconds. Raises
+    ClientDisconnect.
     """
 
     def __init__(
@@ -32,7 +34,9 @@ class RelayedResponse(StreamingResponse):
         exchanges: AsyncExitStack,
         stall_s: float,
     ) -> None:
-        super().__init__(chunks, status_code, headers)
+        super().__init__(status_code=status_code)
+        self.raw_headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()]
+        self._chunks = chunks
         self._exchanges = exchanges
         self._stall_s = stall_s
 
@@ -43,7 +47,12 @@ class RelayedResponse(StreamingResponse):
 
         async with self._exchanges:
             try:
-                await super().__call__(scope, receive, send_in_time)
+                async with while_connected(scope, is_waiting=False):
+                    start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+                    await send_in_time(start)
+                    async for chunk in self._chunks:
+                        await send_in_time({"type": "http.response.body", "body": chunk, "more_body": True})
+                    await send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
             except (httpx.HTTPError, TimeoutError) as error:
                 logger.warning("%s %s was not relayed to its end: %r", scope["method"], scope["path"], error)
                 if not abort(scope):

@@ -1,0 +1,31 @@
+"""The libraries whose inner parts are used have bounds, and the lowest versions are those that are tested."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = {
+    each.name: each
+    for each in map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["service"]])
+}
+OLDEST = dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["httpx", "redis", "uvicorn"])
+def test_inner_parts_are_those_of_versions_that_are_tested(name: str) -> None:
+    bounds = {each.operator: each.version for each in REQUIREMENTS[name].specifier}
+    assert set(bounds) == {">=", "<"}
+    assert Requirement(f"{name}=={bounds['>=']}").specifier.contains(OLDEST[name])
+    assert REQUIREMENTS[name].specifier.contains(version(name))
+
+
+def test_what_is_tested_as_the_oldest_is_all_of_them() -> None:
+    assert set(OLDEST) == {"httpx", "redis", "uvicorn"}
