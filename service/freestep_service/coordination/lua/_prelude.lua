@@ -79,8 +79,11 @@ local function run_number(field)
   return tonumber(redis.call('HGET', RUN, field) or 0)
 end
 
+-- The number of shards. It is read once: scripts that change it do so before they first need it.
+local known_shard_count
 local function shard_count()
-  return tonumber(redis.call('HGET', RUN, 'shards') or 1)
+  known_shard_count = known_shard_count or tonumber(redis.call('HGET', RUN, 'shards') or 1)
+  return known_shard_count
 end
 
 local function tell(message)
