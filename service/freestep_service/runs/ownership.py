@@ -157,7 +157,10 @@ class Ownership:
     async def _own(self, wanted: Iterable[int] = ()) -> RunView | None:
         known = max((owned.known for owned in self.owned.values()), default=LogPosition(0, 0))
         node, coordinator = self._node, self._host.coordinator
-        standing = await coordinator.opening.heartbeat(node, list(wanted), self._host.says())
+        applied = {
+            index: LogPosition(owned.writer.epoch, owned.writer.taken_seq) for index, owned in self.owned.items()
+        }
+        standing = await coordinator.opening.heartbeat(node, list(wanted), self._host.says(), applied)
         if standing is None:
             last = await asyncio.to_thread(self._last_epochs.read, self._host.name)
             if last >= max(self._host.epoch, self._loading.newest_epoch, 1):
