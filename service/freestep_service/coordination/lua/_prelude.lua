@@ -10,7 +10,8 @@
 --   receipts  hash    idempotency key -> record (JSON: claim, digests by range of elements, members of the receipt)
 --   pending   hash    idempotency key -> claim of a push that is admitted and not yet committed
 --   group     hash    worker -> number of its pushes in the update that is being gathered
---   log       stream  the commit log: one entry for each commit, with the id SEQ-0
+--   log       stream  the commit log, with the ids SEQ-0: pushes that were committed, and what else all shards take
+--                     in the same order
 --   ended     list    idempotency keys of leases that have ended, oldest first
 --   shards    hash    of shard K: K:node, K:url, K:host, K:token, K:ends (its owner, and when the ownership ends),
 --                     K:report, K:loaded (see open.lua), K:written (its newest part of a checkpoint), K:applied_seq
@@ -81,8 +82,11 @@ local function run_number(field)
   return tonumber(redis.call('HGET', RUN, field) or 0)
 end
 
+-- The number of shards. It is read once: scripts that change it do so before they first need it.
+local known_shard_count
 local function shard_count()
-  return tonumber(redis.call('HGET', RUN, 'shards') or 1)
+  known_shard_count = known_shard_count or tonumber(redis.call('HGET', RUN, 'shards') or 1)
+  return known_shard_count
 end
 
 local function tell(message)

@@ -37,7 +37,7 @@ end
 
 local now = clock()
 local worker = holder(KEYS[13], lease, token, now)
-local epoch = redis.call('HGET', RUN, 'epoch')
+local epoch, step = unpack(redis.call('HMGET', RUN, 'epoch', 'step'))
 if not worker then
   if count > 1 then refuse(key, 'lease-expired', '') else forget(key) end
   return {'lease-expired'}
@@ -65,7 +65,8 @@ if count > 1 then
   check_type('hash', CUTS)
 end
 local evicted = crowded_out(KEYS[14])
-local step, live, seq = run_number('step'), live_workers(now), 0
+local live, seq = live_workers(now), 0
+step = tonumber(step)
 local staleness = step - taken_at
 local decision, reason = 'dropped', nil
 if not is_fresh(staleness, live) then

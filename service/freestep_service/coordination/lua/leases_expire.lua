@@ -8,7 +8,7 @@
 
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
 check_types()
-check_type('list', unpack(KEYS, 13))
+for index = 13, #KEYS do check_type('list', KEYS[index]) end
 local now = clock()
 local evicted, seq, step = {}, 0, 0
 for index = 4, #ARGV, 2 do
