@@ -1,4 +1,4 @@
-"""ScheduleFree+: against its plain reference, and through the service, which takes no push without a loss."""
+"""ScheduleFree+ against its plain reference, and through the service, which refuses a push without a loss."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def losses(number: int) -> float:
-    """Of which some are so low that the step size is 0."""
+    """Losses, some of them so low that the step size is 0."""
     return 3 * math.cos(number) + 1
 
 
 @pytest.mark.parametrize("damped", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_sweep_is_the_paper(options: dict[str, Any], damped: bool) -> None:
+def test_a_step_equals_the_papers(options: dict[str, Any], damped: bool) -> None:
     weights = initial_weights()
     twin = AdamCPlus(weights, **options)
     flat = Flat({**PLUS, **options}, {}, weights)
@@ -53,8 +53,8 @@ def test_the_sweep_is_the_paper(options: dict[str, Any], damped: bool) -> None:
             torch.testing.assert_close(exact.point(point)[name], tensor, rtol=1e-9, atol=1e-11)
 
 
-def test_the_step_size_is_of_all_groups() -> None:
-    """And a group's own learning rate multiplies it."""
+def test_the_polyak_step_size_is_of_all_groups() -> None:
+    """A group's own learning rate multiplies it."""
     weights = {name: torch.ones(4, dtype=torch.float64) for name in ("matrix", "vector")}
     flat = Flat(PLUS, {"lr": 0.25}, weights)
     flat.step({"matrix": torch.ones(4, dtype=torch.float64), "vector": -torch.ones(4, dtype=torch.float64)}, loss=2.0)
@@ -64,7 +64,7 @@ def test_the_step_size_is_of_all_groups() -> None:
 
 
 @pytest.mark.parametrize(("gradient", "loss"), [(0.0, 1.0), (1e-45, 1e300), (1e15, 1e300), (1.0, -1e300)])
-def test_a_step_of_any_loss_and_gradient_is_one_of_numbers(gradient: float, loss: float) -> None:
+def test_a_step_is_finite_for_any_loss_and_gradient(gradient: float, loss: float) -> None:
     flat = Flat({**PLUS, "weight_decay": 1.0}, {}, initial_weights())
     flat.step({name: torch.full_like(weight, gradient) for name, weight in initial_weights().items()}, loss=loss)
     assert all(math.isfinite(value) for value in flat.scalars["default"].values())
@@ -105,7 +105,7 @@ def assert_points(api: Api, twin: AdamCPlus) -> None:
             torch.testing.assert_close(api.pull(point)[0][name], tensor.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_push_that_says_no_loss_is_refused_unread(api: Api, service: ThreadService) -> None:
+def test_a_push_without_a_loss_is_refused_unread(api: Api, service: ThreadService) -> None:
     api.create(optimizer=PLUS)
     lease = api.lease()
     before = api.state(service)
@@ -119,7 +119,7 @@ def test_a_push_that_says_no_loss_is_refused_unread(api: Api, service: ThreadSer
     assert api.push(lease, 0, Freestep_Loss="0.5").json()["step"] == 1
 
 
-def test_pushes_are_steps_of_the_paper(api: Api) -> None:
+def test_a_push_is_a_step_of_the_paper(api: Api) -> None:
     api.create(optimizer={**PLUS, "weight_decay": 0.5, "sf_beta1_anneal_steps": 4})
     twin, lease = AdamCPlus(TENSORS, weight_decay=0.5, sf_beta1_anneal_steps=4), api.lease()
     for step in range(6):
@@ -132,7 +132,7 @@ def test_pushes_are_steps_of_the_paper(api: Api) -> None:
 def test_a_groups_loss_is_the_mean_of_its_pushes(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api]
 ) -> None:
-    """Weighted by samples, as their gradients are, and with a restart in the middle."""
+    """Weighted by samples, as their gradients are; the service restarts in between."""
     service = start_service()
     api = connect(service.url)
     api.create(optimizer=PLUS, aggregation={"policy": "buffered", "batch": 2})
@@ -145,7 +145,7 @@ def test_a_groups_loss_is_the_mean_of_its_pushes(
     assert_points(api, twin)
 
 
-def test_its_sums_are_one_shards(api: Api) -> None:
+def test_a_run_with_sums_has_one_shard(api: Api) -> None:
     answer = api.http.put(api.path(), json=api.spec(optimizer=PLUS, shards=2))
     assert (slug(answer), answer.json()["field"]) == ("invalid-spec", "shards")
     api.create(optimizer=PLUS)
@@ -154,14 +154,14 @@ def test_its_sums_are_one_shards(api: Api) -> None:
     assert (api.status()["shards"], api.status()["epoch"]) == (1, 1)
 
 
-def test_what_the_sums_are_of_is_no_groups_own(api: Api) -> None:
+def test_hyperparameters_of_the_sums_are_not_a_groups_own(api: Api) -> None:
     for name in ("polyak_beta", "sf_beta1", "sf_beta1_max"):
         spec = api.spec(optimizer=PLUS, groups={"own": {name: 0.5}})
         answer = api.http.put(api.path(), json=spec)
         assert (slug(answer), answer.json()["field"]) == ("invalid-spec", f"groups.own.{name}")
 
 
-def test_a_remote_optimizer_says_the_loss_that_it_is_told(service: ThreadService, api: Api) -> None:
+def test_a_remote_optimizer_sends_the_loss_of_its_step(service: ThreadService, api: Api) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Linear(8, 1), torch.randn(64, 8)
     targets = inputs.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The compiled loops against the same rules in fp64, whatever the length, the cuts, the threads and the dtype."""
+"""The compiled loops against the same rules in fp64, for all lengths, shard boundaries, threads and dtypes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RARE = [form for form in FORMS if form not in USUAL]
 
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("form", USUAL)
-def test_a_compiled_rule_is_the_rule_in_fp64(form: str, numel: int, threads: int) -> None:
+def test_a_common_compiled_rule_equals_the_rule_in_fp64(form: str, numel: int, threads: int) -> None:
     compare_with_fp64(form, numel, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", RARE)
-def test_any_compiled_rule_is_the_rule_in_fp64(form: str) -> None:
+def test_any_compiled_rule_equals_the_rule_in_fp64(form: str) -> None:
     compare_with_fp64(form, 1000, atol=5e-6)
 
 
@@ -49,21 +49,21 @@ def compare_with_fp64(form: str, numel: int, atol: float) -> None:
 
 @pytest.mark.parametrize("numel", [17, 1000, 3 * MIN_SLICE + 17])
 @pytest.mark.parametrize("form", USUAL)
-def test_where_a_vector_is_cut_does_not_show(form: str, numel: int, threads: int) -> None:
+def test_shards_of_a_common_rule_equal_the_whole(form: str, numel: int, threads: int) -> None:
     compare_with_parts(form, numel)
 
 
 @pytest.mark.parametrize("form", RARE)
-def test_where_a_vector_is_cut_shows_in_no_rule(form: str) -> None:
+def test_shards_of_any_rule_equal_the_whole(form: str) -> None:
     compare_with_parts(form, 1000)
 
 
 def compare_with_parts(form: str, numel: int) -> None:
-    """N shards are one, bit for bit: an element's result has nothing to do with its place."""
+    """Bit for bit: an element's result does not depend on its place in a vector."""
     weights = random_vector(numel, 2)
     whole = Stretch(form, weights, 0, numel)
-    cuts = sorted({0, 1, 4, 7, numel // 3, numel // 2 + 3, numel - 1, numel})
-    parts = [Stretch(form, weights, begin, end) for begin, end in itertools.pairwise(cuts)]
+    bounds = sorted({0, 1, 4, 7, numel // 3, numel // 2 + 3, numel - 1, numel})
+    parts = [Stretch(form, weights, begin, end) for begin, end in itertools.pairwise(bounds)]
     for seed in range(3, 9):
         gradient = random_vector(numel, seed)
         for each in (whole, *parts):
@@ -109,8 +109,8 @@ def test_gathering_is_a_weighted_sum(numel: int, threads: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", [17, 3 * MIN_SLICE + 17])
 @pytest.mark.parametrize("form", USUAL)
-def test_a_step_reads_what_it_takes_as_it_came(form: str, numel: int, dtype: torch.dtype, threads: int) -> None:
-    """As if what is narrow had been widened, and the last push of a group gathered, by passes of their own."""
+def test_a_step_converts_and_gathers_within_its_pass(form: str, numel: int, dtype: torch.dtype, threads: int) -> None:
+    """Bit for bit like conversion to fp32, and gathering of a group's last push, in passes of their own."""
     weights, gathered = random_vector(numel, 2), random_vector(numel, 3)
     fused, plain = (Stretch(form, weights, 0, numel) for _ in range(2))
     for seed in range(4, 7):
@@ -124,7 +124,7 @@ def test_a_step_reads_what_it_takes_as_it_came(form: str, numel: int, dtype: tor
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_torch_reads_what_it_takes_as_it_came(form: str) -> None:
+def test_torch_converts_and_gathers_alike(form: str) -> None:
     weights, gathered = random_vector(67, 2).double(), random_vector(67, 3).double()
     fused, plain = (Stretch(form, weights, 0, 67) for _ in range(2))
     pushed = random_vector(67, 4).bfloat16()
@@ -137,7 +137,7 @@ def test_torch_reads_what_it_takes_as_it_came(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_not_finite_stays_where_it_is(form: str) -> None:
+def test_an_element_that_is_not_finite_affects_no_other(form: str) -> None:
     numel = 67
     plain, odd = (Stretch(form, random_vector(numel, 2), 0, numel) for _ in range(2))
     gradient = random_vector(numel, 3)
@@ -154,14 +154,14 @@ def test_what_is_not_finite_stays_where_it_is(form: str) -> None:
 @pytest.mark.parametrize("numel", SIZES)
 def test_squares_are_summed_in_fp64(numel: int, threads: int) -> None:
     vector = random_vector(numel, 4)
-    whole, cut = square_sum(vector), numel // 3
+    whole, middle = square_sum(vector), numel // 3
     assert whole == pytest.approx(float(vector.double().square().sum()), rel=1e-13)
-    assert square_sum(vector[:cut]) + square_sum(vector[cut:]) == pytest.approx(whole, rel=1e-13)
+    assert square_sum(vector[:middle]) + square_sum(vector[middle:]) == pytest.approx(whole, rel=1e-13)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, MIN_SLICE, 2 * MIN_SLICE])
-def test_the_sum_is_finite_where_all_elements_are(value: float, place: int, threads: int) -> None:
+def test_the_sum_of_squares_is_finite_where_all_elements_are(value: float, place: int, threads: int) -> None:
     vector = torch.full((2 * MIN_SLICE + 1,), torch.finfo(torch.float32).max)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

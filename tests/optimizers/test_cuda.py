@@ -59,7 +59,7 @@ def trained(device: str, form: str, aggregation: dict[str, Any]) -> Shard:
 
 @pytest.mark.parametrize("aggregation", [{"policy": "async"}, {"policy": "buffered", "batch": 2}])
 @pytest.mark.parametrize("form", FORMS)
-def test_points_are_those_of_the_cpu(form: str, aggregation: dict[str, Any]) -> None:
+def test_points_equal_the_cpus(form: str, aggregation: dict[str, Any]) -> None:
     shards = [trained(device, form, aggregation) for device in ("cpu", "cuda")]
     for point in ("x", "y", "z"):
         outs = [torch.empty(shard.manifest.numel) for shard in shards]
@@ -69,7 +69,7 @@ def test_points_are_those_of_the_cpu(form: str, aggregation: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adamw_schedule_free"])
-def test_int8_is_that_of_the_fp32_points(algorithm: str) -> None:
+def test_int8_points_equal_the_fp32_points_in_int8(algorithm: str) -> None:
     shard = trained("cuda", algorithm, {"policy": "async"})
     blocks = Blocks.of(shard.manifest, INT8)
     for point in ("x", "y", "z"):
@@ -98,8 +98,8 @@ def test_a_run_has_all_its_kernels_once_it_is_prepared(
 
 @pytest.mark.parametrize("numel", [2, 1000, 5_000_003])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_kernel_is_what_torch_evaluates(form: str, numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within rounding: it contracts, and divides in its own way."""
+def test_a_kernel_equals_torchs_evaluation(form: str, numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within rounding: it contracts, and its division is the GPU's."""
     generator = torch.Generator("cuda").manual_seed(0)
     chosen = {"": hyperparameters(form)}
     method, layout = method_of(chosen[""]), [Segment("", 0, numel // 2 + 1), Segment("", numel // 2 + 1, numel)]
@@ -130,9 +130,7 @@ BODIES = [
 
 @pytest.mark.parametrize("numel", [1, 1000, 2 * squares.PIECE + 17])
 @pytest.mark.parametrize(("name", "make"), BODIES, ids=[name for name, _ in BODIES])
-def test_a_body_becomes_there_what_it_would_on_the_host(
-    name: str, make: Callable[[dict[str, Tensor]], bytes], numel: int
-) -> None:
+def test_a_body_is_decoded_as_on_the_host(name: str, make: Callable[[dict[str, Tensor]], bytes], numel: int) -> None:
     manifest = Manifest([ParameterSpec(name=each, shape=(numel,)) for each in "vw"])
     generator = torch.Generator().manual_seed(numel)
     vectors = [Vector(manifest.numel, device=torch.device(device)) for device in ("cpu", "cuda")]
@@ -152,7 +150,7 @@ def test_a_body_becomes_there_what_it_would_on_the_host(
         assert norms[1] == pytest.approx(norms[0], rel=1e-12)
 
 
-def test_what_is_not_finite_is_found_there() -> None:
+def test_an_element_that_is_not_finite_is_found() -> None:
     manifest = Manifest([ParameterSpec(name="w", shape=(5,))])
     vector = Vector(5, device=torch.device("cuda"))
     for value in (math.nan, math.inf, -math.inf):
@@ -162,13 +160,13 @@ def test_what_is_not_finite_is_found_there() -> None:
         assert decode_and_measure(vector, manifest, receiver)[1] is None
 
 
-def test_a_cut_comes_back_on_the_gpu() -> None:
+def test_a_copy_of_the_state_is_loaded_on_the_gpu() -> None:
     shard = trained("cuda", "adamw_schedule_free", {"policy": "async"})
-    cut = shard.copy_state()
-    assert {tensor.device.type for tensor in cut.tensors.values()} == {"cpu"}
+    copy = shard.copy_state()
+    assert {tensor.device.type for tensor in copy.tensors.values()} == {"cpu"}
     outs = [torch.empty(shard.manifest.numel) for _ in range(2)]
     shard.copy_point("x", outs[0])
-    shard.load(cut, epoch=2)
+    shard.load(copy, epoch=2)
     shard.copy_point("x", outs[1])
     assert torch.equal(*outs)
 

@@ -1,4 +1,4 @@
-"""Schedule-Free under delay: the rule beside its plain twin, and the staleness that is expected."""
+"""Schedule-Free under delay: the corrected rule against a plain reference, and the expected staleness."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STEADY = settings(derandomize=True, deadline=None, max_examples=5, suppress_heal
 
 staleness = st.one_of(st.just(0.0), st.floats(0.01, 300.0), st.sampled_from([1e6, 1e12]))
 stretches = st.lists(st.tuples(st.integers(1, 20), staleness), min_size=1, max_size=8)
-"""How long which staleness is expected."""
+"""(steps, the staleness that is expected in them)."""
 betas = st.sampled_from([0.7, 0.9, 0.98])
 
 
@@ -52,11 +52,11 @@ TWINS: dict[str, dict[str, Any]] = {
     "adamw_schedule_free": ADAM | {"adaptive": True, "inner_momentum": 0.8, "averaging_constant": 30.0},
     "radam_schedule_free": ADAM | {"rectified": True},
 }
-"""Algorithms, and what their twins are made with."""
+"""Algorithms, and the arguments of their references."""
 
 
 def play(flat: Flat, exact: Flat, twins: dict[str, Any], played: list[tuple[int, float]]) -> None:
-    """Takes the same steps on the compiled rule, on torch's evaluation of it in fp64, and on the twins."""
+    """Takes the same steps by the compiled rule, by torch's evaluation of it in fp64, and by the references."""
     pushed = random_gradients(sum(count for count, _ in played))
     for count, expected in played:
         for gradients in itertools.islice(pushed, count):
@@ -76,7 +76,7 @@ def both(optimizer: dict[str, Any], second: dict[str, Any]) -> tuple[Flat, Flat]
 
 
 @pytest.mark.parametrize("algorithm", TWINS)
-def test_the_sweep_is_the_corrected_rule(algorithm: str) -> None:
+def test_a_step_equals_the_corrected_rule(algorithm: str) -> None:
     @STEADY
     @given(stretches, betas)
     def compared(played: list[tuple[int, float]], beta: float) -> None:
@@ -93,7 +93,7 @@ def test_the_sweep_is_the_corrected_rule(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["sgd", "adam", "nadam", "rprop"])
-def test_the_wrapper_is_the_corrected_rule(base: str) -> None:
+def test_a_step_of_the_wrapper_equals_the_corrected_rule(base: str) -> None:
     make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "nadam": torch.optim.NAdam, "rprop": torch.optim.Rprop}
 
     @STEADY
@@ -124,7 +124,7 @@ def test_the_wrapper_is_the_corrected_rule(base: str) -> None:
 def test_coefficients_stay_in_their_bounds(
     played: list[tuple[int, float]], beta: float, warmup_steps: int, r: float, constant: float | None
 ) -> None:
-    """However the staleness changes: y is between x and z, next to x, and no step is longer than the user's."""
+    """For any staleness, y is between x and z, nearer to x, and no learning rate is larger than the user's."""
     h = SGDScheduleFree(momentum=beta, warmup_steps=warmup_steps, r=r, averaging_constant=constant)
     scalars: Any = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
     for expected in each(played):
@@ -139,7 +139,7 @@ def test_coefficients_stay_in_their_bounds(
         scalars = made.scalars
 
 
-def test_where_no_staleness_is_expected_it_is_the_papers_to_the_bit() -> None:
+def test_without_staleness_the_coefficients_are_the_papers_to_the_bit() -> None:
     for h in (SGDScheduleFree(momentum=0.83), AdamWScheduleFree(betas=(0.71, 0.9), averaging_constant=3.0)):
         scalars: Any = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
         weight_sum = 0.0
@@ -154,8 +154,8 @@ def test_where_no_staleness_is_expected_it_is_the_papers_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["sgd_schedule_free", "adamw_schedule_free"])
-def test_a_staleness_that_rises_and_falls_tenfold_leaves_the_run_sound(algorithm: str) -> None:
-    """On least squares, with gradients as old as is expected, beside the twin."""
+def test_a_run_converges_while_the_staleness_rises_and_falls_tenfold(algorithm: str) -> None:
+    """On least squares, with gradients of the expected staleness, beside the reference."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(400, 20, generator=generator).double() * torch.linspace(0.1, 1.5, 20)
     targets = inputs @ torch.randn(20, generator=generator).double() + 0.1 * torch.randn(400, generator=generator)
@@ -204,13 +204,13 @@ LIVE = [
 
 
 @pytest.mark.parametrize(("aggregation", "steps"), LIVE)
-def test_as_much_is_expected_at_once_as_nine_workers_let_expect(aggregation: dict[str, Any], steps: int) -> None:
+def test_nine_workers_raise_the_expected_staleness_at_once(aggregation: dict[str, Any], steps: int) -> None:
     assert expectation(AUTO, **aggregation).after(0.0, 0, 9) == steps
     assert expectation(AUTO, **aggregation).after(0.0, 0, 1) == 0
 
 
 @pytest.mark.parametrize(("aggregation", "steps"), LIVE)
-def test_policies_that_admit_stale_gradients_have_auto_by_default(aggregation: dict[str, Any], steps: int) -> None:
+def test_policies_that_admit_stale_gradients_default_to_auto(aggregation: dict[str, Any], steps: int) -> None:
     assert expectation(None, **aggregation).after(0.0, 0, 9) == steps
     assert expectation(None, **aggregation | {"max_staleness": 0}).after(0.0, 0, 9) == 0
 
@@ -224,22 +224,20 @@ def test_policies_that_admit_stale_gradients_have_auto_by_default(aggregation: d
         ({"algorithm": "sgd"}, {}),
     ],
 )
-def test_where_a_beta_does_not_allow_it_there_is_none_by_default(
-    optimizer: dict[str, Any], group: dict[str, Any]
-) -> None:
+def test_betas_that_do_not_allow_a_correction_default_to_none(optimizer: dict[str, Any], group: dict[str, Any]) -> None:
     spec = {"optimizer": optimizer, "parameters": [{"name": "w", "shape": [1]}], "groups": {"slow": group}}
     assert Expectation.of(RunSpec.model_validate(spec)).after(0.0, 5, 9) == 0
 
 
 @pytest.mark.parametrize("correction", [{"name": "none"}, {"name": "constant", "expected_staleness": 7.5}])
-def test_without_auto_nothing_is_followed(correction: dict[str, Any]) -> None:
+def test_a_constant_correction_does_not_follow_the_staleness(correction: dict[str, Any]) -> None:
     expected = 7.5 if correction["name"] == "constant" else 0.0
     assert expectation(correction, policy="async").after(3.0, 40, 9) == expected
 
 
 @STEADY
 @given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 300)), max_size=60))
-def test_what_is_expected_is_within_what_was_seen(pushes: list[tuple[int, int]]) -> None:
+def test_the_expected_staleness_is_within_what_was_seen(pushes: list[tuple[int, int]]) -> None:
     followed, most, expected = expectation(AUTO, policy="async"), 0, 0.0
     for seen, live in pushes:
         before, expected = expected, followed.after(expected, seen, live)
@@ -248,7 +246,7 @@ def test_what_is_expected_is_within_what_was_seen(pushes: list[tuple[int, int]])
         assert expected >= before - 0.5 or live > before
 
 
-def test_a_steady_staleness_comes_to_be_expected() -> None:
+def test_the_expected_staleness_converges_to_a_constant_one() -> None:
     followed, expected = expectation(AUTO, policy="async"), 0.0
     for _ in range(400):
         expected = followed.after(expected, 25, 1)
@@ -282,7 +280,7 @@ def shard(algorithm: str, policy: dict[str, Any], count: int = 1, index: int = 0
 
 
 def advance(made: Shard, entries: int, batch: int) -> None:
-    """Applies entries that depend on their place alone, of workers that join and leave."""
+    """Applies entries that depend only on their place in the log, of workers that join and leave."""
     for seq in range(made.seq + 1, made.seq + 1 + entries):
         gradient = torch.randn(NUMEL, generator=torch.Generator().manual_seed(seq))
         part = gradient[made.manifest.begin : made.manifest.end].clone()
@@ -303,7 +301,7 @@ POLICIES = [({"policy": "async"}, 1), ({"policy": "buffered", "batch": 3}, 3)]
 
 @pytest.mark.parametrize(("policy", "batch"), POLICIES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_shards_correct_alike(algorithm: str, policy: dict[str, Any], batch: int) -> None:
+def test_shards_apply_the_same_correction(algorithm: str, policy: dict[str, Any], batch: int) -> None:
     whole, parts = shard(algorithm, policy), [shard(algorithm, policy, 3, index) for index in range(3)]
     for made in (whole, *parts):
         advance(made, 100, batch)
@@ -337,8 +335,8 @@ def test_a_checkpoint_in_the_middle_changes_nothing(
         assert torch.equal(one, many)
 
 
-def test_a_checkpoint_of_an_older_version_goes_on_as_the_plain_method(tmp_path: Path) -> None:
-    """Whose steps had the user's β, and knew of no staleness."""
+def test_a_checkpoint_of_an_older_version_continues_without_correction(tmp_path: Path) -> None:
+    """Their steps had the user's β and no staleness."""
     plain = shard("sgd_schedule_free", {"policy": "async"}, delay_correction={"name": "none"})
     advance(plain, 30, 1)
     copy, checkpoints = plain.copy_state(), Checkpoints(open_storage(tmp_path), "run", keep=1)
@@ -364,7 +362,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_as_the_plain_method(tmp_path: 
 
 
 @pytest.mark.parametrize("correction", [{"name": "constant", "expected_staleness": 0.0}, AUTO])
-def test_fresh_gradients_are_not_corrected_for(correction: dict[str, Any]) -> None:
+def test_fresh_gradients_are_not_corrected(correction: dict[str, Any]) -> None:
     plain, other = (
         shard("adamw_schedule_free", {"policy": "async"}, delay_correction=each_)
         for each_ in ({"name": "none"}, correction)

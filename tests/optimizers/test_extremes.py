@@ -1,4 +1,4 @@
-"""Whatever a spec allows, a step can be made."""
+"""Extreme hyperparameters: every spec that is accepted can take a step."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def choices(model: Any, **chosen: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
 
 
 def assert_steps(optimizer: dict[str, Any], shape: tuple[int, ...] = (2,)) -> None:
-    """A step that fails halfway leaves the vectors torn; and a weight of 0 with gradient 0 must not become NaN."""
+    """A step must not fail, and a weight of 0 with gradient 0 must not become NaN."""
     flat = Flat(optimizer, {}, {"w": torch.tensor([0.0, 1.0]).view(shape)})
     for k in (0, LAST - 1):
         flat.scalars["default"] = {**flat.scalars["default"], "k": k}
@@ -86,7 +86,7 @@ def test_no_hyperparameter_that_a_spec_allows_makes_a_step_fail(algorithm: str) 
 
 
 @pytest.mark.parametrize("base", kinds_of("algorithm", get_args(bases.Base)[0]))
-def test_nor_does_one_of_a_base(base: str) -> None:
+def test_no_hyperparameter_of_a_base_makes_a_step_fail(base: str) -> None:
     wrapper = {"algorithm": "schedule_free_wrapper", "momentum": JUST_BELOW_1, "weight_decay_at_y": 1e12, "r": 10.0}
     kind = kinds_of("algorithm", get_args(bases.Base)[0])[base]
     # Momentum of 0 is another rule.
@@ -95,6 +95,6 @@ def test_nor_does_one_of_a_base(base: str) -> None:
         assert_steps({**wrapper, "base": {"algorithm": base, **chosen}}, shape)
 
 
-def test_nor_does_one_of_the_wrapper() -> None:
+def test_no_hyperparameter_of_the_wrapper_makes_a_step_fail() -> None:
     for chosen in choices(ALGORITHMS["schedule_free_wrapper"]):
         assert_steps({"algorithm": "schedule_free_wrapper", "base": {"algorithm": "adam", "lr": 1e12}, **chosen})

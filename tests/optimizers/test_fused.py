@@ -1,4 +1,4 @@
-"""Rules as kernels: what torch.compile makes of them, tried on the host.
+"""Rules as kernels, which torch.compile makes, tried on the host.
 
 A GPU is not needed for this: that a rule is traced as a whole, and not again at every step, does not depend on what
 the trace is then compiled to.
@@ -25,23 +25,23 @@ from freestep_service.optimizers.kernels import fused, sweep
 from freestep_service.optimizers.readiness import compile_kernels
 
 STEPS = 12
-"""By then RAdam divides by the root of v."""
+"""Enough for RAdam to divide by the root of v."""
 ALL = {
     **FORMS,
     "sgd-nesterov": {**FORMS["sgd"], "momentum": 0.9, "nesterov": True},
     "adamc_schedule_free_plus": {"algorithm": "adamc_schedule_free_plus"},
 }
 ALIGNED = (200, 100)
-ANYHOW = (200, 1, 199, 100)
-"""Stretches of two groups in turn: of them one begins where vectors are not aligned, and one is of a single element."""
-CASES = [*[(form, ALIGNED) for form in ALL], *[(form, ANYHOW) for form in ("sgd", "radam_schedule_free")]]
+UNALIGNED = (200, 1, 199, 100)
+"""Lengths of stretches of two groups in turn: one begins where vectors are not aligned, one has a single element."""
+CASES = [*[(form, ALIGNED) for form in ALL], *[(form, UNALIGNED) for form in ("sgd", "radam_schedule_free")]]
 FEW = ("sgd", "radam_schedule_free", "adamw-ema", "schedule_free_wrapper-rprop")
 SIZE = 5000
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything is for torch, and kernels are traced, and run operation by operation."""
+    """All vectors are left to torch, and kernels are traced, but run operation by operation."""
     monkeypatch.setattr(sweep, "is_compiled", lambda vector: False)
     monkeypatch.setattr(fused, "BACKEND", "eager")
     monkeypatch.setattr(fused, "_TRIAL", 1024)
@@ -51,7 +51,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Run:
-    """A method's state and groups, from the same weights and along the same gradients each time."""
+    """A method's state and groups; all runs have the same weights and gradients."""
 
     def __init__(self, form: str, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
         spec = RunSpec.model_validate(
@@ -76,7 +76,7 @@ class Run:
         return torch.randn(self._size, generator=self._generator).to(self._dtype)
 
     def prepare(self) -> None:
-        """Has compiled what the service has when it loads a run."""
+        """Compiles what the service compiles when it loads a run."""
         compile_kernels(self.method, self.layout, self.hyperparameters, torch.device("cpu"), gathers=True)
 
     def steps(self) -> None:
@@ -91,31 +91,31 @@ class Run:
 
 
 def graphs() -> int:
-    """How many graphs torch.compile has made so far."""
+    """The number of graphs that torch.compile has made."""
     return int(counters["stats"]["unique_graphs"])
 
 
 def made() -> int:
-    """How many kernels there are, in this test."""
+    """The number of kernels that this test has made."""
     return fused._kernel.cache_info().currsize
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the service has logged."""
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The messages that were logged."""
     return [record.getMessage() for record in caplog.records if record.name == "freestep"]
 
 
 @pytest.mark.parametrize(("form", "lengths"), CASES)
-def test_what_is_compiled_when_a_run_is_loaded_is_its_rule_at_every_step(
+def test_kernels_compiled_when_a_run_is_loaded_serve_every_step(
     form: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each operation is rounded as torch rounds it by itself, where nothing contracts them."""
+    """Bit for bit: run operation by operation, nothing is contracted."""
     kernels, plain = (Run(form, lengths) for _ in range(2))
     before = graphs()
     kernels.prepare()
     count = made()
     assert graphs() - before == count > 0
-    assert not said(caplog)
+    assert not messages(caplog)
     kernels.steps()
     assert graphs() - before == made() == count
     monkeypatch.setattr(sweep, "apply_kernel", lambda *given: False)
@@ -124,7 +124,7 @@ def test_what_is_compiled_when_a_run_is_loaded_is_its_rule_at_every_step(
         assert torch.equal(kernels.buffers[name], buffer)
 
 
-def test_what_gathers_is_compiled_when_a_run_is_loaded() -> None:
+def test_kernels_that_gather_are_compiled_when_a_run_is_loaded() -> None:
     Run("sgd", ALIGNED).prepare()
     before, kernels = graphs(), made()
     accumulated = torch.empty(SIZE)
@@ -135,7 +135,7 @@ def test_what_gathers_is_compiled_when_a_run_is_loaded() -> None:
     assert made() == kernels
 
 
-def test_lengths_and_places_make_no_other_kernels() -> None:
+def test_lengths_and_offsets_need_no_other_kernels() -> None:
     before = graphs()
     accumulated, gradient = torch.zeros(SIZE), torch.arange(float(SIZE))
     for begin, length in itertools.product((0, 4, 8, 4000), (2, 3, 7, 999, 1000)):
@@ -148,22 +148,24 @@ def test_lengths_and_places_make_no_other_kernels() -> None:
     assert graphs() - before == made() == 2
 
 
-def test_a_launch_is_not_longer_than_32_bits_can_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_is_short_enough_for_32_bit_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "MAX_LAUNCH", 999)
     accumulated, gradient = torch.zeros(SIZE), torch.arange(float(SIZE))
     gather(accumulated, gradient, 2.0, first=True)
     assert torch.equal(accumulated, 2 * gradient)
 
 
-def test_a_rule_that_is_not_compiled_is_evaluated_and_that_is_said_once(
+def test_a_rule_that_cannot_be_compiled_is_evaluated_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fused, "BACKEND", "no such compiler")
-    run, exact = (Run("adamw_schedule_free", ANYHOW, dtype) for dtype in (torch.float32, torch.float64))
+    run, exact = (Run("adamw_schedule_free", UNALIGNED, dtype) for dtype in (torch.float32, torch.float64))
     with caplog.at_level(logging.WARNING, "freestep"):
         run.steps()
-    assert len(said(caplog)) == made() > 0
-    assert all("._adam is not compiled for cpu but evaluated operation by operation" in each for each in said(caplog))
+    assert len(messages(caplog)) == made() > 0
+    assert all(
+        "._adam is not compiled for cpu but evaluated operation by operation" in each for each in messages(caplog)
+    )
     exact.steps()
     for name, buffer in exact.buffers.items():
         torch.testing.assert_close(run.buffers[name], buffer.float(), rtol=1e-5, atol=1e-6)
@@ -173,15 +175,15 @@ def test_a_rule_that_is_not_compiled_is_evaluated_and_that_is_said_once(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own imports warn
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the host")
 @pytest.mark.parametrize("form", FEW)
-def test_inductor_makes_one_loop_of_it(
+def test_inductor_compiles_a_rule_into_one_loop(
     form: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fused, "BACKEND", "inductor")
-    run, exact = (Run(form, ANYHOW, dtype) for dtype in (torch.float32, torch.float64))
+    run, exact = (Run(form, UNALIGNED, dtype) for dtype in (torch.float32, torch.float64))
     before = metrics.generated_kernel_count
     run.steps()
     exact.steps()
     assert metrics.generated_kernel_count - before == made() > 0
-    assert not said(caplog)
+    assert not messages(caplog)
     for name, buffer in exact.buffers.items():
         torch.testing.assert_close(run.buffers[name], buffer.float(), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""BF16 and F16 as their 16 bits: rounded to and widened from as torch does, whatever the number."""
+"""BF16 and F16 as their 16 bits: conversion to and from fp32 equals torch's for all numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EDGES = torch.tensor(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_points_are_rounded_as_torch_rounds(dtype: torch.dtype, threads: int) -> None:
+def test_points_are_rounded_as_by_torch(dtype: torch.dtype, threads: int) -> None:
     every_half = torch.arange(2**16).to(torch.uint16).view(dtype).float()
     bits = every_half.view(torch.int32)
     # Both neighbours of each number that 16 bits can hold, and of what lies halfway to the next.
@@ -55,7 +55,7 @@ def test_points_are_rounded_as_torch_rounds(dtype: torch.dtype, threads: int) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_are_widened_as_torch_widens(dtype: torch.dtype) -> None:
+def test_halves_are_converted_to_fp32_as_by_torch(dtype: torch.dtype) -> None:
     halves = torch.arange(2**16).to(torch.uint16).view(dtype)
     out = torch.empty(halves.numel())
     assert not math.isfinite(widen(halves, out))

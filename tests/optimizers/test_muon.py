@@ -1,4 +1,4 @@
-"""Schedule-Free over Muon and NorMuon: orthogonal steps of matrices, and AdamW's of what is none."""
+"""Schedule-Free over Muon and NorMuon: orthogonal steps for matrices, AdamW's for other parameters."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def without(document: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("bases", [muon, normuon], ids=["muon", "normuon"])
-def test_it_is_schedule_free_over_the_papers_steps(bases: st.SearchStrategy[dict[str, Any]]) -> None:
-    """The compiled rule, its evaluation in fp64, and twins that work on singular values."""
+def test_a_step_is_schedule_free_over_the_papers(bases: st.SearchStrategy[dict[str, Any]]) -> None:
+    """The compiled rule, and its evaluation in fp64, against references that work on singular values."""
 
     @STEADY
     @given(bases, st.booleans())
@@ -74,7 +74,7 @@ def test_it_is_schedule_free_over_the_papers_steps(bases: st.SearchStrategy[dict
         exact = Flat(spec, second, {name: weight.double() for name, weight in weights.items()})
         ours: Callable[..., Any] = partial(reference.Muon, **without(base, "algorithm"))
         theirs: Callable[..., Any] = partial(torch.optim.AdamW, **without(ADAMW, "algorithm"))
-        twins = {
+        references = {
             name: OverTorch(weight, ours if weight.dim() == 2 else theirs, beta=0.9, decay_at_y=0.02, r=0.5)
             for name, weight in weights.items()
         }
@@ -83,10 +83,10 @@ def test_it_is_schedule_free_over_the_papers_steps(bases: st.SearchStrategy[dict
             damping = 1 / (1 + number % 5) if damped else 1.0
             flat.step(gradients, damping=damping)
             exact.step({name: gradient.double() for name, gradient in gradients.items()}, damping=damping)
-            for name, twin in twins.items():
-                twin.step(gradients[name], damping)
-        for name, twin in twins.items():
-            for point, expected in (("x", twin.x), ("y", twin.y), ("z", twin.z)):
+            for name, each in references.items():
+                each.step(gradients[name], damping)
+        for name, each in references.items():
+            for point, expected in (("x", each.x), ("y", each.y), ("z", each.z)):
                 torch.testing.assert_close(exact.point(point)[name], expected, rtol=1e-8, atol=1e-9)
                 torch.testing.assert_close(flat.point(point)[name], expected.float(), rtol=1e-4, atol=2e-5)
 
@@ -95,7 +95,7 @@ def test_it_is_schedule_free_over_the_papers_steps(bases: st.SearchStrategy[dict
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("shape", [(5, 12), (11, 3)])
-def test_the_twin_is_torchs_muon_but_for_its_bfloat16(shape: tuple[int, int], nesterov: bool) -> None:
+def test_the_reference_equals_torchs_muon_but_for_its_bfloat16(shape: tuple[int, int], nesterov: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     mine, torchs = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
@@ -111,7 +111,7 @@ def test_the_twin_is_torchs_muon_but_for_its_bfloat16(shape: tuple[int, int], ne
     torch.testing.assert_close(mine, torchs, rtol=0, atol=1e-2)
 
 
-def test_its_hyperparameters_are_torchs() -> None:
+def test_the_default_hyperparameters_are_torchs() -> None:
     theirs = inspect.signature(torch.optim.Muon).parameters
     assert BaseMuon().model_dump(exclude={"algorithm"}) == {
         name: theirs[name].default for name in theirs if name != "params"
@@ -152,14 +152,14 @@ def spec(base: dict[str, Any], *, shape: list[int], second: dict[str, Any] | Non
         (spec({"algorithm": "muon", "beta2": 0.9}, shape=[3, 3]), "optimizer.base.beta2"),
     ],
 )
-def test_what_is_no_matrix_needs_a_group_of_its_own(document: dict[str, Any], field: str) -> None:
+def test_parameters_that_are_no_matrices_need_a_group_of_their_own(document: dict[str, Any], field: str) -> None:
     with pytest.raises(ValidationError) as caught:
         RunSpec.model_validate(document)
     assert field in [".".join(map(str, error["loc"])) for error in caught.value.errors()]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-def test_no_shard_has_a_part_of_a_matrix(count: int) -> None:
+def test_a_matrix_is_on_one_shard(count: int) -> None:
     document = spec({"algorithm": "muon"}, shape=[600], second={"algorithm": "adamw"})
     document["parameters"] += [{"name": f"m{number}", "shape": [20, 10 + number]} for number in range(3)]
     manifest = Manifest.of(RunSpec.model_validate(document))
@@ -189,7 +189,7 @@ def test_loops_are_compiled_before_a_push_needs_them() -> None:
 
 
 def gradients_of(run: str, service: ThreadService, shards: int) -> dict[str, Tensor]:
-    """x after pushes to a run that is checkpointed, goes back, and is cut anew on the way."""
+    """x after pushes to a run that is checkpointed, goes back, and is resharded on the way."""
     generator = torch.Generator().manual_seed(5)
     torch.manual_seed(6)
     model = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 4), nn.Linear(4, 5))
@@ -233,13 +233,13 @@ def gradients_of(run: str, service: ThreadService, shards: int) -> dict[str, Ten
 
 
 @pytest.mark.slow
-def test_shards_and_checkpoints_leave_a_run_what_it_is(service: ThreadService) -> None:
+def test_shards_and_checkpoints_do_not_change_a_run(service: ThreadService) -> None:
     alone, spread = (gradients_of(f"muon-{shards}", service, shards) for shards in (1, 3))
     for name, tensor in alone.items():
         assert torch.equal(tensor, spread[name]), name
 
 
-def test_curl_may_ask_for_it(api: Api) -> None:
+def test_a_plain_http_client_can_create_it(api: Api) -> None:
     document = spec({"algorithm": "muon", "lr": 0.1}, shape=[3], second={"algorithm": "adamw"})
     refused = api.http.put(api.path(), json=spec({"algorithm": "muon"}, shape=[3]))
     assert refused.status_code == 422

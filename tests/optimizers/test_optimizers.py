@@ -1,4 +1,4 @@
-"""The methods against the packages they are named after, and against the plain reference."""
+"""The methods against the packages that they are named after, and against plain references."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SCHEDULE_FREE = [
 
 
 @pytest.mark.parametrize(("algorithm", "package", "hyperparameters"), SCHEDULE_FREE)
-def test_x_and_y_are_those_of_the_schedulefree_package(
+def test_x_and_y_equal_the_schedulefree_packages(
     algorithm: str, package: type[Any], hyperparameters: dict[str, Any]
 ) -> None:
     parameters = {name: nn.Parameter(weight) for name, weight in initial_weights().items()}
@@ -82,7 +82,7 @@ TORCH = [
 
 @pytest.mark.parametrize("warmup_steps", [0, 40])
 @pytest.mark.parametrize(("algorithm", "package", "hyperparameters"), TORCH)
-def test_the_baselines_are_those_of_torch(
+def test_the_baselines_equal_torchs(
     algorithm: str, package: type[Any], hyperparameters: dict[str, Any], warmup_steps: int
 ) -> None:
     parameters = {name: nn.Parameter(weight) for name, weight in initial_weights().items()}
@@ -126,7 +126,7 @@ REFERENCE = [
 
 @pytest.mark.parametrize("damped", [False, True])
 @pytest.mark.parametrize(("optimizer", "beta"), REFERENCE)
-def test_the_sweep_is_the_paper(optimizer: dict[str, Any], beta: float, damped: bool) -> None:
+def test_a_step_equals_the_papers(optimizer: dict[str, Any], beta: float, damped: bool) -> None:
     names = {field.name for field in dataclasses.fields(ScheduleFree)}
     options = {name: optimizer[name] for name in names if name in optimizer}
     options["adaptive"] = optimizer["algorithm"] == "adamw_schedule_free"
@@ -141,16 +141,16 @@ def test_the_sweep_is_the_paper(optimizer: dict[str, Any], beta: float, damped: 
         damping = 1 / (1 + number % 5) if damped else 1.0
         flat.step(gradients, damping=damping)
         exact.step({name: gradient.double() for name, gradient in gradients.items()}, damping=damping)
-        for name, twin in reference.items():
-            twin.step(gradients[name], damping)
-    for name, twin in reference.items():
-        for point, expected in (("x", twin.x), ("y", twin.y), ("z", twin.z)):
+        for name, each in reference.items():
+            each.step(gradients[name], damping)
+    for name, each in reference.items():
+        for point, expected in (("x", each.x), ("y", each.y), ("z", each.z)):
             torch.testing.assert_close(flat.point(point)[name], expected.float(), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(exact.point(point)[name], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_damping_leaves_the_averaging_weights_alone(form: str) -> None:
+def test_damping_does_not_change_the_averaging_weights(form: str) -> None:
     plain, damped = (Flat(FORMS[form], {}, initial_weights()) for _ in range(2))
     for gradients in random_gradients(10):
         plain.step(gradients)
@@ -162,8 +162,8 @@ def test_damping_leaves_the_averaging_weights_alone(form: str) -> None:
 @pytest.mark.parametrize(
     "form", sorted(FORMS.keys() - {"schedule_free_wrapper-rprop", "schedule_free_wrapper-adagrad"})
 )
-def test_a_bound_on_the_learning_rate_is_a_damping_down_to_it(form: str) -> None:
-    """Of a learning rate that is the same in each step; Rprop has none, and Adagrad's decays."""
+def test_a_bound_on_the_learning_rate_acts_like_a_damping(form: str) -> None:
+    """For a constant learning rate: Rprop has none, and Adagrad's decays."""
     weights = {name: weight.double() for name, weight in initial_weights().items()}
     plain, loose, damped, bounded = (Flat(FORMS[form], {}, weights) for _ in range(4))
     h = bounded.hyperparameters["default"]
@@ -191,7 +191,7 @@ def test_scale_multiplies_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_scalars_are_data(form: str) -> None:
+def test_scalars_are_plain_numbers(form: str) -> None:
     flat = Flat(FORMS[form], {}, initial_weights())
     before = {group: dict(scalars) for group, scalars in flat.scalars.items()}
     kept = dict(flat.scalars)
@@ -200,7 +200,7 @@ def test_scalars_are_data(form: str) -> None:
     assert flat.scalars["default"]["k"] == 1
 
 
-def test_groups_make_as_few_segments_as_the_order_allows() -> None:
+def test_neighbours_of_one_group_are_one_segment() -> None:
     flat = Flat({"algorithm": "sgd"}, {}, initial_weights())
     assert [(each.group, each.end - each.begin) for each in flat.layout] == [
         ("default", 35),
@@ -210,7 +210,7 @@ def test_groups_make_as_few_segments_as_the_order_allows() -> None:
     ]
 
 
-def test_a_narrow_point_is_the_wide_one_rounded() -> None:
+def test_a_narrow_point_is_the_fp32_one_rounded() -> None:
     flat = Flat({"algorithm": "adamw_schedule_free"}, {}, initial_weights())
     for gradients in random_gradients(3):
         flat.step(gradients)

@@ -1,4 +1,4 @@
-"""DiLoCo's outer optimizer against torch's SGD, and with delayed momentum against the plain reference."""
+"""DiLoCo's outer optimizer against torch's SGD, and delayed momentum against a plain reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECOND = {"lr": 0.01, "momentum": 0.5}
         ({"lr": 0.05, "momentum": 0.8, "nesterov": False}, {"lr": 0.05, "momentum": 0.8}),
     ],
 )
-def test_the_outer_optimizer_is_torchs_sgd(hyperparameters: dict[str, Any], torchs: dict[str, Any]) -> None:
+def test_the_outer_optimizer_equals_torchs_sgd(hyperparameters: dict[str, Any], torchs: dict[str, Any]) -> None:
     parameters = {name: nn.Parameter(weight) for name, weight in initial_weights().items()}
     peer = torch.optim.SGD(torch_groups(parameters, SECOND), **torchs)
     flat = Flat({"algorithm": "diloco", **hyperparameters}, SECOND, initial_weights())
@@ -37,7 +37,7 @@ def test_the_outer_optimizer_is_torchs_sgd(hyperparameters: dict[str, Any], torc
         assert_points(flat.point(point), parameters)
 
 
-def test_without_momentum_it_takes_the_gradient_as_it_is() -> None:
+def test_without_momentum_a_step_is_along_the_gradient() -> None:
     weights = initial_weights()
     flat = Flat({"algorithm": "diloco", "lr": 1.0, "momentum": 0.0}, {}, weights)
     gradients = next(random_gradients(1))
@@ -50,7 +50,7 @@ def test_without_momentum_it_takes_the_gradient_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("period", "activation"), [(1, 0.0), (1, 0.7), (2, 0.0), (3, 0.2), (3, 1 / 3), (8, 0.05), (STEPS + 1, 0.0)]
 )
-def test_delayed_momentum_is_the_papers(period: int, activation: float, damped: bool) -> None:
+def test_delayed_momentum_equals_the_papers(period: int, activation: float, damped: bool) -> None:
     hyperparameters = {"lr": 0.05, "momentum_period": period, "momentum_activation": activation}
     weights = initial_weights()
     twins = {
@@ -71,7 +71,7 @@ def test_delayed_momentum_is_the_papers(period: int, activation: float, damped: 
         torch.testing.assert_close(flat.point("y")[name], twin.y.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_sum_of_gradients_is_kept_where_momentum_is_delayed_alone() -> None:
+def test_only_delayed_momentum_keeps_a_sum_of_gradients() -> None:
     plain, delayed = (
         Flat({"algorithm": "diloco", "momentum_period": period}, {}, initial_weights()) for period in (1, 2)
     )
@@ -89,13 +89,13 @@ def test_the_sum_of_gradients_is_kept_where_momentum_is_delayed_alone() -> None:
         ({"weight_decay": 0.1}, "weight_decay"),
     ],
 )
-def test_what_cannot_be_is_named(hyperparameters: dict[str, Any], field: str) -> None:
+def test_an_invalid_hyperparameter_is_named(hyperparameters: dict[str, Any], field: str) -> None:
     with pytest.raises(ValidationError) as caught:
         DiLoCo.model_validate(hyperparameters)
     assert caught.value.errors()[0]["loc"] == (field,)
 
 
-def test_a_group_may_have_another_period_but_not_another_state() -> None:
+def test_a_group_may_have_another_period_but_not_other_state_vectors() -> None:
     parameters = [{"name": "w", "shape": [2], "group": "other"}]
 
     def spec(period: int, other: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The `schedulefree` package's methods over 500 steps, through a checkpoint: x and y are its own."""
+"""x and y equal the `schedulefree` package's over 500 steps, with a checkpoint in between."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def radam(groups: list[dict[str, Any]], h: dict[str, Any]) -> Any:
 
 
 def wrapper(groups: list[dict[str, Any]], h: dict[str, Any]) -> Any:
-    """Over SGD, one of the bases with which the package's works."""
+    """Over SGD, one of the bases that the package's wrapper works with."""
     base = {name: value for name, value in h["base"].items() if name != "algorithm"}
     own = [{**group, **group.get("base", {})} for group in groups]
     return schedulefree.ScheduleFreeWrapper(
@@ -115,7 +115,7 @@ METHODS: dict[str, tuple[Make, dict[str, st.SearchStrategy[Any]], dict[str, Any]
         {"base": {"lr": 0.003, "weight_decay": 0.02}},
     ),
 }
-"""What makes the package's optimizer, the hyperparameters it is drawn from, and those of the second param group."""
+"""By algorithm: the package's optimizer, its hyperparameters, and those of the second param group."""
 
 
 class Package:
@@ -145,7 +145,7 @@ class Package:
 
 
 def weights() -> dict[str, Tensor]:
-    """Without the scalar, which the package's wrapper cannot take."""
+    """Without the scalar, which the package's wrapper does not support."""
     return {name: weight for name, weight in initial_weights().items() if name != "scalar"}
 
 
@@ -161,7 +161,7 @@ def document(algorithm: str, h: dict[str, Any], second: dict[str, Any]) -> RunSp
 
 
 def through_a_checkpoint(made: Shard, spec: RunSpec) -> Shard:
-    """Another shard, which has read what this one has written."""
+    """Another shard, loaded from this one's checkpoint."""
     checkpoints = Checkpoints(open_storage(f"memory://{uuid.uuid4()}"), "run", keep=1)
     whole = 0, made.manifest.numel
     copy = made.copy_state()
@@ -174,7 +174,7 @@ def through_a_checkpoint(made: Shard, spec: RunSpec) -> Shard:
 
 
 @pytest.mark.parametrize("algorithm", METHODS)
-def test_x_and_y_are_the_packages(algorithm: str) -> None:
+def test_x_and_y_equal_the_packages(algorithm: str) -> None:
     """The rule in fp64 within the bounds of the package's in fp64; a shard's fp32 within them, or twice the package's.
 
     Over 500 steps the package's own fp32 leaves the bounds, by which its fp64 is then the truth.

@@ -1,4 +1,4 @@
-"""Points as int8: the compiled pass and torch's against the plain encoding, bit for bit."""
+"""Points as int8: the compiled pass and torch's equal the plain encoding, bit for bit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def execution(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def manifest_of(shapes: dict[str, tuple[int, ...]]) -> Manifest:
-    """Every other tensor is of the group `odd`."""
+    """A manifest in which every other tensor is of the group `odd`."""
     groups = ("default", "odd")
     return Manifest(
         [ParameterSpec(name=name, shape=shape, group=groups[at % 2]) for at, (name, shape) in enumerate(shapes.items())]
@@ -71,7 +71,7 @@ def assert_is_the_plain_one(items: dict[str, Tensor], manifest: Manifest, vector
 
 @pytest.mark.parametrize("point", ["x", "y", "z"])
 @pytest.mark.parametrize("shapes", SHAPES, ids=lambda shapes: "-".join(shapes))
-def test_a_point_is_the_wide_one_in_int8(
+def test_a_point_equals_the_fp32_one_in_int8(
     shapes: dict[str, tuple[int, ...]], point: str, execution: str, threads: int
 ) -> None:
     manifest = manifest_of(shapes)
@@ -106,27 +106,27 @@ VECTORS = {
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_a_block_of_any_numbers_says_finite_ones(name: str, execution: str) -> None:
+def test_a_block_of_any_finite_numbers_decodes_to_finite_ones(name: str, execution: str) -> None:
     vector = VECTORS[name]
     manifest = manifest_of({"w": tuple(vector.shape)})
     items = quantized(manifest, {"y": vector}, "y")
     assert_is_the_plain_one(items, manifest, vector)
-    said = encoded.decoded(items, INT8.metadata(), {"w": vector.shape})["w"]
-    assert said.isfinite().all()
+    decoded = encoded.decoded(items, INT8.metadata(), {"w": vector.shape})["w"]
+    assert decoded.isfinite().all()
     scales = items["w::scale"].double().repeat_interleave(256)[: vector.numel()]
     # In fp64, where the bound itself is not rounded; the quotient is rounded before it is rounded to a quantum.
-    assert ((said.double() - vector.double()).abs() <= scales * (0.5 + 127 * 2.0**-23)).all()
-    assert not said[(vector == 0)].any()
+    assert ((decoded.double() - vector.double()).abs() <= scales * (0.5 + 127 * 2.0**-23)).all()
+    assert not decoded[(vector == 0)].any()
     assert (items["w"].abs() <= 127).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_shows(value: float, execution: str) -> None:
+def test_a_block_that_is_not_finite_decodes_to_nan(value: float, execution: str) -> None:
     vector = random(600)
     vector[[256, 300]] = torch.tensor([value, -value])
     manifest = manifest_of({"w": (600,)})
     items = quantized(manifest, {"y": vector}, "y")
     assert_is_the_plain_one(items, manifest, vector)
-    said = encoded.decoded(items, INT8.metadata(), {"w": (600,)})["w"]
-    assert said[256:512].isnan().all()
-    assert said[:256].isfinite().all() and said[512:].isfinite().all()
+    decoded = encoded.decoded(items, INT8.metadata(), {"w": (600,)})["w"]
+    assert decoded[256:512].isnan().all()
+    assert decoded[:256].isfinite().all() and decoded[512:].isfinite().all()

@@ -1,4 +1,4 @@
-"""A gradient that stays int8 until a pass needs it, against the fp32 that it says."""
+"""A gradient that stays int8 until a pass needs it, against its decoded fp32 elements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BLOCKS = [1, 3, 256, PIECE + 1, 10**9]
 
 @pytest.fixture(params=itertools.product(SHAPES, BLOCKS), ids=lambda param: f"{param[0]}-{param[1]}")
 def both(request: pytest.FixtureRequest) -> tuple[Manifest, Quantized, Tensor]:
-    """A manifest of two param groups, a gradient of it, and the fp32 that this says."""
+    """A manifest of two param groups, a gradient of it, and its decoded fp32 elements."""
     name, block = request.param
     return made(SHAPES[name], block)
 
@@ -49,47 +49,47 @@ def made(shapes: list[tuple[int, ...]], block: int) -> tuple[Manifest, Quantized
     manifest, generator = Manifest(parameters), torch.Generator().manual_seed(block)
     quanta = [torch.randint(-128, 128, (slot.numel,), generator=generator).to(torch.int8) for slot in manifest.slots]
     scales = [torch.rand(Encoding("int8", block).blocks(slot), generator=generator) for slot in manifest.slots]
-    said = [
+    elements = [
         each.float() * scale.repeat_interleave(min(block, max(each.numel(), 1)))[: each.numel()]
         for each, scale in zip(quanta, scales, strict=True)
     ]
-    return manifest, Quantized(manifest.slots, quanta, scales, block), torch.cat(said)
+    return manifest, Quantized(manifest.slots, quanta, scales, block), torch.cat(elements)
 
 
-def test_any_stretch_is_what_the_quanta_say(both: tuple[Manifest, Quantized, Tensor]) -> None:
-    _, came, said = both
-    numel = said.numel()
-    assert came.numel() == numel
+def test_any_stretch_is_decoded(both: tuple[Manifest, Quantized, Tensor]) -> None:
+    _, quantized, elements = both
+    numel = elements.numel()
+    assert quantized.numel() == numel
     edges = sorted({0, 1, 3, 4, 255, 256, 257, PIECE, numel // 2, numel - 1, numel} & set(range(numel + 1)))
     for begin, end in itertools.combinations_with_replacement(edges, 2):
         out = torch.full((end - begin + 1,), math.pi)
-        assert torch.equal(came.decoded(begin, end, out), said[begin:end])
+        assert torch.equal(quantized.decoded(begin, end, out), elements[begin:end])
         assert out[-1] == pytest.approx(math.pi)
 
 
-def test_its_squares_are_those_of_what_it_says(both: tuple[Manifest, Quantized, Tensor], threads: int) -> None:
-    _, came, said = both
-    assert came.square_sum() == pytest.approx(float(said.double().square().sum()), rel=1e-12)
+def test_its_square_sum_is_that_of_its_elements(both: tuple[Manifest, Quantized, Tensor], threads: int) -> None:
+    _, quantized, elements = both
+    assert quantized.square_sum() == pytest.approx(float(elements.double().square().sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize("form", ["adamw_schedule_free", "sgd"])
-def test_steps_along_it_are_steps_along_what_it_says(
+def test_a_step_along_it_equals_one_along_its_elements(
     form: str, both: tuple[Manifest, Quantized, Tensor], threads: int
 ) -> None:
     compare_steps(hyperparameters(form), *both)
 
 
-def test_directions_are_made_of_what_it_says() -> None:
+def test_directions_are_made_of_its_elements() -> None:
     muon = ScheduleFreeWrapper.model_validate({"base": {"algorithm": "muon"}})
     compare_steps(muon, *made([(30, 17), (4, 256)], 100))
 
 
-def compare_steps(chosen: OptimizerSpec, manifest: Manifest, came: Quantized, said: Tensor) -> None:
-    """To the bit, of pushes alone and of groups."""
+def compare_steps(chosen: OptimizerSpec, manifest: Manifest, quantized: Quantized, elements: Tensor) -> None:
+    """Bit for bit, of single pushes and of groups."""
     method, layout, groups = method_of(chosen), segments(manifest.slots), {"even": chosen, "odd": chosen}
     weights = torch.randn(manifest.numel, generator=torch.Generator().manual_seed(1))
     states, accumulators = [initial_buffers(method, weights.clone()) for _ in range(2)], [weights.clone(), weights]
-    for pushed, buffers, accumulated in zip((came, said), states, accumulators, strict=True):
+    for pushed, buffers, accumulated in zip((quantized, elements), states, accumulators, strict=True):
         scalars = dict.fromkeys(groups, method.initial)
         gather(accumulated, pushed, 0.25, first=True)
         gather(accumulated, pushed, 0.5, first=False)
@@ -99,11 +99,11 @@ def compare_steps(chosen: OptimizerSpec, manifest: Manifest, came: Quantized, sa
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_its_sums_are_those_of_what_it_says(both: tuple[Manifest, Quantized, Tensor], threads: int) -> None:
-    _, came, said = both
-    z, x, gathered = (torch.randn(said.numel(), generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+def test_its_sums_are_those_of_its_elements(both: tuple[Manifest, Quantized, Tensor], threads: int) -> None:
+    _, quantized, elements = both
+    z, x, gathered = (torch.randn(elements.numel(), generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     for before in (None, gathered):
-        gradients = [Gradient(pushed, 0.5, 3.0, before) for pushed in (came, said)]
+        gradients = [Gradient(pushed, 0.5, 3.0, before) for pushed in (quantized, elements)]
         found, expected = (gradient_sums(gradient, z, x) for gradient in gradients)
         assert found == expected
         exact = [gradient.evaluated(torch.float64) for gradient in gradients]
@@ -114,13 +114,15 @@ def test_its_sums_are_those_of_what_it_says(both: tuple[Manifest, Quantized, Ten
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 @pytest.mark.parametrize("place", [0, 1, PIECE])
-def test_its_squares_are_not_finite_where_an_element_is_not(value: float, place: int, threads: int) -> None:
-    _, came, _ = made(SHAPES["many"], INT8.block)
-    scales = [each.clone() for each in came.scales]
-    slot = next(number for number, slot in enumerate(came.slots) if slot.offset <= place < slot.offset + slot.numel)
-    number = (place - came.slots[slot].offset) // INT8.block
+def test_its_square_sum_is_not_finite_where_an_element_is_not(value: float, place: int, threads: int) -> None:
+    _, quantized, _ = made(SHAPES["many"], INT8.block)
+    scales = [each.clone() for each in quantized.scales]
+    slot = next(
+        number for number, slot in enumerate(quantized.slots) if slot.offset <= place < slot.offset + slot.numel
+    )
+    number = (place - quantized.slots[slot].offset) // INT8.block
     scales[slot][number] = value
     # Of which 3e38 has a largest q that makes it infinite.
-    came.quanta[slot][place - came.slots[slot].offset] = 127
-    assert math.isfinite(came.square_sum())
-    assert not math.isfinite(came._replace(scales=scales).square_sum())
+    quantized.quanta[slot][place - quantized.slots[slot].offset] = 127
+    assert math.isfinite(quantized.square_sum())
+    assert not math.isfinite(quantized._replace(scales=scales).square_sum())

@@ -1,4 +1,4 @@
-"""What is compiled when: before any push, and once where there is a place to keep it."""
+"""When loops are compiled: before any push, and once on a machine where the code can be kept."""
 
 from __future__ import annotations
 
@@ -64,26 +64,26 @@ def test_no_push_waits_for_a_compiler() -> None:
             square_sum(wide.to(dtype))
         for dtype in (torch.bfloat16, torch.float16):
             widen(wide.to(dtype), wide)
-        came = Quantized(manifest.slots, [wide.to(torch.int8)], [torch.ones(1)], 256)
+        quantized = Quantized(manifest.slots, [wide.to(torch.int8)], [torch.ones(1)], 256)
         step(
             stretch.method,
             stretch.layout,
             stretch.hyperparameters,
             stretch.scalars,
             stretch.buffers,
-            Gradient(came),
+            Gradient(quantized),
         )
-        gather(wide, came, 0.5, first=False)
-        came.square_sum()
+        gather(wide, quantized, 0.5, first=False)
+        quantized.square_sum()
     assert not compilations.buffer
 
 
-def test_the_start_compiles_the_usual_rules_and_a_run_its_own(api: Api) -> None:
+def test_the_start_compiles_the_common_rules_and_a_run_its_own(api: Api) -> None:
     sweep._loop.cache_clear()
     compile_loops()
 
     def ready(form: str) -> list[bool]:
-        """Whether loops are compiled: for each dtype alone, and in a group."""
+        """Whether a form's loops are compiled, for single pushes and then for groups, by dtype."""
         method = method_of(hyperparameters(form))
         loops = [(method.rule, len(method.buffers), dtype, gathered) for gathered in (False, True) for dtype in DTYPES]
         return [bool(sweep._loop(*loop).signatures) for loop in loops]  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ print(len(compilations.buffer), flush=True)
 """
 
 
-def test_machine_code_is_kept_where_there_is_a_place_for_it(tmp_path: Path) -> None:
+def test_machine_code_is_kept_where_a_directory_can_be_written(tmp_path: Path) -> None:
     def compilations(folder: Path | str) -> int:
         with Script(SUM_ONCE, NUMBA_CACHE_DIR=str(folder)) as script:
             count = int(script.read_line())

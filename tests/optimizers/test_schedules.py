@@ -56,7 +56,7 @@ TORCH: list[tuple[dict[str, Any], Make]] = [
 
 
 @pytest.mark.parametrize(("members", "make"), TORCH)
-def test_a_schedule_is_torchs(members: dict[str, Any], make: Make) -> None:
+def test_a_schedule_equals_torchs(members: dict[str, Any], make: Make) -> None:
     ours = schedule(**members)
     peer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
     theirs = make(peer)
@@ -82,7 +82,7 @@ VALUES = st.lists(st.one_of(st.sampled_from([0.0, 1.0, 0.999, -1.0]), st.floats(
 
 @settings(STEADY, max_examples=300)
 @given(MEMBERS, VALUES)
-def test_a_plateau_is_torchs(members: dict[str, Any], values: list[float]) -> None:
+def test_a_plateau_equals_torchs(members: dict[str, Any], values: list[float]) -> None:
     h = SGD(lr=LR, schedule=Plateau(metric="loss", warmup_steps=3, **members))
     peer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
     theirs = lr_scheduler.ReduceLROnPlateau(peer, **members)
@@ -98,31 +98,31 @@ def test_a_plateau_is_torchs(members: dict[str, Any], values: list[float]) -> No
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adamw", "gpa_adamw"])
 @pytest.mark.parametrize("averaging", [{}, {"averaging": {"name": "polyak"}}])
-def test_a_plateau_is_a_groups_own(algorithm: str, averaging: dict[str, Any]) -> None:
-    """A group takes a tenth of the learning rate when its metric says so; the others go on."""
+def test_a_plateau_is_of_one_group(algorithm: str, averaging: dict[str, Any]) -> None:
+    """A group's learning rate falls to a tenth by its metric; the others' stay."""
     if algorithm == "gpa_adamw" and averaging:
         pytest.skip("it is an average itself")
     plateau = {"name": "plateau", "metric": "loss", "patience": 0}
     spec = {"algorithm": algorithm, "lr": 0.5, **averaging}
     weights = {name: torch.zeros(4, dtype=torch.float64) for name in ("matrix", "vector")}
-    twins = [Flat(spec, {"schedule": plateau}, weights), Flat(spec, {}, weights)]
-    for flat in twins:
+    both = [Flat(spec, {"schedule": plateau}, weights), Flat(spec, {}, weights)]
+    for flat in both:
         for metric, value in (("loss", 1.0), ("other", 2.0), ("loss", 2.0)):
             flat.observe(metric, value)
         flat.step({name: torch.ones(4, dtype=torch.float64) for name in weights})
-    reduced, plain = (flat.point("z") for flat in twins)
+    reduced, plain = (flat.point("z") for flat in both)
     torch.testing.assert_close(reduced["matrix"], plain["matrix"], rtol=0, atol=0)
     torch.testing.assert_close(reduced["vector"], plain["vector"] / 10)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_what_has_ended_stays_at_its_end(name: str) -> None:
+def test_a_schedule_stays_at_its_end(name: str) -> None:
     ours = schedule(name, total_steps=10, end_factor=0.25)
     assert [scheduled(LR, ours, k) for k in (10, 11, 2**53)] == pytest.approx([0.25 * LR] * 3)
     assert scheduled(LR, ours, 9) > 0.25 * LR
 
 
-def test_inverse_sqrt_is_the_transformers() -> None:
+def test_inverse_sqrt_equals_the_transformers() -> None:
     """arXiv 1706.03762, equation 3, scaled to reach the learning rate at the end of the warmup."""
     ours = schedule("inverse_sqrt", warmup_steps=40)
     for k in range(300):
@@ -139,7 +139,7 @@ def test_a_schedule_begins_when_the_warmup_ends(members: dict[str, Any], _: Make
     assert [scheduled(LR, warm, k + 30) for k in range(200)] == [scheduled(LR, cold, k) for k in range(200)]
 
 
-def test_cycles_that_grow_are_found_in_no_time() -> None:
+def test_growing_cycles_are_found_quickly() -> None:
     ours = schedule("cosine_restarts", cycle_steps=1, cycle_growth=2)
     assert scheduled(LR, ours, 2**53 - 1) == LR
     assert scheduled(LR, ours, 2**53 - 2) == pytest.approx(0, abs=1e-12)
@@ -178,7 +178,7 @@ BASELINES: dict[str, tuple[type[torch.optim.Optimizer], st.SearchStrategy[dict[s
 
 
 class Model(nn.Module):
-    """200 elements."""
+    """Weights of 200 elements."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -188,8 +188,8 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize(("averaging", "options"), AVERAGES)
 @pytest.mark.parametrize("algorithm", BASELINES)
-def test_x_is_torchs_averaged_model(algorithm: str, averaging: dict[str, Any], options: dict[str, Any]) -> None:
-    """Of a baseline with a schedule: in fp64 to rounding, in fp32 as far as torch's own fp32 allows."""
+def test_x_equals_torchs_averaged_model(algorithm: str, averaging: dict[str, Any], options: dict[str, Any]) -> None:
+    """For a baseline with a schedule: in fp64 within rounding, in fp32 within torch's own error."""
     make, hyperparameters = BASELINES[algorithm]
 
     @STEADY
@@ -224,7 +224,7 @@ def test_x_is_torchs_averaged_model(algorithm: str, averaging: dict[str, Any], o
     compared()
 
 
-def test_groups_average_each_in_its_own_way() -> None:
+def test_groups_may_have_different_averages() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(5, generator=generator, dtype=torch.float64) for name in ("matrix", "vector")}
     spec = {"algorithm": "sgd", "lr": 0.1, "averaging": {"name": "polyak"}}

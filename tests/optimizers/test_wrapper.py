@@ -82,15 +82,15 @@ wrappers = st.fixed_dictionaries(
 
 
 def weights() -> dict[str, Tensor]:
-    """200 elements in two groups."""
+    """Weights of 200 elements in two groups."""
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator) for name, shape in (("matrix", (7, 17)), ("vector", (81,)))}
 
 
-def twins(
+def references_of(
     make: Callable[..., torch.optim.Optimizer], first: dict[str, Any], second: dict[str, Any], **options: Any
 ) -> dict[str, OverTorch]:
-    """A twin for each tensor, with the hyperparameters of its group."""
+    """A reference for each tensor, with the hyperparameters of its group."""
     groups = {"default": first, "second": second}
     return {
         name: OverTorch(weight, partial(make, **groups[GROUPS[name]]), **options) for name, weight in weights().items()
@@ -98,19 +98,19 @@ def twins(
 
 
 def compare(spec: dict[str, Any], second: dict[str, Any], references: dict[str, OverTorch], damped: bool) -> None:
-    """Plays the same gradients to the compiled rule, to torch's evaluation of it in fp64, and to the twins."""
+    """Takes the same steps by the compiled rule, by torch's evaluation of it in fp64, and by the references."""
     flat = Flat(spec, second, weights())
     exact = Flat(spec, second, {name: weight.double() for name, weight in weights().items()})
     generator = torch.Generator().manual_seed(1)
     for number in range(STEPS):
-        gradients = {name: torch.randn(twin.x.shape, generator=generator) for name, twin in references.items()}
+        gradients = {name: torch.randn(each.x.shape, generator=generator) for name, each in references.items()}
         damping = 1 / (1 + number % 5) if damped else 1.0
         flat.step(gradients, damping=damping)
         exact.step({name: gradient.double() for name, gradient in gradients.items()}, damping=damping)
-        for name, twin in references.items():
-            twin.step(gradients[name], damping)
-    for name, twin in references.items():
-        for point, expected in (("x", twin.x), ("y", twin.y), ("z", twin.z)):
+        for name, each in references.items():
+            each.step(gradients[name], damping)
+    for name, each in references.items():
+        for point, expected in (("x", each.x), ("y", each.y), ("z", each.z)):
             torch.testing.assert_close(exact.point(point)[name], expected, rtol=1e-9, atol=1e-10)
             torch.testing.assert_close(flat.point(point)[name], expected.float(), rtol=1e-4, atol=2e-5)
 
@@ -126,18 +126,18 @@ def test_the_wrapper_is_schedule_free_over_torchs_optimizer(algorithm: str) -> N
         options = {"beta" if name == "momentum" else name: value for name, value in wrapper.items()}
         options["decay_at_y"] = options.pop("weight_decay_at_y")
         first, second = {"lr": lr, **base}, {"lr": lr / 2, **base}
-        compare(spec, {"base": {"lr": lr / 2}}, twins(make, first, second, **options), damped)
+        compare(spec, {"base": {"lr": lr / 2}}, references_of(make, first, second, **options), damped)
 
     compared()
 
 
-def test_a_nesterov_base_is_torchs() -> None:
+def test_a_nesterov_base_equals_torchs() -> None:
     base = {"lr": 0.01, "momentum": 0.9, "nesterov": True}
     spec = {"algorithm": "schedule_free_wrapper", "base": {"algorithm": "sgd", **base}}
-    compare(spec, {}, twins(torch.optim.SGD, base, base, beta=0.9), damped=True)
+    compare(spec, {}, references_of(torch.optim.SGD, base, base, beta=0.9), damped=True)
 
 
-def test_primal_averaging_is_the_papers() -> None:
+def test_primal_averaging_equals_the_papers() -> None:
     @STEADY
     @given(
         st.fixed_dictionaries({"lr": rates, "betas": betas, "eps": epsilons, "weight_decay": decays}),
@@ -148,13 +148,13 @@ def test_primal_averaging_is_the_papers() -> None:
     def compared(adamw: dict[str, Any], mu_y: float, mu_x: float, damped: bool) -> None:
         spec = {"algorithm": "gpa_adamw", "mu_y": mu_y, "mu_x": mu_x, **adamw}
         second = {"lr": 0.001, "weight_decay": 0.0}
-        references = twins(torch.optim.AdamW, adamw, {**adamw, **second}, beta=mu_y, mu_x=mu_x)
+        references = references_of(torch.optim.AdamW, adamw, {**adamw, **second}, beta=mu_y, mu_x=mu_x)
         compare(spec, second, references, damped)
 
     compared()
 
 
-def test_primal_averaging_over_sgd_is_the_papers() -> None:
+def test_primal_averaging_over_sgd_equals_the_papers() -> None:
     @STEADY
     @given(
         st.fixed_dictionaries({"lr": rates, "weight_decay": decays}),
@@ -165,14 +165,14 @@ def test_primal_averaging_over_sgd_is_the_papers() -> None:
     def compared(sgd: dict[str, Any], mu_y: float, mu_x: float, damped: bool) -> None:
         spec = {"algorithm": "gpa_sgd", "mu_y": mu_y, "mu_x": mu_x, **sgd}
         second = {"lr": 0.001, "weight_decay": 0.0}
-        references = twins(torch.optim.SGD, sgd, {**sgd, **second}, beta=mu_y, mu_x=mu_x)
+        references = references_of(torch.optim.SGD, sgd, {**sgd, **second}, beta=mu_y, mu_x=mu_x)
         compare(spec, second, references, damped)
 
     compared()
 
 
 def test_primal_averaging_with_one_weight_is_nesterov_momentum() -> None:
-    """With the default hyperparameters it is DiLoCo's outer optimizer with its own."""
+    """With the defaults of both, it equals DiLoCo's outer optimizer."""
     primal, nesterov = (Flat({"algorithm": name}, {}, weights()) for name in ("gpa_sgd", "diloco"))
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
@@ -192,10 +192,10 @@ PACKAGE = [
 
 @pytest.mark.parametrize("decay_at_y", [0.0, 0.1])
 @pytest.mark.parametrize(("algorithm", "make", "base"), PACKAGE)
-def test_x_and_y_are_those_of_the_packages_wrapper(
+def test_x_and_y_equal_the_packages_wrappers(
     algorithm: str, make: type[torch.optim.Optimizer], base: dict[str, Any], decay_at_y: float
 ) -> None:
-    """In fp64, for the bases with which the package works."""
+    """In fp64, for the bases that the package works with."""
     generator = torch.Generator().manual_seed(0)
     initial = torch.randn(200, generator=generator, dtype=torch.float64)
     parameter = nn.Parameter(initial.clone())

@@ -54,7 +54,7 @@ class FaultyStorage(Storage):
         self._fault = Fault(self._operations - 1, "before", is_only=True)
 
     def _begin(self) -> When | None:
-        """Counts an operation; says when it is to fail, and fails at once if that is now."""
+        """Counts an operation, and returns when it is to fail; where that is before its effect, it fails here."""
         number, fault = self._operations, self._fault
         self._operations += 1
         if number < fault.at or (fault.is_only and number > fault.at):

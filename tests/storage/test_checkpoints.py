@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and equal to the run that wrote them, in however many parts."""
+"""Checkpoints: whole or not there, and equal to the state that was written, in any number of parts."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ from meanwhile import at_once
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("form", PLAIN)
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (3, 2), (3, 1)])
-def test_going_on_from_a_checkpoint_is_never_having_stopped(
+def test_a_run_continued_from_a_checkpoint_equals_one_that_never_stopped(
     storage: Storage, form: str, batch: int, before: int, after: int
 ) -> None:
-    go_on(storage, form, batch, before, after)
+    compare_continued(storage, form, batch, before, after)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in PLAIN])
 def test_all_state_of_every_rule_is_in_a_checkpoint(storage: Storage, form: str) -> None:
-    go_on(storage, form, batch=4, before=3, after=2)
+    compare_continued(storage, form, batch=4, before=3, after=2)
 
 
-def go_on(storage: Storage, form: str, batch: int, before: int, after: int) -> None:
-    """Stops a run of some shards, goes on with others, and compares it with one that never stopped."""
+def compare_continued(storage: Storage, form: str, batch: int, before: int, after: int) -> None:
+    """Stops a run of `before` shards, continues it with `after`, and compares it with one that never stopped."""
 
     def run(count: int) -> list[Shard]:
         aggregation = {"policy": "buffered", "batch": batch}
@@ -168,7 +168,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("runs/run/checkpoints/*"))) == 2
 
 
-def test_what_was_never_completed_is_dropped_when_something_newer_is(storage: Storage) -> None:
+def test_an_incomplete_checkpoint_is_dropped_once_a_newer_one_is_complete(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=2)
     begin, end = bounds(3)[0]
     for _ in range(4):
@@ -201,7 +201,7 @@ def test_a_later_epoch_is_newer_than_a_later_step(storage: Storage) -> None:
     assert [(each.epoch, each.step) for each in checkpoints.all()] == [(1, 5), (2, 2)]
 
 
-def test_of_two_epochs_with_a_step_the_newer_is_gone_back_to(storage: Storage) -> None:
+def test_a_step_names_the_checkpoint_of_its_newest_epoch(storage: Storage) -> None:
     made, checkpoints = shard(), Checkpoints(storage, "run", keep=5)
     for epoch in (1, 2):
         made.load(made.copy_state(), epoch)
@@ -209,7 +209,7 @@ def test_of_two_epochs_with_a_step_the_newer_is_gone_back_to(storage: Storage) -
     assert checkpoints.at(0) == (2, 0, 0)
 
 
-def test_the_same_part_twice_is_one(tmp_path: Path) -> None:
+def test_a_whole_part_is_not_written_again(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
     size = checkpoints.write(made.copy_state(), 0, 37, 37, {})
     assert size == files(tmp_path, ".safetensors")[0].stat().st_size
@@ -277,7 +277,7 @@ while True:
 
 
 @pytest.mark.slow
-def test_killed_while_it_writes_it_leaves_a_newest_that_is_whole(
+def test_a_process_killed_while_it_writes_leaves_a_whole_newest_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for count in (1, 4, 7):
@@ -364,7 +364,7 @@ def test_without_checkpoints(storage: Storage) -> None:
     checkpoints.remove()
 
 
-def test_an_orderly_shutdown_is_remembered_of_each_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_orderly_shutdown_is_recorded_for_each_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(LocalStorage(tmp_path), "run", keep=1)
     for seq, (begin, end) in enumerate(bounds(2)):
         checkpoints.mark_closed(begin, end, epoch=3, seq=seq)

@@ -1,4 +1,4 @@
-"""Damage to a checkpoint's files: whatever it is, it is noticed, skipped and said so."""
+"""Damage to a checkpoint's files: all of it is noticed, skipped and logged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DAMAGES = [truncate, flip_a_bit, append, make_a_directory, Path.unlink]
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_damaged_checkpoint_is_skipped_and_said_so(
+def test_a_damaged_checkpoint_is_skipped_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str, index: int, damage: Callable[[Path], None]
 ) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said_so(
         assert loaded.step == (1 if other == index else 2)
 
 
-def test_what_is_damaged_in_one_part_is_taken_from_another(tmp_path: Path) -> None:
+def test_elements_of_a_damaged_part_are_taken_from_another(tmp_path: Path) -> None:
     made, checkpoints = shard(), Checkpoints(LocalStorage(tmp_path), "run", keep=5)
     advance(made, 2)
     copy = made.copy_state()
@@ -155,7 +155,7 @@ def changed(**fields: Any) -> Callable[[dict[str, Any]], bytes]:
         changed(receipts=[[1, 2]]),
     ],
 )
-def test_a_manifest_of_any_shape_is_skipped_and_said_so(
+def test_a_manifest_with_any_content_is_skipped_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[dict[str, Any]], bytes]
 ) -> None:
     checkpoints = Checkpoints(LocalStorage(tmp_path), "run", keep=5)

@@ -25,7 +25,7 @@ def test_a_path_and_a_file_url_are_directories(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["nothing://like/that", "simplecache::nothing://like/that"])
-def test_a_protocol_that_nothing_speaks_is_refused_at_once(place: str) -> None:
+def test_an_unknown_protocol_is_refused_at_once(place: str) -> None:
     with pytest.raises(ValueError, match="nothing"):
         open_storage(place)
 
@@ -67,7 +67,7 @@ def test_a_file_can_be_replaced(storage: Storage) -> None:
     assert storage.names("") == ["file"]
 
 
-def test_what_is_not_there(storage: Storage) -> None:
+def test_missing_files_and_directories(storage: Storage) -> None:
     for path in ("none", "none/deeper"):
         with pytest.raises(FileNotFoundError):
             storage.read(path)
@@ -77,7 +77,7 @@ def test_what_is_not_there(storage: Storage) -> None:
         storage.remove(path)
 
 
-def test_names_are_those_directly_inside(storage: Storage) -> None:
+def test_names_are_of_files_and_directories_directly_inside(storage: Storage) -> None:
     for path in ("d/b", "d/a", "d/c/deep/er", "dd/e", "d/.hidden"):
         storage.write(path, [b"x"])
     assert storage.names("d") == ["a", "b", "c"]
@@ -138,7 +138,7 @@ def test_a_directory_where_a_file_should_be_is_no_fault_of_the_medium(storage: S
         file.read()
 
 
-def test_what_can_be_written_is_left_as_it_was(storage: Storage) -> None:
+def test_requiring_a_writable_medium_changes_nothing(storage: Storage) -> None:
     storage.require_writable()
     assert storage.names("") == []
     storage.write("file", [b"x"])
@@ -146,7 +146,7 @@ def test_what_can_be_written_is_left_as_it_was(storage: Storage) -> None:
     assert storage.names("") == ["file"]
 
 
-def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_requiring_a_writable_medium_leaves_no_file(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     at_once(*[storage.require_writable] * 4)
     assert list(tmp_path.iterdir()) == []
@@ -157,8 +157,8 @@ def test_a_password_in_the_url_is_not_shown() -> None:
     assert str(storage) == "simplecache::ftp://127.0.0.1:1/place"
 
 
-def test_threads_have_their_writes_to_themselves(storage: Storage) -> None:
-    """One's failure neither undoes nor publishes what others write."""
+def test_writes_of_several_threads_are_independent(storage: Storage) -> None:
+    """The failure of one neither undoes nor publishes those of others."""
     barrier = threading.Barrier(8)
     failed: list[int] = []
 
@@ -197,7 +197,7 @@ def test_threads_remove_the_same_tree_at_the_same_time(storage: Storage) -> None
     assert storage.names("") == []
 
 
-def test_whatever_a_backend_raises_makes_the_storage_unavailable() -> None:
+def test_any_exception_of_a_backend_makes_the_storage_unavailable() -> None:
     """A server that hangs up makes ftplib raise EOFError."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         storage = open_storage(f"ftp://127.0.0.1:{listener.getsockname()[1]}/place")
@@ -237,7 +237,7 @@ open_storage(sys.argv[1]).write("directory/file", pieces())
 """
 
 
-def test_killed_in_the_middle_of_a_write_it_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_process_killed_while_it_writes_leaves_what_was_there(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     for before in (None, b"whole"):
         if before is not None:

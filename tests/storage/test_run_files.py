@@ -1,4 +1,4 @@
-"""What storage knows of runs beside their checkpoints, and what is left of one that is removed."""
+"""Run files and last epochs, and the removal of a run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import pytest
 
 from checkpointed import shard, write
 from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.media import Storage
 from freestep_service.storage.run_files import LastEpochs, RunFile
 
 
-def test_nothing_is_left_of_a_run_that_was_removed_and_all_of_the_others(storage: Storage) -> None:
+def test_removing_a_run_removes_all_of_its_files_and_no_others(storage: Storage) -> None:
     for run in ("run", "run-2"):
         RunFile("{}", 3, 2).write(storage, run)
         checkpoints = Checkpoints(storage, run, keep=1)
@@ -29,7 +30,7 @@ def test_a_run_file_is_read_back(storage: Storage) -> None:
     assert RunFile.read(storage, "run") == RunFile("{}", 3, 17)
     for text in (b"", b"[1]", b"\xff", b"[" * 100_000, b'{"spec": "{}", "epoch": "3", "shards": 1}', b'{"spec": "{}"}'):
         storage.write("runs/run/run.json", [text])
-        with pytest.raises(ValueError, match="RunFile"):
+        with pytest.raises(Damaged, match="RunFile"):
             RunFile.read(storage, "run")
 
 
@@ -39,3 +40,7 @@ def test_the_last_epoch_of_a_deleted_run_is_read_back(storage: Storage) -> None:
     epochs.write("run", 3)
     epochs.write("other", 5)
     assert (epochs.read("run"), epochs.read("other")) == (3, 5)
+    for text in (b"", b"three", b"\xff", b"3.5"):
+        storage.write("deleted/run", [text])
+        with pytest.raises(Damaged, match="deleted/run holds no epoch"):
+            epochs.read("run")

@@ -2,7 +2,7 @@
 
 Several processes write and drop here at the same time. A checkpoint may have parts of several numbers of shards, and is
 loaded from those that cover the elements that are asked for. A damaged part is logged and skipped. A medium that cannot
-be read is not damage: it raises StorageUnavailable, lest a run go back to an older checkpoint than it has.
+be read is not damage: it raises StorageUnavailable, since the run would go back to an older checkpoint.
 
     runs/RUN/checkpoints/EPOCH-STEP-SEQ/         a checkpoint (inventory.py)
     runs/RUN/closed/BEGIN-END.json               the log entry at which an orderly shutdown left a shard
