@@ -235,7 +235,10 @@ class Ownership:
             index
             for index in range(view.count)
             if not view.is_owned(index)
-            or (view.field(index, "url") == self._node.url and view.field(index, "node") != self._node.id)
+            or (
+                view.field(index, "node") != self._node.id
+                and view.was_owned_by_predecessor(index, self._node.url, self._node.host)
+            )
         }
         self._missing_since.note(set(free))
         if free:
@@ -246,7 +249,7 @@ class Ownership:
         wanted: list[int] = []
         # Those whose state is still here come first.
         for index in sorted(free, key=lambda index: (index not in self._shards, index)):
-            was_mine = index in self._shards or view.field(index, "url") == self._node.url
+            was_mine = index in self._shards or view.was_owned_by_predecessor(index, self._node.url, self._node.host)
             is_left = was_mine or self._missing_since.age(index) > self._node.ttl_ms / 1000
             can_load = index in self._shards or "durable" not in view.run
             may_take = (left > 0 and not waits) or is_left

@@ -11,12 +11,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from freestep.api.models import RunSpec
-from freestep.errors import CoordinatorUnavailable, InvalidSpec, RunExists, RunNotFound, StorageUnavailable
+from freestep.errors import (
+    CoordinatorUnavailable,
+    InvalidSpec,
+    RunExists,
+    RunNotFound,
+    ShardUnavailable,
+    StorageUnavailable,
+)
 from freestep.wire.header import body_limit
 from freestep.wire.manifest import Manifest
 from freestep_service.coordination.opening import read_run
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import reachable
+from freestep_service.domain.run_view import DamagedRun
 from freestep_service.runs.background import Background
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
@@ -60,7 +68,11 @@ class Registry:
         if name not in self._runs:
             async with self._change(name):
                 if name not in self._runs:
-                    await self._open(name, is_from_elsewhere=True)
+                    try:
+                        await self._open(name, is_from_elsewhere=True)
+                    except DamagedRun as error:
+                        self._put_aside(name, str(error))
+                        raise ShardUnavailable(f"the run {name!r} cannot be opened: {error}", missing=[]) from None
         return self.get(name)
 
     def all(self) -> list[Run]:
