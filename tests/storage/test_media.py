@@ -12,7 +12,7 @@ import pytest
 
 from forked import Script
 from freestep_service.storage.media import FsspecStorage, LocalStorage, Storage, open_storage
-from meanwhile import at_once
+from meanwhile import DEADLINE_S, at_once, end
 
 
 def test_a_path_and_a_file_url_are_directories(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_file_where_a_directory_should_be_is_an_oserror(storage: Storage) -> N
 
 def test_threads_have_their_writes_to_themselves(storage: Storage) -> None:
     """One's failure neither undoes nor publishes what others write."""
-    barrier = threading.Barrier(8)
+    barrier = threading.Barrier(8, timeout=DEADLINE_S)
     failed: list[int] = []
 
     def pieces(index: int) -> Iterator[bytes]:
@@ -186,7 +186,7 @@ def test_what_a_backend_raises_is_an_oserror() -> None:
         for call in calls:
             with pytest.raises(OSError, match="EOFError"):
                 call()
-        server.join()
+        end(server)
 
 
 WRITER = """
