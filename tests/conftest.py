@@ -35,9 +35,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadService]:
+def shared() -> list[ThreadService]:
+    """The services that tests share, one of those that have a store in common."""
+    return []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_no_runs(shared: list[ThreadService]) -> Iterator[None]:
+    """Deletes what the tests of a module leave on shared services: every run there costs time until the end."""
+    yield
+    for service in shared:
+        service.delete_runs()
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, shared: list[ThreadService]) -> Iterator[ThreadService]:
     """A service that tests share; each uses runs of its own."""
     running = ThreadService(tmp_path_factory.mktemp("data"))
+    shared.append(running)
     yield running
     running.stop()
 
@@ -99,7 +114,9 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ThreadService]]:
 
 
 @pytest.fixture(scope="session")
-def shared_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[ThreadService]]]:
+def shared_nodes(
+    tmp_path_factory: pytest.TempPathFactory, shared: list[ThreadService]
+) -> Iterator[Callable[..., list[ThreadService]]]:
     """Services that have a store and their runs in common, for tests that use runs of their own.
 
     Each number of services on a kind of store with the same settings is started once, and ends with the tests.
@@ -122,6 +139,7 @@ def shared_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
                     for number in range(count)
                 ]
                 stack.callback(ThreadService.stop_all, made[key])
+                shared.append(made[key][0])
             return made[key]
 
         yield nodes

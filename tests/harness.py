@@ -87,6 +87,12 @@ class ThreadService:
             # A key may end between two commands; its type is none then.
             return {key: read[kind](client, key) for key, kind in types.items() if kind != "none"}
 
+    def delete_runs(self) -> None:
+        """Deletes all runs."""
+        with httpx.Client(base_url=self.url, verify=self.trusted) as http:
+            for run in self.app.state.registry.all():
+                http.delete(f"/v1/runs/{run.name}")
+
     def stop(self) -> None:
         """Shuts down in order; once is enough."""
         self._server.should_exit = True

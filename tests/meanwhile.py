@@ -70,7 +70,7 @@ def wait_until(condition: Callable[[], bool], pause_s: float | None = None) -> N
 def wait_for(event: threading.Event, reason: str) -> None:
     """Waits for an event. Raises TimeoutError with the reason after DEADLINE_S."""
     if not event.wait(DEADLINE_S):
-        raise TimeoutError(f"{reason} not after {DEADLINE_S:g} s")
+        raise TimeoutError(f"not so after {DEADLINE_S:g} s: {reason}")
 
 
 def end(thread: threading.Thread) -> None:

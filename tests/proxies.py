@@ -11,6 +11,7 @@ from typing import Any, Self
 import httpx
 
 from freestep import Client
+from meanwhile import end, wait_for
 
 
 class Cutter:
@@ -52,9 +53,9 @@ class Cutter:
                 passed += len(data)
         except OSError:
             pass
-        for end in (source, sink):
+        for connection in (source, sink):
             try:
-                end.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
 
@@ -70,9 +71,8 @@ class Cutter:
     ) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._accepting.join()
-        for thread in self._threads:
-            thread.join()
+        for thread in (self._accepting, *self._threads):
+            end(thread)
         for each in self._sockets:
             each.close()
 
@@ -127,14 +127,14 @@ class Delay:
             while waiting:
                 _, answered, released = waiting.pop()
                 answered.set()
-                released.wait()
+                wait_for(released, "the test lets the answer go on")
             near.sendall(data)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in self._threads:
-            thread.join()
+            end(thread)
         for near, far in self._pairs:
             near.close()
             far.close()

@@ -16,6 +16,7 @@ import httpx
 
 from freestep.bulk import pour
 from freestep.bulk_exchange import Body
+from meanwhile import DEADLINE_S, end, wait_for
 
 __all__ = ["ANSWERS", "LARGE", "Peer", "Script", "Server", "Sink", "assert_", "post", "poured"]
 
@@ -66,6 +67,8 @@ class Peer:
         """Whether the client has closed the connection; waits for that, or for more of it."""
         try:
             return not self.connection.recv(1)
+        except TimeoutError:
+            return False
         except OSError:
             return True
 
@@ -95,6 +98,7 @@ class Server:
         for script, over in zip(scripts, self._over, strict=True):
             try:
                 connection, _ = self._listener.accept()
+                connection.settimeout(DEADLINE_S)
                 with connection:
                     if self._context is None:
                         script(Peer(connection))
@@ -107,13 +111,13 @@ class Server:
 
     def wait_for(self, script: int) -> None:
         """Until a script has returned and its connection is closed."""
-        self._over[script].wait()
+        wait_for(self._over[script], f"script {script} has returned")
 
     def close(self) -> None:
         self._thread.join(10)
         # Fails it where a connection that it waits for has never come.
         self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+        end(self._thread)
         self._listener.close()
         if self._failures:
             raise self._failures[0]

@@ -13,9 +13,10 @@ import pytest
 
 from freestep.bulk import BulkTransport, pour
 from freestep.errors import MalformedTensors
-from scripted import ANSWERS, LARGE, Peer, Server, Sink, assert_, post, poured
 
 # What is sent, and how answers end
+from meanwhile import DEADLINE_S, wait_for
+from scripted import ANSWERS, LARGE, Peer, Server, Sink, assert_, post, poured
 
 
 @pytest.mark.parametrize("pieces", [[], [b""], [b"head", b"body"], [b"", b"a", b"b" * 70_000, b"c"], [b"head", LARGE]])
@@ -221,7 +222,7 @@ def test_a_server_that_takes_nothing_is_waited_for_as_long_as_the_write_timeout(
     serve: Callable[..., Server], http: httpx.Client
 ) -> None:
     over = threading.Event()
-    server = serve(lambda peer: assert_(over.wait()))
+    server = serve(lambda peer: assert_(over.wait(DEADLINE_S)))
     with pytest.raises(httpx.WriteTimeout):
         post(http, server.url, LARGE, timeout=httpx.Timeout(30, write=0.05))
     over.set()
@@ -231,7 +232,7 @@ def test_a_server_that_shakes_no_hands_is_waited_for_as_long_as_the_connect_time
     serve: Callable[..., Server], http: httpx.Client
 ) -> None:
     over = threading.Event()
-    server = serve(lambda peer: assert_(over.wait()))
+    server = serve(lambda peer: assert_(over.wait(DEADLINE_S)))
     with pytest.raises(httpx.ConnectTimeout):
         http.get(f"https://127.0.0.1:{server.port}", timeout=httpx.Timeout(30, connect=0.05))
     over.set()
@@ -277,8 +278,8 @@ def test_an_answer_that_comes_before_the_end_of_the_body_is_heard(
         if ending == "resets":
             peer.reset()
         elif ending == "keeps":
-            # Not sooner: who reads as fast as the client sends may have all before the client looks up.
-            heard.wait()
+            # Not sooner: a server that reads as fast as the client sends may have all before the client looks up.
+            wait_for(heard, "the client has its answer")
             drained = 100_000
             while part := peer.connection.recv(1 << 20):
                 drained += len(part)

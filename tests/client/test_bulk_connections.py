@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import httpx
 import pytest
 
-from freestep import Client
+from freestep import Client, RunNotFound
 from freestep.bulk import BulkTransport, direct_mounts
 from harness import ThreadService
 from meanwhile import at_once
@@ -75,7 +75,8 @@ def test_a_hundred_threads_share_a_client(service: ThreadService) -> None:
 
         def ask() -> None:
             for _ in range(3):
-                client.runs()
+                with pytest.raises(RunNotFound):
+                    client.run("none").status()
 
         at_once(*[ask] * 128)
 

@@ -13,6 +13,7 @@ import trustme
 
 from freestep.bulk import BulkTransport, pour
 from freestep.bulk_exchange import Body
+from meanwhile import DEADLINE_S, wait_for
 from scripted import LARGE, Peer, Server, Sink, assert_, post
 
 
@@ -60,7 +61,7 @@ def test_a_refusal_over_tls_ends_the_body(
     def script(peer: Peer) -> None:
         peer.head()
         peer.answer("too large", "413 Content Too Large")
-        assert is_heard.wait(60)
+        wait_for(is_heard, "the client has its answer")
         with suppress(OSError):
             while size := len(peer.connection.recv(1 << 20)):
                 read.append(size)
@@ -79,7 +80,7 @@ def test_a_server_that_takes_nothing_over_tls_is_waited_for_as_long_as_the_write
     serve: Callable[..., Server], authority: trustme.CA, context: ssl.SSLContext
 ) -> None:
     over = threading.Event()
-    server = serve(lambda peer: assert_(over.wait()), context=context)
+    server = serve(lambda peer: assert_(over.wait(DEADLINE_S)), context=context)
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
     with httpx.Client(transport=BulkTransport(verify=trusting)) as http, pytest.raises(httpx.WriteTimeout):

@@ -40,7 +40,7 @@ from freestep.api.models import Metric, MetricReceipt, ParameterSpec
 from freestep.flat import DTYPES
 from freestep.wire.manifest import Manifest
 from harness import ThreadService
-from meanwhile import wait_until
+from meanwhile import end, wait_until
 from plain_calls import SGD, TENSORS
 from proxies import Cutter
 
@@ -203,7 +203,7 @@ def answering(asked: list[tuple[str, str | None]]) -> Iterator[Callable[..., str
     """A server that gives listed answers; returns its URL."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
     server.asked = asked  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
 
     def listed(*answers: tuple[int, dict[str, str], bytes]) -> str:
@@ -212,7 +212,7 @@ def answering(asked: list[tuple[str, str | None]]) -> Iterator[Callable[..., str
 
     yield listed
     server.shutdown()
-    thread.join()
+    end(thread)
     server.server_close()
 
 

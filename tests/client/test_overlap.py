@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from freestep import Client, EvalMode, Flat, Int8, RemoteOptimizer, Rounded, Run, TopK
 from freestep.encoders import Encoder
 from harness import ThreadService
-from meanwhile import under_way
+from meanwhile import end, under_way, wait_for
 from overlapped import Counting, what
 from trained import held
 
@@ -42,7 +42,7 @@ class Gate:
     def _pass(self, request: httpx.Request) -> None:
         if request.url.path.endswith("/gradients"):
             self.reached.set()
-            self.is_open.wait()
+            wait_for(self.is_open, "the gate is open")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def gate(service: ThreadService) -> Iterator[Gate]:
         made.is_open.set()
         for thread in threading.enumerate():
             if thread.name == "freestep-push":
-                thread.join()
+                end(thread)
 
 
 # What is computed
@@ -161,7 +161,7 @@ def test_the_push_travels_while_its_caller_goes_on(remotely: Callable[..., Remot
     model = Counting()
     optimizer = remotely(model, client=gate.client)
     model.push(optimizer)
-    gate.reached.wait()
+    wait_for(gate.reached, "a push is at the gate")
     assert model.count.grad is not None
     model.count.grad.fill_(5.0)
     optimizer.zero_grad(set_to_none=False)
@@ -179,7 +179,7 @@ def test_large_gradients_are_copied_too(remotely: Callable[..., RemoteOptimizer]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(overlap=True)
-    gate.reached.wait()
+    wait_for(gate.reached, "a push is at the gate")
     optimizer.zero_grad(set_to_none=False)
     gate.is_open.set()
     optimizer.flush()
@@ -190,7 +190,7 @@ def test_a_closure_is_evaluated_while_the_push_travels(remotely: Callable[..., R
     model = Counting()
     optimizer = remotely(model, client=gate.client)
     model.push(optimizer)
-    gate.reached.wait()
+    wait_for(gate.reached, "a push is at the gate")
 
     def closure() -> float:
         assert model.counted == 0
@@ -266,6 +266,6 @@ def test_a_block_that_an_error_ends_waits_for_nothing(
     with pytest.raises(KeyError, match="mine"):
         with remotely(model, client=gate.client) as optimizer:
             model.push(optimizer)
-            gate.reached.wait()
+            wait_for(gate.reached, "a push is at the gate")
             raise KeyError("mine")
     assert run.workers() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,13 +19,19 @@ def store(tmp_path: Path) -> Iterator[ValkeyServer]:
 
 
 @pytest.fixture
-def run_of() -> Iterator[Callable[..., Run]]:
-    """Clients' views of a run; their connections end with the test."""
+def name() -> str:
+    """The name of the test's run."""
+    return f"counted-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def run_of(name: str) -> Iterator[Callable[..., Run]]:
+    """Clients' views of the test's run, or of another; their connections end with the test."""
     clients: list[Client] = []
 
-    def open_(url: str, name: str = "counted") -> Run:
+    def open_(url: str, suffix: str = "") -> Run:
         clients.append(Client(url, retry_for=60))
-        return clients[-1].run(name)
+        return clients[-1].run(name + suffix)
 
     yield open_
     for client in clients:

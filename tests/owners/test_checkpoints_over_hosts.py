@@ -17,9 +17,9 @@ from plain_calls import Api
 
 
 def test_checkpoints_are_one_cut_however_many_push(
-    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+    shared_nodes: Callable[..., list[ThreadService]], run_of: Callable[..., Run]
 ) -> None:
-    nodes = [start_service(redis_url=url_of(store), checkpoints_kept=100) for _ in range(3)]
+    nodes = shared_nodes(3, checkpoints_kept=100)
     run = run_of(nodes[0].url)
     create(run, 3)
     with pushing([run_of(node.url) for node in nodes]):
@@ -53,6 +53,7 @@ def test_a_host_takes_no_shard_that_it_could_not_load(
     start_process: Callable[..., ProcessService],
     connect: Callable[..., Api],
     run_of: Callable[..., Run],
+    name: str,
     tmp_path: Path,
 ) -> None:
     """Hosts with disks of their own: each shard comes back where its checkpoints are."""
@@ -65,8 +66,8 @@ def test_a_host_takes_no_shard_that_it_could_not_load(
     push(run)
     [lost] = [index for index, url in enumerate(owners(run)) if url == nodes[1].url]
     nodes[1].kill()
-    api = connect(nodes[0].url, "counted")
-    beats = "freestep:{counted}:shards"
+    api = connect(nodes[0].url, name)
+    beats = api.redis_key("shards")
     with Redis.from_url(url_of(store), decode_responses=True) as client:
         wait_until(lambda: api.http.get(api.path("/topology")).json()["missing"] == [lost])
         # More than twice as long as it would wait before it took what nobody else does.

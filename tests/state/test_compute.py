@@ -9,6 +9,7 @@ import torch
 
 from forked import Script
 from freestep_service.state.compute import HOST, DeviceLocks
+from meanwhile import DEADLINE_S
 
 THREADS = """
 import os, torch
@@ -35,7 +36,7 @@ def test_a_thread_that_computes_has_no_helpers() -> None:
 
 def test_one_computes_at_a_time_on_a_device() -> None:
     locks, at_work, most = DeviceLocks(), 0, 0
-    both = threading.Barrier(2)
+    both = threading.Barrier(2, timeout=DEADLINE_S)
 
     def work() -> None:
         nonlocal at_work, most

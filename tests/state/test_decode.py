@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -87,9 +88,15 @@ def test_tensors_of_one_dtype_are_left_as_they_came(numel: int, dtype: torch.dty
 @pytest.mark.parametrize("block", [1, 3, 256, CHUNK, CHUNK + 1, 10**9])
 @pytest.mark.parametrize("numel", SIZES)
 def test_int8_is_multiplied_by_its_scales(numel: int, block: int, device: torch.device) -> None:
+    body, expected = encoded_as_int8(numel, block)
+    assert_measured(received(body, numel, device), expected)
+
+
+@cache
+def encoded_as_int8(numel: int, block: int) -> tuple[bytes, list[Tensor]]:
+    """Random tensors as a body, and what it says; the plain encoder takes seconds for short blocks."""
     items, metadata = int8(random_tensors(numel), block)
-    said = decoded(items, metadata, dict.fromkeys(NAMES, (numel,)))
-    assert_measured(received(assemble(items, metadata), numel, device), list(said.values()))
+    return assemble(items, metadata), list(decoded(items, metadata, dict.fromkeys(NAMES, (numel,))).values())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])

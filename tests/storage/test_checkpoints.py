@@ -34,7 +34,7 @@ from freestep_service.state.shard import Shard
 from freestep_service.storage.checkpoints import Checkpoints, id_of
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.media import LocalStorage, Storage
-from meanwhile import at_once
+from meanwhile import DEADLINE_S, at_once
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -326,7 +326,7 @@ def test_threads_write_list_and_drop_at_the_same_time(storage: Storage, caplog: 
     for _ in range(10):
         advance(made, 1)
         copies.append(made.copy_state())
-    barrier = threading.Barrier(4)
+    barrier = threading.Barrier(4, timeout=DEADLINE_S)
 
     def work(index: int) -> None:
         begin, end = bounds(4)[index]

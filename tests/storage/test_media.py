@@ -13,7 +13,7 @@ import pytest
 from forked import Script
 from freestep.errors import StorageUnavailable
 from freestep_service.storage.media import FsspecStorage, LocalStorage, Storage, open_storage
-from meanwhile import at_once
+from meanwhile import DEADLINE_S, at_once, end
 
 
 def test_a_path_and_a_file_url_are_directories(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_password_in_the_url_is_not_shown() -> None:
 
 def test_writes_of_several_threads_are_independent(storage: Storage) -> None:
     """The failure of one neither undoes nor publishes those of others."""
-    barrier = threading.Barrier(8)
+    barrier = threading.Barrier(8, timeout=DEADLINE_S)
     failed: list[int] = []
 
     def pieces(index: int) -> Iterator[bytes]:
@@ -220,7 +220,7 @@ def test_any_exception_of_a_backend_makes_the_storage_unavailable() -> None:
             with pytest.raises(StorageUnavailable, match="EOFError") as raised:
                 call()
             assert isinstance(raised.value.__cause__, OSError)
-        server.join()
+        end(server)
 
 
 WRITER = """
