@@ -33,6 +33,9 @@ else:
         value = globals()[name] = getattr(import_module(_WITH_TORCH[name]), name)
         return value
 
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

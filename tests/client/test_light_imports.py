@@ -35,6 +35,7 @@ def test_names_that_need_torch_are_imported_when_they_are_used() -> None:
 
 @pytest.mark.parametrize("name", freestep.__all__)
 def test_every_public_name_is_there(name: str) -> None:
+    assert name in dir(freestep)
     assert getattr(freestep, name) is not None
 
 
