@@ -25,6 +25,10 @@ __all__ = ["Keeper"]
 logger = logging.getLogger("freestep")
 
 _HOUSEKEEPING_S = 0.1
+_IDLE_S = 0.5
+"""Seconds between two rounds of housekeeping where no lease is known to be live."""
+_SOONEST_HEARTBEAT_S = 0.02
+"""Seconds between two heartbeats at least, however many signals ask for one."""
 _SLOWEST_HEARTBEAT_S = 1.0
 
 
@@ -73,6 +77,8 @@ class Keeper:
                 self._recovery.must_catch_up = False
                 await self._try("its log", self._catch_up)
             await self._try("its heartbeat", self._ownership.keep)
+            if await self._stops(_SOONEST_HEARTBEAT_S):
+                return
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._pause_s):
                     await wanted.wait()
@@ -94,7 +100,7 @@ class Keeper:
 
     async def _keep_house(self) -> None:
         """Ends leases that have run out, and writes checkpoints that are due."""
-        while not await self._stops(_HOUSEKEEPING_S):
+        while not await self._stops(_IDLE_S if self._leases.are_idle else _HOUSEKEEPING_S):
             await self._try("its leases", self._leases.expire)
             if self._checkpointing.is_due():
                 self._context.background.spawn(self._checkpointing.write_or_retry(), "a checkpoint was not written")

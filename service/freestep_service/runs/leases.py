@@ -33,6 +33,11 @@ class Leases:
         self._next_look = 0.0
         """By the event loop's clock; before it no lease that is known of runs out."""
 
+    @property
+    def are_idle(self) -> bool:
+        """Whether no lease is known to be live."""
+        return not self._may_be_live
+
     async def grant(self, worker: str, ttl_ms: int | None) -> Lease:
         """Grants a lease, for the run's time to live unless another is given; the worker's older one is fenced off."""
         lease, evicted = await self._recovery.call(lambda: self._coordinator.grant(worker, ttl_ms or self._ttl_ms))
