@@ -13,8 +13,14 @@ from freestep_service.optimizers.kernels.slices import MIN_SLICE
 
 USUAL = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "sgd", "adamw"]
 """Forms whose rules are compiled at the start, and are tried at all sizes."""
-SIZES = [0, 1, 7, 15, 16, 17, 1000, 2 * MIN_SLICE - 1, 2 * MIN_SLICE, 3 * MIN_SLICE + 17]
-"""Around the width of vector instructions, and where a second thread is given a slice."""
+LARGE = 3 * MIN_SLICE + 17
+"""Elements of which each of three threads has a slice."""
+SIZES = [
+    *((numel, 1) for numel in (0, 1, 7, 15, 16, 17, 1000)),
+    *((numel, threads) for numel in (2 * MIN_SLICE - 1, 2 * MIN_SLICE) for threads in (1, 2)),
+    *((LARGE, threads) for threads in (1, 2, 3)),
+]
+"""(elements, threads): around the width of vector instructions, and where another thread is given a slice."""
 
 
 def random_vector(numel: int, seed: int) -> Tensor:

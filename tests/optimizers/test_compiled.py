@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from functools import lru_cache
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from forms import FORMS
 from freestep_service.optimizers import gather, square_sum
 from freestep_service.optimizers.kernels import points, sweep
 from freestep_service.optimizers.kernels.slices import MIN_SLICE
-from stretch import SIZES, USUAL, Stretch, random_vector
+from stretch import LARGE, SIZES, USUAL, Stretch, random_vector
 
 RARE = [form for form in FORMS if form not in USUAL]
+LARGE_BY_THREADS = [(LARGE, threads) for threads in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize(("numel", "threads"), SIZES, indirect=["threads"])
 @pytest.mark.parametrize("form", USUAL)
 def test_a_common_compiled_rule_equals_the_rule_in_fp64(form: str, numel: int, threads: int) -> None:
     compare_with_fp64(form, numel, atol=1e-6)
@@ -30,13 +32,11 @@ def test_any_compiled_rule_equals_the_rule_in_fp64(form: str) -> None:
 
 
 def compare_with_fp64(form: str, numel: int, atol: float) -> None:
-    weights = random_vector(numel, 2)
-    compiled, exact = (Stretch(form, each, 0, numel) for each in (weights, weights.double()))
+    exact, compiled = stepped_in_fp64(form, numel), Stretch(form, random_vector(numel, 2), 0, numel)
     for seed in range(3, 9):
         gradient = random_vector(numel, seed)
         kept = gradient.clone()
         compiled.step(gradient)
-        exact.step(gradient.double())
         assert torch.equal(gradient, kept)
     assert compiled.scalars == exact.scalars
     for name, buffer in compiled.buffers.items():
@@ -47,7 +47,16 @@ def compare_with_fp64(form: str, numel: int, atol: float) -> None:
         )
 
 
-@pytest.mark.parametrize("numel", [17, 1000, 3 * MIN_SLICE + 17])
+@lru_cache(maxsize=1)
+def stepped_in_fp64(form: str, numel: int) -> Stretch:
+    """The same for any number of threads, which are tried one after another."""
+    made = Stretch(form, random_vector(numel, 2).double(), 0, numel)
+    for seed in range(3, 9):
+        made.step(random_vector(numel, seed).double())
+    return made
+
+
+@pytest.mark.parametrize(("numel", "threads"), [(17, 1), (1000, 1), *LARGE_BY_THREADS], indirect=["threads"])
 @pytest.mark.parametrize("form", USUAL)
 def test_shards_of_a_common_rule_equal_the_whole(form: str, numel: int, threads: int) -> None:
     compare_with_parts(form, numel)
@@ -90,7 +99,7 @@ def test_torch_evaluates_a_rule_a_chunk_at_a_time(form: str, monkeypatch: pytest
         assert torch.equal(chunked.point(name, torch.float64), expected)
 
 
-@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize(("numel", "threads"), SIZES, indirect=["threads"])
 def test_gathering_is_a_weighted_sum(numel: int, threads: int) -> None:
     gradients = [random_vector(numel, seed) for seed in range(3)]
     shares = [0.3, 7.0, 0.01]
@@ -107,7 +116,7 @@ def test_gathering_is_a_weighted_sum(numel: int, threads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numel", [17, 3 * MIN_SLICE + 17])
+@pytest.mark.parametrize(("numel", "threads"), [(17, 1), *LARGE_BY_THREADS], indirect=["threads"])
 @pytest.mark.parametrize("form", USUAL)
 def test_a_step_converts_and_gathers_within_its_pass(form: str, numel: int, dtype: torch.dtype, threads: int) -> None:
     """Bit for bit like conversion to fp32, and gathering of a group's last push, in passes of their own."""
@@ -151,7 +160,7 @@ def test_an_element_that_is_not_finite_affects_no_other(form: str) -> None:
         assert torch.equal(buffer[~touched], plain.buffers[name][~touched])
 
 
-@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize(("numel", "threads"), SIZES, indirect=["threads"])
 def test_squares_are_summed_in_fp64(numel: int, threads: int) -> None:
     vector = random_vector(numel, 4)
     whole, middle = square_sum(vector), numel // 3

@@ -58,7 +58,7 @@ class SnapshotResponse(Response):
         request_headers: Mapping[str, str] | None = None,
         *,
         lines: Callable[[int], Mapping[str, str]] | None = None,
-        otherwise: Response | None = None,
+        otherwise: Callable[[], Response] | None = None,
     ) -> None:
         super().__init__(media_type=MEDIA_TYPE)
         self._shard = shard
@@ -75,7 +75,7 @@ class SnapshotResponse(Response):
             except Overloaded:
                 if self._otherwise is None:
                     raise
-                return await self._otherwise(scope, receive, send)
+                return await self._otherwise()(scope, receive, send)
             tag = etag(snapshot.epoch, snapshot.step, self._reading.point, self._reading.dtype)
             span = requested_span(self._request_headers, tag, snapshot.size)
             lines = {

@@ -59,8 +59,10 @@ async def push(request: Request) -> Response:
     def lines(step: int) -> dict[str, str]:
         return wishes.applied() | receipt_headers(outcome.receipt(step))
 
+    def receipt_only() -> Response:
+        return _receipt(outcome.receipt(), replace(wishes, representation=False))
+
     # A push does not wait for those who read: if no memory is free for y, its sender pulls it.
-    receipt_only = _receipt(outcome.receipt(), replace(wishes, representation=False))
     stall_s = await parsed.relay.stall_seconds(request)
     return SnapshotResponse(shard, outcome.reading, stall_s, lines=lines, otherwise=receipt_only)
 
