@@ -90,7 +90,7 @@ class ThreadService:
     def delete_runs(self) -> None:
         """Deletes all runs."""
         with httpx.Client(base_url=self.url, verify=self.trusted) as http:
-            for run in self.app.state.registry.all():
+            for run in self.registry.all():
                 http.delete(f"/v1/runs/{run.name}")
 
     def stop(self) -> None:

@@ -106,5 +106,5 @@ def test_a_group_may_have_another_period_but_not_other_state_vectors() -> None:
         }
 
     RunSpec.model_validate(spec(2, 3))
-    with pytest.raises(ValidationError, match="keep the same state"):
+    with pytest.raises(ValidationError, match="changes which state the optimizer keeps"):
         RunSpec.model_validate(spec(2, 1))
