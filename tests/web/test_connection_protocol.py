@@ -200,7 +200,7 @@ def test_an_aborted_answer_is_not_completed(before: bytes, caplog: pytest.LogCap
     assert not caplog.records
 
 
-def test_a_request_before_others_hears_of_the_end_of_its_connection() -> None:
+def test_all_requests_of_a_connection_end_with_it() -> None:
     async def work() -> None:
         messages: list[str] = []
 
