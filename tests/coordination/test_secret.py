@@ -77,7 +77,7 @@ def test_the_secret_is_made_once_and_is_not_sent(store: str) -> None:
         assert client.ttl(SECRET_KEY) == -1
 
 
-def test_services_on_another_redis_are_strangers(store: str, tmp_path: Path) -> None:
+def test_a_signature_by_another_secret_does_not_match(store: str, tmp_path: Path) -> None:
     signatures: list[str] = []
 
     async def sign(secrets: list[SharedSecret], _: Clock) -> None:
@@ -99,7 +99,7 @@ def test_a_secret_that_was_lost_is_made_anew_and_read_again(store: str) -> None:
         with Redis.from_url(store) as client:
             client.flushall()
         clock.now += 2
-        # Who does not recognize a signature looks whether the secret is another.
+        # A signature that does not match has the secret read again.
         assert not await one.verify(b"GET /a", "0" * 64)
         assert one.sign(b"GET /a") != lost
         assert not await one.verify(b"GET /a", lost)

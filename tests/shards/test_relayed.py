@@ -1,4 +1,4 @@
-"""Requests that services relay to each other are known by the secret that they share, and by nothing else."""
+"""Requests that services relay to each other are signed with the secret that they share."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def signature(node: ThreadService, target: str) -> str:
 
 
 @pytest.mark.parametrize("forged", ["1", "0" * 64])
-def test_anybody_may_say_so_and_is_not_believed(run: ShardedApi, elsewhere: tuple[int, str], forged: str) -> None:
+def test_a_forged_header_is_ignored(run: ShardedApi, elsewhere: tuple[int, str], forged: str) -> None:
     shard, url = elsewhere
     answer = run.http.get(f"{url}{path_of(run, shard)}", headers={"Freestep-Relayed": forged})
     assert answer.status_code == 200
     assert answer.content == run.http.get(f"{run.shards[shard]['url']}{path_of(run, shard)}").content
 
 
-def test_a_service_that_says_so_is_believed(
+def test_a_signed_request_is_not_relayed_again(
     nodes: list[ThreadService], run: ShardedApi, elsewhere: tuple[int, str]
 ) -> None:
     shard, url = elsewhere
     target = path_of(run, shard)
     for node in nodes:
         headers = {"Freestep-Relayed": signature(node, target)}
-        # Who is relayed to, and owns nothing of it, asks nobody else.
+        # It is not sent on to the shard's owner.
         assert slug(run.http.get(f"{url}{target}", headers=headers)) == "shard-unavailable"
         assert run.http.get(f"{url}{path_of(run, shard)}&cut=x", headers=headers).status_code == 200
 

@@ -127,6 +127,49 @@ def test_requests_without_pauses_are_answered_in_order() -> None:
     run(work)
 
 
+CHUNKED = b"POST / HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
+
+
+@pytest.mark.parametrize("piece", [b"a: b\r\n" * 1000, b"a: " + bytes([97]) * 6000, b"a" * 6000])
+@pytest.mark.parametrize("begin", [b"GET / HTTP/1.1\r\nHost: here\r\n", b"GET /", CHUNKED])
+@pytest.mark.parametrize("before", [b"", NEXT, 2 * (HEAD + BODY)])
+def test_an_endless_head_is_refused(before: bytes, begin: bytes, piece: bytes) -> None:
+    async def work() -> None:
+        transport = FakeTransport(App())
+        transport.feed(before)
+        await transport.turn()
+        transport.feed(begin)
+        for _ in range(20):
+            transport.feed(piece)
+            await transport.turn()
+        assert transport.is_closing()
+        assert transport.written.count(OK) == before.count(b"HTTP/1.1")
+        refusal = transport.written[transport.written.rindex(b"HTTP/1.1") :]
+        assert refusal.startswith(b"HTTP/1.1 400 ")
+        assert b"urn:freestep:problem:malformed-request" in refusal
+
+    run(work)
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_a_long_head_is_read(size: int) -> None:
+    async def work() -> None:
+        app = App()
+        transport = FakeTransport(app)
+        head = b"GET / HTTP/1.1\r\nHost: here\r\nA: " + b"a" * 60_000 + b"\r\n\r\n"
+        for _ in range(3):
+            for begin in range(0, len(head), size):
+                transport.feed(head[begin : begin + size])
+                await transport.turn()
+            transport.feed(HEAD + BODY + CHUNKED + b"\r\n")
+            await transport.turn()
+        assert app.bodies == 3 * [b"", BODY, b"abc"]
+        transport.close()
+        await transport.turn()
+
+    run(work)
+
+
 # How connections end
 
 
@@ -157,7 +200,7 @@ def test_an_aborted_answer_is_not_completed(before: bytes, caplog: pytest.LogCap
     assert not caplog.records
 
 
-def test_a_request_before_others_hears_of_the_end_of_its_connection() -> None:
+def test_all_requests_of_a_connection_end_with_it() -> None:
     async def work() -> None:
         messages: list[str] = []
 

@@ -52,7 +52,7 @@ def test_a_run_of_several_shards_may_be_meant_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_sender_that_supposes_another_number_of_shards_is_told_the_number(shards: int) -> None:
+def test_a_sender_that_supposes_another_number_of_shards(shards: int) -> None:
     with pytest.raises(ShardUnavailable) as refused:
         parsed("shard=0&of=2", shards=shards)
     assert refused.value.extensions["shards"] == shards

@@ -107,7 +107,7 @@ def test_an_answer_that_fails_halfway_ends_with_its_connection(error: BaseExcept
 
 
 @pytest.mark.parametrize("error", [ValueError(), asyncio.CancelledError()])
-def test_another_server_is_told_that_an_answer_has_failed(error: BaseException) -> None:
+def test_an_answer_that_fails_halfway_under_another_server(error: BaseException) -> None:
     with pytest.raises(type(error)):
         call(begun(error), scope_of("GET", "/"))
 

@@ -1,4 +1,4 @@
-"""Requests to the other processes of a service, without a network: what they carry, and whose answers count."""
+"""Requests to the other processes of a service, without a network: what they carry, and what their answers become."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_a_lease_of_dots_is_not_the_run(segment: str) -> None:
     run(work)
 
 
-async def nobody(request: httpx.Request) -> httpx.Response:
-    raise AssertionError("nobody is to be asked")
+async def no_owner(request: httpx.Request) -> httpx.Response:
+    raise AssertionError("no owner is to be asked")
 
 
 def test_a_request_is_relayed_once() -> None:
@@ -117,13 +117,13 @@ def test_a_request_is_relayed_once() -> None:
         target = "/v1/runs/run/parameters?shard=0"
         request = request_of("GET", target, {RELAYED: f"signed GET {target}"})
         with pytest.raises(ShardUnavailable, match="no shard is here"):
-            await relay_to(nobody).forward(request, ShardedRun(), 0)  # type: ignore[arg-type]
+            await relay_to(no_owner).forward(request, ShardedRun(), 0)  # type: ignore[arg-type]
 
     run(work)
 
 
 @pytest.mark.parametrize("signature", ["1", "", "signed GET /v1/runs/run/parameters?shard=1", "signed PUT /"])
-def test_whoever_else_says_so_has_not_been_relayed(signature: str) -> None:
+def test_a_forged_header_is_ignored(signature: str) -> None:
     async def owner(request: httpx.Request) -> httpx.Response:
         assert request.headers.get_list(RELAYED) == ["signed GET /v1/runs/run/parameters?shard=0"]
         return answered(status=204)
@@ -136,7 +136,7 @@ def test_whoever_else_says_so_has_not_been_relayed(signature: str) -> None:
 def test_only_what_is_relayed_may_stall_for_long(signature: str | None, seconds: float) -> None:
     async def work() -> None:
         request = request_of("GET", "/a", {} if signature is None else {RELAYED: signature})
-        assert await relay_to(nobody, stall_s=5.0).stall_seconds(request) == seconds
+        assert await relay_to(no_owner, stall_s=5.0).stall_seconds(request) == seconds
 
     run(work)
 
@@ -145,7 +145,7 @@ def test_a_shard_without_an_owner_is_looked_for_once_more() -> None:
     async def work() -> None:
         unowned = ShardedRun(owners=[None])
         with pytest.raises(ShardUnavailable):
-            await relay_to(nobody).forward(request_of("GET", "/a"), unowned, 0)  # type: ignore[arg-type]
+            await relay_to(no_owner).forward(request_of("GET", "/a"), unowned, 0)  # type: ignore[arg-type]
         assert unowned.heartbeats == 1
 
     run(work)
@@ -178,7 +178,7 @@ def test_a_body_that_ends_with_its_connection() -> None:
 
 
 @pytest.mark.parametrize(("prefer", "ends"), [("wait=600", ["eof", "shutdown"]), ("return=representation", ["eof"])])
-def test_a_request_for_nobody_is_given_up(prefer: str, ends: list[str]) -> None:
+def test_a_request_is_given_up_when_its_client_is_gone(prefer: str, ends: list[str]) -> None:
     async def work(end: str) -> None:
         given_up: list[bool] = []
 
@@ -286,7 +286,7 @@ def test_a_client_that_leaves_ends_the_owners_answer(caplog: pytest.LogCaptureFi
     assert not [each for each in caplog.records if each.name == "freestep"]
 
 
-def test_another_server_is_told_of_an_owner_that_stops() -> None:
+def test_an_owner_that_stops_under_another_server() -> None:
     with pytest.raises(httpx.ReadError):
         forwarded(lambda request: _stopping(), scope_of("GET", "/a"))
 
@@ -338,7 +338,7 @@ PULL = ShardCall("GET", "parameters", {})
 
 def test_a_run_that_lacks_owners_is_not_asked() -> None:
     with pytest.raises(ShardUnavailable) as refused:
-        asked(nobody, PULL, ShardedRun(owners=[OWNERS[0], None]))
+        asked(no_owner, PULL, ShardedRun(owners=[OWNERS[0], None]))
     assert refused.value.extensions["missing"] == [1]
 
 
@@ -355,18 +355,18 @@ def test_a_shard_that_moves_is_asked_at_its_new_owner() -> None:
 
 
 @pytest.mark.parametrize("refusing", [0, 1])
-def test_a_refusal_is_told_before_its_consequences(refusing: int) -> None:
+def test_a_refusal_is_raised_before_its_consequences(refusing: int) -> None:
     async def owner(request: httpx.Request) -> httpx.Response:
         if shard_of(request) == refusing:
             return problem("lease-expired", 410)
-        raise httpx.ConnectError("nobody is there")
+        raise httpx.ConnectError("refused")
 
     with pytest.raises(LeaseExpired):
         asked(owner, PULL)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"no document", b'{"type": "urn:freestep:problem:unheard-of"}'])
-def test_what_is_no_refusal_of_ours_is_an_owner_that_fails(content: bytes) -> None:
+def test_an_answer_that_is_no_problem_document(content: bytes) -> None:
     async def owner(request: httpx.Request) -> httpx.Response:
         return answered(content, 500)
 

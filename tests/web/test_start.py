@@ -1,4 +1,4 @@
-"""The service says where it listens once it does; what keeps it from that is one line; a Ctrl-C before is silent."""
+"""A start prints the URL once requests are answered; what prevents it is one line; a Ctrl-C before it is silent."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_keeps_it_from_starting_is_one_line(
     assert not any(str(tmp_path) in " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True))
 
 
-def test_it_says_where_it_listens_once_it_is_ready(tmp_path: Path) -> None:
+def test_the_url_is_printed_when_requests_are_answered(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:

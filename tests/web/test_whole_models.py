@@ -168,7 +168,7 @@ def test_whole_weights_are_one_upload() -> None:
     assert torch.equal(torch.cat([receivers.parts[0], receivers.parts[1]]), WHOLE)
 
 
-def test_a_whole_point_that_nobody_reads_lets_go_of_its_parts() -> None:
+def test_an_answer_that_cannot_be_sent_closes_its_parts() -> None:
     owners = Owners((7, 7))
 
     async def failing_send(message: Any) -> None:

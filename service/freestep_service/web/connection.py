@@ -28,6 +28,8 @@ CONNECTION = "freestep.connection"
 """The ASGI extension of every request: the Connection that it came over."""
 _SMALL = 64 * 1024
 """Bytes of a body that is likely to arrive together with the head of its request."""
+_LONGEST_HEAD = 64 * 1024
+"""Bytes of a request's head, or of the trailers behind its body."""
 _CLOSE_NOTIFY_S = 0.05
 """Seconds within which our own close_notify has been sent."""
 
@@ -39,6 +41,8 @@ class Connection(HttpToolsProtocol):
     """Whether the server is shutting down."""
     _refusal = b""
     """The answer to what could not be parsed, which is the connection's last."""
+    _head_size = 0
+    """Bytes received since the last end of a head or piece of a body."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -48,11 +52,26 @@ class Connection(HttpToolsProtocol):
         self._watchers: dict[Callable[[], None], bool] = {}
         """What to call when the connection ends, and whether to call it when the server's shutdown begins."""
 
+    def data_received(self, data: bytes) -> None:
+        self._head_size += len(data)
+        super().data_received(data)
+        if self._head_size > _LONGEST_HEAD:
+            self._refuse_rest(MalformedRequest(f"the head of a request may have {_LONGEST_HEAD} bytes"))
+
+    def on_body(self, body: bytes) -> None:
+        self._head_size = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_size = 0
+        super().on_message_complete()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = self._extensions
 
     def on_headers_complete(self) -> None:
+        self._head_size = 0
         super().on_headers_complete()
         self._unanswered.append(self.cycle)
         length = self._body_length()
@@ -132,15 +151,16 @@ class Connection(HttpToolsProtocol):
     # What is not HTTP
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what cannot be parsed with a problem document, after the requests before it, and ends the connection.
+        """Refuses what cannot be parsed. uvicorn's protocol calls this where it catches the parser's exception."""
+        self._refuse_rest(MalformedRequest(f"what was sent cannot be read as HTTP: {sys.exception()}"))
 
-        uvicorn's protocol calls this where it catches the parser's exception.
-        """
+    def _refuse_rest(self, problem: ProblemError) -> None:
+        """Answers what follows with a problem document, after the requests before it, and ends the connection."""
         # Nothing that follows can be understood.
         self.flow.pause_reading()
         if self._refusal:
             return
-        self._refusal = self._encoded(MalformedRequest(f"what was sent cannot be read as HTTP: {sys.exception()}"))
+        self._refusal = self._encoded(problem)
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             self._refuse()

@@ -20,7 +20,6 @@ from freestep.errors import CoordinatorUnavailable, MalformedRequest, ProblemErr
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.coordination.secret import SharedSecret
 from freestep_service.runs.run import Run
-from freestep_service.web.headers import preferences
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.waiting import while_connected
 
@@ -108,7 +107,7 @@ class Relay:
             headers=headers,
             content=content or (request.stream() if has_body else None),
         )
-        async with while_connected(request.scope, is_waiting=preferences(request).wait > 0):
+        async with while_connected(request.scope, is_waiting="wait" in request.headers.get("prefer", "")):
             answer = await self._send(owner, made)
         exchanges = AsyncExitStack()
         exchanges.push_async_callback(answer.aclose)
