@@ -1,4 +1,4 @@
-"""A stretch of a run's vectors, stepped as the shard that has it does; the rules and lengths that are tried most."""
+"""A part of a run's vectors that is stepped as a shard steps it, and the rules and sizes that are tested most."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from freestep_service.optimizers import Conditions, Gradient, Segment, initial_b
 from freestep_service.optimizers.kernels.slices import LEAST
 
 USUAL = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free", "sgd", "adamw"]
-"""Forms whose rules are compiled at the start, and are tried at all sizes."""
+"""Forms whose rules are compiled at a service's start, and are tested at all sizes."""
 LARGE = 3 * LEAST + 17
 """Elements of which each of three threads has a slice."""
 SIZES = [
@@ -28,7 +28,7 @@ def random_vector(numel: int, seed: int) -> Tensor:
 
 
 class Stretch:
-    """Elements `begin` to `end` of a run whose groups alternate, as the shard that has them steps."""
+    """Elements `begin` to `end` of a run whose param groups alternate, stepped as in a shard."""
 
     def __init__(self, form: str, weights: Tensor, begin: int, end: int) -> None:
         chosen = hyperparameters(form)

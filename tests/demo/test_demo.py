@@ -1,4 +1,4 @@
-"""The demo's parts, and the whole of it."""
+"""The demo: its parts, and whole runs of it."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_the_demo_from_beginning_to_end(tmp_path: Path) -> None:
 
 
 def named(directory: Path) -> list[int]:
-    """Processes whose command names the directory: what the demo started in it."""
+    """Processes whose command line contains the directory: those that the demo started."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if process.pid != os.getpid() and any(str(directory) in part for part in process.info["cmdline"] or ()):
@@ -210,7 +210,7 @@ def named(directory: Path) -> list[int]:
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A demo that has made its first steps; whatever it leaves behind is killed."""
+    """A demo that has made its first steps; processes that it leaves behind are killed."""
     command = [sys.executable, "-m", "freestep_command", "demo", "--plain", "-o", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -238,7 +238,7 @@ def test_an_interrupted_demo_leaves_nothing_running(
     for line in demo.stdout:
         if line == "interrupted\n":
             break
-    # The impatient come again while it is ending its processes.
+    # More signals, while it is ending its processes.
     for again in (signal.SIGINT, signal.SIGTERM):
         os.killpg(demo.pid, again)
     rest, _ = demo.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Folders of machine code: those that none has used for long go, and nothing else does."""
+"""Folders of machine code: those that were not used for long are removed, and nothing else is."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_processes_that_start_at_once_prune_together(tmp_path: Path) -> None:
         first.write_line("")
         own = Path(first.read_line())
         kept = filled(tmp_path)
-        # It has not been used for long either, until now.
+        # The folder in use is as old as those to be removed.
         long_ago = own.stat().st_mtime - 2 * UNUSED_S
         os.utime(own, (long_ago, long_ago))
         for script in others:

@@ -1,4 +1,4 @@
-"""What is compiled when: before any push, and once where there is a place to keep it."""
+"""Loops are compiled before any push, and once where machine code can be kept on disk."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ import sys, warnings
 import torch
 from numba.core import event
 warnings.simplefilter("error")
-# Where machine code is kept is decided when the loops are imported.
+# The place for machine code is chosen when the loops are imported.
 for name in [name for name in sys.modules if name.startswith("freestep_service")]:
     del sys.modules[name]
 from freestep_service.optimizers import square_sum

@@ -19,7 +19,7 @@ STRAGGLER = Path(__file__).with_name("straggler.py")
 
 
 def is_held(api: ShardedApi, nodes: list[ThreadService], redis: Redis) -> bool:
-    """Whether a push has come to the services, of which Redis does not know yet."""
+    """Whether a push has reached the services, and has not been admitted by Redis."""
     runs = [node.app.state.registry.get(api.run) for node in nodes]
     has_come = any(owned.pushes._flights for run in runs for owned in run.owned.values())
     return has_come and not redis.hlen(api.redis_key("pending"))

@@ -54,7 +54,7 @@ def test_all_state_of_every_rule_is_in_a_checkpoint(tmp_path: Path, form: str, b
 
 
 def go_on(storage: Storage, form: str, batch: int, before: int, after: int) -> None:
-    """Stops a run of some shards, goes on with others, and compares it with one that never stopped."""
+    """Stops a run of `before` shards, goes on with `after`, and compares it with a run that never stopped."""
 
     def run(count: int) -> list[Shard]:
         aggregation = {"policy": "buffered", "batch": batch}

@@ -1,4 +1,4 @@
-"""Damage to a checkpoint's files: whatever it is, it is noticed, skipped and said so."""
+"""Any damage to a checkpoint's files is detected and logged, and the checkpoint skipped."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_a_file_where_a_directory_should_be_is_an_oserror(storage: Storage) -> N
 
 
 def test_threads_have_their_writes_to_themselves(storage: Storage) -> None:
-    """One's failure neither undoes nor publishes what others write."""
+    """A failed write neither undoes nor publishes those of other threads."""
     barrier = threading.Barrier(8, timeout=DEADLINE_S)
     failed: list[int] = []
 

@@ -1,4 +1,4 @@
-"""What storage knows of runs beside their checkpoints, and what is left of one that is removed."""
+"""Files of runs beside their checkpoints; nothing is left of a run that was removed."""
 
 from __future__ import annotations
 
