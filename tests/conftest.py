@@ -21,13 +21,13 @@ from harness import ProcessService, ThreadService, store
 from plain_calls import Api
 
 torch.set_num_threads(1)
-# Processes that tests start get signals as from a terminal, even if whoever started the tests ignores some.
+# Processes that tests start handle signals as from a terminal, even if the parent of the tests ignores some.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has clients trust one CA only, also those in processes that tests start: to load certifi's takes each 30 ms."""
+    """Has all clients, also in child processes, trust a single CA: loading certifi's takes each client 30 ms."""
     file = Path(tempfile.mkdtemp(prefix="freestep-tests-"), "ca.pem")
     trustme.CA().cert_pem.write_to_path(file)
     os.environ["SSL_CERT_FILE"] = str(file)
@@ -36,13 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> list[ThreadService]:
-    """The services that tests share, one of those that have a store in common."""
+    """The services that tests share; of services with a common store, one."""
     return []
 
 
 @pytest.fixture(scope="module", autouse=True)
 def leave_no_runs(shared: list[ThreadService]) -> Iterator[None]:
-    """Deletes what the tests of a module leave on shared services: every run there costs time until the end."""
+    """Deletes the runs that a module's tests leave on shared services, which spend time on every run they have."""
     yield
     for service in shared:
         service.delete_runs()
@@ -80,7 +80,7 @@ def tls_service(tls: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def connect() -> Iterator[Callable[..., Api]]:
-    """Makes plain HTTP callers of runs; their connections end with the test."""
+    """Makes `Api`s of runs; their connections are closed with the test."""
     made: list[Api] = []
 
     def open_(url: str, *run: str) -> Api:
@@ -102,7 +102,7 @@ def api(service: ThreadService, connect: Callable[..., Api]) -> Iterator[Api]:
 
 @pytest.fixture
 def start_service(tmp_path: Path) -> Iterator[Callable[..., ThreadService]]:
-    """Starts services in threads, with settings of the test's own; they end with the test."""
+    """Starts services in threads, with the test's own settings; they are stopped with the test."""
     running: list[ThreadService] = []
 
     def start(data_dir: Path | None = None, **settings: Any) -> ThreadService:
@@ -117,9 +117,9 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ThreadService]]:
 def shared_nodes(
     tmp_path_factory: pytest.TempPathFactory, shared: list[ThreadService]
 ) -> Iterator[Callable[..., list[ThreadService]]]:
-    """Services that have a store and their runs in common, for tests that use runs of their own.
+    """Services that share a store and their runs, for tests that use runs of their own.
 
-    Each number of services on a kind of store with the same settings is started once, and ends with the tests.
+    Services are started once for each number, kind of store and settings, and stopped at the end of the session.
     """
     made: dict[tuple[Any, ...], list[ThreadService]] = {}
     with ExitStack() as stack:
@@ -147,7 +147,7 @@ def shared_nodes(
 
 @pytest.fixture
 def start_process(tmp_path: Path) -> Iterator[Callable[..., ProcessService]]:
-    """Starts services in processes that can be killed; they end with the test, embedded stores included."""
+    """Starts services in processes that can be killed; they are stopped with the test, embedded stores included."""
     running: list[ProcessService] = []
 
     def start(data_dir: Path | None = None, **settings: Any) -> ProcessService:
@@ -175,10 +175,9 @@ def redis_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture(params=["directory", "memory", "fsspec-directory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """One of each kind: a directory, a backend without directories, and one with them.
+    """A directory, an fsspec backend without directories, and one with them.
 
-    Memory is not for threads: fsspec lists the dict that it is while others delete from it, should a garbage collection
-    in between let them.
+    The memory backend is not thread-safe: it lists its dict while other threads may delete from it.
     """
     places = {
         "directory": str(tmp_path / "new" / "place"),
@@ -190,7 +189,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """How many threads compute."""
+    """The number of threads of torch's arithmetic."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

@@ -35,7 +35,7 @@ _FORKS.set_forkserver_preload(["preloaded"])
 
 
 def freestep(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end, in this process's environment and more."""
+    """Runs a command to its end, in this process's environment, extended by `environment`."""
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
         for stream in streams:
@@ -46,9 +46,9 @@ def freestep(*arguments: str, stdin: str = "", **environment: str) -> subprocess
 
 
 def start(*arguments: str, streams: Sequence[Path] = (), **environment: str) -> BaseProcess:
-    """The process of a command, in this process's environment and more; it does not outlive the tests.
+    """Starts a command in this process's environment, extended by `environment`; it does not outlive the tests.
 
-    streams: the files that are its stdin, stdout and stderr, where it has not those of the tests.
+    streams: the files for its stdin, stdout and stderr; else it inherits those of the tests.
     """
     _start_forkserver()
     process = _FORKS.Process(target=_command, args=(arguments, streams, {**os.environ, **environment}), daemon=True)
@@ -57,7 +57,7 @@ def start(*arguments: str, streams: Sequence[Path] = (), **environment: str) -> 
 
 
 def join(process: BaseProcess) -> int:
-    """Waits for a process's end; its exit code. Raises TimeoutError after DEADLINE_S."""
+    """Waits for the end of a process; returns its exit code. Raises TimeoutError after DEADLINE_S."""
     process.join(DEADLINE_S)
     if process.exitcode is None:
         raise TimeoutError(f"process {process.pid} has not ended after {DEADLINE_S:g} s")
@@ -65,10 +65,10 @@ def join(process: BaseProcess) -> int:
 
 
 class Script:
-    """A Python script in a process of its own, and pipes to its stdin and from its stdout."""
+    """A Python script in a process of its own, with pipes to its stdin and from its stdout."""
 
     def __init__(self, source: str | Path, *arguments: str, network: str = "", **environment: str) -> None:
-        """source: a file, or the text itself. network: the path of the network namespace that it is to be in."""
+        """source: a file, or the text itself. network: the path of a network namespace to run in."""
         name, text = (str(source), source.read_text()) if isinstance(source, Path) else ("<script>", source)
         _start_forkserver()
         (stdin, self._stdin), (self._stdout, stdout) = Pipe(duplex=False), Pipe(duplex=False)
@@ -91,7 +91,7 @@ class Script:
         self._stdin.close()
 
     def read_line(self) -> str:
-        """The next line without its end; "" where there is none any more. Raises TimeoutError after DEADLINE_S."""
+        """The next line without its newline; "" at the end of the output. Raises TimeoutError after DEADLINE_S."""
         while b"\n" not in self._read:
             if not select.select([self._stdout], [], [], DEADLINE_S)[0]:
                 raise TimeoutError(f"the script has written no line for {DEADLINE_S:g} s")
@@ -131,11 +131,11 @@ class Script:
 
 
 def _start_forkserver() -> None:
-    """Starts the process that is forked, unless it runs."""
+    """Starts the process that all others are forked from, unless it runs."""
     with pytest.MonkeyPatch.context() as patch:
-        # Where it finds `preloaded`.
+        # The forkserver does not inherit sys.path, and has to find `preloaded`.
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        # numpy's OpenBLAS starts threads when it is imported, and a fork has but one of them.
+        # OpenBLAS starts threads when numpy is imported; a process with threads must not be forked.
         patch.setenv("OPENBLAS_NUM_THREADS", "1")
         forkserver.ensure_running()
 

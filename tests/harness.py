@@ -32,8 +32,8 @@ from freestep_service.web.context import ServiceContext
 from meanwhile import DEADLINE_S, end, wait_until
 
 ORDINARY: dict[str, Any] = {"checkpoint_seconds": 3600.0, "inline_elements": 0}
-"""Settings, unless a test has its own: no checkpoint is written because a test takes long on a busy machine, and small
-models are treated as large ones are."""
+"""Settings unless a test has its own: no checkpoint is due while a test runs, however slowly, and small models take the
+same path as large ones."""
 
 
 class ThreadService:
@@ -72,8 +72,8 @@ class ThreadService:
         return Redis.from_url(url, decode_responses=decode_responses)
 
     def redis_dump(self, prefix: str) -> dict[str, Any]:
-        """The keys under a prefix and what they hold, but for when leases and ownerships end: those
-        are renewed at any moment."""
+        """The keys under a prefix and their values, without the ends of leases and ownerships, which are renewed at any
+        moment."""
         read = {
             "hash": lambda client, key: {
                 field: value for field, value in client.hgetall(key).items() if not field.endswith(":ends")
@@ -84,7 +84,7 @@ class ThreadService:
         }
         with self.redis() as client:
             types = {key: client.type(key) for key in client.keys(_escape(prefix) + "*")}
-            # A key may end between two commands; its type is none then.
+            # The type of a key that expired between two commands is none.
             return {key: read[kind](client, key) for key, kind in types.items() if kind != "none"}
 
     def delete_runs(self) -> None:
@@ -94,7 +94,7 @@ class ThreadService:
                 http.delete(f"/v1/runs/{run.name}")
 
     def stop(self) -> None:
-        """Shuts down in order; once is enough."""
+        """Shuts down in order; may be called again."""
         self._server.should_exit = True
         end(self._thread)
 
@@ -108,7 +108,7 @@ class ThreadService:
 
 
 class ProcessService:
-    """`freestep serve` in a process of its own, on one port for all its lives; it ends with the tests at the latest."""
+    """`freestep serve` in a process of its own, on the same port after a restart; it does not outlive the tests."""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         self.data_dir = data_dir
@@ -138,17 +138,17 @@ class ProcessService:
         forked.join(self.process)
 
     def stop(self) -> None:
-        """SIGTERM, and the embedded store that a SIGKILL may have left."""
+        """Shuts down in order (SIGTERM)."""
         assert self.process is not None
         if self.process.is_alive():
             self.send_signal(signal.SIGTERM)
-            # A test that failed may have left it stopped.
+            # A failed test may have left it under SIGSTOP.
             self.send_signal(signal.SIGCONT)
             forked.join(self.process)
 
 
 def _escape(text: str) -> str:
-    """As a literal in a Redis glob."""
+    """Escapes a text for use in a Redis glob."""
     return "".join(f"\\{character}" if character in "*?[]\\" else character for character in text)
 
 
@@ -173,7 +173,7 @@ def store(kind: str, folder: Path) -> Iterator[str]:
     Skips the test where redis-server is not installed.
     """
     if kind == "valkey":
-        # On a Unix socket, since no two test runs can want the same one.
+        # A Unix socket, which no other test run can use.
         path = folder / "store.sock"
         with ValkeyServer(port=0, data_dir=folder / "valkey", unix_socket_path=path):
             yield f"unix://{path}"

@@ -13,7 +13,7 @@ __all__ = ["DEADLINE_S", "Call", "at_once", "end", "under_way", "wait_for", "wai
 
 T = TypeVar("T")
 
-DEADLINE_S = 90.0
+DEADLINE_S = 120.0
 """After which a wait fails: longer than what is waited for takes on a busy machine, shorter than pytest's timeout."""
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.1
 

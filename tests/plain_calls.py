@@ -1,4 +1,4 @@
-"""Plain HTTP calls to a run of a known model, as a stranger's program would make them."""
+"""Plain HTTP calls to a run of a small known model, without the client library."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ BODY = safetensors.torch.save(TENSORS)
 """TENSORS as a body."""
 
 SGD = {"algorithm": "sgd", "lr": 1.0}
-"""An optimizer that takes every gradient off the parameters as it is."""
+"""An optimizer that subtracts every gradient from the parameters."""
 
 
 @dataclass
 class Api:
-    """Plain HTTP calls to one run, as a stranger's program would make them."""
+    """Plain HTTP calls to one run."""
 
     url: str
     run: str = field(default_factory=lambda: f"run-{uuid.uuid4().hex[:8]}")
@@ -42,7 +42,7 @@ class Api:
         return f"/v1/runs/{self.run}{rest}"
 
     def redis_key(self, name: str = "") -> str:
-        """One of the run's keys in Redis; without a name, what they all begin with."""
+        """One of the run's keys in Redis; without a name, their common prefix."""
         return f"freestep:{{{self.run}}}:{name}"
 
     def spec(self, **changes: Any) -> dict[str, Any]:
@@ -104,13 +104,13 @@ class Api:
         return safetensors.torch.load(answer.content), int(answer.headers["Freestep-Step"])
 
     def state(self, service: ThreadService) -> dict[str, Any]:
-        """All that a refusal must leave as it was: the points' bytes, the status and Redis, but for leases' ends."""
+        """All that a refusal must not change: the points' bytes, the status and Redis, without the ends of leases."""
         points = [self.http.get(self.path("/parameters"), params={"point": point}).content for point in "xyz"]
         status = self.status()
         for worker in status["workers"]:
             del worker["expires_in_ms"]
         redis = service.redis_dump(self.redis_key())
-        # What owners say of their shards, at every heartbeat.
+        # Owners rewrite it at every heartbeat.
         redis.pop(self.redis_key("shards"), None)
         return {"points": points, "status": status, "redis": redis}
 
@@ -122,7 +122,7 @@ class Api:
 
 @dataclass
 class ShardedApi(Api):
-    """Plain HTTP calls to the shards of a run, each at its owner's URL, by what the topology says of them."""
+    """Plain HTTP calls to the shards of a run, each at its owner's URL by the run's topology."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
 
@@ -136,7 +136,7 @@ class ShardedApi(Api):
         return made
 
     def learn(self) -> None:
-        """Reads where the shards of a run without weights are, once all have owners that are ready."""
+        """Waits until all shards of a run without weights have owners that are ready; reads their URLs."""
 
         def have_owners() -> bool:
             topology = self.http.get(self.path("/topology")).json()
@@ -214,7 +214,7 @@ class ShardedApi(Api):
 
 
 def persistently(call: Callable[[], httpx.Response]) -> httpx.Response:
-    """Asks again while a service answers that it cannot now; the first other answer."""
+    """Repeats a call while it is answered with 429 or 503; returns the first other response."""
     answers: list[httpx.Response] = []
 
     def is_final() -> bool:

@@ -1,6 +1,6 @@
-"""What processes that tests fork have ready: the imports of services and workers, and the compiled loops.
+"""Imported by the process that tests fork: the modules of services and workers, and the compiled loops.
 
-The process that imports this has one thread, and starts none.
+That process must have a single thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Proxies of the tests' own: connections that are cut, and answers that come late."""
+"""Proxies that cut connections, or delay responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meanwhile import end, wait_for
 
 
 class Cutter:
-    """A TCP proxy that passes whole exchanges on, but cuts the connection after so many bytes of the first answers."""
+    """A TCP proxy that cuts the first connections after given numbers of response bytes."""
 
     def __init__(self, url: str, cuts: list[int]) -> None:
         self._target = httpx.URL(url)
@@ -60,7 +60,7 @@ class Cutter:
                 pass
 
     def client(self) -> Client:
-        """One that comes through it with a connection for each request, and makes each once."""
+        """A client through the proxy, with a connection for each request and no retries."""
         return Client(http=httpx.Client(base_url=self.url, headers={"Connection": "close"}), retry_for=0)
 
     def __enter__(self) -> Self:
@@ -78,7 +78,7 @@ class Cutter:
 
 
 class Delay:
-    """A proxy before a store on a Unix socket: it holds back the answers to chosen commands."""
+    """A proxy in front of a store on a Unix socket that holds back the responses to chosen commands."""
 
     def __init__(self, target: Path, path: Path) -> None:
         self._target = str(target)
@@ -91,9 +91,9 @@ class Delay:
         self._threads[0].start()
 
     def hold(self, word: bytes) -> tuple[threading.Event, threading.Event]:
-        """Holds back the answer to the next command with a word in it, which no script's source may have.
+        """Holds back the response to the next command that contains a word; no script's source may contain it.
 
-        Returns two events: the store has answered; the answer may go on.
+        Returns two events: the store has responded, which the proxy sets; and release, which the test sets.
         """
         answered, released = threading.Event(), threading.Event()
         self._held.append((word, answered, released))

@@ -1,4 +1,4 @@
-"""Pushes as bytes over connections of the tests' own, of which as much is sent as a test wants."""
+"""Pushes as raw bytes over sockets, so that a test decides how much of one is sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plain_calls import BODY, Api
 
 
 def head_of_a_push(target: str, headers: Mapping[str, str | list[str]], length: int = len(BODY)) -> bytes:
-    """The head of a push as raw bytes; a header whose value is a list stands as often."""
+    """The head of a push as raw bytes; a header whose value is a list is repeated."""
     lines = [f"POST {target} HTTP/1.1"]
     for name, value in {"Host": "test", "Content-Length": str(length), **headers}.items():
         lines += [f"{name}: {each}" for each in ([value] if isinstance(value, str) else value)]
@@ -41,14 +41,14 @@ def connected(url: str, trusted: ssl.SSLContext | None = None) -> socket.socket:
 
 
 def begun_push(api: Api, lease: dict[str, Any], sent: bytes, key: str = "raw", **more: str) -> socket.socket:
-    """The connection over which a push of BODY at step 0 was begun: its head was sent, and these bytes of the body."""
+    """Begins a push of BODY at step 0: sends its head and some bytes of the body; returns the connection."""
     connection = connected(api.url)
     connection.sendall(head_of_a_push(api.path("/gradients"), api.headers(lease, 0, key, **more)) + sent)
     return connection
 
 
 def answered(connection: socket.socket) -> bytes:
-    """The body of the answer that comes over a connection."""
+    """The body of the response on a connection."""
     response = HTTPResponse(connection)
     response.begin()
     return response.read()

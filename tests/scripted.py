@@ -1,6 +1,6 @@
-"""Servers that answer byte by byte as they are told, and what the transport of large bodies asks them.
+"""Servers that respond byte by byte by a script, and requests to them through the transport of large bodies.
 
-The law of this file: a server does what its scripts say, and closing it raises what failed in them.
+Closing a server raises what failed in its scripts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from meanwhile import DEADLINE_S, end, wait_for
 __all__ = ["ANSWERS", "LARGE", "Peer", "Script", "Server", "Sink", "assert_", "post", "poured"]
 
 LARGE = bytes(range(256)) * 256 * 1024
-"""64 MB, which no socket's buffers hold."""
+"""64 MB, more than any socket's buffers hold."""
 
 ANSWERS = {
     "length": "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789",
@@ -30,7 +30,7 @@ ANSWERS = {
     "1.0": "HTTP/1.0 200 OK\r\nContent-Length: 10\r\n\r\n0123456789",
     "interim": "HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789",
 }
-"""The same body, by how its end is told."""
+"""The same body, by the way in which its end is marked."""
 
 
 class Peer:
@@ -40,7 +40,7 @@ class Peer:
         self.connection = connection
 
     def head(self) -> str:
-        """The head of a request, and nothing behind it."""
+        """Reads the head of a request, and nothing after it."""
         read = b""
         while not read.endswith(b"\r\n\r\n"):
             byte = self.connection.recv(1)
@@ -64,7 +64,7 @@ class Peer:
         self.send(f"HTTP/1.1 {status}\r\n{lines}Content-Length: {len(body)}\r\n\r\n{body}")
 
     def ended(self) -> bool:
-        """Whether the client has closed the connection; waits for that, or for more of it."""
+        """Waits for the client to close the connection; False if it sends more, or nothing until the deadline."""
         try:
             return not self.connection.recv(1)
         except TimeoutError:
@@ -73,7 +73,7 @@ class Peer:
             return True
 
     def reset(self) -> None:
-        """Has the connection end with a reset."""
+        """Makes the connection end with a reset."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
@@ -81,7 +81,7 @@ Script = Callable[[Peer], None]
 
 
 class Server:
-    """Lets each script talk over one connection, in turn, and closes that when the script returns."""
+    """Accepts a connection for each script, in turn, and closes it when the script returns."""
 
     def __init__(self, *scripts: Script, host: str = "127.0.0.1", context: ssl.SSLContext | None = None) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -110,12 +110,12 @@ class Server:
             over.set()
 
     def wait_for(self, script: int) -> None:
-        """Until a script has returned and its connection is closed."""
+        """Waits until a script has returned and its connection is closed."""
         wait_for(self._over[script], f"script {script} has returned")
 
     def close(self) -> None:
         self._thread.join(10)
-        # Fails it where a connection that it waits for has never come.
+        # Ends a script's wait for a connection that has never come.
         self._listener.shutdown(socket.SHUT_RDWR)
         end(self._thread)
         self._listener.close()

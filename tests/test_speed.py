@@ -1,4 +1,4 @@
-"""The data path does not grow slower unnoticed: a push + pull beside raw copies of the same bytes, in the same run.
+"""The time of a push + pull against raw copies of the same bytes, measured in the same run.
 
 Nothing else may run meanwhile: `make test` runs this file after all others.
 """
@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PARAMETERS = 5_000_000
 MOST = 1.8
-"""Of the floor's time; 1.1 to 1.4 on 2 cores, and more while others use them."""
+"""Times the floor's; measured 1.1 to 1.4 on 2 cores, and more while other programs use them."""
 TRIES = 3
-"""What else uses the machine takes more time from several processes than from the floor's two."""
+"""Other programs slow freestep's several processes down more than the floor's two."""
 MEASURE = """
 import sys
 from statistics import median

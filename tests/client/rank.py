@@ -27,7 +27,7 @@ seen: dict[str, dict[str, Any]] = {}
 
 
 def see(event: str, what: Callable[[], Any]) -> None:
-    """Does something on all ranks, and notes what this one saw of it."""
+    """Does something on all ranks, and records what this rank observes."""
     error = None
     try:
         what()

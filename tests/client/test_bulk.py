@@ -1,4 +1,4 @@
-"""The transport of large bodies: what is exchanged, whatever becomes of the connection."""
+"""The transport of large bodies: what is exchanged, and how broken connections are handled."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_an_answer_that_a_hook_has_read_is_poured_from_there(serve: Callable[...
     assert seen == ["0123456789"]
 
 
-# Connections that end, or stay silent
+# Connections that end or stall
 
 
 def test_a_connection_that_was_closed_meanwhile_is_not_used(serve: Callable[..., Server], http: httpx.Client) -> None:
@@ -260,7 +260,7 @@ def test_a_request_that_cannot_be_sent_is_not(
         http.get(url, headers=headers)
 
 
-# Answers that come early
+# Responses that come before the request's end
 
 
 @pytest.mark.parametrize("together", [1, 2 * len(LARGE)])

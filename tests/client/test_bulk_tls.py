@@ -24,7 +24,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture
 def context(authority: trustme.CA) -> ssl.SSLContext:
-    """A server's, with a certificate of the authority."""
+    """A server's TLS context, with a certificate of the authority."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(made)
     return made

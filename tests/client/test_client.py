@@ -1,4 +1,4 @@
-"""Client and Run against a real service, and against what stands in the way of one."""
+"""Client and Run against a real service, and against servers that answer as proxies and failing services do."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_url_without_its_scheme_is_said_at_once() -> None:
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
-    """Gives the answers that its server lists, in turn."""
+    """Returns the responses that its server lists, one after another."""
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers["Cookie"]))  # type: ignore[attr-defined]
@@ -194,13 +194,13 @@ class Answering(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def asked() -> list[tuple[str, str | None]]:
-    """The targets, and the cookies, of the requests that the answering server was sent."""
+    """The target and the cookie of each request to the `answering` server."""
     return []
 
 
 @pytest.fixture
 def answering(asked: list[tuple[str, str | None]]) -> Iterator[Callable[..., str]]:
-    """A server that gives listed answers; returns its URL."""
+    """Starts a server that returns listed responses; returns its URL."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
     server.asked = asked  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -350,11 +350,11 @@ def test_a_header_may_be_longer_than_what_is_sent_in_one_piece(client: Client, c
 
 
 def test_a_lease_is_renewed_while_it_is_held(run: Run, service: ThreadService) -> None:
-    # Not shorter: on a busy machine it may be renewed a second late.
+    # On a busy machine a lease may be renewed a second late.
     with run.lease("me", ttl_ms=3000) as lease, service.redis() as client:
         leases = f"freestep:{{{run.name}}}:leases"
         granted = client.zscore(leases, "me")
-        # Until it has been renewed after its first time was over.
+        # Until the lease has outlived its first term.
         wait_until(lambda: client.zscore(leases, "me") > granted + 3000)
         assert [worker.lease for worker in run.workers()] == [lease.granted.lease]
         assert lease.lost is None

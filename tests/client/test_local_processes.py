@@ -19,7 +19,7 @@ WHOLE = {"algorithm": "diloco", "lr": 1.0, "momentum": 0.0}
 
 
 class Worker:
-    """A process that takes steps when it is told to."""
+    """A worker process that takes as many steps as it is asked for."""
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
         self._script = Script(WORKER, name, json.dumps(options))
@@ -29,7 +29,7 @@ class Worker:
         self._script.write_line(steps)
 
     def end(self) -> dict[str, Any]:
-        """What it prints after the steps that it was told to take."""
+        """The worker's report after the steps that were begun."""
         return dict(json.loads(self._script.read_line()))
 
     def take(self, steps: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def start(url: str) -> Iterator[Callable[..., Worker]]:
 
 @pytest.fixture
 def run(url: str) -> Iterator[Run]:
-    """The run, as an onlooker sees it."""
+    """The run, through a client that does not train."""
     with Client(url) as client:
         yield client.run("local")
 

@@ -1,4 +1,4 @@
-"""Steps whose push travels while the next batch is computed: what they compute, and what receives the answer."""
+"""Steps whose push travels while the next batch is computed: the result, and the calls that handle the response."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def gate(service: ThreadService) -> Iterator[Gate]:
                 end(thread)
 
 
-# What is computed
+# The result
 
 
 def by_hand(
@@ -157,7 +157,7 @@ def test_an_ordinary_step_comes_after_the_push_in_flight(remotely: Callable[...,
 
 
 def test_the_push_travels_while_its_caller_goes_on(remotely: Callable[..., RemoteOptimizer], gate: Gate) -> None:
-    """And takes with it what the gradients were, whatever becomes of them."""
+    """It sends the gradients as they were when `step` was called."""
     model = Counting()
     optimizer = remotely(model, client=gate.client)
     model.push(optimizer)
@@ -204,7 +204,7 @@ def test_a_closure_is_evaluated_while_the_push_travels(remotely: Callable[..., R
     assert model.counted == 2
 
 
-# What receives the answer
+# The calls that handle the response
 
 
 @pytest.mark.parametrize("by", ["flush", "eval", "state_dict", "close"])

@@ -1,4 +1,4 @@
-"""Runs of many shards, as the client trains on them, against several services that share one store."""
+"""The client on runs of several shards, against several services that share one store."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> Non
 
 
 class Watched:
-    """A client that notes whom it asks for shards, and cannot reach those in `walled`."""
+    """A client that records which URLs it requests shards from, and cannot reach those in `walled`."""
 
     def __init__(self, url: str) -> None:
         self.asked: list[tuple[str, str, int]] = []
@@ -81,7 +81,7 @@ class Watched:
 
 @pytest.fixture
 def watched(nodes: list[ThreadService]) -> Iterator[Watched]:
-    """Of another service than the one that the runs are created at."""
+    """A client of another service than the one at which runs are created."""
     made = Watched(nodes[1].url)
     with made.client:
         yield made
@@ -222,7 +222,7 @@ def test_sync_workers_of_many_shards_step_together(nodes: list[ThreadService], n
     assert torch.equal(held(models[0]), held(models[1]))
 
 
-# One cut of the model
+# Consistent reads
 
 
 def test_pulls_are_of_one_cut_while_pushes_go_on(nodes: list[ThreadService], run: Run) -> None:
@@ -287,7 +287,7 @@ def test_a_step_that_is_not_reached_is_said(run: Run) -> None:
     assert caught.value.extensions == {"step": 0}
 
 
-# Whom the requests reach
+# Where requests go
 
 
 def test_shards_are_asked_where_they_are(run: Run, watched: Watched) -> None:
@@ -342,7 +342,7 @@ def test_a_part_that_is_cut_is_sent_again_and_the_push_counts_once(
             gradient, arriving = Flat(run.manifest), Flat(run.manifest)
             gradient.fill(ONES)
             with asking.lease() as lease:
-                # The next connections: one is there already, and there are more shards.
+                # For the connections to come: one is open already, and there are more shards than that.
                 to_come += cuts
                 receipt, pulled = asking.exchange(gradient, lease.claim(0), arriving)
     assert len(to_come) <= len(cuts) - 2

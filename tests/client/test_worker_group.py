@@ -1,4 +1,4 @@
-"""The ranks of a torch.distributed group as one worker, through what may happen to one of them."""
+"""The ranks of a torch.distributed group as one worker: updates, refusals, lost leases, restores and resharding."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Seen = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ranks(service: ThreadService, tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Seen]:
-    """What each of two ranks saw."""
+    """What each of two ranks recorded."""
     file, name = tmp_path_factory.mktemp("ranks") / "seen", f"ranks-{uuid.uuid4().hex[:8]}"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    # What torchrun tells its processes.
+    # The environment that torchrun gives its processes.
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with ExitStack() as stack:
         scripts = [
@@ -47,7 +47,7 @@ def test_all_ranks_see_the_same(ranks: tuple[Seen, Seen]) -> None:
 
 
 def moved(seen: Seen, before: str, after: str) -> set[float]:
-    """By how much parameters moved between two events."""
+    """The distinct differences of parameters between two events."""
     pairs = zip(seen[before]["parameters"], seen[after]["parameters"], strict=True)
     return {round(one - other, 4) for one, other in pairs}
 

@@ -1,13 +1,12 @@
-"""Models of real data, trained with gradients that travel as fewer bytes: they learn what they learn with fp32.
+"""Models trained on real data with compressed gradients reach the loss that they reach with fp32.
 
-The runs of one seed differ in how their gradients travel, and in nothing else: weights and batches are the seed's. The
-final losses are compared in their mean over seeds. What fp32 itself has for a spread between seeds says how far two
-such means lie apart by chance: if s is the standard deviation of the loss of one run, and n the number of seeds, the
-means of two sets of seeds differ with a standard deviation of s · √(2/n), and more than twice that would be no chance.
+The runs of one seed have the same weights and batches, and differ in the encoding of their gradients only. Final losses
+are compared by their mean over seeds. With s the standard deviation of fp32's loss over seeds and n their number, two
+such means differ by chance with a standard deviation of s · √(2/n); more than twice that is no chance.
 
 Top-k is tried with SGD, for which error feedback is proven. With AdamW it learns more slowly (measured: after 600 steps
-of the text, 0.10 more loss with a tenth of the values): what comes seldom and then at once makes the second moment
-larger than the gradients are.
+of the text, 0.10 more loss with a tenth of the values): values that come seldom, and then summed up, make the second
+moment larger than the gradients are.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Task(Protocol):
 
 
 class Digits:
-    """The demo's."""
+    """The demo's data and model."""
 
     steps, adamw_lr = 150, 2.5e-3
 
@@ -73,7 +72,7 @@ class Digits:
 
 
 class Characters:
-    """The next character of a module of the standard library, of which the last tenth is for the final loss."""
+    """Predicts the next character of a module of the standard library, whose last tenth is held out."""
 
     steps, adamw_lr, length = 150, 5e-3, 32
 
@@ -117,7 +116,7 @@ class Transformer(nn.Module):
 
 
 class Trainer:
-    """Trains a task's model once for every seed, and remembers the final losses of fp32."""
+    """Trains a task's model once for every seed, and caches the final losses of fp32."""
 
     def __init__(self, service: ThreadService, task: Task) -> None:
         self._url = service.url
@@ -156,7 +155,7 @@ def trainer(service: ThreadService, request: pytest.FixtureRequest) -> Iterator[
 
 
 def beyond_chance(losses: list[float], fp32: list[float]) -> float:
-    """How much larger the mean loss is than fp32's, in shares of what chance may do."""
+    """How much larger the mean loss is than fp32's, in units of the largest difference that chance explains."""
     more = statistics.mean(losses) - statistics.mean(fp32)
     return more / (2 * statistics.stdev(fp32) * sqrt(2 / len(SEEDS)))
 

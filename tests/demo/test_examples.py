@@ -31,7 +31,7 @@ def test_an_example_runs(start_process: Callable[..., ProcessService], example: 
 
 
 def torchrun(ranks: int, url: str, save: Path, *arguments: str) -> tuple[float, float, list[dict[str, Tensor]]]:
-    """Runs the example with so many ranks: its loss at first and at last, and each rank's parameters."""
+    """Runs the example; returns its first and final loss, and each rank's parameters."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", str(TORCHRUN), "--url", url, "--save", str(save), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "lab.md"
 
 LONG = pytest.mark.timeout(600)
-"""Processes that import torch, many times, are slow to start on a machine that does other things."""
+"""Seconds: experiments start many processes that import torch, which is slow on a busy machine."""
 
 
 def parabola(best: float) -> list[float]:
-    """The learning rates that a grid of 1, 2 and 4 comes to try where one is best, and the one that it says is."""
+    """The learning rates that a grid of 1, 2 and 4 comes to try, and its best, where `best` is the true one."""
     tried: list[float] = []
 
     def trial(lr: float) -> Trial:

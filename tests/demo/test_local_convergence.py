@@ -1,4 +1,4 @@
-"""Two workers that push once in ten steps, and the demo's model; a worker without a service for comparison."""
+"""Two workers train the demo's model and push once in ten steps; a worker without a service is the baseline."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def final_loss(model: nn.Module, digits: Digits) -> Tensor:
 
 @pytest.fixture(scope="module")
 def alone(digits: Digits) -> Tensor:
-    """The loss that AdamW comes to in STEPS steps without a service."""
+    """The loss of AdamW after STEPS steps without a service."""
     model, generator = network(), torch.Generator().manual_seed(0)
     optimizer = inner_of(model)
     for _ in range(STEPS):

@@ -42,7 +42,7 @@ def numel() -> int:
 
 
 def header(dtype: str = "F32") -> Header:
-    """The header of a valid body, to be spoilt."""
+    """The header of a valid body, to be changed by the caller."""
     entries: Header = {}
     end = 0
     for parameter in PARAMETERS:
@@ -90,7 +90,7 @@ def _case(name: str) -> Callable[[Callable[[], bytes]], Callable[[], bytes]]:
 
 
 def _spoilt(name: str, spoil: Callable[[Header], object], data: bytes | None = None) -> None:
-    """Registers a body whose header went through `spoil`."""
+    """Registers a body whose header was changed by `spoil`."""
 
     @_case(name)
     def make() -> bytes:
@@ -100,13 +100,13 @@ def _spoilt(name: str, spoil: Callable[[Header], object], data: bytes | None = N
 
 
 def _end_of_kind(kind: str) -> None:
-    """The bodies registered since the last kind are of this one."""
+    """Assigns the bodies registered since the last call to a kind."""
     known = {name for names in KINDS.values() for name in names}
     KINDS[kind] = [name for name in BODIES if name not in known]
 
 
 def _text(name: str, text: str | bytes) -> None:
-    """Registers a body with this header, whatever it is."""
+    """Registers a body with any text as its header."""
     BODIES[name] = lambda: body(text)
 
 

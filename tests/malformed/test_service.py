@@ -1,4 +1,4 @@
-"""The hostile bodies against the service: refused by name, in bounded memory, with everything left as it was."""
+"""Malformed bodies over HTTP: each is refused with its slug, in bounded memory, and no state changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIB = 1024**2
 
 
 def request(api: Api, lease: dict[str, Any], changes: dict[str, Any], body: bytes = b"") -> socket.socket:
-    """The connection over which a push was sent, with some of its header lines changed: a list stands as often."""
+    """Sends a push with changed headers, where a list repeats a header; returns the connection."""
     connection = connected(api.url)
     headers = {**api.headers(lease, 0, "key"), **changes}
     connection.sendall(head_of_a_push(api.path("/gradients"), headers, len(body)) + body)
@@ -136,7 +136,7 @@ def test_a_bad_header_is_refused(hostile: Api, service: ThreadService, changes: 
 
 @pytest.fixture(scope="module")
 def hasty(shared_nodes: Callable[..., list[ThreadService]]) -> ThreadService:
-    """A service that soon gives up bodies that have stalled."""
+    """A service with a short `stall_seconds`."""
     return shared_nodes(1, stall_seconds=0.3)[0]
 
 

@@ -112,7 +112,7 @@ class Training:
         self._stack = ExitStack()
 
     def start(self, worker: str, *, through: str) -> None:
-        """Has a worker train, by the URL of one of the shards' hosts."""
+        """Starts a worker on the run, through the URL of one of the shards' hosts."""
         process = self.workers[worker] = self.cluster.worker(worker)
         process.write_line(f"{self.cluster.url(through)} {self.name} {worker} {self.folder} {self.kind}")
 
@@ -123,7 +123,7 @@ class Training:
         return api
 
     def pushes(self, worker: str) -> list[dict[str, Any]]:
-        """What became of a worker's pushes, so far."""
+        """The receipts of a worker's pushes, so far."""
         try:
             text = (self.folder / worker).read_text()
         except FileNotFoundError:
@@ -149,7 +149,7 @@ class Training:
         return sum(push["decision"] == "applied" for push in self.pushes(worker))
 
     def finish(self) -> list[dict[str, Any]]:
-        """Stops the workers in order; all that became of their pushes."""
+        """Stops the workers in order; returns the receipts of all their pushes."""
         (self.folder / "stop").touch()
         pushes = []
         while self.workers:
@@ -159,12 +159,12 @@ class Training:
         return pushes
 
     def close(self) -> None:
-        # Those that have not stopped, in a test that failed.
+        # In a test that failed, some have not stopped.
         for process in self.workers.values():
             process.kill()
         for host in SHARDS + WORKERS:
             self.cluster.network.heal(host)
-        # What is left of the run costs the next test time, and nothing else.
+        # A run that is left over does no more than slow the next test down.
         with suppress(httpx.HTTPError):
             api = self.api(SHARDS[1])
             api.http.delete(api.path())
@@ -188,7 +188,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def watching(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, with the test itself on its watcher's host."""
+    """The cluster, with this thread in the watcher's network namespace."""
     with cluster.network.inside("watcher"):
         yield cluster
 

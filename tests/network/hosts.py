@@ -31,7 +31,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Unavailable(Exception):
-    """What a network needs and this machine does not have or allow."""
+    """This machine lacks or forbids something that the network needs."""
 
 
 class Network:
@@ -93,7 +93,7 @@ class Network:
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        """What this thread opens or starts in the block is on a host."""
+        """Puts this thread in a host's network namespace for the block."""
         with open("/proc/thread-self/ns/net") as back:
             _enter(self._namespaces[name])
             try:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def start_all(training: Training) -> None:
-    """Starts the four workers, of which the first and the last go by the first host; returns when all push."""
+    """Starts the four workers, the first and the last through the first host; returns when all push."""
     for number, worker in enumerate(WORKERS):
         training.start(worker, through=SHARDS[number % len(SHARDS)])
     training.go_on(3)
@@ -54,7 +54,7 @@ def topology(training: Training, host: str) -> dict[str, Any]:
 
 
 def owners(training: Training, host: str) -> list[str | None]:
-    """Which hosts own the shards, as one of them sees it."""
+    """The hosts that own the shards, by one host's topology."""
     shards = topology(training, host)["shards"]
     return [shard["url"] and training.cluster.host_of(shard["url"]) for shard in shards]
 
@@ -83,7 +83,7 @@ def test_a_worker_that_is_cut_off_comes_back_by_itself(counting: Training) -> No
     cut, *others = WORKERS
     network, api = counting.cluster.network, counting.api(SHARDS[1])
     network.cut(cut)
-    # Until its lease has run out, and longer.
+    # Until its lease has expired.
     wait_until(lambda: cut not in [worker["worker"] for worker in api.status()["workers"]])
     counting.go_on(5, *others)
     network.heal(cut)
@@ -97,7 +97,7 @@ def test_a_host_that_is_cut_off_loses_its_shard_and_harms_nobody(counting: Train
     cut, *others = SHARDS
     network, api = counting.cluster.network, counting.api(others[0])
     (part,) = [shard for shard in topology(counting, cut)["shards"] if shard["url"] == counting.cluster.url(cut)]
-    # It goes by the host that is cut off, and is cut off with it.
+    # A worker on the host that is cut off.
     counting.start(COMPANION, through=cut)
     counting.go_on(3)
     wait_until(lambda: bool(api.status()["checkpoint_step"]))
@@ -106,7 +106,7 @@ def test_a_host_that_is_cut_off_loses_its_shard_and_harms_nobody(counting: Train
     counting.go_on(5, "worker-1", "worker-2")
     lease = api.lease("beside")
     with network.inside(cut):
-        # Here that host still answers, and holds its shard for its own.
+        # In its own network the host still answers, and still assumes that it owns its shard.
         zombie = counting.api(cut)
         answer = zombie.http.post(
             zombie.path("/gradients"),

@@ -1,4 +1,4 @@
-"""A store that services share, and clients of the run that they own together."""
+"""A store for several services, and clients of the run whose shards they own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def name() -> str:
 
 @pytest.fixture
 def run_of(name: str) -> Iterator[Callable[..., Run]]:
-    """Clients' views of the test's run, or of another; their connections end with the test."""
+    """The test's run, or another by a suffix to its name, through a client that is closed with the test."""
     clients: list[Client] = []
 
     def open_(url: str, suffix: str = "") -> Run:

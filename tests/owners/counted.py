@@ -1,4 +1,4 @@
-"""Runs of several owners that count their pushes, what is pushed to them, and what is seen of them.
+"""Runs of several owners that count their pushes, pushes to them, and queries of their state.
 
 The run is SGD with learning rate 1 and every gradient is -1, so each element counts the pushes applied to its shard.
 """
@@ -37,7 +37,7 @@ def url_of(store: ValkeyServer) -> str:
 
 
 def push(run: Run, times: int = 1) -> Receipt:
-    """Pushes, joining again as a worker would where the run was opened at another step."""
+    """Pushes, and joins again as a worker does when the epoch has changed or the lease is lost."""
     lease = run.lease("pusher")
     for _ in range(times):
         while True:
@@ -52,7 +52,7 @@ def push(run: Run, times: int = 1) -> Receipt:
 
 
 def count(run: Run) -> int:
-    """How many pushes every element has counted; they must all agree with each other and with the step."""
+    """The number of pushes counted; all elements and the step must agree on it."""
     y, step = run.pull("y")
     values = torch.cat([tensor.flatten() for tensor in y.values()])
     assert values.unique().tolist() == [float(step)]
@@ -80,7 +80,7 @@ def pushing(runs: Sequence[Run]) -> Iterator[SimpleQueue[int]]:
 
 
 def generation(redis: Redis, api: Api) -> str:
-    """That of the run's last opening; empty while it is being opened anew."""
+    """The generation of the run's last opening; empty while it is being opened."""
     phase, number = redis.hmget(api.redis_key("run"), "phase", "generation")  # type: ignore[misc]
     return str(number) if phase == "open" else ""
 

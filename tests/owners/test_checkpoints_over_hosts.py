@@ -56,7 +56,7 @@ def test_a_host_takes_no_shard_that_it_could_not_load(
     name: str,
     tmp_path: Path,
 ) -> None:
-    """Hosts with disks of their own: each shard comes back where its checkpoints are."""
+    """Hosts with disks of their own: a shard is taken only by a host that has its checkpoints."""
     settings = {"redis_url": url_of(store), "owner_ttl_seconds": TTL}
     nodes = [start_process(tmp_path / f"host-{number}", **settings) for number in range(2)]
     run = run_of(nodes[0].url)
@@ -70,7 +70,7 @@ def test_a_host_takes_no_shard_that_it_could_not_load(
     beats = api.redis_key("shards")
     with Redis.from_url(url_of(store), decode_responses=True) as client:
         wait_until(lambda: api.http.get(api.path("/topology")).json()["missing"] == [lost])
-        # More than twice as long as it would wait before it took what nobody else does.
+        # Longer than the time after which a host takes any shard that has no owner.
         alive = int(client.hget(beats, f"{1 - lost}:ends") or 0)
         wait_until(lambda: int(client.hget(beats, f"{1 - lost}:ends") or 0) > alive + 3000 * TTL)
     assert api.http.get(api.path("/topology")).json()["missing"] == [lost]

@@ -32,7 +32,7 @@ def test_a_killed_shard_server_comes_back_and_all_shards_go_back_to_one_step(
     push(run, 2)
     lease = run.lease("stranger")
     nodes[1].kill()
-    # By the same URL it takes over what it had, long before anybody else would.
+    # By its URL it takes its shards back long before their ownership has expired.
     nodes[1].start()
     api = connect(nodes[0].url, name)
     wait_until(lambda: is_open(api, 2))
@@ -52,7 +52,7 @@ def test_a_shard_whose_owner_stays_away_moves_and_pushes_are_put_off_meanwhile(
     run_of: Callable[..., Run],
     name: str,
 ) -> None:
-    # Patient ones, so that there is time to see that the shard is nobody's.
+    # Twice the TTL, so that there is time to see the shard without an owner.
     nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=2 * TTL) for _ in range(2)]
     run = run_of(nodes[0].url)
     create(run, 2)
@@ -88,7 +88,7 @@ def test_nothing_that_a_zombie_does_counts(
     wait_until(lambda: owners(run) == [nodes[0].url] * 2)
     assert push(run, 2).step == 4
     nodes[1].send_signal(signal.SIGCONT)
-    # Through the zombie, which has to find out that it owns nothing.
+    # Through the service that was stopped, which has to notice that it owns nothing.
     assert push(zombies, 2).step == 6
     assert count(run) == count(zombies) == 6
     assert [written.step for written in run.checkpoints()] == [0, 2]
@@ -110,7 +110,7 @@ def test_a_checkpoint_does_not_wait_for_a_part_that_cannot_come(
     push(run)
     api = connect(nodes[0].url, name)
     nodes[1].send_signal(signal.SIGSTOP)
-    # It is marked before anybody knows that a shard's owner is silent.
+    # The checkpoint is marked in the log before the owner's silence is noticed.
     answer = api.http.post(api.path("/checkpoints"))
     assert slug(answer) == "shard-unavailable"
     assert "opened again" in answer.json()["detail"]

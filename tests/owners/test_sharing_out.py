@@ -1,4 +1,4 @@
-"""How shards and runs are shared out among services, and reached through any of them."""
+"""Shards and runs are distributed over services, and reached through any of them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_leases_of_one_shard_may_come_and_go_through_any_service(
         assert mine.push(PUSHED, stays.claim(step)).decision == "accumulated"
         if step == 0:
             assert httpx.delete(f"{leases}/{lost}").status_code == 204
-        # The other lease runs out by itself.
+        # The second lease expires.
         assert mine.pull("y", min_step=step + 1, wait=30)[1] == step + 1
     stays.release()
 

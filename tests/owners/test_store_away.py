@@ -1,4 +1,4 @@
-"""A store that loses its data, or is away for a while, and the owners who know better."""
+"""A store that loses its data or is away for a while: runs go on from the state of their owners."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_store_that_lost_its_data_is_written_anew_by_all_shards(
         store.start()
         with Redis.from_url(url_of(store)) as client:
             client.flushall()
-    # A worker that comes by finds out, and the shards find that they stand at one place.
+    # A push makes the loss known, and all shards report the same position.
     assert push(run).step == 2
     assert count(run) == 2
     assert run.status().epoch == 1

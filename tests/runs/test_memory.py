@@ -19,7 +19,7 @@ GIB = 1024**3
 
 
 def peak_rss(pid: int) -> int:
-    """Bytes: the most that a process has had in memory so far."""
+    """The peak of a process's resident memory, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Processes that are killed or restarted: what is kept, what is lost and said to be, what goes on."""
+"""Services that are killed or restarted: what is kept, what is lost and reported, what goes on."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_an_orderly_restart_of_a_process_keeps_epoch_and_leases(
 def test_a_live_lease_keeps_its_receipts_in_its_window(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
 ) -> None:
-    """Where they are kept however many leases have ended since."""
+    """A window keeps a lease's receipts, however many other leases have ended since."""
     first = start_service(redis_url=redis_url)
     api = connect(first.url)
     api.create()

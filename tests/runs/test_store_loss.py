@@ -1,4 +1,4 @@
-"""Stores that are away, lose their data or come back with older data: a run is its shard's, and goes on."""
+"""Stores that are away, lose their data or come back with older data: runs go on from their shards' state."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def copied(client: Redis) -> dict[bytes, bytes]:
 
 
 def roll_back(client: Redis, older: dict[bytes, bytes], *more: tuple[str, ...]) -> None:
-    """Brings back what was copied, and does more to it, in one transaction: services look at their store all the
-    time, and write anew what they miss there."""
+    """Restores copied keys and runs more commands, in one transaction: services poll their store, and write
+    missing data anew."""
     with client.pipeline(transaction=True) as stroke:
         stroke.flushall()
         for key, value in older.items():
@@ -94,7 +94,7 @@ def test_a_store_from_before_a_restore_is_written_anew(
 def test_an_older_store_closes_no_update(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
 ) -> None:
-    """It would take the place in the log of a push that it has forgotten, which could then come again."""
+    """It would take the log position of a push that the store has forgotten, and that could then count twice."""
     service = start_service(redis_url=redis_url)
     api = connect(service.url)
     api.create(optimizer=SGD, aggregation={"policy": "sync"})
@@ -107,7 +107,7 @@ def test_an_older_store_closes_no_update(
         roll_back(client, older, *gone)
     assert api.http.delete(api.path(f"/leases/{leaves['lease']}")).status_code == 204
     assert api.push(two, 0, "two").json()["replayed"] is True
-    # The lease's end has closed the update, of which the shard hears.
+    # The end of the lease has closed the update, and the shard is notified.
     wait_until(lambda: api.status()["step"] == 1)
     y, step = api.pull("y")
     assert step == 1
@@ -171,7 +171,7 @@ def test_an_answer_from_before_the_store_was_wiped_counts_no_more(
 
     pushes = [pushing(lease, "late-push")]
     if arrives == "while the store is written anew":
-        # The receipt of the first push is in what the store is told, by whoever first sees that it has lost that.
+        # Writing the store anew includes the receipt of the first push.
         opened, go_on = delay.hold(b"kept-push")
     with Redis(unix_socket_path=str(store.unix_socket_path)) as client:
         client.flushall()
@@ -221,7 +221,7 @@ def store(tmp_path: Path) -> Iterator[ValkeyServer]:
 
 
 def answer_to(connection: socket.socket) -> tuple[int, dict[str, Any]]:
-    """The status and the document of the answer that comes over a connection, which is closed."""
+    """The status and the document of the response on a connection, which is closed."""
     with connection, http.client.HTTPResponse(connection) as response:
         response.begin()
         return response.status, json.loads(response.read())

@@ -1,4 +1,4 @@
-"""Services that share their runs, and a run over all of them."""
+"""Services that share their runs, and a run with a shard on each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.runs import SHARDS, ZEROS, counting, sharded
 
 @pytest.fixture(scope="module")
 def stall_seconds() -> float:
-    """How long a body or a part that does not come is waited for; short where tests wait for that too."""
+    """The services' setting of this name; modules that wait for it make it short."""
     return 30.0
 
 
@@ -26,7 +26,7 @@ def nodes(shared_nodes: Callable[..., list[ThreadService]], stall_seconds: float
 
 @pytest.fixture
 def run(nodes: list[ThreadService]) -> Iterator[ShardedApi]:
-    """A run whose parameters are 0, and that takes every gradient off them as it is."""
+    """A run whose parameters are 0, and from which every gradient is subtracted."""
     with sharded(nodes) as api:
         api.create(**counting(durability="none"), tensors=ZEROS)
         yield api

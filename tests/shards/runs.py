@@ -1,4 +1,4 @@
-"""Runs of several shards that count their pushes: what is sent to them, and what is left of it."""
+"""Runs of several shards that count their pushes: pushes to them, and what these leave in Redis."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ZEROS = {name: torch.zeros(size) for name, size in SIZES.items()}
 
 
 def counting(shards: int = SHARDS, **changes: Any) -> dict[str, Any]:
-    """A run that takes every gradient off its parameters as it is."""
+    """The spec of a run that subtracts every gradient from its parameters."""
     return {
         "optimizer": SGD,
         "aggregation": {"policy": "async"},
@@ -38,7 +38,7 @@ def counting(shards: int = SHARDS, **changes: Any) -> dict[str, Any]:
 
 @contextmanager
 def sharded(nodes: list[ThreadService], number: int = 0) -> Iterator[ShardedApi]:
-    """A run of its own, asked for at one of the nodes; it is deleted in the end."""
+    """A new run, requested at one of the nodes; it is deleted in the end."""
     api = ShardedApi(nodes[number].url)
     try:
         yield api
@@ -48,7 +48,7 @@ def sharded(nodes: list[ThreadService], number: int = 0) -> Iterator[ShardedApi]
 
 
 def parts_of(redis: Redis, api: Api, key: str) -> dict[int, dict[str, Any]]:
-    """What is known of the parts of a push that is on its way, by shard."""
+    """The parts of a pending push, by shard."""
     text: Any = redis.hget(api.redis_key("staged"), key)
     parts = json.loads(text)["parts"] if text else {}
     # An empty table of Lua's is an empty list.
@@ -61,7 +61,7 @@ def staged(redis: Redis, api: Api, key: str) -> set[int]:
 
 
 def leftovers(redis: Redis, api: Api) -> dict[str, Any]:
-    """What must be gone from Redis when nothing is on its way."""
+    """What Redis keeps of pushes and pulls under way."""
     left: dict[str, Any] = {name: redis.hgetall(api.redis_key(name)) for name in ("pending", "staged", "cuts")}
     left["queue"] = redis.lrange(api.redis_key("queue"), 0, -1)
     left["in_flight"] = int(redis.hget(api.redis_key("run"), "in_flight") or 0)
@@ -72,7 +72,7 @@ NONE_LEFT: dict[str, Any] = {"pending": {}, "staged": {}, "cuts": {}, "queue": [
 
 
 def wholly(api: ShardedApi, point: str, nodes: list[ThreadService]) -> bytes:
-    """The tensors' bytes of a whole point, which all nodes give alike."""
+    """The tensors' bytes of a whole point, which must be the same from all nodes."""
     bodies = []
     for node in nodes:
         answer = api.http.get(f"{node.url}{api.path('/parameters')}", params={"point": point})
@@ -105,7 +105,7 @@ def spoiled(api: ShardedApi, shard: int, value: float) -> list[bytes]:
 def half_of_a_part(
     api: ShardedApi, shard: int, lease: Mapping[str, Any], key: str, body: bytes
 ) -> Iterator[tuple[socket.socket, bytes]]:
-    """A connection on which half of a part's body was sent, and the other half."""
+    """A connection on which half of a part's body was sent; and the other half."""
     target = f"{api.path('/gradients')}?shard={shard}&of={len(api.shards)}"
     head = head_of_a_push(target, {**api.headers(lease, 0, key), "Connection": "close"}, len(body))
     with connected(api.shards[shard]["url"]) as connection:

@@ -1,4 +1,4 @@
-"""Who computes, when, and with how many threads."""
+"""Device locks, and the number of threads that compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of any encoding become the vector that they say, where they lie or elsewhere, and are measured."""
+"""Bodies of any encoding are decoded to a vector, in place or on another device, and their norm is taken."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 ELSEWHERE = torch.device("cpu", 0)
-"""The host under a name that is not HOST's: what goes there takes the way to a GPU."""
+"""The host under another name than HOST's: bodies for it take the path of those for a GPU."""
 
 
 @pytest.fixture(params=[HOST, ELSEWHERE], ids=["in place", "elsewhere"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where bodies go; if that is elsewhere, it is by torch that they are decoded, in pieces."""
+    """The device that bodies are for; for ELSEWHERE torch decodes them, in pieces."""
     if request.param == ELSEWHERE:
         monkeypatch.setattr(squares, "is_compiled", lambda vector: False)
         monkeypatch.setattr(squares, "PIECE", CHUNK)
@@ -40,10 +40,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 def received(body: bytes, numel: int, device: torch.device) -> tuple[Tensor, float | None]:
-    """The flat tensor that a body becomes, and what is measured of it."""
+    """The flat tensor that a body is decoded to, and its norm."""
     manifest = Manifest([ParameterSpec(name=name, shape=(numel,)) for name in NAMES])
     vector = Vector(manifest.numel, device=device)
-    # What it held before must not show.
+    # The vector's earlier content must not show.
     for memory in (vector.tensor(), vector.wide):
         memory.fill_(math.pi)
     receiver = Receiver(manifest, vector.bytes, len(body), encodings=ENCODINGS)
@@ -77,7 +77,7 @@ def test_halves_are_widened(numel: int, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("numel", SIZES)
 def test_tensors_of_one_dtype_are_left_as_they_came(numel: int, dtype: torch.dtype, device: torch.device) -> None:
-    """But elsewhere: the way there is what they are narrow for."""
+    """Except for another device, where they are widened after the copy."""
     tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(numel).items()}
     told = received(assemble(tensors, {}), numel, device)
     left = dtype if device == HOST else torch.float32
@@ -94,7 +94,7 @@ def test_int8_is_multiplied_by_its_scales(numel: int, block: int, device: torch.
 
 @cache
 def encoded_as_int8(numel: int, block: int) -> tuple[bytes, list[Tensor]]:
-    """Random tensors as a body, and what it says; the plain encoder takes seconds for short blocks."""
+    """Random tensors as a body, and their decoded values; the plain encoder takes seconds for short blocks."""
     items, metadata = int8(random_tensors(numel), block)
     return assemble(items, metadata), list(decoded(items, metadata, dict.fromkeys(NAMES, (numel,))).values())
 
