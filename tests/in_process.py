@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,10 +31,13 @@ from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import Settings
 from freestep_service.state.compute import HOST, DeviceLocks
 from freestep_service.state.memory_budget import MemoryBudget
+from freestep_service.storage.local import LocalStorage
 from freestep_service.storage.media import open_storage
 
 __all__ = [
+    "NUMEL",
     "Bytes",
+    "Medium",
     "claim_of",
     "initialize",
     "lease_of",
@@ -185,3 +189,23 @@ async def pull(shard: LocalShard, point: Any = "y") -> tuple[int, float]:
     async with shard.read(Reading(point, "F32")) as body:
         await body.reach(len(body.data))
         return body.step, float(torch.frombuffer(bytearray(body.data), dtype=torch.float32)[0])
+
+
+class Medium(LocalStorage):
+    """A directory that is full, or hangs, when the test says so."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.is_full = False
+        self.hangs: str | None = None
+        self.may_go_on = threading.Event()
+
+    def _write(self, path: str, pieces: Any) -> None:
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        super()._write(path, pieces)
+
+    def _read(self, path: str) -> bytes:
+        if self.hangs is not None and self.hangs in path:
+            assert self.may_go_on.wait(60)
+        return super()._read(path)

@@ -1,0 +1,114 @@
+"""Runs on a medium that becomes full: what is refused changes nothing, and does not happen later."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from freestep.errors import StorageUnavailable
+from in_process import (
+    Medium,
+    claim_of,
+    initialize,
+    new_run,
+    process,
+    pull,
+    push,
+    run_async,
+    spec_of,
+)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_upload_does_not_fail_for_its_first_checkpoint(store: str, tmp_path: Path, shards: int) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run, _ = await registry.create("run", spec_of(shards))
+            medium.is_full = True
+            await initialize(run)
+            assert run.checkpoint_failure is not None and "No space left" in run.checkpoint_failure
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            with pytest.raises(StorageUnavailable):
+                await run.checkpoint()
+            medium.is_full = False
+            assert (await run.checkpoint()).step == 1
+            assert run.checkpoint_failure is None
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("what", ["restore", "reshard", "create", "delete"])
+def test_what_a_full_disk_refuses_changes_nothing_and_does_not_happen_later(
+    store: str, tmp_path: Path, shards: int, what: str
+) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run = await new_run(registry, shards=shards)
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            await run.checkpoint()
+            await push(run, claim_of(lease, "two", 1))
+            medium.is_full = True
+            calls = {
+                "restore": lambda: run.restore(1),
+                "reshard": lambda: run.reshard(shards + 1),
+                "create": lambda: registry.create("other", spec_of(1)),
+                "delete": lambda: registry.delete("run"),
+            }
+            with pytest.raises(StorageUnavailable, match="No space left"):
+                await calls[what]()
+            outcomes = await push(run, claim_of(lease, "three", 2))
+            assert {outcome.record.decision for outcome in outcomes} == {"applied"}
+            medium.is_full = False
+            await run.refresh()
+            assert (run.epoch, run.count) == (1, shards)
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(3, 3.0)] * shards
+            assert [each.name for each in registry.all()] == ["run"]
+
+    run_async(work)
+
+
+def test_a_new_run_takes_nothing_from_one_that_was_deleted_halfway(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry)
+            await push(run, claim_of(await run.leases.grant("worker", None), "one"))
+            await run.checkpoint()
+            left = tmp_path / "left"
+            shutil.copytree(tmp_path / "data" / "runs" / "run", left)
+            await registry.delete("run")
+            (left / "run.json").unlink()
+            shutil.copytree(left, tmp_path / "data" / "runs" / "run", dirs_exist_ok=True)
+            run, _ = await registry.create("run", spec_of())
+            assert await run.list_checkpoints() == []
+        async with process(store, tmp_path / "data") as registry:
+            assert not (await registry.get("run").status()).initialized
+
+    run_async(work)
+
+
+def test_a_division_that_runs_out_of_disk_is_given_up(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run = await new_run(registry, shards=2)
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            # There is room for the probe, and none for the state.
+            medium.require_writable = lambda: None  # type: ignore[method-assign]
+            medium.is_full = True
+            with pytest.raises(StorageUnavailable, match="No space left"):
+                await run.reshard(3)
+            medium.is_full = False
+            await run.refresh()
+            assert (run.epoch, run.count) == (1, 2)
+            await push(run, claim_of(lease, "two", 1))
+            assert [await pull(run.shard(index)) for index in range(2)] == [(2, 2.0)] * 2
+
+    run_async(work)

@@ -1,0 +1,74 @@
+"""The tasks that look after runs: one run that hangs, or an error, holds up no other."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from freestep.errors import LeaseExpired
+from freestep_service.runs import registry as registry_module
+from in_process import (
+    Medium,
+    claim_of,
+    new_run,
+    process,
+    pull,
+    push,
+    run_async,
+    until,
+)
+
+
+def test_a_run_that_hangs_while_it_opens_holds_up_no_other(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            await new_run(registry, "hangs")
+        medium.hangs = "runs/hangs"
+        monkeypatch.setattr(registry_module, "_OPENING_S", 0.1)
+        async with AsyncExitStack() as stack:
+            registry = await stack.enter_async_context(process(store, tmp_path / "data", storage=medium))
+            stack.callback(medium.may_go_on.set)
+            run = await new_run(registry, "goes-on", aggregation={"policy": "sync"})
+            dies = await run.leases.grant("dies", 1000)
+            stays = await run.leases.grant("stays", None)
+            await push(run, claim_of(stays, "one"))
+            # The update waits for the worker that dies, whose lease ends.
+            assert (await pull(run.shard(0)))[0] == 0
+            await until(lambda: run.shard(0).core.writer.applied_step == 1, "the end of the lease")
+            with pytest.raises(LeaseExpired):
+                await run.leases.release(dies.lease)
+            assert (await registry.find("goes-on")) is run
+
+    run_async(work)
+
+
+def test_no_error_ends_the_housekeeping(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry)
+            fails, calls = [True], [0]
+            expire = run.leases.expire
+
+            async def failing() -> None:
+                calls[0] += 1
+                if fails[0]:
+                    raise KeyError("phase")
+                await expire()
+
+            # The keeper's own reference.
+            monkeypatch.setattr(run._keeper._leases, "expire", failing)
+            await until(lambda: calls[0] > 3, "a repetition")
+            assert caplog.text.count("its leases: KeyError('phase')") == 1
+            fails[0] = False
+            await until(lambda: "its leases is looked after again" in caplog.text, "the end of the error")
+
+    with caplog.at_level(logging.INFO, "freestep"):
+        run_async(work)
