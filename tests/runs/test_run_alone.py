@@ -134,6 +134,30 @@ def test_a_redis_that_is_wiped_under_pushes_loses_none(store: str, tmp_path: Pat
     run_async(work)
 
 
+def test_a_call_that_is_behind_an_opening_under_way_asks_for_no_other(store: str, tmp_path: Path) -> None:
+    """A run that goes back to a checkpoint is, for a moment, behind what its shards have seen."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=2)
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            await run.checkpoint()
+            for number in range(2, 6):
+                await push(run, claim_of(lease, str(number), number - 1))
+            restoring = asyncio.create_task(run.restore(1))
+            while not restoring.done():
+                try:
+                    await push(run, claim_of(lease, "late", 1))
+                except ProblemError:
+                    await asyncio.sleep(0)
+            await restoring
+            await run.refresh()
+            assert (run.epoch, (await run.status()).step) == (2, 1)
+
+    run_async(work)
+
+
 def test_a_lost_entry_has_the_run_opened_again(store: str, tmp_path: Path) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:

@@ -20,6 +20,7 @@ from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
+from freestep_service.runs.recovery import Recovery
 from freestep_service.storage.checkpoints import Checkpoints, LoadedState
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.run_files import RunFile
@@ -37,7 +38,12 @@ class Loading:
     """What the owned shards of one run report, load and leave."""
 
     def __init__(
-        self, context: RunContext, shards: OwnedShards, checkpoints: Checkpoints, checkpointing: Checkpointing
+        self,
+        context: RunContext,
+        recovery: Recovery,
+        shards: OwnedShards,
+        checkpoints: Checkpoints,
+        checkpointing: Checkpointing,
     ) -> None:
         self.newest_epoch = 0
         """The newest in which a shard has loaded its state."""
@@ -47,6 +53,7 @@ class Loading:
         self._context = context
         self._coordinator = context.coordinator
         self._disk = context.resources.disk
+        self._recovery = recovery
         self._shards = shards
         self._checkpoints = checkpoints
         self._checkpointing = checkpointing
@@ -178,7 +185,7 @@ class Loading:
         checkpoint = None if target["cut"] is None else CheckpointId(*target["cut"])
         epoch = view.number("epoch")
         initialized = view.number("initialized") == 1
-        opened = False
+        opened = has_taken = False
         await self._write_run_file(epoch)
         for shard in mine:
             core = shard.core
@@ -189,7 +196,7 @@ class Loading:
             if not await self._take(shard, source, epoch, initialized=initialized, holds=holds):
                 await opening.gather(self._shards.count, generation)
                 return True
-            core.loaded = generation
+            core.loaded, has_taken = generation, True
             if await opening.loaded(core.owner(), generation) == "open":
                 opened = True
         if checkpoint is not None and initialized and not target["live"]:
@@ -197,6 +204,9 @@ class Loading:
         self.newest_epoch = max(self.newest_epoch, epoch)
         step = self._shards.lowest.core.writer.applied_step if self._shards.lowest else view.number("step")
         self._context.telemetry.at(epoch, step)
+        if has_taken:
+            # Whoever asked for an opening while this one was under way has it.
+            self._recovery.reopened()
         if opened:
             logger.info("run %s is open: epoch %d, step %d", self._context.name, epoch, step)
         return opened

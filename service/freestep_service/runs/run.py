@@ -77,7 +77,7 @@ class Run:
         self._shards = owned = OwnedShards(shards)
         self._checkpointing = Checkpointing(context, recovery, owned, self._checkpoints)
         dispatch = Dispatch(context, recovery, owned, self._checkpointing)
-        self._loading = Loading(context, owned, self._checkpoints, self._checkpointing)
+        self._loading = Loading(context, recovery, owned, self._checkpoints, self._checkpointing)
         self._ownership = Ownership(context, recovery, owned, dispatch, self._loading, self._make_shard)
         self.leases = Leases(context, recovery, owned)
         self.reports = MetricReports(context, recovery, owned, dispatch)
