@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -70,25 +69,6 @@ def test_what_a_full_disk_refuses_changes_nothing_and_does_not_happen_later(
             assert (run.epoch, run.count) == (1, shards)
             assert [await pull(run.shard(index)) for index in range(shards)] == [(3, 3.0)] * shards
             assert [each.name for each in registry.all()] == ["run"]
-
-    run_async(work)
-
-
-def test_a_new_run_takes_nothing_from_one_that_was_deleted_halfway(store: str, tmp_path: Path) -> None:
-    async def work() -> None:
-        async with process(store, tmp_path / "data") as registry:
-            run = await new_run(registry)
-            await push(run, claim_of(await run.leases.grant("worker", None), "one"))
-            await run.checkpoint()
-            left = tmp_path / "left"
-            shutil.copytree(tmp_path / "data" / "runs" / "run", left)
-            await registry.delete("run")
-            (left / "run.json").unlink()
-            shutil.copytree(left, tmp_path / "data" / "runs" / "run", dirs_exist_ok=True)
-            run, _ = await registry.create("run", spec_of())
-            assert await run.list_checkpoints() == []
-        async with process(store, tmp_path / "data") as registry:
-            assert not (await registry.get("run").status()).initialized
 
     run_async(work)
 

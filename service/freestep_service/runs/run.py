@@ -155,9 +155,6 @@ class Run:
         if await opening.create(epoch, self.count) == "different":
             raise RunExists(f"the run {self.name!r} exists with another spec", run=self.name)
         try:
-            if not await disk.run(RunFile.exists, storage, self.name):
-                # What a deletion that was cut short has left of a run of this name.
-                await disk.run(self._checkpoints.remove)
             await disk.run(RunFile(self._context.canonical_spec, epoch, self.count).write, storage, self.name)
         except BaseException:
             with suppress(CoordinatorUnavailable):

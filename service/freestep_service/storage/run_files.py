@@ -29,11 +29,6 @@ class RunFile:
         """Raises StorageUnavailable."""
         storage.write(f"runs/{run}/run.json", [json.dumps(asdict(self)).encode()])
 
-    @staticmethod
-    def exists(storage: Storage, run: str) -> bool:
-        """Whether there is one, damaged or not. Raises StorageUnavailable."""
-        return "run.json" in storage.names(f"runs/{run}")
-
     @classmethod
     def read(cls, storage: Storage, run: str) -> RunFile:
         """Raises FileNotFoundError, Damaged, StorageUnavailable."""
