@@ -97,11 +97,12 @@ class Ownership:
         async with self.lock("a heartbeat"):
             if self.is_closed:
                 return
-            if self._recovery.must_reopen:
-                await self._reopen()
             with suppress(Fenced):
                 # Where it is fenced, the next heartbeat learns of the new owner.
                 await self._keep()
+            # Unless that was an opening under way, whose new state answers those who found Redis behind the old one.
+            if self._recovery.must_reopen:
+                await self._reopen()
 
     async def prolong(self) -> None:
         """Prolongs what is owned, and no more, while a heartbeat takes its time."""
