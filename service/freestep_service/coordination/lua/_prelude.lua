@@ -96,7 +96,9 @@ end
 -- Whether Redis has lost entries that a shard has seen: it lost the run, or came back with older data.
 local function is_behind(known_epoch, known_seq)
   local run = redis.call('HMGET', RUN, 'spec', 'epoch', 'seq')
-  return not run[1] or tonumber(run[2] or 0) < tonumber(known_epoch) or tonumber(run[3] or 0) < tonumber(known_seq)
+  local epoch, known = tonumber(run[2] or 0), tonumber(known_epoch)
+  -- In a later epoch the log begins anew: it is the shard that has to load its state yet.
+  return not run[1] or epoch < known or (epoch == known and tonumber(run[3] or 0) < tonumber(known_seq))
 end
 
 -- Whether a caller's token is that of the shard's present owner.
