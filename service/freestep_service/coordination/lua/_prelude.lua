@@ -346,7 +346,9 @@ end
 -- Whether a waiting ticket may have its place at an entry: others read there already, or there is room for its kind.
 local function has_room(cut, name, kinds, open)
   local kind = cut.kind or 'pull'
-  return kinds[name] ~= nil or open[kind] < MOST_CUTS[kind]
+  -- A pull's place becomes a push's when one reads there too, so the sum has its own bound.
+  local is_left = open.push + open.pull < MOST_CUTS.push + MOST_CUTS.pull
+  return kinds[name] ~= nil or (is_left and open[kind] < MOST_CUTS[kind])
 end
 
 -- The tickets that get their place at a log entry, with their points, as far as there is memory for it; nil for none.
