@@ -16,6 +16,7 @@ import pytest
 import torch
 import trustme
 
+from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.storage.media import Storage, open_storage
 from harness import ProcessService, ThreadService, store
 from plain_calls import Api
@@ -27,11 +28,17 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has all clients, also in child processes, trust a single CA: loading certifi's takes each client 30 ms."""
+    """Has all clients, also in child processes, trust a single CA: loading certifi's takes each client 30 ms.
+
+    Has the loops on disk before xdist starts its processes.
+    """
     file = Path(tempfile.mkdtemp(prefix="freestep-tests-"), "ca.pem")
     trustme.CA().cert_pem.write_to_path(file)
     os.environ["SSL_CERT_FILE"] = str(file)
     config.add_cleanup(lambda: shutil.rmtree(file.parent))
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        # Else each of the processes that run tests would compile the same loops, where none are on disk.
+        compile_loops()
 
 
 @pytest.fixture(scope="session")

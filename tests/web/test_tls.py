@@ -110,6 +110,18 @@ def test_a_client_is_told_who_is_trusted(
         client.runs()
 
 
+def test_unless_others_are_named_certifis_authorities_are_trusted(
+    tls_service: ThreadService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tests name one of their own, by SSL_CERT_FILE."""
+    for variable in ("FREESTEP_CA_CERTS", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    assert len(trusted_by(Settings()).get_ca_certs()) > 50
+    with Client(tls_service.url, retry_for=0) as client:
+        with pytest.raises(ServiceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
+            client.runs()
+
+
 def test_a_strangers_certificate_is_refused(tls_service: ThreadService) -> None:
     with Client(tls_service.url, retry_for=0) as client:
         with pytest.raises(ServiceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
