@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
@@ -66,7 +66,7 @@ class Client:
             limits = httpx.Limits(
                 max_connections=None, max_keepalive_connections=MOST_SHARDS, keepalive_expiry=_KEEPALIVE_S
             )
-            http = httpx.Client(
+            http = _HttpClient(
                 base_url=url or os.environ.get("FREESTEP_URL") or DEFAULT_URL,
                 headers={"Authorization": f"Bearer {token}"} if token else {},
                 timeout=timeout,
@@ -100,6 +100,20 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Cookies(httpx.Cookies):
+    """Looks for cookies in answers that set some: httpx looks in every answer, which is a twentieth of a small push."""
+
+    def extract_cookies(self, response: httpx.Response) -> None:
+        if "set-cookie" in response.headers:
+            super().extract_cookies(response)
+
+
+class _HttpClient(httpx.Client):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._cookies = _Cookies()
 
 
 def _ssl_context(verify: ssl.SSLContext | str | os.PathLike[str] | bool) -> ssl.SSLContext:

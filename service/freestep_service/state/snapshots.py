@@ -145,7 +145,11 @@ class Snapshots:
         """A new snapshot, which all who wait for it share."""
         making = self._making.get(key)
         if making is None:
-            making = self._making[key] = asyncio.create_task(self._make(key, timeout_s))
+            vector = self._recycle(key)
+            begun = None if vector is None else self.take(*key, vector)
+            if begun is not None and begun.taken.done():
+                return self._keep(key, begun)
+            making = self._making[key] = asyncio.create_task(self._make(key, begun, timeout_s))
             # Those who wait may leave before it fails.
             making.add_done_callback(lambda made: made.cancelled() or made.exception())
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -156,22 +160,27 @@ class Snapshots:
             await asyncio.wait([making], timeout=left if waits_for_slow else min(left, _LOOK_S))
         return making.result()
 
-    async def _make(self, key: tuple[Point, str], timeout_s: float) -> Snapshot:
+    async def _make(self, key: tuple[Point, str], begun: Snapshot | None, timeout_s: float) -> Snapshot:
         try:
-            snapshot = self.take(*key, self._recycle(key) or await self.pool.acquire(timeout_s))
-            try:
-                await snapshot.taken
-            except BaseException:
-                self.let_go(snapshot)
-                raise
-            replaced, self._newest[key] = self._newest.get(key), snapshot
-            if replaced is not None:
-                self._release_unneeded(replaced)
-            # For those who wait for this task: they need it from here on.
-            snapshot.needed -= 1
-            return snapshot
+            snapshot = begun or self.take(*key, await self.pool.acquire(timeout_s))
+            # A failure, of the copy or of this task, is `_keep`'s to raise.
+            await asyncio.wait([snapshot.taken])
+            return self._keep(key, snapshot)
         finally:
             del self._making[key]
+
+    def _keep(self, key: tuple[Point, str], snapshot: Snapshot) -> Snapshot:
+        """Lets others share a snapshot that was taken; they need it from here on."""
+        try:
+            snapshot.taken.result()
+        except BaseException:
+            self.let_go(snapshot)
+            raise
+        replaced, self._newest[key] = self._newest.get(key), snapshot
+        if replaced is not None:
+            self._release_unneeded(replaced)
+        snapshot.needed -= 1
+        return snapshot
 
     def _recycle(self, key: tuple[Point, str]) -> Vector | None:
         """A free vector, or that of a snapshot which nobody reads: the one that the new one replaces first."""

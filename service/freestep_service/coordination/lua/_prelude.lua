@@ -1,9 +1,11 @@
 -- This file is put before every other script: the names of the run's keys, the clock, and shared functions.
 --
 -- KEYS 1-12 are the same for every script that is called for a run. Their hash tag is the same: freestep:{run}:...
---   run       hash    spec, epoch, step, seq, initialized, token, the policy's values, counts of pushes; shards (how
---                     many), phase and generation of the opening (see open.lua), durable (the newest checkpoint),
---                     clocks (JSON: worker -> number of its pushes; only under a policy with a slack).
+--   run       hash    spec, first_epoch (in which the run was created: it tells the run from earlier ones of its name;
+--                     older versions wrote none), epoch, step, seq, initialized, token, the policy's values, counts of
+--                     pushes; shards (how many), phase and generation of the opening (see open.lua), durable (the
+--                     newest checkpoint), clocks (JSON: worker -> number of its pushes; only under a policy with a
+--                     slack).
 --                     A run exists if this hash has a spec.
 --   leases    zset    worker -> the time at which its lease ends, in ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
@@ -82,11 +84,20 @@ local function run_number(field)
   return tonumber(redis.call('HGET', RUN, field) or 0)
 end
 
--- The number of shards. It is read once: scripts that change it do so before they first need it.
-local known_shard_count
+-- A value of the run's policy, or its number of shards. All are read at once: scripts that change them do so before they
+-- first need one.
+local known_rules
+local function rule(name)
+  if not known_rules then
+    local read = redis.call('HMGET', RUN, 'shards', 'batch', 'max_staleness', 'distinct', 'slack')
+    known_rules = {shards = tonumber(read[1] or 1), batch = read[2], max_staleness = read[3], distinct = read[4] == '1',
+      slack = tonumber(read[5] or '')}
+  end
+  return known_rules[name]
+end
+
 local function shard_count()
-  known_shard_count = known_shard_count or tonumber(redis.call('HGET', RUN, 'shards') or 1)
-  return known_shard_count
+  return rule('shards')
 end
 
 local function tell(message)
@@ -141,32 +152,32 @@ local function live_workers(now)
   return redis.call('ZCOUNT', LEASES, '(' .. text(now), '+inf')
 end
 
--- The worker that holds a lease, or false if the lease is unknown, expired, fenced off or has another token.
-local function holder(lease_key, lease, token, now)
-  local fields = redis.call('HMGET', lease_key, 'worker', 'token')
+-- A lease as {worker, token, epoch in which it was granted, ttl_ms}, or false if it is unknown, expired, fenced off or has
+-- another token.
+local function held(lease_key, lease, token, now)
+  local fields = redis.call('HMGET', lease_key, 'worker', 'token', 'epoch', 'ttl_ms')
   local worker = fields[1]
   if not worker or (token and fields[2] ~= token) then return false end
   if redis.call('HGET', WORKERS, worker) ~= lease then return false end
   local ends = redis.call('ZSCORE', LEASES, worker)
   if not ends or tonumber(ends) <= now then return false end
-  return worker
+  return {worker = worker, token = fields[2], epoch = fields[3], ttl_ms = tonumber(fields[4])}
 end
 
--- The worker of a claim, or false and the refusal of the claim.
-local function claimant(lease_key, lease, token, taken_at, now)
-  if redis.call('HGET', RUN, 'initialized') ~= '1' then return false, {'run-not-initialized'} end
-  local worker = holder(lease_key, lease, token, now)
-  if not worker then return false, {'lease-expired'} end
-  local epoch = redis.call('HGET', RUN, 'epoch')
-  if redis.call('HGET', lease_key, 'epoch') ~= epoch then return false, {'epoch-changed', tonumber(epoch)} end
-  if taken_at > run_number('step') then return false, {'step-ahead', run_number('step')} end
-  return worker
+-- The lease of a claim and the run's step, or false and the refusal of the claim.
+local function claimed(lease_key, lease, token, taken_at, now)
+  local run = redis.call('HMGET', RUN, 'initialized', 'epoch', 'step')
+  if run[1] ~= '1' then return false, {'run-not-initialized'} end
+  local found, step = held(lease_key, lease, token, now), tonumber(run[3] or 0)
+  if not found then return false, {'lease-expired'} end
+  if found.epoch ~= run[2] then return false, {'epoch-changed', tonumber(run[2])} end
+  if taken_at > step then return false, {'step-ahead', step} end
+  return found, step
 end
 
-local function extend(lease_key, worker, now)
-  local ttl = tonumber(redis.call('HGET', lease_key, 'ttl_ms'))
-  redis.call('ZADD', LEASES, now + ttl, worker)
-  redis.call('PEXPIRE', lease_key, ttl)
+local function extend(lease_key, worker, ttl_ms, now)
+  redis.call('ZADD', LEASES, now + ttl_ms, worker)
+  redis.call('PEXPIRE', lease_key, ttl_ms)
 end
 
 -- The idempotency keys that the next record will push out of a lease's window.
@@ -264,7 +275,7 @@ end
 -- Whether the gathered pushes make an update: `batch` pushes, or one of every live worker. `joining`: a worker whose
 -- push is to be counted too, or nil.
 local function is_complete(now, joining)
-  local grouped, batch = run_number('grouped') + (joining and 1 or 0), redis.call('HGET', RUN, 'batch')
+  local grouped, batch = run_number('grouped') + (joining and 1 or 0), rule('batch')
   if grouped == 0 then return false end
   if batch ~= 'live' then return grouped >= tonumber(batch) end
   for _, worker in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '(' .. text(now), '+inf')) do
@@ -275,7 +286,7 @@ end
 
 -- Whether a push of this staleness is admitted; the bound 'adaptive' is four steps for each live worker.
 local function is_fresh(staleness, live)
-  local bound = redis.call('HGET', RUN, 'max_staleness')
+  local bound = rule('max_staleness')
   if bound == 'none' then return true end
   if bound == 'adaptive' then return staleness <= 4 * math.max(live, 1) end
   return staleness <= tonumber(bound)
@@ -283,7 +294,7 @@ end
 
 -- How many pushes a worker may be ahead of the slowest live worker; nil if the policy sets no such bound.
 local function slack()
-  return tonumber(redis.call('HGET', RUN, 'slack') or '')
+  return rule('slack')
 end
 
 local function clocks()
@@ -391,11 +402,12 @@ local function trim_log(seq)
   redis.call('XTRIM', LOG, 'MAXLEN', '~', math.min(kept, LONGEST_LOG))
 end
 
--- Appends an entry to the log; `advance`: whether the gathered pushes become an update with it. The entry is written
--- before it is counted: a count without an entry would be a gap that no shard gets over.
+-- Appends an entry to the log, at the next place unless it has that already; `advance`: whether the gathered pushes become
+-- an update with it. The entry is written before it is counted: a count without an entry would be a gap that no shard
+-- gets over.
 local function append(advance, entry)
   check_type('stream', LOG)
-  entry.seq, entry.step, entry.epoch = next_place(advance)
+  if not entry.seq then entry.seq, entry.step, entry.epoch = next_place(advance) end
   entry.advance = advance
   if shard_count() > 1 then entry.cuts = due_cuts(entry.seq, advance) end
   redis.call('XADD', LOG, text(entry.seq) .. '-0', 'entry', cjson.encode(entry))

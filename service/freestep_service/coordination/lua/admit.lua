@@ -32,11 +32,11 @@ if pending and pending ~= claim then return {'idempotency-conflict'} end
 if pending and not many then return {'pending'} end
 
 local now = clock()
-local worker, refused = claimant(KEYS[13], lease, token, taken_at, now)
-if not worker then return refused end
-local epoch, step = redis.call('HGET', RUN, 'epoch'), run_number('step')
-extend(KEYS[13], worker, now)
-refused = not pending and redis.call('HGET', STAGED, key)
+local found, step = claimed(KEYS[13], lease, token, taken_at, now)
+if not found then return step end
+local worker = found.worker
+extend(KEYS[13], worker, found.ttl_ms, now)
+local refused = not pending and redis.call('HGET', STAGED, key)
 if refused then
   refused = cjson.decode(refused)
   local is_news = refused.claim == claim and not refused.parts[shard]
@@ -57,7 +57,7 @@ end
 local live = live_workers(now)
 if not is_fresh(step - taken_at, live) then
   record = cjson.encode({claim = claim, digests = {}, decision = 'dropped', reason = 'stale', step = step,
-    staleness = step - taken_at, seq = 0, live = live, worker = worker, epoch = tonumber(epoch)})
+    staleness = step - taken_at, seq = 0, live = live, worker = worker, epoch = tonumber(found.epoch)})
   local evicted = crowded_out(KEYS[14])
   redis.call('HINCRBY', RUN, 'dropped', 1)
   count_push(worker, now)

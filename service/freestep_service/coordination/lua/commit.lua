@@ -36,34 +36,32 @@ if count > 1 then
 end
 
 local now = clock()
-local worker = holder(KEYS[13], lease, token, now)
+local found = held(KEYS[13], lease, token, now)
 local epoch, step = unpack(redis.call('HMGET', RUN, 'epoch', 'step'))
-if not worker then
-  if count > 1 then refuse(key, 'lease-expired', '') else forget(key) end
+if not found then
+  refuse(key, 'lease-expired', '')
   return {'lease-expired'}
 end
-if redis.call('HGET', KEYS[13], 'epoch') ~= epoch then
-  if count > 1 then refuse(key, 'epoch-changed', '') else forget(key) end
+if found.epoch ~= epoch then
+  refuse(key, 'epoch-changed', '')
   return {'epoch-changed', tonumber(epoch)}
 end
+local worker = found.worker
 -- Receipts outlive the shards, so their digests are named by elements. A part without a range is of an older version.
 local squares, digests = 0, {}
 for index, part in pairs(parts) do digests[part.range or index] = part.digest end
 for index = 0, count - 1 do squares = squares + tonumber(parts[tostring(index)].norm) ^ 2 end
 local norm = math.sqrt(squares)
-if count == 1 then norm = tonumber(ARGV[12]) end
 if ARGV[13] ~= '' and norm > tonumber(ARGV[13]) then
-  if count > 1 then refuse(key, 'non-finite-gradient', '') else forget(key) end
+  refuse(key, 'non-finite-gradient', '')
   return {'refused'}
 end
 
 -- Whatever can fail comes before the entry is appended and counted.
 check_type('stream', LOG)
 check_type('hash', GROUP)
-if count > 1 then
-  check_type('list', QUEUE)
-  check_type('hash', CUTS)
-end
+check_type('list', QUEUE)
+check_type('hash', CUTS)
 local evicted = crowded_out(KEYS[14])
 local live, seq = live_workers(now), 0
 step = tonumber(step)
@@ -71,7 +69,7 @@ local staleness = step - taken_at
 local decision, reason = 'dropped', nil
 if not is_fresh(staleness, live) then
   reason = 'stale'
-elseif redis.call('HGET', RUN, 'distinct') == '1' and redis.call('HEXISTS', GROUP, worker) == 1 then
+elseif rule('distinct') and redis.call('HEXISTS', GROUP, worker) == 1 then
   reason = 'duplicate-worker'
 else
   decision = is_complete(now, worker) and 'applied' or 'accumulated'
@@ -80,15 +78,16 @@ if not reason then seq, step = next_place(decision == 'applied') end
 record = cjson.encode({claim = claim, digests = digests, decision = decision, reason = reason, step = step,
   staleness = staleness, seq = seq, live = live, worker = worker, epoch = tonumber(epoch),
   norm = string.format('%.17g', norm)})
-extend(KEYS[13], worker, now)
+extend(KEYS[13], worker, found.ttl_ms, now)
 count_push(worker, now)
 forget(key)
-if count > 1 and ARGV[14] ~= '' then
+if ARGV[14] ~= '' then
   local grouped = ARGV[15] == '1' and (decision == 'accumulated' or reason == 'duplicate-worker')
   redis.call('HSET', CUTS, key, cjson.encode({point = ARGV[14], seq = 0, left = count, ends = now + CUT_TTL,
     kind = 'push', grouped = grouped or nil}))
 end
-local entry = not reason and append(decision == 'applied', {key = key, record = record, evicted = evicted})
+local entry = not reason and append(decision == 'applied', {key = key, record = record, evicted = evicted, seq = seq,
+  step = step, epoch = tonumber(epoch)})
 
 remember(key, record, KEYS[14], evicted)
 if decision == 'accumulated' then

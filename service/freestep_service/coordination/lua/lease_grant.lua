@@ -31,5 +31,5 @@ end
 redis.call('HSET', WORKERS, worker, lease)
 redis.call('HSET', KEYS[13], 'worker', worker, 'token', token, 'ttl_ms', ttl,
   'epoch', redis.call('HGET', RUN, 'epoch'), 'granted_ms', text(now), 'pushes', 0)
-extend(KEYS[13], worker, now)
+extend(KEYS[13], worker, ttl, now)
 return {'granted', token, run_number('epoch'), run_number('step'), unpack(evicted)}

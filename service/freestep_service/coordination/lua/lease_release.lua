@@ -6,17 +6,17 @@
 
 if is_behind(ARGV[2], ARGV[3]) then return {'behind'} end
 local now = clock()
-local worker = holder(KEYS[13], ARGV[1], nil, now)
-if not worker then return {'lease-expired'} end
+local found = held(KEYS[13], ARGV[1], nil, now)
+if not found then return {'lease-expired'} end
 check_types()
 check_type('list', KEYS[14])
 local evicted, seq, step = {}, 0, 0
-end_lease(worker, now)
+end_lease(found.worker, now)
 redis.call('DEL', KEYS[13])
 retire(ARGV[1], KEYS[14], evicted)
 tell_evicted(evicted)
-if redis.call('HGET', RUN, 'phase') == 'open' and redis.call('HGET', RUN, 'batch') == 'live' and is_complete(now) then
-  local entry = append(true, {closed_by = worker})
+if redis.call('HGET', RUN, 'phase') == 'open' and rule('batch') == 'live' and is_complete(now) then
+  local entry = append(true, {closed_by = found.worker})
   publish(entry)
   seq, step = entry.seq, entry.step
 end

@@ -6,12 +6,11 @@
 
 if not run_exists() then return {'lease-expired'} end
 local now = clock()
-local worker = holder(KEYS[13], ARGV[1], nil, now)
-if not worker then return {'lease-expired'} end
-local fields = redis.call('HMGET', KEYS[13], 'epoch', 'token', 'ttl_ms')
-local epoch = redis.call('HGET', RUN, 'epoch')
+local found = held(KEYS[13], ARGV[1], nil, now)
+if not found then return {'lease-expired'} end
+local epoch, step = unpack(redis.call('HMGET', RUN, 'epoch', 'step'))
 -- Redis has lost the run's state, and its shards have not restored it yet.
 if not epoch then return {'not-open', missing_shards(now)} end
-if fields[1] ~= epoch then return {'epoch-changed', tonumber(epoch)} end
-extend(KEYS[13], worker, now)
-return {'renewed', worker, fields[2], tonumber(fields[3]), tonumber(epoch), run_number('step')}
+if found.epoch ~= epoch then return {'epoch-changed', tonumber(epoch)} end
+extend(KEYS[13], found.worker, found.ttl_ms, now)
+return {'renewed', found.worker, found.token, found.ttl_ms, tonumber(epoch), tonumber(step)}

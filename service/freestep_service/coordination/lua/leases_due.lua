@@ -8,7 +8,7 @@
 
 local now = clock()
 local live = live_workers(now)
-local waits = live > 0 and redis.call('HGET', RUN, 'batch') == 'live' and is_complete(now)
+local waits = live > 0 and rule('batch') == 'live' and is_complete(now)
 local are_waiting = redis.call('LLEN', QUEUE) > 0
 for _, staged in ipairs(redis.call('HVALS', STAGED)) do
   staged = cjson.decode(staged)

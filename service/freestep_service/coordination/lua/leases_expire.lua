@@ -31,7 +31,7 @@ for _, key in ipairs(redis.call('HKEYS', STAGED)) do
     end
   end
 end
-if redis.call('HGET', RUN, 'phase') == 'open' and redis.call('HGET', RUN, 'batch') == 'live' and is_complete(now) then
+if redis.call('HGET', RUN, 'phase') == 'open' and rule('batch') == 'live' and is_complete(now) then
   local entry = append(true, {closed_by = 'expiry'})
   publish(entry)
   seq, step = entry.seq, entry.step

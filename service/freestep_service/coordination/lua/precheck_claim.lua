@@ -8,5 +8,5 @@ local record, pending = redis.call('HGET', RECEIPTS, ARGV[4]), redis.call('HGET'
 local earlier = record and cjson.decode(record).claim or pending
 if earlier and earlier ~= ARGV[5] then return {'idempotency-conflict'} end
 if record or redis.call('HGET', RUN, 'phase') ~= 'open' then return {'passed'} end
-local worker, refusal = claimant(KEYS[13], ARGV[1], ARGV[2], tonumber(ARGV[3]), clock())
-return worker and {'passed'} or refusal
+local found, refusal = claimed(KEYS[13], ARGV[1], ARGV[2], tonumber(ARGV[3]), clock())
+return found and {'passed'} or refusal
