@@ -20,8 +20,9 @@ def weights(run: DrivenRun, shard: int, upload: str, progress: str, patience_ms:
 def test_the_first_upload_of_a_single_shard_wins(make_run: Make) -> None:
     run = make_run().open(initialized=False)
     assert weights(run, 0, "a", "coming") == "coming"
-    assert weights(run, 0, "b", "coming") == "coming"
+    assert weights(run, 0, "b", "coming") == "waiting"
     assert weights(run, 0, "a", "withdrawn") == "waiting"
+    assert weights(run, 0, "b", "coming") == "coming"
     assert run.view().number("initialized") == 0
     assert weights(run, 0, "b", "staged") == "initialized"
     assert weights(run, 0, "b", "staged") == "initialized"

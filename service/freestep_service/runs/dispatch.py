@@ -68,7 +68,7 @@ class Dispatch:
             record = Record.from_json(entry["record"])
             self._receipts.remember(entry["key"], record, entry.get("evicted") or ())
         for shard in self._shards:
-            if not shard.on_entry(entry) and self._shards.is_sharded and shard.core.initialized:
+            if not shard.on_entry(entry) and shard.core.initialized:
                 # A push was committed of which this shard has no part: it cannot go on from here.
                 self._recovery.reopen(f"shard {shard.index} has no part of entry {entry['seq']} of the log")
 

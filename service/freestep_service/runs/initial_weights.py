@@ -1,7 +1,7 @@
 """A run's initial weights: uploaded to each shard, agreed on by all, and then the state of step 0.
 
-The first upload that reaches all shards wins. With several shards Redis gives uploads their turns
-(lua/initial_weights.lua), so that no two hold memory while each waits for the other.
+The first upload that reaches all shards wins. Redis gives uploads their turns (lua/initial_weights.lua), so that no two
+hold memory while each waits for the other.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ class InitialWeights:
         self._outcomes: dict[str, asyncio.Future[bool]] = {}
         """By upload: whether it has won, once that is known."""
         self._beginning = asyncio.Lock()
-        self._turn_here = asyncio.Lock()
-        """A run of one shard takes one upload at a time, since it has few vectors."""
 
     async def receive(self, body: Body, upload: str) -> None:
         """Takes this shard's part of the initial weights.
@@ -85,15 +83,9 @@ class InitialWeights:
         """Waits for an upload's turn, which ends with the block; yields its outcome to come."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.queue_seconds
-        if not self._core.is_sharded:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self._turn_here.acquire()
-            except TimeoutError:
-                raise Overloaded("other uploads had their turns for too long") from None
         outcome = self._outcomes.setdefault(upload, loop.create_future())
         try:
-            while self._core.is_sharded and await self._report(upload, "coming") == "waiting":
+            while await self._report(upload, "coming") == "waiting":
                 if loop.time() >= deadline:
                     raise Overloaded("other uploads had their turns for too long")
                 await asyncio.wait([outcome], timeout=_POLL_S)
@@ -102,8 +94,6 @@ class InitialWeights:
             yield outcome
         finally:
             self._outcomes.pop(upload, None)
-            if not self._core.is_sharded:
-                self._turn_here.release()
 
     async def _stage(self, body: Body, upload: str) -> Staged:
         """Receives the part, and keeps the upload's turn meanwhile."""
@@ -111,8 +101,7 @@ class InitialWeights:
         try:
             while not (await asyncio.wait([receiving], timeout=_POLL_S))[0]:
                 with suppress(CoordinatorUnavailable, ShardUnavailable):
-                    if self._core.is_sharded:
-                        await self._report(upload, "coming")
+                    await self._report(upload, "coming")
             staged = receiving.result()
             if staged.norm is None:
                 raise MalformedTensors("the parameters hold NaN or infinity")
@@ -123,9 +112,8 @@ class InitialWeights:
                 await asyncio.wait([receiving])
             if not receiving.cancelled() and receiving.exception() is None:
                 receiving.result().hold.release()
-            if self._core.is_sharded:
-                with suppress(CoordinatorUnavailable, ShardUnavailable, AlreadyInitialized):
-                    await self._report(upload, "withdrawn")
+            with suppress(CoordinatorUnavailable, ShardUnavailable, AlreadyInitialized):
+                await self._report(upload, "withdrawn")
             raise
 
     async def _receive(self, body: Body) -> Staged:
@@ -141,12 +129,11 @@ class InitialWeights:
             try:
                 status = await self._report(upload, progress)
             except CoordinatorUnavailable:
-                # Whether this part counts must not stay unknown, unless it is the only one.
-                if not self._core.is_sharded:
-                    raise
+                # Whether this part counts must not stay unknown.
                 await asyncio.sleep(_POLL_S)
                 continue
             if status == "initialized":
+                self.won(upload)
                 return
             if status != "staged":
                 raise ShardUnavailable("the upload has not reached all shards")

@@ -139,7 +139,7 @@ class Pushes:
             if commit is None:
                 self._land(claim, flight)
         await asyncio.wait([commit], timeout=self._settings.commit_seconds)
-        if flight.decided.done():
+        if flight.decided.done() and not commit.done():
             # It will be applied: that takes as long as the updates before it, whatever Redis does.
             await asyncio.wait([commit])
         if commit.cancelled():
@@ -297,8 +297,7 @@ class Pushes:
 
     def _yield_slot(self, claim: Claim) -> None:
         """The push's sender is slow, and its memory is counted apart: another push may have its slot."""
-        if self._core.is_sharded:
-            self._background.spawn(self._coordinator.yield_slot(claim), "a slow push's slot was not given on")
+        self._background.spawn(self._coordinator.yield_slot(claim), "a slow push's slot was not given on")
 
     async def _turn(self, claim: Claim, flight: _Flight, *, queued: bool) -> Vector:
         """Memory for a body, when its turn has come. Raises Overloaded, and what `_admit` raises."""
@@ -364,7 +363,7 @@ class Pushes:
                 continue
             except Lost:
                 # Where another shard refused the push meanwhile, that is on its way.
-                if await self._hears(flight, _SILENCE_S if self._core.is_sharded else 0):
+                if await self._hears(flight, _SILENCE_S):
                     return flight.decided.result()
                 raise
             if answer is not None and not self._core.is_sharded:

@@ -15,29 +15,25 @@ if refusal then return refusal end
 if redis.call('HGET', RUN, 'initialized') == '1' then
   return {redis.call('HGET', RUN, 'upload') == upload and 'initialized' or 'already-initialized'}
 end
-local count = shard_count()
-if count == 1 and progress ~= 'staged' then return {progress == 'coming' and 'coming' or 'waiting'} end
-if count > 1 then
-  local now, turn = clock(), redis.call('HGET', RUN, 'initializing')
-  turn = turn and cjson.decode(turn)
-  if progress == 'coming' and (not turn or (turn.upload ~= upload and turn.at + tonumber(ARGV[7]) <= now)) then
-    turn = {upload = upload, parts = {}}
-  end
-  if not turn or turn.upload ~= upload then return {'waiting'} end
-  if progress == 'withdrawn' then
-    redis.call('HDEL', RUN, 'initializing')
-    return {'waiting'}
-  end
-  if progress == 'coming' or turn.parts[shard] ~= ARGV[2] then turn.at = now end
-  if progress == 'staged' then turn.parts[shard] = ARGV[2] end
-  redis.call('HSET', RUN, 'initializing', cjson.encode(turn))
-  if progress == 'coming' then return {'coming'} end
-  for index = 0, count - 1 do
-    local token = turn.parts[tostring(index)]
-    if not token or not owns(index, token) then return {'staged'} end
-  end
-  redis.call('HDEL', RUN, 'initializing')
-  tell({kind = 'initialized', upload = upload})
+local now, turn = clock(), redis.call('HGET', RUN, 'initializing')
+turn = turn and cjson.decode(turn)
+if progress == 'coming' and (not turn or (turn.upload ~= upload and turn.at + tonumber(ARGV[7]) <= now)) then
+  turn = {upload = upload, parts = {}}
 end
+if not turn or turn.upload ~= upload then return {'waiting'} end
+if progress == 'withdrawn' then
+  redis.call('HDEL', RUN, 'initializing')
+  return {'waiting'}
+end
+if progress == 'coming' or turn.parts[shard] ~= ARGV[2] then turn.at = now end
+if progress == 'staged' then turn.parts[shard] = ARGV[2] end
+redis.call('HSET', RUN, 'initializing', cjson.encode(turn))
+if progress == 'coming' then return {'coming'} end
+for index = 0, shard_count() - 1 do
+  local token = turn.parts[tostring(index)]
+  if not token or not owns(index, token) then return {'staged'} end
+end
+redis.call('HDEL', RUN, 'initializing')
 redis.call('HSET', RUN, 'initialized', 1, 'upload', upload)
+tell({kind = 'initialized', upload = upload})
 return {'initialized'}
