@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ __all__ = [
     "process",
     "pull",
     "push",
+    "resources_of",
     "run_async",
     "spec_of",
     "until",
@@ -95,35 +97,34 @@ class Bytes:
 
 
 @asynccontextmanager
-async def process(url: str, data_dir: Path, **settings: Any) -> AsyncIterator[Registry]:
-    """A process's registry; `url`: of its store. `node_url` and `storage` may be given too."""
+async def resources_of(
+    url: str, data_dir: Path, clock: Callable[[], float] = time.monotonic, **settings: Any
+) -> AsyncIterator[Resources]:
+    """What a process has; `url`: of its store. `node_url` and `storage` may be given too."""
     node_url = settings.pop("node_url", "http://127.0.0.1:1")
     storage = settings.pop("storage", None) or open_storage(data_dir)
     made = Settings(**{"data_dir": data_dir, "checkpoint_seconds": 3600.0, "inline_elements": 0} | settings)
     store = await Store.connect(url)
-    node = Node(node_url, int(1000 * made.owner_ttl_seconds))
+    node = Node(node_url, int(1000 * made.owner_ttl_seconds), clock=clock)
     memory = MemoryBudget(made.memory_bytes or 2**30)
     reserve = MemoryBudget(2**24 if made.slow_peer_bytes is None else made.slow_peer_bytes)
-    registry = Registry(
-        Resources(
-            made,
-            store,
-            storage,
-            Channels(store),
-            node,
-            HOST,
-            DeviceLocks(made.inline_elements),
-            Metrics(),
-            memory,
-            reserve,
-        )
-    )
+    locks = DeviceLocks(made.inline_elements)
     try:
-        await registry.start()
-        yield registry
+        yield Resources(made, store, storage, Channels(store), node, HOST, locks, Metrics(), memory, reserve)
     finally:
-        await registry.close()
         await store.close()
+
+
+@asynccontextmanager
+async def process(url: str, data_dir: Path, **settings: Any) -> AsyncIterator[Registry]:
+    """A process's registry, which looks after its runs; arguments as of `resources_of`."""
+    async with resources_of(url, data_dir, **settings) as resources:
+        registry = Registry(resources)
+        try:
+            await registry.start()
+            yield registry
+        finally:
+            await registry.close()
 
 
 def spec_of(shards: int = 1, **members: Any) -> RunSpec:

@@ -58,15 +58,14 @@ class Channels:
         await self.subscribe(_COMMON, listener)
 
     async def subscribe(self, channel: str, listener: Listener) -> None:
-        """Has a listener called, on the event loop, with each message of a channel. A channel has one listener.
+        """Has a listener called, on the event loop, with each message of a channel. A channel has one: the newest.
 
         Returns when the subscription holds. If that takes long it returns before; the subscription is then repeated in
         the background, and the listener called with None once it holds.
         """
-        if channel in self._listeners:
-            return
+        is_known = channel in self._listeners
         self._listeners[channel] = listener
-        if channel in self._confirmed:
+        if is_known or channel in self._confirmed:
             return
         confirmed = self._awaited[channel] = asyncio.get_running_loop().create_future()
         self._interrupt()
@@ -75,9 +74,10 @@ class Channels:
         finally:
             self._awaited.pop(channel, None)
 
-    async def unsubscribe(self, channel: str) -> None:
-        """Calls a channel's listener no more."""
-        if self._listeners.pop(channel, None) is not None:
+    async def unsubscribe(self, channel: str, listener: Listener) -> None:
+        """Calls a listener no more. Another that has the channel by now keeps it."""
+        if self._listeners.get(channel) == listener:
+            del self._listeners[channel]
             self._interrupt()
 
     async def publish(self, message: dict[str, Any]) -> None:

@@ -20,12 +20,12 @@ __all__ = ["Coordinator"]
 class Coordinator:
     """One run in Redis: its opening, its workers' leases, its pushes and its log."""
 
-    def __init__(self, store: Store, run: str, spec: str, policy: Policy) -> None:
-        """spec: the run's, as canonical JSON."""
+    def __init__(self, store: Store, run: str, spec: str, policy: Policy, first_epoch: int = 0) -> None:
+        """spec: the run's, as canonical JSON. first_epoch: in which it was created, 0 where that is not known."""
         scripts = RunScripts(store, run)
         self.channel = scripts.key("messages")
         """The channel on which the owners of shards are told of each other's changes."""
-        self.opening = RunOpening(scripts, spec, policy)
+        self.opening = RunOpening(scripts, spec, policy, first_epoch)
         self.leases = RunLeases(scripts)
         self.pushes = RunPushes(scripts)
         self.log = RunLog(scripts)

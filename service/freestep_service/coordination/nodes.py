@@ -25,6 +25,7 @@ _NODES_KEY = "freestep:nodes"
 _HOSTS_KEY = "{freestep:nodes}:hosts"
 """Their URLs and hosts. The hash tag keeps both keys on one server of a cluster."""
 _POLL_S = 0.25
+_SLOWEST_HEARTBEAT_S = 1.0
 
 
 def host_identity() -> str:
@@ -112,6 +113,11 @@ class Node:
         """Ends the registration, so that others need not wait until it runs out."""
         with reachable():
             await store.client.zrem(_NODES_KEY, self.id)
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between two heartbeats of a process."""
+        return min(_SLOWEST_HEARTBEAT_S, self.ttl_ms / 4000)
 
     def share(self, shards: int) -> int:
         """How many of a run's shards fall to each process."""

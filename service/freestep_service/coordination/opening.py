@@ -7,20 +7,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from freestep_service.coordination.nodes import Node
-from freestep_service.coordination.run_scripts import RUNS_KEY, RunScripts
+from freestep_service.coordination.run_scripts import DELETED_KEY, RUNS_KEY, RunScripts
 from freestep_service.coordination.store import Store, reachable
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import Fenced, LogPosition, Owner, RunState
 from freestep_service.domain.run_view import RunView
 
-__all__ = ["RunOpening", "read_run"]
+__all__ = ["RunOpening", "note_deletion", "read_deletion", "read_run"]
 
 
 class RunOpening:
-    """Creates, opens and deletes one run, and keeps the owners of its shards."""
+    """Creates, opens and deletes one run, and keeps the owners of its shards.
 
-    def __init__(self, scripts: RunScripts, spec: str, policy: Policy) -> None:
+    first_epoch: in which the run was created, for a Redis that has lost it; 0 where that is not known.
+    """
+
+    def __init__(self, scripts: RunScripts, spec: str, policy: Policy, first_epoch: int) -> None:
         self._scripts = scripts
+        self._first_epoch = first_epoch
         self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct), policy.slack)
 
     async def create(self, epoch: int, shards: int) -> str:
@@ -70,7 +74,7 @@ class RunOpening:
         generation: the one that is to end; where another has begun since, nothing is changed.
         """
         await self._list_run()
-        arguments = (*self._rules, shards, _or_empty(generation), _or_empty(resharding))
+        arguments = (*self._rules, shards, _or_empty(generation), _or_empty(resharding), self._first_epoch)
         (begun,) = await self._scripts.call("gather", *arguments)
         return int(begun)
 
@@ -152,6 +156,18 @@ async def read_run(store: Store, run: str) -> RunView | None:
         pipeline.hgetall(scripts.key("shards"))
         fields, shards = await pipeline.execute()
     return RunView(fields, shards, 0) if "spec" in fields else None
+
+
+async def read_deletion(store: Store, run: str) -> int:
+    """The last epoch of the run of this name that was deleted last; 0 where Redis knows of none."""
+    with reachable():
+        return int(await store.client.hget(DELETED_KEY, run) or 0)
+
+
+async def note_deletion(store: Store, run: str, epoch: int) -> None:
+    """Notes the last epoch of a run that is being deleted."""
+    with reachable():
+        await store.client.hset(DELETED_KEY, run, epoch)
 
 
 def _pairs(flat: Sequence[str]) -> dict[str, str]:

@@ -20,10 +20,12 @@ from freestep.errors import (
 from freestep_service.coordination.store import Store
 from freestep_service.domain.records import Ahead, Behind, Fenced, Lost, Pending
 
-__all__ = ["RUNS_KEY", "RunScripts", "not_open"]
+__all__ = ["DELETED_KEY", "RUNS_KEY", "RunScripts", "not_open"]
 
 RUNS_KEY = "freestep:runs"
 """The set of the names of all runs; the key belongs to no run."""
+DELETED_KEY = "freestep:deleted"
+"""A hash: the name of each run that was deleted -> its last epoch; the key belongs to no run."""
 
 _NAMES = (
     "run", "leases", "workers", "receipts", "pending", "group", "log", "ended", "shards", "staged", "queue", "cuts",

@@ -11,7 +11,17 @@ __all__ = ["DamagedRun", "RunView"]
 
 _RULES = ("spec", "batch", "max_staleness", "distinct", "phase", "generation")
 _STATE = ("epoch", "step", "seq", "initialized")
-_NUMBERS = ("generation", *_STATE, "shards", "resharding", "durable_step", "applied", "accumulated", "dropped")
+_NUMBERS = (
+    "generation",
+    "first_epoch",
+    *_STATE,
+    "shards",
+    "resharding",
+    "durable_step",
+    "applied",
+    "accumulated",
+    "dropped",
+)
 _PHASES = ("gather", "load", "open")
 
 
@@ -65,6 +75,11 @@ class RunView:
     def generation(self) -> int:
         """Of the opening; it rises with each phase."""
         return int(self.run["generation"])
+
+    @property
+    def first_epoch(self) -> int:
+        """In which the run was created: it tells the run from earlier ones of its name. 0 where that is not known."""
+        return self.number("first_epoch")
 
     def number(self, field: str) -> int:
         """A number of the run's hash, 0 if there is none."""

@@ -20,13 +20,15 @@ __all__ = ["RunContext"]
 class RunContext:
     """A run's name and spec, its part of Redis, and what this process keeps and has for it.
 
-    canonical_spec: the spec as JSON, by which specs are compared. manifest: of the whole model. receipts: the decided
-    pushes, as Redis has them.
+    canonical_spec: the spec as JSON, by which specs are compared. first_epoch: in which the run was created, 0 where it
+    is not known: it tells the run from others of its name. manifest: of the whole model. receipts: the decided pushes,
+    as Redis has them.
     """
 
     name: str
     spec: RunSpec
     canonical_spec: str
+    first_epoch: int
     manifest: Manifest
     coordinator: Coordinator
     receipts: Receipts

@@ -29,7 +29,6 @@ _IDLE_S = 0.5
 """Seconds between two rounds of housekeeping where no lease is known to be live."""
 _SOONEST_HEARTBEAT_S = 0.02
 """Seconds between two heartbeats at least, however many signals ask for one."""
-_SLOWEST_HEARTBEAT_S = 1.0
 
 
 class Keeper:
@@ -50,7 +49,7 @@ class Keeper:
         self._dispatch = dispatch
         self._leases = leases
         self._checkpointing = checkpointing
-        self._pause_s = min(_SLOWEST_HEARTBEAT_S, context.settings.owner_ttl_seconds / 4)
+        self._pause_s = context.resources.node.heartbeat_s
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._errors: dict[str, str] = {}
@@ -70,18 +69,21 @@ class Keeper:
 
     async def _beat(self) -> None:
         """Heartbeats: regular ones, and at once where a signal asks for one."""
-        wanted = self._recovery.wanted
         while not self._stopping.is_set():
-            wanted.clear()
-            if self._recovery.must_catch_up:
-                self._recovery.must_catch_up = False
-                await self._try("its log", self._catch_up)
-            await self._try("its heartbeat", self._ownership.keep)
+            await self.look()
             if await self._stops(_SOONEST_HEARTBEAT_S):
                 return
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._pause_s):
-                    await wanted.wait()
+                    await self._recovery.wanted.wait()
+
+    async def look(self) -> None:
+        """One heartbeat, which answers the signals that there are."""
+        self._recovery.wanted.clear()
+        if self._recovery.must_catch_up:
+            self._recovery.must_catch_up = False
+            await self._try("its log", self._catch_up)
+        await self._try("its heartbeat", self._ownership.keep)
 
     async def _catch_up(self) -> None:
         try:

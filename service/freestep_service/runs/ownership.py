@@ -18,13 +18,13 @@ from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.records import Fenced, LogPosition
 from freestep_service.domain.run_view import RunView
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.loading import Loading
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.watched_lock import WatchedLock
-from freestep_service.storage.run_files import LastEpochs
 
 __all__ = ["Ownership"]
 
@@ -60,20 +60,23 @@ class Ownership:
         """Whether nothing is kept any more."""
         self.is_gone = False
         """Whether another process has deleted the run."""
+        self.ended_in = 0
+        """Its last epoch, where it is gone."""
         self._context = context
         self._opening = context.coordinator.opening
         self._channel = context.coordinator.channel
         self._node = context.resources.node
         self._channels = context.resources.channels
-        self._last_epochs = LastEpochs(context.resources.storage)
+        self._deletions = Deletions(context.resources, context.name)
         self._recovery = recovery
         self._shards = shards
         self._dispatch = dispatch
         self._loading = loading
         self._make_shard = make_shard
-        self._missing_since = Stopwatch()
-        self._surplus_since = Stopwatch()
-        self._gap_since = Stopwatch()
+        clock = context.resources.node.clock
+        self._missing_since = Stopwatch(clock)
+        self._surplus_since = Stopwatch(clock)
+        self._gap_since = Stopwatch(clock)
         self._expected_seq = 0
         """The newest entry of the log at the last heartbeat."""
 
@@ -137,24 +140,32 @@ class Ownership:
             position = max((shard.core.writer.position for shard in self._shards), default=LogPosition(0, 0))
             view = await self._opening.heartbeat(self._node, wanted, self._fields(), self._applied())
             if view is None:
-                last = await self._context.resources.disk.run(self._last_epochs.read, self._context.name)
-                if last >= max(self._shards.epoch, self._loading.newest_epoch, 1):
-                    self.is_gone = True
-                    await self._drop(self._shards.indices)
+                last = await self._deletions.last_epoch()
+                if last >= max(self._shards.epoch, self._loading.newest_epoch, self._context.first_epoch, 1):
+                    await self._end(last)
                     return None
                 await self._opening.gather(self._shards.count)
                 continue
+            if view.first_epoch > self._context.first_epoch:
+                # It was deleted, and another run of its name was created.
+                await self._end(view.first_epoch - 1)
+                return None
             self.view = view
             is_behind = (view.number("epoch"), view.number("seq")) < position
             has_failed = any(shard.core.writer.failure is not None for shard in self._shards)
             if view.phase == "open" and (is_behind or has_failed):
                 await self._opening.gather(self._shards.count, view.generation)
                 continue
-            if len(self._shards) and self._shards.is_sharded and self._expected_seq > position.seq:
+            if len(self._shards) and self._expected_seq > position.seq:
                 # Its message should have come by now.
                 self._recovery.catch_up()
             self._expected_seq = view.number("seq")
             return view
+
+    async def _end(self, epoch: int) -> None:
+        """Another process has deleted the run, whose last epoch this was."""
+        self.is_gone, self.ended_in = True, epoch
+        await self.drop_all()
 
     def _fields(self) -> Mapping[str, str]:
         """What a heartbeat tells of the owned shards: fields of the shards' hash."""
@@ -217,7 +228,7 @@ class Ownership:
         if len(self._shards) and needs_messages:
             await self._channels.subscribe(self._channel, self._dispatch.on_message)
         else:
-            await self._channels.unsubscribe(self._channel)
+            await self._channels.unsubscribe(self._channel, self._dispatch.on_message)
 
     def _mine(self, view: RunView) -> dict[int, str]:
         """The shards that this process owns, as Redis has it, and their tokens."""
@@ -244,14 +255,16 @@ class Ownership:
         self._missing_since.note(set(free))
         if free:
             await self._node.heartbeat(self._context.resources.store)
-        # Where Redis has lost its data, others hold the state of what seems free.
-        waits = "lost" in view.run and self._node.live_peers > 0
         left = self._node.share(view.count) - len(self._mine(view))
         wanted: list[int] = []
         # Those whose state is still here come first.
         for index in sorted(free, key=lambda index: (index not in self._shards, index)):
             was_mine = index in self._shards or view.was_owned_by_predecessor(index, self._node.url, self._node.host)
-            is_left = was_mine or self._missing_since.age(index) > self._node.ttl_ms / 1000
+            missing_s = self._missing_since.age(index)
+            is_left = was_mine or missing_s > self._node.ttl_ms / 1000
+            # Where Redis has lost its data, others hold the state of what seems free. It knows of them again once they
+            # have had their heartbeats.
+            waits = "lost" in view.run and (self._node.live_peers > 0 or missing_s <= 2 * self._node.heartbeat_s)
             can_load = index in self._shards or "durable" not in view.run
             may_take = (left > 0 and not waits) or is_left
             if may_take and (can_load or await self._loading.offers(index, view.count)):
@@ -295,12 +308,12 @@ class Ownership:
     async def give_up_all(self) -> None:
         """Leaves what is owned on disk, for others to take. Under `lock`."""
         await self._give_up(list(self._shards))
-        await self._channels.unsubscribe(self._channel)
+        await self._channels.unsubscribe(self._channel, self._dispatch.on_message)
 
     async def drop_all(self) -> None:
         """Lets go of what is owned, as it is."""
         await self._drop(self._shards.indices)
-        await self._channels.unsubscribe(self._channel)
+        await self._channels.unsubscribe(self._channel, self._dispatch.on_message)
 
     # Opening again
 

@@ -26,6 +26,7 @@ from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import reachable
 from freestep_service.domain.run_view import DamagedRun
 from freestep_service.runs.background import Background
+from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
 from freestep_service.state.memory_budget import run_bytes
@@ -36,7 +37,6 @@ __all__ = ["Registry"]
 
 logger = logging.getLogger("freestep")
 
-_SLOWEST_HEARTBEAT_S = 1.0
 _OPENING_S = 20.0
 """Seconds for which the start of the service waits for runs that open."""
 
@@ -107,7 +107,7 @@ class Registry:
             await resources.node.heartbeat(resources.store)
             resources.memory.reserve(name, self._bytes_of(spec, spec.shards))
             try:
-                run = Run(name, spec, spec.shards, resources)
+                run = Run(name, spec, spec.shards, resources, await Deletions(resources, name).last_epoch() + 1)
                 await run.create()
             except BaseException:
                 resources.memory.cancel(name)
@@ -193,6 +193,10 @@ class Registry:
                     self._put_aside(name, str(error))
                 return
             file = None
+        first_epoch = max(file.first_epoch if file else 0, view.first_epoch if view else 0)
+        if file and view and file.epoch < first_epoch:
+            # It was left by the deletion of an earlier run of this name.
+            file = None
         try:
             spec = RunSpec.model_validate_json(file.spec if file else view.run["spec"] if view else "")
         except ValidationError as error:
@@ -204,7 +208,7 @@ class Registry:
         except InvalidSpec as error:
             # It was there before: it is opened, and the log tells.
             logger.error("run %s: %s", name, error)
-        run = Run(name, spec, shards, self._resources)
+        run = Run(name, spec, shards, self._resources, first_epoch)
         self._runs[name] = run
         self._set_aside.pop(name, None)
         await run.start()
@@ -229,7 +233,6 @@ class Registry:
     async def _beat(self) -> None:
         """Tells that this process lives, and notices what others have created or deleted."""
         resources = self._resources
-        pause_s = min(_SLOWEST_HEARTBEAT_S, resources.settings.owner_ttl_seconds / 4)
         while not self._stopping.is_set():
             try:
                 await resources.node.heartbeat(resources.store)
@@ -249,5 +252,5 @@ class Registry:
                     resources.memory.cancel(run.name)
                     self._background.spawn(run.forget(), f"run {run.name} was not forgotten")
             with suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
+                async with asyncio.timeout(resources.node.heartbeat_s):
                     await self._stopping.wait()

@@ -29,6 +29,7 @@ from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.keeper import Keeper
 from freestep_service.runs.leases import Leases
@@ -45,15 +46,18 @@ from freestep_service.state.buffers import VectorPool
 from freestep_service.state.compute import uninterrupted
 from freestep_service.state.staging import Body, Staging
 from freestep_service.storage.checkpoints import Checkpoints
-from freestep_service.storage.run_files import LastEpochs, RunFile
+from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Run"]
 
 
 class Run:
-    """A run, of which this process owns some shards, all or none."""
+    """A run, of which this process owns some shards, all or none.
 
-    def __init__(self, name: str, spec: RunSpec, shards: int, resources: Resources) -> None:
+    first_epoch: in which it was created, 0 where that is not known.
+    """
+
+    def __init__(self, name: str, spec: RunSpec, shards: int, resources: Resources, first_epoch: int = 0) -> None:
         settings, storage = resources.settings, resources.storage
         canonical = spec.model_dump_json()
         self.name = name
@@ -63,16 +67,17 @@ class Run:
             name,
             spec,
             canonical,
+            first_epoch,
             self.manifest,
-            Coordinator(resources.store, name, canonical, Policy.of(spec.aggregation)),
+            Coordinator(resources.store, name, canonical, Policy.of(spec.aggregation), first_epoch),
             Receipts(),
             RunMetrics(resources.metrics, name),
             Background(f"run {name}"),
             resources,
         )
         self.coordinator = context.coordinator
-        self._checkpoints = Checkpoints(storage, name, settings.checkpoints_kept)
-        self._last_epochs = LastEpochs(storage)
+        self._checkpoints = Checkpoints(storage, name, settings.checkpoints_kept, first_epoch)
+        self._deletions = Deletions(resources, name)
         self._recovery = recovery = Recovery(name, settings.queue_seconds)
         self._shards = owned = OwnedShards(shards)
         self._checkpointing = Checkpointing(context, recovery, owned, self._checkpoints)
@@ -151,11 +156,11 @@ class Run:
     async def create(self) -> None:
         """Starts as a new run, which waits for its initial weights. Raises RunExists and StorageUnavailable."""
         disk, storage, opening = self._context.resources.disk, self._context.resources.storage, self.coordinator.opening
-        epoch = await disk.run(self._last_epochs.read, self.name) + 1
+        epoch = self._context.first_epoch
         if await opening.create(epoch, self.count) == "different":
             raise RunExists(f"the run {self.name!r} exists with another spec", run=self.name)
         try:
-            await disk.run(RunFile(self._context.canonical_spec, epoch, self.count).write, storage, self.name)
+            await disk.run(RunFile(self._context.canonical_spec, epoch, self.count, epoch).write, storage, self.name)
         except BaseException:
             with suppress(CoordinatorUnavailable):
                 await opening.delete()
@@ -324,7 +329,7 @@ class Run:
             self._ownership.is_closed = self._recovery.is_deleted = True
             try:
                 last = await self._loading.last_epoch()
-                await disk.run(self._last_epochs.write, self.name, last)
+                await self._deletions.note(last)
                 await self.coordinator.opening.delete()
             except BaseException:
                 self._ownership.is_closed = self._recovery.is_deleted = False
@@ -340,13 +345,17 @@ class Run:
         await self.forget()
 
     async def forget(self) -> None:
-        """Lets go of a run that is no more."""
+        """Lets go of a run that is no more, and of what is left of it on a disk of this process's own."""
         self._recovery.is_deleted = True
         await self._keeper.stop()
         self._recovery.reopened(ShardUnavailable("the run is being deleted"))
         async with self._ownership.lock("its end"):
             self._ownership.is_closed = True
             await self._ownership.drop_all()
+        if (last := self._ownership.ended_in) > 0:
+            with suppress(StorageUnavailable):
+                await self._deletions.note_here(last)
+                await self._context.resources.disk.run(self._checkpoints.remove_until, last)
         self._context.telemetry.forget()
 
 

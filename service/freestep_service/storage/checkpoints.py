@@ -42,13 +42,15 @@ class LoadedState(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, of which the newest `keep` complete ones are kept.
 
+    first_epoch: in which the run was created. Checkpoints of earlier epochs were left when an earlier run of this name
+    was deleted: they are not the run's, and dropped with its first.
     Calls block, may come from several threads, and raise StorageUnavailable where the medium fails.
     """
 
-    def __init__(self, storage: Storage, run: str, keep: int) -> None:
+    def __init__(self, storage: Storage, run: str, keep: int, first_epoch: int = 0) -> None:
         self._storage = storage
         self._run = f"runs/{run}"
-        self._inventory = Inventory(storage, f"{self._run}/checkpoints")
+        self._inventory = Inventory(storage, f"{self._run}/checkpoints", first_epoch)
         self._keep = keep
 
     def write(self, copy: StateCopy, begin: int, end: int, numel: int, receipts: Mapping[str, Record]) -> int:
@@ -135,9 +137,15 @@ class Checkpoints:
     def remove(self) -> None:
         """Removes all files of the run, the run file first: without it there is no run."""
         self._storage.remove(f"{self._run}/run.json")
-        for checkpoint_id in self._inventory.ids():
+        for checkpoint_id in self._inventory.all_ids():
             self._inventory.drop(checkpoint_id)
         self._storage.remove(self._run)
+
+    def remove_until(self, epoch: int) -> None:
+        """Removes the checkpoints of a deleted run whose last epoch this was; a new run of its name has later ones."""
+        for checkpoint_id in self._inventory.all_ids():
+            if checkpoint_id.epoch <= epoch:
+                self._inventory.drop(checkpoint_id)
 
     def mark_closed(self, begin: int, end: int, epoch: int, seq: int) -> None:
         """Records that an orderly shutdown left a shard at a log entry, with a checkpoint of that state."""
@@ -166,9 +174,9 @@ class Checkpoints:
         return f"{self._run}/closed/{part_name(begin, end)}.json"
 
     def _drop_old(self) -> None:
-        checkpoint_ids = self._inventory.ids()
+        checkpoint_ids = self._inventory.all_ids()
         kept: list[CheckpointId] = []
-        for checkpoint_id in reversed(checkpoint_ids):
+        for checkpoint_id in reversed(self._inventory.ids()):
             if len(kept) < self._keep and self._inventory.is_complete(checkpoint_id):
                 kept.append(checkpoint_id)
         for checkpoint_id in checkpoint_ids:

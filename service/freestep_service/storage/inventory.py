@@ -47,10 +47,11 @@ class Contents:
 class Inventory:
     """The checkpoints of one run as files. Methods raise StorageUnavailable."""
 
-    def __init__(self, storage: Storage, directory: str) -> None:
-        """directory: runs/RUN/checkpoints."""
+    def __init__(self, storage: Storage, directory: str, first_epoch: int = 0) -> None:
+        """directory: runs/RUN/checkpoints. first_epoch: the run's; those of earlier epochs are of a deleted run."""
         self._storage = storage
         self._directory = directory
+        self._first_epoch = first_epoch
         self._damaged: dict[CheckpointId, dict[str, PartManifest]] = {}
         """Parts whose tensors were found to be damaged, by name, with the manifest that they had."""
 
@@ -59,7 +60,11 @@ class Inventory:
         return f"{self._directory}/{_name(checkpoint_id)}"
 
     def ids(self) -> list[CheckpointId]:
-        """The checkpoints of which there is any file, oldest first."""
+        """The run's checkpoints of which there is any file, oldest first."""
+        return [checkpoint_id for checkpoint_id in self.all_ids() if checkpoint_id.epoch >= self._first_epoch]
+
+    def all_ids(self) -> list[CheckpointId]:
+        """As `ids`, with those that the deletion of an earlier run of this name has left."""
         matches = map(_CHECKPOINT_NAME.fullmatch, self._storage.names(self._directory))
         found = ((match.string, CheckpointId(*map(int, match.groups()))) for match in matches if match)
         return sorted(checkpoint_id for name, checkpoint_id in found if name == _name(checkpoint_id))

@@ -19,15 +19,20 @@ __all__ = ["LastEpochs", "RunFile"]
 
 @dataclass(frozen=True)
 class RunFile:
-    """A run's spec, as canonical JSON, the epoch that it was opened in last, and its number of shards."""
+    """A run's spec, as canonical JSON, the epoch that it was opened in last, and its number of shards.
+
+    first_epoch: in which it was created, see `RunView.first_epoch`; older versions wrote none.
+    """
 
     spec: str
     epoch: int
     shards: int
+    first_epoch: int = 0
 
     def write(self, storage: Storage, run: str) -> None:
         """Raises StorageUnavailable."""
-        storage.write(f"runs/{run}/run.json", [json.dumps(asdict(self)).encode()])
+        members = {name: value for name, value in asdict(self).items() if name != "first_epoch" or value}
+        storage.write(f"runs/{run}/run.json", [json.dumps(members).encode()])
 
     @classmethod
     def read(cls, storage: Storage, run: str) -> RunFile:

@@ -1,0 +1,38 @@
+"""What is remembered of the deletion of a run, so that nobody takes a new run of its name for it.
+
+It is kept in Redis, for processes with storage of their own, and in storage, for when Redis has lost it. A new run of
+the name begins with the next epoch: no lease, step, ETag or checkpoint of the deleted run is then valid for it.
+"""
+
+from __future__ import annotations
+
+from freestep_service.coordination.opening import note_deletion, read_deletion
+from freestep_service.runs.resources import Resources
+from freestep_service.storage.run_files import LastEpochs
+
+__all__ = ["Deletions"]
+
+
+class Deletions:
+    """The deletions of runs of one name. Methods raise CoordinatorUnavailable, StorageUnavailable and Damaged."""
+
+    def __init__(self, resources: Resources, run: str) -> None:
+        self._store = resources.store
+        self._disk = resources.disk
+        self._last_epochs = LastEpochs(resources.storage)
+        self._run = run
+
+    async def last_epoch(self) -> int:
+        """The last epoch of the run of this name that was deleted last; 0 where none was."""
+        stored = await self._disk.run(self._last_epochs.read, self._run)
+        return max(stored, await read_deletion(self._store, self._run))
+
+    async def note(self, epoch: int) -> None:
+        """Notes that a run is being deleted, whose last epoch this is."""
+        await self._disk.run(self._last_epochs.write, self._run, epoch)
+        await note_deletion(self._store, self._run, epoch)
+
+    async def note_here(self, epoch: int) -> None:
+        """Notes in this process's storage what another process has deleted."""
+        if await self._disk.run(self._last_epochs.read, self._run) < epoch:
+            await self._disk.run(self._last_epochs.write, self._run, epoch)
