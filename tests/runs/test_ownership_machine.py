@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -205,34 +206,48 @@ class Owners(RuleBasedStateMachine):
         self.do(work())
 
     @precondition(lambda self: len(self.live) < len(URLS))
-    @rule(data=st.data())
-    def start(self, data: st.DataObject) -> None:
-        place = data.draw(st.sampled_from([place for place in range(len(URLS)) if place not in self.live]))
+    @rule(most=st.integers(1, len(URLS)))
+    def start(self, most: int) -> None:
+        for place in [place for place in range(len(URLS)) if place not in self.live][:most]:
+            self.do(self._start(place))
 
-        async def work() -> None:
-            view = await self.view()
-            process = self.live[place] = await self.new_process(place, view.count if view else self.shards)
-            await process.beat()
-
-        self.do(work())
+    async def _start(self, place: int) -> Process:
+        view = await self.view()
+        process = self.live[place] = await self.new_process(place, view.count if view else self.shards)
+        await process.beat()
+        return process
 
     def drawn(self, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(sorted(self.live)))
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def kill(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), in_order=st.booleans())
+    def end(self, data: st.DataObject, in_order: bool) -> None:
+        """What a process owned is on disk if it ends in order, unless others own it by now."""
         process = self.live.pop(self.drawn(data))
-        self.may_go_back |= process.run.owns_any
-        self.do(process.kill())
+        self.may_go_back |= process.is_silent or (process.run.owns_any and not in_order)
+        self.do(process.close() if in_order else process.kill())
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
-    def close(self, data: st.DataObject) -> None:
-        """Ends in order: what it owned is on disk, unless others own it by now."""
-        process = self.live.pop(self.drawn(data))
-        self.may_go_back |= process.is_silent
-        self.do(process.close())
+    def restart(self, data: st.DataObject) -> None:
+        """A process dies, and its successor has its shards at once: nobody else would for a while."""
+        place = self.drawn(data)
+        process = self.live.pop(place)
+
+        async def work() -> None:
+            before = await self.view()
+            await process.kill()
+            successor = await self._start(place)
+            after = await self.view()
+            if before is None or after is None or "lost" in before.run:
+                return
+            for shard in range(before.count):
+                if before.field(shard, "node") == process.id:
+                    assert after.field(shard, "node") == successor.id
+
+        self.may_go_back |= process.run.owns_any
+        self.do(work())
 
     @precondition(lambda self: self.heard())
     @rule(data=st.data(), rounds=st.integers(0, 8))
@@ -245,9 +260,10 @@ class Owners(RuleBasedStateMachine):
             self.beat_at_once()
 
     @precondition(lambda self: len(self.heard()) < len(self.live))
-    @rule(data=st.data())
-    def come_back(self, data: st.DataObject) -> None:
-        self.live[self.drawn(data)].is_silent = False
+    @rule()
+    def come_back(self) -> None:
+        for process in self.live.values():
+            process.is_silent = False
 
     @precondition(lambda self: self.heard())
     @rule(data=st.data())
@@ -306,29 +322,35 @@ class Owners(RuleBasedStateMachine):
 
         self.do(work())
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: len(self.heard()) > 1)
     @rule(data=st.data())
-    def push_to_one_that_is_no_owner(self, data: st.DataObject) -> None:
-        """It has not heard yet that others own what it takes for its own."""
-        process = self.live[self.drawn(data)]
+    def take_over(self, data: st.DataObject) -> None:
+        """Others take what a silent process owns. It is asked for pushes before it hears of that."""
+        owners = [process for process in self.heard() if process.run.owns_any]
+        if not owners or self.redis.hget("freestep:{run}:run", "phase") != "open":
+            return
+        process = data.draw(st.sampled_from(owners))
+        process.is_silent = True
+        self.may_go_back = True
+        for _ in range(8):
+            self._pass_time(2)
+            self.beat_at_once()
+        self.do(self.push_to(process))
 
-        async def work() -> None:
-            before = await self.view()
-            if before is None or before.count != process.run.count:
-                return
-            for shard in range(before.count):
-                if not process.run.owns(shard) or before.field(shard, "node") == process.id:
-                    continue
-                self.keys += 1
-                with pytest.raises(ProblemError):
-                    lease = await process.run.leases.grant("worker", None)
-                    claim = claim_of(lease, f"key-{self.keys}", lease.step)
-                    await process.run.shard(shard).push(claim, part_of(process.run, shard, GRADIENT))
-                after = await self.view()
-                assert after is not None
-                assert (after.number("seq"), after.number("step")) == (before.number("seq"), before.number("step"))
-
-        self.do(work())
+    async def push_to(self, process: Process) -> None:
+        """Pushes to each shard that a process takes for its own: it counts for nothing."""
+        before = await self.view()
+        assert before is not None
+        for shard in process.run._shards.indices:
+            assert before.field(shard, "node") != process.id
+            self.keys += 1
+            with pytest.raises(ProblemError):
+                lease = await process.run.leases.grant("worker", None)
+                claim = claim_of(lease, f"key-{self.keys}", lease.step)
+                await process.run.shard(shard).push(claim, part_of(process.run, shard, GRADIENT))
+            after = await self.view()
+            assert after is not None
+            assert (after.number("seq"), after.number("step")) == (before.number("seq"), before.number("step"))
 
     @rule()
     def checkpoint(self) -> None:
@@ -377,7 +399,9 @@ class Owners(RuleBasedStateMachine):
             if self.may_go_back and step != self.count:
                 assert step == self.newest_checkpoint() <= self.count
                 self.count = step
-            self.may_go_back = False
+            # Owners whose time is over may lose their shards yet.
+            now_ms = 1000 * time.time()
+            self.may_go_back = any(int(view.field(shard, "ends") or 0) <= now_ms for shard in range(view.count))
             assert step == self.count
             for shard, owner in enumerate(owners):
                 local = owner.run.shard(shard)
