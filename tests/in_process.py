@@ -103,7 +103,8 @@ async def resources_of(
     """What a process has; `url`: of its store. `node_url` and `storage` may be given too."""
     node_url = settings.pop("node_url", "http://127.0.0.1:1")
     storage = settings.pop("storage", None) or open_storage(data_dir)
-    made = Settings(**{"data_dir": data_dir, "checkpoint_seconds": 3600.0, "inline_elements": 0} | settings)
+    ordinary = {"data_dir": data_dir, "redis_url": url, "checkpoint_seconds": 3600.0, "inline_elements": 0}
+    made = Settings(**ordinary | settings)
     store = await Store.connect(url)
     node = Node(node_url, int(1000 * made.owner_ttl_seconds), clock=clock)
     memory = MemoryBudget(made.memory_bytes or 2**30)
@@ -193,11 +194,13 @@ async def pull(shard: LocalShard, point: Any = "y") -> tuple[int, float]:
 
 
 class Medium(LocalStorage):
-    """A directory that is full, or hangs, when the test says so."""
+    """A directory that is full, keeps its files, or hangs, when the test says so."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.is_full = False
+        self.keeps: str | None = None
+        """What may not be removed: paths with this in them."""
         self.hangs: str | None = None
         self.may_go_on = threading.Event()
 
@@ -205,6 +208,11 @@ class Medium(LocalStorage):
         if self.is_full:
             raise OSError(28, "No space left on device")
         super()._write(path, pieces)
+
+    def _remove(self, path: str) -> None:
+        if self.keeps is not None and self.keeps in path:
+            raise OSError(30, "Read-only file system")
+        super()._remove(path)
 
     def _read(self, path: str) -> bytes:
         if self.hangs is not None and self.hangs in path:

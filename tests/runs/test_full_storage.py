@@ -11,6 +11,7 @@ from in_process import (
     Medium,
     claim_of,
     initialize,
+    lease_of,
     new_run,
     process,
     pull,
@@ -90,5 +91,27 @@ def test_a_division_that_runs_out_of_disk_is_given_up(store: str, tmp_path: Path
             assert (run.epoch, run.count) == (1, 2)
             await push(run, claim_of(lease, "two", 1))
             assert [await pull(run.shard(index)) for index in range(2)] == [(2, 2.0)] * 2
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("keeps", [None, "/closed/"])
+def test_a_record_of_an_orderly_end_that_cannot_be_removed_does_not_count(
+    store: str, tmp_path: Path, shards: int, keeps: str | None
+) -> None:
+    """The next opening but one would take the run for being there still, without what came after."""
+
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run = await new_run(registry, shards=shards)
+            await push(run, claim_of(await lease_of(run), "one"))
+        medium.keeps = keeps
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run = await registry.find("run")
+            await lease_of(run)
+            assert run.epoch == (1 if keeps is None else 2)
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(1, 1.0)] * shards
 
     run_async(work)

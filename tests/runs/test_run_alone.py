@@ -18,6 +18,7 @@ from freestep_service.state.memory_budget import run_bytes
 from in_process import (
     NUMEL,
     claim_of,
+    initialize,
     lease_of,
     new_run,
     part_of,
@@ -231,14 +232,14 @@ def test_two_requests_of_one_upload_begin_the_run_once(store: str, tmp_path: Pat
 def test_no_wait_for_memory_is_longer_than_queue_seconds(store: str, tmp_path: Path, what: str) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data", queue_seconds=0.05, slow_bytes_per_second=1e-6) as registry:
-            run = await new_run(registry)
-            lease = await run.leases.grant("worker", None)
+            run, _ = await registry.create("run", spec_of())
+            if what != "upload":
+                await initialize(run)
             core = run.shard(0).core
             pools = {"push": core.staging.pool, "upload": core.staging.pool, "whole": run._whole.pool}
             pool = pools.get(what, core.snapshots.pool)
             taken = [pool.try_acquire() for _ in range(pool.capacity)]
             zeros = part_of(run, 0, torch.zeros(NUMEL))
-            core.initialized = what != "upload"
 
             async def whole() -> None:
                 async with run.staged(zeros):
@@ -246,16 +247,18 @@ def test_no_wait_for_memory_is_longer_than_queue_seconds(store: str, tmp_path: P
 
             calls: dict[str, Callable[[], Awaitable[object]]] = {
                 "push": lambda: push(run, claim_of(lease, "one")),
-                "upload": lambda: run.shard(0).initialize(zeros, "again"),
+                "upload": lambda: run.shard(0).initialize(zeros, "upload"),
                 "whole": whole,
                 "read": lambda: pull(run.shard(0)),
             }
+            lease = await run.leases.grant("worker", None)
             with pytest.raises(Overloaded):
                 await calls[what]()
             for vector in taken:
                 assert vector is not None
                 pool.release(vector)
-            core.initialized = True
+            if what == "upload":
+                await initialize(run)
             await push(run, claim_of(lease, "two"))
 
     run_async(work)

@@ -77,6 +77,11 @@ class Ownership:
         self._missing_since = Stopwatch(clock)
         self._surplus_since = Stopwatch(clock)
         self._gap_since = Stopwatch(clock)
+        self._unknown_s = 2 * self._node.heartbeat_s if context.settings.redis_url else 0.0
+        """Seconds after which a Redis that has lost its data knows of all who live: they have had their heartbeats.
+
+        The embedded store has nobody else.
+        """
         self._expected_seq = 0
         """The newest entry of the log at the last heartbeat."""
 
@@ -262,9 +267,8 @@ class Ownership:
             was_mine = index in self._shards or view.was_owned_by_predecessor(index, self._node.url, self._node.host)
             missing_s = self._missing_since.age(index)
             is_left = was_mine or missing_s > self._node.ttl_ms / 1000
-            # Where Redis has lost its data, others hold the state of what seems free. It knows of them again once they
-            # have had their heartbeats.
-            waits = "lost" in view.run and (self._node.live_peers > 0 or missing_s <= 2 * self._node.heartbeat_s)
+            # Where Redis has lost its data, others hold the state of what seems free.
+            waits = "lost" in view.run and (self._node.live_peers > 0 or missing_s < self._unknown_s)
             can_load = index in self._shards or "durable" not in view.run
             may_take = (left > 0 and not waits) or is_left
             if may_take and (can_load or await self._loading.offers(index, view.count)):
