@@ -25,13 +25,13 @@ from freestep.errors import (
     MalformedTensors,
     NonFiniteGradient,
     Overloaded,
-    ProblemError,
     ShardUnavailable,
 )
 from freestep.wire.encoding import ENCODINGS
 from freestep_service.domain.aggregation import damping, lateness
 from freestep_service.domain.records import Admission, Ahead, Claim, Lost, Pending, Record, StagedPart
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.flight import Decision, Flight
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
 from freestep_service.state.buffers import Vector
@@ -56,47 +56,6 @@ class PushOptions:
     after_update: bool = False
 
 
-@dataclass(frozen=True)
-class _Decision:
-    """A decided push; applied: the outcome of its entry on this shard, None where it has none."""
-
-    record: Record
-    applied: asyncio.Future[None] | None
-
-
-class _Flight:
-    """A key that is on its way; requests that send it again wait until it has landed."""
-
-    def __init__(self, claim: Claim) -> None:
-        self.claim = claim
-        self.fingerprint = claim.fingerprint()
-        self.landed = asyncio.Event()
-        self.granted = asyncio.Event()
-        """Set when its turn has come to send its body."""
-        self.decided: asyncio.Future[_Decision] = asyncio.get_running_loop().create_future()
-        """The decision, or the refusal of another shard."""
-        self.staged: Staged | None = None
-        """The body, until the log's entry takes it."""
-        self.commit: asyncio.Task[Record] | None = None
-
-    def decide(self, record: Record, applied: asyncio.Future[None] | None) -> None:
-        if not self.decided.done():
-            self.decided.set_result(_Decision(record, applied))
-
-    def refuse(self, problem: ProblemError) -> None:
-        if not self.decided.done():
-            self.decided.set_exception(problem)
-            # It may come before anybody waits for it.
-            self.decided.exception()
-        self.granted.set()
-
-    def give_back(self) -> None:
-        """Gives back the memory of a push that has no entry in the log."""
-        if self.staged is not None:
-            self.staged.hold.release()
-            self.staged = None
-
-
 class Pushes:
     """The pushes of one shard.
 
@@ -114,7 +73,7 @@ class Pushes:
         self._recovery = recovery
         self._core = core
         self._take_sent = take_sent
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, Flight] = {}
         self._moved = asyncio.Event()
         """Set, and replaced, when the slowest worker has moved on."""
         self._closed = False
@@ -126,7 +85,7 @@ class Pushes:
             if earlier.fingerprint != claim.fingerprint():
                 raise IdempotencyConflict
             await self._landed(earlier)
-        flight = self._flights[claim.key] = _Flight(claim)
+        flight = self._flights[claim.key] = Flight(claim)
         commit = None
         try:
             admission = await self._admit(claim)
@@ -220,19 +179,19 @@ class Pushes:
         if (failure := self._core.writer.failure) is not None:
             raise ShardUnavailable(f"an update failed and the run returns to its newest checkpoint: {failure}")
 
-    async def _landed(self, flight: _Flight) -> None:
+    async def _landed(self, flight: Flight) -> None:
         try:
             async with asyncio.timeout(self._settings.commit_seconds):
                 await flight.landed.wait()
         except TimeoutError:
             raise CoordinatorUnavailable("the push is still on its way through another request") from None
 
-    def _land(self, claim: Claim, flight: _Flight) -> None:
+    def _land(self, claim: Claim, flight: Flight) -> None:
         flight.give_back()
         del self._flights[claim.key]
         flight.landed.set()
 
-    def _end(self, claim: Claim, flight: _Flight, commit: asyncio.Task[Record]) -> None:
+    def _end(self, claim: Claim, flight: Flight, commit: asyncio.Task[Record]) -> None:
         self._land(claim, flight)
         if not commit.cancelled():
             # The request may have left.
@@ -271,7 +230,7 @@ class Pushes:
             raise IdempotencyConflict("the idempotency key came before with another body")
         return record, admission.replayed
 
-    async def _stage(self, claim: Claim, flight: _Flight, body: Body, *, queued: bool) -> Staged:
+    async def _stage(self, claim: Claim, flight: Flight, body: Body, *, queued: bool) -> Staged:
         staging, staged = self._core.staging, None
         try:
             vector = None if queued else staging.pool.try_acquire()
@@ -299,7 +258,7 @@ class Pushes:
         """The push's sender is slow, and its memory is counted apart: another push may have its slot."""
         self._background.spawn(self._coordinator.yield_slot(claim), "a slow push's slot was not given on")
 
-    async def _turn(self, claim: Claim, flight: _Flight, *, queued: bool) -> Vector:
+    async def _turn(self, claim: Claim, flight: Flight, *, queued: bool) -> Vector:
         """Memory for a body, when its turn has come. Raises Overloaded, and what `_admit` raises."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.queue_seconds
@@ -314,7 +273,7 @@ class Pushes:
             raise ShardUnavailable("the shard is being given up")
         return await self._core.staging.pool.acquire(max(deadline - loop.time(), 0.0))
 
-    async def _commit(self, claim: Claim, flight: _Flight, options: PushOptions) -> Record:
+    async def _commit(self, claim: Claim, flight: Flight, options: PushOptions) -> Record:
         """Commits and applies. Redis is asked until it answers: what it decided must not stay unknown."""
         record = None
         try:
@@ -338,7 +297,7 @@ class Pushes:
         if record is not None and self._receipts.get(claim.key) is record:
             del self._receipts[claim.key]
 
-    async def _decide(self, claim: Claim, flight: _Flight, options: PushOptions) -> _Decision:
+    async def _decide(self, claim: Claim, flight: Flight, options: PushOptions) -> Decision:
         writer, staged = self._core.writer, flight.staged
         begin, end = self._core.manifest.begin, self._core.manifest.end
         assert staged is not None
@@ -372,19 +331,19 @@ class Pushes:
                     raise Lost
                 self._receipts.remember(claim.key, record, evicted)
                 if not record.seq:
-                    return _Decision(record, None)
+                    return Decision(record, None)
                 self.committed(claim.key, record, {})
                 return flight.decided.result()
             # The order of several shards' decisions, and the reads that go with them, are in the log.
             if await self._hears(flight, _SILENCE_S):
                 return flight.decided.result()
             if answer is not None and not answer[0].seq:
-                return _Decision(answer[0], None)
+                return Decision(answer[0], None)
             # Other shards may still commit it, so this part is kept, even without Redis.
             self._recovery.catch_up()
 
     @staticmethod
-    async def _hears(flight: _Flight, seconds: float) -> bool:
+    async def _hears(flight: Flight, seconds: float) -> bool:
         """Waits for a message of the decision; whether it has come."""
         await asyncio.wait([flight.decided], timeout=seconds)
         return flight.decided.done()

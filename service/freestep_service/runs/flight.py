@@ -1,0 +1,56 @@
+"""A push on its way through one shard: the requests that wait for it, the memory of its body, and its decision.
+
+The law of this file: memory has one owner. A staged vector is the flight's until the log's entry takes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from freestep.errors import ProblemError
+from freestep_service.domain.records import Claim, Record
+from freestep_service.state.staging import Staged
+
+__all__ = ["Decision", "Flight"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A decided push; applied: the outcome of its entry on this shard, None where it has none."""
+
+    record: Record
+    applied: asyncio.Future[None] | None
+
+
+class Flight:
+    """A key that is on its way; requests that send it again wait until it has landed."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.fingerprint = claim.fingerprint()
+        self.landed = asyncio.Event()
+        self.granted = asyncio.Event()
+        """Set when its turn has come to send its body."""
+        self.decided: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        """The decision, or the refusal of another shard."""
+        self.staged: Staged | None = None
+        """The body, until the log's entry takes it."""
+        self.commit: asyncio.Task[Record] | None = None
+
+    def decide(self, record: Record, applied: asyncio.Future[None] | None) -> None:
+        if not self.decided.done():
+            self.decided.set_result(Decision(record, applied))
+
+    def refuse(self, problem: ProblemError) -> None:
+        if not self.decided.done():
+            self.decided.set_exception(problem)
+            # It may come before anybody waits for it.
+            self.decided.exception()
+        self.granted.set()
+
+    def give_back(self) -> None:
+        """Gives back the memory of a push that has no entry in the log."""
+        if self.staged is not None:
+            self.staged.hold.release()
+            self.staged = None
