@@ -22,7 +22,7 @@ from freestep.errors import MalformedRequest, ProblemError
 from freestep_service.web.inlet import INLET, Inlet
 from freestep_service.web.problems import problem_response
 
-__all__ = ["CONNECTION", "Connection", "abort"]
+__all__ = ["CONNECTION", "Connection", "abort", "takes_more"]
 
 CONNECTION = "freestep.connection"
 """The ASGI extension of every request: the Connection that it came over."""
@@ -197,6 +197,12 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.write(self._refusal)
             self.transport.close()
+
+
+def takes_more(scope: Scope) -> bool:
+    """Whether what is sent on a request's connection is taken at once, since the client has read what was before."""
+    connection: Connection | None = scope.get("extensions", {}).get(CONNECTION)
+    return connection is not None and not connection.flow.write_paused
 
 
 def abort(scope: Scope) -> bool:

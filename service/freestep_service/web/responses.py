@@ -17,7 +17,7 @@ from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.state.snapshots import PointBody
-from freestep_service.web.connection import CONNECTION, abort
+from freestep_service.web.connection import CONNECTION, abort, takes_more
 from freestep_service.web.waiting import while_connected
 
 __all__ = ["SnapshotResponse", "etag", "is_known", "parse_range", "requested_span"]
@@ -94,8 +94,19 @@ class SnapshotResponse(Response):
                 lines["Content-Range"] = f"bytes {begin}-{end - 1}/{snapshot.size}"
             raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
             start: Message = {"type": "http.response.start", "status": 206 if span else 200, "headers": raw}
-            with _aborted_on_failure(scope, self._stall_s):
-                await _send(scope, send, start, snapshot, begin, end, self._stall_s)
+            if end - begin > _SMALL:
+                with _aborted_on_failure(scope, self._stall_s):
+                    await _send(scope, send, start, snapshot, begin, end, self._stall_s)
+                return
+            await snapshot.reach(end - len(snapshot.header))
+            if is_early := takes_more(scope):
+                # The client parses the head while the body is copied.
+                await send(start)
+            body = b"".join(snapshot.slices(begin, end))
+        # However slowly the client reads, the snapshot's memory is free.
+        if not is_early:
+            await send(start)
+        await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _read(self, scope: Scope) -> AbstractAsyncContextManager[PointBody]:
         reading = self._shard.read(self._reading)
@@ -130,7 +141,7 @@ def _aborted_on_failure(scope: Scope, stall_s: float) -> Iterator[None]:
 async def _send(
     scope: Scope, send: Send, start: Message, snapshot: PointBody, begin: int, end: int, stall_s: float
 ) -> None:
-    """Sends bytes `begin` to `end` of a snapshot's body.
+    """Sends bytes `begin` to `end` of a snapshot's body, more than _SMALL.
 
     When this returns, nothing refers to the snapshot's memory any more: the last bytes are sent as a copy that is
     longer than what a transport may still buffer. Raises TimeoutError if the client reads nothing for `stall_s`
@@ -150,19 +161,14 @@ async def _send(
             stalled.reschedule(clock() + stall_s)
             await send(message)
 
-        # The client parses the head while the body is copied.
         await send_in_time(start)
-        if end - begin <= _SMALL:
-            await snapshot.reach(skipped + len(data))
-            await send_in_time({"type": "http.response.body", "body": b"".join((header, data)), "more_body": False})
-        else:
-            await send_in_time({"type": "http.response.body", "body": bytes(header), "more_body": True})
-            for at, until in pairwise([*range(0, bulk, _SLICE), *range(bulk, len(data), _SLICE), len(data)]):
-                await snapshot.reach(skipped + until)
-                piece = data[at:until] if until <= bulk else bytes(data[at:until])
-                await send_in_time({"type": "http.response.body", "body": piece, "more_body": True})
-                snapshot.sent = until
-            await send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
+        await send_in_time({"type": "http.response.body", "body": bytes(header), "more_body": True})
+        for at, until in pairwise([*range(0, bulk, _SLICE), *range(bulk, len(data), _SLICE), len(data)]):
+            await snapshot.reach(skipped + until)
+            piece = data[at:until] if until <= bulk else bytes(data[at:until])
+            await send_in_time({"type": "http.response.body", "body": piece, "more_body": True})
+            snapshot.sent = until
+        await send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
     snapshot.end = lambda: None
 
 
