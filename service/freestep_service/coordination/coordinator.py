@@ -24,7 +24,7 @@ class Coordinator:
         """spec: the run's, as canonical JSON. first_epoch: in which it was created, 0 where that is not known."""
         scripts = RunScripts(store, run)
         self.channel = scripts.key("messages")
-        """The channel on which the owners of shards are told of each other's changes."""
+        """The channel on which scripts publish what they change, to the owners of shards."""
         self.opening = RunOpening(scripts, spec, policy, first_epoch)
         self.leases = RunLeases(scripts)
         self.pushes = RunPushes(scripts)

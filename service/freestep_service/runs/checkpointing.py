@@ -104,7 +104,7 @@ class Checkpointing:
         return await self._disk.run(self._checkpoints.describe, identity)
 
     async def write_or_retry(self) -> None:
-        """Writes a checkpoint now; where that fails the log tells, and the background repeats it."""
+        """Writes a checkpoint now; where that fails, it is logged and repeated in the background."""
         try:
             await self.write_now()
         except FreestepError as error:

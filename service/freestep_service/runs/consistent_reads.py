@@ -71,9 +71,9 @@ class ConsistentReads:
         """By ticket."""
         self._waiting: dict[str, asyncio.Future[Snapshot]] = {}
         self._sent: list[str] = []
-        """Tickets whose parts were sent, and that Redis has not been told of."""
+        """Tickets whose parts were sent, and not yet reported to Redis."""
         self._reported: set[str] = set()
-        """Tickets that Redis was told of while their parts are still here, for slow readers."""
+        """Tickets that were reported to Redis while their parts are still here, for slow readers."""
         self._reminder: asyncio.TimerHandle | None = None
         self._closed = False
         core.snapshots.pool.pressed = lambda: bool(self._waiting)
@@ -198,44 +198,44 @@ class ConsistentReads:
             self._reported.discard(ticket)
             self._snapshots.let_go(snapshot)
 
-    # What Redis is told
+    # Reports to Redis
 
     def _report_slow(self, snapshot: Snapshot) -> None:
         """A part's memory is counted apart: for Redis it is as if it were sent."""
         for ticket in snapshot.tickets:
             self._report(ticket)
             self._reported.add(ticket)
-        self._tell()
+        self._send_reports()
 
     def _report(self, ticket: str) -> None:
-        """Has Redis told that a part was sent: with the next push, or soon, or now if others may wait for room."""
+        """Reports to Redis that a part was sent: with the next push, or soon, or now if others may wait for room."""
         if ticket in self._reported:
             self._reported.discard(ticket)
             return
         self._sent.append(ticket)
         held = len({part.seq for part in self._parts.values()})
         if held + len(self._sent) >= _PLACES:
-            self._tell()
+            self._send_reports()
         elif self._reminder is None:
-            self._reminder = asyncio.get_running_loop().call_later(_REPORT_S, self._tell)
+            self._reminder = asyncio.get_running_loop().call_later(_REPORT_S, self._send_reports)
 
     def take_sent(self) -> list[str]:
-        """The tickets whose parts were sent, for the caller to tell Redis."""
+        """The tickets whose parts were sent, for the caller to report to Redis."""
         sent, self._sent = self._sent, []
         if self._reminder is not None:
             self._reminder.cancel()
             self._reminder = None
         return sent
 
-    def _tell(self) -> None:
+    def _send_reports(self) -> None:
         if sent := self.take_sent():
             self._background.spawn(self._coordinator.reads_sent(sent), "reads that were sent were not reported")
 
     def close(self) -> None:
-        """Forgets all parts; those who wait for one are told that the shard is gone."""
+        """Forgets all parts; those who wait for one get ShardUnavailable."""
         self._closed = True
         for ticket in list(self._waiting):
             self._fail(ticket, ShardUnavailable())
         for snapshot in set(self._parts.values()):
             self._expire(snapshot)
-        self._tell()
+        self._send_reports()

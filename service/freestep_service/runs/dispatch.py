@@ -1,4 +1,4 @@
-"""What a run hears: messages of its channel, and the entries of its log, given to the shards that they concern."""
+"""The messages of a run's channel and the entries of its log, given to the shards that they concern."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Keeper:
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._errors: dict[str, str] = {}
-        """What each kind of work failed with last, so that the log tells of it once."""
+        """What each kind of work failed with last, so that it is logged once."""
 
     def start(self) -> None:
         """Begins; the first heartbeat is at once."""

@@ -1,4 +1,4 @@
-"""A shard that this process owns: what is asked of it, and what it hears of its run's log."""
+"""A shard that this process owns: its calls, and its entries of the run's log."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class LocalShard:
                 applied = self.core.writer.applied_step
                 raise StepNotReached(f"the run is at step {applied}", step=applied)
 
-    # What it hears
+    # Entries and messages
 
     def on_entry(self, entry: dict[str, Any]) -> bool:
         """Takes an entry of the log, as Redis has it; False where it is a push whose gradient is not here."""

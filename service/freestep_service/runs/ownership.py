@@ -1,8 +1,8 @@
 """Which of a run's shards this process owns: what it takes, keeps, hands over and lets go.
 
-The law of this file: Redis says who owns a shard, and every heartbeat asks it. Shards of other owners are let go; free
-ones are taken, up to this process's share, and more when others leave them. One task at a time does that, under `lock`,
-which whatever has the run opened again holds too; what state shards then load is `loading`'s.
+The law of this file: Redis decides who owns a shard, and every heartbeat reads that. Shards of other owners are let
+go; free ones are taken, up to this process's share, and more when others leave them. One task at a time does that,
+under `lock`, which whatever has the run opened again holds too; what state shards then load is `loading`'s.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Ownership:
         await self.drop_all()
 
     def _fields(self) -> Mapping[str, str]:
-        """What a heartbeat tells of the owned shards: fields of the shards' hash."""
+        """What a heartbeat reports of the owned shards: fields of the shards' hash."""
         fields = {}
         for shard in self._shards:
             fields[f"{shard.index}:applied"] = str(shard.core.writer.applied_step)

@@ -50,7 +50,7 @@ class Registry:
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """By run: held while it is opened, created or deleted here."""
         self._set_aside: dict[str, str] = {}
-        """Runs that cannot be opened, and why; said once in the log."""
+        """Runs that cannot be opened, and why; each is logged once."""
         self._opening: list[asyncio.Task[None]] = []
         """Runs that were there when the service started."""
         self._stopping = asyncio.Event()
@@ -206,7 +206,7 @@ class Registry:
         try:
             self._resources.memory.reserve(name, self._bytes_of(spec, shards))
         except InvalidSpec as error:
-            # It was there before: it is opened, and the log tells.
+            # It was there before: it is opened all the same, and this is logged.
             logger.error("run %s: %s", name, error)
         run = Run(name, spec, shards, self._resources, first_epoch)
         self._runs[name] = run
@@ -231,7 +231,7 @@ class Registry:
             await self.find(name)
 
     async def _beat(self) -> None:
-        """Tells that this process lives, and notices what others have created or deleted."""
+        """Registers this process as live, and notices what others have created or deleted."""
         resources = self._resources
         while not self._stopping.is_set():
             try:

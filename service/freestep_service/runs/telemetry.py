@@ -1,4 +1,4 @@
-"""What Prometheus is told, at /metrics, and the moving averages of a run's status."""
+"""The metrics at /metrics, for Prometheus, and the moving averages of a run's status."""
 
 from __future__ import annotations
 

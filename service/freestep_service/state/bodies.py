@@ -56,7 +56,7 @@ def body(
 
 
 def body_metadata(run: str, epoch: int, step: int, point: str) -> dict[str, str]:
-    """What a body of parameters says of itself."""
+    """The metadata in the header of a body of parameters."""
     return {
         "freestep.run": run,
         "freestep.epoch": str(epoch),

@@ -245,7 +245,7 @@ class Snapshots:
             self.let_go(snapshot)
 
     def let_go(self, snapshot: Snapshot) -> None:
-        """Says that one who needed a snapshot needs it no more."""
+        """Ends one need of a snapshot."""
         snapshot.needed -= 1
         self._release_unneeded(snapshot)
 

@@ -32,7 +32,7 @@ class Kind(Generic[T]):
     schema: Mapping[str, Any]
     parse: Callable[[str], T]
     expected: str
-    """What the text has to be, as a refusal says it."""
+    """What the text has to be, as a refusal words it."""
 
 
 @dataclass(frozen=True)

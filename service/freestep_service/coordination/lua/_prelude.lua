@@ -100,7 +100,7 @@ local function shard_count()
   return rule('shards')
 end
 
-local function tell(message)
+local function publish(message)
   redis.call('PUBLISH', string.sub(RUN, 1, -4) .. 'messages', cjson.encode(message))
 end
 
@@ -138,7 +138,7 @@ end
 -- Closes the run to pushes until every shard has reported where it stands, see open.lua.
 local function begin_gathering()
   local generation = enter('gather')
-  if shard_count() > 1 then tell({kind = 'phase', phase = 'gather', generation = generation}) end
+  if shard_count() > 1 then publish({kind = 'phase', phase = 'gather', generation = generation}) end
   return generation
 end
 
@@ -208,7 +208,7 @@ local function leave_slot()
       waiting.queued, waiting.at = false, clock()
       redis.call('HSET', STAGED, following, cjson.encode(waiting))
       redis.call('HINCRBY', RUN, 'in_flight', 1)
-      tell({kind = 'granted', key = following})
+      publish({kind = 'granted', key = following})
     end
   end
 end
@@ -249,7 +249,7 @@ local function refuse(key, slug, detail)
         parts = parts}))
     end
   end
-  tell({kind = 'refused', key = key, slug = slug, detail = detail})
+  publish({kind = 'refused', key = key, slug = slug, detail = detail})
 end
 
 -- Moves the idempotency keys of an ended lease to the list of ended leases, and adds the keys that this list evicts to
@@ -268,8 +268,8 @@ local function retire(lease, window, evicted)
   end
 end
 
-local function tell_evicted(keys)
-  if #keys > 0 and shard_count() > 1 then tell({kind = 'evicted', keys = keys}) end
+local function publish_evicted(keys)
+  if #keys > 0 and shard_count() > 1 then publish({kind = 'evicted', keys = keys}) end
 end
 
 -- Whether the gathered pushes make an update: `batch` pushes, or one of every live worker. `joining`: a worker whose
@@ -316,7 +316,7 @@ local function set_clock(counts, worker, count, now)
   local before = slowest(counts, now)
   counts[worker] = count
   redis.call('HSET', RUN, 'clocks', cjson.encode(counts))
-  if not count or slowest(counts, now) > before then tell({kind = 'moved'}) end
+  if not count or slowest(counts, now) > before then publish({kind = 'moved'}) end
 end
 
 -- Counts a decided push for the policy's slack.
@@ -421,10 +421,10 @@ local function append(advance, entry)
 end
 
 -- Publishes an entry to the owners of shards.
-local function publish(entry)
+local function publish_entry(entry)
   if shard_count() > 1 then
     entry.kind = 'entry'
-    tell(entry)
+    publish(entry)
   end
 end
 
@@ -433,7 +433,7 @@ local function cut_if_waited_for()
   local kinds, open, waiting = read_places(clock())
   for _, cut in pairs(waiting) do
     if not cut.grouped and has_room(cut, '', kinds, open) then
-      publish(append(false, {cut = true}))
+      publish_entry(append(false, {cut = true}))
       return
     end
   end

@@ -62,7 +62,7 @@ if not is_fresh(step - taken_at, live) then
   redis.call('HINCRBY', RUN, 'dropped', 1)
   count_push(worker, now)
   remember(key, record, KEYS[14], evicted)
-  if many then tell({kind = 'decided', key = key, record = record, evicted = evicted}) end
+  if many then publish({kind = 'decided', key = key, record = record, evicted = evicted}) end
   return {'dropped', record, unpack(evicted)}
 end
 local may_lead = slack()

@@ -12,5 +12,5 @@ for index = 0, shard_count() - 1 do
   bytes = bytes + tonumber(size)
 end
 redis.call('HSET', RUN, 'durable', ARGV[3], 'durable_step', ARGV[4])
-if shard_count() > 1 then tell({kind = 'durable', cut = ARGV[3], bytes = bytes}) end
+if shard_count() > 1 then publish({kind = 'durable', cut = ARGV[3], bytes = bytes}) end
 return {'durable'}

@@ -99,9 +99,9 @@ redis.call('HINCRBY', KEYS[13], 'pushes', 1)
 redis.call('HSET', KEYS[13], 'step', taken_at, 'staleness', staleness)
 if ARGV[16] ~= '' then redis.call('HSET', KEYS[13], 'speed', ARGV[16]) end
 if entry then
-  publish(entry)
+  publish_entry(entry)
 elseif count > 1 then
-  tell({kind = 'decided', key = key, record = record, evicted = evicted})
+  publish({kind = 'decided', key = key, record = record, evicted = evicted})
   cut_if_waited_for()
 end
 return {'committed', record, unpack(evicted)}

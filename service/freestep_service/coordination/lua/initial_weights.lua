@@ -35,5 +35,5 @@ for index = 0, shard_count() - 1 do
 end
 redis.call('HDEL', RUN, 'initializing')
 redis.call('HSET', RUN, 'initialized', 1, 'upload', upload)
-tell({kind = 'initialized', upload = upload})
+publish({kind = 'initialized', upload = upload})
 return {'initialized'}

@@ -20,7 +20,7 @@ local token = text(math.max(run_number('token') + 1, now))
 if older ~= '' then
   retire(older, KEYS[14], evicted)
   redis.call('DEL', KEYS[15])
-  tell_evicted(evicted)
+  publish_evicted(evicted)
 end
 redis.call('HSET', RUN, 'token', token)
 if slack() then

@@ -14,10 +14,10 @@ local evicted, seq, step = {}, 0, 0
 end_lease(found.worker, now)
 redis.call('DEL', KEYS[13])
 retire(ARGV[1], KEYS[14], evicted)
-tell_evicted(evicted)
+publish_evicted(evicted)
 if redis.call('HGET', RUN, 'phase') == 'open' and rule('batch') == 'live' and is_complete(now) then
   local entry = append(true, {closed_by = found.worker})
-  publish(entry)
+  publish_entry(entry)
   seq, step = entry.seq, entry.step
 end
 return {'ended', seq, step, run_number('epoch'), unpack(evicted)}

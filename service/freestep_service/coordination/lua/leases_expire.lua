@@ -19,7 +19,7 @@ for index = 4, #ARGV, 2 do
     retire(lease, KEYS[12 + (index - 2) / 2], evicted)
   end
 end
-tell_evicted(evicted)
+publish_evicted(evicted)
 for _, key in ipairs(redis.call('HKEYS', STAGED)) do
   local staged = redis.call('HGET', STAGED, key)
   staged = staged and cjson.decode(staged)
@@ -33,7 +33,7 @@ for _, key in ipairs(redis.call('HKEYS', STAGED)) do
 end
 if redis.call('HGET', RUN, 'phase') == 'open' and rule('batch') == 'live' and is_complete(now) then
   local entry = append(true, {closed_by = 'expiry'})
-  publish(entry)
+  publish_entry(entry)
   seq, step = entry.seq, entry.step
 end
 return {'ended', seq, step, run_number('epoch'), unpack(evicted)}

@@ -14,5 +14,5 @@ for index = 0, shard_count() - 1 do
   if redis.call('HGET', SHARDS, index .. ':loaded') ~= generation then return {'waiting'} end
 end
 redis.call('HSET', RUN, 'phase', 'open')
-if shard_count() > 1 then tell({kind = 'phase', phase = 'open', generation = tonumber(generation)}) end
+if shard_count() > 1 then publish({kind = 'phase', phase = 'open', generation = tonumber(generation)}) end
 return {'open'}

@@ -7,5 +7,5 @@ if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
 local refusal = shut(ARGV[3], ARGV[4])
 if refusal then return refusal end
 local entry = append(false, {checkpoint = true})
-publish(entry)
+publish_entry(entry)
 return {'marked', entry.epoch, entry.step, entry.seq}

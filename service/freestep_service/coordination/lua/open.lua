@@ -40,5 +40,5 @@ for index = 16, #ARGV, 2 do
   local lease = string.match(cjson.decode(ARGV[index + 1]).claim, '^%S+')
   redis.call('RPUSH', windows[lease] or ENDED, ARGV[index])
 end
-if shard_count() > 1 then tell({kind = 'phase', phase = 'load', generation = generation}) end
+if shard_count() > 1 then publish({kind = 'phase', phase = 'load', generation = generation}) end
 return {'load'}

@@ -35,5 +35,5 @@ table.insert(known, place, {step, value})
 if #known > KEPT then table.remove(known, 1) end
 local entry = append(false, {measured = {name = name, step = step, value = value}})
 redis.call('HSET', METRICS, name, cjson.encode(known))
-publish(entry)
+publish_entry(entry)
 return {'noted', epoch, cjson.encode(entry)}
