@@ -7,6 +7,7 @@ memory where it belongs. Both also work over other transports, such as one to a 
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import ssl
@@ -97,6 +98,7 @@ class BulkTransport(httpx.BaseTransport):
         self._idle: list[_Connection] = []
         """Ordered by when they were last used."""
         self._is_closed = False
+        self._process = os.getpid()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Sends a request; called by httpx.
@@ -104,6 +106,8 @@ class BulkTransport(httpx.BaseTransport):
         Args:
             request: The request; its stream may be a `bulk_exchange.Body`.
         """
+        if self._process != os.getpid():
+            self._leave_to_parent()
         url = request.url
         if url.scheme not in _PORTS:
             protocol = f"has an unsupported protocol '{url.scheme}://'" if url.scheme else "is missing its protocol"
@@ -134,6 +138,12 @@ class BulkTransport(httpx.BaseTransport):
             self._is_closed = True
             idle = self._idle.copy()
             self._idle.clear()
+        for connection in idle:
+            connection.close()
+
+    def _leave_to_parent(self) -> None:
+        """After a fork: the parent goes on using the connections, and a thread of its own may have held the lock."""
+        idle, self._idle, self._lock, self._process = self._idle, [], threading.Lock(), os.getpid()
         for connection in idle:
             connection.close()
 

@@ -72,7 +72,7 @@ class HeldLease:
     ended it (LeaseExpired, EpochChanged or RunNotFound). A lost lease is not replaced: take a new one, and pull y,
     since the run may have gone back to an earlier step.
 
-    Safe to use from several threads.
+    Safe to use from several threads. In a forked child it is the parent's: there it is neither renewed nor released.
 
     Example:
         >>> with run.lease("worker-1") as lease:
@@ -90,6 +90,7 @@ class HeldLease:
         self._transport = transport
         self._path = f"{path}/{lease.lease}"
         self._released = threading.Event()
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._renew, name=f"freestep-lease-{lease.worker}", daemon=True)
         self._thread.start()
 
@@ -122,7 +123,7 @@ class HeldLease:
         if self._released.is_set():
             return
         self._released.set()
-        if self.lost is None:
+        if self.lost is None and self._process == os.getpid():
             try:
                 self._transport.request("DELETE", self._path, retry=False)
             except Exception as error:
