@@ -1,11 +1,13 @@
 """HTTP requests with retries; bodies of tensors are sent and received without copying them as a whole.
 
-Requests are repeated after a lost connection, and after 429 and 503 when the service's Retry-After has passed; but not
-if the server's certificate is not trusted. Every request that is repeated is idempotent, a push by its idempotency key.
+Requests are repeated after a lost connection, and after 429, 502, 503 and 504, of the service or of a gateway before
+it, when their Retry-After has passed; but not if the server's certificate is not trusted. Every request that is
+repeated is idempotent, a push by its idempotency key.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -45,7 +47,17 @@ _MOST_THREADS = 1 << 16
 _UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
 """OpenSSL's reason in a ConnectError's text; such a request is not repeated."""
 
-_TRANSIENT = (CoordinatorUnavailable, Overloaded, ShardUnavailable, httpx.TransportError)
+_GATEWAY_STATUS = (429, 502, 503, 504)
+"""With these a gateway answers while the service behind it is away or busy."""
+
+
+class _GatewayError(UnexpectedResponse):
+    """A gateway's answer that the service was not reached. Every request that is repeated is idempotent."""
+
+    retry_after: float | None = None
+
+
+_TRANSIENT = (CoordinatorUnavailable, Overloaded, ShardUnavailable, _GatewayError, httpx.TransportError)
 _UNREACHABLE = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
@@ -102,6 +114,7 @@ class Transport:
         self._retry_for = retry_for
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def base_url(self) -> httpx.URL:
@@ -194,6 +207,9 @@ class Transport:
 
     def run_parallel(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Runs functions at the same time, each on a thread of its own; returns when the last one has ended."""
+        if self._process != os.getpid():
+            # A forked child has none of the parent's threads, one of which may have held the lock.
+            self._pool, self._pool_lock, self._process = None, threading.Lock(), os.getpid()
         with self._pool_lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="freestep-shard")
@@ -231,12 +247,15 @@ def _read(response: httpx.Response, into: _Destination | None) -> Answer:
     response.read()
     document = _document(response)
     if not response.is_success:
-        problem = ProblemError.from_document(document) if isinstance(document, dict) else None
-        if problem is None:
-            raise UnexpectedResponse(f"{response.request.url} answered {response.status_code}: {response.text[:200]!r}")
-        if (seconds := headers.get("retry-after", "")).isdecimal():
-            problem.retry_after = float(seconds)
-        raise problem
+        refusal: ProblemError | UnexpectedResponse | None = None
+        if isinstance(document, dict):
+            refusal = ProblemError.from_document(document)
+        if refusal is None:
+            kind = _GatewayError if response.status_code in _GATEWAY_STATUS else UnexpectedResponse
+            refusal = kind(f"{response.request.url} answered {response.status_code}: {response.text[:200]!r}")
+        if isinstance(refusal, ProblemError | _GatewayError) and headers.get("retry-after", "").isdecimal():
+            refusal.retry_after = float(headers["retry-after"])
+        raise refusal
     return Answer(response.status_code, headers, document)
 
 

@@ -265,7 +265,6 @@ def test_full_storage_is_raised_as_such_and_at_once(call: Callable[[Run], object
     "answer",
     [
         (200, {}, b"<html>a proxy's page</html>"),
-        (502, {}, b"Bad Gateway"),
         (404, {}, b'{"type": "about:blank", "title": "Not Found"}'),
         (500, {}, b"[]"),
         (307, {"Location": "/elsewhere"}, b""),
@@ -277,6 +276,22 @@ def test_what_is_not_freestep_is_unexpected(
     answering: Callable[..., str], answer: tuple[int, dict[str, str], bytes]
 ) -> None:
     with Client(answering(answer)) as client, pytest.raises(UnexpectedResponse):
+        client.runs()
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+@pytest.mark.parametrize("lines", [{}, {"Retry-After": "0"}])
+def test_a_gateway_whose_service_is_away_is_asked_again(
+    answering: Callable[..., str], status: int, lines: dict[str, str]
+) -> None:
+    away = (status, lines, b"<html>the service restarts</html>")
+    with Client(answering(away, away, (200, {}, b'{"runs": []}')), retry_for=20) as client:
+        assert client.runs() == []
+
+
+def test_a_gateway_is_not_asked_forever(answering: Callable[..., str]) -> None:
+    away = (502, {"Retry-After": "60"}, b"Bad Gateway")
+    with Client(answering(away), retry_for=20) as client, pytest.raises(ServiceUnreachable, match="502: 'Bad Gateway'"):
         client.runs()
 
 
