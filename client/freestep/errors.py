@@ -28,7 +28,9 @@
     ├── ServiceUnreachable        no answer came within the time allowed for retries
     ├── UnexpectedResponse        an answer that does not follow the protocol
     ├── ManifestMismatch          the local parameters are not those of the run
-    └── EvalMode                  a training step was asked for while x is loaded
+    ├── EvalMode                  a training step was asked for while x is loaded
+    ├── NoGradients               a step was asked for while no parameter has a gradient
+    └── Closed                    the optimizer was closed
 
 The service raises these classes, and the client raises the class whose slug the service has answered. Status codes are
 assigned by the service, in `web/problems.py`.
@@ -43,6 +45,7 @@ __all__ = [
     "AlreadyInitialized",
     "BodyTooLarge",
     "CheckpointNotFound",
+    "Closed",
     "CoordinatorUnavailable",
     "EpochChanged",
     "EvalMode",
@@ -55,6 +58,7 @@ __all__ = [
     "MalformedRequest",
     "MalformedTensors",
     "ManifestMismatch",
+    "NoGradients",
     "NonFiniteGradient",
     "Overloaded",
     "ProblemError",
@@ -309,6 +313,14 @@ class ManifestMismatch(FreestepError):
 
 class EvalMode(FreestepError):
     """`step()` was called while the model contains x: call `train()` first."""
+
+
+class NoGradients(FreestepError):
+    """`step()` was called while no parameter has a gradient: call `backward()` first, or pass `allow_empty=True`."""
+
+
+class Closed(FreestepError):
+    """The optimizer was closed, and its lease given back: make another one for the run."""
 
 
 def _problems(base: type[ProblemError]) -> dict[str, type[ProblemError]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freestep.api.models import Dtype
 from freestep.encoders import Encoder, Int8, Rounded, TopK
-from freestep.errors import FreestepError, ManifestMismatch
+from freestep.errors import FreestepError, ManifestMismatch, NoGradients
 from freestep.flat import DTYPES, Flat
 from freestep.in_place_gradient import InPlaceGradient
 from freestep.wire.encoding import ENCODINGS, Encoding
@@ -109,6 +109,13 @@ class Gradients:
             self._in_place.gather(gradients, copy=copy)
         else:
             self.flat.gather(gradients)
+
+    def require_any(self) -> None:
+        """Raises NoGradients where no parameter has a gradient."""
+        if all(tensor.grad is None for tensor in self._tensors.values()):
+            raise NoGradients(
+                "no parameter has a gradient: call backward() before step(), or step(allow_empty=True) to push zeros"
+            )
 
     def gather_difference(self, start: Flat) -> None:
         """Takes `start` minus the current parameters, the gradient by which SGD with lr 1 would have come from start.

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
+import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from freestep.api.hyperparameters import ALGORITHMS
 from freestep.api.models import DEFAULT_GROUP, RunSpec
-from freestep.errors import InvalidSpec
+from freestep.errors import InvalidSpec, ManifestMismatch
 
-__all__ = ["complete_hyperparameters", "named_tensors", "run_spec", "split_frozen"]
+__all__ = ["check_groups", "complete_hyperparameters", "named_tensors", "run_spec", "split_frozen"]
+
+logger = logging.getLogger("freestep")
+
+_GROUP_KEYS = ("params", "param_names", "name", "initial_lr")
+"""What param groups have besides hyperparameters; torch's schedulers add the last."""
+_OF_RUN = ("algorithm", "max_grad_norm")
+"""What no group can have of its own."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -21,9 +31,43 @@ def complete_hyperparameters(algorithm: str, given: dict[str, Any]) -> dict[str,
     """All hyperparameters of an algorithm: the given ones, and defaults for the others. Raises InvalidSpec."""
     if algorithm not in ALGORITHMS:
         raise InvalidSpec(
-            f"unknown algorithm {algorithm!r}: must be one of {', '.join(ALGORITHMS)}", field="optimizer.algorithm"
+            f"unknown algorithm {algorithm!r}{_nearest(algorithm, ALGORITHMS)}: must be one of {', '.join(ALGORITHMS)}",
+            field="optimizer.algorithm",
         )
+    known = [name for name in ALGORITHMS[algorithm].model_fields if name != "algorithm"]
+    for name in given:
+        if name not in known:
+            raise InvalidSpec(
+                f"unknown hyperparameter {name!r} of {algorithm}{_nearest(name, known)}: it has {', '.join(known)}",
+                field=name,
+            )
     return _validated(ALGORITHMS[algorithm], given).model_dump(exclude={"algorithm"})
+
+
+def check_groups(params: Iterable[Any], given: Mapping[str, Any]) -> None:
+    """Refuses what a param group gives that would have no effect, or warns where it may be another library's.
+
+    params: before the optimizer has completed the groups. given: the run's hyperparameters. Raises InvalidSpec.
+    """
+    for number, group in enumerate(params):
+        if not isinstance(group, dict):
+            return
+        for key in group:
+            if key in _GROUP_KEYS or (key in given and key not in _OF_RUN):
+                continue
+            if key in _OF_RUN:
+                raise InvalidSpec(
+                    f"param group {number}: {key!r} is of the whole run: give it to the optimizer", field=key
+                )
+            if nearest := _nearest(key, given):
+                raise InvalidSpec(f"param group {number}: unknown hyperparameter {key!r}{nearest}", field=key)
+            logger.warning("param group %d: %r is no hyperparameter of the run, and has no effect", number, key)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """ ", did you mean 'lr'?" where there is a name like it, else an empty string."""
+    found = get_close_matches(name.lower(), list(known), 1)
+    return f", did you mean {found[0]!r}?" if found else ""
 
 
 def _validated(model: type[Model], value: Any) -> Model:
@@ -61,7 +105,17 @@ def named_tensors(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tenso
     for number, group in enumerate(groups):
         names = group.get("param_names") or [f"group{number}.{index}" for index in range(len(group["params"]))]
         for name, tensor in zip(names, group["params"], strict=True):
+            _require_real_and_strided(name, tensor)
             yield name, tensor, number
+
+
+def _require_real_and_strided(name: str, tensor: Tensor) -> None:
+    if tensor.is_complex():
+        raise ManifestMismatch(
+            f"the parameter {name!r} is {tensor.dtype}, and a run has real numbers only: train torch.view_as_real of it"
+        )
+    if tensor.layout != torch.strided or not tensor.is_floating_point():
+        raise ManifestMismatch(f"the parameter {name!r} is {tensor.layout} {tensor.dtype}, and must be dense floats")
 
 
 def run_spec(

@@ -155,9 +155,11 @@ class LocalSteps(RemoteOptimizer):
 
         Raises:
             EvalMode: The model contains x; call `train` first.
+            Closed: The optimizer was closed.
             ManifestMismatch: A parameter of the run was frozen, or a frozen one has a gradient; no step was taken.
             FreestepError: As for `push`, after the step was taken.
         """
+        self._require_open()
         if self.pulled is None:
             raise EvalMode("the model contains x: call train() before step()")
         self._gradients.check()

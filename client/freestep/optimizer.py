@@ -18,6 +18,7 @@ from freestep.answers import Pulled
 from freestep.api.models import AggregationSpec, Dtype, Point, PointDtype, Receipt
 from freestep.client import Client
 from freestep.errors import (
+    Closed,
     EpochChanged,
     EvalMode,
     FreestepError,
@@ -28,7 +29,7 @@ from freestep.errors import (
 )
 from freestep.flat import Flat
 from freestep.gradients import Gradients, PushFormat
-from freestep.groups import complete_hyperparameters, named_tensors, run_spec, split_frozen
+from freestep.groups import check_groups, complete_hyperparameters, named_tensors, run_spec, split_frozen
 from freestep.inflight_push import InflightPush, require_stale_gradients_accepted
 from freestep.lease import HeldLease, worker_name
 from freestep.membership import Membership
@@ -146,6 +147,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             given = complete_hyperparameters(algorithm, hyperparameters)
             self._has_all_groups = False
             kept, frozen = split_frozen(params)
+            check_groups(kept, given)
             super().__init__(kept, given)
             self._has_all_groups = True
             self._tensors = {name: tensor for name, tensor, _ in named_tensors(self.param_groups)}
@@ -222,6 +224,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         loss: float | Tensor | None = None,
         samples: float | None = None,
         overlap: bool = False,
+        allow_empty: bool = False,
     ) -> float | None:
         """Pushes the gradients and loads fresh y; the push's receipt is then in `receipt`.
 
@@ -240,6 +243,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 pushes anything. A push that was refused is over then; one whose outcome is unknown stays in flight and
                 is sent again by the next of these calls, under the same key, so that it counts once. If the run went
                 back to an earlier step, gradients that were to follow that push are dropped too.
+            allow_empty: Pushes zeros where no parameter has a gradient: weight decay and averaging go a step on.
 
         Returns:
             The closure's loss, or None.
@@ -247,10 +251,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Raises:
             EvalMode: The model contains x; call `train` first.
             ManifestMismatch: A parameter of the run was frozen, or a frozen one has a gradient.
+            NoGradients: No parameter has a gradient.
+            Closed: The optimizer was closed.
             NonFiniteGradient: The gradients contain NaN or infinity; nothing was applied.
             ValueError: `overlap` is set, and the run's policy drops gradients that are one step stale.
             ServiceUnreachable: The service did not answer in time; it is unknown whether the push counted.
         """
+        self._require_open()
         if overlap:
             require_stale_gradients_accepted(self.spec.aggregation)
         taken_at, result = self.pulled, None
@@ -266,6 +273,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             evaluate()
             if taken_at is None:
                 raise EvalMode("the model contains x: call train() before step()")
+            if not allow_empty:
+                self._gradients.require_any()
             self._gradients.gather(copy=overlap)
             reported = result if loss is None else loss
             return Batch(
@@ -370,7 +379,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Loads x, the average, into the model, for evaluation; buffers are not changed."""
+        """Loads x, the average, into the model, for evaluation; buffers are not changed.
+
+        Raises:
+            Closed: The optimizer was closed.
+        """
+        self._require_open()
         self.flush()
         if self.pulled is not None:
             self._load("x")
@@ -378,7 +392,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Loads y, where gradients are taken, into the model; does nothing if it contains y already."""
+        """Loads y, where gradients are taken, into the model; does nothing if it contains y already.
+
+        Raises:
+            Closed: The optimizer was closed.
+        """
+        self._require_open()
         if self.pulled is None:
             self._load("y")
 
@@ -456,6 +475,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
         finally:
             self._inflight = None
             self._finalizer()
+
+    def _require_open(self) -> None:
+        if not self._finalizer.alive:
+            raise Closed(f"the optimizer of the run {self._run.name!r} was closed: make another one for the run")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises TypeError: a lease and connections cannot be copied or pickled."""
+        raise TypeError(
+            f"a {type(self).__name__} holds a lease and connections, and cannot be copied or pickled: "
+            "make another one for the run, or save its state_dict()"
+        )
 
     def __enter__(self) -> Self:
         return self

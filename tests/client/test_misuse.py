@@ -1,0 +1,132 @@
+"""What would train something else than was meant is refused before anything is changed, with what to do instead."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from freestep import Client, Closed, InvalidSpec, ManifestMismatch, NoGradients, RemoteOptimizer, Run, RunNotFound
+
+Make = Callable[..., RemoteOptimizer]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def backward(net: nn.Module) -> None:
+    net(torch.ones(4, 3)).sum().backward()
+
+
+def test_a_step_without_any_gradient_is_refused(remotely: Make, run: Run) -> None:
+    net = model()
+    optimizer = remotely(net)
+    before = [parameter.clone() for parameter in net.parameters()]
+    with pytest.raises(NoGradients, match="allow_empty"):
+        optimizer.step()
+    with pytest.raises(NoGradients):
+        optimizer.step(overlap=True)
+    assert run.status().step == 0
+    assert all(torch.equal(one, other) for one, other in zip(before, net.parameters(), strict=True))
+    optimizer.step(allow_empty=True)
+    assert run.status().step == 1
+    backward(net)
+    optimizer.step()
+    # A gradient for one parameter is enough.
+    optimizer.zero_grad()
+    net.bias.grad = torch.ones(2)
+    optimizer.step()
+    assert run.status().step == 3
+
+
+@pytest.mark.parametrize("call", ["step", "eval", "train"])
+def test_a_closed_optimizer_says_so(remotely: Make, run: Run, call: str) -> None:
+    net = model()
+    optimizer = remotely(net)
+    backward(net)
+    optimizer.close()
+    with pytest.raises(Closed, match="was closed"):
+        getattr(optimizer, call)()
+    assert run.status().step == 0
+    optimizer.close()
+    assert optimizer.state_dict()["freestep"]["run"] == run.name
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_optimizer_cannot_be_copied(remotely: Make, duplicate: Callable[[Any], Any]) -> None:
+    net = model()
+    optimizer = remotely(net)
+    with pytest.raises(TypeError, match="state_dict"):
+        duplicate(optimizer)
+    backward(net)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "parameter", [torch.zeros(2, dtype=torch.complex64), torch.eye(3).to_sparse()], ids=["complex", "sparse"]
+)
+def test_parameters_that_a_run_cannot_hold_are_refused_by_name(
+    remotely: Make, run: Run, parameter: torch.Tensor
+) -> None:
+    with pytest.raises(ManifestMismatch, match="'odd'"):
+        remotely([("good", nn.Parameter(torch.zeros(2))), ("odd", nn.Parameter(parameter))])
+    with pytest.raises(RunNotFound):
+        run.status()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("weight_decy", 0.1, "did you mean 'weight_decay'"),
+        ("LR", 0.1, "did you mean 'lr'"),
+        ("max_grad_norm", 1.0, "give it to the optimizer"),
+        ("algorithm", "sgd", "give it to the optimizer"),
+    ],
+)
+def test_what_a_group_cannot_have_is_refused(remotely: Make, run: Run, key: str, value: Any, said: str) -> None:
+    with pytest.raises(InvalidSpec, match=said):
+        remotely([{"params": model().parameters(), key: value}])
+    with pytest.raises(RunNotFound):
+        run.status()
+
+
+def test_what_a_group_has_of_other_libraries_is_warned_about(remotely: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "freestep"):
+        remotely([{"params": model().parameters(), "zzz": 1, "initial_lr": 0.1, "name": "all", "lr": 0.5}])
+    (record,) = [each for each in caplog.records if "'zzz'" in each.getMessage()]
+    assert "has no effect" in record.getMessage()
+    assert "initial_lr" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"algorithm": "adamw_schedulefree"}, "did you mean 'adamw_schedule_free'"),
+        ({"weight_decy": 0.1}, "did you mean 'weight_decay'"),
+        ({"zzz": 0.1}, "it has .*lr, momentum"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(
+    remotely: Make, run: Run, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidSpec, match=said):
+        remotely(model(), **options)
+    with pytest.raises(RunNotFound):
+        run.status()
+
+
+def test_an_optimizer_of_a_shared_client_closes_without_it(service: Any, name: str) -> None:
+    with Client(service.url) as client:
+        optimizer = RemoteOptimizer(model(), run=name, client=client, algorithm="sgd", lr=1.0)
+        optimizer.close()
+        with pytest.raises(Closed):
+            optimizer.step()
+        assert client.run(name).status().workers == []
