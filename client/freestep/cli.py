@@ -283,6 +283,8 @@ def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, st
 
 def _write(output: Path, flat: Flat, run: str, point: str, pulled: Pulled) -> None:
     metadata = {
+        # As transformers requires.
+        "format": "pt",
         "freestep.run": run,
         "freestep.epoch": str(pulled.epoch),
         "freestep.step": str(pulled.step),

@@ -29,6 +29,7 @@
     ├── UnexpectedResponse        an answer that does not follow the protocol
     ├── ManifestMismatch          the local parameters are not those of the run
     ├── EvalMode                  a training step was asked for while x is loaded
+    ├── DtypeOverflow             a value of the run is too large for the dtype it was to be received in
     ├── NoGradients               a step was asked for while no parameter has a gradient
     └── Closed                    the optimizer was closed
 
@@ -47,6 +48,7 @@ __all__ = [
     "CheckpointNotFound",
     "Closed",
     "CoordinatorUnavailable",
+    "DtypeOverflow",
     "EpochChanged",
     "EvalMode",
     "Forbidden",
@@ -313,6 +315,10 @@ class ManifestMismatch(FreestepError):
 
 class EvalMode(FreestepError):
     """`step()` was called while the model contains x: call `train()` first."""
+
+
+class DtypeOverflow(FreestepError):
+    """A value of the run is too large for the dtype it was to be received in: use BF16 or F32 instead of F16."""
 
 
 class NoGradients(FreestepError):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freestep.api.models import PointDtype
-from freestep.errors import FreestepError, ManifestMismatch
+from freestep.errors import DtypeOverflow, FreestepError, ManifestMismatch
 from freestep.wire.encoding import SCALE
 from freestep.wire.header import encode_header
 from freestep.wire.manifest import Manifest, Slot
@@ -24,7 +24,9 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 _CHUNK = 128 * 1024
-"""Elements that are decoded from int8 at a time, few enough to stay in the cache."""
+"""Elements that are decoded from int8, or looked at, at a time, few enough to stay in the cache."""
+_F16_MAGNITUDE, _F16_INFINITY = 0x7FFF, 0x7C00
+"""The bits of an F16 but for its sign, and of infinity."""
 
 
 class FlatPart:
@@ -63,16 +65,33 @@ class FlatPart:
         return Receiver(self.manifest, self.bytes, length, DTYPES[self.dtype].itemsize, (encoding,))
 
     def decode(self, receiver: Receiver) -> None:
-        """Decodes int8 to fp32 in place: an element is q · scale. Does nothing for other dtypes.
+        """Decodes int8 to fp32 in place: an element is q · scale. Of F16, sees that no value was too large for it.
 
         Args:
             receiver: The receiver of this vector, after it has received the whole body.
+
+        Raises:
+            DtypeOverflow: A value of the run is beyond 65504, the largest of F16.
         """
+        if self.arrives == "F16":
+            self._require_no_overflow()
         if self.arrives != "I8":
             return
         for slot in self.manifest.slots:
             if slot.numel:
                 self._dequantize(slot, receiver)
+
+    def _require_no_overflow(self) -> None:
+        """A run's values are finite: an infinity is one that F16 cannot hold."""
+        for slot in self.manifest.slots:
+            if not slot.numel:
+                continue
+            received = torch.frombuffer(self.bytes, dtype=torch.int16, count=slot.numel, offset=2 * slot.offset)
+            for begin in range(0, slot.numel, _CHUNK):
+                if int((received[begin : begin + _CHUNK] & _F16_MAGNITUDE).max()) >= _F16_INFINITY:
+                    raise DtypeOverflow(
+                        f"the parameter {slot.name!r} has a value beyond 65504, which F16 cannot hold: use BF16 or F32"
+                    )
 
     def _dequantize(self, slot: Slot, receiver: Receiver) -> None:
         decoded = torch.frombuffer(self.bytes, dtype=torch.float32, count=slot.numel, offset=4 * slot.offset)

@@ -94,7 +94,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             30,000.
         durability: "none" or "checkpoint", which is the default: after a crash the run returns to its last checkpoint.
         push_dtype: "F32", "BF16" or "F16", the dtype in which gradients are sent; None is "F32".
-        pull_dtype: "F32", "BF16", "F16" or "I8", the dtype in which parameters are received; None is "F32". With "I8",
+        pull_dtype: "F32", "BF16", "F16" or "I8", the dtype in which parameters are received; None is "F32". With "F16",
+            a value beyond 65504 is refused (DtypeOverflow). With "I8",
             y and x are sent as int8 with a scale for each 256 elements and arrive as fp32, so that gradients are taken
             beside y by the rounding error; the run itself stays fp32.
         push_encoding: "dense": all elements in push_dtype. "int8": a byte for each element, and a scale for each

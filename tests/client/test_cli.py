@@ -92,6 +92,7 @@ def test_a_point_is_pulled_into_a_file(service: ThreadService, run: Run, tmp_pat
     with safetensors.safe_open(file, framework="pt") as opened:
         assert opened.metadata()["freestep.step"] == "1"
         assert opened.metadata()["freestep.point"] == point
+        assert opened.metadata()["format"] == "pt"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 

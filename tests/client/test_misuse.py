@@ -6,13 +6,27 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from freestep import Client, Closed, InvalidSpec, ManifestMismatch, NoGradients, RemoteOptimizer, Run, RunNotFound
+import forked
+from freestep import (
+    Client,
+    Closed,
+    DtypeOverflow,
+    Flat,
+    InvalidSpec,
+    ManifestMismatch,
+    NoGradients,
+    RemoteOptimizer,
+    Run,
+    RunNotFound,
+)
+from harness import ThreadService
 
 Make = Callable[..., RemoteOptimizer]
 
@@ -123,10 +137,34 @@ def test_unknown_names_are_refused_with_the_nearest(
         run.status()
 
 
-def test_an_optimizer_of_a_shared_client_closes_without_it(service: Any, name: str) -> None:
+def test_an_optimizer_of_a_shared_client_closes_without_it(service: ThreadService, name: str) -> None:
     with Client(service.url) as client:
         optimizer = RemoteOptimizer(model(), run=name, client=client, algorithm="sgd", lr=1.0)
         optimizer.close()
         with pytest.raises(Closed):
             optimizer.step()
         assert client.run(name).status().workers == []
+
+
+@pytest.mark.parametrize("value", [65504.0, -65504.0, 1e5, -1e5, 3e38])
+def test_a_value_that_f16_cannot_hold_is_refused_by_name(
+    remotely: Make, service: ThreadService, run: Run, value: float, tmp_path: Path
+) -> None:
+    net = model()
+    with torch.no_grad():
+        net.bias[1] = value
+    remotely(net).close()
+    into = Flat(run.manifest, "F16")
+    if abs(value) <= 65504:
+        run.pull_into(into, "x")
+        assert into.views["bias"][1] == value
+        return
+    with pytest.raises(DtypeOverflow, match=r"'bias'.*BF16"):
+        run.pull_into(into, "x")
+    file = tmp_path / "model.safetensors"
+    done = forked.freestep("pull", run.name, "-o", str(file), "--dtype", "F16", FREESTEP_URL=service.url)
+    assert done.returncode == 1
+    assert "'bias'" in done.stderr
+    assert not file.exists()
+    with pytest.raises(DtypeOverflow):
+        remotely(model(), pull_dtype="F16")
