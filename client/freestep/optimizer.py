@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -177,6 +177,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.pulled: Pulled | None = None
         """The epoch and step of the y that the model contains; None while it contains x."""
         self._newest: Pulled | None = None
+        self._step = torch.zeros((), dtype=torch.float32, device="cpu")
+        """The newest step, which every parameter's state has: torch takes an optimizer whose state is empty for new."""
         self._inflight: InflightPush | None = None
         own_client = client is None
         self._client = client or Client(url, token=token)
@@ -187,6 +189,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._membership = Membership(self._run, worker, self._worker_group, held)
         try:
             self.spec = self._membership.create(wanted)
+            self._share_step()
             self._join()
         except BaseException:
             self.close()
@@ -414,6 +417,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
             # The run has lost the pushes that left the residual, perhaps on purpose.
             encoder.forget()
         self.pulled = self._newest = pulled
+        self._step.fill_(pulled.step)
+        place = {"run": self._run.name, "worker": self.worker, "epoch": pulled.epoch, "step": pulled.step}
+        for group in self.param_groups:
+            group.update(place)
+
+    def _share_step(self) -> None:
+        self.state.clear()
+        for tensor in self._tensors.values():
+            self.state[tensor] = {"step": self._step}
 
     def _set_parameters(self, pulled: Pulled, point: Point) -> None:
         """Copies the point in the receive buffer to the model."""
@@ -432,17 +444,44 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The param groups, and under the key `freestep` the run's name, the worker's name and the residual.
+        """The param groups, with the run, the worker, and the epoch and step of the newest point that was loaded.
 
-        The optimizer's state is the run's, and is in its checkpoints. Waits for a push in flight, as `flush` does.
+        Each parameter's state is that step and, with error feedback, its part of the residual. All else of the
+        optimizer's state is the run's, and is in its checkpoints. `torch.distributed.checkpoint.state_dict` keeps it
+        whole. Waits for a push in flight, as `flush` does.
         """
         self.flush()
+        state = super().state_dict()
         place: dict[str, Any] = {"run": self._run.name, "worker": self.worker}
         if self._gradients.encoder is not None:
             assert self._newest is not None
             place["residual"] = self._gradients.encoder.residual.clone()
             place["residual_at"] = (self._newest.epoch, self._newest.step)
-        return {**super().state_dict(), "freestep": place}
+            for number, (_, part) in enumerate(self._residual_parts(place["residual"])):
+                state["state"][number] = {**state["state"][number], "residual": part}
+        return {**state, "freestep": place}
+
+    def _residual_parts(self, residual: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A residual's view for each parameter, in the order of `param_groups`."""
+        slots = {slot.name: slot for slot in self._receive_buffer.manifest.slots}
+        for name in self._tensors:
+            slot = slots[name]
+            yield name, residual[slot.offset : slot.offset + slot.numel].view(slot.shape)
+
+    def _place_of(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Run, worker and residual of a state; of one without the key `freestep`, from its groups and its state."""
+        if "freestep" in state_dict:
+            return dict(state_dict["freestep"])
+        groups = state_dict.get("param_groups") or [{}]
+        place = {key: groups[0][key] for key in ("run", "worker") if key in groups[0]}
+        numbers = [number for group in groups for number in group.get("params", ())]
+        saved = [state_dict["state"].get(number, {}) for number in numbers]
+        if self._gradients.encoder is not None and saved and all("residual" in each for each in saved):
+            residual = torch.zeros_like(self._gradients.encoder.residual)
+            for (_, part), each in zip(self._residual_parts(residual), saved, strict=True):
+                part.copy_(each["residual"])
+            place["residual"], place["residual_at"] = residual, (groups[0]["epoch"], groups[0]["step"])
+        return place
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the worker's name and the residual, and joins the run again at its newest y.
@@ -457,10 +496,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         self.flush()
         with self._worker_group.raise_on_all():
-            place = state_dict.get("freestep", {})
+            place = self._place_of(state_dict)
             if place.get("run") != self._run.name:
                 raise ManifestMismatch(f"the state is of the run {place.get('run')!r}, not {self._run.name!r}")
             super().load_state_dict({key: value for key, value in state_dict.items() if key != "freestep"})
+            self._share_step()
             if (encoder := self._gradients.encoder) is not None:
                 encoder.forget()
                 if "residual" in place:
