@@ -151,6 +151,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             check_groups(kept, given)
             super().__init__(kept, given)
             self._has_all_groups = True
+            self._rates: list[Any] | None = [group.get("lr") for group in self.param_groups]
+            """The groups' learning rates as they were given; None once a change has been warned about."""
             self._tensors = {name: tensor for name, tensor, _ in named_tensors(self.param_groups)}
             options = {
                 "aggregation": {"policy": aggregation} if isinstance(aggregation, str) else aggregation,
@@ -262,6 +264,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             ServiceUnreachable: The service did not answer in time; it is unknown whether the push counted.
         """
         self._require_open()
+        self._warn_of_other_rates()
         if overlap:
             require_stale_gradients_accepted(self.spec.aggregation)
         taken_at, result = self.pulled, None
@@ -516,6 +519,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         finally:
             self._inflight = None
             self._finalizer()
+
+    def _warn_of_other_rates(self) -> None:
+        if self._rates is None:
+            return
+        for given, group in zip(self._rates, self.param_groups, strict=True):
+            if group.get("lr") != given:
+                logger.warning(
+                    "a param group's lr was set to %s, by a scheduler perhaps, and has no effect: the rate is that of "
+                    "the run %s, which has schedules of its own (the hyperparameters warmup_steps and schedule)",
+                    group["lr"],
+                    self._run.name,
+                )
+                self._rates = None
+                return
 
     def _require_open(self) -> None:
         if not self._finalizer.alive:

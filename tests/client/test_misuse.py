@@ -168,3 +168,19 @@ def test_a_value_that_f16_cannot_hold_is_refused_by_name(
     assert not file.exists()
     with pytest.raises(DtypeOverflow):
         remotely(model(), pull_dtype="F16")
+
+
+def test_a_scheduler_is_warned_about_once(remotely: Make, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    net = model()
+    optimizer = remotely(net, lr=0.5)
+    with caplog.at_level(logging.WARNING, "freestep"):
+        backward(net)
+        optimizer.step()
+        assert caplog.text == ""
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+    (record,) = [each for each in caplog.records if "no effect" in each.getMessage()]
+    assert "0.25" in record.getMessage()
+    assert run.status().spec.optimizer.lr == 0.5
