@@ -50,8 +50,6 @@ class Loading:
         self.problem: str | None = None
         """Why the last division into other shards failed here."""
         self._prefetched: dict[tuple[CheckpointId, int, int], LoadedState] = {}
-        self._closed: dict[tuple[int, int], LogPosition] = {}
-        """Where an orderly shutdown left shards (by their stretches) that are being opened."""
         self._context = context
         self._coordinator = context.coordinator
         self._disk = context.resources.disk
@@ -112,7 +110,7 @@ class Loading:
         if self._context.keeps_checkpoints:
             offers = await self.offers(core.index, self._shards.count)
             if live is None:
-                closed = await self._take_closed(begin, end)
+                closed = core.closed = core.closed or await self._take_closed(begin, end)
         epoch = max(self.newest_epoch, writer.epoch, (await self._stored())[0])
         return Report(epoch, core.initialized, live, closed, offers, problem)
 
@@ -122,8 +120,6 @@ class Loading:
         The record is removed before it counts: where it outlived the opening, the next would take the run for being
         there still, and go on in the same epoch without what came after.
         """
-        if (known := self._closed.get((begin, end))) is not None:
-            return known
         left = await self._disk.run(self._checkpoints.closed, begin, end)
         if left is None:
             return None
@@ -132,8 +128,7 @@ class Loading:
         except StorageUnavailable as error:
             logger.warning("run %s goes on in a new epoch: %s", self._context.name, error)
             return None
-        self._closed[begin, end] = LogPosition(*left)
-        return self._closed[begin, end]
+        return LogPosition(*left)
 
     async def _write(self, shard: LocalShard, identity: CheckpointId) -> str | None:
         """Writes a shard's state, for others to take; why that failed, if it did."""
@@ -266,7 +261,7 @@ class Loading:
             else:
                 await writer.load(core.shard.clear)
                 self._context.receipts.clear()
-        self._closed.pop((begin, end), None)
+        core.closed = None
         core.initialized = initialized
         writer.resume(epoch, seq, step)
         if core.index == 0:
@@ -308,9 +303,9 @@ class Loading:
         """Closes a shard's pushes and leaves its state on disk; `view`: None where Redis cannot be reached."""
         core, writer = shard.core, shard.core.writer
         begin, end = core.manifest.begin, core.manifest.end
-        if (closed := self._closed.pop((begin, end), None)) is not None:
+        if core.closed is not None:
             # It has not been opened here since.
-            await self._disk.run(self._checkpoints.mark_closed, begin, end, *closed)
+            await self._disk.run(self._checkpoints.mark_closed, begin, end, *core.closed)
         if core.initialized and view is not None and view.number("epoch") == writer.epoch:
             await self._take_all(shard, view.number("seq"))
         # What Redis has not decided by now it will not, or, where it cannot be reached, nobody knows.

@@ -9,7 +9,7 @@ import torch
 from freestep.errors import RunNotInitialized
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import Owner
+from freestep_service.domain.records import LogPosition, Owner
 from freestep_service.runs.context import RunContext
 from freestep_service.state.bodies import room
 from freestep_service.state.buffers import VectorPool
@@ -36,6 +36,8 @@ class ShardCore:
         """Held while a part of a checkpoint is being written."""
         self.loaded: int | None = None
         """The generation of the run's opening whose state it has loaded."""
+        self.closed: LogPosition | None = None
+        """Where an orderly shutdown left it, until it has loaded a state."""
         device = _device(resources.device, index)
         bytes_ = room(self.manifest)
         self.shard = Shard(context.spec, self.manifest, device, bytes_)

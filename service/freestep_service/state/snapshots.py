@@ -163,8 +163,11 @@ class Snapshots:
     async def _make(self, key: tuple[Point, str], begun: Snapshot | None, timeout_s: float) -> Snapshot:
         try:
             snapshot = begun or self.take(*key, await self.pool.acquire(timeout_s))
-            # A failure, of the copy or of this task, is `_keep`'s to raise.
-            await asyncio.wait([snapshot.taken])
+            try:
+                await asyncio.wait([snapshot.taken])
+            except asyncio.CancelledError:
+                self.let_go(snapshot)
+                raise
             return self._keep(key, snapshot)
         finally:
             del self._making[key]
