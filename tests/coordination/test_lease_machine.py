@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -13,13 +12,13 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,
 )
 
 from coordination.driven import HOUR, DrivenRun, Driver
 from freestep.api.models import Lease
 from freestep.errors import LeaseExpired
 from freestep_service.domain.records import Claim, Lost
+from machines import run_machine
 
 WORKERS = st.sampled_from(["a", "b"])
 
@@ -152,14 +151,4 @@ class Leases(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_leases_in_any_order(driver: Driver, shards: int) -> None:
-    machine = type("Machine", (Leases,), {"driver": driver, "shards": shards})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=40,
-            stateful_step_count=25,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_machine(Leases, 40, 25, driver=driver, shards=shards)

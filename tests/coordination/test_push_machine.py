@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from coordination.driven import DrivenRun, Driver
 from freestep.api.models import Lease
 from freestep.errors import EpochChanged, LeaseExpired, NonFiniteGradient, ProblemError
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import Claim, Lost, Pending, Record, RunState
+from machines import run_machine
 
 POLICIES = {
     "async": Policy("1", "none", distinct=False),
@@ -176,14 +176,4 @@ class Pushes(RuleBasedStateMachine):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_pushes_in_any_order(driver: Driver, shards: int, policy: str) -> None:
-    machine = type("Machine", (Pushes,), {"driver": driver, "shards": shards, "policy": POLICIES[policy]})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=25,
-            stateful_step_count=40,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_machine(Pushes, 25, 40, driver=driver, shards=shards, policy=POLICIES[policy])

@@ -11,7 +11,6 @@ import json
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,10 +18,10 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from coordination.driven import DrivenRun, Driver
+from machines import run_machine
 
 PUSHES, PULLS = 4, 2
 """Places that shards have memory for: for the answers of pushes, and for pulls."""
@@ -152,14 +151,4 @@ class Reads(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("shards", [2, 3])
 def test_reads_in_any_order(driver: Driver, shards: int) -> None:
-    machine = type("Machine", (Reads,), {"driver": driver, "shards": shards})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=40,
-            stateful_step_count=30,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_machine(Reads, 40, 30, driver=driver, shards=shards)

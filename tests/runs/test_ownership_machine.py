@@ -19,7 +19,6 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -27,7 +26,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from redis import Redis
 
@@ -41,6 +39,7 @@ from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.local import LocalStorage
 from in_process import NUMEL, claim_of, part_of, resources_of, spec_of
 from in_process import initialize as upload
+from machines import run_machine
 
 T = TypeVar("T")
 
@@ -424,15 +423,4 @@ class Owners(RuleBasedStateMachine):
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 3])
 def test_owners_in_any_order(store: str, shards: int) -> None:
-    machine = type("Machine", (Owners,), {"url": store, "shards": shards})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=25,
-            stateful_step_count=40,
-            deadline=None,
-            derandomize=True,
-            phases=(Phase.generate,),
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_machine(Owners, 25, 40, shrinks=False, url=store, shards=shards)

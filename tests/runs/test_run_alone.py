@@ -12,7 +12,7 @@ import pytest
 import torch
 from redis import Redis
 
-from freestep.errors import InvalidSpec, Overloaded, ProblemError
+from freestep.errors import CoordinatorUnavailable, InvalidSpec, Overloaded, ProblemError
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.state.memory_budget import run_bytes
 from in_process import (
@@ -224,6 +224,30 @@ def test_two_requests_of_one_upload_begin_the_run_once(store: str, tmp_path: Pat
             lease = await run.leases.grant("worker", None)
             await push(run, claim_of(lease, "one"))
             assert [await pull(shard) for shard in shards] == [(1, 1.0)] * 2
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_upload_whose_answer_is_lost_has_its_weights(store: str, tmp_path: Path, shards: int) -> None:
+    """Redis has the run initialized by it: whether that counts must not stay unknown."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run, _ = await registry.create("run", spec_of(shards))
+            ask, lost = run.coordinator.opening.initial_weights, []
+
+            async def losing(owner: Any, upload: str, progress: str, patience_ms: int) -> str:
+                status = await ask(owner, upload, progress, patience_ms)
+                if status == "initialized" and not lost:
+                    lost.append(owner.shard)
+                    raise CoordinatorUnavailable("the answer was lost")
+                return status
+
+            run.coordinator.opening.initial_weights = losing  # type: ignore[method-assign]
+            await initialize(run)
+            assert len(lost) == 1
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(0, 0.0)] * shards
 
     run_async(work)
 
