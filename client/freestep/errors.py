@@ -170,7 +170,7 @@ class CheckpointNotFound(ProblemError):
 
 
 class RunExists(ProblemError):
-    """`Run.create` was called with another spec than the run has: see `Run.status().spec`."""
+    """The run has another spec than `Run.create` or a state was given: see `Run.status().spec`."""
 
     slug = "run-exists"
     title = "The run exists with another spec"
@@ -186,7 +186,8 @@ class RunNotInitialized(ProblemError):
 class EpochChanged(ProblemError):
     """The run went back to an earlier step, or was resharded, since the lease was granted; the push was not applied.
 
-    Take a new lease and pull y. `extensions["epoch"]` is the run's epoch.
+    Take a new lease and pull y. `extensions["epoch"]` is the run's epoch. A state that was to take the place of one that
+    its sender had seen is refused with this too, if the run has moved on since.
     """
 
     slug = "epoch-changed"
@@ -215,7 +216,7 @@ class LengthRequired(ProblemError):
 
 
 class AlreadyInitialized(ProblemError):
-    """Another worker uploaded the run's initial weights first: pull y instead."""
+    """The run has weights: another worker uploaded them first, so pull y instead. A state needs `replace=True`."""
 
     slug = "already-initialized"
     title = "The run already has its parameters"

@@ -37,7 +37,7 @@ from freestep_service.web import problems
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.error_boundary import ErrorBoundary
 from freestep_service.web.relay import Relay, relay_client
-from freestep_service.web.routes import checkpoints, gradients, health, leases, parameters, runs
+from freestep_service.web.routes import checkpoints, gradients, health, leases, parameters, runs, state
 from freestep_service.web.routes import metrics as reports
 
 __all__ = ["Startup", "create_app"]
@@ -91,6 +91,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         parameters.router,
         leases.router,
         runs.router,
+        state.router,
         checkpoints.router,
         reports.router,
         health.router,

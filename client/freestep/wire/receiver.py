@@ -7,6 +7,7 @@ the manifest's tensors in their slots or with MalformedTensors, in time and memo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +27,7 @@ from freestep.wire.header import (
 )
 from freestep.wire.manifest import Manifest
 
-__all__ = ["MEDIA_TYPE", "Beside", "Receiver", "Sink", "lay"]
+__all__ = ["MEDIA_TYPE", "Beside", "FramedReceiver", "Receiver", "Sink", "lay"]
 
 MEDIA_TYPE = "application/vnd.safetensors"
 
@@ -65,44 +66,28 @@ def lay(sink: Sink, data: bytes | bytearray | memoryview) -> None:
         sink.buffer_updated(size)
 
 
-class Receiver:
-    """Receives a body of `length` bytes into `target`, the writable memory of a flat vector; a Sink until `complete`.
+class FramedReceiver(ABC):
+    """Receives a body of `length` bytes: its header's length, the header, and its tensors; a Sink until `complete`.
 
-    `target` has `itemsize` bytes for each element of the manifest. A tensor of a narrower dtype is put at the end of
-    its slot, so that it can be widened in place from the front; `dtypes` has each tensor's dtype once the header is
-    read. If all tensors are of one `dtype`, they form one flat vector of it at the end of the target. The scales,
-    values and indices of an encoding are put into memory of their own, `beside`, by their names in the header.
-
-    encodings: the encodings that are accepted.
+    longest_header: bytes of the header that are accepted. Subclasses say where the tensors' bytes go.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        target: memoryview,
-        length: int,
-        itemsize: int = 4,
-        encodings: Collection[str] = ("dense",),
-    ) -> None:
+    def __init__(self, length: int, longest_header: int) -> None:
         if length < PREFIX:
             raise MalformedTensors("the body is shorter than the 8 bytes of its header length")
-        limit = body_limit(manifest) if tuple(encodings) == ("dense",) else encoded_limit(manifest)
-        if length > limit:
-            raise MalformedTensors("the body is longer than the run's tensors can be", limit=limit)
-        self.dtypes: Mapping[str, str] = {}
-        self.dtype: str | None = None
-        self.metadata: Mapping[str, str] = {}
-        self.encoding = Encoding()
-        self.beside: dict[str, Beside] = {}
-        self._manifest = manifest
-        self._target = target
         self._length = length
-        self._itemsize = itemsize
-        self._encodings = encodings
+        self._longest_header = longest_header
         self._header: bytearray | None = None
         self._pending: list[memoryview] = [memoryview(bytearray(PREFIX))]
         self._prefix = self._pending[0]
         self._received = 0
+
+    @abstractmethod
+    def _places(self, raw: bytes, data_length: int) -> Iterable[memoryview]:
+        """The memory for the tensors, in the order of their bytes, from the header and their length in bytes.
+
+        Raises MalformedTensors.
+        """
 
     @property
     def complete(self) -> bool:
@@ -121,7 +106,7 @@ class Receiver:
     def buffer_updated(self, size: int) -> None:
         """Called when `size` bytes are at the front of `get_buffer()`.
 
-        Raises MalformedTensors as soon as the bytes cannot be the manifest's tensors.
+        Raises MalformedTensors as soon as the bytes cannot be the tensors.
         """
         self._received += size
         rest = self._pending[-1][size:]
@@ -140,8 +125,8 @@ class Receiver:
         size = int.from_bytes(self._prefix, "little")
         if size > self._length - PREFIX:
             raise MalformedTensors("the header's length runs past the end of the body")
-        if size > header_limit(self._manifest):
-            raise MalformedTensors("the header is longer than the run's can be", limit=header_limit(self._manifest))
+        if size > self._longest_header:
+            raise MalformedTensors("the header is longer than it can be", limit=self._longest_header)
         if size < 2:
             raise MalformedTensors("the header is too short to be a JSON object")
         self._header = bytearray(size)
@@ -150,36 +135,71 @@ class Receiver:
     def _begin_tensors(self) -> None:
         assert self._header is not None
         self._prefix = memoryview(b"")
-        raw, data_length = bytes(self._header), self._length - PREFIX - len(self._header)
+        places = self._places(bytes(self._header), self._length - PREFIX - len(self._header))
+        self._pending = [place for place in places if place][::-1]
+
+
+class Receiver(FramedReceiver):
+    """Receives a body of `length` bytes into `target`, the writable memory of a flat vector; a Sink until `complete`.
+
+    `target` has `itemsize` bytes for each element of the manifest. A tensor of a narrower dtype is put at the end of
+    its slot, so that it can be widened in place from the front; `dtypes` has each tensor's dtype once the header is
+    read. If all tensors are of one `dtype`, they form one flat vector of it at the end of the target. The scales,
+    values and indices of an encoding are put into memory of their own, `beside`, by their names in the header.
+
+    encodings: the encodings that are accepted.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        target: memoryview,
+        length: int,
+        itemsize: int = 4,
+        encodings: Collection[str] = ("dense",),
+    ) -> None:
+        super().__init__(length, header_limit(manifest))
+        limit = body_limit(manifest) if tuple(encodings) == ("dense",) else encoded_limit(manifest)
+        if length > limit:
+            raise MalformedTensors("the body is longer than the run's tensors can be", limit=limit)
+        self.dtypes: Mapping[str, str] = {}
+        self.dtype: str | None = None
+        self.metadata: Mapping[str, str] = {}
+        self.encoding = Encoding()
+        self.beside: dict[str, Beside] = {}
+        self._manifest = manifest
+        self._target = target
+        self._itemsize = itemsize
+        self._encodings = encodings
+
+    def _places(self, raw: bytes, data_length: int) -> Iterable[memoryview]:
         plain = parse_plain(raw, self._manifest, data_length) if "dense" in self._encodings else None
         if plain is not None:
             dtype, self.metadata = plain
-            self._land(self._manifest.derived(_plain_layout, dtype, self._itemsize))
-            return
+            return self._land(self._manifest.derived(_plain_layout, dtype, self._itemsize))
         header, self.metadata = parse_header(raw)
         self.encoding = Encoding.of(self.metadata, self._encodings)
         entries = parse_entries(header, self._manifest, self.encoding, data_length)
         if self.encoding.name == "dense":
-            self._land(_lay_out(entries, self._manifest, self._itemsize))
-        else:
-            self._land_beside(entries)
+            return self._land(_lay_out(entries, self._manifest, self._itemsize))
+        return self._land_beside(entries)
 
-    def _land(self, layout: _Layout) -> None:
+    def _land(self, layout: _Layout) -> list[memoryview]:
         self.dtypes, self.dtype = layout.dtypes, layout.dtype
-        self._pending = [self._target[begin:end] for begin, end in reversed(layout.landings)]
+        return [self._target[begin:end] for begin, end in layout.landings]
 
-    def _land_beside(self, entries: Sequence[Entry]) -> None:
+    def _land_beside(self, entries: Sequence[Entry]) -> list[memoryview]:
         self.dtypes = {entry.slot.name: entry.dtype for entry in entries if not entry.role}
-        self._pending = []
-        for entry in reversed(entries):
+        places = []
+        for entry in entries:
             if entry.role:
                 place = memoryview(bytearray(entry.size))
                 self.beside[entry.name] = Beside(entry.dtype, place)
             else:
                 end = (entry.slot.offset + entry.slot.numel) * self._itemsize
                 place = self._target[end - entry.size : end]
-            if place:
-                self._pending.append(place)
+            places.append(place)
+        return places
 
 
 @dataclass(frozen=True)

@@ -73,17 +73,20 @@ class Report:
 class Decision:
     """The state that the shards load, as of a place in the log; None: a run without weights.
 
-    live: shards that hold that state in memory keep it.
+    live: shards that hold that state in memory keep it. upload: the import whose parts the owners hold, where the state
+    is that and not a checkpoint.
     """
 
     epoch: int
     cut: CheckpointId | None
     initialized: bool
     live: bool = False
+    upload: str = ""
 
     def target(self) -> dict[str, Any]:
         """The decision as lua/open.lua keeps it."""
-        return {"cut": self.cut, "live": self.live}
+        upload = {"upload": self.upload} if self.upload else {}
+        return {"cut": self.cut, "live": self.live, **upload}
 
 
 class Waiting(Exception):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["Measured", "Reported", "with_measured"]
+__all__ = ["KEPT", "MOST_METRICS", "Measured", "Reported", "with_measured"]
 
-_KEPT = 64
-"""How many steps of a metric are kept, as in lua/report_metric.lua."""
+KEPT, MOST_METRICS = 64, 64
+"""How many steps of a metric are kept, and how many metrics a run may have, as in lua/report_metric.lua."""
 
 Reported = Mapping[str, Mapping[int, float]]
 """Name of a metric -> step of the x that was measured -> value; the newest steps, oldest first."""
@@ -25,4 +25,4 @@ class Measured(NamedTuple):
 def with_measured(reported: Reported, measured: Measured) -> Reported:
     """Adds a report, and drops the oldest steps of its metric."""
     steps = {**reported.get(measured.name, {}), measured.step: measured.value}
-    return {**reported, measured.name: dict(sorted(steps.items())[-_KEPT:])}
+    return {**reported, measured.name: dict(sorted(steps.items())[-KEPT:])}

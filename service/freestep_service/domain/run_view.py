@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 __all__ = ["DamagedRun", "RunView"]
@@ -84,6 +84,10 @@ class RunView:
     def number(self, field: str) -> int:
         """A number of the run's hash, 0 if there is none."""
         return int(self.run.get(field, 0))
+
+    def of_generation(self, generation: int) -> RunView:
+        """The view, as of the generation that has begun before it was read."""
+        return replace(self, run={**self.run, "generation": str(generation)})
 
     def target(self) -> dict[str, Any]:
         """What shards load, see lua/open.lua."""

@@ -8,6 +8,7 @@ State is data: flat fp32 vectors [numel] in the order of the run's manifest, and
     gather                          adds a push to a group's accumulator
     interpolate, quantize           writes a point (x, y or z) as fp32, BF16 or F16, or as int8
     square_sum, widen, dequantize   a gradient's square norm, and its conversion to fp32
+    fault_of, NEVER_NEGATIVE        what is wrong with scalars from elsewhere; vectors without negative numbers
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from freestep_service.optimizers.kernels.squares import dequantize, square_sum, 
 from freestep_service.optimizers.kernels.sweep import Segment, gather, initial_buffers, segments, step
 from freestep_service.optimizers.method import Buffers, Conditions, Method, Scalars
 from freestep_service.optimizers.methods.registry import method_of
+from freestep_service.optimizers.soundness import NEVER_NEGATIVE, fault_of
 
 __all__ = [
+    "NEVER_NEGATIVE",
     "Blocks",
     "Buffers",
     "Conditions",
@@ -33,6 +36,7 @@ __all__ = [
     "Scalars",
     "Segment",
     "dequantize",
+    "fault_of",
     "gather",
     "initial_buffers",
     "interpolate",

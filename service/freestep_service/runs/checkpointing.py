@@ -52,9 +52,9 @@ class Checkpointing:
         """The step of the newest checkpoint that this process knows of."""
         return self._last[0]
 
-    def went_back_to(self, checkpoint: CheckpointId) -> None:
-        """The run goes on from a checkpoint."""
-        self._last = (checkpoint.step, time.monotonic())
+    def went_back_to(self, checkpoint: CheckpointId | None) -> None:
+        """The run goes on from a checkpoint, or from a state that has none yet."""
+        self._last = (checkpoint.step if checkpoint else None, time.monotonic())
 
     def is_due(self) -> bool:
         """Whether it is for this process to have a checkpoint written, and time.

@@ -26,7 +26,10 @@ from freestep_service.runs.shard_core import ShardCore
 from freestep_service.state.log import Entry
 from freestep_service.state.snapshots import PointBody, Snapshot
 
-__all__ = ["ConsistentReads", "Reading"]
+__all__ = ["STATE", "ConsistentReads", "Reading"]
+
+STATE = "state"
+"""What a ticket asks for in place of a point where it wants the whole state (`state_exports`)."""
 
 _KEPT_S = 30.0
 _REPORT_S = 0.2
@@ -106,6 +109,8 @@ class ConsistentReads:
         """Takes the parts that an entry asks for: the next work of the writer."""
         for wanted in sorted(set(entry.reads.values())):
             point, dtype, *only = wanted.split()
+            if point == STATE:
+                continue
             if only and only != [str(self._core.index)]:
                 continue
             tickets = {ticket for ticket, each in entry.reads.items() if each == wanted}

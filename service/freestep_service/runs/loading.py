@@ -11,13 +11,20 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
-from freestep.errors import CheckpointNotFound, CoordinatorUnavailable, FreestepError, StorageUnavailable
+from freestep.errors import (
+    CheckpointNotFound,
+    CoordinatorUnavailable,
+    FreestepError,
+    ShardUnavailable,
+    StorageUnavailable,
+)
 from freestep_service.domain.opening import Decision, Report, Waiting, decide
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Record, RunState
 from freestep_service.domain.reports import Reported
 from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
@@ -44,6 +51,7 @@ class Loading:
         shards: OwnedShards,
         checkpoints: Checkpoints,
         checkpointing: Checkpointing,
+        held: HeldStates,
     ) -> None:
         self.newest_epoch = 0
         """The newest in which a shard has loaded its state."""
@@ -57,6 +65,7 @@ class Loading:
         self._shards = shards
         self._checkpoints = checkpoints
         self._checkpointing = checkpointing
+        self._held = held
 
     # Gather
 
@@ -184,7 +193,12 @@ class Loading:
                 _, _, group = await held.writer.run(held.shard.position)
                 reported = await held.writer.run(held.shard.reported)
                 receipts = self._context.receipts.until(checkpoint.seq if checkpoint else 0)
-        if decision.initialized and checkpoint is not None and not (receipts or group or reported):
+        if decision.upload:
+            held_state = self._held.find(decision.upload)
+            if held_state is None:
+                raise ShardUnavailable("the state was held for too long")
+            reported = held_state.reported
+        elif decision.initialized and checkpoint is not None and not (receipts or group or reported):
             loaded = await self._load(checkpoint, 0, 0)
             if loaded is None and not decision.live:
                 await opening.gather(self._shards.count, view.generation)
@@ -199,6 +213,7 @@ class Loading:
         """Takes the state that was decided on; whether the run goes on to the next phase with that."""
         target, generation, opening = view.target(), view.generation, self._coordinator.opening
         checkpoint = None if target["cut"] is None else CheckpointId(*target["cut"])
+        upload = target.get("upload", "")
         epoch = view.number("epoch")
         initialized = view.number("initialized") == 1
         opened = has_taken = False
@@ -209,14 +224,14 @@ class Loading:
                 continue
             holds = target["live"] and core.loaded is not None
             source = None if holds else checkpoint
-            if not await self._take(shard, source, epoch, initialized=initialized, holds=holds):
+            if not await self._take(shard, source, epoch, upload, initialized=initialized, holds=holds):
                 await opening.gather(self._shards.count, generation)
                 return True
             core.loaded, has_taken = generation, True
             if await opening.loaded(core.owner(), generation) == "open":
                 opened = True
         if checkpoint is not None and initialized and not target["live"]:
-            self._checkpointing.went_back_to(checkpoint)
+            self._checkpointing.went_back_to(None if upload else checkpoint)
         self.newest_epoch = max(self.newest_epoch, epoch)
         step = self._shards.lowest.core.writer.applied_step if self._shards.lowest else view.number("step")
         self._context.telemetry.at(epoch, step)
@@ -238,9 +253,19 @@ class Loading:
             logger.warning("run %s: its run file was not written: %s", self._context.name, error)
 
     async def _take(
-        self, shard: LocalShard, checkpoint: CheckpointId | None, epoch: int, *, initialized: bool, holds: bool
+        self,
+        shard: LocalShard,
+        checkpoint: CheckpointId | None,
+        epoch: int,
+        upload: str,
+        *,
+        initialized: bool,
+        holds: bool,
     ) -> bool:
-        """Brings a shard to a checkpoint, to the state it holds or to none; False where the checkpoint is damaged."""
+        """Brings a shard to a checkpoint, to its part of an upload, to the state it holds or to none.
+
+        False where the checkpoint is damaged, or the part is not held here.
+        """
         core, writer = shard.core, shard.core.writer
         begin, end = core.manifest.begin, core.manifest.end
         await core.prepare()
@@ -251,7 +276,7 @@ class Loading:
             writer.pause()
             seq, step = 0, 0
             if checkpoint is not None and initialized:
-                loaded = await self._load(checkpoint, begin, end)
+                loaded = self._uploaded(upload, core.index) if upload else await self._load(checkpoint, begin, end)
                 if loaded is None:
                     return False
                 state, receipts = loaded
@@ -296,6 +321,10 @@ class Loading:
             return await self._disk.run(self._checkpoints.load, identity, begin, end)
         except Damaged:
             return None
+
+    def _uploaded(self, upload: str, index: int) -> LoadedState | None:
+        part = self._held.take(upload, index)
+        return None if part is None else LoadedState(part, {})
 
     # Leave
 

@@ -19,6 +19,7 @@ from freestep_service.runs.initial_weights import InitialWeights
 from freestep_service.runs.pushes import Pushes, PushOptions
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
+from freestep_service.runs.state_exports import StateExports
 from freestep_service.state.log import Entry
 from freestep_service.state.shard import StateCopy
 from freestep_service.state.snapshots import PointBody
@@ -67,6 +68,7 @@ class LocalShard:
         self._telemetry = context.telemetry
         self._weights = InitialWeights(context, recovery, core)
         self._reads = ConsistentReads(context, recovery, core)
+        self._exports = StateExports(context, recovery, core)
         self._pushes = Pushes(context, recovery, core, self._reads.take_sent)
         self._on_mark = on_mark
         core.writer.on_taken = self._on_taken
@@ -138,6 +140,14 @@ class LocalShard:
                 yield body
         self._telemetry.sent(body.size)
 
+    @asynccontextmanager
+    async def read_state(self, word: str, readers: int) -> AsyncIterator[StateCopy]:
+        """A copy of its state, as `StateExports.read` has it. Raises RunNotInitialized too."""
+        self.core.require_initialized()
+        with self._recovery.unless_deleted():
+            async with self._exports.read(word, readers) as copy:
+                yield copy
+
     async def reach(self, step: int, wait: float) -> None:
         """Returns when it has reached a step. Raises StepNotReached after `wait` seconds."""
         self.core.require_initialized()
@@ -174,6 +184,7 @@ class LocalShard:
         """The next work of the writer sees the state that the entry leaves."""
         if entry.reads:
             self._reads.take(entry)
+            self._exports.take(entry)
         if entry.checkpoint:
             self._on_mark(self, self.core.writer.call(self.core.shard.copy_state))
 
@@ -207,5 +218,6 @@ class LocalShard:
         """Stops, once what has a place in the log is applied or lost."""
         await self._pushes.close()
         self._reads.close()
+        self._exports.close()
         self._weights.close()
         await self.core.writer.close()

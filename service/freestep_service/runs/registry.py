@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
 
 from freestep.api.models import RunSpec
+from freestep.api.run_state import StateDocument
 from freestep.errors import (
     CoordinatorUnavailable,
     InvalidSpec,
@@ -29,7 +31,10 @@ from freestep_service.runs.background import Background
 from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
+from freestep_service.runs.state_imports import receive_state
 from freestep_service.state.memory_budget import run_bytes
+from freestep_service.state.received_state import ReceivedState
+from freestep_service.state.staging import Body
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.run_files import RunFile
 
@@ -118,6 +123,10 @@ class Registry:
             if resources.node.live_peers:
                 await resources.channels.publish({"kind": "created", "run": name})
             return run, True
+
+    async def receive_state(self, body: Body, accept: Callable[[StateDocument], None]) -> ReceivedState:
+        """As `state_imports.receive_state`, of the whole state of a run that need not exist."""
+        return await receive_state(self._resources, body, accept)
 
     def _same(self, run: Run, spec: RunSpec) -> Run:
         if run.spec != spec:

@@ -23,7 +23,6 @@ from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.opening import Decision
 from freestep_service.domain.records import CheckpointId, Receipts
-from freestep_service.domain.run_view import RunView
 from freestep_service.domain.topology import topology
 from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background
@@ -31,6 +30,7 @@ from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.dispatch import Dispatch
+from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.keeper import Keeper
 from freestep_service.runs.leases import Leases
 from freestep_service.runs.loading import Loading
@@ -41,6 +41,7 @@ from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.reports import MetricReports
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.shard_core import ShardCore
+from freestep_service.runs.state_imports import StateImports
 from freestep_service.runs.telemetry import RunMetrics
 from freestep_service.state.buffers import VectorPool
 from freestep_service.state.compute import uninterrupted
@@ -82,10 +83,12 @@ class Run:
         self._shards = owned = OwnedShards(shards)
         self._checkpointing = Checkpointing(context, recovery, owned, self._checkpoints)
         dispatch = Dispatch(context, recovery, owned, self._checkpointing)
-        self._loading = Loading(context, recovery, owned, self._checkpoints, self._checkpointing)
+        held = HeldStates()
+        self._loading = Loading(context, recovery, owned, self._checkpoints, self._checkpointing, held)
         self._ownership = Ownership(context, recovery, owned, dispatch, self._loading, self._make_shard)
         self.leases = Leases(context, recovery, owned)
         self.reports = MetricReports(context, recovery, owned, dispatch)
+        self.imports = StateImports(context, owned, self._ownership, self._loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing)
         pool = VectorPool(self.manifest.numel, 1, reserve=resources.reserve)
         self._whole = Staging(self.manifest, pool, resources.locks, settings.slow_bytes_per_second)
@@ -282,7 +285,7 @@ class Run:
             # Beyond a restore that failed halfway too: Redis may have granted leases in its epoch.
             last = max(await self._loading.last_epoch(), view.number("epoch") if view else 0)
             decision = Decision(last + 1, identity, initialized=True)
-            if view is None or not await self._loading.open(_of(view, generation), decision):
+            if view is None or not await self._loading.open(view.of_generation(generation), decision):
                 raise ShardUnavailable("the run was opened otherwise in the meantime")
         if self.epoch < decision.epoch:
             raise CheckpointNotFound(f"the checkpoint of step {identity.step} is damaged", step=identity.step)
@@ -357,10 +360,6 @@ class Run:
                 await self._deletions.note_here(last)
                 await self._context.resources.disk.run(self._checkpoints.remove_until, last)
         self._context.telemetry.forget()
-
-
-def _of(view: RunView, generation: int) -> RunView:
-    return RunView({**view.run, "generation": str(generation)}, view.shards, view.now_ms)
 
 
 def _number(text: str | None) -> float | None:

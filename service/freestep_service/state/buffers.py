@@ -27,7 +27,7 @@ from torch import Tensor
 from freestep.errors import Overloaded
 from freestep_service.state.compute import HOST
 
-__all__ = ["Hold", "Holder", "Reserve", "Vector", "VectorPool"]
+__all__ = ["Hold", "Holder", "Reserve", "Vector", "VectorPool", "memory_of"]
 
 logger = logging.getLogger("freestep")
 
@@ -265,3 +265,10 @@ class Hold:
     def release(self) -> None:
         """Gives the vector back to its pool."""
         self._pool.release(self.vector, self._holder)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The memory of a flat fp32 tensor on the CPU."""
+    assert tensor.dtype == torch.float32 and tensor.is_contiguous(), "state vectors are flat fp32"
+    # The memory of an empty array cannot be cast.
+    return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(b"")

@@ -234,6 +234,11 @@ class Shard:
         """The metrics that were reported up to here."""
         return self._reported
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that a copy of the state may take."""
+        return 4 * self.manifest.numel * (len(self._method.buffers) + self._gathers)
+
     def copy_state(self) -> StateCopy:
         """A copy of the state; its cost is one pass over memory."""
         tensors = dict(self._buffers)

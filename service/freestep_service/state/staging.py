@@ -9,7 +9,7 @@ from typing import Protocol
 
 from freestep.errors import Overloaded
 from freestep.wire.manifest import Manifest
-from freestep.wire.receiver import Receiver
+from freestep.wire.receiver import Receiver, Sink
 from freestep_service.domain.aggregation import Policy
 from freestep_service.optimizers import Pushed
 from freestep_service.state.buffers import Hold, Vector, VectorPool
@@ -30,7 +30,7 @@ class Body(Protocol):
     def length(self) -> int:
         """Bytes of the body."""
 
-    async def receive_into(self, receiver: Receiver) -> str:
+    async def receive_into(self, receiver: Sink) -> str:
         """Fills the receiver and returns the digest of the bytes. Raises MalformedTensors and MalformedRequest."""
 
     async def receive_digest(self) -> str:

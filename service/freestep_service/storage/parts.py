@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
-import torch
 import xxhash
 from torch import Tensor
 
 from freestep.errors import StorageUnavailable
 from freestep.wire.header import encode_header
 from freestep_service.domain.records import Record
+from freestep_service.state.buffers import memory_of
 from freestep_service.state.shard import StateCopy
 from freestep_service.storage.checksummed import Damaged, write_document
 from freestep_service.storage.medium import Storage
@@ -97,7 +97,7 @@ def read_tensors(storage: Storage, part: Part, first: int, last: int, targets: M
                     read(4 * slot.numel)
                 else:
                     read(4 * skipped)
-                    read(4 * length, _memory(target))
+                    read(4 * length, memory_of(target))
                     read(4 * (slot.numel - skipped - length))
             is_at_end = not file.read(1)
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -109,7 +109,7 @@ def read_tensors(storage: Storage, part: Part, first: int, last: int, targets: M
 def _pieces(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
     yield header
     for tensor in tensors:
-        content = _memory(tensor)
+        content = memory_of(tensor)
         for start in range(0, len(content), _PIECE):
             yield content[start : start + _PIECE]
 
@@ -118,10 +118,3 @@ def _digested(pieces: Iterable[bytes | memoryview], digest: xxhash.xxh3_128) -> 
     for piece in pieces:
         digest.update(piece)
         yield piece
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    """The memory of a flat fp32 tensor on the CPU."""
-    assert tensor.dtype == torch.float32 and tensor.is_contiguous(), "state vectors are flat fp32"
-    # The memory of an empty array cannot be cast.
-    return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(b"")

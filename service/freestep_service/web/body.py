@@ -12,7 +12,7 @@ import xxhash
 from starlette.requests import ClientDisconnect, Request
 
 from freestep.errors import MalformedRequest
-from freestep.wire.receiver import Receiver, Sink, lay
+from freestep.wire.receiver import Sink, lay
 from freestep_service.web.inlet import INLET
 
 __all__ = ["Body"]
@@ -34,7 +34,7 @@ class Body:
         self._request = request
         self._stall_s = stall_s
 
-    async def receive_into(self, receiver: Receiver) -> str:
+    async def receive_into(self, receiver: Sink) -> str:
         """Fills the receiver and returns the digest of the bytes.
 
         Raises MalformedTensors as the receiver does, and MalformedRequest if the body stalls or ends early.

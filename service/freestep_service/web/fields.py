@@ -16,7 +16,7 @@ from starlette.requests import Request
 
 from freestep.errors import MalformedRequest
 
-__all__ = ["Field", "Header", "Kind", "PathField", "Query", "choice", "integer", "number", "pattern", "text"]
+__all__ = ["Field", "Header", "Kind", "PathField", "Query", "choice", "flag", "integer", "number", "pattern", "text"]
 
 T = TypeVar("T")
 
@@ -151,6 +151,12 @@ def choice(options: tuple[T, ...]) -> Kind[T]:
             raise ValueError from None
 
     return Kind({"type": "string", "enum": list(options)}, parse, f"one of {', '.join(by_text)}")
+
+
+def flag() -> Kind[bool]:
+    """true or false."""
+    words = choice(("true", "false"))
+    return Kind({"type": "boolean"}, lambda text: words.parse(text) == "true", words.expected)
 
 
 def pattern(expression: str, expected: str) -> Kind[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import isfinite
 
@@ -14,12 +15,14 @@ from freestep_service.domain.records import Claim
 from freestep_service.web.fields import Header, Kind, integer, number, pattern, text
 
 __all__ = [
+    "IMPORT_HEADERS",
     "PULL_HEADERS",
     "PUSH_HEADERS",
     "UPLOAD_HEADERS",
     "Preferences",
     "body_length",
     "claim",
+    "place",
     "preferences",
     "receipt_headers",
     "upload",
@@ -60,6 +63,14 @@ class Preferences:
         return {"Preference-Applied": ", ".join(names)} if names else {}
 
 
+def _parse_place(text: str) -> tuple[int, int]:
+    """The epoch and step in an ETag (`responses.etag`). Raises ValueError."""
+    match = re.fullmatch(r'"e([0-9]{1,18})-s([0-9]{1,18})(-[A-Za-z0-9-]+)?"', text)
+    if match is None:
+        raise ValueError
+    return int(match[1]), int(match[2])
+
+
 _TOKEN = pattern(r"[\x21-\x7e]{1,200}", "1 to 200 printable characters without spaces")
 _LEASE = Header("Freestep-Lease", _TOKEN, "The lease.", required=True)
 _FENCE = Header("Freestep-Token", integer(0), "The lease's fencing token.", required=True)
@@ -87,10 +98,17 @@ _PREFER = Header(
     is_list=True,
 )
 _UPLOAD = Header("Idempotency-Key", _TOKEN, "With several shards: the parts of one upload have one key.")
+_IMPORT = Header("Idempotency-Key", _TOKEN, "Makes this one import, however often it is sent.")
+_PLACE = Header(
+    "If-Match",
+    Kind({"type": "string"}, _parse_place, "an ETag of the run's state or of one of its points"),
+    "Imports only while the run is at the epoch and step that the ETag is of.",
+)
 _LENGTH = Header("Content-Length", integer(0))
 
 PUSH_HEADERS = (_LEASE, _FENCE, _STEP, _KEY, _SAMPLES, _LOSS, _SPEED, _PREFER)
 UPLOAD_HEADERS = (_UPLOAD,)
+IMPORT_HEADERS = (_IMPORT, _PLACE)
 PULL_HEADERS = (
     _PREFER,
     Header("If-None-Match", text(), "Answers 304 while the point's ETag is the one named."),
@@ -120,8 +138,13 @@ def body_length(request: Request, limit: int) -> int:
     return length
 
 
+def place(request: Request) -> tuple[int, int] | None:
+    """The epoch and step that an If-Match header names. Raises MalformedRequest."""
+    return _PLACE.find(request)
+
+
 def upload(request: Request, *, required: bool) -> str | None:
-    """The key of the upload of initial weights that a part belongs to. Raises MalformedRequest."""
+    """The key of the upload that a body or a part belongs to. Raises MalformedRequest."""
     return _KEY.read(request) if required else _UPLOAD.find(request)
 
 

@@ -1,4 +1,4 @@
-"""An answer that comes from other processes of the service while it is sent."""
+"""An answer whose body comes bit by bit, as from other processes of the service."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("freestep")
 
 
 class RelayedResponse(Response):
-    """Sends the chunks of a body as they come; `exchanges`, the answers that they are from, are closed with it.
+    """Sends the chunks of a body as they come; `exchanges`, what they are from, are closed with it.
 
     The connection is aborted if an owner stops sending, or if the client reads nothing for `stall_s` seconds. Raises
     ClientDisconnect.

@@ -28,7 +28,7 @@ from freestep_service.web.relay import Relay, ShardCall
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.responses import etag, is_known, requested_span
 
-__all__ = ["initialize_whole", "pull_whole", "push_whole"]
+__all__ = ["Part", "initialize_whole", "parts_of_one_place", "pull_whole", "push_whole", "repeated_headers"]
 
 _ATTEMPTS = 5
 _REPEATED = (
@@ -51,8 +51,8 @@ async def pull_whole(
     """The whole of a point, from parts that are of one log position. `lines` are headers that go with it."""
     async with AsyncExitStack() as exchanges:
         query = {"point": point, "dtype": dtype, "min_step": str(min_step)}
-        headers = _repeated(request) | ({"Prefer": prefer} if prefer else {})
-        parts = await _parts(relay, exchanges, request, run, query, headers)
+        headers = repeated_headers(request) | ({"Prefer": prefer} if prefer else {})
+        parts = await parts_of_one_place(relay, exchanges, request, run, "parameters", query, headers)
         epoch, step, position = parts[0].position
         tag = etag(int(epoch), int(step), point, dtype)
         if is_known(tag, request.headers.get("if-none-match", "")):
@@ -99,18 +99,19 @@ async def _send_parts(
         part = run.manifest.part(index, run.count)
         return memoryview(encode_header(part, dtype)), data[size * part.begin : size * part.end]
 
-    call = ShardCall(method, path, {**_repeated(request), **headers, "Content-Type": MEDIA_TYPE}, body=body)
+    call = ShardCall(method, path, {**repeated_headers(request), **headers, "Content-Type": MEDIA_TYPE}, body=body)
     async with AsyncExitStack() as exchanges:
         answers = await relay.call_all(exchanges, request, run, call)
         return [json.loads(await answer.aread()) for answer in answers]
 
 
-def _repeated(request: Request) -> dict[str, str]:
+def repeated_headers(request: Request) -> dict[str, str]:
+    """The headers of a request for a whole that the requests for its parts have too."""
     return {name: request.headers[name] for name in _REPEATED if name in request.headers}
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A shard's answer with its part of a point; the body has not been read."""
 
     answer: httpx.Response
@@ -131,27 +132,28 @@ class _Part:
             skip = max(skip - len(chunk), 0)
 
 
-async def _parts(
+async def parts_of_one_place(
     relay: Relay,
     exchanges: AsyncExitStack,
     request: Request,
     run: Run,
+    path: str,
     query: Mapping[str, str],
     headers: Mapping[str, str],
-) -> list[_Part]:
-    """All shards' answers to a pull, of one log position."""
+) -> list[Part]:
+    """All shards' answers to a pull of what is below the run's path, of one log position."""
     for _ in range(_ATTEMPTS):
         attempt = await exchanges.enter_async_context(AsyncExitStack())
-        call = ShardCall("GET", "parameters", headers, {**query, "cut": secrets.token_hex(16)})
+        call = ShardCall("GET", path, headers, {**query, "cut": secrets.token_hex(16)})
         answers = await relay.call_all(attempt, request, run, call)
-        parts = [_Part(answer, run.manifest.part(index, run.count)) for index, answer in enumerate(answers)]
+        parts = [Part(answer, run.manifest.part(index, run.count)) for index, answer in enumerate(answers)]
         if len({part.position for part in parts}) == 1:
             return parts
         await attempt.aclose()
     raise ShardUnavailable("the shards' parts are of different steps")
 
 
-async def _joined(header: bytes, parts: Sequence[_Part], itemsize: int) -> AsyncIterator[bytes]:
+async def _joined(header: bytes, parts: Sequence[Part], itemsize: int) -> AsyncIterator[bytes]:
     """The body of the whole model: its own safetensors header, and the tensors of all parts in order."""
     yield header
     for part in parts:

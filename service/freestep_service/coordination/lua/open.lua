@@ -6,7 +6,7 @@
 -- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack (as for create), 6 shards, 7 epoch, 8 step, 9 seq,
 --          10 initialized (0 or 1), 11 group (JSON: worker -> pushes), 12 leases (JSON, in the order of their windows),
 --          13 generation that was gathered, 14 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live: true if
---          the state that a shard holds is that cut}), 15 metrics (JSON: name -> value as in report_metric.lua), then
+--          the state that a shard holds is that cut, upload: the import whose parts shards hold, if it is that}), 15 metrics (JSON: name -> value as in report_metric.lua), then
 --          idempotency key and record, in turn, oldest first
 -- returns  {late} (another generation has begun), or {load}, which begins a generation too
 
@@ -27,6 +27,8 @@ redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV
 -- The log begins anew, so what was applied of the old one says nothing about it.
 for shard = 0, tonumber(ARGV[6]) - 1 do redis.call('HDEL', SHARDS, shard .. ':applied_seq') end
 redis.call('HSETNX', RUN, 'created_ms', text(clock()))
+local upload = cjson.decode(ARGV[14]).upload
+if upload then redis.call('HSET', RUN, 'upload', upload) end
 
 -- Receipts of a live lease go to its window, others to the list of ended leases. A claim begins with its lease.
 local granted, windows = {}, {}

@@ -18,11 +18,24 @@ from freestep.wire.encoding import INT8
 from freestep_service.runs.run import Run
 from freestep_service.settings import Settings
 from freestep_service.web.context import ServiceContext
-from freestep_service.web.fields import PathField, Query, choice, integer, pattern, text
+from freestep_service.web.fields import PathField, Query, choice, flag, integer, pattern, text
 from freestep_service.web.relay import Relay
 from freestep_service.web.routes.dependencies import LONGEST_LEASE, RUN_NAME
 
-__all__ = ["CUT", "DTYPE", "LEASE", "MIN_STEP", "OF", "POINT", "RUN", "SHARD", "DataRequest", "DataRoute", "run_of"]
+__all__ = [
+    "CUT",
+    "DTYPE",
+    "LEASE",
+    "MIN_STEP",
+    "OF",
+    "POINT",
+    "REPLACE",
+    "RUN",
+    "SHARD",
+    "DataRequest",
+    "DataRoute",
+    "run_of",
+]
 
 RUN = PathField(
     "run", pattern(RUN_NAME, "1 to 128 letters, digits, '.', '_' and '-', of which the first is a letter or digit")
@@ -46,6 +59,9 @@ CUT = Query(
     pattern(r"[\x21-\x7e]{0,200}", "at most 200 printable characters without spaces"),
     "Shards that are asked with the same word answer of one step.",
     default="",
+)
+REPLACE: Query[bool] = Query(
+    "replace", flag(), "Whether the state takes the place of one that is there.", default=False
 )
 
 

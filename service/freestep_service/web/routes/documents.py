@@ -7,13 +7,19 @@ from typing import Any
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.web.fields import Field
 
-__all__ = ["TENSORS", "TENSORS_BODY", "documented"]
+__all__ = ["STATE", "STATE_BODY", "TENSORS", "TENSORS_BODY", "documented"]
 
 TENSORS: dict[str, Any] = {
     "description": "The run's tensors, in safetensors format.",
     "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
 }
 TENSORS_BODY: dict[str, Any] = {**TENSORS, "required": True}
+STATE: dict[str, Any] = {
+    **TENSORS,
+    "description": "The run's state, in safetensors format: F32 tensors NAME::BUFFER, and a StateDocument as JSON in "
+    "the metadata, under freestep.state.",
+}
+STATE_BODY: dict[str, Any] = {**STATE, "required": True}
 
 
 def documented(*fields: Field[Any], body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""The whole state of a run: out of one service, into another."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import AsyncExitStack
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from freestep.api.models import RunStatus
+from freestep.api.run_state import StateDocument
+from freestep.errors import MalformedRequest, RunNotFound, ShardUnavailable
+from freestep_service.runs.run import Run
+from freestep_service.runs.state_imports import ImportTerms
+from freestep_service.web.body import Body
+from freestep_service.web.context import ServiceContext
+from freestep_service.web.headers import IMPORT_HEADERS, body_length, place, upload
+from freestep_service.web.routes.data_request import CUT, OF, REPLACE, RUN, SHARD, DataRequest, DataRoute
+from freestep_service.web.routes.documents import STATE, STATE_BODY, documented
+from freestep_service.web.whole_states import export_part, export_whole, send_parts
+
+router = APIRouter(tags=["state"], route_class=DataRoute)
+
+
+@router.get(
+    "/v1/runs/{run}/state",
+    response_class=Response,
+    responses={200: STATE},
+    openapi_extra=documented(RUN, SHARD, OF, CUT),
+)
+async def export_state(request: Request) -> Response:
+    """The run's whole state at its newest step: every vector of the optimizer, and all scalars.
+
+    Pushes that are accumulated for an update to come are not in it, nor are receipts and leases. With `shard`, it is
+    that shard's part; all shards that are asked with the same `cut`, any fresh word, answer with parts of one place.
+    """
+    parsed = await DataRequest.of(request)
+    run, relay = parsed.run, parsed.relay
+    if parsed.shard is None:
+        return await export_whole(relay, request, run)
+    if not run.owns(parsed.shard):
+        return await relay.forward(request, run, parsed.shard)
+    return await export_part(run, run.shard(parsed.shard), parsed.cut, await relay.stall_seconds(request))
+
+
+@router.put(
+    "/v1/runs/{run}/state",
+    status_code=201,
+    response_model=RunStatus,
+    responses={200: {"model": RunStatus, "description": "The run had weights, and has this state in their place."}},
+    openapi_extra=documented(RUN, REPLACE, *IMPORT_HEADERS, body=STATE_BODY),
+)
+async def import_state(request: Request) -> Response:
+    """Gives a run a whole state, and creates the run with the state's spec if there is none.
+
+    A run that has weights is refused with already-initialized, unless `replace` is true: then the state takes their
+    place in a new epoch, as in a restore. The answer comes when the state is durable, as far as the run's durability
+    goes. The number of shards may differ from that of the state's spec.
+    """
+    context, name = ServiceContext.of(request), RUN.read(request)
+    body = Body(request, body_length(request, context.settings.max_body_bytes), context.settings.stall_seconds)
+    terms = ImportTerms(upload(request, required=False) or secrets.token_hex(16), REPLACE.read(request), place(request))
+    if (shard := SHARD.find(request)) is not None:
+        return await _import_part(request, shard, body, terms.upload)
+    try:
+        run = await context.registry.find(name)
+    except RunNotFound:
+        if terms.place is not None:
+            raise
+        return await _import_whole(request, None, body, terms)
+    if not run.owns_any:
+        return await context.relay.forward(request, run)
+    if await run.imports.is_wanted(terms):
+        return await _import_whole(request, run, body, terms)
+    # An earlier attempt of the same request has made it.
+    await body.receive_digest()
+    await run.imports.require_durable()
+    return await _status(run, terms)
+
+
+async def _import_part(request: Request, shard: int, body: Body, key: str) -> Response:
+    """A shard's part of a state that another process of the service has received."""
+    if not await ServiceContext.of(request).relay.is_relayed(request):
+        raise MalformedRequest("shard: a state is put as a whole", field="shard")
+    run = (await DataRequest.of(request)).run
+    return JSONResponse({"token": await run.imports.receive_part(run.shard(shard).index, body, key)})
+
+
+async def _import_whole(request: Request, run: Run | None, body: Body, terms: ImportTerms) -> Response:
+    context = ServiceContext.of(request)
+
+    def accept(document: StateDocument) -> None:
+        if run is not None:
+            run.imports.require_spec(document.spec)
+
+    async with AsyncExitStack() as stack:
+        received = await context.registry.receive_state(body, accept)
+        stack.callback(received.release)
+        document = received.document
+        if run is None:
+            run, _ = await context.registry.create(RUN.read(request), document.spec)
+        if not run.owns_any:
+            raise ShardUnavailable("another process has created the run and has its shards")
+        if run.is_sharded:
+            tokens = await send_parts(context.relay, request, run, received, terms.upload)
+        else:
+            tokens = [run.imports.hold(0, received, terms.upload)]
+        await run.imports.adopt(terms, document.step, tokens)
+    return await _status(run, terms)
+
+
+async def _status(run: Run, terms: ImportTerms) -> Response:
+    status = await run.status()
+    return JSONResponse(status.model_dump(mode="json"), 200 if terms.replaces else 201)

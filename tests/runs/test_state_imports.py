@@ -1,0 +1,122 @@
+"""Imports of whole states that come to nothing: a run that changes hands, a medium that is full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from freestep.api.run_state import StateDocument
+from freestep.errors import ShardUnavailable, StorageUnavailable
+from freestep.wire.state import encode_state_header
+from freestep_service.runs.run import Run
+from freestep_service.runs.state_imports import ImportTerms
+from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, pull, push, run_async, until
+
+TERMS = ImportTerms("an-import", replaces=True)
+STEP = 7
+
+
+async def hold(run: Run, value: float = 5.0) -> list[str]:
+    """Has the owned shards hold their parts of a state of equal elements; their tokens."""
+    document = StateDocument(
+        spec=run.spec, step=STEP, buffers=("y", "momentum_buffer"), scalars={"default": {"k": STEP}}
+    )
+    tokens = []
+    for index in range(run.count):
+        part = run.manifest.part(index, run.count)
+        vectors = torch.cat([torch.full((part.numel,), value), torch.zeros(part.numel)])
+        body = Bytes(encode_state_header(part, document) + vectors.numpy().tobytes())
+        tokens.append(await run.imports.receive_part(index, body, TERMS.upload))
+    return tokens
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("fault", ["another-owner", "never-held"])
+def test_a_part_that_its_owner_does_not_hold_changes_nothing(
+    store: str, tmp_path: Path, shards: int, fault: str
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards)
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            memory = run._context.resources.memory
+            free = memory.free
+            tokens = await hold(run)
+            assert memory.free < free
+            if fault == "another-owner":
+                tokens[-1] = "another"
+            else:
+                run.imports._held.drop(TERMS.upload)
+            with pytest.raises(ShardUnavailable):
+                await run.imports.adopt(TERMS, STEP, tokens)
+            assert memory.free == free
+            await until(lambda: run.shard(0) is not None, "the run")
+            outcomes = await push(run, claim_of(lease, "two", 1))
+            assert {outcome.record.decision for outcome in outcomes} == {"applied"}
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(2, 2.0)] * shards
+            assert run.epoch == 1
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_full_disk_refuses_an_import_before_anything_is_changed(store: str, tmp_path: Path, shards: int) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run = await new_run(registry, shards=shards)
+            tokens = await hold(run)
+            medium.is_full = True
+            with pytest.raises(StorageUnavailable, match="No space left"):
+                await run.imports.adopt(TERMS, STEP, tokens)
+            assert (run.epoch, await pull(run.shard(0))) == (1, (0, 0.0))
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_import_whose_checkpoint_fails_says_so_and_is_written_when_it_is_sent_again(
+    store: str, tmp_path: Path, shards: int
+) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run = await new_run(registry, shards=shards)
+            tokens = await hold(run)
+            # There is room for the probe, and none for the state.
+            medium.require_writable = lambda: None  # type: ignore[method-assign]
+            medium.is_full = True
+            with pytest.raises(StorageUnavailable, match="No space left"):
+                await run.imports.adopt(TERMS, STEP, tokens)
+            assert await pull(run.shard(0)) == (STEP, 5.0)
+            assert (await run.status()).checkpoint_step != STEP
+            medium.is_full = False
+            assert not await run.imports.is_wanted(TERMS)
+            await run.imports.require_durable()
+            assert (await run.list_checkpoints())[-1].step == STEP
+            await push(run, claim_of(await lease_of(run), "next", STEP))
+            assert await pull(run.shard(0)) == (STEP + 1, 6.0)
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_state_that_failed_to_load_does_not_outlive_the_failure(store: str, tmp_path: Path, shards: int) -> None:
+    """A shard that has lost its part returns the run to its newest checkpoint, as any loss of a shard does."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards)
+            await push(run, claim_of(await run.leases.grant("worker", None), "one"))
+            await run.checkpoint()
+            tokens = await hold(run)
+            take = run.imports._held.take
+            run.imports._held.take = lambda upload, index: None if index == shards - 1 else take(upload, index)  # type: ignore[method-assign]
+            with pytest.raises(ShardUnavailable):
+                await run.imports.adopt(TERMS, STEP, tokens)
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(1, 1.0)] * shards
+
+    run_async(work)
