@@ -50,6 +50,11 @@ def pulled(run: Run, point: str = "y") -> Tensor:
     return torch.cat([each.reshape(-1) for each in tensors.values()])
 
 
+def saved_residual(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The residual in an optimizer's state, of all parameters in order."""
+    return torch.cat([each["residual"].reshape(-1) for each in optimizer.state_dict()["state"].values()])
+
+
 class Counting(nn.Module):
     """Parameters from 0 that a step of SGD with learning rate 1 makes larger by 1."""
 

@@ -7,7 +7,7 @@ from typing import Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from freestep.api.models import Receipt
+from freestep.api.models import Point, Receipt
 from freestep.errors import UnexpectedResponse
 from freestep.transport import Answer
 
@@ -23,22 +23,25 @@ class Pulled:
     Args:
         epoch: The run's epoch; it rises when the run goes back to an earlier step.
         step: The number of updates that the point contains.
+        point: Which point it is: "x", "y" or "z".
     """
 
     epoch: int
     step: int
+    point: Point = "y"
 
     @classmethod
-    def of(cls, answer: Answer) -> Self:
+    def of(cls, answer: Answer, point: Point = "y") -> Self:
         """The epoch and step in an answer's headers.
 
         Args:
             answer: An answer whose body is a point.
+            point: Which point was asked for.
 
         Raises:
             UnexpectedResponse: They are missing.
         """
-        return cls(_integer(answer, "freestep-epoch"), _integer(answer, "freestep-step"))
+        return cls(_integer(answer, "freestep-epoch"), _integer(answer, "freestep-step"), point)
 
 
 def parse(model: type[Model], answer: Answer) -> Model:

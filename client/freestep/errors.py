@@ -31,6 +31,8 @@
     ├── EvalMode                  a training step was asked for while x is loaded
     ├── DtypeOverflow             a value of the run is too large for the dtype it was to be received in
     ├── NoGradients               a step was asked for while no parameter has a gradient
+    ├── WorkerNameTaken           another process has taken the lease of this worker's name
+    ├── StateMismatch             a saved state is of a run that is gone, or of a later step than the run's
     └── Closed                    the optimizer was closed
 
 The service raises these classes, and the client raises the class whose slug the service has answered. Status codes are
@@ -70,11 +72,13 @@ __all__ = [
     "RunNotInitialized",
     "ServiceUnreachable",
     "ShardUnavailable",
+    "StateMismatch",
     "StepNotReached",
     "StorageUnavailable",
     "Unauthenticated",
     "UnexpectedResponse",
     "UnsupportedMediaType",
+    "WorkerNameTaken",
 ]
 
 URN = "urn:freestep:problem:"
@@ -324,6 +328,14 @@ class DtypeOverflow(FreestepError):
 
 class NoGradients(FreestepError):
     """`step()` was called while no parameter has a gradient: call `backward()` first, or pass `allow_empty=True`."""
+
+
+class WorkerNameTaken(FreestepError):
+    """Another process has taken a lease of this worker's name, which ended this worker's lease."""
+
+
+class StateMismatch(FreestepError):
+    """A saved state is of a run that is gone, or of a later step than the one that the run has gone back to."""
 
 
 class Closed(FreestepError):

@@ -110,9 +110,13 @@ class Gradients:
         else:
             self.flat.gather(gradients)
 
+    def has_any(self) -> bool:
+        """True if a parameter has a gradient."""
+        return any(tensor.grad is not None for tensor in self._tensors.values())
+
     def require_any(self) -> None:
         """Raises NoGradients where no parameter has a gradient."""
-        if all(tensor.grad is None for tensor in self._tensors.values()):
+        if not self.has_any():
             raise NoGradients(
                 "no parameter has a gradient: call backward() before step(), or step(allow_empty=True) to push zeros"
             )

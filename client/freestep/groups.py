@@ -1,21 +1,33 @@
-"""Param groups of a torch optimizer as a run's spec."""
+"""Param groups of a torch optimizer: their parameters, and their hyperparameters as a run has them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from freestep.api.hyperparameters import ALGORITHMS
-from freestep.api.models import DEFAULT_GROUP, RunSpec
+from freestep.api.models import RunSpec
 from freestep.errors import InvalidSpec, ManifestMismatch
+from freestep.names import fitted_names, numbered_names, plain_names
 
-__all__ = ["check_groups", "complete_hyperparameters", "named_tensors", "run_spec", "split_frozen"]
+__all__ = [
+    "LocalParameter",
+    "check_groups",
+    "complete_hyperparameters",
+    "fitted",
+    "hyperparameter_values",
+    "local_parameters",
+    "show_hyperparameters",
+    "split_frozen",
+    "validated",
+]
 
 logger = logging.getLogger("freestep")
 
@@ -27,7 +39,15 @@ _OF_RUN = ("algorithm", "max_grad_norm")
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def complete_hyperparameters(algorithm: str, given: dict[str, Any]) -> dict[str, Any]:
+class LocalParameter(NamedTuple):
+    """A parameter of the model: its name, its tensor, and the number of its param group."""
+
+    name: str
+    tensor: Tensor
+    group: int
+
+
+def complete_hyperparameters(algorithm: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All hyperparameters of an algorithm: the given ones, and defaults for the others. Raises InvalidSpec."""
     if algorithm not in ALGORITHMS:
         raise InvalidSpec(
@@ -41,7 +61,12 @@ def complete_hyperparameters(algorithm: str, given: dict[str, Any]) -> dict[str,
                 f"unknown hyperparameter {name!r} of {algorithm}{_nearest(name, known)}: it has {', '.join(known)}",
                 field=name,
             )
-    return _validated(ALGORITHMS[algorithm], given).model_dump(exclude={"algorithm"})
+    return hyperparameter_values(validated(ALGORITHMS[algorithm], given))
+
+
+def hyperparameter_values(hyperparameters: BaseModel) -> dict[str, Any]:
+    """Hyperparameters by name, without the algorithm."""
+    return hyperparameters.model_dump(exclude={"algorithm"})
 
 
 def check_groups(params: Iterable[Any], given: Mapping[str, Any]) -> None:
@@ -70,7 +95,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {found[0]!r}?" if found else ""
 
 
-def _validated(model: type[Model], value: Any) -> Model:
+def validated(model: type[Model], value: Any) -> Model:
+    """A value as a model. Raises InvalidSpec, which names the field."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -100,16 +126,30 @@ def _trainable(params: Any, frozen: list[tuple[str, Tensor]]) -> list[Any]:
     return kept
 
 
-def named_tensors(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor, int]]:
-    """Name, tensor and group number of every parameter; parameters without names are numbered within their group."""
+def local_parameters(groups: Iterable[dict[str, Any]]) -> list[LocalParameter]:
+    """Every parameter of param groups, with plain names; parameters without names are numbered within their group.
+
+    Raises ManifestMismatch, naming the parameter, for one that a run cannot hold.
+    """
+    made = []
     for number, group in enumerate(groups):
-        names = group.get("param_names") or [f"group{number}.{index}" for index in range(len(group["params"]))]
+        names = group.get("param_names") or numbered_names(number, len(group["params"]))
         for name, tensor in zip(names, group["params"], strict=True):
-            _require_real_and_strided(name, tensor)
-            yield name, tensor, number
+            _require_dense_and_real(name, tensor)
+            made.append(LocalParameter(name, tensor, number))
+    plain = plain_names([each.name for each in made])
+    if repeated := next((name for name, count in Counter(plain).items() if count > 1), None):
+        raise ManifestMismatch(f"two parameters are named {repeated!r}")
+    return [each._replace(name=name) for each, name in zip(made, plain, strict=True)]
 
 
-def _require_real_and_strided(name: str, tensor: Tensor) -> None:
+def _require_dense_and_real(name: str, tensor: Tensor) -> None:
+    # By name, since torch's own class takes half a second to import.
+    if any(kind.__name__ in ("DTensor", "FlatParameter") for kind in type(tensor).__mro__):
+        raise ManifestMismatch(
+            f"the parameter {name!r} is divided between ranks, as FSDP does, and a run needs whole parameters: use "
+            "DistributedDataParallel with process_group=True"
+        )
     if tensor.is_complex():
         raise ManifestMismatch(
             f"the parameter {name!r} is {tensor.dtype}, and a run has real numbers only: train torch.view_as_real of it"
@@ -118,32 +158,25 @@ def _require_real_and_strided(name: str, tensor: Tensor) -> None:
         raise ManifestMismatch(f"the parameter {name!r} is {tensor.layout} {tensor.dtype}, and must be dense floats")
 
 
-def run_spec(
-    groups: Iterable[dict[str, Any]], algorithm: str, given: Mapping[str, Any], options: Mapping[str, Any]
-) -> RunSpec:
-    """The spec of a run for param groups.
+def fitted(parameters: Sequence[LocalParameter], spec: RunSpec, run: str) -> list[LocalParameter]:
+    """The parameters by the names that a run has for them. Raises ManifestMismatch if they are not the run's."""
+    shapes = {each.name: tuple(each.tensor.shape) for each in parameters}
+    names = fitted_names(shapes, {each.name: each.shape for each in spec.parameters}, run)
+    return [each._replace(name=names[each.name]) for each in parameters]
 
-    A group's hyperparameters that differ from the `given` ones become the group's own. options: the spec's other
-    members, None for defaults. Raises InvalidSpec.
+
+def show_hyperparameters(
+    groups: Sequence[dict[str, Any]], parameters: Sequence[LocalParameter], given: Iterable[str], run: RunSpec
+) -> None:
+    """Puts the run's hyperparameters into param groups, in the place of the given ones.
+
+    A group whose parameters are in several of the run's groups shows what these have in common with the whole run.
+
+    parameters: by the run's names.
     """
-    listed = list(groups)
-    names = [
-        group.get("name") or (DEFAULT_GROUP if len(listed) == 1 else f"group{number}")
-        for number, group in enumerate(listed)
-    ]
-    own = {
-        name: {key: group[key] for key in given if key != "max_grad_norm" and group[key] != given[key]}
-        for name, group in zip(names, listed, strict=True)
-    }
-    return _validated(
-        RunSpec,
-        {
-            "optimizer": {"algorithm": algorithm, **given},
-            "parameters": [
-                {"name": name, "shape": list(tensor.shape), "group": names[number]}
-                for name, tensor, number in named_tensors(listed)
-            ],
-            "groups": {} if own == {DEFAULT_GROUP: {}} else own,
-            **{name: value for name, value in options.items() if value is not None},
-        },
-    )
+    group_of = {parameter.name: parameter.group for parameter in run.parameters}
+    for number, group in enumerate(groups):
+        for name in given:
+            group.pop(name, None)
+        here = {group_of[each.name] for each in parameters if each.group == number}
+        group.update(hyperparameter_values(run.hyperparameters(here.pop()) if len(here) == 1 else run.optimizer))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from freestep.answers import Pulled
-from freestep.api.models import Point, Receipt
+from freestep.api.models import Receipt
 from freestep.errors import EvalMode, FreestepError, ManifestMismatch, NonFiniteGradient
 from freestep.inflight_push import require_stale_gradients_accepted
 from freestep.optimizer import RemoteOptimizer
@@ -92,7 +92,7 @@ class LocalSteps(RemoteOptimizer):
     ) -> None:
         if every < 1:
             raise FreestepError(f"every must be at least one step, not {every}")
-        if options.get("process_group") is not None:
+        if options.pop("process_group", None):
             raise FreestepError("LocalSteps takes no process_group: each process is a worker of its own")
         if hasattr(inner, "train") or hasattr(inner, "eval"):
             raise FreestepError(
@@ -103,13 +103,10 @@ class LocalSteps(RemoteOptimizer):
             options["aggregation"] = _SYNC_WITH_OVERLAP if overlap else _SYNC
         self.inner = inner
         self.every = every
-        self.length = every
-        """How many steps the current round has."""
         self._overlaps = overlap
         self._is_dynamic = dynamic
         self._clock = clock
-        self._interrupted: tuple[Pulled, dict[str, Tensor]] | None = None
-        super().__init__(params, run=run, algorithm=algorithm, **options)
+        super().__init__(params, run=run, algorithm=algorithm, process_group=False, **options)
         if overlap:
             try:
                 require_stale_gradients_accepted(self.spec.aggregation)
@@ -126,7 +123,14 @@ class LocalSteps(RemoteOptimizer):
             remaining.pop(id(tensor), None)
         for tensor in remaining.values():
             raise ManifestMismatch(f"the inner optimizer has another parameter, of shape {list(tensor.shape)}")
-        self._round = LocalRound(self._receive_buffer.manifest, self._tensors, self._clock)
+        self._round = LocalRound(self._receive_buffer.manifest, self._tensors, self.every, self._clock)
+        # The inner optimizer changes them.
+        self._progress.warns_of_changes = False
+
+    @property
+    def length(self) -> int:
+        """How many steps the current round has."""
+        return self._round.length
 
     @property
     def steps(self) -> int:
@@ -160,12 +164,12 @@ class LocalSteps(RemoteOptimizer):
             FreestepError: As for `push`, after the step was taken.
         """
         self._require_open()
-        if self.pulled is None:
+        if self.loaded.point != "y":
             raise EvalMode("the model contains x: call train() before step()")
         self._gradients.check()
         result: float | None = self.inner.step(closure)
         self._round.add(samples, result if loss is None else loss)
-        if self._round.steps >= self.length:
+        if self._round.steps >= self._round.length:
             self.push()
         return result
 
@@ -179,7 +183,7 @@ class LocalSteps(RemoteOptimizer):
         Raises:
             FreestepError: As for RemoteOptimizer's `step`.
         """
-        if self.pulled is None:
+        if self.loaded.point != "y":
             raise EvalMode("the model contains x: call train() before push()")
         self._round.pause_clock()
         self.flush()
@@ -190,14 +194,13 @@ class LocalSteps(RemoteOptimizer):
     def _end_round(self, taken_at: Pulled, batch: Batch) -> None:
         self._gradients.gather_difference(self._round.start)
         batch = self._gradients.average([batch])
-        assert self.pulled is not None
-        self._round.begin(self.pulled)
+        self._round.begin(self.loaded)
         self._push(taken_at, batch, overlap=True)
         if not self._overlaps:
             self.flush()
         if self._is_dynamic and batch.speed is not None:
             fastest = max(batch.speed, *(worker.speed or 0.0 for worker in self._run.workers()))
-            self.length = max(1, int(self.every * (batch.speed / fastest)))
+            self._round.length = max(1, int(self.every * (batch.speed / fastest)))
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -217,38 +220,45 @@ class LocalSteps(RemoteOptimizer):
         self._round.steps = 0
         self._load("y")
 
-    def _set_parameters(self, pulled: Pulled, point: Point) -> None:
-        if point == "y" and self._round.can_move_to(pulled):
+    def _set_parameters(self, pulled: Pulled) -> None:
+        if pulled.point == "y" and self._round.can_move_to(pulled):
             self._round.move(self._receive_buffer)
             return
-        super()._set_parameters(pulled, point)
-        if point == "y":
+        super()._set_parameters(pulled)
+        if pulled.point == "y":
             self._round.begin(pulled)
 
     # Points
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Loads x, the average, into the model; the parameters of an unfinished round are kept for `train`."""
+        """Loads the newest x, the average, into the model; the parameters of an unfinished round are kept for `train`.
+
+        Raises:
+            Closed: The optimizer was closed.
+        """
+        self._require_open()
         self.flush()
-        if self.pulled is not None:
-            interrupted = None
-            if self._round.steps:
-                self._round.pause_clock()
-                interrupted = self.pulled, {name: tensor.clone() for name, tensor in self._tensors.items()}
-            super().eval()
-            self._interrupted = interrupted
+        if self.loaded.point == "y" and self._round.steps:
+            self._round.pause_clock()
+            self._round.interrupted = self.loaded, {name: tensor.clone() for name, tensor in self._tensors.items()}
+        self._load("x")
 
     @torch.no_grad()
     def train(self) -> None:
-        """Restores the parameters of the unfinished round, or loads y for a new one."""
-        if self._interrupted is not None:
-            self.pulled, held = self._interrupted
-            self._interrupted = None
+        """Restores the parameters of the unfinished round; else loads the newest y, unless a step was taken from it.
+
+        Raises:
+            Closed: The optimizer was closed.
+        """
+        if self._round.interrupted is not None:
+            pulled, held = self._round.interrupted
+            self._round.interrupted = None
+            self._note_loaded(pulled)
             for name, tensor in self._tensors.items():
                 tensor.copy_(held[name])
             self._round.resume_clock()
-        else:
+        elif self._round.steps == 0:
             super().train()
 
     # torch.optim.Optimizer
@@ -257,12 +267,11 @@ class LocalSteps(RemoteOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As RemoteOptimizer's, with the inner optimizer's state and the unfinished round's progress."""
         state = super().state_dict()
-        held = self._tensors if self._interrupted is None else self._interrupted[1]
-        state["freestep"]["round"] = self._round.state(held)
-        return {**state, "inner": self.inner.state_dict()}
+        held = self._tensors if self._round.interrupted is None else self._round.interrupted[1]
+        return {**state, "inner": self.inner.state_dict(), "round": self._round.state(held)}
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the inner optimizer's state and the unfinished round, at the run's newest y.
 
         If the run has gone back to an earlier step since, the round's progress is dropped, and `receipt` says so.
@@ -277,12 +286,13 @@ class LocalSteps(RemoteOptimizer):
         """
         if "inner" not in state_dict:
             raise ManifestMismatch("the state has no entry 'inner': it is not from LocalSteps.state_dict()")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "inner"})
-        self._interrupted = None
+        super().load_state_dict(state_dict)
+        self._round.interrupted = None
         self.inner.load_state_dict(state_dict["inner"])
         self._round.steps = 0
-        assert self.pulled is not None
-        self._set_parameters(self.pulled, "y")
-        saved = state_dict["freestep"]["round"]
+        self._load("y")
+        saved = state_dict["round"]
         if saved["steps"] and not self._round.restore(saved):
-            self.receipt = Receipt(decision="dropped", reason="epoch-changed", step=self.pulled.step, staleness=0)
+            self._progress.receipt = Receipt(
+                decision="dropped", reason="epoch-changed", step=self.loaded.step, staleness=0
+            )

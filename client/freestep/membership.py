@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from itertools import zip_longest
+from contextlib import suppress
 
 from freestep.answers import Pulled
-from freestep.api.models import Lease, RunSpec
-from freestep.errors import AlreadyInitialized, ManifestMismatch, RunExists
+from freestep.api.models import Lease, RunSpec, RunStatus
+from freestep.errors import AlreadyInitialized, ManifestMismatch, RunExists, RunNotFound, WorkerNameTaken
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
 from freestep.run import Run
@@ -33,30 +33,35 @@ class Membership:
         self._worker_group = worker_group
         self._held = held
 
-    def create(self, wanted: RunSpec) -> RunSpec:
-        """Creates the run, or finds it; returns its spec. Raises ManifestMismatch if its parameters differ."""
-        spec = self._worker_group.run_on_first(lambda: self._create_or_find(wanted))
-        with self._worker_group.raise_on_all():
-            if wanted.parameters != spec.parameters:
-                pairs = zip_longest(wanted.parameters, spec.parameters)
-                local, remote = next(pair for pair in pairs if pair[0] != pair[1])
-                raise ManifestMismatch(
-                    f"the parameters of the run {self._run.name!r} differ from the local ones: it has {remote} where "
-                    f"the local parameter is {local}"
-                )
-        return spec
+    def find(self) -> RunStatus | None:
+        """The run as it is now; None if there is none."""
+        return self._worker_group.run_on_first(self._find)
 
-    def _create_or_find(self, wanted: RunSpec) -> RunSpec:
+    def _find(self) -> RunStatus | None:
+        with suppress(RunNotFound):
+            return self._run.status()
+        return None
+
+    def create(self, wanted: RunSpec) -> RunStatus:
+        """Creates the run; finds it if another worker has just created it, perhaps with other hyperparameters.
+
+        Raises ManifestMismatch if it was created with other parameters.
+        """
+        return self._worker_group.run_on_first(lambda: self._create_or_find(wanted))
+
+    def _create_or_find(self, wanted: RunSpec) -> RunStatus:
         try:
-            return self._run.create(wanted).spec
+            return self._run.create(wanted)
         except RunExists:
-            spec = self._run.status().spec
-        # The number of shards can change at any time, so it is not compared.
-        if spec.parameters == wanted.parameters and spec != wanted.model_copy(update={"shards": spec.shards}):
-            logger.warning(
-                "the run %s exists with another spec, which is used instead of the one given", self._run.name
+            status = self._run.status()
+        if [(each.name, each.shape) for each in status.spec.parameters] != [
+            (each.name, each.shape) for each in wanted.parameters
+        ]:
+            raise ManifestMismatch(
+                f"another worker has just created the run {self._run.name!r} with other parameters, or in another "
+                "order: make the optimizer again"
             )
-        return spec
+        return status
 
     def initialize(self, weights: Flat) -> None:
         """Uploads the initial weights, unless another worker was first."""
@@ -71,6 +76,30 @@ class Membership:
     def take_lease(self) -> None:
         """Takes a lease, in place of the current one if there is one."""
         self.granted = self._worker_group.run_on_first(self._replace_lease)
+
+    def replace_lost_lease(self) -> None:
+        """Takes a lease in place of one that the service has ended.
+
+        Raises WorkerNameTaken where another process has taken a lease of this worker's name since.
+        """
+        self._worker_group.run_on_first(self._require_own_name)
+        self.take_lease()
+
+    def _require_own_name(self) -> None:
+        if self._lives_elsewhere(self.worker):
+            raise WorkerNameTaken(
+                f"another process works on the run {self._run.name!r} as {self.worker!r}, and has taken this worker's "
+                "lease: give each worker a name of its own (worker=, or FREESTEP_WORKER)"
+            )
+
+    def _lives_elsewhere(self, worker: str) -> bool:
+        own = {held.granted.lease for held in self._held}
+        return any(each.worker == worker and each.lease not in own for each in self._run.workers())
+
+    def take_name(self, worker: str) -> None:
+        """Takes another name for the next lease, unless a worker lives under it."""
+        if worker != self.worker and not self._worker_group.run_on_first(lambda: self._lives_elsewhere(worker)):
+            self.worker = worker
 
     def _replace_lease(self) -> Lease:
         while self._held:

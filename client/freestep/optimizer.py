@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -25,15 +25,21 @@ from freestep.errors import (
     LeaseExpired,
     ManifestMismatch,
     RunNotInitialized,
+    StateMismatch,
     StepNotReached,
 )
 from freestep.flat import Flat
 from freestep.gradients import Gradients, PushFormat
-from freestep.groups import check_groups, complete_hyperparameters, named_tensors, run_spec, split_frozen
+from freestep.groups import LocalParameter, check_groups, fitted, local_parameters, show_hyperparameters, split_frozen
 from freestep.inflight_push import InflightPush, require_stale_gradients_accepted
 from freestep.lease import HeldLease, worker_name
 from freestep.membership import Membership
-from freestep.process_group import worker_group
+from freestep.names import are_numbered
+from freestep.process_group import warn_of_ranks, worker_group
+from freestep.progress import Progress
+from freestep.run_request import RunRequest
+from freestep.saved_state import SavedPlace, residual_by_parameter, saved_residual
+from freestep.weights_guard import WeightsGuard
 from freestep.wire.encoding import Encoding
 from freestep.wire.manifest import Manifest
 from freestep.worker_group import Batch
@@ -51,11 +57,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     The first worker creates the run and uploads its model's weights; later ones check that their parameters are the
     run's, and load its weights. Each `step` pushes the gradients and loads fresh y, in one round trip. The optimizer's
-    state belongs to the run, and so do the hyperparameters: later changes to `param_groups` have no effect.
+    state belongs to the run, and so do the hyperparameters, which `param_groups` show: later changes of them have no
+    effect. So have other changes of the weights, which the next y replaces, until `overwrite` makes them the run's.
+    Either is warned about once.
 
     Gradients are taken at y, which the model contains from the start and after `train`; `eval` loads x, the average.
-    Attributes: `receipt`, the Receipt of the last push that was answered, or None; `pulled`, the epoch and step
-    (Pulled) of the y that the model contains, None while it contains x; `spec`, the run's RunSpec.
+    A parameter without a gradient pushes zeros, so that it is averaged and decayed with the others: a run has one step
+    for all, which its x is the average over. (Optimizers of one process leave such a parameter alone; freeze it, or
+    give it a weight_decay of 0.) Each param group has, beside the hyperparameters, `scheduled_lr`, the learning rate of
+    the newest update, `train_mode`, and where the model is: `run`, `worker`, `point`, `epoch`, `step`.
+
+    Attributes: `receipt`, the Receipt of the last push that was answered, or None; `loaded`, the point, epoch and step
+    (Pulled) of what the model contains; `spec`, the run's RunSpec; `loss`, to be set before `step` where its argument
+    `loss` cannot be passed.
 
     The worker keeps two vectors beside its model and gradients, in host memory: one that gradients are sent from, of
     push_dtype, and one that parameters arrive in, of pull_dtype. With error feedback it keeps the gradient as fp32, the
@@ -77,18 +91,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         params: An `nn.Module`, named parameters, parameters, or param groups as for any torch optimizer; a group may
             have a `name` and hyperparameters of its own. Parameters may be on any device and of any float dtype: the
             run keeps fp32 masters. Frozen parameters are left out. Buffers, such as BatchNorm's statistics, are not
-            part of the run.
+            part of the run. Names are the model's, without what wrappers and torch.compile add; parameters without
+            names are numbered, and fit a run by their order and shapes.
         run: The run's name.
         url: The service's URL, as for `Client`.
         token: A bearer token, as for `Client`.
         client: A client to use instead of one made of `url` and `token`; it is not closed.
         algorithm: The algorithm that the run is created with: `adamw_schedule_free`, `sgd_schedule_free`,
             `radam_schedule_free`, `schedule_free_wrapper`, `adamc_schedule_free_plus`, `gpa_adamw`, `gpa_sgd`,
-            `diloco`, `sgd` or `adamw`. If the run exists with another spec, that is used, and a warning is logged.
+            `diloco`, `sgd` or `adamw`; None is the run's, and `adamw_schedule_free` for a new run. If the run exists,
+            its algorithm, hyperparameters and policy are used; a warning names those that were given otherwise.
         aggregation: The policy that the run is created with: a policy's name, or an AggregationSpec or its document.
             None is `ringmaster`, which drops gradients that are too stale.
         worker: This worker's name; None takes FREESTEP_WORKER from the environment, or a unique name. An older worker
-            of the same name loses its lease.
+            of the same name loses its lease, and its next step raises WorkerNameTaken.
         shards: The number of shards that the run is created with, 1 to 256; None is 1. An existing run keeps its own.
         lease_ttl_ms: Milliseconds after which a worker that does not answer counts as gone, 100 to 3,600,000; None is
             30,000.
@@ -106,16 +122,21 @@ class RemoteOptimizer(torch.optim.Optimizer):
         error_feedback: Adds what an encoding left out of one push (the residual) to the next. A push that is dropped
             does not change the residual; it is set to zero when the run goes back to an earlier step, and is part of
             `state_dict`. False forgets what BF16 and F16 round off; int8 and topk require True.
-        process_group: A torch.distributed group whose ranks are one worker together, or True for the default group; its
-            backend must have collectives for CPU tensors, as gloo does. Every rank makes every call, with a batch of
-            its own; the gradient that is pushed is the mean over ranks, weighted by `samples` if all give them. An
-            error on one rank is raised on all. A GradScaler must skip the same steps on all ranks, as torch's
-            ShardedGradScaler does.
+        process_group: A torch.distributed group whose ranks are one worker together, True for the default group, or
+            "auto" for the default group if there is one; its backend must have collectives for CPU tensors, as gloo
+            does. Every rank makes every call except `state_dict`, with a batch of its own; the gradient that is pushed
+            is the mean over ranks, weighted by `samples` if all give them. An error on one rank is raised on all. A
+            GradScaler must skip the same steps on all ranks, as torch's ShardedGradScaler does. None and False: every
+            rank is a worker of its own, which None warns about, since DDP makes the gradient the same on all.
+        retry_for: Seconds for which a request is repeated while the service is away, as for `Client`.
+        on_missing: What `load_state_dict` does where the state's run is gone, or has gone back to an earlier step than
+            the state's: "raise" raises StateMismatch; "seed" makes the model's weights the run's, unless others have
+            trained the new run already; "join" loads the newest y of the run that there is.
         **hyperparameters: The algorithm's hyperparameters, with the defaults of its class in
             `freestep.api.hyperparameters`.
 
     Raises:
-        ManifestMismatch: The run exists with other parameters.
+        ManifestMismatch: The run exists with other parameters; or a parameter is not dense, real and whole.
         InvalidSpec: The algorithm, a hyperparameter or the aggregation is not valid.
         FreestepError: The dtypes and encodings do not go together.
     """
@@ -128,7 +149,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         url: str | None = None,
         token: str | None = None,
         client: Client | None = None,
-        algorithm: str = "adamw_schedule_free",
+        algorithm: str | None = None,
         aggregation: str | Mapping[str, Any] | AggregationSpec | None = None,
         worker: str | None = None,
         shards: int | None = None,
@@ -140,29 +161,25 @@ class RemoteOptimizer(torch.optim.Optimizer):
         topk_fraction: float = 0.01,
         int8_block: int = Encoding.block,
         error_feedback: bool = True,
-        process_group: ProcessGroup | Literal[True] | None = None,
+        process_group: ProcessGroup | bool | Literal["auto"] | None = None,
+        retry_for: float | None = None,
+        on_missing: Literal["raise", "seed", "join"] = "raise",
         **hyperparameters: Any,
     ) -> None:
+        if on_missing not in ("raise", "seed", "join"):
+            raise FreestepError(f"on_missing must be 'raise', 'seed' or 'join', not {on_missing!r}")
+        options = {
+            "aggregation": aggregation,
+            "shards": shards,
+            "lease_ttl_ms": lease_ttl_ms,
+            "durability": durability,
+        }
+        asked = RunRequest(algorithm, hyperparameters, options)
         self._worker_group = worker_group(process_group)
+        self._looks_for_ranks = process_group is None
+        self._on_missing = on_missing
         with self._worker_group.raise_on_all():
-            given = complete_hyperparameters(algorithm, hyperparameters)
-            self._has_all_groups = False
             kept, frozen = split_frozen(params)
-            check_groups(kept, given)
-            super().__init__(kept, given)
-            self._has_all_groups = True
-            self._rates: list[Any] | None = [group.get("lr") for group in self.param_groups]
-            """The groups' learning rates as they were given; None once a change has been warned about."""
-            self._tensors = {name: tensor for name, tensor, _ in named_tensors(self.param_groups)}
-            options = {
-                "aggregation": {"policy": aggregation} if isinstance(aggregation, str) else aggregation,
-                "shards": shards,
-                "lease_ttl_ms": lease_ttl_ms,
-                "durability": durability,
-            }
-            wanted = run_spec(self.param_groups, algorithm, given, options)
-            manifest = Manifest.of(wanted)
-            pinned = any(tensor.is_cuda for tensor in self._tensors.values())
             push_format = PushFormat(
                 push_dtype,
                 push_encoding,
@@ -170,27 +187,40 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 int8_block=int8_block,
                 error_feedback=error_feedback,
             )
-            self._gradients = Gradients(self._tensors, frozen, manifest, push_format, self._worker_group, pinned=pinned)
-            self._receive_buffer = Flat(manifest, pull_dtype or "F32", pinned=pinned)
-            self._prepare(frozen)
         worker = self._worker_group.run_on_first(lambda: worker or os.environ.get("FREESTEP_WORKER") or worker_name())
-        self.receipt: Receipt | None = None
-        """The receipt of the last push that was answered."""
-        self.pulled: Pulled | None = None
-        """The epoch and step of the y that the model contains; None while it contains x."""
-        self._newest: Pulled | None = None
+        self._progress = Progress()
         self._step = torch.zeros((), dtype=torch.float32, device="cpu")
         """The newest step, which every parameter's state has: torch takes an optimizer whose state is empty for new."""
-        self._inflight: InflightPush | None = None
         own_client = client is None
-        self._client = client or Client(url, token=token)
+        self._client = client or Client(url, token=token, retry_for=60.0 if retry_for is None else retry_for)
         self._run = self._client.run(run, ranks=self._worker_group)
         held: list[HeldLease] = []
         # Has no reference to self, so that the lease ends when the optimizer is collected or the process exits.
         self._finalizer = weakref.finalize(self, _close, held, self._client if own_client else None)
         self._membership = Membership(self._run, worker, self._worker_group, held)
         try:
-            self.spec = self._membership.create(wanted)
+            found = self._membership.find()
+            with self._worker_group.raise_on_all():
+                _, completed = asked.complete(found.spec if found else None)
+                check_groups(kept, completed)
+                self._has_all_groups = False
+                super().__init__(kept, completed)
+                self._has_all_groups = True
+                parameters = local_parameters(self.param_groups)
+                spec = found.spec if found else asked.spec(self.param_groups, parameters)
+                parameters = fitted(parameters, spec, run)
+                self._tensors = {parameter.name: parameter.tensor for parameter in parameters}
+                manifest = Manifest.of(spec)
+                pinned = any(tensor.is_cuda for tensor in self._tensors.values())
+                self._gradients = Gradients(
+                    self._tensors, frozen, manifest, push_format, self._worker_group, pinned=pinned
+                )
+                self._receive_buffer = Flat(manifest, pull_dtype or "F32", pinned=pinned)
+                self._guard = WeightsGuard(self._tensors, self._receive_buffer)
+                self._prepare(frozen)
+            status = found or self._membership.create(spec)
+            self.spec, self._run_id = status.spec, status.id
+            self._adopt(asked, parameters, completed)
             self._share_step()
             self._join()
         except BaseException:
@@ -202,13 +232,50 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """The worker's name."""
         return self._membership.worker
 
+    @property
+    def receipt(self) -> Receipt | None:
+        """The receipt of the last push that was answered."""
+        return self._progress.receipt
+
+    @property
+    def loaded(self) -> Pulled:
+        """What the model contains: which point, of which epoch and step."""
+        assert self._progress.loaded is not None
+        return self._progress.loaded
+
+    @property
+    def loss(self) -> float | Tensor | None:
+        """The mean training loss that the next push reports if `step` is given none; None once it was pushed."""
+        return self._progress.loss
+
+    @loss.setter
+    def loss(self, loss: float | Tensor | None) -> None:
+        self._progress.loss = loss
+
     def _prepare(self, frozen: Sequence[tuple[str, Tensor]]) -> None:
         """Called before the run is joined; `frozen` are the parameters that were left out."""
 
+    def _adopt(self, asked: RunRequest, parameters: Sequence[LocalParameter], completed: Iterable[str]) -> None:
+        """Shows the run's hyperparameters in the groups, and warns of what was asked otherwise."""
+        if differences := asked.differences(self.param_groups, parameters, self.spec):
+            logger.warning(
+                "the run %s exists with another spec, which is used instead of the one given: %s",
+                self._run.name,
+                "; ".join(differences),
+            )
+        if are_numbered(self._tensors):
+            logger.warning(
+                "the parameters of the run %s have no names, so `freestep pull` writes a file that does not fit the "
+                "model: give the optimizer the model, or model.named_parameters()",
+                self._run.name,
+            )
+        show_hyperparameters(self.param_groups, parameters, completed, self.spec)
+        self._progress.rates = [group.get("lr") for group in self.param_groups]
+
     def _join(self) -> None:
         """Takes a lease and loads the run's y; uploads this model's weights if the run has none."""
+        self._membership.take_lease()
         while True:
-            self._membership.take_lease()
             try:
                 self._load("y")
                 return
@@ -265,9 +332,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         self._require_open()
         self._warn_of_other_rates()
+        self._warn_of_changed_weights()
+        self._warn_of_ranks()
         if overlap:
             require_stale_gradients_accepted(self.spec.aggregation)
-        taken_at, result = self.pulled, None
+        taken_at, result = self.loaded, None
 
         def evaluate() -> None:
             nonlocal closure, result
@@ -278,23 +347,23 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         def prepare() -> Batch:
             evaluate()
-            if taken_at is None:
+            if taken_at.point != "y":
                 raise EvalMode("the model contains x: call train() before step()")
             if not allow_empty:
                 self._gradients.require_any()
             self._gradients.gather(copy=overlap)
-            reported = result if loss is None else loss
+            reported = next((each for each in (loss, self.loss, result) if each is not None), None)
+            self.loss = None
             return Batch(
                 None if samples is None else float(samples),
                 None if reported is None else float(reported),
             )
 
-        if self._inflight is not None:
+        if self._progress.inflight is not None:
             # The closure is evaluated while the push is being sent.
             self._worker_group.run_on_all(evaluate)
             self.flush()
         batch = self._gradients.average(self._worker_group.run_on_all(prepare))
-        assert taken_at is not None
         self._push(taken_at, batch, overlap)
         return result
 
@@ -308,7 +377,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             push.start(
                 self._run.begin_exchange(self._gradients.body, push.claim, self._receive_buffer, wait=self._waits)
             )
-            self._inflight = push
+            self._progress.inflight = push
         else:
             self._finish_push(push)
 
@@ -321,16 +390,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Raises:
             FreestepError: What the push failed with, as `step` describes.
         """
-        if self._inflight is not None:
+        if (push := self._progress.inflight) is not None:
             try:
-                self._finish_push(self._inflight)
+                self._finish_push(push)
             except Exception as error:
-                if self._inflight.is_unresolved(error):
-                    self._inflight.resend()
+                if push.is_unresolved(error):
+                    push.resend()
                 else:
-                    self._inflight = None
+                    self._progress.inflight = None
                 raise
-            self._inflight = None
+            self._progress.inflight = None
 
     def _finish_push(self, push: InflightPush) -> None:
         """Waits for a push's answer, sends it again if that may help, and loads its y."""
@@ -339,7 +408,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._run.exchange, self._gradients.body, push.claim, self._receive_buffer, wait=self._waits
             )
             try:
-                self.receipt, pulled = push.answer(exchange)
+                receipt, pulled = push.answer(exchange)
             except StepNotReached:
                 # Its receipt came without y, and its update is late. The same claim gets the receipt again, or a
                 # refusal if the run was restored meanwhile.
@@ -347,7 +416,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 continue
             except LeaseExpired:
                 # It was not applied and will not be under that lease; in the same epoch the gradient is still good.
-                self._membership.take_lease()
+                self._membership.replace_lost_lease()
                 if self._membership.granted.epoch == push.taken_at.epoch:
                     push.renew(self._membership.claim(push.taken_at, push.batch))
                     continue
@@ -355,11 +424,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
             except (EpochChanged, RunNotInitialized) as error:
                 self._rejoin(error.slug)
             else:
-                self._load_received(pulled)
-                if self._waits and (
-                    self.receipt.decision == "accumulated" or self.receipt.reason == "duplicate-worker"
-                ):
-                    self._await_update(self.receipt.step + 1)
+                self._progress.receipt = receipt
+                self._load_received(pulled, came_with_push=True)
+                if self._waits and (receipt.decision == "accumulated" or receipt.reason == "duplicate-worker"):
+                    self._await_update(receipt.step + 1)
             return
 
     @property
@@ -369,8 +437,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _rejoin(self, reason: str) -> None:
         logger.warning("the run %s dropped a push (%s) and is joined again", self._run.name, reason)
         self._join()
-        assert self.pulled is not None
-        self.receipt = Receipt(decision="dropped", reason=reason, step=self.pulled.step, staleness=0)
+        self._progress.receipt = Receipt(decision="dropped", reason=reason, step=self.loaded.step, staleness=0)
 
     def _await_update(self, step: int) -> None:
         while True:
@@ -386,51 +453,83 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Loads x, the average, into the model, for evaluation; buffers are not changed.
+        """Loads the newest x, the average, into the model, for evaluation; buffers are not changed.
 
         Raises:
             Closed: The optimizer was closed.
         """
         self._require_open()
         self.flush()
-        if self.pulled is not None:
-            self._load("x")
-            self.pulled = None
+        self._warn_of_changed_weights()
+        self._load("x")
 
     @torch.no_grad()
     def train(self) -> None:
-        """Loads y, where gradients are taken, into the model; does nothing if it contains y already.
+        """Loads the newest y, where gradients are taken, into the model.
+
+        Does nothing if `step` has loaded it already, or if there are gradients, which were taken at the y before.
 
         Raises:
             Closed: The optimizer was closed.
         """
         self._require_open()
-        if self.pulled is None:
-            self._load("y")
+        if self._progress.inflight is not None or self._progress.came_with_push:
+            return
+        if self._worker_group.run_on_first(lambda: self.loaded.point == "y" and self._gradients.has_any()):
+            return
+        self._warn_of_changed_weights()
+        self._load("y")
+
+    @torch.no_grad()
+    def overwrite(self) -> None:
+        """Makes the weights that the model contains the run's: x, y and z are then these, in a new epoch.
+
+        For weights that were changed on purpose: pretrained ones loaded late, or pruned ones. The rest of the state
+        (moments, step, weights of the average) stays, and other workers join again at the new y. It moves the run's
+        whole state twice, so it is nothing for every step. Collective over the ranks of a process group.
+
+        Raises:
+            EpochChanged: The run has moved on meanwhile; nothing was changed.
+            Closed: The optimizer was closed.
+        """
+        self._require_open()
+        self.flush()
+        weights = Flat(self._receive_buffer.manifest)
+        weights.fill(self._tensors)
+        self._worker_group.run_on_first(
+            lambda: self._run.import_state(self._run.export_state().with_weights(weights.views), replace=True)
+        )
+        self._join()
 
     def _load(self, point: Point, *, min_step: int = 0) -> None:
         wait = _WAIT_S if min_step else 0.0
-        self._load_received(self._run.pull_into(self._receive_buffer, point, min_step=min_step, wait=wait), point)
+        self._load_received(self._run.pull_into(self._receive_buffer, point, min_step=min_step, wait=wait))
 
-    def _load_received(self, pulled: Pulled, point: Point = "y") -> None:
-        self._set_parameters(pulled, point)
-        newest = self._newest
-        encoder = self._gradients.encoder
-        if encoder is not None and newest and pulled.epoch != newest.epoch and pulled.step < newest.step:
+    def _load_received(self, pulled: Pulled, *, came_with_push: bool = False) -> None:
+        self._set_parameters(pulled)
+        self._guard.note_loaded()
+        before, encoder = self._progress.loaded, self._gradients.encoder
+        if encoder is not None and before and pulled.epoch != before.epoch and pulled.step < before.step:
             # The run has lost the pushes that left the residual, perhaps on purpose.
             encoder.forget()
-        self.pulled = self._newest = pulled
+        self._note_loaded(pulled, came_with_push=came_with_push)
+
+    def _note_loaded(self, pulled: Pulled, *, came_with_push: bool = False) -> None:
+        self._progress.loaded, self._progress.came_with_push = pulled, came_with_push
         self._step.fill_(pulled.step)
-        place = {"run": self._run.name, "worker": self.worker, "epoch": pulled.epoch, "step": pulled.step}
         for group in self.param_groups:
-            group.update(place)
+            group.update(self._place().entries(), train_mode=pulled.point == "y")
+
+    def _place(self) -> SavedPlace:
+        loaded = self.loaded
+        return SavedPlace(self._run.name, self._run_id, self.worker, loaded.point, loaded.epoch, loaded.step)
 
     def _share_step(self) -> None:
         self.state.clear()
         for tensor in self._tensors.values():
             self.state[tensor] = {"step": self._step}
 
-    def _set_parameters(self, pulled: Pulled, point: Point) -> None:
+    def _set_parameters(self, pulled: Pulled) -> None:
         """Copies the point in the receive buffer to the model."""
         self._receive_buffer.scatter(self._tensors)
 
@@ -447,83 +546,95 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The param groups, with the run, the worker, and the epoch and step of the newest point that was loaded.
+        """The param groups, which say where the model is, and for each parameter the step.
 
-        Each parameter's state is that step and, with error feedback, its part of the residual. All else of the
-        optimizer's state is the run's, and is in its checkpoints. `torch.distributed.checkpoint.state_dict` keeps it
-        whole. Waits for a push in flight, as `flush` does.
+        With error feedback it is also the parameter's part of the residual. All else of the optimizer's state is the
+        run's, and is in its checkpoints; `export_state` reads it. Waits for a push in flight, as `flush` does, except
+        in a process group, where any rank may call it alone: the push then counts as answered.
         """
-        self.flush()
+        if self._worker_group.size == 1:
+            self.flush()
         state = super().state_dict()
-        place: dict[str, Any] = {"run": self._run.name, "worker": self.worker}
         if self._gradients.encoder is not None:
-            assert self._newest is not None
-            place["residual"] = self._gradients.encoder.residual.clone()
-            place["residual_at"] = (self._newest.epoch, self._newest.step)
-            for number, (_, part) in enumerate(self._residual_parts(place["residual"])):
+            residual = self._gradients.encoder.residual.clone()
+            parts = residual_by_parameter(residual, self._tensors, self._receive_buffer.manifest)
+            for number, part in enumerate(parts):
                 state["state"][number] = {**state["state"][number], "residual": part}
-        return {**state, "freestep": place}
+        return state
 
-    def _residual_parts(self, residual: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """A residual's view for each parameter, in the order of `param_groups`."""
-        slots = {slot.name: slot for slot in self._receive_buffer.manifest.slots}
-        for name in self._tensors:
-            slot = slots[name]
-            yield name, residual[slot.offset : slot.offset + slot.numel].view(slot.shape)
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continues where a state was saved: restores the residual, and loads the run's newest y.
 
-    def _place_of(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """Run, worker and residual of a state; of one without the key `freestep`, from its groups and its state."""
-        if "freestep" in state_dict:
-            return dict(state_dict["freestep"])
-        groups = state_dict.get("param_groups") or [{}]
-        place = {key: groups[0][key] for key in ("run", "worker") if key in groups[0]}
-        numbers = [number for group in groups for number in group.get("params", ())]
-        saved = [state_dict["state"].get(number, {}) for number in numbers]
-        if self._gradients.encoder is not None and saved and all("residual" in each for each in saved):
-            residual = torch.zeros_like(self._gradients.encoder.residual)
-            for (_, part), each in zip(self._residual_parts(residual), saved, strict=True):
-                part.copy_(each["residual"])
-            place["residual"], place["residual_at"] = residual, (groups[0]["epoch"], groups[0]["step"])
-        return place
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the worker's name and the residual, and joins the run again at its newest y.
-
-        If the state has no residual, or has one of another push_encoding, the residual is set to zero.
+        The worker's name is restored too, unless another worker lives under it. Sends no request where the state is of
+        this very moment. If the state has no residual, or has one of another push_encoding, the residual is set to
+        zero. Hyperparameters are the run's.
 
         Args:
             state_dict: From `state_dict`.
 
         Raises:
-            ManifestMismatch: The state is of another run.
+            ManifestMismatch: The state is of another run, or of another optimizer.
+            StateMismatch: The run is gone, or has gone back to an earlier step; see `on_missing`.
         """
+        self._require_open()
         self.flush()
         with self._worker_group.raise_on_all():
-            place = self._place_of(state_dict)
-            if place.get("run") != self._run.name:
-                raise ManifestMismatch(f"the state is of the run {place.get('run')!r}, not {self._run.name!r}")
-            super().load_state_dict({key: value for key, value in state_dict.items() if key != "freestep"})
-            self._share_step()
-            if (encoder := self._gradients.encoder) is not None:
-                encoder.forget()
-                if "residual" in place:
-                    encoder.residual = place["residual"]
-                    self._newest = Pulled(*place["residual_at"])
-            self._membership.worker = place["worker"]
+            place = SavedPlace.of(state_dict, self._run.name)
+            self._require_same_groups(state_dict)
+            residual = saved_residual(state_dict, self._tensors, self._receive_buffer.manifest)
+        if place != self._place():
+            self._resume(place)
+        if (encoder := self._gradients.encoder) is not None:
+            encoder.forget()
+            if residual is not None and self.loaded.step >= place.step:
+                encoder.residual = residual
+
+    def _require_same_groups(self, state_dict: Mapping[str, Any]) -> None:
+        here, there = (
+            [len(group["params"]) for group in groups] for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        if here != there:
+            raise ManifestMismatch(
+                f"the state has param groups of {there} parameters, and this optimizer has groups of {here}"
+            )
+
+    def _resume(self, place: SavedPlace) -> None:
+        status = self._membership.find()
+        is_gone = status is None or (None not in (place.run_id, status.id) and place.run_id != status.id)
+        step = status.step if status else 0
+        if is_gone or step < place.step:
+            what = "is gone, and the run of that name is another" if is_gone else "has gone back"
+            if self._on_missing == "raise":
+                raise StateMismatch(
+                    f"the state is of step {place.step} of the run {place.run!r}, which {what}, at step {step}. To "
+                    "start the run from the weights that the model contains now, make the optimizer with "
+                    'on_missing="seed"; to train on with the weights that the run has, with on_missing="join"'
+                )
+            if self._on_missing == "seed" and (step == 0 or not is_gone):
+                self.overwrite()
+                return
+        self._membership.take_name(place.worker)
         self._join()
+        logger.warning(
+            "the run %s goes on at step %d, whose y was loaded; the state was saved at step %d",
+            place.run,
+            self.loaded.step,
+            place.step,
+        )
 
     def close(self) -> None:
         """Waits for a push in flight, as `flush` does, and releases the lease; the model is not changed."""
         try:
             self.flush()
         finally:
-            self._inflight = None
+            self._progress.inflight = None
             self._finalizer()
 
     def _warn_of_other_rates(self) -> None:
-        if self._rates is None:
+        if self._progress.rates is None:
             return
-        for given, group in zip(self._rates, self.param_groups, strict=True):
+        for given, group in zip(self._progress.rates, self.param_groups, strict=True):
             if group.get("lr") != given:
                 logger.warning(
                     "a param group's lr was set to %s, by a scheduler perhaps, and has no effect: the rate is that of "
@@ -531,8 +642,27 @@ class RemoteOptimizer(torch.optim.Optimizer):
                     group["lr"],
                     self._run.name,
                 )
-                self._rates = None
+                self._progress.rates = None
                 return
+
+    def _warn_of_changed_weights(self) -> None:
+        """Not while a push is in flight, whose answer changes what the model is compared with."""
+        if not self._progress.warns_of_changes or self._progress.inflight is not None:
+            return
+        if (name := self._guard.changed()) is not None:
+            logger.warning(
+                "the parameter %r was changed outside the optimizer: the weights are those of the run %s, and the next "
+                "y or x replaces them. Load pretrained weights before the optimizer is made; overwrite() makes the "
+                "weights that the model contains the run's",
+                name,
+                self._run.name,
+            )
+            self._progress.warns_of_changes = False
+
+    def _warn_of_ranks(self) -> None:
+        if self._looks_for_ranks and not self._progress.has_checked_ranks:
+            self._progress.has_checked_ranks = True
+            warn_of_ranks()
 
     def _require_open(self) -> None:
         if not self._finalizer.alive:
@@ -552,9 +682,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes the optimizer; after an error in the block, without waiting for a push in flight."""
-        if error is not None and self._inflight is not None:
-            self._inflight.abandon()
-            self._inflight = None
+        if error is not None and self._progress.inflight is not None:
+            self._progress.inflight.abandon()
+            self._progress.inflight = None
         self.close()
 
 

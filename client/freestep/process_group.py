@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,26 +15,48 @@ from freestep.errors import FreestepError
 from freestep.flat import Flat
 from freestep.worker_group import SINGLE_PROCESS, Batch, WorkerGroup
 
-__all__ = ["ProcessGroup", "worker_group"]
+__all__ = ["ProcessGroup", "warn_of_ranks", "worker_group"]
+
+logger = logging.getLogger("freestep")
 
 T = TypeVar("T")
 
 
-def worker_group(group: dist.ProcessGroup | Literal[True] | None) -> WorkerGroup:
-    """The worker that a process group makes: None is this process alone, True is the default group.
+def worker_group(group: dist.ProcessGroup | bool | Literal["auto"] | None) -> WorkerGroup:
+    """The worker that a process group makes: None and False are this process alone, True is the default group.
+
+    "auto" is the default group if there is one of several ranks, else this process alone.
 
     Collective: every rank must call it, since a gloo group is created if the default group's backend has no CPU
         tensors.
     """
-    if group is None:
+    if group is None or group is False or (group == "auto" and _ranks() == 1):
         return SINGLE_PROCESS
-    if group is True:
+    if isinstance(group, str) and group != "auto":
+        raise FreestepError(f"process_group must be a group, True, False or 'auto', not {group!r}")
+    if group is True or group == "auto":
         if not (dist.is_available() and dist.is_initialized()):
             raise FreestepError("process_group=True needs torch.distributed.init_process_group() first")
         has_gloo = "gloo" in str(dist.get_backend_config())
         group = dist.group.WORLD if has_gloo else dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return ProcessGroup(group)
+
+
+def warn_of_ranks() -> None:
+    """Warns where this process is a rank of several, and a worker of its own."""
+    if (ranks := _ranks()) > 1:
+        logger.warning(
+            "torch.distributed has %d ranks, and each of them is a worker of its own here. If gradients are averaged "
+            "over ranks, as DistributedDataParallel does, every batch counts %d times: pass process_group=True, which "
+            "makes the ranks one worker. process_group=False says that they are meant to be several",
+            ranks,
+            ranks,
+        )
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class ProcessGroup(WorkerGroup):

@@ -20,15 +20,20 @@ class LocalRound:
     """One round after another of local steps on a model's parameters.
 
     start: the parameters at the round's beginning (y), fp32 [manifest.numel]. taken_at: the epoch and step of that y.
-    steps: local steps since. The round's progress is the parameters minus `start`.
+    steps: local steps since. length: how many the round has. interrupted: while the model contains x in the middle of a
+    round, the y that the round began with, and the parameters. The round's progress is the parameters minus `start`.
 
     clock: returns seconds, from any origin.
     """
 
     taken_at: Pulled
 
-    def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, manifest: Manifest, tensors: Mapping[str, Tensor], length: int, clock: Callable[[], float]
+    ) -> None:
         self.start = Flat(manifest)
+        self.length = length
+        self.interrupted: tuple[Pulled, dict[str, Tensor]] | None = None
         self._tensors = tensors
         self._clock = clock
         self._since = clock()

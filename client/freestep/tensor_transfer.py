@@ -85,7 +85,7 @@ class TensorTransfer:
         params: dict[str, str | int] = {"point": point, "dtype": into.arrives, "min_step": min_step}
         call = ShardedCall("GET", f"{self._path}/parameters", _prefer(wait), params, into=into, wait=wait)
         for _ in range(_MOST_PULLS):
-            pulled = self._received(self._shards.request_all(call), into)
+            pulled = self._received(self._shards.request_all(call), into, point)
             if pulled is not None:
                 return pulled
         raise UnexpectedResponse(f"the shards answered {_MOST_PULLS} times with parts of different steps")
@@ -123,9 +123,9 @@ class TensorTransfer:
             encoder.settle(merged.decision != "dropped")
         return merged, answers
 
-    def _received(self, answers: list[Answer], into: Flat) -> Pulled | None:
+    def _received(self, answers: list[Answer], into: Flat, point: Point = "y") -> Pulled | None:
         """The step that all parts are of, after every rank has all of them; None if they are of different steps."""
-        points = {Pulled.of(answer) for answer in answers}
+        points = {Pulled.of(answer, point) for answer in answers}
         if len(answers) > 1:
             places = {header(answer, "freestep-cut") for answer in answers}
             if len(points) > 1 or len(places) > 1:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from freestep import Client, RemoteOptimizer
+from trained import saved_residual
 
 url, name, file = sys.argv[1:]
 torch.set_num_threads(1)
@@ -36,7 +37,7 @@ def see(event: str, what: Callable[[], Any]) -> None:
     seen[event] = {
         "error": error,
         "receipt": opt.receipt and opt.receipt.model_dump(),
-        "pulled": opt.pulled and [opt.pulled.epoch, opt.pulled.step],
+        "pulled": [opt.loaded.epoch, opt.loaded.step] if opt.loaded.point == "y" else None,
         "parameters": nn.utils.parameters_to_vector(model.parameters()).tolist(),
     }
 
@@ -100,7 +101,7 @@ with RemoteOptimizer(model, **{**options, "run": f"{name}-encoded", "shards": 3,
             parameter.grad = (rank + 1) * part.view_as(parameter)
         opt.step()
     moved = begun - nn.utils.parameters_to_vector(model.parameters()).detach()
-    residual = opt.state_dict()["freestep"]["residual"]
+    residual = saved_residual(opt)
     seen["encoded"] = {"residual": residual.tolist(), "lacking": (pushed - moved).tolist()}
     dist.barrier()
 with (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import encoded
 from freestep import Client, FreestepError, RemoteOptimizer
 from harness import ThreadService
-from trained import held
+from trained import held, saved_residual
 
 
 def network() -> nn.Sequential:
@@ -55,13 +55,12 @@ def push(model: nn.Module, optimizer: RemoteOptimizer, seed: int) -> Tensor:
     return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters() if parameter.grad is not None])
 
 
-def place(optimizer: RemoteOptimizer) -> Mapping[str, Any]:
-    state: Mapping[str, Any] = optimizer.state_dict()["freestep"]
-    return state
+def run_of(optimizer: RemoteOptimizer) -> str:
+    return str(optimizer.param_groups[0]["run"])
 
 
 def assert_sums(model: nn.Module, optimizer: RemoteOptimizer, begun: Tensor, total: Tensor | float) -> None:
-    lacking = place(optimizer)["residual"] + begun - held(model)
+    lacking = saved_residual(optimizer) + begun - held(model)
     torch.testing.assert_close(lacking, torch.as_tensor(total).expand_as(lacking), rtol=0, atol=1e-4)
 
 
@@ -77,7 +76,7 @@ def test_the_model_gets_what_the_residual_lacks(
     assert_sums(model, optimizer, begun, total)
     # The gradient counts under the new lease.
     with Client(service.url) as client:
-        client.run(place(optimizer)["run"]).lease("me").release()
+        client.run(run_of(optimizer)).lease("me").release()
     total = total + push(model, optimizer, 5)
     assert_sums(model, optimizer, begun, total)
 
@@ -90,7 +89,7 @@ def test_another_number_of_shards_keeps_the_residual(
     optimizer = make(model, shards=1)
     with Client(service.url) as client:
         for seed, shards in enumerate((3, 2, 1)):
-            client.run(place(optimizer)["run"]).reshard(shards)
+            client.run(run_of(optimizer)).reshard(shards)
             # It is of an older epoch.
             push(model, optimizer, 100 + seed)
             assert optimizer.receipt is not None
@@ -107,7 +106,7 @@ def test_a_run_that_goes_back_takes_the_residual_away(
     model = network()
     optimizer = make(model)
     with Client(service.url) as client:
-        run = client.run(place(optimizer)["run"])
+        run = client.run(run_of(optimizer))
         push(model, optimizer, 0)
         run.checkpoint()
         kept = held(model)
@@ -119,7 +118,7 @@ def test_a_run_that_goes_back_takes_the_residual_away(
         push(model, optimizer, 2)
         assert optimizer.receipt is not None
         assert optimizer.receipt.decision == "dropped"
-        assert not place(optimizer)["residual"].any()
+        assert not saved_residual(optimizer).any()
         total = push(model, optimizer, 3)
     assert_sums(model, optimizer, kept, total)
 
@@ -132,8 +131,8 @@ def test_the_residual_is_saved_and_loaded(service: ThreadService, make: Callable
     state = optimizer.state_dict()
     optimizer.close()
     again = network()
-    resumed = make(again, worker="other")
-    assert not place(resumed)["residual"].any()
+    resumed = make(again, worker="other", on_missing="join")
+    assert not saved_residual(resumed).any()
     resumed.load_state_dict(state)
     assert_sums(again, resumed, begun, total)
     total += push(again, resumed, 2)
@@ -141,11 +140,11 @@ def test_the_residual_is_saved_and_loaded(service: ThreadService, make: Callable
     dense = make(network(), push_encoding="dense", push_dtype="F32")
     dense.load_state_dict(state)
     resumed.load_state_dict(dense.state_dict())
-    assert not place(resumed)["residual"].any()
+    assert not saved_residual(resumed).any()
     with Client(service.url) as client:
-        client.run(place(resumed)["run"]).restore(0)
+        client.run(run_of(resumed)).restore(0)
     resumed.load_state_dict(state)
-    assert not place(resumed)["residual"].any()
+    assert not saved_residual(resumed).any()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +176,7 @@ def test_where_nothing_is_lost_or_wanted_nothing_is_kept(
     service: ThreadService, model: nn.Module, options: dict[str, Any]
 ) -> None:
     with RemoteOptimizer(model, url=service.url, run=f"run-{uuid.uuid4().hex[:8]}", **options) as optimizer:
-        assert "residual" not in place(optimizer)
+        assert not any("residual" in each for each in optimizer.state_dict()["state"].values())
 
 
 @pytest.mark.parametrize("block", [7, 256])

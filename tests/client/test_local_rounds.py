@@ -185,8 +185,7 @@ def test_a_saved_worker_goes_on_in_its_round(locally: Callable[..., LocalSteps],
         step(again, resumed, number)
         step(twin, straight, number)
     torch.testing.assert_close(held(again), held(twin), **TOLERANCE)
-    assert resumed.pulled is not None
-    assert resumed.pulled.step == 3
+    assert resumed.loaded.step == 3
 
 
 def test_a_saved_round_of_an_epoch_that_is_over_is_dropped(locally: Callable[..., LocalSteps], run: Run) -> None:

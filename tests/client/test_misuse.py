@@ -71,7 +71,7 @@ def test_a_closed_optimizer_says_so(remotely: Make, run: Run, call: str) -> None
         getattr(optimizer, call)()
     assert run.status().step == 0
     optimizer.close()
-    assert optimizer.state_dict()["freestep"]["run"] == run.name
+    assert optimizer.state_dict()["param_groups"][0]["run"] == run.name
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])

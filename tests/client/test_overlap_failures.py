@@ -154,9 +154,10 @@ def test_what_is_in_flight_in_an_epoch_that_ends_is_dropped_and_so_is_what_follo
     else:
         run.reshard(3)
     model.push(optimizer)
-    optimizer.receipt = None
+    before = optimizer.receipt
     # Taken at y of the epoch before.
     model.push(optimizer)
+    assert optimizer.receipt is not before
     assert what(optimizer.receipt) == ("dropped", "epoch-changed", 1, 0)
     assert model.counted == 1
     model.push(optimizer)

@@ -212,9 +212,9 @@ def test_an_optimizer_goes_on_as_usual(without_y: Sequence[int], overlap: bool, 
             model.fill_gradients()
             opt.step(overlap=overlap)
         opt.flush()
-        assert opt.receipt is not None and opt.pulled is not None
+        assert opt.receipt is not None
         assert (opt.receipt.decision, service.counted) == ("applied", 4)
-        assert opt.pulled.step == model.step == service.step
+        assert opt.loaded.step == model.step == service.step
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -228,9 +228,9 @@ def test_local_steps_go_on_as_usual(overlap: bool) -> None:
             model.fill_gradients()
             opt.step()
         opt.flush()
-        assert opt.receipt is not None and opt.pulled is not None
+        assert opt.receipt is not None
         assert (opt.receipt.decision, service.counted, opt.steps) == ("applied", 2, 0)
-        assert opt.pulled.step == model.step == service.step
+        assert opt.loaded.step == model.step == service.step
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -242,9 +242,9 @@ def test_an_optimizer_asks_for_a_late_step_again(overlap: bool) -> None:
         model.fill_gradients()
         opt.step(overlap=overlap)
         opt.flush()
-        assert opt.receipt is not None and opt.pulled is not None
+        assert opt.receipt is not None
         assert (opt.receipt.decision, opt.receipt.replayed, service.counted) == ("applied", True, 1)
-        assert opt.pulled.step == model.step == service.step
+        assert opt.loaded.step == model.step == service.step
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -258,9 +258,9 @@ def test_an_optimizer_joins_again_if_the_run_was_restored_before_its_step(overla
         model.fill_gradients()
         opt.step(overlap=overlap)
         opt.flush()
-        assert opt.receipt is not None and opt.pulled is not None
+        assert opt.receipt is not None
         assert (opt.receipt.decision, opt.receipt.reason) == ("dropped", "epoch-changed")
-        assert (opt.pulled.epoch, opt.pulled.step) == (2, model.step)
+        assert (opt.loaded.epoch, opt.loaded.step) == (2, model.step)
 
 
 # Workers of several processes

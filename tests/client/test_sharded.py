@@ -218,7 +218,7 @@ def test_sync_workers_of_many_shards_step_together(nodes: list[ThreadService], n
     at_once(*(partial(train, *pair, 5) for pair in zip(models, optimizers, strict=True)))
     for optimizer in optimizers:
         optimizer.close()
-    assert [optimizer.pulled and optimizer.pulled.step for optimizer in optimizers] == [5, 5]
+    assert [optimizer.loaded.step for optimizer in optimizers] == [5, 5]
     assert torch.equal(held(models[0]), held(models[1]))
 
 

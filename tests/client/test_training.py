@@ -37,7 +37,7 @@ def make(service: ThreadService) -> Iterator[Callable[..., RemoteOptimizer]]:
 def remote(service: ThreadService) -> Iterator[Callable[[RemoteOptimizer], Run]]:
     """The run of an optimizer, as an onlooker sees it."""
     with Client(service.url) as client:
-        yield lambda optimizer: client.run(optimizer.state_dict()["freestep"]["run"])
+        yield lambda optimizer: client.run(optimizer.state_dict()["param_groups"][0]["run"])
 
 
 def network() -> nn.Sequential:

@@ -65,9 +65,8 @@ def train(url: str, run: str, name: str, folder: str, kind: str) -> None:
     ):
         while not (place / "stop").exists():
             loss = next(gradients)
-            assert optimizer.pulled is not None
             # A push counts in the epoch that its gradient was taken in, or not at all.
-            epoch = optimizer.pulled.epoch
+            epoch = optimizer.loaded.epoch
             optimizer.step(loss=loss)
             assert optimizer.receipt is not None
             lines.write(json.dumps({"epoch": epoch, "loss": loss, **optimizer.receipt.model_dump()}) + "\n")

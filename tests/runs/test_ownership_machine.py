@@ -32,6 +32,7 @@ from redis import Redis
 from freestep.errors import ProblemError
 from freestep_service.coordination.opening import read_run
 from freestep_service.coordination.store import Store
+from freestep_service.domain.records import Origin
 from freestep_service.domain.run_view import RunView
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
@@ -148,7 +149,7 @@ class Owners(RuleBasedStateMachine):
         )
         await resources.channels.start(lambda message: None)
         await resources.node.heartbeat(resources.store)
-        return Process(resources, Run("run", spec_of(self.shards), shards, resources, 1), life)
+        return Process(resources, Run("run", spec_of(self.shards), shards, resources, Origin(1)), life)
 
     async def view(self) -> RunView | None:
         return await read_run(self.store, "run")

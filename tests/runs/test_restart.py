@@ -190,11 +190,11 @@ model = torch.nn.Linear(4, 2)
 client = freestep.Client(url, retry_for=60)
 with freestep.RemoteOptimizer(model, client=client, run="restarted", algorithm="sgd_schedule_free", lr=0.1) as opt:
     print("joined", flush=True)
-    while opt.pulled.step < steps or opt.pulled.epoch == 1:
+    while opt.loaded.step < steps or opt.loaded.epoch == 1:
         opt.zero_grad()
         model(torch.randn(8, 4)).square().mean().backward()
         opt.step()
-    print(opt.pulled.epoch, flush=True)
+    print(opt.loaded.epoch, flush=True)
 client.close()
 """
 

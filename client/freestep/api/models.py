@@ -178,6 +178,9 @@ class RunStatus(_Answer):
 
     run: str
     """The run's name."""
+    id: str | None = None
+    """A random word, given when the run was created: another run of this name, here or elsewhere, has another. Null
+    for a run of an older version."""
     epoch: int
     """The run's epoch; it rises when the run goes back to an earlier step or gets another number of shards."""
     step: int

@@ -13,6 +13,7 @@ from freestep_service.coordination.pushes import RunPushes
 from freestep_service.coordination.run_scripts import RunScripts
 from freestep_service.coordination.store import Store
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.records import UNKNOWN_ORIGIN, Origin
 
 __all__ = ["Coordinator"]
 
@@ -20,12 +21,12 @@ __all__ = ["Coordinator"]
 class Coordinator:
     """One run in Redis: its opening, its workers' leases, its pushes and its log."""
 
-    def __init__(self, store: Store, run: str, spec: str, policy: Policy, first_epoch: int = 0) -> None:
-        """spec: the run's, as canonical JSON. first_epoch: in which it was created, 0 where that is not known."""
+    def __init__(self, store: Store, run: str, spec: str, policy: Policy, origin: Origin = UNKNOWN_ORIGIN) -> None:
+        """spec: the run's, as canonical JSON. origin: where it began."""
         scripts = RunScripts(store, run)
         self.channel = scripts.key("messages")
         """The channel on which scripts publish what they change, to the owners of shards."""
-        self.opening = RunOpening(scripts, spec, policy, first_epoch)
+        self.opening = RunOpening(scripts, spec, policy, origin)
         self.leases = RunLeases(scripts)
         self.pushes = RunPushes(scripts)
         self.log = RunLog(scripts)

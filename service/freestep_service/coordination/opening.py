@@ -10,7 +10,7 @@ from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.run_scripts import DELETED_KEY, RUNS_KEY, RunScripts
 from freestep_service.coordination.store import Store, reachable
 from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import Fenced, LogPosition, Owner, RunState
+from freestep_service.domain.records import Fenced, LogPosition, Origin, Owner, RunState
 from freestep_service.domain.run_view import RunView
 
 __all__ = ["RunOpening", "note_deletion", "read_deletion", "read_run"]
@@ -19,18 +19,18 @@ __all__ = ["RunOpening", "note_deletion", "read_deletion", "read_run"]
 class RunOpening:
     """Creates, opens and deletes one run, and keeps the owners of its shards.
 
-    first_epoch: in which the run was created, for a Redis that has lost it; 0 where that is not known.
+    origin: where the run began, for a Redis that has lost it.
     """
 
-    def __init__(self, scripts: RunScripts, spec: str, policy: Policy, first_epoch: int) -> None:
+    def __init__(self, scripts: RunScripts, spec: str, policy: Policy, origin: Origin) -> None:
         self._scripts = scripts
-        self._first_epoch = first_epoch
+        self._origin = origin
         self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct), policy.slack)
 
     async def create(self, epoch: int, shards: int) -> str:
         """Returns created, or same or different for a run that exists with this or with another spec."""
         await self._list_run()
-        (status,) = await self._scripts.call("create", *self._rules, epoch, shards)
+        (status,) = await self._scripts.call("create", *self._rules, epoch, self._origin.id, shards)
         return str(status)
 
     async def delete(self) -> None:
@@ -74,7 +74,7 @@ class RunOpening:
         generation: the one that is to end; where another has begun since, nothing is changed.
         """
         await self._list_run()
-        arguments = (*self._rules, shards, _or_empty(generation), _or_empty(resharding), self._first_epoch)
+        arguments = (*self._rules, shards, _or_empty(generation), _or_empty(resharding), *self._origin)
         (begun,) = await self._scripts.call("gather", *arguments)
         return int(begun)
 

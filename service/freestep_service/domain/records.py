@@ -11,6 +11,7 @@ from freestep.api.models import Receipt
 from freestep_service.domain.reports import Reported
 
 __all__ = [
+    "UNKNOWN_ORIGIN",
     "Admission",
     "Ahead",
     "Behind",
@@ -21,6 +22,7 @@ __all__ = [
     "LogPosition",
     "LogTruncated",
     "Lost",
+    "Origin",
     "Owner",
     "Pending",
     "Receipts",
@@ -75,6 +77,19 @@ class LogPosition(NamedTuple):
 
     epoch: int
     seq: int
+
+
+class Origin(NamedTuple):
+    """Where a run began, which tells it from others of its name.
+
+    first_epoch: in which it was created, 0 where that is not known. id: a random word, empty where it is not known.
+    """
+
+    first_epoch: int = 0
+    id: str = ""
+
+
+UNKNOWN_ORIGIN = Origin()
 
 
 class CheckpointId(NamedTuple):

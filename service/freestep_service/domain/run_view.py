@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from freestep_service.domain.records import Origin
+
 __all__ = ["DamagedRun", "RunView"]
 
 _RULES = ("spec", "batch", "max_staleness", "distinct", "phase", "generation")
@@ -77,9 +79,9 @@ class RunView:
         return int(self.run["generation"])
 
     @property
-    def first_epoch(self) -> int:
-        """In which the run was created: it tells the run from earlier ones of its name. 0 where that is not known."""
-        return self.number("first_epoch")
+    def origin(self) -> Origin:
+        """Where the run began; older versions wrote none."""
+        return Origin(self.number("first_epoch"), self.run.get("id", ""))
 
     def number(self, field: str) -> int:
         """A number of the run's hash, 0 if there is none."""

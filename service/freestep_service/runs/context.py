@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.coordination.coordinator import Coordinator
-from freestep_service.domain.records import Receipts
+from freestep_service.domain.records import Origin, Receipts
 from freestep_service.runs.background import Background
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.telemetry import RunMetrics
@@ -20,15 +20,14 @@ __all__ = ["RunContext"]
 class RunContext:
     """A run's name and spec, its part of Redis, and what this process keeps and has for it.
 
-    canonical_spec: the spec as JSON, by which specs are compared. first_epoch: in which the run was created, 0 where it
-    is not known: it tells the run from others of its name. manifest: of the whole model. receipts: the decided pushes,
-    as Redis has them.
+    canonical_spec: the spec as JSON, by which specs are compared. origin: where the run began. manifest: of the whole
+    model. receipts: the decided pushes, as Redis has them.
     """
 
     name: str
     spec: RunSpec
     canonical_spec: str
-    first_epoch: int
+    origin: Origin
     manifest: Manifest
     coordinator: Coordinator
     receipts: Receipts

@@ -246,7 +246,7 @@ class Loading:
         """Notes the epoch in storage. Where that fails the run opens all the same: checkpoints hold their epochs."""
         if await self._stored() == (epoch, self._shards.count):
             return
-        file = RunFile(self._context.canonical_spec, epoch, self._shards.count, self._context.first_epoch)
+        file = RunFile(self._context.canonical_spec, epoch, self._shards.count, *self._context.origin)
         try:
             await self._disk.run(file.write, self._context.resources.storage, self._context.name)
         except FreestepError as error:

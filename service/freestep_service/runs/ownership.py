@@ -146,14 +146,14 @@ class Ownership:
             view = await self._opening.heartbeat(self._node, wanted, self._fields(), self._applied())
             if view is None:
                 last = await self._deletions.last_epoch()
-                if last >= max(self._shards.epoch, self._loading.newest_epoch, self._context.first_epoch, 1):
+                if last >= max(self._shards.epoch, self._loading.newest_epoch, self._context.origin.first_epoch, 1):
                     await self._end(last)
                     return None
                 await self._opening.gather(self._shards.count)
                 continue
-            if view.first_epoch > self._context.first_epoch:
+            if view.origin.first_epoch > self._context.origin.first_epoch:
                 # It was deleted, and another run of its name was created.
-                await self._end(view.first_epoch - 1)
+                await self._end(view.origin.first_epoch - 1)
                 return None
             self.view = view
             is_behind = (view.number("epoch"), view.number("seq")) < position

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ from freestep.wire.manifest import Manifest
 from freestep_service.coordination.opening import read_run
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import reachable
+from freestep_service.domain.records import Origin
 from freestep_service.domain.run_view import DamagedRun
 from freestep_service.runs.background import Background
 from freestep_service.runs.deletions import Deletions
@@ -112,8 +114,11 @@ class Registry:
             await resources.node.heartbeat(resources.store)
             resources.memory.reserve(name, self._bytes_of(spec, spec.shards))
             try:
-                run = Run(name, spec, spec.shards, resources, await Deletions(resources, name).last_epoch() + 1)
-                await run.create()
+                origin = Origin(await Deletions(resources, name).last_epoch() + 1, secrets.token_hex(8))
+                run = Run(name, spec, spec.shards, resources, origin)
+                if not await run.create():
+                    await self._open(name, is_from_elsewhere=True)
+                    return self.get(name), False
             except BaseException:
                 resources.memory.cancel(name)
                 raise
@@ -202,8 +207,8 @@ class Registry:
                     self._put_aside(name, str(error))
                 return
             file = None
-        first_epoch = max(file.first_epoch if file else 0, view.first_epoch if view else 0)
-        if file and view and file.epoch < first_epoch:
+        origin = max(file.origin if file else Origin(), view.origin if view else Origin())
+        if file and view and file.epoch < origin.first_epoch:
             # It was left by the deletion of an earlier run of this name.
             file = None
         try:
@@ -217,7 +222,7 @@ class Registry:
         except InvalidSpec as error:
             # It was there before: it is opened all the same, and this is logged.
             logger.error("run %s: %s", name, error)
-        run = Run(name, spec, shards, self._resources, first_epoch)
+        run = Run(name, spec, shards, self._resources, origin)
         self._runs[name] = run
         self._set_aside.pop(name, None)
         await run.start()

@@ -22,7 +22,7 @@ from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.opening import Decision
-from freestep_service.domain.records import CheckpointId, Receipts
+from freestep_service.domain.records import UNKNOWN_ORIGIN, CheckpointId, Origin, Receipts
 from freestep_service.domain.topology import topology
 from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background
@@ -55,10 +55,12 @@ __all__ = ["Run"]
 class Run:
     """A run, of which this process owns some shards, all or none.
 
-    first_epoch: in which it was created, 0 where that is not known.
+    origin: where it began, as far as that is known.
     """
 
-    def __init__(self, name: str, spec: RunSpec, shards: int, resources: Resources, first_epoch: int = 0) -> None:
+    def __init__(
+        self, name: str, spec: RunSpec, shards: int, resources: Resources, origin: Origin = UNKNOWN_ORIGIN
+    ) -> None:
         settings, storage = resources.settings, resources.storage
         canonical = spec.model_dump_json()
         self.name = name
@@ -68,16 +70,16 @@ class Run:
             name,
             spec,
             canonical,
-            first_epoch,
+            origin,
             self.manifest,
-            Coordinator(resources.store, name, canonical, Policy.of(spec.aggregation), first_epoch),
+            Coordinator(resources.store, name, canonical, Policy.of(spec.aggregation), origin),
             Receipts(),
             RunMetrics(resources.metrics, name),
             Background(f"run {name}"),
             resources,
         )
         self.coordinator = context.coordinator
-        self._checkpoints = Checkpoints(storage, name, settings.checkpoints_kept, first_epoch)
+        self._checkpoints = Checkpoints(storage, name, settings.checkpoints_kept, origin.first_epoch)
         self._deletions = Deletions(resources, name)
         self._recovery = recovery = Recovery(name, settings.queue_seconds)
         self._shards = owned = OwnedShards(shards)
@@ -156,18 +158,27 @@ class Run:
 
     # Its beginning
 
-    async def create(self) -> None:
-        """Starts as a new run, which waits for its initial weights. Raises RunExists and StorageUnavailable."""
+    async def create(self) -> bool:
+        """Starts as a new run, which waits for its initial weights.
+
+        False where another process has just created it; it then has another origin. Raises RunExists and
+        StorageUnavailable.
+        """
         disk, storage, opening = self._context.resources.disk, self._context.resources.storage, self.coordinator.opening
-        epoch = self._context.first_epoch
-        if await opening.create(epoch, self.count) == "different":
+        origin = self._context.origin
+        status = await opening.create(origin.first_epoch, self.count)
+        if status == "different":
             raise RunExists(f"the run {self.name!r} exists with another spec", run=self.name)
+        if status == "same":
+            return False
+        file = RunFile(self._context.canonical_spec, origin.first_epoch, self.count, *origin)
         try:
-            await disk.run(RunFile(self._context.canonical_spec, epoch, self.count, epoch).write, storage, self.name)
+            await disk.run(file.write, storage, self.name)
         except BaseException:
             with suppress(CoordinatorUnavailable):
                 await opening.delete()
             raise
+        return True
 
     async def start(self) -> None:
         """Begins to be looked after; returns after a first heartbeat, which opens the run if it can."""
@@ -222,6 +233,7 @@ class Run:
         lowest = self._shards.lowest
         return RunStatus(
             run=self.name,
+            id=self._context.origin.id or None,
             epoch=self.epoch,
             step=lowest.core.writer.applied_step if lowest else view.number("step") if view else 0,
             initialized=self._shards.initialized if lowest else fields.get("initialized") == "1",

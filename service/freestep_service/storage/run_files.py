@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
+from freestep_service.domain.records import Origin
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.medium import Storage
 
@@ -21,17 +22,22 @@ __all__ = ["LastEpochs", "RunFile"]
 class RunFile:
     """A run's spec, as canonical JSON, the epoch that it was opened in last, and its number of shards.
 
-    first_epoch: in which it was created, see `RunView.first_epoch`; older versions wrote none.
+    first_epoch and id: its origin; older versions wrote none.
     """
 
     spec: str
     epoch: int
     shards: int
     first_epoch: int = 0
+    id: str = ""
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.first_epoch, self.id)
 
     def write(self, storage: Storage, run: str) -> None:
         """Raises StorageUnavailable."""
-        members = {name: value for name, value in asdict(self).items() if name != "first_epoch" or value}
+        members = {name: value for name, value in asdict(self).items() if name not in Origin._fields or value}
         storage.write(f"runs/{run}/run.json", [json.dumps(members).encode()])
 
     @classmethod

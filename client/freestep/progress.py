@@ -1,0 +1,40 @@
+"""What changes while an optimizer trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from freestep.answers import Pulled
+from freestep.api.models import Receipt
+from freestep.inflight_push import InflightPush
+
+__all__ = ["Progress"]
+
+
+@dataclass
+class Progress:
+    """What changes while an optimizer trains, in one object.
+
+    Lightning and Fabric wrap an optimizer in an instance of a subclass, which reads the optimizer's attributes, but
+    keeps what is written to it. Both share this object.
+    """
+
+    receipt: Receipt | None = None
+    """Of the last push that was answered."""
+    loaded: Pulled | None = None
+    """What the model contains; None before the run was joined."""
+    came_with_push: bool = False
+    """Whether `loaded` came with the answer of a push."""
+    inflight: InflightPush | None = None
+    """The push whose answer has not been received, with overlap."""
+    loss: float | Tensor | None = None
+    """The loss that the next push reports, set from outside `step`."""
+    rates: list[Any] | None = None
+    """The learning rates of the param groups; None once it has been said that a change has no effect."""
+    warns_of_changes: bool = True
+    """Whether it has yet to be said that changed weights are replaced."""
+    has_checked_ranks: bool = False
+    """Whether `step` has looked for ranks that push the same gradient."""

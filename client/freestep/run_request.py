@@ -1,0 +1,124 @@
+"""What a worker says of the run that it creates or joins; what it does not say is the run's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from freestep.api.models import DEFAULT_GROUP, AggregationSpec, RunSpec
+from freestep.groups import LocalParameter, complete_hyperparameters, hyperparameter_values, validated
+
+__all__ = ["DEFAULT_ALGORITHM", "RunRequest"]
+
+DEFAULT_ALGORITHM = "adamw_schedule_free"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a worker says of a run.
+
+    algorithm: its name, or None. hyperparameters: those that were given. options: other members of the spec (of
+    `aggregation`, also the policy's name or the document), None for those that were not given.
+    """
+
+    algorithm: str | None
+    hyperparameters: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def complete(self, run: RunSpec | None) -> tuple[str, dict[str, Any]]:
+        """The algorithm, and all of its hyperparameters: as given, else the run's, else the defaults.
+
+        Raises InvalidSpec.
+        """
+        algorithm = self.algorithm or (run.optimizer.algorithm if run else DEFAULT_ALGORITHM)
+        completed = complete_hyperparameters(algorithm, self.hyperparameters)
+        if run is not None and run.optimizer.algorithm == algorithm:
+            given = {name: completed[name] for name in self.hyperparameters}
+            completed = {**hyperparameter_values(run.optimizer), **given}
+        return algorithm, completed
+
+    def spec(self, groups: Sequence[dict[str, Any]], parameters: Iterable[LocalParameter]) -> RunSpec:
+        """The spec of a new run; hyperparameters in which a group differs from the others are its own.
+
+        Raises InvalidSpec.
+        """
+        algorithm, completed = self.complete(None)
+        own = _own_hyperparameters(groups, completed)
+        names = list(own)
+        options = {**self.options, "aggregation": self._aggregation()}
+        return validated(
+            RunSpec,
+            {
+                "optimizer": {"algorithm": algorithm, **completed},
+                "parameters": [
+                    {"name": each.name, "shape": list(each.tensor.shape), "group": names[each.group]}
+                    for each in parameters
+                ],
+                "groups": {} if own == {DEFAULT_GROUP: {}} else own,
+                **{name: value for name, value in options.items() if value is not None},
+            },
+        )
+
+    def _aggregation(self) -> Any:
+        given = self.options.get("aggregation")
+        return {"policy": given} if isinstance(given, str) else given
+
+    def differences(
+        self, groups: Sequence[dict[str, Any]], parameters: Sequence[LocalParameter], run: RunSpec
+    ) -> list[str]:
+        """What was given and is not so in the run, field by field; the number of shards, which can change, is left out.
+
+        parameters: by the run's names.
+        """
+        found = list(self._option_differences(run))
+        algorithm, completed = self.complete(run)
+        if algorithm != run.optimizer.algorithm:
+            return [_difference("algorithm", algorithm, run.optimizer.algorithm), *found]
+        values = hyperparameter_values(run.optimizer)
+        found += [
+            _difference(name, completed[name], values[name])
+            for name in self.hyperparameters
+            if completed[name] != values[name]
+        ]
+        return [*found, *_group_differences(_own_hyperparameters(groups, completed), parameters, run)]
+
+    def _option_differences(self, run: RunSpec) -> Iterator[str]:
+        asked = {**self.options, "aggregation": self._aggregation()}
+        if asked["aggregation"] is not None:
+            asked["aggregation"] = validated(AggregationSpec, asked["aggregation"])
+        for name, value in asked.items():
+            existing = getattr(run, name)
+            if name == "shards" or value is None or value == existing:
+                continue
+            if isinstance(value, AggregationSpec):
+                value, existing = (each.model_dump(exclude_defaults=True) for each in (value, existing))
+            yield _difference(name, value, existing)
+
+
+def _own_hyperparameters(groups: Sequence[dict[str, Any]], completed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By the name of each param group, its hyperparameters that are not those of all."""
+    made: dict[str, dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        name = group.get("name") or (DEFAULT_GROUP if len(groups) == 1 else f"group{number}")
+        made[name] = {key: group[key] for key in completed if key != "max_grad_norm" and group[key] != completed[key]}
+    return made
+
+
+def _group_differences(
+    own: Mapping[str, dict[str, Any]], parameters: Sequence[LocalParameter], run: RunSpec
+) -> Iterator[str]:
+    group_of = {parameter.name: parameter.group for parameter in run.parameters}
+    for number, (name, given) in enumerate(own.items()):
+        values = hyperparameter_values(run.optimizer.overruled(given)) if given else {}
+        here = {group_of[each.name]: None for each in parameters if each.group == number}
+        for existing in [hyperparameter_values(run.hyperparameters(group)) for group in here]:
+            yield from (
+                _difference(f"groups.{name}.{key}", values[key], existing[key])
+                for key in given
+                if values[key] != existing[key]
+            )
+
+
+def _difference(field: str, given: Any, existing: Any) -> str:
+    return f"{field} is {existing!r} there and {given!r} here"

@@ -1,0 +1,78 @@
+"""What an optimizer's state_dict says of its run: entries of the param groups, and the residual of each parameter.
+
+`torch.distributed.checkpoint.state_dict`, and whoever else rebuilds a state_dict, keeps just these two: `param_groups`,
+and a state for each parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freestep.api.models import Point
+from freestep.errors import ManifestMismatch
+from freestep.wire.manifest import Manifest
+
+__all__ = ["SavedPlace", "residual_by_parameter", "saved_residual"]
+
+
+@dataclass(frozen=True)
+class SavedPlace:
+    """Where a worker was.
+
+    run_id: what tells the run from others of its name, None where the service does not say. point: what the model
+    contained, of which epoch and step.
+    """
+
+    run: str
+    run_id: str | None
+    worker: str
+    point: Point
+    epoch: int
+    step: int
+
+    def entries(self) -> dict[str, Any]:
+        """The entries of a param group."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state_dict: Mapping[str, Any], run: str) -> SavedPlace:
+        """The place in a state_dict. Raises ManifestMismatch if it has none, or is of another run."""
+        group: Mapping[str, Any] = next(iter(state_dict.get("param_groups", ())), {})
+        names = [field.name for field in fields(cls)]
+        if any(name not in group for name in names):
+            raise ManifestMismatch("the state names no run: it is not of a RemoteOptimizer")
+        place = cls(**{name: group[name] for name in names})
+        if place.run != run:
+            raise ManifestMismatch(f"the state is of the run {place.run!r}, not {run!r}")
+        return place
+
+
+def residual_by_parameter(residual: Tensor, names: Iterable[str], manifest: Manifest) -> Iterator[Tensor]:
+    """A residual's views, one for each name, of the parameter's shape."""
+    for name in names:
+        slot = manifest.by_name[name]
+        yield residual[slot.offset : slot.offset + slot.numel].view(slot.shape)
+
+
+def saved_residual(state_dict: Mapping[str, Any], names: Iterable[str], manifest: Manifest) -> Tensor | None:
+    """The residual of a state_dict, fp32 [manifest.numel], whose parameters are in the order of the names.
+
+    None if a parameter has none, as after another push_encoding. Raises ManifestMismatch if a shape is another.
+    """
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    parts = [state_dict["state"].get(number, {}).get("residual") for number in numbers]
+    if not parts or any(part is None for part in parts):
+        return None
+    residual = torch.zeros(manifest.numel, dtype=torch.float32, device="cpu")
+    for name, view, part in zip(names, residual_by_parameter(residual, names, manifest), parts, strict=True):
+        if part.shape != view.shape:
+            raise ManifestMismatch(
+                f"the residual of {name!r} has shape {list(part.shape)}, but the parameter has {list(view.shape)}"
+            )
+        view.copy_(part)
+    return residual

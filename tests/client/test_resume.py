@@ -1,0 +1,198 @@
+"""A saved worker resumes: where its run lives, at its newest y; where it is gone or behind, as it was told to."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from freestep import ManifestMismatch, RemoteOptimizer, Run, StateMismatch
+from harness import ThreadService
+from trained import held, network, pulled, step
+
+Make = Callable[..., RemoteOptimizer]
+Saved = tuple[dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture
+def make(service: ThreadService, name: str) -> Iterator[Make]:
+    """Makes optimizers of one run; they are closed with the test."""
+    made: list[RemoteOptimizer] = []
+
+    def optimizer(model: nn.Module, **options: Any) -> RemoteOptimizer:
+        made.append(RemoteOptimizer(model, url=service.url, run=name, aggregation="async", **options))
+        return made[-1]
+
+    yield optimizer
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def saved(make: Make) -> Saved:
+    """The states of a model and of its optimizer, which has taken three steps and is closed."""
+    model = network(0)
+    optimizer = make(model)
+    for number in range(3):
+        step(model, optimizer, number)
+    states = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    optimizer.close()
+    return states
+
+
+def resumed(make: Make, states: Saved, **options: Any) -> tuple[nn.Module, RemoteOptimizer]:
+    """As scripts do: a new model, its optimizer, then the states of both."""
+    model = network(1)
+    optimizer = make(model, **options)
+    model.load_state_dict(states[0])
+    optimizer.load_state_dict(states[1])
+    return model, optimizer
+
+
+def test_where_the_run_lives_its_newest_y_is_loaded_and_said(
+    make: Make, saved: Saved, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = network(2)
+    with make(other, worker="other") as optimizer:
+        step(other, optimizer, 7)
+    with caplog.at_level(logging.WARNING, "freestep"):
+        model, optimizer = resumed(make, saved)
+    (record,) = caplog.records
+    assert "goes on at step 4" in record.getMessage()
+    assert "saved at step 3" in record.getMessage()
+    assert torch.equal(held(model), pulled(run))
+    step(model, optimizer, 8)
+    assert "was changed outside" not in caplog.text
+    assert run.status().step == 5
+
+
+def test_a_state_of_this_moment_costs_no_request(make: Make, run: Run) -> None:
+    model = network()
+    optimizer = make(model, push_dtype="BF16")
+    for number in range(2):
+        step(model, optimizer, number)
+    before = run.workers()
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    after = run.workers()
+    assert [each.lease for each in before] == [each.lease for each in after]
+    assert all(
+        torch.equal(one["residual"], other["residual"])
+        for one, other in zip(state["state"].values(), optimizer.state_dict()["state"].values(), strict=True)
+    )
+    step(model, optimizer, 2)
+    assert run.status().step == 3
+
+
+def delete(run: Run) -> None:
+    run.delete()
+
+
+def go_back(run: Run) -> None:
+    run.restore(0)
+
+
+@pytest.mark.parametrize("lose", [delete, go_back])
+def test_where_the_run_is_gone_or_behind_both_choices_are_named(
+    make: Make, run: Run, lose: Callable[[Run], None]
+) -> None:
+    model = network(0)
+    optimizer = make(model)
+    run.checkpoint()
+    step(model, optimizer, 0)
+    states = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    optimizer.close()
+    lose(run)
+    with pytest.raises(StateMismatch, match=r'on_missing="seed".*on_missing="join"') as caught:
+        resumed(make, states)
+    assert "step 1" in str(caught.value)
+    assert run.status().step == 0
+    # As the message says.
+    model, optimizer = resumed(make, states, on_missing="seed")
+    assert torch.equal(held(model), torch.cat([each.reshape(-1) for each in states[0].values()]))
+    assert all(torch.equal(held(model), pulled(run, point)) for point in ("x", "y", "z"))
+    step(model, optimizer, 1)
+    assert optimizer.receipt is not None
+    assert optimizer.receipt.decision == "applied"
+
+
+def test_a_run_that_others_have_begun_anew_is_joined(
+    make: Make, saved: Saved, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.delete()
+    first, optimizer = resumed(make, saved, on_missing="seed")
+    step(first, optimizer, 0)
+    with caplog.at_level(logging.WARNING, "freestep"):
+        second, other = resumed(make, saved, on_missing="seed")
+    assert torch.equal(held(second), held(first))
+    assert "goes on at step 1" in caplog.text
+    step(second, other, 1)
+    assert run.status().step == 2
+
+
+def test_a_run_that_is_gone_is_joined_as_it_is(make: Make, saved: Saved, run: Run) -> None:
+    run.delete()
+    model, optimizer = resumed(make, saved, on_missing="join")
+    assert torch.equal(held(model), held(network(1)))
+    step(model, optimizer, 0)
+    assert run.status().step == 1
+
+
+def test_a_residual_of_lost_pushes_is_not_restored(make: Make, run: Run) -> None:
+    model = network()
+    optimizer = make(model, push_dtype="BF16")
+    run.checkpoint()
+    for number in range(2):
+        step(model, optimizer, number)
+    states = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    optimizer.close()
+    run.restore(0)
+    _, again = resumed(make, states, on_missing="join", push_dtype="BF16")
+    assert not any(each["residual"].any() for each in again.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda state: state["param_groups"][0].update(run="another"), "'another'"),
+        (lambda state: state["param_groups"][0].pop("epoch"), "names no run"),
+        (lambda state: state["param_groups"].clear(), "names no run"),
+        (lambda state: state["param_groups"][0]["params"].pop(), "param groups of"),
+    ],
+)
+def test_a_state_that_is_not_of_this_optimizer_changes_nothing(
+    make: Make, saved: Saved, run: Run, spoil: Callable[[Any], Any], said: str
+) -> None:
+    model = network(1)
+    optimizer = make(model, worker="me")
+    before, name = held(model), optimizer.worker
+    state = copy.deepcopy(saved[1])
+    spoil(state)
+    with pytest.raises(ManifestMismatch, match=said):
+        optimizer.load_state_dict(state)
+    assert torch.equal(held(model), before)
+    assert optimizer.worker == name
+    step(model, optimizer, 0)
+    assert run.status().step == 4
+
+
+def test_a_wrong_choice_is_refused_at_once(make: Make) -> None:
+    with pytest.raises(Exception, match="'raise', 'seed' or 'join'"):
+        make(network(), on_missing="ignore")
+
+
+def test_the_step_is_shown_to_whoever_asks(make: Make) -> None:
+    model = network()
+    optimizer = make(model)
+    step(model, optimizer, 0)
+    (group,) = optimizer.param_groups
+    assert (group["step"], group["point"], group["train_mode"]) == (1, "y", True)
+    optimizer.eval()
+    assert (optimizer.loaded.point, group["point"], group["train_mode"]) == ("x", "x", False)
+    optimizer.train()
+    assert (optimizer.loaded.point, group["train_mode"]) == ("y", True)
