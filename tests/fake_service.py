@@ -33,7 +33,7 @@ class FakeService:
     read is of a later step than the push's own answer: parts of two steps have different elements.
 
     without_y: the pushes that are answered with their receipt alone. unreached: reads that wait for a step in vain,
-    before one gets it. lease_epoch: the epoch that leases are granted in.
+    before one gets it. scheduled_lr: what answers say of the learning rate; None: nothing, as older services.
     """
 
     def __init__(self, spec: dict[str, Any], shards: int = 1) -> None:
@@ -42,6 +42,7 @@ class FakeService:
         self.manifest = Manifest.of(self.spec)
         self.step, self.epoch = 0, 1
         self.others = 1
+        self.scheduled_lr: str | None = "1.0"
         self.without_y: Callable[[Push], bool] = lambda push: False
         self.unreached: list[Callable[[], None]] = []
         self.asked: list[httpx.Request] = []
@@ -162,4 +163,5 @@ class FakeService:
         else:
             pieces = point.parts(count)[shard].body()
         lines = {"Content-Type": MEDIA_TYPE, "Freestep-Epoch": str(self.epoch), "Freestep-Step": str(step)}
+        lines |= {} if self.scheduled_lr is None else {"Freestep-Scheduled-Lr": self.scheduled_lr}
         return httpx.Response(200, headers={**lines, "Freestep-Cut": cut, **headers}, content=b"".join(pieces))

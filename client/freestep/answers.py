@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -24,24 +24,28 @@ class Pulled:
         epoch: The run's epoch; it rises when the run goes back to an earlier step.
         step: The number of updates that the point contains.
         point: Which point it is: "x", "y" or "z".
+        scheduled_lr: The learning rate that the newest of these updates was made with, for each param group in the
+            order of `RunSpec.group_names()`; None before the first update, and from services that do not tell.
     """
 
     epoch: int
     step: int
     point: Point = "y"
+    scheduled_lr: tuple[float, ...] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, answer: Answer, point: Point = "y") -> Self:
-        """The epoch and step in an answer's headers.
+        """What an answer's headers say of its point.
 
         Args:
             answer: An answer whose body is a point.
             point: Which point was asked for.
 
         Raises:
-            UnexpectedResponse: They are missing.
+            UnexpectedResponse: The epoch or the step is missing.
         """
-        return cls(_integer(answer, "freestep-epoch"), _integer(answer, "freestep-step"), point)
+        epoch, step = _integer(answer, "freestep-epoch"), _integer(answer, "freestep-step")
+        return cls(epoch, step, point, _scheduled_lr(answer))
 
 
 def parse(model: type[Model], answer: Answer) -> Model:
@@ -86,3 +90,13 @@ def _integer(answer: Answer, name: str) -> int:
         return int(value)
     except ValueError:
         raise UnexpectedResponse(f"the answer is not freestep's: its header {name} is {value!r}") from None
+
+
+def _scheduled_lr(answer: Answer) -> tuple[float, ...] | None:
+    rates = answer.headers.get("freestep-scheduled-lr")
+    try:
+        return None if rates is None else tuple(map(float, rates.split(",")))
+    except ValueError:
+        raise UnexpectedResponse(
+            f"the answer is not freestep's: its header freestep-scheduled-lr is {rates!r}"
+        ) from None

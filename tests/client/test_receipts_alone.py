@@ -139,6 +139,7 @@ def test_json_that_is_no_receipt_is_unexpected(document: Any) -> None:
         ("Freestep-Staleness", ""),
         ("Freestep-Step", "1.5"),
         ("Freestep-Epoch", "last"),
+        ("Freestep-Scheduled-Lr", "0.1,"),
     ],
 )
 def test_headers_that_are_no_receipt_are_unexpected(name: str, value: str) -> None:

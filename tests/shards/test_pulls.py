@@ -40,6 +40,8 @@ def test_pulls_of_one_ticket_are_of_one_step_while_pushes_go_on(
             tuple(answer.headers[name] for name in ("Freestep-Epoch", "Freestep-Step", "Freestep-Cut"))
             for answer in answers
         }
+        rates = {answer.headers.get("Freestep-Scheduled-Lr") for answer in answers}
+        assert rates == ({"1.0"} if place[1] != "0" else {None})
         step = int(place[1])
         for answer in answers:
             for tensor in safetensors.torch.load(answer.content).values():

@@ -25,7 +25,7 @@ TIMES = ("created_at", "completed_at", "checksum")
 def state() -> StateCopy:
     """What was written: two updates of four pushes, two pushes gathered since, and a report.
 
-    The vectors are those of the files: other processors have other random numbers.
+    The vectors are those of the files: other processors have other random numbers. That version kept no learning rate.
     """
     made = shard(aggregation={"policy": "buffered", "batch": 4})
     advance(made, 10, 4)
@@ -33,7 +33,12 @@ def state() -> StateCopy:
     first, second = map(safetensors.torch.load_file, files(KEPT, ".safetensors"))
     copy = made.copy_state()
     assert first.keys() == copy.tensors.keys()
-    return dataclasses.replace(copy, tensors={name: torch.cat([first[name], second[name]]) for name in copy.tensors})
+    scalars = {
+        group: {name: value for name, value in each.items() if name != "scheduled_lr"}
+        for group, each in copy.scalars.items()
+    }
+    tensors = {name: torch.cat([first[name], second[name]]) for name in copy.tensors}
+    return dataclasses.replace(copy, tensors=tensors, scalars=scalars)
 
 
 def test_what_an_earlier_version_wrote_is_read(caplog: pytest.LogCaptureFixture) -> None:

@@ -199,6 +199,9 @@ class RunStatus(_Answer):
     """A moving average of the pushes' staleness, in steps; null before the first push."""
     metrics: dict[str, Metric] = {}
     """The metrics that evaluators have reported, by name."""
+    scheduled_lr: dict[str, float] = {}
+    """The learning rate that the newest update was made with, by param group; empty before the first. It is after
+    warmup, schedules, Polyak steps and corrections for staleness, as `scheduled_lr` of the `schedulefree` package."""
     checkpoint_step: int | None = None
     """The step of the newest checkpoint; null if there is none."""
     parameter_count: int

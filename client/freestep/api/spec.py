@@ -145,6 +145,10 @@ class RunSpec(StrictModel):
         assert isinstance(hyperparameters, ScheduleFreeWrapper)
         return hyperparameters.base.algorithm
 
+    def group_names(self) -> tuple[str, ...]:
+        """The names of the param groups that have parameters, in the order of their first parameters."""
+        return tuple(dict.fromkeys(parameter.group for parameter in self.parameters))
+
     def whole_groups(self) -> set[str]:
         """The names of the param groups whose tensors are not divided between shards."""
         return {group for group in (DEFAULT_GROUP, *self.groups) if self.hyperparameters(group).takes_matrices}

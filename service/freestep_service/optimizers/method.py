@@ -27,7 +27,17 @@ __all__ = [
 ]
 
 Scalars = Mapping[str, float]
-"""A param group's scalar state: `k`, the number of steps taken, and what else the method keeps."""
+"""A param group's scalar state: `k`, the number of steps taken, and what else the method keeps.
+
+After the first step that is also `scheduled_lr`, the learning rate of the newest step, after all that changes it:
+warmup, schedule, plateau, damping, bound, and the correction for stale gradients. It is what the `schedulefree` package
+logs as `group["scheduled_lr"]`:
+
+- SGD, AdamW and the base of a wrapper or of generalized primal averaging: γ, without factors of the base's own;
+- RAdam: γ times the rectification, 0 in the silent steps;
+- ScheduleFree+: γ times the Polyak step size, the η of `adamc`;
+- the baselines: the γ that their schedule gives; DiLoCo: γ of the outer step.
+"""
 
 Buffers = Mapping[str, Tensor]
 """The state vectors by name, all flat fp32 [numel] on one device; `y` is among them."""
@@ -73,8 +83,8 @@ class Method:
 
     buffers: names of the state vectors, at most five. x, y and z are initialized with the parameters, others with 0.
     initial: a param group's scalars before the first step.
-    advance: (hyperparameters, scalars, conditions) -> (next scalars, coefficients). The coefficients are a NamedTuple
-        of floats, bools and such tuples.
+    advance: (hyperparameters, scalars, conditions) -> (next scalars, coefficients). `scheduled_lr` is among the
+        scalars. The coefficients are a NamedTuple of floats, bools and such tuples.
     rule: (g, *state, coefficients) -> the next state, as a tuple in the order of `buffers`: one step along the gradient
         `g`. The same function is compiled for numbers and evaluated on tensors (`kernels.sweep`): it branches only on
         coefficients that are bools, calls only those functions of torch that `kernels.compiled` overloads, and contains

@@ -8,6 +8,7 @@ under `lock`, which whatever has the run opened again holds too; what state shar
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -182,6 +183,8 @@ class Ownership:
             fields["0:loss"] = repr(telemetry.loss)
         if self._shards.has_first and telemetry.staleness is not None:
             fields["0:staleness"] = repr(telemetry.staleness)
+        if self._shards.has_first:
+            fields["0:scheduled_lr"] = json.dumps(self._shards[0].core.shard.scheduled_lr)
         return fields
 
     def _applied(self) -> Mapping[int, LogPosition]:

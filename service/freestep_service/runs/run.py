@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
@@ -231,6 +232,10 @@ class Run:
         if checkpoint_step is None and "durable_step" in fields:
             checkpoint_step = int(fields["durable_step"])
         lowest = self._shards.lowest
+        if lowest is not None:
+            rates = lowest.core.shard.scheduled_lr
+        else:
+            rates = json.loads(view.field(0, "scheduled_lr") or "null") if view else None
         return RunStatus(
             run=self.name,
             id=self._context.origin.id or None,
@@ -243,6 +248,7 @@ class Run:
             loss=loss,
             staleness=staleness,
             metrics=metrics,
+            scheduled_lr=dict(zip(self.spec.group_names(), rates or (), strict=False)),
             checkpoint_step=checkpoint_step,
             parameter_count=self.manifest.numel,
             shards=self.count,

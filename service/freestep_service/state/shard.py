@@ -39,7 +39,7 @@ from freestep_service.optimizers.readiness import compile_kernels, compile_rule
 from freestep_service.state.buffers import Vector
 from freestep_service.state.compute import HOST
 from freestep_service.state.log import Entry
-from freestep_service.state.views import PointView
+from freestep_service.state.views import Copying, PointView
 
 __all__ = ["DTYPES", "Shard", "StateCopy"]
 
@@ -77,8 +77,8 @@ class Shard:
         self._method = method_of(spec.optimizer)
         self._layout = segments(self.manifest.slots)
         # All of the run's groups, so that the scalars of any one shard are those of every other.
-        groups = {parameter.group for parameter in spec.parameters}
-        self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in sorted(groups)}
+        self._groups = spec.group_names()
+        self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in sorted(self._groups)}
         self._gathers = Policy.of(spec.aggregation).groups
         self._expectation = Expectation.of(spec)
         self._expected_staleness = 0.0
@@ -206,9 +206,14 @@ class Shard:
         """y as it is now, in the state's own memory; where that is lent already, or on a device, copied to `spare`."""
         if self._home is None or (self._lent is not None and self._lent.is_open):
             spare.pin()
-            return PointView(*self.copy_point("y", spare.tensor()), spare)
-        self._lent = PointView(self.epoch, self.step, self._home, spare)
+            self.copy_point("y", spare.tensor())
+            return self.view(spare)
+        self._lent = self.view(self._home, spare)
         return self._lent
+
+    def view(self, vector: Vector, spare: Vector | None = None, copying: Copying | None = None) -> PointView:
+        """A view of the state as it is now, of which a point is in `vector`; the other arguments are PointView's."""
+        return PointView(self.epoch, self.step, self.scheduled_lr, vector, spare, copying)
 
     def _leave_lent(self) -> None:
         """Has y in memory that nobody reads."""
@@ -229,6 +234,18 @@ class Shard:
     def position(self) -> tuple[int, int, dict[str, int]]:
         """(seq, step, group): where in the log the state stands."""
         return self.seq, self.step, dict(self.group)
+
+    @property
+    def scheduled_lr(self) -> tuple[float, ...] | None:
+        """The learning rate of the newest step by param group, in the order of the spec's `group_names`.
+
+        None before the first step, and after it where the state was written by an older version.
+        """
+        scalars = self._scalars
+        try:
+            return tuple([scalars[group]["scheduled_lr"] for group in self._groups])
+        except KeyError:
+            return None
 
     def reported(self) -> Reported:
         """The metrics that were reported up to here."""

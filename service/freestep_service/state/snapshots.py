@@ -40,6 +40,8 @@ class PointBody:
     seq: int | None = None
     """The place in the log that the point is of, where shards have to agree on it."""
     copying: Copying | None = None
+    scheduled_lr: tuple[float, ...] | None = None
+    """The learning rates of the step, by param group."""
     sent: int = 0
     """Bytes that the peer's connection has taken."""
     end: Callable[[], None] = lambda: None
@@ -237,7 +239,7 @@ class Snapshots:
             view = await asyncio.shield(snapshot.taken)
             manifest = self._writer.shard.manifest
             header, data = body(view.vector, manifest, snapshot.dtype, self._run, view.epoch, view.step, snapshot.point)
-            sent = PointBody(view.epoch, view.step, header, data, snapshot.seq, view.copying)
+            sent = PointBody(view.epoch, view.step, header, data, snapshot.seq, view.copying, view.scheduled_lr)
             transfer = Transfer(lambda: sent.sent, loop.time, floor, lambda: sent.end())
             snapshot.readers.add(transfer)
             yield sent
@@ -290,7 +292,8 @@ def _take(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyncio.Fu
         return _begin_copy(writer, point, dtype, spare)
 
     def copy() -> PointView:
-        return PointView(*copy_point(shard, point, spare, dtype), spare)
+        copy_point(shard, point, spare, dtype)
+        return shard.view(spare)
 
     return writer.call(copy)
 
@@ -304,7 +307,7 @@ def _begin_copy(writer: Writer, point: Point, dtype: str, spare: Vector) -> asyn
             begun.set_result(view)
 
     def copy() -> None:
-        loop.call_soon_threadsafe(begin, PointView(shard.epoch, shard.step, spare, copying=copying))
+        loop.call_soon_threadsafe(begin, shard.view(spare, copying=copying))
         copy_point(shard, point, spare, dtype, copying.note)
 
     def end(done: asyncio.Future[None]) -> None:

@@ -59,15 +59,22 @@ class Copying:
 class PointView:
     """A point of one step of an epoch in a vector that does not change until `end`.
 
-    spare: what was laid down for it; None where the vector is the reader's already, being a copy. copying: where the
-        copy is still being made.
+    scheduled_lr: the learning rates of that step, as a shard has them. spare: what was laid down for the vector; None
+        where the vector is the reader's already, being a copy. copying: where the copy is still being made.
     """
 
     def __init__(
-        self, epoch: int, step: int, vector: Vector, spare: Vector | None = None, copying: Copying | None = None
+        self,
+        epoch: int,
+        step: int,
+        scheduled_lr: tuple[float, ...] | None,
+        vector: Vector,
+        spare: Vector | None = None,
+        copying: Copying | None = None,
     ) -> None:
         self.epoch = epoch
         self.step = step
+        self.scheduled_lr = scheduled_lr
         self.vector = vector
         self.is_copy = spare is None
         self.copying = copying

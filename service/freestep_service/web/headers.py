@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 
@@ -25,6 +26,7 @@ __all__ = [
     "place",
     "preferences",
     "receipt_headers",
+    "scheduled_lr",
     "upload",
 ]
 
@@ -172,3 +174,8 @@ def receipt_headers(receipt: Receipt) -> dict[str, str]:
     if receipt.reason:
         headers["Freestep-Reason"] = receipt.reason
     return headers
+
+
+def scheduled_lr(rates: Iterable[float]) -> str:
+    """The Freestep-Scheduled-Lr header: the learning rates of a step, by param group, in their shortest form."""
+    return ",".join(map(repr, rates))

@@ -18,6 +18,7 @@ from freestep_service.runs.consistent_reads import Reading
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.state.snapshots import PointBody
 from freestep_service.web.connection import CONNECTION, abort, takes_more
+from freestep_service.web.headers import scheduled_lr
 from freestep_service.web.waiting import while_connected
 
 __all__ = ["SnapshotResponse", "etag", "is_known", "parse_range", "requested_span"]
@@ -86,6 +87,8 @@ class SnapshotResponse(Response):
                 "Accept-Ranges": "bytes",
                 "Content-Type": MEDIA_TYPE,
             }
+            if snapshot.scheduled_lr is not None:
+                lines["Freestep-Scheduled-Lr"] = scheduled_lr(snapshot.scheduled_lr)
             if snapshot.seq is not None:
                 lines["Freestep-Cut"] = str(snapshot.seq)
             begin, end = span or (0, snapshot.size)

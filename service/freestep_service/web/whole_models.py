@@ -71,6 +71,9 @@ async def pull_whole(
             "Content-Type": MEDIA_TYPE,
             "Content-Length": str(end - begin),
         }
+        if rates := parts[0].answer.headers.get("freestep-scheduled-lr"):
+            # All shards take the same step.
+            answered["Freestep-Scheduled-Lr"] = rates
         if span:
             answered["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
         chunks = _sliced(_joined(header, parts, ITEMSIZE[dtype]), begin, end)

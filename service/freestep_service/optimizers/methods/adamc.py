@@ -70,7 +70,7 @@ def _advance(h: AdamCScheduleFreePlus, scalars: Scalars, conditions: Conditions)
         weight = t**h.r * next_scalars["lr_max"] ** h.weight_lr_power
         next_scalars["weight_sum"] = scalars["weight_sum"] + weight
         c = weight / next_scalars["weight_sum"] if next_scalars["weight_sum"] else 1.0
-    lr = conditions.limited(lr)
+    next_scalars["scheduled_lr"] = lr = conditions.limited(lr)
     return next_scalars, _Coefficients(
         decay=lr * lr * h.weight_decay,
         step_size=lr / (1 - beta1**t),

@@ -37,7 +37,9 @@ def _advance_sgd(h: SGDSpec, scalars: Scalars, conditions: Conditions) -> tuple[
     lr = conditions.limited(scheduled(remaining(h, scalars), h.schedule, k))
     # As in torch, the buffer is initialized with the first gradient, without dampening.
     gain = 1 - h.dampening if k else 1.0
-    return {**scalars, "k": k + 1}, SGDCoefficients(lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov)
+    return {**scalars, "k": k + 1, "scheduled_lr": lr}, SGDCoefficients(
+        lr, h.weight_decay, h.momentum, h.momentum > 0, gain, h.nesterov
+    )
 
 
 def _sgd(g: Tensor, y: Tensor, buffer: Tensor, s: SGDCoefficients) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,7 @@ def _advance_adamw(h: AdamWSpec, scalars: Scalars, conditions: Conditions) -> tu
     beta1, beta2 = h.betas
     step = scalars["k"] + 1
     lr = conditions.limited(scheduled(remaining(h, scalars), h.schedule, scalars["k"]))
-    return {**scalars, "k": step}, _AdamWCoefficients(
+    return {**scalars, "k": step, "scheduled_lr": lr}, _AdamWCoefficients(
         shrink=1 - lr * h.weight_decay,
         m_share=1 - beta1,
         beta2=beta2,

@@ -23,8 +23,9 @@ __all__ = ["DELAYED_NESTEROV", "NESTEROV"]
 
 
 def _advance_nesterov(h: DiLoCo, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, SGDCoefficients]:
-    return {"k": scalars["k"] + 1}, SGDCoefficients(
-        lr=conditions.limited(h.lr),
+    lr = conditions.limited(h.lr)
+    return {"k": scalars["k"] + 1, "scheduled_lr": lr}, SGDCoefficients(
+        lr=lr,
         weight_decay=0.0,
         momentum=h.momentum,
         has_momentum=h.momentum > 0,
@@ -49,7 +50,7 @@ def _advance_delayed(h: DiLoCo, scalars: Scalars, conditions: Conditions) -> tup
     lr, k = conditions.limited(h.lr), scalars["k"]
     ends = (k + 1) % period == 0
     share = 1 - activation * period + activation if ends else activation
-    return {"k": k + 1}, _Delayed(
+    return {"k": k + 1, "scheduled_lr": lr}, _Delayed(
         kept=float(k % period > 0),
         decay=h.momentum if ends else 1.0,
         gain=1 / period if ends else 0.0,

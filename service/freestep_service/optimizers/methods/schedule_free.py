@@ -68,7 +68,7 @@ def _advance_sgd(h: SGDScheduleFree, scalars: Scalars, conditions: Conditions) -
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
     average = averaged(h, scalars, lr, conditions)
     lr = average.conditions.limited(lr)
-    return average.scalars, _Coefficients(
+    return {**average.scalars, "scheduled_lr": lr}, _Coefficients(
         lr, average.z_share, lr * average.y_share, average.z_pull, average.z_pull != 0, h.weight_decay
     )
 
@@ -84,7 +84,7 @@ def _advance_adamw(h: AdamWScheduleFree, scalars: Scalars, conditions: Condition
     lr = h.lr * warmup(scalars["k"], h.warmup_steps)
     average = averaged(h, scalars, lr, conditions)
     lr = average.conditions.limited(lr)
-    return average.scalars, _adam_coefficients(
+    return {**average.scalars, "scheduled_lr": lr}, _adam_coefficients(
         h, lr, average, adaptive=True, decay_at_z=h.decay_at_z, inner_momentum=h.inner_momentum
     )
 
@@ -103,7 +103,7 @@ def _advance_radam(h: RAdamScheduleFree, scalars: Scalars, conditions: Condition
         rectification = 0.0 if h.silent_sgd_phase else 1.0
     average = averaged(h, scalars, h.lr * rectification, conditions)
     lr = average.conditions.limited(h.lr) * rectification
-    return average.scalars, _adam_coefficients(h, lr, average, adaptive=adaptive)
+    return {**average.scalars, "scheduled_lr": lr}, _adam_coefficients(h, lr, average, adaptive=adaptive)
 
 
 def _adam_coefficients(

@@ -76,9 +76,14 @@ def _wrapper(base: Base) -> Method:
         lr = h.base.lr * warmup(scalars["k"], h.warmup_steps)
         average = averaged(h, scalars, lr, conditions)
         changed, coefficients = base.advance(h.base, lr, scalars, average.conditions)
-        decay = average.conditions.limited(lr) * h.weight_decay_at_y
-        return {**average.scalars, **changed}, _Coefficients(
-            average.z_share, average.y_share, average.z_pull, average.z_pull != 0, decay, coefficients
+        lr = average.conditions.limited(lr)
+        return {**average.scalars, **changed, "scheduled_lr": lr}, _Coefficients(
+            average.z_share,
+            average.y_share,
+            average.z_pull,
+            average.z_pull != 0,
+            lr * h.weight_decay_at_y,
+            coefficients,
         )
 
     direction = base.direction
@@ -98,7 +103,7 @@ def _gpa(base: Base, base_hyperparameters: Callable[[Any], Any]) -> Method:
     def advance(h: GPAAdamW | GPASGD, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, _Coefficients]:
         lr = scheduled(remaining(h, scalars), h.schedule, scalars["k"])
         _, coefficients = base.advance(base_hyperparameters(h), lr, scalars, conditions)
-        return {**scalars, "k": scalars["k"] + 1}, _Coefficients(
+        return {**scalars, "k": scalars["k"] + 1, "scheduled_lr": conditions.limited(lr)}, _Coefficients(
             1 - h.mu_x, h.mu_y * h.mu_x - 1, 0.0, False, 0.0, coefficients
         )
 
