@@ -209,7 +209,7 @@ class OverTorch(Delayed):
 class AdamCPlus:
     """ScheduleFree+ (arXiv 2605.19095, Algorithm 1), of all tensors of a model, since its step size is of all of them.
 
-        e_t = β_p e_{t-1} + (1 - β_p) sqrt(π/2) |g_t|_1       ê_t = e_t / (1 - β_p^t)
+        e_t = β_p ê_{t-1} + (1 - β_p) sqrt(π/2) |g_t|_1       ê_t = e_t / (1 - β_p^t)
         I_t = β̃_t <g_t, z_{t-1} - x_{t-1}>                    η_t = γ_t max(0, F_t + I_t) / ê_t
         z_t = z_{t-1} - η_t² λ y_{t-1} - η_t m̂_t / (sqrt(v̂_t) + eps)
         x_t = (1 - c_t) x_{t-1} + c_t z_t                     y_t = β̃_t x_t + (1 - β̃_t) z_t
@@ -217,7 +217,7 @@ class AdamCPlus:
     The paper was not at hand: this follows what is published of its equations, and where those are silent the author's
     `AdamCScheduleFreePlusPaper` (github.com/facebookresearch/schedule_free): β̃_t, with log(1 - β̃) going on a straight
     line over steps counted from 0; c_t, Schedule-Free's with the weights t^r η_max^p, η_max at least eps, and 1 in the
-    first c_warmup steps. That code keeps ê in e's place where β_p > 0; here e is kept, as the equations say. Ours
+    first c_warmup steps; and ê, which that code keeps in e's place, where the equations keep e. Ours
     alone are the warmup of γ, the damping of η, and η = 0 where all gradients have been 0.
     """
 
@@ -254,10 +254,10 @@ class AdamCPlus:
         g = {name: gradient.double() for name, gradient in gradients.items()}
         norm = sum(float(each.abs().sum()) for each in g.values())
         inner = sum(float((g[name] * (self.z[name] - self.x[name])).sum()) for name in g)
-        self.e = self.polyak_beta * self.e + (1 - self.polyak_beta) * math.sqrt(math.pi / 2) * norm
-        corrected = self.e / (1 - self.polyak_beta**self.t)
+        average = self.polyak_beta * self.e + (1 - self.polyak_beta) * math.sqrt(math.pi / 2) * norm
+        self.e = average / (1 - self.polyak_beta**self.t)
         lr = self.lr * min(1.0, self.t / self.warmup_steps) if self.warmup_steps else self.lr
-        eta = lr * max(0.0, loss + beta * inner) / corrected if corrected else 0.0
+        eta = lr * max(0.0, loss + beta * inner) / self.e if self.e else 0.0
         self.lr_max = max(self.lr_max, eta, self.eps)
         c = 1.0
         if self.t > self.c_warmup:

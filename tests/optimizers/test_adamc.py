@@ -73,6 +73,25 @@ def test_a_step_is_finite_for_any_loss_and_gradient(gradient: float, loss: float
     assert torch.equal(flat.buffers["z"], flat.join(initial_weights())) == is_still
 
 
+def test_the_norms_average_is_the_authors() -> None:
+    """For norms of 1, by hand: e is corrected, and averaged on from as it is then."""
+    weights = {name: torch.ones(1, dtype=torch.float64) for name in ("matrix", "vector")}
+    norm = 1 / math.sqrt(math.pi / 2) / 2
+    flat = Flat({**PLUS, "polyak_beta": 0.5, "eps": 1e-6}, {}, weights)
+    # e_1 = 1; e_2 = (e_1/2 + 1/2)/(3/4) = 4/3; e_3 = (2/3 + 1/2)/(7/8) = 4/3; e_4 = (2/3 + 1/2)/(15/16) = 56/45.
+    for expected in (1.0, 4 / 3, 4 / 3, 56 / 45):
+        flat.step({name: torch.full_like(weight, norm) for name, weight in weights.items()}, loss=1.0)
+        assert flat.scalars["default"]["grad_l1_ema"] == pytest.approx(expected)
+
+
+def test_an_average_that_overflows_stays_finite() -> None:
+    flat = Flat({**PLUS, "polyak_beta": 0.999}, {}, initial_weights())
+    for gradients in random_gradients(400):
+        flat.step(gradients, loss=1.0)
+    assert all(math.isfinite(value) for value in flat.scalars["default"].values())
+    assert all(vector.isfinite().all() for vector in flat.buffers.values())
+
+
 @pytest.mark.parametrize("numel", [0, 1, BLOCK - 1, BLOCK, 2 * MIN_SLICE + 17, 3 * MIN_SLICE + BLOCK + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sums_have_the_same_bits_for_any_number_of_threads(numel: int, dtype: torch.dtype) -> None:
