@@ -167,16 +167,21 @@ def fitted(parameters: Sequence[LocalParameter], spec: RunSpec, run: str) -> lis
 
 def show_hyperparameters(
     groups: Sequence[dict[str, Any]], parameters: Sequence[LocalParameter], given: Iterable[str], run: RunSpec
-) -> None:
+) -> list[int]:
     """Puts the run's hyperparameters into param groups, in the place of the given ones.
 
-    A group whose parameters are in several of the run's groups shows what these have in common with the whole run.
+    A group whose parameters are in several of the run's groups shows the values of the whole run.
 
-    parameters: by the run's names.
+    parameters: by the run's names. Returns, for each group, the place of its first parameter's group in
+    `RunSpec.group_names`.
     """
+    order = run.group_names()
     group_of = {parameter.name: parameter.group for parameter in run.parameters}
+    places = []
     for number, group in enumerate(groups):
         for name in given:
             group.pop(name, None)
-        here = {group_of[each.name] for each in parameters if each.group == number}
-        group.update(hyperparameter_values(run.hyperparameters(here.pop()) if len(here) == 1 else run.optimizer))
+        here = list(dict.fromkeys(group_of[each.name] for each in parameters if each.group == number))
+        group.update(hyperparameter_values(run.hyperparameters(here[0]) if len(here) == 1 else run.optimizer))
+        places.append(order.index(here[0]) if here else 0)
+    return places

@@ -269,7 +269,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 "model: give the optimizer the model, or model.named_parameters()",
                 self._run.name,
             )
-        show_hyperparameters(self.param_groups, parameters, completed, self.spec)
+        self._run_groups = show_hyperparameters(self.param_groups, parameters, completed, self.spec)
         self._progress.rates = [group.get("lr") for group in self.param_groups]
 
     def _join(self) -> None:
@@ -517,8 +517,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _note_loaded(self, pulled: Pulled, *, came_with_push: bool = False) -> None:
         self._progress.loaded, self._progress.came_with_push = pulled, came_with_push
         self._step.fill_(pulled.step)
-        for group in self.param_groups:
+        # As in the schedulefree package, 0 before the first update.
+        rates = pulled.scheduled_lr or ([] if pulled.step else [0.0] * len(self.spec.group_names()))
+        for group, number in zip(self.param_groups, self._run_groups, strict=True):
             group.update(self._place().entries(), train_mode=pulled.point == "y")
+            if rates:
+                group["scheduled_lr"] = rates[number]
 
     def _place(self) -> SavedPlace:
         loaded = self.loaded

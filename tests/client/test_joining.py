@@ -189,3 +189,15 @@ def test_workers_that_start_at_the_same_moment_make_one_run(join: Make, run: Run
         thread.join()
     assert len(run.workers()) == len(models)
     assert all(torch.equal(held(models[0]), held(model)) for model in models)
+
+
+def test_groups_show_the_rate_that_was_used(join: Make) -> None:
+    first, second = network(), network()
+    optimizer = join(groups(first, lr=0.5), lr=0.25, warmup_steps=4, aggregation="async")
+    other = join(list(reversed(groups(second))))
+    assert [group["scheduled_lr"] for group in optimizer.param_groups] == [0.0, 0.0]
+    for number in range(3):
+        step(first, optimizer, number)
+    assert [group["scheduled_lr"] for group in optimizer.param_groups] == [0.25 * 3 / 4, 0.5 * 3 / 4]
+    other.eval()
+    assert [group["scheduled_lr"] for group in other.param_groups] == [0.5 * 3 / 4, 0.25 * 3 / 4]
