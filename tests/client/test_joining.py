@@ -193,7 +193,7 @@ def test_workers_that_start_at_the_same_moment_make_one_run(join: Make, run: Run
 
 def test_groups_show_the_rate_that_was_used(join: Make) -> None:
     first, second = network(), network()
-    optimizer = join(groups(first, lr=0.5), lr=0.25, warmup_steps=4, aggregation="async")
+    optimizer = join(groups(first, lr=0.5), lr=0.25, warmup_steps=4, delay_correction={"name": "none"})
     other = join(list(reversed(groups(second))))
     assert [group["scheduled_lr"] for group in optimizer.param_groups] == [0.0, 0.0]
     for number in range(3):
