@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tests/client/rank.py URL RUN FILE
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -91,7 +92,8 @@ with Client(url) as client:
     opt.close()
     dist.barrier()
     seen["other"]["workers at last"] = [worker.worker for worker in run.workers()]
-with RemoteOptimizer(model, **{**options, "run": f"{name}-encoded", "shards": 3, "push_encoding": "int8"}) as opt:
+encoded = {**options, "run": f"{name}-encoded", "shards": 3, "push_encoding": "int8", "process_group": "auto"}
+with RemoteOptimizer(model, **encoded) as opt:
     begun, pushed = nn.utils.parameters_to_vector(model.parameters()).detach(), torch.zeros(15)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -112,6 +114,8 @@ with (
     see("late, joined", lambda: None)
     for number in range(3):
         see(f"late {number}", step(rank + 1.0, overlap=True))
+    # Of one rank alone, while a push is in flight: no collective.
+    by_the_first(opt.state_dict)
     see("late, flushed", opt.flush)
     by_the_first(lambda: run.lease("group").release())
     see("late, fenced", step(1.0, overlap=True))
@@ -143,6 +147,17 @@ with (
         "y": torch.cat([tensor.reshape(-1) for tensor in y.values()]).tolist(),
     }
     dist.barrier()
+said: list[str] = []
+logged = logging.Handler()
+logged.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+logging.getLogger("freestep").addHandler(logged)
+for process_group in (None, False):
+    alone = {**options, "run": f"{name}-{process_group}-{rank}", "process_group": process_group}
+    with RemoteOptimizer(model, **alone) as opt:
+        said.clear()
+        for _ in range(2):
+            see("alone", step(1.0))
+        seen[f"process_group={process_group}"] = {"error": None, "said": [text for text in said if "ranks" in text]}
 with open(f"{file}.{rank}", "w") as opened:
     json.dump(seen, opened)
 dist.destroy_process_group()

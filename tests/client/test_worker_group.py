@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from forked import Script
 from freestep import FreestepError, RemoteOptimizer
@@ -151,6 +152,22 @@ def test_a_group_skips_a_step_together(ranks: tuple[Seen, Seen]) -> None:
     assert moved(seen, "late, train", "late, at last") == {2}
 
 
+def test_ranks_that_push_each_for_itself_are_warned_unless_they_say_so(ranks: tuple[Seen, Seen]) -> None:
+    for seen in ranks:
+        (text,) = seen["process_group=None"]["said"]
+        assert "2 ranks" in text
+        assert "process_group=True" in text
+        assert seen["process_group=False"]["said"] == []
+
+
 def test_a_group_must_be_there(service: ThreadService) -> None:
     with pytest.raises(FreestepError, match="init_process_group"):
         RemoteOptimizer([], run="none", url=service.url, process_group=True)
+
+
+def test_without_ranks_auto_is_this_process(service: ThreadService) -> None:
+    name = f"auto-{uuid.uuid4().hex[:8]}"
+    with RemoteOptimizer(nn.Linear(2, 1), run=name, url=service.url, process_group="auto") as optimizer:
+        assert optimizer.state_dict()["param_groups"][0]["step"] == 0
+    with pytest.raises(FreestepError, match="'auto'"):
+        RemoteOptimizer(nn.Linear(2, 1), run=name, url=service.url, process_group="all")  # type: ignore[arg-type]
