@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from freestep.api.models import Dtype
 from freestep.encoders import Encoder, Int8, Rounded, TopK
@@ -63,7 +64,8 @@ class PushFormat:
 class Gradients:
     """The gradients of a model's parameters, gathered for one push after another.
 
-    frozen: the parameters that the run does not have, with names for messages. encoder: encodes the gradients and keeps
+    frozen: the parameters that the run does not have, with names for messages. module: the model, if it is known.
+    encoder: encodes the gradients and keeps
     their residual, or None.
 
     Gradients are gathered when a step is taken, not by hooks during backward: `clip_grad_norm_`, a GradScaler's
@@ -78,9 +80,13 @@ class Gradients:
         push_format: PushFormat,
         worker_group: WorkerGroup,
         *,
+        module: nn.Module | None,
         pinned: bool,
     ) -> None:
         self._tensors = tensors
+        self._module = None if module is None else weakref.ref(module)
+        self._absent = -1
+        """How many parameters had no gradient when the model was last compared."""
         self._frozen = frozen
         self._worker_group = worker_group
         self.encoder: Encoder | None = None
@@ -101,9 +107,12 @@ class Gradients:
     def gather(self, *, copy: bool) -> None:
         """Takes the current gradients; zeros for parameters without one.
 
-        copy: True if gradients may change before the push has been answered. Raises ManifestMismatch as `check` does.
+        Raises ManifestMismatch as `check` does, and if the model has other parameters by now.
+
+        copy: True if gradients may change before the push has been answered.
         """
         self.check()
+        self._require_the_models()
         gradients = {name: tensor.grad for name, tensor in self._tensors.items()}
         if self._in_place is not None:
             self._in_place.gather(gradients, copy=copy)
@@ -120,6 +129,26 @@ class Gradients:
             raise NoGradients(
                 "no parameter has a gradient: call backward() before step(), or step(allow_empty=True) to push zeros"
             )
+
+    def _require_the_models(self) -> None:
+        """Raises ManifestMismatch if the model has other parameters by now, which nobody would train.
+
+        It costs a pass over the model, so it is done when parameters have begun or ceased to be without a gradient.
+        """
+        absent = sum(tensor.grad is None for tensor in self._tensors.values())
+        module = None if self._module is None else self._module()
+        if module is None or absent == self._absent:
+            return
+        known = {id(tensor) for tensor in (*self._tensors.values(), *(tensor for _, tensor in self._frozen))}
+        here = {id(tensor): name for name, tensor in module.named_parameters() if tensor.requires_grad}
+        lost = [name for name, tensor in self._tensors.items() if id(tensor) not in here]
+        new = [name for number, name in here.items() if number not in known]
+        if lost or new:
+            raise ManifestMismatch(
+                f"the model's parameter {(new or lost)[0]!r} was replaced or added after the optimizer was made, as "
+                "resizing an embedding does, and would not be trained: make the optimizer when the model is complete"
+            )
+        self._absent = absent
 
     def gather_difference(self, start: Flat) -> None:
         """Takes `start` minus the current parameters, the gradient by which SGD with lr 1 would have come from start.

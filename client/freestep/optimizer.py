@@ -212,8 +212,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._tensors = {parameter.name: parameter.tensor for parameter in parameters}
                 manifest = Manifest.of(spec)
                 pinned = any(tensor.is_cuda for tensor in self._tensors.values())
+                module = params if isinstance(params, nn.Module) else None
                 self._gradients = Gradients(
-                    self._tensors, frozen, manifest, push_format, self._worker_group, pinned=pinned
+                    self._tensors, frozen, manifest, push_format, self._worker_group, module=module, pinned=pinned
                 )
                 self._receive_buffer = Flat(manifest, pull_dtype or "F32", pinned=pinned)
                 self._guard = WeightsGuard(self._tensors, self._receive_buffer)

@@ -184,3 +184,39 @@ def test_a_scheduler_is_warned_about_once(remotely: Make, run: Run, caplog: pyte
     (record,) = [each for each in caplog.records if "no effect" in each.getMessage()]
     assert "0.25" in record.getMessage()
     assert run.status().spec.optimizer.lr == 0.5
+
+
+def test_parameters_that_were_replaced_are_not_left_untrained(remotely: Make, run: Run) -> None:
+    net = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
+    optimizer = remotely(net)
+    net(torch.arange(4)).sum().backward()
+    optimizer.step()
+    net[0] = nn.Embedding.from_pretrained(torch.zeros(7, 3), freeze=False)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.arange(4)).sum().backward()
+        with pytest.raises(ManifestMismatch, match=r"'0\.weight' was replaced"):
+            optimizer.step()
+    assert run.status().step == 1
+
+
+def test_a_parametrization_of_a_trained_parameter_is_refused(remotely: Make, run: Run) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = remotely(net)
+    nn.utils.parametrizations.weight_norm(net[0])
+    backward(net)
+    with pytest.raises(ManifestMismatch, match="was replaced or added"):
+        optimizer.step()
+    assert run.status().step == 0
+
+
+def test_a_parameter_may_go_without_a_gradient_for_some_steps(remotely: Make, run: Run) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = remotely(net)
+    for used in (net, net[0], net[0], net):
+        optimizer.zero_grad()
+        before = net[1].bias.clone()
+        used(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+        assert torch.equal(net[1].bias, before) is (used is not net)
+    assert run.status().step == 4
