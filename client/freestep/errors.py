@@ -190,8 +190,8 @@ class RunNotInitialized(ProblemError):
 class EpochChanged(ProblemError):
     """The run went back to an earlier step, or was resharded, since the lease was granted; the push was not applied.
 
-    Take a new lease and pull y. `extensions["epoch"]` is the run's epoch. A state that was to take the place of one that
-    its sender had seen is refused with this too, if the run has moved on since.
+    Take a new lease and pull y. `extensions["epoch"]` is the run's epoch. A state that was to take the place of one
+    that its sender had seen is refused with this too, if the run has moved on since.
     """
 
     slug = "epoch-changed"
