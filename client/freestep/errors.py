@@ -174,7 +174,12 @@ class CheckpointNotFound(ProblemError):
 
 
 class RunExists(ProblemError):
-    """The run has another spec than `Run.create` or a state was given: see `Run.status().spec`."""
+    """The run has another spec than `Run.create` or a state was given: see `Run.status().spec`.
+
+    `extensions["differences"]` lists what differs, the first ten of each kind, as objects with `field` (such as
+    `optimizer.lr`), `wanted` and `existing`. Parameters are `parameters.NAME` with `shape` and `group`; a value that
+    one of the specs lacks is None.
+    """
 
     slug = "run-exists"
     title = "The run exists with another spec"

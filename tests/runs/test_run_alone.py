@@ -12,8 +12,9 @@ import pytest
 import torch
 from redis import Redis
 
-from freestep.errors import CoordinatorUnavailable, InvalidSpec, Overloaded, ProblemError
+from freestep.errors import CoordinatorUnavailable, InvalidSpec, Overloaded, ProblemError, RunExists
 from freestep_service.runs.consistent_reads import Reading
+from freestep_service.runs.run import Run
 from freestep_service.state.memory_budget import run_bytes
 from in_process import (
     NUMEL,
@@ -25,10 +26,28 @@ from in_process import (
     process,
     pull,
     push,
+    resources_of,
     run_async,
     spec_of,
     until,
 )
+
+
+def test_a_run_that_another_process_has_just_created_is_refused_with_what_differs(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with resources_of(store, tmp_path / "data") as resources:
+            groups = {"slow": {"lr": 0.5}, "fast": {"lr": 2.0}}
+            await Run("run", spec_of(groups=groups), 1, resources, 1).create()
+            # The same, though not the same text.
+            await Run("run", spec_of(groups=dict(reversed(groups.items()))), 1, resources, 1).create()
+            with pytest.raises(RunExists, match=r"groups\.fast\.lr is 2\.0, and 3\.0 is wanted") as refused:
+                await Run("run", spec_of(groups={**groups, "fast": {"lr": 3.0}}), 1, resources, 1).create()
+            assert refused.value.extensions == {
+                "run": "run",
+                "differences": [{"field": "groups.fast.lr", "wanted": 3.0, "existing": 2.0}],
+            }
+
+    run_async(work)
 
 
 @pytest.mark.parametrize("shards", [1, 3])

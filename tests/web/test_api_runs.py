@@ -25,6 +25,10 @@ def test_a_run_is_created_once(api: Api) -> None:
     assert api.http.put(api.path(), json=api.spec()).status_code == 200
     other = api.http.put(api.path(), json=api.spec(optimizer={"algorithm": "sgd"}))
     assert (other.status_code, slug(other)) == (409, "run-exists")
+    assert other.json()["differences"] == [
+        {"field": "optimizer.algorithm", "wanted": "sgd", "existing": "sgd_schedule_free"}
+    ]
+    assert "optimizer.algorithm is sgd_schedule_free, and sgd is wanted" in other.json()["detail"]
     assert api.status()["spec"]["optimizer"]["algorithm"] == "sgd_schedule_free"
 
 

@@ -17,7 +17,6 @@ from freestep.api.run_state import StateDocument
 from freestep.errors import (
     CoordinatorUnavailable,
     InvalidSpec,
-    RunExists,
     RunNotFound,
     ShardUnavailable,
     StorageUnavailable,
@@ -32,7 +31,7 @@ from freestep_service.domain.run_view import DamagedRun
 from freestep_service.runs.background import Background
 from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.resources import Resources
-from freestep_service.runs.run import Run
+from freestep_service.runs.run import Run, exists
 from freestep_service.runs.state_imports import receive_state
 from freestep_service.state.memory_budget import run_bytes
 from freestep_service.state.received_state import ReceivedState
@@ -135,7 +134,7 @@ class Registry:
 
     def _same(self, run: Run, spec: RunSpec) -> Run:
         if run.spec != spec:
-            raise RunExists(f"the run {run.name!r} exists with another spec", run=run.name)
+            raise exists(run.name, spec, run.spec)
         return run
 
     async def delete(self, name: str) -> None:

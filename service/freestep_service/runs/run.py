@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 
 from torch import Tensor
 
+from freestep.api.differences import SpecDifferences
 from freestep.api.models import Checkpoint, RunSpec, RunStatus, Topology
 from freestep.errors import (
     CheckpointNotFound,
@@ -50,7 +51,7 @@ from freestep_service.state.staging import Body, Staging
 from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.run_files import RunFile
 
-__all__ = ["Run"]
+__all__ = ["Run", "exists"]
 
 
 class Run:
@@ -169,8 +170,14 @@ class Run:
         origin = self._context.origin
         status = await opening.create(origin.first_epoch, self.count)
         if status == "different":
-            raise RunExists(f"the run {self.name!r} exists with another spec", run=self.name)
-        if status == "same":
+            view = await opening.read()
+            if view is None:
+                raise ShardUnavailable("the run was deleted in the meantime")
+            existing = RunSpec.model_validate_json(view.run["spec"])
+            # Redis compares texts, in which groups may come in another order.
+            if existing != self.spec:
+                raise exists(self.name, self.spec, existing)
+        if status != "created":
             return False
         file = RunFile(self._context.canonical_spec, origin.first_epoch, self.count, *origin)
         try:
@@ -378,6 +385,13 @@ class Run:
                 await self._deletions.note_here(last)
                 await self._context.resources.disk.run(self._checkpoints.remove_until, last)
         self._context.telemetry.forget()
+
+
+def exists(name: str, wanted: RunSpec, existing: RunSpec) -> RunExists:
+    """The refusal of a spec for a run that has another one."""
+    found = SpecDifferences.of(wanted, existing)
+    detail = f"the run {name!r} exists with another spec: {found}"
+    return RunExists(detail, run=name, differences=found.listed())
 
 
 def _number(text: str | None) -> float | None:
