@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 
@@ -143,7 +144,7 @@ def _conclude(console: Console, last: Evaluation, output: Path, data_dir: Path) 
         f"  its figures   {output / 'history.jsonl'}\n"
         f"  the weights   {data_dir} (checkpoints)\n\n"
         "What to try next:\n"
-        f"  freestep serve --data-dir {data_dir}\n"
+        f"  freestep serve --data-dir {quote(str(data_dir))}\n"
         "                                              the same run, where it ended\n"
         "  python -m freestep.demo.worker              a worker for it; start several, kill some\n"
         "  python -m freestep.demo.evaluator           what x and y are worth, every second\n"

