@@ -262,7 +262,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             logger.warning(
                 "the run %s exists with another spec, which is used instead of the one given: %s",
                 self._run.name,
-                "; ".join(differences),
+                "; ".join(map(str, differences)),
             )
         if are_numbered(self._tensors):
             logger.warning(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from freestep.api.differences import Difference
 from freestep.api.models import DEFAULT_GROUP, AggregationSpec, RunSpec
 from freestep.groups import LocalParameter, complete_hyperparameters, hyperparameter_values, validated
 
@@ -66,7 +67,7 @@ class RunRequest:
 
     def differences(
         self, groups: Sequence[dict[str, Any]], parameters: Sequence[LocalParameter], run: RunSpec
-    ) -> list[str]:
+    ) -> list[Difference]:
         """What was given and is not so in the run, field by field; the number of shards, which can change, is left out.
 
         parameters: by the run's names.
@@ -74,16 +75,16 @@ class RunRequest:
         found = list(self._option_differences(run))
         algorithm, completed = self.complete(run)
         if algorithm != run.optimizer.algorithm:
-            return [_difference("algorithm", algorithm, run.optimizer.algorithm), *found]
+            return [Difference("algorithm", algorithm, run.optimizer.algorithm), *found]
         values = hyperparameter_values(run.optimizer)
         found += [
-            _difference(name, completed[name], values[name])
+            Difference(name, completed[name], values[name])
             for name in self.hyperparameters
             if completed[name] != values[name]
         ]
         return [*found, *_group_differences(_own_hyperparameters(groups, completed), parameters, run)]
 
-    def _option_differences(self, run: RunSpec) -> Iterator[str]:
+    def _option_differences(self, run: RunSpec) -> Iterator[Difference]:
         asked = {**self.options, "aggregation": self._aggregation()}
         if asked["aggregation"] is not None:
             asked["aggregation"] = validated(AggregationSpec, asked["aggregation"])
@@ -93,7 +94,7 @@ class RunRequest:
                 continue
             if isinstance(value, AggregationSpec):
                 value, existing = (each.model_dump(exclude_defaults=True) for each in (value, existing))
-            yield _difference(name, value, existing)
+            yield Difference(name, value, existing)
 
 
 def _own_hyperparameters(groups: Sequence[dict[str, Any]], completed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -107,18 +108,14 @@ def _own_hyperparameters(groups: Sequence[dict[str, Any]], completed: Mapping[st
 
 def _group_differences(
     own: Mapping[str, dict[str, Any]], parameters: Sequence[LocalParameter], run: RunSpec
-) -> Iterator[str]:
+) -> Iterator[Difference]:
     group_of = {parameter.name: parameter.group for parameter in run.parameters}
     for number, (name, given) in enumerate(own.items()):
         values = hyperparameter_values(run.optimizer.overruled(given)) if given else {}
         here = {group_of[each.name]: None for each in parameters if each.group == number}
         for existing in [hyperparameter_values(run.hyperparameters(group)) for group in here]:
             yield from (
-                _difference(f"groups.{name}.{key}", values[key], existing[key])
+                Difference(f"groups.{name}.{key}", values[key], existing[key])
                 for key in given
                 if values[key] != existing[key]
             )
-
-
-def _difference(field: str, given: Any, existing: Any) -> str:
-    return f"{field} is {existing!r} there and {given!r} here"

@@ -62,7 +62,7 @@ def test_the_algorithm_is_the_runs_too(join: Make, caplog: pytest.LogCaptureFixt
         assert said(caplog) == []
         join(network(), momentum=0.7)
     (text,) = said(caplog)
-    assert "momentum is 0.8 there and 0.7 here" in text
+    assert "momentum is 0.8, and 0.7 is wanted" in text
     assert (optimizer.param_groups[0]["momentum"], "betas" in optimizer.param_groups[0]) == (0.8, False)
     with pytest.raises(InvalidSpec, match="'betas' of sgd_schedule_free"):
         join(network(), betas=(0.9, 0.99))
@@ -72,15 +72,15 @@ def test_the_algorithm_is_the_runs_too(join: Make, caplog: pytest.LogCaptureFixt
     ("options", "differences"),
     [
         ({"lr": 0.25, "weight_decay": 0.1}, []),
-        ({"lr": 0.5}, ["lr is 0.25 there and 0.5 here"]),
-        ({"algorithm": "sgd"}, ["algorithm is 'adamw_schedule_free' there and 'sgd' here"]),
+        ({"lr": 0.5}, ["lr is 0.25, and 0.5 is wanted"]),
+        ({"algorithm": "sgd"}, ["algorithm is adamw_schedule_free, and sgd is wanted"]),
         (
             {"lease_ttl_ms": 1000, "durability": "none", "shards": 3},
-            ["lease_ttl_ms is 20000", "durability is 'checkpoint'"],
+            ["lease_ttl_ms is 20000,", "durability is checkpoint,"],
         ),
         (
             {"aggregation": "async"},
-            ["aggregation is {'policy': 'buffered', 'batch': 2} there and {'policy': 'async'} here"],
+            ["aggregation is {'policy': 'buffered', 'batch': 2}, and {'policy': 'async'} is wanted"],
         ),
         ({"aggregation": {"policy": "buffered", "batch": 2}}, []),
     ],
@@ -97,7 +97,7 @@ def test_what_differs_is_said_field_by_field(
         return
     (text,) = said(caplog)
     assert all(each in text for each in differences)
-    assert text.count(" there and ") == len(differences)
+    assert text.count(" is wanted") == len(differences)
 
 
 def groups(net: nn.Sequential, **own: Any) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def test_param_groups_show_and_compare_the_runs(join: Make, caplog: pytest.LogCa
         assert said(caplog) == []
         other = join(groups(network(), weight_decay=0.5))
     (text,) = said(caplog)
-    assert "groups.no_decay.weight_decay is 0.0 there and 0.5 here" in text
+    assert "groups.no_decay.weight_decay is 0.0, and 0.5 is wanted" in text
     for optimizer in (same, silent, other):
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert [group["weight_decay"] for group in alone.param_groups] == [0.1]

@@ -28,10 +28,11 @@ from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import reachable
 from freestep_service.domain.records import Origin
 from freestep_service.domain.run_view import DamagedRun
+from freestep_service.domain.specs import require_same_spec
 from freestep_service.runs.background import Background
 from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.resources import Resources
-from freestep_service.runs.run import Run, exists
+from freestep_service.runs.run import Run
 from freestep_service.runs.state_imports import receive_state
 from freestep_service.state.memory_budget import run_bytes
 from freestep_service.state.received_state import ReceivedState
@@ -133,8 +134,7 @@ class Registry:
         return await receive_state(self._resources, body, accept)
 
     def _same(self, run: Run, spec: RunSpec) -> Run:
-        if run.spec != spec:
-            raise exists(run.name, spec, run.spec)
+        require_same_spec(run.name, spec, run.spec)
         return run
 
     async def delete(self, name: str) -> None:

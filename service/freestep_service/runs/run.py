@@ -9,13 +9,11 @@ from contextlib import asynccontextmanager, suppress
 
 from torch import Tensor
 
-from freestep.api.differences import SpecDifferences
 from freestep.api.models import Checkpoint, RunSpec, RunStatus, Topology
 from freestep.errors import (
     CheckpointNotFound,
     CoordinatorUnavailable,
     InvalidSpec,
-    RunExists,
     ShardUnavailable,
     StorageUnavailable,
 )
@@ -25,6 +23,7 @@ from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.opening import Decision
 from freestep_service.domain.records import UNKNOWN_ORIGIN, CheckpointId, Origin, Receipts
+from freestep_service.domain.specs import require_same_spec
 from freestep_service.domain.topology import topology
 from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background
@@ -51,7 +50,7 @@ from freestep_service.state.staging import Body, Staging
 from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.run_files import RunFile
 
-__all__ = ["Run", "exists"]
+__all__ = ["Run"]
 
 
 class Run:
@@ -173,10 +172,8 @@ class Run:
             view = await opening.read()
             if view is None:
                 raise ShardUnavailable("the run was deleted in the meantime")
-            existing = RunSpec.model_validate_json(view.run["spec"])
             # Redis compares texts, in which groups may come in another order.
-            if existing != self.spec:
-                raise exists(self.name, self.spec, existing)
+            require_same_spec(self.name, self.spec, RunSpec.model_validate_json(view.run["spec"]))
         if status != "created":
             return False
         file = RunFile(self._context.canonical_spec, origin.first_epoch, self.count, *origin)
@@ -385,13 +382,6 @@ class Run:
                 await self._deletions.note_here(last)
                 await self._context.resources.disk.run(self._checkpoints.remove_until, last)
         self._context.telemetry.forget()
-
-
-def exists(name: str, wanted: RunSpec, existing: RunSpec) -> RunExists:
-    """The refusal of a spec for a run that has another one."""
-    found = SpecDifferences.of(wanted, existing)
-    detail = f"the run {name!r} exists with another spec: {found}"
-    return RunExists(detail, run=name, differences=found.listed())
 
 
 def _number(text: str | None) -> float | None:

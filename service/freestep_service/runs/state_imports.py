@@ -15,7 +15,6 @@ from freestep.errors import (
     AlreadyInitialized,
     EpochChanged,
     FreestepError,
-    RunExists,
     RunNotInitialized,
     ShardUnavailable,
 )
@@ -23,6 +22,7 @@ from freestep.wire.manifest import Manifest
 from freestep_service.domain.opening import Decision
 from freestep_service.domain.records import CheckpointId
 from freestep_service.domain.run_view import RunView
+from freestep_service.domain.specs import require_same_spec
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.held_states import HeldStates
@@ -116,8 +116,7 @@ class StateImports:
     def require_spec(self, spec: RunSpec) -> None:
         """Raises RunExists for another spec than the run's; they may differ in the number of shards."""
         own = self._context.spec
-        if spec.model_copy(update={"shards": own.shards}) != own:
-            raise RunExists(f"the run {self._context.name!r} exists with another spec", run=self._context.name)
+        require_same_spec(self._context.name, spec.model_copy(update={"shards": own.shards}), own)
 
     async def is_wanted(self, terms: ImportTerms) -> bool:
         """Whether an import is still to be made, and may be. Raises what `ImportTerms.is_met` does."""
