@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from freestep.answers import Pulled
+from freestep.answers import Pulled, Snapshot
 from freestep.api.models import AggregationSpec, Receipt, RunSpec, RunStatus
 from freestep.client import Client
 from freestep.errors import *  # noqa: F403
@@ -54,6 +54,7 @@ __all__ = [
     "Run",
     "RunSpec",
     "RunStatus",
+    "Snapshot",
     "TopK",
     "__version__",
     *_errors,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -11,7 +12,14 @@ from freestep.api.models import Point, Receipt
 from freestep.errors import UnexpectedResponse
 from freestep.transport import Answer
 
-__all__ = ["Pulled", "header", "parse", "receipt"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    _Tensors = dict[str, Tensor]
+else:
+    _Tensors = dict
+
+__all__ = ["Pulled", "Snapshot", "header", "parse", "receipt"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -46,6 +54,37 @@ class Pulled:
         """
         epoch, step = _integer(answer, "freestep-epoch"), _integer(answer, "freestep-step")
         return cls(epoch, step, point, _scheduled_lr(answer))
+
+
+class Snapshot(_Tensors):
+    """A point's tensors by name, all of one step, and where they are from.
+
+    A dict, so that `model.load_state_dict(x)` and `torch.func.functional_call(model, x, inputs)` take it. Attributes:
+    `run`, the run's name; `point`, "x", "y" or "z"; `epoch` and `step`, those of the point.
+
+    Args:
+        tensors: The tensors, by their names.
+        run: The run's name.
+        pulled: Which point they are, and of which epoch and step.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], run: str, pulled: Pulled) -> None:
+        super().__init__(tensors)
+        self.run = run
+        self.point = pulled.point
+        self.epoch = pulled.epoch
+        self.step = pulled.step
+
+    def metadata(self) -> dict[str, str]:
+        """Where the tensors are from, as the metadata of a safetensors file."""
+        return {
+            # As transformers requires.
+            "format": "pt",
+            "freestep.run": self.run,
+            "freestep.epoch": str(self.epoch),
+            "freestep.step": str(self.step),
+            "freestep.point": self.point,
+        }
 
 
 def parse(model: type[Model], answer: Answer) -> Model:

@@ -298,7 +298,10 @@ class ShardUnavailable(ProblemError):
 
 
 class StepNotReached(ProblemError):
-    """The run did not reach `min_step` in time: `extensions["step"]` is the step that it has reached."""
+    """The run did not reach `min_step` in time, or went back to an earlier step meanwhile.
+
+    `extensions["epoch"]` and `extensions["step"]` are those that it has reached.
+    """
 
     slug = "step-not-reached"
     title = "The run did not reach the step in the time allowed"

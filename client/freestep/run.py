@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from freestep.answers import Pulled, parse
+from freestep.answers import Pulled, Snapshot, parse
 from freestep.api.models import (
     Checkpoint,
     CheckpointList,
@@ -25,6 +25,7 @@ from freestep.api.models import (
 from freestep.lease import Claim, HeldLease, worker_name
 from freestep.sharding import ShardClient
 from freestep.transport import Answer, Transport
+from freestep.watch import watch
 from freestep.wire.manifest import Manifest
 from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
 
@@ -250,7 +251,7 @@ class Run:
 
     def pull(
         self, point: Point = "x", *, dtype: str = "F32", min_step: int = 0, wait: float = 0.0
-    ) -> tuple[dict[str, Tensor], int]:
+    ) -> tuple[Snapshot, int]:
         """Pulls a point, all of it at one step.
 
         Args:
@@ -267,7 +268,9 @@ class Run:
             StepNotReached: The run did not reach `min_step` within `wait` seconds.
             RunNotInitialized: The run has no weights yet.
         """
-        return self._tensors.pull(point, dtype, min_step, wait)
+        flat = self._tensors.new_flat(dtype)
+        pulled = self.pull_into(flat, point, min_step=min_step, wait=wait)
+        return Snapshot(flat.views, self.name, pulled), pulled.step
 
     def pull_into(self, into: Flat, point: Point = "x", *, min_step: int = 0, wait: float = 0.0) -> Pulled:
         """Pulls a point into an existing flat vector; as `pull` otherwise.
@@ -282,6 +285,38 @@ class Run:
             The epoch and step of the point.
         """
         return self._tensors.pull_into(into, point, min_step, wait)
+
+    def watch(
+        self, point: Point = "x", *, every: int = 1, dtype: str = "F32", min_step: int = 0
+    ) -> Iterator[tuple[int, Snapshot]]:
+        """Yields a point whenever it is a new one: at first the newest, then, as soon as there is one, the newest that
+        is at least `every` steps after the last. Leave the loop with `break`.
+
+        Takes no lease, so workers do not wait for the reader, and points that come while the loop's body runs are
+        passed over. When the run goes back to an earlier step, or is resharded, its newest point is yielded at once,
+        with another `epoch`. A run that has no weights yet is waited for.
+
+        Args:
+            point: As for `pull`.
+            every: The fewest steps between two points, at least 1.
+            dtype: As for `pull`.
+            min_step: The least step of the first point.
+
+        Yields:
+            The step, and the point's tensors in memory of their own.
+
+        Raises:
+            RunNotFound: The run was deleted, or there is none.
+            ServiceUnreachable: The service was away for longer than the client's `retry_for`.
+            ValueError: `every` is below 1.
+        """
+        if every < 1:
+            raise ValueError(f"every is a number of steps from 1, not {every}")
+
+        def pull_into(flat: Flat, min_step: int, wait: float) -> Snapshot:
+            return Snapshot(flat.views, self.name, self.pull_into(flat, point, min_step=min_step, wait=wait))
+
+        return watch(lambda: self._tensors.new_flat(dtype), pull_into, every, min_step)
 
     def _noted(self, answer: Answer) -> RunStatus:
         status = parse(RunStatus, answer)

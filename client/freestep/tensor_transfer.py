@@ -76,10 +76,8 @@ class TensorTransfer:
         pending = self._shards.start(call)
         return Exchange(lambda: self._finish_exchange(call, into, pending), pending.abandon)
 
-    def pull(self, point: Point, dtype: str, min_step: int, wait: float) -> tuple[dict[str, Tensor], int]:
-        flat = Flat(self._manifest(), dtype)
-        pulled = self.pull_into(flat, point, min_step, wait)
-        return flat.views, pulled.step
+    def new_flat(self, dtype: str) -> Flat:
+        return Flat(self._manifest(), dtype)
 
     def pull_into(self, into: Flat, point: Point, min_step: int, wait: float) -> Pulled:
         params: dict[str, str | int] = {"point": point, "dtype": into.arrives, "min_step": min_step}

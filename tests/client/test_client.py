@@ -106,7 +106,7 @@ def test_refusals_have_their_class_and_what_they_say(run: Run, client: Client) -
         run.push({**TENSORS, "b": torch.tensor(float("nan"))}, lease.claim(1))
     with pytest.raises(StepNotReached) as not_reached:
         run.pull(min_step=9, wait=0.01)
-    assert not_reached.value.extensions == {"step": 1}
+    assert not_reached.value.extensions == {"epoch": 1, "step": 1}
     with pytest.raises(RunExists):
         run.create({**SPEC, "lease_ttl_ms": 1000})
     with pytest.raises(InvalidSpec) as invalid:

@@ -153,8 +153,8 @@ class LocalShard:
         self.core.require_initialized()
         with self._recovery.unless_deleted():
             if not await self.core.writer.reach(step, wait):
-                applied = self.core.writer.applied_step
-                raise StepNotReached(f"the run is at step {applied}", step=applied)
+                epoch, applied = self.core.writer.epoch, self.core.writer.applied_step
+                raise StepNotReached(f"the run is at step {applied}", epoch=epoch, step=applied)
 
     # Entries and messages
 
