@@ -12,6 +12,7 @@ from freestep.lease import Claim, HeldLease
 from freestep.run import Run
 
 if TYPE_CHECKING:
+    from freestep.best_weights import BestWeights
     from freestep.encoders import Int8, Rounded, TopK
     from freestep.flat import Flat
     from freestep.local_steps import LocalSteps
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 else:
     # Imported when first used: torch takes seconds to import, and the control plane does not need it.
     _WITH_TORCH = {
+        "BestWeights": "freestep.best_weights",
         "Flat": "freestep.flat",
         "Int8": "freestep.encoders",
         "LocalSteps": "freestep.local_steps",
@@ -41,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AggregationSpec",
+    "BestWeights",
     "Claim",
     "Client",
     "Flat",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from freestep.answers import Pulled, Snapshot, parse
@@ -32,6 +34,7 @@ from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from freestep.best_weights import BestWeights
     from freestep.encoders import Encoder
     from freestep.flat import Flat
     from freestep.in_place_gradient import InPlaceGradient
@@ -157,6 +160,27 @@ class Run:
         report = MetricReport(name=name, value=float(value), step=step, epoch=epoch)
         document = report.model_dump(exclude_none=True)
         return parse(MetricReceipt, self._transport.request("POST", f"{self._path}/metrics", json=document))
+
+    def keep_best(
+        self, metric: str, path: str | os.PathLike[str], *, mode: Literal["max", "min"] | None = None
+    ) -> BestWeights:
+        """Keeps x of the best value of a metric in a safetensors file: call what it returns with x and the value, which
+        is then reported too.
+
+        Args:
+            metric: The metric's name, as for `report`.
+            path: The file. If it is there, from an earlier `keep_best`, only better values replace it.
+            mode: "max": larger values are better; "min": smaller ones. None is "max", and is refused for a metric whose
+                name says that it is minimized, such as `val_loss`.
+
+        Raises:
+            FreestepError: The file is not of this run, metric and mode, or it is not clear which mode is meant.
+            OSError: The file cannot be read.
+        """
+        # Imported when tensors are needed: torch takes seconds to import.
+        from freestep.best_weights import BestWeights
+
+        return BestWeights(self.report, self.name, metric, Path(path), mode)
 
     def checkpoint(self) -> Checkpoint:
         """Writes a checkpoint now. Raises StorageUnavailable if it cannot be written."""
