@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 
 from freestep.answers import Snapshot
 from freestep.errors import EpochChanged, FreestepError, IdempotencyConflict, MalformedTensors
-from freestep.files import is_stdout, writing
-from freestep.tensor_file import content, read_header
+from freestep.export import write_safetensors
+from freestep.files import is_stdout
+from freestep.tensor_file import read_tensors
 
 __all__ = ["BestWeights", "Mode"]
 
@@ -92,16 +93,14 @@ class BestWeights:
             return False
         if self.value is not None and not (value > self.value if self.mode == "max" else value < self.value):
             return False
-        with writing(self.path) as file:
-            for piece in content(x, {**x.metadata(), **self._metadata, "freestep.value": repr(value)}):
-                file.write(piece)
+        write_safetensors(self.path, x, {**self._metadata, "freestep.value": repr(value)})
         self.value, self.epoch, self.step = value, x.epoch, x.step
         return True
 
     def _continue(self) -> None:
         """Reads from the file what was best."""
         try:
-            _, metadata, _ = read_header(self.path)
+            _, metadata = read_tensors(self.path)
             self.value = float(metadata["freestep.value"])
             self.epoch, self.step = int(metadata["freestep.epoch"]), int(metadata["freestep.step"])
         except (MalformedTensors, KeyError, ValueError):

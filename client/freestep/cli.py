@@ -7,25 +7,20 @@ Only the commands that need torch import it, since that takes seconds.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 
-from freestep.answers import Pulled
-from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport, Point, PointDtype, RunStatus
-from freestep.client import DEFAULT_URL, Client
+from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport, RunStatus
+from freestep.client import DEFAULT_URL
+from freestep.commands.pull import pull
+from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
 from freestep.errors import FreestepError, ServiceUnreachable
-from freestep.terminal import print_error, print_json, print_line, print_result, printable
-
-if TYPE_CHECKING:
-    from freestep.flat import Flat
+from freestep.terminal import print_json, print_line, print_result, printable
 
 __all__ = ["main"]
 
@@ -39,27 +34,17 @@ app = typer.Typer(
 runs = typer.Typer(help="List, show, reshard and delete runs.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 
-Url = Annotated[str, typer.Option(envvar="FREESTEP_URL", help="The service's URL.")]
-Token = Annotated[str | None, typer.Option(envvar="FREESTEP_TOKEN", help="A bearer token.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-RunName = Annotated[str, typer.Argument(help="The run's name.")]
-
-_RETRY_FOR_S = 3.0
-"""Short, since a person waits for the answer."""
-_INTERRUPTED = 130
-"""128 + SIGINT, as shells have it."""
-
 
 def main() -> None:
     """Runs the command, and exits with one of the codes in the module's docstring."""
     try:
         app()
     except ServiceUnreachable as error:
-        _fail(3, str(error))
+        fail(3, str(error))
     except FreestepError as error:
-        _fail(1, str(error))
+        fail(1, str(error))
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 @app.command(
@@ -69,17 +54,17 @@ def main() -> None:
 def serve(context: typer.Context) -> None:
     """Run the service (`freestep serve --help` lists its settings)."""
     try:
-        with _slow_imports():
+        with slow_imports():
             from freestep_service.server import main as serve_main
     except ImportError as error:
-        _fail(2, f"the service is not installed ({error}): pip install 'freestep[service]'")
+        fail(2, f"the service is not installed ({error}): pip install 'freestep[service]'")
     serve_main(context.args)
 
 
 @runs.command("list")
 def list_runs(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
     """List all runs."""
-    with _client(url, token) as client:
+    with connect(url, token) as client:
         found = client.runs()
     rows = [
         (status.run, status.spec.optimizer.algorithm, status.spec.aggregation.policy, status.step, status.epoch,
@@ -92,7 +77,7 @@ def list_runs(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False
 @runs.command("show")
 def show_run(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
     """Show one run."""
-    with _client(url, token) as client:
+    with connect(url, token) as client:
         remote = client.run(run)
         status = remote.status()
         missing = [] if as_json else remote.topology().missing
@@ -102,11 +87,11 @@ def show_run(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json:
 @runs.command("topology")
 def show_topology(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
     """Show a run's shards and their owners."""
-    with _client(url, token) as client:
+    with connect(url, token) as client:
         topology = client.run(run).topology()
     rows = [
         (shard.index, shard.url or "no owner", f"{shard.begin:,} to {shard.end:,}", len(shard.slices),
-         _or_dash(shard.applied_step), _or_dash(shard.durable_step))
+         or_dash(shard.applied_step), or_dash(shard.durable_step))
         for shard in topology.shards
     ]  # fmt: skip
     print_result(topology, as_json, ("shard", "owner", "elements", "tensors", "applied step", "durable step"), rows)
@@ -121,7 +106,7 @@ def reshard_run(
     as_json: Json = False,
 ) -> None:
     """Divide a run into another number of shards; its workers go on."""
-    with _client(url, token) as client:
+    with connect(url, token) as client:
         status = client.run(run).reshard(shards)
     print_result(status, as_json, ("", ""), _facts(status))
 
@@ -136,17 +121,17 @@ def delete_run(
     """Delete a run and its checkpoints."""
     if not yes:
         typer.confirm(f"Delete the run {printable(run)} and its checkpoints?", abort=True)
-    with _client(url, token) as client:
+    with connect(url, token) as client:
         client.run(run).delete()
 
 
 @app.command()
 def workers(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
     """List a run's live workers."""
-    with _client(url, token) as client:
+    with connect(url, token) as client:
         found = client.run(run).workers()
     rows = [
-        (worker.worker, worker.pushes, _or_dash(worker.step), _or_dash(worker.staleness), _or_dash(worker.speed),
+        (worker.worker, worker.pushes, or_dash(worker.step), or_dash(worker.staleness), or_dash(worker.speed),
          f"{worker.expires_in_ms / 1000:.1f} s")
         for worker in found
     ]  # fmt: skip
@@ -168,8 +153,8 @@ def report(
     try:
         made = MetricReport(name=name, value=value, step=step, epoch=epoch)
     except ValidationError as error:
-        _fail(2, f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}")
-    with _client(url, token) as client:
+        fail(2, f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}")
+    with connect(url, token) as client:
         receipt = client.run(run).report(made.name, made.value, made.step, epoch=made.epoch)
     if as_json:
         print_json(receipt)
@@ -177,30 +162,7 @@ def report(
         print_line(f"{name} of {run} at step {step} is {value:g}" + (", as reported before" * receipt.replayed))
 
 
-@app.command()
-def pull(
-    run: RunName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.")],
-    point: Annotated[Point, typer.Option(help="x: the average; y: where gradients are taken; z: the iterate.")] = "x",
-    dtype: Annotated[
-        PointDtype, typer.Option(help="The tensors' dtype; I8 is sent as int8 and is F32 in the file.")
-    ] = "F32",
-    url: Url = DEFAULT_URL,
-    token: Token = None,
-    as_json: Json = False,
-) -> None:
-    """Write a run's parameters to a safetensors file, whole or not at all."""
-    with _slow_imports():
-        from freestep.flat import Flat
-    with _client(url, token) as client:
-        remote = client.run(run)
-        flat = Flat(remote.manifest, dtype)
-        pulled = remote.pull_into(flat, point)
-    _write(output, flat, run, point, pulled)
-    if as_json:
-        print_json({"run": run, "point": point, "epoch": pulled.epoch, "step": pulled.step, "output": str(output)})
-    else:
-        print_line(f"{point} of {run} at step {pulled.step} is in {output}")
+app.command()(pull)
 
 
 @app.command()
@@ -213,7 +175,7 @@ def checkpoint(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint now, list those that are kept, or return to one."""
-    with _client(url, token) as client:
+    with connect(url, token) as client:
         remote = client.run(run)
         if restore is not None:
             status = remote.restore(restore)
@@ -231,31 +193,11 @@ def demo(
 ) -> None:
     """Train a small convolutional net on real digits: a service, four workers, a kill and a join."""
     try:
-        with _slow_imports():
+        with slow_imports():
             from freestep.demo.main import run_demo
     except ImportError as error:
-        _fail(2, f"the demo is not installed ({error}): pip install 'freestep[demo]'")
+        fail(2, f"the demo is not installed ({error}): pip install 'freestep[demo]'")
     raise typer.Exit(run_demo(output, plain=plain))
-
-
-@contextmanager
-def _slow_imports() -> Iterator[None]:
-    """Makes Ctrl-C end the process at once and silently: an interrupted import of torch ends in a traceback."""
-    before = signal.getsignal(signal.SIGINT)
-    # A process in the background may have been started with the signal ignored.
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _client(url: str, token: str | None) -> Client:
-    try:
-        return Client(url, token=token, retry_for=_RETRY_FOR_S)
-    except OSError as error:
-        _fail(2, str(error))
 
 
 def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, str]]:
@@ -274,40 +216,11 @@ def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, st
         ("shards", f"{status.shards}{without_owner}"),
         ("workers", ", ".join(worker.worker for worker in status.workers) or "-"),
         ("pushes", ", ".join(f"{count} {decision}" for decision, count in status.pushes.items())),
-        ("loss", _or_dash(status.loss)),
-        ("staleness", _or_dash(status.staleness)),
+        ("loss", or_dash(status.loss)),
+        ("staleness", or_dash(status.staleness)),
         ("metrics", ", ".join(metrics) or "-"),
-        ("checkpoint", _or_dash(status.checkpoint_step)),
+        ("checkpoint", or_dash(status.checkpoint_step)),
     ]
-
-
-def _write(output: Path, flat: Flat, run: str, point: str, pulled: Pulled) -> None:
-    metadata = {
-        # As transformers requires.
-        "format": "pt",
-        "freestep.run": run,
-        "freestep.epoch": str(pulled.epoch),
-        "freestep.step": str(pulled.step),
-        "freestep.point": point,
-    }
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            for piece in flat.body(metadata):
-                file.write(piece)
-        temporary.replace(output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        _fail(2, f"{output} cannot be written: {error.strerror}")
-
-
-def _or_dash(value: float | int | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _fail(code: int, message: str) -> NoReturn:
-    print_error(f"freestep: {message}")
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -46,14 +46,9 @@ class FlatPart:
     def _header(self) -> memoryview:
         return memoryview(encode_header(self.manifest, self.dtype))
 
-    def body(self, metadata: Mapping[str, str] | None = None) -> list[memoryview]:
-        """The safetensors body in two pieces without a copy: its header, and the vector's bytes.
-
-        Args:
-            metadata: Entries of the header's `__metadata__`.
-        """
-        header = memoryview(encode_header(self.manifest, self.dtype, metadata)) if metadata else self._header
-        return [header, self.bytes]
+    def body(self) -> list[memoryview]:
+        """The safetensors body in two pieces without a copy: its header, and the vector's bytes."""
+        return [self._header, self.bytes]
 
     def receiver(self, length: int) -> Receiver:
         """A receiver that puts a body into the vector's memory; `decode` finishes it.

@@ -1,8 +1,12 @@
-"""Safetensors files: their content for given tensors, and the header of one that is there."""
+"""Safetensors files: their content for given tensors, and what one that is there contains."""
 
 from __future__ import annotations
 
+import json
+import mmap
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +14,55 @@ from torch import Tensor
 
 from freestep.errors import MalformedTensors
 from freestep.flat import DTYPES, bytes_of
-from freestep.wire.header import PREFIX, header_of, parse_header
+from freestep.wire.header import PREFIX, parse_header
 
-__all__ = ["DTYPE_NAMES", "content", "read_header"]
+__all__ = ["StoredTensor", "content", "read_tensors", "stored"]
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""The names of torch dtypes in headers."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8
 _LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 
 
-def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[memoryview]:
-    """A file's content in pieces, which refer to the memory of tensors that are contiguous and on the host.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it is in a file: the name of its dtype, its shape and its bytes."""
 
-    tensors: of F32, BF16 or F16.
-    """
-    items = [(name, DTYPE_NAMES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()]
-    pieces = [bytes_of(tensor.detach().cpu().contiguous()) for tensor in tensors.values()]
-    return [memoryview(header_of(items, metadata)), *pieces]
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element; 0 if it has none."""
+        return len(self.data) // max(prod(self.shape), 1)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """A file's entries by name (`dtype`, `shape`, `data_offsets`), its metadata, and where its tensors' bytes begin.
+def stored(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """Tensors of F32, BF16 or F16 as they are in a file; their bytes are not copied if they are contiguous and on the
+    host."""
+    return {
+        name: StoredTensor(_NAMES[tensor.dtype], tuple(tensor.shape), bytes_of(tensor.detach().cpu().contiguous()))
+        for name, tensor in tensors.items()
+    }
+
+
+def content(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> list[memoryview]:
+    """A file's content in pieces: its header, and the tensors' bytes, wide dtypes first so that all are aligned."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name, tensor in ordered:
+        end = begin + len(tensor.data)
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return [memoryview(len(text).to_bytes(PREFIX, "little") + text), *(tensor.data for _, tensor in ordered)]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors in a file, whose bytes are read when they are used, and its metadata.
 
     Raises OSError, and MalformedTensors if it is not a safetensors file.
     """
@@ -40,4 +71,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
         if length > _LONGEST_HEADER:
             raise MalformedTensors("the header is too long")
         header, metadata = parse_header(file.read(length))
-    return header, metadata, PREFIX + length
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[PREFIX + length :]
+    try:
+        return {name: _entry(entry, data) for name, entry in header.items()}, metadata
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedTensors(f"an entry of the header is not right: {error}") from None
+
+
+def _entry(entry: Mapping[str, Any], data: memoryview) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end <= len(data):
+        raise ValueError("its data_offsets are outside the file")
+    return StoredTensor(entry["dtype"], tuple(entry["shape"]), data[begin:end])

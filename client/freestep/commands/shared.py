@@ -1,0 +1,59 @@
+"""What commands share: options, the client, and how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
+
+import typer
+
+from freestep.client import Client
+from freestep.terminal import print_error
+
+__all__ = ["INTERRUPTED", "Json", "RunName", "Token", "Url", "connect", "fail", "or_dash", "slow_imports"]
+
+Url = Annotated[str, typer.Option(envvar="FREESTEP_URL", help="The service's URL.")]
+Token = Annotated[str | None, typer.Option(envvar="FREESTEP_TOKEN", help="A bearer token.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+RunName = Annotated[str, typer.Argument(help="The run's name.")]
+
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+_RETRY_FOR_S = 3.0
+"""Short, since a person waits for the answer."""
+
+
+def connect(url: str, token: str | None, retry_for: float = _RETRY_FOR_S) -> Client:
+    """A client of the service; a setting that is wrong ends the command."""
+    try:
+        return Client(url, token=token, retry_for=retry_for)
+    except OSError as error:
+        fail(2, str(error))
+
+
+def fail(code: int, message: str) -> NoReturn:
+    """Ends the command with a line on stderr."""
+    print_error(f"freestep: {message}")
+    sys.exit(code)
+
+
+def or_dash(value: float | int | None) -> str:
+    """A number as it is shown in tables."""
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def slow_imports() -> Iterator[None]:
+    """Makes Ctrl-C end the process at once and silently: an interrupted import of torch ends in a traceback."""
+    before = signal.getsignal(signal.SIGINT)
+    # A process in the background may have been started with the signal ignored.
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
