@@ -178,7 +178,8 @@ class Rounded(Encoder):
 
     def _part(self, manifest: Manifest) -> EncodedPart:
         items = [(slot.name, self._dtype, slot.shape) for slot in manifest.slots]
-        return EncodedPart(manifest, self.encoding, items, (torch.empty(manifest.numel, dtype=DTYPES[self._dtype]),))
+        values = torch.empty(manifest.numel, dtype=DTYPES[self._dtype], device="cpu")
+        return EncodedPart(manifest, self.encoding, items, (values,))
 
     def _encode(self, part: EncodedPart, gradient: Tensor, before: Tensor, after: Tensor) -> None:
         (values,) = part.buffers
@@ -208,12 +209,15 @@ class Int8(Encoder):
             raise FreestepError(f"a block must have at least one element, not {block}")
         super().__init__(gradient, Encoding("int8", block))
         # g + e, and its multiples of the scale.
-        self._scratch = torch.empty(2, min(max(_CHUNK, block), gradient.vector.numel()))
+        width = min(max(_CHUNK, block), gradient.vector.numel())
+        self._scratch = torch.empty(2, width, dtype=torch.float32, device="cpu")
 
     def _part(self, manifest: Manifest) -> EncodedPart:
         items = list(self.encoding.int8_items(manifest))
-        scales = torch.empty(sum(prod(shape) for _, dtype, shape in items if dtype == "F32"))
-        return EncodedPart(manifest, self.encoding, items, (scales, torch.empty(manifest.numel, dtype=torch.int8)))
+        count = sum(prod(shape) for _, dtype, shape in items if dtype == "F32")
+        scales = torch.empty(count, dtype=torch.float32, device="cpu")
+        quanta = torch.empty(manifest.numel, dtype=torch.int8, device="cpu")
+        return EncodedPart(manifest, self.encoding, items, (scales, quanta))
 
     def _encode(self, part: EncodedPart, gradient: Tensor, before: Tensor, after: Tensor) -> None:
         scales, quanta = part.buffers
@@ -272,10 +276,9 @@ class TopK(Encoder):
             for role, dtype in ((INDICES, "I64" if is_wide else "I32"), (VALUES, self._dtype))
             for slot, count in zip(slots, counts, strict=True)
         ]
-        indices = torch.empty(sum(counts), dtype=torch.int64 if is_wide else torch.int32)
-        return EncodedPart(
-            manifest, self.encoding, items, (indices, torch.empty(sum(counts), dtype=DTYPES[self._dtype]))
-        )
+        indices = torch.empty(sum(counts), dtype=torch.int64 if is_wide else torch.int32, device="cpu")
+        values = torch.empty(sum(counts), dtype=DTYPES[self._dtype], device="cpu")
+        return EncodedPart(manifest, self.encoding, items, (indices, values))
 
     def _encode(self, part: EncodedPart, gradient: Tensor, before: Tensor, after: Tensor) -> None:
         indices, values = part.buffers
@@ -298,13 +301,17 @@ def _largest(vector: Tensor, count: int) -> Tensor:
     """
     numel = vector.numel()
     if count == numel:
-        return torch.arange(numel)
-    found = torch.arange(numel) if numel <= 2 * _SAMPLE else _candidates(vector, count)
+        return _indices(numel)
+    found = _indices(numel) if numel <= 2 * _SAMPLE else _candidates(vector, count)
     if len(found) < count:
         # The estimate was too high.
-        found = torch.arange(numel)
+        found = _indices(numel)
     ranks = vector[found].abs_().topk(count, sorted=False).indices
     return found[ranks.sort().values]
+
+
+def _indices(numel: int) -> Tensor:
+    return torch.arange(numel, dtype=torch.int64, device="cpu")
 
 
 def _candidates(vector: Tensor, count: int) -> Tensor:

@@ -128,7 +128,7 @@ class Flat(FlatPart):
         if dtype not in get_args(PointDtype):
             raise FreestepError(f"dtype must be one of {', '.join(get_args(PointDtype))}, not {dtype!r}")
         stored = "F32" if dtype == "I8" else dtype
-        self.vector = torch.zeros(manifest.numel, dtype=DTYPES[stored], pin_memory=pinned)
+        self.vector = torch.zeros(manifest.numel, dtype=DTYPES[stored], device="cpu", pin_memory=pinned)
         super().__init__(manifest, stored, bytes_of(self.vector), dtype)
         self.views: dict[str, Tensor] = {
             slot.name: self.vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in manifest.slots

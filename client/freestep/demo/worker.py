@@ -30,7 +30,7 @@ _PATIENCE_S = 600.0
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     """A batch shifted by up to two pixels each way, which augments the 4,000 images."""
-    down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
+    down, right = torch.randint(-2, 3, (2,), generator=generator, dtype=torch.int64, device="cpu").tolist()
     return images.roll((down, right), (2, 3))
 
 
@@ -72,7 +72,8 @@ def main() -> None:
         logger.info("%s joined %s", chosen.worker, chosen.run)
         pushes = 0
         while chosen.steps is None or pushes < chosen.steps:
-            order = torch.randperm(len(digits.train_labels), generator=generator)
+            count = len(digits.train_labels)
+            order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
             for indices in torch.split(order, chosen.batch):
                 optimizer.zero_grad()
                 images = shifted(digits.train_images[indices], generator)

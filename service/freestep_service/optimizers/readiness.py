@@ -38,7 +38,7 @@ def compile_loops() -> None:
 
     Takes seconds the first time on a machine.
     """
-    zero = torch.zeros(1)
+    zero = torch.zeros(1, dtype=torch.float32, device="cpu")
     quanta = Quanta(zero.to(torch.int8), zero.clone(), Blocks(np.array([0, 1]), ((0, 1, 1),)))
     for common in _COMMON:
         compile_rule(common(), gathers=True)
@@ -67,7 +67,8 @@ def compile_rule(hyperparameters: specs.OptimizerSpec, *, gathers: bool) -> None
     Takes about half a second for each dtype of gradients, twice that with `gathers`, unless the code is on disk.
     """
     # For the loop, a direction is a gradient like any other.
-    method, zero = replace(method_of(hyperparameters), direction=None), torch.zeros(1)
+    method = replace(method_of(hyperparameters), direction=None)
+    zero = torch.zeros(1, dtype=torch.float32, device="cpu")
     buffers = initial_buffers(method, zero.clone())
     for dtype in DTYPES:
         for gathered in (None, zero) if gathers else (None,):
@@ -93,7 +94,8 @@ def compile_kernels(
         Segment(group, 2 * _ALIGNMENT * number + offset, 2 * _ALIGNMENT * number + offset + 2)
         for number, (group, offset) in enumerate(places)
     ]
-    method, zero = replace(method, direction=None), torch.zeros(2 * _ALIGNMENT * len(small), device=device)
+    method = replace(method, direction=None)
+    zero = torch.zeros(2 * _ALIGNMENT * len(small), dtype=torch.float32, device=device)
     for gathered in (None, zero) if gathers else (None,):
         buffers, scalars = initial_buffers(method, zero.clone()), dict.fromkeys(hyperparameters, method.initial)
         for number in range(_STEPS):

@@ -63,7 +63,9 @@ class Vector:
     @cached_property
     def wide(self) -> Tensor:
         """What a body becomes: fp32, flat [numel], on the device; on the host that is the memory itself."""
-        return self.tensor() if self.device == HOST else torch.empty(self.numel, device=self.device)
+        if self.device == HOST:
+            return self.tensor()
+        return torch.empty(self.numel, dtype=torch.float32, device=self.device)
 
     def pin(self) -> None:
         """Lets a GPU at the memory by itself. Whoever is about to copy calls it, off the event loop: the first time,
@@ -77,7 +79,7 @@ class Vector:
             logger.warning("%d bytes cannot be pinned (CUDA error %d): copies are slower", self._whole.nbytes, error)
             # CUDA tells of it again at the next launch.
             with suppress(RuntimeError):
-                torch.zeros(1, device=self.device)
+                torch.zeros(1, dtype=torch.float32, device=self.device)
             return
         # At the end of the process CUDA may be gone before this.
         weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False

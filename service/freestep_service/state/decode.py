@@ -105,4 +105,4 @@ def _place(wide: Tensor, slot: Slot) -> Tensor:
 
 def _tensor(part: Beside) -> Tensor:
     dtype = _BESIDE[part.dtype]
-    return torch.frombuffer(part.memory, dtype=dtype) if part.memory else torch.empty(0, dtype=dtype)
+    return torch.frombuffer(part.memory, dtype=dtype) if part.memory else torch.empty(0, dtype=dtype, device="cpu")

@@ -164,7 +164,7 @@ class Shard:
 
     def _gather(self, pushed: Pushed, entry: Entry) -> None:
         if self._accumulated is None:
-            self._accumulated = torch.empty(self.manifest.numel, device=self.device)
+            self._accumulated = torch.empty(self.manifest.numel, dtype=torch.float32, device=self.device)
         gather(self._accumulated, pushed, entry.weight * entry.scale, first=not self._weight)
         self._weight += entry.weight
         self._damping += entry.weight * entry.damping

@@ -197,7 +197,9 @@ class Checkpoints:
 
     def _assemble(self, chosen: list[Chosen], begin: int, end: int) -> LoadedState:
         first_part = chosen[0].part
-        tensors = {name: torch.empty(end - begin) for name in first_part.manifest.vectors}
+        tensors = {
+            name: torch.empty(end - begin, dtype=torch.float32, device="cpu") for name in first_part.manifest.vectors
+        }
         receipts: dict[str, Record] = {}
         for part, first, last in chosen:
             if part.common_state() != first_part.common_state():

@@ -71,8 +71,8 @@ def apply_kernel(
     if kernel is None:
         return False
     # A vector on the device, since numbers would be compiled into the kernel.
-    numbers = torch.tensor([scale, share, *_numbers(coefficients)])
-    numbers = numbers.to(state[0].device, torch.float32, non_blocking=True)
+    numbers = torch.tensor([scale, share, *_numbers(coefficients)], dtype=torch.float32, device="cpu")
+    numbers = numbers.to(state[0].device, non_blocking=True)
     for begin in range(0, pushed.numel(), MAX_LAUNCH):
         kernel(numbers, *(vector[begin : begin + MAX_LAUNCH].data for vector in vectors))
     return True
@@ -94,8 +94,9 @@ def _kernel(form: _Form) -> Callable[..., None] | None:
     count = 1 + form.gathers + form.state
     try:
         kernel = _compiled(form)
-        numbers = torch.ones(2 + len(_numbers(form.flags)), device=form.device)
-        vectors = [torch.ones(begin + _TRIAL, device=form.device)[begin:].data for _ in range(count)]
+        numbers = torch.ones(2 + len(_numbers(form.flags)), dtype=torch.float32, device=form.device)
+        ones = torch.ones(begin + _TRIAL, dtype=torch.float32, device=form.device)
+        vectors = [ones.clone()[begin:].data for _ in range(count)]
         # In this process: a pool of compiler processes would stay for the sake of one kernel.
         with config.patch(compile_threads=1):
             kernel(numbers, *vectors)

@@ -51,14 +51,14 @@ class Gradient(NamedTuple):
         gathered = None if self.gathered is None else self.gathered[part]
         if isinstance(self.pushed, Quantized):
             begin, end, _ = part.indices(self.pushed.numel())
-            return self._replace(pushed=self.pushed.decoded(begin, end, torch.empty(end - begin)), gathered=gathered)
+            return self._replace(pushed=self.pushed.decoded(begin, end, _empty(end - begin)), gathered=gathered)
         return self._replace(pushed=self.pushed[part], gathered=gathered)
 
     def evaluated(self, dtype: torch.dtype) -> Tensor:
         """The gradient as a tensor [numel] of a dtype, computed by torch."""
         pushed = self.pushed
         if isinstance(pushed, Quantized):
-            pushed = pushed.decoded(0, pushed.numel(), torch.empty(pushed.numel()))
+            pushed = pushed.decoded(0, pushed.numel(), _empty(pushed.numel()))
         g = self.share * pushed.to(dtype)
         return self.scale * (g if self.gathered is None else self.gathered + g)
 
@@ -83,10 +83,14 @@ class Gradient(NamedTuple):
             elements = self.pushed if self.pushed.dtype == torch.float32 else self.pushed.view(torch.uint16)
             yield part, elements.numpy()[part]
             return
-        decoded = torch.empty(min(PIECE, end - begin))
+        decoded = _empty(min(PIECE, end - begin))
         for first in range(begin, end, PIECE):
             part = slice(first, min(first + PIECE, end))
             yield part, self.pushed.decoded(part.start, part.stop, decoded).numpy()
+
+
+def _empty(numel: int) -> Tensor:
+    return torch.empty(numel, dtype=torch.float32, device="cpu")
 
 
 @cache

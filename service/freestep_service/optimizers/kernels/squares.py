@@ -109,7 +109,7 @@ def dequantize(quanta: Tensor, scales: Tensor, block: int, out: Tensor) -> Tenso
     scales = scales.to(out.device, non_blocking=True)
 
     def values(part: slice) -> Tensor:
-        blocks = torch.arange(part.start, part.stop, device=out.device) // block
+        blocks = torch.arange(part.start, part.stop, dtype=torch.int64, device=out.device) // block
         return quanta[part].to(out.device, non_blocking=True).float() * scales[blocks]
 
     return _fill(values, out)

@@ -31,7 +31,7 @@ async def readyz(request: Request) -> dict[str, Any]:
     await context.store.ping()
     device = context.device
     # In a thread: a GPU finishes the work that is queued first.
-    await asyncio.to_thread(lambda: torch.zeros(1, device=device).add_(1).item())
+    await asyncio.to_thread(lambda: torch.zeros(1, dtype=torch.float32, device=device).add_(1).item())
     return {"status": "ready", "device": str(device), "problems": context.registry.problems}
 
 
