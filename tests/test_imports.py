@@ -41,13 +41,13 @@ def test_the_service_takes_of_the_client_what_both_sides_share() -> None:
         assert not foreign, file
 
 
-def test_only_the_serve_command_knows_the_service() -> None:
+def test_only_the_serve_command_and_local_runs_know_the_service() -> None:
     knowing = {
         file.name
         for file in CLIENT.rglob("*.py")
         if any(name.startswith("freestep_service") for name in imported(file))
     }
-    assert knowing == {"cli.py"}
+    assert knowing == {"cli.py", "local_run.py"}
 
 
 @pytest.mark.parametrize("file", sorted(SERVICE.rglob("*.py")), ids=lambda file: str(file.relative_to(SERVICE)))

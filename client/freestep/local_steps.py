@@ -57,7 +57,7 @@ class LocalSteps(RemoteOptimizer):
         inner: Any torch optimizer of the same parameters, except those with `train` and `eval` methods, as the
             schedulefree package has: their state contains points beside the parameters, which loading y would not move.
         every: How many steps make a round, at least 1.
-        run: The run's name.
+        run: As for RemoteOptimizer.
         algorithm: The algorithm that the run is created with.
         overlap: Sends a push while the next round's steps are taken, from where the last one ended. Its answer is
             received by the push after it, or by `flush`; the new y then replaces the round's beginning and the progress
@@ -83,7 +83,7 @@ class LocalSteps(RemoteOptimizer):
         inner: torch.optim.Optimizer,
         *,
         every: int,
-        run: str,
+        run: str | None = None,
         algorithm: str = "diloco",
         overlap: bool = False,
         dynamic: bool = False,

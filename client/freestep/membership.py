@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from freestep.answers import Pulled
 from freestep.api.models import Lease, RunSpec, RunStatus
@@ -12,6 +13,9 @@ from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
 from freestep.run import Run
 from freestep.worker_group import Batch, WorkerGroup
+
+if TYPE_CHECKING:
+    from freestep.local_run import LocalLease, LocalRun
 
 __all__ = ["Membership"]
 
@@ -27,7 +31,9 @@ class Membership:
     granted: Lease
     """The current lease; set by `take_lease`."""
 
-    def __init__(self, run: Run, worker: str, worker_group: WorkerGroup, held: list[HeldLease]) -> None:
+    def __init__(
+        self, run: Run | LocalRun, worker: str, worker_group: WorkerGroup, held: list[HeldLease | LocalLease]
+    ) -> None:
         self.worker = worker
         self._run = run
         self._worker_group = worker_group

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from freestep.answers import Pulled
 from freestep.api.models import AggregationSpec, Dtype, Point, PointDtype, Receipt
 from freestep.client import Client
+from freestep.connect import open_run
 from freestep.errors import (
     Closed,
     EpochChanged,
@@ -37,12 +38,16 @@ from freestep.membership import Membership
 from freestep.names import are_numbered
 from freestep.process_group import warn_of_ranks, worker_group
 from freestep.progress import Progress
+from freestep.run import Run
 from freestep.run_request import RunRequest
 from freestep.saved_state import SavedPlace, residual_by_parameter, saved_residual
 from freestep.weights_guard import WeightsGuard
 from freestep.wire.encoding import Encoding
 from freestep.wire.manifest import Manifest
 from freestep.worker_group import Batch
+
+if TYPE_CHECKING:
+    from freestep.local_run import LocalLease
 
 __all__ = ["RemoteOptimizer"]
 
@@ -93,8 +98,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
             run keeps fp32 masters. Frozen parameters are left out. Buffers, such as BatchNorm's statistics, are not
             part of the run. Names are the model's, without what wrappers and torch.compile add; parameters without
             names are numbered, and fit a run by their order and shapes.
-        run: The run's name.
-        url: The service's URL, as for `Client`.
+        run: The run's name; None takes FREESTEP_RUN from the environment.
+        url: The service's URL, as for `Client`; or "local": the run is in this process, on the service's own
+            arithmetic (the `service` extra), has this one worker, and ends with the optimizer.
         token: A bearer token, as for `Client`.
         client: A client to use instead of one made of `url` and `token`; it is not closed.
         algorithm: The algorithm that the run is created with: `adamw_schedule_free`, `sgd_schedule_free`,
@@ -138,14 +144,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
     Raises:
         ManifestMismatch: The run exists with other parameters; or a parameter is not dense, real and whole.
         InvalidSpec: The algorithm, a hyperparameter or the aggregation is not valid.
-        FreestepError: The dtypes and encodings do not go together.
+        FreestepError: No run is named, or the dtypes and encodings do not go together.
     """
 
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
         *,
-        run: str,
+        run: str | None = None,
         url: str | None = None,
         token: str | None = None,
         client: Client | None = None,
@@ -191,12 +197,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._progress = Progress()
         self._step = torch.zeros((), dtype=torch.float32, device="cpu")
         """The newest step, which every parameter's state has: torch takes an optimizer whose state is empty for new."""
-        own_client = client is None
-        self._client = client or Client(url, token=token, retry_for=60.0 if retry_for is None else retry_for)
-        self._run = self._client.run(run, ranks=self._worker_group)
-        held: list[HeldLease] = []
+        self._run, own_client = open_run(run, url, token, client, retry_for, self._worker_group)
+        held: list[HeldLease | LocalLease] = []
         # Has no reference to self, so that the lease ends when the optimizer is collected or the process exits.
-        self._finalizer = weakref.finalize(self, _close, held, self._client if own_client else None)
+        self._finalizer = weakref.finalize(self, _close, held, own_client)
         self._membership = Membership(self._run, worker, self._worker_group, held)
         try:
             found = self._membership.find()
@@ -208,7 +212,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._has_all_groups = True
                 parameters = local_parameters(self.param_groups)
                 spec = found.spec if found else asked.spec(self.param_groups, parameters)
-                parameters = fitted(parameters, spec, run)
+                parameters = fitted(parameters, spec, self._run.name)
                 self._tensors = {parameter.name: parameter.tensor for parameter in parameters}
                 manifest = Manifest.of(spec)
                 pinned = any(tensor.is_cuda for tensor in self._tensors.values())
@@ -497,9 +501,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.flush()
         weights = Flat(self._receive_buffer.manifest)
         weights.fill(self._tensors)
-        self._worker_group.run_on_first(
-            lambda: self._run.import_state(self._run.export_state().with_weights(weights.views), replace=True)
-        )
+        self._worker_group.run_on_first(lambda: self._run.overwrite(weights))
         self._join()
 
     def _load(self, point: Point, *, min_step: int = 0) -> None:
@@ -554,12 +556,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """The param groups, which say where the model is, and for each parameter the step.
 
         With error feedback it is also the parameter's part of the residual. All else of the optimizer's state is the
-        run's, and is in its checkpoints; `export_state` reads it. Waits for a push in flight, as `flush` does, except
+        run's, and is in its checkpoints; `Run.export_state` reads it; with
+        `url="local"` it is the entry `local`. Waits for a push in flight, as `flush` does, except
         in a process group, where any rank may call it alone: the push then counts as answered.
         """
         if self._worker_group.size == 1:
             self.flush()
         state = super().state_dict()
+        if not isinstance(self._run, Run):
+            state["local"] = self._run.state_dict()
         if self._gradients.encoder is not None:
             residual = self._gradients.encoder.residual.clone()
             parts = residual_by_parameter(residual, self._tensors, self._receive_buffer.manifest)
@@ -575,6 +580,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         this very moment. If the state has no residual, or has one of another push_encoding, the residual is set to
         zero. Hyperparameters are the run's.
 
+        With `url="local"` the run becomes what it was.
+
         Args:
             state_dict: From `state_dict`.
 
@@ -588,8 +595,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             place = SavedPlace.of(state_dict, self._run.name)
             self._require_same_groups(state_dict)
             residual = saved_residual(state_dict, self._tensors, self._receive_buffer.manifest)
+            if isinstance(self._run, Run) and "local" in state_dict:
+                raise ManifestMismatch(f"the state is of a run with url='local', and {self._run.name!r} is a service's")
         if place != self._place():
-            self._resume(place)
+            if isinstance(self._run, Run):
+                self._resume(place)
+            else:
+                self._run.load_state_dict(state_dict.get("local"))
+                self._join()
         if (encoder := self._gradients.encoder) is not None:
             encoder.forget()
             if residual is not None and self.loaded.step >= place.step:
@@ -693,7 +706,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.close()
 
 
-def _close(held: list[HeldLease], client: Client | None) -> None:
+def _close(held: list[HeldLease | LocalLease], client: Client | None) -> None:
     while held:
         held.pop().release()
     if client is not None:

@@ -28,7 +28,6 @@ from freestep.errors import (
     ShardUnavailable,
 )
 from freestep.wire.encoding import ENCODINGS
-from freestep_service.domain.aggregation import damping, lateness
 from freestep_service.domain.records import Admission, Ahead, Claim, Lost, Pending, Record, StagedPart
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.flight import Decision, Flight
@@ -36,12 +35,11 @@ from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
 from freestep_service.state.buffers import Vector
 from freestep_service.state.log import Entry
+from freestep_service.state.push_entry import largest_norm, push_entry, require_usable
 from freestep_service.state.staging import Body, Staged
 
 __all__ = ["PushOptions", "Pushes"]
 
-_LARGEST_NORM = 2.0**63
-"""A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
 _RETRY_S = 0.2
 """Seconds before Redis is asked again for a commit whose answer was lost."""
 _SILENCE_S = 1.0
@@ -237,12 +235,7 @@ class Pushes:
             if vector is None:
                 vector = await self._turn(claim, flight, queued=queued)
             staged = await staging.receive(body, vector, ENCODINGS, lambda: self._yield_slot(claim))
-            if staged.norm is None:
-                raise NonFiniteGradient("the gradient holds NaN or infinity")
-            if self._spec.optimizer.max_grad_norm is None and staged.norm > _LARGEST_NORM:
-                raise NonFiniteGradient(
-                    f"the gradient's norm is {staged.norm:.3g}, and its square overflows fp32", norm=staged.norm
-                )
+            require_usable(self._spec, staged.norm)
             return staged
         except BaseException as error:
             if staged is not None:
@@ -301,7 +294,7 @@ class Pushes:
         writer, staged = self._core.writer, flight.staged
         begin, end = self._core.manifest.begin, self._core.manifest.end
         assert staged is not None
-        largest = _LARGEST_NORM if self._spec.optimizer.max_grad_norm is None else None
+        largest = largest_norm(self._spec)
         while True:
             if self._closed:
                 raise asyncio.CancelledError
@@ -349,22 +342,19 @@ class Pushes:
         return flight.decided.done()
 
     def _entry(self, claim: Claim, staged: Staged, record: Record, reads: Mapping[str, str]) -> Entry:
-        limit = self._spec.optimizer.max_grad_norm
-        return Entry(
+        return push_entry(
+            self._spec,
+            staged.tensors,
+            float(record.norm),
+            staleness=record.staleness,
+            live=record.live,
+            samples=claim.samples,
+            loss=claim.loss,
             seq=record.seq,
             epoch=record.epoch,
             advance=record.decision == "applied",
-            gradient=staged.tensors,
             hold=staged.hold,
             worker=record.worker,
-            weight=1.0 if claim.samples is None else claim.samples,
-            # As torch.nn.utils.clip_grad_norm_.
-            scale=1.0 if limit is None else min(1.0, limit / (float(record.norm) + 1e-6)),
-            damping=damping(self._spec.aggregation, record.staleness, record.live),
-            lateness=lateness(self._spec.aggregation, record.staleness),
-            staleness=record.staleness,
-            live=record.live,
-            loss=claim.loss or 0.0,
             reads=reads,
         )
 

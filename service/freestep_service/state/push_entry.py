@@ -1,0 +1,64 @@
+"""A push as an entry of the log: whether its gradient can be taken, and what its norm and its staleness leave of it.
+
+The law of this file: no IO, no clock, no lock.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from freestep.api.models import RunSpec
+from freestep.errors import NonFiniteGradient
+from freestep_service.domain.aggregation import damping, lateness
+from freestep_service.optimizers import Pushed
+from freestep_service.state.log import Entry
+
+__all__ = ["largest_norm", "push_entry", "require_usable"]
+
+_LARGEST_NORM = 2.0**63
+"""A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
+
+
+def largest_norm(spec: RunSpec) -> float | None:
+    """The largest norm of a gradient that the run takes; None takes any, since longer ones are clipped."""
+    return _LARGEST_NORM if spec.optimizer.max_grad_norm is None else None
+
+
+def require_usable(spec: RunSpec, norm: float | None) -> float:
+    """A gradient's norm, which is None where it is not finite. Raises NonFiniteGradient."""
+    if norm is None:
+        raise NonFiniteGradient("the gradient holds NaN or infinity")
+    largest = largest_norm(spec)
+    if largest is not None and norm > largest:
+        raise NonFiniteGradient(f"the gradient's norm is {norm:.3g}, and its square overflows fp32", norm=norm)
+    return norm
+
+
+def push_entry(
+    spec: RunSpec,
+    gradient: Pushed,
+    norm: float,
+    *,
+    staleness: int,
+    live: int,
+    samples: float | None,
+    loss: float | None,
+    **others: Any,
+) -> Entry:
+    """The entry of a push that was committed.
+
+    norm: the whole gradient's, over all shards. samples, loss: as the push gives them. others: as `Entry` has them.
+    """
+    limit = spec.optimizer.max_grad_norm
+    return Entry(
+        gradient=gradient,
+        weight=1.0 if samples is None else samples,
+        # As torch.nn.utils.clip_grad_norm_.
+        scale=1.0 if limit is None else min(1.0, limit / (norm + 1e-6)),
+        damping=damping(spec.aggregation, staleness, live),
+        lateness=lateness(spec.aggregation, staleness),
+        staleness=staleness,
+        live=live,
+        loss=loss or 0.0,
+        **others,
+    )
