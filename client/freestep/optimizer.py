@@ -597,12 +597,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
             residual = saved_residual(state_dict, self._tensors, self._receive_buffer.manifest)
             if isinstance(self._run, Run) and "local" in state_dict:
                 raise ManifestMismatch(f"the state is of a run with url='local', and {self._run.name!r} is a service's")
-        if place != self._place():
-            if isinstance(self._run, Run):
-                self._resume(place)
-            else:
-                self._run.load_state_dict(state_dict.get("local"))
-                self._join()
+        if not isinstance(self._run, Run):
+            self._run.load_state_dict(state_dict.get("local"))
+            self._join()
+        elif place != self._place() or any(self._worker_group.run_on_all(self._are_weights_changed)):
+            self._resume(place)
         if (encoder := self._gradients.encoder) is not None:
             encoder.forget()
             if residual is not None and self.loaded.step >= place.step:
@@ -676,6 +675,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._run.name,
             )
             self._progress.warns_of_changes = False
+
+    def _are_weights_changed(self) -> bool:
+        return self._guard.changed() is not None
 
     def _warn_of_ranks(self) -> None:
         if self._looks_for_ranks and not self._progress.has_checked_ranks:

@@ -71,7 +71,7 @@ def test_a_local_run_is_a_services_run_to_the_bit(service: ThreadService, name: 
             step(model, local, number, overlap=overlap)
             step(other, remote, number, overlap=overlap)
             assert local.receipt == remote.receipt
-            assert local.pulled == remote.pulled
+            assert local.loaded == remote.loaded
             assert torch.equal(held(model), held(other))
         local.eval()
         remote.eval()
@@ -107,7 +107,7 @@ def test_a_state_dict_holds_the_whole_run(form: str) -> None:
     assert torch.equal(held(model), held(other))
     # An earlier state, into a run that has gone on; what was loaded has not changed.
     restored.load_state_dict(state)
-    assert restored.pulled is not None and restored.pulled.step == state["freestep"]["local"]["step"]
+    assert restored.loaded.step == state["local"]["step"]
     for number in range(4, 8):
         step(other, restored, number)
     assert torch.equal(held(model), held(other))
@@ -124,7 +124,7 @@ def test_a_state_of_another_run_is_refused(service: ThreadService, name: str) ->
     _, slower = made(url="local", run=name, lr=0.01)
     with pytest.raises(ManifestMismatch, match="other optimizer"):
         local.load_state_dict(slower.state_dict())
-    assert local.pulled is not None and local.pulled.step == 1
+    assert local.loaded.step == 1
     step(model, local, 1)
     assert local.receipt is not None and local.receipt.step == 2
 
@@ -144,13 +144,13 @@ def test_a_refused_push_changes_nothing() -> None:
     for form in ("plain", "int8"):
         model, optimizer = made(url="local", **FORMS[form])
         step(model, optimizer, 0)
-        before = optimizer.state_dict()["freestep"]["local"]
+        before = optimizer.state_dict()["local"]
         for value in (float("nan"), float("inf"), 1e30):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, value)
             with pytest.raises(NonFiniteGradient):
                 optimizer.step()
-        after = optimizer.state_dict()["freestep"]["local"]
+        after = optimizer.state_dict()["local"]
         assert all(torch.equal(before["tensors"][key], tensor) for key, tensor in after["tensors"].items())
         assert (after["step"], after["scalars"]) == (before["step"], before["scalars"])
         step(model, optimizer, 1)
@@ -203,18 +203,18 @@ def test_where_a_run_lives(monkeypatch: pytest.MonkeyPatch, service: ThreadServi
     with pytest.raises(FreestepError, match=r"run='\.\.\.'.*FREESTEP_RUN"):
         made(url=service.url)
     with pytest.raises(FreestepError, match="process_group"):
-        open_run(None, "local", None, None, Two())
-    local, client = open_run(None, "local", None, None, group)
+        open_run(None, "local", None, None, None, Two())
+    local, client = open_run(None, "local", None, None, None, group)
     assert (local.name, client, isinstance(local, LocalRun)) == ("local", None, True)
     monkeypatch.setenv("FREESTEP_URL", "local")
     monkeypatch.setenv("FREESTEP_RUN", "named")
-    assert isinstance(open_run(None, None, None, None, group)[0], LocalRun)
-    run, client = open_run(None, service.url, None, None, group)
+    assert isinstance(open_run(None, None, None, None, None, group)[0], LocalRun)
+    run, client = open_run(None, service.url, None, None, None, group)
     assert client is not None
     with client:
         assert (run.name, isinstance(run, Run)) == ("named", True)
-        assert open_run("given", None, None, client, group)[0].name == "given"
-        assert open_run("given", None, None, client, group)[1] is None
+        assert open_run("given", None, None, client, None, group)[0].name == "given"
+        assert open_run("given", None, None, client, None, group)[1] is None
 
 
 def test_without_the_services_package_it_says_what_to_install() -> None:
