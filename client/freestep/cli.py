@@ -17,8 +17,10 @@ from pydantic import ValidationError
 
 from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport, RunStatus
 from freestep.client import DEFAULT_URL
+from freestep.commands.evaluate import evaluate
 from freestep.commands.pull import pull
 from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
+from freestep.commands.workers import workers
 from freestep.errors import FreestepError, ServiceUnreachable
 from freestep.terminal import print_json, print_line, print_result, printable
 
@@ -125,17 +127,7 @@ def delete_run(
         client.run(run).delete()
 
 
-@app.command()
-def workers(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
-    """List a run's live workers."""
-    with connect(url, token) as client:
-        found = client.run(run).workers()
-    rows = [
-        (worker.worker, worker.pushes, or_dash(worker.step), or_dash(worker.staleness), or_dash(worker.speed),
-         f"{worker.expires_in_ms / 1000:.1f} s")
-        for worker in found
-    ]  # fmt: skip
-    print_result(found, as_json, ("worker", "pushes", "last at step", "staleness", "steps/s", "lease ends in"), rows)
+app.command()(workers)
 
 
 @app.command()
@@ -163,6 +155,7 @@ def report(
 
 
 app.command()(pull)
+app.command()(evaluate)
 
 
 @app.command()

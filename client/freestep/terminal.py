@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["literal", "print_error", "print_json", "print_line", "print_result", "printable"]
+__all__ = ["literal", "print_error", "print_json", "print_line", "print_result", "printable", "table"]
 
 
 def printable(value: object) -> str:
@@ -46,12 +46,17 @@ def print_result(
     if as_json:
         print_json(found)
         return
-    table = Table(box=None, header_style="bold", show_header=any(columns))
+    Console().print(table(columns, rows))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table whose cells are shown literally; without a header if no column has a name."""
+    made = Table(box=None, header_style="bold", show_header=any(columns))
     for column in columns:
-        table.add_column(column, overflow="fold")
+        made.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(literal, row))
-    Console().print(table)
+        made.add_row(*map(literal, row))
+    return made
 
 
 def print_json(found: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:

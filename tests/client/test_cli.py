@@ -199,6 +199,7 @@ def test_hostile_names_are_shown_as_they_are(service: ThreadService, hostile: Ru
         ("runs", "delete", "{}", "--yes"),
         ("workers", "{}"),
         ("checkpoint", "{}"),
+        ("workers", "{}", "--watch"),
         ("pull", "{}", "-o", "none"),
         ("report", "{}", "{}", "1", "--step", "1"),
     ],
@@ -231,6 +232,15 @@ def test_used_wrongly_is_2(service: ThreadService, arguments: tuple[str, ...]) -
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [("{}",), ("runs", "{}"), ("pull", "run", "-o", "f", "--point", "{}"), ("evaluate", "run", "{}.py:f")]
+)
+def test_what_was_used_wrongly_is_repeated_as_it_is(service: ThreadService, arguments: tuple[str, ...]) -> None:
+    done = freestep(service, *(each.format("[/0]:x:[red]") for each in arguments))
+    assert done.returncode == 2
+    assert "[/0]:x:[red]" in done.stderr
+
+
 def test_a_file_that_cannot_be_written_is_2(service: ThreadService, run: Run, tmp_path: Path) -> None:
     done = freestep(service, "pull", run.name, "-o", str(tmp_path / "none" / "file"))
     assert done.returncode == 2
@@ -246,6 +256,6 @@ def test_a_service_that_is_away_is_3() -> None:
 
 def test_help_tells_of_every_command(service: ThreadService) -> None:
     help_ = freestep(service, "--help").stdout
-    for command in ("serve", "runs", "workers", "pull", "checkpoint", "demo"):
+    for command in ("serve", "runs", "workers", "pull", "evaluate", "checkpoint", "demo"):
         assert command in help_
     assert "--redis-url" in freestep(service, "serve", "--help").stdout

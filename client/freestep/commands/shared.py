@@ -27,10 +27,13 @@ _RETRY_FOR_S = 3.0
 """Short, since a person waits for the answer."""
 
 
-def connect(url: str, token: str | None, retry_for: float = _RETRY_FOR_S) -> Client:
-    """A client of the service; a setting that is wrong ends the command."""
+def connect(url: str, token: str | None, *, patient: bool = False) -> Client:
+    """A client of the service; a setting that is wrong ends the command.
+
+    patient: bears with outages as long as workers do, for commands that go on by themselves.
+    """
     try:
-        return Client(url, token=token, retry_for=retry_for)
+        return Client(url, token=token) if patient else Client(url, token=token, retry_for=_RETRY_FOR_S)
     except OSError as error:
         fail(2, str(error))
 
