@@ -12,6 +12,7 @@ from freestep.lease import Claim, HeldLease
 from freestep.run import Run
 
 if TYPE_CHECKING:
+    from freestep.batchnorm import reestimate_batchnorm
     from freestep.best_weights import BestWeights
     from freestep.encoders import Int8, Rounded, TopK
     from freestep.flat import Flat
@@ -27,6 +28,7 @@ else:
         "RemoteOptimizer": "freestep.optimizer",
         "Rounded": "freestep.encoders",
         "TopK": "freestep.encoders",
+        "reestimate_batchnorm": "freestep.batchnorm",
     }
 
     def __getattr__(name: str) -> Any:
@@ -60,5 +62,6 @@ __all__ = [
     "Snapshot",
     "TopK",
     "__version__",
+    "reestimate_batchnorm",
     *_errors,
 ]

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -19,15 +21,41 @@ from harness import ProcessService
 pytestmark = [pytest.mark.slow, pytest.mark.evidence]
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-TORCHRUN = EXAMPLES / "train_torchrun.py"
+TORCHRUN, EVALUATOR = EXAMPLES / "train_torchrun.py", EXAMPLES / "evaluate_mnist.py"
 
 
-@pytest.mark.parametrize("example", sorted({*EXAMPLES.glob("*.py")} - {TORCHRUN}), ids=lambda path: path.stem)
-def test_an_example_runs(start_process: Callable[..., ProcessService], example: Path) -> None:
-    environment = {**os.environ, "FREESTEP_URL": start_process().url}
-    done = subprocess.run([sys.executable, example], capture_output=True, text=True, env=environment, timeout=150)
+def output_of(*command: object, url: str, folder: Path) -> str:
+    """What a Python program prints that runs in a folder."""
+    environment = {**os.environ, "FREESTEP_URL": url}
+    arguments = [sys.executable, *map(str, command)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=folder, timeout=150)
     assert done.returncode == 0, done.stderr
-    assert "%" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "example", sorted({*EXAMPLES.glob("*.py")} - {TORCHRUN, EVALUATOR}), ids=lambda path: path.stem
+)
+def test_an_example_runs(start_process: Callable[..., ProcessService], example: Path, tmp_path: Path) -> None:
+    assert "%" in output_of(example, url=start_process().url, folder=tmp_path)
+
+
+def test_an_evaluator_keeps_the_best(start_process: Callable[..., ProcessService], tmp_path: Path) -> None:
+    url = start_process().url
+    output_of(EXAMPLES / "train_mnist.py", url=url, folder=tmp_path)
+    said = output_of(EVALUATOR, url=url, folder=tmp_path).splitlines()[-1]
+    kept = tmp_path / "best.safetensors"
+    with Client(url) as client, safetensors.safe_open(kept, framework="pt") as opened:
+        metric, metadata = client.run("mnist").status().metrics["accuracy"], opened.metadata()
+        x, step = client.run("mnist").pull("x")
+    assert (float(metadata["freestep.value"]), int(metadata["freestep.step"])) == (metric.value, step)
+    assert metric.value >= 0.95 and f"{metric.value:.1%} at step {step}" in said
+    loaded = safetensors.torch.load_file(kept)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in x.items())
+    again = output_of(
+        "-m", "freestep.cli", "evaluate", "mnist", f"{EVALUATOR}:accuracy", "--once", url=url, folder=tmp_path
+    )
+    assert again == f"step {step}: accuracy {metric.value:.4g}\n"
 
 
 def torchrun(ranks: int, url: str, save: Path, *arguments: str) -> tuple[float, float, list[dict[str, Tensor]]]:
