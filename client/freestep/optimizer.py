@@ -522,8 +522,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._step.fill_(pulled.step)
         # As in the schedulefree package, 0 before the first update.
         rates = pulled.scheduled_lr or ([] if pulled.step else [0.0] * len(self.spec.group_names()))
+        entries = {**self._place().entries(), "train_mode": pulled.point == "y"}
         for group, number in zip(self.param_groups, self._run_groups, strict=True):
-            group.update(self._place().entries(), train_mode=pulled.point == "y")
+            group.update(entries)
             if rates:
                 group["scheduled_lr"] = rates[number]
 
