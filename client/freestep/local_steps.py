@@ -77,6 +77,8 @@ class LocalSteps(RemoteOptimizer):
         FreestepError: `every`, `inner` or an option is not valid.
     """
 
+    _owns_weights = False
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -124,8 +126,6 @@ class LocalSteps(RemoteOptimizer):
         for tensor in remaining.values():
             raise ManifestMismatch(f"the inner optimizer has another parameter, of shape {list(tensor.shape)}")
         self._round = LocalRound(self._receive_buffer.manifest, self._tensors, self.every, self._clock)
-        # The inner optimizer changes them.
-        self._progress.warns_of_changes = False
 
     @property
     def length(self) -> int:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from freestep.answers import Pulled
 from freestep.api.models import AggregationSpec, Dtype, Point, PointDtype, Receipt
+from freestep.cautions import Cautions
 from freestep.client import Client
 from freestep.connect import open_run
 from freestep.errors import (
@@ -26,7 +27,6 @@ from freestep.errors import (
     LeaseExpired,
     ManifestMismatch,
     RunNotInitialized,
-    StateMismatch,
     StepNotReached,
 )
 from freestep.flat import Flat
@@ -36,8 +36,9 @@ from freestep.inflight_push import InflightPush, require_stale_gradients_accepte
 from freestep.lease import HeldLease, worker_name
 from freestep.membership import Membership
 from freestep.names import are_numbered
-from freestep.process_group import warn_of_ranks, worker_group
+from freestep.process_group import worker_group
 from freestep.progress import Progress
+from freestep.resume import OnMissing, way_to_resume
 from freestep.run import Run
 from freestep.run_request import RunRequest
 from freestep.saved_state import SavedPlace, residual_by_parameter, saved_residual
@@ -147,6 +148,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         FreestepError: No run is named, or the dtypes and encodings do not go together.
     """
 
+    _owns_weights: ClassVar[bool] = True
+    """Whether nobody else changes the model's weights."""
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -169,10 +173,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         error_feedback: bool = True,
         process_group: ProcessGroup | bool | Literal["auto"] | None = None,
         retry_for: float | None = None,
-        on_missing: Literal["raise", "seed", "join"] = "raise",
+        on_missing: OnMissing = "raise",
         **hyperparameters: Any,
     ) -> None:
-        if on_missing not in ("raise", "seed", "join"):
+        if on_missing not in get_args(OnMissing):
             raise FreestepError(f"on_missing must be 'raise', 'seed' or 'join', not {on_missing!r}")
         options = {
             "aggregation": aggregation,
@@ -275,7 +279,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._run.name,
             )
         self._run_groups = show_hyperparameters(self.param_groups, parameters, completed, self.spec)
-        self._progress.rates = [group.get("lr") for group in self.param_groups]
+        guard = self._guard if self._owns_weights else None
+        self._cautions = Cautions(self._run.name, self.param_groups, guard, of_ranks=self._looks_for_ranks)
 
     def _join(self) -> None:
         """Takes a lease and loads the run's y; uploads this model's weights if the run has none."""
@@ -336,9 +341,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             ServiceUnreachable: The service did not answer in time; it is unknown whether the push counted.
         """
         self._require_open()
-        self._warn_of_other_rates()
+        self._cautions.before_step(self.param_groups)
         self._warn_of_changed_weights()
-        self._warn_of_ranks()
         if overlap:
             require_stale_gradients_accepted(self.spec.aggregation)
         taken_at, result = self.loaded, None
@@ -557,9 +561,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """The param groups, which say where the model is, and for each parameter the step.
 
         With error feedback it is also the parameter's part of the residual. All else of the optimizer's state is the
-        run's, and is in its checkpoints; `Run.export_state` reads it; with
-        `url="local"` it is the entry `local`. Waits for a push in flight, as `flush` does, except
-        in a process group, where any rank may call it alone: the push then counts as answered.
+        run's, and is in its checkpoints; `Run.export_state` reads it, and with `url="local"` it is the entry `local`.
+        Waits for a push in flight, as `flush` does, except in a process group, where any rank may call it alone: the
+        push then counts as answered.
         """
         if self._worker_group.size == 1:
             self.flush()
@@ -579,9 +583,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         The worker's name is restored too, unless another worker lives under it. Sends no request where the state is of
         this very moment. If the state has no residual, or has one of another push_encoding, the residual is set to
-        zero. Hyperparameters are the run's.
-
-        With `url="local"` the run becomes what it was.
+        zero. Hyperparameters are the run's. A run with `url="local"` becomes what it was.
 
         Args:
             state_dict: From `state_dict`.
@@ -618,20 +620,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
 
     def _resume(self, place: SavedPlace) -> None:
-        status = self._membership.find()
-        is_gone = status is None or (None not in (place.run_id, status.id) and place.run_id != status.id)
-        step = status.step if status else 0
-        if is_gone or step < place.step:
-            what = "is gone, and the run of that name is another" if is_gone else "has gone back"
-            if self._on_missing == "raise":
-                raise StateMismatch(
-                    f"the state is of step {place.step} of the run {place.run!r}, which {what}, at step {step}. To "
-                    "start the run from the weights that the model contains now, make the optimizer with "
-                    'on_missing="seed"; to train on with the weights that the run has, with on_missing="join"'
-                )
-            if self._on_missing == "seed" and (step == 0 or not is_gone):
-                self.overwrite()
-                return
+        if way_to_resume(place, self._membership.find(), self._on_missing) == "seed":
+            self.overwrite()
+            return
         self._membership.take_name(place.worker)
         self._join()
         logger.warning(
@@ -649,41 +640,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._progress.inflight = None
             self._finalizer()
 
-    def _warn_of_other_rates(self) -> None:
-        if self._progress.rates is None:
-            return
-        for given, group in zip(self._progress.rates, self.param_groups, strict=True):
-            if group.get("lr") != given:
-                logger.warning(
-                    "a param group's lr was set to %s, by a scheduler perhaps, and has no effect: the rate is that of "
-                    "the run %s, which has schedules of its own (the hyperparameters warmup_steps and schedule)",
-                    group["lr"],
-                    self._run.name,
-                )
-                self._progress.rates = None
-                return
-
     def _warn_of_changed_weights(self) -> None:
-        """Not while a push is in flight, whose answer changes what the model is compared with."""
-        if not self._progress.warns_of_changes or self._progress.inflight is not None:
-            return
-        if (name := self._guard.changed()) is not None:
-            logger.warning(
-                "the parameter %r was changed outside the optimizer: the weights are those of the run %s, and the next "
-                "y or x replaces them. Load pretrained weights before the optimizer is made; overwrite() makes the "
-                "weights that the model contains the run's",
-                name,
-                self._run.name,
-            )
-            self._progress.warns_of_changes = False
+        # An answer in flight changes what the weights are compared with.
+        if self._progress.inflight is None:
+            self._cautions.before_load()
 
     def _are_weights_changed(self) -> bool:
         return self._guard.changed() is not None
-
-    def _warn_of_ranks(self) -> None:
-        if self._looks_for_ranks and not self._progress.has_checked_ranks:
-            self._progress.has_checked_ranks = True
-            warn_of_ranks()
 
     def _require_open(self) -> None:
         if not self._finalizer.alive:

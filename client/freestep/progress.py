@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -32,9 +31,3 @@ class Progress:
     """The push whose answer has not been received, with overlap."""
     loss: float | Tensor | None = None
     """The loss that the next push reports, set from outside `step`."""
-    rates: list[Any] | None = None
-    """The learning rates of the param groups; None once it has been said that a change has no effect."""
-    warns_of_changes: bool = True
-    """Whether it has yet to be said that changed weights are replaced."""
-    has_checked_ranks: bool = False
-    """Whether `step` has looked for ranks that push the same gradient."""

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from freestep import ManifestMismatch, RemoteOptimizer, Run, StateMismatch
+from freestep import ManifestMismatch, RemoteOptimizer, Run, RunSpec, RunStatus, StateMismatch
+from freestep.resume import OnMissing, way_to_resume
+from freestep.saved_state import SavedPlace
 from harness import ThreadService
 from trained import held, network, pulled, step
 
@@ -196,3 +198,34 @@ def test_the_step_is_shown_to_whoever_asks(make: Make) -> None:
     assert (optimizer.loaded.point, group["point"], group["train_mode"]) == ("x", "x", False)
     optimizer.train()
     assert (optimizer.loaded.point, group["train_mode"]) == ("y", True)
+
+
+SAVED = SavedPlace("run", "a1", "worker", "y", 3, 120)
+
+
+@pytest.mark.parametrize(
+    ("run_id", "step", "on_missing", "way"),
+    [
+        ("a1", 120, "raise", "join"),
+        ("a1", 500, "seed", "join"),
+        # Of an older version, which tells no id.
+        (None, 120, "raise", "join"),
+        ("a1", 119, "raise", None),
+        ("a1", 119, "seed", "seed"),
+        ("a1", 119, "join", "join"),
+        ("b2", 0, "raise", None),
+        ("b2", 500, "raise", None),
+        ("b2", 0, "seed", "seed"),
+        ("b2", 1, "seed", "join"),
+        ("b2", 0, "join", "join"),
+    ],
+)
+def test_the_way_on_from_a_saved_state(run_id: str | None, step: int, on_missing: OnMissing, way: str | None) -> None:
+    spec = {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": "w", "shape": [1]}]}
+    status = RunStatus(run="run", id=run_id, epoch=5, step=step, initialized=True,
+                       spec=RunSpec.model_validate(spec), workers=[], pushes={}, parameter_count=1)  # fmt: skip
+    if way is None:
+        with pytest.raises(StateMismatch, match=f"at step {step}"):
+            way_to_resume(SAVED, status, on_missing)
+    else:
+        assert way_to_resume(SAVED, status, on_missing) == way
