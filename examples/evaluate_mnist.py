@@ -37,7 +37,7 @@ if __name__ == "__main__":
         best = run.keep_best("accuracy", "best.safetensors")
         for step, x in run.watch("x", every=100):
             value = accuracy(x)
-            best(x, value)
-            print(f"step {step}: x has {value:.1%} test accuracy; the best so far {best.value:.1%} at step {best.step}")
+            is_kept = best(x, value)
+            print(f"step {step}: x has {value:.1%} test accuracy" + ", the best so far" * is_kept)
             if value >= TARGET:
                 break

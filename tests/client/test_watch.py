@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -74,6 +76,15 @@ def test_what_was_yielded_stays_as_it_was(run: Run) -> None:
             push(run, lease)
     assert [float(x["w"][0]) for x in kept] == [0.0, -1.0, -2.0]
     assert {x["w"].dtype for x in kept} == {torch.bfloat16}
+
+
+def test_a_snapshot_is_copied_with_where_it_is_from(run: Run) -> None:
+    begin(run)
+    x, _ = run.pull("z")
+    for other in (copy.copy(x), copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        assert (type(other), other.run, other.point, other.epoch, other.step) == (type(x), run.name, "z", 1, 0)
+        assert torch.equal(other["w"], x["w"])
+    assert x.metadata()["freestep.point"] == "z"
 
 
 def test_a_point_is_waited_for(run: Run, watched: Run, asked: list[httpx.Response]) -> None:
