@@ -11,20 +11,18 @@ import os
 import select
 import socket
 import ssl
-import threading
 import time
 from functools import partial
-from ipaddress import ip_address
 from math import inf
 from typing import Any, TypeAlias
-from urllib.request import getproxies
 
 import httpx
 
 from freestep.bulk_exchange import Exchange, poll_socket
+from freestep.forks import ForkLock
 from freestep.wire.receiver import Sink, lay
 
-__all__ = ["BulkTransport", "direct_mounts", "pour"]
+__all__ = ["BulkTransport", "pour"]
 
 _EXCHANGE = "freestep.exchange"
 """The response extension that contains the Exchange."""
@@ -45,29 +43,6 @@ def pour(response: httpx.Response, sink: Sink) -> None:
     else:
         for chunk in response.iter_bytes():
             lay(sink, chunk)
-
-
-def direct_mounts(transport: httpx.BaseTransport) -> dict[str, httpx.BaseTransport]:
-    """`mounts` of an `httpx.Client` that use a transport for every URL for which the environment names no proxy.
-
-    httpx ignores the environment's proxies if it is given a `transport`, and its `mounts` replace them; so only the URL
-    patterns that have no proxy are mounted, and those that have one are left to httpx.
-    """
-    proxies = getproxies()
-    exempt = [host for each in proxies.get("no", "").split(",") if (host := each.strip())]
-    patterns = [f"all://{_pattern(host)}" if "://" not in host else host for host in exempt if host != "*"]
-    if "all" not in proxies or "*" in exempt:
-        patterns.append("all://")
-    return dict.fromkeys(patterns, transport)
-
-
-def _pattern(host: str) -> str:
-    """An entry of NO_PROXY as a URL pattern, in httpx's reading: a name includes its subdomains."""
-    try:
-        address = ip_address(host.partition("/")[0])
-    except ValueError:
-        return host if host.lower() == "localhost" else f"*{host}"
-    return f"[{host}]" if address.version == 6 else host
 
 
 class BulkTransport(httpx.BaseTransport):
@@ -94,7 +69,7 @@ class BulkTransport(httpx.BaseTransport):
         self._context.set_alpn_protocols(["http/1.1"])
         self._most_idle = _limit(limits.max_keepalive_connections)
         self._longest_idle_s = _limit(limits.keepalive_expiry)
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._idle: list[_Connection] = []
         """Ordered by when they were last used."""
         self._is_closed = False
@@ -142,8 +117,8 @@ class BulkTransport(httpx.BaseTransport):
             connection.close()
 
     def _leave_to_parent(self) -> None:
-        """After a fork: the parent goes on using the connections, and a thread of its own may have held the lock."""
-        idle, self._idle, self._lock, self._process = self._idle, [], threading.Lock(), os.getpid()
+        """After a fork: the parent goes on using the connections."""
+        idle, self._idle, self._process = self._idle, [], os.getpid()
         for connection in idle:
             connection.close()
 
@@ -187,7 +162,8 @@ class BulkTransport(httpx.BaseTransport):
                 raise
         except TimeoutError as error:
             raise httpx.ConnectTimeout(f"no connection to {host}:{port} within {timeout} s") from error
-        except OSError as error:
+        except (OSError, UnicodeError, OverflowError) as error:
+            # The last two are of a name that cannot be a host's, and of a port above 65535.
             raise httpx.ConnectError(str(error)) from error
         return _Connection(origin, connected)
 

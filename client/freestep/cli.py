@@ -22,7 +22,7 @@ from freestep.commands.evaluate import evaluate
 from freestep.commands.pull import pull
 from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
 from freestep.commands.workers import workers
-from freestep.errors import FreestepError, ServiceUnreachable
+from freestep.errors import FreestepError, InvalidSetting, ServiceUnreachable
 from freestep.terminal import print_json, print_line, print_result, printable
 
 __all__ = ["main"]
@@ -42,6 +42,8 @@ def main() -> None:
     """Runs the command, and exits with one of the codes in the module's docstring."""
     try:
         app()
+    except InvalidSetting as error:
+        fail(2, str(error))
     except ServiceUnreachable as error:
         fail(3, str(error))
     except FreestepError as error:

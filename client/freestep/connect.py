@@ -47,7 +47,7 @@ def open_run(
         raise FreestepError("no run is named: give run='...', or set FREESTEP_RUN")
     if client is not None:
         return client.run(run, ranks=ranks), None
-    client = Client(url, token=token, retry_for=60.0 if retry_for is None else retry_for)
+    client = Client(url, token=token, retry_for=retry_for)
     return client.run(run, ranks=ranks), client
 
 

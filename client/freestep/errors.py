@@ -27,6 +27,7 @@
     │   └── StorageUnavailable    storage-unavailable
     ├── ServiceUnreachable        no answer came within the time allowed for retries
     ├── UnexpectedResponse        an answer that does not follow the protocol
+    ├── InvalidSetting            a URL, a proxy or an environment variable cannot be used; a ValueError too
     ├── ManifestMismatch          the local parameters are not those of the run
     ├── EvalMode                  a training step was asked for while x is loaded
     ├── DtypeOverflow             a value of the run is too large for the dtype it was to be received in
@@ -56,6 +57,7 @@ __all__ = [
     "Forbidden",
     "FreestepError",
     "IdempotencyConflict",
+    "InvalidSetting",
     "InvalidSpec",
     "LeaseExpired",
     "LengthRequired",
@@ -320,6 +322,10 @@ class ServiceUnreachable(FreestepError):
 
 class UnexpectedResponse(FreestepError):
     """The answer is not freestep's: another server is at the URL, or a proxy answered."""
+
+
+class InvalidSetting(FreestepError, ValueError):
+    """An argument of Client, or an environment variable in its place, cannot be used: the message names it."""
 
 
 class ManifestMismatch(FreestepError):

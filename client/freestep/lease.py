@@ -120,10 +120,10 @@ class HeldLease:
 
     def release(self) -> None:
         """Ends the lease, so that groups do not wait for this worker; sends one request at most, and never raises."""
-        if self._released.is_set():
+        if self._process != os.getpid() or self._released.is_set():
             return
         self._released.set()
-        if self.lost is None and self._process == os.getpid():
+        if self.lost is None:
             try:
                 self._transport.request("DELETE", self._path, retry=False)
             except Exception as error:

@@ -29,6 +29,7 @@ from freestep.errors import (
     ShardUnavailable,
     UnexpectedResponse,
 )
+from freestep.forks import ForkLock
 from freestep.transport import Answer, Transport, run_in_background
 from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
 
@@ -110,7 +111,7 @@ class ShardClient:
         self._worker_group = worker_group
         self._map = ShardMap()
         self._outdated = False
-        self._map_lock = threading.Lock()
+        self._map_lock = ForkLock()
         self._refresh_at = 0.0
         self._unreachable_until: dict[str, float] = {}
 

@@ -32,6 +32,9 @@ from freestep.errors import (
     Unauthenticated,
     UnexpectedResponse,
 )
+from freestep.forks import ForkLock
+from freestep.outages import Outages, cause_of
+from freestep.proxies import PROXY
 from freestep.wire.receiver import MEDIA_TYPE, Receiver
 
 __all__ = ["Answer", "Route", "Transport", "run_in_background"]
@@ -107,13 +110,30 @@ class Route(Protocol):
 
 
 class Transport:
-    """Requests to one service. Safe to use from several threads, as `httpx.Client` is."""
+    """Requests to one service. Safe to use from several threads, as `httpx.Client` is.
 
-    def __init__(self, http: httpx.Client, retry_for: float) -> None:
+    retry_for: seconds for which requests are repeated. explain: is asked about errors before the service's first
+    answer, and says why a repetition cannot help, if it can not. clock, sleep: for tests.
+    """
+
+    def __init__(
+        self,
+        http: httpx.Client,
+        retry_for: float,
+        *,
+        explain: Callable[[Exception], str | None] = lambda error: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._http = http
         self._retry_for = retry_for
+        self._explain = explain
+        self._clock = clock
+        self._sleep = sleep
+        self._outages = Outages(clock)
+        self._has_answered = False
         self._pool: ThreadPoolExecutor | None = None
-        self._pool_lock = threading.Lock()
+        self._pool_lock = ForkLock()
         self._process = os.getpid()
 
     @property
@@ -174,12 +194,16 @@ class Transport:
         return self._with_retries(attempt, route, self._retry_for if retry else 0.0)
 
     def _with_retries(self, attempt: Callable[[str], Answer], route: Route | None, seconds: float) -> Answer:
-        deadline = time.monotonic() + seconds
+        deadline = self._clock() + seconds
         longest = _FIRST_PAUSE_S
+        failed: set[str] = set()
         while True:
             url = route.url() if route is not None else ""
+            place = url or str(self.base_url).rstrip("/")
             try:
-                return attempt(url)
+                answer = attempt(url)
+            except httpx.LocalProtocolError as error:
+                raise ServiceUnreachable(f"the request to {place} cannot be sent: {error}") from error
             except _UNREACHABLE as error:
                 if url and route is not None:
                     route.unreachable(url)
@@ -188,28 +212,49 @@ class Transport:
                     message = f"{self._http.base_url} is not a URL that can be requested: {error}"
                     raise ServiceUnreachable(message) from error
                 if not isinstance(error, _TRANSIENT):
+                    self._require_service(error)
                     raise
                 failure: Exception = error
             except _TRANSIENT as error:
                 failure = error
+            except ProblemError:
+                self._has_answered = True
+                raise
+            else:
+                self._has_answered = True
+                if place in failed:
+                    self._outages.answered(place)
+                return answer
             if isinstance(failure, httpx.ConnectError) and _UNTRUSTED in str(failure):
-                raise ServiceUnreachable(f"{self._http.base_url} is not trusted: {failure}") from failure
+                raise ServiceUnreachable(f"{place} is not trusted: {failure}") from failure
+            self._require_service(failure)
             if route is not None:
                 route.failed(url, failure)
             pause = random.uniform(longest / 2, longest) + (getattr(failure, "retry_after", None) or 0.0)
-            if time.monotonic() + pause > deadline:
+            left = deadline - self._clock()
+            if pause > left:
+                self._outages.given_up(place)
                 if isinstance(failure, ProblemError):
                     raise failure
                 tried = f" for {seconds:g} s" if seconds else ""
-                raise ServiceUnreachable(f"{url or self._http.base_url} did not answer{tried}: {failure}") from failure
-            time.sleep(pause)
+                raise ServiceUnreachable(f"{place} did not answer{tried}: {cause_of(failure)}") from failure
+            failed.add(place)
+            self._outages.failed(place, failure, left)
+            self._sleep(pause)
             longest = min(2 * longest, _LONGEST_PAUSE_S)
+
+    def _require_service(self, error: Exception) -> None:
+        """Raises ServiceUnreachable if the error, the first thing that is heard of the service, will not pass."""
+        if self._has_answered or isinstance(error, ProblemError):
+            return
+        if (reason := self._explain(error)) is not None:
+            raise ServiceUnreachable(reason) from error
 
     def run_parallel(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Runs functions at the same time, each on a thread of its own; returns when the last one has ended."""
         if self._process != os.getpid():
-            # A forked child has none of the parent's threads, one of which may have held the lock.
-            self._pool, self._pool_lock, self._process = None, threading.Lock(), os.getpid()
+            # A forked child has none of the parent's threads.
+            self._pool, self._process = None, os.getpid()
         with self._pool_lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="freestep-shard")
@@ -252,7 +297,8 @@ def _read(response: httpx.Response, into: _Destination | None) -> Answer:
             refusal = ProblemError.from_document(document)
         if refusal is None:
             kind = _GatewayError if response.status_code in _GATEWAY_STATUS else UnexpectedResponse
-            refusal = kind(f"{response.request.url} answered {response.status_code}: {response.text[:200]!r}")
+            way = f" through {response.extensions[PROXY]}" if PROXY in response.extensions else ""
+            refusal = kind(f"{response.request.url} answered {response.status_code}{way}: {response.text[:200]!r}")
         if isinstance(refusal, ProblemError | _GatewayError) and headers.get("retry-after", "").isdecimal():
             refusal.retry_after = float(headers["retry-after"])
         raise refusal

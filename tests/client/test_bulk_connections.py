@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import httpx
 import pytest
 
 from freestep import Client, RunNotFound
-from freestep.bulk import BulkTransport, direct_mounts
+from freestep.bulk import BulkTransport
 from harness import ThreadService
 from meanwhile import at_once
 from scripted import ANSWERS, LARGE, Peer, Server, post, poured
@@ -151,57 +151,3 @@ def test_ipv6(serve: Callable[..., Server], http: httpx.Client) -> None:
 
     server = serve(script, host="::1")
     assert http.get(server.url).text == "six"
-
-
-# Proxies
-
-
-def test_a_proxy_of_the_environment_is_used(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
-    def proxy(peer: Peer) -> None:
-        assert peer.head().startswith("GET http://service.test/v1/runs HTTP/1.1\r\n")
-        peer.answer('{"runs": []}')
-
-    for name in ("ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("http_proxy", serve(proxy).url)
-    with Client("http://service.test", retry_for=0) as client:
-        assert client.runs() == []
-
-
-@pytest.mark.parametrize(
-    ("environment", "url", "is_direct"),
-    [
-        ({}, "http://a.test", True),
-        ({"http_proxy": "http://127.0.0.1:1"}, "http://a.test", False),
-        ({"http_proxy": "http://127.0.0.1:1"}, "https://a.test", True),
-        ({"all_proxy": "http://127.0.0.1:1"}, "https://a.test", False),
-        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "*"}, "https://a.test", True),
-        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "b.test, a.test"}, "https://c.a.test", True),
-        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": ".a.test"}, "https://a.test", False),
-        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "localhost"}, "http://localhost:8000", True),
-        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "localhost"}, "http://a.localhost:8000", False),
-        ({"all_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1"}, "http://127.0.0.1:8000", True),
-        ({"http_proxy": "http://127.0.0.1:1", "no_proxy": "::1"}, "http://[::1]:8000", True),
-        ({"http_proxy": "http://127.0.0.1:1", "no_proxy": "http://a.test"}, "http://a.test", True),
-    ],
-)
-def test_what_the_environment_names_no_proxy_for_is_asked_directly(
-    monkeypatch: pytest.MonkeyPatch, environment: Mapping[str, str], url: str, is_direct: bool
-) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name.upper(), raising=False)
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    asked: list[str] = []
-
-    def note(request: httpx.Request) -> httpx.Response:
-        asked.append(str(request.url))
-        return httpx.Response(200)
-
-    with httpx.Client(mounts=direct_mounts(httpx.MockTransport(note))) as http:
-        try:
-            http.get(url, timeout=0.001)
-        except httpx.TransportError:
-            assert not is_direct
-    assert bool(asked) == is_direct

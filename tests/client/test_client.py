@@ -171,11 +171,6 @@ def test_nobody_there_is_said_after_a_while() -> None:
         client.runs()
 
 
-def test_a_url_without_its_scheme_is_said_at_once() -> None:
-    with Client("localhost:8000", retry_for=3600) as client, pytest.raises(ServiceUnreachable, match="not a URL"):
-        client.runs()
-
-
 class Answering(http.server.BaseHTTPRequestHandler):
     """Returns the responses that its server lists, one after another."""
 

@@ -1,0 +1,63 @@
+"""What a client logs while a service is away: one line at once, one every 10 seconds, and one when it is back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from freestep.forks import ForkLock
+
+__all__ = ["Outages", "cause_of"]
+
+logger = logging.getLogger("freestep")
+
+_INTERVAL_S = 10.0
+"""Seconds between two lines on one outage. Attempts that take longer are logged when they have failed."""
+
+
+def cause_of(error: BaseException) -> str:
+    """An error as text; some of httpx's have none."""
+    return str(error) or type(error).__name__
+
+
+@dataclass
+class _Outage:
+    began: float
+    lines: int = 0
+
+
+class Outages:
+    """The outages that the requests of one client meet, each logged once for all of them.
+
+    clock: returns seconds, from any origin.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = ForkLock()
+        self._open: dict[str, _Outage] = {}
+        """By URL."""
+
+    def failed(self, url: str, error: Exception, left: float) -> None:
+        """Notes a failed attempt of a request to a URL, which is repeated for `left` seconds more."""
+        with self._lock:
+            now = self._clock()
+            outage = self._open.setdefault(url, _Outage(now))
+            if now < outage.began + _INTERVAL_S * outage.lines:
+                return
+            outage.lines = 1 + int((now - outage.began) / _INTERVAL_S)
+        since = f"has been away or busy for {now - outage.began:.0f} s" if now > outage.began else "is away or busy"
+        logger.warning("%s %s (%s): requests are repeated for %.0f s", url, since, cause_of(error), left)
+
+    def answered(self, url: str) -> None:
+        """Notes that a request which had failed before was answered."""
+        with self._lock:
+            outage = self._open.pop(url, None)
+        if outage is not None:
+            logger.warning("%s answers again, after %.0f s", url, self._clock() - outage.began)
+
+    def given_up(self, url: str) -> None:
+        """Notes that a request is not repeated any more, and raises the last error: the next outage is a new one."""
+        with self._lock:
+            self._open.pop(url, None)

@@ -1,0 +1,93 @@
+"""The service's URL: what it lacks, and whether the server at it speaks the other one of http and https."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+
+import httpx
+
+from freestep.errors import InvalidSetting
+
+__all__ = ["check_url", "other_scheme"]
+
+_PROBE_S = 3.0
+"""Seconds for which a probe waits for a server."""
+_HTTPS_PORTS = (443, 8443)
+_LAST_PORT = 65535
+
+
+def check_url(url: str) -> str:
+    """A service's URL, without a slash at its end.
+
+    Raises:
+        InvalidSetting: It is not an http or https URL; the message names the one that was perhaps meant.
+    """
+    if "://" not in url:
+        meant = _with_scheme(url)
+        raise InvalidSetting(f"{url!r} is not a URL, since it does not begin with http:// or https://{meant}")
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise InvalidSetting(f"{url!r} is not a URL: {error}") from error
+    if parsed.scheme not in ("http", "https"):
+        raise InvalidSetting(f"{url!r} is not the URL of a service: it must begin with http:// or https://")
+    if not parsed.host:
+        raise InvalidSetting(f"{url!r} is not the URL of a service: it names no host")
+    if parsed.port is not None and not 0 < parsed.port <= _LAST_PORT:
+        raise InvalidSetting(f"{url!r} is not the URL of a service: its port must be from 1 to {_LAST_PORT}")
+    if parsed.query or parsed.fragment:
+        raise InvalidSetting(f"{url!r} is not the URL of a service: it must end before its '?' or '#'")
+    return url.rstrip("/")
+
+
+def _with_scheme(url: str) -> str:
+    """A hint at the URL that was meant, "" if none can be guessed."""
+    rest = re.sub(r"^(https?)?:?/*", "", url, flags=re.IGNORECASE)
+    try:
+        parsed = httpx.URL(f"http://{rest}")
+    except httpx.InvalidURL:
+        return ""
+    if not parsed.host:
+        return ""
+    scheme = "https" if parsed.port in _HTTPS_PORTS or url.lower().startswith("https") else "http"
+    return f": perhaps {scheme}://{rest} is meant"
+
+
+def other_scheme(url: httpx.URL, error: Exception) -> str | None:
+    """The URL with the other scheme, if a request to `url` failed because the server speaks that one; else None.
+
+    Asks the server, unless the error tells that there is none.
+    """
+    if isinstance(error, httpx.TimeoutException) or not url.host:
+        return None
+    if url.scheme == "http" and not isinstance(error, httpx.ConnectError):
+        speaks, scheme = _speaks_tls(url.host, url.port or 80), "https"
+    elif url.scheme == "https" and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
+        speaks, scheme = _speaks_http(url), "http"
+    else:
+        return None
+    return str(url.copy_with(scheme=scheme, port=url.port or {"https": 80, "http": 443}[scheme])) if speaks else None
+
+
+def _speaks_tls(host: str, port: int) -> bool:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection((host, port), _PROBE_S) as connected:
+            with context.wrap_socket(connected, server_hostname=host):
+                return True
+    except ssl.SSLError as error:
+        # A refusal in the language of TLS, such as one of a client without a certificate.
+        return "ALERT" in (error.reason or "")
+    except (OSError, UnicodeError):
+        return False
+
+
+def _speaks_http(url: httpx.URL) -> bool:
+    try:
+        httpx.get(url.copy_with(scheme="http", port=url.port or 443), trust_env=False, timeout=_PROBE_S)
+    except httpx.HTTPError:
+        return False
+    return True

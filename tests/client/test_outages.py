@@ -1,0 +1,198 @@
+"""What is logged while a service is away, and for how long it is asked again, by a clock of the tests' own."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from freestep import Client, CoordinatorUnavailable, InvalidSetting, Overloaded, ServiceUnreachable
+from freestep.transport import Transport
+
+URL = "http://service.test:8000"
+
+
+class Clock:
+    """Seconds, which pass while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture, clock: Clock) -> Callable[[], list[tuple[float, str]]]:
+    """The warnings so far, each with when it was logged, in seconds after the beginning."""
+
+    class At(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert record.levelno == logging.WARNING
+            found.append((clock.now - 1000.0, record.getMessage()))
+
+    found: list[tuple[float, str]] = []
+    handler = At()
+    logging.getLogger("freestep").addHandler(handler)
+    caplog.set_level(logging.WARNING, "freestep")
+    return lambda: found
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_are_left() -> Iterator[None]:
+    before = list(logging.getLogger("freestep").handlers)
+    yield
+    logging.getLogger("freestep").handlers = before
+
+
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+def transport(answer: Answer, clock: Clock, retry_for: float) -> Transport:
+    http = httpx.Client(base_url=URL, transport=httpx.MockTransport(answer))
+    return Transport(http, retry_for, clock=clock, sleep=clock.sleep)
+
+
+def raising(error: Exception) -> Answer:
+    def answer(request: httpx.Request) -> httpx.Response:
+        raise error
+
+    return answer
+
+
+AWAY: dict[str, tuple[Answer, str]] = {
+    "refused": (raising(httpx.ConnectError("[Errno 111] Connection refused")), "Connection refused"),
+    "no connection": (raising(httpx.ConnectTimeout("no connection within 30 s")), "no connection within 30 s"),
+    "no answer": (raising(httpx.ReadTimeout("")), "ReadTimeout"),
+    "cut": (raising(httpx.RemoteProtocolError("the server closed the connection")), "the server closed"),
+    **{
+        f"a gateway's {status}": (lambda _, status=status: httpx.Response(status, text="upstream"), str(status))
+        for status in (429, 502, 503, 504)
+    },
+    "Redis away": (
+        lambda _: httpx.Response(503, json=CoordinatorUnavailable("Redis is loading").to_document(503)),
+        "Redis is loading",
+    ),
+    "overloaded": (lambda _: httpx.Response(429, json=Overloaded("no memory").to_document(429)), "no memory"),
+}
+
+
+@pytest.mark.parametrize(("answer", "cause"), AWAY.values(), ids=AWAY)
+def test_it_is_logged_at_once_and_every_ten_seconds_and_raised_in_the_end(
+    answer: Answer, cause: str, clock: Clock, lines: Callable[[], list[tuple[float, str]]]
+) -> None:
+    with pytest.raises((ServiceUnreachable, CoordinatorUnavailable, Overloaded), match=cause):
+        transport(answer, clock, 60).request("GET", "/v1/runs")
+    times = [at for at, _ in lines()]
+    assert times[0] == 0
+    # The pauses between attempts are at most three seconds.
+    assert [int(at // 10) for at in times] == [0, 1, 2, 3, 4, 5]
+    assert all(at % 10 <= 3 for at in times)
+    assert 57 <= clock.now - 1000 <= 60
+    for (at, line), word in zip(lines(), ["is away or busy"] + 5 * ["has been away or busy for"], strict=True):
+        assert line.startswith(f"{URL} {word}")
+        assert cause in line
+        assert line.endswith(f"requests are repeated for {60 - at:.0f} s")
+
+
+def test_its_return_is_logged_once(clock: Clock, lines: Callable[[], list[tuple[float, str]]]) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if clock.now < 1025:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(200, json={})
+
+    asked = transport(answer, clock, 60)
+    asked.request("GET", "/v1/runs")
+    back = lines()[-1]
+    assert 25 <= back[0] <= 28
+    assert back[1] == f"{URL} answers again, after {back[0]:.0f} s"
+    assert sum("answers again" in line for _, line in lines()) == 1
+    count = len(lines())
+    asked.request("GET", "/v1/runs")
+    assert len(lines()) == count
+
+
+def test_requests_of_several_threads_are_logged_as_one_outage(
+    clock: Clock, lines: Callable[[], list[tuple[float, str]]]
+) -> None:
+    failures = [0]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        failures[0] += 1
+        if failures[0] <= 16:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(200, json={})
+
+    asked = transport(answer, clock, 3600)
+    asked.run_parallel([lambda: asked.request("GET", "/v1/runs")] * 8)
+    asked.close()
+    begun = [line for _, line in lines() if "is away or busy" in line]
+    assert len(begun) == 1
+    assert sum("answers again" in line for _, line in lines()) == 1
+
+
+def test_an_outage_after_one_that_was_given_up_is_a_new_one(
+    clock: Clock, lines: Callable[[], list[tuple[float, str]]]
+) -> None:
+    asked = transport(AWAY["refused"][0], clock, 5)
+    for _ in range(2):
+        with pytest.raises(ServiceUnreachable, match=r"did not answer for 5 s: .*refused"):
+            asked.request("GET", "/v1/runs")
+    assert ["is away or busy" in line for _, line in lines()] == [True, True]
+
+
+def test_what_is_asked_once_only_is_not_logged(clock: Clock, lines: Callable[[], list[tuple[float, str]]]) -> None:
+    asked = transport(AWAY["refused"][0], clock, 60)
+    with pytest.raises(ServiceUnreachable, match=r"^http://service\.test:8000 did not answer: .*refused"):
+        asked.request("GET", "/v1/runs", retry=False)
+    assert lines() == []
+
+
+def test_a_request_that_cannot_be_sent_is_not_repeated(
+    clock: Clock, lines: Callable[[], list[tuple[float, str]]]
+) -> None:
+    with pytest.raises(ServiceUnreachable, match="cannot be sent: Illegal header value"):
+        transport(raising(httpx.LocalProtocolError("Illegal header value")), clock, 60).request("GET", "/v1/runs")
+    assert (clock.now, lines()) == (1000, [])
+
+
+# For how long
+
+
+def refused_after(client: Client) -> str:
+    with client, pytest.raises(ServiceUnreachable) as caught:
+        client.runs()
+    return str(caught.value)
+
+
+def test_the_environment_says_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREESTEP_RETRY_SECONDS", "0.25")
+    assert "did not answer for 0.25 s" in refused_after(Client("http://127.0.0.1:9"))
+    assert "did not answer for 0.5 s" in refused_after(Client("http://127.0.0.1:9", retry_for=0.5))
+    assert "did not answer: " in refused_after(Client("http://127.0.0.1:9", retry_for=0))
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "1 minute"])
+def test_a_wrong_time_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("FREESTEP_RETRY_SECONDS", value)
+    with pytest.raises(InvalidSetting, match=f"FREESTEP_RETRY_SECONDS must be a number of seconds.*{value}") as caught:
+        Client()
+    assert isinstance(caught.value, ValueError)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    for client in (Client(retry_for=1), Client(retry_for=1, http=httpx.Client())):
+        client.close()
+    monkeypatch.delenv("FREESTEP_RETRY_SECONDS")
+    for given in (-1.0, float("nan"), "soon"):
+        with pytest.raises(InvalidSetting, match="retry_for must be a number of seconds"):
+            Client(retry_for=given)  # type: ignore[arg-type]
