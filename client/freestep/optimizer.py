@@ -42,6 +42,7 @@ from freestep.resume import OnMissing, way_to_resume
 from freestep.run import Run
 from freestep.run_request import RunRequest
 from freestep.saved_state import SavedPlace, residual_by_parameter, saved_residual
+from freestep.update_wait import FIRST_WAIT_S, log_update_wait
 from freestep.weights_guard import WeightsGuard
 from freestep.wire.encoding import Encoding
 from freestep.wire.manifest import Manifest
@@ -55,7 +56,7 @@ __all__ = ["RemoteOptimizer"]
 logger = logging.getLogger("freestep")
 
 _WAIT_S = 30.0
-"""Seconds for which one request waits for the update of a group of pushes."""
+"""Seconds for which one request waits for the update of a group of pushes, after the push itself."""
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -441,7 +442,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @property
     def _waits(self) -> float:
-        return _WAIT_S if self.spec.aggregation.policy in ("sync", "quorum") else 0.0
+        return FIRST_WAIT_S if self.spec.aggregation.policy in ("sync", "quorum") else 0.0
 
     def _rejoin(self, reason: str) -> None:
         logger.warning("the run %s dropped a push (%s) and is joined again", self._run.name, reason)
@@ -450,6 +451,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _await_update(self, step: int) -> None:
         while True:
+            if self._worker_group.rank == 0:
+                log_update_wait(self._run.name, step, self.spec.aggregation, self._run.workers)
             try:
                 self._load("y", min_step=step)
                 return

@@ -100,6 +100,8 @@ class WorkerStatus(_Answer):
     """Milliseconds that are left."""
     pushes: int = 0
     """How many pushes the worker has made under this lease."""
+    gathered: int = 0
+    """How many pushes of its are in the update that is being gathered."""
     step: int | None = None
     """The step of the y of its last push's gradient."""
     staleness: int | None = None

@@ -88,12 +88,13 @@ class RunLeases:
             for lease in newest.values():
                 pipeline.hgetall(scripts.lease_key(lease))
                 pipeline.pttl(scripts.lease_key(lease))
-            answers = await pipeline.execute() if newest else []
+            pipeline.hgetall(scripts.key("group"))
+            *answers, gathered = await pipeline.execute()
         live = []
         for (worker, lease), fields, ttl in zip(newest.items(), answers[::2], answers[1::2], strict=True):
             if fields and ttl > 0:
                 status = {**fields, "worker": worker, "lease": lease, "expires_in_ms": ttl}
-                live.append(WorkerStatus.model_validate(status))
+                live.append(WorkerStatus.model_validate({**status, "gathered": gathered.get(worker, 0)}))
         return sorted(live, key=lambda status: status.worker)
 
     async def _newest_lease(self, worker: str) -> str:

@@ -57,7 +57,7 @@ class ReceivedState:
         if not self._budget.try_reserve(size):
             raise Overloaded(f"the state takes {size} bytes of memory, and {self._budget.free} are free")
         self._reserved = size
-        self.vectors = {name: torch.empty(numel, dtype=torch.float32) for name in document.buffers}
+        self.vectors = {name: torch.empty(numel, dtype=torch.float32, device="cpu") for name in document.buffers}
         self._document = document
         return [memory_of(vector) for vector in self.vectors.values()]
 
