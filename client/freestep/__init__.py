@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from freestep.flat import Flat
     from freestep.local_steps import LocalSteps
     from freestep.optimizer import RemoteOptimizer
+    from freestep.optimizer_states import export_state, import_state
+    from freestep.run_state import RunState
 else:
     # Imported when first used: torch takes seconds to import, and the control plane does not need it.
     _WITH_TORCH = {
@@ -27,8 +29,11 @@ else:
         "LocalSteps": "freestep.local_steps",
         "RemoteOptimizer": "freestep.optimizer",
         "Rounded": "freestep.encoders",
+        "RunState": "freestep.run_state",
         "TopK": "freestep.encoders",
         "reestimate_batchnorm": "freestep.batchnorm",
+        "export_state": "freestep.optimizer_states",
+        "import_state": "freestep.optimizer_states",
     }
 
     def __getattr__(name: str) -> Any:
@@ -58,10 +63,13 @@ __all__ = [
     "Rounded",
     "Run",
     "RunSpec",
+    "RunState",
     "RunStatus",
     "Snapshot",
     "TopK",
     "__version__",
     "reestimate_batchnorm",
+    "export_state",
+    "import_state",
     *_errors,
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,8 @@ from freestep.commands.evaluate import evaluate
 from freestep.commands.pull import pull
 from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
 from freestep.commands.workers import workers
-from freestep.errors import FreestepError, InvalidSetting, ServiceUnreachable
+from freestep.errors import FreestepError, InvalidSetting, ProblemError, ServiceUnreachable
+from freestep.files import is_stdout
 from freestep.terminal import print_json, print_line, print_result, printable
 
 __all__ = ["main"]
@@ -34,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-runs = typer.Typer(help="List, show, reshard and delete runs.", no_args_is_help=True)
+runs = typer.Typer(help="List, show, move, reshard and delete runs.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 
 
@@ -113,6 +115,51 @@ def reshard_run(
     """Divide a run into another number of shards; its workers go on."""
     with connect(url, token) as client:
         status = client.run(run).reshard(shards)
+    print_result(status, as_json, ("", ""), _facts(status))
+
+
+@runs.command("export")
+def export_run(
+    run: RunName,
+    file: Annotated[Path, typer.Argument(help="The safetensors file to write; - for stdout.")],
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Write a run's whole state to a file: every vector of its optimizer, and all scalars."""
+    with slow_imports(), connect(url, token) as client:
+        state = client.run(run).export_state()
+    try:
+        state.save(file)
+    except OSError as error:
+        fail(2, f"{file} cannot be written: {error.strerror}")
+    if not is_stdout(file):
+        print_line(f"the state of {run} at step {state.step} is in {file}")
+
+
+@runs.command("import")
+def import_run(
+    run: RunName,
+    file: Annotated[Path, typer.Argument(help="The safetensors file of a state; - for stdin.")],
+    replace: Annotated[bool, typer.Option(help="Replace the state that the run has, in a new epoch.")] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Give a run a whole state, and create the run if there is none."""
+    with slow_imports():
+        from freestep.run_state import RunState
+    try:
+        if str(file) == "-":
+            content = sys.stdin.buffer.read()
+            state = RunState.read_from(BytesIO(content), len(content))
+        else:
+            state = RunState.load(file)
+    except OSError as error:
+        fail(2, f"{file} cannot be read: {error.strerror}")
+    except ProblemError as error:
+        fail(2, f"{file} holds no state of a run: {error}")
+    with connect(url, token) as client:
+        status = client.run(run).import_state(state, replace=replace)
     print_result(status, as_json, ("", ""), _facts(status))
 
 

@@ -329,7 +329,10 @@ class InvalidSetting(FreestepError, ValueError):
 
 
 class ManifestMismatch(FreestepError):
-    """Local tensors differ from the run's in names, shapes, order or groups, or a state is of another run."""
+    """Local tensors differ from the run's in names, shapes, order or groups, or a state is of another run.
+
+    A state of a run does not fit an optimizer of another algorithm, or with other hyperparameters.
+    """
 
 
 class EvalMode(FreestepError):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import quote
 
 from freestep.answers import Pulled, Snapshot, parse
@@ -24,6 +25,7 @@ from freestep.api.models import (
     Topology,
     WorkerStatus,
 )
+from freestep.bulk_exchange import Body
 from freestep.lease import Claim, HeldLease, worker_name
 from freestep.sharding import ShardClient
 from freestep.transport import Answer, Transport
@@ -38,9 +40,13 @@ if TYPE_CHECKING:
     from freestep.encoders import Encoder
     from freestep.flat import Flat
     from freestep.in_place_gradient import InPlaceGradient
+    from freestep.run_state import RunState
     from freestep.tensor_transfer import Exchange, TensorTransfer
 
 __all__ = ["Run"]
+
+_OPENING_S = 60.0
+"""Seconds for which the service may hold an answer while shards copy a state, or the run is opened with one."""
 
 
 class Run:
@@ -341,6 +347,68 @@ class Run:
             return Snapshot(flat.views, self.name, self.pull_into(flat, point, min_step=min_step, wait=wait))
 
         return watch(lambda: self._tensors.new_flat(dtype), pull_into, every, min_step)
+
+    def export_state(self) -> RunState:
+        """The run's whole state at its newest step: every vector of its optimizer, and all scalars.
+
+        Pushes that are accumulated for an update to come are not in it, nor are receipts and leases.
+
+        Raises:
+            RunNotInitialized: The run has no weights yet.
+        """
+        from freestep.run_state import IncomingState
+
+        incoming = IncomingState()
+        # A StateReceiver is no Receiver, but does for an answer what one does.
+        self._transport.request("GET", f"{self._path}/state", into=cast(Any, incoming), wait=_OPENING_S)
+        return incoming.state()
+
+    def import_state(self, state: RunState, *, replace: bool = False, at: Pulled | None = None) -> RunStatus:
+        """Gives the run a whole state, and creates the run with the state's spec if there is none.
+
+        Returns when the state is durable, as far as the run's durability goes. The run may have another number of
+        shards than the state's spec.
+
+        Args:
+            state: From `export_state`, `RunState.load`, or `freestep.import_state` of a local optimizer.
+            replace: Whether a run that has weights gets this state in their place, in a new epoch; its workers join
+                again.
+            at: Replaces them only while the run is at this epoch and step.
+
+        Raises:
+            AlreadyInitialized: The run has weights, and `replace` is False.
+            EpochChanged: The run has moved on from `at`. Nothing was changed.
+            RunExists: The run has another spec.
+            InvalidSpec: The service has no memory for the run.
+        """
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        if at is not None:
+            headers["If-Match"] = f'"e{at.epoch}-s{at.step}"'
+        answer = self._transport.request(
+            "PUT",
+            f"{self._path}/state",
+            headers=headers,
+            params={"replace": "true"} if replace else None,
+            body=Body(state.body()),
+            wait=_OPENING_S,
+        )
+        return self._noted(answer)
+
+    def overwrite(self, weights: Mapping[str, Tensor] | Flat) -> RunStatus:
+        """Makes weights the run's: x, y and z are then these, in a new epoch; the rest of its state stays.
+
+        Moves the whole state twice.
+
+        Args:
+            weights: As for `initialize`.
+
+        Raises:
+            EpochChanged: The run has moved on meanwhile; nothing was changed.
+            ManifestMismatch: Names or shapes are not the run's; nothing was changed.
+        """
+        state = self.export_state()
+        state.set_weights(weights)
+        return self.import_state(state, replace=True, at=Pulled(state.epoch, state.step))
 
     def _noted(self, answer: Answer) -> RunStatus:
         status = parse(RunStatus, answer)
