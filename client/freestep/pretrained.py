@@ -72,8 +72,8 @@ class PretrainedFolder:
             notes = [_note(f"not in {self.folder}, and written under the run's names", missing)]
             notes += [_note(f"in {self.folder} only, and left out", others)] if others else []
         elif others:
-            tied = {name: tensors[twin] for name in others if (twin := self._twin(name, tensors)) is not None}
-            copied = {name: self._tensors[name] for name in others if name not in tied}
+            tied = {name: tensors[twin] for name in sorted(others) if (twin := self._twin(name, tensors)) is not None}
+            copied = {name: self._tensors[name] for name in sorted(others) if name not in tied}
             notes = [_note(f"not in the run, and copied from {self.folder}", copied.keys())] if copied else []
             tensors |= tied | copied
         self._write(output, tensors, x.metadata())

@@ -284,7 +284,7 @@ def test_a_step_that_is_not_reached_is_said(run: Run) -> None:
     run.status()
     with pytest.raises(StepNotReached) as caught:
         run.pull("x", min_step=5, wait=0.01)
-    assert caught.value.extensions == {"step": 0}
+    assert caught.value.extensions == {"epoch": 1, "step": 0}
 
 
 # Where requests go
