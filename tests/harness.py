@@ -37,9 +37,12 @@ same path as large ones."""
 
 
 class ThreadService:
-    """A service under a real uvicorn in a thread; `stop` shuts it down in order."""
+    """A service under a real uvicorn in a thread; `stop` shuts it down in order.
 
-    def __init__(self, data_dir: Path, **settings: Any) -> None:
+    ready: what /readyz answers once it has started.
+    """
+
+    def __init__(self, data_dir: Path, ready: int = 200, **settings: Any) -> None:
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         port = listener.getsockname()[1]
         self.settings = Settings(data_dir=data_dir, port=port, **ORDINARY | settings)
@@ -58,7 +61,7 @@ class ThreadService:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()
-        wait_ready(self.url, self._thread.is_alive, self.trusted)
+        wait_ready(self.url, self._thread.is_alive, self.trusted, ready)
 
     @property
     def registry(self) -> Registry:
@@ -152,13 +155,13 @@ def _escape(text: str) -> str:
     return "".join(f"\\{character}" if character in "*?[]\\" else character for character in text)
 
 
-def wait_ready(url: str, is_alive: Callable[[], bool], verify: ssl.SSLContext | bool = True) -> None:
-    """Polls /readyz until it answers 200, as an orchestrator would. Raises TimeoutError after DEADLINE_S."""
+def wait_ready(url: str, is_alive: Callable[[], bool], verify: ssl.SSLContext | bool = True, status: int = 200) -> None:
+    """Polls /readyz until it answers with a status, as an orchestrator would. Raises TimeoutError after DEADLINE_S."""
 
     def is_ready() -> bool:
         assert is_alive(), "the service ended before it was ready"
         try:
-            return http.get("/readyz").status_code == 200
+            return http.get("/readyz").status_code == status
         except httpx.TransportError:
             return False
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -194,13 +196,15 @@ async def pull(shard: LocalShard, point: Any = "y") -> tuple[int, float]:
 
 
 class Medium(LocalStorage):
-    """A directory that is full, keeps its files, or hangs, when the test says so."""
+    """A directory that is full, keeps its files, fails to read, or hangs, when the test says so."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.is_full = False
         self.keeps: str | None = None
         """What may not be removed: paths with this in them."""
+        self.fails: str | None = None
+        """What cannot be listed: paths with this in them."""
         self.hangs: str | None = None
         self.may_go_on = threading.Event()
 
@@ -213,6 +217,11 @@ class Medium(LocalStorage):
         if self.keeps is not None and self.keeps in path:
             raise OSError(30, "Read-only file system")
         super()._remove(path)
+
+    def _names(self, directory: str) -> list[str]:
+        if self.fails is not None and self.fails in directory:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super()._names(directory)
 
     def _read(self, path: str) -> bytes:
         if self.hangs is not None and self.hangs in path:

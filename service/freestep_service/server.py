@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import socket
 import sys
 
@@ -16,6 +17,8 @@ from freestep_service.tls import uvicorn_options
 from freestep_service.web.connection import Connection
 
 __all__ = ["main", "serve"]
+
+_MOST_DESCRIPTORS = 65_536
 
 
 def main(arguments: list[str]) -> None:
@@ -46,6 +49,7 @@ def serve(settings: Settings) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tls = uvicorn_options(settings)
+    _raise_descriptor_limit()
     listener = _listener(settings)
     host, port = listener.getsockname()[:2]
     app = create_app(settings.model_copy(update={"port": port}))
@@ -85,6 +89,14 @@ class _Server(uvicorn.Server):
         if self.started:
             sys.stdout.write(f"freestep listens on {self._url}\n")
             sys.stdout.flush()
+
+
+def _raise_descriptor_limit() -> None:
+    """Lets the process have as many descriptors as it may: each connection is one, and 1,024 is a common limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _listener(settings: Settings) -> socket.socket:

@@ -29,14 +29,14 @@ def test_an_upload_does_not_fail_for_its_first_checkpoint(store: str, tmp_path: 
             run, _ = await registry.create("run", spec_of(shards))
             medium.is_full = True
             await initialize(run)
-            assert run.checkpoint_failure is not None and "No space left" in run.checkpoint_failure
+            assert run.problem is not None and "No space left" in run.problem
             lease = await run.leases.grant("worker", None)
             await push(run, claim_of(lease, "one"))
             with pytest.raises(StorageUnavailable):
                 await run.checkpoint()
             medium.is_full = False
             assert (await run.checkpoint()).step == 1
-            assert run.checkpoint_failure is None
+            assert run.problem is None
 
     run_async(work)
 

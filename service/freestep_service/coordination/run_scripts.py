@@ -92,9 +92,14 @@ class RunScripts:
         raise CoordinatorUnavailable(f"unexpected answer of a script: {status}")
 
 
-def not_open(run: str, missing: Sequence[int]) -> ShardUnavailable:
-    """The refusal of a request to a run that is not open; `missing`: the shards without an owner."""
+def not_open(run: str, missing: Sequence[int], reason: str | None = None) -> ShardUnavailable:
+    """The refusal of a request to a run that is not open; `missing`: the shards without an owner.
+
+    reason: why this process does not take them, where that will not change by itself.
+    """
     if missing:
-        listed = ", ".join(map(str, missing))
-        return ShardUnavailable(f"the run {run!r} waits for an owner of shard {listed}", missing=list(missing))
+        detail = f"the run {run!r} waits for an owner of shard {', '.join(map(str, missing))}"
+        return ShardUnavailable(detail if reason is None else f"{detail}: {reason}", missing=list(missing))
+    if reason is not None:
+        return ShardUnavailable(f"the run {run!r} cannot be opened: {reason}", missing=[])
     return ShardUnavailable(f"the shards of the run {run!r} are being opened", missing=[])

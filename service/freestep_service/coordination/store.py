@@ -23,6 +23,8 @@ __all__ = ["Store"]
 _LUA = files("freestep_service.coordination") / "lua"
 _TIMEOUT_S = 5.0
 _CONNECTIONS = 32
+_PROBE, _PROBE_MS = "freestep:writable", 1000
+"""A key that shows that Redis takes writes, and the ms after which it is gone; it belongs to no run."""
 
 
 class Store:
@@ -83,9 +85,10 @@ class Store:
             **({} if self._url.startswith("unix:") else {"socket_keepalive": True}),
         )
 
-    async def ping(self) -> None:
+    async def require_writable(self) -> None:
+        """Raises CoordinatorUnavailable, also where Redis refuses writes: as a replica, say, or for want of memory."""
         with reachable():
-            await self.client.ping()
+            await self.client.set(_PROBE, "", px=_PROBE_MS)
 
     async def close(self) -> None:
         if self._pipeline is not None:

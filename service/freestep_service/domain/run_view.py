@@ -107,6 +107,10 @@ class RunView:
         """The shards without an owner."""
         return [shard for shard in range(self.count) if not self.is_owned(shard)]
 
+    def was_owned_at(self, shard: int, url: str) -> bool:
+        """Whether the last owner of a shard was a process with this URL, whatever became of it."""
+        return url in (self.field(shard, "url"), self.field(shard, "left_url"))
+
     def was_owned_by_predecessor(self, shard: int, url: str, host: str) -> bool:
         """Whether the shard's last owner is a predecessor of a process with this URL on this host, or that process.
 

@@ -60,6 +60,11 @@ class Keeper:
         for work in (self._beat, self._prolong, self._keep_house):
             self._tasks.append(asyncio.create_task(work()))
 
+    @property
+    def problem(self) -> str | None:
+        """What one of its kinds of work fails with; None while none does."""
+        return next(iter(self._errors.values()), None)
+
     async def stop(self) -> None:
         """Ends the tasks when they have done what they are at."""
         # Not cancelled: a command cut short would leave its connection, and a checkpoint its thread, behind.

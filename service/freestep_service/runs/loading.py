@@ -155,6 +155,18 @@ class Loading:
         part = self._context.manifest.part(index, count)
         return await self._disk.run(self._checkpoints.offers, part.begin, part.end)
 
+    async def why_unreadable(self, index: int, count: int) -> str | None:
+        """Why a shard that is in a checkpoint cannot be loaded here; None where it can."""
+        try:
+            if await self.offers(index, count):
+                return None
+        except StorageUnavailable as error:
+            return str(error)
+        return (
+            f"the storage {self._context.resources.storage} holds no checkpoint of it, though there was one: "
+            "bring the files back, or delete the run"
+        )
+
     async def last_epoch(self) -> int:
         """The newest epoch that is known here or in storage."""
         stored, _ = await self._stored()

@@ -61,6 +61,10 @@ class Ownership:
         """Whether nothing is kept any more."""
         self.is_gone = False
         """Whether another process has deleted the run."""
+        self.problem: str | None = None
+        """Why shards without an owner cannot be taken here."""
+        self.has_lost_state = False
+        """Whether a process with this one's URL was their owner: no other is then expected to have their state."""
         self.ended_in = 0
         """Its last epoch, where it is gone."""
         self._context = context
@@ -265,6 +269,7 @@ class Ownership:
             await self._node.heartbeat(self._context.resources.store)
         left = self._node.share(view.count) - len(self._mine(view))
         wanted: list[int] = []
+        unreadable: dict[int, str] = {}
         # Those whose state is still here come first.
         for index in sorted(free, key=lambda index: (index not in self._shards, index)):
             was_mine = index in self._shards or view.was_owned_by_predecessor(index, self._node.url, self._node.host)
@@ -272,12 +277,27 @@ class Ownership:
             is_left = was_mine or missing_s > self._node.ttl_ms / 1000
             # Where Redis has lost its data, others hold the state of what seems free.
             waits = "lost" in view.run and (self._node.live_peers > 0 or missing_s < self._unknown_s)
-            can_load = index in self._shards or "durable" not in view.run
-            may_take = (left > 0 and not waits) or is_left
-            if may_take and (can_load or await self._loading.offers(index, view.count)):
+            if not ((left > 0 and not waits) or is_left):
+                continue
+            has_state = index in self._shards or "durable" not in view.run
+            if has_state or not (reason := await self._loading.why_unreadable(index, view.count)):
                 wanted.append(index)
                 left -= 1
+            elif is_left or view.was_owned_at(index, self._node.url):
+                unreadable[index] = reason
+        self._note_unreadable(view, unreadable)
         return wanted
+
+    def _note_unreadable(self, view: RunView, unreadable: Mapping[int, str]) -> None:
+        """Notes and logs which shards without an owner cannot be taken, and why."""
+        shards: dict[str, list[str]] = {}
+        for index, reason in unreadable.items():
+            shards.setdefault(reason, []).append(str(index))
+        problem = "; ".join(f"shard {', '.join(listed)} has no owner: {reason}" for reason, listed in shards.items())
+        if problem and problem != self.problem:
+            logger.error("run %s: %s", self._context.name, problem)
+        self.problem = problem or None
+        self.has_lost_state = any(view.was_owned_at(index, self._node.url) for index in unreadable)
 
     # Giving up
 

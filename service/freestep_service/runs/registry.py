@@ -89,8 +89,12 @@ class Registry:
     @property
     def problems(self) -> dict[str, str]:
         """What is wrong with runs, by name: those that cannot be opened, and those whose checkpoints fail."""
-        failing = {run.name: run.checkpoint_failure for run in self.all() if run.checkpoint_failure}
-        return {**self._set_aside, **failing}
+        return {**self._set_aside, **{run.name: run.problem for run in self.all() if run.problem}}
+
+    @property
+    def lost(self) -> list[str]:
+        """The runs whose state was in this process's storage, and is there no more."""
+        return [run.name for run in self.all() if run.has_lost_state]
 
     async def create(self, name: str, spec: RunSpec) -> tuple[Run, bool]:
         """The run, and whether it is new.

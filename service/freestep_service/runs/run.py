@@ -137,14 +137,14 @@ class Run:
             return self._shards.require(index)
         except ShardUnavailable:
             self._ownership.require_open()
-            raise not_open(self.name, self._ownership.missing) from None
+            raise not_open(self.name, self._ownership.missing, self._ownership.problem) from None
 
     def owner_url(self, index: int) -> str | None:
         """Where a shard's owner was last known to be, if that is another process."""
-        view = self._ownership.view
-        if view is None or view.field(index, "node") == self._context.resources.node.id:
-            return None
-        return view.field(index, "url")
+        view, node = self._ownership.view, self._context.resources.node
+        url = view.field(index, "url") if view else None
+        # At this process's own URL there can only be a predecessor, which is no more.
+        return None if url == node.url else url
 
     @property
     def epoch(self) -> int:
@@ -153,9 +153,14 @@ class Run:
         return self._shards.epoch if self.owns_any else view.number("epoch") if view else 0
 
     @property
-    def checkpoint_failure(self) -> str | None:
-        """What the newest checkpoint could not be written for."""
-        return self._checkpointing.failure
+    def problem(self) -> str | None:
+        """What is wrong with it here: its shards cannot be taken, its checkpoints cannot be written, or any other."""
+        return self._ownership.problem or self._checkpointing.failure or self._keeper.problem
+
+    @property
+    def has_lost_state(self) -> bool:
+        """Whether the state of shards that were this process's, or its predecessor's, is in its storage no more."""
+        return self._ownership.has_lost_state
 
     # Its beginning
 
@@ -187,8 +192,7 @@ class Run:
 
     async def start(self) -> None:
         """Begins to be looked after; returns after a first heartbeat, which opens the run if it can."""
-        with suppress(CoordinatorUnavailable):
-            await self._ownership.keep()
+        await self._keeper.look()
         self._keeper.start()
 
     async def refresh(self) -> None:
@@ -353,7 +357,8 @@ class Run:
         async with self._ownership.lock("its deletion"):
             self._ownership.is_closed = self._recovery.is_deleted = True
             try:
-                last = await self._loading.last_epoch()
+                # Where its files are lost, Redis alone knows the epoch.
+                last = max(await self._loading.last_epoch(), self.epoch)
                 await self._deletions.note(last)
                 await self.coordinator.opening.delete()
             except BaseException:

@@ -16,6 +16,7 @@
 --                     in the same order
 --   ended     list    idempotency keys of leases that have ended, oldest first
 --   shards    hash    of shard K: K:node, K:url, K:host, K:token, K:ends (its owner, and when the ownership ends),
+--                     K:left_url (of the owner that has given it up, until there is another),
 --                     K:report, K:loaded (see open.lua), K:written (its newest part of a checkpoint), K:applied_seq
 --                     (the newest entry of this epoch's log that it has applied), and other fields of heartbeats
 --   staged    hash    idempotency key -> JSON {at, queued, parts: {K: {digest, norm}}} of a pending push, where there

@@ -8,6 +8,7 @@ local left = 0
 for index = 1, #ARGV, 2 do
   local shard = ARGV[index]
   if owns(shard, ARGV[index + 1]) then
+    redis.call('HSET', SHARDS, shard .. ':left_url', redis.call('HGET', SHARDS, shard .. ':url') or '')
     redis.call('HDEL', SHARDS, shard .. ':node', shard .. ':url', shard .. ':host', shard .. ':token', shard .. ':ends',
       shard .. ':report', shard .. ':loaded', shard .. ':applied', shard .. ':applied_seq')
     left = left + 1

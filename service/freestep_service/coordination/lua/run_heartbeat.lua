@@ -23,7 +23,8 @@ for shard = 0, shard_count() - 1 do
     redis.call('HSET', RUN, 'token', token)
     redis.call('HSET', SHARDS, shard .. ':node', node, shard .. ':url', url, shard .. ':host', host,
       shard .. ':token', token, shard .. ':ends', text(now + ttl))
-    redis.call('HDEL', SHARDS, shard .. ':report', shard .. ':loaded', shard .. ':applied', shard .. ':applied_seq')
+    redis.call('HDEL', SHARDS, shard .. ':report', shard .. ':loaded', shard .. ':applied', shard .. ':applied_seq',
+      shard .. ':left_url')
     taken = true
   end
 end

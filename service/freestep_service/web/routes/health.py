@@ -9,6 +9,7 @@ import torch
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from freestep.errors import ShardUnavailable
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.limits import JsonRoute
 
@@ -23,16 +24,20 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> dict[str, Any]:
-    """Answers 200 if Redis answers and the device computes, else coordinator-unavailable.
+    """Answers 200 if Redis takes writes and the device computes, else coordinator-unavailable.
 
     `problems` names the runs that cannot be opened, and those whose checkpoints cannot be written, with the reason.
+    Where the state of a run was in this service's storage and is there no more, the answer is shard-unavailable.
     """
     context = ServiceContext.of(request)
-    await context.store.ping()
+    await context.store.require_writable()
+    problems = context.registry.problems
+    if lost := context.registry.lost:
+        raise ShardUnavailable("; ".join(f"run {name}: {problems[name]}" for name in lost), problems=problems)
     device = context.device
     # In a thread: a GPU finishes the work that is queued first.
     await asyncio.to_thread(lambda: torch.zeros(1, dtype=torch.float32, device=device).add_(1).item())
-    return {"status": "ready", "device": str(device), "problems": context.registry.problems}
+    return {"status": "ready", "device": str(device), "problems": problems}
 
 
 @router.get("/metrics", response_class=Response)
