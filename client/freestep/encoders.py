@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freestep.errors import FreestepError, ManifestMismatch
-from freestep.flat import DTYPES, Flat, bytes_of
+from freestep.flat import DTYPES, Flat, bytes_of, is_beyond_f16, require_f16_holds
 from freestep.wire.encoding import INDICES, ITEMSIZE, VALUES, Encoding
 from freestep.wire.header import header_of
 from freestep.wire.manifest import Manifest, Slot
@@ -129,6 +129,9 @@ class Encoder(ABC):
 
         Args:
             count: The run's number of shards; if it changes, parts and residual are computed anew.
+
+        Raises:
+            DtypeOverflow: A finite value is too large for F16; the residual is what it was.
         """
         if len(self._parts) != count:
             manifest = self.gradient.manifest
@@ -188,6 +191,10 @@ class Rounded(Encoder):
             torch.add(exact, kept, out=lost)
             rounded.copy_(lost)
             lost.sub_(rounded)
+        if self._dtype == "F16" and is_beyond_f16(values):
+            for slot in part.manifest.slots:
+                own = slice(slot.offset, slot.offset + slot.numel)
+                require_f16_holds(slot.name, gradient[own] + before[own], values[own])
 
 
 class Int8(Encoder):
@@ -291,6 +298,8 @@ class TopK(Encoder):
             exact = rest[chosen]
             indices[here] = chosen
             values[here] = exact
+            if self._dtype == "F16":
+                require_f16_holds(slot.name, exact, values[here])
             rest[chosen] = exact - values[here].float()
 
 

@@ -30,7 +30,7 @@
     ├── InvalidSetting            a URL, a proxy or an environment variable cannot be used; a ValueError too
     ├── ManifestMismatch          the local parameters are not those of the run
     ├── EvalMode                  a training step was asked for while x is loaded
-    ├── DtypeOverflow             a value of the run is too large for the dtype it was to be received in
+    ├── DtypeOverflow             a value is too large for F16, as which it was to be received or pushed
     ├── NoGradients               a step was asked for while no parameter has a gradient
     ├── WorkerNameTaken           another process has taken the lease of this worker's name
     ├── StateMismatch             a saved state is of a run that is gone, or of a later step than the run's
@@ -340,7 +340,7 @@ class EvalMode(FreestepError):
 
 
 class DtypeOverflow(FreestepError):
-    """A value of the run is too large for the dtype it was to be received in: use BF16 or F32 instead of F16."""
+    """A value is too large for F16, as which it was to be received or pushed: use BF16 or F32."""
 
 
 class NoGradients(FreestepError):

@@ -17,7 +17,7 @@ from freestep.wire.header import encode_header
 from freestep.wire.manifest import Manifest, Slot
 from freestep.wire.receiver import Receiver
 
-__all__ = ["DTYPES", "Flat", "FlatPart", "bytes_of"]
+__all__ = ["DTYPES", "Flat", "FlatPart", "bytes_of", "is_beyond_f16", "require_f16_holds"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The torch dtypes of the tensor dtypes in bodies."""
@@ -81,12 +81,11 @@ class FlatPart:
         for slot in self.manifest.slots:
             if not slot.numel:
                 continue
-            received = torch.frombuffer(self.bytes, dtype=torch.int16, count=slot.numel, offset=2 * slot.offset)
-            for begin in range(0, slot.numel, _CHUNK):
-                if int((received[begin : begin + _CHUNK] & _F16_MAGNITUDE).max()) >= _F16_INFINITY:
-                    raise DtypeOverflow(
-                        f"the parameter {slot.name!r} has a value beyond 65504, which F16 cannot hold: use BF16 or F32"
-                    )
+            received = torch.frombuffer(self.bytes, dtype=torch.float16, count=slot.numel, offset=2 * slot.offset)
+            if is_beyond_f16(received):
+                raise DtypeOverflow(
+                    f"the parameter {slot.name!r} has a value beyond 65504, which F16 cannot hold: use BF16 or F32"
+                )
 
     def _dequantize(self, slot: Slot, receiver: Receiver) -> None:
         decoded = torch.frombuffer(self.bytes, dtype=torch.float32, count=slot.numel, offset=4 * slot.offset)
@@ -157,6 +156,7 @@ class Flat(FlatPart):
 
         Raises:
             ManifestMismatch: Names or shapes are not the manifest's; the vector is unchanged.
+            DtypeOverflow: A finite value is beyond 65504, and the vector's dtype is F16.
         """
         for name in tensors:
             if name not in self.views:
@@ -176,6 +176,9 @@ class Flat(FlatPart):
 
         Args:
             tensors: Tensors of the manifest's names and shapes, dense or sparse, on any device; None for zeros.
+
+        Raises:
+            DtypeOverflow: As for `fill`.
         """
         targets, sources = [], []
         for name, tensor in tensors.items():
@@ -186,6 +189,10 @@ class Flat(FlatPart):
                 targets.append(view)
                 sources.append(tensor.to_dense() if tensor.is_sparse else tensor)
         _copy(targets, sources, sources)
+        if self.dtype == "F16":
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    require_f16_holds(name, tensor, self.views[name])
 
     @torch.no_grad()
     def scatter(self, tensors: Mapping[str, Tensor]) -> None:
@@ -196,6 +203,26 @@ class Flat(FlatPart):
         """
         targets = [tensors[name] for name in self.views]
         _copy(targets, list(self.views.values()), targets)
+
+
+def require_f16_holds(name: str, exact: Tensor, rounded: Tensor) -> None:
+    """Raises DtypeOverflow if a finite value of a tensor was rounded to an infinity of F16.
+
+    exact: the tensor, of any float dtype, on any device. rounded: the same as F16, contiguous, in host memory.
+    """
+    if not is_beyond_f16(rounded):
+        return
+    exact = exact.to_dense() if exact.is_sparse else exact
+    beyond = exact[exact.isfinite() & rounded.view(exact.shape).isinf().to(exact.device)]
+    if len(beyond):
+        largest = float(beyond[beyond.abs().argmax()])
+        raise DtypeOverflow(f"{name!r} has the value {largest:.6g}, which F16 cannot hold: push it as BF16 or F32")
+
+
+def is_beyond_f16(tensor: Tensor) -> bool:
+    """Whether an F16 tensor has an infinity or NaN."""
+    chunks = torch.split(tensor.view(-1).view(torch.int16), _CHUNK)
+    return any(len(each) > 0 and int((each & _F16_MAGNITUDE).max()) >= _F16_INFINITY for each in chunks)
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor], outside: list[Tensor]) -> None:

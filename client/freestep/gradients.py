@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from freestep.api.models import Dtype
 from freestep.encoders import Encoder, Int8, Rounded, TopK
 from freestep.errors import FreestepError, ManifestMismatch, NoGradients
-from freestep.flat import DTYPES, Flat
+from freestep.flat import DTYPES, Flat, require_f16_holds
 from freestep.in_place_gradient import InPlaceGradient
 from freestep.wire.encoding import ENCODINGS, Encoding
 from freestep.wire.manifest import Manifest
@@ -107,7 +107,8 @@ class Gradients:
     def gather(self, *, copy: bool) -> None:
         """Takes the current gradients; zeros for parameters without one.
 
-        Raises ManifestMismatch as `check` does, and if the model has other parameters by now.
+        Raises ManifestMismatch as `check` does, and if the model has other parameters by now; and DtypeOverflow where the
+        vector is F16 and cannot hold a gradient.
 
         copy: True if gradients may change before the push has been answered.
         """
@@ -153,11 +154,14 @@ class Gradients:
     def gather_difference(self, start: Flat) -> None:
         """Takes `start` minus the current parameters, the gradient by which SGD with lr 1 would have come from start.
 
-        Raises ManifestMismatch as `check` does.
+        Raises ManifestMismatch as `check` does, and DtypeOverflow as `gather` does.
         """
         self.check()
         for name, tensor in self._tensors.items():
-            torch.sub(start.views[name], tensor.to("cpu", torch.float32), out=self.flat.views[name])
+            now, view = tensor.to("cpu", torch.float32), self.flat.views[name]
+            torch.sub(start.views[name], now, out=view)
+            if self.flat.dtype == "F16":
+                require_f16_holds(name, start.views[name] - now, view)
 
     def check(self) -> None:
         """Raises ManifestMismatch if a parameter has been frozen since, or a frozen one has a gradient."""

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from freestep.answers import Pulled
 from freestep.api.models import AggregationSpec, Receipt
-from freestep.errors import ProblemError, StepNotReached
+from freestep.errors import DtypeOverflow, ProblemError, StepNotReached
 from freestep.lease import Claim
 from freestep.sharding import TRANSIENT
 from freestep.tensor_transfer import Exchange
@@ -51,7 +51,12 @@ class InflightPush:
         self._started = None
 
     def is_unresolved(self, error: Exception) -> bool:
-        """True if, after this error, the push may have been applied: it has to be sent again to find out."""
+        """True if, after this error, the push may have been applied: it has to be sent again to find out.
+
+        After DtypeOverflow that would fail again: the gradient was not sent, or y is not to be had as F16.
+        """
+        if isinstance(error, DtypeOverflow):
+            return False
         return not isinstance(error, ProblemError) or isinstance(error, (*TRANSIENT, StepNotReached))
 
     def abandon(self) -> None:

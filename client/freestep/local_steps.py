@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from freestep.answers import Pulled
 from freestep.api.models import Receipt
-from freestep.errors import EvalMode, FreestepError, ManifestMismatch, NonFiniteGradient
+from freestep.errors import DtypeOverflow, EvalMode, FreestepError, ManifestMismatch, NonFiniteGradient
 from freestep.inflight_push import require_stale_gradients_accepted
 from freestep.optimizer import RemoteOptimizer
 from freestep.rounds import LocalRound
@@ -178,7 +178,8 @@ class LocalSteps(RemoteOptimizer):
         """Ends the round now, as the last of its steps does; does nothing if no step was taken.
 
         If the progress contains NaN or infinity, the round is lost: NonFiniteGradient is raised and the model is at
-        fresh y. The inner optimizer's state is not changed, and may contain NaN too.
+        fresh y. So it is, with DtypeOverflow, if it is pushed as F16 and has a value beyond 65504. The inner
+        optimizer's state is not changed, and may contain NaN too.
 
         Raises:
             FreestepError: As for RemoteOptimizer's `step`.
@@ -192,7 +193,11 @@ class LocalSteps(RemoteOptimizer):
         self._round.resume_clock()
 
     def _end_round(self, taken_at: Pulled, batch: Batch) -> None:
-        self._gradients.gather_difference(self._round.start)
+        try:
+            self._worker_group.run_on_all(lambda: self._gradients.gather_difference(self._round.start))
+        except DtypeOverflow:
+            self._restart()
+            raise
         batch = self._gradients.average([batch])
         self._round.begin(self.loaded)
         self._push(taken_at, batch, overlap=True)
@@ -211,8 +216,8 @@ class LocalSteps(RemoteOptimizer):
         """
         try:
             super().flush()
-        except NonFiniteGradient:
-            # The parameters contain NaN or infinity, which no further step would remove.
+        except (DtypeOverflow, NonFiniteGradient):
+            # The progress cannot be pushed, and no further step would change that.
             self._restart()
             raise
 
