@@ -14,22 +14,33 @@ from freestep.run import Run
 if TYPE_CHECKING:
     from freestep.batchnorm import reestimate_batchnorm
     from freestep.best_weights import BestWeights
+    from freestep.closure_forms import AdamWScheduleFreeClosure, RAdamScheduleFreeClosure, SGDScheduleFreeClosure
+    from freestep.drop_in import AdamCScheduleFreePlus, AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
     from freestep.encoders import Int8, Rounded, TopK
     from freestep.flat import Flat
     from freestep.local_steps import LocalSteps
     from freestep.optimizer import RemoteOptimizer
     from freestep.optimizer_states import export_state, import_state
     from freestep.run_state import RunState
+    from freestep.wrapped_base import ScheduleFreeWrapper
 else:
     # Imported when first used: torch takes seconds to import, and the control plane does not need it.
     _WITH_TORCH = {
+        "AdamCScheduleFreePlus": "freestep.drop_in",
+        "AdamWScheduleFree": "freestep.drop_in",
+        "AdamWScheduleFreeClosure": "freestep.closure_forms",
         "BestWeights": "freestep.best_weights",
         "Flat": "freestep.flat",
         "Int8": "freestep.encoders",
         "LocalSteps": "freestep.local_steps",
+        "RAdamScheduleFree": "freestep.drop_in",
+        "RAdamScheduleFreeClosure": "freestep.closure_forms",
         "RemoteOptimizer": "freestep.optimizer",
         "Rounded": "freestep.encoders",
         "RunState": "freestep.run_state",
+        "SGDScheduleFree": "freestep.drop_in",
+        "SGDScheduleFreeClosure": "freestep.closure_forms",
+        "ScheduleFreeWrapper": "freestep.wrapped_base",
         "TopK": "freestep.encoders",
         "reestimate_batchnorm": "freestep.batchnorm",
         "export_state": "freestep.optimizer_states",
@@ -49,6 +60,9 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamCScheduleFreePlus",
+    "AdamWScheduleFree",
+    "AdamWScheduleFreeClosure",
     "AggregationSpec",
     "BestWeights",
     "Claim",
@@ -58,6 +72,8 @@ __all__ = [
     "Int8",
     "LocalSteps",
     "Pulled",
+    "RAdamScheduleFree",
+    "RAdamScheduleFreeClosure",
     "Receipt",
     "RemoteOptimizer",
     "Rounded",
@@ -65,6 +81,9 @@ __all__ = [
     "RunSpec",
     "RunState",
     "RunStatus",
+    "SGDScheduleFree",
+    "SGDScheduleFreeClosure",
+    "ScheduleFreeWrapper",
     "Snapshot",
     "TopK",
     "__version__",

@@ -273,7 +273,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._run.name,
                 "; ".join(map(str, differences)),
             )
-        if are_numbered(self._tensors):
+        if are_numbered(self._tensors) and isinstance(self._run, Run):
             logger.warning(
                 "the parameters of the run %s have no names, so `freestep pull` writes a file that does not fit the "
                 "model: give the optimizer the model, or model.named_parameters()",

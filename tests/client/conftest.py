@@ -10,6 +10,7 @@ import httpx
 import pytest
 import torch
 
+from beside_package import Home
 from freestep import Client, LocalSteps, RemoteOptimizer, Run
 from freestep.bulk import BulkTransport
 from harness import ThreadService
@@ -80,3 +81,12 @@ def remotely(service: ThreadService, name: str) -> Iterator[Callable[..., Remote
     yield optimizer
     for each in made:
         each.close()
+
+
+@pytest.fixture(params=["local", "service"])
+def home(request: pytest.FixtureRequest, name: str) -> Iterator[Home]:
+    """Makes optimizers with a run each, in the process and on a service; they are closed with the test."""
+    url = "local" if request.param == "local" else request.getfixturevalue("service").url
+    made = Home(url, name)
+    yield made
+    made.close()
