@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from beside_package import (
     SHAPES,
     Home,
     assert_same,
+    assert_same_groups,
     assert_same_z,
     point,
     set_gradients,
@@ -63,8 +65,8 @@ def test_closure_forms_rest_at_x(home: Home, kind: str, options: dict[str, Any])
         assert_same(ours, theirs)
         assert_same(ours, plain)
         assert_same_z(optimizer, theirs, other)
-        assert not optimizer.param_groups[0]["train_mode"]
-        assert optimizer.param_groups[0]["k"] == other.param_groups[0]["k"]
+        assert_same_groups(optimizer, other)
+        assert (optimizer.loaded.point, optimizer.param_groups[0]["train_mode"]) == ("x", False)
         without.train()
 
 
@@ -138,6 +140,38 @@ def test_a_closure_form_at_y_when_x_could_not_be_pulled(home: Home) -> None:
     x = point(optimizer, "x")
     assert all(torch.equal(*each) for each in zip(ours.values(), x, strict=True))
     assert optimizer.param_groups[0]["k"] == 2
+
+
+def test_weights_that_are_changed_between_steps_are_warned_about(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    ours = weights()
+    optimizer = home(freestep.AdamWScheduleFreeClosure, ours.items(), lr=0.3)
+    first, second = random_gradients(2)
+    with caplog.at_level(logging.WARNING, "freestep"):
+        for _ in range(3):
+            optimizer.step(lambda: set_gradients(ours, first))
+            optimizer.eval()
+            optimizer.train()
+        assert not caplog.records
+        with torch.no_grad():
+            ours["vector"].clamp_(max=0.0)
+        for _ in range(2):
+            optimizer.step(lambda: set_gradients(ours, second))
+    assert ["'vector' was changed" in each.getMessage() for each in caplog.records] == [True]
+
+
+def test_overwritten_weights_are_x_and_y() -> None:
+    ours = weights()
+    optimizer = freestep.SGDScheduleFreeClosure(ours.items(), lr=0.3, url="local")
+    for gradients in random_gradients(3):
+        optimizer.step(lambda gradients=gradients: set_gradients(ours, gradients))
+    with torch.no_grad():
+        ours["vector"].zero_()
+    before = [each.detach().clone() for each in ours.values()]
+    optimizer.overwrite()
+    for place in ("x", "y", "z"):
+        assert all(torch.equal(*each) for each in zip(before, point(optimizer, place), strict=True))
+    assert all(torch.equal(*each) for each in zip(before, ours.values(), strict=True))
+    assert optimizer.loaded.point == "x"
 
 
 def test_what_other_workers_do_is_seen_by_a_closure_form(service: ThreadService) -> None:

@@ -64,8 +64,8 @@ def test_x_y_and_z_are_the_packages(home: Home, kind: str, options: dict[str, An
     optimizer = home(getattr(freestep, kind), groups(ours), **options)
     other = getattr(schedulefree, kind)(groups(theirs), **options)
     assert isinstance(optimizer, torch.optim.Optimizer)
-    assert_same_groups(optimizer, other)
     other.train()
+    assert_same_groups(optimizer, other)
     for number, gradients in enumerate(random_gradients(STEPS)):
         set_gradients(ours, gradients)
         set_gradients(theirs, gradients)
@@ -168,6 +168,22 @@ def test_counters_of_a_run_that_is_joined_late(service: ThreadService) -> None:
             other.step()
         with first, kind(weights().items(), url=service.url, run=f"late-{name}", **options) as second:
             assert_same_groups(second, other)
+
+
+@pytest.mark.parametrize("kind", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree", "AdamCScheduleFreePlus"])
+def test_who_names_no_hyperparameters_takes_the_runs(
+    service: ThreadService, name: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A default counts as none."""
+    make = getattr(freestep, kind)
+    options: dict[str, Any] = {"url": service.url, "run": name}
+    with make(weights().items(), 0.125, max_grad_norm=3.0, **options):
+        with caplog.at_level(logging.WARNING, "freestep"), make(weights().items(), **options) as second:
+            assert second.param_groups[0]["lr"] == 0.125
+        assert not caplog.records
+        with caplog.at_level(logging.WARNING, "freestep"), make(weights().items(), 0.25, **options) as third:
+            assert third.param_groups[0]["lr"] == 0.125
+        assert ["lr" in each.getMessage() for each in caplog.records] == [True]
 
 
 def test_counters_of_a_run_with_another_spec(service: ThreadService) -> None:
