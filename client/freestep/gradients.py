@@ -107,7 +107,7 @@ class Gradients:
     def gather(self, *, copy: bool) -> None:
         """Takes the current gradients; zeros for parameters without one.
 
-        Raises ManifestMismatch as `check` does, and if the model has other parameters by now; and DtypeOverflow where the
+        Raises ManifestMismatch as `check` does, and if the model has other parameters by now; DtypeOverflow where the
         vector is F16 and cannot hold a gradient.
 
         copy: True if gradients may change before the push has been answered.
