@@ -183,5 +183,8 @@ def show_hyperparameters(
             group.pop(name, None)
         here = list(dict.fromkeys(group_of[each.name] for each in parameters if each.group == number))
         group.update(hyperparameter_values(run.hyperparameters(here[0]) if len(here) == 1 else run.optimizer))
+        if "base" in group:
+            # Where schedulers and loggers look for it.
+            group["lr"] = group["base"]["lr"]
         places.append(order.index(here[0]) if here else 0)
     return places

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from freestep.answers import Pulled
 from freestep.api import bases
 from freestep.api.validation import StrictModel
 from freestep.drop_in import DropIn
 from freestep.errors import FreestepError
-from freestep.groups import LocalParameter
-from freestep.run_request import RunRequest
 
 __all__ = ["ScheduleFreeWrapper"]
 
@@ -87,19 +85,12 @@ class ScheduleFreeWrapper(DropIn):
             **options,
         )
 
-    def _adopt(self, asked: RunRequest, parameters: Sequence[LocalParameter], completed: Iterable[str]) -> None:
-        super()._adopt(asked, parameters, completed)
-        for group in self.param_groups:
-            # Where schedulers and loggers look for it.
-            group["lr"] = group["base"]["lr"]
-        self._progress.rates = [group["lr"] for group in self.param_groups]
-
-    def _warn_of_other_rates(self) -> None:
+    def _note_loaded(self, pulled: Pulled, *, came_with_push: bool = False) -> None:
+        super()._note_loaded(pulled, came_with_push=came_with_push)
         for own, group, given in zip(self.param_groups, self.base.param_groups, self._base_rates, strict=True):
             if group["lr"] != given:
-                # Of a scheduler of the base's it is warned as of one of the wrapper's.
+                # Of a scheduler of the base's the next step warns as of one of the wrapper's.
                 own["lr"] = group["lr"]
-        super()._warn_of_other_rates()
 
 
 def _require_fresh(base: torch.optim.Optimizer) -> None:
