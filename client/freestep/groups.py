@@ -111,13 +111,22 @@ def split_frozen(params: nn.Module | Iterable[Any]) -> tuple[list[Any], list[tup
         params = params.named_parameters()
     items, frozen = list(params), list[tuple[str, Tensor]]()
     if items and isinstance(items[0], dict):
-        return [{**group, "params": _trainable(group["params"], frozen)} for group in items], frozen
+        return [_trainable_group(group, frozen) for group in items], frozen
     return _trainable(items, frozen), frozen
 
 
-def _trainable(params: Any, frozen: list[tuple[str, Tensor]]) -> list[Any]:
+def _trainable_group(group: dict[str, Any], frozen: list[tuple[str, Tensor]]) -> dict[str, Any]:
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    kept = _trainable(params, frozen)
+    if not kept and any(isinstance(item, tuple) for item in params):
+        # Else torch takes it for a group without names, which cannot stand beside one with names.
+        return {**group, "params": kept, "param_names": []}
+    return {**group, "params": kept}
+
+
+def _trainable(params: Iterable[Any], frozen: list[tuple[str, Tensor]]) -> list[Any]:
     kept = []
-    for item in [params] if isinstance(params, Tensor) else params:
+    for item in params:
         name, tensor = item if isinstance(item, tuple) else ("", item)
         if tensor.requires_grad:
             kept.append(item)

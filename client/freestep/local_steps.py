@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from freestep.answers import Pulled
 from freestep.api.models import Receipt
-from freestep.errors import DtypeOverflow, EvalMode, FreestepError, ManifestMismatch, NonFiniteGradient
+from freestep.errors import DtypeOverflow, FreestepError, ManifestMismatch, NonFiniteGradient
 from freestep.inflight_push import require_stale_gradients_accepted
 from freestep.optimizer import RemoteOptimizer
 from freestep.rounds import LocalRound
@@ -158,17 +158,16 @@ class LocalSteps(RemoteOptimizer):
             What the inner optimizer's step returns.
 
         Raises:
-            EvalMode: The model contains x; call `train` first.
+            EvalMode: The model contains x, or kept weights; call `train` first.
             Closed: The optimizer was closed.
             ManifestMismatch: A parameter of the run was frozen, or a frozen one has a gradient; no step was taken.
             FreestepError: As for `push`, after the step was taken.
         """
         self._require_open()
-        if self.loaded.point != "y":
-            raise EvalMode("the model contains x: call train() before step()")
+        self._require_y("step")
         self._gradients.check()
         result: float | None = self.inner.step(closure)
-        self._round.add(samples, result if loss is None else loss)
+        self._round.add(samples, self._take_loss(loss, result))
         if self._round.steps >= self._round.length:
             self.push()
         return result
@@ -184,8 +183,7 @@ class LocalSteps(RemoteOptimizer):
         Raises:
             FreestepError: As for RemoteOptimizer's `step`.
         """
-        if self.loaded.point != "y":
-            raise EvalMode("the model contains x: call train() before push()")
+        self._require_y("push")
         self._round.pause_clock()
         self.flush()
         if self._round.steps:
@@ -239,11 +237,15 @@ class LocalSteps(RemoteOptimizer):
     def eval(self) -> None:
         """Loads the newest x, the average, into the model; the parameters of an unfinished round are kept for `train`.
 
+        Does nothing after `keep_weights`.
+
         Raises:
             Closed: The optimizer was closed.
         """
         self._require_open()
         self.flush()
+        if self._progress.keeps_weights:
+            return
         if self.loaded.point == "y" and self._round.steps:
             self._round.pause_clock()
             self._round.interrupted = self.loaded, {name: tensor.clone() for name, tensor in self._tensors.items()}
@@ -265,6 +267,17 @@ class LocalSteps(RemoteOptimizer):
             self._round.resume_clock()
         elif self._round.steps == 0:
             super().train()
+
+    def keep_weights(self) -> None:
+        """As RemoteOptimizer's; a round that `eval` has not interrupted is lost with the parameters it had.
+
+        Raises:
+            FreestepError: A push is in flight.
+            Closed: The optimizer was closed.
+        """
+        super().keep_weights()
+        if self._round.interrupted is None:
+            self._round.steps = 0
 
     # torch.optim.Optimizer
 

@@ -333,7 +333,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            EvalMode: The model contains x; call `train` first.
+            EvalMode: The model contains x, or kept weights; call `train` first.
             ManifestMismatch: A parameter of the run was frozen, or a frozen one has a gradient.
             NoGradients: No parameter has a gradient.
             Closed: The optimizer was closed.
@@ -357,13 +357,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         def prepare() -> Batch:
             evaluate()
-            if taken_at.point != "y":
-                raise EvalMode("the model contains x: call train() before step()")
+            self._require_y("step")
             if not allow_empty:
                 self._gradients.require_any()
             self._gradients.gather(copy=overlap)
-            reported = next((each for each in (loss, self.loss, result) if each is not None), None)
-            self.loss = None
+            reported = self._take_loss(loss, result)
             return Batch(
                 None if samples is None else float(samples),
                 None if reported is None else float(reported),
@@ -376,6 +374,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
         batch = self._gradients.average(self._worker_group.run_on_all(prepare))
         self._push(taken_at, batch, overlap)
         return result
+
+    def _take_loss(self, loss: float | Tensor | None, result: float | None) -> float | Tensor | None:
+        """The loss that a step reports: its argument, else the one that was set, else its closure's."""
+        reported = next((each for each in (loss, self.loss, result) if each is not None), None)
+        self.loss = None
+        return reported
 
     def _push(self, taken_at: Pulled, batch: Batch, overlap: bool) -> None:
         if taken_at.epoch < self._membership.granted.epoch:
@@ -467,13 +471,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def eval(self) -> None:
         """Loads the newest x, the average, into the model, for evaluation; buffers are not changed.
 
+        Does nothing after `keep_weights`.
+
         Raises:
             Closed: The optimizer was closed.
         """
         self._require_open()
         self.flush()
-        self._warn_of_changed_weights()
-        self._load("x")
+        if not self._progress.keeps_weights:
+            self._warn_of_changed_weights()
+            self._load("x")
 
     @torch.no_grad()
     def train(self) -> None:
@@ -485,12 +492,31 @@ class RemoteOptimizer(torch.optim.Optimizer):
             Closed: The optimizer was closed.
         """
         self._require_open()
-        if self._progress.inflight is not None or self._progress.came_with_push:
-            return
-        if self._worker_group.run_on_first(lambda: self.loaded.point == "y" and self._gradients.has_any()):
-            return
-        self._warn_of_changed_weights()
+        if not self._progress.keeps_weights:
+            if self._progress.inflight is not None or self._progress.came_with_push:
+                return
+            if self._worker_group.run_on_first(lambda: self.loaded.point == "y" and self._gradients.has_any()):
+                return
+            self._warn_of_changed_weights()
         self._load("y")
+
+    def keep_weights(self) -> None:
+        """Has `eval` leave the weights that the model contains now, until `train` loads y again.
+
+        For weights that are to be evaluated and saved as they are, while others may go on with the run: those of the
+        best checkpoint, or an x that has been evaluated.
+
+        Raises:
+            FreestepError: A push is in flight, whose answer would replace the weights: call `flush` before they are
+                loaded.
+            Closed: The optimizer was closed.
+        """
+        self._require_open()
+        if self._progress.inflight is not None:
+            raise FreestepError(
+                "a push is in flight, and its answer would replace the weights: call flush() before they are loaded"
+            )
+        self._progress.keeps_weights = True
 
     @torch.no_grad()
     def overwrite(self) -> None:
@@ -526,6 +552,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _note_loaded(self, pulled: Pulled, *, came_with_push: bool = False) -> None:
         self._progress.loaded, self._progress.came_with_push = pulled, came_with_push
+        self._progress.keeps_weights = False
         self._step.fill_(pulled.step)
         # As in the schedulefree package, 0 before the first update.
         rates = pulled.scheduled_lr or ([] if pulled.step else [0.0] * len(self.spec.group_names()))
@@ -644,12 +671,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._finalizer()
 
     def _warn_of_changed_weights(self) -> None:
-        # An answer in flight changes what the weights are compared with.
-        if self._progress.inflight is None:
+        # An answer in flight changes what the weights are compared with; kept ones are meant to differ.
+        if self._progress.inflight is None and not self._progress.keeps_weights:
             self._cautions.before_load()
 
     def _are_weights_changed(self) -> bool:
         return self._guard.changed() is not None
+
+    def _require_y(self, call: str) -> None:
+        if self._progress.keeps_weights:
+            raise EvalMode(f"the model contains weights that were kept: call train() before {call}()")
+        if self.loaded.point != "y":
+            raise EvalMode(f"the model contains x: call train() before {call}()")
 
     def _require_open(self) -> None:
         if not self._finalizer.alive:

@@ -27,6 +27,8 @@ class Progress:
     """What the model contains; None before the run was joined."""
     came_with_push: bool = False
     """Whether `loaded` came with the answer of a push."""
+    keeps_weights: bool = False
+    """Whether the model contains weights of its owner's instead of `loaded`, until `train`."""
     inflight: InflightPush | None = None
     """The push whose answer has not been received, with overlap."""
     loss: float | Tensor | None = None
