@@ -18,6 +18,8 @@ __all__ = ["BestWeights", "Mode"]
 
 logger = logging.getLogger("freestep")
 
+_RUN_ID = "freestep.run_id"
+
 Mode = Literal["max", "min"]
 """Whether larger or smaller values are better."""
 
@@ -41,13 +43,22 @@ class BestWeights:
 
     Args:
         report: Reports a value, as `Run.report` does.
+        read_id: Reads the run's id, None where the service tells none.
         run: The run's name.
         metric: As for `Run.keep_best`.
         path: As for `Run.keep_best`.
         mode: As for `Run.keep_best`.
     """
 
-    def __init__(self, report: Callable[..., Any], run: str, metric: str, path: Path, mode: Mode | None) -> None:
+    def __init__(
+        self,
+        report: Callable[..., Any],
+        read_id: Callable[[], str | None],
+        run: str,
+        metric: str,
+        path: Path,
+        mode: Mode | None,
+    ) -> None:
         if mode not in (None, *get_args(Mode)):
             raise FreestepError(f'mode must be "max" or "min", not {mode!r}')
         if mode is None and _SMALLER_IS_BETTER & {*re.split(r"[^a-z]+", metric.lower())}:
@@ -59,7 +70,10 @@ class BestWeights:
         self.epoch: int | None = None
         self.step: int | None = None
         self._report = report
+        self._found_id: str | None = None
+        """The id of the run whose weights the file has."""
         self._metadata = {"freestep.run": run, "freestep.metric": metric, "freestep.mode": self.mode}
+        self._read_id = read_id
         if is_stdout(path) or (path.exists() and not path.is_file()):
             raise FreestepError(f"{path} is no regular file: the weights are replaced as a whole")
         if path.exists():
@@ -79,13 +93,14 @@ class BestWeights:
             Whether x was written to the file.
 
         Raises:
-            FreestepError: These are not x of the run.
+            FreestepError: These are not x of the run; or the file is of an earlier run of its name.
             OSError: The file cannot be written; it is as it was before.
         """
         if not isinstance(x, Snapshot) or (x.run, x.point) != (self._metadata["freestep.run"], "x"):
             raise FreestepError(f"{self.metric!r} is of x of the run {self._metadata['freestep.run']!r}: pass what "
                                 "Run.watch or Run.pull has given")  # fmt: skip
         value = float(value)
+        self._require_same_run()
         try:
             self._report(self.metric, value, x.step, epoch=x.epoch)
         except (EpochChanged, IdempotencyConflict) as error:
@@ -97,12 +112,21 @@ class BestWeights:
         self.value, self.epoch, self.step = value, x.epoch, x.step
         return True
 
+    def _require_same_run(self) -> None:
+        """At the first value, since there need be no run before."""
+        if _RUN_ID not in self._metadata:
+            run_id = self._read_id() or ""
+            if self._found_id not in (None, run_id):
+                raise FreestepError(f"{self.path} is of an earlier run of this name: name another file")
+            self._metadata[_RUN_ID] = run_id
+
     def _continue(self) -> None:
         """Reads from the file what was best."""
         try:
             _, metadata = read_tensors(self.path)
             self.value = float(metadata["freestep.value"])
             self.epoch, self.step = int(metadata["freestep.epoch"]), int(metadata["freestep.step"])
+            self._found_id = metadata[_RUN_ID]
         except (MalformedTensors, KeyError, ValueError):
             raise FreestepError(f"{self.path} exists and was not written by keep_best: name another file") from None
         for key, wanted in self._metadata.items():

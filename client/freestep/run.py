@@ -186,7 +186,7 @@ class Run:
         # Imported when tensors are needed: torch takes seconds to import.
         from freestep.best_weights import BestWeights
 
-        return BestWeights(self.report, self.name, metric, Path(path), mode)
+        return BestWeights(self.report, lambda: self.status().id, self.name, metric, Path(path), mode)
 
     def checkpoint(self) -> Checkpoint:
         """Writes a checkpoint now. Raises StorageUnavailable if it cannot be written."""
@@ -336,7 +336,7 @@ class Run:
             The step, and the point's tensors in memory of their own.
 
         Raises:
-            RunNotFound: The run was deleted, or there is none.
+            RunNotFound: The run was deleted, even if another has its name since, or there is none.
             ServiceUnreachable: The service was away for longer than the client's `retry_for`.
             ValueError: `every` is below 1.
         """
@@ -346,7 +346,7 @@ class Run:
         def pull_into(flat: Flat, min_step: int, wait: float) -> Snapshot:
             return Snapshot(flat.views, self.name, self.pull_into(flat, point, min_step=min_step, wait=wait))
 
-        return watch(lambda: self._tensors.new_flat(dtype), pull_into, every, min_step)
+        return watch(lambda: self._tensors.new_flat(dtype), pull_into, lambda: self.status().id, every, min_step)
 
     def export_state(self) -> RunState:
         """The run's whole state at its newest step: every vector of its optimizer, and all scalars.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from freestep.answers import Snapshot
-from freestep.errors import RunNotInitialized, StepNotReached
+from freestep.errors import RunNotFound, RunNotInitialized, StepNotReached
 
 if TYPE_CHECKING:
     from freestep.flat import Flat
@@ -21,17 +21,22 @@ _PAUSE_S = 0.5
 
 
 def watch(
-    new_flat: Callable[[], Flat], pull_into: Callable[[Flat, int, float], Snapshot], every: int, min_step: int
+    new_flat: Callable[[], Flat],
+    pull_into: Callable[[Flat, int, float], Snapshot],
+    read_id: Callable[[], str | None],
+    every: int,
+    min_step: int,
 ) -> Iterator[tuple[int, Snapshot]]:
     """Yields steps and points, as `Run.watch` says.
 
     new_flat: memory for a point. pull_into(flat, min_step, wait): pulls a point into it, as `Run.pull_into` does.
+    read_id: the run's id, which tells a run that went back from another one of its name.
 
     The service sends a point only if it is of `min_step` or later, so nothing is sent twice. A run that went back to
     an earlier step may not reach that step for long: the refusal names the run's epoch, and comes at once where the
     epoch changes during the wait. One that has changed before is noticed by a request that does not wait.
     """
-    flat, epoch, wait = new_flat(), None, 0.0
+    flat, epoch, run_id, wait = new_flat(), None, read_id(), 0.0
     while True:
         try:
             x = pull_into(flat, min_step, wait)
@@ -43,6 +48,8 @@ def watch(
             else:
                 min_step, wait = 0, 0.0
         else:
+            if epoch not in (None, x.epoch) and read_id() != run_id:
+                raise RunNotFound(f"the run {x.run!r} was deleted, and another run has its name now")
             epoch, min_step, wait = x.epoch, x.step + every, 0.0
             yield x.step, x
             # The caller may keep these tensors, or have them freed.

@@ -62,7 +62,7 @@ def test_the_weights_of_the_best_value_are_kept(run: Run, lease: HeldLease, path
     assert kept(path) == (
         -3.0,
         {"format": "pt", "run": run.name, "epoch": "1", "step": "3", "point": "x", "metric": "accuracy",
-         "value": "0.75", "mode": "max"},
+         "value": "0.75", "mode": "max", "run_id": run.status().id},
     )  # fmt: skip
     assert (run.status().metrics["accuracy"].value, run.status().metrics["accuracy"].step) == (0.75, 4)
     assert os.listdir(path.parent) == [path.name]
@@ -124,7 +124,7 @@ def test_a_file_of_something_else_is_left_alone(run: Run, lease: HeldLease, path
     run.keep_best("accuracy", path)(x, 0.5)
     refused(run, path, "has the metric 'accuracy', not 'top5'", "top5")
     refused(run, path, "has the mode 'max', not 'min'", mode="min")
-    other = BestWeights(lambda *_, **__: None, "other", "accuracy", path.with_name("other"), "max")
+    other = BestWeights(lambda *_, **__: None, lambda: None, "other", "accuracy", path.with_name("other"), "max")
     x.run = "other"
     other(x, 0.5)
     refused(run, other.path, f"has the run 'other', not '{run.name}'")
@@ -156,3 +156,16 @@ def test_a_file_that_cannot_be_written_stays(run: Run, lease: HeldLease, path: P
     best.path.parent.mkdir()
     # The report counts once, and the file is written after all.
     assert best(run.pull("x")[0], 0.5)
+
+
+def test_a_file_of_an_earlier_run_of_this_name_is_refused(run: Run, lease: HeldLease, path: Path) -> None:
+    run.keep_best("accuracy", path)(next_x(run, lease), 0.9)
+    before = path.read_bytes()
+    run.delete()
+    run.create(SPEC)
+    run.initialize(weights(0.0))
+    best = run.keep_best("accuracy", path)
+    with pytest.raises(FreestepError, match="an earlier run of this name"):
+        best(run.pull("x")[0], 0.95)
+    assert path.read_bytes() == before
+    assert run.status().metrics == {}

@@ -233,3 +233,13 @@ def test_a_service_that_is_killed_and_comes_back_is_watched_on(
         step, x = coming.result()
         assert (step, float(x["w"][0])) in ((1, -1.0), (2, -2.0))
         assert step == 2 or next(points)[0] == 2
+
+
+def test_another_run_of_the_name_ends_it(run: Run, watched: Run) -> None:
+    begin(run)
+    points = watched.watch()
+    next(points)
+    run.delete()
+    begin(run)
+    with pytest.raises(RunNotFound, match="another run has its name"):
+        next(points)
