@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from io import BytesIO
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 
 from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport, RunStatus
 from freestep.client import DEFAULT_URL
+from freestep.commands.doctor import doctor
 from freestep.commands.evaluate import evaluate
 from freestep.commands.pull import pull
 from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
@@ -31,13 +33,27 @@ __all__ = ["main"]
 
 app = typer.Typer(
     name="freestep",
-    help="Schedule-Free optimization as a service.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 runs = typer.Typer(help="List, show, move, reshard and delete runs.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print_line(f"freestep {version('freestep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def before_commands(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Schedule-Free optimization as a service."""
 
 
 def main() -> None:
@@ -204,6 +220,7 @@ def report(
         print_line(f"{name} of {run} at step {step} is {value:g}" + (", as reported before" * receipt.replayed))
 
 
+app.command()(doctor)
 app.command()(pull)
 app.command()(evaluate)
 

@@ -5,27 +5,20 @@ from __future__ import annotations
 import os
 import ssl
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import httpx
 
 from freestep.answers import parse
-from freestep.api.models import MOST_SHARDS, RunList, RunStatus
-from freestep.bulk import BulkTransport
-from freestep.errors import InvalidSetting
-from freestep.proxies import EnvironmentTransport
+from freestep.api.models import RunList, RunStatus
 from freestep.run import Run
-from freestep.service_url import check_url, other_scheme
+from freestep.service_transport import open_transport, retry_seconds
 from freestep.transport import Transport
 from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
 
 __all__ = ["DEFAULT_URL", "Client"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-
-_RETRY_S = 60.0
-_KEEPALIVE_S = 50.0
-"""Less than the 60 s after which the service closes an idle connection."""
 
 
 class Client:
@@ -52,8 +45,8 @@ class Client:
             `freestep.bulk.BulkTransport`.
 
     Raises:
-        InvalidSetting: The URL has no scheme or is none, the environment's proxy for it cannot be used, or `retry_for`
-            is not a number of seconds.
+        InvalidSetting: The URL has no scheme or is none, the token cannot be one, the environment's proxy for the URL
+            cannot be used, or `retry_for` is not a number of seconds.
         OSError: The file of CA certificates cannot be read.
     """
 
@@ -67,35 +60,12 @@ class Client:
         retry_for: float | None = None,
         http: httpx.Client | None = None,
     ) -> None:
-        seconds = _retry_seconds(retry_for)
-        if http is not None:
-            self._transport = Transport(http, seconds)
-            return
-        address = httpx.URL(check_url(url or os.environ.get("FREESTEP_URL") or DEFAULT_URL))
-        token = token or os.environ.get("FREESTEP_TOKEN")
-        context = _ssl_context(verify)
-        limits = httpx.Limits(
-            max_connections=None, max_keepalive_connections=MOST_SHARDS, keepalive_expiry=_KEEPALIVE_S
+        seconds = retry_seconds(retry_for)
+        self._transport = (
+            open_transport(url or os.environ.get("FREESTEP_URL") or DEFAULT_URL, token, verify, timeout, seconds)
+            if http is None
+            else Transport(http, seconds)
         )
-        transport = EnvironmentTransport(
-            BulkTransport(context, limits=limits),
-            lambda proxy: httpx.HTTPTransport(verify=context, limits=limits, proxy=proxy),
-        )
-        if (proxy := transport.proxies.find(address)) is not None:
-            # Raises now rather than at the first request, if there can be none.
-            transport.transport(proxy)
-
-        def explain(error: Exception) -> str | None:
-            other = other_scheme(address, error) if proxy is None else None
-            return other and f"the server at {address} speaks {httpx.URL(other).scheme}: use the URL {other}"
-
-        http = _HttpClient(
-            base_url=address,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=timeout,
-            transport=transport,
-        )
-        self._transport = Transport(http, seconds, explain=explain)
 
     def run(self, name: str, *, ranks: WorkerGroup = SINGLE_PROCESS) -> Run:
         """One run of the service, which need not exist yet; sends no request.
@@ -121,41 +91,3 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Cookies(httpx.Cookies):
-    """Looks for cookies in answers that set some: httpx looks in every answer, which is a twentieth of a small push."""
-
-    def extract_cookies(self, response: httpx.Response) -> None:
-        if "set-cookie" in response.headers:
-            super().extract_cookies(response)
-
-
-class _HttpClient(httpx.Client):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._cookies = _Cookies()
-
-
-def _retry_seconds(given: float | None) -> float:
-    text = os.environ.get("FREESTEP_RETRY_SECONDS") if given is None else None
-    name, value = ("FREESTEP_RETRY_SECONDS", text) if text else ("retry_for", _RETRY_S if given is None else given)
-    try:
-        seconds = float(value)
-        if seconds >= 0:
-            return seconds
-    except (TypeError, ValueError):
-        pass
-    raise InvalidSetting(f"{name} must be a number of seconds, at least 0, not {value!r}")
-
-
-def _ssl_context(verify: ssl.SSLContext | str | os.PathLike[str] | bool) -> ssl.SSLContext:
-    if verify is True:
-        verify = os.environ.get("FREESTEP_CA_CERTS") or True
-    if isinstance(verify, ssl.SSLContext | bool):
-        return httpx.create_ssl_context(verify=verify)
-    try:
-        return ssl.create_default_context(cafile=verify)
-    except OSError as error:
-        # The original error does not name the file.
-        raise OSError(f"{os.fspath(verify)}: the CA certificates cannot be read: {error.strerror}") from error

@@ -24,6 +24,10 @@ def check_url(url: str) -> str:
     Raises:
         InvalidSetting: It is not an http or https URL; the message names the one that was perhaps meant.
     """
+    if url == "local":
+        raise InvalidSetting(
+            "the URL 'local' is for optimizers whose run is in their process: here a service is needed"
+        )
     if "://" not in url:
         meant = _with_scheme(url)
         raise InvalidSetting(f"{url!r} is not a URL, since it does not begin with http:// or https://{meant}")

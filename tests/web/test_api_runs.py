@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -246,7 +247,7 @@ def test_checkpoints_that_are_not_there(api: Api) -> None:
 
 
 def test_health_and_documents(api: Api) -> None:
-    assert api.http.get("/healthz").json() == {"status": "ok"}
+    assert api.http.get("/healthz").json() == {"status": "ok", "version": version("freestep")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ready = api.http.get("/readyz").json()
     assert (ready["status"], ready["device"]) == ("ready", device)

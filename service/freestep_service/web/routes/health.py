@@ -17,9 +17,9 @@ router = APIRouter(tags=["health"], route_class=JsonRoute)
 
 
 @router.get("/healthz")
-async def healthz() -> dict[str, str]:
-    """Answers while the process serves requests."""
-    return {"status": "ok"}
+async def healthz(request: Request) -> dict[str, str]:
+    """Answers while the process serves requests, with the version of freestep that it is."""
+    return {"status": "ok", "version": request.app.version}
 
 
 @router.get("/readyz")

@@ -1,0 +1,111 @@
+"""Makes the transport to a service, of its URL, a token, the certificates that are trusted, and the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+from typing import Any
+
+import httpx
+
+from freestep.api.models import MOST_SHARDS
+from freestep.bulk import BulkTransport
+from freestep.errors import InvalidSetting
+from freestep.proxies import EnvironmentTransport
+from freestep.service_url import check_url, other_scheme
+from freestep.transport import Transport
+
+__all__ = ["Verify", "open_transport", "retry_seconds", "ssl_context"]
+
+Verify = ssl.SSLContext | str | os.PathLike[str] | bool
+"""The certificates that are trusted, as for `Client`."""
+
+_RETRY_S = 60.0
+_KEEPALIVE_S = 50.0
+"""Less than the 60 s after which the service closes an idle connection."""
+
+
+def open_transport(url: str, token: str | None, verify: Verify, timeout: float, seconds: float) -> Transport:
+    """The transport to a service.
+
+    Args:
+        url: The service's URL.
+        token: A bearer token; None takes FREESTEP_TOKEN from the environment.
+        verify: As for `Client`.
+        timeout: Seconds without progress after which an attempt fails.
+        seconds: Seconds for which requests are repeated.
+
+    Raises:
+        InvalidSetting: The URL, the token or the environment's proxy cannot be used.
+        OSError: The file of CA certificates cannot be read.
+    """
+    address, token = httpx.URL(check_url(url)), token or os.environ.get("FREESTEP_TOKEN")
+    if token and not re.fullmatch("[!-~]+", token):
+        raise InvalidSetting(
+            "a token consists of visible ASCII characters: the one of FREESTEP_TOKEN, or given, does not"
+        )
+    context = ssl_context(verify)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=MOST_SHARDS, keepalive_expiry=_KEEPALIVE_S)
+    transport = EnvironmentTransport(
+        BulkTransport(context, limits=limits),
+        lambda proxy: httpx.HTTPTransport(verify=context, limits=limits, proxy=proxy),
+    )
+    if (proxy := transport.proxies.find(address)) is not None:
+        # Raises now rather than at the first request, if there can be none.
+        transport.transport(proxy)
+
+    def explain(error: Exception) -> str | None:
+        other = other_scheme(address, error) if proxy is None else None
+        return other and f"the server at {address} speaks {httpx.URL(other).scheme}: use the URL {other}"
+
+    http = _HttpClient(
+        base_url=address,
+        headers={"Authorization": f"Bearer {token}"} if token else {},
+        timeout=timeout,
+        transport=transport,
+    )
+    return Transport(http, seconds, explain=explain)
+
+
+def retry_seconds(given: float | None) -> float:
+    """Seconds for which requests are repeated: as given, or as FREESTEP_RETRY_SECONDS says, or 60.
+
+    Raises InvalidSetting, which names the argument or the variable.
+    """
+    text = os.environ.get("FREESTEP_RETRY_SECONDS") if given is None else None
+    name, value = ("FREESTEP_RETRY_SECONDS", text) if text else ("retry_for", _RETRY_S if given is None else given)
+    try:
+        seconds = float(value)
+        if seconds >= 0:
+            return seconds
+    except (TypeError, ValueError):
+        pass
+    raise InvalidSetting(f"{name} must be a number of seconds, at least 0, not {value!r}")
+
+
+def ssl_context(verify: Verify) -> ssl.SSLContext:
+    """The certificates that are trusted. Raises OSError, which names the file, if they cannot be read."""
+    if verify is True:
+        verify = os.environ.get("FREESTEP_CA_CERTS") or True
+    if isinstance(verify, ssl.SSLContext | bool):
+        return httpx.create_ssl_context(verify=verify)
+    try:
+        return ssl.create_default_context(cafile=verify)
+    except OSError as error:
+        # The original error does not name the file.
+        raise OSError(f"{os.fspath(verify)}: the CA certificates cannot be read: {error.strerror}") from error
+
+
+class _Cookies(httpx.Cookies):
+    """Looks for cookies in answers that set some: httpx looks in every answer, which is a twentieth of a small push."""
+
+    def extract_cookies(self, response: httpx.Response) -> None:
+        if "set-cookie" in response.headers:
+            super().extract_cookies(response)
+
+
+class _HttpClient(httpx.Client):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._cookies = _Cookies()
