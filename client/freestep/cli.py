@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from io import BytesIO
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 

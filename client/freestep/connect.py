@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 from freestep.client import Client
 from freestep.errors import FreestepError
 from freestep.run import Run
+from freestep.service_url import LOCAL
 from freestep.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
     from freestep.local_run import LocalRun
 
 __all__ = ["open_run"]
-
-_LOCAL = "local"
-"""The URL of runs in this process, and the name of one that has none."""
 
 
 def open_run(
@@ -41,8 +39,8 @@ def open_run(
         FreestepError: No run is named, or a local one is not possible here.
     """
     run = run or os.environ.get("FREESTEP_RUN")
-    if client is None and (url or os.environ.get("FREESTEP_URL")) == _LOCAL:
-        return _local_run(run or _LOCAL, ranks), None
+    if client is None and (url or os.environ.get("FREESTEP_URL")) == LOCAL:
+        return _local_run(run or LOCAL, ranks), None
     if not run:
         raise FreestepError("no run is named: give run='...', or set FREESTEP_RUN")
     if client is not None:

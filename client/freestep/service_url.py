@@ -10,7 +10,10 @@ import httpx
 
 from freestep.errors import InvalidSetting
 
-__all__ = ["check_url", "other_scheme"]
+__all__ = ["LOCAL", "check_url", "other_scheme"]
+
+LOCAL = "local"
+"""The URL of an optimizer whose run is in its process."""
 
 _PROBE_S = 3.0
 """Seconds for which a probe waits for a server."""
@@ -24,10 +27,8 @@ def check_url(url: str) -> str:
     Raises:
         InvalidSetting: It is not an http or https URL; the message names the one that was perhaps meant.
     """
-    if url == "local":
-        raise InvalidSetting(
-            "the URL 'local' is for optimizers whose run is in their process: here a service is needed"
-        )
+    if url == LOCAL:
+        raise InvalidSetting(f"a run at {LOCAL!r} is in its optimizer's process: a client needs the URL of a service")
     if "://" not in url:
         meant = _with_scheme(url)
         raise InvalidSetting(f"{url!r} is not a URL, since it does not begin with http:// or https://{meant}")

@@ -159,9 +159,9 @@ def test_weights_that_are_changed_between_steps_are_warned_about(home: Home, cap
     assert ["'vector' was changed" in each.getMessage() for each in caplog.records] == [True]
 
 
-def test_overwritten_weights_are_x_and_y() -> None:
+def test_overwritten_weights_are_x_and_y(home: Home) -> None:
     ours = weights()
-    optimizer = freestep.SGDScheduleFreeClosure(ours.items(), lr=0.3, url="local")
+    optimizer = home(freestep.SGDScheduleFreeClosure, ours.items(), lr=0.3)
     for gradients in random_gradients(3):
         optimizer.step(lambda gradients=gradients: set_gradients(ours, gradients))
     with torch.no_grad():

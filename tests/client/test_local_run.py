@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from freestep import (
     AggregationSpec,
+    Client,
     DtypeOverflow,
     Flat,
     FreestepError,
@@ -215,6 +216,12 @@ def test_where_a_run_lives(monkeypatch: pytest.MonkeyPatch, service: ThreadServi
         assert (run.name, isinstance(run, Run)) == ("named", True)
         assert open_run("given", None, None, client, None, group)[0].name == "given"
         assert open_run("given", None, None, client, None, group)[1] is None
+
+
+def test_a_client_cannot_reach_a_local_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREESTEP_URL", "local")
+    with pytest.raises(FreestepError, match="in its optimizer's process"):
+        Client()
 
 
 def test_without_the_services_package_it_says_what_to_install() -> None:
