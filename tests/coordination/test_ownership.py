@@ -121,6 +121,10 @@ def test_a_shard_that_is_given_up_is_free_at_once(run: DrivenRun) -> None:
     run.do(run.opening.give_up(owners))
     view = run.view()
     assert (view.phase, view.missing()) == ("gather", list(range(run.shards)))
-    assert run.redis.hgetall(run.key("shards")) == {}
+    left = {f"{shard}:left_url": run.node.url for shard in range(run.shards)}
+    assert run.redis.hgetall(run.key("shards")) == left
+    assert all(view.was_owned_at(shard, run.node.url) for shard in range(run.shards))
     run.do(run.opening.give_up(owners))
     assert run.view().generation == view.generation
+    assert run.heartbeat(node(), *range(run.shards)) is not None
+    assert not left.keys() & run.redis.hgetall(run.key("shards")).keys()

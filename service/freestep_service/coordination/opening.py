@@ -101,7 +101,8 @@ class RunOpening:
         leases = await self._newest_leases()
         (status,) = await self._scripts.call(
             "open", *self._rules, shards, state.epoch, state.step, state.seq, int(state.initialized), group,
-            json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics), *receipts,
+            json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics),
+            json.dumps(dict(state.pushes)), *receipts,
             keys=[self._scripts.key("metrics"), *map(self._scripts.window_key, leases)],
         )  # fmt: skip
         return bool(status == "load")

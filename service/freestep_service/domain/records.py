@@ -222,6 +222,8 @@ class RunState:
     receipts: Mapping[str, Record] = field(default_factory=dict)
     """Idempotency key -> record, oldest first."""
     reported: Reported = field(default_factory=dict)
+    pushes: Mapping[str, int] = field(default_factory=dict)
+    """Decision -> number of pushes, for a Redis that has lost its counts."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 from freestep.api.models import Checkpoint
 from freestep.errors import CoordinatorUnavailable, FreestepError, RunNotInitialized, ShardUnavailable
 from freestep_service.domain.records import CheckpointId, Fenced
+from freestep_service.domain.tally import Tally
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
@@ -171,9 +173,21 @@ class Checkpointing:
     async def write(self, shard: LocalShard, copy: StateCopy) -> int:
         """Writes a shard's state with the receipts that are in it; returns the bytes of its tensors."""
         receipts = self._context.receipts.until(copy.seq)
+        copy = replace(copy, tally=await self._tally())
         begin, end = shard.core.manifest.begin, shard.core.manifest.end
         numel = self._context.manifest.numel
         return await self._disk.run(self._checkpoints.write, copy, begin, end, numel, receipts)
+
+    async def _tally(self) -> Tally:
+        """What is counted of the run's pushes by now; where Redis is away, by the last heartbeat."""
+        telemetry = self._context.telemetry
+        with suppress(CoordinatorUnavailable):
+            view = await self._coordinator.opening.read()
+            if view is not None:
+                telemetry.note(view)
+        if not self._shards.has_first:
+            return telemetry.tally
+        return telemetry.tally._replace(loss=telemetry.loss, staleness=telemetry.staleness)
 
     async def complete(self, identity: CheckpointId) -> None:
         """All parts of a checkpoint are on disk."""

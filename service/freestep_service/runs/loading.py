@@ -199,6 +199,7 @@ class Loading:
         group: dict[str, int] = {}
         reported: Reported = {}
         receipts: dict[str, Record] = {}
+        tally = self._context.telemetry.tally
         if decision.live:
             held = next((shard.core for shard in self._shards if shard.core.loaded is not None), None)
             if held is not None:
@@ -217,8 +218,12 @@ class Loading:
                 return True
             if loaded is not None:
                 group, reported, receipts = loaded[0].group, loaded[0].reported, loaded[1]
+                # Where nothing has been counted here, the checkpoint's writer has.
+                tally = max(tally, loaded[0].tally, key=lambda each: sum(each.pushes.values()))
         place = checkpoint or CheckpointId(decision.epoch, 0, 0)
-        state = RunState(decision.epoch, place.step, place.seq, decision.initialized, group, receipts, reported)
+        state = RunState(
+            decision.epoch, place.step, place.seq, decision.initialized, group, receipts, reported, tally.pushes
+        )
         return await opening.open(state, self._shards.count, view.generation, decision.target())
 
     async def load(self, view: RunView, mine: Sequence[LocalShard]) -> bool:
@@ -228,7 +233,7 @@ class Loading:
         upload = target.get("upload", "")
         epoch = view.number("epoch")
         initialized = view.number("initialized") == 1
-        opened = has_taken = False
+        opened = has_taken = has_loaded = False
         await self._write_run_file(epoch)
         for shard in mine:
             core = shard.core
@@ -240,9 +245,10 @@ class Loading:
                 await opening.gather(self._shards.count, generation)
                 return True
             core.loaded, has_taken = generation, True
+            has_loaded |= source is not None and initialized
             if await opening.loaded(core.owner(), generation) == "open":
                 opened = True
-        if checkpoint is not None and initialized and not target["live"]:
+        if checkpoint is not None and has_loaded:
             self._checkpointing.went_back_to(None if upload else checkpoint)
         self.newest_epoch = max(self.newest_epoch, epoch)
         step = self._shards.lowest.core.writer.applied_step if self._shards.lowest else view.number("step")
@@ -295,6 +301,8 @@ class Loading:
                 await writer.load(core.shard.load, state, epoch)
                 self._keep_receipts(receipts)
                 seq, step = state.seq, state.step
+                if core.index == 0:
+                    self._context.telemetry.resumed(state.tally)
             else:
                 await writer.load(core.shard.clear)
                 self._context.receipts.clear()

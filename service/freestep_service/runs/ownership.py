@@ -161,6 +161,7 @@ class Ownership:
                 await self._end(view.origin.first_epoch - 1)
                 return None
             self.view = view
+            self._context.telemetry.note(view)
             is_behind = (view.number("epoch"), view.number("seq")) < position
             has_failed = any(shard.core.writer.failure is not None for shard in self._shards)
             if view.phase == "open" and (is_behind or has_failed):

@@ -24,6 +24,7 @@ from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.opening import Decision
 from freestep_service.domain.records import UNKNOWN_ORIGIN, CheckpointId, Origin, Receipts
 from freestep_service.domain.specs import require_same_spec
+from freestep_service.domain.tally import Tally
 from freestep_service.domain.topology import topology
 from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background
@@ -233,9 +234,9 @@ class Run:
         workers, metrics = await self.leases.workers(), await self.reports.newest()
         fields = view.run if view else {}
         telemetry = self._context.telemetry
-        loss, staleness = telemetry.loss, telemetry.staleness
-        if view and not self._shards.has_first:
-            loss, staleness = (_number(view.field(0, name)) for name in ("loss", "staleness"))
+        tally = Tally.of(view) if view else telemetry.tally
+        if self._shards.has_first:
+            tally = tally._replace(loss=telemetry.loss, staleness=telemetry.staleness)
         checkpoint_step = self._checkpointing.step
         if checkpoint_step is None and "durable_step" in fields:
             checkpoint_step = int(fields["durable_step"])
@@ -252,9 +253,9 @@ class Run:
             initialized=self._shards.initialized if lowest else fields.get("initialized") == "1",
             spec=self.spec,
             workers=workers,
-            pushes={name: int(fields.get(name, 0)) for name in ("applied", "accumulated", "dropped")},
-            loss=loss,
-            staleness=staleness,
+            pushes=tally.pushes,
+            loss=tally.loss,
+            staleness=tally.staleness,
             metrics=metrics,
             scheduled_lr=dict(zip(self.spec.group_names(), rates or (), strict=False)),
             checkpoint_step=checkpoint_step,
@@ -387,7 +388,3 @@ class Run:
                 await self._deletions.note_here(last)
                 await self._context.resources.disk.run(self._checkpoints.remove_until, last)
         self._context.telemetry.forget()
-
-
-def _number(text: str | None) -> float | None:
-    return None if text is None else float(text)

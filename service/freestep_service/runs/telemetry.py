@@ -8,10 +8,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from freestep_service.domain.records import Record
 from freestep_service.domain.reports import Reported
+from freestep_service.domain.run_view import RunView
+from freestep_service.domain.tally import DECISIONS, NOTHING_COUNTED, Tally
 
 __all__ = ["Metrics", "RunMetrics"]
 
-_DECISIONS = ("applied", "accumulated", "dropped")
 _SMOOTHING = 0.1
 """Weight of the newest push in the moving averages."""
 
@@ -61,7 +62,7 @@ class Metrics:
 
     def forget(self, run: str) -> None:
         """Removes every series of a run."""
-        for decision in _DECISIONS:
+        for decision in DECISIONS:
             with suppress(KeyError):
                 self.pushes.remove(run, decision)
         for metric in (
@@ -88,6 +89,8 @@ class RunMetrics:
     def __init__(self, metrics: Metrics, run: str) -> None:
         self.loss: float | None = None
         self.staleness: float | None = None
+        self.tally = NOTHING_COUNTED
+        """What Redis counted last, in all processes."""
         self._metrics = metrics
         self._run = run
         self._forgotten = False
@@ -95,7 +98,7 @@ class RunMetrics:
         # Found once: a push has to do with most of them.
         self._epoch, self._step = metrics.epoch.labels(run), metrics.step.labels(run)
         self._received, self._sent = metrics.received.labels(run), metrics.sent.labels(run)
-        self._pushes = {decision: metrics.pushes.labels(run, decision) for decision in _DECISIONS}
+        self._pushes = {decision: metrics.pushes.labels(run, decision) for decision in DECISIONS}
         self._push_seconds, self._staleness = metrics.push_seconds.labels(run), metrics.staleness.labels(run)
 
     def at(self, epoch: int, step: int) -> None:
@@ -114,6 +117,17 @@ class RunMetrics:
             if loss is not None:
                 self.loss = _smooth(self.loss, loss)
                 self._metrics.loss.labels(self._run).set(self.loss)
+
+    def note(self, view: RunView) -> None:
+        """Notes what Redis has counted, unless it has lost that."""
+        if "applied" in view.run:
+            self.tally = Tally.of(view)
+
+    def resumed(self, tally: Tally) -> None:
+        """The run goes on with the averages of a checkpoint."""
+        self.loss, self.staleness = tally.loss, tally.staleness
+        if self.loss is not None:
+            self._metrics.loss.labels(self._run).set(self.loss)
 
     def replayed(self) -> None:
         self._metrics.replays.labels(self._run).inc()

@@ -19,6 +19,7 @@ from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.delay import Expectation
 from freestep_service.domain.reports import Measured, Reported, with_measured
+from freestep_service.domain.tally import NOTHING_COUNTED, Tally
 from freestep_service.optimizers import (
     Conditions,
     Gradient,
@@ -64,6 +65,8 @@ class StateCopy:
     lateness: int = 0
     expected_staleness: float = 0.0
     loss: float = 0.0
+    tally: Tally = NOTHING_COUNTED
+    """What had been counted when it was written, which is no part of the state."""
 
 
 class Shard:

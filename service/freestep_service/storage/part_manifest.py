@@ -19,6 +19,7 @@ from freestep.api.models import ParameterSpec
 from freestep.wire.header import encode_header
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.records import CheckpointId, Record
+from freestep_service.domain.tally import NOTHING_COUNTED, Tally
 from freestep_service.state.shard import StateCopy
 from freestep_service.storage.checksummed import Damaged, read_document
 from freestep_service.storage.medium import Storage
@@ -55,6 +56,8 @@ class PartManifest(BaseModel):
     metrics: dict[str, dict[str, float]] = {}
     """Metric -> step -> value, as evaluators have reported them."""
     receipts: dict[str, dict[str, Any]]
+    tally: dict[str, int | float | None] = {}
+    """What had been counted of the run's pushes, as the part's writer knew it."""
 
     def state_copy(self, tensors: dict[str, Tensor]) -> StateCopy:
         """The state with these vectors, which may be of any stretch of the run."""
@@ -73,6 +76,7 @@ class PartManifest(BaseModel):
                 name: {int(step): value for step, value in steps.items()} for name, steps in self.metrics.items()
             },
             expected_staleness=self.expected_staleness,
+            tally=Tally(**self.tally),  # type: ignore[arg-type]
         )
 
 
@@ -92,7 +96,7 @@ class Part:
 
     def common_state(self) -> str:
         """What all parts of a checkpoint have in common, as text, in which NaN is equal to itself."""
-        own = {"begin", "end", "tensors", "created_at", "bytes", "receipts"}
+        own = {"begin", "end", "tensors", "created_at", "bytes", "receipts", "tally"}
         return json.dumps(self.manifest.model_dump(exclude=own), sort_keys=True)
 
 
@@ -125,6 +129,7 @@ def manifest_members(
         "expected_staleness": copy.expected_staleness,
         "receipts": {key: asdict(record) for key, record in receipts.items()},
         "tensors": tensors,
+        **({"tally": copy.tally._asdict()} if copy.tally != NOTHING_COUNTED else {}),
     }
 
 

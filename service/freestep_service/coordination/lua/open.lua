@@ -6,8 +6,9 @@
 -- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack (as for create), 6 shards, 7 epoch, 8 step, 9 seq,
 --          10 initialized (0 or 1), 11 group (JSON: worker -> pushes), 12 leases (JSON, in the order of their windows),
 --          13 generation that was gathered, 14 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live: true if
---          the state that a shard holds is that cut, upload: the import whose parts shards hold, if it is that}), 15 metrics (JSON: name -> value as in report_metric.lua), then
---          idempotency key and record, in turn, oldest first
+--          the state that a shard holds is that cut, upload: the import whose parts shards hold, if it is that}),
+--          15 metrics (JSON: name -> value as in report_metric.lua), 16 numbers of pushes (JSON: decision -> number)
+--          for a Redis that has lost them, then idempotency key and record, in turn, oldest first
 -- returns  {late} (another generation has begun), or {load}, which begins a generation too
 
 if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[13] then return {'late'} end
@@ -29,6 +30,7 @@ for shard = 0, tonumber(ARGV[6]) - 1 do redis.call('HDEL', SHARDS, shard .. ':ap
 redis.call('HSETNX', RUN, 'created_ms', text(clock()))
 local upload = cjson.decode(ARGV[14]).upload
 if upload then redis.call('HSET', RUN, 'upload', upload) end
+for decision, pushes in pairs(cjson.decode(ARGV[16])) do redis.call('HSETNX', RUN, decision, text(pushes)) end
 
 -- Receipts of a live lease go to its window, others to the list of ended leases. A claim begins with its lease.
 local granted, windows = {}, {}
@@ -37,7 +39,7 @@ for number, lease in ipairs(cjson.decode(ARGV[12])) do
   redis.call('DEL', KEYS[13 + number])
   if granted[lease] then windows[lease] = KEYS[13 + number] end
 end
-for index = 16, #ARGV, 2 do
+for index = 17, #ARGV, 2 do
   redis.call('HSET', RECEIPTS, ARGV[index], ARGV[index + 1])
   local lease = string.match(cjson.decode(ARGV[index + 1]).claim, '^%S+')
   redis.call('RPUSH', windows[lease] or ENDED, ARGV[index])
