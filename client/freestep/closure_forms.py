@@ -122,20 +122,25 @@ class _AtAverage(DropIn):
     def eval(self) -> None:
         """Loads the newest x, to which other workers may have moved it since the last step.
 
+        Does nothing after `keep_weights`.
+
         Raises:
             Closed: The optimizer was closed.
         """
         self._require_open()
-        self._warn_of_changed_weights()
-        self._load_x()
+        if not self._progress.keeps_weights:
+            self._warn_of_changed_weights()
+            self._load_x()
 
     def train(self) -> None:
-        """Does nothing: y is loaded for the closure.
+        """Loads x after `keep_weights`, else does nothing: y is loaded for the closure.
 
         Raises:
             Closed: The optimizer was closed.
         """
         self._require_open()
+        if self._progress.keeps_weights:
+            self._load_x()
 
 
 class SGDScheduleFreeClosure(_AtAverage, SGDScheduleFree):

@@ -22,6 +22,7 @@ __all__ = [
     "check_groups",
     "complete_hyperparameters",
     "fitted",
+    "hyperparameter_names",
     "hyperparameter_values",
     "local_parameters",
     "show_hyperparameters",
@@ -47,14 +48,19 @@ class LocalParameter(NamedTuple):
     group: int
 
 
-def complete_hyperparameters(algorithm: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All hyperparameters of an algorithm: the given ones, and defaults for the others. Raises InvalidSpec."""
+def hyperparameter_names(algorithm: str) -> list[str]:
+    """The names of an algorithm's hyperparameters. Raises InvalidSpec if there is no such algorithm."""
     if algorithm not in ALGORITHMS:
         raise InvalidSpec(
             f"unknown algorithm {algorithm!r}{_nearest(algorithm, ALGORITHMS)}: must be one of {', '.join(ALGORITHMS)}",
             field="optimizer.algorithm",
         )
-    known = [name for name in ALGORITHMS[algorithm].model_fields if name != "algorithm"]
+    return [name for name in ALGORITHMS[algorithm].model_fields if name != "algorithm"]
+
+
+def complete_hyperparameters(algorithm: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All hyperparameters of an algorithm: the given ones, and defaults for the others. Raises InvalidSpec."""
+    known = hyperparameter_names(algorithm)
     for name in given:
         if name not in known:
             raise InvalidSpec(

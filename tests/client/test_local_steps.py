@@ -158,6 +158,15 @@ def test_a_closure_is_evaluated_and_losses_are_averaged(locally: Callable[..., L
     assert run.status().loss == pytest.approx(sum(losses) / 2)
 
 
+def test_losses_that_were_set_are_averaged(locally: Callable[..., LocalSteps], run: Run) -> None:
+    model = network()
+    optimizer = locally(model, every=2)
+    for number in range(2):
+        optimizer.loss = 1.0 + number
+        step(model, optimizer, number)
+    assert run.status().loss == 1.5
+
+
 def test_frozen_parameters_stay_out_and_tied_ones_are_one(locally: Callable[..., LocalSteps]) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
     model[1].weight = model[0].weight

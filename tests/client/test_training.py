@@ -217,3 +217,31 @@ def test_sparse_gradients_are_pushed_as_dense_ones(make: Callable[..., RemoteOpt
     expected = torch.zeros(20, 4)
     expected[3], expected[7] = 2.0, 1.0
     torch.testing.assert_close(begun - model.weight.detach(), expected)
+
+
+def test_a_loss_that_was_set_is_that_of_the_next_push_alone(
+    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
+) -> None:
+    model = network()
+    optimizer = make(model)
+    optimizer.loss = torch.tensor(1.5)
+    step(model, optimizer, 0)
+    assert (remote(optimizer).status().loss, optimizer.loss) == (1.5, None)
+    step(model, optimizer, 1)
+    assert remote(optimizer).status().loss == 1.5
+
+
+def test_a_group_of_frozen_parameters_may_stand_beside_others(make: Callable[..., RemoteOptimizer]) -> None:
+    """As the groups of decay and no decay, where all biases are frozen."""
+    model = network()
+    model[0].bias.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    named = list(model.named_parameters())
+    optimizer = make([{"params": named[::2]}, {"params": iter(named[1::2]), "weight_decay": 0.0}])
+    before = model[0].bias.clone()
+    step(model, optimizer, 0)
+    assert torch.equal(model[0].bias, before)
+    assert [group["param_names"] for group in optimizer.param_groups] == [["0.weight", "2.weight"], []]
+    model[2].bias.requires_grad_(True)
+    with pytest.raises(ManifestMismatch, match=r"'2\.bias' has a gradient, but was frozen"):
+        step(model, optimizer, 1)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import SchedulerType
 
 from freestep.errors import FreestepError
-from freestep.groups import complete_hyperparameters
+from freestep.groups import hyperparameter_names
 from freestep.optimizer import RemoteOptimizer
 from freestep.run_request import DEFAULT_ALGORITHM
 
@@ -60,7 +60,7 @@ def remote_optimizer(
         InvalidSpec: The algorithm or a hyperparameter is not known.
         FreestepError: warmup_steps is a part of the training, whose length is not known.
     """
-    known = complete_hyperparameters(algorithm, {})
+    known = hyperparameter_names(algorithm)
     taken = {name: of(args) for name, of in _FROM_ARGUMENTS.items() if name in known and name not in options}
     return lambda: _made_of_model, {"process_group": "auto", "algorithm": algorithm, **taken, **options}
 
@@ -80,7 +80,7 @@ def _made_of_model(model: nn.Module, **options: Any) -> RemoteOptimizer:
     decay, no_decay = list[tuple[str, Tensor]](), list[tuple[str, Tensor]]()
     for name, tensor in model.named_parameters():
         (decay if name in decaying else no_decay).append((name, tensor))
-    known = complete_hyperparameters(options["algorithm"], {})
+    known = hyperparameter_names(options["algorithm"])
     without: dict[str, Any] = {name: 0.0 for name in ("weight_decay", "weight_decay_at_y") if name in known}
     if "base" in known:
         without["base"] = {"weight_decay": 0.0}
@@ -183,9 +183,15 @@ class FreestepCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hands the loss to the push."""
+        """Hands the loss to the push. Raises FreestepError if it is not known and the algorithm needs it."""
+        remote = _remote(kwargs["optimizer"])
         parts = [float(loss) / (1 if is_part else len(self._losses)) for loss, is_part in self._losses]
-        _remote(kwargs["optimizer"]).loss = sum(parts) if parts else None
+        if not parts and remote.spec.optimizer.needs_loss:
+            raise FreestepError(
+                f"{remote.spec.optimizer.algorithm} needs the loss, and the model returns none, since Trainer computes "
+                "it: give Trainer compute_loss_func=callback.reporting(your function), without label smoothing"
+            )
+        remote.loss = sum(parts) if parts else None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,518 @@
+"""Trainer of the transformers library, as its documentation has it used, with a RemoteOptimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from freestep import FreestepError, InvalidSpec, RemoteOptimizer, Run, StateMismatch
+from freestep.integrations.transformers import FreestepCallback, remote_optimizer
+from harness import ThreadService
+from tiny_models import Regression, numbers, texts, tiny_gpt
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
+"""Of what is computed in another order, over several steps."""
+
+Arguments = Callable[..., TrainingArguments]
+Train = Callable[..., Trainer]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Arguments:
+    """Makes arguments for a few short steps."""
+
+    def make(**given: Any) -> TrainingArguments:
+        ordinary = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 4,
+            "max_steps": 6,
+            "learning_rate": 0.02,
+            "weight_decay": 0.1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        return TrainingArguments(**{**ordinary, **given})
+
+    return make
+
+
+@pytest.fixture
+def trainer(service: ThreadService, name: str, arguments: Arguments) -> Iterator[Train]:
+    """Makes trainers of the run; their optimizers are closed with the test."""
+    made: list[Trainer] = []
+
+    def make(
+        model: nn.Module | None = None,
+        *,
+        callbacks: tuple[TrainerCallback, ...] | None = None,
+        options: Mapping[str, Any] | None = None,
+        given: Mapping[str, Any] | None = None,
+        **changed: Any,
+    ) -> Trainer:
+        args = arguments(**changed)
+        made.append(
+            Trainer(
+                model or tiny_gpt(),
+                args,
+                **{"train_dataset": texts(), "eval_dataset": texts(8, seed=1), **(given or {})},
+                optimizer_cls_and_kwargs=remote_optimizer(
+                    args, **{"url": service.url, "run": name, "worker": "trainer", **(options or {})}
+                ),
+                callbacks=[*((FreestepCallback(),) if callbacks is None else callbacks)],
+            )
+        )
+        return made[-1]
+
+    yield make
+    for each in made:
+        with suppress(FreestepError):
+            optimizer_of(each).close()
+
+
+def optimizer_of(trainer: Trainer) -> RemoteOptimizer:
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    if not isinstance(optimizer, RemoteOptimizer):
+        raise FreestepError("it was not made")
+    return optimizer
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def x_of(run: Run) -> dict[str, Tensor]:
+    return dict(run.pull("x")[0])
+
+
+def saved(folder: str | Path) -> dict[str, Tensor]:
+    return weights(GPT2LMHeadModel.from_pretrained(folder))
+
+
+def logged(trainer: Trainer, name: str) -> list[Any]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What freestep has warned of."""
+    return [record.getMessage() for record in caplog.records if record.name == "freestep"]
+
+
+class Each(TrainerCallback):
+    """Does something at an event."""
+
+    def __init__(self, event: str, work: Callable[..., Any]) -> None:
+        setattr(self, event, lambda args, state, control, **kwargs: work(state, control, **kwargs))
+
+
+@pytest.fixture
+def other(service: ThreadService, name: str) -> Iterator[Callable[[], None]]:
+    """Another worker of the run, which takes a step when it is called."""
+    made: list[RemoteOptimizer] = []
+    model = tiny_gpt(5)
+
+    def step() -> None:
+        if not made:
+            made.append(RemoteOptimizer(model, url=service.url, run=name, worker="other"))
+        model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        made[0].step()
+        made[0].zero_grad()
+
+    yield step
+    for each in made:
+        each.close()
+
+
+# What is trained
+
+
+def test_groups_are_trainers_own_and_names_the_models(trainer: Train, arguments: Arguments, run: Run) -> None:
+    model = tiny_gpt()
+    own = Trainer(model, arguments()).create_optimizer()
+    made = trainer(model)
+    made.create_optimizer()
+    groups = optimizer_of(made).param_groups
+    assert [group["name"] for group in groups] == ["decay", "no_decay"]
+    for mine, its in zip(groups, own.param_groups, strict=True):
+        assert [id(each) for each in mine["params"]] == [id(each) for each in its["params"]]
+        assert mine["weight_decay"] == its["weight_decay"]
+    spec = run.status().spec
+    assert {each.name for each in spec.parameters} == set(weights(model))
+    decays = {group: spec.hyperparameters(group).weight_decay for group in spec.groups}  # type: ignore[union-attr]
+    assert decays == {"decay": 0.1, "no_decay": 0.0}
+
+
+def test_hyperparameters_that_are_not_given_are_trainers(trainer: Train, run: Run) -> None:
+    made = trainer(adam_beta2=0.9, adam_epsilon=1e-6, warmup_steps=0.5, options={"lr": 0.3})
+    made.create_optimizer()
+    optimizer = run.status().spec.optimizer.model_dump()
+    assert {name: optimizer[name] for name in ("algorithm", "lr", "betas", "eps", "weight_decay", "warmup_steps")} == {
+        "algorithm": "adamw_schedule_free",
+        "lr": 0.3,
+        "betas": (0.9, 0.9),
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+        "warmup_steps": 3,
+    }
+
+
+def test_algorithms_take_what_they_have(trainer: Train, run: Run) -> None:
+    made = trainer(options={"algorithm": "schedule_free_wrapper", "base": {"algorithm": "adamw", "lr": 0.1}})
+    made.create_optimizer()
+    spec = run.status().spec
+    decays = [spec.hyperparameters(group).base.weight_decay for group in ("decay", "no_decay")]  # type: ignore[union-attr]
+    assert decays == [0.01, 0.0]
+
+
+def test_a_warmup_of_unknown_length_is_refused(arguments: Arguments) -> None:
+    with pytest.raises(FreestepError, match="give the number of steps"):
+        remote_optimizer(arguments(max_steps=-1, warmup_steps=0.1), run="any")
+    assert (
+        remote_optimizer(arguments(max_steps=-1, warmup_steps=0.1), run="any", warmup_steps=7)[1]["warmup_steps"] == 7
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"algorithm": "adamw_schedulefree"}, {"lrr": 0.1}])
+def test_unknown_names_are_refused(trainer: Train, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSpec, match="did you mean"):
+        trainer(options=wrong).create_optimizer()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 3, "warmup_steps": 4},
+        {"max_grad_norm": 0.05, "per_device_train_batch_size": 3},
+        {"bf16": True},
+    ],
+    ids=["plain", "accumulation and warmup", "clipping", "bf16"],
+)
+def test_it_trains_as_trainers_own_schedule_free_optimizer(
+    trainer: Train, arguments: Arguments, run: Run, options: dict[str, Any]
+) -> None:
+    # The gradient of the keys' bias is 0, but for rounding, which a small epsilon would make steps of.
+    options = {"eval_strategy": "steps", "eval_steps": 2, "adam_epsilon": 1e-3, **options}
+    args = arguments(optim="schedule_free_adamw", lr_scheduler_type="constant", **options)
+    peer = Trainer(tiny_gpt(), args, train_dataset=texts(), eval_dataset=texts(8, seed=1))
+    peer.train()
+    made = trainer(**options)
+    made.train()
+    for what in ("loss", "eval_loss", "grad_norm"):
+        assert len(logged(made, what)) >= 3
+        assert logged(made, what) == pytest.approx(logged(peer, what), rel=1e-2 if "bf16" in options else 1e-4)
+    peer.optimizer.eval()  # type: ignore[union-attr]
+    x = x_of(run)
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if "bf16" in options else TOLERANCE
+    for name, tensor in weights(peer.model).items():  # type: ignore[arg-type]
+        torch.testing.assert_close(x[name], tensor, **tolerance)
+    assert run.status().step == 6
+
+
+def test_a_model_in_bf16_trains(trainer: Train, run: Run) -> None:
+    made = trainer(tiny_gpt().to(torch.bfloat16))
+    made.train()
+    assert run.status().step == 6
+    for name, tensor in weights(made.model).items():  # type: ignore[arg-type]
+        assert torch.equal(tensor, x_of(run)[name].to(torch.bfloat16))
+
+
+# Where x is
+
+
+def test_metrics_are_those_of_x(trainer: Train, run: Run) -> None:
+    seen = []
+    watch = Each("on_evaluate", lambda state, control, **_: seen.append(x_of(run)))
+    made = trainer(callbacks=(FreestepCallback(), watch), eval_strategy="steps", eval_steps=2)
+    made.train()
+    for x, loss in zip(seen, logged(made, "eval_loss"), strict=True):
+        model = tiny_gpt()
+        model.load_state_dict(x, strict=False)
+        batch = {name: torch.stack([each[name] for each in texts(8, seed=1)]) for name in ("input_ids", "labels")}
+        assert loss == pytest.approx(model(**batch).loss.item(), rel=1e-4)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_checkpoints_contain_x_and_training_goes_on_at_y(trainer: Train, run: Run, strategy: str) -> None:
+    seen = {}
+    watch = Each("on_save", lambda state, control, **_: seen.update({state.global_step: x_of(run)}))
+    options = {"max_steps": 16, "save_steps": 3, "save_strategy": strategy}
+    made = trainer(callbacks=(FreestepCallback(), watch), **options)
+    made.train()
+    assert sorted(seen) == ([3, 6, 9, 12, 15, 16] if strategy == "steps" else [8, 16])
+    for step, x in seen.items():
+        assert_equal(saved(Path(made.args.output_dir or "", f"checkpoint-{step}")), x)
+    last = x_of(run)
+    run.delete()
+    optimizer_of(made).close()
+    # The same without checkpoints.
+    trainer(**{**options, "save_strategy": "no"}).train()
+    assert_equal(x_of(run), last)
+
+
+def test_the_final_model_is_x_and_stays_what_it_is(
+    trainer: Train, run: Run, other: Callable[[], None], tmp_path: Path
+) -> None:
+    made = trainer()
+    made.train()
+    x = x_of(run)
+    other()
+    loss = made.evaluate()["eval_loss"]
+    other()
+    assert made.evaluate()["eval_loss"] == loss
+    made.save_model(str(tmp_path / "final"))
+    assert_equal(saved(tmp_path / "final"), x)
+    assert not torch.equal(x_of(run)["transformer.wte.weight"], x["transformer.wte.weight"])
+    # Trained again, it goes on with the run.
+    made.train()
+    assert run.status().step == 14
+    assert_equal(weights(made.model), x_of(run))  # type: ignore[arg-type]
+
+
+def test_what_was_evaluated_is_what_is_saved_and_best(
+    trainer: Train, run: Run, other: Callable[[], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others push between two evaluations and the checkpoint, and after the training."""
+    scored = []
+
+    def push(state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+        scored.append(weights(model))
+        other()
+
+    made = trainer(
+        callbacks=(FreestepCallback(), Each("on_evaluate", push)),
+        given={"eval_dataset": {"one": texts(8, seed=1), "two": texts(8, seed=2)}},
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="one_loss",
+        # The first is the best.
+        greater_is_better=True,
+    )
+    made.train()
+    assert len(scored) == 6
+    for number, step in enumerate((2, 4, 6)):
+        assert_equal(scored[2 * number], scored[2 * number + 1])
+        assert_equal(saved(Path(made.args.output_dir or "", f"checkpoint-{step}")), scored[2 * number])
+    assert made.state.best_model_checkpoint == str(Path(made.args.output_dir or "", "checkpoint-2"))
+    assert_equal(weights(made.model), scored[0])  # type: ignore[arg-type]
+    other()
+    assert made.evaluate()["eval_one_loss"] == pytest.approx(made.state.best_metric)
+    made.save_model(str(tmp_path / "final"))
+    assert_equal(saved(tmp_path / "final"), scored[0])
+    # Trained again, the first gradient is taken at the run's y.
+    made.train()
+    assert said(caplog) == []
+
+
+def test_a_checkpoint_that_a_later_callback_asks_for_is_said_to_contain_y(
+    trainer: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    def save(state: Any, control: Any, **_: Any) -> None:
+        control.should_save = state.global_step == 2
+
+    trainer(callbacks=(Each("on_step_end", save), FreestepCallback())).train()
+    assert said(caplog) == []
+    trainer(callbacks=(FreestepCallback(), Each("on_step_end", save))).train()
+    assert "the checkpoint of step 2 contains y, not x" in caplog.text
+
+
+def test_jit_checkpoints_are_said_to_contain_y(trainer: Train, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(enable_jit_checkpoint=True).train()
+    assert "JIT checkpoints contain y" in caplog.text
+
+
+# Resuming
+
+
+def stop_at(step: int) -> TrainerCallback:
+    def stop(state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= state.global_step == step
+
+    return Each("on_step_end", stop)
+
+
+def interrupted(trainer: Train, **options: Any) -> Trainer:
+    """Trained for 4 of 6 steps, with checkpoints, and closed."""
+    made = trainer(callbacks=(FreestepCallback(), stop_at(4)), save_strategy="steps", save_steps=2, **options)
+    made.train()
+    optimizer_of(made).close()
+    return made
+
+
+def test_where_the_run_lives_training_resumes_as_if_it_had_not_stopped(trainer: Train, run: Run) -> None:
+    made = trainer()
+    made.train()
+    whole, losses = x_of(run), logged(made, "loss")
+    optimizer_of(made).close()
+    run.delete()
+    interrupted(trainer)
+    resumed = trainer(tiny_gpt(3), save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert (run.status().step, resumed.state.global_step) == (6, 6)
+    assert logged(resumed, "loss") == losses
+    assert_equal(x_of(run), whole)
+    assert optimizer_of(resumed).worker == "trainer"
+
+
+def test_where_the_run_is_gone_resuming_says_what_can_be_done(trainer: Train, run: Run) -> None:
+    interrupted(trainer)
+    run.delete()
+    with pytest.raises(StateMismatch, match='on_missing="seed"'):
+        trainer(tiny_gpt(3)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("on_missing", ["seed", "join"])
+def test_where_the_run_is_gone_it_begins_anew_at_the_checkpoints_x(trainer: Train, run: Run, on_missing: str) -> None:
+    made = interrupted(trainer)
+    run.delete()
+    seen = []
+    watch = Each("on_train_begin", lambda state, control, **_: seen.append(x_of(run)))
+    resumed = trainer(
+        tiny_gpt(3), callbacks=(FreestepCallback(), watch), options={"on_missing": on_missing}, save_strategy="no"
+    )
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(seen[0], saved(Path(made.args.output_dir or "", "checkpoint-4")))
+    assert (run.status().step, resumed.state.global_step) == (2, 6)
+
+
+# Learning rates and losses
+
+
+def test_the_logged_rate_is_the_one_that_was_used(trainer: Train, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(warmup_steps=4)
+    made.train()
+    assert logged(made, "learning_rate") == pytest.approx([0.005, 0.01, 0.015, 0.02, 0.02, 0.02])
+    assert said(caplog) == []
+
+
+def test_another_schedule_is_said_to_have_no_effect(trainer: Train, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(lr_scheduler_type="cosine")
+    made.train()
+    (message,) = said(caplog)
+    assert "lr_scheduler_type='cosine' has no effect" in message
+    assert logged(made, "learning_rate") == [0.02] * 6
+
+
+def squares(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    loss = (outputs["logits"] - labels).square().sum() / labels.shape[1]
+    return loss / 8
+
+
+@pytest.mark.parametrize("kind", ["a language model", "the user's own", "compute_loss_func"])
+def test_the_loss_that_is_reported_is_the_one_that_trainer_logs(
+    trainer: Train, run: Run, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[Any] = []
+    watch = Each("on_pre_optimizer_step", lambda state, control, *, optimizer, **_: reported.append(loss_of(optimizer)))
+    callback = FreestepCallback()
+    given: dict[str, Any] = {} if kind == "a language model" else {"train_dataset": numbers()}
+    if kind == "compute_loss_func":
+        given["compute_loss_func"] = callback.reporting(squares)
+    made = trainer(
+        tiny_gpt() if kind == "a language model" else Regression(),
+        callbacks=(callback, watch),
+        given=given,
+        gradient_accumulation_steps=2,
+    )
+    made.train()
+    assert len(reported) == 6
+    assert reported == pytest.approx(logged(made, "loss"), rel=1e-5)
+    assert len(set(reported)) == 6
+    assert run.status().loss is not None
+
+
+def loss_of(optimizer: Any) -> Any:
+    return optimizer.optimizer.loss
+
+
+def test_schedule_free_plus_is_given_its_loss(trainer: Train, run: Run) -> None:
+    made = trainer(options={"algorithm": "adamc_schedule_free_plus", "lr": 1.0}, max_steps=12)
+    made.train()
+    losses = logged(made, "loss")
+    assert losses[-1] < losses[0] - 0.1
+    assert run.status().step == 12
+    assert all(math.isfinite(rate) and rate > 0 for rate in logged(made, "learning_rate"))
+
+
+def test_schedule_free_plus_without_a_loss_is_told_where_to_get_it(trainer: Train) -> None:
+    made = trainer(
+        Regression(),
+        given={"train_dataset": numbers(), "compute_loss_func": squares},
+        options={"algorithm": "adamc_schedule_free_plus"},
+    )
+    with pytest.raises(FreestepError, match=r"compute_loss_func=callback\.reporting"):
+        made.train()
+
+
+# Other optimizers and places
+
+
+def test_an_optimizer_of_the_users_own_is_as_good(
+    service: ThreadService, name: str, run: Run, arguments: Arguments, tmp_path: Path
+) -> None:
+    model = tiny_gpt()
+    with RemoteOptimizer(model, url=service.url, run=name, lr=0.02) as optimizer:
+        made = Trainer(
+            model,
+            arguments(save_strategy="steps", save_steps=2),
+            train_dataset=texts(),
+            optimizers=(optimizer, None),
+            callbacks=[FreestepCallback()],
+        )
+        made.train()
+        assert_equal(saved(tmp_path / "out" / "checkpoint-6"), x_of(run))
+        assert_equal(weights(model), x_of(run))
+
+
+def test_another_optimizer_is_refused(arguments: Arguments) -> None:
+    made = Trainer(tiny_gpt(), arguments(), train_dataset=texts(), callbacks=[FreestepCallback()])
+    with pytest.raises(FreestepError, match=r"is AcceleratedOptimizer, .* optimizer_cls_and_kwargs=remote_optimizer"):
+        made.train()
+
+
+def test_a_run_in_this_process_trains_and_resumes(arguments: Arguments) -> None:
+    def train(**options: Any) -> Trainer:
+        args = arguments(save_strategy="steps", save_steps=2)
+        made = Trainer(
+            tiny_gpt(),
+            args,
+            train_dataset=texts(),
+            optimizer_cls_and_kwargs=remote_optimizer(args, url="local"),
+            callbacks=[FreestepCallback(), stop_at(options.pop("stop", 0))],
+        )
+        made.train(**options)
+        optimizer_of(made).close()
+        return made
+
+    whole = weights(train().model)  # type: ignore[arg-type]
+    train(stop=4)
+    assert_equal(
+        weights(train(resume_from_checkpoint=str(Path(arguments().output_dir or "", "checkpoint-4"))).model), whole
+    )  # type: ignore[arg-type]
+
+
+def test_a_plain_worker_joins_the_run_of_a_trainer(trainer: Train, service: ThreadService, name: str, run: Run) -> None:
+    trainer().train()
+    model = tiny_gpt(3)
+    with RemoteOptimizer(model, url=service.url, run=name) as optimizer:
+        optimizer.eval()
+        assert_equal(weights(model), x_of(run))
