@@ -19,6 +19,7 @@ from freestep.errors import FreestepError, InvalidSpec, ManifestMismatch, RunNot
 from freestep.flat import Flat
 from freestep.in_place_gradient import InPlaceGradient
 from freestep.lease import Claim
+from freestep.run_state import RunState
 from freestep.tensor_transfer import Exchange
 from freestep.wire.encoding import ENCODINGS
 from freestep.wire.manifest import Manifest
@@ -222,6 +223,23 @@ class LocalRun:
         return {NONE: float("inf"), ADAPTIVE: 4.0}[bound] if bound in (NONE, ADAPTIVE) else float(bound)
 
     # State
+
+    def export_state(self) -> RunState:
+        """As Run's."""
+        cut, slots = self._shard.copy_state(), self._manifest.slots
+        buffers = {
+            name: {slot.name: vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in slots}
+            for name, vector in cut.tensors.items()
+            if name != "accumulated"
+        }
+        return RunState(
+            self._spec,
+            cut.step,
+            buffers,
+            cut.scalars,
+            epoch=cut.epoch,
+            expected_staleness=cut.expected_staleness,
+        )
 
     def overwrite(self, weights: Flat) -> None:
         """As Run's: the weights become x, y and z."""

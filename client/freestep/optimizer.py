@@ -50,6 +50,7 @@ from freestep.worker_group import Batch
 
 if TYPE_CHECKING:
     from freestep.local_run import LocalLease
+    from freestep.run_state import RunState
 
 __all__ = ["RemoteOptimizer"]
 
@@ -536,6 +537,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
         weights.fill(self._tensors)
         self._worker_group.run_on_first(lambda: self._run.overwrite(weights))
         self._join()
+
+    def export_state(self) -> RunState:
+        """The run's whole state, which `Run.import_state` gives to a run of another service, or `save` to a file.
+
+        So does a run with `url="local"` go on at a service. In a process group any rank may call it alone.
+
+        Raises:
+            Closed: The optimizer was closed.
+        """
+        self._require_open()
+        if self._worker_group.size == 1:
+            self.flush()
+        return self._run.export_state()
 
     def _load(self, point: Point, *, min_step: int = 0) -> None:
         wait = _WAIT_S if min_step else 0.0

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from freestep import (
     AggregationSpec,
     Client,
+    Closed,
     DtypeOverflow,
     Flat,
     FreestepError,
@@ -112,6 +113,27 @@ def test_a_state_dict_holds_the_whole_run(form: str) -> None:
     for number in range(4, 8):
         step(other, restored, number)
     assert torch.equal(held(model), held(other))
+
+
+@pytest.mark.parametrize("form", ["plain", "buffered", "corrected"])
+def test_a_local_run_goes_on_at_a_service(run: Run, service: ThreadService, form: str) -> None:
+    model, local = made(url="local", **FORMS[form])
+    for number in range(6):
+        step(model, local, number)
+    state = local.export_state()
+    assert (state.step, state.spec) == (local.loaded.step, local.spec)
+    run.import_state(state)
+    other, remote = made(url=service.url, run=run.name)
+    with remote:
+        assert torch.equal(held(model), held(other))
+        for number in range(6, 12):
+            step(model, local, number)
+            step(other, remote, number)
+            assert torch.equal(held(model), held(other))
+        assert remote.export_state().scalars == local.export_state().scalars
+    local.close()
+    with pytest.raises(Closed):
+        local.export_state()
 
 
 def test_a_state_of_another_run_is_refused(service: ThreadService, name: str) -> None:
