@@ -150,7 +150,8 @@ class LocalSteps(RemoteOptimizer):
 
         Args:
             closure: As for the inner optimizer.
-            loss: The batch's mean training loss; the mean over the round is reported. None takes the closure's.
+            loss: The batch's mean training loss; the mean over the round is reported. None takes the attribute `loss`,
+                else the closure's.
             samples: The batch's size; the sum over the round, if all steps give it, is the push's weight in the mean of
                 a group.
 

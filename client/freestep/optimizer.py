@@ -26,6 +26,7 @@ from freestep.errors import (
     FreestepError,
     LeaseExpired,
     ManifestMismatch,
+    NoGradients,
     RunNotInitialized,
     StepNotReached,
 )
@@ -318,8 +319,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         step for example, is dropped: the run is joined again at its newest y, and the receipt's reason says why.
 
         Args:
-            closure: Computes the loss and the gradients, and returns the loss.
-            loss: The batch's mean training loss, which the run's status shows; None takes the closure's.
+            closure: Computes the loss and the gradients, and returns the loss. Nothing is pushed if it returns None and
+                leaves no gradients, as Lightning's does for a batch that is skipped.
+            loss: The batch's mean training loss, which the run's status shows; None takes the attribute `loss`, else
+                the closure's.
             samples: The batch's size, the weight of this gradient in the mean of a group; None weighs 1.
             overlap: Returns at once, while the push is sent in the background; the gradients are copied before. The
                 next `step` first waits for the answer and loads the y that came with it, so gradients are one step
@@ -347,7 +350,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._warn_of_changed_weights()
         if overlap:
             require_stale_gradients_accepted(self.spec.aggregation)
-        taken_at, result = self.loaded, None
+        taken_at, result, had_closure = self.loaded, None, closure is not None
 
         def evaluate() -> None:
             nonlocal closure, result
@@ -372,8 +375,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
             # The closure is evaluated while the push is being sent.
             self._worker_group.run_on_all(evaluate)
             self.flush()
-        batch = self._gradients.average(self._worker_group.run_on_all(prepare))
-        self._push(taken_at, batch, overlap)
+        try:
+            batches = self._worker_group.run_on_all(prepare)
+        except NoGradients:
+            if had_closure and result is None and self._worker_group.size == 1:
+                return None
+            raise
+        self._push(taken_at, self._gradients.average(batches), overlap)
         return result
 
     def _take_loss(self, loss: float | Tensor | None, result: float | None) -> float | Tensor | None:

@@ -1,0 +1,187 @@
+"""Lightning: validation, checkpoints and the fitted model at x, while training goes on at y."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freestep.errors import FreestepError
+from freestep.local_steps import LocalSteps
+from freestep.optimizer import RemoteOptimizer
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+
+__all__ = ["FreestepCallback"]
+
+logger = logging.getLogger("freestep")
+
+
+class FreestepCallback(Callback):
+    """Has a Trainer validate and save x, the average, and train at y.
+
+    For modules whose `configure_optimizers` makes a RemoteOptimizer or LocalSteps, or several of them.
+
+    - Validation in `fit` is at the newest x; y is loaded again before the next batch.
+    - The `state_dict` of every checkpoint is x: after validation the x that was validated, so that the best checkpoint
+      is the model that scored, else the newest. Resumed by `ckpt_path`, the optimizer loads the run's newest y.
+    - At the end of `fit` the model contains x, and the optimizers are closed; an unfinished round of LocalSteps is
+      pushed before. `validate`, `test` and `predict` then have that x, or the weights of their `ckpt_path`. If `fit`
+      ends with an exception, the model stays where it is, which is said.
+    - In automatic optimization a push reports the mean loss of the batches that its gradient was accumulated from. In
+      manual optimization pass it to `step(loss=...)`.
+
+    Lightning calls no callback for checkpoints of weights only. Those of a ModelCheckpoint are x too; if you call
+    `trainer.save_checkpoint(..., weights_only=True)` while training, call the optimizer's `eval` before. Finders of
+    learning rates and batch sizes take steps that the run keeps.
+
+    It fits `lightning.pytorch`, and `pytorch_lightning` too, whose Trainer needs it in a list.
+
+    Example:
+        >>> class Model(lightning.LightningModule):
+        ...     def configure_optimizers(self):
+        ...         return freestep.RemoteOptimizer(self, url="http://127.0.0.1:8000", run="mnist", lr=2.5e-3)
+        >>> trainer = lightning.Trainer(callbacks=[FreestepCallback()])
+        >>> trainer.fit(Model(), loader, validation_loader)
+    """
+
+    def __init__(self) -> None:
+        self._optimizers: Sequence[RemoteOptimizer] = ()
+        """Those of the current `fit`."""
+        self._losses: list[Tensor] = []
+        """Of the batches since gradients were set to zero."""
+
+    # From the beginning of `fit` to its end
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the optimizers. Raises FreestepError if a ModelCheckpoint would save y."""
+        self._optimizers = [each for each in trainer.optimizers if isinstance(each, RemoteOptimizer)]
+        if not self._optimizers:
+            logger.warning("configure_optimizers has made no RemoteOptimizer: FreestepCallback does nothing")
+        for each in trainer.checkpoint_callbacks:
+            if _saves_weights_only(each) and getattr(each, "_train_time_interval", None) is not None:
+                raise FreestepError(
+                    "a ModelCheckpoint with save_weights_only=True and a train_time_interval would save y, since "
+                    "Lightning calls no callback before: leave save_weights_only out, or save by steps or epochs"
+                )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pushes unfinished rounds, and loads x unless the model contains it."""
+        for each in self._optimizers:
+            if isinstance(each, LocalSteps) and each.steps:
+                each.train()
+                each.push()
+        self._load_x()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Closes the optimizers, with x in the model even if there was nothing to train."""
+        with ExitStack() as stack:
+            for each in self._optimizers:
+                stack.callback(each.close)
+            self._load_x()
+            self._optimizers = ()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Releases the leases, and waits for nothing."""
+        for each in self._optimizers:
+            if each.loaded.point == "y":
+                logger.warning(
+                    "fit has ended with %s: the model contains y of the run %s, not x, and so do checkpoints that are "
+                    "saved now; resumed by ckpt_path they are as good",
+                    type(exception).__name__,
+                    each.param_groups[0]["run"],
+                )
+            each.__exit__(type(exception), exception, exception.__traceback__)
+        self._optimizers = ()
+
+    # Points
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Loads the newest x."""
+        self._eval(self._optimizers)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Loads y, if the model contains x. Raises FreestepError if gradients would not be taken at y."""
+        is_plain = pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1
+        for each in self._optimizers:
+            if each.loaded.point == "x":
+                each.train()
+            if each.loaded.point == "x" and not is_plain:
+                raise FreestepError(
+                    f"{type(each).__name__} loads y for the closures of its steps only, which Lightning passes in automatic "
+                    "optimization without accumulation: use the class without Closure in its name"
+                )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts x in the place of y; the model goes on at y."""
+        at_y = [each for each in self._optimizers if each.loaded.point == "y"]
+        if not at_y:
+            return
+        self._eval(at_y)
+        saved = checkpoint["state_dict"]
+        x = copy.deepcopy(trainer.strategy.lightning_module_state_dict())
+        saved.update((name, value) for name, value in x.items() if name in saved)
+        for each in at_y:
+            each.train()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Loads x if weights only are about to be saved by the number of steps."""
+        if any(_saves_weights_only_at(each, trainer.global_step) for each in trainer.checkpoint_callbacks):
+            self._load_x()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Loads x if weights only may be about to be saved."""
+        if any(map(_saves_weights_only, trainer.checkpoint_callbacks)):
+            self._load_x()
+
+    def _load_x(self) -> None:
+        self._eval([each for each in self._optimizers if each.loaded.point == "y"])
+
+    def _eval(self, optimizers: Sequence[RemoteOptimizer]) -> None:
+        # Lightning validates in inference mode, whose tensors cannot be changed in training.
+        with torch.inference_mode(False):
+            for each in optimizers:
+                each.eval()
+
+    # The loss, in automatic optimization
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Begins a gradient."""
+        self._losses.clear()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keeps the batch's loss, which Lightning has divided for the accumulation, and multiplied for a GradScaler."""
+        if pl_module.automatic_optimization:
+            scale = trainer.scaler.get_scale() if trainer.scaler is not None else 1.0
+            self._losses.append(loss.detach() * (trainer.accumulate_grad_batches / scale))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Hands the losses' mean to the push."""
+        if self._losses and isinstance(optimizer, RemoteOptimizer):
+            optimizer.loss = torch.stack(self._losses).mean()
+            self._losses.clear()
+
+
+def _saves_weights_only(checkpoint: Any) -> bool:
+    return bool(getattr(checkpoint, "save_weights_only", False))
+
+
+def _saves_weights_only_at(checkpoint: Any, step: int) -> bool:
+    """True if a ModelCheckpoint saves weights only after this step, and has not yet."""
+    every = getattr(checkpoint, "_every_n_train_steps", 0)
+    return (
+        _saves_weights_only(checkpoint)
+        and every > 0
+        and step % every == 0
+        and step != getattr(checkpoint, "_last_global_step_saved", None)
+    )

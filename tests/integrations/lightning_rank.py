@@ -1,0 +1,36 @@
+"""One rank of a Trainer of two, by DistributedDataParallel; test_lightning_ranks.py runs both.
+
+LOCAL_RANK=0 NODE_RANK=0 MASTER_ADDR=... MASTER_PORT=... python tests/client/lightning_rank.py URL RUN FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DistributedSampler
+
+from freestep import RemoteOptimizer
+from lightning_module import Module, loader, samples, trainer
+from trained import held
+
+url, name, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+rank = int(os.environ["LOCAL_RANK"])
+torch.set_num_threads(1)
+# Each rank begins with other weights; the run has those of the first.
+module = Module(
+    lambda model: RemoteOptimizer(model, url=url, run=name, aggregation="async", process_group="auto"),
+    seed=rank,
+)
+savers = (
+    ModelCheckpoint(folder, "best-{step}", monitor="val_loss"),
+    ModelCheckpoint(folder, "every-{step}", every_n_train_steps=2, save_top_k=-1),
+)
+# Lightning's own sampler shuffles.
+sampler = DistributedSampler(samples(), num_replicas=2, rank=rank, shuffle=False)
+options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "max_epochs": 2}
+trainer(folder, *savers, **options).fit(module, loader(sampler=sampler), loader())
+torch.save({"weights": held(module), "stages": module.stages}, folder / f"rank-{rank}.pt")
