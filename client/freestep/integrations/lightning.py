@@ -116,8 +116,8 @@ class FreestepCallback(Callback):
                 each.train()
             if each.loaded.point == "x" and not is_plain:
                 raise FreestepError(
-                    f"{type(each).__name__} loads y for the closures of its steps only, which Lightning passes in automatic "
-                    "optimization without accumulation: use the class without Closure in its name"
+                    f"{type(each).__name__} loads y for the closures of its steps only, which Lightning passes in "
+                    "automatic optimization without accumulation: use the class without Closure in its name"
                 )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
