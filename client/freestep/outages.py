@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from freestep.errors import Overloaded, ShardUnavailable
 from freestep.forks import ForkLock
 
 __all__ = ["Outages", "cause_of"]
@@ -21,10 +22,16 @@ def cause_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+_BUSY = (Overloaded, ShardUnavailable)
+"""Refusals of a service that is there, and of a run that is being opened: they are logged if they last."""
+
+
 @dataclass
 class _Outage:
     began: float
-    lines: int = 0
+    due: float
+    """When the next line is due."""
+    is_logged: bool = False
 
 
 class Outages:
@@ -43,10 +50,11 @@ class Outages:
         """Notes a failed attempt of a request to a URL, which is repeated for `left` seconds more."""
         with self._lock:
             now = self._clock()
-            outage = self._open.setdefault(url, _Outage(now))
-            if now < outage.began + _INTERVAL_S * outage.lines:
+            outage = self._open.setdefault(url, _Outage(now, now + _INTERVAL_S))
+            if now < outage.due and (outage.is_logged or isinstance(error, _BUSY)):
                 return
-            outage.lines = 1 + int((now - outage.began) / _INTERVAL_S)
+            outage.is_logged = True
+            outage.due = outage.began + _INTERVAL_S * (1 + int((now - outage.began) / _INTERVAL_S))
         since = f"has been away or busy for {now - outage.began:.0f} s" if now > outage.began else "is away or busy"
         logger.warning("%s %s (%s): requests are repeated for %.0f s", url, since, cause_of(error), left)
 
@@ -54,7 +62,7 @@ class Outages:
         """Notes that a request which had failed before was answered."""
         with self._lock:
             outage = self._open.pop(url, None)
-        if outage is not None:
+        if outage is not None and outage.is_logged:
             logger.warning("%s answers again, after %.0f s", url, self._clock() - outage.began)
 
     def given_up(self, url: str) -> None:

@@ -264,7 +264,7 @@ class Transport:
 
     def close(self) -> None:
         self._http.close()
-        if self._pool is not None:
+        if self._pool is not None and self._process == os.getpid():
             # After an interrupt, requests may still be waiting for their answers; these are not needed.
             self._pool.shutdown(wait=False)
 

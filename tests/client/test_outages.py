@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from freestep import Client, CoordinatorUnavailable, InvalidSetting, Overloaded, ServiceUnreachable
+from freestep import (
+    Client,
+    CoordinatorUnavailable,
+    InvalidSetting,
+    Overloaded,
+    ProblemError,
+    ServiceUnreachable,
+    ShardUnavailable,
+)
 from freestep.transport import Transport
 
 URL = "http://service.test:8000"
@@ -84,15 +92,16 @@ AWAY: dict[str, tuple[Answer, str]] = {
         lambda _: httpx.Response(503, json=CoordinatorUnavailable("Redis is loading").to_document(503)),
         "Redis is loading",
     ),
-    "overloaded": (lambda _: httpx.Response(429, json=Overloaded("no memory").to_document(429)), "no memory"),
 }
+
+BUSY = [Overloaded("no memory"), ShardUnavailable("the shards are being opened")]
 
 
 @pytest.mark.parametrize(("answer", "cause"), AWAY.values(), ids=AWAY)
 def test_it_is_logged_at_once_and_every_ten_seconds_and_raised_in_the_end(
     answer: Answer, cause: str, clock: Clock, lines: Callable[[], list[tuple[float, str]]]
 ) -> None:
-    with pytest.raises((ServiceUnreachable, CoordinatorUnavailable, Overloaded), match=cause):
+    with pytest.raises((ServiceUnreachable, CoordinatorUnavailable), match=cause):
         transport(answer, clock, 60).request("GET", "/v1/runs")
     times = [at for at, _ in lines()]
     assert times[0] == 0
@@ -104,6 +113,45 @@ def test_it_is_logged_at_once_and_every_ten_seconds_and_raised_in_the_end(
         assert line.startswith(f"{URL} {word}")
         assert cause in line
         assert line.endswith(f"requests are repeated for {60 - at:.0f} s")
+
+
+@pytest.mark.parametrize("refusal", BUSY, ids=lambda refusal: refusal.slug)
+def test_a_service_that_is_busy_is_logged_if_that_lasts(
+    refusal: ProblemError, clock: Clock, lines: Callable[[], list[tuple[float, str]]]
+) -> None:
+    until = [1006.0]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if clock.now < until[0]:
+            return httpx.Response(503, json=refusal.to_document(503))
+        return httpx.Response(200, json={})
+
+    transport(answer, clock, 60).request("GET", "/v1/runs")
+    assert lines() == []
+    until[0] = clock.now + 25
+    began = clock.now - 1000
+    transport(answer, clock, 60).request("GET", "/v1/runs")
+    (first, line), (second, _), (_, back) = lines()
+    assert 10 <= first - began <= 13
+    assert 20 <= second - began <= 23
+    assert line.startswith(f"{URL} has been away or busy for") and str(refusal) in line
+    assert "answers again" in back
+
+
+def test_a_busy_service_that_goes_away_is_logged_at_once(
+    clock: Clock, lines: Callable[[], list[tuple[float, str]]]
+) -> None:
+    failures = [BUSY[0], BUSY[0]]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if failures:
+            return httpx.Response(503, json=failures.pop().to_document(503))
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(ServiceUnreachable):
+        transport(answer, clock, 5).request("GET", "/v1/runs")
+    ((_, line),) = lines()
+    assert "(refused)" in line
 
 
 def test_its_return_is_logged_once(clock: Clock, lines: Callable[[], list[tuple[float, str]]]) -> None:
