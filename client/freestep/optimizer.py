@@ -257,7 +257,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @property
     def loss(self) -> float | Tensor | None:
-        """The mean training loss that the next push reports if `step` is given none; None once it was pushed."""
+        """The mean training loss that the next push reports if `step` is given none; None once it was pushed.
+
+        Set it on this optimizer: on what Accelerate, for example, has wrapped around it, it has no effect.
+        """
         return self._progress.loss
 
     @loss.setter
