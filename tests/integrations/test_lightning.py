@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
+import freestep
 from freestep import Client, FreestepError, RemoteOptimizer, Run
 from harness import ThreadService
 from lightning_module import (
@@ -103,6 +104,28 @@ def test_manual_optimization_trains_as_the_package_does(make_module: Make, run: 
     torch.testing.assert_close(held(module), held(expected), **CLOSE)
     assert losses.seen == pytest.approx(means, rel=1e-4)
     assert (set(module.stages["train"]), set(module.stages["validate"])) == ({"y"}, {"x"})
+
+
+@pytest.mark.parametrize("kind", [freestep.AdamWScheduleFree, freestep.AdamWScheduleFreeClosure])
+def test_drop_in_classes_train_as_the_packages(
+    service: ThreadService, name: str, run: Run, tmp_path: Path, kind: type[RemoteOptimizer]
+) -> None:
+    module = Module(lambda model: kind(model, url=service.url, run=name))
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
+    trainer(tmp_path, saver, max_epochs=2, gradient_clip_val=0.05).fit(module, loader(), loader())
+    torch.testing.assert_close(held(module), held(by_the_package(2, clip=0.05)[0]), **CLOSE)
+    assert torch.equal(held(module), pulled(run, "x"))
+    assert torch.equal(weights(tmp_path / "step=16.ckpt"), held(module))
+
+
+@pytest.mark.parametrize(("kind", "options"), [(Module, {"accumulate_grad_batches": 2}), (Manual, {})])
+def test_closure_forms_whose_gradients_would_be_taken_at_x_are_refused(
+    service: ThreadService, name: str, run: Run, tmp_path: Path, kind: type[Module], options: dict[str, Any]
+) -> None:
+    module = kind(lambda model: freestep.AdamWScheduleFreeClosure(model, url=service.url, run=name), 0)
+    with pytest.raises(FreestepError, match="without Closure"):
+        trainer(tmp_path, **options).fit(module, loader())
+    assert run.status().step == 0
 
 
 class Evaluating(Manual):

@@ -28,7 +28,7 @@ logger = logging.getLogger("freestep")
 class FreestepCallback(Callback):
     """Has a Trainer validate and save x, the average, and train at y.
 
-    For modules whose `configure_optimizers` makes a RemoteOptimizer or LocalSteps, or several of them.
+    For modules whose `configure_optimizers` makes a RemoteOptimizer, of any class, or several of them.
 
     - Validation in `fit` is at the newest x; y is loaded again before the next batch.
     - The `state_dict` of every checkpoint is x: after validation the x that was validated, so that the best checkpoint
