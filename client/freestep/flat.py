@@ -200,7 +200,18 @@ class Flat(FlatPart):
 
         Args:
             tensors: One tensor for each of the manifest, of its shape, on any device and of any float dtype.
+
+        Raises:
+            DtypeOverflow: A tensor is F16, and a value is beyond 65504; no tensor was changed.
         """
+        for name, view in self.views.items():
+            if tensors[name].dtype == torch.float16 != view.dtype and view.numel():
+                largest = float(view.abs().max())
+                if largest > torch.finfo(torch.float16).max:
+                    raise DtypeOverflow(
+                        f"{name!r} is F16 in the model, and has a value of magnitude {largest:.6g} in the run: use a "
+                        "model of bfloat16 or float32"
+                    )
         targets = [tensors[name] for name in self.views]
         _copy(targets, list(self.views.values()), targets)
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,17 @@ def test_a_parameter_may_go_without_a_gradient_for_some_steps(remotely: Make, ru
         optimizer.step()
         assert torch.equal(net[1].bias, before) is (used is not net)
     assert run.status().step == 4
+
+
+def test_a_half_model_is_not_given_infinities(remotely: Make, run: Run) -> None:
+    net = model()
+    remotely(net, worker="exact")
+    half = model().half()
+    optimizer = remotely(half, worker="half")
+    before = [parameter.clone() for parameter in half.parameters()]
+    half.bias.grad = torch.full((2,), -60000.0, dtype=torch.float16)
+    for _ in range(2):
+        with pytest.raises(DtypeOverflow, match="'bias' is F16 in the model") if run.status().step else nullcontext():
+            optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in half.parameters())
+    assert not torch.equal(half.bias, before[1])
