@@ -92,6 +92,16 @@ def test_an_optimizer_trains_as_without_it(
     assert_same(remotely, default)
 
 
+@pytest.mark.parametrize("algorithm", ["adamw_schedule_free", "adamc_schedule_free_plus", "schedule_free_wrapper"])
+def test_a_run_in_the_process_trains_as_without_it(default: str | torch.dtype, algorithm: str) -> None:
+    def at_home(model: torch.nn.Module) -> list[Tensor]:
+        options = {"base": {"algorithm": "adamw"}} if algorithm == "schedule_free_wrapper" else {}
+        with RemoteOptimizer(model, url="local", algorithm=algorithm, push_encoding="int8", **options) as optimizer:
+            return train(optimizer, model)
+
+    assert_same(at_home, default)
+
+
 def test_local_steps_train_as_without_it(service: ThreadService, default: str | torch.dtype) -> None:
     def locally(model: torch.nn.Module) -> list[Tensor]:
         run, inner = f"run-{uuid.uuid4().hex[:8]}", torch.optim.SGD(model.parameters(), lr=0.1)
