@@ -165,6 +165,8 @@ def _require_dense_and_real(name: str, tensor: Tensor) -> None:
             f"the parameter {name!r} is divided between ranks, as FSDP does, and a run needs whole parameters: use "
             "DistributedDataParallel with process_group=True"
         )
+    if tensor.is_meta:
+        raise ManifestMismatch(f"the parameter {name!r} is on the meta device, and has no values: load the model first")
     if tensor.is_complex():
         raise ManifestMismatch(
             f"the parameter {name!r} is {tensor.dtype}, and a run has real numbers only: train torch.view_as_real of it"

@@ -86,7 +86,9 @@ def test_an_optimizer_cannot_be_copied(remotely: Make, duplicate: Callable[[Any]
 
 
 @pytest.mark.parametrize(
-    "parameter", [torch.zeros(2, dtype=torch.complex64), torch.eye(3).to_sparse()], ids=["complex", "sparse"]
+    "parameter",
+    [torch.zeros(2, dtype=torch.complex64), torch.eye(3).to_sparse(), torch.zeros(2, device="meta")],
+    ids=["complex", "sparse", "meta"],
 )
 def test_parameters_that_a_run_cannot_hold_are_refused_by_name(
     remotely: Make, run: Run, parameter: torch.Tensor
