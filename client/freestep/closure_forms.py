@@ -15,6 +15,7 @@ from freestep.api.models import Point
 from freestep.drop_in import AdamWScheduleFree, DropIn, RAdamScheduleFree, SGDScheduleFree
 from freestep.errors import FreestepError
 from freestep.flat import Flat
+from freestep.uncompiled import uncompiled
 from freestep.weights_guard import WeightsGuard
 
 __all__ = ["AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure"]
@@ -73,6 +74,7 @@ class _AtAverage(DropIn):
         if self._points.is_at_x:
             super()._warn_of_changed_weights()
 
+    @uncompiled
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
@@ -119,6 +121,7 @@ class _AtAverage(DropIn):
         self._load_x()
         return result
 
+    @uncompiled
     def eval(self) -> None:
         """Loads the newest x, to which other workers may have moved it since the last step.
 
@@ -132,6 +135,7 @@ class _AtAverage(DropIn):
             self._warn_of_changed_weights()
             self._load_x()
 
+    @uncompiled
     def train(self) -> None:
         """Loads x after `keep_weights`, else does nothing: y is loaded for the closure.
 

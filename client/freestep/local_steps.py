@@ -15,6 +15,7 @@ from freestep.errors import DtypeOverflow, FreestepError, ManifestMismatch, NonF
 from freestep.inflight_push import require_stale_gradients_accepted
 from freestep.optimizer import RemoteOptimizer
 from freestep.rounds import LocalRound
+from freestep.uncompiled import uncompiled
 from freestep.worker_group import Batch
 
 __all__ = ["LocalSteps"]
@@ -139,6 +140,7 @@ class LocalSteps(RemoteOptimizer):
 
     # Training
 
+    @uncompiled
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], float] | None = None,
@@ -173,6 +175,7 @@ class LocalSteps(RemoteOptimizer):
             self.push()
         return result
 
+    @uncompiled
     @torch.no_grad()
     def push(self) -> None:
         """Ends the round now, as the last of its steps does; does nothing if no step was taken.
@@ -234,6 +237,7 @@ class LocalSteps(RemoteOptimizer):
 
     # Points
 
+    @uncompiled
     @torch.no_grad()
     def eval(self) -> None:
         """Loads the newest x, the average, into the model; the parameters of an unfinished round are kept for `train`.
@@ -252,6 +256,7 @@ class LocalSteps(RemoteOptimizer):
             self._round.interrupted = self.loaded, {name: tensor.clone() for name, tensor in self._tensors.items()}
         self._load("x")
 
+    @uncompiled
     @torch.no_grad()
     def train(self) -> None:
         """Restores the parameters of the unfinished round; else loads the newest y, unless a step was taken from it.

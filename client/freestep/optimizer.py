@@ -43,6 +43,7 @@ from freestep.resume import OnMissing, way_to_resume
 from freestep.run import Run
 from freestep.run_request import RunRequest
 from freestep.saved_state import SavedPlace, residual_by_parameter, saved_residual
+from freestep.uncompiled import uncompiled
 from freestep.update_wait import FIRST_WAIT_S, log_update_wait
 from freestep.weights_guard import WeightsGuard
 from freestep.wire.encoding import Encoding
@@ -305,6 +306,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     # Training
 
+    @uncompiled
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
@@ -479,6 +481,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     # Points
 
+    @uncompiled
     @torch.no_grad()
     def eval(self) -> None:
         """Loads the newest x, the average, into the model, for evaluation; buffers are not changed.
@@ -494,6 +497,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._warn_of_changed_weights()
             self._load("x")
 
+    @uncompiled
     @torch.no_grad()
     def train(self) -> None:
         """Loads the newest y, where gradients are taken, into the model.
