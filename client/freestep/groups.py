@@ -159,8 +159,9 @@ def local_parameters(groups: Iterable[dict[str, Any]]) -> list[LocalParameter]:
 
 
 def _require_dense_and_real(name: str, tensor: Tensor) -> None:
-    # By name, since torch's own class takes half a second to import.
-    if any(kind.__name__ in ("DTensor", "FlatParameter") for kind in type(tensor).__mro__):
+    # By names, since torch's own modules take half a second to import: of FSDP2's class, and of what FSDP1 marks.
+    is_dtensor = any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+    if is_dtensor or getattr(tensor, "_fsdp_flattened", False):
         raise ManifestMismatch(
             f"the parameter {name!r} is divided between ranks, as FSDP does, and a run needs whole parameters: use "
             "DistributedDataParallel with process_group=True"
