@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -289,6 +289,28 @@ def test_weights_alone_are_x(make_module: Make, run: Run, tmp_path: Path, trigge
     ]
     for epochs, path in ((1, saved[len(saved) // 2 - 1]), (2, saved[-1])):
         torch.testing.assert_close(weights(path), held(by_the_package(epochs)[0]), **CLOSE)
+
+
+class Noting(RemoteOptimizer):
+    """Notes in `evals`, each time that x is loaded, whether that is in inference mode."""
+
+    evals: ClassVar[list[bool]] = []
+
+    def eval(self) -> None:
+        self.evals.append(torch.is_inference_mode_enabled())
+        super().eval()
+
+
+def test_x_is_loaded_once_for_each_use_and_never_in_inference_mode(
+    service: ThreadService, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Noting, "evals", [])
+    saver = ModelCheckpoint(tmp_path, save_weights_only=True, save_top_k=-1, every_n_train_steps=1)
+    module = Module(lambda model: Noting(model, url=service.url, run=name))
+    options = {"accumulate_grad_batches": 4, "num_sanity_val_steps": 0}
+    trainer(tmp_path, saver, **options).fit(module, loader(), loader())
+    # For the weights after each of two steps, and for the validation.
+    assert Noting.evals == [False, False, False]
 
 
 def test_weights_alone_by_time_are_refused(make_module: Make, run: Run, tmp_path: Path) -> None:
