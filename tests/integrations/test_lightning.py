@@ -292,16 +292,16 @@ def test_weights_alone_are_x(make_module: Make, run: Run, tmp_path: Path, trigge
 
 
 class Noting(RemoteOptimizer):
-    """Notes in `evals`, each time that x is loaded, whether that is in inference mode."""
+    """Notes in `evals` the step, each time that x is loaded."""
 
-    evals: ClassVar[list[bool]] = []
+    evals: ClassVar[list[int]] = []
 
     def eval(self) -> None:
-        self.evals.append(torch.is_inference_mode_enabled())
+        self.evals.append(self.loaded.step)
         super().eval()
 
 
-def test_x_is_loaded_once_for_each_use_and_never_in_inference_mode(
+def test_x_is_loaded_once_for_each_use(
     service: ThreadService, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Noting, "evals", [])
@@ -310,7 +310,7 @@ def test_x_is_loaded_once_for_each_use_and_never_in_inference_mode(
     options = {"accumulate_grad_batches": 4, "num_sanity_val_steps": 0}
     trainer(tmp_path, saver, **options).fit(module, loader(), loader())
     # For the weights after each of two steps, and for the validation.
-    assert Noting.evals == [False, False, False]
+    assert Noting.evals == [1, 2, 2]
 
 
 def test_weights_alone_by_time_are_refused(make_module: Make, run: Run, tmp_path: Path) -> None:

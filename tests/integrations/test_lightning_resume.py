@@ -166,7 +166,7 @@ def test_local_steps(service: ThreadService, name: str, run: Run, tmp_path: Path
 
 
 def test_int8_pulls_and_overlap(make_module: Make, run: Run, tmp_path: Path) -> None:
-    """Pulls are received, and pushes waited for, in the inference mode that Lightning validates in."""
+    """Validation waits for the push in flight."""
 
     class Overlapped(Ordinary):
         def __init__(self, *arguments: Any) -> None:

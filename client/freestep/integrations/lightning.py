@@ -106,7 +106,8 @@ class FreestepCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads the newest x."""
-        self._eval(self._optimizers)
+        for each in self._optimizers:
+            each.eval()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Loads y, if the model contains x. Raises FreestepError if gradients would not be taken at y."""
@@ -122,15 +123,12 @@ class FreestepCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts x in the place of y; the model goes on at y."""
-        at_y = [each for each in self._optimizers if each.loaded.point == "y"]
-        if not at_y:
-            return
-        self._eval(at_y)
-        saved = checkpoint["state_dict"]
-        x = copy.deepcopy(trainer.strategy.lightning_module_state_dict())
-        saved.update((name, value) for name, value in x.items() if name in saved)
-        for each in at_y:
-            each.train()
+        if at_y := self._load_x():
+            saved = checkpoint["state_dict"]
+            x = copy.deepcopy(trainer.strategy.lightning_module_state_dict())
+            saved.update((name, value) for name, value in x.items() if name in saved)
+            for each in at_y:
+                each.train()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -144,14 +142,12 @@ class FreestepCallback(Callback):
         if any(map(_saves_weights_only, trainer.checkpoint_callbacks)):
             self._load_x()
 
-    def _load_x(self) -> None:
-        self._eval([each for each in self._optimizers if each.loaded.point == "y"])
-
-    def _eval(self, optimizers: Sequence[RemoteOptimizer]) -> None:
-        # Lightning validates in inference mode, whose tensors cannot be changed in training.
-        with torch.inference_mode(False):
-            for each in optimizers:
-                each.eval()
+    def _load_x(self) -> list[RemoteOptimizer]:
+        """Loads x in the place of y; returns the optimizers whose it was."""
+        at_y = [each for each in self._optimizers if each.loaded.point == "y"]
+        for each in at_y:
+            each.eval()
+        return at_y
 
     # The loss, in automatic optimization
 
