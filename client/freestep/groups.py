@@ -25,6 +25,7 @@ __all__ = [
     "hyperparameter_names",
     "hyperparameter_values",
     "local_parameters",
+    "nearest",
     "show_hyperparameters",
     "split_frozen",
     "validated",
@@ -52,7 +53,7 @@ def hyperparameter_names(algorithm: str) -> list[str]:
     """The names of an algorithm's hyperparameters. Raises InvalidSpec if there is no such algorithm."""
     if algorithm not in ALGORITHMS:
         raise InvalidSpec(
-            f"unknown algorithm {algorithm!r}{_nearest(algorithm, ALGORITHMS)}: must be one of {', '.join(ALGORITHMS)}",
+            f"unknown algorithm {algorithm!r}{nearest(algorithm, ALGORITHMS)}: must be one of {', '.join(ALGORITHMS)}",
             field="optimizer.algorithm",
         )
     return [name for name in ALGORITHMS[algorithm].model_fields if name != "algorithm"]
@@ -64,7 +65,7 @@ def complete_hyperparameters(algorithm: str, given: Mapping[str, Any]) -> dict[s
     for name in given:
         if name not in known:
             raise InvalidSpec(
-                f"unknown hyperparameter {name!r} of {algorithm}{_nearest(name, known)}: it has {', '.join(known)}",
+                f"unknown hyperparameter {name!r} of {algorithm}{nearest(name, known)}: it has {', '.join(known)}",
                 field=name,
             )
     return hyperparameter_values(validated(ALGORITHMS[algorithm], given))
@@ -90,12 +91,12 @@ def check_groups(params: Iterable[Any], given: Mapping[str, Any]) -> None:
                 raise InvalidSpec(
                     f"param group {number}: {key!r} is of the whole run: give it to the optimizer", field=key
                 )
-            if nearest := _nearest(key, given):
-                raise InvalidSpec(f"param group {number}: unknown hyperparameter {key!r}{nearest}", field=key)
+            if hint := nearest(key, given):
+                raise InvalidSpec(f"param group {number}: unknown hyperparameter {key!r}{hint}", field=key)
             logger.warning("param group %d: %r is no hyperparameter of the run, and has no effect", number, key)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """ ", did you mean 'lr'?" where there is a name like it, else an empty string."""
     found = get_close_matches(name.lower(), list(known), 1)
     return f", did you mean {found[0]!r}?" if found else ""

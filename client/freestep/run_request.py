@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from freestep.api.differences import Difference
 from freestep.api.models import DEFAULT_GROUP, AggregationSpec, RunSpec
-from freestep.groups import LocalParameter, complete_hyperparameters, hyperparameter_values, validated
+from freestep.errors import InvalidSpec
+from freestep.groups import LocalParameter, complete_hyperparameters, hyperparameter_values, nearest, validated
 
 __all__ = ["DEFAULT_ALGORITHM", "RunRequest"]
+
+_POLICIES: tuple[str, ...] = get_args(AggregationSpec.model_fields["policy"].annotation)
 
 DEFAULT_ALGORITHM = "adamw_schedule_free"
 
@@ -62,8 +65,16 @@ class RunRequest:
         )
 
     def _aggregation(self) -> Any:
+        """As a document, or an AggregationSpec, or None. Raises InvalidSpec for a policy that there is not."""
         given = self.options.get("aggregation")
-        return {"policy": given} if isinstance(given, str) else given
+        document = {"policy": given} if isinstance(given, str) else given
+        if isinstance(document, Mapping) and document.get("policy", _POLICIES[0]) not in _POLICIES:
+            policy = document["policy"]
+            raise InvalidSpec(
+                f"unknown policy {policy!r}{nearest(str(policy), _POLICIES)}: must be one of {', '.join(_POLICIES)}",
+                field="aggregation.policy",
+            )
+        return document
 
     def differences(
         self, groups: Sequence[dict[str, Any]], parameters: Sequence[LocalParameter], run: RunSpec

@@ -129,6 +129,8 @@ def test_what_a_group_has_of_other_libraries_is_warned_about(remotely: Make, cap
         ({"algorithm": "adamw_schedulefree"}, "did you mean 'adamw_schedule_free'"),
         ({"weight_decy": 0.1}, "did you mean 'weight_decay'"),
         ({"zzz": 0.1}, "it has .*lr, momentum"),
+        ({"aggregation": "bufered"}, "did you mean 'buffered'"),
+        ({"aggregation": {"policy": "zzz"}}, "must be one of async, .*ssp"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(
