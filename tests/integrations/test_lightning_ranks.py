@@ -40,6 +40,7 @@ def test_ranks_are_one_worker(service: ThreadService, run: Run, name: str, tmp_p
     assert torch.equal(first["weights"], pulled(run, "x"))
     assert torch.equal(first["weights"], second["weights"])
     for each in (first, second):
+        torch.testing.assert_close(each["fabric"], held(expected), rtol=1e-4, atol=1e-5)
         assert (set(each["stages"]["train"]), set(each["stages"]["validate"])) == ({"y"}, {"x"})
     assert [path.name for path in sorted(tmp_path.glob("every*"))] == [
         f"every-step={step}.ckpt" for step in (2, 4, 6, 8)
