@@ -232,7 +232,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._guard = WeightsGuard(self._tensors, self._receive_buffer)
                 self._prepare(frozen)
             status = found or self._membership.create(spec)
-            self.spec, self._run_id = status.spec, status.id
+            self.spec, self._progress.run_id = status.spec, status.id
             self._adopt(asked, parameters, completed)
             self._share_step()
             self._join()
@@ -464,8 +464,22 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _rejoin(self, reason: str) -> None:
         logger.warning("the run %s dropped a push (%s) and is joined again", self._run.name, reason)
+        self._require_same_spec()
         self._join()
         self._progress.receipt = Receipt(decision="dropped", reason=reason, step=self.loaded.step, staleness=0)
+
+    def _require_same_spec(self) -> None:
+        """Warns if the run is another one of its name by now; raises ManifestMismatch if that has another spec."""
+        status = self._membership.find()
+        if status is None or status.id == self._progress.run_id:
+            return
+        if status.spec.model_copy(update={"shards": self.spec.shards}) != self.spec:
+            raise ManifestMismatch(
+                f"the run {self._run.name!r} was deleted, and another of its name has another spec: make the optimizer "
+                "again to train that one"
+            )
+        logger.warning("the run %s was deleted, and this worker trains another of its name now", self._run.name)
+        self._progress.run_id = status.id
 
     def _await_update(self, step: int) -> None:
         while True:
@@ -593,7 +607,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _place(self) -> SavedPlace:
         loaded = self.loaded
-        return SavedPlace(self._run.name, self._run_id, self.worker, loaded.point, loaded.epoch, loaded.step)
+        return SavedPlace(self._run.name, self._progress.run_id, self.worker, loaded.point, loaded.epoch, loaded.step)
 
     def _share_step(self) -> None:
         self.state.clear()

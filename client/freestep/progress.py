@@ -21,6 +21,8 @@ class Progress:
     keeps what is written to it. Both share this object.
     """
 
+    run_id: str | None = None
+    """What tells the run from others of its name; None where the service does not say."""
     receipt: Receipt | None = None
     """Of the last push that was answered."""
     loaded: Pulled | None = None

@@ -24,6 +24,7 @@ from freestep import (
     NonFiniteGradient,
     RemoteOptimizer,
     Run,
+    StateMismatch,
 )
 from harness import ThreadService
 from meanwhile import at_once, under_way, wait_until
@@ -392,6 +393,33 @@ def test_a_worker_of_a_deleted_run_joins_the_new_one_of_that_name(
     assert (optimizer.receipt.decision, optimizer.receipt.reason) == ("dropped", "epoch-changed")
     assert run.status().step == 0
     assert_same(model, network(1))
+
+
+def test_a_worker_of_a_deleted_run_is_told_of_the_new_one(
+    make: Callable[..., RemoteOptimizer],
+    remote: Callable[[RemoteOptimizer], Run],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = network()
+    optimizer = make(model, on_missing="raise")
+    train(model, optimizer, 2)
+    run, saved = remote(optimizer), optimizer.state_dict()
+    for lr in (optimizer.spec.optimizer.model_dump()["lr"], 0.5):
+        run.delete()
+        changed = optimizer.spec.optimizer.model_copy(update={"lr": lr})
+        run.create(optimizer.spec.model_copy(update={"optimizer": changed}))
+        run.initialize(dict(network(1).named_parameters()))
+        with caplog.at_level(logging.WARNING, "freestep"):
+            if lr == 0.5:
+                with pytest.raises(ManifestMismatch, match="another spec"):
+                    train(model, optimizer, 1)
+            else:
+                train(model, optimizer, 1)
+                assert "another of its name" in caplog.text
+                # It is of the new run.
+                optimizer.load_state_dict(optimizer.state_dict())
+                with pytest.raises(StateMismatch):
+                    optimizer.load_state_dict(saved)
 
 
 def test_a_saved_worker_joins_its_run_again(make: Callable[..., RemoteOptimizer]) -> None:
