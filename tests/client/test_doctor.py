@@ -66,7 +66,7 @@ def test_all_is_well_over_tls(tls_service: ThreadService, tls: dict[str, Path]) 
     ("url", "environment", "check", "said"),
     [
         ("localhost:8000", {}, "url", "perhaps http://localhost:8000 is meant"),
-        ("local", {}, "url", "here a service is needed"),
+        ("local", {}, "url", "a client needs the URL of a service"),
         ("http://service.test", {"ALL_PROXY": "http://[::1"}, "url", "of ALL_PROXY cannot be used"),
         ("http://127.0.0.1:1", {"NO_PROXY": "*"}, "service", "see that `freestep serve` runs there"),
         ("http://service.test", {"HTTP_PROXY": "http://127.0.0.1:1"}, "service", "of HTTP_PROXY: "),

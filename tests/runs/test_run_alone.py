@@ -13,6 +13,7 @@ import torch
 from redis import Redis
 
 from freestep.errors import CoordinatorUnavailable, InvalidSpec, Overloaded, ProblemError, RunExists
+from freestep_service.domain.records import Origin
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.runs.run import Run
 from freestep_service.state.memory_budget import run_bytes
@@ -37,11 +38,11 @@ def test_a_run_that_another_process_has_just_created_is_refused_with_what_differ
     async def work() -> None:
         async with resources_of(store, tmp_path / "data") as resources:
             groups = {"slow": {"lr": 0.5}, "fast": {"lr": 2.0}}
-            await Run("run", spec_of(groups=groups), 1, resources, 1).create()
+            await Run("run", spec_of(groups=groups), 1, resources, Origin(1)).create()
             # The same, though not the same text.
-            await Run("run", spec_of(groups=dict(reversed(groups.items()))), 1, resources, 1).create()
+            await Run("run", spec_of(groups=dict(reversed(groups.items()))), 1, resources, Origin(1)).create()
             with pytest.raises(RunExists, match=r"groups\.fast\.lr is 2\.0, and 3\.0 is wanted") as refused:
-                await Run("run", spec_of(groups={**groups, "fast": {"lr": 3.0}}), 1, resources, 1).create()
+                await Run("run", spec_of(groups={**groups, "fast": {"lr": 3.0}}), 1, resources, Origin(1)).create()
             assert refused.value.extensions == {
                 "run": "run",
                 "differences": [{"field": "groups.fast.lr", "wanted": 3.0, "existing": 2.0}],

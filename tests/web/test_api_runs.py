@@ -258,6 +258,7 @@ def test_health_and_documents(api: Api) -> None:
         "/v1/runs/{run}",
         "/v1/runs/{run}/topology",
         "/v1/runs/{run}/reshard",
+        "/v1/runs/{run}/state",
         "/v1/runs/{run}/metrics",
         "/v1/runs/{run}/parameters",
         "/v1/runs/{run}/leases",

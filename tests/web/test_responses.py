@@ -26,7 +26,7 @@ GET = b"GET /point HTTP/1.1\r\nHost: here\r\n\r\n"
 class Point:
     """A run with one point, in memory that is overwritten when nobody reads it; and the point's snapshot."""
 
-    epoch, step, seq = 2, 7, 30
+    epoch, step, seq, scheduled_lr = 2, 7, 30, None
 
     def __init__(self, size: int = SIZE, reached: int | None = None) -> None:
         self.header = HEADER

@@ -91,7 +91,9 @@ def test_the_body_names_each_tensor_of_each_vector_and_all_scalars(api: Api) -> 
     }
     assert torch.equal(tensors["w::z"], api.pull("z")[0]["w"])
     assert (document["spec"], document["epoch"], document["step"]) == (api.status()["spec"], 1, 2)
-    assert document["scalars"]["default"].keys() == {"k", "weight_sum", "lr_max", "beta", "c", "staleness"}
+    assert document["scalars"]["default"].keys() == {
+        "k", "weight_sum", "lr_max", "beta", "c", "staleness", "scheduled_lr",
+    }  # fmt: skip
 
 
 def test_a_run_without_weights_has_no_state(api: Api, other: Api) -> None:
