@@ -20,6 +20,8 @@ from tiny_models import Regression, numbers, texts, tiny_gpt
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 """Of what is computed in another order, over several steps."""
+OF_TORCH_COMPILE = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+"""What it warns of while it traces transformers."""
 
 Arguments = Callable[..., TrainingArguments]
 Train = Callable[..., Trainer]
@@ -187,12 +189,18 @@ def test_a_warmup_of_unknown_length_is_refused(arguments: Arguments) -> None:
     )
 
 
+def test_divided_parameters_are_refused(arguments: Arguments) -> None:
+    with pytest.raises(FreestepError, match="divide parameters between ranks"):
+        remote_optimizer(arguments(fsdp=True), run="any")
+
+
 @pytest.mark.parametrize("wrong", [{"algorithm": "adamw_schedulefree"}, {"lrr": 0.1}])
 def test_unknown_names_are_refused(trainer: Train, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidSpec, match="did you mean"):
         trainer(options=wrong).create_optimizer()
 
 
+@OF_TORCH_COMPILE
 @pytest.mark.parametrize(
     "options",
     [
@@ -200,8 +208,9 @@ def test_unknown_names_are_refused(trainer: Train, wrong: dict[str, Any]) -> Non
         {"gradient_accumulation_steps": 3, "warmup_steps": 4},
         {"max_grad_norm": 0.05, "per_device_train_batch_size": 3},
         {"bf16": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
-    ids=["plain", "accumulation and warmup", "clipping", "bf16"],
+    ids=["plain", "accumulation and warmup", "clipping", "bf16", "torch.compile"],
 )
 def test_it_trains_as_trainers_own_schedule_free_optimizer(
     trainer: Train, arguments: Arguments, run: Run, options: dict[str, Any]
@@ -417,21 +426,23 @@ def squares(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: T
     return loss / 8
 
 
-@pytest.mark.parametrize("kind", ["a language model", "the user's own", "compute_loss_func"])
-def test_the_loss_that_is_reported_is_the_one_that_trainer_logs(
-    trainer: Train, run: Run, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@OF_TORCH_COMPILE
+@pytest.mark.parametrize("kind", ["a language model", "a compiled model", "the user's own", "compute_loss_func"])
+def test_the_loss_that_is_reported_is_the_one_that_trainer_logs(trainer: Train, run: Run, kind: str) -> None:
     reported: list[Any] = []
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"} if kind == "a compiled model" else {}
     watch = Each("on_pre_optimizer_step", lambda state, control, *, optimizer, **_: reported.append(loss_of(optimizer)))
     callback = FreestepCallback()
-    given: dict[str, Any] = {} if kind == "a language model" else {"train_dataset": numbers()}
+    is_text = kind in ("a language model", "a compiled model")
+    given: dict[str, Any] = {} if is_text else {"train_dataset": numbers()}
     if kind == "compute_loss_func":
         given["compute_loss_func"] = callback.reporting(squares)
     made = trainer(
-        tiny_gpt() if kind == "a language model" else Regression(),
+        tiny_gpt() if is_text else Regression(),
         callbacks=(callback, watch),
         given=given,
         gradient_accumulation_steps=2,
+        **compiled,
     )
     made.train()
     assert len(reported) == 6

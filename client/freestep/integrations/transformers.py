@@ -58,8 +58,14 @@ def remote_optimizer(
 
     Raises:
         InvalidSpec: The algorithm or a hyperparameter is not known.
-        FreestepError: warmup_steps is a part of the training, whose length is not known.
+        FreestepError: Parameters are divided between ranks (FSDP, DeepSpeed), or warmup_steps is a part of a training
+            whose length is not known.
     """
+    if args.fsdp or args.deepspeed:
+        raise FreestepError(
+            "FSDP and DeepSpeed divide parameters between ranks, and a run needs whole ones: leave fsdp and deepspeed "
+            "out of TrainingArguments, and the ranks are wrapped in DistributedDataParallel"
+        )
     known = hyperparameter_names(algorithm)
     taken = {name: of(args) for name, of in _FROM_ARGUMENTS.items() if name in known and name not in options}
     return lambda: _made_of_model, {"process_group": "auto", "algorithm": algorithm, **taken, **options}
