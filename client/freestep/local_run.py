@@ -34,8 +34,8 @@ from freestep_service.state.shard import Shard, StateCopy
 
 __all__ = ["LocalLease", "LocalRun"]
 
-_STATE = [field.name for field in fields(StateCopy) if field.name != "tally"]
-"""What a state_dict holds of a run's state; the service counts pushes of many workers beside it."""
+_SAVED = [field.name for field in fields(StateCopy) if field.name != "tally"]
+"""What of a copy is the run's state: numbers, texts and tensors, which torch loads with weights_only."""
 
 
 class LocalLease:
@@ -256,7 +256,7 @@ class LocalRun:
         cut = self._shard.copy_state()
         return {
             "spec": self._spec.model_dump(mode="json"),
-            **{name: getattr(cut, name) for name in _STATE},
+            **{name: getattr(cut, name) for name in _SAVED},
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -270,7 +270,7 @@ class LocalRun:
         if differing:
             raise ManifestMismatch(f"the state is of a local run with other {' and '.join(differing)}")
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in state["tensors"].items()}
-        cut = StateCopy(**{name: state[name] for name in _STATE} | {"tensors": tensors})
+        cut = StateCopy(**{name: state[name] for name in _SAVED} | {"tensors": tensors})
         self._shard.load(cut, max(self._shard.epoch, cut.epoch) + 1)
         self._last = None
 
