@@ -208,7 +208,7 @@ def test_unknown_names_are_refused(trainer: Train, wrong: dict[str, Any]) -> Non
         {"gradient_accumulation_steps": 3, "warmup_steps": 4},
         {"max_grad_norm": 0.05, "per_device_train_batch_size": 3},
         {"bf16": True},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
     ],
     ids=["plain", "accumulation and warmup", "clipping", "bf16", "torch.compile"],
 )
