@@ -7,7 +7,7 @@ and a state for each parameter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class SavedPlace:
 
     def entries(self) -> dict[str, Any]:
         """The entries of a param group."""
-        return asdict(self)
+        # Every step makes them: `asdict` would copy the values one by one.
+        return dict(vars(self))
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Any], run: str) -> SavedPlace:
