@@ -74,7 +74,7 @@ def trained(model: nn.Module, prefix: str = "") -> Snapshot:
     tensors = {
         prefix + name: torch.randn(parameter.shape, generator=generator) for name, parameter in model.named_parameters()
     }
-    return Snapshot(tensors, "run", "x", Pulled(1, 7))
+    return Snapshot(tensors, "run", Pulled(1, 7, "x"))
 
 
 def load(model: nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def test_a_part_of_a_model_is_loaded_with_what_is_frozen(tmp_path: Path) -> None
     frozen = {name for name in x if ".h.0." in name}
     inner = {name.removeprefix("transformer."): tensor for name, tensor in x.items() if name not in frozen}
     # As of a run of `model.transformer`.
-    (note,) = PretrainedFolder(tmp_path / "like").write(tmp_path / "out", Snapshot(inner, "run", "x", Pulled(1, 7)))
+    (note,) = PretrainedFolder(tmp_path / "like").write(tmp_path / "out", Snapshot(inner, "run", Pulled(1, 7, "x")))
     assert note.startswith(f"not in the run, and copied from {tmp_path / 'like'}: transformer.h.0.attn.c_attn.bias, ")
     assert note.endswith(f" and {len(frozen) - 10} more")
     before = dict(model.named_parameters())
@@ -142,7 +142,7 @@ def test_a_tied_tensor_is_loaded_whatever_its_name_is(tmp_path: Path, named: str
         save_file(weights, tmp_path / "like" / "model.safetensors", {"format": "pt"})
     x = trained(model)
     tensors = {named if name == "transformer.wte.weight" else name: tensor for name, tensor in x.items()}
-    PretrainedFolder(tmp_path / "like").write(tmp_path / "out", Snapshot(tensors, "run", "x", Pulled(1, 7)))
+    PretrainedFolder(tmp_path / "like").write(tmp_path / "out", Snapshot(tensors, "run", Pulled(1, 7, "x")))
     assert_loaded(model, tmp_path / "out", x)
 
 
