@@ -82,6 +82,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         summary="Schedule-Free optimization as a service.",
         lifespan=lifespan,
         responses=problems.DOCUMENTED,
+        # Who follows a redirect resolves dots in it: to another resource.
+        redirect_slashes=False,
     )
     app.state.startup = startup
     app.add_middleware(ErrorBoundary, observe=count_problem)

@@ -14,6 +14,7 @@ from freestep_service.app import create_app
 from freestep_service.domain.records import Claim
 from freestep_service.settings import Settings
 from freestep_service.web.headers import (
+    LEASE_ID,
     PUSH_HEADERS,
     Preferences,
     body_length,
@@ -58,12 +59,12 @@ def test_a_header_stands_once(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("Freestep-Lease", ["", "l" * 201, "two words", "ümlaut", "\x7f"]),
+        ("Freestep-Lease", ["", "l" * 201, "two words", "ümlaut", "\x7f", "..", "a/b", "a:b"]),
         ("Freestep-Token", ["", "seven", "-1", "1.0", "0x7", "٣", "1" * 19]),
         ("Freestep-Step", ["", "first", "-1", "0.5", "1e3", "9" * 19]),
         ("Idempotency-Key", ["", "k" * 201, "a b"]),
-        ("Freestep-Samples", ["", "many", "0", "-3", "inf", "nan", "1e39", "1e-320"]),
-        ("Freestep-Loss", ["", "low", "nan", "inf", "-inf"]),
+        ("Freestep-Samples", ["", "many", "0", "-3", "inf", "nan", "1e39", "1e-320", "1_0"]),
+        ("Freestep-Loss", ["", "low", "nan", "inf", "-inf", "infinity", "1_0", "1 0", "0x1", "1e", ".", "1e999"]),
         ("Freestep-Speed", ["", "fast", "0", "-1", "inf"]),
     ],
 )
@@ -101,7 +102,7 @@ def test_preferences_may_be_several_headers() -> None:
     assert preferences(request_of("GET", "/")) == Preferences()
 
 
-@pytest.mark.parametrize("wait", ["soon", "-1", "nan", "inf", ""])
+@pytest.mark.parametrize("wait", ["soon", "-1", "nan", "inf", "", "1_0", "1 0"])
 def test_a_wait_is_a_number_of_seconds(wait: str) -> None:
     with pytest.raises(MalformedRequest) as refused:
         preferences(request_of("GET", "/", {"Prefer": f"wait={wait}"}))
@@ -180,4 +181,4 @@ def test_the_openapi_document_is_of_the_fields_that_are_parsed() -> None:
     assert pull["query", "point"]["schema"] == {"type": "string", "enum": ["x", "y", "z"], "default": "x"}
     assert pull["query", "min_step"]["schema"]["minimum"] == 0
     assert {name for place, name in pull if place == "query"} == {"shard", "of", "point", "dtype", "min_step", "cut"}
-    assert documented("put", "/v1/runs/{run}/leases/{lease}")["path", "lease"]["schema"]["maxLength"] == 200
+    assert documented("put", "/v1/runs/{run}/leases/{lease}")["path", "lease"]["schema"]["pattern"] == f"^{LEASE_ID}$"

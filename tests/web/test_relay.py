@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -89,7 +90,20 @@ def test_an_owner_behind_a_proxy_sees_its_own_path_signed() -> None:
     assert seen[0].headers[RELAYED] == "signed GET /v1/runs/run/parameters?a=b"
 
 
-@pytest.mark.parametrize("segment", ["..", "."])
+def test_headers_of_one_hop_are_not_forwarded() -> None:
+    seen: list[httpx.Request] = []
+
+    async def owner(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return answered(status=204)
+
+    headers = {"Connection": "keep-alive, X-Hop ,freestep-lease", "X-Hop": "1", "Freestep-Lease": "l", "X-End": "2"}
+    forwarded(owner, scope_of("GET", "/v1/runs/run", headers))
+    assert "X-Hop" not in seen[0].headers and "Freestep-Lease" not in seen[0].headers
+    assert seen[0].headers["X-End"] == "2"
+
+
+@pytest.mark.parametrize("segment", ["..", ".", "%2e%2e", ".%2E", "%2e"])
 def test_a_lease_of_dots_is_not_the_run(segment: str) -> None:
     seen: list[httpx.Request] = []
 
@@ -98,7 +112,7 @@ def test_a_lease_of_dots_is_not_the_run(segment: str) -> None:
         return answered(status=204)
 
     forwarded(owner, scope_of("DELETE", f"/v1/runs/run/leases/{segment}"))
-    target = f"/v1/runs/run/leases/{segment.replace('.', '%2E')}"
+    target = f"/v1/runs/run/leases/{unquote(segment).replace('.', '%2E')}"
     assert seen[0].url.raw_path.decode() == target
     received = request_of("DELETE", target, {RELAYED: seen[0].headers[RELAYED]})
 

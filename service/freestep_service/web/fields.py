@@ -16,11 +16,26 @@ from starlette.requests import Request
 
 from freestep.errors import MalformedRequest
 
-__all__ = ["Field", "Header", "Kind", "PathField", "Query", "choice", "flag", "integer", "number", "pattern", "text"]
+__all__ = [
+    "LARGEST",
+    "Field",
+    "Header",
+    "Kind",
+    "PathField",
+    "Query",
+    "choice",
+    "decimal",
+    "flag",
+    "integer",
+    "number",
+    "pattern",
+    "text",
+]
 
 T = TypeVar("T")
 
-_INTEGER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 LARGEST = 10**18 - 1
 """Of an integer: it fits into 64 bits."""
 
@@ -128,11 +143,18 @@ def integer(least: int, most: int = LARGEST) -> Kind[int]:
     return Kind(schema, parse, f"an integer from {least} to {most}")
 
 
+def decimal(text: str) -> float:
+    """A number in decimal notation, without what else Python takes for one. Raises ValueError."""
+    if _NUMBER.fullmatch(text) is None:
+        raise ValueError
+    return float(text)
+
+
 def number(schema: Mapping[str, Any], is_valid: Callable[[float], bool], expected: str) -> Kind[float]:
     """A finite number for which `is_valid` holds."""
 
     def parse(text: str) -> float:
-        value = float(text)
+        value = decimal(text)
         if not isfinite(value) or not is_valid(value):
             raise ValueError
         return value

@@ -13,10 +13,12 @@ from freestep.api.models import Receipt
 from freestep.errors import BodyTooLarge, LengthRequired, UnsupportedMediaType
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.domain.records import Claim
-from freestep_service.web.fields import Header, Kind, integer, number, pattern, text
+from freestep_service.web.fields import Header, Kind, decimal, integer, number, pattern, text
 
 __all__ = [
     "IMPORT_HEADERS",
+    "LEASE_ID",
+    "LEASE_KIND",
     "PULL_HEADERS",
     "PUSH_HEADERS",
     "UPLOAD_HEADERS",
@@ -52,7 +54,7 @@ class Preferences:
             if name == "return":
                 representation = value == "representation"
             elif name == "wait":
-                wait = float(value)
+                wait = decimal(value)
                 if not isfinite(wait) or wait < 0:
                     raise ValueError
         return cls(representation, min(wait, _LONGEST_WAIT_S))
@@ -73,8 +75,11 @@ def _parse_place(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+LEASE_ID = r"[A-Za-z0-9_-]{1,200}"
+"""What the ID of a lease matches; it stands in paths, too."""
+LEASE_KIND = pattern(LEASE_ID, "1 to 200 letters, digits, '_' and '-'")
 _TOKEN = pattern(r"[\x21-\x7e]{1,200}", "1 to 200 printable characters without spaces")
-_LEASE = Header("Freestep-Lease", _TOKEN, "The lease.", required=True)
+_LEASE = Header("Freestep-Lease", LEASE_KIND, "The lease.", required=True)
 _FENCE = Header("Freestep-Token", integer(0), "The lease's fencing token.", required=True)
 _STEP = Header("Freestep-Step", integer(0), "The step of y at which the gradient was taken.", required=True)
 _KEY = Header("Idempotency-Key", _TOKEN, "Makes this one push, however often it is sent.", required=True)

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import httpx
 from starlette.requests import ClientDisconnect, Request
@@ -98,12 +99,12 @@ class Relay:
         if owner is None or await self.is_relayed(request):
             run.shard(index)
             raise ShardUnavailable("the shard has come here in the meantime")
-        ignored = _HOP_BY_HOP | {RELAYED.encode()}
+        ignored = _HOP_BY_HOP | _named_in_connection(request) | {RELAYED.encode()}
         headers = [(name, value) for name, value in request.headers.raw if name not in ignored]
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         made = self._http.build_request(
             request.method,
-            owner + _target(request).decode("latin-1"),
+            owner + _target(request).decode(),
             headers=headers,
             content=content or (request.stream() if has_body else None),
         )
@@ -187,11 +188,26 @@ def _message(method: str, target: bytes) -> bytes:
 
 
 def _target(request: Request) -> bytes:
-    """A request's target as it was sent. Dot segments are encoded: httpx would resolve them, to another resource."""
+    """A request's target, its path made anew of the segments that the router has seen.
+
+    As it was sent it might lead elsewhere: httpx, or a proxy on the way, would resolve dots, encoded or not.
+    """
     path: bytes = request.scope["raw_path"]
     query: bytes = request.scope["query_string"]
-    encoded = b"/".join({b".": b"%2E", b"..": b"%2E%2E"}.get(segment, segment) for segment in path.split(b"/"))
+    encoded = "/".join(_quoted(unquote_to_bytes(segment)) for segment in path.split(b"/")).encode()
     return encoded + (b"?" + query if query else b"")
+
+
+def _quoted(segment: bytes) -> str:
+    """A segment of a path, with all encoded that has a meaning there."""
+    quoted = quote_from_bytes(segment, safe="")
+    return quoted.replace(".", "%2E") if quoted in (".", "..") else quoted
+
+
+def _named_in_connection(request: Request) -> set[bytes]:
+    """The headers that a request's Connection header names as meant for this hop, RFC 9110, section 7.6.1."""
+    names = ",".join(request.headers.getlist("connection"))
+    return {name.strip().lower().encode("latin-1") for name in names.split(",")}
 
 
 async def _pieces(views: Sequence[memoryview]) -> AsyncIterator[bytes]:

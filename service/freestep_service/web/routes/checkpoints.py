@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Request
 
 from freestep.api.models import Checkpoint, CheckpointList, RunStatus
 from freestep_service.web.limits import JsonRoute
-from freestep_service.web.routes.dependencies import AnyRelay, AnyRun
+from freestep_service.web.routes.dependencies import AnyRelay, AnyRun, Step
 
 router = APIRouter(tags=["checkpoints"], route_class=JsonRoute)
 
@@ -28,7 +28,7 @@ async def list_checkpoints(run: AnyRun) -> CheckpointList:
 
 
 @router.post("/v1/runs/{run}/checkpoints/{step}/restore", response_model=RunStatus)
-async def restore_checkpoint(run: AnyRun, request: Request, relay: AnyRelay, step: Annotated[int, Path(ge=0)]) -> Any:
+async def restore_checkpoint(run: AnyRun, request: Request, relay: AnyRelay, step: Step) -> Any:
     """Returns the run to a checkpoint, in a new epoch; leases of the old epoch can no longer push."""
     if not run.owns_any:
         return await relay.forward(request, run)

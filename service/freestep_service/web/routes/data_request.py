@@ -18,9 +18,10 @@ from freestep.wire.encoding import INT8
 from freestep_service.runs.run import Run
 from freestep_service.settings import Settings
 from freestep_service.web.context import ServiceContext
-from freestep_service.web.fields import PathField, Query, choice, flag, integer, pattern, text
+from freestep_service.web.fields import PathField, Query, choice, flag, integer, pattern
+from freestep_service.web.headers import LEASE_KIND
 from freestep_service.web.relay import Relay
-from freestep_service.web.routes.dependencies import LONGEST_LEASE, RUN_NAME
+from freestep_service.web.routes.dependencies import RUN_NAME
 
 __all__ = [
     "CUT",
@@ -40,7 +41,7 @@ __all__ = [
 RUN = PathField(
     "run", pattern(RUN_NAME, "1 to 128 letters, digits, '.', '_' and '-', of which the first is a letter or digit")
 )
-LEASE = PathField("lease", text(1, LONGEST_LEASE))
+LEASE = PathField("lease", LEASE_KIND)
 SHARD = Query(
     "shard", integer(0, MOST_SHARDS - 1), "The shard whose part the body is; without it the body is the whole model."
 )

@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
+from pydantic import BeforeValidator
 
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.run import Run
 from freestep_service.web.context import ServiceContext
+from freestep_service.web.fields import LARGEST, integer
+from freestep_service.web.headers import LEASE_ID
 from freestep_service.web.relay import Relay
 
-__all__ = ["LONGEST_LEASE", "RUN_NAME", "AnyRegistry", "AnyRelay", "AnyRun", "LeaseId", "RunName"]
+__all__ = ["RUN_NAME", "AnyRegistry", "AnyRelay", "AnyRun", "LeaseId", "RunName", "Step"]
 
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-LONGEST_LEASE = 200
 
 RunName = Annotated[str, Path(pattern=f"^{RUN_NAME}$")]
-LeaseId = Annotated[str, Path(min_length=1, max_length=LONGEST_LEASE)]
+LeaseId = Annotated[str, Path(pattern=f"^{LEASE_ID}$")]
+# Pydantic alone would take "1_0" for ten.
+Step = Annotated[int, BeforeValidator(integer(0).parse), Path(ge=0, le=LARGEST)]
 
 # Coroutines, though they wait for nothing: FastAPI calls plain functions in a thread.
 
