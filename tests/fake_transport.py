@@ -30,6 +30,7 @@ class FakeTransport(asyncio.Transport):
         """What the peer has read."""
         self.buffer: deque[bytes | bytearray | memoryview] = deque()
         self.is_aborted = False
+        self.has_written_eof = False
         self._reads = reads
         self._closing = False
         self._reading = True
@@ -52,6 +53,10 @@ class FakeTransport(asyncio.Transport):
         """Ends the peer's side, behind what was fed."""
         self._ends = True
         self._deliver()
+
+    def lose(self) -> None:
+        """Cuts the connection off, as a peer does that is gone."""
+        self.abort()
 
     async def turn(self) -> None:
         """Lets everything happen that needs no more bytes."""
@@ -125,6 +130,12 @@ class FakeTransport(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return self._closing
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.has_written_eof = True
 
     def close(self) -> None:
         if not self._closing:

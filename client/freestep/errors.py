@@ -11,6 +11,7 @@
     │   ├── RunNotInitialized     run-not-initialized
     │   ├── EpochChanged          epoch-changed
     │   ├── IdempotencyConflict   idempotency-conflict
+    │   ├── RequestTimeout        request-timeout
     │   ├── LeaseExpired          lease-expired
     │   ├── LengthRequired        length-required
     │   ├── AlreadyInitialized    already-initialized
@@ -21,6 +22,7 @@
     │   ├── MalformedTensors      malformed-tensors
     │   ├── NonFiniteGradient     non-finite-gradient
     │   ├── Overloaded            overloaded
+    │   ├── HeadersTooLarge       headers-too-large
     │   ├── CoordinatorUnavailable  coordinator-unavailable
     │   ├── ShardUnavailable      shard-unavailable
     │   ├── StepNotReached        step-not-reached
@@ -56,6 +58,7 @@ __all__ = [
     "EvalMode",
     "Forbidden",
     "FreestepError",
+    "HeadersTooLarge",
     "IdempotencyConflict",
     "InvalidSetting",
     "InvalidSpec",
@@ -69,6 +72,7 @@ __all__ = [
     "Overloaded",
     "ProblemError",
     "RangeNotSatisfiable",
+    "RequestTimeout",
     "RunExists",
     "RunNotFound",
     "RunNotInitialized",
@@ -212,6 +216,13 @@ class IdempotencyConflict(ProblemError):
     title = "The idempotency key was used for another push"
 
 
+class RequestTimeout(ProblemError):
+    """The head of a request, or a JSON body, did not come in the time allowed for it. Nothing was changed."""
+
+    slug = "request-timeout"
+    title = "The request did not come in time"
+
+
 class LeaseExpired(ProblemError):
     """The lease has ended, or the same worker has a newer one; the push was not applied. Take a new lease."""
 
@@ -280,6 +291,13 @@ class Overloaded(ProblemError):
 
     slug = "overloaded"
     title = "Too many bodies are waiting for memory"
+
+
+class HeadersTooLarge(ProblemError):
+    """The head of a request is longer than the service's `head_bytes`, or has more fields than its `head_fields`."""
+
+    slug = "headers-too-large"
+    title = "The request has too many headers, or too long ones"
 
 
 class CoordinatorUnavailable(ProblemError):

@@ -1,7 +1,7 @@
 """HTTP requests with retries; bodies of tensors are sent and received without copying them as a whole.
 
-Requests are repeated after a lost connection, and after 429, 502, 503 and 504, of the service or of a gateway before
-it, when their Retry-After has passed; but not if the server's certificate is not trusted. Every request that is
+Requests are repeated after a lost connection, and after 408, 429, 502, 503 and 504, of the service or of a gateway
+before it, when their Retry-After has passed; but not if the server's certificate is not trusted. Every request that is
 repeated is idempotent, a push by its idempotency key.
 """
 
@@ -26,6 +26,7 @@ from freestep.errors import (
     MalformedTensors,
     Overloaded,
     ProblemError,
+    RequestTimeout,
     RunNotFound,
     ServiceUnreachable,
     ShardUnavailable,
@@ -60,7 +61,14 @@ class _GatewayError(UnexpectedResponse):
     retry_after: float | None = None
 
 
-_TRANSIENT = (CoordinatorUnavailable, Overloaded, ShardUnavailable, _GatewayError, httpx.TransportError)
+_TRANSIENT = (
+    CoordinatorUnavailable,
+    Overloaded,
+    RequestTimeout,
+    ShardUnavailable,
+    _GatewayError,
+    httpx.TransportError,
+)
 _UNREACHABLE = (
     httpx.ConnectError,
     httpx.ConnectTimeout,

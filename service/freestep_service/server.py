@@ -6,19 +6,26 @@ import logging
 import resource
 import socket
 import sys
+from math import ceil
+from typing import Any
 
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from freestep_service.app import Startup, create_app
-from freestep_service.settings import CannotStart, Settings
+from freestep_service.settings import BadSetting, CannotStart, Settings
 from freestep_service.tls import uvicorn_options
 from freestep_service.web.connection import Connection
+from freestep_service.web.head import Bounds
+from freestep_service.web.listener import Listener
+from freestep_service.web.places import Place, Places
 
-__all__ = ["main", "serve"]
+__all__ = ["Server", "main", "places_for", "serve"]
 
 _MOST_DESCRIPTORS = 65_536
+_OTHER_DESCRIPTORS = 256
+"""Descriptors for Redis, checkpoints, and connections to other services."""
 
 
 def main(arguments: list[str]) -> None:
@@ -49,7 +56,7 @@ def serve(settings: Settings) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tls = uvicorn_options(settings)
-    _raise_descriptor_limit()
+    places = places_for(settings)
     listener = _listener(settings)
     host, port = listener.getsockname()[:2]
     app = create_app(settings.model_copy(update={"port": port}))
@@ -63,13 +70,13 @@ def serve(settings: Settings) -> None:
         log_level=settings.log_level,
         access_log=settings.access_log,
         timeout_graceful_shutdown=5,
-        timeout_keep_alive=60,
+        timeout_keep_alive=ceil(settings.idle_seconds),
         **tls,
     )
     # Before that, it logs tracebacks of the errors that are raised here.
     logging.getLogger("uvicorn.error").addFilter(lambda _: startup.is_complete)
     try:
-        _Server(config, settings.url_of(host, port)).run(sockets=[listener])
+        _Announced(config, settings, places, settings.url_of(host, port)).run(sockets=[listener])
     except SystemExit:
         if startup.error is None:
             raise
@@ -77,26 +84,60 @@ def serve(settings: Settings) -> None:
         raise startup.error
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
+    """uvicorn's server, which accepts at a listening socket as many connections as there are places for."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings, places: Places) -> None:
+        super().__init__(config)
+        self._settings = settings
+        self._places = places
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # Without sockets to listen on, which it would accept at by itself.
+        await super().startup(sockets=[])
+        bounds = Bounds.of(self._settings)
+
+        def make(place: Place) -> Connection:
+            state = self.lifespan.state
+            return Connection(self.config, self.server_state, state, bounds=bounds, place=place)
+
+        for listening in sockets or []:
+            listener: Any = Listener(listening, self._places, make, self.config.ssl, bounds.head_seconds)
+            self.servers.append(listener)
+
+
+class _Announced(Server):
     """Prints its URL once it has started."""
 
-    def __init__(self, config: uvicorn.Config, url: str) -> None:
-        super().__init__(config)
+    def __init__(self, config: uvicorn.Config, settings: Settings, places: Places, url: str) -> None:
+        super().__init__(config, settings, places)
         self._url = url
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
-            sys.stdout.write(f"freestep listens on {self._url}\n")
-            sys.stdout.flush()
+        sys.stdout.write(f"freestep listens on {self._url}\n")
+        sys.stdout.flush()
 
 
-def _raise_descriptor_limit() -> None:
-    """Lets the process have as many descriptors as it may: each connection is one, and 1,024 is a common limit."""
+def places_for(settings: Settings) -> Places:
+    """As many places as the settings say, or as leave descriptors for all else. Raises BadSetting.
+
+    Each connection is a descriptor, of which 1,024 is a common limit: the process takes as many as it may.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    limit = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= limit:
+        limit = _MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    # A request may be passed on, over a connection to another service.
+    most = settings.max_connections or max(1, (limit - _OTHER_DESCRIPTORS) // 2)
+    if most + _OTHER_DESCRIPTORS > limit and settings.max_connections:
+        raise BadSetting(
+            f"max_connections: the process may have {limit} descriptors, of which {_OTHER_DESCRIPTORS} are for other "
+            f"than connections; raise the limit (ulimit -n), or allow {max(limit - _OTHER_DESCRIPTORS, 0)} at most"
+        )
+    return Places(most, min(most, settings.max_connections_per_address or max(1, most // 2)))
 
 
 def _listener(settings: Settings) -> socket.socket:

@@ -74,6 +74,22 @@ class Settings(BaseSettings):
     would start later. 0 is none."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
     """Longest request body that is accepted, in bytes."""
+    head_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024
+    """Longest head of a request that is accepted, in bytes ..."""
+    head_fields: Annotated[int, Field(ge=16)] = 100
+    """... and the most header fields in it."""
+    head_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds within which the head of a request has to come, and a TLS handshake to be made."""
+    json_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds within which a JSON body has to come."""
+    idle_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds after which a connection without a request is closed. Clients keep theirs for 50."""
+    max_connections: Annotated[int, Field(ge=1)] | None = None
+    """Connections at once; by default half of the descriptors that the process may have, less 256 for the store, for
+    checkpoints and for other services. If all are taken, the one that has been idle for the longest is closed ..."""
+    max_connections_per_address: Annotated[int, Field(ge=1)] | None = None
+    """... and connections at once from one address (of IPv6, one /64); by default half of those. Behind a proxy, all
+    come from one."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 10_000
     """Steps after which a checkpoint is written ..."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0

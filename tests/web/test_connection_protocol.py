@@ -142,11 +142,18 @@ def test_an_endless_head_is_refused(before: bytes, begin: bytes, piece: bytes) -
         for _ in range(20):
             transport.feed(piece)
             await transport.turn()
-        assert transport.is_closing()
+        # What is sent yet is read, so that the peer gets to read the refusal.
+        assert transport.has_written_eof and not transport.is_closing()
         assert transport.written.count(OK) == before.count(b"HTTP/1.1")
         refusal = transport.written[transport.written.rindex(b"HTTP/1.1") :]
-        assert refusal.startswith(b"HTTP/1.1 400 ")
-        assert b"urn:freestep:problem:malformed-request" in refusal
+        # A target that goes on with a space is none.
+        is_target = begin != b"GET /" or b" " not in piece
+        status, slug = (431, b"headers-too-large") if is_target else (400, b"malformed-request")
+        assert refusal.startswith(b"HTTP/1.1 %d " % status)
+        assert b"urn:freestep:problem:" + slug in refusal
+        transport.feed_eof()
+        assert transport.is_closing()
+        await transport.turn()
 
     run(work)
 
@@ -211,7 +218,7 @@ def test_all_requests_of_a_connection_end_with_it() -> None:
         transport = FakeTransport(app)
         transport.feed(3 * NEXT)
         await transport.turn()
-        transport.feed_eof()
+        transport.lose()
         await transport.turn()
         assert messages == ["http.request", "http.disconnect"]
 
@@ -251,7 +258,7 @@ def test_a_wait_ends_with_the_connection(is_waiting: bool, behind: bytes) -> Non
         transport.feed(NEXT + behind)
         await transport.turn()
         assert not app.ended
-        transport.feed_eof()
+        transport.lose()
         await transport.turn()
         assert [type(error) for error in app.ended] == [ClientDisconnect]
 
@@ -270,9 +277,55 @@ def test_a_wait_behind_a_large_body_ends_with_the_connection(is_waiting: bool) -
         transport = FakeTransport(app)
         transport.feed(HEAD + BODY)
         await transport.turn()
-        transport.feed_eof()
+        transport.lose()
         await transport.turn()
         assert [type(error) for error in waiting.ended] == [ClientDisconnect]
+
+    run(work)
+
+
+@pytest.mark.parametrize("behind", [b"", NEXT])
+def test_a_wait_ends_with_the_clients_side_of_the_connection(behind: bytes) -> None:
+    async def work() -> None:
+        app = Waiting(is_waiting=True)
+        transport = FakeTransport(app)
+        transport.feed(NEXT + behind)
+        await transport.turn()
+        transport.feed_eof()
+        await transport.turn()
+        requests = 1 + bool(behind)
+        assert [type(error) for error in app.ended] == requests * [ShardUnavailable]
+        assert transport.written.count(OK) == requests
+        assert transport.is_closing()
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    "sent", [NEXT, 3 * NEXT, HEAD + BODY, HEAD + BODY + NEXT, NEXT + b"GET /half HT", NEXT + HEAD + BODY[:9]]
+)
+def test_who_has_closed_their_side_gets_their_answers(sent: bytes) -> None:
+    async def work() -> None:
+        go, app = asyncio.Event(), App()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            async with while_connected(scope, is_waiting=False):
+                await go.wait()
+            await app(scope, receive, send)
+
+        transport = FakeTransport(slow)
+        transport.feed(sent)
+        transport.feed_eof()
+        await transport.turn()
+        assert not transport.is_closing()
+        go.set()
+        for _ in range(3):
+            await transport.turn()
+        complete = [BODY if each == b"POST" else b"" for each in (NEXT[:3], HEAD[:4]) for _ in range(sent.count(each))]
+        incomplete = sent.endswith(BODY[:9]) and not sent.endswith(BODY)
+        assert sorted(app.bodies) == sorted(complete[: len(complete) - sent.count(b"/half") - incomplete])
+        assert transport.written.count(OK) == len(app.bodies)
+        assert transport.is_closing()
 
     run(work)
 
@@ -340,7 +393,7 @@ def test_a_wait_that_begins_too_late_ends_at_once() -> None:
         transport = FakeTransport(app)
         transport.feed(NEXT)
         await begun.wait()
-        transport.feed_eof()
+        transport.lose()
         await transport.turn()
         ended.set()
         await transport.turn()

@@ -191,7 +191,9 @@ def test_a_body_that_ends_with_its_connection() -> None:
     run(work)
 
 
-@pytest.mark.parametrize(("prefer", "ends"), [("wait=600", ["eof", "shutdown"]), ("return=representation", ["eof"])])
+@pytest.mark.parametrize(
+    ("prefer", "ends"), [("wait=600", ["eof", "loss", "shutdown"]), ("return=representation", ["loss"])]
+)
 def test_a_request_is_given_up_when_its_client_is_gone(prefer: str, ends: list[str]) -> None:
     async def work(end: str) -> None:
         given_up: list[bool] = []
@@ -223,11 +225,13 @@ def test_a_request_is_given_up_when_its_client_is_gone(prefer: str, ends: list[s
         assert not given_up
         if end == "eof":
             transport.feed_eof()
+        elif end == "loss":
+            transport.lose()
         else:
             transport.connection.shutdown()
         await transport.turn()
         assert given_up == [True]
-        assert len(refused) == (end == "shutdown")
+        assert len(refused) == (end != "loss")
 
     for end in ends:
         run(lambda end=end: work(end))  # type: ignore[misc]
@@ -292,7 +296,7 @@ def test_a_client_that_leaves_ends_the_owners_answer(caplog: pytest.LogCaptureFi
         transport.feed(b"GET /a HTTP/1.1\r\nHost: here\r\n\r\n")
         await transport.turn()
         assert not body.is_closed
-        transport.feed_eof()
+        transport.lose()
         await transport.turn()
         assert body.is_closed
 
@@ -420,7 +424,7 @@ def test_calls_end_with_the_connection_that_they_are_made_for() -> None:
         transport = FakeTransport(ErrorBoundary(app, lambda _: None))
         transport.feed(b"GET /a HTTP/1.1\r\nHost: here\r\n\r\n")
         await transport.turn()
-        transport.feed_eof()
+        transport.lose()
         await transport.turn()
         assert sorted(given_up) == [0, 1]
 

@@ -15,7 +15,7 @@ from freestep.errors import MalformedRequest
 from freestep.wire.receiver import Sink, lay
 from freestep_service.web.inlet import INLET
 
-__all__ = ["Body"]
+__all__ = ["SLOWEST", "Body"]
 
 SLOWEST = 64 * 1024
 """Bytes a second, below which a sender may not hold memory that others wait for."""

@@ -1,62 +1,124 @@
-"""HTTP connections: uvicorn's protocol, with large bodies received in place and problem documents for what is not HTTP.
+"""HTTP connections: uvicorn's protocol, bounded, with large bodies received in place and problem documents for what is
+not HTTP.
 
 uvicorn's protocol parses the head of a request. If the body is large, reading then pauses: the body waits in the
 kernel, and so does its sender, until the application gives memory for it (`inlet`). Small bodies, and those of unknown
 length, are read by uvicorn.
+
+Behind a head that is refused nothing is read as a request any more (`head`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httptools
-from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
-from freestep.errors import MalformedRequest, ProblemError
+from freestep.errors import MalformedRequest, RequestTimeout
+from freestep_service.web.body import SLOWEST
+from freestep_service.web.head import Bounds, Head, Refused, too_large
 from freestep_service.web.inlet import INLET, Inlet
+from freestep_service.web.places import Place
 from freestep_service.web.problems import problem_response
+from freestep_service.web.refusals import encoded
 
-__all__ = ["CONNECTION", "Connection", "abort", "takes_more"]
+__all__ = ["CONNECTION", "HEAD_ONLY", "Connection", "abort", "takes_more", "wants_head_only"]
 
 CONNECTION = "freestep.connection"
 """The ASGI extension of every request: the Connection that it came over."""
+HEAD_ONLY = "freestep.head-only"
+"""The ASGI extension of a request whose method was HEAD."""
 _SMALL = 64 * 1024
 """Bytes of a body that is likely to arrive together with the head of its request."""
-_LONGEST_HEAD = 64 * 1024
-"""Bytes of a request's head, or of the trailers behind its body."""
 _CLOSE_NOTIFY_S = 0.05
 """Seconds within which our own close_notify has been sent."""
+_DEFAULT = Bounds()
+_LINGER_S = 2.0
+"""Seconds for which a peer is heard out that has been refused: one that is cut off may never see its answer."""
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol, with an Inlet for large bodies; the application can abort it, and be notified of its end."""
+    """uvicorn's protocol, with an Inlet for large bodies; the application can abort it, and be notified of its end.
+
+    place: given back when the connection ends; None counts none.
+    """
 
     is_stopping = False
     """Whether the server is shutting down."""
-    _refusal = b""
-    """The answer to what could not be parsed, which is the connection's last."""
+    is_half_closed = False
+    """Whether the peer has ended its side, and may still read answers."""
+    _last: bytes | None = None
+    """What is sent behind the answers to the requests that have come, before the connection ends; None reads on."""
+    _is_deaf = False
+    """Whether what comes is thrown away."""
+    _is_ending = False
+    """Whether the last byte has been written."""
+    _in_body = False
+    """Whether a head has come, and its body has not."""
     _head_size = 0
     """Bytes received since the last end of a head or piece of a body."""
+    _timer: asyncio.TimerHandle | None = None
+    """Ends the connection unless what the peer may take its time for comes before."""
+    _is_timing_head = False
+    """Whether that is a head."""
+    _length = 0
+    """The Content-Length of the newest request."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        bounds: Bounds = _DEFAULT,
+        place: Place | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._bounds = bounds
+        self._place = place
+        self._application, self.app = self.app, self._run
         self._extensions: dict[str, Any] = {CONNECTION: self}
         self._unanswered: deque[RequestResponseCycle] = deque()
         """The request that is being answered, and those behind it: of these, uvicorn's protocol knows the last one."""
         self._watchers: dict[Callable[[], None], bool] = {}
-        """What to call when the connection ends, and whether to call it when the server's shutdown begins."""
+        """What to call when the connection ends, and whether for its peer's side or the server's shutdown too."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._outlet: Any = _Outlet(transport, self._finish)
+        if self._place is not None:
+            self._place.end = self._close
+            self._place.idle()
+        self._allow(self._bounds.idle_seconds, self._close)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        self._unset_keepalive_if_required()
         self._head_size += len(data)
-        super().data_received(data)
-        if self._head_size > _LONGEST_HEAD:
-            self._refuse_rest(MalformedRequest(f"the head of a request may have {_LONGEST_HEAD} bytes"))
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # The parser is of no more use, and the head said so.
+            return
+        except httptools.HttpParserError as error:
+            self._refuse_rest(_refusal(error))
+            return
+        if self._head_size > self._bounds.head_bytes:
+            self._refuse_rest(too_large(self._bounds).answer)
+        elif self._head_size and not self._in_body and not self._is_timing_head:
+            self._is_timing_head = True
+            self._allow(self._bounds.head_seconds, self._end_head)
 
     def on_body(self, body: bytes) -> None:
         self._head_size = 0
@@ -64,34 +126,39 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._head_size = 0
+        self._in_body = False
         super().on_message_complete()
+        if not self._unanswered:
+            # The rest of a body that was answered without it.
+            self._allow(self._bounds.idle_seconds, self._close)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = self._extensions
 
     def on_headers_complete(self) -> None:
+        head = Head.read(self.parser, self.url, self.headers, self._head_size, self._bounds)
         self._head_size = 0
+        self._in_body = True
+        self._length = head.length
         super().on_headers_complete()
+        self._forget_timer()
+        if self._place is not None:
+            self._place.busy()
         self._unanswered.append(self.cycle)
-        length = self._body_length()
-        if length > _SMALL:
+        self.cycle.transport = self._outlet
+        # Trailers are no headers (RFC 9110, section 6.5.1): they go where nobody looks.
+        self.headers = []
+        if head.is_last:
+            self.cycle.keep_alive = False
+            self._is_deaf = True
+        elif head.length > _SMALL:
             self.flow.pause_reading()
-            inlet: Any = Inlet(self, length, self._take_back)
+            inlet: Any = Inlet(self, head.length, self._take_back)
             self.scope["extensions"] = {**self._extensions, INLET: inlet}
             if self.cycle.waiting_for_100_continue:
                 # After a final answer in place of 100, the body may or may not follow: RFC 9110, section 10.1.1.
                 self.cycle.keep_alive = False
-
-    def _body_length(self) -> int:
-        """The Content-Length; 0 if the length of the body is unknown."""
-        length = 0
-        for name, value in self.headers:
-            if name == b"transfer-encoding" or (name == b"upgrade" and self.parser.should_upgrade()):
-                return 0
-            if name == b"content-length" and value.isdigit():
-                length = int(value)
-        return length
 
     def _take_back(self) -> None:
         """Parses the next request, behind a body that an Inlet has received."""
@@ -99,10 +166,39 @@ class Connection(HttpToolsProtocol):
         # The old parser still expects the body.
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._is_deaf = not self.cycle.keep_alive
         self.transport.set_protocol(self)
         self.flow.resume_reading()
-        if not self.cycle.response_complete:
-            self.on_message_complete()
+        self.on_message_complete()
+
+    def _run(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+        """Runs the application, unless the request was refused before its turn came: such a one does nothing."""
+        cycle: RequestResponseCycle = receive.__self__  # type: ignore[attr-defined]
+        return _nothing() if cycle.disconnected else self._application(scope, receive, send)
+
+    # The peer's time
+
+    def _allow(self, seconds: float, end: Callable[[], None]) -> None:
+        """Calls `end` in so many seconds, unless something else is allowed or the timer forgotten before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(seconds, end)
+
+    def _forget_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer, self._is_timing_head = None, False
+
+    def _end_head(self) -> None:
+        if self.flow.read_paused:
+            # It may have come: it is read when the requests before it have been answered.
+            self._allow(self._bounds.head_seconds, self._end_head)
+            return
+        seconds = self._bounds.head_seconds
+        self._refuse_rest(problem_response(RequestTimeout(f"the head of a request has to come within {seconds:g} s")))
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
 
     # The end of the connection
 
@@ -118,8 +214,11 @@ class Connection(HttpToolsProtocol):
 
     @contextmanager
     def watched(self, on_end: Callable[[], None], *, or_shutdown: bool) -> Iterator[None]:
-        """Calls `on_end` once if the connection ends before the block does, or the server's shutdown begins."""
-        if self.transport.is_closing() or (or_shutdown and self.is_stopping):
+        """Calls `on_end` once if the connection ends before the block does.
+
+        or_shutdown: also when the server's shutdown begins, or the peer ends its side: it may be gone.
+        """
+        if self.transport.is_closing() or (or_shutdown and (self.is_stopping or self.is_half_closed)):
             on_end()
             yield
             return
@@ -133,37 +232,78 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._forget_timer()
+        if self._place is not None:
+            self._place.leave()
         self._disconnect()
         while self._watchers:
             on_end, _ = self._watchers.popitem()
             on_end()
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """The peer sends nothing more. Requests that have come as a whole are answered, but waits end.
+
+        TLS has no half of a connection: there, they end with it.
+        """
+        if self._is_ending or self.scheme == "https":
+            return None
+        self.is_half_closed = True
+        self._stop(b"")
+        self._end_waits()
+        return not self.transport.is_closing()
+
     def shutdown(self) -> None:
         super().shutdown()
         self.is_stopping = True
-        for on_end in [on_end for on_end, or_shutdown in self._watchers.items() if or_shutdown]:
-            del self._watchers[on_end]
-            on_end()
+        self._end_waits()
         if self.scheme == "https" and self.transport.is_closing():
             # TLS would wait for the client's close_notify, which an idle client sends when it next uses the connection.
             self.loop.call_later(_CLOSE_NOTIFY_S, self.transport.abort)
 
+    def _end_waits(self) -> None:
+        for on_end in [on_end for on_end, or_shutdown in self._watchers.items() if or_shutdown]:
+            del self._watchers[on_end]
+            on_end()
+
+    def _finish(self) -> None:
+        """Sends what is to be last, and ends the connection when the peer does, if it may be sending still."""
+        if self._is_ending or self.transport.is_closing():
+            return
+        self._is_ending = self._is_deaf = True
+        self._forget_timer()
+        if self._last:
+            self.transport.write(self._last)
+        may_come_more = (self._last or self._in_body) and not self.is_half_closed
+        if may_come_more and self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self._allow(_LINGER_S, self._close)
+        else:
+            # TLS hears the peer out by itself.
+            self._close()
+
+    def _close(self) -> None:
+        """Ends the connection when what was written has been sent, if the peer reads it soon."""
+        self.transport.close()
+        self.loop.call_later(_LINGER_S, self.transport.abort)
+
     # What is not HTTP
 
-    def send_400_response(self, msg: str) -> None:
-        """Refuses what cannot be parsed. uvicorn's protocol calls this where it catches the parser's exception."""
-        self._refuse_rest(MalformedRequest(f"what was sent cannot be read as HTTP: {sys.exception()}"))
+    def _refuse_rest(self, answer: Response) -> None:
+        """Answers what follows, after the requests before it, and ends the connection."""
+        self._stop(encoded(answer, self.server_state.default_headers))
 
-    def _refuse_rest(self, problem: ProblemError) -> None:
-        """Answers what follows with a problem document, after the requests before it, and ends the connection."""
-        # Nothing that follows can be understood.
+    def _stop(self, last: bytes) -> None:
+        """Reads no more requests; `last` follows the answers to those that have come as a whole."""
         self.flow.pause_reading()
-        if self._refusal:
+        if self._last is not None:
             return
-        self._refusal = self._encoded(problem)
+        self._last, self._is_deaf = last, True
+        self._forget_timer()
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
-            self._refuse()
+            self._finish()
         elif not cycle.more_body:
             # It came behind complete requests, which are answered first.
             return
@@ -176,27 +316,49 @@ class Connection(HttpToolsProtocol):
         else:
             cycle.disconnected = True
             cycle.message_event.set()
-            self._refuse()
+            self._finish()
 
     def on_response_complete(self) -> None:
         self._unanswered.popleft()
+        if self._is_ending:
+            self.server_state.total_requests += 1
+            return
         was_last = not self.pipeline
         super().on_response_complete()
-        if self._refusal:
+        if self._last is not None:
             self.flow.pause_reading()
             if was_last:
-                self._refuse()
+                self._finish()
+        elif was_last and not self.transport.is_closing():
+            self._rest()
 
-    def _encoded(self, problem: ProblemError) -> bytes:
-        answer = problem_response(problem)
-        headers = [*self.server_state.default_headers, *answer.raw_headers, (b"connection", b"close")]
-        lines = [b"%b: %b\r\n" % header for header in headers]
-        return b"".join([STATUS_LINE[answer.status_code], *lines, b"\r\n", answer.body])
+    def _rest(self) -> None:
+        """There is no request to be answered. The body of one that was may still be coming."""
+        if self._place is not None:
+            self._place.idle()
+        if self._in_body:
+            self._unset_keepalive_if_required()
+            self._allow(self._bounds.idle_seconds + self._length / SLOWEST, self._close)
 
-    def _refuse(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(self._refusal)
-            self.transport.close()
+
+class _Outlet:
+    """A transport as the answer to a request sees it: closing it ends the connection in order."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
+def _refusal(error: httptools.HttpParserError) -> Response:
+    """The answer to what a parser, or a callback of its, has refused."""
+    if isinstance(error.__context__, Refused):
+        return error.__context__.answer
+    return problem_response(MalformedRequest(f"what was sent cannot be read as HTTP: {error}"))
+
+
+async def _nothing() -> None:
+    pass
 
 
 def takes_more(scope: Scope) -> bool:
@@ -211,3 +373,8 @@ def abort(scope: Scope) -> bool:
     if connection is not None:
         connection.abort()
     return connection is not None
+
+
+def wants_head_only(scope: Scope) -> bool:
+    """Whether the server sends no body of the answer."""
+    return HEAD_ONLY in scope.get("extensions", {})

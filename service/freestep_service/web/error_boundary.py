@@ -1,4 +1,7 @@
-"""The last resort for unexpected exceptions: a problem document for the client, a traceback in the log."""
+"""What is outermost of the application: HEAD where GET is, and the last resort for unexpected exceptions.
+
+These become a problem document for the client and a traceback in the log.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from freestep.errors import ShardUnavailable
-from freestep_service.web.connection import abort
+from freestep_service.web.connection import HEAD_ONLY, abort
 from freestep_service.web.problems import INTERNAL_ERROR, internal_error_response, problem_response
 
 __all__ = ["ErrorBoundary"]
@@ -29,6 +32,9 @@ class ErrorBoundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            # Answered as GET is; the server leaves the body out.
+            scope = {**scope, "method": "GET", "extensions": {**scope.get("extensions", {}), HEAD_ONLY: {}}}
         has_started = False
 
         async def note_start(message: Message) -> None:

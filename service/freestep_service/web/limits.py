@@ -1,7 +1,8 @@
-"""A bound on the bodies of the control plane's routes, which are read whole, whatever media type they are sent as."""
+"""Bounds on the bodies of the control plane's routes, which are read whole, whatever media type they are sent as."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
@@ -9,7 +10,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from freestep.errors import BodyTooLarge, MalformedRequest
+from freestep.errors import BodyTooLarge, MalformedRequest, RequestTimeout
+from freestep_service.web.context import ServiceContext
 
 __all__ = ["LONGEST_JSON", "JsonRoute"]
 
@@ -18,7 +20,10 @@ LONGEST_JSON = 16 * 1024**2
 
 
 class JsonRoute(APIRoute):
-    """A route that reads no more than LONGEST_JSON bytes of a body, and refuses the rest with BodyTooLarge."""
+    """A route that reads no more than LONGEST_JSON bytes of a body, and refuses the rest with BodyTooLarge.
+
+    A body that has not come within `json_seconds` is refused with RequestTimeout.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -27,7 +32,12 @@ class JsonRoute(APIRoute):
             bounded = _BoundedRequest(request.scope, request.receive)
             if self.body_field is not None:
                 # Read here, since FastAPI answers 400 for whatever is raised while it reads. It finds the body cached.
-                await bounded.body()
+                seconds = ServiceContext.of(request).settings.json_seconds
+                try:
+                    async with asyncio.timeout(seconds):
+                        await bounded.body()
+                except TimeoutError:
+                    raise RequestTimeout(f"a JSON body has to come within {seconds:g} s") from None
             return await handler(bounded)
 
         return handle

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from freestep import errors
 from freestep.errors import InvalidSpec, MalformedRequest, ProblemError, StorageUnavailable
@@ -23,6 +24,8 @@ __all__ = [
     "install",
     "internal_error_response",
     "problem_response",
+    "unsupported_transfer_coding_response",
+    "unsupported_version_response",
 ]
 
 logger = logging.getLogger("freestep")
@@ -39,6 +42,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.RunNotInitialized: 409,
     errors.EpochChanged: 409,
     errors.IdempotencyConflict: 409,
+    errors.RequestTimeout: 408,
     errors.LeaseExpired: 410,
     errors.LengthRequired: 411,
     errors.AlreadyInitialized: 412,
@@ -49,6 +53,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.MalformedTensors: 422,
     errors.NonFiniteGradient: 422,
     errors.Overloaded: 429,
+    errors.HeadersTooLarge: 431,
     errors.CoordinatorUnavailable: 503,
     errors.ShardUnavailable: 503,
     errors.StepNotReached: 504,
@@ -94,7 +99,19 @@ def problem_response(problem: ProblemError) -> JSONResponse:
 
 def internal_error_response() -> JSONResponse:
     """The answer to a request that failed for a reason of the service's own."""
-    return _plain_response(HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed; its log has the traceback")
+    # What it has read of the request, and what not, is unknown.
+    headers = {"Connection": "close"}
+    return _plain_response(HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed; its log has the traceback", headers)
+
+
+def unsupported_version_response(version: str) -> JSONResponse:
+    """The answer to a request line that names another version of HTTP."""
+    return _plain_response(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"the service speaks HTTP/1.1, and not {version}")
+
+
+def unsupported_transfer_coding_response() -> JSONResponse:
+    """The answer to a body that is coded otherwise than in chunks."""
+    return _plain_response(HTTPStatus.NOT_IMPLEMENTED, "the only Transfer-Encoding of bodies is chunked")
 
 
 def _plain_response(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -121,7 +138,10 @@ def install(app: FastAPI, observe: Callable[[str], None]) -> None:
         if error.status_code == STATUSES[MalformedRequest]:
             # A JSON body that FastAPI cannot parse.
             return await on_problem(request, MalformedRequest(error.detail))
-        return _plain_response(error.status_code, error.detail, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = _allowed(request)
+        return _plain_response(error.status_code, error.detail, headers)
 
     async def on_os_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, OSError)
@@ -135,6 +155,17 @@ def install(app: FastAPI, observe: Callable[[str], None]) -> None:
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(OSError, on_os_error)
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes that a path has, as Allow names them; a route knows its own only."""
+    asked = {name: request.scope[name] for name in ("type", "path", "root_path", "headers")}
+
+    def is_there(method: str) -> bool:
+        return any(route.matches({**asked, "method": method})[0] is Match.FULL for route in request.app.routes)
+
+    methods = [method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if is_there(method)]
+    return ", ".join(methods + (["HEAD"] if "GET" in methods else []))
 
 
 def _from_validation(error: RequestValidationError, route: str) -> ProblemError:

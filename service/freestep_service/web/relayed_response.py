@@ -11,7 +11,7 @@ import httpx
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from freestep_service.web.connection import abort
+from freestep_service.web.connection import abort, wants_head_only
 from freestep_service.web.waiting import while_connected
 
 __all__ = ["RelayedResponse"]
@@ -50,8 +50,9 @@ class RelayedResponse(Response):
                 async with while_connected(scope, is_waiting=False):
                     start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
                     await send_in_time(start)
-                    async for chunk in self._chunks:
-                        await send_in_time({"type": "http.response.body", "body": chunk, "more_body": True})
+                    if not wants_head_only(scope):
+                        async for chunk in self._chunks:
+                            await send_in_time({"type": "http.response.body", "body": chunk, "more_body": True})
                     await send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
             except (httpx.HTTPError, TimeoutError) as error:
                 logger.warning("%s %s was not relayed to its end: %r", scope["method"], scope["path"], error)

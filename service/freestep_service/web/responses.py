@@ -17,7 +17,7 @@ from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.state.snapshots import PointBody
-from freestep_service.web.connection import CONNECTION, abort, takes_more
+from freestep_service.web.connection import CONNECTION, abort, takes_more, wants_head_only
 from freestep_service.web.headers import scheduled_lr
 from freestep_service.web.waiting import while_connected
 
@@ -97,6 +97,10 @@ class SnapshotResponse(Response):
                 lines["Content-Range"] = f"bytes {begin}-{end - 1}/{snapshot.size}"
             raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
             start: Message = {"type": "http.response.start", "status": 206 if span else 200, "headers": raw}
+            if wants_head_only(scope):
+                await send(start)
+                await send({"type": "http.response.body"})
+                return
             if end - begin > _SMALL:
                 with _aborted_on_failure(scope, self._stall_s):
                     await _send(scope, send, start, snapshot, begin, end, self._stall_s)

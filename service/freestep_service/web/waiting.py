@@ -20,8 +20,8 @@ async def while_connected(scope: Scope, *, is_waiting: bool) -> AsyncIterator[No
     """Cancels its block when the client disconnects, and raises ClientDisconnect.
 
     is_waiting: whether the block only waits for what others do; it then also ends when the service begins to shut down,
-    with ShardUnavailable, since the client can ask again. Under a server whose connections are not ours, the block runs
-    to its end.
+    or the client's side of the connection ends, with ShardUnavailable, since the client can ask again. Under a server
+    whose connections are not ours, the block runs to its end.
     """
     connection: Connection | None = scope.get("extensions", {}).get(CONNECTION)
     if connection is None:
@@ -37,4 +37,6 @@ async def while_connected(scope: Scope, *, is_waiting: bool) -> AsyncIterator[No
             raise
         if is_waiting and connection.is_stopping:
             raise ShardUnavailable("the service is shutting down") from None
+        if is_waiting and connection.is_half_closed:
+            raise ShardUnavailable("nobody is waited for who has closed its side of the connection") from None
         raise ClientDisconnect from None

@@ -1,0 +1,115 @@
+"""The head of a request: what RFC 9110 and RFC 9112 ask of it beyond what its parser checks.
+
+What two readers of the same bytes could take for different requests is refused, and the connection ends with it: behind
+a proxy, the one's body would be the other's next request.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httptools
+from starlette.responses import Response
+
+from freestep.errors import HeadersTooLarge, MalformedRequest
+from freestep_service.settings import Settings
+from freestep_service.web.problems import (
+    problem_response,
+    unsupported_transfer_coding_response,
+    unsupported_version_response,
+)
+
+__all__ = ["Bounds", "Head", "Refused", "too_large"]
+
+_VERSIONS = ("1.1", "1.0")
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(:[0-9]*)?")
+_SEPARATORS = 4
+"""Bytes of a field's colon, space and end of line."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How long a head may be, how long it may take to come, and how long a connection may be idle, in seconds."""
+
+    head_bytes: int = 64 * 1024
+    head_fields: int = 100
+    head_seconds: float = 10.0
+    idle_seconds: float = 60.0
+
+    @classmethod
+    def of(cls, settings: Settings) -> Bounds:
+        return cls(settings.head_bytes, settings.head_fields, settings.head_seconds, settings.idle_seconds)
+
+
+class Refused(Exception):
+    """A request is not run: the answer, which is the connection's last."""
+
+    def __init__(self, answer: Response) -> None:
+        super().__init__(answer.status_code)
+        self.answer = answer
+
+
+def too_large(bounds: Bounds) -> Refused:
+    """The refusal of a head beyond the bounds."""
+    detail = f"the head of a request may have {bounds.head_bytes} bytes and {bounds.head_fields} fields"
+    return Refused(problem_response(HeadersTooLarge(detail, bytes=bounds.head_bytes, fields=bounds.head_fields)))
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a request is framed.
+
+    length: the Content-Length in bytes; 0 without one. is_last: whether the parser cannot read on behind it.
+    """
+
+    length: int
+    is_last: bool
+
+    @classmethod
+    def read(
+        cls,
+        parser: httptools.HttpRequestParser,
+        target: bytes,
+        headers: Sequence[tuple[bytes, bytes]],
+        received: int,
+        bounds: Bounds,
+    ) -> Head:
+        """Of a head that was parsed; `received` bytes are no fewer than it has. Raises Refused."""
+        version = parser.get_http_version()
+        if version not in _VERSIONS:
+            raise Refused(unsupported_version_response(version))
+        if len(headers) > bounds.head_fields or (received > bounds.head_bytes < _size(target, headers)):
+            raise too_large(bounds)
+        hosts, codings, length = [], [], 0
+        for name, value in headers:
+            if name == b"host":
+                hosts.append(value)
+            elif name == b"content-length":
+                # The parser takes one that consists of digits; white space may follow.
+                length = int(value)
+            elif name == b"transfer-encoding":
+                codings.append(value)
+        if len(hosts) > 1 or (not hosts and version == "1.1"):
+            raise _malformed(f"the header Host stands {len(hosts)} times, and has to stand once")
+        if hosts and _HOST.fullmatch(hosts[0].strip()) is None:
+            raise _malformed("the header Host names no host")
+        if codings:
+            if version == "1.0":
+                raise _malformed("HTTP/1.0 knows no Transfer-Encoding")
+            if [coding.strip().lower() for coding in codings] != [b"chunked"]:
+                raise Refused(unsupported_transfer_coding_response())
+        # The parser takes what follows for another protocol, whatever the length says.
+        is_last = parser.should_upgrade()
+        if is_last and (length or codings or parser.get_method() == b"CONNECT"):
+            raise _malformed("the service speaks HTTP/1.1: it changes to no other protocol behind this request")
+        return cls(length, is_last)
+
+
+def _size(target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:
+    return len(target) + sum(len(name) + len(value) + _SEPARATORS for name, value in headers)
+
+
+def _malformed(detail: str) -> Refused:
+    return Refused(problem_response(MalformedRequest(detail)))
