@@ -152,7 +152,7 @@ REFUSED: list[tuple[str, dict[str, str | None], str]] = [
     ("other media type", {"Content-Type": "application/json"}, "unsupported-media-type"),
     ("no media type", {"Content-Type": None}, "unsupported-media-type"),
     ("foreign lease", {"Freestep-Lease": "f" * 32}, "lease-expired"),
-    ("odd lease", {"Freestep-Lease": "{x}:y*"}, "lease-expired"),
+    ("odd lease", {"Freestep-Lease": "{x}:y*"}, "malformed-request"),
     ("foreign token", {"Freestep-Token": "1"}, "lease-expired"),
 ]
 
