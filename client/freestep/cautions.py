@@ -17,34 +17,41 @@ logger = logging.getLogger("freestep")
 class Cautions:
     """The warnings of one optimizer.
 
-    run: the run's name. groups: the param groups, with the run's hyperparameters. guard: compares the weights; None
-    where somebody else may change them. of_ranks: whether ranks of torch.distributed are to be looked for.
+    run: the run's name. groups: the param groups, with the run's hyperparameters, of these names. guard: compares the
+    weights; None where somebody else may change them. of_ranks: whether ranks of torch.distributed are to be looked
+    for.
     """
 
     def __init__(
-        self, run: str, groups: Sequence[Mapping[str, Any]], guard: WeightsGuard | None, *, of_ranks: bool
+        self,
+        run: str,
+        groups: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        guard: WeightsGuard | None,
+        *,
+        of_ranks: bool,
     ) -> None:
         self._run = run
-        self._rates: list[Any] | None = [group.get("lr") for group in groups]
+        self._shown: list[dict[str, Any]] | None = [{name: group[name] for name in names} for group in groups]
         self._guard = guard
         self._of_ranks = of_ranks
 
     def before_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Warns of another learning rate than the run's, and of ranks that push the same gradient."""
+        """Warns of other hyperparameters than the run's, and of ranks that push the same gradient."""
         if self._of_ranks:
             # Here, since frameworks join the ranks after the optimizer was made.
             self._of_ranks = False
             warn_of_ranks()
-        for given, group in zip(self._rates or (), groups, strict=False):
-            if group.get("lr") != given:
-                logger.warning(
-                    "a param group's lr was set to %s, by a scheduler perhaps, and has no effect: the rate is that of "
-                    "the run %s, which has schedules of its own (the hyperparameters warmup_steps and schedule)",
-                    group["lr"],
-                    self._run,
-                )
-                self._rates = None
-                return
+        for shown, group in zip(self._shown or (), groups, strict=False):
+            for name, value in shown.items():
+                if group.get(name) is not value and group.get(name) != value:
+                    logger.warning(
+                        "a param group's %s was set to %s, %sand has no effect: it is that of the run %s, which has "
+                        "schedules of its own (the hyperparameters warmup_steps and schedule)",
+                        name, group.get(name), "by a scheduler perhaps, " if name == "lr" else "", self._run,
+                    )  # fmt: skip
+                    self._shown = None
+                    return
 
     def before_load(self) -> None:
         """Warns of weights that were changed since they were loaded, and are to be replaced."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from freestep.answers import Pulled
 from freestep.api.hyperparameters import ALGORITHMS, ScheduleFree
 from freestep.averaging_weights import AveragingWeights
+from freestep.groups import plain_value
 from freestep.optimizer import RemoteOptimizer
 
 __all__ = ["AdamCScheduleFreePlus", "AdamWScheduleFree", "DropIn", "RAdamScheduleFree", "SGDScheduleFree"]
@@ -30,6 +31,7 @@ class DropIn(RemoteOptimizer):
     """
 
     def __init__(self, params: Any, algorithm: str, arguments: Mapping[str, Any], **options: Any) -> None:
+        arguments = {name: plain_value(value) for name, value in arguments.items()}
         fields = ALGORITHMS[algorithm].model_fields
         given = {name: value for name, value in arguments.items() if value != fields[name].default}
         super().__init__(params, algorithm=algorithm, **given, **options)
@@ -40,6 +42,19 @@ class DropIn(RemoteOptimizer):
         names = self.spec.group_names()
         found = [self.spec.hyperparameters(names[number]) for number in self._run_groups]
         return [AveragingWeights(each) if isinstance(each, ScheduleFree) else None for each in found]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As RemoteOptimizer's; of a state that was saved at x, loads x, as the package's classes keep it.
+
+        Args:
+            state_dict: From `state_dict`.
+
+        Raises:
+            FreestepError: As for RemoteOptimizer.
+        """
+        super().load_state_dict(state_dict)
+        if state_dict["param_groups"][0]["point"] == "x":
+            self.eval()
 
     def _note_loaded(self, pulled: Pulled, *, came_with_push: bool = False) -> None:
         super()._note_loaded(pulled, came_with_push=came_with_push)

@@ -21,6 +21,9 @@ from freestep.worker_group import Batch, WorkerGroup
 __all__ = ["Gradients", "PushFormat"]
 
 
+_COMPARED_EVERY = 16
+
+
 class PushFormat:
     """The dtype and encoding of pushed gradients: `push_dtype`, `push_encoding` and their options of RemoteOptimizer.
 
@@ -87,6 +90,8 @@ class Gradients:
         self._module = None if module is None else weakref.ref(module)
         self._absent = -1
         """How many parameters had no gradient when the model was last compared."""
+        self._compared = 0
+        """How many steps ago that was."""
         self._frozen = frozen
         self._worker_group = worker_group
         self.encoder: Encoder | None = None
@@ -124,6 +129,18 @@ class Gradients:
         """True if a parameter has a gradient."""
         return any(tensor.grad is not None for tensor in self._tensors.values())
 
+    def versions(self) -> list[tuple[int, int]]:
+        """Identity and version of each gradient, which change when one is taken or added to."""
+        return [(id(tensor.grad), tensor.grad._version) for tensor in self._tensors.values() if tensor.grad is not None]
+
+    def discard_if_changed(self, versions: list[tuple[int, int]]) -> bool:
+        """Removes all gradients if one was taken or added to since; whether that was so."""
+        if set(self.versions()) <= set(versions):
+            return False
+        for tensor in self._tensors.values():
+            tensor.grad = None
+        return True
+
     def require_any(self) -> None:
         """Raises NoGradients where no parameter has a gradient."""
         if not self.has_any():
@@ -134,11 +151,13 @@ class Gradients:
     def _require_the_models(self) -> None:
         """Raises ManifestMismatch if the model has other parameters by now, which nobody would train.
 
-        It costs a pass over the model, so it is done when parameters have begun or ceased to be without a gradient.
+        It costs a pass over the model, so it is done when parameters have begun or ceased to be without a gradient, and
+        at every 16th step.
         """
         absent = sum(tensor.grad is None for tensor in self._tensors.values())
         module = None if self._module is None else self._module()
-        if module is None or absent == self._absent:
+        self._compared += 1
+        if module is None or (absent == self._absent and self._compared < _COMPARED_EVERY):
             return
         known = {id(tensor) for tensor in (*self._tensors.values(), *(tensor for _, tensor in self._frozen))}
         here = {id(tensor): name for name, tensor in module.named_parameters() if tensor.requires_grad}
@@ -149,7 +168,7 @@ class Gradients:
                 f"the model's parameter {(new or lost)[0]!r} was replaced or added after the optimizer was made, as "
                 "resizing an embedding does, and would not be trained: make the optimizer when the model is complete"
             )
-        self._absent = absent
+        self._absent, self._compared = absent, 0
 
     def gather_difference(self, start: Flat) -> None:
         """Takes `start` minus the current parameters, the gradient by which SGD with lr 1 would have come from start.

@@ -26,6 +26,7 @@ __all__ = [
     "hyperparameter_values",
     "local_parameters",
     "nearest",
+    "plain_value",
     "show_hyperparameters",
     "split_frozen",
     "validated",
@@ -68,7 +69,15 @@ def complete_hyperparameters(algorithm: str, given: Mapping[str, Any]) -> dict[s
                 f"unknown hyperparameter {name!r} of {algorithm}{nearest(name, known)}: it has {', '.join(known)}",
                 field=name,
             )
-    return hyperparameter_values(validated(ALGORITHMS[algorithm], given))
+    plain = {name: plain_value(value) for name, value in given.items()}
+    return hyperparameter_values(validated(ALGORITHMS[algorithm], plain))
+
+
+def plain_value(value: Any) -> Any:
+    """A hyperparameter as Python's own number, where it is a tensor's, numpy's, or a whole float."""
+    if isinstance(value, tuple | list):
+        return tuple(map(plain_value, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def hyperparameter_values(hyperparameters: BaseModel) -> dict[str, Any]:

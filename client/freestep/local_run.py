@@ -10,12 +10,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import fields
+from math import isfinite
 from typing import Any
 
 from freestep.answers import Pulled
 from freestep.api.models import Lease, Point, Receipt, RunSpec, RunStatus, WorkerStatus
 from freestep.encoders import Encoder
-from freestep.errors import FreestepError, InvalidSpec, ManifestMismatch, RunNotFound, RunNotInitialized, StepNotReached
+from freestep.errors import (
+    FreestepError,
+    InvalidSpec,
+    MalformedRequest,
+    ManifestMismatch,
+    RunNotFound,
+    RunNotInitialized,
+    StepNotReached,
+)
 from freestep.flat import Flat
 from freestep.in_place_gradient import InPlaceGradient
 from freestep.lease import Claim
@@ -34,6 +43,8 @@ from freestep_service.state.shard import Shard, StateCopy
 
 __all__ = ["LocalLease", "LocalRun"]
 
+_FEWEST_SAMPLES, _MOST_SAMPLES = 1e-12, 1e12
+"""As a service takes."""
 _SAVED = [field.name for field in fields(StateCopy) if field.name != "tally"]
 """What of a copy is the run's state: numbers, texts and tensors, which torch loads with weights_only."""
 
@@ -191,6 +202,10 @@ class LocalRun:
         shard, spec = self._shard, self._spec
         if spec.optimizer.needs_loss and claim.loss is None:
             raise InvalidSpec(f"{spec.optimizer.algorithm} needs the loss of each push: step(loss=...)", field="loss")
+        if claim.loss is not None and not isfinite(claim.loss):
+            raise MalformedRequest(f"the loss must be finite, and is {claim.loss}")
+        if claim.samples is not None and not _FEWEST_SAMPLES <= claim.samples <= _MOST_SAMPLES:
+            raise MalformedRequest(f"samples must be from {_FEWEST_SAMPLES:g} to {_MOST_SAMPLES:g}: {claim.samples}")
         staleness = shard.step - claim.step
         if staleness > self._max_staleness:
             return Receipt(decision="dropped", reason="stale", step=shard.step, staleness=staleness)

@@ -93,8 +93,8 @@ class LocalSteps(RemoteOptimizer):
         clock: Callable[[], float] = time.perf_counter,
         **options: Any,
     ) -> None:
-        if every < 1:
-            raise FreestepError(f"every must be at least one step, not {every}")
+        if not isinstance(every, int) or every < 1:
+            raise FreestepError(f"every must be a number of steps from 1, not {every!r}")
         if options.pop("process_group", None):
             raise FreestepError("LocalSteps takes no process_group: each process is a worker of its own")
         if hasattr(inner, "train") or hasattr(inner, "eval"):
@@ -167,6 +167,7 @@ class LocalSteps(RemoteOptimizer):
             FreestepError: As for `push`, after the step was taken.
         """
         self._require_open()
+        self._cautions.before_step(self.param_groups)
         self._require_y("step")
         self._gradients.check()
         result: float | None = self.inner.step(closure)
@@ -286,6 +287,9 @@ class LocalSteps(RemoteOptimizer):
             self._round.steps = 0
 
     # torch.optim.Optimizer
+
+    def _require_same_kind(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises nothing: `load_state_dict` has looked for its own entries."""
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:

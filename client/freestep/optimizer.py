@@ -32,7 +32,15 @@ from freestep.errors import (
 )
 from freestep.flat import Flat
 from freestep.gradients import Gradients, PushFormat
-from freestep.groups import LocalParameter, check_groups, fitted, local_parameters, show_hyperparameters, split_frozen
+from freestep.groups import (
+    LocalParameter,
+    check_groups,
+    fitted,
+    hyperparameter_values,
+    local_parameters,
+    show_hyperparameters,
+    split_frozen,
+)
 from freestep.inflight_push import InflightPush, require_stale_gradients_accepted
 from freestep.lease import HeldLease, worker_name
 from freestep.membership import Membership
@@ -203,6 +211,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
         worker = self._worker_group.run_on_first(lambda: worker or os.environ.get("FREESTEP_WORKER") or worker_name())
         self._progress = Progress()
+        self._process = os.getpid()
         self._step = torch.zeros((), dtype=torch.float32, device="cpu")
         """The newest step, which every parameter's state has: torch takes an optimizer whose state is empty for new."""
         self._run, own_client = open_run(run, url, token, client, retry_for, self._worker_group)
@@ -287,7 +296,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
         self._run_groups = show_hyperparameters(self.param_groups, parameters, completed, self.spec)
         guard = self._guard if self._owns_weights else None
-        self._cautions = Cautions(self._run.name, self.param_groups, guard, of_ranks=self._looks_for_ranks)
+        names = [name for name in ("lr", *hyperparameter_values(self.spec.optimizer)) if name in self.param_groups[0]]
+        self._cautions = Cautions(self._run.name, self.param_groups, names, guard, of_ranks=self._looks_for_ranks)
 
     def _join(self) -> None:
         """Takes a lease and loads the run's y; uploads this model's weights if the run has none."""
@@ -367,9 +377,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         def prepare() -> Batch:
             evaluate()
             self._require_y("step")
+            self._gradients.gather(copy=overlap)
             if not allow_empty:
                 self._gradients.require_any()
-            self._gradients.gather(copy=overlap)
             reported = self._take_loss(loss, result)
             return Batch(
                 None if samples is None else float(samples),
@@ -417,7 +427,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         Raises:
             FreestepError: What the push failed with, as `step` describes.
+            Closed: A push is in flight, and this is a fork of the process that made the optimizer.
         """
+        if self._progress.inflight is not None:
+            self._require_open()
         if (push := self._progress.inflight) is not None:
             try:
                 self._finish_push(push)
@@ -431,6 +444,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _finish_push(self, push: InflightPush) -> None:
         """Waits for a push's answer, sends it again if that may help, and loads its y."""
+        self._guard.suspend()
         while True:
             exchange = partial(
                 self._run.exchange, self._gradients.body, push.claim, self._receive_buffer, wait=self._waits
@@ -464,7 +478,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _rejoin(self, reason: str) -> None:
         logger.warning("the run %s dropped a push (%s) and is joined again", self._run.name, reason)
-        self._require_same_spec()
         self._join()
         self._progress.receipt = Receipt(decision="dropped", reason=reason, step=self.loaded.step, staleness=0)
 
@@ -510,6 +523,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if not self._progress.keeps_weights:
             self._warn_of_changed_weights()
             self._load("x")
+            self._progress.gradients_at_y = self._gradients.versions()
 
     @uncompiled
     @torch.no_grad()
@@ -528,6 +542,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if self._worker_group.run_on_first(lambda: self.loaded.point == "y" and self._gradients.has_any()):
                 return
             self._warn_of_changed_weights()
+        if self.loaded.point == "x" and self._gradients.discard_if_changed(self._progress.gradients_at_y):
+            logger.warning("gradients that were taken at x are discarded: call train() before backward()")
         self._load("y")
 
     def keep_weights(self) -> None:
@@ -582,15 +598,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _load(self, point: Point, *, min_step: int = 0) -> None:
         wait = _WAIT_S if min_step else 0.0
+        self._guard.suspend()
         self._load_received(self._run.pull_into(self._receive_buffer, point, min_step=min_step, wait=wait))
 
     def _load_received(self, pulled: Pulled, *, came_with_push: bool = False) -> None:
+        before, encoder = self._progress.loaded, self._gradients.encoder
+        if before is not None and pulled.epoch != before.epoch:
+            self._require_same_spec()
+            if pulled.step < before.step:
+                logger.warning("the run %s went back from step %d to %d", self._run.name, before.step, pulled.step)
+                if encoder is not None:
+                    # The run has lost the pushes that left the residual, perhaps on purpose.
+                    encoder.forget()
         self._set_parameters(pulled)
         self._guard.note_loaded()
-        before, encoder = self._progress.loaded, self._gradients.encoder
-        if encoder is not None and before and pulled.epoch != before.epoch and pulled.step < before.step:
-            # The run has lost the pushes that left the residual, perhaps on purpose.
-            encoder.forget()
         self._note_loaded(pulled, came_with_push=came_with_push)
 
     def _note_loaded(self, pulled: Pulled, *, came_with_push: bool = False) -> None:
@@ -669,6 +690,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.flush()
         with self._worker_group.raise_on_all():
             place = SavedPlace.of(state_dict, self._run.name)
+            self._require_same_kind(state_dict)
             self._require_same_groups(state_dict)
             residual = saved_residual(state_dict, self._tensors, self._receive_buffer.manifest)
             if isinstance(self._run, Run) and "local" in state_dict:
@@ -682,6 +704,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
             encoder.forget()
             if residual is not None and self.loaded.step >= place.step:
                 encoder.residual = residual
+
+    def _require_same_kind(self, state_dict: Mapping[str, Any]) -> None:
+        if "inner" in state_dict:
+            raise ManifestMismatch("the state is of LocalSteps, and has the state of its inner optimizer and its round")
 
     def _require_same_groups(self, state_dict: Mapping[str, Any]) -> None:
         here, there = (
@@ -708,7 +734,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Waits for a push in flight, as `flush` does, and releases the lease; the model is not changed."""
         try:
-            self.flush()
+            if self._process == os.getpid():
+                self.flush()
         finally:
             self._progress.inflight = None
             self._finalizer()
@@ -728,6 +755,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise EvalMode(f"the model contains x: call train() before {call}()")
 
     def _require_open(self) -> None:
+        if self._process != os.getpid():
+            raise Closed(
+                f"the optimizer of the run {self._run.name!r} belongs to the process that made it, and this is a fork "
+                "of that: make another one here"
+            )
         if not self._finalizer.alive:
             raise Closed(f"the optimizer of the run {self._run.name!r} was closed: make another one for the run")
 

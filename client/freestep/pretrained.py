@@ -66,6 +66,11 @@ class PretrainedFolder:
             raise FreestepError(f"{output} is the folder of the config too: name another one")
         names, notes = self._names(x), []
         tensors = {names[name]: tensor for name, tensor in stored(x).items()}
+        if self._tensors and not tensors.keys() & self._tensors.keys():
+            raise FreestepError(
+                f"{self.folder} has none of the run's tensors, such as {next(iter(tensors))!r}: name a folder of the "
+                "run's model"
+            )
         self._require_shapes(tensors)
         missing, others = tensors.keys() - self._tensors.keys(), self._tensors.keys() - tensors.keys()
         if self._tensors and missing:

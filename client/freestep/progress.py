@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -31,6 +31,8 @@ class Progress:
     """Whether `loaded` came with the answer of a push."""
     keeps_weights: bool = False
     """Whether the model contains weights of its owner's instead of `loaded`, until `train`."""
+    gradients_at_y: list[tuple[int, int]] = field(default_factory=list)
+    """Identity and version of each gradient when x was loaded."""
     inflight: InflightPush | None = None
     """The push whose answer has not been received, with overlap."""
     loss: float | Tensor | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from freestep.api.models import Point
 from freestep.errors import ManifestMismatch
+from freestep.names import plain_names
 from freestep.wire.manifest import Manifest
 
 __all__ = ["SavedPlace", "residual_by_parameter", "saved_residual"]
@@ -43,6 +44,8 @@ class SavedPlace:
     @classmethod
     def of(cls, state_dict: Mapping[str, Any], run: str) -> SavedPlace:
         """The place in a state_dict. Raises ManifestMismatch if it has none, or is of another run."""
+        if not isinstance(state_dict, Mapping):
+            raise ManifestMismatch(f"a state is a dict, as state_dict() returns, and not {type(state_dict).__name__}")
         group: Mapping[str, Any] = next(iter(state_dict.get("param_groups", ())), {})
         names = [field.name for field in fields(cls)]
         if any(name not in group for name in names):
@@ -61,11 +64,17 @@ def residual_by_parameter(residual: Tensor, names: Iterable[str], manifest: Mani
 
 
 def saved_residual(state_dict: Mapping[str, Any], names: Iterable[str], manifest: Manifest) -> Tensor | None:
-    """The residual of a state_dict, fp32 [manifest.numel], whose parameters are in the order of the names.
+    """The residual of a state_dict, fp32 [manifest.numel].
 
-    None if a parameter has none, as after another push_encoding. Raises ManifestMismatch if a shape is another.
+    Its parameters are found by their names, or are in the order of `names` if it has others, or none. None if a
+    parameter has no residual, as after another push_encoding. Raises ManifestMismatch if a shape is another.
     """
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    names, groups = list(names), state_dict["param_groups"]
+    numbers = [number for group in groups for number in group["params"]]
+    saved = plain_names([name for group in groups for name in group.get("param_names", ())])
+    if set(saved) == set(names):
+        number_of = dict(zip(saved, numbers, strict=True))
+        numbers = [number_of[name] for name in names]
     parts = [state_dict["state"].get(number, {}).get("residual") for number in numbers]
     if not parts or any(part is None for part in parts):
         return None

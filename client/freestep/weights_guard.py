@@ -10,8 +10,8 @@ from freestep.flat import Flat
 
 __all__ = ["WeightsGuard"]
 
-_SAMPLE = 4096
-"""Elements that one call looks at beside the counts of changes: little beside the step that follows."""
+_SAMPLE, _TENSORS = 16_384, 8
+"""Elements, and tensors, that one call looks at beside the counts of changes: little beside the step that follows."""
 
 
 class WeightsGuard:
@@ -26,34 +26,47 @@ class WeightsGuard:
     def __init__(self, tensors: Mapping[str, Tensor], received: Flat) -> None:
         self._tensors = tensors
         self._received = received
-        self._versions: list[int] = []
+        self._versions: list[int] | None = None
+        """Of each parameter; None while it is not known what the received vector contains."""
         self._names = [name for name, tensor in tensors.items() if tensor.numel()]
         self._next = 0
         self._begin = 0
+
+    def suspend(self) -> None:
+        """Notes that the vector is about to be received into: what it contains is not known until `note_loaded`."""
+        self._versions = None
 
     def note_loaded(self) -> None:
         """Notes that the parameters now contain what was received."""
         self._versions = [tensor._version for tensor in self._tensors.values()]
 
     def changed(self) -> str | None:
-        """The name of a parameter that has been changed since, or None. The received vector must not have changed."""
+        """The name of a parameter that has been changed since, or None, also where it is not known what was loaded."""
+        if self._versions is None:
+            return None
         for number, (name, tensor) in enumerate(self._tensors.items()):
-            if self._versions and tensor._version != self._versions[number]:
+            if tensor._version != self._versions[number]:
                 if self._differs(name, 0, tensor.numel()):
                     return name
                 self._versions[number] = tensor._version
         return self._sampled()
 
     def _sampled(self) -> str | None:
-        if not self._names:
-            return None
-        name, begin = self._names[self._next], self._begin
-        numel = self._tensors[name].numel()
-        if begin + _SAMPLE < numel:
-            self._begin += _SAMPLE
-        else:
+        left = _SAMPLE
+        for _ in range(min(_TENSORS, len(self._names))):
+            name, begin = self._names[self._next], self._begin
+            numel = self._tensors[name].numel()
+            end = min(begin + left, numel)
+            if self._differs(name, begin, end):
+                return name
+            left -= end - begin
+            if end < numel:
+                self._begin = end
+                break
             self._next, self._begin = (self._next + 1) % len(self._names), 0
-        return name if self._differs(name, begin, min(begin + _SAMPLE, numel)) else None
+            if not left:
+                break
+        return None
 
     def _differs(self, name: str, begin: int, end: int) -> bool:
         tensor = self._tensors[name].detach()

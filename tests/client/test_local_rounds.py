@@ -231,7 +231,7 @@ def test_other_parameters_than_the_inner_optimizers_are_refused(locally: Callabl
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"every": 0}, "at least one step"), ({"process_group": True}, "process_group")]
+    ("options", "words"), [({"every": 0}, "a number of steps from 1"), ({"process_group": True}, "process_group")]
 )
 def test_what_cannot_be_is_said(locally: Callable[..., LocalSteps], options: dict[str, Any], words: str) -> None:
     with pytest.raises(FreestepError, match=words):

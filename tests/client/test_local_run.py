@@ -22,6 +22,7 @@ from freestep import (
     FreestepError,
     InvalidSpec,
     LocalSteps,
+    MalformedRequest,
     ManifestMismatch,
     NonFiniteGradient,
     RemoteOptimizer,
@@ -324,3 +325,14 @@ def test_a_step_that_has_not_been_reached_is_said() -> None:
     run, flat = created({"policy": "async"})
     with pytest.raises(StepNotReached):
         run.pull_into(flat, "y", min_step=1)
+
+
+@pytest.mark.parametrize("options", [{"loss": float("inf")}, {"loss": float("nan")}, {"samples": 0}, {"samples": -1}])
+def test_what_a_service_refuses_of_a_push_is_refused(options: dict[str, float]) -> None:
+    model, optimizer = made(url="local")
+    step(model, optimizer, 0)
+    before = held(model)
+    with pytest.raises(MalformedRequest):
+        step(model, optimizer, 1, **options)
+    assert torch.equal(held(model), before)
+    step(model, optimizer, 1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -239,3 +241,94 @@ def test_a_half_model_is_not_given_infinities(remotely: Make, run: Run) -> None:
             optimizer.step()
     assert all(parameter.isfinite().all() for parameter in half.parameters())
     assert not torch.equal(half.bias, before[1])
+
+
+def test_other_hyperparameters_in_a_group_are_warned_about(remotely: Make, caplog: pytest.LogCaptureFixture) -> None:
+    net = model()
+    optimizer = remotely(net, algorithm="adamw_schedule_free", lr=0.1)
+    optimizer.param_groups[0]["weight_decay"] = 9.0
+    with caplog.at_level(logging.WARNING, "freestep"):
+        for _ in range(2):
+            backward(net)
+            optimizer.step()
+    (record,) = [each for each in caplog.records if "no effect" in each.getMessage()]
+    assert "weight_decay was set to 9.0" in record.getMessage()
+
+
+@pytest.mark.parametrize("value", [np.float64(0.25), np.array(0.25), torch.tensor(0.25, dtype=torch.float64)])
+def test_hyperparameters_may_be_numbers_of_other_libraries(remotely: Make, run: Run, value: Any) -> None:
+    remotely(model(), lr=value)
+    spec = run.status().spec.optimizer.model_dump()
+    assert (spec["lr"], type(spec["lr"])) == (0.25, float)
+
+
+def test_a_new_layer_is_not_left_untrained(remotely: Make) -> None:
+    net = nn.Sequential(nn.Linear(3, 3))
+    optimizer = remotely(net)
+    backward(net)
+    optimizer.step()
+    net.append(nn.Linear(3, 2))
+    with pytest.raises(ManifestMismatch, match=r"'1\.weight' was replaced or added"):
+        for _ in range(20):
+            optimizer.zero_grad()
+            backward(net)
+            optimizer.step()
+
+
+def test_gradients_that_were_taken_at_x_are_not_pushed(
+    remotely: Make, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = model()
+    optimizer = remotely(net)
+    backward(net)
+    optimizer.eval()
+    # Of these nothing came at x.
+    optimizer.train()
+    assert net.bias.grad is not None
+    optimizer.eval()
+    backward(net)
+    with caplog.at_level(logging.WARNING, "freestep"):
+        optimizer.train()
+    assert "taken at x are discarded" in caplog.text
+    with pytest.raises(NoGradients):
+        optimizer.step()
+    backward(net)
+    optimizer.step()
+    assert run.status().step == 1
+
+
+def test_a_parameter_that_was_unfrozen_is_named(remotely: Make) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    net[0].requires_grad_(False)
+    optimizer = remotely(net)
+    net[0].requires_grad_(True)
+    net[1].requires_grad_(False)
+    backward(net)
+    with pytest.raises(ManifestMismatch, match="no longer requires a gradient"):
+        optimizer.step()
+
+
+def test_a_fork_does_not_wait_for_its_parents_push(remotely: Make) -> None:
+    net = model()
+    optimizer = remotely(net)
+    backward(net)
+    optimizer.step(overlap=True)
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for call in (optimizer.flush, optimizer.step, optimizer.eval):
+            try:
+                call()
+            except Closed:
+                refused += 1
+        optimizer.close()
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    optimizer.flush()
+
+
+@pytest.mark.parametrize("wrong", [None, [], "state"])
+def test_what_is_no_state_is_refused(remotely: Make, wrong: Any) -> None:
+    optimizer = remotely(model())
+    with pytest.raises(ManifestMismatch):
+        optimizer.load_state_dict(wrong)

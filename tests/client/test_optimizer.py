@@ -454,3 +454,36 @@ def test_closing_ends_the_lease(make: Callable[..., RemoteOptimizer], remote: Ca
     with optimizer:
         pass
     assert run.workers() == []
+
+
+@pytest.mark.parametrize("call", ["eval", "train"])
+def test_a_run_that_went_back_is_told_at_every_load(
+    make: Callable[..., RemoteOptimizer],
+    remote: Callable[[RemoteOptimizer], Run],
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+) -> None:
+    model = network()
+    optimizer = make(model)
+    remote(optimizer).checkpoint()
+    train(model, optimizer, 3)
+    if call == "train":
+        optimizer.eval()
+    remote(optimizer).restore(0)
+    with caplog.at_level(logging.WARNING, "freestep"):
+        getattr(optimizer, call)()
+    assert "went back from step 3 to 0" in caplog.text
+
+
+def test_x_of_another_run_of_the_name_is_not_loaded(
+    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
+) -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, 1)
+    run, before = remote(optimizer), copy.deepcopy(model)
+    run.delete()
+    make(network(1), worker="stranger", algorithm="sgd", lr=0.5)
+    with pytest.raises(ManifestMismatch, match="another spec"):
+        optimizer.eval()
+    assert_same(model, before)

@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from freestep import ManifestMismatch, RemoteOptimizer, Run, RunSpec, RunStatus, StateMismatch
+from freestep import (
+    AdamWScheduleFree,
+    LocalSteps,
+    ManifestMismatch,
+    RemoteOptimizer,
+    Run,
+    RunSpec,
+    RunStatus,
+    StateMismatch,
+)
 from freestep.resume import OnMissing, way_to_resume
 from freestep.saved_state import SavedPlace
 from harness import ThreadService
@@ -229,3 +238,46 @@ def test_the_way_on_from_a_saved_state(run_id: str | None, step: int, on_missing
             way_to_resume(SAVED, status, on_missing)
     else:
         assert way_to_resume(SAVED, status, on_missing) == way
+
+
+def test_a_residual_is_found_by_the_names_of_parameters(service: ThreadService, name: str) -> None:
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    options = {"url": service.url, "run": name, "algorithm": "sgd", "push_encoding": "topk", "topk_fraction": 0.2}
+
+    def residuals(optimizer: RemoteOptimizer) -> dict[str, torch.Tensor]:
+        state = optimizer.state_dict()
+        names = [name for group in state["param_groups"] for name in group["param_names"]]
+        return dict(zip(names, (each["residual"] for each in state["state"].values()), strict=True))
+
+    with RemoteOptimizer(layers, **options) as optimizer:
+        layers(torch.linspace(-1, 1, 12).view(4, 3)).square().sum().backward()
+        optimizer.step()
+        saved, state = residuals(optimizer), optimizer.state_dict()
+    with RemoteOptimizer(list(reversed(list(layers.named_parameters()))), **options) as other:
+        other.load_state_dict(state)
+        found = residuals(other)
+    assert saved["0.weight"].any()
+    assert list(found) != list(saved)
+    assert all(torch.equal(found[name], residual) for name, residual in saved.items())
+
+
+def test_a_state_of_local_steps_is_refused(make: Make, service: ThreadService, name: str) -> None:
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LocalSteps(model, inner, every=2, url=service.url, run=name, aggregation="async") as local:
+        state = local.state_dict()
+    with pytest.raises(ManifestMismatch, match="of LocalSteps"):
+        make(network()).load_state_dict(state)
+
+
+def test_a_drop_in_class_keeps_x_where_it_was_saved_at_x(service: ThreadService, name: str) -> None:
+    model, again = network(0), network(1)
+    with AdamWScheduleFree(model, url=service.url, run=name) as optimizer:
+        step(model, optimizer, 0)
+        step(model, optimizer, 1)
+        optimizer.eval()
+        state = optimizer.state_dict()
+    with AdamWScheduleFree(again, url=service.url, run=name) as optimizer:
+        optimizer.load_state_dict(state)
+        assert torch.equal(held(again), held(model))
+        assert optimizer.param_groups[0]["train_mode"] is False
