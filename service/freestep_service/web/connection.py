@@ -98,7 +98,6 @@ class Connection(HttpToolsProtocol):
         self._outlet: Any = _Outlet(transport, self._finish)
         if self._place is not None:
             self._place.end = self._close
-            self._place.idle()
         self._allow(self._bounds.idle_seconds, self._close)
 
     def data_received(self, data: bytes) -> None:

@@ -82,9 +82,27 @@ class Listener:
             if place is None:
                 self._refuse(accepted)
                 continue
-            task = self._loop.create_task(self._begin(accepted, place))
-            self._beginning.add(task)
-            task.add_done_callback(self._beginning.discard)
+            self._hand_over(accepted, place)
+
+    def _hand_over(self, accepted: socket.socket, place: Place) -> None:
+        is_begun = False
+
+        async def begin() -> None:
+            nonlocal is_begun
+            is_begun = True
+            # The transport closes the socket, whatever happens.
+            await self._begin(accepted, place)
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._beginning.discard(task)
+            if not is_begun:
+                accepted.close()
+                place.leave()
+
+        task = self._loop.create_task(begin())
+        task.add_done_callback(end)
+        self._beginning.add(task)
+        place.end = task.cancel
 
     def _resume(self) -> None:
         self._loop.add_reader(self._socket.fileno(), self._accept)
@@ -108,6 +126,5 @@ class Listener:
             )
         except BaseException as error:
             place.leave()
-            accepted.close()
             if not isinstance(error, OSError):
                 raise

@@ -1,7 +1,7 @@
 """How many connections a service has, over all and from each address.
 
-A place is taken from the moment a connection is accepted. If all are taken, the connection that has been idle for the
-longest makes room, of the address that has the most.
+A place is taken from the moment a connection is accepted. If all are taken, one that is not in use makes room, of the
+address that has the most: the oldest that has asked for nothing so far, else the one that has been idle for longest.
 """
 
 from __future__ import annotations
@@ -19,8 +19,19 @@ _SITE_BITS = 64
 @dataclass
 class _Address:
     taken: int = 0
+    new: dict[Place, None] = field(default_factory=dict)
+    """Places whose connections have made no request, oldest first."""
     idle: dict[Place, None] = field(default_factory=dict)
-    """Places whose connections are idle, the longest so first."""
+    """Places whose connections are idle again, the longest so first."""
+
+    def make_room(self) -> bool:
+        """Ends a connection that is not in use; False if all are."""
+        place = next(iter(self.new or self.idle), None)
+        if place is None:
+            return False
+        place.leave()
+        place.end()
+        return True
 
 
 class Places:
@@ -36,16 +47,18 @@ class Places:
         """A place for a connection from a host; None if all are taken and in use."""
         name = _site(host)
         address = self._addresses.get(name)
-        if address is not None and address.taken >= self.most_per_address and not _make_room(address):
+        if address is not None and address.taken >= self.most_per_address and not address.make_room():
             return None
         if self.taken >= self.most:
-            idle = [each for each in self._addresses.values() if each.idle]
-            if not idle or not _make_room(max(idle, key=lambda each: each.taken)):
+            spare = [each for each in self._addresses.values() if each.new or each.idle]
+            if not spare or not max(spare, key=lambda each: each.taken).make_room():
                 return None
         address = self._addresses.setdefault(name, _Address())
         address.taken += 1
         self.taken += 1
-        return Place(self, name, address)
+        place = Place(self, name, address)
+        address.new[place] = None
+        return place
 
     def _leave(self, name: str, address: _Address) -> None:
         self.taken -= 1
@@ -62,15 +75,16 @@ class Place:
         self._name = name
         self._address = address
         self._is_taken = True
-        self.end: Callable[[], None] = lambda: None
+        self.end: Callable[[], object] = lambda: None
 
     def idle(self) -> None:
-        """No request of the connection is being answered, from now on."""
+        """No request of the connection is being answered any more."""
         if self._is_taken:
             self._address.idle[self] = None
 
     def busy(self) -> None:
         """A request is being answered."""
+        self._address.new.pop(self, None)
         self._address.idle.pop(self, None)
 
     def leave(self) -> None:
@@ -79,15 +93,6 @@ class Place:
             self._is_taken = False
             self.busy()
             self._places._leave(self._name, self._address)
-
-
-def _make_room(address: _Address) -> bool:
-    place = next(iter(address.idle), None)
-    if place is None:
-        return False
-    place.leave()
-    place.end()
-    return True
 
 
 def _site(host: str) -> str:

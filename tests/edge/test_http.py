@@ -1,0 +1,185 @@
+"""HTTP as RFC 9110 and RFC 9112 have it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edge.answers import Answer
+from edge.conftest import Edge
+from freestep.wire.receiver import MEDIA_TYPE
+from plain_calls import BODY
+
+
+def answered(edge: Edge, *sent: bytes) -> list[Answer]:
+    """The answers up to the end of the connection."""
+    with edge.peer() as peer:
+        peer.send(*sent)
+        return peer.answers()
+
+
+@pytest.mark.parametrize("version", ["HTTP/0.9", "HTTP/2.0"])
+def test_other_versions_of_http_are_refused(edge: Edge, version: str) -> None:
+    (answer,) = answered(edge, edge.head("GET", version=version) + b"\r\n" + edge.head("DELETE") + b"\r\n")
+    assert answer.status == 505
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert edge.api.status()["run"] == edge.api.run
+
+
+@pytest.mark.parametrize("line", ["GET {}", "GET {} HTTP/3", "GET {} HTTP/1.1x", "GET {} http/1.1", "PRI * HTTP/2.0"])
+def test_a_request_line_that_is_none(edge: Edge, line: str) -> None:
+    (answer,) = answered(edge, line.format(edge.api.path()).encode() + b"\r\nHost: here\r\n\r\nSM\r\n\r\n")
+    assert answer.status in (400, 505)
+
+
+HOSTS = {
+    "none": b"",
+    "two": b"Host: a\r\nHost: a\r\n",
+    "two, spelled otherwise": b"Host: a\r\nHOST: b\r\n",
+    "a list": b"Host: a, b c\r\n",
+    "a path": b"Host: a/b\r\n",
+    "a user": b"Host: me@a\r\n",
+    "no port": b"Host: a:b\r\n",
+    "a space": b"Host: a b\r\n",
+    "half an address": b"Host: [::1\r\n",
+}
+
+
+@pytest.mark.parametrize("hosts", HOSTS, ids=HOSTS)
+def test_a_host_stands_once_and_is_one(edge: Edge, hosts: str) -> None:
+    (answer,) = answered(edge, f"GET {edge.api.path()} HTTP/1.1\r\n".encode() + HOSTS[hosts] + b"\r\n")
+    assert answer.slug == "malformed-request"
+    assert "Host" in answer.document["detail"]
+
+
+@pytest.mark.parametrize(
+    "host", ["here", "here:80", "127.0.0.1:8000", "[::1]:8000", "[::1]", "", "a_b.example.", "xn--a"]
+)
+def test_hosts(edge: Edge, host: str) -> None:
+    with edge.peer() as peer:
+        peer.send(f"GET {edge.api.path()} HTTP/1.1\r\nHost: {host} \r\n\r\n".encode())
+        assert peer.answer().status == 200
+
+
+def test_a_client_of_http_1_0_needs_no_host(edge: Edge) -> None:
+    (answer,) = answered(edge, f"GET {edge.api.path()} HTTP/1.0\r\n\r\n".encode())
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
+@pytest.mark.parametrize("path", ["", "/parameters", "/leases", "/checkpoints", "/topology", "/parameters?shard=0"])
+def test_head_is_get_without_a_body(edge: Edge, path: str) -> None:
+    with edge.peer() as peer:
+        peer.send(edge.head("GET", path) + b"\r\n")
+        get = peer.answer()
+        peer.send(2 * (edge.head("HEAD", path) + b"\r\n"))
+        for _ in range(2):
+            head = peer.answer("HEAD")
+            assert (head.status, head.body) == (200, b"")
+            assert {name: head.headers[name] for name in get.headers if name != "date"}.keys() == (
+                get.headers.keys() - {"date"}
+            )
+            if path.startswith("/parameters"):
+                assert head.headers["content-length"] == get.headers["content-length"] == str(len(get.body))
+                assert head.headers["etag"] == get.headers["etag"]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/v1/runs"])
+def test_head_of_what_is_no_run(edge: Edge, path: str) -> None:
+    with edge.peer() as peer:
+        peer.send(f"HEAD {path} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
+        assert peer.answer("HEAD").status == 200
+
+
+ALLOWED = {
+    "": "DELETE, GET, PUT, HEAD",
+    "/parameters": "GET, PUT, HEAD",
+    "/state": "GET, PUT, HEAD",
+    "/leases": "GET, POST, HEAD",
+    "/leases/l": "DELETE, PUT",
+    "/gradients": "POST",
+    "/checkpoints": "GET, POST, HEAD",
+    "/checkpoints/1/restore": "POST",
+    "/topology": "GET, HEAD",
+    "/metrics": "POST",
+}
+
+
+@pytest.mark.parametrize("path", ALLOWED)
+@pytest.mark.parametrize("method", ["PATCH", "OPTIONS", "TRACE"])
+def test_allow_names_all_methods_of_a_path(edge: Edge, path: str, method: str) -> None:
+    with edge.peer() as peer:
+        peer.send(edge.head(method, path) + b"\r\n")
+        answer = peer.answer()
+    assert (answer.status, answer.headers["allow"]) == (405, ALLOWED[path])
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_allow_is_what_the_document_says(edge: Edge) -> None:
+    paths = edge.api.http.get("/openapi.json").json()["paths"]
+    for path, operations in paths.items():
+        target = path.format(run=edge.api.run, lease="l", step=1)
+        allowed = edge.api.http.request("TRACE", target).headers["allow"].split(", ")
+        assert set(allowed) - {"HEAD"} == {method.upper() for method in operations}, path
+
+
+PLAIN = pytest.mark.parametrize("edge", ["http", "relayed"], indirect=True)
+"""TLS has no half-closed connections."""
+
+
+@PLAIN
+def test_who_has_closed_their_side_is_answered(edge: Edge) -> None:
+    head = edge.head("POST", "/leases", "Content-Type: application/json", "Content-Length: 16")
+    with edge.peer() as peer:
+        peer.send(edge.head("GET") + b"\r\n" + head + b"\r\n" + b'{"worker": "me"}' + edge.head("GET", "/topology"))
+        peer.end()
+        status, lease = peer.answers()
+    assert (status.status, lease.status) == (200, 201)
+    assert edge.api.http.delete(edge.api.path(f"/leases/{lease.document['lease']}")).status_code == 204
+
+
+@PLAIN
+def test_a_push_of_who_has_closed_their_side_is_answered(edge: Edge) -> None:
+    lease = edge.api.lease()
+    lines = [f"{name}: {value}" for name, value in edge.api.headers(lease, edge.api.status()["step"]).items()]
+    with edge.peer() as peer:
+        peer.send(edge.head("POST", "/gradients", *lines, f"Content-Length: {len(BODY)}") + b"\r\n" + BODY)
+        peer.end()
+        (answer,) = peer.answers()
+    assert answer.document["decision"] == "applied"
+    assert edge.api.http.delete(edge.api.path(f"/leases/{lease['lease']}")).status_code == 204
+
+
+@PLAIN
+def test_a_wait_of_who_has_closed_their_side_ends(edge: Edge) -> None:
+    with edge.peer() as peer:
+        peer.send(edge.head("GET", "/parameters?min_step=1000", "Prefer: wait=600") + b"\r\n")
+        peer.end()
+        (answer,) = peer.answers()
+    assert (answer.status, answer.slug) == (503, "shard-unavailable")
+
+
+@PLAIN
+def test_a_request_that_is_cut_off_is_not_run(edge: Edge) -> None:
+    spec = json.dumps(edge.api.spec()).encode()
+    path = f"/v1/runs/{edge.api.run}-cut"
+    for lines in (f"Content-Length: {len(spec)}", "Transfer-Encoding: chunked"):
+        head = f"PUT {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n{lines}\r\n\r\n".encode()
+        with edge.peer() as peer:
+            peer.send(head, b"%x\r\n%b" % (len(spec), spec) if "chunked" in lines else spec[:-1])
+            peer.end()
+            assert peer.answers() == []
+        assert edge.api.http.get(path).status_code == 404
+
+
+def test_an_unexpected_error_ends_the_connection(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> bytes:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(edge.service.app.state.context.metrics, "expose", fail)
+    body = b"x" * 300_000
+    head = f"GET /metrics HTTP/1.1\r\nHost: here\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    (answer,) = answered(edge, head.encode(), body + edge.head("DELETE") + b"\r\n")
+    assert (answer.status, answer.headers["connection"]) == (500, "close")
+    assert "planted" not in answer.body.decode()
+    assert edge.api.status()["run"] == edge.api.run
