@@ -10,7 +10,7 @@ import httpx
 
 from freestep.errors import InvalidSetting
 
-__all__ = ["LOCAL", "check_url", "other_scheme"]
+__all__ = ["LOCAL", "check_url", "other_scheme", "without_password"]
 
 LOCAL = "local"
 """The URL of an optimizer whose run is in its process."""
@@ -21,29 +21,36 @@ _HTTPS_PORTS = (443, 8443)
 _LAST_PORT = 65535
 
 
+def without_password(url: str) -> str:
+    """A URL as it may stand in errors and logs: without what is before its last @."""
+    scheme, separator, rest = url.rpartition("://")
+    return scheme + separator + rest.rpartition("@")[2]
+
+
 def check_url(url: str) -> str:
     """A service's URL, without a slash at its end.
 
     Raises:
         InvalidSetting: It is not an http or https URL; the message names the one that was perhaps meant.
     """
+    shown = without_password(url)
     if url == LOCAL:
         raise InvalidSetting(f"a run at {LOCAL!r} is in its optimizer's process: a client needs the URL of a service")
     if "://" not in url:
-        meant = _with_scheme(url)
-        raise InvalidSetting(f"{url!r} is not a URL, since it does not begin with http:// or https://{meant}")
+        meant = _with_scheme(shown)
+        raise InvalidSetting(f"{shown!r} is not a URL, since it does not begin with http:// or https://{meant}")
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise InvalidSetting(f"{url!r} is not a URL: {error}") from error
+        raise InvalidSetting(f"{shown!r} is not a URL: {error}") from None
     if parsed.scheme not in ("http", "https"):
-        raise InvalidSetting(f"{url!r} is not the URL of a service: it must begin with http:// or https://")
+        raise InvalidSetting(f"{shown!r} is not the URL of a service: it must begin with http:// or https://")
     if not parsed.host:
-        raise InvalidSetting(f"{url!r} is not the URL of a service: it names no host")
+        raise InvalidSetting(f"{shown!r} is not the URL of a service: it names no host")
     if parsed.port is not None and not 0 < parsed.port <= _LAST_PORT:
-        raise InvalidSetting(f"{url!r} is not the URL of a service: its port must be from 1 to {_LAST_PORT}")
+        raise InvalidSetting(f"{shown!r} is not the URL of a service: its port must be from 1 to {_LAST_PORT}")
     if parsed.query or parsed.fragment:
-        raise InvalidSetting(f"{url!r} is not the URL of a service: it must end before its '?' or '#'")
+        raise InvalidSetting(f"{shown!r} is not the URL of a service: it must end before its '?' or '#'")
     return url.rstrip("/")
 
 

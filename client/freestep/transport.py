@@ -36,6 +36,7 @@ from freestep.errors import (
 from freestep.forks import ForkLock
 from freestep.outages import Outages, cause_of
 from freestep.proxies import PROXY
+from freestep.service_url import without_password
 from freestep.wire.receiver import MEDIA_TYPE, Receiver
 
 __all__ = ["Answer", "Route", "Transport", "run_in_background"]
@@ -207,17 +208,19 @@ class Transport:
         failed: set[str] = set()
         while True:
             url = route.url() if route is not None else ""
-            place = url or str(self.base_url).rstrip("/")
+            place = without_password(url or str(self.base_url).rstrip("/"))
             try:
                 answer = attempt(url)
             except httpx.LocalProtocolError as error:
-                raise ServiceUnreachable(f"the request to {place} cannot be sent: {error}") from error
+                # What it quotes may be a token.
+                cause = str(error).partition(" b'")[0]
+                raise ServiceUnreachable(f"the request to {place} cannot be sent: {cause}") from None
             except _UNREACHABLE as error:
                 if url and route is not None:
                     route.unreachable(url)
                     continue
                 if isinstance(error, httpx.UnsupportedProtocol):
-                    message = f"{self._http.base_url} is not a URL that can be requested: {error}"
+                    message = f"{place} is not a URL that can be requested: {error}"
                     raise ServiceUnreachable(message) from error
                 if not isinstance(error, _TRANSIENT):
                     self._require_service(error)
@@ -306,7 +309,8 @@ def _read(response: httpx.Response, into: _Destination | None) -> Answer:
         if refusal is None:
             kind = _GatewayError if response.status_code in _GATEWAY_STATUS else UnexpectedResponse
             way = f" through {response.extensions[PROXY]}" if PROXY in response.extensions else ""
-            refusal = kind(f"{response.request.url} answered {response.status_code}{way}: {response.text[:200]!r}")
+            place = without_password(str(response.request.url))
+            refusal = kind(f"{place} answered {response.status_code}{way}: {response.text[:200]!r}")
         if isinstance(refusal, ProblemError | _GatewayError) and headers.get("retry-after", "").isdecimal():
             refusal.retry_after = float(headers["retry-after"])
         raise refusal
@@ -319,7 +323,9 @@ def _receive(response: httpx.Response, headers: Mapping[str, str], into: _Destin
         receiver = into.receiver(int(headers["content-length"]))
         pour(response, receiver)
     except (MalformedTensors, KeyError, ValueError) as error:
-        raise UnexpectedResponse(f"{response.request.url} did not answer with the run's tensors: {error}") from error
+        raise UnexpectedResponse(
+            f"{without_password(str(response.request.url))} did not answer with the run's tensors: {error}"
+        ) from error
     if not receiver.complete:
         raise httpx.RemoteProtocolError("the body ended before its Content-Length", request=response.request)
     into.decode(receiver)
@@ -333,4 +339,4 @@ def _document(response: httpx.Response) -> Any:
     except ValueError:
         if not response.is_success:
             return None
-        raise UnexpectedResponse(f"{response.request.url} did not answer with JSON") from None
+        raise UnexpectedResponse(f"{without_password(str(response.request.url))} did not answer with JSON") from None

@@ -29,7 +29,7 @@ from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.telemetry import Metrics
-from freestep_service.settings import BadSetting, CannotStart, Settings
+from freestep_service.settings import BadSetting, CannotStart, Settings, shown
 from freestep_service.state.compute import HOST, DeviceLocks, arithmetic_threads
 from freestep_service.state.memory_budget import MemoryBudget, machine_memory
 from freestep_service.storage.media import Storage, open_storage
@@ -137,7 +137,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     except UrlInUse as error:
         raise CannotStart(str(error)) from error
     except (OSError, StorageUnavailable) as error:
-        place = settings.checkpoint_url or settings.data_dir
+        place = shown(settings.checkpoint_url or settings.data_dir)
         raise CannotStart(
             f"the checkpoints in {place} cannot be read, name another place with checkpoint_url: {error}"
         ) from error
@@ -186,14 +186,15 @@ async def _store(url: str) -> Store:
     try:
         return await Store.connect(url)
     except ValueError as error:
-        raise BadSetting(f"redis_url: {error}") from error
+        # What it quotes may be a piece of the password.
+        cause = str(error).partition(" as ")[0]
+        raise BadSetting(f"redis_url: {shown(url)} is no URL of a Redis server: {cause}") from None
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
 
 
 def _redis_is_away(url: str, error: CoordinatorUnavailable) -> CannotStart:
-    # Without the password.
-    place, cause = url.rpartition("@")[2], error.__cause__ or error
+    place, cause = shown(url).rpartition("://")[2], error.__cause__ or error
     return CannotStart(f"Redis at {place} is needed, start it or name another with redis_url: {cause}")
 
 

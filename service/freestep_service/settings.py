@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,13 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-__all__ = ["BadSetting", "CannotStart", "Settings"]
+__all__ = ["BadSetting", "CannotStart", "Settings", "shown"]
+
+
+def shown(place: object) -> str:
+    """A path, a URL or a chain of URLs as it may stand in errors and logs: without user, password, query, fragment."""
+    links = [re.sub(r"://.*@", "://", link, flags=re.DOTALL) for link in str(place).split("::")]
+    return "::".join(re.split(r"[?#]", link)[0] if "://" in link else link for link in links)
 
 
 class CannotStart(Exception):
@@ -121,7 +128,7 @@ class Settings(BaseSettings):
         if url is not None:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-                raise ValueError(f"{url} is no http or https URL of a service")
+                raise ValueError(f"{shown(url)} is no http or https URL of a service")
         return url
 
     @model_validator(mode="after")
@@ -138,7 +145,9 @@ class Settings(BaseSettings):
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password):
             raise ValueError("a key needs its certificate: set ssl_certfile too")
         if self.ssl_certfile and self.advertise_url and not self.advertise_url.startswith("https://"):
-            raise ValueError(f"with a certificate the service speaks TLS only: {self.advertise_url} must be https")
+            raise ValueError(
+                f"with a certificate the service speaks TLS only: {shown(self.advertise_url)} must be https"
+            )
         return self
 
     def own_url(self) -> str:

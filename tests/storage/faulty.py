@@ -69,6 +69,9 @@ class FaultyStorage(Storage):
         if when is not None:
             raise failure()
 
+    def _require_removable(self, path: str) -> None:
+        self._inner._require_removable(path)
+
     def _read(self, path: str) -> bytes:
         when = self._begin()
         content = self._inner._read(path)

@@ -354,6 +354,7 @@ class Run:
         """Forgets the run: in Redis first, then on disk."""
         disk = self._context.resources.disk
         await disk.run(self._context.resources.storage.require_writable)
+        await disk.run(self._checkpoints.require_removable)
         # Before Redis forgets the run: a process that finds it gone there must not write it anew.
         async with self._ownership.lock("its deletion"):
             self._ownership.is_closed = self._recovery.is_deleted = True

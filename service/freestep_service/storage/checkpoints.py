@@ -134,6 +134,10 @@ class Checkpoints:
                     reason = f"the checkpoint of step {step} is damaged"
         raise CheckpointNotFound(reason, step=step)
 
+    def require_removable(self) -> None:
+        """Raises StorageUnavailable where a removal would leave the run's directory."""
+        self._storage.require_removable(self._run)
+
     def remove(self) -> None:
         """Removes all files of the run, the run file first: without it there is no run."""
         self._storage.remove(f"{self._run}/run.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import secrets
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from freestep_service.storage.medium import Storage
 
-__all__ = ["LocalStorage"]
+__all__ = ["LocalStorage", "require_no_links"]
 
 
 class LocalStorage(Storage):
@@ -58,6 +59,7 @@ class LocalStorage(Storage):
         # On a read-only medium the removal of a file that does not exist fails too.
         if not os.path.lexists(target):
             return
+        self._require_removable(path)
         if not target.is_dir():
             target.unlink(missing_ok=True)
             return
@@ -66,6 +68,29 @@ class LocalStorage(Storage):
                 Path(directory, name).unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 os.rmdir(directory)
+
+    def _require_removable(self, path: str) -> None:
+        require_no_links(self._root, path)
+
+
+def require_no_links(root: Path, path: str) -> None:
+    """Raises OSError if a removal of what is at a path below the root would follow a symbolic link.
+
+    The first directory may be a link, to another disk; what is below it belongs to one run.
+    """
+    first, *below = Path(path).parts
+    place = root / first
+    for name in below:
+        place /= name
+        _require_no_link(place)
+    for directory, directories, _ in os.walk(place):
+        for name in directories:
+            _require_no_link(Path(directory, name))
+
+
+def _require_no_link(place: Path) -> None:
+    if place.is_symlink() and place.is_dir():
+        raise OSError(errno.ELOOP, f"{place} is a symbolic link, and what it names is not removed")
 
 
 def _make_directory(directory: Path) -> None:

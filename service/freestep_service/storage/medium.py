@@ -53,7 +53,10 @@ class Storage(ABC):
             return self._names(directory)
 
     def remove(self, path: str) -> None:
-        """Removes a file or a tree, if it exists; several processes may do so at once. Raises StorageUnavailable."""
+        """Removes a file or a tree, if it exists; several processes may do so at once.
+
+        Raises StorageUnavailable, also where that would empty what a symbolic link names.
+        """
         with self._writing():
             self._remove(path)
 
@@ -69,6 +72,11 @@ class Storage(ABC):
             # Where files cannot be removed, checkpoints can still be written: this file then stays, and is replaced.
             with suppress(OSError):
                 self._remove(name)
+
+    def require_removable(self, path: str) -> None:
+        """Raises StorageUnavailable where `remove` would follow a symbolic link out of a tree."""
+        with self._writing():
+            self._require_removable(path)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -103,3 +111,6 @@ class Storage(ABC):
 
     @abstractmethod
     def _remove(self, path: str) -> None: ...
+
+    @abstractmethod
+    def _require_removable(self, path: str) -> None: ...

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
-import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
+from freestep_service.settings import shown
+from freestep_service.storage.local import require_no_links
 from freestep_service.storage.medium import Storage
 
 if TYPE_CHECKING:
@@ -33,8 +35,8 @@ class FsspecStorage(Storage):
         self._backends = _ThreadBackend(place)
 
     def __str__(self) -> str:
-        """The URL without its user and password: it stands in logs and in answers."""
-        return re.sub(r"://[^/@]*@", "://", self._place)
+        """As it stands in logs and in answers."""
+        return shown(self._place)
 
     def _write(self, path: str, pieces: Iterable[bytes | memoryview]) -> None:
         with self._backend(path) as (backend, target):
@@ -66,7 +68,13 @@ class FsspecStorage(Storage):
                 return []
         return sorted(name for name in (PurePosixPath(each).name for each in found) if not name.startswith("."))
 
+    def _require_removable(self, path: str) -> None:
+        with self._backend(path) as (backend, target):
+            if isinstance(backend, LocalFileSystem):
+                require_no_links(Path(target.removesuffix(path)), path)
+
     def _remove(self, path: str) -> None:
+        self._require_removable(path)
         with self._backend(path) as (backend, target):
             # One by one, since a recursive removal stops at the first file that another process has removed.
             for file in backend.find(target):
