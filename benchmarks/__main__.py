@@ -19,7 +19,20 @@ from rich.console import Console
 from benchmarks.figures import Report, print_table
 from benchmarks.options import Options, parser
 
-NAMES = ("roundtrip", "rivals", "update", "small", "workers", "leases", "startup", "sweep", "shards", "tls", "gpu")
+NAMES = (
+    "roundtrip",
+    "rivals",
+    "update",
+    "robust",
+    "small",
+    "workers",
+    "leases",
+    "startup",
+    "sweep",
+    "shards",
+    "tls",
+    "gpu",
+)
 """Modules, each of which has a `report`."""
 
 

@@ -42,6 +42,15 @@ POLICIES: dict[str, dict[str, Any]] = {
     "ssp": {"slack": 30},
 }
 """Policies, and what their specs say beside the name."""
+_ROBUST: list[dict[str, Any]] = [{}, {}, {"robust": "clip", "clip_factor": 1.0, "outlier_factor": 1.2}]
+"""Rules for any policy that a run of several shards may have."""
+_COMPARING: list[dict[str, Any]] = [
+    {"robust": "trimmed_mean", "beta": 0.2, "outlier_factor": 1.2},
+    {"robust": "coordinate_median"},
+]
+"""Rules for policies whose updates are made of several pushes."""
+_GATHERING = {"sync": {"max_batch": 3}, "quorum": {"batch": 3}, "buffered": {"batch": 3}, "rennala": {"batch": 3}}
+"""What the specs of such policies say under these rules."""
 
 _SHAPES = st.one_of(
     st.just(()),
@@ -62,9 +71,11 @@ def run_specs(draw: st.DrawFn, algorithm: str, policy: str) -> dict[str, Any]:
         optimizer["delay_correction"] = {"name": draw(st.sampled_from(["none", "auto"]))}
     damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt", "fadas"]))
     threshold = {"staleness_threshold": 1} if damping == "fadas" else {}
+    robust = draw(st.sampled_from([*_ROBUST, *(_COMPARING if policy in _GATHERING else [])]))
+    own_values = _GATHERING[policy] if robust in _COMPARING else POLICIES[policy]
     return {
         "optimizer": optimizer,
-        "aggregation": {"policy": policy, "staleness_damping": damping, **threshold, **POLICIES[policy]},
+        "aggregation": {"policy": policy, "staleness_damping": damping, **threshold, **own_values, **robust},
         "parameters": [
             {"name": f"t{number}", "shape": list(shape), "group": draw(st.sampled_from(["default", "own"]))}
             for number, shape in enumerate(draw(st.lists(_SHAPES, min_size=1, max_size=5)))

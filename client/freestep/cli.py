@@ -276,6 +276,8 @@ def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, st
         ("shards", f"{status.shards}{without_owner}"),
         ("workers", ", ".join(worker.worker for worker in status.workers) or "-"),
         ("pushes", ", ".join(f"{count} {decision}" for decision, count in status.pushes.items())),
+        ("outliers", ", ".join(f"{count} of {worker}" for worker, count in status.outliers.items()) or "-"),
+        ("banned", ", ".join(status.banned) or "-"),
         ("loss", or_dash(status.loss)),
         ("staleness", or_dash(status.staleness)),
         ("metrics", ", ".join(metrics) or "-"),

@@ -5,6 +5,7 @@
     │   ├── MalformedRequest      malformed-request
     │   ├── Unauthenticated       unauthenticated
     │   ├── Forbidden             forbidden
+    │   ├── WorkerBanned          worker-banned
     │   ├── RunNotFound           run-not-found
     │   ├── CheckpointNotFound    checkpoint-not-found
     │   ├── RunExists             run-exists
@@ -84,6 +85,7 @@ __all__ = [
     "Unauthenticated",
     "UnexpectedResponse",
     "UnsupportedMediaType",
+    "WorkerBanned",
     "WorkerNameTaken",
 ]
 
@@ -163,6 +165,16 @@ class Forbidden(ProblemError):
 
     slug = "forbidden"
     title = "The token does not allow this"
+
+
+class WorkerBanned(ProblemError):
+    """The worker gets no lease in this run: `extensions["outliers"]` of its pushes were outliers.
+
+    `aggregation.ban_after` says how many are too many. A run that goes back to a checkpoint forgets what came later.
+    """
+
+    slug = "worker-banned"
+    title = "Too many of the worker's pushes were outliers"
 
 
 class RunNotFound(ProblemError):

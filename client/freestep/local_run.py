@@ -45,8 +45,9 @@ __all__ = ["LocalLease", "LocalRun"]
 
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-12, 1e12
 """As a service takes."""
-_SAVED = [field.name for field in fields(StateCopy) if field.name != "tally"]
-"""What of a copy is the run's state: numbers, texts and tensors, which torch loads with weights_only."""
+_SAVED = [field.name for field in fields(StateCopy) if field.name not in ("norm_history", "tally")]
+"""What of a copy is the run's state: numbers, texts and tensors, which torch loads with weights_only. Norms are for
+robust rules, which compare workers."""
 
 
 class LocalLease:
@@ -84,6 +85,11 @@ class LocalRun:
     def create(self, spec: RunSpec) -> RunStatus:
         """Creates the run. Raises InvalidSpec where the policy waits for other workers."""
         self._policy = Policy.of(spec.aggregation)
+        if spec.aggregation.robust != "none":
+            raise InvalidSpec(
+                f"robust {spec.aggregation.robust!r} compares workers, and a run with url='local' has one",
+                field="aggregation.robust",
+            )
         if self._policy.distinct and self._policy.batch not in (LIVE, "1"):
             raise InvalidSpec(
                 f"an update of the policy {spec.aggregation.policy!r} needs {self._policy.batch} workers, and a run "

@@ -108,10 +108,12 @@ class Membership:
             self.worker = worker
 
     def _replace_lease(self) -> Lease:
+        # If it is refused one, the worker keeps the lease that it has, whose claims say why it cannot go on.
+        lease = self._run.lease(self.worker)
         while self._held:
             self._held.pop().release()
-        self._held.append(self._run.lease(self.worker))
-        return self._held[0].granted
+        self._held.append(lease)
+        return lease.granted
 
     def claim(self, taken_at: Pulled, batch: Batch) -> Claim:
         """A claim for one new push of a gradient that was computed at the y `taken_at`."""

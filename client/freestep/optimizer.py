@@ -329,9 +329,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
     ) -> float | None:
         """Pushes the gradients and loads fresh y; the push's receipt is then in `receipt`.
 
-        Parameters without a gradient push zeros. Under the policies `sync` and `quorum` it returns when the update that
-        the push is part of has been applied. A push that the run no longer accepts, since it was restored to an earlier
-        step for example, is dropped: the run is joined again at its newest y, and the receipt's reason says why.
+        Parameters without a gradient push zeros. Under the policies `sync` and `quorum`, and under robust rules that
+        compare pushes, it returns when the update that the push is part of has been applied. A push that the run no
+        longer accepts, since it was restored to an earlier step for example, is dropped: the run is joined again at its
+        newest y, and the receipt's reason says why.
 
         Args:
             closure: Computes the loss and the gradients, and returns the loss. Nothing is pushed if it returns None and
@@ -474,7 +475,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @property
     def _waits(self) -> float:
-        return FIRST_WAIT_S if self.spec.aggregation.policy in ("sync", "quorum") else 0.0
+        return FIRST_WAIT_S if self.spec.aggregation.takes_one_each else 0.0
 
     def _rejoin(self, reason: str) -> None:
         logger.warning("the run %s dropped a push (%s) and is joined again", self._run.name, reason)

@@ -30,7 +30,7 @@ def log_update_wait(
         logger.debug("it is not known whom the run %s waits for: %s", run, error)
         return
     missing = [worker.worker for worker in live if not worker.gathered]
-    if aggregation.policy == "quorum" and aggregation.batch is not None:
+    if aggregation.batch is not None:
         left = aggregation.batch - sum(worker.gathered for worker in live)
         if left > 0:
             logger.warning(

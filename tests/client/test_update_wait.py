@@ -20,10 +20,14 @@ POLICIES = [
         {"policy": "quorum", "batch": 3},
         "waits for 2 more of the 3 pushes that make it; live workers without one are 'idle', 'late'",
     ),
+    (
+        {"policy": "buffered", "batch": 3, "robust": "coordinate_median"},
+        "waits for 2 more of the 3 pushes that make it; live workers without one are 'idle', 'late'",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("aggregation", "said"), POLICIES, ids=["sync", "quorum"])
+@pytest.mark.parametrize(("aggregation", "said"), POLICIES, ids=["sync", "quorum", "median"])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_worker_says_whom_it_waits_for_and_goes_on_when_they_push(
     remotely: Callable[..., RemoteOptimizer],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 from redis import Redis
@@ -15,11 +15,12 @@ from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.store import Store
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.norm_history import Norm, NormHistory
 from freestep_service.domain.opening import Report
 from freestep_service.domain.records import CheckpointId, Claim, LogPosition, Owner, Record, RunState, StagedPart
 from freestep_service.domain.run_view import RunView
 
-__all__ = ["ASYNC", "HOUR", "DrivenRun", "Driver"]
+__all__ = ["ASYNC", "HOUR", "DrivenRun", "Driver", "norms_of"]
 
 T = TypeVar("T")
 
@@ -154,8 +155,11 @@ class DrivenRun:
     def admit(self, claim: Claim, shard: int = 0) -> Any:
         return self.do(self.pushes.admit(claim, self.owner(shard)))
 
-    def commit(self, claim: Claim, shard: int = 0, largest_norm: float | None = None) -> Record | None:
-        answer = self.do(self.pushes.commit(claim, self.owner(shard), self.part(shard), largest_norm))
+    def commit(
+        self, claim: Claim, shard: int = 0, largest_norm: float | None = None, norm: float = 1.0
+    ) -> Record | None:
+        part = self.part(shard, norm=norm)
+        answer = self.do(self.pushes.commit(claim, self.owner(shard), part, largest_norm))
         return None if answer is None else answer[0]
 
     def push(self, claim: Claim) -> Record:
@@ -166,6 +170,11 @@ class DrivenRun:
             record = self.commit(claim, shard)
         assert record is not None
         return record
+
+    def remembered_norms(self) -> NormHistory:
+        """What Redis remembers of the pushes' norms."""
+        norms, *counts = (self.field(name) for name in ("norms", "outliers", "banned"))
+        return NormHistory.of(json.loads(norms or "[]"), *(json.loads(each or "{}") for each in counts))
 
     # Time
 
@@ -190,3 +199,13 @@ class DrivenRun:
 
     def expire(self, patience_ms: int = HOUR) -> Any:
         return self.do(self.leases.expire(self.position, patience_ms))
+
+
+def norms_of(entries: Iterable[Mapping[str, Any]], ban_after: int | None = None) -> NormHistory:
+    """What shards remember of the pushes' norms after these entries of the log."""
+    history = NormHistory()
+    for entry in entries:
+        if "record" in entry:
+            record = Record.from_json(entry["record"])
+            history = history.after(Norm(record.worker, float(record.norm), record.is_outlier), ban_after)
+    return history

@@ -6,19 +6,29 @@ from typing import Any, ClassVar
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
-from coordination.driven import DrivenRun, Driver
+from coordination.driven import DrivenRun, Driver, norms_of
 from freestep.api.models import Lease
-from freestep.errors import EpochChanged, LeaseExpired, NonFiniteGradient, ProblemError
+from freestep.errors import EpochChanged, LeaseExpired, NonFiniteGradient, ProblemError, WorkerBanned
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import Claim, Lost, Pending, Record, RunState
 from machines import run_machine
 
+BAN_AFTER = 2
 POLICIES = {
     "async": Policy("1", "none", distinct=False),
     "buffered": Policy("2", "none", distinct=False),
     "sync": Policy("live", "0", distinct=True),
+    "clip": Policy("1", "none", distinct=False, bounds=f'{{"clip": 2.0, "outlier": 10.0, "ban_after": {BAN_AFTER}}}'),
 }
 SHARDS = st.integers(0, 2)
 WORKERS = st.sampled_from(["a", "b"])
@@ -40,16 +50,30 @@ class Pushes(RuleBasedStateMachine):
         self.keys = 0
         self.carried: set[tuple[Claim, int]] = set()
         """Parts of pushes that owners have admitted and still hold."""
+        self.norms: dict[str, float] = {}
+        """By key, those of a push's parts."""
         self.records: dict[str, Record] = {}
         self.entries: dict[tuple[int, int], dict[str, Any]] = {}
         """Every entry of the log that was ever seen, by epoch and seq."""
 
-    @rule(target=pushes, worker=WORKERS)
-    def push(self, worker: str) -> Claim:
-        if worker not in self.leases:
-            self.leases[worker] = self.run.grant(worker)
+    @rule(target=pushes, worker=WORKERS, norm=st.sampled_from([0.0, 1.0, 1.5, 100.0]))
+    def push(self, worker: str, norm: float) -> Claim | MultipleResults[Claim]:
+        if worker not in self.leases and not self.granted(worker):
+            return multiple()
         self.keys += 1
+        self.norms[f"key-{self.keys}"] = norm
         return self.run.claim(self.leases[worker], f"key-{self.keys}", self.run.number("step"))
+
+    def granted(self, worker: str) -> bool:
+        """Whether a worker gets a lease."""
+        is_banned = worker in self.run.remembered_norms().banned
+        try:
+            self.leases[worker] = self.run.grant(worker)
+        except WorkerBanned:
+            assert is_banned
+            return False
+        assert not is_banned
+        return True
 
     @rule(claim=pushes, shard=SHARDS)
     def admit(self, claim: Claim, shard: int) -> None:
@@ -72,7 +96,9 @@ class Pushes(RuleBasedStateMachine):
         if (claim, shard) not in self.carried:
             return
         try:
-            record = self.run.commit(claim, shard, largest_norm=0.5 if too_large else None)
+            # As large as no other is allowed.
+            bound = -1.0 if too_large else None
+            record = self.run.commit(claim, shard, largest_norm=bound, norm=self.norms[claim.key])
         except (Lost, LeaseExpired, EpochChanged, NonFiniteGradient):
             assert claim.key not in self.records
             self.carried.discard((claim, shard))
@@ -104,7 +130,7 @@ class Pushes(RuleBasedStateMachine):
 
     @rule(worker=WORKERS)
     def join_again(self, worker: str) -> None:
-        self.leases[worker] = self.run.grant(worker)
+        self.granted(worker)
 
     @rule(worker=WORKERS, noticed=st.booleans())
     def leave(self, worker: str, noticed: bool) -> None:
@@ -130,7 +156,8 @@ class Pushes(RuleBasedStateMachine):
         group = {worker: int(count) for worker, count in run.redis.hgetall(run.key("group")).items()}
         epoch, step, seq = (run.number(name) for name in ("epoch", "step", "seq"))
         run.do(run.opening.gather(self.shards))
-        run.reopen(RunState(epoch + epochs, step, seq, True, group, receipts))
+        state = RunState(epoch + epochs, step, seq, True, group, receipts, norm_history=run.remembered_norms())
+        run.reopen(state)
         if epochs:
             self.leases.clear()
 
@@ -147,6 +174,13 @@ class Pushes(RuleBasedStateMachine):
         decided = {key: record for key, record in self.records.items() if record.seq}
         assert decided.keys() <= set(keys)
         assert all(self.entries[record.epoch, record.seq]["key"] == key for key, record in decided.items())
+
+    @invariant()
+    def norms_are_those_of_the_log(self) -> None:
+        if self.policy.bounds:
+            self.look()
+            entries = [self.entries[place] for place in sorted(self.entries)]
+            assert self.run.remembered_norms() == norms_of(entries, BAN_AFTER)
 
     @invariant()
     def counts_agree(self) -> None:

@@ -57,7 +57,15 @@ def trained(device: str, form: str, aggregation: dict[str, Any]) -> Shard:
     return shard
 
 
-@pytest.mark.parametrize("aggregation", [{"policy": "async"}, {"policy": "buffered", "batch": 2}])
+@pytest.mark.parametrize(
+    "aggregation",
+    [
+        {"policy": "async"},
+        {"policy": "buffered", "batch": 2},
+        {"policy": "quorum", "batch": 3, "robust": "coordinate_median"},
+        {"policy": "quorum", "batch": 5, "robust": "krum", "f": 1, "m": 2},
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_points_equal_the_cpus(form: str, aggregation: dict[str, Any]) -> None:
     shards = [trained(device, form, aggregation) for device in ("cpu", "cuda")]

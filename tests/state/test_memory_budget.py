@@ -179,7 +179,7 @@ def allocated(spec: RunSpec, index: int, shards: int) -> int:
     policy = Policy.of(spec.aggregation)
     shard = Shard(spec, part, torch.device("cpu"), room(part))
     shard.initialize(torch.ones(part.numel), epoch=1)
-    for seq in range(1, 4):
+    for seq in range(1, 1 + max(3, policy.kept)):
         gradient = torch.ones(part.numel)
         shard.apply(Entry(seq, 1, advance=not policy.groups, gradient=gradient, worker=f"w{seq}", loss=1.0))
     copy = shard.copy_state()
@@ -187,11 +187,21 @@ def allocated(spec: RunSpec, index: int, shards: int) -> int:
     points = [Vector(part.numel, room(part)) for _ in range(snapshot_vectors(shards))]
     del gradient
     after = memory_of_tensors()
-    assert len(copy.tensors) == len(shard._buffers) + policy.groups and bodies and points
+    assert len(copy.tensors) == len(shard._buffers) + policy.gathered_vectors and bodies and points
     return sum(size for place, size in after.items() if place not in before)
 
 
-@pytest.mark.parametrize("aggregation", [{"policy": "async"}, {"policy": "buffered", "batch": 8}, {"policy": "sync"}])
+@pytest.mark.parametrize(
+    "aggregation",
+    [
+        {"policy": "async"},
+        {"policy": "async", "robust": "clip"},
+        {"policy": "buffered", "batch": 8},
+        {"policy": "buffered", "batch": 8, "robust": "trimmed_mean", "beta": 0.1},
+        {"policy": "sync"},
+        {"policy": "sync", "robust": "coordinate_median", "max_batch": 5},
+    ],
+)
 @pytest.mark.parametrize("form", ["sgd", "adamw_schedule_free", "schedule_free_wrapper-adam-amsgrad"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_run_needs_what_its_shards_allocate(form: str, aggregation: dict[str, Any], shards: int) -> None:

@@ -50,7 +50,8 @@ class Logged:
 def logs(draw: st.DrawFn, spec: RunSpec) -> list[Logged]:
     """Logs such as the run's policy brings about."""
     policy, aggregation = Policy.of(spec.aggregation), spec.aggregation
-    is_clipped, waits_for_live = spec.optimizer.max_grad_norm is not None, policy.batch == LIVE
+    is_clipped = spec.optimizer.max_grad_norm is not None or aggregation.robust == "clip"
+    waits_for_live = policy.batch == LIVE
     log: list[Logged] = []
     gathered = 0
     for _ in range(draw(st.integers(6, 24))):
@@ -69,6 +70,7 @@ def logs(draw: st.DrawFn, spec: RunSpec) -> list[Logged]:
             live = draw(st.integers(1, 5))
             gathered += 1
             is_last = draw(st.booleans()) if waits_for_live else gathered == int(policy.batch)
+            is_last = is_last or gathered == policy.kept
             staleness = 0 if policy.max_staleness == FRESH else draw(st.integers(0, 6))
             fields = {
                 "worker": f"worker-{draw(st.integers(0, 2))}",
@@ -79,6 +81,8 @@ def logs(draw: st.DrawFn, spec: RunSpec) -> list[Logged]:
                 "staleness": staleness,
                 "live": live,
                 "loss": draw(st.floats(0, 4)),
+                "norm": draw(st.floats(0, 100)),
+                "is_outlier": draw(st.booleans()),
             }
             dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
             log.append(Logged(is_last, draw(st.integers(0, 2**16)), dtype, fields, reshard_to))

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from freestep.api.spec import DEFAULT_GROUP, MOST_SHARDS, AggregationSpec, GroupOverrides, ParameterSpec, RunSpec
+from freestep.api.aggregation import AggregationSpec
+from freestep.api.spec import DEFAULT_GROUP, MOST_SHARDS, GroupOverrides, ParameterSpec, RunSpec
 from freestep.api.validation import Count, MetricName, StrictModel
 
 __all__ = [
@@ -108,6 +109,8 @@ class WorkerStatus(_Answer):
     """The staleness of its last push, in steps."""
     speed: float | None = None
     """Its local steps a second, as its pushes have reported; null if none has."""
+    outliers: int = 0
+    """How many of its pushes were outliers, under whatever lease; 0 if the run's `aggregation.robust` is `none`."""
 
 
 class MetricReport(StrictModel):
@@ -154,7 +157,8 @@ class Receipt(_Answer):
     """`applied`: an update with the gradient was made. `accumulated`: the gradient will be part of an update, with
     others that are still to come. `dropped`: it will not be applied."""
     reason: str | None = None
-    """Why the push was dropped, such as `stale`, `duplicate-worker` or `epoch-changed`."""
+    """Why the push was dropped, such as `stale`, `duplicate-worker`, `norms-unknown` or `epoch-changed`; or `outlier`,
+    if it was not dropped but its norm is that of an outlier (`aggregation.outlier_factor`)."""
     step: int
     """The run's step after the decision; after `applied`, the step that the gradient made."""
     staleness: int
@@ -199,6 +203,10 @@ class RunStatus(_Answer):
     """A moving average of the losses that pushes have reported; null if none has."""
     staleness: float | None = None
     """A moving average of the pushes' staleness, in steps; null before the first push."""
+    outliers: dict[str, int] = {}
+    """How many pushes of a worker were outliers, by the worker's name, of workers with one at least."""
+    banned: list[str] = []
+    """The workers that get no lease any more (`aggregation.ban_after`)."""
     metrics: dict[str, Metric] = {}
     """The metrics that evaluators have reported, by name."""
     scheduled_lr: dict[str, float] = {}

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from freestep.api.aggregation import AggregationSpec
 from freestep.api.hyperparameters import OptimizerSpec, ScheduleFreeWrapper
-from freestep.api.validation import LARGEST_INTEGER, Count, StrictModel, fault
+from freestep.api.validation import StrictModel, fault
 
-__all__ = ["DEFAULT_GROUP", "MOST_SHARDS", "AggregationSpec", "GroupOverrides", "ParameterSpec", "RunSpec"]
+__all__ = ["DEFAULT_GROUP", "MOST_SHARDS", "GroupOverrides", "ParameterSpec", "RunSpec"]
 
 DEFAULT_GROUP = "default"
 
@@ -20,54 +21,6 @@ _Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 GroupOverrides = dict[str, Any]
 """The hyperparameters of one param group that differ from the run's."""
-
-
-class AggregationSpec(StrictModel):
-    """How pushes become updates: a named policy, and fields that replace the policy's own values.
-
-    An update is made of `batch` pushes, and its gradient is their mean, weighted by samples if they are given. A push's
-    staleness is the run's step minus the step of the y at which the gradient was computed; staler pushes than
-    `max_staleness` are dropped. The policies, with M live workers:
-
-    - `async`: batch 1, any staleness.
-    - `ringmaster`: batch 1, staleness at most 4 · M, at least 4, unless `max_staleness` is given (arXiv 2501.16168).
-    - `buffered`: `batch` pushes, any staleness (FedBuff, arXiv 2106.06639).
-    - `rennala`: `batch` pushes of staleness 0 (arXiv 2305.12387).
-    - `sync`: one push of every live worker, of staleness 0.
-    - `quorum`: pushes of `batch` different workers, of staleness 0; later ones are dropped.
-    - `ssp`: batch 1, any staleness; a worker that is more than `slack` pushes ahead of the slowest live one waits.
-
-    Example:
-        >>> freestep.AggregationSpec(policy="buffered", batch=8, max_staleness=20)
-
-    Raises:
-        ValidationError: A field that the policy needs is missing, or a value is out of range.
-    """
-
-    policy: Literal["async", "ringmaster", "sync", "quorum", "buffered", "rennala", "ssp"] = "ringmaster"
-    """The policy's name."""
-    batch: Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] | None = None
-    """How many pushes make an update; `quorum`, `buffered` and `rennala` need it. None is the policy's own."""
-    max_staleness: Count | None = None
-    """The largest staleness, in steps, of a push that is not dropped; None is the policy's own."""
-    slack: Count | None = None
-    """How many pushes a worker may be ahead of the slowest live one before it waits; `ssp` needs it. None: any."""
-    staleness_damping: Literal["none", "delay_adaptive", "inverse_sqrt", "fadas"] = "none"
-    """How staleness τ reduces the learning rate of a step. `delay_adaptive`: times min(1, M/τ), with M live workers
-    (arXiv 2206.07638). `inverse_sqrt`: times 1/sqrt(1 + τ). `fadas`: at most 1/τ if τ exceeds `staleness_threshold`
-    (arXiv 2407.18365)."""
-    staleness_threshold: Count | None = None
-    """τ_c of `fadas`, in steps; `fadas` needs it, and no other damping takes it."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> AggregationSpec:
-        if self.policy in ("quorum", "buffered", "rennala") and self.batch is None:
-            raise fault(("batch",), f"the policy {self.policy!r} needs a batch")
-        if self.policy == "ssp" and self.slack is None:
-            raise fault(("slack",), "the policy 'ssp' needs a slack")
-        if (self.staleness_damping == "fadas") != (self.staleness_threshold is not None):
-            raise fault(("staleness_threshold",), "needed by the staleness damping 'fadas', and by no other")
-        return self
 
 
 class ParameterSpec(StrictModel):
@@ -138,6 +91,13 @@ class RunSpec(StrictModel):
                 ("shards",),
                 f"{self.optimizer.algorithm!r} needs sums over all parameters for its step size: it runs on one shard",
             )
+        if self.optimizer.needs_loss and self.aggregation.robust != "none":
+            raise fault(
+                ("aggregation", "robust"),
+                f"{self.optimizer.algorithm!r} makes its step size of losses that workers give, which no rule bounds",
+            )
+        if self.aggregation.robust == "krum" and self.shards > 1:
+            raise fault(("shards",), "'krum' needs the distances between whole gradients: it runs on one shard")
         return self
 
     def _base(self, group: str) -> str:

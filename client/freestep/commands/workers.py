@@ -25,7 +25,7 @@ __all__ = ["Speeds", "workers"]
 _EVERY_S = 1.0
 _WINDOW_S = 10.0
 """Seconds over which the speed of a worker is measured."""
-_COLUMNS = ("worker", "pushes", "last at step", "staleness", "steps/s", "lease ends in")
+_COLUMNS = ("worker", "pushes", "last at step", "staleness", "steps/s", "outliers", "lease ends in")
 
 
 def workers(
@@ -91,6 +91,6 @@ class Speeds:
 def _rows(found: Sequence[WorkerStatus]) -> list[Sequence[object]]:
     return [
         (worker.worker, worker.pushes, or_dash(worker.step), or_dash(worker.staleness), or_dash(worker.speed),
-         f"{worker.expires_in_ms / 1000:.1f} s")
+         worker.outliers, f"{worker.expires_in_ms / 1000:.1f} s")
         for worker in found
     ]  # fmt: skip

@@ -5,6 +5,7 @@ Leases are liveness. Safety is the fencing token, which is checked when a push i
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class RunLeases:
     async def grant(self, worker: str, ttl_ms: int) -> tuple[Lease, list[str]]:
         """A new lease, and the idempotency keys whose receipts were dropped with the worker's older lease.
 
-        Raises Behind and ShardUnavailable.
+        Raises Behind, ShardUnavailable and WorkerBanned.
         """
         scripts = self._scripts
         lease, older = secrets.token_hex(16), await self._newest_lease(worker)
@@ -89,12 +90,15 @@ class RunLeases:
                 pipeline.hgetall(scripts.lease_key(lease))
                 pipeline.pttl(scripts.lease_key(lease))
             pipeline.hgetall(scripts.key("group"))
-            *answers, gathered = await pipeline.execute()
+            pipeline.hget(scripts.key("run"), "outliers")
+            *answers, gathered, counts = await pipeline.execute()
+        outliers = json.loads(counts or "{}")
         live = []
         for (worker, lease), fields, ttl in zip(newest.items(), answers[::2], answers[1::2], strict=True):
             if fields and ttl > 0:
                 status = {**fields, "worker": worker, "lease": lease, "expires_in_ms": ttl}
-                live.append(WorkerStatus.model_validate({**status, "gathered": gathered.get(worker, 0)}))
+                counted = {"gathered": gathered.get(worker, 0), "outliers": outliers.get(worker, 0)}
+                live.append(WorkerStatus.model_validate({**status, **counted}))
         return sorted(live, key=lambda status: status.worker)
 
     async def _newest_lease(self, worker: str) -> str:

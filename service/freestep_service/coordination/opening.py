@@ -25,7 +25,7 @@ class RunOpening:
     def __init__(self, scripts: RunScripts, spec: str, policy: Policy, origin: Origin) -> None:
         self._scripts = scripts
         self._origin = origin
-        self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct), policy.slack)
+        self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct), policy.slack, policy.bounds)
 
     async def create(self, epoch: int, shards: int) -> str:
         """Returns created, or same or different for a run that exists with this or with another spec."""
@@ -102,7 +102,7 @@ class RunOpening:
         (status,) = await self._scripts.call(
             "open", *self._rules, shards, state.epoch, state.step, state.seq, int(state.initialized), group,
             json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics),
-            json.dumps(dict(state.pushes)), *receipts,
+            json.dumps(dict(state.pushes)), *state.norm_history.texts(), *receipts,
             keys=[self._scripts.key("metrics"), *map(self._scripts.window_key, leases)],
         )  # fmt: skip
         return bool(status == "load")

@@ -16,6 +16,7 @@ from freestep.errors import (
     NonFiniteGradient,
     RunNotInitialized,
     ShardUnavailable,
+    WorkerBanned,
 )
 from freestep_service.coordination.store import Store
 from freestep_service.domain.records import Ahead, Behind, Fenced, Lost, Pending
@@ -79,6 +80,8 @@ class RunScripts:
                 raise LeaseExpired
             case ["epoch-changed", epoch]:
                 raise EpochChanged(f"the run is in epoch {epoch} now", epoch=epoch)
+            case ["worker-banned", outliers]:
+                raise WorkerBanned(f"{outliers} pushes of the worker were outliers", outliers=outliers)
             case ["step-ahead", step]:
                 raise MalformedRequest(f"the step is ahead of the run's step {step}", step=step)
             case ["run-not-initialized"]:

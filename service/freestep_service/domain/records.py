@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from freestep.api.models import Receipt
+from freestep_service.domain.norm_history import NormHistory
 from freestep_service.domain.reports import Reported
 
 __all__ = [
+    "OUTLIER",
     "UNKNOWN_ORIGIN",
     "Admission",
     "Ahead",
@@ -91,6 +93,9 @@ class Origin(NamedTuple):
 
 UNKNOWN_ORIGIN = Origin()
 
+OUTLIER = "outlier"
+"""The reason of a push that counts, and whose norm is that of an outlier."""
+
 
 class CheckpointId(NamedTuple):
     """The state of a run after entry `seq` of the log of an epoch, when it had reached `step`. Sorts by age."""
@@ -144,8 +149,11 @@ class StagedPart(NamedTuple):
 class Record:
     """A decided push, as kept for its idempotency key. `seq` is its place in the log, 0 if it has none.
 
+    Of dropped pushes only those have a place whose norm was not known to be usual.
+
     digests: of the body, by range of elements ("BEGIN-END"; older versions: by index of the shard).
-    norm: of the gradient over all shards, in full precision.
+    norm: of the gradient over all shards, in full precision. bound: the norm that it is clipped to, likewise; None
+        where the policy sets none.
     """
 
     claim: str
@@ -159,6 +167,7 @@ class Record:
     epoch: int
     norm: str = "0"
     reason: str | None = None
+    bound: str | None = None
 
     @classmethod
     def from_json(cls, text: str) -> Record:
@@ -180,6 +189,11 @@ class Record:
         if self.decision != "accumulated" or step <= self.step:
             return self
         return replace(self, decision="applied", step=self.step + 1)
+
+    @property
+    def is_outlier(self) -> bool:
+        """Whether the norm is far beyond the run's usual."""
+        return self.reason == OUTLIER
 
     def receipt(self, *, replayed: bool = False) -> Receipt:
         return Receipt.model_validate(
@@ -224,6 +238,7 @@ class RunState:
     reported: Reported = field(default_factory=dict)
     pushes: Mapping[str, int] = field(default_factory=dict)
     """Decision -> number of pushes, for a Redis that has lost its counts."""
+    norm_history: NormHistory = field(default_factory=NormHistory)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from freestep_service.optimizers import Conditions, Gradient, initial_buffers, m
 from freestep_service.optimizers.kernels.points import interpolate
 from freestep_service.optimizers.kernels.quanta import Blocks, Quanta, quantize
 from freestep_service.optimizers.kernels.quantized import Quantized
+from freestep_service.optimizers.kernels.robust import square_distances, trimmed_mean
 from freestep_service.optimizers.kernels.squares import square_sum, widen
 from freestep_service.optimizers.kernels.sweep import Segment, gather, step
 from freestep_service.optimizers.method import Method
 
-__all__ = ["compile_kernels", "compile_loops", "compile_rule"]
+__all__ = ["compile_kernels", "compile_loops", "compile_robust", "compile_rule"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of pushed gradients and of points."""
@@ -74,6 +75,13 @@ def compile_rule(hyperparameters: specs.OptimizerSpec, *, gathers: bool) -> None
         for gathered in (None, zero) if gathers else (None,):
             gradient = Gradient(zero.to(dtype), gathered=gathered)
             step(method, _LAYOUT, {"": hyperparameters}, {"": method.initial}, buffers, gradient)
+
+
+def compile_robust() -> None:
+    """Compiles the loops of robust means on the host. Takes seconds, unless the code is on disk."""
+    rows = torch.zeros(3, 1, dtype=torch.float32, device="cpu")
+    trimmed_mean(rows, 1)
+    square_distances(rows)
 
 
 def compile_kernels(

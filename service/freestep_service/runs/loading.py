@@ -18,6 +18,7 @@ from freestep.errors import (
     ShardUnavailable,
     StorageUnavailable,
 )
+from freestep_service.domain.norm_history import NormHistory
 from freestep_service.domain.opening import Decision, Report, Waiting, decide
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Record, RunState
 from freestep_service.domain.reports import Reported
@@ -198,6 +199,7 @@ class Loading:
         checkpoint, opening = decision.cut, self._coordinator.opening
         group: dict[str, int] = {}
         reported: Reported = {}
+        norm_history = NormHistory()
         receipts: dict[str, Record] = {}
         tally = self._context.telemetry.tally
         if decision.live:
@@ -205,6 +207,7 @@ class Loading:
             if held is not None:
                 _, _, group = await held.writer.run(held.shard.position)
                 reported = await held.writer.run(held.shard.reported)
+                norm_history = await held.writer.run(held.shard.norm_history)
                 receipts = self._context.receipts.until(checkpoint.seq if checkpoint else 0)
         if decision.upload:
             held_state = self._held.find(decision.upload)
@@ -217,14 +220,23 @@ class Loading:
                 await opening.gather(self._shards.count, view.generation)
                 return True
             if loaded is not None:
-                group, reported, receipts = loaded[0].group, loaded[0].reported, loaded[1]
+                state, receipts = loaded
+                group, reported, norm_history = state.group, state.reported, state.norm_history
                 # Where nothing has been counted here, the checkpoint's writer has.
-                tally = max(tally, loaded[0].tally, key=lambda each: sum(each.pushes.values()))
+                tally = max(tally, state.tally, key=lambda each: sum(each.pushes.values()))
         place = checkpoint or CheckpointId(decision.epoch, 0, 0)
-        state = RunState(
-            decision.epoch, place.step, place.seq, decision.initialized, group, receipts, reported, tally.pushes
+        opened = RunState(
+            decision.epoch,
+            place.step,
+            place.seq,
+            decision.initialized,
+            group,
+            receipts,
+            reported,
+            pushes=tally.pushes,
+            norm_history=norm_history,
         )
-        return await opening.open(state, self._shards.count, view.generation, decision.target())
+        return await opening.open(opened, self._shards.count, view.generation, decision.target())
 
     async def load(self, view: RunView, mine: Sequence[LocalShard]) -> bool:
         """Takes the state that was decided on; whether the run goes on to the next phase with that."""

@@ -27,7 +27,7 @@ from freestep.errors import (
     Overloaded,
     ShardUnavailable,
 )
-from freestep.wire.encoding import ENCODINGS
+from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Admission, Ahead, Claim, Lost, Pending, Record, StagedPart
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.flight import Decision, Flight
@@ -234,7 +234,8 @@ class Pushes:
             vector = None if queued else staging.pool.try_acquire()
             if vector is None:
                 vector = await self._turn(claim, flight, queued=queued)
-            staged = await staging.receive(body, vector, ENCODINGS, lambda: self._yield_slot(claim))
+            encodings = accepted_encodings(self._spec.aggregation)
+            staged = await staging.receive(body, vector, encodings, lambda: self._yield_slot(claim))
             require_usable(self._spec, staged.norm)
             return staged
         except BaseException as error:
@@ -344,8 +345,9 @@ class Pushes:
     def _entry(self, claim: Claim, staged: Staged, record: Record, reads: Mapping[str, str]) -> Entry:
         return push_entry(
             self._spec,
-            staged.tensors,
+            None if record.decision == "dropped" else staged.tensors,
             float(record.norm),
+            bound=None if record.bound is None else float(record.bound),
             staleness=record.staleness,
             live=record.live,
             samples=claim.samples,
@@ -355,6 +357,7 @@ class Pushes:
             advance=record.decision == "applied",
             hold=staged.hold,
             worker=record.worker,
+            is_outlier=record.is_outlier,
             reads=reads,
         )
 

@@ -256,6 +256,8 @@ class Run:
             pushes=tally.pushes,
             loss=tally.loss,
             staleness=tally.staleness,
+            outliers=json.loads(fields.get("outliers", "{}")),
+            banned=sorted(json.loads(fields.get("banned", "{}"))),
             metrics=metrics,
             scheduled_lr=dict(zip(self.spec.group_names(), rates or (), strict=False)),
             checkpoint_step=checkpoint_step,
@@ -329,6 +331,10 @@ class Run:
         if self.spec.optimizer.needs_loss:
             raise InvalidSpec(
                 "the algorithm's step size needs sums over all parameters, and has them in one shard", field="shards"
+            )
+        if self.spec.aggregation.robust == "krum":
+            raise InvalidSpec(
+                "krum needs the distances between whole gradients, and has them in one shard", field="shards"
             )
         await self._context.resources.disk.run(self._context.resources.storage.require_writable)
         async with self._ownership.opening("a division into other shards"):

@@ -24,13 +24,15 @@ class Entry:
     seq: its place in the log. epoch: the run's when it was committed.
     advance: whether the pushes gathered so far, this one included, become an update.
     gradient: flat [numel], on the host or on the shard's device, as it came; None where the entry is no push: the end
-        of a lease closed the update, or the entry only marks a place.
+        of a lease closed the update, the entry only marks a place, or it tells of a push that was dropped.
     hold: the memory that the gradient lies in; the entry owns it, and the writer gives it back.
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
     lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
     staleness: the push's, in steps. live: the live workers when it was committed.
     loss: the push's training loss; 0 where it gives none.
+    norm: the push's, over all shards, before clipping; None where the entry is no push. A push whose norm alone counts
+        has no gradient. is_outlier: whether it is far beyond the run's usual.
     """
 
     seq: int
@@ -46,6 +48,8 @@ class Entry:
     staleness: int = 0
     live: int = 1
     loss: float = 0.0
+    norm: float | None = None
+    is_outlier: bool = False
     reads: Mapping[str, str] = field(default_factory=dict)
     """Ticket -> "POINT DTYPE", and the shard where only one is asked: the points to copy after this entry."""
     checkpoint: bool = False

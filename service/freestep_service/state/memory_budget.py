@@ -96,9 +96,10 @@ def snapshot_vectors(shards: int) -> int:
 def run_bytes(spec: RunSpec, shards_here: int, shards: int, device: torch.device = HOST) -> int:
     """The most host memory, in bytes, that a process needs for `shards_here` of a run's `shards`, the largest ones.
 
-    That is, of each: the state vectors, a group's accumulator, the vectors of bodies and of points, a copy of the state
-    while it is written or loaded, and y once more while it is loaded; of several, a vector for bodies of the whole
-    model. What slow peers hold is reserved apart. device: where the state is; on a GPU it takes no host memory.
+    That is, of each: the state vectors, a group's accumulator or its pushes where a robust rule keeps them apart, the
+    vectors of bodies and of points, a copy of the state while it is written or loaded, and y once more while it is
+    loaded; of several, a vector for bodies of the whole model. What slow peers hold is reserved apart. device: where
+    the state is; on a GPU it takes no host memory.
     """
     manifest = Manifest.of(spec)
     parts = [manifest.part(index, shards) for index in range(shards)]
@@ -109,7 +110,7 @@ def run_bytes(spec: RunSpec, shards_here: int, shards: int, device: torch.device
 def _shard_bytes(spec: RunSpec, part: Manifest, shards: int, device: torch.device) -> int:
     method, policy = method_of(spec.optimizer), Policy.of(spec.aggregation)
     vector, point = 4 * part.numel, max(4 * part.numel, room(part))
-    state = (len(method.buffers) + policy.groups) * vector
+    state = (len(method.buffers) + policy.gathered_vectors) * vector
     total = staging_vectors(policy, shards) * vector + snapshot_vectors(shards) * point + state
     if device == HOST:
         # y lies in a vector that any point fits into. A direction is made in a vector of its own.

@@ -36,9 +36,10 @@ def require_usable(spec: RunSpec, norm: float | None) -> float:
 
 def push_entry(
     spec: RunSpec,
-    gradient: Pushed,
+    gradient: Pushed | None,
     norm: float,
     *,
+    bound: float | None = None,
     staleness: int,
     live: int,
     samples: float | None,
@@ -47,18 +48,23 @@ def push_entry(
 ) -> Entry:
     """The entry of a push that was committed.
 
-    norm: the whole gradient's, over all shards. samples, loss: as the push gives them. others: as `Entry` has them.
+    gradient: None where the push was dropped. norm: the whole gradient's, over all shards. bound: the norm that it is
+    clipped to beside `max_grad_norm`, None where there is none. samples, loss: as the push gives them. others: as
+    `Entry` has them.
     """
     limit = spec.optimizer.max_grad_norm
+    # As torch.nn.utils.clip_grad_norm_.
+    scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
     return Entry(
         gradient=gradient,
-        weight=1.0 if samples is None else samples,
-        # As torch.nn.utils.clip_grad_norm_.
-        scale=1.0 if limit is None else min(1.0, limit / (norm + 1e-6)),
+        # Under a robust rule nobody weighs more because he says so.
+        weight=1.0 if samples is None or spec.aggregation.robust != "none" else samples,
+        scale=scale if bound is None or norm <= bound else min(scale, bound / norm),
         damping=damping(spec.aggregation, staleness, live),
         lateness=lateness(spec.aggregation, staleness),
         staleness=staleness,
         live=live,
         loss=loss or 0.0,
+        norm=norm,
         **others,
     )

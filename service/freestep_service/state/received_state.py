@@ -123,7 +123,7 @@ def document_of(spec: RunSpec, copy: StateCopy) -> StateDocument:
         spec=spec,
         epoch=copy.epoch,
         step=copy.step,
-        buffers=tuple(name for name in copy.tensors if name != "accumulated"),
+        buffers=tuple(name for name in copy.tensors if name in method_of(spec.optimizer).buffers),
         scalars={group: dict(scalars) for group, scalars in copy.scalars.items()},
         expected_staleness=copy.expected_staleness,
         metrics={name: dict(steps) for name, steps in copy.reported.items()},

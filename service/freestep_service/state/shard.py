@@ -18,6 +18,7 @@ from freestep.api.models import Point, RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.delay import Expectation
+from freestep_service.domain.norm_history import Norm, NormHistory
 from freestep_service.domain.reports import Measured, Reported, with_measured
 from freestep_service.domain.tally import NOTHING_COUNTED, Tally
 from freestep_service.optimizers import (
@@ -36,9 +37,10 @@ from freestep_service.optimizers import (
     step,
 )
 from freestep_service.optimizers.kernels.streams import settle
-from freestep_service.optimizers.readiness import compile_kernels, compile_rule
+from freestep_service.optimizers.readiness import compile_kernels, compile_robust, compile_rule
 from freestep_service.state.buffers import Vector
 from freestep_service.state.compute import HOST
+from freestep_service.state.kept_pushes import KeptPushes
 from freestep_service.state.log import Entry
 from freestep_service.state.views import Copying, PointView
 
@@ -56,7 +58,8 @@ class StateCopy:
     step: int
     seq: int
     tensors: dict[str, Tensor]
-    """The state vectors by name, and `accumulated` where pushes have been gathered; on the CPU."""
+    """The state vectors by name, and what pushes have been gathered in: `accumulated`, or `pushed.0`, `pushed.1`, ...
+    where they are kept apart; on the CPU."""
     scalars: dict[str, Scalars]
     group: dict[str, int]
     weight: float
@@ -67,6 +70,7 @@ class StateCopy:
     loss: float = 0.0
     tally: Tally = NOTHING_COUNTED
     """What had been counted when it was written, which is no part of the state."""
+    norm_history: NormHistory = field(default_factory=NormHistory)
 
 
 class Shard:
@@ -82,7 +86,12 @@ class Shard:
         # All of the run's groups, so that the scalars of any one shard are those of every other.
         self._groups = spec.group_names()
         self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in sorted(self._groups)}
-        self._gathers = Policy.of(spec.aggregation).groups
+        policy = Policy.of(spec.aggregation)
+        self._gathers = policy.groups and not policy.kept
+        self._kept = KeptPushes(spec.aggregation, policy.kept, manifest.numel, device) if policy.kept else None
+        self._gathered_vectors = policy.gathered_vectors
+        self._is_robust, self._ban_after = spec.aggregation.robust != "none", spec.aggregation.ban_after
+        self._norm_history = NormHistory()
         self._expectation = Expectation.of(spec)
         self._expected_staleness = 0.0
         self._buffers: dict[str, Tensor] = {}
@@ -99,8 +108,11 @@ class Shard:
         """Has ready what a step takes, so that no entry waits for it. The first time on a machine it takes seconds."""
         if self.device == HOST:
             compile_rule(next(iter(self._hyperparameters.values())), gathers=self._gathers)
+            if self._kept is not None:
+                compile_robust()
         else:
-            compile_kernels(self._method, self._layout, self._hyperparameters, self.device, gathers=self._gathers)
+            gathers = self._gathers or self._kept is not None
+            compile_kernels(self._method, self._layout, self._hyperparameters, self.device, gathers=gathers)
 
     def _clear_group(self) -> None:
         self.group: dict[str, int] = {}
@@ -108,6 +120,8 @@ class Shard:
         self._damping = 0.0
         self._lateness = 0
         self._loss = 0.0
+        if self._kept is not None:
+            self._kept.load([])
 
     def initialize(self, parameters: Tensor, epoch: int) -> None:
         """Starts at step 0 from the initial weights, flat [numel], fp32 or narrower, which are copied."""
@@ -115,6 +129,7 @@ class Shard:
         self._buffers = initial_buffers(self._method, self._as_y(parameters))
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
         self._reported = {}
+        self._norm_history = NormHistory()
         self._expected_staleness = 0.0
         self._clear_group()
         settle(self.device)
@@ -125,6 +140,7 @@ class Shard:
         self._buffers, self._home, self._lent = {}, None, None
         self._scalars = {}
         self._reported = {}
+        self._norm_history = NormHistory()
         self._accumulated = None
         self._expected_staleness = 0.0
         self._clear_group()
@@ -133,12 +149,15 @@ class Shard:
         """Applies the log's next entry.
 
         A group's gradient is the mean of its pushes weighted by their samples, and its damping and loss likewise; it
-        is as late as the latest of them.
+        is as late as the latest of them. A robust rule takes its place where there is one.
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
         if entry.measured is not None:
             self._observe(entry.measured)
+        if entry.norm is not None and self._is_robust:
+            norm = Norm(entry.worker, entry.norm, entry.is_outlier)
+            self._norm_history = self._norm_history.after(norm, self._ban_after)
         if entry.gradient is None and not entry.advance:
             return
         pushed = entry.gradient
@@ -166,9 +185,12 @@ class Shard:
         }
 
     def _gather(self, pushed: Pushed, entry: Entry) -> None:
-        if self._accumulated is None:
-            self._accumulated = torch.empty(self.manifest.numel, dtype=torch.float32, device=self.device)
-        gather(self._accumulated, pushed, entry.weight * entry.scale, first=not self._weight)
+        if self._kept is not None:
+            self._kept.add(pushed, entry.scale)
+        else:
+            if self._accumulated is None:
+                self._accumulated = torch.empty(self.manifest.numel, dtype=torch.float32, device=self.device)
+            gather(self._accumulated, pushed, entry.weight * entry.scale, first=not self._weight)
         self._weight += entry.weight
         self._damping += entry.weight * entry.damping
         self._lateness = max(self._lateness, entry.lateness)
@@ -177,6 +199,11 @@ class Shard:
 
     def _direction(self, pushed: Pushed | None, entry: Entry) -> tuple[Gradient, Conditions]:
         """The gradient of the step that an entry brings about, and what the log says of its pushes."""
+        if self._kept is not None:
+            if pushed is not None:
+                self._gather(pushed, entry)
+            taken = _conditions(self._damping / self._weight, self._lateness, self._loss / self._weight)
+            return self._kept.combine(), taken
         if not self._gathers:
             assert pushed is not None
             return Gradient(pushed, entry.scale), _conditions(entry.damping, entry.lateness, entry.loss)
@@ -254,15 +281,21 @@ class Shard:
         """The metrics that were reported up to here."""
         return self._reported
 
+    def norm_history(self) -> NormHistory:
+        """What is remembered of the pushes up to here, under a robust rule."""
+        return self._norm_history
+
     @property
     def state_bytes(self) -> int:
         """Bytes that a copy of the state may take."""
-        return 4 * self.manifest.numel * (len(self._method.buffers) + self._gathers)
+        return 4 * self.manifest.numel * (len(self._method.buffers) + self._gathered_vectors)
 
     def copy_state(self) -> StateCopy:
         """A copy of the state; its cost is one pass over memory."""
         tensors = dict(self._buffers)
-        if self.group and self._accumulated is not None:
+        if self._kept is not None:
+            tensors |= {f"pushed.{number}": kept for number, kept in enumerate(self._kept.tensors())}
+        elif self.group and self._accumulated is not None:
             tensors["accumulated"] = self._accumulated
         return StateCopy(
             self.epoch,
@@ -277,6 +310,7 @@ class Shard:
             self._lateness,
             self._expected_staleness,
             self._loss,
+            norm_history=self._norm_history,
         )
 
     def load(self, cut: StateCopy, epoch: int) -> None:
@@ -285,12 +319,16 @@ class Shard:
         kept = {name: cut.tensors[name].to(self.device) for name in self._method.buffers if name != "y"}
         self._buffers = {"y": self._as_y(cut.tensors["y"]), **kept}
         self._scalars = dict(cut.scalars)
-        self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
         self.group = dict(cut.group)
+        if self._kept is not None:
+            self._kept.load([cut.tensors[f"pushed.{number}"] for number in range(sum(cut.group.values()))])
+        else:
+            self._accumulated = cut.tensors["accumulated"].to(self.device) if cut.group else None
         self._weight, self._damping = cut.weight, cut.damping
         self._lateness, self._loss = cut.lateness, cut.loss
         self._expected_staleness = cut.expected_staleness
         self._reported = cut.reported
+        self._norm_history = cut.norm_history
 
 
 def _conditions(damping: float, lateness: int, loss: float) -> Conditions:

@@ -18,6 +18,7 @@ from torch import Tensor
 from freestep.api.models import ParameterSpec
 from freestep.wire.header import encode_header
 from freestep.wire.manifest import Manifest
+from freestep_service.domain.norm_history import NormHistory
 from freestep_service.domain.records import CheckpointId, Record
 from freestep_service.domain.tally import NOTHING_COUNTED, Tally
 from freestep_service.state.shard import StateCopy
@@ -55,6 +56,11 @@ class PartManifest(BaseModel):
     expected_staleness: float = 0.0
     metrics: dict[str, dict[str, float]] = {}
     """Metric -> step -> value, as evaluators have reported them."""
+    norms: list[list[str | float | bool]] = []
+    """[worker, norm, whether it was an outlier] of the newest pushes, oldest first, under a robust rule."""
+    outliers: dict[str, int] = {}
+    banned: dict[str, int] = {}
+    """Worker -> number, likewise."""
     receipts: dict[str, dict[str, Any]]
     tally: dict[str, int | float | None] = {}
     """What had been counted of the run's pushes, as the part's writer knew it."""
@@ -77,6 +83,7 @@ class PartManifest(BaseModel):
             },
             expected_staleness=self.expected_staleness,
             tally=Tally(**self.tally),  # type: ignore[arg-type]
+            norm_history=NormHistory.of(self.norms, self.outliers, self.banned),
         )
 
 
@@ -127,10 +134,16 @@ def manifest_members(
         "loss": copy.loss,
         "metrics": {name: {str(step): value for step, value in steps.items()} for name, steps in copy.reported.items()},
         "expected_staleness": copy.expected_staleness,
-        "receipts": {key: asdict(record) for key, record in receipts.items()},
+        **copy.norm_history.members(),
+        "receipts": {key: _kept(record) for key, record in receipts.items()},
         "tensors": tensors,
         **({"tally": copy.tally._asdict()} if copy.tally != NOTHING_COUNTED else {}),
     }
+
+
+def _kept(record: Record) -> dict[str, Any]:
+    """The members of a record, without the bound that its push was clipped to: it has had its effect."""
+    return {name: value for name, value in asdict(record).items() if name != "bound"}
 
 
 def read_manifest(storage: Storage, directory: str, checkpoint_id: CheckpointId, name: str) -> Part:

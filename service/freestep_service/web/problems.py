@@ -36,6 +36,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.MalformedRequest: 400,
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
+    errors.WorkerBanned: 403,
     errors.RunNotFound: 404,
     errors.CheckpointNotFound: 404,
     errors.RunExists: 409,

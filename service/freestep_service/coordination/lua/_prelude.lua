@@ -5,7 +5,10 @@
 --                     the run from others of its name; older versions wrote none), epoch, step, seq, initialized, token, the policy's values, counts of
 --                     pushes; shards (how many), phase and generation of the opening (see open.lua), durable (the
 --                     newest checkpoint), clocks (JSON: worker -> number of its pushes; only under a policy with a
---                     slack).
+--                     slack), bounds (JSON {outlier, clip, ban_after, max_batch}, as far as there are any; only under
+--                     a robust rule, as what follows), norms (JSON [[worker, norm, whether it was an outlier], ...] of
+--                     the newest pushes in the log, oldest first, norms as text in full precision), outliers (JSON:
+--                     worker -> number of them), banned (JSON: worker -> number of bans).
 --                     A run exists if this hash has a spec.
 --   leases    zset    worker -> the time at which its lease ends, in ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
@@ -90,9 +93,10 @@ end
 local known_rules
 local function rule(name)
   if not known_rules then
-    local read = redis.call('HMGET', RUN, 'shards', 'batch', 'max_staleness', 'distinct', 'slack')
+    local read = redis.call('HMGET', RUN, 'shards', 'batch', 'max_staleness', 'distinct', 'slack', 'bounds')
+    local bounds = read[6] and read[6] ~= '' and cjson.decode(read[6]) or nil
     known_rules = {shards = tonumber(read[1] or 1), batch = read[2], max_staleness = read[3], distinct = read[4] == '1',
-      slack = tonumber(read[5] or '')}
+      slack = tonumber(read[5] or ''), bounds = bounds}
   end
   return known_rules[name]
 end
@@ -197,6 +201,11 @@ local function remember(key, record, window, evicted)
   end
 end
 
+-- A table of workers and numbers among the run's fields: outliers or banned.
+local function worker_counts(field)
+  return cjson.decode(redis.call('HGET', RUN, field) or '{}')
+end
+
 -- Gives up a slot; the next in line gets it.
 local function leave_slot()
   redis.call('HINCRBY', RUN, 'in_flight', -1)
@@ -273,12 +282,14 @@ local function publish_evicted(keys)
   if #keys > 0 and shard_count() > 1 then publish({kind = 'evicted', keys = keys}) end
 end
 
--- Whether the gathered pushes make an update: `batch` pushes, or one of every live worker. `joining`: a worker whose
--- push is to be counted too, or nil.
+-- Whether the gathered pushes make an update: `batch` pushes, or one of every live worker, or as many as may be kept.
+-- `joining`: a worker whose push is to be counted too, or nil.
 local function is_complete(now, joining)
   local grouped, batch = run_number('grouped') + (joining and 1 or 0), rule('batch')
   if grouped == 0 then return false end
   if batch ~= 'live' then return grouped >= tonumber(batch) end
+  local bounds = rule('bounds')
+  if bounds and bounds.max_batch and grouped >= bounds.max_batch then return true end
   for _, worker in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '(' .. text(now), '+inf')) do
     if worker ~= joining and redis.call('HEXISTS', GROUP, worker) == 0 then return false end
   end

@@ -3,43 +3,45 @@
 -- report where they stand, in `load` they load the state that was decided on, and then it is `open`. Leases remain, and
 -- so do the epochs in which they were granted.
 -- KEYS     the run's, 13 metrics, then window:ID of each lease
--- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack (as for create), 6 shards, 7 epoch, 8 step, 9 seq,
---          10 initialized (0 or 1), 11 group (JSON: worker -> pushes), 12 leases (JSON, in the order of their windows),
---          13 generation that was gathered, 14 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live: true if
---          the state that a shard holds is that cut, upload: the import whose parts shards hold, if it is that}),
---          15 metrics (JSON: name -> value as in report_metric.lua), 16 numbers of pushes (JSON: decision -> number)
---          for a Redis that has lost them, then idempotency key and record, in turn, oldest first
+-- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack, 6 bounds (as for create), 7 shards, 8 epoch, 9 step,
+--          10 seq, 11 initialized (0 or 1), 12 group (JSON: worker -> pushes), 13 leases (JSON, in the order of their
+--          windows), 14 generation that was gathered, 15 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live:
+--          true if the state that a shard holds is that cut, upload: the import whose parts shards hold, if it is
+--          that}), 16 metrics (JSON: name -> value as in report_metric.lua), 17 numbers of pushes (JSON: decision ->
+--          number) for a Redis that has lost them, 18 norms, 19 outliers and 20 banned (JSON, as the run's hash has
+--          them), then idempotency key and record, in turn, oldest first
 -- returns  {late} (another generation has begun), or {load}, which begins a generation too
 
-if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[13] then return {'late'} end
+if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[14] then return {'late'} end
 check_type('hash', WORKERS, SHARDS)
 local generation = enter('load')
 local grouped = 0
 redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS, KEYS[13])
-for name, steps in pairs(cjson.decode(ARGV[15])) do redis.call('HSET', KEYS[13], name, steps) end
-for worker, pushes in pairs(cjson.decode(ARGV[11])) do
+for name, steps in pairs(cjson.decode(ARGV[16])) do redis.call('HSET', KEYS[13], name, steps) end
+for worker, pushes in pairs(cjson.decode(ARGV[12])) do
   redis.call('HSET', GROUP, worker, pushes)
   grouped = grouped + pushes
 end
 redis.call('HDEL', RUN, 'lost', 'initializing', 'resharding', 'recut')
 redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
-  'slack', ARGV[5], 'shards', ARGV[6], 'epoch', ARGV[7], 'step', ARGV[8], 'seq', ARGV[9], 'initialized', ARGV[10],
-  'grouped', grouped, 'in_flight', 0, 'target', ARGV[14])
+  'slack', ARGV[5], 'bounds', ARGV[6], 'shards', ARGV[7], 'epoch', ARGV[8], 'step', ARGV[9], 'seq', ARGV[10],
+  'initialized', ARGV[11], 'grouped', grouped, 'in_flight', 0, 'target', ARGV[15], 'norms', ARGV[18],
+  'outliers', ARGV[19], 'banned', ARGV[20])
 -- The log begins anew, so what was applied of the old one says nothing about it.
-for shard = 0, tonumber(ARGV[6]) - 1 do redis.call('HDEL', SHARDS, shard .. ':applied_seq') end
+for shard = 0, tonumber(ARGV[7]) - 1 do redis.call('HDEL', SHARDS, shard .. ':applied_seq') end
 redis.call('HSETNX', RUN, 'created_ms', text(clock()))
-local upload = cjson.decode(ARGV[14]).upload
+local upload = cjson.decode(ARGV[15]).upload
 if upload then redis.call('HSET', RUN, 'upload', upload) end
-for decision, pushes in pairs(cjson.decode(ARGV[16])) do redis.call('HSETNX', RUN, decision, text(pushes)) end
+for decision, pushes in pairs(cjson.decode(ARGV[17])) do redis.call('HSETNX', RUN, decision, text(pushes)) end
 
 -- Receipts of a live lease go to its window, others to the list of ended leases. A claim begins with its lease.
 local granted, windows = {}, {}
 for _, lease in ipairs(redis.call('HVALS', WORKERS)) do granted[lease] = true end
-for number, lease in ipairs(cjson.decode(ARGV[12])) do
+for number, lease in ipairs(cjson.decode(ARGV[13])) do
   redis.call('DEL', KEYS[13 + number])
   if granted[lease] then windows[lease] = KEYS[13 + number] end
 end
-for index = 17, #ARGV, 2 do
+for index = 21, #ARGV, 2 do
   redis.call('HSET', RECEIPTS, ARGV[index], ARGV[index + 1])
   local lease = string.match(cjson.decode(ARGV[index + 1]).claim, '^%S+')
   redis.call('RPUSH', windows[lease] or ENDED, ARGV[index])

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from freestep.api.models import PointDtype, Receipt
-from freestep.wire.encoding import ENCODINGS
+from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Claim
 from freestep_service.runs.run import Run
 from freestep_service.web.body import Body
@@ -77,7 +77,7 @@ async def _push_whole(
     """The slow path: this process receives the whole gradient and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}
     await run.coordinator.pushes.precheck(claimed)
-    async with run.staged(body, ENCODINGS) as whole:
+    async with run.staged(body, accepted_encodings(run.spec.aggregation)) as whole:
         receipt = await push_whole(relay, request, run, whole, {"Idempotency-Key": claimed.key, **wait})
     if not wishes.representation:
         return _receipt(receipt, wishes)
