@@ -56,7 +56,8 @@ def test_weights_from_elsewhere_stay_and_are_no_place_to_take_gradients(
         assert torch.equal(held(model), pulled(run))
         step(model, optimizer, 1)
     assert run.status().step == 2
-    assert caplog.records == []
+    # What was computed at kept weights after x is told of; else there is nothing to say.
+    assert [each.getMessage() for each in caplog.records if "at x are discarded" not in each.getMessage()] == []
 
 
 def test_a_restored_state_loads_y(remotely: Make, run: Run) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ import forked
 from freestep import Client
 from freestep.errors import FreestepError
 from freestep_service.settings import shown
-from harness import ProcessService, ThreadService
+from harness import ThreadService
 from plain_calls import Api
 
 PLANTED = "hunter2"
@@ -112,16 +115,29 @@ def test_a_running_service_logs_none(
     api.http.close()
 
 
-def test_a_service_in_a_process_prints_none(
-    start_process: Callable[..., ProcessService], valkey_url: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    service = start_process(redis_url=valkey_url, log_level="debug", access_log=True)
-    with httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {PLANTED}"}) as http:
-        assert http.get("/readyz").status_code == 200
-    service.stop()
-    printed = capfd.readouterr()
-    assert "GET /readyz" in printed.out + printed.err
-    assert PLANTED not in printed.out + printed.err
+def test_a_service_in_a_process_prints_none(valkey_url: str, tmp_path: Path) -> None:
+    settings = {"redis_url": valkey_url, "log_level": "debug", "access_log": True, "port": 0, "data_dir": tmp_path}
+    environment = {f"FREESTEP_{name.upper()}": str(value) for name, value in settings.items()}
+    with subprocess.Popen(
+        [sys.executable, "-m", "freestep.cli", "serve"],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        printed = ""
+        while (said := "freestep listens on ") not in printed:
+            line = process.stdout.readline()
+            assert line, printed
+            printed += line
+        url = printed.rpartition(said)[2].strip()
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {PLANTED}"}) as http:
+            assert http.get("/readyz").status_code == 200
+        process.terminate()
+        printed += process.communicate(timeout=60)[0]
+    assert "GET /readyz" in printed
+    assert PLANTED not in printed
 
 
 @pytest.mark.parametrize(

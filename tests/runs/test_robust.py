@@ -12,6 +12,7 @@ from torch import Tensor
 
 from encoded import assemble, topk
 from harness import ThreadService
+from meanwhile import wait_until
 from plain_calls import SGD, TENSORS, Api, slug
 
 CLIP = {"policy": "async", "robust": "clip"}
@@ -182,6 +183,8 @@ def test_a_banned_worker_is_out_at_once(api: Api, service: ThreadService) -> Non
     answer = api.push(spoiler, 0, "outlier", tensors=scaled(100.0))
     assert outcomes([answer]) == [("applied", "outlier")]
     assert [worker["worker"] for worker in api.status()["workers"]] == ["worker"]
+    with service.redis() as client:
+        wait_until(lambda: not client.hexists(f"freestep:{{{api.run}}}:workers", "spoiler"))
     before = api.state(service)
     assert slug(api.push(spoiler, 1)) == "lease-expired"
     assert slug(api.http.put(api.path(f"/leases/{spoiler['lease']}"))) == "lease-expired"
