@@ -296,7 +296,7 @@ def test_what_stalled_bodies_hold_costs_others_nothing(
     api = connect(service.url)
     api.create()
     lease = api.lease()
-    stalled = [begun_push(api, lease, BODY[:-1], key) for key in ("one", "two", "three")]
+    stalled = [begun_push(api, api.lease(key), BODY[:-1], key) for key in ("one", "two", "three")]
     pending = api.redis_key("pending")
     wait_until(lambda: len(service.redis_dump(pending).get(pending, ())) == 3)
     assert api.push(lease, 0, "four").json()["step"] == 1
@@ -314,7 +314,7 @@ def test_where_slow_peers_may_hold_nothing_the_slowest_are_ended_for_those_who_w
     api = connect(service.url)
     api.create()
     lease = api.lease()
-    stalled = [begun_push(api, lease, BODY[:-1], key) for key in ("one", "two")]
+    stalled = [begun_push(api, api.lease(key), BODY[:-1], key) for key in ("one", "two")]
     pending = api.redis_key("pending")
     wait_until(lambda: len(service.redis_dump(pending).get(pending, ())) == 2)
     assert api.push(lease, 0, "three").json()["step"] == 1

@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 
 from freestep.errors import (
     PROBLEMS,
@@ -31,6 +32,7 @@ from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Admission, Ahead, Claim, Lost, Pending, Record, StagedPart
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.flight import Decision, Flight
+from freestep_service.runs.lanes import Lanes
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
 from freestep_service.state.buffers import Vector
@@ -71,6 +73,8 @@ class Pushes:
         self._recovery = recovery
         self._core = core
         self._take_sent = take_sent
+        # With several shards, Redis gives the turns: pushes that took them here would wait for each other.
+        self._lanes = Lanes(inf if core.is_sharded else max(1, core.staging.pool.capacity // 2))
         self._flights: dict[str, Flight] = {}
         self._moved = asyncio.Event()
         """Set, and replaced, when the slowest worker has moved on."""
@@ -229,13 +233,18 @@ class Pushes:
         return record, admission.replayed
 
     async def _stage(self, claim: Claim, flight: Flight, body: Body, *, queued: bool) -> Staged:
-        staging, staged = self._core.staging, None
+        staging, staged, lanes = self._core.staging, None, self._lanes
+        began = asyncio.get_running_loop().time()
         try:
-            vector = None if queued else staging.pool.try_acquire()
-            if vector is None:
-                vector = await self._turn(claim, flight, queued=queued)
-            encodings = accepted_encodings(self._spec.aggregation)
-            staged = await staging.receive(body, vector, encodings, lambda: self._yield_slot(claim))
+            await lanes.enter(claim.lease, self._settings.queue_seconds)
+            try:
+                vector = None if queued else staging.pool.try_acquire()
+                if vector is None:
+                    vector = await self._turn(claim, flight, began, queued=queued)
+                encodings = accepted_encodings(self._spec.aggregation)
+                staged = await staging.receive(body, vector, encodings, lambda: self._yield_slot(claim))
+            finally:
+                lanes.leave(claim.lease)
             require_usable(self._spec, staged.norm)
             return staged
         except BaseException as error:
@@ -252,10 +261,13 @@ class Pushes:
         """The push's sender is slow, and its memory is counted apart: another push may have its slot."""
         self._background.spawn(self._coordinator.yield_slot(claim), "a slow push's slot was not given on")
 
-    async def _turn(self, claim: Claim, flight: Flight, *, queued: bool) -> Vector:
-        """Memory for a body, when its turn has come. Raises Overloaded, and what `_admit` raises."""
+    async def _turn(self, claim: Claim, flight: Flight, began: float, *, queued: bool) -> Vector:
+        """Memory for a body that has waited since `began`, when its turn has come.
+
+        Raises Overloaded, and what `_admit` raises.
+        """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.queue_seconds
+        deadline = began + self._settings.queue_seconds
         try:
             async with asyncio.timeout_at(deadline):
                 while queued and not await _comes(flight.granted):

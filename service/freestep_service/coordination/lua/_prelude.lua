@@ -22,8 +22,8 @@
 --                     K:left_url (of the owner that has given it up, until there is another),
 --                     K:report, K:loaded (see open.lua), K:written (its newest part of a checkpoint), K:applied_seq
 --                     (the newest entry of this epoch's log that it has applied), and other fields of heartbeats
---   staged    hash    idempotency key -> JSON {at, queued, parts: {K: {digest, norm}}} of a pending push, where there
---                     are several shards; or {at, claim, slug, detail, parts} of one that was refused before all of
+--   staged    hash    idempotency key -> JSON {at, queued, lease, parts: {K: {digest, norm}}} of a pending push, where
+--                     there are several shards; or {at, claim, slug, detail, parts} of one that was refused before all of
 --                     its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
@@ -48,6 +48,8 @@ local MOST_EVICTED = 1024
 -- Pushes of several shards that may hold memory at once; and places that may be read at once, for the answers of pushes
 -- and for pulls, so that no pull holds up a push. Each shard has as many vectors for them.
 local SLOTS, MOST_CUTS = 4, {push = 4, pull = 2}
+-- Of these pushes, those of one lease: half, so that no worker holds up all others. Slow ones count here, too.
+local SLOTS_OF_LEASE = 2
 -- How long a cut is kept for who does not come for it, in ms.
 local CUT_TTL = 30000
 
@@ -206,21 +208,48 @@ local function worker_counts(field)
   return cjson.decode(redis.call('HGET', RUN, field) or '{}')
 end
 
--- Gives up a slot; the next in line gets it.
-local function leave_slot()
-  redis.call('HINCRBY', RUN, 'in_flight', -1)
-  while run_number('in_flight') < SLOTS do
-    local following = redis.call('LPOP', QUEUE)
-    if not following then return end
+-- How many pushes that are not queued each lease has.
+local function held_by_lease()
+  local held = {}
+  for _, value in ipairs(redis.call('HVALS', STAGED)) do
+    local staged = cjson.decode(value)
+    if staged.lease and not staged.queued then held[staged.lease] = (held[staged.lease] or 0) + 1 end
+  end
+  return held
+end
+
+-- Whether a lease may have no more pushes on their way at the moment.
+local function is_crowded(lease)
+  return redis.call('HLEN', STAGED) >= SLOTS_OF_LEASE and (held_by_lease()[lease] or 0) >= SLOTS_OF_LEASE
+end
+
+-- Gives the free slots to the next in line whose leases may have them.
+local function grant_slots()
+  local line, free = redis.call('LRANGE', QUEUE, 0, -1), SLOTS - run_number('in_flight')
+  if #line == 0 or free <= 0 then return end
+  local held = held_by_lease()
+  for _, following in ipairs(line) do
     local waiting = redis.call('HGET', STAGED, following)
-    if waiting then
-      waiting = cjson.decode(waiting)
+    waiting = waiting and cjson.decode(waiting)
+    -- Older versions wrote no lease.
+    local lease = waiting and waiting.lease or ''
+    if not waiting or (held[lease] or 0) < SLOTS_OF_LEASE then redis.call('LREM', QUEUE, 1, following) end
+    if waiting and (held[lease] or 0) < SLOTS_OF_LEASE then
       waiting.queued, waiting.at = false, clock()
       redis.call('HSET', STAGED, following, cjson.encode(waiting))
       redis.call('HINCRBY', RUN, 'in_flight', 1)
       publish({kind = 'granted', key = following})
+      held[lease] = (held[lease] or 0) + 1
+      free = free - 1
+      if free == 0 then return end
     end
   end
+end
+
+-- Gives up a slot; the next in line gets it.
+local function leave_slot()
+  redis.call('HINCRBY', RUN, 'in_flight', -1)
+  grant_slots()
 end
 
 -- Forgets a push that was not committed, and gives up the slot that it held.
@@ -231,7 +260,13 @@ local function forget(key)
   redis.call('LREM', QUEUE, 0, key)
   if not staged then return end
   staged = cjson.decode(staged)
-  if not (staged.queued or staged.slug or staged.slow) then leave_slot() end
+  if staged.queued or staged.slug then return end
+  if staged.slow then
+    -- Its lease may have another.
+    grant_slots()
+  else
+    leave_slot()
+  end
 end
 
 -- Whether every shard has its part of a push, or is receiving it.

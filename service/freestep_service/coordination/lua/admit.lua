@@ -72,8 +72,8 @@ if may_lead then
 end
 redis.call('HSET', PENDING, key, claim)
 if not many then return {'admitted'} end
-local queued = run_number('in_flight') >= SLOTS
-redis.call('HSET', STAGED, key, cjson.encode({at = now, queued = queued, parts = {[shard] = {}}}))
+local queued = run_number('in_flight') >= SLOTS or is_crowded(lease)
+redis.call('HSET', STAGED, key, cjson.encode({at = now, queued = queued, lease = lease, parts = {[shard] = {}}}))
 if queued then
   redis.call('RPUSH', QUEUE, key)
   return {'queued'}
