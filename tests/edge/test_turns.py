@@ -90,6 +90,25 @@ def test_one_lease_does_not_take_all_turns_of_several_shards(
     api.http.close()
 
 
+def test_one_lease_does_not_take_all_turns_of_whole_pushes(
+    shared_nodes: Callable[..., list[ThreadService]], crowd: ExitStack
+) -> None:
+    nodes = shared_nodes(2, **LONG | {"slow_peer_bytes": 2**20, "slow_bytes_per_second": 1e9})
+    api = ShardedApi(nodes[0].url)
+    api.create(shards=2)
+    greedy, other = api.lease("greedy"), api.lease("other")
+    heads = [api.headers(greedy, 0) for _ in range(20)]
+    peers = crowded(crowd, api.url, api.path("/gradients"), heads, BODY)
+    # The bodies of all but one are not read.
+    for step in range(3):
+        assert api.push(other, step).json()["step"] == step + 1
+    for peer in peers:
+        peer.send(BODY[-1:])
+    assert sorted(peer.answer("POST").document["step"] for peer in peers) == list(range(4, 24))
+    api.http.delete(api.path())
+    api.http.close()
+
+
 def test_who_waits_behind_their_own_bodies_is_refused_in_time(
     start_service: Callable[..., ThreadService], crowd: ExitStack
 ) -> None:

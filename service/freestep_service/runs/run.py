@@ -34,6 +34,7 @@ from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.keeper import Keeper
+from freestep_service.runs.lanes import Lanes
 from freestep_service.runs.leases import Leases
 from freestep_service.runs.loading import Loading
 from freestep_service.runs.local_shard import LocalShard
@@ -95,6 +96,7 @@ class Run:
         self.imports = StateImports(context, owned, self._ownership, self._loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing)
         pool = VectorPool(self.manifest.numel, 1, reserve=resources.reserve)
+        self._senders = Lanes(1)
         self._whole = Staging(self.manifest, pool, resources.locks, settings.slow_bytes_per_second)
 
     def _make_shard(self, index: int, token: str) -> LocalShard:
@@ -210,13 +212,21 @@ class Run:
             await self._checkpointing.write_or_retry()
 
     @asynccontextmanager
-    async def staged(self, body: Body, encodings: Collection[str] = ("dense",)) -> AsyncIterator[Tensor]:
+    async def staged(
+        self, body: Body, encodings: Collection[str] = ("dense",), lease: str = ""
+    ) -> AsyncIterator[Tensor]:
         """A body of the whole model, flat [numel], fp32, or BF16 or F16 as it came; one at a time.
 
-        Raises MalformedTensors, and Overloaded when others had their turns for too long.
+        lease: of whoever sends it; of those with the same, one waits for its turn among the others. Raises
+        MalformedTensors, and Overloaded when others had their turns for too long.
         """
-        vector = await self._whole.pool.acquire(self._context.settings.queue_seconds)
-        staged = await self._whole.receive(body, vector, encodings)
+        seconds = self._context.settings.queue_seconds
+        await self._senders.enter(lease, seconds)
+        try:
+            vector = await self._whole.pool.acquire(seconds)
+            staged = await self._whole.receive(body, vector, encodings)
+        finally:
+            self._senders.leave(lease)
         try:
             whole = staged.tensors
             if isinstance(whole, Quantized):
