@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import httptools
 from starlette.responses import Response
@@ -57,8 +59,7 @@ def too_large(bounds: Bounds) -> Refused:
     return Refused(problem_response(HeadersTooLarge(detail, bytes=bounds.head_bytes, fields=bounds.head_fields)))
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """How a request is framed.
 
     length: the Content-Length in bytes; 0 without one. is_last: whether the parser cannot read on behind it.
@@ -82,29 +83,34 @@ class Head:
             raise Refused(unsupported_version_response(version))
         if len(headers) > bounds.head_fields or (received > bounds.head_bytes < _size(target, headers)):
             raise too_large(bounds)
-        hosts, codings, length = [], [], 0
+        hosts, codings, length = 0, [], 0
         for name, value in headers:
             if name == b"host":
-                hosts.append(value)
+                hosts += 1
+                if not _is_host(value):
+                    raise _malformed("the header Host names no host")
             elif name == b"content-length":
                 # The parser takes one that consists of digits; white space may follow.
                 length = int(value)
             elif name == b"transfer-encoding":
-                codings.append(value)
-        if len(hosts) > 1 or (not hosts and version == "1.1"):
-            raise _malformed(f"the header Host stands {len(hosts)} times, and has to stand once")
-        if hosts and _HOST.fullmatch(hosts[0].strip()) is None:
-            raise _malformed("the header Host names no host")
+                codings.append(value.strip().lower())
+        if hosts != 1 and (hosts or version == "1.1"):
+            raise _malformed(f"the header Host stands {hosts} times, and has to stand once")
         if codings:
             if version == "1.0":
                 raise _malformed("HTTP/1.0 knows no Transfer-Encoding")
-            if [coding.strip().lower() for coding in codings] != [b"chunked"]:
+            if codings != [b"chunked"]:
                 raise Refused(unsupported_transfer_coding_response())
         # The parser takes what follows for another protocol, whatever the length says.
         is_last = parser.should_upgrade()
         if is_last and (length or codings or parser.get_method() == b"CONNECT"):
             raise _malformed("the service speaks HTTP/1.1: it changes to no other protocol behind this request")
         return cls(length, is_last)
+
+
+@lru_cache
+def _is_host(value: bytes) -> bool:
+    return _HOST.fullmatch(value.strip()) is not None
 
 
 def _size(target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:
