@@ -8,6 +8,7 @@
     │   ├── WorkerBanned          worker-banned
     │   ├── RunNotFound           run-not-found
     │   ├── CheckpointNotFound    checkpoint-not-found
+    │   ├── TokenNotFound         token-not-found
     │   ├── RunExists             run-exists
     │   ├── RunNotInitialized     run-not-initialized
     │   ├── EpochChanged          epoch-changed
@@ -82,6 +83,7 @@ __all__ = [
     "StateMismatch",
     "StepNotReached",
     "StorageUnavailable",
+    "TokenNotFound",
     "Unauthenticated",
     "UnexpectedResponse",
     "UnsupportedMediaType",
@@ -189,6 +191,13 @@ class CheckpointNotFound(ProblemError):
 
     slug = "checkpoint-not-found"
     title = "There is no such checkpoint"
+
+
+class TokenNotFound(ProblemError):
+    """The service has no token of this ID that is good: see `Client.tokens`."""
+
+    slug = "token-not-found"
+    title = "There is no such token"
 
 
 class RunExists(ProblemError):

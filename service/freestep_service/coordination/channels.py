@@ -80,10 +80,10 @@ class Channels:
             del self._listeners[channel]
             self._interrupt()
 
-    async def publish(self, message: dict[str, Any]) -> None:
+    async def publish(self, message: dict[str, Any], channel: str = _COMMON) -> None:
         """Sends a message to all processes. Raises CoordinatorUnavailable."""
         with reachable():
-            await self._store.client.publish(_COMMON, json.dumps(message))
+            await self._store.client.publish(channel, json.dumps(message))
 
     def _interrupt(self) -> None:
         if self._reading is not None and not self._reading.expired():

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
+
+from pydantic import TypeAdapter
 
 from freestep.api.token_form import SCOPES, Scope
 
@@ -79,6 +82,16 @@ class Token:
     def revoked(self) -> Token:
         return replace(self, is_revoked=True)
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Token:
+        """Raises ValueError."""
+        return _TOKEN.validate_json(text, strict=True)
+
+
+_TOKEN = TypeAdapter(Token)
 
 ANYBODY = Token("anybody", "admin", "", 0)
 """Whoever asks a service whose tokens are turned off."""

@@ -39,6 +39,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.WorkerBanned: 403,
     errors.RunNotFound: 404,
     errors.CheckpointNotFound: 404,
+    errors.TokenNotFound: 404,
     errors.RunExists: 409,
     errors.RunNotInitialized: 409,
     errors.EpochChanged: 409,
