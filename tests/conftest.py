@@ -30,12 +30,14 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_configure(config: pytest.Config) -> None:
     """Has all clients, also in child processes, trust a single CA: loading certifi's takes each client 30 ms.
 
-    Has the loops on disk before xdist starts its processes.
+    Has all services leave their tokens in a folder of the tests', and the loops on disk before xdist starts its
+    processes.
     """
-    file = Path(tempfile.mkdtemp(prefix="freestep-tests-"), "ca.pem")
-    trustme.CA().cert_pem.write_to_path(file)
-    os.environ["SSL_CERT_FILE"] = str(file)
-    config.add_cleanup(lambda: shutil.rmtree(file.parent))
+    folder = Path(tempfile.mkdtemp(prefix="freestep-tests-"))
+    trustme.CA().cert_pem.write_to_path(folder / "ca.pem")
+    os.environ["SSL_CERT_FILE"] = str(folder / "ca.pem")
+    os.environ["XDG_CONFIG_HOME"] = str(folder)
+    config.add_cleanup(lambda: shutil.rmtree(folder))
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         # Else each of the processes that run tests would compile the same loops, where none are on disk.
         compile_loops()

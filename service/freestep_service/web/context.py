@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from starlette.requests import Request
 
+from freestep_service.access.tokens import Tokens
 from freestep_service.coordination.store import Store
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.telemetry import Metrics
@@ -24,6 +25,7 @@ class ServiceContext:
     store: Store
     relay: Relay
     registry: Registry
+    tokens: Tokens
     metrics: Metrics
     device: torch.device
 

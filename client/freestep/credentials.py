@@ -1,0 +1,115 @@
+"""The bearer token of a client: given, of the environment, or left by a service of the same user on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+
+from freestep.api.token_form import begins_as_token, scope_of
+from freestep.api.token_places import token_place
+from freestep.errors import InvalidSetting
+
+__all__ = ["NO_CREDENTIALS", "Credentials", "credentials"]
+
+logger = logging.getLogger("freestep")
+
+_LOOK_S = 1.0
+"""Seconds between two looks at a file, so that tokens can be replaced under way."""
+_PORTS = {"http": 80, "https": 443}
+
+
+class Credentials:
+    """A token, or a file that holds one, which is read again when it changes.
+
+    is_watched: whether to look at the file from time to time; else it is read only after a refusal.
+    """
+
+    def __init__(
+        self,
+        token: str | None,
+        file: Path | None = None,
+        *,
+        is_watched: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.token = token
+        self._file = file
+        self._is_watched = is_watched
+        self._clock = clock
+        self._read_as: tuple[int, int, int] | None = None
+        self._next_look = 0.0
+
+    def headers(self) -> dict[str, str]:
+        """The header of a request that carries the token."""
+        if self._is_watched and (now := self._clock()) >= self._next_look:
+            self._next_look = now + _LOOK_S
+            self.renew()
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+    def renew(self) -> bool:
+        """Reads the file if it has changed; whether the token is another one now."""
+        if self._file is None:
+            return False
+        try:
+            found = os.stat(self._file)
+            read_as = found.st_mtime_ns, found.st_size, found.st_ino
+            if read_as == self._read_as:
+                return False
+            token = _checked(self._file.read_text().strip(), str(self._file))
+        except (OSError, ValueError) as error:
+            # The last token may be as good as ever.
+            logger.debug("no token can be read in %s: %s", self._file, error)
+            return False
+        self._read_as = read_as
+        before, self.token = self.token, token
+        return token != before
+
+
+NO_CREDENTIALS = Credentials(None)
+
+
+def credentials(token: str | None, url: httpx.URL) -> Credentials:
+    """The token for a service: given, else of FREESTEP_TOKEN, FREESTEP_TOKEN_FILE, or where the service left its own.
+
+    Args:
+        token: A token that was given, if one was.
+        url: The service's URL.
+
+    Raises:
+        InvalidSetting: The token cannot be one, or FREESTEP_TOKEN_FILE cannot be read; the message does not show it.
+    """
+    if token:
+        return Credentials(_checked(token, "the argument token"))
+    if given := os.environ.get("FREESTEP_TOKEN"):
+        return Credentials(_checked(given, "FREESTEP_TOKEN"))
+    if name := os.environ.get("FREESTEP_TOKEN_FILE"):
+        try:
+            text = Path(name).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidSetting(f"FREESTEP_TOKEN_FILE: {name} cannot be read: {error}") from error
+        return Credentials(_checked(text.strip(), f"FREESTEP_TOKEN_FILE, {name},"), Path(name), is_watched=True)
+    # RuntimeError: there is no home to look in.
+    with suppress(RuntimeError):
+        left = Credentials(None, token_place(url.host, url.port or _PORTS[url.scheme]))
+        left.renew()
+        return left
+    return NO_CREDENTIALS
+
+
+def _checked(token: str, source: str) -> str:
+    """A token that can be sent. Raises InvalidSetting, which names the source and does not show the token."""
+    if not re.fullmatch("[!-~]+", token):
+        raise InvalidSetting(f"a token consists of visible ASCII characters: that of {source} does not")
+    if begins_as_token(token):
+        try:
+            scope_of(token)
+        except ValueError as error:
+            raise InvalidSetting(f"{source} holds no token: {error}") from None
+    return token
