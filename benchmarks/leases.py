@@ -24,6 +24,7 @@ from benchmarks.options import Options
 from benchmarks.services import cpu_seconds, running_service
 from benchmarks.worker import Worker, new_run
 from freestep import Client
+from freestep.credentials import credentials
 
 PARAMETERS = 1_000_000
 LEASES, RENEWED_EVERY_S = 1000, 5.0
@@ -66,13 +67,14 @@ class _Renewals:
 
 
 def _hold(connection: Connection, url: str, run: str) -> None:
-    path = f"/v1/runs/{run}/leases"
-    with httpx.Client(base_url=url) as client:
+    path, token = f"/v1/runs/{run}/leases", credentials(None, httpx.URL(url)).headers()
+    with httpx.Client(base_url=url, headers=token) as client:
         wishes = [{"worker": f"worker-{number}", "ttl_ms": _TTL_MS} for number in range(LEASES)]
         granted = [client.post(path, json=wish).raise_for_status().json()["lease"] for wish in wishes]
     server = urlsplit(url)
     # Requests as bytes, since the renewals' own work is not what is measured, and takes the cores too.
-    requests = cycle([f"PUT {path}/{lease} HTTP/1.1\r\nHost: {server.netloc}\r\n\r\n".encode() for lease in granted])
+    lines = "".join(f"{name}: {value}\r\n" for name, value in {"Host": server.netloc, **token}.items())
+    requests = cycle([f"PUT {path}/{lease} HTTP/1.1\r\n{lines}\r\n".encode() for lease in granted])
     with socket.create_connection((server.hostname, server.port)) as service:
         service.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.send("held")

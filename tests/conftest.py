@@ -18,7 +18,7 @@ import trustme
 
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.storage.media import Storage, open_storage
-from harness import ProcessService, ThreadService, store
+from harness import TOKEN, ProcessService, ThreadService, store
 from plain_calls import Api
 
 torch.set_num_threads(1)
@@ -30,10 +30,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_configure(config: pytest.Config) -> None:
     """Has all clients, also in child processes, trust a single CA: loading certifi's takes each client 30 ms.
 
-    Has all services leave their tokens in a folder of the tests', and the loops on disk before xdist starts its
-    processes.
+    Gives all services and clients the same admin token. Has the loops on disk before xdist starts its processes.
     """
     folder = Path(tempfile.mkdtemp(prefix="freestep-tests-"))
+    (folder / "admin-token").write_text(TOKEN)
+    os.environ["FREESTEP_ADMIN_TOKEN_FILE"] = str(folder / "admin-token")
+    os.environ["FREESTEP_TOKEN"] = TOKEN
     trustme.CA().cert_pem.write_to_path(folder / "ca.pem")
     os.environ["SSL_CERT_FILE"] = str(folder / "ca.pem")
     os.environ["XDG_CONFIG_HOME"] = str(folder)

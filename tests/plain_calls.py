@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from freestep.wire.receiver import MEDIA_TYPE
-from harness import ThreadService
+from harness import AUTHORIZED, ThreadService
 from meanwhile import at_once, wait_until
 
 TENSORS = {"w": torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0]]), "b": torch.tensor(2.0), "e": torch.zeros(0, 4)}
@@ -36,7 +36,7 @@ class Api:
     trusted: ssl.SSLContext | bool = True
 
     def __post_init__(self) -> None:
-        self.http = httpx.Client(base_url=self.url, timeout=60, verify=self.trusted)
+        self.http = httpx.Client(base_url=self.url, timeout=60, verify=self.trusted, headers=AUTHORIZED)
 
     def path(self, rest: str = "") -> str:
         return f"/v1/runs/{self.run}{rest}"

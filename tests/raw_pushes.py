@@ -9,7 +9,7 @@ from http.client import HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
-from harness import ThreadService
+from harness import AUTHORIZED, ThreadService
 from meanwhile import DEADLINE_S
 from plain_calls import BODY, Api
 
@@ -17,7 +17,7 @@ from plain_calls import BODY, Api
 def head_of_a_push(target: str, headers: Mapping[str, str | list[str]], length: int = len(BODY)) -> bytes:
     """The head of a push as raw bytes; a header whose value is a list is repeated."""
     lines = [f"POST {target} HTTP/1.1"]
-    for name, value in {"Host": "test", "Content-Length": str(length), **headers}.items():
+    for name, value in {"Host": "127.0.0.1", **AUTHORIZED, "Content-Length": str(length), **headers}.items():
         lines += [f"{name}: {each}" for each in ([value] if isinstance(value, str) else value)]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 

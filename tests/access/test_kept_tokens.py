@@ -37,7 +37,8 @@ def kept(settings: Settings, *revoked: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Callable[..., Settings]:
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    monkeypatch.delenv("FREESTEP_ADMIN_TOKEN_FILE")
     return lambda **options: Settings(data_dir=tmp_path, **options)
 
 

@@ -10,7 +10,7 @@ from http.client import HTTPResponse
 import httpx
 import pytest
 
-from harness import ThreadService
+from harness import OWN_HEAD, ThreadService
 from plain_calls import Api, slug
 from raw_pushes import connected, head_of_a_push
 
@@ -68,7 +68,7 @@ def test_what_is_not_http_gets_a_problem_document(connection: socket.socket, sen
 @pytest.mark.parametrize("sent", UNREADABLE.values(), ids=UNREADABLE)
 def test_requests_before_it_are_answered_first(api: Api, connection: socket.socket, sent: bytes) -> None:
     api.create()
-    good = f"GET {api.path()} HTTP/1.1\r\nHost: here\r\n\r\n".encode()
+    good = f"GET {api.path()} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode()
     connection.sendall(3 * good + sent + good)
     for _ in range(3):
         assert answer(connection).json()["run"] == api.run
@@ -77,7 +77,7 @@ def test_requests_before_it_are_answered_first(api: Api, connection: socket.sock
 
 def test_it_is_refused_after_an_answer_too(api: Api, connection: socket.socket) -> None:
     api.create()
-    connection.sendall(f"GET {api.path()} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
+    connection.sendall(f"GET {api.path()} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
     assert answer(connection).status_code == 200
     connection.sendall(b"nonsense\r\n\r\n")
     assert is_last_refused(connection)
@@ -86,8 +86,8 @@ def test_it_is_refused_after_an_answer_too(api: Api, connection: socket.socket) 
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_a_body_that_cannot_be_read_does_nothing(api: Api, connection: socket.socket, before: int) -> None:
     spec = json.dumps(api.spec()).encode()
-    connection.sendall(before * b"GET /v1/runs HTTP/1.1\r\nHost: here\r\n\r\n")
-    head = f"PUT {api.path()} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n".encode()
+    connection.sendall(before * f"GET /v1/runs HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
+    head = f"PUT {api.path()} HTTP/1.1\r\n{OWN_HEAD}Content-Type: application/json\r\n".encode()
     connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (len(spec), spec))
     connection.sendall(b"no chunk\r\n")
     for _ in range(before):

@@ -61,7 +61,7 @@ class Cluster:
                 "data-dir": self.folder / host,
             }
             flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-            serve = [sys.executable, "-m", "freestep.cli", "serve", "--insecure", *flags]
+            serve = [sys.executable, "-m", "freestep.cli", "serve", *flags]
             self._service.append(self.network.start(host, serve))
         for worker in _HOMES:
             self.worker(worker)

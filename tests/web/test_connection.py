@@ -24,7 +24,7 @@ from freestep_service.settings import Settings
 from freestep_service.tls import trusted_by, uvicorn_options
 from freestep_service.web.connection import Connection
 from freestep_service.web.inlet import INLET
-from harness import ThreadService
+from harness import OWN_HEAD, ThreadService
 from meanwhile import wait_until
 from plain_calls import SGD, Api, slug
 from raw_pushes import connected, head_of_a_push
@@ -116,7 +116,7 @@ def test_pushes_that_are_sent_without_waiting_are_answered_in_order(large: Large
     lease = large.lease()
     for step in range(3):
         call.sendall(large.head(lease, 0, f"key-{step}") + BODY)
-    call.sendall(f"GET {large.path()} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
+    call.sendall(f"GET {large.path()} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
     assert [call.document()["step"] for _ in range(4)] == [1, 2, 3, 3]
 
 

@@ -14,6 +14,7 @@ import torch
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.optimizers.kernels.points import STRETCH
 from freestep_service.state.views import Copying
+from harness import OWN_HEAD
 from meanwhile import at_once
 from plain_calls import SGD, Api
 from raw_pushes import connected
@@ -64,7 +65,7 @@ def test_they_are_of_the_steps_that_they_name_while_others_push_and_leave(large:
         for _ in range(20):
             with connected(str(large.http.base_url)) as connection:
                 target = f"{large.path('/parameters')}?point=x&dtype=BF16"
-                connection.sendall(f"GET {target} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
+                connection.sendall(f"GET {target} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
         return 0
 

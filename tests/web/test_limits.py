@@ -28,7 +28,9 @@ def app() -> FastAPI:
         raise RunNotFound
 
     made = create_app(Settings())
-    made.state.context = SimpleNamespace(registry=SimpleNamespace(find=find), settings=Settings(), relay=None)
+    made.state.context = SimpleNamespace(
+        registry=SimpleNamespace(find=find), settings=Settings(insecure=True), relay=None
+    )
     return made
 
 

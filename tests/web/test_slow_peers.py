@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from harness import ThreadService
+from harness import OWN_HEAD, ThreadService
 from meanwhile import wait_until
 from plain_calls import Api, slug
 from raw_pushes import answered, connected, head_of_a_push
@@ -51,7 +51,7 @@ def begin_pull(api: Api, point: str) -> socket.socket:
     connection = connected(api.url)
     # So that the kernel buffers little of the answer.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
-    connection.sendall(f"GET {api.path('/parameters')}?point={point} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+    connection.sendall(f"GET {api.path('/parameters')}?point={point} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
     assert connection.recv(1024).startswith(b"HTTP/1.1 200")
     return connection
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from freestep.wire.receiver import MEDIA_TYPE
-from harness import ThreadService
+from harness import OWN_HEAD, ThreadService
 from meanwhile import wait_until
 from plain_calls import SGD, Api
 from raw_pushes import connected
@@ -44,7 +44,7 @@ def test_a_reader_that_wakes_has_read_its_point_and_nothing_else(
 
     ones, lease = safetensors.torch.save({"w": torch.ones(NUMEL)}), api.lease()
     with connected(api.url, api.trusted) as connection:  # type: ignore[arg-type]
-        connection.sendall(f"GET {api.path('/parameters')}?{query} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
+        connection.sendall(f"GET {api.path('/parameters')}?{query} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
         received = connection.recv(1000)
         wait_until(lambda: len(aborted()) == 1)
         # What was its point is used again, for other steps.

@@ -43,7 +43,7 @@ def free() -> str:
     ("flags", "exit_code", "complaint"),
     [
         (["--port", "{taken}"], 1, "127.0.0.1:{taken} cannot be listened on, choose another host or port: Address al"),
-        (["--host", "192.0.2.1", "--insecure"], 1, "192.0.2.1:0 cannot be listened on, choose another host or port: "),
+        (["--host", "192.0.2.1"], 1, "192.0.2.1:0 cannot be listened on, choose another host or port: "),
         (
             ["--redis-url", "redis://:secret@127.0.0.1:{free}/0"],
             1,

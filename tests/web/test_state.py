@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from forms import FORMS, own
-from harness import ProcessService, ThreadService
+from harness import OWN_HEAD, ProcessService, ThreadService
 from meanwhile import at_once, wait_until
 from plain_calls import TENSORS, Api, persistently, slug
 from raw_pushes import connected
@@ -276,14 +276,14 @@ def test_a_reader_that_leaves_gives_its_memory_back(service: ThreadService, conn
     memory = service.registry.get(api.run)._context.resources.memory
     free = memory.free
     with connected(api.url) as connection:
-        connection.sendall(f"GET {api.path('/state')} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET {api.path('/state')} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
         assert connection.recv(1024).startswith(b"HTTP/1.1 200")
         assert memory.free < free
     wait_until(lambda: memory.free == free)
     state = export(api)
     assert torch.equal(tensors_of(state)["w::z"], large["w"])
     with connected(api.url) as connection:
-        head = f"PUT {api.path('/state?replace=true')} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(state)}\r\n"
+        head = f"PUT {api.path('/state?replace=true')} HTTP/1.1\r\n{OWN_HEAD}Content-Length: {len(state)}\r\n"
         connection.sendall(f"{head}Content-Type: application/vnd.safetensors\r\n\r\n".encode() + state[: 1024**2])
         wait_until(lambda: memory.free < free)
     wait_until(lambda: memory.free == free)
@@ -326,7 +326,7 @@ def test_a_kill_before_the_answer_leaves_the_old_state_or_the_new(
     there.http.post(there.path("/checkpoints"))
     old = points(there)
     with connected(there.url) as connection:
-        head = f"PUT {there.path('/state?replace=true')} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(state)}\r\n"
+        head = f"PUT {there.path('/state?replace=true')} HTTP/1.1\r\n{OWN_HEAD}Content-Length: {len(state)}\r\n"
         connection.sendall(f"{head}Content-Type: application/vnd.safetensors\r\n\r\n".encode() + state)
         process.send_signal(signal.SIGKILL)
     process.kill()

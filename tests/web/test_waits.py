@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from freestep.wire.receiver import MEDIA_TYPE
-from harness import ProcessService, ThreadService
+from harness import OWN_HEAD, ProcessService, ThreadService
 from meanwhile import under_way, wait_until
 from plain_calls import BODY, Api, slug
 from raw_pushes import connected, head_of_a_push
@@ -23,7 +23,7 @@ def test_a_pull_that_waits_ends_with_its_client(api: Api, service: ThreadService
     writer = service.registry.get(api.run).shard(0).core.writer
     for _ in range(3):
         with connected(api.url) as connection:
-            head = f"GET {api.path('/parameters')}?min_step=5 HTTP/1.1\r\nHost: here\r\nPrefer: wait=600\r\n\r\n"
+            head = f"GET {api.path('/parameters')}?min_step=5 HTTP/1.1\r\n{OWN_HEAD}Prefer: wait=600\r\n\r\n"
             connection.sendall(head.encode())
             wait_until(lambda: bool(writer._waiters))
         wait_until(lambda: not writer._waiters)

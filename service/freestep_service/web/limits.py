@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from freestep.errors import BodyTooLarge, MalformedRequest, RequestTimeout
 from freestep_service.web.context import ServiceContext
+from freestep_service.web.guard import GuardedRoute
 
 __all__ = ["LONGEST_JSON", "JsonRoute"]
 
@@ -19,14 +19,14 @@ LONGEST_JSON = 16 * 1024**2
 """Bytes: room for the manifest of some hundred thousand tensors."""
 
 
-class JsonRoute(APIRoute):
+class JsonRoute(GuardedRoute):
     """A route that reads no more than LONGEST_JSON bytes of a body, and refuses the rest with BodyTooLarge.
 
     A body that has not come within `json_seconds` is refused with RequestTimeout.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+    def unguarded(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().unguarded()
 
         async def handle(request: Request) -> Response:
             bounded = _BoundedRequest(request.scope, request.receive)

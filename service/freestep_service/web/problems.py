@@ -96,7 +96,15 @@ def problem_response(problem: ProblemError) -> JSONResponse:
         headers["Retry-After"] = str(retry_after)
     if isinstance(problem, errors.RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{problem.extensions['size']}"
+    if scope := problem.extensions.get("scope"):
+        headers["WWW-Authenticate"] = _challenge(problem, scope)
     return JSONResponse(problem.to_document(status), status, headers, MEDIA_TYPE)
+
+
+def _challenge(problem: ProblemError, scope: str) -> str:
+    """What a token has to be, RFC 6750; the detail says it to people."""
+    error = ', error="insufficient_scope"' if isinstance(problem, errors.Forbidden) else ""
+    return f'Bearer realm="freestep"{error}, scope="{scope}"'
 
 
 def internal_error_response() -> JSONResponse:

@@ -71,7 +71,8 @@ async def send_parts(relay: Relay, request: Request, run: Run, received: Receive
         return header, *(vector[_SIZE * part.begin : _SIZE * part.end] for vector in vectors)
 
     await _have_owners(run)
-    call = ShardCall("PUT", "state", {"Content-Type": MEDIA_TYPE, "Idempotency-Key": upload}, body=body)
+    headers = {**repeated_headers(request), "Content-Type": MEDIA_TYPE, "Idempotency-Key": upload}
+    call = ShardCall("PUT", "state", headers, body=body)
     async with AsyncExitStack() as exchanges:
         answers = await relay.call_all(exchanges, request, run, call)
         return [json.loads(await answer.aread())["token"] for answer in answers]

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from freestep.api.models import Checkpoint, CheckpointList, RunStatus
+from freestep_service.web.guard import needs
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.routes.dependencies import AnyRelay, AnyRun, Step
 
@@ -14,6 +15,7 @@ router = APIRouter(tags=["checkpoints"], route_class=JsonRoute)
 
 
 @router.post("/v1/runs/{run}/checkpoints", status_code=201, response_model=Checkpoint)
+@needs("admin")
 async def write_checkpoint(run: AnyRun, request: Request, relay: AnyRelay) -> Any:
     """Writes a checkpoint of the newest step."""
     if not run.owns_any:
@@ -22,12 +24,14 @@ async def write_checkpoint(run: AnyRun, request: Request, relay: AnyRelay) -> An
 
 
 @router.get("/v1/runs/{run}/checkpoints")
+@needs("read")
 async def list_checkpoints(run: AnyRun) -> CheckpointList:
     """The checkpoints that are kept, oldest first."""
     return CheckpointList(checkpoints=await run.list_checkpoints())
 
 
 @router.post("/v1/runs/{run}/checkpoints/{step}/restore", response_model=RunStatus)
+@needs("admin")
 async def restore_checkpoint(run: AnyRun, request: Request, relay: AnyRelay, step: Step) -> Any:
     """Returns the run to a checkpoint, in a new epoch; leases of the old epoch can no longer push."""
     if not run.owns_any:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Self, get_args
 
 from fastapi import Request, Response
-from fastapi.routing import APIRoute
 
 from freestep.api.models import MOST_SHARDS, Point, PointDtype
 from freestep.errors import MalformedRequest, ShardUnavailable
@@ -19,6 +18,7 @@ from freestep_service.runs.run import Run
 from freestep_service.settings import Settings
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.fields import PathField, Query, choice, flag, integer, pattern
+from freestep_service.web.guard import GuardedRoute
 from freestep_service.web.headers import LEASE_KIND
 from freestep_service.web.relay import Relay
 from freestep_service.web.routes.dependencies import RUN_NAME
@@ -66,13 +66,13 @@ REPLACE: Query[bool] = Query(
 )
 
 
-class DataRoute(APIRoute):
+class DataRoute(GuardedRoute):
     """A route whose handler takes the request as it came and returns a Response.
 
     Handlers bound the body that they read by `body_length`, or read none.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def unguarded(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
         return handler
 

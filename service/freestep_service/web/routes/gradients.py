@@ -12,6 +12,7 @@ from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Claim
 from freestep_service.runs.run import Run
 from freestep_service.web.body import Body
+from freestep_service.web.guard import needs
 from freestep_service.web.headers import PUSH_HEADERS, Preferences, body_length, claim, preferences, receipt_headers
 from freestep_service.web.relay import Relay
 from freestep_service.web.responses import SnapshotResponse
@@ -29,6 +30,7 @@ router = APIRouter(tags=["gradients"], route_class=DataRoute)
     responses={200: TENSORS},
     openapi_extra=documented(RUN, SHARD, OF, DTYPE, *PUSH_HEADERS, body=TENSORS_BODY),
 )
+@needs("push")
 async def push(request: Request) -> Response:
     """Pushes a gradient.
 

@@ -11,29 +11,35 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from freestep.errors import ShardUnavailable
 from freestep_service.web.context import ServiceContext
+from freestep_service.web.guard import needs, open_to_all, visitor
 from freestep_service.web.limits import JsonRoute
 
 router = APIRouter(tags=["health"], route_class=JsonRoute)
 
 
 @router.get("/healthz")
+@open_to_all
 async def healthz(request: Request) -> dict[str, str]:
     """Answers while the process serves requests, with the version of freestep that it is."""
     return {"status": "ok", "version": request.app.version}
 
 
 @router.get("/readyz")
+@open_to_all
 async def readyz(request: Request) -> dict[str, Any]:
     """Answers 200 if Redis takes writes and the device computes, else coordinator-unavailable.
 
     `problems` names the runs that cannot be opened, and those whose checkpoints cannot be written, with the reason.
-    Where the state of a run was in this service's storage and is there no more, the answer is shard-unavailable.
+    Where the state of a run was in this service's storage and is there no more, the answer is shard-unavailable. Runs
+    are named to those whose token is for them.
     """
-    context = ServiceContext.of(request)
+    context, token = ServiceContext.of(request), await visitor(request)
     await context.store.require_writable()
-    problems = context.registry.problems
+    found = context.registry.problems
+    problems = {run: reason for run, reason in found.items() if token is not None and token.is_for_run(run)}
     if lost := context.registry.lost:
-        raise ShardUnavailable("; ".join(f"run {name}: {problems[name]}" for name in lost), problems=problems)
+        named = "; ".join(f"run {run}: {problems[run]}" for run in lost if run in problems)
+        raise ShardUnavailable(named or "the state of a run is lost", problems=problems)
     device = context.device
     # In a thread: a GPU finishes the work that is queued first.
     await asyncio.to_thread(lambda: torch.zeros(1, dtype=torch.float32, device=device).add_(1).item())
@@ -41,6 +47,7 @@ async def readyz(request: Request) -> dict[str, Any]:
 
 
 @router.get("/metrics", response_class=Response)
+@needs("read")
 async def metrics(request: Request) -> Response:
     """Prometheus's text format."""
     return Response(ServiceContext.of(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)

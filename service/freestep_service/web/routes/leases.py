@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from freestep.api.models import Lease, LeaseList, LeaseRequest
+from freestep_service.web.guard import needs, require_worker
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.routes.data_request import LEASE, RUN, DataRoute, run_of
 from freestep_service.web.routes.dependencies import AnyRelay, AnyRun, LeaseId
@@ -18,14 +19,17 @@ renewals = APIRouter(tags=["leases"], route_class=DataRoute)
 
 
 @router.post("/v1/runs/{run}/leases", status_code=201, response_model=Lease)
+@needs("push")
 async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, relay: AnyRelay) -> Any:
     """Grants a lease with a new fencing token; the worker's older lease is fenced off."""
+    require_worker(request, wish.worker)
     if run.leases_are_elsewhere:
         return await relay.forward(request, run, content=await request.body())
     return await run.leases.grant(wish.worker, wish.ttl_ms)
 
 
 @renewals.put("/v1/runs/{run}/leases/{lease}", response_model=Lease, openapi_extra=documented(RUN, LEASE))
+@needs("push")
 async def renew_lease(request: Request) -> Response:
     """Renews a lease for its time to live."""
     run, lease = await run_of(request), LEASE.read(request)
@@ -34,6 +38,7 @@ async def renew_lease(request: Request) -> Response:
 
 
 @router.delete("/v1/runs/{run}/leases/{lease}", status_code=204)
+@needs("push")
 async def release_lease(run: AnyRun, lease: LeaseId, request: Request, relay: AnyRelay) -> Response:
     """Ends a lease; an update that waits for its worker only is then applied."""
     if run.leases_are_elsewhere:
@@ -43,6 +48,7 @@ async def release_lease(run: AnyRun, lease: LeaseId, request: Request, relay: An
 
 
 @router.get("/v1/runs/{run}/leases")
+@needs("read")
 async def list_leases(run: AnyRun) -> LeaseList:
     """The live leases, by worker."""
     return LeaseList(leases=await run.leases.workers())

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from freestep.api.models import RunStatus
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.web.body import Body
+from freestep_service.web.guard import needs
 from freestep_service.web.headers import PULL_HEADERS, UPLOAD_HEADERS, body_length, preferences, upload
 from freestep_service.web.responses import SnapshotResponse, etag, is_known
 from freestep_service.web.routes.data_request import (
@@ -34,6 +35,7 @@ router = APIRouter(tags=["parameters"], route_class=DataRoute)
     response_model=RunStatus,
     openapi_extra=documented(RUN, SHARD, OF, *UPLOAD_HEADERS, body=TENSORS_BODY),
 )
+@needs("push")
 async def initialize_run(request: Request) -> Response:
     """Gives the run its initial weights; the first upload wins, others get already-initialized.
 
@@ -61,6 +63,7 @@ async def initialize_run(request: Request) -> Response:
     responses={200: TENSORS, 206: TENSORS, 304: {"description": "The point's ETag is one of those named."}},
     openapi_extra=documented(RUN, SHARD, OF, POINT, DTYPE, MIN_STEP, CUT, *PULL_HEADERS),
 )
+@needs("read")
 async def pull(request: Request) -> Response:
     """A point of the run's newest step, or of a step not before `min_step` (`Prefer: wait=S`).
 

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from freestep.api.models import ReshardRequest, RunList, RunSpec, RunStatus, Topology
+from freestep_service.web.guard import caller, needs
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.routes.dependencies import AnyRegistry, AnyRelay, AnyRun, RunName
 
@@ -14,6 +15,7 @@ router = APIRouter(tags=["runs"], route_class=JsonRoute)
 
 
 @router.put("/v1/runs/{run}", status_code=201)
+@needs("push")
 async def create_run(run: RunName, spec: RunSpec, registry: AnyRegistry, response: Response) -> RunStatus:
     """Creates a run: 201, or 200 when it exists with the same spec."""
     made, is_new = await registry.create(run, spec)
@@ -23,24 +25,29 @@ async def create_run(run: RunName, spec: RunSpec, registry: AnyRegistry, respons
 
 
 @router.get("/v1/runs")
-async def list_runs(registry: AnyRegistry) -> RunList:
-    """Every run's status."""
-    return RunList(runs=[await run.status() for run in registry.all()])
+@needs("read", runs="any")
+async def list_runs(registry: AnyRegistry, request: Request) -> RunList:
+    """The status of every run that the token is for."""
+    is_for_run = caller(request).is_for_run
+    return RunList(runs=[await run.status() for run in registry.all() if is_for_run(run.name)])
 
 
 @router.get("/v1/runs/{run}")
+@needs("read")
 async def get_run(run: AnyRun) -> RunStatus:
     """The run's status."""
     return await run.status()
 
 
 @router.get("/v1/runs/{run}/topology")
+@needs("read")
 async def get_topology(run: AnyRun) -> Topology:
     """The owner of each shard, and the part of the model that it holds."""
     return await run.topology()
 
 
 @router.post("/v1/runs/{run}/reshard", response_model=RunStatus)
+@needs("admin")
 async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, relay: AnyRelay) -> Any:
     """Splits the run into another number of shards, in a new epoch."""
     if not run.owns_any:
@@ -50,6 +57,7 @@ async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, relay
 
 
 @router.delete("/v1/runs/{run}", status_code=204)
+@needs("admin")
 async def delete_run(run: RunName, registry: AnyRegistry) -> None:
     """Deletes a run, its checkpoints included."""
     await registry.delete(run)

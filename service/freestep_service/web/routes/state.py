@@ -15,6 +15,7 @@ from freestep_service.runs.run import Run
 from freestep_service.runs.state_imports import ImportTerms
 from freestep_service.web.body import Body
 from freestep_service.web.context import ServiceContext
+from freestep_service.web.guard import needs
 from freestep_service.web.headers import IMPORT_HEADERS, body_length, place, upload
 from freestep_service.web.routes.data_request import CUT, OF, REPLACE, RUN, SHARD, DataRequest, DataRoute
 from freestep_service.web.routes.documents import STATE, STATE_BODY, documented
@@ -29,6 +30,7 @@ router = APIRouter(tags=["state"], route_class=DataRoute)
     responses={200: STATE},
     openapi_extra=documented(RUN, SHARD, OF, CUT),
 )
+@needs("read")
 async def export_state(request: Request) -> Response:
     """The run's whole state at its newest step: every vector of the optimizer, and all scalars.
 
@@ -51,6 +53,7 @@ async def export_state(request: Request) -> Response:
     responses={200: {"model": RunStatus, "description": "The run had weights, and has this state in their place."}},
     openapi_extra=documented(RUN, REPLACE, *IMPORT_HEADERS, body=STATE_BODY),
 )
+@needs("admin")
 async def import_state(request: Request) -> Response:
     """Gives a run a whole state, and creates the run with the state's spec if there is none.
 

@@ -1,0 +1,151 @@
+"""Who may call what: each route names the scope that it needs, and lets in who has a token of that scope for its run.
+
+That is decided from the head of a request alone, before its body is read and before its run is looked for, so that
+nobody learns of a run that is not theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+
+from freestep.api.token_form import Scope
+from freestep.errors import Forbidden, Unauthenticated
+from freestep_service.domain.tokens import ANYBODY, Token
+from freestep_service.web.context import ServiceContext
+
+__all__ = ["GuardedRoute", "caller", "document_tokens", "needs", "open_to_all", "require_worker", "visitor"]
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+_CALLER = "freestep.caller"
+"""Where the scope of an ASGI request has the caller's token."""
+_NEEDED = "_freestep_needed"
+_OPEN = None, ""
+
+
+def needs(scope: Scope, *, runs: str = "") -> Callable[[Endpoint], Endpoint]:
+    """Has an endpoint let in whose token has a scope, for the run that the path names.
+
+    Where the path names none, the token has to be for all runs, unless `runs` is "any": then the endpoint shows what
+    the token is for.
+    """
+
+    def mark(endpoint: Endpoint) -> Endpoint:
+        setattr(endpoint, _NEEDED, (scope, runs))
+        return endpoint
+
+    return mark
+
+
+def open_to_all(endpoint: Endpoint) -> Endpoint:
+    """Has an endpoint let in everybody."""
+    setattr(endpoint, _NEEDED, _OPEN)
+    return endpoint
+
+
+class GuardedRoute(APIRoute):
+    """A route that lets in whom its endpoint's scope admits, and names the scope in the OpenAPI document.
+
+    An endpoint without a scope is an error at the start: it would be open by mistake.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if not hasattr(endpoint, _NEEDED):
+            raise TypeError(f"{path} names no scope: decorate {endpoint.__qualname__} with @needs or @open_to_all")
+        self.scope, self._runs = getattr(endpoint, _NEEDED)
+        extra = {**(options.get("openapi_extra") or {}), "security": [{"token": [self.scope]}] if self.scope else []}
+        super().__init__(path, endpoint, **{**options, "openapi_extra": extra})
+
+    def unguarded(self) -> Handler:
+        """The handler of those who are let in."""
+        return super().get_route_handler()
+
+    def get_route_handler(self) -> Handler:
+        handler, scope, runs = self.unguarded(), self.scope, self._runs
+        if scope is None:
+            return handler
+
+        async def guarded(request: Request) -> Response:
+            run = request.path_params.get("run")
+            try:
+                token = await _bearer(request)
+            except Unauthenticated as error:
+                raise Unauthenticated(f"{error}: {_wanted(scope, run)} is needed", scope=scope, run=run) from None
+            if not token.has_scope(scope) or not _is_for(token, run, runs):
+                detail = f"{_wanted(scope, run)} is needed, and this one is of scope {token.scope} for {token.runs!r}"
+                raise Forbidden(detail, scope=scope, run=run)
+            request.scope[_CALLER] = token
+            return await handler(request)
+
+        return guarded
+
+
+def _is_for(token: Token, run: str | None, runs: str) -> bool:
+    return (runs == "any" or token.is_for_all_runs) if run is None else token.is_for_run(run)
+
+
+def _wanted(scope: Scope, run: str | None) -> str:
+    return f"a token of scope {scope} for {'all runs' if run is None else f'the run {run!r}'}"
+
+
+async def _bearer(request: Request) -> Token:
+    """The token that a request carries. Raises Unauthenticated and CoordinatorUnavailable."""
+    context = ServiceContext.of(request)
+    if context.settings.insecure:
+        return ANYBODY
+    values = [value for name, value in request.scope["headers"] if name == b"authorization"]
+    if not values:
+        raise Unauthenticated("the request carries no token")
+    scheme, _, text = values[0].decode("latin-1").partition(" ")
+    if scheme.lower() != "bearer" or len(values) > 1:
+        raise Unauthenticated("the header Authorization must be Bearer and a token, once")
+    return context.tokens.known(text) or await context.tokens.find(text.strip())
+
+
+def caller(request: Request) -> Token:
+    """The token of a request that was let in."""
+    token: Token = request.scope[_CALLER]
+    return token
+
+
+async def visitor(request: Request) -> Token | None:
+    """The token that a request carries, for an endpoint that is open to all; None if it carries none that is good."""
+    try:
+        return await _bearer(request)
+    except Unauthenticated:
+        return None
+
+
+def require_worker(request: Request, worker: str) -> None:
+    """Raises Forbidden if the caller's token is not for a worker of this name."""
+    token = caller(request)
+    if not token.is_for_worker(worker):
+        run = request.path_params["run"]
+        detail = f"the token is for workers {token.workers!r}, and not for {worker!r}"
+        raise Forbidden(detail, scope="push", run=run, worker=worker)
+
+
+def document_tokens(app: FastAPI) -> None:
+    """Has an app's OpenAPI document say how tokens are sent."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        document.setdefault("components", {})["securitySchemes"] = _SECURITY_SCHEMES
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+_SECURITY_SCHEMES = {
+    "token": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A token of the scope that the operation names, or of a later one of read, push, admin.",
+    }
+}
