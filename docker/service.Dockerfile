@@ -38,14 +38,15 @@ COPY --from=client /opt/freestep /opt/freestep
 COPY --from=service /service /opt/freestep
 COPY --from=project /project /opt/freestep
 COPY docker/healthcheck.py /opt/freestep/healthcheck.py
-RUN install -d -o freestep -g freestep /data
+RUN install -d -o freestep -g freestep /data /tokens
 # PASSIVE: torch's idle threads sleep instead of spinning against the event loop; FREESTEP_THREADS says how many.
 # NUMBA_CACHE_DIR: who has no home keeps compiled loops with the data, so that only the first start compiles them.
-# FREESTEP_HOST: without FREESTEP_INSECURE the service then refuses to start, rather than listen where nobody hears it.
+# XDG_CONFIG_HOME: who has no home leaves the admin token there, where `docker exec CONTAINER freestep ...` finds it.
 ENV PATH=/opt/freestep/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     OMP_WAIT_POLICY=PASSIVE \
     NUMBA_CACHE_DIR=/data/.cache \
+    XDG_CONFIG_HOME=/tmp \
     FREESTEP_HOST=0.0.0.0 \
     FREESTEP_DATA_DIR=/data
 # A number, so that Kubernetes can tell that it is not root.

@@ -139,11 +139,23 @@ def test_compose_runs_modules_that_exist() -> None:
 def test_compose_keeps_data_in_declared_volumes() -> None:
     document = compose()
     mounts = {
-        name: [mount.split(":") for mount in service.get("volumes", ())]
+        name: [mount.split(":")[:2] for mount in service.get("volumes", ())]
         for name, service in document["services"].items()
     }
     assert mounts["redis"] and ["checkpoints", last("service", "VOLUME")] in mounts["shard"]
     assert {volume for each in mounts.values() for volume, _ in each} == set(document["volumes"])
+
+
+def test_compose_gives_workers_a_push_token_and_nothing_more() -> None:
+    services = compose()["services"]
+    file = services["shard"]["environment"]["FREESTEP_PUSH_TOKEN_FILE"]
+    volume = "push-token:" + str(Path(file).parent)
+    assert volume in services["shard"]["volumes"]
+    for name in ("worker", "evaluator"):
+        assert services[name]["volumes"] == [f"{volume}:ro"]
+        assert services[name]["environment"]["FREESTEP_TOKEN_FILE"] == file
+    assert any(str(Path(file).parent) in rest.split() for word, rest in instructions("service") if word == "RUN")
+    assert "insecure" not in (ROOT / "docker-compose.yml").read_text().lower()
 
 
 def test_gpu_override_says_that_it_is_untested_and_fits_the_images() -> None:

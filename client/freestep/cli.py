@@ -24,6 +24,7 @@ from freestep.commands.doctor import doctor
 from freestep.commands.evaluate import evaluate
 from freestep.commands.pull import pull
 from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
+from freestep.commands.tokens import tokens
 from freestep.commands.workers import workers
 from freestep.errors import FreestepError, InvalidSetting, ProblemError, ServiceUnreachable
 from freestep.files import is_stdout
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 runs = typer.Typer(help="List, show, move, reshard and delete runs.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
+app.add_typer(tokens, name="tokens")
 
 
 def _show_version(is_wanted: bool) -> None:

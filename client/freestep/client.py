@@ -6,11 +6,15 @@ import os
 import ssl
 from types import TracebackType
 from typing import Self
+from urllib.parse import quote
 
 import httpx
 
 from freestep.answers import parse
 from freestep.api.models import RunList, RunStatus
+from freestep.api.token_form import Scope
+from freestep.api.tokens import NewToken, TokenList, TokenStatus
+from freestep.credentials import own_credentials
 from freestep.run import Run
 from freestep.service_transport import open_transport, retry_seconds
 from freestep.transport import Transport
@@ -42,9 +46,9 @@ class Client:
         timeout: Seconds without progress after which an attempt fails.
         retry_for: Seconds for which a request is repeated while the service is away or busy; 0 sends each request once.
             None takes FREESTEP_RETRY_SECONDS from the environment, or 60.
-        http: An httpx client to use instead, for a proxy or hooks for example; url, token, verify and timeout are then
-            ignored. It needs a connection for each shard of a run. It is fastest over a
-            `freestep.bulk.BulkTransport`.
+        http: An httpx client to use instead, for a proxy or hooks for example; url, verify and timeout are then
+            ignored, and so is the token if it has an Authorization header. It needs a connection for each shard of a
+            run. It is fastest over a `freestep.bulk.BulkTransport`.
 
     Raises:
         InvalidSetting: The URL has no scheme or is none, the token cannot be one, the environment's proxy for the URL
@@ -66,7 +70,7 @@ class Client:
         self._transport = (
             open_transport(url or os.environ.get("FREESTEP_URL") or DEFAULT_URL, token, verify, timeout, seconds)
             if http is None
-            else Transport(http, seconds)
+            else Transport(http, seconds, credentials=own_credentials(http, token))
         )
 
     def run(self, name: str, *, ranks: WorkerGroup = SINGLE_PROCESS) -> Run:
@@ -81,6 +85,43 @@ class Client:
     def runs(self) -> list[RunStatus]:
         """The status of every run."""
         return parse(RunList, self._transport.request("GET", "/v1/runs")).runs
+
+    def create_token(
+        self,
+        name: str,
+        scope: Scope,
+        *,
+        runs: str = "*",
+        workers: str | None = None,
+        expires_in: int | None = None,
+    ) -> NewToken:
+        """Makes a token for somebody else; `NewToken.token` is the only place where it is shown.
+
+        Args:
+            name: What it is for.
+            scope: `read` is to look at runs and report metrics, `push` also to create and train them, `admin` all.
+            runs: A pattern of the runs that it is for, as in shells: `mnist-*`.
+            workers: A pattern of the names under which its bearer may take leases; None is any.
+            expires_in: Seconds after which it ends; None is never.
+        """
+        document = {"name": name, "scope": scope, "runs": runs, "workers": workers, "expires_in": expires_in}
+        # Not repeated: a token whose answer was lost would stay, and nobody would know it.
+        return parse(NewToken, self._transport.request("POST", "/v1/tokens", json=document, retry=False))
+
+    def tokens(self) -> list[TokenStatus]:
+        """The tokens that are good, without their texts."""
+        return parse(TokenList, self._transport.request("GET", "/v1/tokens")).tokens
+
+    def revoke_token(self, id: str) -> None:
+        """Ends a token, at all processes of the service.
+
+        Args:
+            id: The token's ID, from `tokens` or `create_token`.
+
+        Raises:
+            TokenNotFound: There is no token of this ID that is good.
+        """
+        self._transport.request("DELETE", f"/v1/tokens/{quote(id, safe='')}")
 
     def close(self) -> None:
         """Closes the connections, and the httpx client that the client was given."""

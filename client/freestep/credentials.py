@@ -16,7 +16,7 @@ from freestep.api.token_form import begins_as_token, scope_of
 from freestep.api.token_places import token_place
 from freestep.errors import InvalidSetting
 
-__all__ = ["NO_CREDENTIALS", "Credentials", "credentials"]
+__all__ = ["NO_CREDENTIALS", "Credentials", "credentials", "own_credentials"]
 
 logger = logging.getLogger("freestep")
 
@@ -95,12 +95,25 @@ def credentials(token: str | None, url: httpx.URL) -> Credentials:
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidSetting(f"FREESTEP_TOKEN_FILE: {name} cannot be read: {error}") from error
         return Credentials(_checked(text.strip(), f"FREESTEP_TOKEN_FILE, {name},"), Path(name), is_watched=True)
-    # RuntimeError: there is no home to look in.
-    with suppress(RuntimeError):
+    # RuntimeError: there is no home to look in. KeyError: it is no URL of a service.
+    with suppress(RuntimeError, KeyError):
         left = Credentials(None, token_place(url.host, url.port or _PORTS[url.scheme]))
         left.renew()
         return left
     return NO_CREDENTIALS
+
+
+def own_credentials(http: httpx.Client, token: str | None) -> Credentials:
+    """The token for a client of the user's own: none if that has a header of its own.
+
+    Args:
+        http: The client.
+        token: A token that was given, if one was.
+
+    Raises:
+        InvalidSetting: As `credentials` does.
+    """
+    return NO_CREDENTIALS if "authorization" in http.headers else credentials(token, http.base_url)
 
 
 def _checked(token: str, source: str) -> str:

@@ -119,8 +119,8 @@ class LocalRun:
             parameter_count=self._manifest.numel,
         )
 
-    def workers(self) -> list[WorkerStatus]:
-        """The one worker, once it has a lease."""
+    def workers(self, lease: str | None = None) -> list[WorkerStatus]:
+        """The one worker, once it has a lease, which is shown whoever asks."""
         return [] if self._worker is None else [self._worker]
 
     def lease(self, worker: str) -> LocalLease:

@@ -99,8 +99,9 @@ class Membership:
             )
 
     def _lives_elsewhere(self, worker: str) -> bool:
-        own = {held.granted.lease for held in self._held}
-        return any(each.worker == worker and each.lease not in own for each in self._run.workers())
+        own = self._held[0].granted.lease if self._held else None
+        # Of leases, one's own alone is shown.
+        return any(each.worker == worker and each.lease is None for each in self._run.workers(own))
 
     def take_name(self, worker: str) -> None:
         """Takes another name for the next lease, unless a worker lives under it."""

@@ -128,9 +128,14 @@ class Run:
         self._transport.request("DELETE", self._path)
         self._manifest = None
 
-    def workers(self) -> list[WorkerStatus]:
-        """The workers that hold a lease."""
-        return parse(LeaseList, self._transport.request("GET", f"{self._path}/leases")).leases
+    def workers(self, lease: str | None = None) -> list[WorkerStatus]:
+        """The workers that hold a lease.
+
+        Args:
+            lease: The ID of a lease of one's own, which is shown with its worker; those of others are not.
+        """
+        headers = {"Freestep-Lease": lease} if lease else {}
+        return parse(LeaseList, self._transport.request("GET", f"{self._path}/leases", headers=headers)).leases
 
     def lease(self, worker: str | None = None, ttl_ms: int | None = None) -> HeldLease:
         """Takes a lease, which a background thread renews until it is released.

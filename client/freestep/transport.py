@@ -154,6 +154,11 @@ class Transport:
     def base_url(self) -> httpx.URL:
         return self._http.base_url
 
+    @property
+    def has_token(self) -> bool:
+        """Whether requests carry a token."""
+        return self._credentials.token is not None
+
     def request(
         self,
         method: str,

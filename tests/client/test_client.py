@@ -366,7 +366,7 @@ def test_a_lease_is_renewed_while_it_is_held(run: Run, service: ThreadService) -
         granted = client.zscore(leases, "me")
         # Until the lease has outlived its first term.
         wait_until(lambda: client.zscore(leases, "me") > granted + 3000)
-        assert [worker.lease for worker in run.workers()] == [lease.granted.lease]
+        assert [worker.lease for worker in run.workers(lease.granted.lease)] == [lease.granted.lease]
         assert lease.lost is None
 
 

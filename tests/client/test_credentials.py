@@ -15,6 +15,7 @@ from freestep.api.token_form import make_token
 from freestep.api.token_places import is_loopback, token_place
 from freestep.credentials import Credentials, credentials
 from freestep.transport import Transport
+from harness import AUTHORIZED, TOKEN, ThreadService
 
 URL = httpx.URL("http://127.0.0.1:8000")
 ONE, OTHER = make_token("push"), make_token("push")
@@ -156,6 +157,17 @@ def test_what_cannot_be_one_is_told_at_once_and_not_shown(
     assert str(tmp_path / "token") in refused()
     monkeypatch.setenv("FREESTEP_TOKEN", text)
     assert "FREESTEP_TOKEN" in refused()
+
+
+def test_a_client_of_ones_own_carries_it_too(service: ThreadService) -> None:
+    for given, own in ({"token": TOKEN}, {}), ({}, AUTHORIZED):
+        with Client(http=httpx.Client(base_url=service.url, headers=own), retry_for=0, **given) as client:
+            client.runs()
+    # Its own goes before.
+    mine = httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {ONE}"})
+    with Client(http=mine, token=TOKEN, retry_for=0) as client, pytest.raises(Unauthenticated):
+        client.runs()
+    Client(http=httpx.Client()).close()
 
 
 def test_a_file_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import forked
 from freestep import CoordinatorUnavailable, Unauthenticated
+from freestep.api.token_form import make_token
 from harness import ThreadService, store
 from scripted import Peer, Server
 
@@ -47,7 +48,7 @@ def test_all_is_well(service: ThreadService) -> None:
         "service": ("ok", "answers"),
         "version": ("ok", f"freestep {version('freestep')}, here and there"),
         "clock": ("ok", "the same as the service's to within 1 s"),
-        "token": ("ok", "none is needed"),
+        "token": ("ok", "accepted"),
         "redis": ("ok", "answers the service"),
         "device": ("ok", f"the service computes on {service.app.state.context.device}"),
         "runs": ("ok", "no run has a problem"),
@@ -138,7 +139,7 @@ READY = ("200 OK", {"status": "ready", "device": "cuda:0", "problems": {}})
         ([HEALTHY, RUNS, READY], NOW, "clock", "ahead of the service's: set both"),
         (
             [HEALTHY, ("401 Unauthorized", Unauthenticated("no token").to_document(401)), READY],
-            None, "token", "no token: see --token or FREESTEP_TOKEN",
+            None, "token", "no token: see --token, FREESTEP_TOKEN or FREESTEP_TOKEN_FILE",
         ),
         (
             [HEALTHY, RUNS, ("503 Service Unavailable", CoordinatorUnavailable("is loading").to_document(503))],
@@ -166,3 +167,16 @@ def test_a_token_that_is_accepted_is_said(serve: Callable[..., Server]) -> None:
     assert found["token"] == ("ok", "accepted")
     assert found["clock"] == ("ok", "the service does not say its time")
     assert found["device"] == ("ok", "the service computes on cuda:0")
+
+
+def test_a_service_without_tokens_needs_none(start_service: Callable[..., ThreadService]) -> None:
+    code, found = doctor(start_service(insecure=True).url, FREESTEP_TOKEN="")
+    assert code == 0
+    assert found["token"] == ("ok", "none is needed")
+
+
+def test_a_token_that_is_refused_is_said(service: ThreadService) -> None:
+    code, found = doctor(service.url, FREESTEP_TOKEN=make_token("push"))
+    assert code == 1
+    assert found["token"][0] == "wrong"
+    assert "is unknown, or was revoked" in found["token"][1] and "FREESTEP_TOKEN" in found["token"][1]

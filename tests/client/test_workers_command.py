@@ -18,10 +18,8 @@ from meanwhile import wait_until
 from plain_calls import TENSORS, Api
 
 
-def worker(lease: str, pushes: int, speed: float | None = None) -> WorkerStatus:
-    return WorkerStatus(
-        worker=f"of-{lease}", lease=lease, token=1, ttl_ms=1, expires_in_ms=1, pushes=pushes, speed=speed
-    )
+def worker(name: str, pushes: int, speed: float | None = None) -> WorkerStatus:
+    return WorkerStatus(worker=name, ttl_ms=1, expires_in_ms=1, pushes=pushes, speed=speed)
 
 
 def speeds(looks: list[tuple[float, list[WorkerStatus]]]) -> list[list[float | None]]:
@@ -44,7 +42,7 @@ def test_a_speed_that_pushes_report_is_shown_as_it_is() -> None:
     assert speeds([(0.0, [worker("a", 1, 7.5)]), (1.0, [worker("a", 2, 8.5)])]) == [[7.5], [8.5]]
 
 
-def test_each_lease_is_measured_by_itself() -> None:
+def test_each_worker_is_measured_by_itself() -> None:
     looks = [
         (0.0, [worker("a", 100)]),
         (2.0, [worker("b", 5), worker("a", 104)]),
@@ -52,6 +50,11 @@ def test_each_lease_is_measured_by_itself() -> None:
         (6.0, [worker("a", 0), worker("b", 7)]),
     ]
     assert speeds(looks) == [[None], [None, 2.0], [0.5], [None, 0.5]]
+
+
+def test_a_new_lease_counts_anew() -> None:
+    looks = [(0.0, [worker("a", 10)]), (1.0, [worker("a", 12)]), (2.0, [worker("a", 1)]), (4.0, [worker("a", 5)])]
+    assert speeds(looks) == [[None], [2.0], [None], [2.0]]
 
 
 @pytest.mark.slow

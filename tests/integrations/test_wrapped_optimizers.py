@@ -138,12 +138,13 @@ def test_a_wrappers_state_is_the_optimizers(play: Stage, make: Make, run: Run) -
 
     def scene(net: nn.Module, wrapped: Any) -> None:
         step(net, wrapped, 0)
-        before = run.workers()
+        before = optimizer._membership.granted
         state = wrapped.state_dict()
         assert state["param_groups"] == optimizer.state_dict()["param_groups"]
         assert torch.equal(saved_residual(wrapped), saved_residual(optimizer))
         wrapped.load_state_dict(state)
-        assert [each.lease for each in run.workers()] == [each.lease for each in before]
+        assert optimizer._membership.granted is before
+        assert len(run.workers(before.lease)) == 1 and run.workers(before.lease)[0].lease == before.lease
         step(net, wrapped, 1)
         wrapped.load_state_dict(state)
         assert wrapped.loaded == optimizer.loaded

@@ -47,6 +47,24 @@ def test_live_leases_are_listed_by_worker(api: Api) -> None:
     assert 0 < listed[0]["expires_in_ms"] <= 30_000
 
 
+def test_a_lease_is_shown_to_its_holder_alone(api: Api) -> None:
+    api.create()
+    leases = {worker: api.lease(worker) for worker in ("a", "b")}
+    for each in (api.path(), "/v1/runs", api.path("/leases")):
+        shown = api.http.get(each, headers={"Freestep-Lease": leases["a"]["lease"]}).text
+        assert leases["b"]["lease"] not in shown
+        assert (leases["a"]["lease"] in shown) == (each == api.path("/leases"))
+        shown = api.http.get(each).text
+        assert not [lease for lease in leases.values() if lease["lease"] in shown]
+    for holder in ("a", "b", "nobody"):
+        own = leases.get(holder, {"lease": "0" * 32})
+        listed = api.http.get(api.path("/leases"), headers={"Freestep-Lease": own["lease"]}).json()["leases"]
+        for each in listed:
+            is_own = each["worker"] == holder
+            expected = (own["lease"], own["token"]) if is_own else (None, None)
+            assert (each["lease"], each["token"]) == expected
+
+
 def test_a_lease_shows_the_speed_that_its_last_push_told(api: Api) -> None:
     api.create()
     lease = api.lease()

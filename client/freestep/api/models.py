@@ -91,10 +91,10 @@ class WorkerStatus(_Answer):
 
     worker: str
     """The worker's name."""
-    lease: str
-    """The lease's ID."""
-    token: int
-    """The lease's fencing token."""
+    lease: str | None = None
+    """The lease's ID, for its holder alone, who names it when asking; else null."""
+    token: int | None = None
+    """The lease's fencing token, for its holder alone; else null."""
     ttl_ms: int
     """Milliseconds after which the lease ends if it is not renewed."""
     expires_in_ms: int

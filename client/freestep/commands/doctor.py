@@ -91,7 +91,7 @@ class _Examination:
             self._check("tls", lambda: _certificate(httpx.URL(self.url)))
         self._check("version", lambda: _version(answers[0].document))
         self._check("clock", lambda: _clock(headers, (asked + now) / 2))
-        self._check("token", lambda: _token(transport, self.token))
+        self._check("token", lambda: _token(transport))
         self._check("redis", lambda: _redis(transport, answers))
         if len(answers) > 1:
             self._check("device", lambda: f"the service computes on {answers[1].document['device']}")
@@ -180,17 +180,17 @@ def _clock(headers: Mapping[str, str], now: float) -> str:
     return f"the same as the service's to within {max(1, round(abs(ahead)))} s"
 
 
-def _token(transport: Transport, token: str | None) -> str:
+def _token(transport: Transport) -> str:
     try:
         transport.request("GET", "/v1/runs", retry=False)
     except CoordinatorUnavailable:
         # That is another check's.
         return "not refused"
     except Unauthenticated as error:
-        raise _Wrong(f"{error}: see --token or FREESTEP_TOKEN") from error
+        raise _Wrong(f"{error}: see --token, FREESTEP_TOKEN or FREESTEP_TOKEN_FILE") from error
     except Forbidden as error:
-        return f"accepted, though not for the list of runs: {error}"
-    return "accepted" if token else "none is needed"
+        raise _Wrong(f"{error}: see the service's settings") from error
+    return "accepted" if transport.has_token else "none is needed"
 
 
 def _redis(transport: Transport, answers: list[Answer]) -> str:

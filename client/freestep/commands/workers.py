@@ -73,14 +73,17 @@ class Speeds:
 
         now: the time of the look, in seconds.
         """
-        self._looks = {worker.lease: self._looks.get(worker.lease, deque()) for worker in found}
+        self._looks = {worker.worker: self._looks.get(worker.worker, deque()) for worker in found}
         return [
             worker if worker.speed is not None else worker.model_copy(update={"speed": self._measure(worker, now)})
             for worker in found
         ]
 
     def _measure(self, worker: WorkerStatus, now: float) -> float | None:
-        looks = self._looks[worker.lease]
+        looks = self._looks[worker.worker]
+        if looks and worker.pushes < looks[-1][1]:
+            # They are counted by lease, and it has a new one.
+            looks.clear()
         looks.append((now, worker.pushes))
         while len(looks) > 2 and now - looks[1][0] >= _WINDOW_S:
             looks.popleft()

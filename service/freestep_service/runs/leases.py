@@ -64,9 +64,16 @@ class Leases:
             self._recovery.catch_up()
             raise
 
-    async def workers(self) -> list[WorkerStatus]:
-        """The live workers, by name."""
-        return await self._coordinator.workers()
+    async def workers(self, holder_of: str | None = None) -> list[WorkerStatus]:
+        """The live workers, by name. Their leases, with which anybody could push, are shown to their holders alone.
+
+        holder_of: the lease of who asks.
+        """
+        hidden = {"lease": None, "token": None}
+        return [
+            worker if worker.lease == holder_of else worker.model_copy(update=hidden)
+            for worker in await self._coordinator.workers()
+        ]
 
     async def expire(self) -> None:
         """Ends the leases that have run out, and closes the update that waited for them alone.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 
 from freestep.api.models import Lease, LeaseList, LeaseRequest
 from freestep_service.web.guard import needs, require_worker
@@ -49,6 +49,6 @@ async def release_lease(run: AnyRun, lease: LeaseId, request: Request, relay: An
 
 @router.get("/v1/runs/{run}/leases")
 @needs("read")
-async def list_leases(run: AnyRun) -> LeaseList:
-    """The live leases, by worker."""
-    return LeaseList(leases=await run.leases.workers())
+async def list_leases(run: AnyRun, lease: Annotated[str | None, Header(alias="Freestep-Lease")] = None) -> LeaseList:
+    """The live workers, by name. The holder of a lease, who names it, is shown it; nobody else is."""
+    return LeaseList(leases=await run.leases.workers(lease))

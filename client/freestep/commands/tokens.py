@@ -1,0 +1,85 @@
+"""`freestep tokens`: who else may use the service, and for what."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from freestep.api.token_form import Scope
+from freestep.api.tokens import TokenRequest
+from freestep.client import DEFAULT_URL
+from freestep.commands.shared import Json, Token, Url, connect, fail
+from freestep.terminal import print_error, print_json, print_line, print_result
+
+__all__ = ["tokens"]
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
+"""Seconds."""
+
+tokens = typer.Typer(help="Make, list and revoke tokens.", no_args_is_help=True)
+
+
+@tokens.command("create")
+def create_token(
+    name: Annotated[str, typer.Option(help="What it is for, as lists and logs name it.")],
+    scope: Annotated[
+        Scope, typer.Option(help="read: look on, report metrics. push: also create runs, train. admin: everything.")
+    ],
+    runs: Annotated[str, typer.Option(help="The runs that it is for, a pattern: 'mnist-*'.")] = "*",
+    worker: Annotated[str | None, typer.Option(help="The worker names that it is for, a pattern: 'site-a-*'.")] = None,
+    expires: Annotated[str | None, typer.Option(help="After which it ends: 90s, 30m, 12h, 7d, 4w.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Make a token and print it: it is shown this once."""
+    try:
+        wish = TokenRequest(name=name, scope=scope, runs=runs, workers=worker, expires_in=_seconds(expires))
+    except ValidationError as error:
+        fail(2, f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}")
+    with connect(url, token) as client:
+        made = client.create_token(
+            wish.name, wish.scope, runs=wish.runs, workers=wish.workers, expires_in=wish.expires_in
+        )
+    if as_json:
+        print_json(made)
+        return
+    # Alone on stdout, so that it can be written to a file.
+    print_line(made.token)
+    print_error(f"it is shown this once; to end it: freestep tokens revoke {made.id}")
+
+
+@tokens.command("list")
+def list_tokens(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
+    """List the tokens that are good."""
+    with connect(url, token) as client:
+        found = client.tokens()
+    rows = [
+        (each.id, each.name, each.scope, each.runs, each.workers or "*", each.created_at, each.expires_at or "-",
+         each.last_used_at or "-")
+        for each in found
+    ]  # fmt: skip
+    print_result(found, as_json, ("id", "name", "scope", "runs", "workers", "made", "ends", "last used"), rows)
+
+
+@tokens.command("revoke")
+def revoke_token(
+    id: Annotated[str, typer.Argument(help="The token's id, as the list has it.")],
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """End a token, at all processes of the service."""
+    with connect(url, token) as client:
+        client.revoke_token(id)
+
+
+def _seconds(duration: str | None) -> int | None:
+    if duration is None:
+        return None
+    match = re.fullmatch(rf"([0-9]{{1,9}})([{''.join(_UNITS)}])", duration, re.ASCII)
+    if match is None:
+        fail(2, f"--expires: {duration!r} is no duration: 90s, 30m, 12h, 7d or 4w")
+    return int(match[1]) * _UNITS[match[2]]
