@@ -39,7 +39,7 @@ class Credentials:
         is_watched: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.token = token
+        self._take(token)
         self._file = file
         self._is_watched = is_watched
         self._clock = clock
@@ -51,7 +51,7 @@ class Credentials:
         if self._is_watched and (now := self._clock()) >= self._next_look:
             self._next_look = now + _LOOK_S
             self.renew()
-        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        return self._headers
 
     def renew(self) -> bool:
         """Reads the file if it has changed; whether the token is another one now."""
@@ -68,8 +68,14 @@ class Credentials:
             logger.debug("no token can be read in %s: %s", self._file, error)
             return False
         self._read_as = read_as
-        before, self.token = self.token, token
-        return token != before
+        if token == self.token:
+            return False
+        self._take(token)
+        return True
+
+    def _take(self, token: str | None) -> None:
+        self.token = token
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
 
 NO_CREDENTIALS = Credentials(None)

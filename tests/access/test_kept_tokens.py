@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from freestep import Client
 from freestep.api.token_form import make_token, scope_of
 from freestep.api.token_places import token_place
 from freestep_service.access.kept_tokens import LeftTokens, register_kept
@@ -122,9 +123,10 @@ def test_a_service_leaves_its_token_and_takes_it_away(
     text = (service.settings.data_dir / "admin-token").read_text()
     place = token_place("127.0.0.1", service.settings.port)
     assert place.read_text() == text
-    listed = service.app.state.context.tokens
-    assert listed.known(text.strip()).scope == "admin"
-    assert listed.known((tmp_path / "push").read_text().strip()).scope == "push"
+    with Client(service.url, token=text.strip()) as client:
+        assert [each.scope for each in client.tokens()] == ["push", "admin"]
+    with Client(service.url, token=(tmp_path / "push").read_text().strip()) as client:
+        assert client.runs() == []
     service.stop()
     assert not place.exists()
     assert (service.settings.data_dir / "admin-token").read_text() == text
