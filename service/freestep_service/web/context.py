@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from starlette.requests import Request
 
+from freestep_service.access.audit import AuditLog
 from freestep_service.access.tokens import Tokens
 from freestep_service.coordination.store import Store
 from freestep_service.runs.registry import Registry
@@ -26,6 +27,7 @@ class ServiceContext:
     relay: Relay
     registry: Registry
     tokens: Tokens
+    audit: AuditLog
     metrics: Metrics
     device: torch.device
 

@@ -13,7 +13,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 
 from freestep.api.token_form import Scope
-from freestep.errors import Forbidden, Unauthenticated
+from freestep.errors import Forbidden, ProblemError, Unauthenticated
+from freestep_service.access.audit import Deed
 from freestep_service.domain.tokens import ANYBODY, Token
 from freestep_service.web.context import ServiceContext
 
@@ -75,14 +76,40 @@ class GuardedRoute(APIRoute):
             try:
                 token = await _bearer(request)
             except Unauthenticated as error:
+                _note(request, self.name, None, error)
                 raise Unauthenticated(f"{error}: {_wanted(scope, run)} is needed", scope=scope, run=run) from None
             if not token.has_scope(scope) or not _is_for(token, run, runs):
                 detail = f"{_wanted(scope, run)} is needed, and this one is of scope {token.scope} for {token.runs!r}"
-                raise Forbidden(detail, scope=scope, run=run)
+                refusal = Forbidden(detail, scope=scope, run=run)
+                _note(request, self.name, token, refusal)
+                raise refusal
             request.scope[_CALLER] = token
             return await handler(request)
 
-        return guarded
+        async def noted(request: Request) -> Response:
+            """As `guarded`, of what only an admin may do."""
+            try:
+                answer = await guarded(request)
+            except ProblemError as error:
+                if _CALLER in request.scope:
+                    _note(request, self.name, caller(request), error)
+                raise
+            _note(request, self.name, caller(request), answer.status_code)
+            return answer
+
+        return noted if scope == "admin" else guarded
+
+
+def _note(request: Request, what: str, token: Token | None, result: ProblemError | int) -> None:
+    """Notes in the audit log what was done or refused."""
+    deed = Deed(
+        who=None if token is None else f"{token.name} {token.id}".strip(),
+        peer=request.client and request.client.host,
+        what=what,
+        run=request.path_params.get("run"),
+        result=result.slug if isinstance(result, ProblemError) else result,
+    )
+    ServiceContext.of(request).audit.note(deed)
 
 
 def _is_for(token: Token, run: str | None, runs: str) -> bool:
@@ -125,7 +152,9 @@ def require_worker(request: Request, worker: str) -> None:
     if not token.is_for_worker(worker):
         run = request.path_params["run"]
         detail = f"the token is for workers {token.workers!r}, and not for {worker!r}"
-        raise Forbidden(detail, scope="push", run=run, worker=worker)
+        refusal = Forbidden(detail, scope="push", run=run, worker=worker)
+        _note(request, request.scope["route"].name, token, refusal)
+        raise refusal
 
 
 def document_tokens(app: FastAPI) -> None:
