@@ -15,6 +15,7 @@ from starlette.requests import Request
 def scope_of(method: str, target: str, headers: Mapping[str, str] | None = None, **more: Any) -> dict[str, Any]:
     """The scope of a request, as the service's server makes it."""
     path, _, query = target.partition("?")
+    lines = {"Host": "127.0.0.1:8000", **(headers or {})}
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -25,7 +26,7 @@ def scope_of(method: str, target: str, headers: Mapping[str, str] | None = None,
         "raw_path": path.encode(),
         "query_string": query.encode(),
         "root_path": "",
-        "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()],
+        "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in lines.items()],
         "client": ("127.0.0.1", 1234),
         "server": ("127.0.0.1", 8000),
         **more,

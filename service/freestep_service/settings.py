@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -73,6 +74,12 @@ class Settings(BaseSettings):
     """Redis-protocol server; by default the service starts its own. Services with the same Redis share their runs."""
     advertise_url: str | None = None
     """URL at which clients and other services reach this service; by default made of host and port."""
+    allowed_hosts: str = ""
+    """Names by which clients may also reach this service, separated by commas: train.example.org,*.example.net. Its
+    advertised host, the machine's name, loopback and plain addresses need not be named."""
+    trusted_proxies: str = ""
+    """Addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, separated by
+    commas."""
     owner_ttl_seconds: Annotated[float, Field(ge=1)] = 10.0
     """Seconds without a heartbeat after which other services take over this service's shards."""
     device: str = "auto"
@@ -134,6 +141,13 @@ class Settings(BaseSettings):
                 raise ValueError(f"{shown(url)} is no http or https URL of a service")
         return url
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_addresses(cls, proxies: str) -> str:
+        for each in _listed(proxies):
+            ipaddress.ip_network(each, strict=False)
+        return proxies
+
     @model_validator(mode="after")
     def _tls_as_a_whole(self) -> Settings:
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password):
@@ -154,6 +168,18 @@ class Settings(BaseSettings):
         """The service's URL for an address."""
         return f"http{'s' if self.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
+    def host_patterns(self) -> list[str]:
+        """The patterns of `allowed_hosts`."""
+        return [each.lower() for each in _listed(self.allowed_hosts)]
+
+    def proxy_addresses(self) -> list[str]:
+        """The addresses and networks of `trusted_proxies`."""
+        return _listed(self.trusted_proxies)
+
     def thread_count(self) -> int:
         """Threads for tensor arithmetic. More of them would spin against the event loop and each other."""
         return self.threads or max(1, (os.cpu_count() or 1) // 2)
+
+
+def _listed(text: str) -> list[str]:
+    return [part for each in text.split(",") if (part := each.strip())]

@@ -254,6 +254,8 @@ def test_health_and_documents(api: Api) -> None:
     assert api.http.get("/docs").status_code == 200
     paths = api.http.get("/openapi.json").json()["paths"]
     assert set(paths) == {
+        "/v1/tokens",
+        "/v1/tokens/{id}",
         "/v1/runs",
         "/v1/runs/{run}",
         "/v1/runs/{run}/topology",
