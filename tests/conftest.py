@@ -36,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     (folder / "admin-token").write_text(TOKEN)
     os.environ["FREESTEP_ADMIN_TOKEN_FILE"] = str(folder / "admin-token")
     os.environ["FREESTEP_TOKEN"] = TOKEN
+    # As raw requests call services.
+    os.environ["FREESTEP_ALLOWED_HOSTS"] = "a,here,there"
     trustme.CA().cert_pem.write_to_path(folder / "ca.pem")
     os.environ["SSL_CERT_FILE"] = str(folder / "ca.pem")
     os.environ["XDG_CONFIG_HOME"] = str(folder)

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import pytest
 
 from edge.answers import Peer, dialled
-from harness import ThreadService
+from harness import TOKEN, ThreadService
 from plain_calls import Api
+
+_TOKEN = f"Authorization: Bearer {TOKEN}"
 
 
 class Edge:
@@ -26,7 +28,9 @@ class Edge:
 
     def head(self, method: str, path: str = "", *lines: str, version: str = "HTTP/1.1") -> bytes:
         """The head of a request for what is below the run's path, without an end."""
-        return "\r\n".join([f"{method} {self.api.path(path)} {version}", "Host: here", *lines, ""]).encode("latin-1")
+        return "\r\n".join([f"{method} {self.api.path(path)} {version}", "Host: here", _TOKEN, *lines, ""]).encode(
+            "latin-1"
+        )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.server import places_for
 from freestep_service.settings import BadSetting, Settings
 from freestep_service.tls import trusted_by
-from harness import ProcessService, ThreadService
+from harness import OWN_HEAD, ProcessService, ThreadService
 from meanwhile import under_way, wait_until
 from plain_calls import Api
 from raw_pushes import connected
@@ -87,7 +87,7 @@ def test_an_idle_connection_is_closed(peer: Peer, before: int) -> None:
 def test_a_json_body_that_does_not_come_is_refused(
     peer: Peer, method: str, path: str, framing: str, media_type: str
 ) -> None:
-    head = f"{method} {path} HTTP/1.1\r\nHost: here\r\nContent-Type: {media_type}\r\n{framing}\r\n\r\n"
+    head = f"{method} {path} HTTP/1.1\r\n{OWN_HEAD}Content-Type: {media_type}\r\n{framing}\r\n\r\n"
     peer.send(head.encode(), b"5\r\n{    \r\n" if "chunked" in framing else b"{")
     answer = peer.answer()
     assert (answer.status, answer.slug) == (408, "request-timeout")
@@ -239,7 +239,7 @@ def test_who_finds_no_place_is_told(small: ThreadService) -> None:
         for _ in range(4):
             waiting = stack.enter_context(dialled(small.url))
             target = api.path("/parameters?min_step=9")
-            waiting.send(f"GET {target} HTTP/1.1\r\nHost: a\r\nPrefer: wait=60\r\n\r\n".encode())
+            waiting.send(f"GET {target} HTTP/1.1\r\n{OWN_HEAD}Prefer: wait=60\r\n\r\n".encode())
         addresses = small.places._addresses
         wait_until(lambda: small.places.taken == 4 and not any(each.new for each in addresses.values()))
         with dialled(small.url) as peer:

@@ -9,6 +9,7 @@ import pytest
 from edge.answers import Answer
 from edge.conftest import Edge
 from freestep.wire.receiver import MEDIA_TYPE
+from harness import OWN_HEAD, TOKEN
 from plain_calls import BODY
 
 
@@ -58,12 +59,12 @@ def test_a_host_stands_once_and_is_one(edge: Edge, hosts: str) -> None:
 )
 def test_hosts(edge: Edge, host: str) -> None:
     with edge.peer() as peer:
-        peer.send(f"GET {edge.api.path()} HTTP/1.1\r\nHost: {host} \r\n\r\n".encode())
+        peer.send(f"GET /healthz HTTP/1.1\r\nHost: {host} \r\n\r\n".encode())
         assert peer.answer().status == 200
 
 
 def test_a_client_of_http_1_0_needs_no_host(edge: Edge) -> None:
-    (answer,) = answered(edge, f"GET {edge.api.path()} HTTP/1.0\r\n\r\n".encode())
+    (answer,) = answered(edge, f"GET {edge.api.path()} HTTP/1.0\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
     assert (answer.status, answer.headers["connection"]) == (200, "close")
 
 
@@ -87,7 +88,7 @@ def test_head_is_get_without_a_body(edge: Edge, path: str) -> None:
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/v1/runs"])
 def test_head_of_what_is_no_run(edge: Edge, path: str) -> None:
     with edge.peer() as peer:
-        peer.send(f"HEAD {path} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
+        peer.send(f"HEAD {path} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
         assert peer.answer("HEAD").status == 200
 
 
@@ -164,7 +165,7 @@ def test_a_request_that_is_cut_off_is_not_run(edge: Edge) -> None:
     spec = json.dumps(edge.api.spec()).encode()
     path = f"/v1/runs/{edge.api.run}-cut"
     for lines in (f"Content-Length: {len(spec)}", "Transfer-Encoding: chunked"):
-        head = f"PUT {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n{lines}\r\n\r\n".encode()
+        head = f"PUT {path} HTTP/1.1\r\n{OWN_HEAD}Content-Type: application/json\r\n{lines}\r\n\r\n".encode()
         with edge.peer() as peer:
             peer.send(head, b"%x\r\n%b" % (len(spec), spec) if "chunked" in lines else spec[:-1])
             peer.end()
@@ -178,7 +179,7 @@ def test_an_unexpected_error_ends_the_connection(edge: Edge, monkeypatch: pytest
 
     monkeypatch.setattr(edge.service.app.state.context.metrics, "expose", fail)
     body = b"x" * 300_000
-    head = f"GET /metrics HTTP/1.1\r\nHost: here\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"GET /metrics HTTP/1.1\r\n{OWN_HEAD}Content-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
     (answer,) = answered(edge, head.encode(), body + edge.head("DELETE") + b"\r\n")
     assert (answer.status, answer.headers["connection"]) == (500, "close")
     assert "planted" not in answer.body.decode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
-from http.client import HTTPResponse
 from typing import Any
 
 import httpx
@@ -15,7 +14,6 @@ from pydantic import ValidationError
 from freestep_service.settings import Settings
 from harness import AUTHORIZED, ThreadService
 from plain_calls import Api, slug
-from raw_pushes import connected
 
 
 def asked(service: ThreadService, headers: dict[str, str], path: str = "/v1/runs") -> httpx.Response:
@@ -46,14 +44,6 @@ def test_a_foreign_name_is_refused(service: ThreadService, api: Api, host: str) 
         assert "WWW-Authenticate" not in answer.headers
     assert api.state(service) == before
     assert asked(service, {"Host": host}, "/healthz").status_code == 200
-
-
-def test_a_request_without_a_host_is_refused(service: ThreadService) -> None:
-    with connected(service.url) as connection:
-        connection.sendall(b"GET /v1/runs HTTP/1.0\r\n\r\n")
-        with HTTPResponse(connection) as response:
-            response.begin()
-            assert json.loads(response.read())["status"] in (400, 403)
 
 
 def test_names_may_be_added(start_service: Callable[..., ThreadService]) -> None:

@@ -78,6 +78,9 @@ class OwnHosts:
         return None
 
     def _is_own(self, host: str) -> bool:
+        if not host:
+            # Of HTTP/1.0, which no browser speaks.
+            return True
         match = _HOST.fullmatch(host)
         if match is None:
             return False
