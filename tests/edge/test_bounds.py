@@ -102,13 +102,13 @@ def test_a_body_that_nobody_wants_has_its_time(peer: Peer, length: int) -> None:
     assert peer.is_at_its_end()
 
 
-@pytest.mark.parametrize("fields", [99, 100])
+@pytest.mark.parametrize("fields", [98, 100])
 def test_a_head_has_a_number_of_fields(edge: Edge, fields: int) -> None:
     head = edge.head("GET") + b"".join(b"X-%d: a\r\n" % number for number in range(fields))
     with edge.peer() as peer:
         peer.send(head + b"\r\n")
         answer = peer.answer()
-        if fields == 99:
+        if fields == 98:
             assert answer.status == 200
             return
         assert (answer.status, answer.slug) == (431, "headers-too-large")
@@ -141,7 +141,7 @@ def test_bombs_cost_no_memory(start_process: Callable[..., ProcessService], bomb
         "one header": (GET[:-2] + b"A: ", b"a" * 65_000),
         "one target": (b"GET /", b"a" * 65_000),
         "trailers": (
-            b"PUT /v1/runs/a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+            f"PUT /v1/runs/a HTTP/1.1\r\n{OWN_HEAD}Transfer-Encoding: chunked\r\n\r\n0\r\n".encode(),
             b"a:b\r\n" * 13_000,
         ),
         "empty lines": (b"", b"\r\n" * 32_000),

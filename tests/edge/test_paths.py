@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from edge.answers import Answer
-from harness import ThreadService
+from harness import AUTHORIZED, ThreadService
 from plain_calls import Api
 
 SEGMENTS = [
@@ -60,7 +60,7 @@ def asked(api: Api, method: str, target: str, **headers: str) -> Answer:
     address = urlsplit(api.url)
     connection = HTTPConnection(address.hostname or "", address.port, timeout=60)
     try:
-        connection.request(method, target, headers={"Content-Length": "0", **headers})
+        connection.request(method, target, headers={"Content-Length": "0", **AUTHORIZED, **headers})
         return Answer.read(connection.getresponse())
     finally:
         connection.close()

@@ -17,7 +17,7 @@ import forked
 from freestep import Client
 from freestep.errors import FreestepError
 from freestep_service.settings import shown
-from harness import ThreadService
+from harness import AUTHORIZED, TOKEN, ThreadService
 from plain_calls import Api
 
 PLANTED = "hunter2"
@@ -97,7 +97,6 @@ def test_a_running_service_logs_none(
     caplog.set_level(logging.DEBUG)
     service = start_service(access_log=True)
     api = Api(service.url)
-    api.http.headers["Authorization"] = f"Bearer {PLANTED}"
     api.create()
     lease = api.lease()
     answers = [api.push(lease, 0), api.push(lease, 9), api.http.get("/nowhere"), api.http.put(api.path(), content=b"{")]
@@ -109,9 +108,9 @@ def test_a_running_service_logs_none(
     answers += [api.http.get("/metrics")]
     assert [answer.status_code for answer in answers] == [200, 400, 404, 422, 500]
     for answer in answers:
-        assert PLANTED not in answer.text + str(answer.headers)
+        assert TOKEN not in answer.text + str(answer.headers)
     assert "planted" in caplog.text
-    assert PLANTED not in caplog.text
+    assert TOKEN not in caplog.text
     api.http.close()
 
 
@@ -132,12 +131,12 @@ def test_a_service_in_a_process_prints_none(valkey_url: str, tmp_path: Path) -> 
             assert line, printed
             printed += line
         url = printed.rpartition(said)[2].strip()
-        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {PLANTED}"}) as http:
-            assert http.get("/readyz").status_code == 200
+        with httpx.Client(base_url=url, headers=AUTHORIZED) as http:
+            assert http.get("/v1/tokens").status_code == 200
         process.terminate()
         printed += process.communicate(timeout=60)[0]
-    assert "GET /readyz" in printed
-    assert PLANTED not in printed
+    assert "GET /v1/tokens" in printed
+    assert TOKEN not in printed
 
 
 @pytest.mark.parametrize(
