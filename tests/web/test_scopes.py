@@ -21,7 +21,7 @@ from freestep_service.web.guard import GuardedRoute
 from freestep_service.web.routes.data_request import DataRoute
 from harness import AUTHORIZED, TOKEN, ThreadService
 from meanwhile import wait_until
-from plain_calls import BODY, TENSORS, Api, slug
+from plain_calls import BODY, TENSORS, Api, ShardedApi, slug
 from raw_pushes import answered, connected, half_of_a_push, head_of_a_push
 
 DOCUMENT = create_app(Settings()).openapi()
@@ -340,7 +340,8 @@ def test_a_wish_that_is_none_makes_none(api: Api, change: dict[str, Any], field:
 def test_a_token_of_one_process_is_good_at_the_others(
     shared_nodes: Callable[..., list[ThreadService]], connect: Callable[..., Api]
 ) -> None:
-    one, other = (connect(node.url, "both") for node in shared_nodes(2))
+    nodes = shared_nodes(2)
+    one, other = connect(nodes[0].url, "both"), ShardedApi(nodes[1].url, "both")
     token = created(one, "push", runs="both")
     other.http.headers.update(bearer(token["token"]))
     other.create(shards=2)
@@ -350,6 +351,7 @@ def test_a_token_of_one_process_is_good_at_the_others(
     assert slug(other.http.delete(other.path())) == "forbidden"
     assert one.http.delete(f"/v1/tokens/{token['id']}").status_code == 204
     wait_until(lambda: other.http.get(other.path()).status_code == 401)
+    other.http.close()
 
 
 def test_insecure_is_open_to_all(start_service: Callable[..., ThreadService], caplog: pytest.LogCaptureFixture) -> None:
