@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["FREESTEP_ADMIN_TOKEN_FILE"] = str(folder / "admin-token")
     os.environ["FREESTEP_TOKEN"] = TOKEN
     # As raw requests call services.
-    os.environ["FREESTEP_ALLOWED_HOSTS"] = "a,here,there"
+    os.environ["FREESTEP_ALLOWED_HOSTS"] = "a,here,there,service.test"
     trustme.CA().cert_pem.write_to_path(folder / "ca.pem")
     os.environ["SSL_CERT_FILE"] = str(folder / "ca.pem")
     os.environ["XDG_CONFIG_HOME"] = str(folder)

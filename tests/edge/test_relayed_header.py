@@ -18,7 +18,7 @@ import torch
 from edge.answers import dialled
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.coordination.secret import SECRET_KEY
-from harness import ThreadService, store
+from harness import OWN_HEAD, ThreadService, store
 from meanwhile import wait_until
 from plain_calls import SGD, Api, slug
 
@@ -82,7 +82,7 @@ def test_who_has_not_signed_may_not_stall_for_long(
 
         def stall(signature: str) -> None:
             peer = stack.enter_context(dialled(owner))
-            peer.send(f"GET {target} HTTP/1.1\r\nHost: here\r\nFreestep-Relayed: {signature}\r\n\r\n".encode())
+            peer.send(f"GET {target} HTTP/1.1\r\n{OWN_HEAD}Freestep-Relayed: {signature}\r\n\r\n".encode())
 
         stall(good)
         for number, signature in enumerate(others):
