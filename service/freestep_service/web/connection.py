@@ -87,6 +87,7 @@ class Connection(HttpToolsProtocol):
         self._bounds = bounds
         self._place = place
         self._application, self.app = self.app, self._run
+        self.parser = self._new_parser()
         self._extensions: dict[str, Any] = {CONNECTION: self}
         self._unanswered: deque[RequestResponseCycle] = deque()
         """The request that is being answered, and those behind it: of these, uvicorn's protocol knows the last one."""
@@ -146,6 +147,8 @@ class Connection(HttpToolsProtocol):
             self._place.busy()
         self._unanswered.append(self.cycle)
         self.cycle.transport = self._outlet
+        # The oldest uvicorn does not look at Connection.
+        self.cycle.keep_alive = self.cycle.keep_alive and self.parser.should_keep_alive()
         # Trailers are no headers (RFC 9110, section 6.5.1): they go where nobody looks.
         self.headers = []
         if head.is_last:
@@ -159,12 +162,17 @@ class Connection(HttpToolsProtocol):
                 # After a final answer in place of 100, the body may or may not follow: RFC 9110, section 10.1.1.
                 self.cycle.keep_alive = False
 
+    def _new_parser(self) -> httptools.HttpRequestParser:
+        parser = httptools.HttpRequestParser(self)
+        # What follows the last request of a connection is thrown away: the answer to that one is still to be read.
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser
+
     def _take_back(self) -> None:
         """Parses the next request, behind a body that an Inlet has received."""
         self.flow.pause_reading()
         # The old parser still expects the body.
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser = self._new_parser()
         self._is_deaf = not self.cycle.keep_alive
         self.transport.set_protocol(self)
         self.flow.resume_reading()
