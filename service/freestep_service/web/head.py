@@ -27,6 +27,7 @@ __all__ = ["Bounds", "Head", "Refused", "too_large"]
 
 _VERSIONS = ("1.1", "1.0")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(:[0-9]*)?")
+_AUTHORITY = re.compile(rb"[^:/?#]*://([^/?#]*)")
 _SEPARATORS = 4
 """Bytes of a field's colon, space and end of line."""
 
@@ -83,10 +84,10 @@ class Head(NamedTuple):
             raise Refused(unsupported_version_response(version))
         if len(headers) > bounds.head_fields or (received > bounds.head_bytes < _size(target, headers)):
             raise too_large(bounds)
-        hosts, codings, length = 0, [], 0
+        hosts, host, codings, length = 0, b"", [], 0
         for name, value in headers:
             if name == b"host":
-                hosts += 1
+                hosts, host = hosts + 1, value
                 if not _is_host(value):
                     raise _malformed("the header Host names no host")
             elif name == b"content-length":
@@ -96,6 +97,8 @@ class Head(NamedTuple):
                 codings.append(value.strip().lower())
         if hosts != 1 and (hosts or version == "1.1"):
             raise _malformed(f"the header Host stands {hosts} times, and has to stand once")
+        if hosts and not target.startswith(b"/") and not _is_at(target, host):
+            raise _malformed("the request's target is at another host than the header Host names")
         if codings:
             if version == "1.0":
                 raise _malformed("HTTP/1.0 knows no Transfer-Encoding")
@@ -111,6 +114,12 @@ class Head(NamedTuple):
 @lru_cache
 def _is_host(value: bytes) -> bool:
     return _HOST.fullmatch(value.strip()) is not None
+
+
+def _is_at(target: bytes, host: bytes) -> bool:
+    """Whether a target that is a whole URL is at a host: other readers go by that (RFC 9112, section 3.2.2)."""
+    authority = _AUTHORITY.match(target)
+    return authority is None or authority[1].lower() == host.strip().lower()
 
 
 def _size(target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:
