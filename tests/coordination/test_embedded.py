@@ -41,6 +41,15 @@ def test_it_answers_at_its_url(tmp_path: Path, name: str) -> None:
             assert Path(os.fsdecode(client.config_get("dir")["dir"])).is_dir()
 
 
+@pytest.mark.parametrize("is_old", [False, True], ids=["new", "of an older version"])
+def test_its_files_are_its_users_alone(tmp_path: Path, is_old: bool) -> None:
+    folder = tmp_path / "valkey"
+    if is_old:
+        folder.mkdir(mode=0o755)
+    with embedded_store(tmp_path):
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.fixture(params=["plain-", "a space-"])
 def temporary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Another folder for temporary files, whose path is short."""

@@ -56,6 +56,8 @@ def _directory(data_dir: Path) -> Path:
     directory = data_dir / "valkey"
     if _is_usable(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        # Whoever can read the server's files has the secret in them, by which processes know each other.
+        directory.chmod(0o700)
         return directory
     name = f"freestep-{os.getuid()}-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
     places = [Path(place) / name for place in (tempfile.gettempdir(), "/tmp")]
