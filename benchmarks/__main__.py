@@ -27,6 +27,7 @@ NAMES = (
     "small",
     "workers",
     "leases",
+    "crowd",
     "startup",
     "sweep",
     "shards",

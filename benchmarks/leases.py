@@ -101,14 +101,6 @@ def _renew(service: socket.socket, request: bytes) -> None:
         raise RuntimeError(f"a lease was not renewed: {answer.decode()}")
 
 
-def _window(worker: Worker, seconds: float) -> float:
-    """The p50 of a worker's pushes in a window."""
-    ends, pushes = time.perf_counter() + seconds, [worker.push()]
-    while time.perf_counter() < ends:
-        pushes.append(worker.push())
-    return median(pushes)
-
-
 def report(options: Options) -> Report:
     windows, seconds = (QUICK_WINDOWS, QUICK_SECONDS) if options.quick else (WINDOWS, SECONDS)
     alone_ms, ratios, rates, shares = [], [], [], []
@@ -117,12 +109,12 @@ def report(options: Options) -> Report:
         renewals = _Renewals(service.url, crowded.name)
         with Worker(quiet) as alone, Worker(crowded) as beside:
             for worker in (alone, beside):
-                _window(worker, 1.0)
+                worker.window(1.0)
             for _ in range(windows):
-                without = _window(alone, seconds)
+                without = alone.window(seconds)
                 used = renewals.cpu_seconds()
                 with renewals:
-                    ratios.append(_window(beside, seconds) / without)
+                    ratios.append(beside.window(seconds) / without)
                 shares.append((renewals.cpu_seconds() - used) / seconds)
                 alone_ms.append(1e3 * without)
                 rates.append(renewals.count / seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import Any, Self
 
 import torch
@@ -52,6 +53,13 @@ class Worker:
         seconds = time.perf_counter() - began
         self._step = pulled.step
         return seconds
+
+    def window(self, seconds: float) -> float:
+        """Pushes for so long; returns the p50 of a push, in seconds."""
+        ends, pushes = time.perf_counter() + seconds, [self.push()]
+        while time.perf_counter() < ends:
+            pushes.append(self.push())
+        return median(pushes)
 
     @property
     def bytes_moved(self) -> int:
