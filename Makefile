@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest evidence check bench lab clean
+.PHONY: demo test test-oldest evidence check fuzz audit sbom bench lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,7 +32,7 @@ $(OLDEST)/installed: $(VENV)/installed constraints-oldest.txt
 
 test-oldest: $(OLDEST)/installed
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -m 'not evidence' --numprocesses 4 --dist worksteal \
-		tests/test_oldest.py tests/web tests/malformed/test_http.py tests/coordination \
+		tests/test_oldest.py tests/web tests/edge tests/malformed/test_http.py tests/coordination \
 		tests/client/test_bulk.py tests/client/test_bulk_connections.py tests/client/test_bulk_tls.py tests/client/test_client.py
 
 check: $(VENV)/installed
@@ -41,6 +41,39 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -m 'not slow'
+
+# The targets in tests/fuzz (all, unless FUZZ names some), so many seconds for each; what they find is kept in a folder.
+FUZZ ?=
+FUZZ_SECONDS ?= 60
+FUZZ_CORPUS ?= fuzz-corpus
+
+$(VENV)/fuzz: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,fuzz]' \
+		|| echo 'atheris cannot be installed here'
+	touch $@
+
+fuzz: $(VENV)/fuzz
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) --corpus $(FUZZ_CORPUS) $(FUZZ)
+
+# Programs that look at environments have one of their own, so that theirs is none of what they see.
+TOOLS := $(VENV)/tools
+
+$(TOOLS)/installed: pyproject.toml docker/requirements.py
+	$(PYTHON) -m venv $(TOOLS)
+	$(PYTHON) docker/requirements.py audit sbom >$(TOOLS)/requirements.txt
+	$(TOOLS)/bin/python -m pip install --quiet --requirement $(TOOLS)/requirements.txt
+	touch $@
+
+# Known vulnerabilities of what is installed here, where the package index has advisories. AUDIT has options of pip-audit.
+audit: $(VENV)/installed $(TOOLS)/installed
+	$(TOOLS)/bin/python .ci/audit.py $(BIN)/python $(AUDIT)
+
+# What a service consists of, as CycloneDX: of an environment that has nothing else.
+sbom: $(TOOLS)/installed
+	$(PYTHON) -m venv --clear $(TOOLS)/service
+	$(TOOLS)/service/bin/python -m pip install --quiet --constraint constraints.txt '.[service]'
+	$(TOOLS)/service/bin/python -m pip uninstall --quiet --yes pip setuptools
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --output-file sbom.cdx.json $(TOOLS)/service/bin/python
 
 # What to measure and how is said in BENCH: make bench BENCH='--quick --plot cost.png'.
 bench: $(VENV)/installed
@@ -51,5 +84,5 @@ lab: $(VENV)/installed
 	$(BIN)/python -m examples.lab $(LAB)
 
 clean:
-	rm -rf $(VENV) build dist demo-out lab-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist sbom.cdx.json demo-out lab-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

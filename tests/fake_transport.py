@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from freestep_service.web.connection import Connection
@@ -22,9 +23,12 @@ class FakeTransport(asyncio.Transport):
     """Delivers what is fed while reading is not paused, and keeps what is written, as a socket's transport does.
 
     reads: how many bytes of answers the peer reads; the others stay in the buffer, as what they were written as.
+    protocol: uvicorn's own, to compare.
     """
 
-    def __init__(self, app: Callable[..., Any], reads: int | None = None) -> None:
+    def __init__(
+        self, app: Callable[..., Any], reads: int | None = None, protocol: type[HttpToolsProtocol] = Connection
+    ) -> None:
         super().__init__()
         self.written = bytearray()
         """What the peer has read."""
@@ -37,8 +41,8 @@ class FakeTransport(asyncio.Transport):
         self._inbox = bytearray()
         self._ends = False
         # Its own configuration would keep its log from the root logger.
-        config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None)
-        self.connection = Connection(config, ServerState(), {})
+        config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None)
+        self.connection: Any = protocol(config, ServerState(), {})
         self._protocol: Any = self.connection
         self._protocol.connection_made(self)
 
