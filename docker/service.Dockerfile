@@ -31,12 +31,21 @@ FROM client AS service
 RUN python requirements.py service >requirements.txt \
     && pip install --prefix /service --constraint constraints.txt --requirement requirements.txt
 
+FROM client AS sbom
+COPY --from=service /service /opt/freestep
+COPY --from=project /project /opt/freestep
+# Beside the environment that it lists, and left behind with this stage.
+RUN python requirements.py sbom >requirements.txt \
+    && env -u PIP_PYTHON pip install --constraint constraints.txt --requirement requirements.txt \
+    && cyclonedx-py environment --output-reproducible --output-file /sbom.cdx.json /opt/freestep/bin/python
+
 FROM ${PYTHON}
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent freestep
 # From what changes seldom to what changes daily: torch, the service's dependencies, freestep itself.
 COPY --from=client /opt/freestep /opt/freestep
 COPY --from=service /service /opt/freestep
 COPY --from=project /project /opt/freestep
+COPY --from=sbom /sbom.cdx.json /opt/freestep/sbom.cdx.json
 COPY docker/healthcheck.py /opt/freestep/healthcheck.py
 RUN install -d -o freestep -g freestep /data /tokens
 # PASSIVE: torch's idle threads sleep instead of spinning against the event loop; FREESTEP_THREADS says how many.

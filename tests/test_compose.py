@@ -85,7 +85,7 @@ def test_images_share_their_first_stages() -> None:
 def test_versions_come_from_the_project(name: str) -> None:
     """No version of a package stands in a Dockerfile; every installation from an index takes constraints.txt."""
     installs = [rest for word, rest in instructions(name) if word == "RUN" and "pip install" in rest]
-    assert len(installs) == 4
+    assert len(installs) == {"service": 5, "worker": 4}[name]
     for command in installs:
         assert "==" not in command
         assert command.endswith(" .") or "--constraint constraints.txt" in command
@@ -94,7 +94,16 @@ def test_versions_come_from_the_project(name: str) -> None:
     assert python and f"Programming Language :: Python :: {python[1]}" in project["classifiers"]
 
 
-@pytest.mark.parametrize("extra", [None, "service", "demo"])
+def test_the_service_brings_a_list_of_its_packages_and_not_what_makes_it() -> None:
+    stages = dockerfile("service").split("\nFROM ")
+    (made,) = (stage for stage in stages if stage.startswith("client AS sbom"))
+    assert "cyclonedx-py environment" in made and "/opt/freestep/bin/python" in made and "-u PIP_PYTHON" in made
+    copied = [rest for word, rest in instructions("service") if word == "COPY" and "--from=sbom" in rest]
+    assert copied == ["--from=sbom /sbom.cdx.json /opt/freestep/sbom.cdx.json"]
+    assert copied[0] in stages[-1]
+
+
+@pytest.mark.parametrize("extra", [None, "service", "demo", "sbom", "audit"])
 def test_requirements_are_the_projects(extra: str | None) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]

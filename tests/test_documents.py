@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"The service, file by file": "service/freestep_service", "The client, file by file": "client/freestep"}
 """Where the paths of a table of ARCHITECTURE.md begin, by its heading."""
-DOCUMENTS = sorted({ROOT / "README.md", ROOT / "ARCHITECTURE.md", *ROOT.glob("docs/**/*.md")})
+DOCUMENTS = sorted(
+    {*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "SECURITY.md")), *ROOT.glob("docs/**/*.md")}
+)
 
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`]+)`")
