@@ -19,8 +19,8 @@ from freestep_service.settings import BadSetting, Settings
 from freestep_service.tls import trusted_by
 from harness import OWN_HEAD, ProcessService, ThreadService
 from meanwhile import under_way, wait_until
-from plain_calls import Api
-from raw_pushes import connected
+from plain_calls import BODY, Api
+from raw_pushes import connected, half_of_a_push
 
 SHORT = {"head_seconds": 0.3, "json_seconds": 0.3, "idle_seconds": 0.5}
 MIB = 1024**2
@@ -100,6 +100,34 @@ def test_a_body_that_nobody_wants_has_its_time(peer: Peer, length: int) -> None:
     peer.send(GET[:-2] + b"Content-Length: %d\r\n\r\n" % length)
     assert peer.answer().status == 200
     assert peer.is_at_its_end()
+
+
+@pytest.mark.parametrize("drips", [False, True], ids=["stands still", "drips"])
+@pytest.mark.parametrize("asked", ["owner", "other"])
+def test_a_push_that_does_not_come_is_refused(
+    shared_nodes: Callable[..., list[ThreadService]], connect: Callable[..., Api], asked: str, drips: bool
+) -> None:
+    """Also at a process that relays it."""
+    nodes = shared_nodes(2, stall_seconds=0.3)
+    api = connect(nodes[0].url)
+    api.create()
+    lease = api.lease()
+    owner = api.http.get(api.path("/topology")).json()["shards"][0]["url"]
+    url = next(node.url for node in nodes if (node.url == owner) is (asked == "owner"))
+    with dialled(url) as peer:
+        refusal = under_way(peer.answer)
+        peer.send(half_of_a_push(api, lease, 0, "key"))
+        rest = iter(BODY[len(BODY) // 2 : -1])
+
+        def is_refused() -> bool:
+            if drips and (byte := next(rest, None)) is not None:
+                peer.send(bytes([byte]))
+            return refusal.done()
+
+        wait_until(is_refused, 0.02)
+        answer = refusal.result()
+        assert (answer.status, answer.slug) == (400, "malformed-request")
+    assert api.push(lease, 0, "key").json()["step"] == 1
 
 
 @pytest.mark.parametrize("fields", [98, 100])

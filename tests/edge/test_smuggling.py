@@ -17,6 +17,11 @@ MALFORMED = {
     "chunks and identity": "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
     "chunks twice": "Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
     "chunks behind a tab": "Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
+    "chunks behind a comma": "Transfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n",
+    "chunks behind another coding": "Transfer-Encoding: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "a coding like chunks, and a length": "Transfer-Encoding: xchunked\r\nContent-Length: {size}\r\n\r\n",
+    "folded chunks": "Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
+    "chunks behind a NUL": "Transfer-Encoding: \0chunked\r\n\r\n0\r\n\r\n",
     "chunks in HTTP/1.0": "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "two equal lengths": "Content-Length: 0\r\nContent-Length: 0\r\n\r\n",
     "two lengths": "Content-Length: 0\r\nContent-Length: {size}\r\n\r\n",
@@ -27,6 +32,8 @@ MALFORMED = {
     "a length with an underscore": "Content-Length: 0_0\r\n\r\n",
     "a length of two words": "Content-Length: 0 {size}\r\n\r\n",
     "an empty length": "Content-Length:\r\n\r\n",
+    "a length behind a NUL": "Content-Length\0: {size}\r\n\r\n",
+    "a raised length": "Content-Length: \xb2\r\n\r\n",
     "a length beyond 64 bits": "Content-Length: 18446744073709551616\r\n\r\n",
     "a folded header": "X-Folded: a\r\n Content-Length: {size}\r\n\r\n",
     "a folded length": "Content-Length:\r\n 0\r\n\r\n",
@@ -59,6 +66,9 @@ CHUNKS = {
     "no size": "\r\n\r\n",
     "bytes behind a chunk": "1\r\nab\r\n0\r\n\r\n",
     "an LF behind a chunk": "1\r\na\n0\r\n\r\n",
+    "a CR behind a CR": "0\r\r\n\r\n",
+    "an LF at the end": "0\r\n\n",
+    "a chunk longer than its bytes": "3\r\na\r\n0\r\n\r\n",
     "a trailer with a space": "0\r\nX : a\r\n\r\n",
     "a folded trailer": "0\r\nX: a\r\n b\r\n\r\n",
 }
@@ -79,7 +89,7 @@ def test_a_head_of_two_meanings_is_refused_with_all_behind_it(edge: Edge, form: 
     before, behind = edge.api.status(), smuggled(edge)
     version = "HTTP/1.0" if form.endswith("1.0") else "HTTP/1.1"
     for method, path in (("POST", "/leases"), ("POST", "/gradients"), ("GET", ""), ("DELETE", "")):
-        sent = edge.head(method, path, version=version) + MALFORMED[form].format(size=len(behind)).encode()
+        sent = edge.head(method, path, version=version) + MALFORMED[form].format(size=len(behind)).encode("latin-1")
         with edge.peer() as peer:
             peer.send(*([sent + behind] if at_once else [sent, behind]))
             (answer,) = peer.answers()
@@ -158,6 +168,40 @@ def test_the_body_of_a_refused_request_is_no_request(edge: Edge, path: str, medi
             # It is behind the body that the next request begins.
             peer.send(edge.head("GET") + b"\r\n")
             assert peer.answer().document["run"] == edge.api.run
+    assert is_untouched(edge, before)
+
+
+@pytest.mark.parametrize("edge", ["http", "https"], indirect=True)
+@pytest.mark.parametrize("expectation", ["100-continue", "100-Continue"])
+@pytest.mark.parametrize("length", [200, LARGE])
+def test_nobody_takes_a_request_for_a_body_that_was_not_asked_for(edge: Edge, length: int, expectation: str) -> None:
+    """A proxy that is refused a go-ahead may keep the body to itself, and send the next request."""
+    before = edge.api.status()
+    lines = [f"Content-Type: {MEDIA_TYPE}", f"Content-Length: {length}", f"Expect: {expectation}"]
+    with edge.peer() as peer:
+        peer.send(edge.head("POST", "/gradients", *lines) + b"\r\n" + smuggled(edge))
+        (answer,) = peer.answers()
+        assert answer.slug == "malformed-request"
+    assert is_untouched(edge, before)
+
+
+@pytest.mark.parametrize("first", ["GET {} HTTP/1.1\n", "GET {} HTTP/1.1\r", "GET\t{} HTTP/1.1\r\n"])
+def test_a_request_line_ends_and_is_spaced_as_it_has_to_be(edge: Edge, first: str) -> None:
+    before = edge.api.status()
+    with edge.peer() as peer:
+        peer.send(first.format(edge.api.path()).encode() + b"Host: here\r\n\r\n" + smuggled(edge))
+        (answer,) = peer.answers()
+        assert answer.status == 400
+    assert is_untouched(edge, before)
+
+
+@pytest.mark.parametrize("named", ["content-length", "authorization", "host", "close, content-length"])
+def test_a_header_of_one_hop_moves_no_body(edge: Edge, named: str) -> None:
+    before, body = edge.api.status(), smuggled(edge)
+    lines = ["Content-Type: application/json", f"Content-Length: {len(body)}", f"Connection: {named}"]
+    with edge.peer() as peer:
+        peer.send(edge.head("POST", "/leases", *lines) + b"\r\n" + body)
+        assert 400 <= peer.answer().status < 500
     assert is_untouched(edge, before)
 
 

@@ -15,7 +15,7 @@ from freestep.errors import MalformedRequest
 from freestep.wire.receiver import Sink, lay
 from freestep_service.web.inlet import INLET
 
-__all__ = ["SLOWEST", "Body"]
+__all__ = ["SLOWEST", "Body", "stalled"]
 
 SLOWEST = 64 * 1024
 """Bytes a second, below which a sender may not hold memory that others wait for."""
@@ -55,7 +55,7 @@ class Body:
             else:
                 await self._stream(digested, deadline)
         except TimeoutError:
-            raise MalformedRequest(f"nothing of the body came for {self._stall_s:g} s, or it came too slowly") from None
+            raise stalled(self._stall_s) from None
         except (ClientDisconnect, EOFError):
             raise MalformedRequest("the body ended before its Content-Length") from None
         return digested.hexdigest()
@@ -70,6 +70,11 @@ class Body:
                 raise EOFError
             lay(sink, chunk)
             missing -= len(chunk)
+
+
+def stalled(stall_s: float) -> MalformedRequest:
+    """The refusal of a body of which nothing came for `stall_s` seconds, or that was too slow beyond these."""
+    return MalformedRequest(f"nothing of the body came for {stall_s:g} s, or it came too slowly")
 
 
 class _Digested:

@@ -18,7 +18,7 @@ from typing import Any
 
 import httptools
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -141,6 +141,8 @@ class Connection(HttpToolsProtocol):
         self._head_size = 0
         self._in_body = True
         self._length = head.length
+        # HTTP/1.0 knows no 100: RFC 9110, section 10.1.1.
+        self.expect_100_continue = self.expect_100_continue and self.parser.get_http_version() != "1.0"
         super().on_headers_complete()
         self._forget_timer()
         if self._place is not None:
@@ -158,9 +160,6 @@ class Connection(HttpToolsProtocol):
             self.flow.pause_reading()
             inlet: Any = Inlet(self, head.length, self._take_back)
             self.scope["extensions"] = {**self._extensions, INLET: inlet}
-            if self.cycle.waiting_for_100_continue:
-                # After a final answer in place of 100, the body may or may not follow: RFC 9110, section 10.1.1.
-                self.cycle.keep_alive = False
 
     def _new_parser(self) -> httptools.HttpRequestParser:
         parser = httptools.HttpRequestParser(self)
@@ -181,7 +180,9 @@ class Connection(HttpToolsProtocol):
     def _run(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         """Runs the application, unless the request was refused before its turn came: such a one does nothing."""
         cycle: RequestResponseCycle = receive.__self__  # type: ignore[attr-defined]
-        return _nothing() if cycle.disconnected else self._application(scope, receive, send)
+        if cycle.disconnected:
+            return _nothing()
+        return self._application(scope, receive, _last_unless_asked(cycle) if cycle.waiting_for_100_continue else send)
 
     # The peer's time
 
@@ -366,6 +367,21 @@ def _refusal(error: httptools.HttpParserError) -> Response:
 
 async def _nothing() -> None:
     pass
+
+
+def _last_unless_asked(cycle: RequestResponseCycle) -> Send:
+    """Sends the answer to a request whose client waits to be asked for the body.
+
+    If it never was, the answer is the connection's last: what follows may be the body or another request, and nobody
+    could say which (RFC 9110, section 10.1.1).
+    """
+
+    async def send(message: Message) -> None:
+        if cycle.waiting_for_100_continue:
+            cycle.keep_alive = False
+        await cycle.send(message)  # type: ignore[arg-type]
+
+    return send
 
 
 def takes_more(scope: Scope) -> bool:

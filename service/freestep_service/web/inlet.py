@@ -34,7 +34,6 @@ class Inlet:
         self._cycle = protocol.cycle
         self._length = length
         self._give_back = give_back
-        self._keep_alive = protocol.cycle.keep_alive
 
     async def pour(self, sink: Sink, stall_s: float, deadline: float) -> None:
         """Receives the whole body into a sink that has room for it; to be called once.
@@ -52,7 +51,7 @@ class Inlet:
         if cycle.disconnected or transport.is_closing():
             raise EOFError
         if cycle.waiting_for_100_continue:
-            cycle.waiting_for_100_continue, cycle.keep_alive = False, self._keep_alive
+            cycle.waiting_for_100_continue = False
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         inflow = _Inflow(protocol, sink, missing, self._give_back)
         protocol.flow.pause_reading()

@@ -21,6 +21,7 @@ from freestep.errors import CoordinatorUnavailable, MalformedRequest, ProblemErr
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.coordination.secret import SharedSecret
 from freestep_service.runs.run import Run
+from freestep_service.web.body import SLOWEST, stalled
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.waiting import while_connected
 
@@ -67,7 +68,7 @@ class Relay:
     """HTTP to the owners of shards, this process included.
 
     secret: what the processes of the service sign their requests with. stall_s: seconds for which a client may read
-    nothing of an answer.
+    nothing of an answer, or send nothing of a body.
     """
 
     def __init__(self, http: httpx.AsyncClient, secret: SharedSecret, stall_s: float) -> None:
@@ -106,7 +107,7 @@ class Relay:
             request.method,
             owner + _target(request).decode(),
             headers=headers,
-            content=content or (request.stream() if has_body else None),
+            content=content or (self._body(request) if has_body else None),
         )
         async with while_connected(request.scope, is_waiting="wait" in request.headers.get("prefer", "")):
             answer = await self._send(owner, made)
@@ -114,6 +115,25 @@ class Relay:
         exchanges.push_async_callback(answer.aclose)
         answered = {name: value for name, value in answer.headers.items() if name.encode() not in _HOP_BY_HOP}
         return RelayedResponse(answer.aiter_raw(), answer.status_code, answered, exchanges, self.stall_s)
+
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """A request's body as it comes; the owner's answer is read behind it. Raises MalformedRequest as Body does.
+
+        Only the time counts in which the client is waited for, and not the owner.
+        """
+        clock, chunks = asyncio.get_running_loop().time, request.stream()
+        left = self.stall_s + int(request.headers.get("content-length", "0")) / SLOWEST
+        while True:
+            began = clock()
+            try:
+                async with asyncio.timeout(min(self.stall_s, left)):
+                    chunk = await anext(chunks, b"")
+            except TimeoutError:
+                raise stalled(self.stall_s) from None
+            left -= clock() - began
+            if not chunk:
+                return
+            yield chunk
 
     async def call_all(
         self, exchanges: AsyncExitStack, request: Request, run: Run, call: ShardCall
