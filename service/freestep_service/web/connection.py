@@ -180,9 +180,9 @@ class Connection(HttpToolsProtocol):
     def _run(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         """Runs the application, unless the request was refused before its turn came: such a one does nothing."""
         cycle: RequestResponseCycle = receive.__self__  # type: ignore[attr-defined]
-        if cycle.disconnected:
-            return _nothing()
-        return self._application(scope, receive, _last_unless_asked(cycle) if cycle.waiting_for_100_continue else send)
+        if cycle.waiting_for_100_continue:
+            send = _last_unless_asked(cycle)
+        return _nothing() if cycle.disconnected else self._application(scope, receive, send)
 
     # The peer's time
 
