@@ -1,0 +1,49 @@
+#!/bin/bash
+# User data of a spot instance with Debian 12, Ubuntu 24.04 or newer: run as root at the first boot, it installs a worker,
+# which then runs whenever the machine does. Fill in the first lines.
+set -euo pipefail
+
+URL=https://train.example.org
+RUN=mnist
+# Whoever reads an instance's user data reads this too: let it expire, or have it fetched here from a store of secrets.
+TOKEN=fst_p_...
+# What pip installs: a wheel's URL, git+https://..., a folder, with extras if the script needs some.
+PACKAGE=/opt/freestep-source
+SCRIPT=https://example.org/train.py
+
+apt-get update -qq
+apt-get install -y -qq python3-venv curl
+id freestep >/dev/null 2>&1 || useradd --system --home-dir /var/lib/freestep freestep
+[ -x /opt/freestep/bin/freestep ] || { python3 -m venv /opt/freestep && /opt/freestep/bin/pip install --quiet "$PACKAGE"; }
+install -d /etc/freestep
+curl -fsSL --retry 5 "$SCRIPT" -o /etc/freestep/train.py
+(umask 077 && echo "$TOKEN" >/etc/freestep/token)
+chown freestep: /etc/freestep/token
+
+cat >/etc/systemd/system/freestep-worker.service <<UNIT
+[Unit]
+Description=freestep worker
+After=network-online.target
+Wants=network-online.target
+# It is started again without end.
+StartLimitIntervalSec=0
+
+[Service]
+User=freestep
+StateDirectory=freestep
+WorkingDirectory=/var/lib/freestep
+Environment=FREESTEP_URL=$URL FREESTEP_RUN=$RUN FREESTEP_TOKEN_FILE=/etc/freestep/token
+# For so long the service may be away.
+Environment=FREESTEP_RETRY_SECONDS=600
+ExecStart=/opt/freestep/bin/python /etc/freestep/train.py
+# KeyboardInterrupt in Python: the script leaves its with block, and so gives its lease back.
+KillSignal=SIGINT
+TimeoutStopSec=20
+Restart=on-failure
+RestartSec=5
+
+[Install]
+WantedBy=multi-user.target
+UNIT
+systemctl daemon-reload
+systemctl enable --now freestep-worker
