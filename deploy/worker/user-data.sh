@@ -7,14 +7,14 @@ URL=https://train.example.org
 RUN=mnist
 # Whoever reads an instance's user data reads this too: let it expire, or have it fetched here from a store of secrets.
 TOKEN=fst_p_...
-# What pip installs: a wheel's URL, git+https://..., a folder, with extras if the script needs some.
-PACKAGE=/opt/freestep-source
+# What pip installs: a repository as here, or a wheel; with what else the script needs, separated by spaces.
+PACKAGE=git+https://example.org/freestep.git
 SCRIPT=https://example.org/train.py
 
 apt-get update -qq
-apt-get install -y -qq python3-venv curl
+apt-get install -y -qq python3-venv git curl
 id freestep >/dev/null 2>&1 || useradd --system --home-dir /var/lib/freestep freestep
-[ -x /opt/freestep/bin/freestep ] || { python3 -m venv /opt/freestep && /opt/freestep/bin/pip install --quiet "$PACKAGE"; }
+[ -x /opt/freestep/bin/freestep ] || { python3 -m venv /opt/freestep && /opt/freestep/bin/pip install --quiet $PACKAGE; }
 install -d /etc/freestep
 curl -fsSL --retry 5 "$SCRIPT" -o /etc/freestep/train.py
 (umask 077 && echo "$TOKEN" >/etc/freestep/token)
