@@ -18,9 +18,9 @@ from pathlib import Path
 from deploy.fronts import ROOT
 from meanwhile import DEADLINE_S
 
-__all__ = ["DOCUMENT", "Machine", "Unit", "blocks"]
+__all__ = ["Machine", "Unit", "blocks"]
 
-DOCUMENT = ROOT / "docs" / "spot-instances.md"
+_DOCUMENT = ROOT / "docs" / "spot-instances.md"
 _IDLE = ("apt-get", "useradd", "chown", "ufw", "certbot", "pip", "systemctl")
 """Commands that need a machine of their own; what they are called with is noted."""
 _PATH = re.compile(r"(?<![\w./~-])/(etc|opt|var|usr/local)/")
@@ -30,7 +30,7 @@ _END = "the block has ended"
 def blocks() -> dict[str, list[str]]:
     """The document's blocks of bash, by the heading that they stand below."""
     found: dict[str, list[str]] = {}
-    for section in re.split(r"(?m)^##+ ", DOCUMENT.read_text())[1:]:
+    for section in re.split(r"(?m)^##+ ", _DOCUMENT.read_text())[1:]:
         heading, _, text = section.partition("\n")
         found[heading.lstrip("0123456789. ")] = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deploy.fronts import NAME, ROOT, free_port, front
-from deploy.recipe import DOCUMENT, Machine, Unit, blocks
+from deploy.recipe import Machine, Unit, blocks
 from freestep import Client
 from meanwhile import wait_until
 
@@ -59,8 +59,8 @@ class Fleet:
         return printed
 
     def _obey(self) -> None:
-        """Does what systemctl was asked for."""
-        for line in self.machine.noted():
+        """Does what systemctl was asked for, once."""
+        for line in dict.fromkeys(self.machine.noted()):
             match line.split():
                 case ["systemctl", "enable", "--now", "freestep"] | ["systemctl", "start" | "restart", "freestep"]:
                     self.stop_service()
