@@ -26,6 +26,7 @@
     │   ├── Overloaded            overloaded
     │   ├── HeadersTooLarge       headers-too-large
     │   ├── CoordinatorUnavailable  coordinator-unavailable
+    │   ├── IssuerUnavailable     issuer-unavailable
     │   ├── ShardUnavailable      shard-unavailable
     │   ├── StepNotReached        step-not-reached
     │   └── StorageUnavailable    storage-unavailable
@@ -64,6 +65,7 @@ __all__ = [
     "IdempotencyConflict",
     "InvalidSetting",
     "InvalidSpec",
+    "IssuerUnavailable",
     "LeaseExpired",
     "LengthRequired",
     "MalformedRequest",
@@ -326,6 +328,13 @@ class CoordinatorUnavailable(ProblemError):
 
     slug = "coordinator-unavailable"
     title = "Redis does not answer"
+
+
+class IssuerUnavailable(ProblemError):
+    """The keys of the issuer of a token cannot be read now. Requests are repeated before this is raised."""
+
+    slug = "issuer-unavailable"
+    title = "The issuer of the token does not answer"
 
 
 class ShardUnavailable(ProblemError):

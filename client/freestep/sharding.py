@@ -22,6 +22,7 @@ from freestep.errors import (
     CoordinatorUnavailable,
     EpochChanged,
     FreestepError,
+    IssuerUnavailable,
     MalformedTensors,
     Overloaded,
     ProblemError,
@@ -44,7 +45,7 @@ _UNREACHABLE_S = 30.0
 """Seconds for which a URL at which the service was not found is not tried again."""
 _REFRESH_S = 1.0
 """Seconds between two attempts to read the shard map while requests go on with the old one."""
-TRANSIENT = (CoordinatorUnavailable, Overloaded, ShardUnavailable)
+TRANSIENT = (CoordinatorUnavailable, IssuerUnavailable, Overloaded, ShardUnavailable)
 """Refusals after which the same request may succeed."""
 _SUGGEST_RESHARDING = (EpochChanged, ShardUnavailable, MalformedTensors)
 """Refusals after which the run may have another number of shards."""

@@ -25,6 +25,7 @@ from freestep.credentials import NO_CREDENTIALS, Credentials
 from freestep.errors import (
     CoordinatorUnavailable,
     Forbidden,
+    IssuerUnavailable,
     MalformedTensors,
     Overloaded,
     ProblemError,
@@ -66,6 +67,7 @@ class _GatewayError(UnexpectedResponse):
 
 _TRANSIENT = (
     CoordinatorUnavailable,
+    IssuerUnavailable,
     Overloaded,
     RequestTimeout,
     ShardUnavailable,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 from fastapi import FastAPI
@@ -40,16 +41,20 @@ from freestep_service.state.compute import HOST, DeviceLocks, arithmetic_threads
 from freestep_service.state.memory_budget import MemoryBudget, machine_memory
 from freestep_service.storage.media import Storage, open_storage
 from freestep_service.storage.token_files import TokenFiles
-from freestep_service.tls import trusted_by
+from freestep_service.tls import trusted_by, trusting
 from freestep_service.web import problems
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.error_boundary import ErrorBoundary
 from freestep_service.web.guard import document_tokens
 from freestep_service.web.hosts import OwnHosts
+from freestep_service.web.issuer_documents import IssuerDocuments, issuer_client
 from freestep_service.web.relay import Relay, relay_client
 from freestep_service.web.routes import checkpoints, gradients, health, leases, parameters, runs, state
 from freestep_service.web.routes import metrics as reports
 from freestep_service.web.routes import tokens as token_routes
+
+if TYPE_CHECKING:
+    from freestep_service.access.issuer import Issuer
 
 __all__ = ["Startup", "create_app"]
 
@@ -130,7 +135,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     store = await _store(url)
     stack.push_async_callback(store.close)
     channels, disk = Channels(store), Disk()
-    tokens = Tokens(SharedTokens(store), TokenFiles(storage), disk, channels)
+    tokens = Tokens(SharedTokens(store), TokenFiles(storage), disk, channels, issuer=await _issuer(settings, stack))
     try:
         secret = await stack.enter_async_context(SharedSecret(store))
         http = await stack.enter_async_context(relay_client(trusted_by(settings)))
@@ -178,6 +183,21 @@ async def _start_tokens(tokens: Tokens, settings: Settings, stack: AsyncExitStac
     stack.push_async_callback(tokens.close)
     admin = await register_kept(tokens, settings)
     stack.callback(LeftTokens(admin, (settings.url_of(settings.host, settings.port), settings.own_url())).remove)
+
+
+async def _issuer(settings: Settings, stack: AsyncExitStack) -> Issuer | None:
+    """The issuer whose tokens count too, whose keys are read until `stack` closes it; None without one."""
+    if settings.oidc_issuer is None or settings.insecure:
+        return None
+    try:
+        from freestep_service.access.issuer import Issuer
+    except ImportError as error:
+        raise BadSetting(f"oidc_issuer: a package is missing, pip install 'freestep[oidc]': {error}") from error
+    http = await stack.enter_async_context(issuer_client(trusting(settings.oidc_ca_certs)))
+    issuer = Issuer(settings, IssuerDocuments(http, settings).keys)
+    issuer.keys.start()
+    stack.push_async_callback(issuer.keys.close)
+    return issuer
 
 
 def _storage(settings: Settings) -> Storage:

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 from pydantic import ValidationError
-from pydantic_settings import CliApp
+from pydantic_settings import CliApp, SettingsError
 
 from freestep_service.app import Startup, create_app
 from freestep_service.settings import BadSetting, CannotStart, Settings
@@ -39,6 +39,9 @@ def main(arguments: list[str]) -> None:
         for fault in error.errors():
             name = ".".join(str(part) for part in fault["loc"])
             sys.stderr.write(f"freestep serve: {name + ': ' if name else ''}{fault['msg']}\n")
+        sys.exit(2)
+    except SettingsError as error:
+        sys.stderr.write(f"freestep serve: {error}\n")
         sys.exit(2)
     try:
         serve(settings)

@@ -10,16 +10,31 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Json, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-__all__ = ["BadSetting", "CannotStart", "Settings", "shown"]
+from freestep.api.token_form import Scope
+from freestep.api.token_places import is_loopback
+from freestep.api.tokens import RunPattern, WorkerPattern
+
+__all__ = ["BadSetting", "CannotStart", "ClaimRule", "Settings", "is_safe", "shown"]
+
+_ASYMMETRIC = (*(f"{family}{bits}" for family in ("RS", "PS", "ES") for bits in (256, 384, 512)), "EdDSA")
+"""The algorithms of RFC 7518 and RFC 8037 whose keys an issuer publishes. Under the others (HMAC, none) whoever can
+verify a token, or anybody, can make one."""
 
 
 def shown(place: object) -> str:
     """A path, a URL or a chain of URLs as it may stand in errors and logs: without user, password, query, fragment."""
     links = [re.sub(r"://.*@", "://", link, flags=re.DOTALL) for link in str(place).split("::")]
     return "::".join(re.split(r"[?#]", link)[0] if "://" in link else link for link in links)
+
+
+def is_safe(url: str) -> bool:
+    """Whether nobody on the way can change what is read at a URL: it is https, or on this machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host)))
 
 
 class CannotStart(Exception):
@@ -32,6 +47,21 @@ class BadSetting(CannotStart):
     """The cause is a setting, which is wrong wherever the service is started."""
 
     exit_code = 2
+
+
+class ClaimRule(BaseModel):
+    """What a token of an OpenID Connect issuer allows whose claim fits a pattern."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    claim: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
+    """The claim, or the names that lead to one within objects: ["kubernetes.io", "namespace"]. Of a list, any member
+    has to fit."""
+    matches: Annotated[str, Field(min_length=1)]
+    """A pattern, as in shells."""
+    scope: Scope
+    runs: RunPattern = "*"
+    workers: WorkerPattern | None = None
 
 
 class Settings(BaseSettings):
@@ -60,6 +90,14 @@ class Settings(BaseSettings):
     """Private key of the certificate, as PEM, if it is in another file."""
     ssl_keyfile_password: SecretStr | None = None
     """Password of the private key, if that is encrypted."""
+    ssl_client_ca: Path | None = None
+    """CA certificates, as PEM, of clients: a connection with a certificate that one of them signed needs no token."""
+    ssl_client_scope: Scope = "push"
+    """What such a certificate allows, as the scope of a token: read, push or admin ..."""
+    ssl_client_runs: RunPattern = "*"
+    """... for the runs whose names fit this pattern ..."""
+    ssl_client_workers: WorkerPattern | None = None
+    """... under worker names that fit this one, in which {name} is the certificate's common name: {name}-*."""
     ca_certs: Path | None = None
     """CA certificates, as PEM, to trust when other services are called; by default SSL_CERT_FILE's or the system's."""
     data_dir: Path = Path("freestep-data")
@@ -68,6 +106,21 @@ class Settings(BaseSettings):
     """File with a token that allows everything, made if there is none; by default `admin-token` in `data_dir`."""
     push_token_file: Path | None = None
     """File with a token for the workers of all runs, made if there is none; by default there is no such token."""
+    oidc_issuer: str | None = None
+    """OpenID Connect issuer whose tokens (JWT) count too, as their `iss` has it. Needs oidc_audience and oidc_rules."""
+    oidc_audience: str | None = None
+    """The audience, `aud`, that such tokens have to be for."""
+    oidc_rules: Json[tuple[ClaimRule, ...]] | None = None
+    """What such tokens allow, a JSON list of {"claim": "sub", "matches": PATTERN, "scope": "push", "runs": PATTERN,
+    "workers": PATTERN}: the first rule that fits counts; runs and workers are any if they are left out."""
+    oidc_jwks_url: str | None = None
+    """URL of the issuer's keys; by default what its /.well-known/openid-configuration names."""
+    oidc_algorithms: str = ",".join(_ASYMMETRIC)
+    """Algorithms of signatures that are accepted, separated by commas."""
+    oidc_ca_certs: Path | None = None
+    """CA certificates, as PEM, to trust when keys are read; by default SSL_CERT_FILE's or the system's."""
+    oidc_token_file: Path | None = None
+    """File with a token to read the keys with, which Kubernetes asks for."""
     checkpoint_url: str | None = None
     """Place of checkpoints: a path, or an fsspec URL such as s3://bucket/folder."""
     redis_url: str | None = None
@@ -141,6 +194,21 @@ class Settings(BaseSettings):
                 raise ValueError(f"{shown(url)} is no http or https URL of a service")
         return url
 
+    @field_validator("oidc_issuer", "oidc_jwks_url")
+    @classmethod
+    def _is_safe(cls, url: str | None) -> str | None:
+        if url is not None and not is_safe(url):
+            raise ValueError(f"{shown(url)} must be an https URL: who can change the keys on their way can make tokens")
+        return url
+
+    @field_validator("oidc_algorithms")
+    @classmethod
+    def _are_asymmetric(cls, algorithms: str) -> str:
+        chosen = _listed(algorithms)
+        if not chosen or not set(chosen) <= set(_ASYMMETRIC):
+            raise ValueError(f"{algorithms} cannot be used: choose of {', '.join(_ASYMMETRIC)}")
+        return algorithms
+
     @field_validator("trusted_proxies")
     @classmethod
     def _are_addresses(cls, proxies: str) -> str:
@@ -155,6 +223,20 @@ class Settings(BaseSettings):
         if self.ssl_certfile and self.advertise_url and not self.advertise_url.startswith("https://"):
             raise ValueError(
                 f"with a certificate the service speaks TLS only: {shown(self.advertise_url)} must be https"
+            )
+        if self.ssl_client_ca and self.ssl_certfile is None:
+            raise ValueError("certificates of clients come over TLS: set ssl_certfile too")
+        return self
+
+    @model_validator(mode="after")
+    def _issuer_as_a_whole(self) -> Settings:
+        if self.oidc_issuer is None:
+            given = ("oidc_audience", "oidc_rules", "oidc_jwks_url", "oidc_ca_certs", "oidc_token_file")
+            if any(getattr(self, name) for name in given):
+                raise ValueError("tokens of an OpenID Connect issuer need its name: set oidc_issuer too")
+        elif not self.oidc_audience or not self.oidc_rules:
+            raise ValueError(
+                "oidc_issuer needs oidc_audience and oidc_rules: who its tokens are for, and what they allow"
             )
         return self
 
@@ -171,6 +253,10 @@ class Settings(BaseSettings):
     def host_patterns(self) -> list[str]:
         """The patterns of `allowed_hosts`."""
         return [each.lower() for each in _listed(self.allowed_hosts)]
+
+    def issuer_algorithms(self) -> list[str]:
+        """The algorithms of `oidc_algorithms`."""
+        return _listed(self.oidc_algorithms)
 
     def proxy_addresses(self) -> list[str]:
         """The addresses and networks of `trusted_proxies`."""

@@ -10,7 +10,7 @@ import httpx
 
 from freestep_service.settings import CannotStart, Settings
 
-__all__ = ["trusted_by", "uvicorn_options"]
+__all__ = ["trusted_by", "trusting", "uvicorn_options"]
 
 
 class _NoPassword(Exception):
@@ -27,7 +27,13 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
     secret = settings.ssl_keyfile_password
     password = secret.get_secret_value() if secret else None
     _check(settings.ssl_certfile, settings.ssl_keyfile, password)
+    clients: dict[str, Any] = {}
+    if settings.ssl_client_ca is not None:
+        trusting(settings.ssl_client_ca)
+        # Who has none shows a token.
+        clients = {"ssl_ca_certs": settings.ssl_client_ca, "ssl_cert_reqs": ssl.CERT_OPTIONAL}
     return {
+        **clients,
         "ssl_certfile": settings.ssl_certfile,
         "ssl_keyfile": settings.ssl_keyfile,
         "ssl_keyfile_password": password,
@@ -59,17 +65,22 @@ def _check(certificate: Path, key: Path | None, password: str | None) -> None:
 
 
 def trusted_by(settings: Settings) -> ssl.SSLContext:
-    """Trusts the CAs in `ca_certs`, or by default those of SSL_CERT_FILE or the system.
+    """Trusts other services whose CAs are in `ca_certs`. Raises as `trusting` does."""
+    return trusting(settings.ca_certs)
 
-    Raises CannotStart if `ca_certs` cannot be read.
+
+def trusting(ca_certs: Path | None) -> ssl.SSLContext:
+    """Trusts the CAs in a file, or by default those of SSL_CERT_FILE or the system.
+
+    Raises CannotStart if the file cannot be read.
     """
-    if settings.ca_certs is None:
+    if ca_certs is None:
         return httpx.create_ssl_context()
-    _read(settings.ca_certs)
+    _read(ca_certs)
     try:
-        return ssl.create_default_context(cafile=settings.ca_certs)
+        return ssl.create_default_context(cafile=ca_certs)
     except ssl.SSLError:
-        raise CannotStart(f"there are no CA certificates in {settings.ca_certs}, as PEM") from None
+        raise CannotStart(f"there are no CA certificates in {ca_certs}, as PEM") from None
 
 
 def _read(file: Path) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from freestep.api.token_form import Scope
 from freestep.api.validation import StrictModel
 
-__all__ = ["NewToken", "TokenList", "TokenRequest", "TokenStatus"]
+__all__ = ["NewToken", "RunPattern", "TokenList", "TokenRequest", "TokenStatus", "WorkerPattern"]
 
 RunPattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9._*?!\[\]-]{1,128}$")]
 """A pattern of run names, as in shells: `*`, `?`, `[abc]`, `[!abc]`."""

@@ -14,9 +14,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from freestep.api.token_form import make_token, scope_of
+from freestep.api.token_form import begins_as_token, make_token, scope_of
 from freestep.api.tokens import TokenRequest
 from freestep.errors import CoordinatorUnavailable, MalformedRequest, StorageUnavailable, TokenNotFound, Unauthenticated
 from freestep_service.coordination.channels import Channels
@@ -24,6 +24,10 @@ from freestep_service.coordination.tokens import TOKENS_CHANNEL, SharedTokens
 from freestep_service.domain.tokens import Token, digest_of, id_of
 from freestep_service.runs.resources import Disk
 from freestep_service.storage.token_files import TokenFiles
+
+if TYPE_CHECKING:
+    # It needs the packages of an extra.
+    from freestep_service.access.issuer import Issuer
 
 __all__ = ["Tokens"]
 
@@ -38,7 +42,7 @@ _KEPT_S = 24 * 3600
 class Tokens:
     """The tokens of the service: found by their text, made and revoked.
 
-    clock: seconds since 1970.
+    clock: seconds since 1970. issuer: verifies tokens that are not of the service's own form.
     """
 
     def __init__(
@@ -48,11 +52,14 @@ class Tokens:
         disk: Disk,
         channels: Channels,
         clock: Callable[[], float] = time.time,
+        *,
+        issuer: Issuer | None = None,
     ) -> None:
         self._shared = shared
         self._files = files
         self._disk = disk
         self._channels = channels
+        self._issuer = issuer
         self._clock = clock
         self._known: dict[str, Token] = {}
         """By their ids, revoked ones among them."""
@@ -90,7 +97,10 @@ class Tokens:
 
         They are looked up by their SHA-256: no time that this takes says anything of those that would be found.
         """
-        token = self._known.get(self._seen.get(hashlib.sha256(credentials).digest(), ""))
+        digest = hashlib.sha256(credentials).digest()
+        token = self._known.get(self._seen.get(digest, ""))
+        if token is None and self._issuer is not None:
+            return self._issuer.known(digest)
         if token is None or not token.is_good(now := self._clock()):
             return None
         self._uses[token.id] = int(now)
@@ -99,15 +109,19 @@ class Tokens:
     async def find(self, credentials: bytes) -> Token:
         """The token in credentials as a request has them: Bearer and a text. Another process may just have made it.
 
-        Raises Unauthenticated, and CoordinatorUnavailable where that cannot be told while Redis is away.
+        Raises Unauthenticated, CoordinatorUnavailable where that cannot be told while Redis is away, and what
+        `Issuer.verify` raises.
         """
         scheme, _, text = credentials.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer":
             raise Unauthenticated("the header Authorization must be Bearer and a token")
-        token = await self._find(text.strip())
+        digest, text = hashlib.sha256(credentials).digest(), text.strip()
+        if self._issuer is not None and not begins_as_token(text):
+            return await self._issuer.verify(text, digest)
+        token = await self._find(text)
         if len(self._seen) >= _MOST_SEEN:
             self._seen.clear()
-        self._seen[hashlib.sha256(credentials).digest()] = token.id
+        self._seen[digest] = token.id
         self._uses[token.id] = int(self._clock())
         return token
 

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 
 from freestep.api.token_form import Scope
-from freestep.errors import Forbidden, ProblemError, Unauthenticated
+from freestep.errors import Forbidden, IssuerUnavailable, ProblemError, Unauthenticated
 from freestep_service.access.audit import Deed
 from freestep_service.domain.tokens import ANYBODY, Token
 from freestep_service.web.context import ServiceContext
@@ -75,9 +75,9 @@ class GuardedRoute(APIRoute):
             run = request.path_params.get("run")
             try:
                 token = await _bearer(request)
-            except Unauthenticated as error:
+            except (Unauthenticated, Forbidden) as error:
                 _note(request, self.name, None, error)
-                raise Unauthenticated(f"{error}: {_wanted(scope, run)} is needed", scope=scope, run=run) from None
+                raise type(error)(f"{error}: {_wanted(scope, run)} is needed", scope=scope, run=run) from None
             if not token.has_scope(scope) or not _is_for(token, run, runs):
                 detail = f"{_wanted(scope, run)} is needed, and this one is of scope {token.scope} for {token.runs!r}"
                 refusal = Forbidden(detail, scope=scope, run=run)
@@ -102,8 +102,9 @@ class GuardedRoute(APIRoute):
 
 def _note(request: Request, what: str, token: Token | None, result: ProblemError | int) -> None:
     """Notes in the audit log what was done or refused."""
+    subject = result.extensions.get("subject") if isinstance(result, ProblemError) else None
     deed = Deed(
-        who=None if token is None else f"{token.name} {token.id}".strip(),
+        who=subject if token is None else f"{token.name} {token.id}".strip(),
         peer=request.client and request.client.host,
         what=what,
         run=request.path_params.get("run"),
@@ -121,7 +122,7 @@ def _wanted(scope: Scope, run: str | None) -> str:
 
 
 async def _bearer(request: Request) -> Token:
-    """The token that a request carries. Raises Unauthenticated and CoordinatorUnavailable."""
+    """The token that a request carries. Raises what `Tokens.find` raises."""
     context = ServiceContext.of(request)
     if context.settings.insecure:
         return ANYBODY
@@ -142,7 +143,7 @@ async def visitor(request: Request) -> Token | None:
     """The token that a request carries, for an endpoint that is open to all; None if it carries none that is good."""
     try:
         return await _bearer(request)
-    except Unauthenticated:
+    except (Unauthenticated, Forbidden, IssuerUnavailable):
         return None
 
 

@@ -57,6 +57,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.Overloaded: 429,
     errors.HeadersTooLarge: 431,
     errors.CoordinatorUnavailable: 503,
+    errors.IssuerUnavailable: 503,
     errors.ShardUnavailable: 503,
     errors.StepNotReached: 504,
     errors.StorageUnavailable: 507,
@@ -85,7 +86,12 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEM, "5XX": _PROBLEM,
 INTERNAL_ERROR = "internal-server-error"
 """The name under which unexpected errors are counted; clients get no slug, since none is to be acted on."""
 
-_RETRY_AFTER_S = {errors.Overloaded: 1, errors.CoordinatorUnavailable: 1, errors.ShardUnavailable: 1}
+_RETRY_AFTER_S = {
+    errors.Overloaded: 1,
+    errors.CoordinatorUnavailable: 1,
+    errors.IssuerUnavailable: 5,
+    errors.ShardUnavailable: 1,
+}
 
 
 def problem_response(problem: ProblemError) -> JSONResponse:

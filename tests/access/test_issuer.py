@@ -1,0 +1,465 @@
+"""Tokens of an OpenID Connect issuer: what lets in, what does not, and an issuer that is away, or asked in vain."""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trustme
+from pydantic import ValidationError
+
+import forked
+from freestep import Client
+from freestep.api.token_form import make_token
+from freestep_service.access import issuer_keys
+from freestep_service.settings import Settings
+from harness import ThreadService
+from issuers import CONFIGURATION, KEYS, Issuer, encoded, key_pair, public_jwk
+from meanwhile import at_once, wait_until
+from plain_calls import Api, ShardedApi, slug
+
+ACCOUNT = "system:serviceaccount:train:worker"
+RULES = [
+    {"claim": ["kubernetes.io", "namespace"], "matches": "train", "scope": "push", "runs": "k8s-*", "workers": "pod-*"},
+    {"claim": "groups", "matches": "operators", "scope": "admin"},
+    {"claim": "email_verified", "matches": "true", "scope": "read"},
+    {"claim": "sub", "matches": "worker-*", "scope": "push", "runs": "mine-*"},
+    {"claim": "sub", "matches": "worker-1", "scope": "admin"},
+]
+
+RUNS, METHODS = ("mine-1", "yours", "k8s-1"), ("GET", "PUT", "DELETE")
+EVERYTHING = {f"{method} {run}" for method in METHODS for run in RUNS}
+
+
+@pytest.fixture(scope="module")
+def issuer() -> Iterator[Issuer]:
+    with closing(Issuer()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def service(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadService]:
+    running = ThreadService(tmp_path_factory.mktemp("data"), **issuer.settings(*RULES))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def own() -> Iterator[Issuer]:
+    """An issuer that the test may change, or end."""
+    with closing(Issuer()) as made:
+        yield made
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are read again as soon as a token needs it."""
+    monkeypatch.setattr(issuer_keys, "_PAUSE_S", 0.0)
+
+
+def asked(service: ThreadService, token: str, path: str = "/v1/runs", method: str = "GET") -> httpx.Response:
+    return httpx.request(method, service.url + path, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+
+
+def names(answer: httpx.Response, *words: str) -> bool:
+    """Whether a refusal is one of a token, and says why."""
+    assert (answer.status_code, slug(answer)) == (401, "unauthenticated"), answer.text
+    return all(word in answer.json()["detail"] for word in words)
+
+
+# What lets in
+
+
+@pytest.mark.parametrize(
+    ("claims", "allowed"),
+    [
+        ({"sub": "worker-7"}, {"GET mine-1", "PUT mine-1"}),
+        # The first rule that fits counts.
+        ({"sub": "worker-1"}, {"GET mine-1", "PUT mine-1"}),
+        ({"email_verified": True}, {"GET mine-1", "GET yours", "GET k8s-1"}),
+        ({"groups": ["staff", "operators"]}, EVERYTHING),
+        ({"sub": ACCOUNT, "kubernetes.io": {"namespace": "train"}}, {"GET k8s-1", "PUT k8s-1"}),
+        ({"sub": "worker-8", "kubernetes.io": "train"}, {"GET mine-1", "PUT mine-1"}),
+    ],
+)  # fmt: skip
+def test_the_first_rule_that_fits_says_what_a_token_allows(
+    issuer: Issuer, service: ThreadService, claims: dict[str, Any], allowed: set[str]
+) -> None:
+    token = issuer.token(**claims)
+    for run in RUNS:
+        for method in METHODS:
+            answer = asked(service, token, f"/v1/runs/{run}", method)
+            assert (answer.status_code not in (401, 403)) == (f"{method} {run}" in allowed), answer.text
+
+
+def test_workers_are_bound_to_names(issuer: Issuer, service: ThreadService) -> None:
+    api = Api(service.url, "k8s-bound")
+    token = issuer.token(sub=ACCOUNT, **{"kubernetes.io": {"namespace": "train"}})
+    with closing(api.http):
+        api.http.headers["Authorization"] = f"Bearer {token}"
+        api.create()
+        assert api.push(api.lease("pod-1"), 0).json()["step"] == 1
+        refused = api.http.post(api.path("/leases"), json={"worker": "other"})
+        assert (refused.status_code, slug(refused)) == (403, "forbidden")
+
+
+@pytest.mark.parametrize("more", [{}, {"groups": []}, {"groups": {}}, {"email_verified": False}], ids=str)
+def test_a_token_that_no_rule_is_for_is_forbidden(issuer: Issuer, service: ThreadService, more: dict[str, Any]) -> None:
+    claims = {"sub": "stranger", **more}
+    answer = asked(service, issuer.token(**claims), "/v1/runs/mine-1")
+    assert (answer.status_code, slug(answer)) == (403, "forbidden")
+    detail = (
+        f"no rule of this service is for 'oidc {claims['sub']}': a token of scope read for the run 'mine-1' is needed"
+    )
+    assert answer.json()["detail"] == detail
+    # What is open to all is open to it.
+    assert asked(service, issuer.token(**claims), "/readyz").status_code == 200
+
+
+def test_the_services_own_tokens_count_beside(issuer: Issuer, service: ThreadService) -> None:
+    with Api(service.url).http as http:
+        assert http.get("/v1/tokens").status_code == 200
+        made = http.post("/v1/tokens", json={"name": "n", "scope": "read"}).json()["token"]
+    assert asked(service, made).status_code == 200
+    assert names(asked(service, make_token("read")), "unknown, or was revoked")
+
+
+def test_the_audit_log_names_the_subject(own: Issuer, start_service: Callable[..., ThreadService]) -> None:
+    service = start_service(**own.settings(*RULES))
+    for changes in (
+        {"sub": "root", "groups": ["operators"]},
+        {"sub": "worker-7"},
+        {"sub": "stranger"},
+        {"aud": "other"},
+    ):
+        for _ in range(2):
+            asked(service, own.token(**changes), "/v1/runs/none", "DELETE")
+    service.stop()
+    noted = [json.loads(line) for line in (service.settings.data_dir / "audit.jsonl").read_text().splitlines()]
+    assert [each["result"] for each in noted[::2]] == ["run-not-found", "forbidden", "forbidden", "unauthenticated"]
+    whom = [str(each["who"]) for each in noted]
+    assert [who.partition(" ")[0] for who in whom[::2]] == ["oidc", "oidc", "oidc", "None"]
+    assert whom[0].startswith("oidc root ") and whom[2].startswith("oidc worker-7 ") and whom[4] == "oidc stranger"
+    # The subject's next token is noted alike.
+    assert whom[0] == whom[1]
+
+
+def test_a_worker_needs_its_file_only(
+    issuer: Issuer, service: ThreadService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Kubernetes projects it, and replaces it under way."""
+    file = tmp_path / "token"
+    file.write_text(issuer.token(sub="worker-7", exp=int(time.time()) - 3600))
+    monkeypatch.delenv("FREESTEP_TOKEN")
+    monkeypatch.setenv("FREESTEP_TOKEN_FILE", str(file))
+    with Client(service.url, retry_for=0) as client:
+        file.with_name("new").write_text(issuer.token(sub="worker-7") + "\n")
+        file.with_name("new").rename(file)
+        assert client.runs() == []
+
+
+# What does not
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"iss": "https://elsewhere.test"}, "of another issuer"),
+        ({"iss": None}, "of another issuer"),
+        ({"iss": ["x"]}, "of another issuer"),
+        ({"aud": "another"}, "for another audience"),
+        ({"aud": ["another", "third"]}, "for another audience"),
+        ({"aud": None}, "lacks the claim aud"),
+        ({"sub": None}, "lacks the claim sub"),
+        ({"sub": 7}, "cannot be verified"),
+        ({"exp": None}, "lacks the claim exp"),
+        ({"exp": "soon"}, "cannot be verified"),
+        ({"exp": 0}, "has expired"),
+        ({"private": "other"}, "not signed with the issuer's key"),
+        ({"private": "EC", "algorithm": "ES256"}, "cannot be verified"),
+        ({"kid": "strange"}, "no key that the token could be signed with"),
+    ],
+    ids=str,
+)
+def test_a_token_that_is_not_good_is_refused(
+    issuer: Issuer, service: ThreadService, unhurried: None, changes: dict[str, Any], said: str
+) -> None:
+    others = {"other": key_pair("RSA", 1), "EC": key_pair("EC")}
+    token = issuer.token(**{**changes, "private": others.get(changes.get("private", ""))})
+    answer = asked(service, token)
+    assert names(answer, said, "a token of scope read for all runs is needed")
+    assert token not in answer.text
+
+
+@pytest.mark.parametrize("algorithm", ["none", "None", "NONE", "HS256", "HS384", "HS512", "RS1", ""])
+def test_a_token_that_anybody_can_make_is_refused(issuer: Issuer, service: ThreadService, algorithm: str) -> None:
+    assert names(asked(service, issuer.forged(algorithm)), "tokens have to be signed with one of RS256")
+
+
+@pytest.mark.parametrize("text", [
+    "x", "..", "a.b", "a.b.c.d.e", encoded(b"[]") * 2, f"{encoded(b'{}')}.{encoded(b'{}')}.",
+    f"{encoded(b'[' * 20_000)}.{encoded(b'{}')}.x",
+    f"{encoded(b'{')}.{encoded(b'[' * 20_000)}.x",
+    f"{encoded(json.dumps({'alg': 'RS256', 'kid': 7}).encode())}.{encoded(b'{}')}.x",
+    f"{encoded(json.dumps({'alg': 'RS256', 'kid': 'one', 'crit': ['x']}).encode())}.{encoded(b'{}')}.x",
+    f"{encoded(json.dumps({'alg': ['RS256'], 'kid': 'one'}).encode())}.{encoded(b'{}')}.x", "é.é.é",
+], ids=lambda text: text[:12])  # fmt: skip
+def test_what_is_no_token_is_refused(service: ThreadService, text: str) -> None:
+    answer = httpx.get(f"{service.url}/v1/runs", headers=[(b"Authorization", f"Bearer {text}".encode())])
+    assert answer.status_code == 401, answer.text
+
+
+def test_a_changed_token_is_refused(issuer: Issuer, service: ThreadService) -> None:
+    head, payload, signature = issuer.token(sub="worker-7").split(".")
+    claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
+    changed = encoded(json.dumps({**claims, "groups": ["operators"]}).encode())
+    assert asked(service, f"{head}.{payload}.{signature}").status_code == 200
+    assert names(asked(service, f"{head}.{changed}.{signature}"), "not signed with the issuer's key")
+    assert names(asked(service, f"{head}.{payload}."), "not signed with the issuer's key")
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_good"),
+    [({"exp": -20}, True), ({"exp": -40}, False), ({"nbf": 20}, True), ({"nbf": 60}, False), ({"iat": 60}, False)],
+    ids=str,
+)
+def test_clocks_may_differ_a_little(
+    issuer: Issuer, service: ThreadService, changes: dict[str, int], is_good: bool
+) -> None:
+    now = int(time.time())
+    answer = asked(service, issuer.token(sub="worker-7", **{name: now + value for name, value in changes.items()}))
+    assert (answer.status_code == 200) == is_good or not names(
+        answer, "expired" if "exp" in changes else "not good yet"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "algorithm", "published"),
+    [
+        ("RSA", "RS512", {}), ("RSA", "PS256", {}), ("RSA", "RS256", {"alg": "RS256"}), ("EC", "ES256", {}),
+        ("OKP", "EdDSA", {}), ("RSA", "PS256", {"alg": "RS256"}), ("EC", "ES256", {"use": "enc"}),
+        ("OKP", "EdDSA", {"kid": None}),
+    ],
+)  # fmt: skip
+def test_keys_are_of_all_kinds(
+    own: Issuer,
+    start_service: Callable[..., ThreadService],
+    unhurried: None,
+    kind: str,
+    algorithm: str,
+    published: dict[str, Any],
+) -> None:
+    private = key_pair(kind)
+    strange = [
+        {"kty": "new", "kid": "one"},
+        {"kty": "oct", "k": "c2VjcmV0", "kid": "one"},
+        {"kid": []},
+        7,
+        {"kty": "RSA", "n": 7},
+    ]
+    own.documents[KEYS] = {"keys": [*strange, public_jwk(private, **{"kid": "one", **published})]}
+    service = start_service(**own.settings())
+    # Without an ID it is the only key that there is.
+    answer = asked(service, own.token(private, algorithm, None if "kid" in published else "one"))
+    is_good = published.get("alg", algorithm) == algorithm and published.get("use", "sig") == "sig"
+    assert answer.status_code == (200 if is_good else 401)
+
+
+def test_the_algorithms_may_be_fewer(own: Issuer, start_service: Callable[..., ThreadService]) -> None:
+    service = start_service(**own.settings(oidc_algorithms="ES256, PS256"))
+    assert names(asked(service, own.token()), "one of ES256, PS256")
+    assert asked(service, own.token(algorithm="PS256")).status_code == 200
+
+
+# The issuer's keys
+
+
+def test_a_token_is_verified_once(own: Issuer, start_service: Callable[..., ThreadService]) -> None:
+    service = start_service(**own.settings())
+    token, context = own.token(exp=int(time.time()) + 3600), service.app.state.context
+    credentials = f"Bearer {token}".encode()
+    assert context.tokens.known(credentials) is None
+    assert asked(service, token).status_code == 200
+    found = context.tokens.known(credentials)
+    assert found is not None and found is context.tokens.known(credentials)
+    verifier = context.tokens._issuer
+    verifier._clock = lambda: time.time() + 3625
+    assert context.tokens.known(credentials) is found
+    verifier._clock = lambda: time.time() + 3635
+    assert context.tokens.known(credentials) is None
+
+
+def test_keys_change_under_way(own: Issuer, start_service: Callable[..., ThreadService], unhurried: None) -> None:
+    service = start_service(**own.settings())
+    old, new = own.token(), own.token(key_pair("RSA", 1), kid="two")
+    assert asked(service, old).status_code == 200
+    assert names(asked(service, new), "no key that the token could be signed with")
+    own.publish(one=key_pair("RSA"), two=key_pair("RSA", 1))
+    assert [asked(service, each).status_code for each in (new, old)] == [200, 200]
+    # What a withdrawn key has signed is good no more, though it was verified.
+    own.publish(two=key_pair("RSA", 1))
+    assert names(asked(service, own.token(kid="three")), "no key")
+    assert asked(service, new).status_code == 200
+    assert names(asked(service, old), "no key that the token could be signed with")
+
+
+def test_keys_are_read_anew_after_some_time(
+    own: Issuer, start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(issuer_keys, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(issuer_keys, "_REFRESH_S", 0.02)
+    service = start_service(**own.settings())
+    token = own.token()
+    assert asked(service, token).status_code == 200
+    own.publish(two=key_pair("RSA", 1))
+    wait_until(lambda: asked(service, token).status_code == 401)
+
+
+def test_known_keys_go_on_while_the_issuer_is_away(
+    start_service: Callable[..., ThreadService], unhurried: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = Issuer()
+    service = start_service(**own.settings())
+    seen, unseen = own.token(), own.token(sub="another")
+    assert asked(service, seen).status_code == 200
+    own.close()
+    for _ in range(2):
+        answer = asked(service, own.token(kid="two"))
+        assert (answer.status_code, slug(answer)) == (503, "issuer-unavailable")
+        assert answer.headers["Retry-After"] == "5"
+    assert [asked(service, each).status_code for each in (seen, unseen)] == [200, 200]
+    assert asked(service, own.token(kid="two"), "/readyz").status_code == 200
+    assert names(asked(service, own.token(iss="https://other.test")), "of another issuer")
+    assert sum("those that are known go on" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_service_starts_without_its_issuer_and_a_worker_waits_for_it(
+    own: Issuer, start_service: Callable[..., ThreadService], unhurried: None
+) -> None:
+    keys = own.documents.pop(KEYS)
+    service = start_service(**own.settings())
+    assert slug(asked(service, own.token())) == "issuer-unavailable"
+    own.documents[KEYS] = keys
+    with Client(service.url, token=own.token(), retry_for=60) as client:
+        assert client.runs() == []
+
+
+def test_tokens_with_invented_keys_do_not_flood_the_issuer(
+    own: Issuer, start_service: Callable[..., ThreadService]
+) -> None:
+    service = start_service(**own.settings())
+    assert asked(service, own.token()).status_code == 200
+    before = len(own.asked)
+    with httpx.Client(base_url=service.url) as http:
+
+        def flood(number: int) -> list[int]:
+            tokens = [own.token(kid=f"invented-{number}-{each}") for each in range(40)]
+            return [http.get("/v1/runs", headers={"Authorization": f"Bearer {token}"}).status_code for token in tokens]
+
+        answers = at_once(*(lambda number=number: flood(number) for number in range(8)))  # type: ignore[misc]
+    assert {status for each in answers for status in each} <= {401, 503}
+    assert len(own.asked) == before
+    assert asked(service, own.token(sub="fresh")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "document"),
+    [
+        (CONFIGURATION, 404), (CONFIGURATION, {"issuer": "https://other.test", "jwks_uri": "https://other.test/keys"}),
+        (CONFIGURATION, {"jwks_uri": "SELF/keys"}), (CONFIGURATION, {"issuer": "SELF"}),
+        (CONFIGURATION, {"issuer": "SELF", "jwks_uri": "http://keys.test/"}),
+        (CONFIGURATION, {"issuer": "SELF", "jwks_uri": 7}),
+        (CONFIGURATION, []), (CONFIGURATION, b"no JSON"), (KEYS, 500), (KEYS, 302), (KEYS, {"keys": 7}), (KEYS, {}),
+        (KEYS, b"[" * 100_000), (KEYS, b" " * (1 << 20) + b'{"keys": []}'), (KEYS, b"\xff"),
+    ],
+    ids=lambda each: str(each)[:40],
+)  # fmt: skip
+def test_an_issuer_that_publishes_something_else_is_away(
+    own: Issuer, start_service: Callable[..., ThreadService], path: str, document: Any
+) -> None:
+    own.documents[path] = (
+        json.loads(json.dumps(document).replace("SELF", own.url)) if isinstance(document, dict) else document
+    )
+    service = start_service(**own.settings())
+    answer = asked(service, own.token())
+    assert (answer.status_code, slug(answer)) == (503, "issuer-unavailable")
+
+
+def test_the_api_server_of_kubernetes_is_an_issuer(start_service: Callable[..., ThreadService], tmp_path: Path) -> None:
+    """Its keys are read at a URL of its own, over TLS with a CA of its own, with the pod's own token."""
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+    (tmp_path / "token").write_text("the-pods-own\n")
+    with closing(Issuer(context)) as server, closing(Issuer()) as other:
+        kubernetes = {"oidc_ca_certs": tmp_path / "ca.crt", "oidc_token_file": tmp_path / "token"}
+        rule = {"claim": "sub", "matches": "system:serviceaccount:train:*", "scope": "push"}
+        token = server.token(sub=ACCOUNT)
+        service = start_service(tmp_path / "discovered", **server.settings(rule, **kubernetes))
+        assert asked(service, token).status_code == 200
+        issuer = "https://kubernetes.default.svc"
+        named = server.settings(rule, **{**kubernetes, "oidc_issuer": issuer, "oidc_jwks_url": server.url + KEYS})
+        service = start_service(tmp_path / "named", **named)
+        assert asked(service, server.token(sub=ACCOUNT, iss=issuer)).status_code == 200
+        assert {credentials for _, credentials in server.asked} == {"Bearer the-pods-own"}
+        # To nobody else goes the pod's token.
+        server.documents[CONFIGURATION]["jwks_uri"] = other.url + KEYS
+        service = start_service(tmp_path / "elsewhere", **server.settings(rule, **kubernetes))
+        assert asked(service, token).status_code == 200
+        assert {credentials for _, credentials in other.asked} == {None}
+
+
+def test_every_process_verifies_the_token_of_a_relayed_request(
+    issuer: Issuer, shared_nodes: Callable[..., list[ThreadService]]
+) -> None:
+    nodes = shared_nodes(2, **issuer.settings())
+    api = ShardedApi(nodes[0].url)
+    with closing(api.http):
+        api.http.headers["Authorization"] = f"Bearer {issuer.token()}"
+        api.create(shards=2)
+        assert api.push(api.lease(), 0).json()["step"] == 1
+        for node in nodes:
+            assert httpx.get(node.url + api.path("/parameters"), headers=dict(api.http.headers)).status_code == 200
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"oidc_issuer": None}, "set oidc_issuer too"),
+        ({"oidc_audience": None}, "needs oidc_audience and oidc_rules"),
+        ({"oidc_rules": "[]"}, "needs oidc_audience and oidc_rules"),
+        ({"oidc_rules": "[{"}, "oidc_rules"),
+        ({"oidc_rules": '[{"claim": "sub", "matches": "*"}]'}, "scope"),
+        ({"oidc_rules": '[{"claim": "sub", "matches": "*", "scope": "root"}]'}, "scope"),
+        ({"oidc_rules": '[{"claim": "sub", "matches": "*", "scope": "push", "run": "x"}]'}, "run"),
+        ({"oidc_rules": '[{"claim": [], "matches": "*", "scope": "push"}]'}, "claim"),
+        ({"oidc_issuer": "http://issuer.test"}, "must be an https URL"),
+        ({"oidc_issuer": "issuer.test"}, "must be an https URL"),
+        ({"oidc_jwks_url": "http://issuer.test/keys"}, "must be an https URL"),
+        ({"oidc_algorithms": "RS256,none"}, "RS256,none cannot be used"),
+        ({"oidc_algorithms": "HS256"}, "HS256 cannot be used"),
+        ({"oidc_algorithms": " , "}, " ,  cannot be used"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_meant_are_refused(issuer: Issuer, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Settings(**{**issuer.settings(), **changes})
+
+
+@pytest.mark.slow
+def test_rules_that_are_no_json_are_told_in_a_line() -> None:
+    done = forked.freestep("serve", "--oidc-rules", "[{")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("freestep serve: ") and "oidc_rules" in done.stderr
