@@ -16,6 +16,7 @@ import pytest
 import torch
 import trustme
 
+from certificates import AUTHORITY, issued
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.storage.media import Storage, open_storage
 from harness import TOKEN, ProcessService, ThreadService, store
@@ -89,6 +90,46 @@ def tls_service(tls: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     running = ThreadService(tmp_path_factory.mktemp("data"), **tls)
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def client_ca(tls: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Settings of services that speak TLS and take certificates of clients."""
+    file = tmp_path_factory.mktemp("clients") / "ca.pem"
+    AUTHORITY.cert_pem.write_to_path(file)
+    return {**tls, "ssl_client_ca": file}
+
+
+@pytest.fixture(scope="session")
+def certified(
+    client_ca: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, shared: list[ThreadService]
+) -> Iterator[ThreadService]:
+    """A service that takes certificates of clients, which tests share."""
+    bound = {"ssl_client_runs": "mine-*", "ssl_client_workers": "{name}-*"}
+    running = ThreadService(tmp_path_factory.mktemp("data"), **client_ca, **bound)
+    shared.append(running)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def certified_nodes(
+    client_ca: dict[str, Path], shared_nodes: Callable[..., list[ThreadService]]
+) -> list[ThreadService]:
+    """Two services that share their runs; certificates of clients allow everything at both."""
+    return shared_nodes(2, **client_ca, ssl_client_scope="admin")
+
+
+@pytest.fixture
+def shown(certified: ThreadService, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The certificate of a client's environment, which has no token."""
+    file = issued(tmp_path)
+    monkeypatch.delenv("FREESTEP_TOKEN")
+    # Nor does it find the admin token of the service, whose user it is.
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("FREESTEP_CA_CERTS", str(certified.settings.ca_certs))
+    monkeypatch.setenv("FREESTEP_CLIENT_CERT", str(file))
+    return file
 
 
 @pytest.fixture

@@ -42,7 +42,9 @@ class Client:
             same user on this machine has left for its clients.
         verify: The certificates that are trusted at https URLs: a file of CA certificates in PEM format, or an SSL
             context. True takes the file that FREESTEP_CA_CERTS names, or SSL_CERT_FILE or SSL_CERT_DIR, or certifi's CA
-            certificates. False trusts every server, which can then read and change tokens and weights.
+            certificates. False trusts every server, which can then read and change tokens and weights. Unless it is a
+            context, the client shows the certificate that FREESTEP_CLIENT_CERT names, with the key of
+            FREESTEP_CLIENT_KEY, to services that ask for one; the files are read again when they change.
         timeout: Seconds without progress after which an attempt fails.
         retry_for: Seconds for which a request is repeated while the service is away or busy; 0 sends each request once.
             None takes FREESTEP_RETRY_SECONDS from the environment, or 60.
@@ -52,8 +54,8 @@ class Client:
 
     Raises:
         InvalidSetting: The URL has no scheme or is none, the token cannot be one, the environment's proxy for the URL
-            cannot be used, or `retry_for` is not a number of seconds.
-        OSError: The file of CA certificates cannot be read.
+            cannot be used, the environment's certificate is none, or `retry_for` is not a number of seconds.
+        OSError: A file of certificates cannot be read.
     """
 
     def __init__(

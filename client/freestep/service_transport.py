@@ -10,6 +10,7 @@ import httpx
 
 from freestep.api.models import MOST_SHARDS
 from freestep.bulk import BulkTransport
+from freestep.client_certificate import is_open_without, shows_certificate, with_certificate
 from freestep.credentials import credentials
 from freestep.errors import InvalidSetting
 from freestep.proxies import EnvironmentTransport
@@ -37,8 +38,8 @@ def open_transport(url: str, token: str | None, verify: Verify, timeout: float, 
         seconds: Seconds for which requests are repeated.
 
     Raises:
-        InvalidSetting: The URL, the token or the environment's proxy cannot be used.
-        OSError: The file of CA certificates cannot be read.
+        InvalidSetting: The URL, the token, the environment's certificate or its proxy cannot be used.
+        OSError: A file of certificates cannot be read.
     """
     address = httpx.URL(check_url(url))
     bearer = credentials(token, address)
@@ -53,8 +54,13 @@ def open_transport(url: str, token: str | None, verify: Verify, timeout: float, 
         transport.transport(proxy)
 
     def explain(error: Exception) -> str | None:
-        other = other_scheme(address, error) if proxy is None else None
-        return other and f"the server at {address} speaks {httpx.URL(other).scheme}: use the URL {other}"
+        if proxy is not None:
+            return None
+        if (other := other_scheme(address, error)) is not None:
+            return f"the server at {address} speaks {httpx.URL(other).scheme}: use the URL {other}"
+        if shows_certificate(context) and is_open_without(address, error, _trusting(verify)):
+            return f"the service at {address} does not accept the certificate of FREESTEP_CLIENT_CERT"
+        return None
 
     http = _HttpClient(
         base_url=address,
@@ -81,7 +87,14 @@ def retry_seconds(given: float | None) -> float:
 
 
 def ssl_context(verify: Verify) -> ssl.SSLContext:
-    """The certificates that are trusted. Raises OSError, which names the file, if they cannot be read."""
+    """The certificates that are trusted, and the environment's own to show, unless a context says both.
+
+    Raises OSError, which names the file, if they cannot be read, and InvalidSetting as `with_certificate` does.
+    """
+    return verify if isinstance(verify, ssl.SSLContext) else with_certificate(_trusting(verify))
+
+
+def _trusting(verify: Verify | os.PathLike[str] | bool) -> ssl.SSLContext:
     if verify is True:
         verify = os.environ.get("FREESTEP_CA_CERTS") or True
     if isinstance(verify, ssl.SSLContext | bool):

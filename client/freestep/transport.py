@@ -1,14 +1,15 @@
 """HTTP requests with retries; bodies of tensors are sent and received without copying them as a whole.
 
 Requests are repeated after a lost connection, and after 408, 429, 502, 503 and 504, of the service or of a gateway
-before it, when their Retry-After has passed; but not if the server's certificate is not trusted. Every request that is
-repeated is idempotent, a push by its idempotency key.
+before it, when their Retry-After has passed; but not if the certificate of either side is not trusted. Every request
+that is repeated is idempotent, a push by its idempotency key.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,9 @@ _MOST_THREADS = 1 << 16
 
 _UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
 """OpenSSL's reason in a ConnectError's text; such a request is not repeated."""
+_NOT_ACCEPTED = re.compile("ALERT_(UNKNOWN_CA|[A-Z_]*CERTIFICATE[A-Z_]*)")
+"""OpenSSL's reason in an error's text, where the server has refused this side's certificate: that may be noticed when
+its first answer is read. Such a request is not repeated either."""
 
 _GATEWAY_STATUS = (429, 502, 503, 504)
 """With these a gateway answers while the service behind it is away or busy."""
@@ -259,6 +263,8 @@ class Transport:
                 return answer
             if isinstance(failure, httpx.ConnectError) and _UNTRUSTED in str(failure):
                 raise ServiceUnreachable(f"{place} is not trusted: {failure}") from failure
+            if isinstance(failure, httpx.TransportError) and _NOT_ACCEPTED.search(str(failure)):
+                raise ServiceUnreachable(f"{place} does not accept this client's certificate: {failure}") from failure
             self._require_service(failure)
             if route is not None:
                 route.failed(url, failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import time
@@ -190,7 +191,10 @@ def _token(transport: Transport) -> str:
         raise _Wrong(f"{error}: see --token, FREESTEP_TOKEN or FREESTEP_TOKEN_FILE") from error
     except Forbidden as error:
         raise _Wrong(f"{error}: see the service's settings") from error
-    return "accepted" if transport.has_token else "none is needed"
+    if transport.has_token:
+        return "accepted"
+    certificate = os.environ.get("FREESTEP_CLIENT_CERT")
+    return f"none is needed with the certificate {certificate}" if certificate else "none is needed"
 
 
 def _redis(transport: Transport, answers: list[Answer]) -> str:

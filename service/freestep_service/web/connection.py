@@ -11,9 +11,11 @@ Behind a head that is refused nothing is read as a request any more (`head`).
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import httptools
@@ -24,6 +26,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from freestep.errors import MalformedRequest, RequestTimeout
+from freestep_service.domain.certificates import Certificate
 from freestep_service.web.body import SLOWEST
 from freestep_service.web.head import Bounds, Head, Refused, too_large
 from freestep_service.web.inlet import INLET, Inlet
@@ -100,6 +103,13 @@ class Connection(HttpToolsProtocol):
         if self._place is not None:
             self._place.end = self._close
         self._allow(self._bounds.idle_seconds, self._close)
+
+    @cached_property
+    def certificate(self) -> Certificate | None:
+        """The peer's certificate, if it has shown one: then a CA of the setting `ssl_client_ca` has signed it."""
+        tls: ssl.SSLObject | None = self.transport.get_extra_info("ssl_object")
+        fields = tls and tls.getpeercert()
+        return Certificate.of(fields) if fields else None
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:

@@ -6,6 +6,7 @@ nobody learns of a run that is not theirs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ from freestep.api.token_form import Scope
 from freestep.errors import Forbidden, IssuerUnavailable, ProblemError, Unauthenticated
 from freestep_service.access.audit import Deed
 from freestep_service.domain.tokens import ANYBODY, Token
+from freestep_service.web.certified import let_in_by_certificate, presented
+from freestep_service.web.connection import abort
 from freestep_service.web.context import ServiceContext
 
 __all__ = ["GuardedRoute", "caller", "document_tokens", "needs", "open_to_all", "require_worker", "visitor"]
@@ -122,15 +125,24 @@ def _wanted(scope: Scope, run: str | None) -> str:
 
 
 async def _bearer(request: Request) -> Token:
-    """The token that a request carries. Raises what `Tokens.find` raises."""
+    """The token that a request carries, or that its certificate counts as. Raises what `Tokens.find` raises."""
     context = ServiceContext.of(request)
     if context.settings.insecure:
         return ANYBODY
     values = [value for name, value in request.scope["headers"] if name == b"authorization"]
     if len(values) == 1:
         return context.tokens.known(values[0]) or await context.tokens.find(values[0])
-    detail = "the header Authorization stands more than once" if values else "the request carries no token"
-    raise Unauthenticated(detail)
+    if values:
+        raise Unauthenticated("the header Authorization stands more than once")
+    token = presented(request.scope, context.settings) or await context.relay.caller(request)
+    if token is None:
+        raise Unauthenticated("the request carries no token")
+    if token.has_expired(time.time()):
+        # A client that has another one by now shows it when it connects again.
+        abort(request.scope)
+        raise Unauthenticated("the certificate of the connection has expired")
+    let_in_by_certificate(request.scope, token)
+    return token
 
 
 def caller(request: Request) -> Token:

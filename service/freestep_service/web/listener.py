@@ -128,3 +128,4 @@ class Listener:
             place.leave()
             if not isinstance(error, OSError):
                 raise
+            logger.debug("a connection ended before it began: %s", error)

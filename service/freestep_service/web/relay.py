@@ -20,15 +20,18 @@ from starlette.responses import Response
 from freestep.errors import CoordinatorUnavailable, MalformedRequest, ProblemError, ShardUnavailable
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.coordination.secret import SharedSecret
+from freestep_service.domain.tokens import Token
 from freestep_service.runs.run import Run
 from freestep_service.web.body import SLOWEST, stalled
+from freestep_service.web.certified import CALLER, caller_line, named_caller
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.waiting import while_connected
 
 __all__ = ["RELAYED", "Relay", "ShardCall", "relay_client"]
 
 RELAYED = "freestep-relayed"
-"""The header of a request from another process of the service: a signature of its method and target.
+"""The header of a request from another process of the service: a signature of its method and target, and of who has
+sent it, if that was told by a certificate.
 
 Such a request is not relayed again, and its answer may stall for longer, since a whole model is sent on shard by shard.
 """
@@ -81,7 +84,13 @@ class Relay:
         signature = request.headers.get(RELAYED)
         if signature is None:
             return False
-        return await self._secret.verify(_message(request.method, _target(request)), signature)
+        message = _message(request.method, _target(request), request.headers.get(CALLER))
+        return await self._secret.verify(message, signature)
+
+    async def caller(self, request: Request) -> Token | None:
+        """Who has sent a relayed request by a certificate, as the process that has let it in says."""
+        line = request.headers.get(CALLER)
+        return named_caller(line) if line is not None and await self.is_relayed(request) else None
 
     async def stall_seconds(self, request: Request) -> float:
         """How long the sending of an answer may stall."""
@@ -100,7 +109,7 @@ class Relay:
         if owner is None or await self.is_relayed(request):
             run.shard(index)
             raise ShardUnavailable("the shard has come here in the meantime")
-        ignored = _HOP_BY_HOP | _named_in_connection(request) | {RELAYED.encode()}
+        ignored = _HOP_BY_HOP | _named_in_connection(request) | {RELAYED.encode(), CALLER.encode()}
         headers = [(name, value) for name, value in request.headers.raw if name not in ignored]
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         made = self._http.build_request(
@@ -110,7 +119,7 @@ class Relay:
             content=content or (self._body(request) if has_body else None),
         )
         async with while_connected(request.scope, is_waiting="wait" in request.headers.get("prefer", "")):
-            answer = await self._send(owner, made)
+            answer = await self._send(owner, made, request)
         exchanges = AsyncExitStack()
         exchanges.push_async_callback(answer.aclose)
         answered = {name: value for name, value in answer.headers.items() if name.encode() not in _HOP_BY_HOP}
@@ -173,7 +182,7 @@ class Relay:
                 headers=headers,
                 content=content,
             )
-            answer = await self._send(owner, made)
+            answer = await self._send(owner, made, request)
             exchanges.push_async_callback(answer.aclose)
             if not answer.is_success:
                 raise await _problem(answer)
@@ -188,12 +197,14 @@ class Relay:
             raise failures[0]
         return [each for each in answers if isinstance(each, httpx.Response)]
 
-    async def _send(self, owner: str, made: httpx.Request) -> httpx.Response:
-        """Signs and sends a request; the answer, whose body has not been read."""
+    async def _send(self, owner: str, made: httpx.Request, request: Request) -> httpx.Response:
+        """Signs and sends a request that is made for another one; the answer, whose body has not been read."""
         made.headers["Accept-Encoding"] = "identity"
         # The owner may be behind a proxy that takes a prefix off.
         target = made.url.raw_path.removeprefix(httpx.URL(owner).raw_path.rstrip(b"/"))
-        made.headers[RELAYED] = self._secret.sign(_message(made.method, target))
+        if (line := caller_line(request)) is not None:
+            made.headers[CALLER] = line
+        made.headers[RELAYED] = self._secret.sign(_message(made.method, target, line))
         try:
             return await self._http.send(made, stream=True)
         except httpx.TransportError as error:
@@ -202,9 +213,9 @@ class Relay:
             raise MalformedRequest("the connection was closed before the end of the body") from None
 
 
-def _message(method: str, target: bytes) -> bytes:
-    """What is signed of a request."""
-    return method.encode() + b" " + target
+def _message(method: str, target: bytes, caller: str | None) -> bytes:
+    """What is signed of a request; there is no space in its target."""
+    return b" ".join((method.encode(), target, *(() if caller is None else (caller.encode("latin-1"),))))
 
 
 def _target(request: Request) -> bytes:
