@@ -28,7 +28,7 @@ RUN pip install --no-deps --prefix /project .
 # ----
 
 FROM client AS service
-RUN python requirements.py service >requirements.txt \
+RUN python requirements.py service oidc >requirements.txt \
     && pip install --prefix /service --constraint constraints.txt --requirement requirements.txt
 
 FROM client AS sbom

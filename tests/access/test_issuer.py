@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import ssl
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ import forked
 from freestep import Client
 from freestep.api.token_form import make_token
 from freestep_service.access import issuer_keys
-from freestep_service.settings import Settings
+from freestep_service.app import _issuer
+from freestep_service.settings import BadSetting, Settings
 from harness import ThreadService
 from issuers import CONFIGURATION, KEYS, Issuer, encoded, key_pair, public_jwk
 from meanwhile import at_once, wait_until
@@ -338,7 +341,7 @@ def test_known_keys_go_on_while_the_issuer_is_away(
     assert [asked(service, each).status_code for each in (seen, unseen)] == [200, 200]
     assert asked(service, own.token(kid="two"), "/readyz").status_code == 200
     assert names(asked(service, own.token(iss="https://other.test")), "of another issuer")
-    assert sum("those that are known go on" in record.getMessage() for record in caplog.records) == 1
+    assert sum("keys that are known go on" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_service_starts_without_its_issuer_and_a_worker_waits_for_it(
@@ -383,7 +386,11 @@ def test_tokens_with_invented_keys_do_not_flood_the_issuer(
     ids=lambda each: str(each)[:40],
 )  # fmt: skip
 def test_an_issuer_that_publishes_something_else_is_away(
-    own: Issuer, start_service: Callable[..., ThreadService], path: str, document: Any
+    own: Issuer,
+    start_service: Callable[..., ThreadService],
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    document: Any,
 ) -> None:
     own.documents[path] = (
         json.loads(json.dumps(document).replace("SELF", own.url)) if isinstance(document, dict) else document
@@ -391,6 +398,9 @@ def test_an_issuer_that_publishes_something_else_is_away(
     service = start_service(**own.settings())
     answer = asked(service, own.token())
     assert (answer.status_code, slug(answer)) == (503, "issuer-unavailable")
+    # What exactly is the service's user's to know.
+    assert answer.json()["detail"] == "The issuer of the token does not answer"
+    assert "the issuer's keys that are known go on" in caplog.text
 
 
 def test_the_api_server_of_kubernetes_is_an_issuer(start_service: Callable[..., ThreadService], tmp_path: Path) -> None:
@@ -456,6 +466,17 @@ def test_every_process_verifies_the_token_of_a_relayed_request(
 def test_settings_that_cannot_be_meant_are_refused(issuer: Issuer, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Settings(**{**issuer.settings(), **changes})
+
+
+def test_the_extra_is_named_where_it_is_missing(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "freestep_service.access.issuer", None)
+
+    async def start() -> None:
+        async with AsyncExitStack() as stack:
+            await _issuer(Settings(**issuer.settings()), stack)
+
+    with pytest.raises(BadSetting, match=r"pip install 'freestep\[oidc\]'"):
+        asyncio.run(start())
 
 
 @pytest.mark.slow

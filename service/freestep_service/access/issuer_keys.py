@@ -49,8 +49,8 @@ class IssuerKeys:
         self._on_withdrawal = on_withdrawal
         self._clock = clock
         self._keys: dict[str | None, Key] = {}
-        self._failure: str | None = None
-        """Why the newest reading failed, if it did."""
+        self._has_failed = False
+        """Whether the newest reading has. Why is in the log alone: who asks may be anybody."""
         self._began_at = -_PAUSE_S
         """When the newest reading began."""
         self._reading = asyncio.Lock()
@@ -79,8 +79,8 @@ class IssuerKeys:
                     await self._read_anew()
                     key = self._known(key_id)
         if key is None:
-            if self._failure is not None:
-                raise IssuerUnavailable(self._failure)
+            if self._has_failed:
+                raise IssuerUnavailable
             raise Unauthenticated("the issuer has no key that the token could be signed with")
         return key
 
@@ -92,17 +92,17 @@ class IssuerKeys:
     async def _read_anew(self) -> None:
         """Takes over the issuer's keys, under the lock. Raises IssuerUnavailable if they were read just before."""
         if self._clock() < self._began_at + _PAUSE_S:
-            raise IssuerUnavailable(self._failure or "the issuer's keys were read a moment ago: ask again")
+            raise IssuerUnavailable(None if self._has_failed else "the issuer's keys were read a moment ago: ask again")
         self._began_at = self._clock()
         before = self._keys
         try:
             self._keys = _keys_of(await self._read())
         except IssuerUnavailable as error:
-            if self._failure is None:
-                logger.warning("%s; those that are known go on", error)
-            self._failure = str(error)
+            if not self._has_failed:
+                logger.warning("%s; the issuer's keys that are known go on", error)
+            self._has_failed = True
             return
-        self._failure = None
+        self._has_failed = False
         if any(self._keys.get(key_id) != key for key_id, key in before.items()):
             self._on_withdrawal()
 
@@ -116,7 +116,7 @@ class IssuerKeys:
                 pass
             except Exception:
                 logger.exception("the issuer's keys could not be read anew")
-            await asyncio.sleep(_REFRESH_S if self._failure is None else _PAUSE_S)
+            await asyncio.sleep(_PAUSE_S if self._has_failed else _REFRESH_S)
 
 
 def _keys_of(document: Mapping[str, Any]) -> dict[str | None, Key]:
