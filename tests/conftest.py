@@ -17,6 +17,7 @@ import torch
 import trustme
 
 from certificates import AUTHORITY, issued
+from documented import UNDOCUMENTED
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.storage.media import Storage, open_storage
 from harness import TOKEN, ProcessService, ThreadService, store
@@ -46,6 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         # Else each of the processes that run tests would compile the same loops, where none are on disk.
         compile_loops()
+
+
+@pytest.fixture(autouse=True)
+def as_documented() -> Iterator[None]:
+    """Compares what services answer with their OpenAPI document, whatever a test is about."""
+    UNDOCUMENTED.clear()
+    yield
+    assert not UNDOCUMENTED
 
 
 @pytest.fixture(scope="session")

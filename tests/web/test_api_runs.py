@@ -244,6 +244,16 @@ def test_checkpoints_that_are_not_there(api: Api) -> None:
     assert (missing.status_code, slug(missing)) == (404, "checkpoint-not-found")
     assert slug(api.http.post(api.path("/checkpoints/-1/restore"))) == "malformed-request"
     assert slug(api.http.post(api.path("/checkpoints/x/restore"))) == "malformed-request"
+    problem = api.http.post(api.path("/checkpoints/1_0/restore")).json()
+    assert problem["detail"] == f"step: must be an integer from 0 to {10**18 - 1}"
+    assert problem["field"] == "step"
+
+
+def test_an_answer_without_a_body_has_no_media_type(api: Api) -> None:
+    api.http.put(api.path(), json=api.spec())
+    answer = api.http.delete(api.path())
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert "Content-Type" not in answer.headers
 
 
 def test_health_and_documents(api: Api) -> None:

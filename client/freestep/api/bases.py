@@ -260,4 +260,8 @@ _Bases = (
     | BaseMuon
     | BaseNorMuon
 )
-Base = Annotated[_Bases, Field(discriminator="algorithm"), told_by("algorithm", _Bases)]
+Base = Annotated[
+    _Bases,
+    Field(discriminator="algorithm", json_schema_extra={"required": ["algorithm"]}),
+    told_by("algorithm", _Bases),
+]

@@ -32,4 +32,6 @@ class Steady(StrictModel):
 
 
 _Corrections = NoCorrection | Auto | Steady
-DelayCorrection = Annotated[_Corrections, Field(discriminator="name"), told_by("name", _Corrections)]
+DelayCorrection = Annotated[
+    _Corrections, Field(discriminator="name", json_schema_extra={"required": ["name"]}), told_by("name", _Corrections)
+]

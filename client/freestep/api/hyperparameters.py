@@ -47,7 +47,11 @@ _Algorithms = (
     | AdamW
     | DiLoCo
 )
-OptimizerSpec = Annotated[_Algorithms, Field(discriminator="algorithm"), told_by("algorithm", _Algorithms)]
+OptimizerSpec = Annotated[
+    _Algorithms,
+    Field(discriminator="algorithm", json_schema_extra={"required": ["algorithm"]}),
+    told_by("algorithm", _Algorithms),
+]
 
 ALGORITHMS: dict[str, type[_Algorithms]] = kinds_of("algorithm", _Algorithms)
 """The hyperparameters' class of each algorithm, by the algorithm's name."""

@@ -50,6 +50,8 @@ PointDtype = Literal[Dtype, "I8"]
 class LeaseRequest(StrictModel):
     """A request for a lease; a worker's newer lease replaces its older one."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"worker": "gpu-7"}]})
+
     worker: Annotated[str, Field(min_length=1, max_length=200)]
     """The worker's name."""
     ttl_ms: Annotated[int, Field(strict=True, ge=100, le=3_600_000)] | None = None
@@ -115,6 +117,8 @@ class WorkerStatus(_Answer):
 
 class MetricReport(StrictModel):
     """A metric that was measured at x."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "accuracy", "value": 0.93, "step": 40}]})
 
     name: MetricName
     """The metric's name."""
@@ -274,6 +278,8 @@ class Topology(_Answer):
 
 class ReshardRequest(StrictModel):
     """A request for another number of shards."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"shards": 2}]})
 
     shards: Annotated[int, Field(strict=True, ge=1, le=MOST_SHARDS)]
     """The new number of shards."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from freestep.api.aggregation import AggregationSpec
 from freestep.api.hyperparameters import OptimizerSpec, ScheduleFreeWrapper
@@ -40,6 +40,12 @@ class ParameterSpec(StrictModel):
         return self
 
 
+_EXAMPLE: dict[str, Any] = {
+    "optimizer": {"algorithm": "adamw_schedule_free", "lr": 2.5e-3},
+    "parameters": [{"name": "weight", "shape": [10, 784]}, {"name": "bias", "shape": [10]}],
+}
+
+
 class RunSpec(StrictModel):
     """What a run is: fixed when it is created, except for the number of shards.
 
@@ -52,6 +58,8 @@ class RunSpec(StrictModel):
     Raises:
         ValidationError: A field is out of range, or names do not match.
     """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     optimizer: OptimizerSpec
     """The algorithm and its hyperparameters: a class of `freestep.api.hyperparameters`, or its document with

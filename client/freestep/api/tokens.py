@@ -20,6 +20,15 @@ _LONGEST_S = 10 * 366 * 24 * 3600
 class TokenRequest(StrictModel):
     """A request for a token."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"name": "spot-fleet", "scope": "push", "runs": "mnist-*", "expires_in": 604800}],
+            # A token that takes no lease is of no worker.
+            "if": {"properties": {"scope": {"const": "read"}}},
+            "then": {"properties": {"workers": {"type": "null"}}},
+        }
+    )
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@ -]{0,99}$")]
     """What it is for, as the list and the audit log name it."""
     scope: Scope

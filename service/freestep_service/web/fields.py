@@ -59,6 +59,7 @@ class Field(Generic[T]):
     description: str = ""
     default: T | None = None
     required: bool = False
+    example: Any = None
 
     place = ""
 
@@ -73,7 +74,8 @@ class Field(Generic[T]):
         """The field as an OpenAPI parameter."""
         schema = dict(self.kind.schema) | ({} if self.default is None else {"default": self.default})
         document = {"name": self.name, "in": self.place, "required": self.required, "schema": schema}
-        return document | ({"description": self.description} if self.description else {})
+        document |= {"description": self.description} if self.description else {}
+        return document if self.example is None else {**document, "example": self.example}
 
 
 class PathField(Field[T]):

@@ -14,12 +14,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 
 from freestep.api.token_form import Scope
-from freestep.errors import Forbidden, IssuerUnavailable, ProblemError, Unauthenticated
+from freestep.errors import CoordinatorUnavailable, Forbidden, IssuerUnavailable, ProblemError, Unauthenticated
 from freestep_service.access.audit import Deed
 from freestep_service.domain.tokens import ANYBODY, Token
 from freestep_service.web.certified import let_in_by_certificate, presented
 from freestep_service.web.connection import abort
 from freestep_service.web.context import ServiceContext
+from freestep_service.web.hosts import OPEN_PATH
+from freestep_service.web.problem_documents import EVERYWHERE, declared, problem_responses
 
 __all__ = ["GuardedRoute", "caller", "document_tokens", "needs", "open_to_all", "require_worker", "visitor"]
 
@@ -53,7 +55,7 @@ def open_to_all(endpoint: Endpoint) -> Endpoint:
 
 
 class GuardedRoute(APIRoute):
-    """A route that lets in whom its endpoint's scope admits, and names the scope in the OpenAPI document.
+    """A route that lets in whom its endpoint's scope admits, and has the OpenAPI document say so, and whom it refuses.
 
     An endpoint without a scope is an error at the start: it would be open by mistake.
     """
@@ -64,6 +66,13 @@ class GuardedRoute(APIRoute):
         self.scope, self._runs = getattr(endpoint, _NEEDED)
         extra = {**(options.get("openapi_extra") or {}), "security": [{"token": [self.scope]}] if self.scope else []}
         super().__init__(path, endpoint, **{**options, "openapi_extra": extra})
+        self.responses = {**problem_responses(self.refusals()), **self.responses}
+
+    def refusals(self) -> set[type[ProblemError]]:
+        """What requests may be refused with."""
+        of_guard = {Unauthenticated, Forbidden, CoordinatorUnavailable, IssuerUnavailable} if self.scope else set()
+        of_hosts = {Forbidden} if self.path != OPEN_PATH else set()
+        return {*EVERYWHERE, *of_hosts, *of_guard, *declared(self.dependant)}
 
     def unguarded(self) -> Handler:
         """The handler of those who are let in."""

@@ -10,10 +10,11 @@ from math import isfinite
 from starlette.requests import Request
 
 from freestep.api.models import Receipt
-from freestep.errors import BodyTooLarge, LengthRequired, UnsupportedMediaType
+from freestep.errors import BodyTooLarge, LengthRequired, MalformedRequest, UnsupportedMediaType
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.domain.records import Claim
 from freestep_service.web.fields import Header, Kind, decimal, integer, number, pattern, text
+from freestep_service.web.problem_documents import refuses
 
 __all__ = [
     "IMPORT_HEADERS",
@@ -67,9 +68,12 @@ class Preferences:
         return {"Preference-Applied": ", ".join(names)} if names else {}
 
 
+_ETAG = r'"e([0-9]{1,18})-s([0-9]{1,18})(-[A-Za-z0-9-]+)?"'
+
+
 def _parse_place(text: str) -> tuple[int, int]:
     """The epoch and step in an ETag (`responses.etag`). Raises ValueError."""
-    match = re.fullmatch(r'"e([0-9]{1,18})-s([0-9]{1,18})(-[A-Za-z0-9-]+)?"', text)
+    match = re.fullmatch(_ETAG, text)
     if match is None:
         raise ValueError
     return int(match[1]), int(match[2])
@@ -82,7 +86,9 @@ _TOKEN = pattern(r"[\x21-\x7e]{1,200}", "1 to 200 printable characters without s
 _LEASE = Header("Freestep-Lease", LEASE_KIND, "The lease.", required=True)
 _FENCE = Header("Freestep-Token", integer(0), "The lease's fencing token.", required=True)
 _STEP = Header("Freestep-Step", integer(0), "The step of y at which the gradient was taken.", required=True)
-_KEY = Header("Idempotency-Key", _TOKEN, "Makes this one push, however often it is sent.", required=True)
+_KEY = Header(
+    "Idempotency-Key", _TOKEN, "Makes this one push, however often it is sent.", required=True, example="me-17"
+)
 _SAMPLES = Header(
     "Freestep-Samples",
     number(
@@ -102,14 +108,16 @@ _PREFER = Header(
     "Prefer",
     Kind({"type": "string"}, Preferences.parse, "a list of preferences, with wait=S in seconds from 0"),
     "RFC 7240: wait=S, in seconds; for pushes also return=representation.",
+    example="return=representation, wait=1",
     is_list=True,
 )
 _UPLOAD = Header("Idempotency-Key", _TOKEN, "With several shards: the parts of one upload have one key.")
 _IMPORT = Header("Idempotency-Key", _TOKEN, "Makes this one import, however often it is sent.")
 _PLACE = Header(
     "If-Match",
-    Kind({"type": "string"}, _parse_place, "an ETag of the run's state or of one of its points"),
+    Kind({"type": "string", "pattern": f"^{_ETAG}$"}, _parse_place, "an ETag of the run's state or of its points"),
     "Imports only while the run is at the epoch and step that the ETag is of.",
+    example='"e1-s40-state-F32"',
 )
 _LENGTH = Header("Content-Length", integer(0))
 
@@ -119,7 +127,7 @@ IMPORT_HEADERS = (_IMPORT, _PLACE)
 PULL_HEADERS = (
     _PREFER,
     Header("If-None-Match", text(), "Answers 304 while the point's ETag is the one named."),
-    Header("Range", text(), "Bytes of the body to answer with, as after a cut download."),
+    Header("Range", text(), "Bytes of the body to answer with, as after a cut download.", example="bytes=0-99"),
     Header("If-Range", text(), "Honours Range only while the point's ETag is the one named."),
 )
 
@@ -129,6 +137,7 @@ def preferences(request: Request) -> Preferences:
     return _PREFER.find(request) or Preferences()
 
 
+@refuses(UnsupportedMediaType, LengthRequired, MalformedRequest, BodyTooLarge)
 def body_length(request: Request, limit: int) -> int:
     """The Content-Length of a body of tensors, in bytes.
 

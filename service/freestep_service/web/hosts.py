@@ -25,9 +25,9 @@ from freestep_service.settings import Settings
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.problems import problem_response
 
-__all__ = ["OwnHosts"]
+__all__ = ["OPEN_PATH", "OwnHosts"]
 
-_OPEN_PATH = "/healthz"
+OPEN_PATH = "/healthz"
 """Which orchestrators ask by whatever name they have for it, and which says nothing."""
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/@]+)(?::([0-9]{1,5}))?")
 _DEFAULT_PORT = re.compile(rb":(80|443)$")
@@ -50,7 +50,7 @@ class OwnHosts:
         """Values of `Host` that were found to be the service's own."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != _OPEN_PATH and (reason := self._objection(scope)):
+        if scope["type"] == "http" and scope["path"] != OPEN_PATH and (reason := self._objection(scope)):
             self._observe(Forbidden.slug)
             peer = scope["client"] and scope["client"][0]
             deed = Deed(None, peer, "from another host or origin", None, Forbidden.slug)

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
-from freestep.errors import BodyTooLarge, MalformedRequest, RequestTimeout
+from freestep.errors import BodyTooLarge, MalformedRequest, ProblemError, RequestTimeout
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.guard import GuardedRoute
 
@@ -24,6 +24,9 @@ class JsonRoute(GuardedRoute):
 
     A body that has not come within `json_seconds` is refused with RequestTimeout.
     """
+
+    def refusals(self) -> set[type[ProblemError]]:
+        return super().refusals() | ({BodyTooLarge} if self.body_field is not None else set())
 
     def unguarded(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().unguarded()

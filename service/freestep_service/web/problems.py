@@ -17,9 +17,10 @@ from freestep import errors
 from freestep.errors import InvalidSpec, MalformedRequest, ProblemError, StorageUnavailable
 
 __all__ = [
-    "DOCUMENTED",
     "INTERNAL_ERROR",
     "MEDIA_TYPE",
+    "PLAIN",
+    "RETRY_AFTER_S",
     "STATUSES",
     "install",
     "internal_error_response",
@@ -63,30 +64,17 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.StorageUnavailable: 507,
 }
 
-_PROBLEM = {
-    "description": "A problem, RFC 9457; its type ends with its slug.",
-    "content": {
-        MEDIA_TYPE: {
-            "schema": {
-                "type": "object",
-                "required": ["type", "title", "status", "detail"],
-                "properties": {
-                    "type": {"type": "string", "examples": ["urn:freestep:problem:run-not-found"]},
-                    "title": {"type": "string"},
-                    "status": {"type": "integer"},
-                    "detail": {"type": "string"},
-                },
-            }
-        }
-    },
-}
-DOCUMENTED: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEM, "5XX": _PROBLEM, 422: _PROBLEM}
-"""The refusals in the OpenAPI document, in place of FastAPI's own 422."""
+PLAIN = (
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.NOT_IMPLEMENTED,
+    HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
+)
+"""The statuses that any request may be answered with, and that say all there is to say."""
 
 INTERNAL_ERROR = "internal-server-error"
 """The name under which unexpected errors are counted; clients get no slug, since none is to be acted on."""
 
-_RETRY_AFTER_S = {
+RETRY_AFTER_S = {
     errors.Overloaded: 1,
     errors.CoordinatorUnavailable: 1,
     errors.IssuerUnavailable: 5,
@@ -98,7 +86,7 @@ def problem_response(problem: ProblemError) -> JSONResponse:
     """The answer to a refused request."""
     status = STATUSES[type(problem)]
     headers = {}
-    if retry_after := _RETRY_AFTER_S.get(type(problem)):
+    if retry_after := RETRY_AFTER_S.get(type(problem)):
         headers["Retry-After"] = str(retry_after)
     if isinstance(problem, errors.RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{problem.extensions['size']}"

@@ -12,7 +12,7 @@ from typing import Any, Self, get_args
 from fastapi import Request, Response
 
 from freestep.api.models import MOST_SHARDS, Point, PointDtype
-from freestep.errors import MalformedRequest, ShardUnavailable
+from freestep.errors import CoordinatorUnavailable, MalformedRequest, RunNotFound, ShardUnavailable
 from freestep.wire.encoding import INT8
 from freestep_service.runs.run import Run
 from freestep_service.settings import Settings
@@ -20,6 +20,7 @@ from freestep_service.web.context import ServiceContext
 from freestep_service.web.fields import PathField, Query, choice, flag, integer, pattern
 from freestep_service.web.guard import GuardedRoute
 from freestep_service.web.headers import LEASE_KIND
+from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
 from freestep_service.web.routes.dependencies import RUN_NAME
 
@@ -39,9 +40,13 @@ __all__ = [
 ]
 
 RUN = PathField(
-    "run", pattern(RUN_NAME, "1 to 128 letters, digits, '.', '_' and '-', of which the first is a letter or digit")
+    "run",
+    pattern(RUN_NAME, "1 to 128 letters, digits, '.', '_' and '-', of which the first is a letter or digit"),
+    "The run's name.",
+    required=True,
+    example="mnist",
 )
-LEASE = PathField("lease", LEASE_KIND)
+LEASE = PathField("lease", LEASE_KIND, "The lease's ID.", required=True)
 SHARD = Query(
     "shard", integer(0, MOST_SHARDS - 1), "The shard whose part the body is; without it the body is the whole model."
 )
@@ -77,6 +82,7 @@ class DataRoute(GuardedRoute):
         return handler
 
 
+@refuses(CoordinatorUnavailable, RunNotFound, ShardUnavailable)
 async def run_of(request: Request) -> Run:
     """The run that the path names. Raises MalformedRequest, RunNotFound and CoordinatorUnavailable."""
     return await ServiceContext.of(request).registry.find(RUN.read(request))
@@ -94,6 +100,7 @@ class DataRequest:
     _request: Request
 
     @classmethod
+    @refuses(run_of, MalformedRequest, ShardUnavailable)
     async def of(cls, request: Request) -> Self:
         """Raises MalformedRequest, RunNotFound, CoordinatorUnavailable, and ShardUnavailable if the run has another
         number of shards than the request supposes."""

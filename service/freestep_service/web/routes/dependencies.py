@@ -5,23 +5,28 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
+from freestep.errors import CoordinatorUnavailable, RunNotFound, ShardUnavailable
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.run import Run
 from freestep_service.web.context import ServiceContext
-from freestep_service.web.fields import LARGEST, integer
+from freestep_service.web.fields import PathField, integer
 from freestep_service.web.headers import LEASE_ID
+from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
 
 __all__ = ["RUN_NAME", "AnyRegistry", "AnyRelay", "AnyRun", "LeaseId", "RunName", "Step"]
 
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
-RunName = Annotated[str, Path(pattern=f"^{RUN_NAME}$")]
-LeaseId = Annotated[str, Path(pattern=f"^{LEASE_ID}$")]
+RunName = Annotated[str, Path(pattern=f"^{RUN_NAME}$", description="The run's name.", examples=["mnist"])]
+LeaseId = Annotated[str, Path(pattern=f"^{LEASE_ID}$", description="The lease's ID.")]
+_STEP = PathField("step", integer(0), "The checkpoint's step.")
 # Pydantic alone would take "1_0" for ten.
-Step = Annotated[int, BeforeValidator(integer(0).parse), Path(ge=0, le=LARGEST)]
+Step = Annotated[
+    int, BeforeValidator(_STEP.parse), WithJsonSchema(dict(_STEP.kind.schema)), Path(description=_STEP.description)
+]
 
 # Coroutines, though they wait for nothing: FastAPI calls plain functions in a thread.
 
@@ -40,6 +45,7 @@ async def _relay(request: Request) -> Relay:
 AnyRelay = Annotated[Relay, Depends(_relay)]
 
 
+@refuses(RunNotFound, CoordinatorUnavailable, ShardUnavailable)
 async def _run(run: RunName, registry: AnyRegistry) -> Run:
     return await registry.find(run)
 

@@ -8,16 +8,28 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from freestep.api.models import PointDtype, Receipt
+from freestep.errors import (
+    EpochChanged,
+    IdempotencyConflict,
+    InvalidSpec,
+    LeaseExpired,
+    MalformedTensors,
+    NonFiniteGradient,
+    Overloaded,
+    RunNotInitialized,
+)
 from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Claim
 from freestep_service.runs.run import Run
+from freestep_service.web.answer_headers import POINT_HEADERS, PREFERENCE_APPLIED, RECEIPT_HEADERS, optional
 from freestep_service.web.body import Body
 from freestep_service.web.guard import needs
 from freestep_service.web.headers import PUSH_HEADERS, Preferences, body_length, claim, preferences, receipt_headers
+from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
 from freestep_service.web.responses import SnapshotResponse
 from freestep_service.web.routes.data_request import DTYPE, OF, RUN, SHARD, DataRequest, DataRoute
-from freestep_service.web.routes.documents import TENSORS, TENSORS_BODY, documented
+from freestep_service.web.routes.documents import TENSORS, answer, documented, link
 from freestep_service.web.waiting import while_connected
 from freestep_service.web.whole_models import pull_whole, push_whole
 
@@ -27,10 +39,25 @@ router = APIRouter(tags=["gradients"], route_class=DataRoute)
 @router.post(
     "/v1/runs/{run}/gradients",
     response_model=Receipt,
-    responses={200: TENSORS},
-    openapi_extra=documented(RUN, SHARD, OF, DTYPE, *PUSH_HEADERS, body=TENSORS_BODY),
+    responses={
+        200: answer(
+            (PREFERENCE_APPLIED, *optional(*RECEIPT_HEADERS, *POINT_HEADERS)),
+            {
+                "again": link("push", {field.name: f"$request.header.{field.name}" for field in PUSH_HEADERS[:4]}),
+                "pull": link("pull", {"min_step": "$response.body#/step"}),
+                "renew": link("renew_lease", {"lease": "$request.header.Freestep-Lease"}),
+                "report": link("report_metric"),
+                "checkpoint": link("write_checkpoint"),
+            },
+            body=TENSORS,
+            description="A receipt; or with `Prefer: return=representation` y, and the receipt in headers.",
+        )
+    },
+    openapi_extra=documented(RUN, SHARD, OF, DTYPE, *PUSH_HEADERS, body=TENSORS),
 )
 @needs("push")
+@refuses(DataRequest.of, body_length, RunNotInitialized, EpochChanged, IdempotencyConflict, LeaseExpired)
+@refuses(InvalidSpec, MalformedTensors, NonFiniteGradient, Overloaded)
 async def push(request: Request) -> Response:
     """Pushes a gradient.
 

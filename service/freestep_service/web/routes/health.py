@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Literal
 
 import torch
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
-from freestep.errors import ShardUnavailable
+from freestep.errors import CoordinatorUnavailable, ShardUnavailable
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.guard import needs, open_to_all, visitor
 from freestep_service.web.limits import JsonRoute
+from freestep_service.web.problem_documents import refuses
+from freestep_service.web.routes.documents import answer
 
 router = APIRouter(tags=["health"], route_class=JsonRoute)
 
 
+class Health(BaseModel):
+    """That a process serves requests."""
+
+    status: Literal["ok"] = "ok"
+    version: str
+
+
+class Readiness(BaseModel):
+    """That a service can be used, and what is wrong with runs, by name."""
+
+    status: Literal["ready"] = "ready"
+    device: str
+    problems: dict[str, str]
+
+
 @router.get("/healthz")
 @open_to_all
-async def healthz(request: Request) -> dict[str, str]:
+async def healthz(request: Request) -> Health:
     """Answers while the process serves requests, with the version of freestep that it is."""
-    return {"status": "ok", "version": request.app.version}
+    return Health(version=request.app.version)
 
 
 @router.get("/readyz")
 @open_to_all
-async def readyz(request: Request) -> dict[str, Any]:
+@refuses(CoordinatorUnavailable, ShardUnavailable)
+async def readyz(request: Request) -> Readiness:
     """Answers 200 if Redis takes writes and the device computes, else coordinator-unavailable.
 
     `problems` names the runs that cannot be opened, and those whose checkpoints cannot be written, with the reason.
@@ -43,10 +62,14 @@ async def readyz(request: Request) -> dict[str, Any]:
     device = context.device
     # In a thread: a GPU finishes the work that is queued first.
     await asyncio.to_thread(lambda: torch.zeros(1, dtype=torch.float32, device=device).add_(1).item())
-    return {"status": "ready", "device": str(device), "problems": problems}
+    return Readiness(device=str(device), problems=problems)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: answer(body={"content": {"text/plain": {"schema": {"type": "string"}}}})},
+)
 @needs("read")
 async def metrics(request: Request) -> Response:
     """Prometheus's text format."""

@@ -7,19 +7,36 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request, Response
 
 from freestep.api.models import Lease, LeaseList, LeaseRequest
+from freestep.errors import EpochChanged, LeaseExpired, WorkerBanned
 from freestep_service.web.guard import needs, require_worker
 from freestep_service.web.limits import JsonRoute
+from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.data_request import LEASE, RUN, DataRoute, run_of
 from freestep_service.web.routes.dependencies import AnyRelay, AnyRun, LeaseId
-from freestep_service.web.routes.documents import documented
+from freestep_service.web.routes.documents import answer, documented, link
 
 router = APIRouter(tags=["leases"], route_class=JsonRoute)
 renewals = APIRouter(tags=["leases"], route_class=DataRoute)
 """Parsed directly, as the data path is: a thousand workers renew hundreds of leases a second."""
 
+_LINKS = {
+    "push": link(
+        "push",
+        {
+            "Freestep-Lease": "$response.body#/lease",
+            "Freestep-Token": "$response.body#/token",
+            "Freestep-Step": "$response.body#/step",
+        },
+    ),
+    "renew": link("renew_lease", {"lease": "$response.body#/lease"}),
+    "release": link("release_lease", {"lease": "$response.body#/lease"}),
+    "list": link("list_leases", {"Freestep-Lease": "$response.body#/lease"}),
+}
 
-@router.post("/v1/runs/{run}/leases", status_code=201, response_model=Lease)
+
+@router.post("/v1/runs/{run}/leases", status_code=201, response_model=Lease, responses={201: answer(links=_LINKS)})
 @needs("push")
+@refuses(WorkerBanned)
 async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, relay: AnyRelay) -> Any:
     """Grants a lease with a new fencing token; the worker's older lease is fenced off."""
     require_worker(request, wish.worker)
@@ -28,8 +45,14 @@ async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, relay: 
     return await run.leases.grant(wish.worker, wish.ttl_ms)
 
 
-@renewals.put("/v1/runs/{run}/leases/{lease}", response_model=Lease, openapi_extra=documented(RUN, LEASE))
+@renewals.put(
+    "/v1/runs/{run}/leases/{lease}",
+    response_model=Lease,
+    responses={200: answer(links=_LINKS)},
+    openapi_extra=documented(RUN, LEASE),
+)
 @needs("push")
+@refuses(run_of, LeaseExpired, EpochChanged)
 async def renew_lease(request: Request) -> Response:
     """Renews a lease for its time to live."""
     run, lease = await run_of(request), LEASE.read(request)
@@ -39,6 +62,7 @@ async def renew_lease(request: Request) -> Response:
 
 @router.delete("/v1/runs/{run}/leases/{lease}", status_code=204)
 @needs("push")
+@refuses(LeaseExpired)
 async def release_lease(run: AnyRun, lease: LeaseId, request: Request, relay: AnyRelay) -> Response:
     """Ends a lease; an update that waits for its worker only is then applied."""
     if run.leases_are_elsewhere:
@@ -49,6 +73,9 @@ async def release_lease(run: AnyRun, lease: LeaseId, request: Request, relay: An
 
 @router.get("/v1/runs/{run}/leases")
 @needs("read")
-async def list_leases(run: AnyRun, lease: Annotated[str | None, Header(alias="Freestep-Lease")] = None) -> LeaseList:
+async def list_leases(
+    run: AnyRun,
+    lease: Annotated[str | None, Header(alias="Freestep-Lease", description="The lease of who asks.")] = None,
+) -> LeaseList:
     """The live workers, by name. The holder of a lease, who names it, is shown it; nobody else is."""
     return LeaseList(leases=await run.leases.workers(lease))

@@ -6,10 +6,20 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from freestep.api.models import RunStatus
+from freestep.errors import (
+    AlreadyInitialized,
+    MalformedTensors,
+    Overloaded,
+    RangeNotSatisfiable,
+    RunNotInitialized,
+    StepNotReached,
+)
 from freestep_service.runs.consistent_reads import Reading
+from freestep_service.web.answer_headers import CONTENT_RANGE, ETAG, POINT_HEADERS
 from freestep_service.web.body import Body
 from freestep_service.web.guard import needs
 from freestep_service.web.headers import PULL_HEADERS, UPLOAD_HEADERS, body_length, preferences, upload
+from freestep_service.web.problem_documents import refuses
 from freestep_service.web.responses import SnapshotResponse, etag, is_known
 from freestep_service.web.routes.data_request import (
     CUT,
@@ -22,7 +32,7 @@ from freestep_service.web.routes.data_request import (
     DataRequest,
     DataRoute,
 )
-from freestep_service.web.routes.documents import TENSORS, TENSORS_BODY, documented
+from freestep_service.web.routes.documents import TENSORS, answer, documented, link
 from freestep_service.web.waiting import while_connected
 from freestep_service.web.whole_models import initialize_whole, pull_whole
 
@@ -33,9 +43,11 @@ router = APIRouter(tags=["parameters"], route_class=DataRoute)
     "/v1/runs/{run}/parameters",
     status_code=201,
     response_model=RunStatus,
-    openapi_extra=documented(RUN, SHARD, OF, *UPLOAD_HEADERS, body=TENSORS_BODY),
+    responses={201: answer(links={"lease": link("grant_lease"), "pull": link("pull"), "export": link("export_state")})},
+    openapi_extra=documented(RUN, SHARD, OF, *UPLOAD_HEADERS, body=TENSORS),
 )
 @needs("push")
+@refuses(DataRequest.of, body_length, AlreadyInitialized, MalformedTensors, Overloaded)
 async def initialize_run(request: Request) -> Response:
     """Gives the run its initial weights; the first upload wins, others get already-initialized.
 
@@ -60,10 +72,15 @@ async def initialize_run(request: Request) -> Response:
 @router.get(
     "/v1/runs/{run}/parameters",
     response_class=Response,
-    responses={200: TENSORS, 206: TENSORS, 304: {"description": "The point's ETag is one of those named."}},
+    responses={
+        200: answer(POINT_HEADERS, {"again": link("pull", {"If-None-Match": "$response.header.ETag"})}, TENSORS),
+        206: answer((*POINT_HEADERS, CONTENT_RANGE), body=TENSORS, description="The bytes that Range asks for."),
+        304: answer((ETAG,), description="The point's ETag is one of those named."),
+    },
     openapi_extra=documented(RUN, SHARD, OF, POINT, DTYPE, MIN_STEP, CUT, *PULL_HEADERS),
 )
 @needs("read")
+@refuses(DataRequest.of, RunNotInitialized, MalformedTensors, RangeNotSatisfiable, Overloaded, StepNotReached)
 async def pull(request: Request) -> Response:
     """A point of the run's newest step, or of a step not before `min_step` (`Prefer: wait=S`).
 

@@ -10,15 +10,29 @@ from fastapi.responses import JSONResponse
 
 from freestep.api.models import RunStatus
 from freestep.api.run_state import StateDocument
-from freestep.errors import MalformedRequest, RunNotFound, ShardUnavailable
+from freestep.errors import (
+    AlreadyInitialized,
+    EpochChanged,
+    InvalidSpec,
+    MalformedRequest,
+    MalformedTensors,
+    Overloaded,
+    RunExists,
+    RunNotFound,
+    RunNotInitialized,
+    ShardUnavailable,
+    StorageUnavailable,
+)
 from freestep_service.runs.run import Run
 from freestep_service.runs.state_imports import ImportTerms
+from freestep_service.web.answer_headers import STATE_HEADERS
 from freestep_service.web.body import Body
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.guard import needs
 from freestep_service.web.headers import IMPORT_HEADERS, body_length, place, upload
+from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.data_request import CUT, OF, REPLACE, RUN, SHARD, DataRequest, DataRoute
-from freestep_service.web.routes.documents import STATE, STATE_BODY, documented
+from freestep_service.web.routes.documents import STATE, answer, documented, link
 from freestep_service.web.whole_states import export_part, export_whole, send_parts
 
 router = APIRouter(tags=["state"], route_class=DataRoute)
@@ -27,10 +41,13 @@ router = APIRouter(tags=["state"], route_class=DataRoute)
 @router.get(
     "/v1/runs/{run}/state",
     response_class=Response,
-    responses={200: STATE},
+    responses={
+        200: answer(STATE_HEADERS, {"replace": link("import_state", {"If-Match": "$response.header.ETag"})}, STATE)
+    },
     openapi_extra=documented(RUN, SHARD, OF, CUT),
 )
 @needs("read")
+@refuses(DataRequest.of, RunNotInitialized, Overloaded)
 async def export_state(request: Request) -> Response:
     """The run's whole state at its newest step: every vector of the optimizer, and all scalars.
 
@@ -51,9 +68,11 @@ async def export_state(request: Request) -> Response:
     status_code=201,
     response_model=RunStatus,
     responses={200: {"model": RunStatus, "description": "The run had weights, and has this state in their place."}},
-    openapi_extra=documented(RUN, REPLACE, *IMPORT_HEADERS, body=STATE_BODY),
+    openapi_extra=documented(RUN, REPLACE, *IMPORT_HEADERS, body=STATE),
 )
 @needs("admin")
+@refuses(DataRequest.of, body_length, RunExists, RunNotInitialized, EpochChanged, AlreadyInitialized)
+@refuses(InvalidSpec, MalformedTensors, Overloaded, StorageUnavailable)
 async def import_state(request: Request) -> Response:
     """Gives a run a whole state, and creates the run with the state's spec if there is none.
 

@@ -9,12 +9,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Request, Response
 
 from freestep.api.tokens import NewToken, TokenList, TokenRequest, TokenStatus
-from freestep.errors import Forbidden
+from freestep.errors import Forbidden, StorageUnavailable, TokenNotFound
 from freestep_service.access.tokens import Tokens
 from freestep_service.domain.tokens import Token
+from freestep_service.web.answer_headers import NO_STORE
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.guard import needs
 from freestep_service.web.limits import JsonRoute
+from freestep_service.web.problem_documents import refuses
+from freestep_service.web.routes.documents import answer, link
 
 router = APIRouter(tags=["tokens"], route_class=JsonRoute)
 
@@ -30,8 +33,21 @@ async def _tokens(request: Request) -> Tokens:
 AnyTokens = Annotated[Tokens, Depends(_tokens)]
 
 
-@router.post("/v1/tokens", status_code=201)
+@router.post(
+    "/v1/tokens",
+    status_code=201,
+    responses={
+        201: answer(
+            (NO_STORE,),
+            {
+                "list": link("list_tokens", of_run=False),
+                "revoke": link("revoke_token", {"id": "$response.body#/id"}, of_run=False),
+            },
+        )
+    },
+)
 @needs("admin")
+@refuses(StorageUnavailable)
 async def create_token(wish: TokenRequest, tokens: AnyTokens, response: Response) -> NewToken:
     """Makes a token, whose text is in this answer and nowhere else."""
     token, text = await tokens.create(wish)
@@ -46,9 +62,12 @@ async def list_tokens(tokens: AnyTokens) -> TokenList:
     return TokenList(tokens=[TokenStatus(**_shown(token, used_at)) for token, used_at in await tokens.all()])
 
 
-@router.delete("/v1/tokens/{id}", status_code=204)
+@router.delete("/v1/tokens/{id}", status_code=204, response_class=Response)
 @needs("admin")
-async def revoke_token(id: Annotated[str, Path(min_length=1, max_length=100)], tokens: AnyTokens) -> None:
+@refuses(TokenNotFound, StorageUnavailable)
+async def revoke_token(
+    id: Annotated[str, Path(min_length=1, max_length=100, description="The token's ID.")], tokens: AnyTokens
+) -> None:
     """Ends a token, at all processes of the service."""
     await tokens.revoke(id)
 

@@ -1,0 +1,52 @@
+"""The OpenAPI document as a whole: what no single operation says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from freestep_service.web.problem_documents import problem_schemas
+
+__all__ = ["DESCRIPTION", "TAGS", "document_problems"]
+
+DESCRIPTION = """\
+A run is one model in training. Workers take a lease, pull the point y and push gradients; evaluators pull the average,
+x. Tensors travel as safetensors, everything else as JSON.
+
+A refusal is a problem document (RFC 9457) whose type ends with its slug; it has changed nothing, and what is answered
+with 429 or 503 may be repeated after `Retry-After`. HEAD is answered wherever GET is. Paths that are not described here
+are answered with 404, and other methods with 405 and `Allow`.
+"""
+
+TAGS = [
+    {"name": "gradients", "description": "Pushes: gradients in, receipts or fresh parameters out."},
+    {"name": "leases", "description": "What admits a worker to a run for a while, with a fencing token."},
+    {"name": "parameters", "description": "Initial weights in, points out: x averaged, y to train at, z the base."},
+    {"name": "runs", "description": "Runs: create, list, status, shards, delete."},
+    {"name": "state", "description": "The whole state of a run: out of one service, into another."},
+    {"name": "checkpoints", "description": "What a run returns to after a crash, or when it is restored."},
+    {"name": "metrics", "description": "What evaluators have measured at x."},
+    {"name": "tokens", "description": "Bearer tokens: make, list, revoke."},
+    {"name": "health", "description": "Liveness, readiness, Prometheus metrics."},
+]
+
+
+def document_problems(app: FastAPI) -> None:
+    """Has an app's OpenAPI document define what its responses refer to, without FastAPI's own refusals, which are not
+    given here."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        schemas = document["components"]["schemas"]
+        schemas |= problem_schemas()
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                    del operation["responses"]["422"]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

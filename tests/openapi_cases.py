@@ -1,0 +1,45 @@
+"""Hooks of schemathesis: the bodies of tensors that it sends, and the runs that it makes for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import schemathesis
+from hypothesis import strategies as st
+from schemathesis.generation.meta import TestPhase
+
+from freestep.wire.receiver import MEDIA_TYPE
+from plain_calls import BODY, TENSORS
+
+SPEC = {
+    "optimizer": {"algorithm": "sgd_schedule_free", "lr": 0.5},
+    "aggregation": {"policy": "async"},
+    "parameters": [{"name": name, "shape": list(tensor.shape)} for name, tensor in TENSORS.items()],
+}
+"""Of runs whose tensors the bodies are."""
+
+# Three of four bodies are a run's tensors: else hardly a run would ever get its weights.
+schemathesis.openapi.media_type(MEDIA_TYPE, st.sampled_from([BODY] * 3 + [BODY[:-1], b"", bytes(64)]))
+
+
+@schemathesis.hook
+def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+    """Along links, runs are of one spec, so that what follows on their creation can succeed."""
+    meta = case.meta
+    if meta is None or not meta.generation.mode.is_positive:
+        return
+    if meta.phase.name is TestPhase.STATEFUL:
+        if case.operation.definition.raw["operationId"] == "create_run":
+            case.body = SPEC
+        elif case.operation.definition.raw["operationId"] == "grant_lease":
+            case.body = {"worker": case.body["worker"]}
+    case.body = _with_plain_integers(case.body)
+
+
+def _with_plain_integers(value: Any) -> Any:
+    """JSON Schema takes 1.0 for an integer, and the service takes integers as they are usually written."""
+    if isinstance(value, dict):
+        return {name: _with_plain_integers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_plain_integers(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,176 @@
+"""The OpenAPI document says all that the service does, and the service does what it says.
+
+That answers are as documented is checked in every test (documented.py); here requests are made of the document.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from documented import Document
+from freestep.errors import PROBLEMS, URN, RunNotFound, ShardUnavailable
+from freestep_service.app import create_app
+from freestep_service.settings import Settings
+from freestep_service.web.limits import JsonRoute
+from freestep_service.web.problem_documents import refuses
+from freestep_service.web.problems import RETRY_AFTER_S, STATUSES, problem_response
+from harness import ThreadService
+from meanwhile import DEADLINE_S
+from plain_calls import Api
+
+TESTS = Path(__file__).parent.parent
+DOCUMENT = create_app(Settings()).openapi()
+OPERATIONS = {
+    operation["operationId"]: operation for methods in DOCUMENT["paths"].values() for operation in methods.values()
+}
+EXAMPLES = os.environ.get("FREESTEP_OPENAPI_EXAMPLES", "10")
+"""How many requests are made of an operation, or walks along links: more for a longer search."""
+
+
+def parts(value: Any, name: str) -> Iterator[Any]:
+    """The values of a name, wherever it stands in a document."""
+    if isinstance(value, dict):
+        yield from ([value[name]] if name in value else [])
+        for each in value.values():
+            yield from parts(each, name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from parts(each, name)
+
+
+def test_operations_are_named_by_their_handlers() -> None:
+    assert set(OPERATIONS) == {
+        *("create_run", "list_runs", "get_run", "delete_run", "get_topology", "reshard_run"),
+        *("initialize_run", "pull", "push", "export_state", "import_state", "report_metric"),
+        *("grant_lease", "renew_lease", "release_lease", "list_leases"),
+        *("write_checkpoint", "list_checkpoints", "restore_checkpoint"),
+        *("create_token", "list_tokens", "revoke_token"),
+        *("healthz", "readyz", "metrics"),
+    }
+
+
+def test_every_reference_leads_somewhere() -> None:
+    schemas = DOCUMENT["components"]["schemas"]
+    references = {each for each in parts(DOCUMENT, "$ref") if isinstance(each, str)}
+    assert {each.rpartition("/")[2] for each in references} <= schemas.keys()
+    assert not {name for name in schemas if "ValidationError" in name}
+    for operation in OPERATIONS.values():
+        for links in parts(operation["responses"], "links"):
+            for link in links.values():
+                target = OPERATIONS[link["operationId"]]
+                assert link["parameters"].keys() <= {each["name"] for each in target.get("parameters", ())}
+
+
+def test_every_operation_and_field_is_described() -> None:
+    for name, operation in OPERATIONS.items():
+        assert operation["description"], name
+        for parameter in operation.get("parameters", ()):
+            assert parameter["description"], (name, parameter["name"])
+        for response in operation["responses"].values():
+            assert response["description"]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_every_problem_is_described(problem: type) -> None:
+    schema = DOCUMENT["components"]["schemas"][problem.__name__]
+    fixed = {name: each["const"] for name, each in schema["properties"].items() if "const" in each}
+    assert fixed == {"type": URN + problem.slug, "title": problem.title, "status": STATUSES[problem]}
+    assert schema["description"]
+
+
+def test_statuses_are_those_of_what_is_declared() -> None:
+    renewal = OPERATIONS["renew_lease"]["responses"]
+    assert set(renewal) == {"200", "400", "401", "403", "404", "408", "409", "410", "431", "500", "501", "503", "505"}
+    assert "413" in OPERATIONS["grant_lease"]["responses"]
+    # Orchestrators ask by any name and without a token.
+    assert not {"401", "403", "404"} & OPERATIONS["healthz"]["responses"].keys()
+
+
+def test_headers_of_refusals_are_those_that_they_have() -> None:
+    for problem in RETRY_AFTER_S:
+        assert "Retry-After" in problem_response(problem()).headers
+        responses = [each["responses"].get(str(STATUSES[problem])) for each in OPERATIONS.values()]
+        assert all(response["headers"]["Retry-After"]["required"] for response in responses if response)
+
+
+def test_what_a_function_refuses_with_is_what_it_and_its_callees_declare() -> None:
+    @refuses(RunNotFound)
+    def callee() -> None: ...
+
+    @refuses(callee)
+    @refuses(ShardUnavailable)
+    async def endpoint() -> None: ...
+
+    setattr(endpoint, "_freestep_needed", (None, ""))  # noqa: B010
+    assert JsonRoute("/x", endpoint).refusals() >= {RunNotFound, ShardUnavailable}
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "fault"),
+    [
+        (HTTPStatus.IM_A_TEAPOT, {}, b"", "418 is not documented"),
+        (200, {"content-type": "application/json", "x-more": "1"}, b"", "the header x-more"),
+        (200, {"content-type": "text/html"}, b"", "the media type 'text/html'"),
+        (404, {"content-type": "application/problem+json"}, b'{"type": "about:blank"}', "about:blank"),
+        (
+            404,
+            {"content-type": "application/problem+json"},
+            b'{"type": "urn:freestep:problem:run-not-found", "more": 1}',
+            "more is not documented",
+        ),
+        (503, {"content-type": "application/problem+json"}, b"", "retry-after is missing"),
+    ],
+)
+def test_an_answer_that_is_not_documented_is_noticed(
+    status: int, headers: dict[str, str], body: bytes, fault: str
+) -> None:
+    (found,) = Document(DOCUMENT).faults(OPERATIONS["get_run"], status, headers, body)
+    assert fault in found
+
+
+def asked(service: ThreadService, *phases: str) -> None:
+    """Has schemathesis make requests of the service's document, with all its checks."""
+    command = [
+        *(sys.executable, "-m", "schemathesis.cli", "--config-file", TESTS / "openapi.toml"),
+        *("run", f"{service.url}/openapi.json", "--phases", ",".join(phases), "--max-examples", EXAMPLES),
+    ]
+    done = subprocess.run(
+        list(map(str, command)), env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def document_service(start_service: Callable[..., ThreadService], connect: Callable[..., Api]) -> ThreadService:
+    """A service with a run that has weights and a checkpoint, and one that has none."""
+    service = start_service()
+    api = connect(service.url, "one")
+    api.create()
+    assert api.http.post(api.path("/checkpoints")).status_code == 201
+    fresh = connect(service.url, "two")
+    assert fresh.http.put(fresh.path(), json=fresh.spec()).status_code == 201
+    return service
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(10 * DEADLINE_S)
+def test_every_operation_does_what_the_document_says(document_service: ThreadService) -> None:
+    asked(document_service, "examples", "coverage", "fuzzing")
+    answered = {name for name, _ in document_service.documented.answered}
+    assert answered == OPERATIONS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(10 * DEADLINE_S)
+def test_what_links_lead_to_does_what_the_document_says(document_service: ThreadService) -> None:
+    asked(document_service, "stateful")
+    succeeded = {name for name, status in document_service.documented.answered if status < 300}
+    assert {"push", "renew_lease", "release_lease", "restore_checkpoint", "pull", "revoke_token"} <= succeeded
