@@ -85,8 +85,15 @@ class Client:
         return Run(self._transport, name, ranks)
 
     def runs(self) -> list[RunStatus]:
-        """The status of every run."""
-        return parse(RunList, self._transport.request("GET", "/v1/runs")).runs
+        """The status of every run, by name."""
+        found: list[RunStatus] = []
+        after: str | None = ""
+        while after is not None:
+            params = {"after": after} if after else None
+            page = parse(RunList, self._transport.request("GET", "/v1/runs", params=params))
+            found += page.runs
+            after = page.next
+        return found
 
     def create_token(
         self,

@@ -48,6 +48,7 @@ from freestep_service.web.error_boundary import ErrorBoundary
 from freestep_service.web.guard import document_tokens
 from freestep_service.web.hosts import OwnHosts
 from freestep_service.web.issuer_documents import IssuerDocuments, issuer_client
+from freestep_service.web.json_bodies import JsonBodies
 from freestep_service.web.openapi import DESCRIPTION, TAGS, document_problems
 from freestep_service.web.relay import Relay, relay_client
 from freestep_service.web.routes import checkpoints, gradients, health, leases, parameters, runs, state
@@ -176,7 +177,9 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     relay = Relay(http, secret, settings.stall_seconds)
     audit = AuditLog(settings.data_dir / "audit.jsonl")
     stack.callback(audit.close)
-    return ServiceContext(settings, store, relay, registry, tokens, audit, metrics, device)
+    json_bodies = JsonBodies(settings.queue_seconds)
+    stack.callback(json_bodies.close)
+    return ServiceContext(settings, store, relay, registry, tokens, audit, metrics, json_bodies, device)
 
 
 async def _start_tokens(tokens: Tokens, settings: Settings, stack: AsyncExitStack) -> None:

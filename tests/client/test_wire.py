@@ -334,3 +334,20 @@ def test_there_may_be_more_shards_than_elements() -> None:
     assert sum(part.numel for part in parts) == 3
     assert {part.numel for part in parts} == {0, 1}
     assert [part.by_name.keys() for part in parts if part.numel == 0 and part.slots] == []
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=12), st.integers(1, 9))
+def test_the_parts_of_shards_are_those_of_a_search_through_all_tensors(shapes: list[list[int]], count: int) -> None:
+    manifest = Manifest(ParameterSpec(name=str(index), shape=tuple(shape)) for index, shape in enumerate(shapes))
+    parts = [manifest.part(index, count) for index in range(count)]
+    assert [part.begin for part in parts[1:]] == [part.end for part in parts[:-1]]
+    for part in parts:
+        held = [slot.name for slot in part.slots if slot.numel]
+        reached = [
+            slot.name
+            for slot in manifest.slots
+            if max(slot.offset, part.begin) < min(slot.offset + slot.numel, part.end)
+        ]
+        assert held == reached
+    empty = {slot.name for part in parts for slot in part.slots if slot.numel == 0}
+    assert empty == {slot.name for slot in manifest.slots if slot.numel == 0}

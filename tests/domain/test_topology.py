@@ -6,7 +6,7 @@ from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.reports import Measured, with_measured
 from freestep_service.domain.run_view import RunView
-from freestep_service.domain.topology import topology
+from freestep_service.domain.topology import Layout, topology
 
 SPEC = RunSpec.model_validate(
     {
@@ -25,7 +25,7 @@ SHARDS = {
 
 
 def test_the_topology_names_owners_slices_and_steps() -> None:
-    made = topology("run", Manifest.of(SPEC), RunView(RUN, SHARDS, 0), 950, {})
+    made = topology("run", Layout(Manifest.of(SPEC), 2), RunView(RUN, SHARDS, 0), 950, {})
     assert (made.run, made.epoch, made.missing) == ("run", 3, [1])
     first, second = made.shards
     assert (first.url, second.url) == ("http://a:1", None)
@@ -37,7 +37,7 @@ def test_the_topology_names_owners_slices_and_steps() -> None:
 
 
 def test_what_is_known_here_goes_before_what_redis_says() -> None:
-    made = topology("run", Manifest.of(SPEC), RunView(RUN, SHARDS, 0), 0, {1: 8})
+    made = topology("run", Layout(Manifest.of(SPEC), 2), RunView(RUN, SHARDS, 0), 0, {1: 8})
     assert [shard.applied_step for shard in made.shards] == [6, 8]
     assert made.missing == []
 

@@ -15,7 +15,8 @@ from freestep.errors import RunNotFound
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.app import create_app
 from freestep_service.settings import Settings
-from freestep_service.web.limits import LONGEST_JSON
+from freestep_service.web.json_bodies import SMALL, JsonBodies
+from freestep_service.web.limits import LONGEST_SPEC
 
 CHUNK = bytes(1024 * 1024)
 
@@ -32,6 +33,7 @@ def app() -> FastAPI:
         registry=SimpleNamespace(find=find),
         settings=Settings(insecure=True),
         audit=SimpleNamespace(note=lambda deed: None),
+        json_bodies=JsonBodies(30.0),
     )
     return made
 
@@ -50,17 +52,18 @@ def test_an_endless_body_is_read_up_to_the_bound(app: FastAPI, method: str, path
     headers = {"content-type": media_type} if media_type else {}
     sender = Sender(repeat(CHUNK))
     answer = call(app, scope_of(method, path, headers), sender)
-    assert sender.sent <= LONGEST_JSON + len(CHUNK)
+    longest = LONGEST_SPEC if (method, path) == ("PUT", "/v1/runs/r") else SMALL
+    assert sender.sent <= longest + len(CHUNK)
     assert answer.headers["content-type"] == "application/problem+json"
     if sender.sent:
-        assert (answer.status, answer.json()["limit"]) == (413, LONGEST_JSON)
+        assert (answer.status, answer.json()["limit"]) == (413, longest)
 
 
 @pytest.mark.parametrize("media_type", ["application/json", MEDIA_TYPE])
 def test_a_spec_is_read_up_to_the_bound(app: FastAPI, media_type: str) -> None:
     sender = Sender([CHUNK] * 16)
     answer = call(app, scope_of("PUT", "/v1/runs/r", {"content-type": media_type}), sender)
-    assert (sender.sent, answer.status) == (LONGEST_JSON, 400 if media_type == "application/json" else 422)
+    assert (sender.sent, answer.status) == (LONGEST_SPEC, 400 if media_type == "application/json" else 422)
 
 
 def test_a_body_that_ends_with_its_connection_is_refused(app: FastAPI) -> None:

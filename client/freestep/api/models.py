@@ -225,10 +225,12 @@ class RunStatus(_Answer):
 
 
 class RunList(_Answer):
-    """All runs of a service."""
+    """The runs of a service, or a page of them."""
 
     runs: list[RunStatus]
-    """Each run's status."""
+    """Each run's status, by name."""
+    next: str | None = None
+    """The name after which the next page begins; null if there are no more."""
 
 
 class Slice(_Answer):

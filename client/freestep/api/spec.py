@@ -10,12 +10,24 @@ from freestep.api.aggregation import AggregationSpec
 from freestep.api.hyperparameters import OptimizerSpec, ScheduleFreeWrapper
 from freestep.api.validation import StrictModel, fault
 
-__all__ = ["DEFAULT_GROUP", "MOST_SHARDS", "GroupOverrides", "ParameterSpec", "RunSpec"]
+__all__ = [
+    "DEFAULT_GROUP",
+    "MOST_GROUPS",
+    "MOST_PARAMETERS",
+    "MOST_SHARDS",
+    "GroupOverrides",
+    "ParameterSpec",
+    "RunSpec",
+]
 
 DEFAULT_GROUP = "default"
 
 MOST_SHARDS = 256
 """The largest number of shards of a run."""
+MOST_PARAMETERS = 2**17
+"""The largest number of tensors of a run."""
+MOST_GROUPS = 1024
+"""The largest number of param groups of a run: a header of each point has a number for each."""
 
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 
@@ -66,9 +78,9 @@ class RunSpec(StrictModel):
     `algorithm`."""
     aggregation: AggregationSpec = AggregationSpec()
     """How pushes become updates; `ringmaster` by default."""
-    parameters: tuple[ParameterSpec, ...] = Field(min_length=1)
-    """The tensors, in the order in which the flat vector contains them."""
-    groups: dict[_Name, GroupOverrides] = Field(default_factory=dict)
+    parameters: tuple[ParameterSpec, ...] = Field(min_length=1, max_length=MOST_PARAMETERS, fail_fast=True)
+    """The tensors, in the order in which the flat vector contains them; of faulty ones the first is named."""
+    groups: dict[_Name, GroupOverrides] = Field(default_factory=dict, max_length=MOST_GROUPS)
     """Param groups by name, with the hyperparameters that differ from the run's."""
     lease_ttl_ms: Annotated[int, Field(strict=True, ge=100, le=3_600_000)] = 30_000
     """Milliseconds after which a lease ends that is not renewed."""

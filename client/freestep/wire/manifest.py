@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -59,6 +60,7 @@ class Manifest:
     def _assemble(self, slots: Iterable[Slot], begin: int, end: int) -> None:
         self.slots = tuple(slots)
         self.by_name = {slot.name: slot for slot in self.slots}
+        self._offsets = [slot.offset for slot in self.slots]
         self.begin, self.end = begin, end
         self.numel = end - begin
         self._derived: dict[tuple[Any, ...], Any] = {}
@@ -81,7 +83,8 @@ class Manifest:
         ideal = self.numel * index // count
         if ideal in (0, self.numel):
             return ideal
-        slot = next(slot for slot in self.slots if slot.offset <= ideal < slot.offset + slot.numel)
+        # The last of those that begin there: empty tensors stand before the one that has the element.
+        slot = self.slots[bisect_right(self._offsets, ideal) - 1]
         if slot.group in self._whole:
             return min(slot.offset, slot.offset + slot.numel, key=lambda place: abs(place - ideal))
         row = prod(slot.shape[1:])
@@ -90,7 +93,9 @@ class Manifest:
         return nearest if abs(nearest - ideal) <= _TOLERANCE * self.numel / count else ideal
 
     def _slices(self, begin: int, end: int) -> Iterator[Slot]:
-        for slot in self.slots:
+        # The one before the first that begins in the part may reach into it.
+        near = slice(max(bisect_left(self._offsets, begin) - 1, 0), bisect_right(self._offsets, end))
+        for slot in self.slots[near]:
             first, last = max(slot.offset, begin), min(slot.offset + slot.numel, end)
             # An empty tensor belongs to the shard that contains its offset, at the very end to the last one.
             is_here = begin <= slot.offset < end or slot.offset == end == self.numel

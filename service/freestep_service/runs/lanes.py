@@ -1,6 +1,6 @@
-"""How many bodies of one lease are on their way into a shard's memory: the others of that lease wait behind them.
+"""How many bodies of one sender are on their way into memory: the others of that sender wait behind them.
 
-A worker that sends many slow bodies at once holds up itself and nobody else.
+Who sends many slow bodies at once holds up itself and nobody else.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class _Lane:
 
 
 class Lanes:
-    """At most `most` bodies of each lease at once, first come, first served, on one event loop."""
+    """At most `most` bodies of each sender, a lease say, at once, first come, first served, on one event loop."""
 
     def __init__(self, most: float) -> None:
         self.most = most
         self._lanes: dict[str, _Lane] = {}
 
-    async def enter(self, lease: str, timeout_s: float) -> None:
-        """Returns when a body of the lease may come; `leave` is to be called then. Raises Overloaded after the time."""
-        lane = self._lanes.setdefault(lease, _Lane())
+    async def enter(self, sender: str, timeout_s: float) -> None:
+        """Returns when a body of the sender may come, which `leave` is called for. Raises Overloaded after the time."""
+        lane = self._lanes.setdefault(sender, _Lane())
         if lane.taken < self.most:
             lane.taken += 1
             return
@@ -42,18 +42,18 @@ class Lanes:
         except BaseException as error:
             if turn.done() and not turn.cancelled():
                 # It came at the same moment.
-                self.leave(lease)
+                self.leave(sender)
             with suppress(ValueError):
                 lane.waiting.remove(turn)
             if isinstance(error, TimeoutError):
                 raise Overloaded(
-                    f"{self.most} bodies of this lease have been on their way for {timeout_s:g} s"
+                    f"{self.most} bodies of this sender have been on their way for {timeout_s:g} s"
                 ) from None
             raise
 
-    def leave(self, lease: str) -> None:
+    def leave(self, sender: str) -> None:
         """A body has come, or will not."""
-        lane = self._lanes[lease]
+        lane = self._lanes[sender]
         while lane.waiting:
             turn = lane.waiting.popleft()
             if not turn.done():
@@ -61,4 +61,4 @@ class Lanes:
                 return
         lane.taken -= 1
         if not lane.taken:
-            del self._lanes[lease]
+            del self._lanes[sender]

@@ -103,23 +103,24 @@ class Registry:
         and StorageUnavailable.
         """
         resources = self._resources
-        limit = body_limit(Manifest.of(spec))
+        with suppress(RunNotFound):
+            return self._same(await self.find(name), spec), False
+        manifest = await asyncio.to_thread(Manifest.of, spec)
+        limit = await asyncio.to_thread(body_limit, manifest)
         if limit > resources.settings.max_body_bytes:
             raise InvalidSpec(
                 f"a body of these parameters may have {limit} bytes, more than the service accepts",
                 field="parameters",
             )
-        with suppress(RunNotFound):
-            return self._same(await self.find(name), spec), False
         async with self._change(name):
             if name in self._runs:
                 return self._same(self._runs[name], spec), False
             await resources.disk.run(resources.storage.require_writable)
             await resources.node.heartbeat(resources.store)
-            resources.memory.reserve(name, self._bytes_of(spec, spec.shards))
+            resources.memory.reserve(name, await self._bytes_of(spec, spec.shards))
             try:
                 origin = Origin(await Deletions(resources, name).last_epoch() + 1, secrets.token_hex(8))
-                run = Run(name, spec, spec.shards, resources, origin)
+                run = Run(name, spec, manifest, spec.shards, resources, origin)
                 if not await run.create():
                     await self._open(name, is_from_elsewhere=True)
                     return self.get(name), False
@@ -215,24 +216,27 @@ class Registry:
             # It was left by the deletion of an earlier run of this name.
             file = None
         try:
-            spec = RunSpec.model_validate_json(file.spec if file else view.run["spec"] if view else "")
+            text = file.spec if file else view.run["spec"] if view else ""
+            spec = await asyncio.to_thread(RunSpec.model_validate_json, text)
         except ValidationError as error:
             self._put_aside(name, f"its spec is not valid: {error}")
             return
         shards = view.count if view else file.shards if file else spec.shards
         try:
-            self._resources.memory.reserve(name, self._bytes_of(spec, shards))
+            self._resources.memory.reserve(name, await self._bytes_of(spec, shards))
         except InvalidSpec as error:
             # It was there before: it is opened all the same, and this is logged.
             logger.error("run %s: %s", name, error)
-        run = Run(name, spec, shards, self._resources, origin)
+        manifest = await asyncio.to_thread(Manifest.of, spec)
+        run = Run(name, spec, manifest, shards, self._resources, origin)
         self._runs[name] = run
         self._set_aside.pop(name, None)
         await run.start()
 
-    def _bytes_of(self, spec: RunSpec, shards: int) -> int:
+    async def _bytes_of(self, spec: RunSpec, shards: int) -> int:
         """The most memory that this process's share of a run takes."""
-        return run_bytes(spec, self._resources.node.share(shards), shards, self._resources.device)
+        share = self._resources.node.share(shards)
+        return await asyncio.to_thread(run_bytes, spec, share, shards, self._resources.device)
 
     def _put_aside(self, name: str, reason: str, error: Exception | None = None) -> None:
         if self._set_aside.get(name) != reason:

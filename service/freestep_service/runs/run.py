@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Collection
@@ -25,7 +26,7 @@ from freestep_service.domain.opening import Decision
 from freestep_service.domain.records import UNKNOWN_ORIGIN, CheckpointId, Origin, Receipts
 from freestep_service.domain.specs import require_same_spec
 from freestep_service.domain.tally import Tally
-from freestep_service.domain.topology import topology
+from freestep_service.domain.topology import Layout, topology
 from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background
 from freestep_service.runs.checkpointing import Checkpointing
@@ -58,17 +59,23 @@ __all__ = ["Run"]
 class Run:
     """A run, of which this process owns some shards, all or none.
 
-    origin: where it began, as far as that is known.
+    manifest: the spec's. origin: where it began, as far as that is known.
     """
 
     def __init__(
-        self, name: str, spec: RunSpec, shards: int, resources: Resources, origin: Origin = UNKNOWN_ORIGIN
+        self,
+        name: str,
+        spec: RunSpec,
+        manifest: Manifest,
+        shards: int,
+        resources: Resources,
+        origin: Origin = UNKNOWN_ORIGIN,
     ) -> None:
         settings, storage = resources.settings, resources.storage
         canonical = spec.model_dump_json()
         self.name = name
         self.spec = spec
-        self.manifest = Manifest.of(spec)
+        self.manifest = manifest
         self._context = context = RunContext(
             name,
             spec,
@@ -97,11 +104,17 @@ class Run:
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing)
         pool = VectorPool(self.manifest.numel, 1, reserve=resources.reserve)
         self._senders = Lanes(1)
+        self._layout: Layout | None = None
         self._whole = Staging(self.manifest, pool, resources.locks, settings.slow_bytes_per_second)
 
     def _make_shard(self, index: int, token: str) -> LocalShard:
         core = ShardCore(self._context, index, self._shards.count, token)
         return LocalShard(self._context, self._recovery, core, self._checkpointing.on_mark)
+
+    @property
+    def canonical_spec(self) -> str:
+        """The spec as JSON."""
+        return self._context.canonical_spec
 
     # What is here
 
@@ -286,7 +299,13 @@ class Run:
         }
         # Redis's clock at the last heartbeat.
         now_ms = self._ownership.view.now_ms if self._ownership.view else 0
-        return topology(self.name, self.manifest, view, now_ms, applied)
+        return topology(self.name, await self.layout(view.count), view, now_ms, applied)
+
+    async def layout(self, count: int) -> Layout:
+        """The parts of `count` shards; those of the newest number that was asked for are kept."""
+        if self._layout is None or self._layout.count != count:
+            self._layout = await asyncio.to_thread(Layout, self.manifest, count)
+        return self._layout
 
     # Checkpoints
 

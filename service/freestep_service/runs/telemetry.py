@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -22,6 +23,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        self._exposing: asyncio.Future[bytes] | None = None
         self.problems = Counter("freestep_problems", "Refused requests.", ["slug"], registry=registry)
         self.pushes = Counter("freestep_pushes", "Pushes decided.", ["run", "decision"], registry=registry)
         self.replays = Counter("freestep_replays", "Pushes answered from their receipt.", ["run"], registry=registry)
@@ -56,9 +58,11 @@ class Metrics:
             "freestep_checkpoint_seconds", "Time to write a checkpoint.", ["run"], registry=registry
         )
 
-    def expose(self) -> bytes:
-        """All of them, in Prometheus's text format."""
-        return generate_latest(self._registry)
+    async def expose(self) -> bytes:
+        """All of them, in Prometheus's text format; written in a thread, and once for all who ask meanwhile."""
+        if self._exposing is None or self._exposing.done():
+            self._exposing = asyncio.ensure_future(asyncio.to_thread(generate_latest, self._registry))
+        return await asyncio.shield(self._exposing)
 
     def forget(self, run: str) -> None:
         """Removes every series of a run."""

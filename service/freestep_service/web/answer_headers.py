@@ -12,6 +12,7 @@ from freestep_service.web.fields import Kind, choice, flag, integer, pattern, te
 __all__ = [
     "CONTENT_RANGE",
     "ETAG",
+    "NEXT_PAGE",
     "NO_STORE",
     "POINT_HEADERS",
     "PREFERENCE_APPLIED",
@@ -56,6 +57,7 @@ _RATES = AnswerHeader(
     is_optional=True,
 )
 _RANGES = AnswerHeader("Accept-Ranges", choice(("bytes",)), "That Range is honoured.")
+NEXT_PAGE = AnswerHeader("Link", text(1), "The next page, with the relation `next`: RFC 8288.", is_optional=True)
 POINT_HEADERS = (ETAG, _EPOCH, _STEP, _RANGES, _RATES, *optional(_CUT))
 STATE_HEADERS = (ETAG, _EPOCH, _STEP, _CUT)
 CONTENT_RANGE = AnswerHeader(

@@ -13,6 +13,7 @@ from freestep_service.coordination.store import Store
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import Settings
+from freestep_service.web.json_bodies import JsonBodies
 from freestep_service.web.relay import Relay
 
 __all__ = ["ServiceContext"]
@@ -29,6 +30,7 @@ class ServiceContext:
     tokens: Tokens
     audit: AuditLog
     metrics: Metrics
+    json_bodies: JsonBodies
     device: torch.device
 
     @staticmethod

@@ -70,6 +70,8 @@ PLAIN = (
     HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
 )
 """The statuses that any request may be answered with, and that say all there is to say."""
+_LONGEST_SHOWN = 1000
+"""Characters of a field's path or of a fault, which may have names in them that the client chose."""
 
 INTERNAL_ERROR = "internal-server-error"
 """The name under which unexpected errors are counted; clients get no slug, since none is to be acted on."""
@@ -174,15 +176,15 @@ def _allowed(request: Request) -> str:
 
 def _from_validation(error: RequestValidationError, route: str) -> ProblemError:
     """invalid-spec where a run's spec is wrong, malformed-request for everything else."""
-    faults = [{"field": _field(detail), "message": detail["msg"]} for detail in error.errors()]
+    faults = [{"field": _field(detail), "message": detail["msg"][:_LONGEST_SHOWN]} for detail in error.errors()[:20]]
     summary = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults[:5])
     is_spec = route == "create_run" and all(
         detail["loc"][0] == "body" and detail["type"] != "json_invalid" for detail in error.errors()
     )
     problem = InvalidSpec if is_spec else MalformedRequest
-    return problem(summary, field=faults[0]["field"], errors=faults[:20])
+    return problem(summary, field=faults[0]["field"], errors=faults)
 
 
 def _field(detail: Mapping[str, Any]) -> str:
     """The path of a field as the client wrote it."""
-    return ".".join(map(str, detail["loc"][1:])) or str(detail["loc"][0])
+    return (".".join(map(str, detail["loc"][1:])) or str(detail["loc"][0]))[:_LONGEST_SHOWN]

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from freestep.api.models import Checkpoint, CheckpointList, RunStatus
 from freestep.errors import CheckpointNotFound, RunNotInitialized, StorageUnavailable
 from freestep_service.web.guard import needs
+from freestep_service.web.json_answers import status_response
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.dependencies import AnyRelay, AnyRun, Step
@@ -52,4 +53,4 @@ async def restore_checkpoint(run: AnyRun, request: Request, relay: AnyRelay, ste
     if not run.owns_any:
         return await relay.forward(request, run)
     await run.restore(step)
-    return await run.status()
+    return await status_response(run)

@@ -73,4 +73,4 @@ async def readyz(request: Request) -> Readiness:
 @needs("read")
 async def metrics(request: Request) -> Response:
     """Prometheus's text format."""
-    return Response(ServiceContext.of(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)
+    return Response(await ServiceContext.of(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)

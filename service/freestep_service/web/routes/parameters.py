@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from freestep.api.models import RunStatus
 from freestep.errors import (
@@ -19,6 +18,7 @@ from freestep_service.web.answer_headers import CONTENT_RANGE, ETAG, POINT_HEADE
 from freestep_service.web.body import Body
 from freestep_service.web.guard import needs
 from freestep_service.web.headers import PULL_HEADERS, UPLOAD_HEADERS, body_length, preferences, upload
+from freestep_service.web.json_answers import status_response
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.responses import SnapshotResponse, etag, is_known
 from freestep_service.web.routes.data_request import (
@@ -65,8 +65,7 @@ async def initialize_run(request: Request) -> Response:
         return await relay.forward(request, run, parsed.shard)
     else:
         await run.initialize(run.shard(parsed.shard), body, upload(request, required=run.is_sharded))
-    status = await run.status()
-    return JSONResponse(status.model_dump(mode="json"), 201)
+    return await status_response(run, 201)
 
 
 @router.get(

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BeforeValidator
 
 from freestep.api.models import ReshardRequest, RunList, RunSpec, RunStatus, Topology
 from freestep.errors import InvalidSpec, RunExists, RunNotFound, StorageUnavailable
+from freestep_service.web.answer_headers import NEXT_PAGE
+from freestep_service.web.fields import integer
 from freestep_service.web.guard import caller, needs
-from freestep_service.web.limits import JsonRoute
+from freestep_service.web.json_answers import json_response, status_json, status_response, topology_response
+from freestep_service.web.limits import LONGEST_SPEC, JsonRoute, takes_large
 from freestep_service.web.problem_documents import refuses
-from freestep_service.web.routes.dependencies import AnyRegistry, AnyRelay, AnyRun, RunName
+from freestep_service.web.routes.dependencies import RUN_NAME, AnyRegistry, AnyRelay, AnyRun, RunName
 from freestep_service.web.routes.documents import answer, link
 
 router = APIRouter(tags=["runs"], route_class=JsonRoute)
 
+
+_MOST_LISTED = 1000
+
+Limit = Annotated[int, BeforeValidator(integer(1, _MOST_LISTED).parse), Query(ge=1, le=_MOST_LISTED)]
+After = Annotated[str, Query(pattern=f"^({RUN_NAME})?$")]
 
 _LINKS = {
     "initialize": link("initialize_run"),
@@ -29,51 +39,72 @@ _LINKS = {
 @router.put(
     "/v1/runs/{run}",
     status_code=201,
+    response_model=RunStatus,
     responses={
         200: answer(links=_LINKS, model=RunStatus, description="The run was there, with this spec."),
         201: answer(links=_LINKS),
     },
 )
 @needs("push")
+@takes_large(RunSpec)
 @refuses(RunExists, InvalidSpec, StorageUnavailable)
-async def create_run(run: RunName, spec: RunSpec, registry: AnyRegistry, response: Response) -> RunStatus:
+async def create_run(run: RunName, spec: RunSpec, registry: AnyRegistry) -> Response:
     """Creates a run: 201, or 200 when it exists with the same spec."""
     made, is_new = await registry.create(run, spec)
-    if not is_new:
-        response.status_code = 200
-    return await made.status()
+    return await status_response(made, 201 if is_new else 200)
 
 
 @router.get(
     "/v1/runs",
+    response_model=RunList,
     responses={
         200: answer(
+            [NEXT_PAGE],
             links={
                 "create": link("create_run", of_run=False),
                 "status": link("get_run", {"run": "$response.body#/runs/0/run"}, of_run=False),
-            }
+            },
         )
     },
 )
 @needs("read", runs="any")
-async def list_runs(registry: AnyRegistry, request: Request) -> RunList:
-    """The status of every run that the token is for."""
+async def list_runs(
+    registry: AnyRegistry, request: Request, limit: Limit = _MOST_LISTED, after: After = ""
+) -> Response:
+    """The status of every run that the token is for, by name, in pages.
+
+    A page has at most `limit` runs, and fewer where their specs are large. `next` is the last of them where there are
+    more: those `after` it are the next page, whatever is created or deleted meanwhile.
+    """
     is_for_run = caller(request).is_for_run
-    return RunList(runs=[await run.status() for run in registry.all() if is_for_run(run.name)])
+    listed = [run for run in registry.all() if run.name > after and is_for_run(run.name)]
+    page: list[str] = []
+    size = 0
+    for run in listed[:limit]:
+        size += len(run.canonical_spec)
+        if page and size > LONGEST_SPEC:
+            break
+        page.append(status_json(await run.status(), run))
+    following = listed[len(page) - 1].name if len(page) < len(listed) else None
+    links = {}
+    if following is not None:
+        links["Link"] = f'<{request.url.path}?limit={limit}&after={following}>; rel="next"'
+    return json_response(f'{{"runs":[{",".join(page)}],"next":{json.dumps(following)}}}', headers=links)
 
 
-@router.get("/v1/runs/{run}")
+@router.get("/v1/runs/{run}", response_model=RunStatus)
 @needs("read")
-async def get_run(run: AnyRun) -> RunStatus:
+async def get_run(run: AnyRun) -> Response:
     """The run's status."""
-    return await run.status()
+    return await status_response(run)
 
 
-@router.get("/v1/runs/{run}/topology")
+@router.get("/v1/runs/{run}/topology", response_model=Topology)
 @needs("read")
-async def get_topology(run: AnyRun) -> Topology:
+async def get_topology(run: AnyRun) -> Response:
     """The owner of each shard, and the part of the model that it holds."""
-    return await run.topology()
+    found = await run.topology()
+    return topology_response(found, await run.layout(len(found.shards)))
 
 
 @router.post("/v1/runs/{run}/reshard", response_model=RunStatus)
@@ -84,7 +115,7 @@ async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, relay
     if not run.owns_any:
         return await relay.forward(request, run, content=await request.body())
     await run.reshard(wish.shards)
-    return await run.status()
+    return await status_response(run)
 
 
 @router.delete("/v1/runs/{run}", status_code=204, response_class=Response)

@@ -30,6 +30,7 @@ from freestep_service.web.body import Body
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.guard import needs
 from freestep_service.web.headers import IMPORT_HEADERS, body_length, place, upload
+from freestep_service.web.json_answers import status_response
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.data_request import CUT, OF, REPLACE, RUN, SHARD, DataRequest, DataRoute
 from freestep_service.web.routes.documents import STATE, answer, documented, link
@@ -133,5 +134,4 @@ async def _import_whole(request: Request, run: Run | None, body: Body, terms: Im
 
 
 async def _status(run: Run, terms: ImportTerms) -> Response:
-    status = await run.status()
-    return JSONResponse(status.model_dump(mode="json"), 200 if terms.replaces else 201)
+    return await status_response(run, 200 if terms.replaces else 201)
