@@ -24,8 +24,12 @@ router = APIRouter(tags=["runs"], route_class=JsonRoute)
 
 _MOST_LISTED = 1000
 
-Limit = Annotated[int, BeforeValidator(integer(1, _MOST_LISTED).parse), Query(ge=1, le=_MOST_LISTED)]
-After = Annotated[str, Query(pattern=f"^({RUN_NAME})?$")]
+Limit = Annotated[
+    int,
+    BeforeValidator(integer(1, _MOST_LISTED).parse),
+    Query(ge=1, le=_MOST_LISTED, description="The most runs of a page."),
+]
+After = Annotated[str, Query(pattern=f"^({RUN_NAME})?$", description="The run before the page's first, by name.")]
 
 _LINKS = {
     "initialize": link("initialize_run"),
