@@ -427,6 +427,26 @@ def test_the_api_server_of_kubernetes_is_an_issuer(start_service: Callable[..., 
         assert {credentials for _, credentials in other.asked} == {None}
 
 
+@pytest.mark.parametrize("text", ["pod hunter2", "pod\nhunter2", "", None])
+def test_neither_the_log_nor_a_refusal_shows_how_keys_are_read(
+    own: Issuer,
+    start_service: Callable[..., ThreadService],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    text: str | None,
+) -> None:
+    file = tmp_path / "token"
+    if text is not None:
+        file.write_text(text)
+    url = f"{own.url.replace('://', '://user:hunter2@')}/none?secret=hunter2"
+    for number, more in enumerate([{"oidc_token_file": file}, {}]):
+        service = start_service(tmp_path / str(number), **own.settings(oidc_jwks_url=url, **more))
+        answer = asked(service, own.token())
+        assert slug(answer) == "issuer-unavailable"
+        assert "hunter2" not in answer.text + caplog.text and str(file) not in answer.text
+    assert "it was answered with 404" in caplog.text
+
+
 def test_every_process_verifies_the_token_of_a_relayed_request(
     issuer: Issuer, shared_nodes: Callable[..., list[ThreadService]]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,10 +62,14 @@ class IssuerDocuments:
         headers = {"Accept": "application/json, application/jwk-set+json", "Accept-Encoding": "identity"}
         if self._token_file is not None and _origin(url) == _origin(self._jwks_url or self._issuer):
             # Read for each request: Kubernetes replaces it.
-            text = await asyncio.to_thread(self._token_file.read_text)
-            headers["Authorization"] = f"Bearer {text.strip()}"
+            token = (await asyncio.to_thread(self._token_file.read_text)).strip()
+            if not re.fullmatch("[!-~]+", token):
+                raise ValueError("there is no token in oidc_token_file")
+            headers["Authorization"] = f"Bearer {token}"
         async with self._http.stream("GET", url, headers=headers) as answer:
-            answer.raise_for_status()
+            if not answer.is_success:
+                # httpx's own error quotes the URL, and what its query may hold.
+                raise ValueError(f"it was answered with {answer.status_code}")
             content = b""
             async for chunk in answer.aiter_raw():
                 content += chunk
