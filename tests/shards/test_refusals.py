@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from freestep.wire.receiver import MEDIA_TYPE
 from harness import ThreadService
 from meanwhile import under_way, wait_until
-from plain_calls import SGD, ShardedApi, slug
+from plain_calls import BODY, SGD, ShardedApi, slug
 from raw_pushes import connected, head_of_a_push
 from shards.runs import (
     NONE_LEFT,
@@ -122,6 +123,14 @@ def test_a_norm_over_all_shards_that_overflows_is_refused(
         assert [slug(answer) for answer in answers] == ["non-finite-gradient"] * SHARDS
         assert state(api, nodes) == before
         goes_on(api, lease, redis)
+
+
+def test_fields_of_requests_for_the_whole_are_checked_too(run: ShardedApi) -> None:
+    cut = run.http.get(run.path("/state"), params={"cut": "\x84"})
+    assert (slug(cut), cut.json()["field"]) == ("malformed-request", "cut")
+    headers = {"Content-Type": MEDIA_TYPE, "Idempotency-Key": "of two words"}
+    key = run.http.put(run.path("/parameters"), content=BODY, headers=headers)
+    assert (slug(key), key.json()["field"]) == ("malformed-request", "Idempotency-Key")
 
 
 def test_a_shard_that_is_not_there_is_said(run: ShardedApi) -> None:

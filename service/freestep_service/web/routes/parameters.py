@@ -58,13 +58,14 @@ async def initialize_run(request: Request) -> Response:
     run, relay = parsed.run, parsed.relay
     length = body_length(request, parsed.settings.max_body_bytes)
     body = Body(request, length, parsed.settings.stall_seconds)
+    key = upload(request, required=run.is_sharded and parsed.shard is not None)
     if parsed.shard is None:
         async with run.staged(body) as whole:
             await initialize_whole(relay, request, run, whole)
     elif not run.owns(parsed.shard):
         return await relay.forward(request, run, parsed.shard)
     else:
-        await run.initialize(run.shard(parsed.shard), body, upload(request, required=run.is_sharded))
+        await run.initialize(run.shard(parsed.shard), body, key)
     return await status_response(run, 201)
 
 

@@ -56,12 +56,12 @@ async def export_state(request: Request) -> Response:
     that shard's part; all shards that are asked with the same `cut`, any fresh word, answer with parts of one place.
     """
     parsed = await DataRequest.of(request)
-    run, relay = parsed.run, parsed.relay
+    run, relay, cut = parsed.run, parsed.relay, parsed.cut
     if parsed.shard is None:
         return await export_whole(relay, request, run)
     if not run.owns(parsed.shard):
         return await relay.forward(request, run, parsed.shard)
-    return await export_part(run, run.shard(parsed.shard), parsed.cut, await relay.stall_seconds(request))
+    return await export_part(run, run.shard(parsed.shard), cut, await relay.stall_seconds(request))
 
 
 @router.put(
