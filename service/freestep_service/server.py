@@ -100,6 +100,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         # Without sockets to listen on, which it would accept at by itself.
         await super().startup(sockets=[])
+        if self.should_exit:
+            # The app has not started; the oldest uvicorn goes on to the end from here.
+            return
         bounds = Bounds.of(self._settings)
 
         def make(place: Place) -> Connection:
@@ -120,8 +123,9 @@ class _Announced(Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        sys.stdout.write(f"freestep listens on {self._url}\n")
-        sys.stdout.flush()
+        if not self.should_exit:
+            sys.stdout.write(f"freestep listens on {self._url}\n")
+            sys.stdout.flush()
 
 
 def places_for(settings: Settings) -> Places:

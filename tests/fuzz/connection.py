@@ -30,7 +30,7 @@ Found = list[tuple[bytes, bytes, list[tuple[bytes, bytes]], bytes]]
 _LARGE = 16
 """Bytes of a body above which it goes the way of large ones."""
 _MOST_CUTS = 8
-_URL = re.compile(rb"^[a-z]+://[^/?]*")
+_URL = re.compile(rb"^[A-Za-z]+://[^/?]*")
 """The part of a target in absolute form that the service does not look at."""
 _FRAMING = (b"content-length", b"transfer-encoding")
 

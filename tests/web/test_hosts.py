@@ -32,7 +32,7 @@ def test_its_own_names_are_let_in(service: ThreadService, host: str) -> None:
 @pytest.mark.parametrize(
     "host",
     ["attacker.example", "attacker.example:8000", "localhost.attacker.example", "127.0.0.1.attacker.example",
-     "1.2.3.4.5", "xn--localhost"],
+     "1.2.3.4.5", "xn--localhost", "[::1.]"],
 )  # fmt: skip
 def test_a_foreign_name_is_refused(service: ThreadService, api: Api, host: str) -> None:
     api.create()

@@ -84,7 +84,7 @@ class OwnHosts:
         match = _HOST.fullmatch(host)
         if match is None:
             return False
-        name = match[1].strip("[]").rstrip(".").lower()
+        name = match[1].rstrip(".").strip("[]").lower()
         return (
             name in self._names
             or is_loopback(name)
