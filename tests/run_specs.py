@@ -49,8 +49,10 @@ _COMPARING: list[dict[str, Any]] = [
     {"robust": "coordinate_median"},
 ]
 """Rules for policies whose updates are made of several pushes."""
-_GATHERING = {"sync": {"max_batch": 3}, "quorum": {"batch": 3}, "buffered": {"batch": 3}, "rennala": {"batch": 3}}
-"""What the specs of such policies say under these rules."""
+_KRUM: list[dict[str, Any]] = [{"robust": "krum", "f": 1}, {"robust": "krum", "f": 1, "m": 2}]
+"""Rules that take two pushes more than these."""
+_GATHERING = ("sync", "quorum", "buffered", "rennala")
+"""Such policies."""
 
 _SHAPES = st.one_of(
     st.just(()),
@@ -62,8 +64,8 @@ _SHAPES = st.one_of(
 
 
 @st.composite
-def run_specs(draw: st.DrawFn, algorithm: str, policy: str) -> dict[str, Any]:
-    """Specs as clients send them, of one to five parameters."""
+def run_specs(draw: st.DrawFn, algorithm: str, policy: str, *, most_pushes: int = 5) -> dict[str, Any]:
+    """Specs as clients send them, of one to five parameters. most_pushes: of an update that a rule compares."""
     optimizer = {"algorithm": algorithm, **HYPERPARAMETERS[algorithm]}
     if draw(st.booleans()):
         optimizer["max_grad_norm"] = draw(st.sampled_from([0.5, 5.0]))
@@ -71,8 +73,11 @@ def run_specs(draw: st.DrawFn, algorithm: str, policy: str) -> dict[str, Any]:
         optimizer["delay_correction"] = {"name": draw(st.sampled_from(["none", "auto"]))}
     damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt", "fadas"]))
     threshold = {"staleness_threshold": 1} if damping == "fadas" else {}
-    robust = draw(st.sampled_from([*_ROBUST, *(_COMPARING if policy in _GATHERING else [])]))
-    own_values = _GATHERING[policy] if robust in _COMPARING else POLICIES[policy]
+    comparing = [*_COMPARING, *(_KRUM if most_pushes >= 5 else [])] if policy in _GATHERING else []
+    robust = draw(st.sampled_from([*_ROBUST, *comparing]))
+    own_values = POLICIES[policy]
+    if robust in comparing:
+        own_values = {"max_batch" if policy == "sync" else "batch": 5 if robust in _KRUM else 3}
     return {
         "optimizer": optimizer,
         "aggregation": {"policy": policy, "staleness_damping": damping, **threshold, **own_values, **robust},

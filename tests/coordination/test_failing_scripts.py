@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
+import torch
 
 from coordination.driven import HOUR, DrivenRun
 from freestep.errors import CoordinatorUnavailable, FreestepError
@@ -27,7 +28,7 @@ from freestep_service.domain.reports import Measured
 Make = Callable[..., DrivenRun]
 KEYS = (
     "run", "leases", "workers", "receipts", "pending", "group", "log", "ended", "shards", "staged", "queue", "cuts",
-    "metrics",
+    "metrics", "distances",
 )  # fmt: skip
 REFUSALS = (FreestepError, Behind, Fenced, LogTruncated, Pending)
 
@@ -57,6 +58,7 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
         "report_metric": lambda: run.do(log.report_metric(owner, Measured("accuracy", 0, 1.0), None)),
         "request_read": lambda: run.do(log.request_read(owner, "ticket", "y F32", 1)),
         "reads_sent": lambda: run.do(log.reads_sent(["ticket"])),
+        "report_distances": lambda: run.do(log.report_distances(owner, 1, torch.ones(3, dtype=torch.float64))),
         "mark_checkpoint": lambda: run.do(log.mark_checkpoint(owner)),
         "part_written": lambda: run.do(log.part_written(owner, checkpoint, 100)),
         "entries": lambda: run.do(log.entries(run.position)),
@@ -66,7 +68,7 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
 NAMES = (
     "heartbeat", "report_shard", "open", "loaded", "give_up", "reshard", "initial_weights", "grant", "grant again",
     "renew", "release", "expire", "admit", "precheck", "commit", "discard", "refuse", "report_metric", "request_read",
-    "reads_sent", "mark_checkpoint", "part_written", "entries",
+    "reads_sent", "report_distances", "mark_checkpoint", "part_written", "entries",
 )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def test_what_a_robust_rule_cannot_have_is_refused_by_name(spec: dict[str, Any],
 @pytest.mark.parametrize(
     ("members", "field"),
     [
-        ({"aggregation": {"policy": "quorum", "batch": 5, "robust": "krum", "f": 1}, "shards": 2}, ("shards",)),
+        ({"aggregation": {"policy": "quorum", "batch": 256, "robust": "krum", "f": 1}, "shards": 33}, ("shards",)),
         (
             {"aggregation": {"robust": "clip"}, "optimizer": {"algorithm": "adamc_schedule_free_plus"}},
             ("aggregation", "robust"),
@@ -92,6 +92,20 @@ def test_what_a_run_under_a_robust_rule_cannot_be_is_refused(members: dict[str, 
     with pytest.raises(ValidationError) as refused:
         RunSpec.model_validate(document)
     assert [error["loc"] for error in refused.value.errors()] == [field]
+
+
+@pytest.mark.parametrize(("batch", "most"), [(256, 32), (128, 129), (91, 256), (5, 256)])
+def test_the_distances_between_pushes_bound_the_number_of_shards(batch: int, most: int) -> None:
+    document = {
+        "optimizer": {"algorithm": "sgd"},
+        "parameters": [{"name": "w", "shape": [2]}],
+        "aggregation": {"policy": "quorum", "batch": batch, "robust": "krum", "f": 1},
+    }
+    spec = RunSpec.model_validate({**document, "shards": most})
+    assert spec.most_shards == most
+    assert most * batch * (batch - 1) // 2 <= 2**20
+    document["aggregation"] = {"policy": "quorum", "batch": batch, "robust": "coordinate_median"}
+    assert RunSpec.model_validate({**document, "shards": 256}).most_shards == 256
 
 
 def test_rules_by_coordinate_take_no_top_k() -> None:

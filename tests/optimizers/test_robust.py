@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -17,6 +19,11 @@ def rows_of(count: int, numel: int) -> torch.Tensor:
     rows[:, ::3] = rows[:, ::3].round()
     rows[0] *= 1000
     return rows
+
+
+def of_pairs(matrix: torch.Tensor) -> torch.Tensor:
+    """The elements of rows and columns (0, 1), (0, 2), ..., (1, 2), ... of a matrix."""
+    return matrix[*torch.triu_indices(len(matrix), len(matrix), 1)]
 
 
 @pytest.mark.parametrize("count", [*range(1, 18), 33])
@@ -37,7 +44,14 @@ def test_a_median_is_that_of_torch(numel: int) -> None:
 def test_square_distances_are_those_of_torch(numel: int) -> None:
     rows = rows_of(4, numel)
     expected = (rows.double()[:, None] - rows.double()[None]).square().sum(-1)
-    torch.testing.assert_close(square_distances(rows), expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(square_distances(rows), of_pairs(expected), rtol=1e-12, atol=0.0)
+
+
+def test_square_distances_of_parts_add_up_to_those_of_the_whole() -> None:
+    rows = rows_of(5, 300_001)
+    for ends in ([0, 1, 300_001], [0, 100_000, 100_000, 200_003, 300_001]):
+        parts = [square_distances(rows[:, begin:end].contiguous()) for begin, end in itertools.pairwise(ends)]
+        torch.testing.assert_close(torch.stack(parts).sum(0), square_distances(rows), rtol=1e-13, atol=0.0)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
@@ -56,4 +70,4 @@ def test_rows_that_are_not_compiled_for_give_the_same() -> None:
     expected = rows.sort(dim=0).values[2:5].mean(0)
     torch.testing.assert_close(trimmed_mean(rows.clone(), 2), expected)
     differences = (rows[:, None] - rows[None]).square().sum(-1)
-    torch.testing.assert_close(square_distances(rows), differences)
+    torch.testing.assert_close(square_distances(rows), of_pairs(differences))

@@ -175,7 +175,9 @@ def compare(nodes: list[ThreadService], spec: dict[str, Any], shards: int, todo:
 def test_runs_of_several_shards_are_as_runs_of_one(nodes: list[ThreadService], policy: str) -> None:
     @STEADY
     @given(
-        spec=st.sampled_from(sorted(HYPERPARAMETERS)).flatmap(lambda algorithm: run_specs(algorithm, policy)),
+        spec=st.sampled_from(sorted(HYPERPARAMETERS)).flatmap(
+            lambda algorithm: run_specs(algorithm, policy, most_pushes=WORKERS)
+        ),
         shards=st.integers(2, 5),
         todo=rounds,
     )

@@ -92,8 +92,8 @@ def test_what_is_trimmed_withstands_the_fraction(beta: float) -> None:
 
 
 def test_of_equal_scores_the_first_is_taken() -> None:
-    assert least_scores(torch.zeros(5, 5, dtype=torch.float64), 1, 1) == [0]
-    assert least_scores(torch.zeros(5, 5, dtype=torch.float64), 1, 3) == [0, 1, 2]
+    assert least_scores(torch.zeros(10, dtype=torch.float64), 5, 1, 1) == [0]
+    assert least_scores(torch.zeros(10, dtype=torch.float64), 5, 1, 3) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

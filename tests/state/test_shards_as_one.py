@@ -21,6 +21,7 @@ from freestep.api.hyperparameters import ALGORITHMS
 from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import FRESH, LIVE, Policy, damping, lateness
+from freestep_service.domain.distances import part_of, summed
 from freestep_service.domain.reports import Measured
 from freestep_service.state.compute import HOST
 from freestep_service.state.shard import Entry, Shard, StateCopy
@@ -101,16 +102,25 @@ class Shards:
             shard.initialize(weights[shard.manifest.begin : shard.manifest.end], epoch=1)
 
     def _made(self, count: int) -> list[Shard]:
-        return [Shard(self._spec, self._whole.part(index, count), HOST) for index in range(count)]
+        parts = [self._whole.part(index, count) for index in range(count)]
+        return [Shard(self._spec, part, HOST, is_part=count > 1) for part in parts]
 
     def apply(self, logged: Logged) -> None:
-        whole = None
+        whole, entries = None, []
         if logged.seed is not None:
             generator = torch.Generator().manual_seed(logged.seed)
             whole = torch.randn(self._whole.numel, generator=generator).to(logged.dtype)
         for shard in self.shards:
             part = None if whole is None else whole[shard.manifest.begin : shard.manifest.end].clone()
-            shard.apply(Entry(shard.seq + 1, shard.epoch, logged.advance, part, **logged.fields))
+            entries.append(Entry(shard.seq + 1, shard.epoch, logged.advance, part, **logged.fields))
+        if logged.advance and self.shards[0].needs_distances:
+            before = self.copy_state()
+            parts = [shard.square_distances(entry) for shard, entry in zip(self.shards, entries, strict=True)]
+            assert_same(before, self.copy_state())
+            distances = summed(" ".join(map(part_of, parts)))
+            entries = [dataclasses.replace(entry, distances=distances) for entry in entries]
+        for shard, entry in zip(self.shards, entries, strict=True):
+            shard.apply(entry)
 
     def copy_state(self) -> StateCopy:
         """The whole run's, of which the shards agree on all that is not cut into parts."""
@@ -136,6 +146,14 @@ class Shards:
         return out
 
 
+def assert_same(one: StateCopy, other: StateCopy) -> None:
+    """To the last bit."""
+    assert dataclasses.replace(one, tensors={}) == dataclasses.replace(other, tensors={})
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, other.tensors[name]), name
+
+
 def compare(spec: RunSpec, count: int, log: Sequence[Logged]) -> None:
     """Applies a log to one shard and to several, which may become others in between."""
     one, many = Shards(spec, 1), Shards(spec, count)
@@ -147,11 +165,7 @@ def compare(spec: RunSpec, count: int, log: Sequence[Logged]) -> None:
     for point in "xyz":
         for dtype in (torch.float32, torch.bfloat16):
             assert torch.equal(one.point(point, dtype), many.point(point, dtype))
-    mine, theirs = one.copy_state(), many.copy_state()
-    assert dataclasses.replace(mine, tensors={}) == dataclasses.replace(theirs, tensors={})
-    assert mine.tensors.keys() == theirs.tensors.keys()
-    for name, tensor in mine.tensors.items():
-        assert torch.equal(tensor, theirs.tensors[name]), name
+    assert_same(one.copy_state(), many.copy_state())
 
 
 def test_every_algorithm_that_may_have_several_shards_is_tried() -> None:

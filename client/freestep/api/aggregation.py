@@ -48,7 +48,7 @@ class AggregationSpec(StrictModel):
       al., arXiv 1803.01498).
     - `coordinate_median`: of each coordinate, the median (the same paper).
     - `krum`: of n pushes the one, or the mean of the `m`, with the least sum of squared distances to the n - `f` - 2
-      nearest others (Blanchard et al., arXiv 1703.02757). On one shard only.
+      nearest others (Blanchard et al., arXiv 1703.02757). Several shards exchange what each has of the distances.
 
     The last three compare the pushes of an update, of which a worker then gives one at most. Under each rule all pushes
     weigh the same, whatever samples they give, and an outlier is a push whose norm exceeds `outlier_factor` times the

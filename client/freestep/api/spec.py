@@ -28,6 +28,8 @@ MOST_PARAMETERS = 2**17
 """The largest number of tensors of a run."""
 MOST_GROUPS = 1024
 """The largest number of param groups of a run: a header of each point has a number for each."""
+_MOST_DISTANCES = 2**20
+"""The most distances between pushes, of 8 bytes each, that the shards of a run exchange for an update."""
 
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 
@@ -116,9 +118,17 @@ class RunSpec(StrictModel):
                 ("aggregation", "robust"),
                 f"{self.optimizer.algorithm!r} makes its step size of losses that workers give, which no rule bounds",
             )
-        if self.aggregation.robust == "krum" and self.shards > 1:
-            raise fault(("shards",), "'krum' needs the distances between whole gradients: it runs on one shard")
+        if self.shards > self.most_shards:
+            raise fault(("shards",), f"at most {self.most_shards}, for as many pushes as 'krum' compares here")
         return self
+
+    @property
+    def most_shards(self) -> int:
+        """The largest number of shards under the run's aggregation."""
+        pushes = self.aggregation.most_pushes
+        if self.aggregation.robust != "krum" or pushes is None:
+            return MOST_SHARDS
+        return min(MOST_SHARDS, _MOST_DISTANCES // (pushes * (pushes - 1) // 2))
 
     def _base(self, group: str) -> str:
         hyperparameters = self.hyperparameters(group)

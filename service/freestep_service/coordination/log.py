@@ -6,10 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from freestep.api.models import Metric
 from freestep.errors import IdempotencyConflict, MalformedRequest
 from freestep_service.coordination.run_scripts import RunScripts
 from freestep_service.coordination.store import reachable
+from freestep_service.domain.distances import part_of, summed
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Owner
 from freestep_service.domain.reports import Measured
 
@@ -78,6 +81,22 @@ class RunLog:
     async def reads_sent(self, tickets: Sequence[str]) -> None:
         """Notes that a shard has sent its parts of the reads with these tickets."""
         await self._scripts.call("cut_sent", *tickets)
+
+    async def report_distances(self, owner: Owner, seq: int, part: Tensor) -> Tensor | None:
+        """The distances between the pushes of the update that entry `seq` makes, fp64 [pairs], over all shards.
+
+        part: those within the shard. None where other shards have not reported theirs, or the update needs them no
+        more. Raises Behind and Fenced.
+        """
+        status, *rest = await self._scripts.call(
+            "report_distances", *owner.position, owner.shard, owner.token, seq, part_of(part),
+            keys=[self._scripts.key("distances")],
+        )  # fmt: skip
+        if status == "known":
+            return summed(rest[0])
+        if status not in ("waiting", "late"):
+            self._scripts.refuse(status, rest)
+        return None
 
     async def mark_checkpoint(self, owner: Owner) -> CheckpointId:
         """Takes a place in the log at which every shard copies its part of a checkpoint."""

@@ -37,7 +37,7 @@ class RunOpening:
         store, scripts = self._scripts.store, self._scripts
         leases = await self._newest_leases()
         keys = [key for lease in leases for key in (scripts.lease_key(lease), scripts.window_key(lease))]
-        await scripts.call("delete", keys=[scripts.key("metrics"), *keys])
+        await scripts.call("delete", keys=[scripts.key("metrics"), scripts.key("distances"), *keys])
         with reachable():
             await store.client.srem(RUNS_KEY, scripts.run)
 
@@ -103,7 +103,11 @@ class RunOpening:
             "open", *self._rules, shards, state.epoch, state.step, state.seq, int(state.initialized), group,
             json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics),
             json.dumps(dict(state.pushes)), *state.norm_history.texts(), *receipts,
-            keys=[self._scripts.key("metrics"), *map(self._scripts.window_key, leases)],
+            keys=[
+                self._scripts.key("metrics"),
+                self._scripts.key("distances"),
+                *map(self._scripts.window_key, leases),
+            ],
         )  # fmt: skip
         return bool(status == "load")
 

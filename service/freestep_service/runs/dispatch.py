@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from freestep_service.domain.distances import summed
 from freestep_service.domain.records import CheckpointId, LogPosition, Record
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
@@ -52,6 +53,10 @@ class Dispatch:
             case "initialized":
                 for shard in self._shards:
                     shard.on_initialized(message["upload"])
+            case "distances":
+                distances = summed(message["parts"])
+                for shard in self._shards:
+                    shard.core.writer.add_distances(message["epoch"], message["seq"], distances)
             case "evicted":
                 self._receipts.forget(message["keys"])
             case "durable":

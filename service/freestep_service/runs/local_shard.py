@@ -15,6 +15,7 @@ from freestep_service.domain.records import Claim, Record
 from freestep_service.domain.reports import Measured
 from freestep_service.runs.consistent_reads import ConsistentReads, Reading
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.distance_reports import DistanceReports
 from freestep_service.runs.initial_weights import InitialWeights
 from freestep_service.runs.pushes import Pushes, PushOptions
 from freestep_service.runs.recovery import Recovery
@@ -70,6 +71,7 @@ class LocalShard:
         self._reads = ConsistentReads(context, recovery, core)
         self._exports = StateExports(context, recovery, core)
         self._pushes = Pushes(context, recovery, core, self._reads.take_sent)
+        self._distances = DistanceReports(context, recovery, core)
         self._on_mark = on_mark
         core.writer.on_taken = self._on_taken
         core.writer.on_failure = lambda: recovery.reopen("an update failed")
@@ -221,3 +223,4 @@ class LocalShard:
         self._exports.close()
         self._weights.close()
         await self.core.writer.close()
+        await self._distances.close()

@@ -349,6 +349,8 @@ class Ownership:
         """Answers those who wait for the run to be opened again."""
         error: Exception | None = None
         try:
+            # A run that is gone would begin anew.
+            self.require_open()
             await self._opening.gather(self._shards.count)
             try:
                 view = await self._keep()

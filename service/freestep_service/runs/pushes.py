@@ -100,13 +100,15 @@ class Pushes:
             if commit is None:
                 self._land(claim, flight)
         await asyncio.wait([commit], timeout=self._settings.commit_seconds)
-        if flight.decided.done() and not commit.done():
+        while flight.decided.done() and not commit.done() and not self._core.writer.is_waiting:
             # It will be applied: that takes as long as the updates before it, whatever Redis does.
-            await asyncio.wait([commit])
+            await asyncio.wait([commit], timeout=self._settings.commit_seconds)
         if commit.cancelled():
             raise ShardUnavailable("the shard is being given up")
         if commit.done():
             return commit.result(), False
+        if flight.decided.done():
+            raise ShardUnavailable("an update waits for what the other shards have of it")
         if self._core.is_sharded:
             raise ShardUnavailable("the push has not reached all shards yet")
         raise CoordinatorUnavailable("Redis has not answered whether the push is committed")

@@ -361,9 +361,9 @@ class Run:
             raise InvalidSpec(
                 "the algorithm's step size needs sums over all parameters, and has them in one shard", field="shards"
             )
-        if self.spec.aggregation.robust == "krum":
+        if shards > self.spec.most_shards:
             raise InvalidSpec(
-                "krum needs the distances between whole gradients, and has them in one shard", field="shards"
+                f"at most {self.spec.most_shards}, for as many pushes as 'krum' compares here", field="shards"
             )
         await self._context.resources.disk.run(self._context.resources.storage.require_writable)
         async with self._ownership.opening("a division into other shards"):

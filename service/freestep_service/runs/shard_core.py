@@ -40,7 +40,7 @@ class ShardCore:
         """Where an orderly shutdown left it, until it has loaded a state."""
         device = _device(resources.device, index)
         bytes_ = room(self.manifest)
-        self.shard = Shard(context.spec, self.manifest, device, bytes_)
+        self.shard = Shard(context.spec, self.manifest, device, bytes_, is_part=self.is_sharded)
         self.writer = Writer(self.shard, f"run {context.name}, shard {index}", resources.locks)
         vectors = staging_vectors(Policy.of(context.spec.aggregation), count)
         bodies = VectorPool(self.manifest.numel, vectors, device=device, reserve=resources.reserve)

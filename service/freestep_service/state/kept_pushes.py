@@ -40,8 +40,19 @@ class KeptPushes:
         gather(self._rows[self._count, : self._numel], pushed, scale, first=True)
         self._count += 1
 
-    def combine(self) -> Gradient:
-        """The gradient that the rule makes of what is kept; the next push to be kept is the first of another update."""
+    def square_distances(self, pushed: Pushed | None, scale: float) -> Tensor:
+        """Those between what is kept and `scale * pushed`, if that is another; it is not kept by this."""
+        count = self._count
+        if pushed is not None:
+            gather(self._rows[count, : self._numel], pushed, scale, first=True)
+            count += 1
+        return square_distances(self._rows[:count])
+
+    def combine(self, distances: Tensor | None = None) -> Gradient:
+        """The gradient that the rule makes of what is kept; the next push to be kept is the first of another update.
+
+        distances: as `square_distances` has them, where what is kept is a part of the pushes only.
+        """
         rows, self._count = self._rows[: self._count], 0
         match self._spec.robust:
             case "trimmed_mean":
@@ -50,7 +61,8 @@ class KeptPushes:
             case "coordinate_median":
                 return Gradient(trimmed_mean(rows, (len(rows) - 1) // 2)[: self._numel])
         assert self._spec.f is not None, "the rule compares pushes"
-        first, *others = least_scores(square_distances(rows), self._spec.f, self._spec.m or 1)
+        distances = square_distances(rows) if distances is None else distances
+        first, *others = least_scores(distances, len(rows), self._spec.f, self._spec.m or 1)
         total = rows[first, : self._numel]
         for other in others:
             gather(total, rows[other, : self._numel], 1.0, first=False)
@@ -72,15 +84,17 @@ def trimmed_values(beta: float, count: int) -> int:
     return min(math.ceil(beta * count - _ROUNDING), (count - 1) // 2)
 
 
-def least_scores(distances: Tensor, f: int, m: int) -> list[int]:
-    """The `m` rows with the least scores, at least one and in their order; of equal ones the first.
+def least_scores(distances: Tensor, count: int, f: int, m: int) -> list[int]:
+    """The `m` of `count` rows with the least scores, at least one and in their order; of equal ones the first.
 
-    distances: squared, [n, n]. A row's score is the sum of those to its n - f - 2 nearest (arXiv 1703.02757). Of fewer
-    than f + 3 rows, one neighbour counts.
+    distances: squared, as `square_distances` has them. A row's score is the sum of those to its count - f - 2 nearest
+    (arXiv 1703.02757). Of fewer than f + 3 rows, one neighbour counts.
     """
-    count = len(distances)
+    matrix = torch.zeros(count, count, dtype=torch.float64, device="cpu")
+    one, other = torch.triu_indices(count, count, 1, device="cpu")
+    matrix[one, other] = matrix[other, one] = distances
     neighbours = min(max(count - f - 2, 1), count - 1)
-    others = distances.sort(dim=1).values[:, 1 : 1 + neighbours]
+    others = matrix.sort(dim=1).values[:, 1 : 1 + neighbours]
     scores = others.sum(dim=1).tolist()
     best = sorted(range(count), key=lambda row: (scores[row], row))
     return sorted(best[: max(min(m, count - f), 1)])

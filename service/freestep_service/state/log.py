@@ -1,5 +1,8 @@
 """The log of a shard: entries come in any order, and are applied in the order of their sequence numbers.
 
+Where an update needs the distances between its pushes over all shards (`Shard.needs_distances`), the entry that makes
+it is held, and those behind it, until it has them.
+
 The law of this file: no IO, no clock, no thread. An entry owns the memory that its gradient lies in, until it has been
 applied or can never be.
 """
@@ -7,7 +10,9 @@ applied or can never be.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from freestep_service.domain.records import LogPosition
 from freestep_service.domain.reports import Measured
@@ -56,17 +61,24 @@ class Entry:
     """Whether to copy the whole state after this entry."""
     measured: Measured | None = None
     """A metric that was reported."""
+    distances: Tensor | None = None
+    """The squared distances between the update's pushes over all shards, fp64, in the order of `square_distances`; None
+    where the update needs none, or they are not known yet."""
 
 
 class Log:
-    """Which entries a shard has heard of, holds and has taken, in one epoch."""
+    """Which entries a shard has heard of, holds and has taken, in one epoch.
 
-    def __init__(self) -> None:
+    needs_distances: whether an entry that makes an update is taken with the distances between its pushes only.
+    """
+
+    def __init__(self, *, needs_distances: bool = False) -> None:
         self.epoch = 0
         """The epoch whose entries are taken."""
         self.known_seq = 0
         """The newest entry heard of in this epoch."""
         self._next_seq = 1
+        self._needs_distances = needs_distances
         self._paused = True
         self._held: dict[tuple[int, int], Entry] = {}
 
@@ -83,7 +95,16 @@ class Log:
     @property
     def has_gap(self) -> bool:
         """Whether entries are held because one before them has not come."""
-        return bool(self._held) and not self._paused
+        return bool(self._held) and not self._paused and (self.epoch, self._next_seq) not in self._held
+
+    @property
+    def awaiting(self) -> Entry | None:
+        """The next entry, where it is held until it has its distances."""
+        entry = None if self._paused else self._held.get((self.epoch, self._next_seq))
+        return entry if entry is not None and self._waits(entry) else None
+
+    def _waits(self, entry: Entry) -> bool:
+        return self._needs_distances and entry.advance and entry.distances is None
 
     def has(self, epoch: int, seq: int) -> bool:
         """Whether an entry has been added."""
@@ -103,9 +124,15 @@ class Log:
         self._held[entry.epoch, entry.seq] = entry
         self.note(entry.epoch, entry.seq)
 
+    def add_distances(self, epoch: int, seq: int, distances: Tensor) -> None:
+        """Gives an entry its distances, if it is held."""
+        if (entry := self._held.get((epoch, seq))) is not None:
+            self._held[epoch, seq] = replace(entry, distances=distances)
+
     def take(self) -> Iterator[Entry]:
-        """The held entries that are next in order."""
-        while not self._paused and (entry := self._held.pop((self.epoch, self._next_seq), None)):
+        """The held entries that are next in order, as far as none of them waits."""
+        while not self._paused and (entry := self._held.get((self.epoch, self._next_seq))) and not self._waits(entry):
+            del self._held[self.epoch, self._next_seq]
             self._next_seq += 1
             self.note(entry.epoch, entry.seq)
             yield entry

@@ -76,8 +76,13 @@ class StateCopy:
 class Shard:
     """The state of a stretch of one run's parameters, as of log entry `seq` and step `step` of epoch `epoch`."""
 
-    def __init__(self, spec: RunSpec, manifest: Manifest, device: torch.device, room: int = 0) -> None:
-        """room: bytes that a vector which takes y's place may have beside those of its elements."""
+    def __init__(
+        self, spec: RunSpec, manifest: Manifest, device: torch.device, room: int = 0, *, is_part: bool = False
+    ) -> None:
+        """room: bytes that a vector which takes y's place may have beside those of its elements.
+
+        is_part: whether the run has other shards.
+        """
         self.manifest = manifest
         self.device = device
         self.epoch = self.step = self.seq = 0
@@ -90,6 +95,8 @@ class Shard:
         self._gathers = policy.groups and not policy.kept
         self._kept = KeptPushes(spec.aggregation, policy.kept, manifest.numel, device) if policy.kept else None
         self._gathered_vectors = policy.gathered_vectors
+        self.needs_distances = is_part and spec.aggregation.robust == "krum"
+        """Whether an entry that makes an update has to hold the distances between its pushes over all shards."""
         self._is_robust, self._ban_after = spec.aggregation.robust != "none", spec.aggregation.ban_after
         self._norm_history = NormHistory()
         self._expectation = Expectation.of(spec)
@@ -160,9 +167,8 @@ class Shard:
             self._norm_history = self._norm_history.after(norm, self._ban_after)
         if entry.gradient is None and not entry.advance:
             return
-        pushed = entry.gradient
+        pushed = self._pushed(entry)
         if pushed is not None:
-            pushed = pushed if isinstance(pushed, Quantized) else pushed.to(self.device)
             self._expected_staleness = self._expectation.after(self._expected_staleness, entry.staleness, entry.live)
         if not entry.advance:
             assert pushed is not None
@@ -176,6 +182,20 @@ class Shard:
         )
         self.step += 1
         self._clear_group()
+
+    def square_distances(self, entry: Entry) -> Tensor:
+        """Those between the pushes of the update that the log's next entry makes, within this shard; changes nothing.
+
+        They are as `KeptPushes.square_distances` has them.
+        """
+        assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
+        assert self._kept is not None
+        return self._kept.square_distances(self._pushed(entry), entry.scale)
+
+    def _pushed(self, entry: Entry) -> Pushed | None:
+        """The gradient of an entry where the shard takes it from."""
+        pushed = entry.gradient
+        return pushed if pushed is None or isinstance(pushed, Quantized) else pushed.to(self.device)
 
     def _observe(self, measured: Measured) -> None:
         self._reported = with_measured(self._reported, measured)
@@ -203,7 +223,8 @@ class Shard:
             if pushed is not None:
                 self._gather(pushed, entry)
             taken = _conditions(self._damping / self._weight, self._lateness, self._loss / self._weight)
-            return self._kept.combine(), taken
+            assert not self.needs_distances or entry.distances is not None
+            return self._kept.combine(entry.distances), taken
         if not self._gathers:
             assert pushed is not None
             return Gradient(pushed, entry.scale), _conditions(entry.damping, entry.lateness, entry.loss)

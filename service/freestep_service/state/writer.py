@@ -3,6 +3,10 @@
 Commits return from Redis in any order; the shard applies them in the order of the log. Whatever must see the state
 between two entries (snapshots, checkpoints, restores) runs on the same thread. An update that fails ends the writer's
 work: the state may be half changed, so nothing is applied to it or read from it until another has been loaded.
+
+Where an update needs the distances between its pushes over all shards, its entry takes two turns. In the first the
+shard measures its part of them, which changes nothing; then the entry waits in the log, as if it had not come, until
+somebody brings the sum over all shards.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from freestep.errors import ShardUnavailable
 from freestep_service.domain.records import LogPosition, Lost
@@ -48,13 +54,17 @@ class Writer:
         thread sees the state that the entry leaves."""
         self.on_failure: Callable[[], None] = lambda: None
         """Called once when an update has failed."""
+        self.on_measured: Callable[[Entry, Tensor, asyncio.Future[None]], None] = lambda entry, distances, applied: None
+        """Called for an entry that waits, with this shard's part of its distances and its outcome."""
         self._name = name
         self._locks = locks
-        self._log = Log()
+        self._log = Log(needs_distances=shard.needs_distances)
         self._closed = False
         self._applied: dict[tuple[int, int], asyncio.Future[None]] = {}
         """The outcome of each entry that was submitted and is not yet applied."""
-        self._under_way: set[asyncio.Future[None]] = set()
+        self._under_way: set[asyncio.Future[Any]] = set()
+        self._measured: tuple[Entry, asyncio.Future[Tensor]] | None = None
+        """The entry whose distances are needed, until it is applied or lost, and this shard's part of them."""
         inline = locks.runs_inline(shard.device, shard.manifest.numel)
         self._thread = None if inline else arithmetic_threads(f"writer-{name}", 1)
         self._waiters: set[tuple[int, asyncio.Future[None]]] = set()
@@ -75,6 +85,11 @@ class Writer:
     def taken_seq(self) -> int:
         """The newest entry that the shard was given."""
         return self._log.taken_seq
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an entry waits for its distances over all shards."""
+        return self._log.awaiting is not None
 
     @property
     def has_gap(self) -> bool:
@@ -112,17 +127,19 @@ class Writer:
 
     def _take(self) -> None:
         for entry in self._log.take():
-            work = self._begin(self._apply, entry)
+            work = self._begin(self._work_on, self.shard.apply, entry)
             self._under_way.add(work)
             work.add_done_callback(lambda done, entry=entry: self._finish(done, entry))  # type: ignore[misc]
             self.on_taken(entry)
+        if self.shard.needs_distances and (awaiting := self._log.awaiting) is not None:
+            self._measure(awaiting)
 
-    def _apply(self, entry: Entry) -> None:
+    def _work_on(self, function: Callable[[Entry], T], entry: Entry) -> T:
         """On the writer's thread."""
         if self.failure is not None:
             raise Lost
         try:
-            self.shard.apply(entry)
+            return function(entry)
         except Exception as error:
             # Set here, before the thread comes to the next entry.
             self.failure = error
@@ -130,27 +147,66 @@ class Writer:
 
     def _finish(self, work: asyncio.Future[None], entry: Entry) -> None:
         self._under_way.discard(work)
+        if self.shard.needs_distances:
+            self._end_measuring(entry)
         _give_back(entry)
         future = self._applied.pop((entry.epoch, entry.seq))
         error = work.exception()
         if isinstance(error, Lost):
             _fail(future, error)
         elif error is not None:
-            logger.error("%s: the update of log entry %d failed", self._name, entry.seq, exc_info=error)
             _fail(future, ShardUnavailable(f"the update failed and the run returns to its newest checkpoint: {error}"))
-            self._log.pause()
-            self._lose(self._log.drop_held())
-            self._wake(lambda _: True)
-            self.on_failure()
+            self._fail(entry, error)
         else:
             if entry.epoch == self.epoch:
                 self.applied_step = max(self.applied_step, self.shard.step)
                 self._wake(lambda step: step <= self.applied_step)
             future.set_result(None)
 
+    def _fail(self, entry: Entry, error: BaseException) -> None:
+        """Takes nothing more: an update has failed."""
+        logger.error("%s: the update of log entry %d failed", self._name, entry.seq, exc_info=error)
+        self._log.pause()
+        self._lose(self._log.drop_held())
+        self._wake(lambda _: True)
+        self.on_failure()
+
+    def _measure(self, entry: Entry) -> None:
+        """Measures this shard's part of the distances that an entry waits for, once."""
+        if self._measured is None or self._measured[0] is not entry:
+            work = self._begin(self._work_on, self.shard.square_distances, entry)
+            self._measured = entry, work
+            self._under_way.add(work)
+            work.add_done_callback(lambda done: self._finish_measuring(done, entry))
+
+    def _finish_measuring(self, work: asyncio.Future[Tensor], entry: Entry) -> None:
+        self._under_way.discard(work)
+        error = work.exception()
+        if error is not None:
+            if not isinstance(error, Lost):
+                self._fail(entry, error)
+        elif self._measured is not None and self._measured[1] is work:
+            self.on_measured(entry, work.result(), self._applied[entry.epoch, entry.seq])
+
+    def _end_measuring(self, entry: Entry) -> asyncio.Future[Tensor] | None:
+        """Forgets the distances of an entry that needs them no more; returns their measurement if it is under way."""
+        if self._measured is None or (self._measured[0].epoch, self._measured[0].seq) != (entry.epoch, entry.seq):
+            return None
+        (_, work), self._measured = self._measured, None
+        return None if work.done() else work
+
+    def add_distances(self, epoch: int, seq: int, distances: Tensor) -> None:
+        """Gives the entry that waits for them its distances over all shards; any other has no need of them."""
+        self._log.add_distances(epoch, seq, distances)
+        self._take()
+
     def _lose(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
-            _give_back(entry)
+            if (measuring := self._end_measuring(entry)) is not None:
+                # Its gradient is being read.
+                measuring.add_done_callback(lambda _, entry=entry: _give_back(entry))  # type: ignore[misc]
+            else:
+                _give_back(entry)
             _fail(self._applied.pop((entry.epoch, entry.seq)), Lost())
 
     def pause(self, *, forget: bool = False) -> None:

@@ -28,8 +28,9 @@
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
 --                     kind (push or pull; older versions wrote none)}
--- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease) or metrics
--- (hash, see report_metric.lua).
+-- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease), metrics
+-- (hash, see report_metric.lua) or distances (hash, see report_distances.lua: shard -> EPOCH-SEQ and its part of the
+-- distances between the pushes of an update; all -> EPOCH-SEQ and the parts of the newest update that has them all).
 --
 -- Scripts publish what they change as JSON on the channel freestep:{run}:messages, to the owners of other shards. Runs
 -- of one shard need no messages, except that the slowest worker has moved. An owner that misses messages reads the log.

@@ -2,7 +2,7 @@
 -- restart, a restore, a change of owners, or a loss of Redis's data. A run opens in three phases: in `gather` its shards
 -- report where they stand, in `load` they load the state that was decided on, and then it is `open`. Leases remain, and
 -- so do the epochs in which they were granted.
--- KEYS     the run's, 13 metrics, then window:ID of each lease
+-- KEYS     the run's, 13 metrics, 14 distances, then window:ID of each lease
 -- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack, 6 bounds (as for create), 7 shards, 8 epoch, 9 step,
 --          10 seq, 11 initialized (0 or 1), 12 group (JSON: worker -> pushes), 13 leases (JSON, in the order of their
 --          windows), 14 generation that was gathered, 15 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live:
@@ -16,7 +16,7 @@ if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[14] then re
 check_type('hash', WORKERS, SHARDS)
 local generation = enter('load')
 local grouped = 0
-redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS, KEYS[13])
+redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS, KEYS[13], KEYS[14])
 for name, steps in pairs(cjson.decode(ARGV[16])) do redis.call('HSET', KEYS[13], name, steps) end
 for worker, pushes in pairs(cjson.decode(ARGV[12])) do
   redis.call('HSET', GROUP, worker, pushes)
@@ -38,8 +38,8 @@ for decision, pushes in pairs(cjson.decode(ARGV[17])) do redis.call('HSETNX', RU
 local granted, windows = {}, {}
 for _, lease in ipairs(redis.call('HVALS', WORKERS)) do granted[lease] = true end
 for number, lease in ipairs(cjson.decode(ARGV[13])) do
-  redis.call('DEL', KEYS[13 + number])
-  if granted[lease] then windows[lease] = KEYS[13 + number] end
+  redis.call('DEL', KEYS[14 + number])
+  if granted[lease] then windows[lease] = KEYS[14 + number] end
 end
 for index = 21, #ARGV, 2 do
   redis.call('HSET', RECEIPTS, ARGV[index], ARGV[index + 1])

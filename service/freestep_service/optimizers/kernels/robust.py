@@ -89,23 +89,19 @@ _trimmed_mean = compiled(_trimmed_mean_loop)
 
 
 def square_distances(rows: Tensor) -> Tensor:
-    """The squares of the 2-norms of the differences between the rows of fp32 [n, numel], fp64 [n, n] on the host."""
+    """The squares of the 2-norms of the differences between the rows of fp32 [n, numel], fp64 on the host.
+
+    They are those of rows (0, 1), (0, 2), ..., (1, 2), ...: [n · (n - 1) / 2]. Of rows that are cut into parts, the sum
+    over the parts is that of the whole rows, but for rounding.
+    """
     count, numel = rows.shape
-    distances = torch.zeros(count, count, dtype=torch.float64, device="cpu")
-    for (i, j), square in zip(combinations(range(count), 2), _pairs(rows, numel), strict=True):
-        distances[i, j] = distances[j, i] = square
-    return distances
-
-
-def _pairs(rows: Tensor, numel: int) -> list[float]:
-    count = len(rows)
     if not is_compiled(rows):
         totals = torch.zeros(count * (count - 1) // 2, dtype=torch.float64, device=rows.device)
         for begin in range(0, numel, PIECE):
             part = rows[:, begin : begin + PIECE]
             for place, (i, j) in enumerate(combinations(range(count), 2)):
                 totals[place] += torch.linalg.vector_norm(part[i] - part[j], dtype=torch.float64).square()
-        return [float(total) for total in totals.cpu()]
+        return totals.cpu()
     sums = np.zeros((-(-numel // BLOCK), count * (count - 1) // 2))
     array = rows.numpy()
 
@@ -115,7 +111,7 @@ def _pairs(rows: Tensor, numel: int) -> list[float]:
             _distances(array, block * BLOCK, min((block + 1) * BLOCK, numel), sums[block])
 
     in_slices(work, numel)
-    return [sum(column.tolist()) for column in sums.T]
+    return torch.tensor([sum(column.tolist()) for column in sums.T], dtype=torch.float64, device="cpu")
 
 
 def _distances_loop(rows: Any, first: Any, last: Any, sums: Any) -> None:
