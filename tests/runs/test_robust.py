@@ -111,6 +111,7 @@ def test_krum_takes_the_push_that_others_are_near(api: Api) -> None:
         (TRIMMED, "reshard"),
         (KRUM, "restart"),
         (KRUM, "restore"),
+        (KRUM, "reshard"),
     ],
 )
 def test_an_update_that_is_interrupted_is_the_same(
@@ -204,10 +205,11 @@ def test_top_k_is_refused_under_a_rule_by_coordinate(api: Api, service: ThreadSe
     assert api.state(service) == before
 
 
-def test_krum_is_refused_on_several_shards(api: Api) -> None:
-    refused = api.http.put(api.path(), json=api.spec(aggregation=KRUM, shards=2))
+def test_krum_is_refused_where_too_many_shards_would_compare_too_many_pushes(api: Api) -> None:
+    many = KRUM | {"batch": 256}
+    refused = api.http.put(api.path(), json=api.spec(aggregation=many, shards=33))
     assert (refused.status_code, slug(refused), refused.json()["field"]) == (422, "invalid-spec", "shards")
-    api.create(aggregation=KRUM)
-    refused = api.http.post(api.path("/reshard"), json={"shards": 2})
+    api.create(aggregation=many)
+    refused = api.http.post(api.path("/reshard"), json={"shards": 33})
     assert (refused.status_code, slug(refused), refused.json()["field"]) == (422, "invalid-spec", "shards")
     assert api.status()["shards"] == 1

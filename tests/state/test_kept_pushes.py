@@ -15,6 +15,7 @@ from torch import Tensor
 from freestep.api.models import AggregationSpec
 from freestep_service.state.compute import HOST
 from freestep_service.state.kept_pushes import KeptPushes, least_scores, trimmed_values
+from krum_twin import krum_twin
 
 STEADY = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
@@ -37,18 +38,6 @@ def median_twin(pushes: list[Tensor]) -> Tensor:
         ordered, middle = sorted(values), len(values) // 2
         medians.append(ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2)
     return torch.tensor(medians, dtype=torch.float64)
-
-
-def krum_twin(pushes: list[Tensor], f: int, m: int) -> Tensor:
-    """Blanchard et al. (arXiv 1703.02757), section 4: Krum, and Multi-Krum of the m best."""
-    count = len(pushes)
-    neighbours = max(count - f - 2, 1)
-    scores = []
-    for i in range(count):
-        distances = sorted(float((pushes[i] - pushes[j]).square().sum()) for j in range(count) if j != i)
-        scores.append(sum(distances[:neighbours]))
-    best = sorted(range(count), key=lambda i: scores[i])[: max(min(m, count - f), 1)]
-    return torch.stack([pushes[i] for i in best]).mean(0)
 
 
 def combined(spec: AggregationSpec, pushes: list[Tensor], most: int) -> Tensor:
