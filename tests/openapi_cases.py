@@ -24,16 +24,20 @@ schemathesis.openapi.media_type(MEDIA_TYPE, st.sampled_from([BODY] * 3 + [BODY[:
 
 @schemathesis.hook
 def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
-    """Along links, runs are of one spec, so that what follows on their creation can succeed."""
+    """Along links, requests are such that what follows can succeed."""
     meta = case.meta
     if meta is None or not meta.generation.mode.is_positive:
         return
-    if meta.phase.name is TestPhase.STATEFUL:
-        if case.operation.definition.raw["operationId"] == "create_run":
-            case.body = SPEC
-        elif case.operation.definition.raw["operationId"] == "grant_lease":
-            case.body = {"worker": case.body["worker"]}
     case.body = _with_plain_integers(case.body)
+    if meta.phase.name is TestPhase.STATEFUL:
+        match case.operation.definition.raw["operationId"]:
+            case "create_run":
+                case.body = SPEC
+            case "grant_lease":
+                # Else it might end before it is used.
+                case.body = {"worker": case.body["worker"]}
+            case "push":
+                case.query = {}
 
 
 def _with_plain_integers(value: Any) -> Any:
