@@ -44,3 +44,19 @@ def test_the_last_epoch_of_a_deleted_run_is_read_back(storage: Storage) -> None:
         storage.write("deleted/run", [text])
         with pytest.raises(Damaged, match="deleted/run holds no epoch"):
             epochs.read("run")
+
+
+def test_of_many_deleted_runs_the_largest_epoch_is_kept(storage: Storage) -> None:
+    epochs = LastEpochs(storage, kept=3)
+    RunFile("{}", 3, 2).write(storage, "left")
+    for number, run in enumerate(["a", "left", "b"]):
+        epochs.write(run, 10 - number)
+    assert epochs.read_forgotten() == 0
+    epochs.write("c", 2)
+    # What the deletion of a run has left behind is still known to be of one that was deleted.
+    assert storage.names("deleted") == ["c", "left"]
+    assert [epochs.read(run) for run in ("a", "b", "c", "left")] == [0, 0, 2, 9]
+    assert epochs.read_forgotten() == 10
+    for run in ("a", "d"):
+        epochs.write(run, 1)
+    assert (epochs.read("a"), epochs.read_forgotten()) == (0, 10)

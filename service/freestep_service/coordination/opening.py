@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from freestep_service.coordination.nodes import Node
-from freestep_service.coordination.run_scripts import DELETED_KEY, RUNS_KEY, RunScripts
+from freestep_service.coordination.run_scripts import DELETED_KEY, DELETION_TIMES_KEY, RUNS_KEY, RunScripts
 from freestep_service.coordination.store import Store, reachable
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import Fenced, LogPosition, Origin, Owner, RunState
@@ -30,7 +30,7 @@ class RunOpening:
     async def create(self, epoch: int, shards: int) -> str:
         """Returns created, or same or different for a run that exists with this or with another spec."""
         await self._list_run()
-        (status,) = await self._scripts.call("create", *self._rules, epoch, self._origin.id, shards)
+        (status,) = await self._scripts.call("create", *self._rules, epoch, *self._origin[1:], shards)
         return str(status)
 
     async def delete(self) -> None:
@@ -163,16 +163,19 @@ async def read_run(store: Store, run: str) -> RunView | None:
     return RunView(fields, shards, 0) if "spec" in fields else None
 
 
-async def read_deletion(store: Store, run: str) -> int:
-    """The last epoch of the run of this name that was deleted last; 0 where Redis knows of none."""
+async def read_deletion(store: Store, run: str) -> tuple[int, int]:
+    """The last epoch of the run of this name that was deleted last, and the largest of those whose names are forgotten.
+
+    0 where Redis knows of none.
+    """
     with reachable():
-        return int(await store.client.hget(DELETED_KEY, run) or 0)
+        own, others = await store.client.hmget(DELETED_KEY, run, "")
+    return int(own or 0), int(others or 0)
 
 
-async def note_deletion(store: Store, run: str, epoch: int) -> None:
-    """Notes the last epoch of a run that is being deleted."""
-    with reachable():
-        await store.client.hset(DELETED_KEY, run, epoch)
+async def note_deletion(store: Store, run: str, epoch: int, kept: int = 10_000) -> None:
+    """Notes the last epoch of a run that is being deleted. kept: how many deletions are known by name."""
+    await store.run("note_deletion", [DELETED_KEY, DELETION_TIMES_KEY], run, epoch, kept)
 
 
 def _pairs(flat: Sequence[str]) -> dict[str, str]:

@@ -21,12 +21,14 @@ from freestep.errors import (
 from freestep_service.coordination.store import Store
 from freestep_service.domain.records import Ahead, Behind, Fenced, Lost, Pending
 
-__all__ = ["DELETED_KEY", "RUNS_KEY", "RunScripts", "not_open"]
+__all__ = ["DELETED_KEY", "DELETION_TIMES_KEY", "RUNS_KEY", "RunScripts", "not_open"]
 
 RUNS_KEY = "freestep:runs"
 """The set of the names of all runs; the key belongs to no run."""
 DELETED_KEY = "freestep:deleted"
-"""A hash: the name of each run that was deleted -> its last epoch; the key belongs to no run."""
+"""A hash: the name of each run that was deleted lately -> its last epoch, see lua/note_deletion.lua."""
+DELETION_TIMES_KEY = "{freestep:deleted}:times"
+"""When that was. The hash tag keeps both keys on one server of a cluster."""
 
 _NAMES = (
     "run", "leases", "workers", "receipts", "pending", "group", "log", "ended", "shards", "staged", "queue", "cuts",

@@ -2,6 +2,10 @@
 
 It is kept in Redis, for processes with storage of their own, and in storage, for when Redis has lost it. A new run of
 the name begins with the next epoch: no lease, step, ETag or checkpoint of the deleted run is then valid for it.
+
+The newest deletions are known by name, so that a process that has missed one does not take the run for one that Redis
+has lost.
+Of older ones the largest epoch is kept, and a new run of whatever name begins beyond it.
 """
 
 from __future__ import annotations
@@ -23,9 +27,15 @@ class Deletions:
         self._run = run
 
     async def last_epoch(self) -> int:
-        """The last epoch of the run of this name that was deleted last; 0 where none was."""
+        """The last epoch of the run of this name that was deleted last; 0 where none was, as far as is known."""
         stored = await self._disk.run(self._last_epochs.read, self._run)
-        return max(stored, await read_deletion(self._store, self._run))
+        return max(stored, (await read_deletion(self._store, self._run))[0])
+
+    async def first_epoch(self) -> int:
+        """The epoch in which a new run of this name begins."""
+        stored = await self._disk.run(self._last_epochs.read_forgotten)
+        _, forgotten = await read_deletion(self._store, self._run)
+        return 1 + max(await self.last_epoch(), stored, forgotten)
 
     async def note(self, epoch: int) -> None:
         """Notes that a run is being deleted, whose last epoch this is."""
