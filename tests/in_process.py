@@ -25,6 +25,7 @@ from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.store import Store
 from freestep_service.domain.records import Claim
+from freestep_service.domain.tokens import ANYBODY
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.registry import Registry
@@ -144,7 +145,7 @@ def spec_of(shards: int = 1, **members: Any) -> RunSpec:
 
 async def new_run(registry: Registry, name: str = "run", shards: int = 1, **members: Any) -> Run:
     """A run whose weights are zeros, and which takes gradients off them as they are."""
-    run, _ = await registry.create(name, spec_of(shards, **members))
+    run, _ = await registry.create(name, spec_of(shards, **members), ANYBODY)
     await initialize(run)
     return run
 

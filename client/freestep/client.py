@@ -103,6 +103,10 @@ class Client:
         runs: str = "*",
         workers: str | None = None,
         expires_in: int | None = None,
+        max_runs: int | None = None,
+        max_parameters: int | None = None,
+        max_leases: int | None = None,
+        max_bytes_per_minute: int | None = None,
     ) -> NewToken:
         """Makes a token for somebody else; `NewToken.token` is the only place where it is shown.
 
@@ -112,8 +116,21 @@ class Client:
             runs: A pattern of the runs that it is for, as in shells: `mnist-*`.
             workers: A pattern of the names under which its bearer may take leases; None is any.
             expires_in: Seconds after which it ends; None is never.
+            max_runs: How many runs that it has created there may be at once; None takes the service's default.
+            max_parameters: How many elements their parameters may have in all; None takes the service's default.
+            max_leases: How many live leases it may have; None takes the service's default.
+            max_bytes_per_minute: How many bytes of tensors it may send and receive in a minute, at each process of the
+                service; None takes the service's default.
         """
         document = {"name": name, "scope": scope, "runs": runs, "workers": workers, "expires_in": expires_in}
+        quota = {
+            "max_runs": max_runs,
+            "max_parameters": max_parameters,
+            "max_leases": max_leases,
+            "max_bytes_per_minute": max_bytes_per_minute,
+        }
+        # Services of older versions know none.
+        document |= {bound: most for bound, most in quota.items() if most is not None}
         # Not repeated: a token whose answer was lost would stay, and nobody would know it.
         return parse(NewToken, self._transport.request("POST", "/v1/tokens", json=document, retry=False))
 

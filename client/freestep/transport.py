@@ -69,6 +69,9 @@ class _GatewayError(UnexpectedResponse):
     retry_after: float | None = None
 
 
+_LASTING_QUOTAS = ("runs", "parameters")
+"""Quotas that stay used up until somebody deletes a run: an Overloaded that names one does not pass by waiting."""
+
 _TRANSIENT = (
     CoordinatorUnavailable,
     IssuerUnavailable,
@@ -252,6 +255,8 @@ class Transport:
                     raise
                 failure: Exception = error
             except _TRANSIENT as error:
+                if isinstance(error, ProblemError) and error.extensions.get("quota") in _LASTING_QUOTAS:
+                    raise
                 failure = error
             except ProblemError:
                 self._has_answered = True

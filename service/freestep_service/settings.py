@@ -121,6 +121,14 @@ class Settings(BaseSettings):
     """CA certificates, as PEM, to trust when keys are read; by default SSL_CERT_FILE's or the system's."""
     oidc_token_file: Path | None = None
     """File with a token to read the keys with, which Kubernetes asks for."""
+    push_max_runs: Annotated[int, Field(ge=0)] | None = 1000
+    """Runs that a push token may have created at once, unless it was made with another quota; of those below, too."""
+    push_max_parameters: Annotated[int, Field(ge=0)] | None = None
+    """Elements of the parameters of all runs that a push token has created; by default without bound."""
+    push_max_leases: Annotated[int, Field(ge=0)] | None = 10_000
+    """Leases that a push token may have at once."""
+    push_max_bytes_per_minute: Annotated[int, Field(gt=0)] | None = None
+    """Bytes of tensors that a push token may send and receive in a minute at this service; by default without bound."""
     checkpoint_url: str | None = None
     """Place of checkpoints: a path, or an fsspec URL such as s3://bucket/folder."""
     redis_url: str | None = None

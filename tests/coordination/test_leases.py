@@ -100,7 +100,7 @@ def test_a_released_lease_is_over(run: DrivenRun) -> None:
     run.push(run.claim(lease, "key"))
     with pytest.raises(Behind):
         run.do(run.leases.release(lease.lease, LogPosition(1, 2)))
-    ended = run.do(run.leases.release(lease.lease, run.position))
+    _, ended = run.do(run.leases.release(lease.lease, run.position))
     assert (ended.seq, ended.evicted) == (0, [])
     assert run.redis.lrange(run.key("ended"), 0, -1) == ["key"]
     assert run.do(run.leases.workers()) == []
@@ -140,7 +140,7 @@ def test_an_update_is_completed_when_the_worker_leaves_that_it_waited_for(
     stays, leaves = run.grant("stays", HOUR), run.grant("leaves", HOUR // 2)
     assert run.push(run.claim(stays, "key")).decision == "accumulated"
     if released:
-        ended = run.do(run.leases.release(leaves.lease, run.position))
+        _, ended = run.do(run.leases.release(leaves.lease, run.position))
     else:
         run.pass_time(HOUR // 2)
         _, _, ended = run.expire()
@@ -165,7 +165,7 @@ def test_keys_of_ended_leases_are_evicted_beyond_their_number(run: DrivenRun) ->
     lease = run.grant()
     run.redis.rpush(run.key("ended"), *(f"old-{number}" for number in range(4096)))
     run.push(run.claim(lease, "key"))
-    ended = run.do(run.leases.release(lease.lease, run.position))
+    _, ended = run.do(run.leases.release(lease.lease, run.position))
     assert ended.evicted == ["old-0"]
     assert run.redis.lindex(run.key("ended"), -1) == "key"
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from freestep.errors import RunNotFound, RunNotInitialized
+from freestep_service.domain.tokens import ANYBODY
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.run import Run
 from freestep_service.storage.checkpoints import Checkpoints
@@ -39,7 +40,7 @@ def has_a_shard(run: Run) -> bool:
 
 async def shared_run(one: Registry, other: Registry) -> tuple[Run, Run]:
     """A run of two shards, one of each process, with its weights."""
-    run, is_new = await one.create("run", spec_of(2))
+    run, is_new = await one.create("run", spec_of(2), ANYBODY)
     assert is_new
     theirs = await other.find("run")
     runs = (run, theirs)
@@ -77,7 +78,7 @@ def test_what_a_deletion_has_left_is_no_checkpoint_of_the_next_run(store: str, t
             for path, content in kept.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            run, _ = await registry.create("run", spec_of())
+            run, _ = await registry.create("run", spec_of(), ANYBODY)
             with pytest.raises(RunNotInitialized):
                 await pull(run.shard(0))
             assert await run.list_checkpoints() == []
@@ -116,7 +117,7 @@ def test_a_process_that_missed_a_deletion_takes_the_next_run_for_another(store: 
             # It is stopped, and hears nothing.
             await theirs._keeper.stop()
             await one.delete("run")
-            run, is_new = await one.create("run", spec_of(2))
+            run, is_new = await one.create("run", spec_of(2), ANYBODY)
             assert is_new
             await theirs._keeper.look()
             assert theirs.is_gone

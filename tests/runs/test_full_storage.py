@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from freestep.errors import StorageUnavailable
+from freestep_service.domain.tokens import ANYBODY
 from in_process import (
     Medium,
     claim_of,
@@ -26,7 +27,7 @@ def test_an_upload_does_not_fail_for_its_first_checkpoint(store: str, tmp_path: 
     async def work() -> None:
         medium = Medium(tmp_path / "data")
         async with process(store, tmp_path / "data", storage=medium) as registry:
-            run, _ = await registry.create("run", spec_of(shards))
+            run, _ = await registry.create("run", spec_of(shards), ANYBODY)
             medium.is_full = True
             await initialize(run)
             assert run.problem is not None and "No space left" in run.problem
@@ -58,7 +59,7 @@ def test_what_a_full_disk_refuses_changes_nothing_and_does_not_happen_later(
             calls = {
                 "restore": lambda: run.restore(1),
                 "reshard": lambda: run.reshard(shards + 1),
-                "create": lambda: registry.create("other", spec_of(1)),
+                "create": lambda: registry.create("other", spec_of(1), ANYBODY),
                 "delete": lambda: registry.delete("run"),
             }
             with pytest.raises(StorageUnavailable, match="No space left"):

@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 from redis import Redis
 
 from freestep.errors import ProblemError
+from freestep.wire.manifest import Manifest
 from freestep_service.coordination.opening import read_run
 from freestep_service.coordination.store import Store
 from freestep_service.domain.records import Origin
@@ -149,7 +150,8 @@ class Owners(RuleBasedStateMachine):
         )
         await resources.channels.start(lambda message: None)
         await resources.node.heartbeat(resources.store)
-        return Process(resources, Run("run", spec_of(self.shards), shards, resources, Origin(1)), life)
+        spec = spec_of(self.shards)
+        return Process(resources, Run("run", spec, Manifest.of(spec), shards, resources, Origin(1)), life)
 
     async def view(self) -> RunView | None:
         return await read_run(self.store, "run")

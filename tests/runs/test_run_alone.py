@@ -13,8 +13,11 @@ import torch
 from redis import Redis
 
 from freestep.errors import CoordinatorUnavailable, InvalidSpec, Overloaded, ProblemError, RunExists
+from freestep.wire.manifest import Manifest
 from freestep_service.domain.records import Origin
+from freestep_service.domain.tokens import ANYBODY
 from freestep_service.runs.consistent_reads import Reading
+from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
 from freestep_service.state.memory_budget import run_bytes
 from in_process import (
@@ -34,15 +37,20 @@ from in_process import (
 )
 
 
+def run_of(groups: dict[str, Any], resources: Resources) -> Run:
+    spec = spec_of(groups=groups)
+    return Run("run", spec, Manifest.of(spec), 1, resources, Origin(1))
+
+
 def test_a_run_that_another_process_has_just_created_is_refused_with_what_differs(store: str, tmp_path: Path) -> None:
     async def work() -> None:
         async with resources_of(store, tmp_path / "data") as resources:
             groups = {"slow": {"lr": 0.5}, "fast": {"lr": 2.0}}
-            await Run("run", spec_of(groups=groups), 1, resources, Origin(1)).create()
+            await run_of(groups, resources).create()
             # The same, though not the same text.
-            await Run("run", spec_of(groups=dict(reversed(groups.items()))), 1, resources, Origin(1)).create()
+            await run_of(dict(reversed(groups.items())), resources).create()
             with pytest.raises(RunExists, match=r"groups\.fast\.lr is 2\.0, and 3\.0 is wanted") as refused:
-                await Run("run", spec_of(groups={**groups, "fast": {"lr": 3.0}}), 1, resources, Origin(1)).create()
+                await run_of({**groups, "fast": {"lr": 3.0}}, resources).create()
             assert refused.value.extensions == {
                 "run": "run",
                 "differences": [{"field": "groups.fast.lr", "wanted": 3.0, "existing": 2.0}],
@@ -225,7 +233,7 @@ def test_an_update_that_takes_long_is_no_fault_of_redis(store: str, tmp_path: Pa
 def test_two_requests_of_one_upload_begin_the_run_once(store: str, tmp_path: Path) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data", commit_seconds=30) as registry:
-            run, _ = await registry.create("run", spec_of(2))
+            run, _ = await registry.create("run", spec_of(2), ANYBODY)
             shards, gate = [run.shard(0), run.shard(1)], asyncio.Event()
             twice = [
                 asyncio.create_task(shard.initialize(part_of(run, shard.index, torch.zeros(NUMEL), gate), "upload"))
@@ -254,7 +262,7 @@ def test_an_upload_whose_answer_is_lost_has_its_weights(store: str, tmp_path: Pa
 
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:
-            run, _ = await registry.create("run", spec_of(shards))
+            run, _ = await registry.create("run", spec_of(shards), ANYBODY)
             ask, lost = run.coordinator.opening.initial_weights, []
 
             async def losing(owner: Any, upload: str, progress: str, patience_ms: int) -> str:
@@ -276,7 +284,7 @@ def test_an_upload_whose_answer_is_lost_has_its_weights(store: str, tmp_path: Pa
 def test_no_wait_for_memory_is_longer_than_queue_seconds(store: str, tmp_path: Path, what: str) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data", queue_seconds=0.05, slow_bytes_per_second=1e-6) as registry:
-            run, _ = await registry.create("run", spec_of())
+            run, _ = await registry.create("run", spec_of(), ANYBODY)
             if what != "upload":
                 await initialize(run)
             core = run.shard(0).core
@@ -327,7 +335,7 @@ def test_a_run_that_is_too_large_for_the_memory_is_refused_with_the_figures(stor
         async with process(store, tmp_path / "data", memory_bytes=run_bytes(spec_of(), 1, 1) * 3 // 2) as registry:
             await new_run(registry)
             with pytest.raises(InvalidSpec, match=r"the run needs up to .* of memory, and .* are free") as refusal:
-                await registry.create("other", spec_of())
+                await registry.create("other", spec_of(), ANYBODY)
             figures = refusal.value.extensions
             assert figures["needed_bytes"] > figures["free_bytes"] > 0
             assert [run.name for run in registry.all()] == ["run"]

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from freestep.api.token_form import Scope
-from freestep.api.validation import StrictModel
+from freestep.api.validation import LARGEST_INTEGER, StrictModel
 
 __all__ = ["NewToken", "RunPattern", "TokenList", "TokenRequest", "TokenStatus", "WorkerPattern"]
 
@@ -15,6 +15,7 @@ RunPattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9._*?!\[\]-]{1,128}$")]
 """A pattern of run names, as in shells: `*`, `?`, `[abc]`, `[!abc]`."""
 WorkerPattern = Annotated[str, Field(min_length=1, max_length=200)]
 _LONGEST_S = 10 * 366 * 24 * 3600
+_Bound = Annotated[int, Field(strict=True, ge=0, le=LARGEST_INTEGER)]
 
 
 class TokenRequest(StrictModel):
@@ -39,6 +40,15 @@ class TokenRequest(StrictModel):
     """The names under which its bearer takes leases: a pattern; null is any."""
     expires_in: Annotated[int, Field(strict=True, ge=1, le=_LONGEST_S)] | None = None
     """Seconds after which it is good no more; null is never."""
+    max_runs: _Bound | None = None
+    """How many runs that it has created there may be at once; null takes the service's default."""
+    max_parameters: _Bound | None = None
+    """How many elements their parameters may have in all; null takes the service's default."""
+    max_leases: _Bound | None = None
+    """How many live leases it may have; null takes the service's default."""
+    max_bytes_per_minute: Annotated[_Bound, Field(ge=1)] | None = None
+    """How many bytes of tensors it may send and receive in a minute, at each process of the service; null takes the
+    service's default."""
 
 
 class _Answer(BaseModel):
@@ -62,6 +72,14 @@ class TokenStatus(_Answer):
     """When it was made, in the format of RFC 3339."""
     expires_at: str | None = None
     """When it ends, in the format of RFC 3339; null is never."""
+    max_runs: int | None = None
+    """How many runs that it has created there may be at once; null is the service's default."""
+    max_parameters: int | None = None
+    """How many elements their parameters may have in all; null is the service's default."""
+    max_leases: int | None = None
+    """How many live leases it may have; null is the service's default."""
+    max_bytes_per_minute: int | None = None
+    """How many bytes of tensors it may move in a minute; null is the service's default."""
     last_used_at: str | None = None
     """When a request carried it last, to within some seconds; null if that is not known."""
 

@@ -9,7 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from freestep.api.token_form import Scope
-from freestep.api.tokens import TokenRequest
+from freestep.api.tokens import TokenRequest, TokenStatus
 from freestep.client import DEFAULT_URL
 from freestep.commands.shared import Json, Token, Url, connect, fail
 from freestep.terminal import print_error, print_json, print_line, print_result
@@ -31,19 +31,33 @@ def create_token(
     runs: Annotated[str, typer.Option(help="The runs that it is for, a pattern: 'mnist-*'.")] = "*",
     worker: Annotated[str | None, typer.Option(help="The worker names that it is for, a pattern: 'site-a-*'.")] = None,
     expires: Annotated[str | None, typer.Option(help="After which it ends: 90s, 30m, 12h, 7d, 4w.")] = None,
+    max_runs: Annotated[int | None, typer.Option(help="Runs that it may have created at once.")] = None,
+    max_parameters: Annotated[int | None, typer.Option(help="Elements of these runs' parameters in all.")] = None,
+    max_leases: Annotated[int | None, typer.Option(help="Leases that it may have at once.")] = None,
+    max_bytes_per_minute: Annotated[
+        int | None, typer.Option(help="Bytes of tensors that it may send and receive in a minute.")
+    ] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
     """Make a token and print it: it is shown this once."""
     try:
-        wish = TokenRequest(name=name, scope=scope, runs=runs, workers=worker, expires_in=_seconds(expires))
+        wish = TokenRequest(
+            name=name,
+            scope=scope,
+            runs=runs,
+            workers=worker,
+            expires_in=_seconds(expires),
+            max_runs=max_runs,
+            max_parameters=max_parameters,
+            max_leases=max_leases,
+            max_bytes_per_minute=max_bytes_per_minute,
+        )
     except ValidationError as error:
         fail(2, f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}")
     with connect(url, token) as client:
-        made = client.create_token(
-            wish.name, wish.scope, runs=wish.runs, workers=wish.workers, expires_in=wish.expires_in
-        )
+        made = client.create_token(**wish.model_dump())
     if as_json:
         print_json(made)
         return
@@ -59,10 +73,10 @@ def list_tokens(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = Fal
         found = client.tokens()
     rows = [
         (each.id, each.name, each.scope, each.runs, each.workers or "*", each.created_at, each.expires_at or "-",
-         each.last_used_at or "-")
+         each.last_used_at or "-", _quota(each))
         for each in found
     ]  # fmt: skip
-    print_result(found, as_json, ("id", "name", "scope", "runs", "workers", "made", "ends", "last used"), rows)
+    print_result(found, as_json, ("id", "name", "scope", "runs", "workers", "made", "ends", "last used", "quota"), rows)
 
 
 @tokens.command("revoke")
@@ -74,6 +88,16 @@ def revoke_token(
     """End a token, at all processes of the service."""
     with connect(url, token) as client:
         client.revoke_token(id)
+
+
+def _quota(status: TokenStatus) -> str:
+    bounds = {
+        "runs": status.max_runs,
+        "parameters": status.max_parameters,
+        "leases": status.max_leases,
+        "bytes/min": status.max_bytes_per_minute,
+    }
+    return ", ".join(f"{most} {name}" for name, most in bounds.items() if most is not None) or "-"
 
 
 def _seconds(duration: str | None) -> int | None:

@@ -21,6 +21,7 @@ from freestep.api.tokens import TokenRequest
 from freestep.errors import CoordinatorUnavailable, MalformedRequest, StorageUnavailable, TokenNotFound, Unauthenticated
 from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.tokens import TOKENS_CHANNEL, SharedTokens
+from freestep_service.domain.quotas import Quota
 from freestep_service.domain.tokens import Token, digest_of, id_of
 from freestep_service.runs.resources import Disk
 from freestep_service.storage.token_files import TokenFiles
@@ -164,7 +165,8 @@ class Tokens:
             raise MalformedRequest("workers: a token of scope read takes no lease", field="workers")
         now, text = int(self._clock()), make_token(wish.scope)
         ends = None if wish.expires_in is None else now + wish.expires_in
-        token = Token(wish.name, wish.scope, digest_of(text), now, wish.runs, wish.workers, ends)
+        quota = Quota(wish.max_runs, wish.max_parameters, wish.max_leases, wish.max_bytes_per_minute)
+        token = Token(wish.name, wish.scope, digest_of(text), now, wish.runs, wish.workers, ends, quota=quota)
         try:
             await self._put(token)
         except CoordinatorUnavailable:

@@ -58,13 +58,14 @@ class RunLeases:
         worker, token, ttl_ms, epoch, step = rest
         return Lease(lease=lease, token=int(token), worker=worker, ttl_ms=ttl_ms, epoch=epoch, step=step)
 
-    async def release(self, lease: str, position: LogPosition) -> Ended:
-        """Ends a lease. Raises Behind and LeaseExpired."""
+    async def release(self, lease: str, position: LogPosition) -> tuple[str, Ended]:
+        """Ends a lease, and returns whose it was. Raises Behind and LeaseExpired."""
         keys = [self._scripts.lease_key(lease), self._scripts.window_key(lease)]
         status, *rest = await self._scripts.call("lease_release", lease, *position, keys=keys)
         if status != "ended":
             self._scripts.refuse(status, rest)
-        return Ended(rest[0], rest[1], rest[2], rest[3:])
+        worker, seq, step, epoch, *evicted = rest
+        return worker, Ended(seq, step, epoch, evicted)
 
     async def expire(self, position: LogPosition, patience_ms: int) -> Expired:
         """Ends the leases that have run out.

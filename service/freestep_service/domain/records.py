@@ -85,10 +85,12 @@ class Origin(NamedTuple):
     """Where a run began, which tells it from others of its name.
 
     first_epoch: in which it was created, 0 where that is not known. id: a random word, empty where it is not known.
+    creator: the id of the token whose quota it counts against, empty where that has none.
     """
 
     first_epoch: int = 0
     id: str = ""
+    creator: str = ""
 
 
 UNKNOWN_ORIGIN = Origin()

@@ -81,7 +81,7 @@ class RunView:
     @property
     def origin(self) -> Origin:
         """Where the run began; older versions wrote none."""
-        return Origin(self.number("first_epoch"), self.run.get("id", ""))
+        return Origin(self.number("first_epoch"), self.run.get("id", ""), self.run.get("creator", ""))
 
     def number(self, field: str) -> int:
         """A number of the run's hash, 0 if there is none."""

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pydantic import TypeAdapter
 
 from freestep.api.token_form import SCOPES, Scope
+from freestep_service.domain.quotas import NO_QUOTA, Quota
 
 __all__ = ["ANYBODY", "Token", "digest_of", "id_of"]
 
@@ -50,6 +51,7 @@ class Token:
     workers: str | None = None
     expires_at: int | None = None
     is_revoked: bool = False
+    quota: Quota = NO_QUOTA
 
     @property
     def id(self) -> str:

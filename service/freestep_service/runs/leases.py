@@ -50,19 +50,22 @@ class Leases:
         """Raises LeaseExpired and EpochChanged."""
         return await self._coordinator.renew(lease)
 
-    async def release(self, lease: str) -> None:
-        """Ends a lease. Raises LeaseExpired."""
+    async def release(self, lease: str) -> str:
+        """Ends a lease; the name of its worker. Raises LeaseExpired."""
 
-        async def release() -> tuple[Ended, int]:
+        async def release() -> tuple[str, Ended, int]:
             era = self._era
-            return await self._coordinator.release(lease, self._position), era
+            worker, ended = await self._coordinator.release(lease, self._position)
+            return worker, ended, era
 
         try:
-            self._on_ended(*await self._recovery.call(release))
+            worker, ended, era = await self._recovery.call(release)
         except CoordinatorUnavailable:
             # The update that waited for it may be closed by an entry that Redis could not answer with.
             self._recovery.catch_up()
             raise
+        self._on_ended(ended, era)
+        return worker
 
     async def workers(self, holder_of: str | None = None) -> list[WorkerStatus]:
         """The live workers, by name. Their leases, with which anybody could push, are shown to their holders alone.

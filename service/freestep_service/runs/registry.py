@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from weakref import WeakValueDictionary
 
 from pydantic import ValidationError
 
@@ -24,13 +24,16 @@ from freestep.errors import (
 from freestep.wire.header import body_limit
 from freestep.wire.manifest import Manifest
 from freestep_service.coordination.opening import read_run
+from freestep_service.coordination.quotas import SharedQuotas
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import reachable
 from freestep_service.domain.records import Origin
 from freestep_service.domain.run_view import DamagedRun
 from freestep_service.domain.specs import require_same_spec
+from freestep_service.domain.tokens import Token
 from freestep_service.runs.background import Background
 from freestep_service.runs.deletions import Deletions
+from freestep_service.runs.quotas import Quotas
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
 from freestep_service.runs.state_imports import receive_state
@@ -53,9 +56,10 @@ class Registry:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
+        self.quotas = Quotas(SharedQuotas(resources.store), resources.settings)
         self._runs: dict[str, Run] = {}
-        self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """By run: held while it is opened, created or deleted here."""
+        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By run: held while it is opened, created or deleted here. Any name may be asked for."""
         self._set_aside: dict[str, str] = {}
         """Runs that cannot be opened, and why; each is logged once."""
         self._opening: list[asyncio.Task[None]] = []
@@ -96,11 +100,11 @@ class Registry:
         """The runs whose state was in this process's storage, and is there no more."""
         return [run.name for run in self.all() if run.has_lost_state]
 
-    async def create(self, name: str, spec: RunSpec) -> tuple[Run, bool]:
+    async def create(self, name: str, spec: RunSpec, creator: Token) -> tuple[Run, bool]:
         """The run, and whether it is new.
 
         Raises RunExists when it is there with another spec, InvalidSpec, also where the machine has no memory for it,
-        and StorageUnavailable.
+        Overloaded where its creator's quota is used up, and StorageUnavailable.
         """
         resources = self._resources
         with suppress(RunNotFound):
@@ -119,7 +123,12 @@ class Registry:
             await resources.node.heartbeat(resources.store)
             resources.memory.reserve(name, await self._bytes_of(spec, spec.shards))
             try:
-                origin = Origin(await Deletions(resources, name).last_epoch() + 1, secrets.token_hex(8))
+                is_counted = await self.quotas.take_run(creator, name, manifest.numel)
+                origin = Origin(
+                    await Deletions(resources, name).first_epoch(),
+                    secrets.token_hex(8),
+                    creator.id if is_counted else "",
+                )
                 run = Run(name, spec, manifest, spec.shards, resources, origin)
                 if not await run.create():
                     await self._open(name, is_from_elsewhere=True)
@@ -146,12 +155,17 @@ class Registry:
         """Raises RunNotFound."""
         await self.find(name)
         async with self._change(name):
-            await self.get(name).delete()
+            run = self.get(name)
+            await run.delete()
+            if run.creator:
+                with suppress(CoordinatorUnavailable):
+                    # Else it is found to be no more.
+                    await self.quotas.release_run(run.creator, name)
             self._runs.pop(name, None)
             self._resources.memory.cancel(name)
 
     def _change(self, name: str) -> asyncio.Lock:
-        return self._changing[name]
+        return self._changing.setdefault(name, asyncio.Lock())
 
     # The life of the service
 
@@ -207,7 +221,9 @@ class Registry:
             file = await self._resources.disk.run(RunFile.read, self._resources.storage, name)
         except (FileNotFoundError, Damaged, StorageUnavailable) as error:
             if view is None:
-                if not isinstance(error, FileNotFoundError):
+                if isinstance(error, FileNotFoundError):
+                    self._set_aside.pop(name, None)
+                else:
                     self._put_aside(name, str(error))
                 return
             file = None
@@ -231,6 +247,8 @@ class Registry:
         run = Run(name, spec, manifest, shards, self._resources, origin)
         self._runs[name] = run
         self._set_aside.pop(name, None)
+        if run.creator:
+            await self.quotas.keep_run(run.creator, name, manifest.numel)
         await run.start()
 
     async def _bytes_of(self, spec: RunSpec, shards: int) -> int:

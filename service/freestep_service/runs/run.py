@@ -116,6 +116,11 @@ class Run:
         """The spec as JSON."""
         return self._context.canonical_spec
 
+    @property
+    def creator(self) -> str:
+        """The id of the token whose quota it counts against; empty where that has none."""
+        return self._context.origin.creator
+
     # What is here
 
     @property

@@ -165,6 +165,7 @@ _MEMBERS: dict[Problem, dict[str, Any]] = {
         "expected": _NUMBER,
         "received": _NUMBER,
     },
+    errors.Overloaded: {"quota": _TEXT, "limit": _NUMBER, "used": _NUMBER},
     errors.NonFiniteGradient: {"norm": {"type": "number"}},
     errors.HeadersTooLarge: {"bytes": _NUMBER, "fields": _NUMBER},
     errors.ShardUnavailable: {

@@ -88,8 +88,8 @@ def problem_response(problem: ProblemError) -> JSONResponse:
     """The answer to a refused request."""
     status = STATUSES[type(problem)]
     headers = {}
-    if retry_after := RETRY_AFTER_S.get(type(problem)):
-        headers["Retry-After"] = str(retry_after)
+    if retry_after := problem.retry_after or RETRY_AFTER_S.get(type(problem)):
+        headers["Retry-After"] = f"{retry_after:.0f}"
     if isinstance(problem, errors.RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{problem.extensions['size']}"
     if scope := problem.extensions.get("scope"):

@@ -48,7 +48,7 @@ class SnapshotResponse(Response):
 
     The snapshot is taken when the answer begins and released when the transport refers to it no more. `lines(step)` are
     further headers of an answer of that step. The connection is aborted if the client reads nothing for `stall_s`
-    seconds. `otherwise`: the answer if there is no memory for the snapshot.
+    seconds. `otherwise`: the answer if there is no memory for the snapshot. `spend` is told how many bytes are sent.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class SnapshotResponse(Response):
         *,
         lines: Callable[[int], Mapping[str, str]] | None = None,
         otherwise: Callable[[], Response] | None = None,
+        spend: Callable[[int], None] = lambda size: None,
     ) -> None:
         super().__init__(media_type=MEDIA_TYPE)
         self._shard = shard
@@ -68,6 +69,7 @@ class SnapshotResponse(Response):
         self._request_headers = request_headers or {}
         self._lines_of = lines or (lambda _: {})
         self._otherwise = otherwise
+        self._spend = spend
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with AsyncExitStack() as stack:
@@ -101,6 +103,7 @@ class SnapshotResponse(Response):
                 await send(start)
                 await send({"type": "http.response.body"})
                 return
+            self._spend(end - begin)
             if end - begin > _SMALL:
                 with _aborted_on_failure(scope, self._stall_s):
                     await _send(scope, send, start, snapshot, begin, end, self._stall_s)

@@ -2,7 +2,8 @@
 --
 -- KEYS 1-12 are the same for every script that is called for a run. Their hash tag is the same: freestep:{run}:...
 --   run       hash    spec, first_epoch and id (the epoch in which the run was created, and a random word: they tell
---                     the run from others of its name; older versions wrote none), epoch, step, seq, initialized, token, the policy's values, counts of
+--                     the run from others of its name; older versions wrote none), creator (the id of the token
+--                     whose quota it counts against, or an empty string), epoch, step, seq, initialized, token, the policy's values, counts of
 --                     pushes; shards (how many), phase and generation of the opening (see open.lua), durable (the
 --                     newest checkpoint), clocks (JSON: worker -> number of its pushes; only under a policy with a
 --                     slack), bounds (JSON {outlier, clip, ban_after, max_batch}, as far as there are any; only under

@@ -3,13 +3,14 @@
 -- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack, 6 bounds, 7 shards (as for create; for a run that is
 --          lost), 8 the generation that is to end (nothing is changed if another has begun since), or an empty string,
 --          9 the number of shards to divide the run into, 0 to give that up, or an empty string, 10 the epoch in which
---          the run was created, 0 if that is not known, and 11 its id, or an empty string (for a run that is lost)
+--          the run was created, 0 if that is not known, 11 its id and 12 its creator, or empty strings (for a run that is
+--          lost)
 -- returns  {generation}
 
 if not run_exists() then
   redis.call('DEL', RUN)
   redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
-    'slack', ARGV[5], 'bounds', ARGV[6], 'shards', ARGV[7], 'first_epoch', ARGV[10], 'id', ARGV[11], 'lost', 1,
+    'slack', ARGV[5], 'bounds', ARGV[6], 'shards', ARGV[7], 'first_epoch', ARGV[10], 'id', ARGV[11], 'creator', ARGV[12], 'lost', 1,
     'created_ms', text(clock()))
 elseif ARGV[8] ~= '' and redis.call('HGET', RUN, 'generation') ~= ARGV[8] then
   return {run_number('generation')}

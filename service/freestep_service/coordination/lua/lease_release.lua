@@ -2,7 +2,7 @@
 -- KEYS     the run's, 13 lease:ID, 14 window:ID
 -- ARGV     1 lease, 2 epoch and 3 newest seq that the shard knows
 -- returns  {behind} (Redis has lost data; the run must be opened again), {lease-expired}, or
---          {ended, seq, step, epoch, evicted idempotency keys ...}; seq is 0 if no update was completed
+--          {ended, worker, seq, step, epoch, evicted idempotency keys ...}; seq is 0 if no update was completed
 
 if is_behind(ARGV[2], ARGV[3]) then return {'behind'} end
 local now = clock()
@@ -20,4 +20,4 @@ if redis.call('HGET', RUN, 'phase') == 'open' and rule('batch') == 'live' and is
   publish_entry(entry)
   seq, step = entry.seq, entry.step
 end
-return {'ended', seq, step, run_number('epoch'), unpack(evicted)}
+return {'ended', found.worker, seq, step, run_number('epoch'), unpack(evicted)}

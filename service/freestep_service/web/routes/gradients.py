@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -25,6 +26,7 @@ from freestep_service.web.answer_headers import POINT_HEADERS, PREFERENCE_APPLIE
 from freestep_service.web.body import Body
 from freestep_service.web.guard import needs
 from freestep_service.web.headers import PUSH_HEADERS, Preferences, body_length, claim, preferences, receipt_headers
+from freestep_service.web.metering import admit_bytes, spend_bytes
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
 from freestep_service.web.responses import SnapshotResponse
@@ -70,6 +72,7 @@ async def push(request: Request) -> Response:
     parsed = await DataRequest.of(request)
     run, dtype = parsed.run, parsed.dtype
     length = body_length(request, parsed.settings.max_body_bytes)
+    admit_bytes(request, length)
     wishes = preferences(request)
     body = Body(request, length, parsed.settings.stall_seconds)
     claimed = claim(request)
@@ -93,7 +96,8 @@ async def push(request: Request) -> Response:
 
     # A push does not wait for those who read: if no memory is free for y, its sender pulls it.
     stall_s = await parsed.relay.stall_seconds(request)
-    return SnapshotResponse(shard, outcome.reading, stall_s, lines=lines, otherwise=receipt_only)
+    spend = partial(spend_bytes, request)
+    return SnapshotResponse(shard, outcome.reading, stall_s, lines=lines, otherwise=receipt_only, spend=spend)
 
 
 def _receipt(receipt: Receipt, wishes: Preferences) -> Response:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request, Response
 
 from freestep.api.models import Lease, LeaseList, LeaseRequest
-from freestep.errors import EpochChanged, LeaseExpired, WorkerBanned
-from freestep_service.web.guard import needs, require_worker
+from freestep.errors import EpochChanged, LeaseExpired, Overloaded, WorkerBanned
+from freestep_service.web.guard import caller, needs, require_worker
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.data_request import LEASE, RUN, DataRoute, run_of
-from freestep_service.web.routes.dependencies import AnyRelay, AnyRun, LeaseId
+from freestep_service.web.routes.dependencies import AnyRegistry, AnyRelay, AnyRun, LeaseId
 from freestep_service.web.routes.documents import answer, documented, link
 
 router = APIRouter(tags=["leases"], route_class=JsonRoute)
@@ -36,12 +36,13 @@ _LINKS = {
 
 @router.post("/v1/runs/{run}/leases", status_code=201, response_model=Lease, responses={201: answer(links=_LINKS)})
 @needs("push")
-@refuses(WorkerBanned)
-async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, relay: AnyRelay) -> Any:
+@refuses(WorkerBanned, Overloaded)
+async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, relay: AnyRelay, registry: AnyRegistry) -> Any:
     """Grants a lease with a new fencing token; the worker's older lease is fenced off."""
     require_worker(request, wish.worker)
     if run.leases_are_elsewhere:
         return await relay.forward(request, run, content=await request.body())
+    await registry.quotas.take_lease(caller(request), run.name, wish.worker)
     return await run.leases.grant(wish.worker, wish.ttl_ms)
 
 
@@ -63,11 +64,14 @@ async def renew_lease(request: Request) -> Response:
 @router.delete("/v1/runs/{run}/leases/{lease}", status_code=204)
 @needs("push")
 @refuses(LeaseExpired)
-async def release_lease(run: AnyRun, lease: LeaseId, request: Request, relay: AnyRelay) -> Response:
+async def release_lease(
+    run: AnyRun, lease: LeaseId, request: Request, relay: AnyRelay, registry: AnyRegistry
+) -> Response:
     """Ends a lease; an update that waits for its worker only is then applied."""
     if run.leases_are_elsewhere:
         return await relay.forward(request, run)
-    await run.leases.release(lease)
+    worker = await run.leases.release(lease)
+    await registry.quotas.release_lease(caller(request), run.name, worker)
     return Response(status_code=204)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter, Request, Response
 
 from freestep.api.models import RunStatus
@@ -19,6 +21,7 @@ from freestep_service.web.body import Body
 from freestep_service.web.guard import needs
 from freestep_service.web.headers import PULL_HEADERS, UPLOAD_HEADERS, body_length, preferences, upload
 from freestep_service.web.json_answers import status_response
+from freestep_service.web.metering import admit_bytes, spend_bytes
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.responses import SnapshotResponse, etag, is_known
 from freestep_service.web.routes.data_request import (
@@ -57,6 +60,7 @@ async def initialize_run(request: Request) -> Response:
     parsed = await DataRequest.of(request)
     run, relay = parsed.run, parsed.relay
     length = body_length(request, parsed.settings.max_body_bytes)
+    admit_bytes(request, length)
     body = Body(request, length, parsed.settings.stall_seconds)
     key = upload(request, required=run.is_sharded and parsed.shard is not None)
     if parsed.shard is None:
@@ -88,6 +92,7 @@ async def pull(request: Request) -> Response:
     parts of one step.
     """
     parsed = await DataRequest.of(request)
+    admit_bytes(request)
     run, point, dtype, min_step, cut = parsed.run, parsed.point, parsed.dtype, parsed.min_step, parsed.cut
     if parsed.shard is None:
         prefer = request.headers.get("prefer", "")
@@ -104,4 +109,5 @@ async def pull(request: Request) -> Response:
     if not cut and is_known(tag, request.headers.get("if-none-match", "")):
         return Response(status_code=304, headers={"ETag": tag})
     reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
-    return SnapshotResponse(shard, reading, await parsed.relay.stall_seconds(request), request.headers)
+    stall_s, spend = await parsed.relay.stall_seconds(request), partial(spend_bytes, request)
+    return SnapshotResponse(shard, reading, stall_s, request.headers, spend=spend)

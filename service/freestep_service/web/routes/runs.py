@@ -6,11 +6,12 @@ import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from freestep.api.models import ReshardRequest, RunList, RunSpec, RunStatus, Topology
-from freestep.errors import InvalidSpec, RunExists, RunNotFound, StorageUnavailable
+from freestep.errors import InvalidSpec, Overloaded, RunExists, RunNotFound, StorageUnavailable
 from freestep_service.web.answer_headers import NEXT_PAGE
+from freestep_service.web.fields import Query as QueryField
 from freestep_service.web.fields import integer
 from freestep_service.web.guard import caller, needs
 from freestep_service.web.json_answers import json_response, status_json, status_response, topology_response
@@ -24,10 +25,10 @@ router = APIRouter(tags=["runs"], route_class=JsonRoute)
 
 _MOST_LISTED = 1000
 
+_LIMIT = QueryField("limit", integer(1, _MOST_LISTED), "The most runs of a page.")
+# Pydantic alone would take "1_0" for ten.
 Limit = Annotated[
-    int,
-    BeforeValidator(integer(1, _MOST_LISTED).parse),
-    Query(ge=1, le=_MOST_LISTED, description="The most runs of a page."),
+    int, BeforeValidator(_LIMIT.parse), WithJsonSchema(dict(_LIMIT.kind.schema)), Query(description=_LIMIT.description)
 ]
 After = Annotated[str, Query(pattern=f"^({RUN_NAME})?$", description="The run before the page's first, by name.")]
 
@@ -51,10 +52,10 @@ _LINKS = {
 )
 @needs("push")
 @takes_large(RunSpec)
-@refuses(RunExists, InvalidSpec, StorageUnavailable)
-async def create_run(run: RunName, spec: RunSpec, registry: AnyRegistry) -> Response:
+@refuses(RunExists, InvalidSpec, Overloaded, StorageUnavailable)
+async def create_run(run: RunName, spec: RunSpec, registry: AnyRegistry, request: Request) -> Response:
     """Creates a run: 201, or 200 when it exists with the same spec."""
-    made, is_new = await registry.create(run, spec)
+    made, is_new = await registry.create(run, spec, caller(request))
     return await status_response(made, 201 if is_new else 200)
 
 

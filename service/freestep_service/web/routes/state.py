@@ -28,9 +28,10 @@ from freestep_service.runs.state_imports import ImportTerms
 from freestep_service.web.answer_headers import STATE_HEADERS
 from freestep_service.web.body import Body
 from freestep_service.web.context import ServiceContext
-from freestep_service.web.guard import needs
+from freestep_service.web.guard import caller, needs
 from freestep_service.web.headers import IMPORT_HEADERS, body_length, place, upload
 from freestep_service.web.json_answers import status_response
+from freestep_service.web.metering import admit_bytes
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.data_request import CUT, OF, REPLACE, RUN, SHARD, DataRequest, DataRoute
 from freestep_service.web.routes.documents import STATE, answer, documented, link
@@ -57,6 +58,7 @@ async def export_state(request: Request) -> Response:
     """
     parsed = await DataRequest.of(request)
     run, relay, cut = parsed.run, parsed.relay, parsed.cut
+    admit_bytes(request)
     if parsed.shard is None:
         return await export_whole(relay, request, run)
     if not run.owns(parsed.shard):
@@ -82,7 +84,9 @@ async def import_state(request: Request) -> Response:
     goes. The number of shards may differ from that of the state's spec.
     """
     context, name = ServiceContext.of(request), RUN.read(request)
-    body = Body(request, body_length(request, context.settings.max_body_bytes), context.settings.stall_seconds)
+    length = body_length(request, context.settings.max_body_bytes)
+    admit_bytes(request, length)
+    body = Body(request, length, context.settings.stall_seconds)
     terms = ImportTerms(upload(request, required=False) or secrets.token_hex(16), REPLACE.read(request), place(request))
     if (shard := SHARD.find(request)) is not None:
         return await _import_part(request, shard, body, terms.upload)
@@ -122,7 +126,7 @@ async def _import_whole(request: Request, run: Run | None, body: Body, terms: Im
         stack.callback(received.release)
         document = received.document
         if run is None:
-            run, _ = await context.registry.create(RUN.read(request), document.spec)
+            run, _ = await context.registry.create(RUN.read(request), document.spec, caller(request))
         if not run.owns_any:
             raise ShardUnavailable("another process has created the run and has its shards")
         if run.is_sharded:

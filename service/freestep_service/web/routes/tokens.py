@@ -76,6 +76,7 @@ def _shown(token: Token, used_at: int | None = None) -> dict[str, Any]:
     return {
         "id": token.id,
         **asdict(token),
+        **{f"max_{name}": bound for name, bound in asdict(token.quota).items()},
         "created_at": _time(token.created_at),
         "expires_at": None if token.expires_at is None else _time(token.expires_at),
         "last_used_at": None if used_at is None else _time(used_at),

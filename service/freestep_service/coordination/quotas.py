@@ -1,0 +1,95 @@
+"""What tokens have, as far as their quotas count it: lists in Redis, which all processes of a service share.
+
+A list is a claim and no count: when it is full, what is on it is looked for, and what is no more is taken off. So what
+ends in another way than by `release`, with a process say, leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from freestep_service.coordination.run_scripts import RunScripts
+from freestep_service.coordination.store import Store, reachable
+
+__all__ = ["Full", "SharedQuotas"]
+
+_KEPT_MS = 30 * 24 * 3600 * 1000
+"""After which the list of a token that takes nothing is dropped; runs are put on it again when they are opened."""
+
+
+class Full(NamedTuple):
+    """What of a list is full, `names` or `weight`, and how much of that is used."""
+
+    what: str
+    used: int
+
+
+class SharedQuotas:
+    """The lists of all tokens. Methods raise CoordinatorUnavailable.
+
+    runs_after_ms, leases_after_ms: after which an entry may be looked for; what makes it has come to its end by then.
+    """
+
+    def __init__(self, store: Store, runs_after_ms: int = 60_000, leases_after_ms: int = 10_000) -> None:
+        self._store = store
+        self._runs_after_ms = runs_after_ms
+        self._leases_after_ms = leases_after_ms
+
+    async def take_run(
+        self, token: str, run: str, elements: int, most: int | None, heaviest: int | None
+    ) -> Full | None:
+        """Puts a run on a token's list; None if it is there now."""
+        limits = (run, elements, _or_empty(most), _or_empty(heaviest), self._runs_after_ms)
+        return await self._take(_key(token, "runs"), limits, lambda each: self._is_run_of(token, each))
+
+    async def take_lease(self, token: str, run: str, worker: str, most: int) -> Full | None:
+        """Puts a worker's lease, in place of an older one, on a token's list; None if it is there now."""
+        limits = (f"{run} {worker}", 1, most, "", self._leases_after_ms)
+        return await self._take(_key(token, "leases"), limits, self._is_lease)
+
+    async def release_run(self, token: str, run: str) -> None:
+        """Takes a run that was deleted off a token's list."""
+        with reachable():
+            await self._store.client.hdel(_key(token, "runs"), run)
+
+    async def release_lease(self, token: str, run: str, worker: str) -> None:
+        """Takes a lease that was released off a token's list."""
+        with reachable():
+            await self._store.client.hdel(_key(token, "leases"), f"{run} {worker}")
+
+    async def _take(
+        self, key: str, limits: Sequence[str | int], is_there: Callable[[str], Awaitable[bool]]
+    ) -> Full | None:
+        found: list[str | int] = []
+        seen: set[str] = set()
+        while True:
+            status, *rest = await self._store.run("quota_take", [key], *limits, _KEPT_MS, *found)
+            if status == "taken":
+                return None
+            used, *due = rest
+            unseen = [name for name in due if name not in seen]
+            if not unseen:
+                return Full(status, int(used))
+            seen.update(unseen)
+            found = []
+            for name in unseen:
+                found += [name, int(await is_there(name))]
+
+    async def _is_run_of(self, token: str, run: str) -> bool:
+        with reachable():
+            creator: str | None = await self._store.client.hget(RunScripts(self._store, run).key("run"), "creator")
+        return creator == token
+
+    async def _is_lease(self, name: str) -> bool:
+        run, _, worker = name.partition(" ")
+        with reachable():
+            return await self._store.client.zscore(RunScripts(self._store, run).key("leases"), worker) is not None
+
+
+def _key(token: str, kind: str) -> str:
+    return f"freestep:quota:{token}:{kind}"
+
+
+def _or_empty(number: int | None) -> str | int:
+    return "" if number is None else number
