@@ -14,6 +14,7 @@ from asgi_calls import Sender, call, scope_of
 from freestep.errors import RunNotFound
 from freestep_service.app import create_app
 from freestep_service.settings import Settings
+from freestep_service.web.json_bodies import JsonBodies
 from fuzz.target import Target, mutants
 from run_specs import HYPERPARAMETERS, POLICIES
 
@@ -50,7 +51,9 @@ class _Run:
 def _app() -> tuple[FastAPI, _Run]:
     app, run = create_app(Settings(insecure=True)), _Run()
     audit = SimpleNamespace(note=lambda deed: None)
-    app.state.context = SimpleNamespace(registry=run, relay=None, settings=Settings(insecure=True), audit=audit)
+    app.state.context = SimpleNamespace(
+        registry=run, relay=None, settings=Settings(insecure=True), audit=audit, json_bodies=JsonBodies(30.0)
+    )
     return app, run
 
 
