@@ -34,7 +34,7 @@ class _Run:
     leases_are_elsewhere, owns_any = False, True
 
     def __init__(self) -> None:
-        self.leases = self.reports = self
+        self.leases = self.reports = self.quotas = self
         self.given: Any = None
 
     async def _take(self, *given: Any) -> Any:
@@ -42,6 +42,10 @@ class _Run:
         raise RunNotFound
 
     create = grant = report = reshard = _take
+    name = "fuzzed"
+
+    async def take_lease(self, *given: Any) -> None:
+        pass
 
     async def find(self, name: str) -> Any:
         return self
