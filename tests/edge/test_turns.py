@@ -122,7 +122,7 @@ def test_who_waits_behind_their_own_bodies_is_refused_in_time(
     wait_until(lambda: bool(service.redis_dump(pending)))
     answer = api.push(lease, 0, "second")
     assert (answer.status_code, answer.json()["type"]) == (429, "urn:freestep:problem:overloaded")
-    assert "of this lease" in answer.json()["detail"]
+    assert "of this sender" in answer.json()["detail"]
     crowd.close()
     wait_until(lambda: not service.redis_dump(pending))
     assert api.state(service) == before
