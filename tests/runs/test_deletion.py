@@ -129,3 +129,19 @@ def test_a_process_that_missed_a_deletion_takes_the_next_run_for_another(store: 
             assert (status.step, status.initialized) == (0, False)
 
     run_async(work)
+
+
+def test_a_process_that_finds_redis_behind_a_deleted_run_does_not_begin_it_anew(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with two(store, tmp_path / "one", tmp_path / "other") as (one, other):
+            _, theirs = await shared_run(one, other)
+            await theirs._keeper.stop()
+            await one.delete("run")
+            # As a call to Redis says that has come before the heartbeat.
+            theirs._recovery.reopen("Redis has lost what its shards have seen")
+            await theirs._keeper.look()
+            assert theirs.is_gone
+            assert not theirs._recovery.must_reopen
+            assert await theirs.coordinator.opening.read() is None
+
+    run_async(work)

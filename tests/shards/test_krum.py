@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import uuid
 from collections.abc import Callable, Iterator
@@ -301,6 +302,26 @@ def test_a_store_that_is_wiped_meanwhile_is_written_anew(
             assert_at(api, 2)
             assert api.status()["epoch"] == 1
         ThreadService.stop_all(services)
+
+
+def test_a_push_whose_update_waits_for_long_is_answered_and_found_again(
+    start_service: Callable[..., ThreadService],
+) -> None:
+    service = start_service(commit_seconds=0.2)
+    with service.redis() as redis, sharded([service]) as api:
+        api.create(**spec(2, QUORUM))
+        with waiting(api, redis, 0) as last:
+            assert {slug(answer) for answer in last.result()} == {"shard-unavailable"}
+            assert (redis.hget(api.redis_key("run"), "step"), api.status()["step"]) == ("1", 0)
+        wait_until(lambda: api.status()["step"] == 1)
+        assert_at(api, 1)
+        record = json.loads(str(redis.hget(api.redis_key("receipts"), "last-0")))
+        lease, token, *_ = record["claim"].split()
+        bodies = api.bodies(gradients(0)[-1])
+        answers = api.push_parts({"lease": lease, "token": token}, 0, "last-0", bodies)
+        assert decisions(answers) == {"applied"}
+        assert all(answer.json()["replayed"] for answer in answers)
+        assert api.status()["step"] == 1
 
 
 @pytest.mark.slow

@@ -101,10 +101,11 @@ class Log:
     def awaiting(self) -> Entry | None:
         """The next entry, where it is held until it has its distances."""
         entry = None if self._paused else self._held.get((self.epoch, self._next_seq))
-        return entry if entry is not None and self._waits(entry) else None
+        return entry if entry is not None and self._needs_distances and self._waits(entry) else None
 
-    def _waits(self, entry: Entry) -> bool:
-        return self._needs_distances and entry.advance and entry.distances is None
+    @staticmethod
+    def _waits(entry: Entry) -> bool:
+        return entry.advance and entry.distances is None
 
     def has(self, epoch: int, seq: int) -> bool:
         """Whether an entry has been added."""
@@ -131,7 +132,9 @@ class Log:
 
     def take(self) -> Iterator[Entry]:
         """The held entries that are next in order, as far as none of them waits."""
-        while not self._paused and (entry := self._held.get((self.epoch, self._next_seq))) and not self._waits(entry):
+        while not self._paused and (entry := self._held.get((self.epoch, self._next_seq))):
+            if self._needs_distances and self._waits(entry):
+                return
             del self._held[self.epoch, self._next_seq]
             self._next_seq += 1
             self.note(entry.epoch, entry.seq)
