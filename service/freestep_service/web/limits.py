@@ -110,7 +110,7 @@ class _BoundedRequest(Request):
 
 
 def _is_json(request: Request) -> bool:
-    """Whether FastAPI may ask for the body as JSON."""
+    """Whether FastAPI may ask for the body as JSON: a page of another site may send one that does not say so."""
     message = Message()
-    message["content-type"] = request.headers.get("content-type", "application/json")
+    message["content-type"] = request.headers.get("content-type", "text/plain")
     return message.get_content_maintype() == "application" and message.get_content_subtype().split("+")[-1] == "json"

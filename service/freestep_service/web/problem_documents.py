@@ -131,7 +131,13 @@ _RUN = {**_NAME, "description": "The run; null where the path names none."}
 _SCOPE = {"enum": ["read", "push", "admin"], "description": "The scope that is needed."}
 
 _MEMBERS: dict[Problem, dict[str, Any]] = {
-    errors.MalformedRequest: {"field": _FIELD, "errors": _FAULTS, "shards": _NUMBER, "step": _NUMBER},
+    errors.MalformedRequest: {
+        "field": _FIELD,
+        "errors": _FAULTS,
+        "shards": _NUMBER,
+        "step": _NUMBER,
+        "limit": _NUMBER,
+    },
     errors.Unauthenticated: {"scope": _SCOPE, "run": _RUN},
     errors.Forbidden: {"scope": _SCOPE, "run": _RUN, "worker": _TEXT, "subject": _TEXT},
     errors.WorkerBanned: {"outliers": _NUMBER},
