@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from freestep_service.coordination.embedded import embedded_store
 from harness import ThreadService
+from meanwhile import wait_until
 from plain_calls import Api
 
 NAMES = [
@@ -78,6 +81,59 @@ def test_another_users_folder_is_not_used(tmp_path: Path, temporary: Path) -> No
     finally:
         used.unlink()
     assert not list(tmp_path.glob("valkey*"))
+
+
+def process_of(client: Redis) -> int:
+    return int(client.info("server")["process_id"])
+
+
+def kill_and_await_another(client: Redis) -> None:
+    killed = process_of(client)
+    os.kill(killed, signal.SIGKILL)
+
+    def is_another() -> bool:
+        try:
+            return process_of(client) != killed
+        except RedisConnectionError:
+            return False
+
+    wait_until(is_another)
+
+
+def test_it_is_started_again_whenever_it_ends(tmp_path: Path) -> None:
+    with embedded_store(tmp_path) as url, Redis.from_url(url) as client:
+        for _ in range(2):
+            kill_and_await_another(client)
+        last = process_of(client)
+    with pytest.raises(ProcessLookupError):
+        os.kill(last, 0)
+
+
+def test_it_can_be_ended_where_it_cannot_be_started_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with embedded_store(tmp_path) as url, Redis.from_url(url) as client:
+        process = process_of(client)
+        # Nobody can create a socket where a folder is.
+        file = tmp_path / "valkey" / "valkey.sock"
+        file.unlink()
+        file.mkdir()
+        os.kill(process, signal.SIGKILL)
+        wait_until(lambda: "cannot be started" in caplog.text)
+
+
+def test_a_run_goes_on_when_its_store_was_killed(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+) -> None:
+    service = start_service()
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    api.push(lease, 0, "first")
+    epoch = api.status()["epoch"]
+    with service.redis() as client:
+        kill_and_await_another(client)
+    assert api.push(lease, 0, "first").json()["replayed"] is True
+    assert api.push(api.lease(), 1, "second").json()["step"] == 2
+    assert api.status()["epoch"] == epoch
 
 
 def test_a_service_works_in_a_directory_of_any_name(
