@@ -29,7 +29,7 @@ from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.embedded import embedded_store
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.secret import SharedSecret
-from freestep_service.coordination.store import Store
+from freestep_service.coordination.store import Evicts, Store
 from freestep_service.coordination.tokens import SharedTokens
 from freestep_service.domain.records import UrlInUse
 from freestep_service.optimizers.readiness import compile_loops
@@ -252,11 +252,20 @@ async def _store(url: str) -> Store:
         raise BadSetting(f"redis_url: {shown(url)} is no URL of a Redis server: {cause}") from None
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
+    except Evicts as error:
+        raise CannotStart(
+            f"Redis at {_place(url)} removes keys when its memory is full, and pushes would then count twice: "
+            f"set its maxmemory-policy to noeviction, it is {error.policy}"
+        ) from None
 
 
 def _redis_is_away(url: str, error: CoordinatorUnavailable) -> CannotStart:
-    place, cause = shown(url).rpartition("://")[2], error.__cause__ or error
-    return CannotStart(f"Redis at {place} is needed, start it or name another with redis_url: {cause}")
+    cause = error.__cause__ or error
+    return CannotStart(f"Redis at {_place(url)} is needed, start it or name another with redis_url: {cause}")
+
+
+def _place(url: str) -> str:
+    return shown(url).rpartition("://")[2]
 
 
 @contextmanager

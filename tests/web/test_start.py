@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from redis import Redis
 
 import forked
 from harness import ThreadService
@@ -37,6 +38,14 @@ def free() -> str:
     """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return str(listener.getsockname()[1])
+
+
+def test_a_redis_that_removes_keys_is_refused(redis_url: str, tmp_path: Path) -> None:
+    with Redis.from_url(redis_url) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+    done = forked.freestep("serve", "--port", "0", "--redis-url", redis_url, "--data-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert "set its maxmemory-policy to noeviction, it is allkeys-lru" in done.stderr
 
 
 @pytest.mark.parametrize(

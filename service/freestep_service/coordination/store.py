@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from importlib.resources import files
 from types import TracebackType
@@ -18,13 +19,23 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from freestep.errors import CoordinatorUnavailable
 from freestep_service.coordination.pipeline import RedisPipeline
 
-__all__ = ["Store"]
+__all__ = ["Evicts", "Store"]
+
+logger = logging.getLogger("freestep")
 
 _LUA = files("freestep_service.coordination") / "lua"
 _TIMEOUT_S = 5.0
 _CONNECTIONS = 32
 _PROBE, _PROBE_MS = "freestep:writable", 1000
 """A key that shows that Redis takes writes, and the ms after which it is gone; it belongs to no run."""
+
+
+class Evicts(Exception):
+    """Redis removes keys when its memory is full: receipts, say, so that pushes would count twice."""
+
+    def __init__(self, policy: str) -> None:
+        super().__init__(policy)
+        self.policy = policy
 
 
 class Store:
@@ -47,7 +58,7 @@ class Store:
     async def connect(cls, url: str) -> Store:
         """Connects to a server by its URL; recognizes a server in cluster mode.
 
-        Raises CoordinatorUnavailable, and ValueError for a URL that is not one of Redis.
+        Raises CoordinatorUnavailable, Evicts, and ValueError for a URL that is not one of Redis.
         """
         options: dict[str, Any] = {
             "decode_responses": True,
@@ -58,12 +69,17 @@ class Store:
         }
         pool = BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=_TIMEOUT_S, **options)
         client = Redis.from_pool(pool)
-        with reachable():
-            clustered = (await client.info("cluster")).get("cluster_enabled")
-        if not clustered:
-            return cls(client, url, RedisPipeline(pool, _TIMEOUT_S))
-        await client.aclose()
-        return cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url, None)
+        store = cls(client, url, RedisPipeline(pool, _TIMEOUT_S))
+        try:
+            with reachable():
+                if (await client.info("cluster")).get("cluster_enabled"):
+                    await store.close()
+                    store = cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url, None)
+            await store.require_permanence()
+        except BaseException:
+            await store.close()
+            raise
+        return store
 
     async def run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
         """Runs a script of lua/, by the name of its file, and returns its answer."""
@@ -89,6 +105,21 @@ class Store:
         """Raises CoordinatorUnavailable, also where Redis refuses writes: as a replica, say, or for want of memory."""
         with reachable():
             await self.client.set(_PROBE, "", px=_PROBE_MS)
+
+    async def require_permanence(self) -> None:
+        """Raises Evicts if a server that has keys removes some when its memory is full, and CoordinatorUnavailable."""
+        with reachable():
+            if self._pipeline is None:
+                answers = await self.client.info("memory", target_nodes=RedisCluster.PRIMARIES)
+                # Of a single one it is the answer itself.
+                found = list(answers.values()) if isinstance(next(iter(answers.values())), dict) else [answers]
+            else:
+                found = [await self.client.info("memory")]
+        for policy in [each.get("maxmemory_policy") for each in found]:
+            if policy is None:
+                logger.warning("Redis does not say what it does when its memory is full: it has to be noeviction")
+            elif policy != "noeviction":
+                raise Evicts(policy)
 
     async def close(self) -> None:
         if self._pipeline is not None:
