@@ -9,25 +9,27 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import httpx
 import hypothesis
 import pytest
 import schemathesis
 
 from documented import Document
 from freestep.errors import PROBLEMS, URN, RunNotFound, ShardUnavailable
+from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.app import create_app
 from freestep_service.settings import Settings
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.problems import RETRY_AFTER_S, STATUSES, problem_response
-from harness import ThreadService
+from harness import AUTHORIZED, ThreadService
 from meanwhile import DEADLINE_S
-from plain_calls import Api
+from plain_calls import BODY, Api
 
 TESTS = Path(__file__).parent.parent
 DOCUMENT = create_app(Settings()).openapi()
@@ -174,18 +176,85 @@ def test_every_operation_does_what_the_document_says(document_service: ThreadSer
     assert {name for name, _ in document_service.documented.answered} == OPERATIONS.keys()
 
 
+class Walker:
+    """Makes the requests that links of the document lead to, with what the links say and no more of the answers."""
+
+    def __init__(self, service: ThreadService) -> None:
+        self.http = httpx.Client(base_url=service.url, headers=AUTHORIZED)
+        self.places = {
+            operation["operationId"]: (method.upper(), path)
+            for path, methods in DOCUMENT["paths"].items()
+            for method, operation in methods.items()
+        }
+
+    def ask(self, name: str, values: Mapping[str, str], body: Any = None) -> httpx.Response:
+        """Makes a request of an operation with values of its parameters, each where the document has it."""
+        method, path = self.places[name]
+        places = {each["name"]: each["in"] for each in OPERATIONS[name].get("parameters", ())}
+        sent: dict[str, dict[str, str]] = {"path": {}, "query": {}, "header": {}}
+        for parameter, text in values.items():
+            sent[places[parameter]][parameter] = text
+        content: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body}
+        media = {"Content-Type": MEDIA_TYPE} if isinstance(body, bytes) else {}
+        answer = self.http.request(
+            method,
+            path.format(**sent["path"]),
+            params=sent["query"],
+            headers={**sent["header"], **media},
+            **content,
+        )
+        assert answer.is_success, answer.text
+        answer.extensions["asked"] = name, sent
+        return answer
+
+    def follow(self, answer: httpx.Response, link: str, body: Any = None, **more: str) -> httpx.Response:
+        """Follows a link of an answer. `more`: what the link does not say, with underscores in the names."""
+        name, asked = answer.extensions["asked"]
+        found = OPERATIONS[name]["responses"][str(answer.status_code)]["links"][link]
+
+        def value(expression: str) -> str:
+            source, _, rest = expression.removeprefix("$").partition(".")
+            part, _, key = rest.partition(".")
+            if source == "request":
+                return str(asked[part][key])
+            if part == "header":
+                return answer.headers[key]
+            member: Any = answer.json()
+            for step in rest.removeprefix("body#/").split("/"):
+                member = member[int(step) if isinstance(member, list) else step]
+            return str(member)
+
+        values = {parameter: value(expression) for parameter, expression in found["parameters"].items()}
+        values |= {parameter.replace("_", "-"): text for parameter, text in more.items()}
+        return self.ask(found["operationId"], values, body)
+
+
+def test_links_lead_from_a_run_to_a_receipt_and_on(start_service: Callable[..., ThreadService]) -> None:
+    walker = Walker(start_service())
+    with walker.http:
+        created = walker.ask("create_run", {"run": "walk"}, Api("", "walk").spec())
+        initialized = walker.follow(created, "initialize", BODY)
+        lease = walker.follow(initialized, "lease", {"worker": "one"})
+        pushed = walker.follow(lease, "push", BODY, Idempotency_Key="first")
+        assert (pushed.json()["step"], pushed.json()["replayed"]) == (1, False)
+        assert walker.follow(pushed, "again", BODY).json()["replayed"] is True
+        pulled = walker.follow(pushed, "pull")
+        assert pulled.headers["Freestep-Step"] == "1"
+        assert walker.follow(pushed, "renew").json()["lease"] == lease.json()["lease"]
+        checkpoint = walker.follow(pushed, "checkpoint")
+        restored = walker.follow(checkpoint, "restore")
+        assert (restored.json()["step"], restored.json()["epoch"]) == (1, 2)
+        walker.follow(lease, "release")
+        token = walker.ask("create_token", {}, {"name": "walk", "scope": "read"})
+        walker.follow(token, "revoke")
+        walker.follow(created, "delete")
+
+
 @pytest.mark.slow
 @SEARCH
-@pytest.mark.parametrize(
-    ("of_tokens", "walks", "reached"),
-    [
-        (True, 15, {"create_token", "revoke_token"}),
-        (False, 30, {"push", "renew_lease", "release_lease", "restore_checkpoint", "pull"}),
-    ],
-    ids=["tokens", "runs"],
-)
+@pytest.mark.parametrize(("of_tokens", "walks"), [(True, 15), (False, 30)], ids=["tokens", "runs"])
 def test_what_links_lead_to_does_what_the_document_says(
-    document_service: ThreadService, of_tokens: bool, walks: int, reached: set[str]
+    document_service: ThreadService, of_tokens: bool, walks: int
 ) -> None:
     service, options = document_service, tomllib.loads((TESTS / "openapi.toml").read_text())
     options["generation"]["mode"] = "positive"
@@ -221,5 +290,5 @@ def test_what_links_lead_to_does_what_the_document_says(
             suppress_health_check=list(hypothesis.HealthCheck),
         )
     )
-    succeeded = {name for name, status in service.documented.answered if status < 300}
-    assert reached - succeeded == set()
+    # Which links a walk takes is chance; those that matter are taken above.
+    assert {"create_token" if of_tokens else "create_run"} <= {name for name, _ in service.documented.answered}

@@ -91,7 +91,7 @@ def least_scores(distances: Tensor, count: int, f: int, m: int) -> list[int]:
     (arXiv 1703.02757). Of fewer than f + 3 rows, one neighbour counts.
     """
     matrix = torch.zeros(count, count, dtype=torch.float64, device="cpu")
-    one, other = torch.triu_indices(count, count, 1, device="cpu")
+    one, other = torch.triu_indices(count, count, 1, dtype=torch.int64, device="cpu")
     matrix[one, other] = matrix[other, one] = distances
     neighbours = min(max(count - f - 2, 1), count - 1)
     others = matrix.sort(dim=1).values[:, 1 : 1 + neighbours]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
+from freestep.errors import StorageUnavailable
 from freestep_service.domain.records import Origin
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.medium import Storage
@@ -85,9 +87,11 @@ class LastEpochs:
     def write(self, run: str, epoch: int) -> None:
         """Raises Damaged and StorageUnavailable."""
         self._storage.write(f"deleted/{run}", [str(epoch).encode()])
-        names = self._storage.names("deleted")
-        if len(names) > self._kept:
-            self._forget(set(names) - set(self._storage.names("runs")) - {run})
+        with suppress(StorageUnavailable):
+            # Else the next deletion does it.
+            names = self._storage.names("deleted")
+            if len(names) > self._kept:
+                self._forget(set(names) - set(self._storage.names("runs")) - {run})
 
     def _forget(self, runs: Iterable[str]) -> None:
         epochs = {run: self.read(run) for run in runs}
