@@ -10,7 +10,7 @@ from freestep.flat import Flat
 
 __all__ = ["WeightsGuard"]
 
-_SAMPLE, _TENSORS = 16_384, 8
+_SAMPLE, _TENSORS = 16_384, 2
 """Elements, and tensors, that one call looks at beside the counts of changes: little beside the step that follows."""
 
 

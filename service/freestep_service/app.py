@@ -110,7 +110,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if proxies := settings.proxy_addresses():
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)
     problems.install(app, count_problem)
-    # Hot endpoints first: routes are matched one after another.
+    pages = len(app.router.routes)
+    # Hot endpoints first, and the documentation last: routes are matched one after another.
     for router in (
         gradients.router,
         leases.renewals,
@@ -124,6 +125,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         health.router,
     ):
         app.include_router(router)
+    app.router.routes[:] = app.router.routes[pages:] + app.router.routes[:pages]
     document_tokens(app)
     document_problems(app)
     return app

@@ -53,11 +53,10 @@ def test_one_changed_element_is_found_at_once() -> None:
 def test_a_change_through_data_is_found_within_a_round() -> None:
     guard, tensors = guarded((3, 4), (), (9000,))
     tensors["p2"].data[8999] += 1
-    assert guard.changed() == "p2"
+    assert "p2" in [guard.changed() for _ in range(2)]
     guard, tensors = guarded(*[(5,)] * 20, (100_000,), (7,))
     tensors["p20"].data[99_999] += 1
-    found = [guard.changed() for _ in range(11)]
-    assert "p20" in found
+    assert "p20" in [guard.changed() for _ in range(20)]
 
 
 def test_nothing_is_compared_with_what_an_interrupted_exchange_has_left() -> None:

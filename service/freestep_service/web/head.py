@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import httptools
@@ -123,7 +124,7 @@ def _is_at(target: bytes, host: bytes) -> bool:
 
 
 def _size(target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:
-    return len(target) + sum(len(name) + len(value) + _SEPARATORS for name, value in headers)
+    return len(target) + sum(map(len, chain.from_iterable(headers))) + _SEPARATORS * len(headers)
 
 
 def _malformed(detail: str) -> Refused:

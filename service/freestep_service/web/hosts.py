@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
 
@@ -49,15 +49,15 @@ class OwnHosts:
         self._known: set[bytes] = set()
         """Values of `Host` that were found to be the service's own."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        # No coroutine of its own around each request.
         if scope["type"] == "http" and scope["path"] != OPEN_PATH and (reason := self._objection(scope)):
             self._observe(Forbidden.slug)
             peer = scope["client"] and scope["client"][0]
             deed = Deed(None, peer, "from another host or origin", None, Forbidden.slug)
             ServiceContext.of(Request(scope)).audit.note(deed)
-            await problem_response(Forbidden(reason))(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+            return problem_response(Forbidden(reason))(scope, receive, send)
+        return self._app(scope, receive, send)
 
     def _objection(self, scope: Scope) -> str | None:
         """What is wrong with where a request comes from."""
