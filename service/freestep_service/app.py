@@ -177,7 +177,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
             f"the checkpoints in {place} cannot be read, name another place with checkpoint_url: {error}"
         ) from error
     relay = Relay(http, secret, settings.stall_seconds)
-    audit = AuditLog(settings.data_dir / "audit.jsonl")
+    audit = AuditLog(settings.data_dir)
     stack.callback(audit.close)
     json_bodies = JsonBodies(settings.queue_seconds)
     stack.callback(json_bodies.close)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from harness import TOKEN, ThreadService
 from plain_calls import Api, slug
 
 DEED = Deed("me 1", "127.0.0.1", "delete_run", "mnist", 204)
+REFUSAL = Deed(None, "127.0.0.1", "show_run", "mnist", "unauthenticated")
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -48,13 +52,12 @@ def test_admin_acts_and_refusals_are_noted_and_nothing_else(
     assert api.http.delete(f"/v1/tokens/{made['id']}").status_code == 204
     admin = next(each for each in api.http.get("/v1/tokens").json()["tokens"] if each["name"] == "admin-token")
     service.stop()
-    file = service.settings.data_dir / "audit.jsonl"
-    noted = lines(file)
+    files = [service.settings.data_dir / name for name in ("audit.jsonl", "refusals.jsonl")]
+    noted, strangers = map(lines, files)
     whom = f"admin-token {admin['id']}"
     bearer = f"bound {made['id']}"
     assert [(each["who"], each["what"], each["run"], each["result"]) for each in noted] == [
         (whom, "create_token", None, 201),
-        *[(None, "release_lease", "mnist", "unauthenticated")] * 3,
         (bearer, "delete_run", "mnist", "forbidden"),
         (bearer, "grant_lease", "mnist", "forbidden"),
         (whom, "delete_run", "none", "run-not-found"),
@@ -62,15 +65,57 @@ def test_admin_acts_and_refusals_are_noted_and_nothing_else(
         (whom, "revoke_token", None, 204),
         (whom, "list_tokens", None, 200),
     ]
-    assert {each["peer"] for each in noted} == {"127.0.0.1"}
-    assert all(each["time"].endswith("+00:00") for each in noted)
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [(each["who"], each["what"], each["run"], each["result"]) for each in strangers] == [
+        (None, "release_lease", "mnist", "unauthenticated")
+    ] * 3
+    assert {each["peer"] for each in noted + strangers} == {"127.0.0.1"}
+    assert all(each["time"].endswith("+00:00") for each in noted + strangers)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     for secret in (TOKEN, unknown, mistyped, made["token"], lease["lease"], "in-a-query"):
-        assert secret not in file.read_text()
+        assert not any(secret in file.read_text() for file in files)
+
+
+@pytest.mark.parametrize("run", ["%00" * 20_000, "%F0%9F%98%80" * 5_000, "a" * 60_000, "%0A"])
+def test_what_can_be_no_runs_name_is_in_no_line(start_service: Callable[..., ThreadService], run: str) -> None:
+    service = start_service()
+    with closing(Api(service.url).http) as http:
+        made = http.post("/v1/tokens", json={"name": "bound", "scope": "read", "runs": "a-*"}).json()
+    for headers in ({}, {"Authorization": f"Bearer {made['token']}"}):
+        answer = httpx.delete(f"{service.url}/v1/runs/{run}", headers=headers)
+        assert answer.status_code == (403 if headers else 401)
+        assert len(answer.content) < 5_000
+    service.stop()
+    for name in ("audit.jsonl", "refusals.jsonl"):
+        (*_, line) = (service.settings.data_dir / name).read_text().splitlines()
+        assert len(line) < 300 and json.loads(line)["run"] is None and json.loads(line)["what"] == "delete_run"
+
+
+def test_strangers_leave_out_and_rotate_out_nothing_of_others(
+    start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freestep_service.access.audit._LARGEST", 500)
+    monkeypatch.setattr("freestep_service.access.audit._MOST_WAITING", 2)
+    service = start_service()
+    audit, held = service.app.state.context.audit, threading.Event()
+    for thread in (audit._acts._thread, audit._refusals._thread):
+        thread.submit(held.wait, 60)
+    with closing(Api(service.url).http) as http:
+        for number in range(40):
+            assert httpx.get(f"{service.url}/v1/runs/x", headers={"Host": "x.example"} if number % 2 else {}).is_error
+            if number % 20 == 0:
+                assert http.delete(f"/v1/tokens/none-{number}").status_code == 404
+        held.set()
+        for _ in range(20):
+            assert httpx.get(f"{service.url}/v1/runs/x").status_code == 401
+    service.stop()
+    folder = service.settings.data_dir
+    assert [each["result"] for each in lines(folder / "audit.jsonl")] == ["token-not-found"] * 2
+    assert not (folder / "audit.jsonl.1").exists()
+    assert (folder / "refusals.jsonl.1").exists()
 
 
 def test_processes_share_it(tmp_path: Path) -> None:
-    logs = [AuditLog(tmp_path / "audit.jsonl") for _ in range(2)]
+    logs = [AuditLog(tmp_path) for _ in range(2)]
     for _ in range(50):
         for log in logs:
             log.note(DEED)
@@ -81,32 +126,61 @@ def test_processes_share_it(tmp_path: Path) -> None:
 
 def test_it_is_of_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("freestep_service.access.audit._LARGEST", 1000)
-    log = AuditLog(tmp_path / "audit.jsonl")
+    log = AuditLog(tmp_path)
     for _ in range(100):
         log.note(DEED)
+        log.note_stranger(REFUSAL)
     log.close()
     files = sorted(tmp_path.iterdir())
-    assert [file.name for file in files] == ["audit.jsonl", "audit.jsonl.1"] or len(files) == 1
+    assert {file.name for file in files} >= {"audit.jsonl.1", "refusals.jsonl.1"}
     assert all(file.stat().st_size < 1500 and lines(file) for file in files)
 
 
-def test_who_asks_without_end_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("freestep_service.access.audit._MOST_WAITING", 5)
-    log, held = AuditLog(tmp_path / "audit.jsonl"), threading.Event()
-    log._thread.submit(held.wait)
-    for _ in range(12):
-        log.note(DEED)
-    held.set()
-    log._thread.submit(int).result()
+def test_what_another_process_has_rotated_is_not_rotated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freestep_service.access.audit._LARGEST", 100)
+    log, file, older = AuditLog(tmp_path), tmp_path / "audit.jsonl", tmp_path / "audit.jsonl.1"
+    write = os.write
+
+    def meanwhile(descriptor: int, data: bytes) -> int:
+        written = write(descriptor, data)
+        file.rename(older)
+        file.write_text('{"newer": true}\n')
+        return written
+
+    monkeypatch.setattr(os, "write", meanwhile)
     log.note(DEED)
     log.close()
-    assert [each.get("left_out_before", 0) for each in lines(tmp_path / "audit.jsonl")] == [0, 0, 0, 0, 0, 7]
+    assert [each["what"] for each in lines(older)] == ["delete_run"]
+    assert lines(file) == [{"newer": True}]
+
+
+def test_lines_are_short(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path)
+    log.note(replace(DEED, who="oidc " + "\0" * 10_000, peer="x" * 10_000))
+    log.close()
+    assert len((tmp_path / "audit.jsonl").read_text()) < 5_000
+
+
+def test_refusals_of_strangers_without_end_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freestep_service.access.audit._MOST_WAITING", 5)
+    log, held = AuditLog(tmp_path), threading.Event()
+    for lines_of in (log._acts, log._refusals):
+        lines_of._thread.submit(held.wait, 60)
+    for _ in range(12):
+        log.note_stranger(REFUSAL)
+        log.note(DEED)
+    held.set()
+    log._refusals._thread.submit(int).result()
+    log.note_stranger(REFUSAL)
+    log.close()
+    assert [each.get("left_out_before", 0) for each in lines(tmp_path / "refusals.jsonl")] == [0, 0, 0, 0, 0, 7]
+    assert len(lines(tmp_path / "audit.jsonl")) == 12
 
 
 def test_a_disk_that_takes_nothing_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "elsewhere").touch()
     (tmp_path / "audit.jsonl").symlink_to(tmp_path / "elsewhere")
-    log = AuditLog(tmp_path / "audit.jsonl")
+    log = AuditLog(tmp_path)
     for _ in range(3):
         log.note(DEED)
     log.close()

@@ -146,7 +146,10 @@ def test_the_audit_log_names_the_subject(own: Issuer, start_service: Callable[..
         for _ in range(2):
             asked(service, own.token(**changes), "/v1/runs/none", "DELETE")
     service.stop()
-    noted = [json.loads(line) for line in (service.settings.data_dir / "audit.jsonl").read_text().splitlines()]
+    files = [service.settings.data_dir / name for name in ("audit.jsonl", "refusals.jsonl")]
+    noted, strangers = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert len(noted) == len(strangers) == 4
+    noted += strangers
     assert [each["result"] for each in noted[::2]] == ["run-not-found", "forbidden", "forbidden", "unauthenticated"]
     whom = [str(each["who"]) for each in noted]
     assert [who.partition(" ")[0] for who in whom[::2]] == ["oidc", "oidc", "oidc", "None"]

@@ -38,9 +38,9 @@ class Site:
         """A client through the proxy; the environment says whom it trusts."""
         return Client(self.url, **{"verify": self.trusted, **options})
 
-    def audited(self) -> list[dict[str, Any]]:
-        """The lines of the audit log so far."""
-        file = self.service.settings.data_dir / "audit.jsonl"
+    def refused(self) -> list[dict[str, Any]]:
+        """The refusals of strangers that the audit log has so far."""
+        file = self.service.settings.data_dir / "refusals.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 

@@ -160,12 +160,12 @@ def test_connections_to_the_service_are_used_again(site: Site, monkeypatch: pyte
 def test_the_service_knows_the_client(site: Site) -> None:
     """Its address, whatever it says of itself."""
     claims = {"X-Forwarded-For": "192.0.2.1", "X-Real-IP": "192.0.2.1", "Forwarded": "for=192.0.2.1"}
-    noted = len(site.audited())
+    noted = len(site.refused())
     transport = httpx.HTTPTransport(local_address="127.0.0.2", verify=site.trusted)
     with httpx.Client(base_url=f"https://localhost:{site.front.port}", transport=transport, headers=claims) as http:
         assert slug(http.get("/v1/runs")) == "unauthenticated"
-    wait_until(lambda: len(site.audited()) > noted)
-    assert [line["peer"] for line in site.audited()[noted:]] == ["127.0.0.2"]
+    wait_until(lambda: len(site.refused()) > noted)
+    assert [line["peer"] for line in site.refused()[noted:]] == ["127.0.0.2"]
 
 
 @pytest.mark.parametrize("host", ["attacker.example", "attacker.example:443"])

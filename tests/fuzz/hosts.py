@@ -24,7 +24,9 @@ async def _app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 204, "headers": []})
 
 
-_NOTED = SimpleNamespace(state=SimpleNamespace(context=SimpleNamespace(audit=SimpleNamespace(note=lambda deed: None))))
+_NOTED = SimpleNamespace(
+    state=SimpleNamespace(context=SimpleNamespace(audit=SimpleNamespace(note_stranger=lambda deed: None)))
+)
 
 
 def _is_let_in(headers: list[tuple[bytes, bytes]]) -> bool:

@@ -109,7 +109,7 @@ def test_a_page_restores_nothing_even_where_there_are_no_tokens(
 
 def noted(service: ThreadService) -> list[dict[str, Any]]:
     service.stop()
-    return [json.loads(line) for line in (service.settings.data_dir / "audit.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (service.settings.data_dir / "refusals.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from freestep.api.token_form import Scope
 from freestep.errors import CoordinatorUnavailable, Forbidden, IssuerUnavailable, ProblemError, Unauthenticated
 from freestep_service.access.audit import Deed
+from freestep_service.domain.run_names import LONGEST_NAME, is_run_name
 from freestep_service.domain.tokens import ANYBODY, Token
 from freestep_service.web.certified import let_in_by_certificate, presented
 from freestep_service.web.connection import abort
@@ -89,8 +90,10 @@ class GuardedRoute(APIRoute):
                 token = await _bearer(request)
             except (Unauthenticated, Forbidden) as error:
                 _note(request, self.name, None, error)
+                run = _shown(run)
                 raise type(error)(f"{error}: {_wanted(scope, run)} is needed", scope=scope, run=run) from None
             if not token.has_scope(scope) or not _is_for(token, run, runs):
+                run = _shown(run)
                 detail = f"{_wanted(scope, run)} is needed, and this one is of scope {token.scope} for {token.runs!r}"
                 refusal = Forbidden(detail, scope=scope, run=run)
                 _note(request, self.name, token, refusal)
@@ -113,20 +116,30 @@ class GuardedRoute(APIRoute):
 
 
 def _note(request: Request, what: str, token: Token | None, result: ProblemError | int) -> None:
-    """Notes in the audit log what was done or refused."""
+    """Notes in the audit log what was done or refused; `token` is None where none let the caller in."""
+    run = request.path_params.get("run")
     subject = result.extensions.get("subject") if isinstance(result, ProblemError) else None
     deed = Deed(
         who=subject if token is None else f"{token.name} {token.id}".strip(),
         peer=request.client and request.client.host,
         what=what,
-        run=request.path_params.get("run"),
+        run=run if run is not None and is_run_name(run) else None,
         result=result.slug if isinstance(result, ProblemError) else result,
     )
-    ServiceContext.of(request).audit.note(deed)
+    audit = ServiceContext.of(request).audit
+    if token is None:
+        audit.note_stranger(deed)
+    else:
+        audit.note(deed)
 
 
 def _is_for(token: Token, run: str | None, runs: str) -> bool:
     return (runs == "any" or token.is_for_all_runs) if run is None else token.is_for_run(run)
+
+
+def _shown(run: str | None) -> str | None:
+    """As much of what stands in the place of a run's name as a name may have."""
+    return run and run[:LONGEST_NAME]
 
 
 def _wanted(scope: Scope, run: str | None) -> str:

@@ -55,7 +55,7 @@ class OwnHosts:
             self._observe(Forbidden.slug)
             peer = scope["client"] and scope["client"][0]
             deed = Deed(None, peer, "from another host or origin", None, Forbidden.slug)
-            ServiceContext.of(Request(scope)).audit.note(deed)
+            ServiceContext.of(Request(scope)).audit.note_stranger(deed)
             return problem_response(Forbidden(reason))(scope, receive, send)
         return self._app(scope, receive, send)
 

@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from freestep.api.models import MOST_SHARDS, Point, PointDtype
 from freestep.errors import CoordinatorUnavailable, MalformedRequest, RunNotFound, ShardUnavailable
 from freestep.wire.encoding import INT8
+from freestep_service.domain.run_names import RUN_NAME
 from freestep_service.runs.run import Run
 from freestep_service.settings import Settings
 from freestep_service.web.context import ServiceContext
@@ -22,7 +23,6 @@ from freestep_service.web.guard import GuardedRoute
 from freestep_service.web.headers import LEASE_KIND
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
-from freestep_service.web.routes.dependencies import RUN_NAME
 
 __all__ = [
     "CUT",

@@ -8,6 +8,7 @@ from fastapi import Depends, Path, Request
 from pydantic import BeforeValidator, WithJsonSchema
 
 from freestep.errors import CoordinatorUnavailable, RunNotFound, ShardUnavailable
+from freestep_service.domain.run_names import RUN_NAME
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.run import Run
 from freestep_service.web.context import ServiceContext
@@ -16,9 +17,7 @@ from freestep_service.web.headers import LEASE_ID
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
 
-__all__ = ["RUN_NAME", "AnyRegistry", "AnyRelay", "AnyRun", "LeaseId", "RunName", "Step"]
-
-RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+__all__ = ["AnyRegistry", "AnyRelay", "AnyRun", "LeaseId", "RunName", "Step"]
 
 RunName = Annotated[str, Path(pattern=f"^{RUN_NAME}$", description="The run's name.", examples=["mnist"])]
 LeaseId = Annotated[str, Path(pattern=f"^{LEASE_ID}$", description="The lease's ID.")]

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 from freestep.api.models import ReshardRequest, RunList, RunSpec, RunStatus, Topology
 from freestep.errors import InvalidSpec, Overloaded, RunExists, RunNotFound, StorageUnavailable
+from freestep_service.domain.run_names import RUN_NAME
 from freestep_service.web.answer_headers import NEXT_PAGE
 from freestep_service.web.fields import Query as QueryField
 from freestep_service.web.fields import integer
@@ -17,7 +18,7 @@ from freestep_service.web.guard import caller, needs
 from freestep_service.web.json_answers import json_response, status_json, status_response, topology_response
 from freestep_service.web.limits import LONGEST_SPEC, JsonRoute, takes_large
 from freestep_service.web.problem_documents import refuses
-from freestep_service.web.routes.dependencies import RUN_NAME, AnyRegistry, AnyRelay, AnyRun, RunName
+from freestep_service.web.routes.dependencies import AnyRegistry, AnyRelay, AnyRun, RunName
 from freestep_service.web.routes.documents import answer, link
 
 router = APIRouter(tags=["runs"], route_class=JsonRoute)
