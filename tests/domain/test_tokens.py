@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from freestep.api.token_form import SCOPES, Scope, make_token
+from freestep_service.domain import tokens
 from freestep_service.domain.tokens import ANYBODY, Token, digest_of, id_of
 
 TEXT = make_token("push")
@@ -57,6 +58,14 @@ def test_hostile_patterns_cost_no_time() -> None:
     # A matcher that tries all ways would not come to an end.
     assert not replace(TOKEN, runs="*a" * 64).is_for_run("a" * 127 + "b")
     assert not replace(TOKEN, workers="*a" * 100).is_for_worker("a" * 199 + "b")
+
+
+def test_what_is_longer_than_names_is_not_kept() -> None:
+    kept = tokens._matches.cache_info().currsize
+    assert TOKEN.is_for_run("mnist-" + "x" * 122) and not TOKEN.is_for_run("mnist-" + "x" * 123)
+    # The refusal of the name is another's.
+    assert replace(TOKEN, runs="*").is_for_run("x" * 129)
+    assert tokens._matches.cache_info().currsize <= kept + 1
 
 
 def test_workers_are_any_unless_named() -> None:

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from freestep.api.token_form import SCOPES, Scope
 from freestep_service.domain.quotas import NO_QUOTA, Quota
+from freestep_service.domain.run_names import LONGEST_NAME
 
 __all__ = ["ANYBODY", "Token", "digest_of", "id_of"]
 
@@ -72,7 +73,8 @@ class Token:
         return _RANK[self.scope] >= _RANK[scope]
 
     def is_for_run(self, run: str) -> bool:
-        return _matches(run, self.runs)
+        # Of texts in the place of a name, which are not validated yet, none that is longer than names is kept.
+        return _matches(run, self.runs) if len(run) <= LONGEST_NAME else self.is_for_all_runs
 
     @property
     def is_for_all_runs(self) -> bool:
