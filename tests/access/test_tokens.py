@@ -100,6 +100,10 @@ async def is_good(tokens: Tokens, text: str) -> bool:
     return True
 
 
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 async def until_refused(tokens: Tokens, text: str) -> None:
     """The time out of `run` ends it."""
     while await is_good(tokens, text):
@@ -279,20 +283,70 @@ def test_a_storage_that_takes_nothing_takes_no_tokens(
         one = await service.start()
         made, text = await one.create(PUSH)
 
-        def full(*_: object) -> None:
-            raise OSError(28, "No space left on device")
-
         monkeypatch.setattr(LocalStorage, "_write", full)
         with pytest.raises(StorageUnavailable):
             await one.create(PUSH)
-        with pytest.raises(StorageUnavailable):
-            await one.revoke(made.id)
         assert await is_good(one, text)
         assert [token for token, _ in await one.all()] == [made]
         # One that the service's own user has in a file lets that user in.
         own = make_token("admin")
         assert await one.register(own, "admin-token")
         assert (await one.find(bearing(own))).scope == "admin"
+
+    run(store, tmp_path, work)
+
+
+def test_a_revocation_counts_whatever_storage_says(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freestep_service.access.tokens._REFRESH_S", 0.01)
+    kept: list[str] = []
+
+    async def before(service: Service) -> None:
+        one, other = await service.start("one"), await service.start("other")
+        made, text = await one.create(PUSH)
+        files = [TokenFiles(LocalStorage(tmp_path / name)) for name in ("one", "other")]
+        await until(lambda: [each.read() for each in files] == [[made]] * 2)
+        with monkeypatch.context() as failing:
+            failing.setattr(LocalStorage, "_write", full)
+            for _ in range(2):
+                with pytest.raises(StorageUnavailable):
+                    await one.revoke(made.id)
+                assert not await is_good(one, text)
+            await until_refused(other, text)
+            with Redis.from_url(store, decode_responses=True) as client:
+                assert Token.from_json(client.hget(TOKENS_KEY, made.id)).is_revoked
+            # Processes that start on the storage that holds it as good, and on none.
+            assert not await is_good(await service.start("one"), text)
+            assert not await is_good(await service.start("new"), text)
+            assert files[0].read() == [made]
+        await until(lambda: [each.read() for each in files] == [[made.revoked()]] * 2)
+        await one.revoke(made.id)
+        with pytest.raises(TokenNotFound):
+            await one.revoke(made.id)
+        kept.append(text)
+
+    async def after(service: Service) -> None:
+        assert not await is_good(await service.start("one"), kept[0])
+
+    run(store, tmp_path, before)
+    with Redis.from_url(store) as client:
+        client.flushall()
+    run(store, tmp_path, after)
+
+
+def test_a_revocation_counts_where_it_was_asked_for_while_redis_is_away(store: str, tmp_path: Path) -> None:
+    async def work(service: Service) -> None:
+        one = await service.start("one")
+        made, text = await one.create(PUSH)
+        with Redis.from_url(store) as client:
+            client.shutdown(nosave=True)
+        for _ in range(2):
+            with pytest.raises(CoordinatorUnavailable):
+                await one.revoke(made.id)
+            assert not await is_good(one, text)
+        with pytest.raises(CoordinatorUnavailable):
+            await one.revoke("none")
+        # Its storage has it, and gives it to a Redis that starts again.
+        await until(lambda: TokenFiles(LocalStorage(tmp_path / "one")).read() == [made.revoked()])
 
     run(store, tmp_path, work)
 

@@ -66,6 +66,8 @@ class Tokens:
         """By their ids, revoked ones among them."""
         self._filed: dict[str, Token] = {}
         """What this process's storage holds."""
+        self._untold: set[str] = set()
+        """The ids of tokens that were revoked here, of which Redis and storage were not both told in time."""
         self._seen: dict[bytes, str] = {}
         """The ids of tokens that requests carried, by the digests of their credentials."""
         self._uses: dict[str, int] = {}
@@ -176,12 +178,24 @@ class Tokens:
         return token, text
 
     async def revoke(self, token_id: str) -> Token:
-        """Ends a token at all processes. Raises TokenNotFound, CoordinatorUnavailable and StorageUnavailable."""
-        await self._share()
+        """Ends a token at all processes: here at once, whatever fails. Raises TokenNotFound.
+
+        Raises CoordinatorUnavailable and StorageUnavailable where Redis or storage does not have it yet: another call
+        gives it to them, and so does each refresh.
+        """
+        if token_id not in self._known:
+            await self._share()
         token = self._known.get(token_id)
-        if token is None or not token.is_good(self._clock()):
+        if token is None or not (token.is_good(self._clock()) or token_id in self._untold):
             raise TokenNotFound(f"there is no token {token_id!r}")
-        await self._put(token.revoked())
+        revoked = token.revoked()
+        self._untold.add(token_id)
+        self._learn([revoked])
+        # Others first: storage may be full, or hang.
+        await self._tell(revoked)
+        async with self._writing:
+            await self._write(revoked)
+        self._untold.discard(token_id)
         return token
 
     async def register(self, text: str, name: str) -> bool:
@@ -198,8 +212,16 @@ class Tokens:
     async def _put(self, token: Token) -> None:
         """Storage first: what others hear of is durable."""
         async with self._writing:
-            await self._disk.run(self._files.write, token)
-            self._filed[token.id] = token
+            await self._write(token)
+        await self._tell(token)
+
+    async def _write(self, token: Token) -> None:
+        """Writes a token to storage; called under the lock. Raises StorageUnavailable."""
+        await self._disk.run(self._files.write, token)
+        self._filed[token.id] = token
+
+    async def _tell(self, token: Token) -> None:
+        """Has the other processes and this one know a token. Raises CoordinatorUnavailable."""
         await self._shared.put(token)
         self._learn([token])
         with suppress(CoordinatorUnavailable):
@@ -268,13 +290,12 @@ class Tokens:
                 if token is None or _is_as_new(filed, token):
                     continue
                 try:
-                    await self._disk.run(self._files.write, token)
+                    await self._write(token)
                 except StorageUnavailable as error:
                     if not self._cannot_write:
                         logger.warning("tokens cannot be kept beside the checkpoints: %s", error)
                     self._cannot_write = True
                     return
-                self._filed[token_id] = token
         self._cannot_write = False
 
     async def _read_files(self) -> list[Token]:

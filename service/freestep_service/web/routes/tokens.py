@@ -68,7 +68,11 @@ async def list_tokens(tokens: AnyTokens) -> TokenList:
 async def revoke_token(
     id: Annotated[str, Path(min_length=1, max_length=100, description="The token's ID.")], tokens: AnyTokens
 ) -> None:
-    """Ends a token, at all processes of the service."""
+    """Ends a token, at all processes of the service.
+
+    Where the answer is coordinator-unavailable or storage-unavailable, it has ended at this process all the same:
+    repeat the request to hear that it is kept.
+    """
     await tokens.revoke(id)
 
 
