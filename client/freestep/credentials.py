@@ -15,6 +15,7 @@ import httpx
 from freestep.api.token_form import begins_as_token, scope_of
 from freestep.api.token_places import token_place
 from freestep.errors import InvalidSetting
+from freestep.listeners import is_users_own
 
 __all__ = ["NO_CREDENTIALS", "Credentials", "credentials", "own_credentials"]
 
@@ -28,7 +29,8 @@ _PORTS = {"http": 80, "https": 443}
 class Credentials:
     """A token, or a file that holds one, which is read again when it changes.
 
-    is_watched: whether to look at the file from time to time; else it is read only after a refusal.
+    is_watched: whether to look at the file from time to time; else it is read only after a refusal. may_send: whether
+    what is in the file may be sent now; asked whenever the file is looked at.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class Credentials:
         file: Path | None = None,
         *,
         is_watched: bool = False,
+        may_send: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._take(token)
         self._file = file
         self._is_watched = is_watched
+        self._may_send = may_send
         self._clock = clock
         self._read_as: tuple[int, int, int] | None = None
         self._next_look = 0.0
@@ -59,6 +63,10 @@ class Credentials:
             return False
         try:
             found = os.stat(self._file)
+            if not self._may_send():
+                self._take(None)
+                self._read_as = None
+                return False
             read_as = found.st_mtime_ns, found.st_size, found.st_ino
             if read_as == self._read_as:
                 return False
@@ -103,7 +111,9 @@ def credentials(token: str | None, url: httpx.URL) -> Credentials:
         return Credentials(_checked(text.strip(), f"FREESTEP_TOKEN_FILE, {name},"), Path(name), is_watched=True)
     # RuntimeError: there is no home to look in. KeyError: it is no URL of a service.
     with suppress(RuntimeError, KeyError):
-        left = Credentials(None, token_place(url.host, url.port or _PORTS[url.scheme]))
+        host, port = url.host, url.port or _PORTS[url.scheme]
+        # The file is there after a service that was killed too, and beside listeners of other users.
+        left = Credentials(None, token_place(host, port), may_send=lambda: is_users_own(host, port))
         left.renew()
         return left
     return NO_CREDENTIALS

@@ -10,12 +10,14 @@ from pathlib import Path
 
 __all__ = ["is_loopback", "token_place"]
 
+_MACHINE = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "::")
+
 
 def token_place(host: str, port: int) -> Path:
     """The file for a service, in the user's configuration folder ($XDG_CONFIG_HOME, or ~/.config).
 
-    Loopback, and the address of a service that listens on all of them, are called by the machine's name, since home
-    directories may be shared by machines.
+    The usual loopback addresses, and that of a service that listens on all of them, are called by the machine's name,
+    since home directories may be shared by machines. At another one, such as 127.0.0.2, there may be another service.
 
     Args:
         host: The host of the service's URL, or the address that it listens on.
@@ -25,7 +27,8 @@ def token_place(host: str, port: int) -> Path:
         RuntimeError: The user has no home.
     """
     folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    name = socket.gethostname() if is_loopback(host) or host in ("0.0.0.0", "::") else host
+    is_machine = host in _MACHINE or host.endswith(".localhost")
+    name = socket.gethostname() if is_machine else host
     return Path(folder, "freestep", "tokens", f"{re.sub(r'[^a-z0-9.-]', '_', name.lower())}_{port}")
 
 
