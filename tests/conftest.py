@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     folder = Path(tempfile.mkdtemp(prefix="freestep-tests-"))
     (folder / "admin-token").write_text(TOKEN)
+    (folder / "admin-token").chmod(0o600)
     os.environ["FREESTEP_ADMIN_TOKEN_FILE"] = str(folder / "admin-token")
     os.environ["FREESTEP_TOKEN"] = TOKEN
     # As raw requests call services.

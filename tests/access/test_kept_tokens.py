@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,13 @@ def kept(settings: Settings, *revoked: str) -> dict[str, str]:
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
     monkeypatch.delenv("FREESTEP_ADMIN_TOKEN_FILE")
-    return lambda **options: Settings(data_dir=tmp_path, **options)
+    return lambda **options: Settings(**{"data_dir": tmp_path} | options)
+
+
+def write(file: Path, text: str, mode: int = 0o600) -> Path:
+    file.write_text(text)
+    file.chmod(mode)
+    return file
 
 
 def mode(file: Path) -> int:
@@ -58,7 +65,7 @@ def test_the_first_start_makes_an_admin_token(tmp_path: Path, settings: Callable
 
 
 def test_files_may_be_named(tmp_path: Path, settings: Callable[..., Settings]) -> None:
-    (tmp_path / "given").write_text(given := make_token("admin"))
+    write(tmp_path / "given", given := make_token("admin"))
     made = kept(settings(admin_token_file=tmp_path / "given", push_token_file=tmp_path / "secrets" / "push"))
     assert made["admin-token"] == given
     assert scope_of(made["push-token"]) == "push"
@@ -82,11 +89,54 @@ def test_a_revoked_one_is_replaced(tmp_path: Path, settings: Callable[..., Setti
 def test_what_is_no_admin_token_is_told(
     tmp_path: Path, settings: Callable[..., Settings], content: str, said: str
 ) -> None:
-    (tmp_path / "admin-token").write_text(content)
+    write(tmp_path / "admin-token", content)
     with pytest.raises(CannotStart, match=said) as caught:
         kept(settings())
     assert not content or content not in str(caught.value)
     assert (tmp_path / "admin-token").read_text() == content
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+@pytest.mark.parametrize("scope", ["admin", "push"])
+def test_what_others_can_write_is_told(
+    tmp_path: Path, settings: Callable[..., Settings], scope: str, mode: int
+) -> None:
+    file = write(tmp_path / "planted", text := make_token("admin"), mode)
+    with pytest.raises(CannotStart, match="planted can be written by other users") as caught:
+        kept(settings(**{f"{scope}_token_file": file}))
+    assert text not in str(caught.value) and file.read_text() == text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_belongs_to_another_user_is_told(tmp_path: Path, settings: Callable[..., Settings]) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file = write(folder / "admin-token", text := make_token("admin"), 0o666)
+    for each in (folder, file):
+        os.chown(each, 12345, 12345)
+    with pytest.raises(
+        CannotStart, match=r"belongs to the user with ID 12345, .*: remove it to have one made"
+    ) as caught:
+        kept(settings(data_dir=folder))
+    assert text not in str(caught.value)
+    # Neither is a link believed for its own owner.
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    with pytest.raises(CannotStart, match="belongs to the user with ID 12345"):
+        kept(settings(admin_token_file=link))
+    # What was there is as it was; without it, the service makes its own.
+    file.unlink()
+    assert kept(settings(data_dir=folder))["admin-token"] != text
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o440, 0o444, 0o644])
+def test_mounted_secrets_are_read(tmp_path: Path, settings: Callable[..., Settings], mode: int) -> None:
+    """Kubernetes mounts a secret as links, the last of which it replaces, to files of root."""
+    (tmp_path / "..2026").mkdir()
+    write(tmp_path / "..2026" / "token", text := make_token("admin"), mode)
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "token").symlink_to("..data/token")
+    assert kept(settings(admin_token_file=tmp_path / "token")) == {"admin-token": text}
 
 
 def test_a_directory_is_told(tmp_path: Path, settings: Callable[..., Settings]) -> None:
@@ -98,8 +148,10 @@ def test_a_directory_is_told(tmp_path: Path, settings: Callable[..., Settings]) 
 def test_clients_find_it_while_the_service_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     text = make_token("admin")
-    left = LeftTokens(text, ["http://0.0.0.0:8000", "http://127.0.0.1:8000", "https://train.example.org"])
     places = [token_place("localhost", 8000), token_place("train.example.org", 443)]
+    places[0].parent.mkdir(parents=True, mode=0o700)
+    write(places[0], "of a service that was killed", 0o644)
+    left = LeftTokens(text, ["http://0.0.0.0:8000", "http://127.0.0.1:8000", "https://train.example.org"])
     for place in places:
         assert place.read_text().strip() == text
         assert mode(place) == 0o600 and mode(place.parent) == 0o700

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ __all__ = ["LeftTokens", "register_kept"]
 logger = logging.getLogger("freestep")
 
 _PORTS = {"http": 80, "https": 443}
+_ROOT = 0
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 async def register_kept(tokens: Tokens, settings: Settings) -> str:
@@ -68,7 +71,10 @@ def _read_or_make(file: Path, scope: Scope) -> str:
 
 
 def _read(file: Path, scope: Scope) -> str:
-    text = file.read_text(errors="replace").strip()
+    with file.open(errors="replace") as opened:
+        # Of what is opened, which a link may name: so secrets are mounted.
+        _require_own(file, os.fstat(opened.fileno()))
+        text = opened.read().strip()
     try:
         found = scope_of(text)
     except ValueError as error:
@@ -76,6 +82,20 @@ def _read(file: Path, scope: Scope) -> str:
     if found != scope:
         raise CannotStart(f"{file} holds a token of scope {found}, not {scope}")
     return text
+
+
+def _require_own(file: Path, found: os.stat_result) -> None:
+    """Raises CannotStart if another user, other than root, may have written the file, and so knows the token."""
+    if found.st_uid not in (os.geteuid(), _ROOT):
+        raise CannotStart(
+            f"{file} belongs to the user with ID {found.st_uid}, who knows the token in it: "
+            "remove it to have one made, or give the file to this user or to root"
+        )
+    if found.st_mode & _WRITABLE_BY_OTHERS:
+        raise CannotStart(
+            f"{file} can be written by other users, who may know the token in it: "
+            "remove it to have one made, or chmod go-w it"
+        )
 
 
 def _write(file: Path, text: str, *, is_new: bool) -> None:
