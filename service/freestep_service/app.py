@@ -6,6 +6,8 @@ import asyncio
 import fcntl
 import gc
 import logging
+import os
+import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -219,7 +221,8 @@ def _storage(settings: Settings) -> Storage:
 def _redis_url(settings: Settings, stack: AsyncExitStack) -> str:
     """The URL of Redis, or of the embedded store, which `stack` stops."""
     try:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _warn_of_writers(settings.data_dir)
         stack.enter_context(_locked(settings.data_dir, exclusively=settings.redis_url is None))
         return settings.redis_url or stack.enter_context(embedded_store(settings.data_dir))
     except (OSError, ValkeyServerError) as error:
@@ -270,6 +273,15 @@ def _place(url: str) -> str:
     return shown(url).rpartition("://")[2]
 
 
+def _warn_of_writers(data_dir: Path) -> None:
+    """Says so if other users may change what the service believes. Whether they may read is for the maker to say."""
+    found = data_dir.stat()
+    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & stat.S_IWOTH:
+        logger.warning(
+            "other users may write in the data directory %s, and so make tokens: chown or chmod it", data_dir
+        )
+
+
 @contextmanager
 def _locked(data_dir: Path, *, exclusively: bool) -> Iterator[None]:
     """Locks a data directory.
@@ -277,7 +289,9 @@ def _locked(data_dir: Path, *, exclusively: bool) -> Iterator[None]:
     Services may share one if they share a Redis, which knows the owner of each shard. A service with a store of its own
     needs the directory for itself, since two such services would overwrite each other's checkpoints.
     """
-    with (data_dir / "lock").open("a") as file:
+    # A link would have a file made, or locked, elsewhere.
+    descriptor = os.open(data_dir / "lock", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "a") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:

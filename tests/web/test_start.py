@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -111,6 +112,49 @@ def test_ctrl_c_during_the_imports_says_nothing(tmp_path: Path, library: str) ->
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_directory_that_is_made_is_its_users_alone(
+    start_service: Callable[..., ThreadService], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mask = os.umask(0o022)
+    try:
+        start_service(tmp_path / "new").stop()
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+        # One that is there keeps the mode that its maker chose.
+        (tmp_path / "old").mkdir(0o755)
+        start_service(tmp_path / "old").stop()
+        assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == 0o755
+    finally:
+        os.umask(mask)
+    assert "other users" not in caplog.text
+
+
+@pytest.mark.parametrize(("mode", "owner"), [(0o777, 0), (0o755, 12345)], ids=["everybody's", "another's"])
+def test_where_others_may_write_is_said(
+    start_service: Callable[..., ThreadService],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    mode: int,
+    owner: int,
+) -> None:
+    place = tmp_path / "planted"
+    place.mkdir()
+    place.chmod(mode)
+    if owner and os.geteuid() != 0:
+        pytest.skip("only root gives directories away")
+    os.chown(place, owner or -1, -1)
+    start_service(place).stop()
+    assert f"other users may write in the data directory {place}" in caplog.text
+
+
+def test_its_lock_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "lock").symlink_to(tmp_path / "elsewhere")
+    done = forked.freestep("serve", "--port", "0", "--data-dir", str(tmp_path / "data"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"the data directory {tmp_path}/data cannot be used" in done.stderr and "symbolic links" in done.stderr
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def _fresh(output: Path) -> Path:
     for number in count(1):
         data_dir = output / f"service-{number}"
         try:
-            data_dir.mkdir(parents=True)
+            data_dir.mkdir(mode=0o700, parents=True)
         except FileExistsError:
             continue
         return data_dir
