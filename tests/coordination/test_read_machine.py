@@ -8,7 +8,7 @@ places are open than there is memory for; and once readers have come, or their t
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import strategies as st
@@ -23,10 +23,11 @@ from hypothesis.stateful import (
 from coordination.driven import DrivenRun, Driver
 from machines import run_machine
 
-PUSHES, PULLS = 4, 2
-"""Places that shards have memory for: for the answers of pushes, and for pulls."""
+PUSHES, PULLS, STATES = 4, 2, 1
+"""Places that shards have memory for: for the answers of pushes, and for pulls; and the place of states."""
 KEPT_MS = 30_000
 """For so long a place is kept for who does not come."""
+STATE = "state F32"
 POINTS = st.sampled_from(["y F32", "x F32", "y BF16"])
 
 
@@ -66,13 +67,27 @@ class Reads(RuleBasedStateMachine):
 
     def ask(self, ticket: str, shard: int) -> None:
         log, owner = self.run.coordinator.log, self.run.owner(shard)
-        seq = self.run.do(log.request_read(owner, ticket, self.tickets[ticket], self.shards))
+        wanted, had_places = self.tickets[ticket], set(self.places)
+        kind: Literal["pull", "state"] = "state" if wanted == STATE else "pull"
+        seq = self.run.do(log.request_read(owner, ticket, wanted, self.shards, kind))
         self.learn()
         assert seq == self.places.get(ticket, 0)
+        if kind == "state":
+            # Nobody else gets a place by it, and it waits nowhere.
+            assert set(self.places) - had_places <= {ticket}
+            assert seq or ticket not in self.cuts()
 
     @rule(wanted=POINTS, shard=st.integers(0, 2))
     def pull(self, wanted: str, shard: int) -> None:
         self.ask(self.new_ticket(wanted), shard % self.shards)
+
+    @rule(shard=st.integers(0, 2))
+    def export(self, shard: int) -> None:
+        """It gets its place at once unless another has that."""
+        is_taken = any(cut.get("kind") == "state" and cut["ends"] > self.now() for cut in self.cuts().values())
+        ticket = self.new_ticket(STATE)
+        self.ask(ticket, shard % self.shards)
+        assert (ticket in self.places) != is_taken
 
     @precondition(lambda self: self.cuts())
     @rule(data=st.data(), shard=st.integers(0, 2))
@@ -124,6 +139,10 @@ class Reads(RuleBasedStateMachine):
                 self.ask(ticket, 0)
         assert self.waiting() == []
 
+    def now(self) -> float:
+        seconds, microseconds = self.run.redis.time()  # type: ignore[misc]
+        return 1000 * seconds + microseconds / 1000
+
     def waiting(self) -> list[str]:
         return [ticket for ticket, cut in self.cuts().items() if cut["seq"] == 0]
 
@@ -135,9 +154,11 @@ class Reads(RuleBasedStateMachine):
             if cut["seq"] > 0:
                 open_places.setdefault((cut["seq"], cut["point"]), set()).add(cut.get("kind", "pull"))
         pushes = sum("push" in kinds for kinds in open_places.values())
-        assert len(open_places) <= PUSHES + PULLS
+        states = sum("state" in kinds for kinds in open_places.values())
+        assert states <= STATES
+        assert len(open_places) - states <= PUSHES + PULLS
         assert pushes <= PUSHES + PULLS
-        assert len(open_places) - pushes <= PULLS
+        assert len(open_places) - pushes - states <= PULLS
 
     @invariant()
     def a_place_is_kept_until_every_shard_has_sent_its_part(self) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import httpx
 import pytest
 import safetensors.torch
 import torch
+from redis import Redis
 
 from harness import ThreadService
-from meanwhile import under_way
+from meanwhile import DEADLINE_S, under_way, wait_until
 from plain_calls import Api, ShardedApi, persistently, slug
 from shards.runs import ONES, SHARDS, SIZES, ZEROS, counting, sharded, wholly
 from states import body_of, document_of, export, gradient, import_, points, tensors_of
@@ -128,6 +132,38 @@ def test_a_part_is_exported_with_the_others_or_alone(run: ShardedApi) -> None:
         for shard in range(SHARDS)
     }
     assert len(places) == 1
+
+
+def test_who_exports_one_shard_holds_up_other_exports_only(run: ShardedApi, redis: Redis) -> None:
+    def export_part(shard: int, word: str) -> httpx.Response:
+        return httpx.get(
+            run.url_of(shard, "/state"), params=run.query(shard, cut=word), headers=run.http.headers, timeout=DEADLINE_S
+        )
+
+    def exported() -> list[str]:
+        cuts: Any = redis.hvals(run.redis_key("cuts"))
+        return [cut["point"] for cut in map(json.loads, cuts) if cut["point"].startswith("state")]
+
+    assert export_part(0, "first").status_code == 200
+    # Nobody comes to the other shards for the first, so these have to wait.
+    words = ["second", "third", "fourth"]
+    others = {word: under_way(lambda word=word: export_part(0, word)) for word in words}  # type: ignore[misc]
+    lease = run.lease()
+    for step in range(4):
+        answers = run.push_parts(lease, step, f"push-{step}", run.bodies(ONES))
+        assert [answer.status_code for answer in answers] == [200] * SHARDS
+        assert [answer.status_code for answer in run.pull_parts(f"pull-{step}")] == [200] * SHARDS
+        assert exported() == ["state F32"]
+    assert not any(other.done() for other in others.values())
+    here = "first"
+    while True:
+        assert [export_part(shard, here).status_code for shard in range(1, SHARDS)] == [200] * (SHARDS - 1)
+        if not others:
+            break
+        wait_until(lambda: any(other.done() for other in others.values()))
+        (here,) = (word for word, other in others.items() if other.done())
+        assert others.pop(here).result().status_code == 200
+    wait_until(lambda: exported() == [])
 
 
 def test_parts_are_taken_from_services_only(run: ShardedApi) -> None:

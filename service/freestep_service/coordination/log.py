@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -70,9 +70,14 @@ class RunLog:
         newest = {name: json.loads(steps)[-1] for name, steps in sorted(reported.items())}
         return {name: Metric(value=float(value), step=step) for name, (step, value) in newest.items()}
 
-    async def request_read(self, owner: Owner, ticket: str, wanted: str, readers: int) -> int:
-        """The place in the log that a ticket's consistent read is of; 0 while there is no memory for it."""
-        arguments = (*owner.position, owner.shard, owner.token, ticket, wanted, readers)
+    async def request_read(
+        self, owner: Owner, ticket: str, wanted: str, readers: int, kind: Literal["pull", "state"] = "pull"
+    ) -> int:
+        """The place in the log that a ticket's consistent read is of; 0 while there is no memory for it.
+
+        Of a state it is 0 while another has the one place of states; it is to be asked for again then.
+        """
+        arguments = (*owner.position, owner.shard, owner.token, ticket, wanted, readers, kind)
         status, *rest = await self._scripts.call("request_cut", *arguments)
         if status != "cut":
             self._scripts.refuse(status, rest)

@@ -1,7 +1,8 @@
 """Copies of one shard's whole state for those who export the run; of several shards, all of one place in the log.
 
-A ticket gets its place as a pull's does (`consistent_reads`). But the memory of the copy is no vector of the shard's
-pools: it is counted in the process's budget, and given back when the copy has been sent.
+A ticket gets its place as a pull's does (`consistent_reads`), but never one of those of pushes and pulls: states have
+one of their own, so nobody else waits for who asks one shard and not the others. And the memory of the copy is no
+vector of the shard's pools: it is counted in the process's budget, and given back when the copy has been sent.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from freestep_service.state.shard import StateCopy
 __all__ = ["StateExports"]
 
 _KEPT_S = 30.0
-_SILENCE_S = 1.0
-"""Seconds for which a message is listened for before Redis is asked for what it would say."""
+_SILENCE_S, _PAUSE_S = 1.0, 0.2
+"""Seconds for which a message is listened for before Redis is asked for what it would say, and between two requests for
+the place while others have it."""
 
 
 @dataclass(eq=False)
@@ -78,13 +80,13 @@ class StateExports:
             seq = 0
             if not ticket.taken:
                 seq = await self._recovery.call(
-                    lambda: self._log.request_read(self._core.owner(), name, wanted, readers)
+                    lambda: self._log.request_read(self._core.owner(), name, wanted, readers, "state")
                 )
             if not ticket.taken and 0 < seq <= self._core.writer.taken_seq:
                 raise ShardUnavailable("the copy was not asked for in time")
             if not ticket.taken and loop.time() >= deadline:
                 raise Overloaded("others export the run")
-            await asyncio.wait([ticket.copy], timeout=_SILENCE_S)
+            await asyncio.wait([ticket.copy], timeout=_SILENCE_S if seq or ticket.taken else _PAUSE_S)
 
     def take(self, entry: Entry) -> None:
         """Takes the copies that an entry asks for: the next work of the writer."""

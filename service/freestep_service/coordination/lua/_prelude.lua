@@ -28,7 +28,7 @@
 --                     its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
---                     kind (push or pull; older versions wrote none)}
+--                     kind (push, pull or state; older versions wrote none)}
 -- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease), metrics
 -- (hash, see report_metric.lua) or distances (hash, see report_distances.lua: shard -> EPOCH-SEQ and its part of the
 -- distances between the pushes of an update; all -> EPOCH-SEQ and the parts of the newest update that has them all).
@@ -48,8 +48,9 @@ local TRIM_INTERVAL = 64
 -- Idempotency keys that one call evicts. Lua can return some 8,000 values; later calls evict the rest.
 local MOST_EVICTED = 1024
 -- Pushes of several shards that may hold memory at once; and places that may be read at once, for the answers of pushes
--- and for pulls, so that no pull holds up a push. Each shard has as many vectors for them.
-local SLOTS, MOST_CUTS = 4, {push = 4, pull = 2}
+-- and for pulls, so that no pull holds up a push. Each shard has as many vectors for them. Copies of whole states need
+-- none of these, and have a place of their own.
+local SLOTS, MOST_CUTS = 4, {push = 4, pull = 2, state = 1}
 -- Of these pushes, those of one lease: half, so that no worker holds up all others. Slow ones count here, too.
 local SLOTS_OF_LEASE = 2
 -- How long a cut is kept for who does not come for it, in ms.
@@ -385,7 +386,7 @@ end
 -- The places that are read now, as SEQ and point, and how many of each kind there are; and the tickets that wait for one,
 -- after tickets whose time is over were dropped. A place that a push's answer reads is a push's, whoever else reads it.
 local function read_places(now)
-  local kinds, open, waiting = {}, {push = 0, pull = 0}, {}
+  local kinds, open, waiting = {}, {push = 0, pull = 0, state = 0}, {}
   local all = redis.call('HGETALL', CUTS)
   for index = 1, #all, 2 do
     local ticket, cut = all[index], cjson.decode(all[index + 1])
@@ -407,7 +408,7 @@ end
 local function has_room(cut, name, kinds, open)
   local kind = cut.kind or 'pull'
   -- A pull's place becomes a push's when one reads there too, so the sum has its own bound.
-  local is_left = open.push + open.pull < MOST_CUTS.push + MOST_CUTS.pull
+  local is_left = kind == 'state' or open.push + open.pull < MOST_CUTS.push + MOST_CUTS.pull
   return kinds[name] ~= nil or (is_left and open[kind] < MOST_CUTS[kind])
 end
 
