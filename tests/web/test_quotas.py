@@ -98,6 +98,14 @@ def test_bytes_are_bounded_at_pushes_and_pulls(bounded: Callable[..., Api], conn
     assert {**api.status(), "workers": []} == before
 
 
+def test_an_exported_state_counts(bounded: Callable[..., Api], connect: Callable[..., Api]) -> None:
+    api = bounded(max_bytes_per_minute=1)
+    connect(api.url, api.run).create()
+    assert api.http.get(api.path("/state")).status_code == 200
+    assert refusal(api.http.get(api.path("/state"))) == (429, "overloaded", "bytes_per_minute", 1, None)
+    assert refusal(api.http.get(api.path("/parameters"))) == (429, "overloaded", "bytes_per_minute", 1, None)
+
+
 def test_a_client_does_not_wait_for_a_quota_that_stays_used_up(
     bounded: Callable[..., Api], service: ThreadService
 ) -> None:

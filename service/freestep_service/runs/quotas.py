@@ -82,6 +82,10 @@ class Quotas:
         if self._bound(token, "leases") is not None:
             await self._shared.release_lease(token.id, run, worker)
 
+    def bounds_bytes(self, token: Token) -> bool:
+        """Whether a token may move only so many bytes."""
+        return self._bound(token, "bytes_per_minute") is not None
+
     def admit_bytes(self, token: Token) -> None:
         """Raises Overloaded if a token has moved all the bytes that it may for now."""
         limit = self._bound(token, "bytes_per_minute")

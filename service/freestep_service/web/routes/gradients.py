@@ -26,7 +26,7 @@ from freestep_service.web.answer_headers import POINT_HEADERS, PREFERENCE_APPLIE
 from freestep_service.web.body import Body
 from freestep_service.web.guard import needs
 from freestep_service.web.headers import PUSH_HEADERS, Preferences, body_length, claim, preferences, receipt_headers
-from freestep_service.web.metering import admit_bytes, spend_bytes
+from freestep_service.web.metering import admit_bytes, spend_answer, spend_bytes
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
 from freestep_service.web.responses import SnapshotResponse
@@ -72,14 +72,14 @@ async def push(request: Request) -> Response:
     parsed = await DataRequest.of(request)
     run, dtype = parsed.run, parsed.dtype
     length = body_length(request, parsed.settings.max_body_bytes)
-    admit_bytes(request, length)
+    await admit_bytes(request, length)
     wishes = preferences(request)
     body = Body(request, length, parsed.settings.stall_seconds)
     claimed = claim(request)
     if parsed.shard is None:
         return await _push_whole(run, request, parsed.relay, body, claimed, wishes, dtype)
     if not run.owns(parsed.shard):
-        return await parsed.relay.forward(request, run, parsed.shard)
+        return spend_answer(request, await parsed.relay.forward(request, run, parsed.shard))
     shard = run.shard(parsed.shard)
     outcome = await shard.push(claimed, body, dtype if wishes.representation else None, wishes.wait)
     if wishes.wait and outcome.is_open:
@@ -115,4 +115,4 @@ async def _push_whole(
     if not wishes.representation:
         return _receipt(receipt, wishes)
     lines = wishes.applied() | receipt_headers(receipt)
-    return await pull_whole(relay, request, run, "y", dtype, receipt.step, "wait=30", lines)
+    return spend_answer(request, await pull_whole(relay, request, run, "y", dtype, receipt.step, "wait=30", lines))

@@ -21,7 +21,7 @@ from freestep_service.web.body import Body
 from freestep_service.web.guard import needs
 from freestep_service.web.headers import PULL_HEADERS, UPLOAD_HEADERS, body_length, preferences, upload
 from freestep_service.web.json_answers import status_response
-from freestep_service.web.metering import admit_bytes, spend_bytes
+from freestep_service.web.metering import admit_bytes, spend_answer, spend_bytes
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.responses import SnapshotResponse, etag, is_known
 from freestep_service.web.routes.data_request import (
@@ -60,7 +60,7 @@ async def initialize_run(request: Request) -> Response:
     parsed = await DataRequest.of(request)
     run, relay = parsed.run, parsed.relay
     length = body_length(request, parsed.settings.max_body_bytes)
-    admit_bytes(request, length)
+    await admit_bytes(request, length)
     body = Body(request, length, parsed.settings.stall_seconds)
     key = upload(request, required=run.is_sharded and parsed.shard is not None)
     if parsed.shard is None:
@@ -92,13 +92,13 @@ async def pull(request: Request) -> Response:
     parts of one step.
     """
     parsed = await DataRequest.of(request)
-    admit_bytes(request)
+    await admit_bytes(request)
     run, point, dtype, min_step, cut = parsed.run, parsed.point, parsed.dtype, parsed.min_step, parsed.cut
     if parsed.shard is None:
         prefer = request.headers.get("prefer", "")
-        return await pull_whole(parsed.relay, request, run, point, dtype, min_step, prefer)
+        return spend_answer(request, await pull_whole(parsed.relay, request, run, point, dtype, min_step, prefer))
     if not run.owns(parsed.shard):
-        return await parsed.relay.forward(request, run, parsed.shard)
+        return spend_answer(request, await parsed.relay.forward(request, run, parsed.shard))
     shard = run.shard(parsed.shard)
     shard.core.require_initialized()
     wishes = preferences(request)

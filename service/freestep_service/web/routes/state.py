@@ -31,7 +31,7 @@ from freestep_service.web.context import ServiceContext
 from freestep_service.web.guard import caller, needs
 from freestep_service.web.headers import IMPORT_HEADERS, body_length, place, upload
 from freestep_service.web.json_answers import status_response
-from freestep_service.web.metering import admit_bytes
+from freestep_service.web.metering import admit_bytes, spend_answer
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.data_request import CUT, OF, REPLACE, RUN, SHARD, DataRequest, DataRoute
 from freestep_service.web.routes.documents import STATE, answer, documented, link
@@ -58,12 +58,14 @@ async def export_state(request: Request) -> Response:
     """
     parsed = await DataRequest.of(request)
     run, relay, cut = parsed.run, parsed.relay, parsed.cut
-    admit_bytes(request)
+    await admit_bytes(request)
     if parsed.shard is None:
-        return await export_whole(relay, request, run)
-    if not run.owns(parsed.shard):
-        return await relay.forward(request, run, parsed.shard)
-    return await export_part(run, run.shard(parsed.shard), cut, await relay.stall_seconds(request))
+        exported = await export_whole(relay, request, run)
+    elif not run.owns(parsed.shard):
+        exported = await relay.forward(request, run, parsed.shard)
+    else:
+        exported = await export_part(run, run.shard(parsed.shard), cut, await relay.stall_seconds(request))
+    return spend_answer(request, exported)
 
 
 @router.put(
@@ -85,7 +87,7 @@ async def import_state(request: Request) -> Response:
     """
     context, name = ServiceContext.of(request), RUN.read(request)
     length = body_length(request, context.settings.max_body_bytes)
-    admit_bytes(request, length)
+    await admit_bytes(request, length)
     body = Body(request, length, context.settings.stall_seconds)
     terms = ImportTerms(upload(request, required=False) or secrets.token_hex(16), REPLACE.read(request), place(request))
     if (shard := SHARD.find(request)) is not None:
