@@ -39,7 +39,7 @@ def is_users_own(host: str, port: int) -> bool:
         return True
     try:
         owners = {owner for address, owner in _listening(port) if _takes(address, meant)}
-    except FileNotFoundError:
+    except OSError:
         return True
     others = owners - {os.geteuid(), _ROOT}
     if others:
@@ -71,11 +71,11 @@ def _is_of_this_machine(address: _Address) -> bool:
 
 
 def _listening(port: int) -> Iterator[tuple[_Address, int]]:
-    """Addresses that sockets listen at on a port, and their users. Raises FileNotFoundError if nobody tells."""
+    """Addresses that sockets listen at on a port, and their users. Raises OSError if nobody tells."""
     for table in _TABLES:
         try:
             lines = table.read_text().splitlines()[1:]
-        except FileNotFoundError:
+        except OSError:
             if table is _TABLES[0]:
                 raise
             # There is no IPv6.

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from freestep import Client, Forbidden, InvalidSetting, Unauthenticated
+from freestep import Client, Forbidden, InvalidSetting, Unauthenticated, listeners
 from freestep.api.token_form import make_token
 from freestep.api.token_places import is_loopback, token_place
 from freestep.credentials import Credentials, credentials
@@ -156,6 +156,14 @@ def test_what_is_left_is_not_sent_while_nobody_listens(port: int) -> None:
         free = listener.getsockname()[1]
         assert is_users_own("127.0.0.1", free)
     assert not is_users_own("127.0.0.1", free)
+
+
+@pytest.mark.parametrize("tables", [("none", "none"), (".", ".")], ids=["other systems", "unreadable"])
+def test_where_nobody_tells_who_listens_it_is_believed(
+    port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tables: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(listeners, "_TABLES", tuple(tmp_path / each for each in tables))
+    assert is_users_own("127.0.0.1", port)
 
 
 def test_a_token_is_held_no_longer_when_its_port_has_gone_to_another(url: httpx.URL) -> None:
