@@ -119,11 +119,14 @@ def test_what_belongs_to_another_user_is_told(tmp_path: Path, settings: Callable
     ) as caught:
         kept(settings(data_dir=folder))
     assert text not in str(caught.value)
-    # Neither is a link believed for its own owner.
-    link = tmp_path / "link"
-    link.symlink_to(file)
+    # A link to it is as good.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "admin-token").symlink_to(file)
     with pytest.raises(CannotStart, match="belongs to the user with ID 12345"):
-        kept(settings(admin_token_file=link))
+        kept(settings(data_dir=tmp_path / "other"))
+    # Who names a file has chosen it: Compose mounts secrets with the owners that they have on the host.
+    file.chmod(0o644)
+    assert kept(settings(admin_token_file=file))["admin-token"] == text
     # What was there is as it was; without it, the service makes its own.
     file.unlink()
     assert kept(settings(data_dir=folder))["admin-token"] != text

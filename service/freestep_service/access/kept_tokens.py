@@ -35,11 +35,14 @@ async def register_kept(tokens: Tokens, settings: Settings) -> str:
     """
     if settings.push_token_file is not None:
         await _register(tokens, settings.push_token_file, "push")
-    return await _register(tokens, settings.admin_token_file or settings.data_dir / "admin-token", "admin")
+    if settings.admin_token_file is not None:
+        return await _register(tokens, settings.admin_token_file, "admin")
+    return await _register(tokens, settings.data_dir / "admin-token", "admin", is_named=False)
 
 
-async def _register(tokens: Tokens, file: Path, scope: Scope) -> str:
-    text = _read_or_make(file, scope)
+async def _register(tokens: Tokens, file: Path, scope: Scope, *, is_named: bool = True) -> str:
+    """is_named: whether somebody has named the file, as one for a secret, and so chosen its owner."""
+    text = _read_or_make(file, scope, is_named)
     if not await tokens.register(text, f"{scope}-token"):
         # It was revoked, to be replaced.
         text = make_token(scope)
@@ -51,10 +54,10 @@ async def _register(tokens: Tokens, file: Path, scope: Scope) -> str:
     return text
 
 
-def _read_or_make(file: Path, scope: Scope) -> str:
+def _read_or_make(file: Path, scope: Scope, is_named: bool) -> str:
     """The token in a file, a new one if there is no file. Raises CannotStart, which does not show it."""
     try:
-        return _read(file, scope)
+        return _read(file, scope, is_named)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -64,16 +67,16 @@ def _read_or_make(file: Path, scope: Scope) -> str:
         _write(file, text, is_new=True)
     except FileExistsError:
         # Another process was faster.
-        return _read(file, scope)
+        return _read(file, scope, is_named)
     except OSError as error:
         logger.warning("the %s token cannot be kept in %s, and ends with this process: %s", scope, file, error.strerror)
     return text
 
 
-def _read(file: Path, scope: Scope) -> str:
+def _read(file: Path, scope: Scope, is_named: bool) -> str:
     with file.open(errors="replace") as opened:
         # Of what is opened, which a link may name: so secrets are mounted.
-        _require_own(file, os.fstat(opened.fileno()))
+        _require_own(file, os.fstat(opened.fileno()), is_named)
         text = opened.read().strip()
     try:
         found = scope_of(text)
@@ -84,9 +87,9 @@ def _read(file: Path, scope: Scope) -> str:
     return text
 
 
-def _require_own(file: Path, found: os.stat_result) -> None:
+def _require_own(file: Path, found: os.stat_result, is_named: bool) -> None:
     """Raises CannotStart if another user, other than root, may have written the file, and so knows the token."""
-    if found.st_uid not in (os.geteuid(), _ROOT):
+    if not is_named and found.st_uid not in (os.geteuid(), _ROOT):
         raise CannotStart(
             f"{file} belongs to the user with ID {found.st_uid}, who knows the token in it: "
             "remove it to have one made, or give the file to this user or to root"
