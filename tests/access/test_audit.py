@@ -17,6 +17,7 @@ import pytest
 
 from freestep.api.token_form import make_token
 from freestep_service.access.audit import AuditLog, Deed
+from freestep_service.access.tokens import Tokens
 from harness import TOKEN, ThreadService
 from plain_calls import Api, slug
 
@@ -73,6 +74,22 @@ def test_admin_acts_and_refusals_are_noted_and_nothing_else(
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     for secret in (TOKEN, unknown, mistyped, made["token"], lease["lease"], "in-a-query"):
         assert not any(secret in file.read_text() for file in files)
+
+
+def test_an_act_that_failed_half_way_is_noted(
+    start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(self: Tokens, token_id: str) -> None:
+        raise RuntimeError("half way")
+
+    monkeypatch.setattr(Tokens, "revoke", broken)
+    service = start_service()
+    with closing(Api(service.url).http) as http:
+        assert http.delete("/v1/tokens/any").status_code == 500
+        assert slug(http.post("/v1/tokens", json={})) == "malformed-request"
+    service.stop()
+    (noted,) = lines(service.settings.data_dir / "audit.jsonl")
+    assert (noted["what"], noted["result"]) == ("revoke_token", "internal-server-error")
 
 
 @pytest.mark.parametrize("run", ["%00" * 20_000, "%F0%9F%98%80" * 5_000, "a" * 60_000, "%0A"])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from freestep.api.token_form import Scope
@@ -23,6 +24,7 @@ from freestep_service.web.connection import abort
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.hosts import OPEN_PATH
 from freestep_service.web.problem_documents import EVERYWHERE, declared, problem_responses
+from freestep_service.web.problems import INTERNAL_ERROR
 
 __all__ = ["GuardedRoute", "caller", "document_tokens", "needs", "open_to_all", "require_worker", "visitor"]
 
@@ -105,9 +107,13 @@ class GuardedRoute(APIRoute):
             """As `guarded`, of what only an admin may do."""
             try:
                 answer = await guarded(request)
-            except ProblemError as error:
+            except RequestValidationError:
+                # It asked for nothing.
+                raise
+            except Exception as error:
                 if _CALLER in request.scope:
-                    _note(request, self.name, caller(request), error)
+                    result = error if isinstance(error, ProblemError) else INTERNAL_ERROR
+                    _note(request, self.name, caller(request), result)
                 raise
             _note(request, self.name, caller(request), answer.status_code)
             return answer
@@ -115,7 +121,7 @@ class GuardedRoute(APIRoute):
         return noted if scope == "admin" else guarded
 
 
-def _note(request: Request, what: str, token: Token | None, result: ProblemError | int) -> None:
+def _note(request: Request, what: str, token: Token | None, result: ProblemError | int | str) -> None:
     """Notes in the audit log what was done or refused; `token` is None where none let the caller in."""
     run = request.path_params.get("run")
     subject = result.extensions.get("subject") if isinstance(result, ProblemError) else None
