@@ -38,6 +38,7 @@ class FakeTransport(asyncio.Transport):
         self._reads = reads
         self._closing = False
         self._reading = True
+        self._is_full = False
         self._inbox = bytearray()
         self._ends = False
         # Its own configuration would keep its log from the root logger.
@@ -108,7 +109,8 @@ class FakeTransport(asyncio.Transport):
         if not self._closing:
             self.buffer.append(data)
             self._send()
-            if self._buffered() > _HIGH_WATER:
+            if not self._is_full and self.get_write_buffer_size() > _HIGH_WATER:
+                self._is_full = True
                 self._protocol.pause_writing()
 
     def read(self, size: int) -> None:
@@ -116,7 +118,8 @@ class FakeTransport(asyncio.Transport):
         assert self._reads is not None
         self._reads += size
         self._send()
-        if self._buffered() <= _LOW_WATER:
+        if self._is_full and self.get_write_buffer_size() <= _LOW_WATER:
+            self._is_full = False
             self._protocol.resume_writing()
 
     def _send(self) -> None:
@@ -129,7 +132,7 @@ class FakeTransport(asyncio.Transport):
             if self._reads is not None:
                 self._reads -= size
 
-    def _buffered(self) -> int:
+    def get_write_buffer_size(self) -> int:
         return sum(map(len, self.buffer))
 
     def is_closing(self) -> bool:

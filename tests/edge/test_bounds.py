@@ -311,3 +311,24 @@ def test_descriptors_are_left_for_the_rest() -> None:
     assert places_for(Settings(max_connections=9, max_connections_per_address=20)).most_per_address == 9
     with pytest.raises(BadSetting, match=r"max_connections: .*ulimit"):
         places_for(Settings(max_connections=limit))
+
+
+@pytest.mark.parametrize("speaks", ["http", "https"])
+def test_who_reads_no_answer_leaves_the_place(
+    start_service: Callable[..., ThreadService], tls: dict[str, Path], speaks: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Answers that no system's buffers hold, of any route, without a token."""
+    bounds = {"max_connections": 5, "max_connections_per_address": 4, "stall_seconds": 0.5}
+    service = start_service(**bounds, **(tls if speaks == "https" else {}))
+    asked = b"GET /openapi.json HTTP/1.1\r\nHost: here\r\n\r\n" * 200
+
+    def gone() -> int:
+        return caplog.text.count("GET /openapi.json: aborted, the client read nothing for 0.5 s")
+
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(dialled(service.url, service.trusted)).send(asked)
+        wait_until(lambda: gone() == 4)
+        wait_until(lambda: service.places.taken == 0)
+        others = [stack.enter_context(dialled(service.url, service.trusted)) for _ in range(4)]
+        assert all(is_well(each) for each in others)

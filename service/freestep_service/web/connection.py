@@ -11,6 +11,7 @@ Behind a head that is refused nothing is read as a request any more (`head`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
@@ -33,8 +34,11 @@ from freestep_service.web.inlet import INLET, Inlet
 from freestep_service.web.places import Place
 from freestep_service.web.problems import problem_response
 from freestep_service.web.refusals import encoded
+from freestep_service.web.stalls import Stall
 
-__all__ = ["CONNECTION", "HEAD_ONLY", "Connection", "abort", "takes_more", "wants_head_only"]
+__all__ = ["CONNECTION", "HEAD_ONLY", "Connection", "abort", "may_stall", "takes_more", "wants_head_only"]
+
+logger = logging.getLogger("freestep")
 
 CONNECTION = "freestep.connection"
 """The ASGI extension of every request: the Connection that it came over."""
@@ -100,6 +104,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._outlet: Any = _Outlet(transport, self._finish)
+        self.stall = Stall(transport, self._bounds.stall_seconds, self.abort)
         if self._place is not None:
             self._place.end = self._close
         self._allow(self._bounds.idle_seconds, self._close)
@@ -218,10 +223,28 @@ class Connection(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         self._close()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stall.watch(self.loop)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.stall.forget()
+        if not self._unanswered:
+            # What was sent on may be of another client's: behind a proxy, they share connections.
+            self.stall.seconds = self._bounds.stall_seconds
+
     # The end of the connection
 
-    def abort(self) -> None:
-        """Ends the connection at once. Nothing that is buffered is sent, nor referred to from here on."""
+    def abort(self, stalled_s: float | None = None) -> None:
+        """Ends the connection at once. Nothing that is buffered is sent, nor referred to from here on.
+
+        stalled_s: seconds for which the client has read nothing, if that is why; it is logged once.
+        """
+        if stalled_s is not None and not self.transport.is_closing():
+            scope = (self._unanswered[0] if self._unanswered else self.cycle).scope
+            method, path = scope["method"], scope["path"]
+            logger.warning("%s %s: aborted, the client read nothing for %g s", method, path, stalled_s)
         self.transport.abort()
         self._disconnect()
 
@@ -252,6 +275,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._forget_timer()
+        self.stall.forget()
         if self._place is not None:
             self._place.leave()
         self._disconnect()
@@ -330,7 +354,7 @@ class Connection(HttpToolsProtocol):
             self.pipeline.popleft()
             self._unanswered.pop()
         elif cycle.response_started:
-            self.transport.close()
+            self._close()
         else:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -400,11 +424,21 @@ def takes_more(scope: Scope) -> bool:
     return connection is not None and not connection.flow.write_paused
 
 
-def abort(scope: Scope) -> bool:
-    """Aborts the connection that a request came over; False under a server whose connections are not ours."""
+def may_stall(scope: Scope, seconds: float) -> None:
+    """Lets the client of a request read nothing of the answer for longer than others may."""
     connection: Connection | None = scope.get("extensions", {}).get(CONNECTION)
     if connection is not None:
-        connection.abort()
+        connection.stall.seconds = seconds
+
+
+def abort(scope: Scope, stalled_s: float | None = None) -> bool:
+    """Aborts the connection that a request came over; False under a server whose connections are not ours.
+
+    stalled_s: as of `Connection.abort`.
+    """
+    connection: Connection | None = scope.get("extensions", {}).get(CONNECTION)
+    if connection is not None:
+        connection.abort(stalled_s)
     return connection is not None
 
 

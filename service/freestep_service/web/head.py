@@ -35,16 +35,19 @@ _SEPARATORS = 4
 
 @dataclass(frozen=True)
 class Bounds:
-    """How long a head may be, how long it may take to come, and how long a connection may be idle, in seconds."""
+    """How long a head may be, and for how many seconds it may take to come, a connection may be idle, and its peer may
+    take nothing of an answer."""
 
     head_bytes: int = 64 * 1024
     head_fields: int = 100
     head_seconds: float = 10.0
     idle_seconds: float = 60.0
+    stall_seconds: float = 10.0
 
     @classmethod
     def of(cls, settings: Settings) -> Bounds:
-        return cls(settings.head_bytes, settings.head_fields, settings.head_seconds, settings.idle_seconds)
+        seconds = settings.head_seconds, settings.idle_seconds, settings.stall_seconds
+        return cls(settings.head_bytes, settings.head_fields, *seconds)
 
 
 class Refused(Exception):

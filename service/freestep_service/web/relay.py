@@ -24,6 +24,7 @@ from freestep_service.domain.tokens import Token
 from freestep_service.runs.run import Run
 from freestep_service.web.body import SLOWEST, stalled
 from freestep_service.web.certified import CALLER, caller_line, named_caller
+from freestep_service.web.connection import may_stall
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.waiting import while_connected
 
@@ -93,8 +94,11 @@ class Relay:
         return named_caller(line) if line is not None and await self.is_relayed(request) else None
 
     async def stall_seconds(self, request: Request) -> float:
-        """How long the sending of an answer may stall."""
-        return _RELAYED_STALL_S if await self.is_relayed(request) else self.stall_s
+        """How long the sending of an answer may stall, which its connection is told."""
+        if not await self.is_relayed(request):
+            return self.stall_s
+        may_stall(request.scope, _RELAYED_STALL_S)
+        return _RELAYED_STALL_S
 
     async def forward(self, request: Request, run: Run, index: int = 0, content: bytes | None = None) -> Response:
         """The answer of a shard's owner to a request; `content` is the request's body if that has been read already.

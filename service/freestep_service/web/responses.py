@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
@@ -22,8 +21,6 @@ from freestep_service.web.headers import scheduled_lr
 from freestep_service.web.waiting import while_connected
 
 __all__ = ["SnapshotResponse", "etag", "is_known", "parse_range", "requested_span"]
-
-logger = logging.getLogger("freestep")
 
 _SLICE = 1024 * 1024
 _TAIL = 256 * 1024
@@ -143,9 +140,9 @@ def _aborted_on_failure(scope: Scope, stall_s: float) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not abort(scope) or not isinstance(error, TimeoutError):
+        is_slow = isinstance(error, TimeoutError)
+        if not abort(scope, stall_s if is_slow else None) or not is_slow:
             raise
-        logger.warning("%s %s: aborted, the client read nothing for %g s", scope["method"], scope["path"], stall_s)
 
 
 async def _send(
