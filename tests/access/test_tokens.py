@@ -25,6 +25,7 @@ from freestep.errors import (
     TokenNotFound,
     Unauthenticated,
 )
+from freestep_service.access import tokens as tokens_module
 from freestep_service.access.tokens import Tokens
 from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.store import Store
@@ -272,6 +273,31 @@ def test_a_shared_storage_stands_in_for_redis(store: str, tmp_path: Path) -> Non
         files.write(token.revoked())
         await one._exchange()
         assert not await is_good(one, text)
+
+    run(store, tmp_path, work)
+
+
+def test_unknown_tokens_cost_one_reading_of_storage_while_redis_is_away(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens_module, "_REREAD_S", 3600.0)
+    read, readings = TokenFiles.read, list[None]()
+
+    def counted(files: TokenFiles) -> list[Token]:
+        readings.append(None)
+        return read(files)
+
+    monkeypatch.setattr(TokenFiles, "read", counted)
+
+    async def work(service: Service) -> None:
+        one = await service.start()
+        with Redis.from_url(store) as client:
+            client.shutdown(nosave=True)
+        found = [one.find(bearing(make_token("push"))) for _ in range(100)]
+        refusals = await asyncio.gather(*found, return_exceptions=True)
+        assert all(isinstance(refusal, CoordinatorUnavailable) for refusal in refusals)
+        # The process itself reads it every few seconds.
+        assert len(readings) < 10
 
     run(store, tmp_path, work)
 

@@ -35,6 +35,8 @@ __all__ = ["Tokens"]
 logger = logging.getLogger("freestep")
 
 _REFRESH_S = 5.0
+_REREAD_S = 1.0
+"""Seconds after which storage is read anew for a token that is not known, while Redis is away."""
 _MOST_SEEN = 4096
 _KEPT_S = 24 * 3600
 """Seconds for which a token is kept after it has expired: more than any two clocks differ."""
@@ -74,6 +76,9 @@ class Tokens:
         """When requests here carried tokens last, by their ids, as far as Redis was not told."""
         self._writing = asyncio.Lock()
         """Held while storage is written, so that no older state of a token takes the place of a newer one."""
+        self._rereading = asyncio.Lock()
+        self._reread_at = 0.0
+        """When storage may be read again for a token that is not known."""
         self._has_news = asyncio.Event()
         self._is_closing = False
         self._cannot_write = False
@@ -140,7 +145,7 @@ class Tokens:
                 found = await self._shared.find(token_id)
             except CoordinatorUnavailable:
                 # It may be in a storage that processes share.
-                self._learn(await self._read_files())
+                await self._reread_files()
                 if token_id not in self._known:
                     raise
             else:
@@ -297,6 +302,14 @@ class Tokens:
                     self._cannot_write = True
                     return
         self._cannot_write = False
+
+    async def _reread_files(self) -> None:
+        """Takes over what storage has, for all who ask within a second."""
+        async with self._rereading:
+            now = asyncio.get_running_loop().time()
+            if now >= self._reread_at:
+                self._reread_at = now + _REREAD_S
+                self._learn(await self._read_files())
 
     async def _read_files(self) -> list[Token]:
         with suppress(StorageUnavailable):
