@@ -11,6 +11,7 @@ import pytest
 from freestep.client import Client
 from freestep.errors import Overloaded
 from harness import ThreadService
+from meanwhile import at_once
 from plain_calls import Api, slug
 
 
@@ -146,3 +147,32 @@ def test_runs_count_after_the_store_has_lost_its_data(
     other = connect(again.url)
     other.http.headers["Authorization"] = f"Bearer {token}"
     assert refusal(other.http.put(other.path(), json=other.spec())) == (429, "overloaded", "runs", 1, 1)
+
+
+def test_leases_that_are_granted_and_released_at_once_are_counted(
+    bounded: Callable[..., Api], service: ThreadService
+) -> None:
+    """The next lease of a worker may be granted between the end of the last and its being taken off the list."""
+    api = bounded(max_leases=1)
+    api.create()
+    token = api.http.headers["Authorization"]
+
+    def granted(worker: str) -> httpx.Response:
+        return httpx.post(api.url + api.path("/leases"), json={"worker": worker}, headers={"Authorization": token})
+
+    lease = api.lease("a")["lease"]
+    for _ in range(40):
+        released, grant = at_once(
+            lambda lease=lease: httpx.delete(  # type: ignore[misc]
+                api.url + api.path(f"/leases/{lease}"), headers={"Authorization": token}
+            ),
+            lambda: granted("a"),
+        )
+        assert grant.status_code == 201
+        with service.redis() as redis:
+            live = redis.zrange(api.redis_key("leases"), 0, -1)
+            listed = [name for key in redis.keys("freestep:quota:*:leases") for name in redis.hkeys(key)]
+        assert {f"{api.run} {worker}" for worker in live} <= set(listed)
+        assert released.status_code in (204, 409, 410)
+        lease = grant.json()["lease"] if live else api.lease("a")["lease"]
+    assert refusal(granted("b")) == (429, "overloaded", "leases", 1, 1)

@@ -1,18 +1,21 @@
 """What tokens have, as far as their quotas count it: lists in Redis, which all processes of a service share.
 
 A list is a claim and no count: when it is full, what is on it is looked for, and what is no more is taken off. So what
-ends in another way than by `release`, with a process say, leaves nothing behind.
+ends without being settled, with a process say, leaves nothing behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from freestep_service.coordination.run_scripts import RunScripts
 from freestep_service.coordination.store import Store, reachable
 
-__all__ = ["Full", "SharedQuotas"]
+__all__ = ["Event", "Full", "SharedQuotas"]
+
+Event = Literal["made", "failed", "kept", "ended"]
+"""What becomes of what was taken: it is made, or is not; it is there, made before; it ends."""
 
 _KEPT_MS = 30 * 24 * 3600 * 1000
 """After which the list of a token that takes nothing is dropped; runs are put on it again when they are opened."""
@@ -39,24 +42,25 @@ class SharedQuotas:
     async def take_run(
         self, token: str, run: str, elements: int, most: int | None, heaviest: int | None
     ) -> Full | None:
-        """Puts a run on a token's list; None if it is there now."""
+        """Puts a run on a token's list, for its making; None if it is there now."""
         limits = (run, elements, _or_empty(most), _or_empty(heaviest), self._runs_after_ms)
         return await self._take(_key(token, "runs"), limits, lambda each: self._is_run_of(token, each))
 
     async def take_lease(self, token: str, run: str, worker: str, most: int) -> Full | None:
-        """Puts a worker's lease, in place of an older one, on a token's list; None if it is there now."""
+        """Puts a worker's lease, in place of an older one, on a token's list, for its making; None if it is there."""
         limits = (f"{run} {worker}", 1, most, "", self._leases_after_ms)
         return await self._take(_key(token, "leases"), limits, self._is_lease)
 
-    async def release_run(self, token: str, run: str) -> None:
-        """Takes a run that was deleted off a token's list."""
-        with reachable():
-            await self._store.client.hdel(_key(token, "runs"), run)
+    async def settle_run(self, token: str, run: str, event: Event, mark: str = "", elements: int = 0) -> None:
+        """Says what has become of a run; mark: which one of its name."""
+        await self._settle(_key(token, "runs"), run, event, mark, elements, self._runs_after_ms)
 
-    async def release_lease(self, token: str, run: str, worker: str) -> None:
-        """Takes a lease that was released off a token's list."""
-        with reachable():
-            await self._store.client.hdel(_key(token, "leases"), f"{run} {worker}")
+    async def settle_lease(self, token: str, run: str, worker: str, event: Event, lease: str = "") -> None:
+        """Says what has become of a worker's lease."""
+        await self._settle(_key(token, "leases"), f"{run} {worker}", event, lease, 1, self._leases_after_ms)
+
+    async def _settle(self, key: str, *arguments: str | int) -> None:
+        await self._store.run("quota_settle", [key], *arguments, _KEPT_MS)
 
     async def _take(
         self, key: str, limits: Sequence[str | int], is_there: Callable[[str], Awaitable[bool]]

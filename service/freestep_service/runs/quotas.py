@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from math import ceil
 from typing import Literal
 
-from freestep.errors import Overloaded
-from freestep_service.coordination.quotas import SharedQuotas
+from freestep.api.models import Lease
+from freestep.errors import CoordinatorUnavailable, Overloaded, ProblemError
+from freestep_service.coordination.quotas import Event, SharedQuotas
 from freestep_service.domain.quotas import ByteRates, Quota
 from freestep_service.domain.tokens import Token
 from freestep_service.settings import Settings
@@ -60,27 +62,31 @@ class Quotas:
         wanted = f", and {elements} are wanted"
         raise _refusal(token, "parameters", parameters, full.used, wanted + advice, _LASTING_S)
 
-    async def keep_run(self, token_id: str, run: str, elements: int) -> None:
-        """Counts a run that its token has created before."""
-        await self._shared.take_run(token_id, run, elements, None, None)
+    async def settle_run(self, token_id: str, run: str, event: Event, mark: str = "", elements: int = 0) -> None:
+        """Counts a run that was made, or was made before; or counts it no more. mark: which one of its name."""
+        await self._shared.settle_run(token_id, run, event, mark, elements)
 
-    async def release_run(self, token_id: str, run: str) -> None:
-        """Counts a run no more."""
-        await self._shared.release_run(token_id, run)
-
-    async def take_lease(self, token: Token, run: str, worker: str) -> None:
-        """Counts a lease that is about to be granted. Raises Overloaded and CoordinatorUnavailable."""
+    async def grant(self, token: Token, run: str, worker: str, granting: Callable[[], Awaitable[Lease]]) -> Lease:
+        """Counts a lease and has it granted. Raises Overloaded, CoordinatorUnavailable, and what `granting` raises."""
         limit = self._bound(token, "leases")
         if limit is None:
-            return
+            return await granting()
         full = await self._shared.take_lease(token.id, run, worker, limit)
         if full is not None:
             raise _refusal(token, "leases", limit, full.used, ": release some, or wait until they end", _LEASE_S)
+        try:
+            lease = await granting()
+        except ProblemError:
+            with suppress(CoordinatorUnavailable):
+                await self._shared.settle_lease(token.id, run, worker, "failed")
+            raise
+        await self._shared.settle_lease(token.id, run, worker, "made", lease.lease)
+        return lease
 
-    async def release_lease(self, token: Token, run: str, worker: str) -> None:
+    async def release_lease(self, token: Token, run: str, worker: str, lease: str) -> None:
         """Counts a lease no more, if it was one of the token's."""
         if self._bound(token, "leases") is not None:
-            await self._shared.release_lease(token.id, run, worker)
+            await self._shared.settle_lease(token.id, run, worker, "ended", lease)
 
     def bounds_bytes(self, token: Token) -> bool:
         """Whether a token may move only so many bytes."""

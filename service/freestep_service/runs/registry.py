@@ -24,7 +24,7 @@ from freestep.errors import (
 from freestep.wire.header import body_limit
 from freestep.wire.manifest import Manifest
 from freestep_service.coordination.opening import read_run
-from freestep_service.coordination.quotas import SharedQuotas
+from freestep_service.coordination.quotas import Event, SharedQuotas
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import reachable
 from freestep_service.domain.records import Origin
@@ -122,6 +122,7 @@ class Registry:
             await resources.disk.run(resources.storage.require_writable)
             await resources.node.heartbeat(resources.store)
             resources.memory.reserve(name, await self._bytes_of(spec, spec.shards))
+            is_counted = False
             try:
                 is_counted = await self.quotas.take_run(creator, name, manifest.numel)
                 origin = Origin(
@@ -130,11 +131,19 @@ class Registry:
                     creator.id if is_counted else "",
                 )
                 run = Run(name, spec, manifest, spec.shards, resources, origin)
-                if not await run.create():
+                is_new = await run.create()
+                if is_counted:
+                    event: Event = "made" if is_new else "failed"
+                    is_counted = False
+                    await self.quotas.settle_run(creator.id, name, event, origin.id, manifest.numel)
+                if not is_new:
                     await self._open(name, is_from_elsewhere=True)
                     return self.get(name), False
             except BaseException:
                 resources.memory.cancel(name)
+                if is_counted:
+                    with suppress(CoordinatorUnavailable):
+                        await self.quotas.settle_run(creator.id, name, "failed")
                 raise
             self._runs[name] = run
             self._set_aside.pop(name, None)
@@ -157,10 +166,10 @@ class Registry:
         async with self._change(name):
             run = self.get(name)
             await run.delete()
-            if run.creator:
+            if run.origin.creator:
                 with suppress(CoordinatorUnavailable):
                     # Else it is found to be no more.
-                    await self.quotas.release_run(run.creator, name)
+                    await self.quotas.settle_run(run.origin.creator, name, "ended", run.origin.id)
             self._runs.pop(name, None)
             self._resources.memory.cancel(name)
 
@@ -247,8 +256,8 @@ class Registry:
         run = Run(name, spec, manifest, shards, self._resources, origin)
         self._runs[name] = run
         self._set_aside.pop(name, None)
-        if run.creator:
-            await self.quotas.keep_run(run.creator, name, manifest.numel)
+        if origin.creator:
+            await self.quotas.settle_run(origin.creator, name, "kept", origin.id, manifest.numel)
         await run.start()
 
     async def _bytes_of(self, spec: RunSpec, shards: int) -> int:

@@ -117,9 +117,9 @@ class Run:
         return self._context.canonical_spec
 
     @property
-    def creator(self) -> str:
-        """The id of the token whose quota it counts against; empty where that has none."""
-        return self._context.origin.creator
+    def origin(self) -> Origin:
+        """Where it began, as far as that is known."""
+        return self._context.origin
 
     # What is here
 

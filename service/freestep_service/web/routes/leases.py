@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
@@ -42,8 +43,8 @@ async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, relay: 
     require_worker(request, wish.worker)
     if run.leases_are_elsewhere:
         return await relay.forward(request, run, content=await request.body())
-    await registry.quotas.take_lease(caller(request), run.name, wish.worker)
-    return await run.leases.grant(wish.worker, wish.ttl_ms)
+    granting = partial(run.leases.grant, wish.worker, wish.ttl_ms)
+    return await registry.quotas.grant(caller(request), run.name, wish.worker, granting)
 
 
 @renewals.put(
@@ -71,7 +72,7 @@ async def release_lease(
     if run.leases_are_elsewhere:
         return await relay.forward(request, run)
     worker = await run.leases.release(lease)
-    await registry.quotas.release_lease(caller(request), run.name, worker)
+    await registry.quotas.release_lease(caller(request), run.name, worker, lease)
     return Response(status_code=204)
 
 
