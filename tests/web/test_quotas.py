@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +69,35 @@ def test_parameters_are_bounded(bounded: Callable[..., Api], connect: Callable[.
     assert refusal(second.http.put(second.path(), json=second.spec())) == (429, "overloaded", "parameters", 13, 7)
     small = second.spec(parameters=[{"name": "w", "shape": [6]}])
     assert second.http.put(second.path(), json=small).status_code == 201
+
+
+def test_a_run_that_two_processes_create_at_once_counts_as_what_it_is(
+    shared_nodes: Callable[..., list[ThreadService]], connect: Callable[..., Api]
+) -> None:
+    nodes = shared_nodes(2)
+    with Client(nodes[0].url) as client:
+        token = client.create_token("fleet", "push", max_parameters=100)
+    weights: dict[str, int] = {}
+    for size in (90, 95, 85) * 3:
+        apis = [connect(node.url, f"run-{uuid.uuid4().hex}") for node in nodes]
+        name = apis[0].run
+
+        def create(api: Api, elements: int, name: str = name) -> httpx.Response:
+            api.http.headers["Authorization"] = f"Bearer {token.token}"
+            spec = api.spec(parameters=[{"name": "w", "shape": [elements]}])
+            return api.http.put(f"/v1/runs/{name}", json=spec)
+
+        answers = at_once(lambda: create(apis[0], size), lambda: create(apis[1], 1))  # type: ignore[misc] # noqa: B023
+        made = [answer.json()["parameter_count"] for answer in answers if answer.status_code == 201]
+        weights |= {name: made[0]} if made else {}
+        assert len(made) <= 1
+        assert sum(weights.values()) <= 100
+        with nodes[0].redis() as redis:
+            listed: dict[str, Any] = redis.hgetall(f"freestep:quota:{token.id}:runs")  # type: ignore[assignment]
+        assert {run: json.loads(listed[run])["weight"] for run in weights} == weights
+    admin = connect(nodes[0].url)
+    for name in weights:
+        admin.http.delete(f"/v1/runs/{name}")
 
 
 def test_leases_are_bounded_until_one_is_released(bounded: Callable[..., Api], connect: Callable[..., Api]) -> None:
