@@ -134,6 +134,7 @@ class Registry:
                 is_new = await run.create()
                 if is_counted:
                     event: Event = "made" if is_new else "failed"
+                    # What follows may fail, and is no part of its making.
                     is_counted = False
                     await self.quotas.settle_run(creator.id, name, event, origin.id, manifest.numel)
                 if not is_new:
