@@ -89,7 +89,7 @@ def test_an_update_that_a_leases_end_closes_is_made_of_what_there_is(api: Api) -
     for lease, factor in zip(leases, (0.5, 100.0, 0.25), strict=False):
         api.push(lease, 0, tensors=scaled(factor))
     assert api.http.delete(api.path(f"/leases/{leases[3]['lease']}")).status_code == 204
-    assert api.status()["step"] == 1
+    wait_until(lambda: api.status()["step"] == 1)
     has_moved(api, 1 - 0.5)
 
 

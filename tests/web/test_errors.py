@@ -84,7 +84,8 @@ class Connection:
     def __init__(self) -> None:
         self.is_aborted = False
 
-    def abort(self) -> None:
+    def abort(self, stalled_s: float | None = None) -> None:
+        assert stalled_s is None
         self.is_aborted = True
 
 
