@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from freestep_service.web.connection import Connection
+from freestep_service.web.head import Bounds
 
 _TURNS = 20
 """More turns of the event loop than a request takes between two of its reads."""
@@ -23,11 +24,15 @@ class FakeTransport(asyncio.Transport):
     """Delivers what is fed while reading is not paused, and keeps what is written, as a socket's transport does.
 
     reads: how many bytes of answers the peer reads; the others stay in the buffer, as what they were written as.
-    protocol: uvicorn's own, to compare.
+    protocol: uvicorn's own, to compare. bounds: those of the service's.
     """
 
     def __init__(
-        self, app: Callable[..., Any], reads: int | None = None, protocol: type[HttpToolsProtocol] = Connection
+        self,
+        app: Callable[..., Any],
+        reads: int | None = None,
+        protocol: type[HttpToolsProtocol] = Connection,
+        bounds: Bounds | None = None,
     ) -> None:
         super().__init__()
         self.written = bytearray()
@@ -43,7 +48,7 @@ class FakeTransport(asyncio.Transport):
         self._ends = False
         # Its own configuration would keep its log from the root logger.
         config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None)
-        self.connection: Any = protocol(config, ServerState(), {})
+        self.connection: Any = protocol(config, ServerState(), {}, **({} if bounds is None else {"bounds": bounds}))
         self._protocol: Any = self.connection
         self._protocol.connection_made(self)
 

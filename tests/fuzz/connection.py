@@ -10,15 +10,14 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
-from unittest.mock import patch
 
 import h11
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fake_transport import FakeTransport
-from freestep_service.web import connection
 from freestep_service.web.connection import Connection
+from freestep_service.web.head import Bounds
 from freestep_service.web.inlet import INLET
 from fuzz.target import Target
 
@@ -27,8 +26,8 @@ __all__ = ["TARGET", "Found", "cut", "h11s", "ours", "uvicorns"]
 Found = list[tuple[bytes, bytes, list[tuple[bytes, bytes]], bytes]]
 """Requests: method, target, headers but those of framing, and body."""
 
-_LARGE = 16
-"""Bytes of a body above which it goes the way of large ones."""
+_BOUNDS = Bounds(small_bytes=16)
+"""A body of more bytes goes the way of large ones."""
 _MOST_CUTS = 8
 _URL = re.compile(rb"^[A-Za-z]+://[^/?]*")
 """The part of a target in absolute form that the service does not look at."""
@@ -82,9 +81,11 @@ def _plain(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [(name.lower(), value.strip()) for name, value in headers if name.lower() not in _FRAMING]
 
 
-async def _exchange(protocol: type[HttpToolsProtocol], app: App, pieces: Sequence[bytes]) -> bytes:
+async def _exchange(
+    app: App, pieces: Sequence[bytes], protocol: type[HttpToolsProtocol], bounds: Bounds | None = None
+) -> bytes:
     """What a protocol answers to bytes in pieces, after which the peer ends its side."""
-    transport = FakeTransport(app, protocol=protocol)
+    transport = FakeTransport(app, protocol=protocol, bounds=bounds)
     for piece in pieces:
         transport.feed(piece)
         await transport.turn()
@@ -99,15 +100,14 @@ async def _exchange(protocol: type[HttpToolsProtocol], app: App, pieces: Sequenc
 def ours(pieces: Sequence[bytes]) -> tuple[Found, list[bytes]]:
     """The requests that a connection of the service runs, and the statuses that it answers with."""
     app = App()
-    with patch.object(connection, "_SMALL", _LARGE):
-        written = asyncio.run(_exchange(Connection, app, pieces))
+    written = asyncio.run(_exchange(app, pieces, Connection, _BOUNDS))
     return app.found, re.findall(rb"HTTP/1\.1 ([2-9]\d\d) ", written)
 
 
 def uvicorns(stream: bytes) -> Found:
     """The requests that uvicorn's protocol runs."""
     app = App()
-    asyncio.run(_exchange(HttpToolsProtocol, app, [stream]))
+    asyncio.run(_exchange(app, [stream], HttpToolsProtocol))
     return app.found
 
 

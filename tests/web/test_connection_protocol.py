@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect
 
 from fake_transport import FakeTransport
 from freestep.errors import ShardUnavailable
-from freestep_service.web import connection
 from freestep_service.web.connection import CONNECTION, abort
+from freestep_service.web.head import Bounds
 from freestep_service.web.inlet import INLET
 from freestep_service.web.waiting import while_connected
 
@@ -26,10 +26,8 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(work(), 30))
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bodies of more than 16 bytes are large."""
-    monkeypatch.setattr(connection, "_SMALL", 16)
+BOUNDS = Bounds(small_bytes=16)
+"""Bodies of more bytes are large."""
 
 
 class Memory:
@@ -81,7 +79,7 @@ class App:
 def test_a_request_may_be_cut_anywhere(cut: int, use_inlet: bool) -> None:
     async def work() -> None:
         app = App(use_inlet)
-        transport, sent = FakeTransport(app), HEAD + BODY + NEXT
+        transport, sent = FakeTransport(app, bounds=BOUNDS), HEAD + BODY + NEXT
         transport.feed(sent[:cut])
         await transport.turn()
         transport.feed(sent[cut:])
@@ -99,7 +97,7 @@ def test_a_request_may_be_cut_anywhere(cut: int, use_inlet: bool) -> None:
 def test_a_request_may_end_anywhere(cut: int, use_inlet: bool, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         app = App(use_inlet)
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed((HEAD + BODY)[:cut])
         await transport.turn()
         transport.feed_eof()
@@ -116,7 +114,7 @@ def test_a_request_may_end_anywhere(cut: int, use_inlet: bool, caplog: pytest.Lo
 def test_requests_without_pauses_are_answered_in_order() -> None:
     async def work() -> None:
         app = App()
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(3 * (HEAD + BODY + NEXT))
         for _ in range(6):
             await transport.turn()
@@ -135,7 +133,7 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n3
 @pytest.mark.parametrize("before", [b"", NEXT, 2 * (HEAD + BODY)])
 def test_an_endless_head_is_refused(before: bytes, begin: bytes, piece: bytes) -> None:
     async def work() -> None:
-        transport = FakeTransport(App())
+        transport = FakeTransport(App(), bounds=BOUNDS)
         transport.feed(before)
         await transport.turn()
         transport.feed(begin)
@@ -162,7 +160,7 @@ def test_an_endless_head_is_refused(before: bytes, begin: bytes, piece: bytes) -
 def test_a_long_head_is_read(size: int) -> None:
     async def work() -> None:
         app = App()
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         head = b"GET / HTTP/1.1\r\nHost: here\r\nA: " + b"a" * 60_000 + b"\r\n\r\n"
         for _ in range(3):
             for begin in range(0, len(head), size):
@@ -195,7 +193,7 @@ def test_an_aborted_answer_is_not_completed(before: bytes, caplog: pytest.LogCap
         answered.append(scope["path"])
 
     async def work() -> None:
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(before + b"GET /a HTTP/1.1\r\nHost: here\r\n\r\n" + NEXT)
         await transport.turn()
         assert transport.is_aborted
@@ -215,7 +213,7 @@ def test_all_requests_of_a_connection_end_with_it() -> None:
             for _ in range(2):
                 messages.append((await receive())["type"])
 
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(3 * NEXT)
         await transport.turn()
         transport.lose()
@@ -254,7 +252,7 @@ class Waiting:
 def test_a_wait_ends_with_the_connection(is_waiting: bool, behind: bytes) -> None:
     async def work() -> None:
         app = Waiting(is_waiting)
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(NEXT + behind)
         await transport.turn()
         assert not app.ended
@@ -274,7 +272,7 @@ def test_a_wait_behind_a_large_body_ends_with_the_connection(is_waiting: bool) -
             await scope["extensions"][INLET].pour(Memory(), 10.0, asyncio.get_running_loop().time() + 10.0)
             await waiting(scope, receive, send)
 
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(HEAD + BODY)
         await transport.turn()
         transport.lose()
@@ -288,7 +286,7 @@ def test_a_wait_behind_a_large_body_ends_with_the_connection(is_waiting: bool) -
 def test_a_wait_ends_with_the_clients_side_of_the_connection(behind: bytes) -> None:
     async def work() -> None:
         app = Waiting(is_waiting=True)
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(NEXT + behind)
         await transport.turn()
         transport.feed_eof()
@@ -313,7 +311,7 @@ def test_who_has_closed_their_side_gets_their_answers(sent: bytes) -> None:
                 await go.wait()
             await app(scope, receive, send)
 
-        transport = FakeTransport(slow)
+        transport = FakeTransport(slow, bounds=BOUNDS)
         transport.feed(sent)
         transport.feed_eof()
         await transport.turn()
@@ -333,7 +331,7 @@ def test_who_has_closed_their_side_gets_their_answers(sent: bytes) -> None:
 def test_a_wait_ends_when_the_server_shuts_down() -> None:
     async def work() -> None:
         app = Waiting(is_waiting=True)
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(NEXT)
         await transport.turn()
         transport.connection.shutdown()
@@ -348,7 +346,7 @@ def test_a_wait_ends_when_the_server_shuts_down() -> None:
 def test_what_is_not_a_wait_goes_on_when_the_server_shuts_down() -> None:
     async def work() -> None:
         app = Waiting(is_waiting=False)
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(NEXT)
         await transport.turn()
         transport.connection.shutdown()
@@ -366,7 +364,7 @@ def test_what_is_not_a_wait_goes_on_when_the_server_shuts_down() -> None:
 def test_a_wait_that_is_over_is_not_ended_again(is_waiting: bool) -> None:
     async def work() -> None:
         app = Waiting(is_waiting)
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(NEXT)
         await transport.turn()
         app.go.set()
@@ -390,7 +388,7 @@ def test_a_wait_that_begins_too_late_ends_at_once() -> None:
             await waiting(scope, receive, send)
 
         waiting = Waiting(is_waiting=True)
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(NEXT)
         await begun.wait()
         transport.lose()
@@ -417,7 +415,7 @@ def test_a_timeout_of_the_waiting_itself_is_passed_on() -> None:
             await app({key: value for key, value in scope.items() if key != "extensions"}, receive, send)
 
         for each in (app, bare):
-            transport = FakeTransport(each)
+            transport = FakeTransport(each, bounds=BOUNDS)
             transport.feed(NEXT)
             await transport.turn()
         assert [str(error) for error in raised] == ["its own", "its own"]
@@ -433,7 +431,7 @@ def test_every_request_knows_its_connection() -> None:
         await App()(scope, receive, send)
 
     async def work() -> None:
-        transport = FakeTransport(app)
+        transport = FakeTransport(app, bounds=BOUNDS)
         transport.feed(HEAD + BODY + NEXT)
         await transport.turn()
         assert found == [transport.connection] * 2

@@ -44,8 +44,6 @@ CONNECTION = "freestep.connection"
 """The ASGI extension of every request: the Connection that it came over."""
 HEAD_ONLY = "freestep.head-only"
 """The ASGI extension of a request whose method was HEAD."""
-_SMALL = 64 * 1024
-"""Bytes of a body that is likely to arrive together with the head of its request."""
 _CLOSE_NOTIFY_S = 0.05
 """Seconds within which our own close_notify has been sent."""
 _DEFAULT = Bounds()
@@ -171,7 +169,7 @@ class Connection(HttpToolsProtocol):
         if head.is_last:
             self.cycle.keep_alive = False
             self._is_deaf = True
-        elif head.length > _SMALL:
+        elif head.length > self._bounds.small_bytes:
             self.flow.pause_reading()
             inlet: Any = Inlet(self, head.length, self._take_back)
             self.scope["extensions"] = {**self._extensions, INLET: inlet}

@@ -36,13 +36,17 @@ _SEPARATORS = 4
 @dataclass(frozen=True)
 class Bounds:
     """How long a head may be, and for how many seconds it may take to come, a connection may be idle, and its peer may
-    take nothing of an answer."""
+    take nothing of an answer.
+
+    small_bytes: of a body that is likely to arrive together with the head of its request; a larger one has an Inlet.
+    """
 
     head_bytes: int = 64 * 1024
     head_fields: int = 100
     head_seconds: float = 10.0
     idle_seconds: float = 60.0
     stall_seconds: float = 10.0
+    small_bytes: int = 64 * 1024
 
     @classmethod
     def of(cls, settings: Settings) -> Bounds:
