@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from freestep.answers import Pulled
 from freestep.api.models import AggregationSpec, Dtype, Point, PointDtype, Receipt
+from freestep.api.spec import Durability
 from freestep.cautions import Cautions
 from freestep.client import Client
 from freestep.connect import open_run
@@ -127,7 +128,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         shards: The number of shards that the run is created with, 1 to 256; None is 1. An existing run keeps its own.
         lease_ttl_ms: Milliseconds after which a worker that does not answer counts as gone, 100 to 3,600,000; None is
             30,000.
-        durability: "none" or "checkpoint", which is the default: after a crash the run returns to its last checkpoint.
+        durability: "none"; "checkpoint", which is the default: after a crash of the service the run returns to its last
+            checkpoint; or "journal": it returns to the last push that was acknowledged.
         push_dtype: "F32", "BF16" or "F16", the dtype in which gradients are sent; None is "F32".
         pull_dtype: "F32", "BF16", "F16" or "I8", the dtype in which parameters are received; None is "F32". With "F16",
             a value beyond 65504 is refused (DtypeOverflow). With "I8",
@@ -176,7 +178,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         worker: str | None = None,
         shards: int | None = None,
         lease_ttl_ms: int | None = None,
-        durability: Literal["none", "checkpoint"] | None = None,
+        durability: Durability | None = None,
         push_dtype: Dtype | None = None,
         pull_dtype: PointDtype | None = None,
         push_encoding: Literal["dense", "int8", "topk"] = "dense",

@@ -129,6 +129,11 @@ class Settings(BaseSettings):
     """Leases that a push token may have at once."""
     push_max_bytes_per_minute: Annotated[int, Field(gt=0)] | None = None
     """Bytes of tensors that a push token may send and receive in a minute at this service; by default without bound."""
+    journal_dir: Path | None = None
+    """Directory of the journals of runs with durability `journal`, on a disk of this host's; by default `journal` in
+    `data_dir`. A journal as long as `journal_max_bytes` ..."""
+    journal_max_bytes: Annotated[int, Field(ge=1024**2)] = 4 * 1024**3
+    """... brings the run's next checkpoint forward, behind which it is cut."""
     checkpoint_url: str | None = None
     """Place of checkpoints: a path, or an fsspec URL such as s3://bucket/folder."""
     redis_url: str | None = None
@@ -269,6 +274,10 @@ class Settings(BaseSettings):
     def proxy_addresses(self) -> list[str]:
         """The addresses and networks of `trusted_proxies`."""
         return _listed(self.trusted_proxies)
+
+    def journals(self) -> Path:
+        """Where journals are kept."""
+        return self.journal_dir or self.data_dir / "journal"
 
     def thread_count(self) -> int:
         """Threads for tensor arithmetic. More of them would spin against the event loop and each other."""

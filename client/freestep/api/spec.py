@@ -15,6 +15,7 @@ __all__ = [
     "MOST_GROUPS",
     "MOST_PARAMETERS",
     "MOST_SHARDS",
+    "Durability",
     "GroupOverrides",
     "ParameterSpec",
     "RunSpec",
@@ -31,6 +32,8 @@ MOST_GROUPS = 1024
 _MOST_DISTANCES = 2**20
 """The most distances between pushes, of 8 bytes each, that the shards of a run exchange for an update."""
 
+Durability = Literal["none", "checkpoint", "journal"]
+"""What survives a crash of the service."""
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 GroupOverrides = dict[str, Any]
@@ -86,8 +89,8 @@ class RunSpec(StrictModel):
     """Param groups by name, with the hyperparameters that differ from the run's."""
     lease_ttl_ms: Annotated[int, Field(strict=True, ge=100, le=3_600_000)] = 30_000
     """Milliseconds after which a lease ends that is not renewed."""
-    durability: Literal["none", "checkpoint"] = "checkpoint"
-    """What survives a crash: nothing, or the last checkpoint."""
+    durability: Durability = "checkpoint"
+    """What survives a crash: nothing, the last checkpoint, or every push that was acknowledged."""
     shards: Annotated[int, Field(strict=True, ge=1, le=MOST_SHARDS)] = 1
     """How many shards the run is created with."""
 

@@ -68,13 +68,27 @@ class RunOpening:
         run, shards, now = rest
         return RunView(_pairs(run), _pairs(shards), int(now))
 
-    async def gather(self, shards: int, generation: int | None = None, resharding: int | None = None) -> int:
+    async def gather(
+        self,
+        shards: int,
+        generation: int | None = None,
+        resharding: int | None = None,
+        exchange: tuple[int, int] | None = None,
+    ) -> int:
         """Closes the run to pushes until its shards have reported; returns the generation of the opening.
 
         generation: the one that is to end; where another has begun since, nothing is changed.
+        exchange: a round, and the entry behind which shards are to report what their journals have.
         """
         await self._list_run()
-        arguments = (*self._rules, shards, _or_empty(generation), _or_empty(resharding), *self._origin)
+        arguments = (
+            *self._rules,
+            shards,
+            _or_empty(generation),
+            _or_empty(resharding),
+            *self._origin,
+            " ".join(map(str, exchange or ())),
+        )
         (begun,) = await self._scripts.call("gather", *arguments)
         return int(begun)
 

@@ -15,7 +15,10 @@ from typing import Any
 from freestep_service.domain.records import CheckpointId, LogPosition
 from freestep_service.domain.run_view import RunView
 
-__all__ = ["Decision", "Report", "Waiting", "decide"]
+__all__ = ["Decision", "Report", "Waiting", "decide", "exchange"]
+
+_ROUNDS = 2
+"""How often shards report their journals' entries: once for the others to take them, and once with those taken."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Report:
     offers: Sequence[CheckpointId] = field(default_factory=tuple)
     problem: str | None = None
     """Why the state could not be written, where the run was to be divided anew."""
+    journaled: bool = False
+    """Whether the state holds all that was acknowledged, so that a Redis which knows of more was not."""
+    entries: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    """Entries of the shard's journal that other shards may lack, where they were asked for."""
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -46,6 +53,8 @@ class Report:
             None if closed is None else LogPosition(*closed),
             [CheckpointId(*offer) for offer in members["offers"]],
             members.get("problem"),
+            members.get("journaled", False),
+            members.get("entries", ()),
         )
 
     def to_json(self) -> str:
@@ -58,6 +67,8 @@ class Report:
                 "closed": self.closed,
                 "offers": offers,
                 "problem": self.problem,
+                "journaled": self.journaled,
+                "entries": list(self.entries),
             }
         )
 
@@ -104,7 +115,10 @@ def decide(standing: RunView, reports: Sequence[Report]) -> Decision:
     # All shards are at one place, and there is no newer epoch that they missed.
     if place is not None and place.epoch == newest and not is_recut:
         is_there = (known.epoch, known.seq) == (place.epoch, place.seq)
-        holds_on = all(report.live for report in reports) and (known.epoch, known.seq) <= (place.epoch, place.seq)
+        has_no_more = (known.epoch, known.seq) <= (place.epoch, place.seq)
+        # What Redis has beyond journals was acknowledged to nobody.
+        has_no_more |= all(report.journaled for report in reports)
+        holds_on = all(report.live for report in reports) and has_no_more
         if is_lost or is_there or holds_on:
             initialized = all(report.initialized or report.live is None for report in reports)
             return Decision(place.epoch, place, initialized, live=True)
@@ -119,3 +133,15 @@ def decide(standing: RunView, reports: Sequence[Report]) -> Decision:
     if any(report.offers for report in reports) or "durable" in standing.run:
         raise Waiting("no checkpoint can be read that has all shards in it")
     return Decision(newest + 1, None, initialized=False)
+
+
+def exchange(standing: RunView, reports: Sequence[Report]) -> tuple[int, int] | None:
+    """The round, and the entry behind which shards are to report what their journals have; None if that is no help.
+
+    What one shard's journal has of the log is decided: the others have their parts of it on disk.
+    """
+    places = [report.live for report in reports if report.live is not None and report.journaled]
+    if len(places) < len(reports) or len({place.epoch for place in places}) > 1 or len(set(places)) == 1:
+        return None
+    rounds = int(standing.run.get("exchange", "0 0").split()[0]) + 1
+    return (rounds, min(place.seq for place in places)) if rounds <= _ROUNDS else None

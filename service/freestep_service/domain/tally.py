@@ -33,6 +33,10 @@ class Tally(NamedTuple):
             None if staleness is None else float(staleness),
         )
 
+    def counting(self, decision: str) -> Tally:
+        """With one more push."""
+        return self._replace(**{decision: self.pushes[decision] + 1})
+
     @property
     def pushes(self) -> dict[str, int]:
         """The counts by decision."""

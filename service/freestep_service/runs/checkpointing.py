@@ -11,6 +11,7 @@ from dataclasses import replace
 from freestep.api.models import Checkpoint
 from freestep.errors import CoordinatorUnavailable, FreestepError, RunNotInitialized, ShardUnavailable
 from freestep_service.domain.records import CheckpointId, Fenced
+from freestep_service.domain.run_view import RunView
 from freestep_service.domain.tally import Tally
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
@@ -73,8 +74,12 @@ class Checkpointing:
         return (
             (last is None and self.failure is not None)
             or steps >= settings.checkpoint_steps
-            or (steps > 0 and now - at >= settings.checkpoint_seconds)
+            or (steps > 0 and (now - at >= settings.checkpoint_seconds or self._has_long_journal()))
         )
+
+    def _has_long_journal(self) -> bool:
+        journal = self._shards[0].core.journal
+        return journal is not None and journal.size >= self._context.settings.journal_max_bytes
 
     def give_up(self) -> None:
         """Waits for no other shard's part any longer."""
@@ -114,10 +119,13 @@ class Checkpointing:
 
     async def _write_whole(self) -> CheckpointId:
         core = self._shards.require(0).core
+        if core.journal is not None:
+            core.journal.mark()
         copy = await core.writer.run(core.shard.copy_state)
         identity = CheckpointId(copy.epoch, copy.step, copy.seq)
         size = await self.write(self._shards.require(0), copy)
         await self._disk.run(self._checkpoints.complete, identity)
+        self._cut_journals(identity)
         with suppress(CoordinatorUnavailable, Fenced):
             await self._coordinator.log.part_written(core.owner(), identity, size)
         return identity
@@ -189,9 +197,20 @@ class Checkpointing:
             return telemetry.tally
         return telemetry.tally._replace(loss=telemetry.loss, staleness=telemetry.staleness)
 
+    def note_durable(self, view: RunView) -> None:
+        """Cuts the journals behind the newest checkpoint, should its message not have come."""
+        if self._context.keeps_journal and (durable := view.run.get("durable")):
+            self._cut_journals(CheckpointId(*map(int, durable.split("-"))))
+
+    def _cut_journals(self, identity: CheckpointId) -> None:
+        for shard in self._shards:
+            if shard.core.journal is not None:
+                shard.core.journal.cut(identity)
+
     async def complete(self, identity: CheckpointId) -> None:
         """All parts of a checkpoint are on disk."""
         await self._disk.run(self._checkpoints.complete, identity)
+        self._cut_journals(identity)
         self._last = (identity.step, time.monotonic())
         if (waiter := self._durable.get(identity)) is not None and not waiter.done():
             waiter.set_result(None)

@@ -41,5 +41,10 @@ class RunContext:
 
     @property
     def keeps_checkpoints(self) -> bool:
-        """Whether the run's durability is that of checkpoints."""
-        return self.spec.durability == "checkpoint"
+        """Whether checkpoints of the run are written."""
+        return self.spec.durability != "none"
+
+    @property
+    def keeps_journal(self) -> bool:
+        """Whether what is acknowledged is on disk."""
+        return self.spec.durability == "journal"

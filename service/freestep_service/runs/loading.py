@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from freestep.errors import (
     CheckpointNotFound,
@@ -19,7 +20,7 @@ from freestep.errors import (
     StorageUnavailable,
 )
 from freestep_service.domain.norm_history import NormHistory
-from freestep_service.domain.opening import Decision, Report, Waiting, decide
+from freestep_service.domain.opening import Decision, Report, Waiting, decide, exchange
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Record, RunState
 from freestep_service.domain.reports import Reported
 from freestep_service.domain.run_view import RunView
@@ -29,6 +30,7 @@ from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.replay import recover
 from freestep_service.storage.checkpoints import Checkpoints, LoadedState
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.run_files import RunFile
@@ -40,6 +42,8 @@ logger = logging.getLogger("freestep")
 _CATCHING_UP_S = 3.0
 """Seconds for which a shard that stops for an opening waits for entries of the log that it has not got."""
 _POLL_S = 0.05
+_RECOVERED = 0
+"""The generation of a state that a shard has from its journal, before any opening."""
 
 
 class Loading:
@@ -88,6 +92,9 @@ class Loading:
             if len(places) == 1 and parsed[0].live is not None:
                 await opening.reshard(view.generation, shards)
                 return True
+        if (wanted := exchange(view, parsed)) is not None:
+            await opening.gather(self._shards.count, view.generation, exchange=wanted)
+            return True
         try:
             decision = decide(view, parsed)
         except Waiting as reason:
@@ -99,9 +106,12 @@ class Loading:
         """Where a shard stands, once it has taken what there is of the log."""
         core, writer = shard.core, shard.core.writer
         live, closed, problem = None, None, None
+        entries: list[dict[str, Any]] = []
         if writer.failure is not None:
             # Its state may be half changed.
             core.loaded = None
+        if core.journal is not None:
+            await self._settle_journal(shard, view)
         is_lost = "lost" in view.run or (view.number("epoch"), view.number("seq")) < writer.position
         if core.loaded is not None:
             if is_lost:
@@ -110,7 +120,10 @@ class Loading:
                 await self._take_all(shard, view.number("seq"))
             seq, step, _ = await writer.run(core.shard.position)
             live = CheckpointId(writer.epoch, step, seq)
-            if not is_lost and (live.epoch, live.seq) != (view.number("epoch"), view.number("seq")):
+            if core.journal is not None and "exchange" in view.run:
+                live, entries = await self._exchange(shard, view)
+            is_there = is_lost or (live.epoch, live.seq) == (view.number("epoch"), view.number("seq"))
+            if not is_there and (core.journal is None or live.epoch != view.number("epoch")):
                 # Entries of the log are missing here: from there it cannot go on.
                 live = core.loaded = None
             elif view.number("resharding") and core.initialized:
@@ -122,7 +135,44 @@ class Loading:
             if live is None:
                 closed = core.closed = core.closed or await self._take_closed(begin, end)
         epoch = max(self.newest_epoch, writer.epoch, (await self._stored())[0])
-        return Report(epoch, core.initialized, live, closed, offers, problem)
+        return Report(epoch, core.initialized, live, closed, offers, problem, core.journal is not None, entries)
+
+    async def _settle_journal(self, shard: LocalShard, view: RunView) -> None:
+        """Has a shard apply what is on disk: all that is in its journal where it holds no state, else what was written
+        last."""
+        core = shard.core
+        assert core.journal is not None
+        if core.loaded is not None:
+            with suppress(StorageUnavailable, ShardUnavailable):
+                await core.journal.flush()
+            return
+        newest = max(view.number("epoch"), self.newest_epoch, (await self._stored())[0])
+        if await recover(self._context, self._checkpoints, shard, newest):
+            core.loaded = _RECOVERED
+            # Else it would count at a later opening, whatever the journal has beyond it.
+            await self._disk.run(self._checkpoints.clear_closed, core.manifest.begin, core.manifest.end)
+
+    async def _exchange(self, shard: LocalShard, view: RunView) -> tuple[CheckpointId, list[dict[str, Any]]]:
+        """Takes what other shards' journals have beyond this one's; where it stands then, and what it has for them."""
+        core, writer = shard.core, shard.core.writer
+        assert core.journal is not None
+        after = int(view.run["exchange"].split()[1])
+        shared: dict[int, dict[str, Any]] = {}
+        for index in range(view.count):
+            _, _, report = (view.field(index, "report") or "").partition(" ")
+            if report:
+                shared |= {entry["seq"]: entry for entry in Report.from_json(report).entries}
+        for seq in sorted(shared):
+            if seq > writer.taken_seq and shared[seq]["epoch"] == writer.epoch and not shard.on_entry(shared[seq]):
+                logger.error("run %s: shard %d has no part of entry %d", self._context.name, shard.index, seq)
+                break
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CATCHING_UP_S):
+                while writer.has_gap or writer.taken_seq < writer.position.seq:
+                    await asyncio.sleep(_POLL_S)
+        await core.journal.flush()
+        seq, step, _ = await writer.run(core.shard.position)
+        return CheckpointId(writer.epoch, step, seq), await core.journal.entries(after)
 
     async def _take_closed(self, begin: int, end: int) -> LogPosition | None:
         """Where an orderly shutdown left a shard.
@@ -155,6 +205,10 @@ class Loading:
         """The checkpoints that a shard could be loaded from here, oldest first."""
         part = self._context.manifest.part(index, count)
         return await self._disk.run(self._checkpoints.offers, part.begin, part.end)
+
+    def note_durable(self, view: RunView) -> None:
+        """Notes the newest checkpoint that Redis knows to be on disk."""
+        self._checkpointing.note_durable(view)
 
     async def why_unreadable(self, index: int, count: int) -> str | None:
         """Why a shard that is in a checkpoint cannot be loaded here; None where it can."""
@@ -296,8 +350,9 @@ class Loading:
 
         False where the checkpoint is damaged, or the part is not held here.
         """
-        core, writer = shard.core, shard.core.writer
+        core, writer, journal = shard.core, shard.core.writer, shard.core.journal
         begin, end = core.manifest.begin, core.manifest.end
+        base: CheckpointId | None = None
         await core.prepare()
         if holds:
             seq, step, _ = await writer.run(core.shard.position)
@@ -313,11 +368,16 @@ class Loading:
                 await writer.load(core.shard.load, state, epoch)
                 self._keep_receipts(receipts)
                 seq, step = state.seq, state.step
+                base = None if upload else checkpoint
                 if core.index == 0:
                     self._context.telemetry.resumed(state.tally)
             else:
                 await writer.load(core.shard.clear)
                 self._context.receipts.clear()
+        if journal is not None and holds and journal.epoch == epoch:
+            journal.back_to(seq)
+        elif journal is not None:
+            await journal.begin(epoch, base, seq)
         core.closed = None
         core.initialized = initialized
         writer.resume(epoch, seq, step)

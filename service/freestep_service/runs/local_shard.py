@@ -9,8 +9,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from freestep.api.models import PointDtype, Receipt
 from freestep.errors import InvalidSpec, StepNotReached
+from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Claim, Record
 from freestep_service.domain.reports import Measured
 from freestep_service.runs.consistent_reads import ConsistentReads, Reading
@@ -20,11 +23,14 @@ from freestep_service.runs.initial_weights import InitialWeights
 from freestep_service.runs.pushes import Pushes, PushOptions
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
+from freestep_service.runs.shard_journal import JournaledBody
 from freestep_service.runs.state_exports import StateExports
 from freestep_service.state.log import Entry
+from freestep_service.state.push_entry import committed_push
 from freestep_service.state.shard import StateCopy
 from freestep_service.state.snapshots import PointBody
 from freestep_service.state.staging import Body
+from freestep_service.storage.journal_reader import JournaledPart
 
 __all__ = ["LocalShard", "Outcome"]
 
@@ -73,6 +79,8 @@ class LocalShard:
         self._pushes = Pushes(context, recovery, core, self._reads.take_sent)
         self._distances = DistanceReports(context, recovery, core)
         self._on_mark = on_mark
+        self._restoring: set[str] = set()
+        """The keys of pushes that are being read from the journal."""
         core.writer.on_taken = self._on_taken
         core.writer.on_failure = lambda: recovery.reopen("an update failed")
 
@@ -168,7 +176,8 @@ class LocalShard:
             return True
         writer.note(epoch, seq)
         if "key" in entry:
-            return self._pushes.committed(entry["key"], Record.from_json(entry["record"]), reads)
+            record = Record.from_json(entry["record"])
+            return self._pushes.committed(entry["key"], record, reads, entry) or self._find(entry)
         measured = entry.get("measured")
         writer.submit(
             Entry(
@@ -177,10 +186,40 @@ class LocalShard:
                 advance=entry["advance"],
                 reads=reads,
                 checkpoint=bool(entry.get("checkpoint")),
+                members=entry,
                 measured=measured and Measured(measured["name"], measured["step"], float(measured["value"])),
             )
         )
         return True
+
+    def _find(self, entry: dict[str, Any]) -> bool:
+        """Whether a push whose request is gone is in the journal; it is taken from there then."""
+        journal, key = self.core.journal, entry["key"]
+        part = journal.find(key) if journal is not None else None
+        if part is not None and key not in self._restoring:
+            self._restoring.add(key)
+            task = self._context.background.spawn(
+                self.restore(entry, part), f"entry {entry['seq']} was not read from the journal"
+            )
+            task.add_done_callback(lambda _: self._restoring.discard(key))
+        return part is not None
+
+    async def restore(self, entry: dict[str, Any], part: JournaledPart | None) -> None:
+        """Takes an entry of the log that is in the journal, or whose push is. Raises Damaged, OSError, Overloaded."""
+        if "key" not in entry:
+            self.on_entry({name: value for name, value in entry.items() if name not in ("checkpoint", "cuts")})
+            return
+        context, staging, staged = self._context, self.core.staging, None
+        record = Record.from_json(entry["record"])
+        if part is not None and record.decision != "dropped":
+            vector = await staging.pool.acquire(context.settings.queue_seconds)
+            body = JournaledBody(part, context.resources.disk)
+            staged = await staging.receive(body, vector, accepted_encodings(context.spec.aggregation))
+        claim = Claim("", 0, 0, entry["key"]) if part is None else part.claim
+        distances = torch.tensor(entry["distances"], dtype=torch.float64) if "distances" in entry else None
+        self.core.writer.submit(
+            committed_push(context.spec, claim, staged, record, {}, members=entry, distances=distances)
+        )
 
     def _on_taken(self, entry: Entry) -> None:
         """The next work of the writer sees the state that the entry leaves."""
@@ -188,6 +227,8 @@ class LocalShard:
             self._reads.take(entry)
             self._exports.take(entry)
         if entry.checkpoint:
+            if self.core.journal is not None:
+                self.core.journal.mark()
             self._on_mark(self, self.core.writer.call(self.core.shard.copy_state))
 
     def on_dropped(self, key: str, record: Record) -> None:
@@ -224,3 +265,5 @@ class LocalShard:
         self._weights.close()
         await self.core.writer.close()
         await self._distances.close()
+        if self.core.journal is not None:
+            await self.core.journal.close()

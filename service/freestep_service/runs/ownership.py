@@ -139,6 +139,7 @@ class Ownership:
                 view = await self._heartbeat()
                 continue
             if view.phase == "open":
+                self._loading.note_durable(view)
                 self._watch_gap()
                 await self._even_out(view)
             break

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 from freestep.errors import (
     PROBLEMS,
@@ -26,6 +27,7 @@ from freestep.errors import (
     MalformedTensors,
     NonFiniteGradient,
     Overloaded,
+    ProblemError,
     ShardUnavailable,
 )
 from freestep_service.domain.aggregation import accepted_encodings
@@ -36,9 +38,9 @@ from freestep_service.runs.lanes import Lanes
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
 from freestep_service.state.buffers import Vector
-from freestep_service.state.log import Entry
-from freestep_service.state.push_entry import largest_norm, push_entry, require_usable
+from freestep_service.state.push_entry import committed_push, largest_norm, require_usable
 from freestep_service.state.staging import Body, Staged
+from freestep_service.storage.journal import PartWriter
 
 __all__ = ["PushOptions", "Pushes"]
 
@@ -81,7 +83,10 @@ class Pushes:
         self._closed = False
 
     async def push(self, claim: Claim, body: Body, options: PushOptions = PushOptions()) -> tuple[Record, bool]:
-        """The decision on a push, applied, and whether it had been decided before."""
+        """The decision on a push, applied, and whether it had been decided before.
+
+        Under durability `journal`, both are on disk by then.
+        """
         self._require_sound()
         while (earlier := self._flights.get(claim.key)) is not None:
             if earlier.fingerprint != claim.fingerprint():
@@ -167,13 +172,19 @@ class Pushes:
         if flight := self._flights.get(key):
             flight.decide(record, None)
 
-    def committed(self, key: str, record: Record, reads: Mapping[str, str]) -> bool:
-        """A push has a place in the log: gives its entry to the writer. False where its gradient is not here."""
+    def committed(
+        self, key: str, record: Record, reads: Mapping[str, str], members: Mapping[str, Any] | None = None
+    ) -> bool:
+        """A push has a place in the log: gives its entry to the writer. False where its gradient is not here.
+
+        members: the entry as Redis has it.
+        """
         flight = self._flights.get(key)
         if flight is None or flight.staged is None:
             return False
         staged, flight.staged = flight.staged, None
-        flight.decide(record, self._core.writer.submit(self._entry(flight.claim, staged, record, reads)))
+        entry = committed_push(self._spec, flight.claim, staged, record, reads, members)
+        flight.decide(record, self._core.writer.submit(entry))
         return True
 
     # The way
@@ -244,7 +255,8 @@ class Pushes:
                 if vector is None:
                     vector = await self._turn(claim, flight, began, queued=queued)
                 encodings = accepted_encodings(self._spec.aggregation)
-                staged = await staging.receive(body, vector, encodings, lambda: self._yield_slot(claim))
+                copy = await self._journaled(claim, body, vector)
+                staged = await staging.receive(body, vector, encodings, lambda: self._yield_slot(claim), copy)
             finally:
                 lanes.leave(claim.lease)
             require_usable(self._spec, staged.norm)
@@ -252,12 +264,28 @@ class Pushes:
         except BaseException as error:
             if staged is not None:
                 staged.hold.release()
+                self._forget_part(claim)
             with suppress(CoordinatorUnavailable):
                 if isinstance(error, MalformedTensors | NonFiniteGradient):
                     await self._coordinator.discard(claim, self._core.index, error.slug, error.detail)
                 else:
                     await self._coordinator.discard(claim, self._core.index)
             raise
+
+    async def _journaled(self, claim: Claim, body: Body, vector: Vector) -> PartWriter | None:
+        """Where a body is copied to while it comes. Raises StorageUnavailable, with the vector given back."""
+        if (journal := self._core.journal) is None:
+            return None
+        try:
+            return await journal.part(claim, body.length, self._settings.queue_seconds)
+        except BaseException:
+            self._core.staging.pool.release(vector)
+            raise
+
+    def _forget_part(self, claim: Claim) -> None:
+        """Forgets a push that has not counted."""
+        if self._core.journal is not None:
+            self._core.journal.forget(claim.key)
 
     def _yield_slot(self, claim: Claim) -> None:
         """The push's sender is slow, and its memory is counted apart: another push may have its slot."""
@@ -285,10 +313,15 @@ class Pushes:
         """Commits and applies. Redis is asked until it answers: what it decided must not stay unknown."""
         record = None
         try:
+            if self._core.journal is not None and self._core.is_sharded:
+                # What the last part decides, the others have on disk.
+                await self._core.journal.flush()
             decision = await self._decide(claim, flight, options)
             record = decision.record
             if decision.applied is not None:
                 await asyncio.shield(decision.applied)
+            elif not record.seq:
+                self._forget_part(claim)
             return record
         except Lost:
             self._forget(claim, record)
@@ -296,6 +329,9 @@ class Pushes:
             raise ShardUnavailable(detail) if self._core.is_sharded else LeaseExpired(detail) from None
         except ShardUnavailable:
             self._forget(claim, record)
+            raise
+        except ProblemError:
+            self._forget_part(claim)
             raise
         finally:
             flight.give_back()
@@ -340,7 +376,7 @@ class Pushes:
                 self._receipts.remember(claim.key, record, evicted)
                 if not record.seq:
                     return Decision(record, None)
-                self.committed(claim.key, record, {})
+                self.committed(claim.key, record, {}, self._members(claim.key, record, evicted))
                 return flight.decided.result()
             # The order of several shards' decisions, and the reads that go with them, are in the log.
             if await self._hears(flight, _SILENCE_S):
@@ -356,24 +392,19 @@ class Pushes:
         await asyncio.wait([flight.decided], timeout=seconds)
         return flight.decided.done()
 
-    def _entry(self, claim: Claim, staged: Staged, record: Record, reads: Mapping[str, str]) -> Entry:
-        return push_entry(
-            self._spec,
-            None if record.decision == "dropped" else staged.tensors,
-            float(record.norm),
-            bound=None if record.bound is None else float(record.bound),
-            staleness=record.staleness,
-            live=record.live,
-            samples=claim.samples,
-            loss=claim.loss,
-            seq=record.seq,
-            epoch=record.epoch,
-            advance=record.decision == "applied",
-            hold=staged.hold,
-            worker=record.worker,
-            is_outlier=record.is_outlier,
-            reads=reads,
-        )
+    def _members(self, key: str, record: Record, evicted: Sequence[str]) -> Mapping[str, Any] | None:
+        """The entry of a push, as Redis has it, for the journal."""
+        if self._core.journal is None:
+            return None
+        return {
+            "epoch": record.epoch,
+            "seq": record.seq,
+            "step": record.step,
+            "advance": record.decision == "applied",
+            "key": key,
+            "record": record.to_json(),
+            "evicted": list(evicted),
+        }
 
 
 async def _comes(event: asyncio.Event, seconds: float = _SILENCE_S) -> bool:

@@ -51,6 +51,7 @@ from freestep_service.state.buffers import VectorPool
 from freestep_service.state.compute import uninterrupted
 from freestep_service.state.staging import Body, Staging
 from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.journal import remove_journals
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Run"]
@@ -226,7 +227,10 @@ class Run:
     async def initialize(self, shard: LocalShard, body: Body, upload: str | None) -> None:
         """Takes a shard's part of the initial weights. Raises AlreadyInitialized for all but the first upload."""
         await shard.initialize(body, upload or secrets.token_hex(16))
-        if shard.index == 0 and self._context.keeps_checkpoints:
+        if shard.index == 0 and self._context.keeps_journal:
+            # Acknowledged weights are on disk, too.
+            await self._checkpointing.write_now()
+        elif shard.index == 0 and self._context.keeps_checkpoints:
             await self._checkpointing.write_or_retry()
 
     @asynccontextmanager
@@ -428,4 +432,5 @@ class Run:
             with suppress(StorageUnavailable):
                 await self._deletions.note_here(last)
                 await self._context.resources.disk.run(self._checkpoints.remove_until, last)
+        await self._context.resources.disk.run(remove_journals, self._context.settings.journals() / self.name)
         self._context.telemetry.forget()

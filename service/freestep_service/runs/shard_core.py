@@ -11,6 +11,7 @@ from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import LogPosition, Owner
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.shard_journal import ShardJournal
 from freestep_service.state.bodies import room
 from freestep_service.state.buffers import VectorPool
 from freestep_service.state.memory_budget import snapshot_vectors
@@ -18,6 +19,7 @@ from freestep_service.state.shard import Shard
 from freestep_service.state.snapshots import Snapshots
 from freestep_service.state.staging import Staging, staging_vectors
 from freestep_service.state.writer import Writer
+from freestep_service.storage.part_manifest import part_name
 
 __all__ = ["ShardCore"]
 
@@ -41,7 +43,14 @@ class ShardCore:
         device = _device(resources.device, index)
         bytes_ = room(self.manifest)
         self.shard = Shard(context.spec, self.manifest, device, bytes_, is_part=self.is_sharded)
-        self.writer = Writer(self.shard, f"run {context.name}, shard {index}", resources.locks)
+        self.journal: ShardJournal | None = None
+        """Where its pushes are kept from before they are acknowledged until a checkpoint is written."""
+        if context.keeps_journal:
+            part = part_name(self.manifest.begin, self.manifest.end)
+            directory = settings.journals() / context.name / part
+            self.journal = ShardJournal(directory, context.name, context.origin.id, resources.disk)
+        record = self.journal.record if self.journal is not None else None
+        self.writer = Writer(self.shard, f"run {context.name}, shard {index}", resources.locks, record)
         vectors = staging_vectors(Policy.of(context.spec.aggregation), count)
         bodies = VectorPool(self.manifest.numel, vectors, device=device, reserve=resources.reserve)
         self.staging = Staging(self.manifest, bodies, resources.locks, settings.slow_bytes_per_second)

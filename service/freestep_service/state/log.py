@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -55,6 +56,8 @@ class Entry:
     loss: float = 0.0
     norm: float | None = None
     is_outlier: bool = False
+    members: Mapping[str, Any] | None = field(default=None, repr=False)
+    """The entry as Redis has it, for the journal; None where there is none, or it is there already."""
     reads: Mapping[str, str] = field(default_factory=dict)
     """Ticket -> "POINT DTYPE", and the shard where only one is asked: the points to copy after this entry."""
     checkpoint: bool = False
@@ -70,15 +73,19 @@ class Log:
     """Which entries a shard has heard of, holds and has taken, in one epoch.
 
     needs_distances: whether an entry that makes an update is taken with the distances between its pushes only.
+    is_recorded: whether entries are taken only once they are in a journal.
     """
 
-    def __init__(self, *, needs_distances: bool = False) -> None:
+    def __init__(self, *, needs_distances: bool = False, is_recorded: bool = False) -> None:
         self.epoch = 0
         """The epoch whose entries are taken."""
         self.known_seq = 0
         """The newest entry heard of in this epoch."""
         self._next_seq = 1
         self._needs_distances = needs_distances
+        self._is_recorded = is_recorded
+        self._sent_seq = self._recorded_seq = 0
+        """The newest entry that was handed to the journal, and the newest that is in it."""
         self._paused = True
         self._held: dict[tuple[int, int], Entry] = {}
 
@@ -135,18 +142,36 @@ class Log:
         while not self._paused and (entry := self._held.get((self.epoch, self._next_seq))):
             if self._needs_distances and self._waits(entry):
                 return
+            if self._is_recorded and self._recorded_seq < self._next_seq:
+                return
             del self._held[self.epoch, self._next_seq]
             self._next_seq += 1
             self.note(entry.epoch, entry.seq)
             yield entry
 
+    def unrecorded(self) -> Iterator[Entry]:
+        """The held entries that are next to be recorded, each once."""
+        while not self._paused and (entry := self._held.get((self.epoch, self._sent_seq + 1))):
+            if self._needs_distances and self._waits(entry):
+                return
+            self._sent_seq += 1
+            yield entry
+
+    def recorded(self, seq: int) -> None:
+        """The entries up to one are in the journal."""
+        self._recorded_seq = seq
+
     def pause(self) -> None:
         """Takes no entries until `resume`; those that come are held."""
         self._paused = True
 
-    def resume(self, epoch: int, seq: int) -> list[Entry]:
-        """Goes on after entry `seq` of an epoch; returns the held entries that can never be taken."""
+    def resume(self, epoch: int, seq: int, recorded_seq: int = 0) -> list[Entry]:
+        """Goes on after entry `seq` of an epoch; returns the held entries that can never be taken.
+
+        recorded_seq: the newest entry that is in the journal already.
+        """
         self._paused = False
+        self._sent_seq = self._recorded_seq = max(seq, recorded_seq)
         self.epoch, self.known_seq, self._next_seq = epoch, seq, seq + 1
         for held_epoch, held_seq in self._held:
             self.note(held_epoch, held_seq)

@@ -5,15 +5,18 @@ The law of this file: no IO, no clock, no lock.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from freestep.api.models import RunSpec
 from freestep.errors import NonFiniteGradient
 from freestep_service.domain.aggregation import damping, lateness
+from freestep_service.domain.records import Claim, Record
 from freestep_service.optimizers import Pushed
 from freestep_service.state.log import Entry
+from freestep_service.state.staging import Staged
 
-__all__ = ["largest_norm", "push_entry", "require_usable"]
+__all__ = ["committed_push", "largest_norm", "push_entry", "require_usable"]
 
 _LARGEST_NORM = 2.0**63
 """A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
@@ -66,5 +69,39 @@ def push_entry(
         live=live,
         loss=loss or 0.0,
         norm=norm,
+        **others,
+    )
+
+
+def committed_push(
+    spec: RunSpec,
+    claim: Claim,
+    staged: Staged | None,
+    record: Record,
+    reads: Mapping[str, str],
+    members: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> Entry:
+    """The entry of a push, from its claim, its gradient and its record; it owns the gradient's memory.
+
+    staged: None where the push was dropped. members: the entry as Redis has it. others: as `Entry` has them.
+    """
+    return push_entry(
+        spec,
+        None if staged is None or record.decision == "dropped" else staged.tensors,
+        float(record.norm),
+        bound=None if record.bound is None else float(record.bound),
+        staleness=record.staleness,
+        live=record.live,
+        samples=claim.samples,
+        loss=claim.loss,
+        seq=record.seq,
+        epoch=record.epoch,
+        advance=record.decision == "applied",
+        hold=None if staged is None else staged.hold,
+        worker=record.worker,
+        is_outlier=record.is_outlier,
+        reads=reads,
+        members=members,
         **others,
     )

@@ -37,6 +37,39 @@ class Body(Protocol):
         """Reads the body for its digest alone. Raises MalformedRequest."""
 
 
+class Copy(Protocol):
+    """Takes a copy of a body while it comes: a part of a journal, see storage/journal.py."""
+
+    def write(self, piece: memoryview) -> None:
+        """Takes the next bytes, which do not change until `written` has told."""
+
+    def written(self, done: Callable[[Exception | None], None]) -> bool:
+        """Whether the memory of the bytes may change now; else `done` tells when it may."""
+
+    def finish(self, digest: str) -> None:
+        """All of the body has come."""
+
+    def abandon(self) -> None:
+        """The body has not come, or is refused."""
+
+
+class _Copied:
+    """A sink of whose bytes a copy is taken."""
+
+    def __init__(self, sink: Sink, copy: Copy) -> None:
+        self._sink = sink
+        self._copy = copy
+        self._buffer = memoryview(b"")
+
+    def get_buffer(self) -> memoryview:
+        self._buffer = self._sink.get_buffer()
+        return self._buffer
+
+    def buffer_updated(self, size: int) -> None:
+        self._sink.buffer_updated(size)
+        self._copy.write(self._buffer[:size])
+
+
 @dataclass(frozen=True, eq=False)
 class Staged:
     """A body that was received, in the memory of a vector.
@@ -78,10 +111,12 @@ class Staging:
         vector: Vector,
         encodings: Collection[str] = ("dense",),
         on_slow: Callable[[], None] = lambda: None,
+        copy: Copy | None = None,
     ) -> Staged:
         """Receives a body's tensors into a vector of the pool, which is given back where this raises.
 
-        on_slow: called once when the vector is counted with those of slow peers. Raises MalformedTensors,
+        on_slow: called once when the vector is counted with those of slow peers. copy: takes the body as it comes, and
+        is finished, or abandoned where this raises. Raises MalformedTensors,
         MalformedRequest, and Overloaded where the peer is slow and others need the memory.
         """
         loop = asyncio.get_running_loop()
@@ -90,6 +125,8 @@ class Staging:
             receiver = Receiver(self._manifest, vector.bytes, body.length, encodings=encodings)
         except BaseException:
             self.pool.release(vector)
+            if copy is not None:
+                copy.abandon()
             raise
         transfer = Transfer(
             lambda: body.length - receiver.missing,
@@ -101,14 +138,18 @@ class Staging:
         hold = Hold(self.pool, vector, transfer)
         try:
             async with bound:
-                digest = await body.receive_into(receiver)
+                digest = await body.receive_into(receiver if copy is None else _Copied(receiver, copy))
+            if copy is not None:
+                await _written(copy)
             tensors, norm = await self._decode(vector, receiver)
+            if copy is not None:
+                copy.finish(digest)
         except TimeoutError:
-            hold.release()
+            _give_up(hold, copy)
             speed = f"{transfer.speed:.0f} bytes/s"
             raise Overloaded(f"the body came at {speed}, and others waited for its memory") from None
         except BaseException:
-            hold.release()
+            _give_up(hold, copy)
             raise
         finally:
             transfer.end = lambda: None
@@ -120,3 +161,20 @@ class Staging:
         # What a GPU decodes has a stream of its own there, and need not wait until others have computed.
         decode = self._locks.exclusive(HOST, decode_and_measure) if vector.device == HOST else decode_and_measure
         return await uninterrupted(self._locks.decoding(decode, vector, self._manifest, receiver))
+
+
+async def _written(copy: Copy) -> None:
+    """Returns when the memory of a body may change: decoding does that. Raises what writing failed with."""
+    done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+    if not copy.written(lambda error: done.set_result(error) if not done.done() else None) and (error := await done):
+        raise error
+
+
+def _give_up(hold: Hold, copy: Copy | None) -> None:
+    """Gives back the memory of a body, once no copy is taken of it any more."""
+    if copy is None:
+        hold.release()
+        return
+    copy.abandon()
+    if copy.written(lambda _: hold.release()):
+        hold.release()

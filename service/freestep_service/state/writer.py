@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -34,7 +35,8 @@ T = TypeVar("T")
 class Writer:
     """Applies log entries to a shard, in order, on one thread.
 
-    The memory of an entry is given back when it has been applied, or never can be. name: for the log.
+    The memory of an entry is given back when it has been applied, or never can be. name: for the log. record: writes
+    an entry to the shard's journal, and tells when it is on disk; before that it is not applied.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Writer:
         shard: Shard,
         name: str,
         locks: DeviceLocks,
+        record: Callable[[Entry, Callable[[Exception | None], None]], None] | None = None,
     ) -> None:
         self.shard = shard
         self.era = 0
@@ -58,7 +61,9 @@ class Writer:
         """Called for an entry that waits, with this shard's part of its distances and its outcome."""
         self._name = name
         self._locks = locks
-        self._log = Log(needs_distances=shard.needs_distances)
+        self._record = record
+        self._resumptions = 0
+        self._log = Log(needs_distances=shard.needs_distances, is_recorded=record is not None)
         self._closed = False
         self._applied: dict[tuple[int, int], asyncio.Future[None]] = {}
         """The outcome of each entry that was submitted and is not yet applied."""
@@ -126,6 +131,9 @@ class Writer:
         return future
 
     def _take(self) -> None:
+        if self._record is not None:
+            for entry in self._log.unrecorded():
+                self._record(entry, partial(self._recorded, entry, self._resumptions))
         for entry in self._log.take():
             work = self._begin(self._work_on, self.shard.apply, entry)
             self._under_way.add(work)
@@ -133,6 +141,17 @@ class Writer:
             self.on_taken(entry)
         if self.shard.needs_distances and (awaiting := self._log.awaiting) is not None:
             self._measure(awaiting)
+
+    def _recorded(self, entry: Entry, resumptions: int, error: Exception | None) -> None:
+        """An entry is in the journal, or could not be written."""
+        if resumptions != self._resumptions or self._closed:
+            return
+        if error is None:
+            self._log.recorded(entry.seq)
+            self._take()
+        elif self.failure is None:
+            self.failure = error
+            self._fail(entry, error)
 
     def _work_on(self, function: Callable[[Entry], T], entry: Entry) -> T:
         """On the writer's thread."""
@@ -219,10 +238,14 @@ class Writer:
             self.era += 1
             self._lose(self._log.drop_held())
 
-    def resume(self, epoch: int, seq: int, step: int) -> None:
-        """Goes on after entry `seq` of an epoch; held entries of other epochs are Lost."""
+    def resume(self, epoch: int, seq: int, step: int, recorded_seq: int = 0) -> None:
+        """Goes on after entry `seq` of an epoch; held entries of other epochs are Lost.
+
+        recorded_seq: the newest entry that is in the journal already.
+        """
         self.applied_step = step
-        self._lose(self._log.resume(epoch, seq))
+        self._resumptions += 1
+        self._lose(self._log.resume(epoch, seq, recorded_seq))
         self._take()
         self._wake(lambda _: True)
 

@@ -22,13 +22,15 @@ for worker, pushes in pairs(cjson.decode(ARGV[12])) do
   redis.call('HSET', GROUP, worker, pushes)
   grouped = grouped + pushes
 end
-redis.call('HDEL', RUN, 'lost', 'initializing', 'resharding', 'recut')
+redis.call('HDEL', RUN, 'lost', 'initializing', 'resharding', 'recut', 'exchange')
 redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
   'slack', ARGV[5], 'bounds', ARGV[6], 'shards', ARGV[7], 'epoch', ARGV[8], 'step', ARGV[9], 'seq', ARGV[10],
   'initialized', ARGV[11], 'grouped', grouped, 'in_flight', 0, 'target', ARGV[15], 'norms', ARGV[18],
   'outliers', ARGV[19], 'banned', ARGV[20])
 -- The log begins anew, so what was applied of the old one says nothing about it.
-for shard = 0, tonumber(ARGV[7]) - 1 do redis.call('HDEL', SHARDS, shard .. ':applied_seq') end
+for shard = 0, tonumber(ARGV[7]) - 1 do
+  redis.call('HDEL', SHARDS, shard .. ':applied_seq', shard .. ':report')
+end
 redis.call('HSETNX', RUN, 'created_ms', text(clock()))
 local upload = cjson.decode(ARGV[15]).upload
 if upload then redis.call('HSET', RUN, 'upload', upload) end

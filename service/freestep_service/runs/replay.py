@@ -1,0 +1,86 @@
+"""A shard's way back after its process has ended: the newest checkpoint, then its journal, entry by entry.
+
+The law of this file: a replayed entry is applied as it was the first time, by the same writer, from the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from freestep.errors import ShardUnavailable
+from freestep_service.domain.records import CheckpointId, Record
+from freestep_service.domain.tally import Tally
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.local_shard import LocalShard
+from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.journal_reader import JournalContents
+
+__all__ = ["recover"]
+
+logger = logging.getLogger("freestep")
+
+
+async def recover(context: RunContext, checkpoints: Checkpoints, shard: LocalShard, newest_epoch: int) -> bool:
+    """Brings a shard to the newest entry of its journal; whether that is where it stands now.
+
+    newest_epoch: of the run, as far as is known: a journal of an earlier one has nothing to add. Raises Damaged where
+    entries of the journal cannot be applied, which nobody may decide to lose but its owner, and OSError.
+    """
+    core, disk = shard.core, context.resources.disk
+    assert core.journal is not None
+    contents = await core.journal.read()
+    if contents.epoch == 0 or contents.epoch < newest_epoch:
+        return False
+    begin, end = core.manifest.begin, core.manifest.end
+    offers = await disk.run(checkpoints.offers, begin, end)
+    if any(offer.epoch > contents.epoch for offer in offers):
+        return False
+    for checkpoint in [offer for offer in reversed(offers) if contents.follows(offer)]:
+        try:
+            loaded = await disk.run(checkpoints.load, checkpoint, begin, end)
+        except Damaged:
+            continue
+        await core.prepare()
+        core.writer.pause()
+        await core.writer.load(core.shard.load, loaded.state, contents.epoch)
+        context.receipts.clear()
+        context.receipts.update(loaded.receipts)
+        core.initialized = True
+        core.journal.go_on()
+        newest = contents.entries[-1].seq if contents.entries else checkpoint.seq
+        core.writer.resume(contents.epoch, checkpoint.seq, checkpoint.step, newest)
+        tally = await _replay(context, shard, contents, checkpoint, loaded.state.tally)
+        if core.index == 0:
+            context.telemetry.resumed(tally)
+        return True
+    if contents.entries:
+        first = contents.entries[0].seq
+        raise Damaged(
+            f"the journal of shard {core.index} goes on from entry {first} of epoch {contents.epoch}, and no "
+            "checkpoint before it can be read: bring that back, or `freestep journal repair --discard` gives the "
+            "journal up"
+        )
+    return False
+
+
+async def _replay(
+    context: RunContext, shard: LocalShard, contents: JournalContents, checkpoint: CheckpointId, tally: Tally
+) -> Tally:
+    """Applies the entries behind a checkpoint; what is counted of the run's pushes with them."""
+    writer, entries = shard.core.writer, contents.after(checkpoint.seq)
+    for entry in entries:
+        if "key" in entry.members:
+            record = Record.from_json(entry.members["record"])
+            tally = tally.counting(record.decision)
+            context.receipts.remember(entry.members["key"], record, entry.members["evicted"] or ())
+        await shard.restore(entry.members, entry.part)
+        if writer.failure is not None:
+            raise ShardUnavailable(f"entry {entry.seq} of the journal cannot be applied: {writer.failure}")
+    await writer.run(shard.core.shard.position)
+    if entries or contents.torn:
+        logger.warning(
+            "run %s: shard %d has replayed %d entries behind its checkpoint of step %d",
+            context.name, shard.index, len(entries), checkpoint.step,
+        )  # fmt: skip
+    return tally

@@ -1,0 +1,135 @@
+"""The format of a journal's segments: frames, one behind the other.
+
+    offset  bytes
+    0       4      b"fsj1"
+    4       1      kind, as in `Kind`; the next three bytes are zero
+    8       4      length of the head
+    12      4      zero
+    16      8      length of the body
+    24      8      where the segment's frames ended that were known to be on disk when this one was written
+    32      8      XXH3-64 of the 32 bytes before and of the head, seeded with the segment's salt
+    40             the head (JSON), then the body
+
+Integers are little-endian. A segment begins with a frame of kind BEGIN, whose own salt is 0 and whose head names that
+of the others: a body that is made to look like frames does not know it.
+
+A frame that fails its checks is the end of a *torn tail*, which nobody was answered for, unless a frame behind it says
+that this place was on disk: then the segment is *damaged*.
+
+The law of this file: no IO. Whatever bytes it is given, it ends with frames, and says where they end and why.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from mmap import mmap
+from typing import Any, NamedTuple
+
+import xxhash
+
+__all__ = ["HEADER", "MAGIC", "Frame", "Kind", "Tail", "encode_frame", "scan"]
+
+MAGIC = b"fsj1"
+HEADER = 40
+"""Bytes of a frame before its head."""
+_FIELDS = struct.Struct("<4sB3xIxxxxQQ")
+_CHECKSUM = struct.Struct("<Q")
+_LONGEST_HEAD = 16 * 1024**2
+
+
+class Kind(IntEnum):
+    """What a frame tells."""
+
+    BEGIN = 1
+    """The segment: its number, salt and shard, and the state that its first entries follow."""
+    PART = 2
+    """The shard's part of a push: its claim, and the body as it came. A body that is still coming has no digest."""
+    STAGED = 3
+    """The digest of a PART before, by its place: all of its body has come."""
+    ENTRY = 4
+    """An entry of the run's log."""
+    BACK = 5
+    """The shard goes on after an entry: those behind it, so far, are void."""
+
+
+class Frame(NamedTuple):
+    """A frame of a segment. at: where it begins. body, end: where its body begins and ends."""
+
+    kind: Kind
+    at: int
+    body: int
+    end: int
+    head: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Where a segment's sound frames end, and up to where its frames were on disk once, as far as they tell."""
+
+    end: int
+    durable: int = 0
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether frames are lost that were on disk."""
+        return self.durable > self.end
+
+
+def encode_frame(kind: Kind, head: Mapping[str, Any], body_length: int, durable: int, salt: int) -> bytes:
+    """A frame up to its body. durable: where the segment's frames end that are on disk."""
+    text = json.dumps(head, separators=(",", ":")).encode()
+    fields = _FIELDS.pack(MAGIC, kind, len(text), body_length, durable)
+    return b"".join((fields, _CHECKSUM.pack(_checksum(fields, text, salt)), text))
+
+
+def scan(memory: memoryview | mmap) -> Iterator[Frame | Tail]:
+    """The sound frames of a segment, in order; the last item is the `Tail`."""
+    size, at, salt, durable = len(memory), 0, 0, 0
+    while (found := _frame_at(memory, at, size, salt)) is not None:
+        frame, noted = found
+        if (frame.kind == Kind.BEGIN) != (at == 0):
+            break
+        if at == 0:
+            salt = int(frame.head["salt"])
+        durable = max(durable, noted)
+        yield frame
+        at = frame.end
+    for later in _candidates(memory, at + 1):
+        if (found := _frame_at(memory, later, size, salt)) is not None:
+            durable = max(durable, found[1])
+    yield Tail(at, durable)
+
+
+def _candidates(memory: memoryview | mmap, begin: int) -> Iterator[int]:
+    """Where frames may begin."""
+    data = memory if isinstance(memory, mmap) else bytes(memory)
+    at = data.find(MAGIC, begin)
+    while at >= 0:
+        yield at
+        at = data.find(MAGIC, at + 1)
+
+
+def _frame_at(memory: memoryview | mmap, at: int, size: int, salt: int) -> tuple[Frame, int] | None:
+    """The frame that begins at a place, and what it says is on disk; None where there is no sound one."""
+    if at + HEADER > size:
+        return None
+    fields = bytes(memory[at : at + _FIELDS.size])
+    magic, kind, head_length, body_length, durable = _FIELDS.unpack(fields)
+    body = at + HEADER + head_length
+    if magic != MAGIC or head_length > _LONGEST_HEAD or body + body_length > size:
+        return None
+    text = bytes(memory[at + HEADER : body])
+    (checksum,) = _CHECKSUM.unpack(memory[at + _FIELDS.size : at + HEADER])
+    if checksum != _checksum(fields, text, 0 if kind == Kind.BEGIN else salt):
+        return None
+    return Frame(Kind(kind), at, body, body + body_length, json.loads(text)), durable
+
+
+def _checksum(fields: bytes, text: bytes, salt: int) -> int:
+    digest = xxhash.xxh3_64(fields, seed=salt)
+    digest.update(text)
+    return digest.intdigest()

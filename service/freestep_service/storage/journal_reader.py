@@ -1,0 +1,240 @@
+"""What a shard's journal holds: which entries of the log, and which parts of pushes, are on disk.
+
+    JOURNAL_DIR/RUN/BEGIN-END/NUMBER.journal     a segment (journal_format.py)
+    JOURNAL_DIR/RUN/BEGIN-END/owner              the newest process that writes here
+
+The law of this file: it changes nothing. A torn tail ends the journal; damage before it raises Damaged.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from freestep_service.domain.records import CheckpointId, Claim
+from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.journal_format import Frame, Kind, Tail, scan
+
+__all__ = [
+    "JournalContents",
+    "JournaledEntry",
+    "JournaledPart",
+    "SegmentContents",
+    "frames",
+    "read_journal",
+    "segment_paths",
+]
+
+_SUFFIX = ".journal"
+
+
+@dataclass
+class SegmentContents:
+    """A segment on disk. last_seq: the newest entry that is in it, or that needs a part in it."""
+
+    number: int
+    path: Path
+    size: int = 0
+    last_seq: int = 0
+
+
+@dataclass(frozen=True)
+class JournaledPart:
+    """A shard's part of a push, all of which has come: `length` bytes from `begin` of a segment on."""
+
+    claim: Claim
+    digest: str
+    segment: SegmentContents
+    begin: int
+    length: int
+
+    def read(self) -> memoryview:
+        """The body. Raises Damaged where it is not what was written, and OSError."""
+        with self.segment.path.open("rb") as file:
+            body = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[self.begin :][: self.length]
+        if xxhash.xxh3_128_hexdigest(body) != self.digest:
+            raise Damaged(f"{self.segment.path}: the body of a push at byte {self.begin} is not what was written")
+        return body
+
+
+@dataclass(frozen=True)
+class JournaledEntry:
+    """An entry of the log, as Redis published it, and the shard's part of its push, if it is one that counts.
+
+    at: where its frame begins in a segment.
+    """
+
+    seq: int
+    members: dict[str, Any]
+    part: JournaledPart | None
+    segment: SegmentContents
+    at: int
+
+
+@dataclass
+class JournalContents:
+    """The newest epoch of a journal; epoch 0 where there is none.
+
+    base: the state that its first entry follows; None where that was in no checkpoint at the time. entries: one behind
+    the other. parts: those of pushes that are not decided, by idempotency key. torn: bytes of its torn tail.
+    """
+
+    run_id: str = ""
+    epoch: int = 0
+    base: CheckpointId | None = None
+    entries: list[JournaledEntry] = field(default_factory=list)
+    parts: dict[str, JournaledPart] = field(default_factory=dict)
+    segments: list[SegmentContents] = field(default_factory=list)
+    torn: int = 0
+    coming: dict[tuple[int, int], tuple[SegmentContents, Frame]] = field(default_factory=dict)
+    """The parts of which not all is known to have come, by segment and place."""
+
+    def follows(self, checkpoint: CheckpointId) -> bool:
+        """Whether the entries go on from a checkpoint, or have nothing to add to it."""
+        if checkpoint == self.base:
+            return not self.entries or self.entries[0].seq <= checkpoint.seq + 1
+        if checkpoint.epoch != self.epoch:
+            return False
+        return not self.entries or self.entries[0].seq <= checkpoint.seq + 1
+
+    def after(self, seq: int) -> list[JournaledEntry]:
+        """The entries behind one."""
+        return [entry for entry in self.entries if entry.seq > seq]
+
+
+def segment_paths(directory: Path) -> list[tuple[int, Path]]:
+    """The segments in a directory by number, oldest first; none where there is no directory."""
+    if not directory.is_dir():
+        return []
+    found = [(path.stem, path) for path in directory.iterdir() if path.suffix == _SUFFIX]
+    return sorted((int(stem), path) for stem, path in found if stem.isdecimal())
+
+
+def segment_path(directory: Path, number: int) -> Path:
+    """Where a segment is."""
+    return directory / f"{number:010d}{_SUFFIX}"
+
+
+def frames(path: Path) -> Iterator[Frame | Tail]:
+    """What `scan` finds in a segment. Raises OSError."""
+    with path.open("rb") as file:
+        # An empty file cannot be mapped.
+        if not path.stat().st_size:
+            yield Tail(0)
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+            yield from scan(memory)
+
+
+def read_journal(directory: Path) -> JournalContents:
+    """Reads a shard's journal. Raises Damaged, which says where and what to do, and OSError."""
+    contents = JournalContents()
+    paths = segment_paths(directory)
+    for index, (number, path) in enumerate(paths):
+        if index and number != paths[index - 1][0] + 1:
+            raise Damaged(_advice(f"{path} does not follow {paths[index - 1][1].name}"))
+        _Reading(contents, SegmentContents(number, path)).read()
+    return contents
+
+
+class _Reading:
+    """Adds a segment to what was read before."""
+
+    def __init__(self, contents: JournalContents, segment: SegmentContents) -> None:
+        self._contents = contents
+        self._segment = segment
+
+    def read(self) -> None:
+        contents, segment = self._contents, self._segment
+        previous = contents.segments[-1] if contents.segments else None
+        contents.segments.append(segment)
+        tail = Tail(0)
+        for found in frames(segment.path):
+            if isinstance(found, Tail):
+                tail = found
+                break
+            if found.kind == Kind.BEGIN:
+                self._begin(found, previous)
+            elif not self._take(found):
+                # What it needs did not get to the disk, and neither did anything behind it.
+                tail = Tail(found.at)
+                break
+        segment.size = tail.end
+        contents.torn = segment.path.stat().st_size - tail.end
+        if tail.is_damaged:
+            raise Damaged(_advice(f"{segment.path} is damaged at byte {tail.end}"))
+        self._drop_torn(tail.durable)
+
+    def _drop_torn(self, durable: int) -> None:
+        """Drops the newest entries, which nothing says to be on disk, from the first one whose body is not."""
+        entries = self._contents.entries
+        for index, entry in enumerate(entries):
+            if entry.segment is self._segment and entry.at >= durable and entry.part is not None:
+                try:
+                    entry.part.read()
+                except Damaged:
+                    del entries[index:]
+                    return
+
+    def _begin(self, frame: Frame, previous: SegmentContents | None) -> None:
+        head, contents = frame.head, self._contents
+        if previous is not None and head["previous"] is not None and previous.size < head["previous"]:
+            raise Damaged(
+                _advice(f"{previous.path} ends at byte {previous.size}, and was on disk to {head['previous']}")
+            )
+        if (head["id"], head["epoch"]) != (contents.run_id, contents.epoch):
+            contents.entries, contents.parts = [], {}
+            contents.run_id, contents.epoch = head["id"], head["epoch"]
+            contents.base = None if head["base"] is None else CheckpointId(*head["base"])
+
+    def _take(self, frame: Frame) -> bool:
+        """Takes a frame; False for an entry whose push is not there."""
+        head, parts, entries = frame.head, self._contents.parts, self._contents.entries
+        match frame.kind:
+            case Kind.PART:
+                if "digest" in head:
+                    parts[head["claim"]["key"]] = _part(self._segment, frame, head["digest"])
+                else:
+                    self._contents.coming[self._segment.number, frame.at] = self._segment, frame
+            case Kind.STAGED:
+                if (coming := self._contents.coming.pop((head["segment"], head["at"]), None)) is not None:
+                    segment, begun = coming
+                    parts[begun.head["claim"]["key"]] = _part(segment, begun, head["digest"])
+            case Kind.BACK:
+                if head["epoch"] == self._contents.epoch:
+                    self._contents.entries = [entry for entry in entries if entry.seq <= head["seq"]]
+            case Kind.ENTRY:
+                return self._take_entry(frame)
+        return True
+
+    def _take_entry(self, frame: Frame) -> bool:
+        head, entries = frame.head, self._contents.entries
+        seq = head["seq"]
+        if head["epoch"] != self._contents.epoch:
+            return True
+        if entries and seq != entries[-1].seq + 1:
+            raise Damaged(_advice(f"{self._segment.path} has entry {seq} of the log behind entry {entries[-1].seq}"))
+        part = self._contents.parts.pop(head["key"], None) if "key" in head else None
+        if head.get("counts"):
+            if part is None:
+                return False
+            part.segment.last_seq = max(part.segment.last_seq, seq)
+        self._segment.last_seq = max(self._segment.last_seq, seq)
+        entries.append(JournaledEntry(seq, head, part, self._segment, frame.at))
+        return True
+
+
+def _part(segment: SegmentContents, frame: Frame, digest: str) -> JournaledPart:
+    return JournaledPart(Claim(**frame.head["claim"]), digest, segment, frame.body, frame.end - frame.body)
+
+
+def _advice(problem: str) -> str:
+    return (
+        f"the journal is damaged: {problem}; `freestep journal verify` shows what is left, and "
+        "`freestep journal repair` keeps the entries before the damage"
+    )
