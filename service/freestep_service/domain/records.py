@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from freestep.api.models import Receipt
 from freestep_service.domain.norm_history import NormHistory
@@ -215,6 +215,11 @@ class Receipts(dict[str, Record]):
     def remember(self, key: str, record: Record, evicted: Iterable[str]) -> None:
         self[key] = record
         self.forget(evicted)
+
+    def take(self, entry: Mapping[str, Any]) -> None:
+        """Remembers the push of an entry of the log, as Redis publishes it, if it is one."""
+        if "key" in entry:
+            self.remember(entry["key"], Record.from_json(entry["record"]), entry.get("evicted") or ())
 
     def forget(self, keys: Iterable[str]) -> None:
         for key in keys:

@@ -69,9 +69,8 @@ class Dispatch:
         """Takes an entry of the log, as Redis has it."""
         if (measured := entry.get("measured")) and self._shards.has_first:
             self._telemetry.measured(measured["name"], float(measured["value"]))
-        if "key" in entry and len(self._shards) and entry["epoch"] == self._shards.epoch:
-            record = Record.from_json(entry["record"])
-            self._receipts.remember(entry["key"], record, entry.get("evicted") or ())
+        if len(self._shards) and entry["epoch"] == self._shards.epoch:
+            self._receipts.take(entry)
         for shard in self._shards:
             if not shard.on_entry(entry) and shard.core.initialized:
                 # A push was committed of which this shard has no part: it cannot go on from here.

@@ -163,7 +163,11 @@ class Loading:
             if report:
                 shared |= {entry["seq"]: entry for entry in Report.from_json(report).entries}
         for seq in sorted(shared):
-            if seq > writer.taken_seq and shared[seq]["epoch"] == writer.epoch and not shard.on_entry(shared[seq]):
+            if (
+                seq > writer.taken_seq
+                and shared[seq]["epoch"] == writer.epoch
+                and not self._on_entry(shard, shared[seq])
+            ):
                 logger.error("run %s: shard %d has no part of entry %d", self._context.name, shard.index, seq)
                 break
         with suppress(TimeoutError):
@@ -242,9 +246,17 @@ class Loading:
                 while shard.core.writer.taken_seq < seq:
                     writer = shard.core.writer
                     entries = await self._coordinator.log.entries(LogPosition(writer.epoch, writer.taken_seq))
-                    if not all([shard.on_entry(entry) for entry in entries]):
+                    if not all([self._on_entry(shard, entry) for entry in entries]):
                         return
                     await asyncio.sleep(_POLL_S)
+
+    def _on_entry(self, shard: LocalShard, entry: dict[str, Any]) -> bool:
+        """As `LocalShard.on_entry`, with the receipt, which may not have come otherwise."""
+        if not shard.on_entry(entry):
+            return False
+        if entry["epoch"] == shard.core.writer.epoch:
+            self._context.receipts.take(entry)
+        return True
 
     # Load
 

@@ -51,6 +51,7 @@ async def recover(context: RunContext, checkpoints: Checkpoints, shard: LocalSha
         newest = contents.entries[-1].seq if contents.entries else checkpoint.seq
         core.writer.resume(contents.epoch, checkpoint.seq, checkpoint.step, newest)
         tally = await _replay(context, shard, contents, checkpoint, loaded.state.tally)
+        context.telemetry.tally = tally
         if core.index == 0:
             context.telemetry.resumed(tally)
         return True
@@ -70,10 +71,9 @@ async def _replay(
     """Applies the entries behind a checkpoint; what is counted of the run's pushes with them."""
     writer, entries = shard.core.writer, contents.after(checkpoint.seq)
     for entry in entries:
+        context.receipts.take(entry.members)
         if "key" in entry.members:
-            record = Record.from_json(entry.members["record"])
-            tally = tally.counting(record.decision)
-            context.receipts.remember(entry.members["key"], record, entry.members["evicted"] or ())
+            tally = tally.counting(Record.from_json(entry.members["record"]).decision)
         await shard.restore(entry.members, entry.part)
         if writer.failure is not None:
             raise ShardUnavailable(f"entry {entry.seq} of the journal cannot be applied: {writer.failure}")

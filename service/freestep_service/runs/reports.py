@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from freestep.api.models import Metric, MetricReceipt, MetricReport
 from freestep.errors import CoordinatorUnavailable
+from freestep_service.domain.records import LogPosition
 from freestep_service.domain.reports import Measured
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.dispatch import Dispatch
@@ -13,6 +15,8 @@ from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
 
 __all__ = ["MetricReports"]
+
+_POLL_S = 0.01
 
 
 class MetricReports:
@@ -27,7 +31,8 @@ class MetricReports:
     async def report(self, report: MetricReport) -> MetricReceipt:
         """Counts a report, unless it was counted before.
 
-        Raises IdempotencyConflict, MalformedRequest, EpochChanged, RunNotInitialized and ShardUnavailable.
+        Raises IdempotencyConflict, MalformedRequest, EpochChanged, RunNotInitialized and ShardUnavailable; under
+        durability `journal`, StorageUnavailable where it may have counted and is not on disk.
         """
         measured = Measured(report.name, report.step, report.value)
 
@@ -48,7 +53,17 @@ class MetricReports:
                 break
         if entry is not None:
             self._dispatch.on_entry(entry)
+            await self._journaled(LogPosition(entry["epoch"], entry["seq"]))
         return MetricReceipt(**measured._asdict(), epoch=epoch, replayed=entry is None)
+
+    async def _journaled(self, place: LogPosition) -> None:
+        """Returns when an entry is in the journals that are here; those of others have it then, or learn of it."""
+        for shard in self._shards:
+            journal, writer = shard.core.journal, shard.core.writer
+            while journal is not None and writer.epoch == place.epoch and writer.taken_seq < place.seq:
+                await journal.flush()
+                # An entry before it may be on its way.
+                await asyncio.sleep(_POLL_S if writer.taken_seq < place.seq else 0)
 
     async def newest(self) -> dict[str, Metric]:
         """Each metric at its newest step, by name."""

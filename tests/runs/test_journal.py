@@ -1,0 +1,372 @@
+"""Runs whose pushes are journaled: what was acknowledged is there after a crash, to the bit, in the same epoch.
+
+A crash is an image of the service's directory, taken while it runs, that another process opens with a Redis that knows
+nothing; or a process that is killed, with its Redis or without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from redis import Redis
+from torch import Tensor
+
+from encoded import assemble, int8, topk
+from freestep.api.models import Lease, MetricReport, RunSpec
+from freestep.errors import FreestepError, StorageUnavailable
+from freestep_service.domain.tokens import ANYBODY
+from freestep_service.runs.registry import Registry
+from freestep_service.runs.run import Run
+from freestep_service.state.shard import StateCopy
+from freestep_service.storage.journal_format import Frame, Kind
+from freestep_service.storage.journal_reader import frames, segment_paths
+from harness import ProcessService
+from harness import store as own_store
+from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, push, run_async, until
+from meanwhile import wait_until
+from plain_calls import SGD, TENSORS, Api
+from run_specs import POLICIES
+
+SHAPES = {"a": [3, 5], "b": [], "c": [700]}
+
+
+def journal_dirs(data_dir: Path) -> list[Path]:
+    """The directories of a run's journals, by shard."""
+    (run,) = (data_dir / "journal").iterdir()
+    return sorted(run.iterdir())
+
+
+def last_entry(directory: Path) -> tuple[Path, Frame]:
+    """The newest entry of a journal, and the segment that it is in."""
+    found = [
+        (path, frame)
+        for _, path in segment_paths(directory)
+        for frame in frames(path)
+        if isinstance(frame, Frame) and frame.kind == Kind.ENTRY
+    ]
+    return found[-1]
+
+
+async def states(run: Run) -> list[StateCopy]:
+    shards = [run.shard(index) for index in range(run.count)]
+    return [await shard.core.writer.run(shard.core.shard.copy_state) for shard in shards]
+
+
+def is_same(one: StateCopy, other: StateCopy) -> bool:
+    """Whether two states are the same to the bit."""
+    plain = ("epoch", "step", "seq", "scalars", "group", "weight", "damping", "reported", "loss", "norm_history")
+    return all(getattr(one, name) == getattr(other, name) for name in plain) and all(
+        torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors
+    )
+
+
+async def opened(registry: Registry) -> tuple[Run, Lease]:
+    """The run, once it is open, and a lease of it."""
+    run = await registry.find("run")
+    return run, await lease_of(run, "opener")
+
+
+@asynccontextmanager
+async def crashed(tmp_path: Path, data_dir: Path, **settings: Any) -> AsyncIterator[Registry]:
+    """A process on an image of another's directory, with a Redis that knows nothing."""
+    image = Path(shutil.copytree(data_dir, tmp_path / f"image-{random.randrange(10**9)}"))
+    (image / "redis").mkdir()
+    with own_store("valkey", image / "redis") as url:
+        async with process(url, image, **settings) as registry:
+            yield registry
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_after_a_crash_that_took_redis_too_it_goes_on_from_the_very_bits(
+    store: str, tmp_path: Path, shards: int
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            for step in range(5):
+                await push(run, claim_of(lease, f"key-{step}", step), -1.0 - step)
+            await run.reports.report(MetricReport(name="loss", step=4, value=0.25))
+            before = await states(run)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                run, fresh = await opened(other)
+                assert all(map(is_same, await states(run), before))
+                status = await run.status()
+                assert (status.epoch, status.step, status.pushes["applied"]) == (1, 5, 5)
+                assert status.metrics["loss"].value == 0.25
+                # A retry of what was acknowledged finds its receipt, and moves nothing.
+                assert all(outcome.replayed for outcome in await push(run, claim_of(lease, "key-4", 4), -5.0))
+                assert all(map(is_same, await states(run), before))
+                await push(run, claim_of(fresh, "key-5", 5))
+                assert (await run.status()).step == 6
+
+    run_async(work)
+
+
+def gradient(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def body_of(seed: int) -> bytes:
+    """A gradient in one of the encodings."""
+    tensors = gradient(seed)
+    match seed % 5:
+        case 0:
+            return safetensors.torch.save(tensors)
+        case 1:
+            return safetensors.torch.save({name: each.bfloat16() for name, each in tensors.items()})
+        case 2:
+            return assemble(*int8(tensors))
+        case 3:
+            return assemble(*topk(tensors, 0.1))
+    return safetensors.torch.save({name: each.half() if name == "a" else each for name, each in tensors.items()})
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("robust", [{}, {"robust": "clip", "clip_factor": 1.0, "outlier_factor": 1.2}])
+def test_every_policy_and_encoding_comes_back_to_the_bit(
+    store: str, tmp_path: Path, policy: str, robust: dict[str, Any]
+) -> None:
+    spec = RunSpec.model_validate(
+        {
+            "optimizer": {"algorithm": "adamw_schedule_free", "lr": 0.05, "max_grad_norm": 5.0},
+            "aggregation": {"policy": policy, **POLICIES[policy], **robust},
+            "parameters": [{"name": name, "shape": shape} for name, shape in SHAPES.items()],
+            "durability": "journal",
+        }
+    )
+
+    async def work() -> None:
+        # Bodies that are written while they come, too.
+        async with process(store, tmp_path / "data") as registry:
+            run, _ = await registry.create("run", spec, ANYBODY)
+            await run.initialize(run.shard(0), Bytes(safetensors.torch.save(gradient(99))), "upload")
+            leases = [await run.leases.grant(f"worker-{number}", None) for number in range(3)]
+            choose = random.Random(7)
+            for number in range(20):
+                step = (await run.status()).step
+                lease, late = leases[number % 3], choose.choice([0, 0, 1])
+                claim = claim_of(lease, f"key-{number}", max(step - late, 0))
+                await run.shard(0).push(claim, Bytes(body_of(number)))
+                if number == 11:
+                    await run.checkpoint()
+                if number == 15:
+                    await run.leases.release(leases[2].lease)
+                    leases[2] = await run.leases.grant("worker-2", None)
+                if number in (4, 12, 19):
+                    before = await states(run)
+                    async with crashed(tmp_path, tmp_path / "data") as other:
+                        again, _ = await opened(other)
+                        assert all(map(is_same, await states(again), before))
+                        pushes = (await again.status()).pushes
+                        assert pushes["applied"] == (await run.status()).pushes["applied"]
+
+    run_async(work, 120.0)
+
+
+def test_a_large_body_is_written_while_it_comes(store: str, tmp_path: Path) -> None:
+    tensors = {"w": torch.arange(700_000, dtype=torch.float32)}
+    spec = RunSpec.model_validate(
+        {
+            "optimizer": SGD,
+            "parameters": [{"name": "w", "shape": [700_000]}],
+            "durability": "journal",
+        }
+    )
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run, _ = await registry.create("run", spec, ANYBODY)
+            await run.initialize(run.shard(0), Bytes(safetensors.torch.save(tensors)), "upload")
+            lease = await run.leases.grant("worker", None)
+            gate = asyncio.Event()
+            body = safetensors.torch.save(tensors)
+            coming = asyncio.ensure_future(run.shard(0).push(claim_of(lease, "one"), Bytes(body, gate)))
+            (directory,) = journal_dirs(tmp_path / "data")
+
+            def on_disk() -> int:
+                return max(
+                    (path.read_bytes().rfind(body[len(body) // 4 :][:64]) for _, path in segment_paths(directory))
+                )
+
+            await until(lambda: on_disk() > 0, "the first half of the body")
+            gate.set()
+            await coming
+            before = await states(run)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again, _ = await opened(other)
+                assert all(map(is_same, await states(again), before))
+
+    run_async(work)
+
+
+def test_it_is_cut_behind_checkpoints_and_a_long_one_brings_the_next_forward(store: str, tmp_path: Path) -> None:
+    spec = RunSpec.model_validate(
+        {"optimizer": SGD, "parameters": [{"name": "w", "shape": [70_000]}], "durability": "journal"}
+    )
+    body = safetensors.torch.save({"w": torch.ones(70_000)})
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data", journal_max_bytes=1024**2) as registry:
+            run, _ = await registry.create("run", spec, ANYBODY)
+            await run.initialize(run.shard(0), Bytes(body), "upload")
+            lease = await run.leases.grant("worker", None)
+            for step in range(30):
+                await run.shard(0).push(claim_of(lease, f"key-{step}", step), Bytes(body))
+            journal = run.shard(0).core.journal
+            assert journal is not None
+            await until(lambda: journal.size < 2 * 1024**2, "a checkpoint that cuts the journal")
+            checkpoints = await run.list_checkpoints()
+            assert checkpoints[-1].step > 0
+            before = await states(run)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again, _ = await opened(other)
+                assert all(map(is_same, await states(again), before))
+
+    run_async(work)
+
+
+def test_without_a_first_checkpoint_nothing_is_acknowledged(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium, queue_seconds=0.2) as registry:
+            spec = RunSpec.model_validate(
+                {"optimizer": SGD, "parameters": [{"name": "w", "shape": [8]}], "durability": "journal"}
+            )
+            run, _ = await registry.create("run", spec, ANYBODY)
+            medium.is_full = True
+            zeros = Bytes(safetensors.torch.save({"w": torch.zeros(8)}))
+            with pytest.raises(StorageUnavailable):
+                await run.initialize(run.shard(0), zeros, "upload")
+            lease = await run.leases.grant("worker", None)
+            with pytest.raises(StorageUnavailable, match="no checkpoint yet"):
+                await push(run, claim_of(lease, "one"))
+            assert (await run.status()).step == 0
+            medium.is_full = False
+            await run.checkpoint()
+            (outcome,) = await push(run, claim_of(lease, "one"))
+            assert (outcome.record.step, outcome.replayed) == (1, False)
+
+    run_async(work)
+
+
+def test_damage_is_refused_until_it_is_repaired(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            for step in range(3):
+                await push(run, claim_of(lease, f"key-{step}", step))
+            (directory,) = journal_dirs(tmp_path / "data")
+            path, newest = last_entry(directory)
+            whole = path.read_bytes()
+            broken = bytearray(whole)
+            broken[next(f for f in frames(path) if isinstance(f, Frame) and f.kind == Kind.ENTRY).at + 45] ^= 1
+            assert newest.at > 0
+            path.write_bytes(broken)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again = await other.find("run")
+                await until(lambda: again.problem is not None, "the problem")
+                assert "is damaged" in (again.problem or "")
+                assert "freestep journal repair" in (again.problem or "")
+                with pytest.raises(FreestepError):
+                    await again.leases.grant("worker", None)
+            path.write_bytes(whole)
+
+    run_async(work)
+
+
+def test_another_run_of_the_name_does_not_read_it(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            kept = shutil.copytree(tmp_path / "data" / "journal", tmp_path / "kept")
+            await registry.delete("run")
+            assert not list((tmp_path / "data" / "journal").iterdir())
+            shutil.copytree(kept, tmp_path / "data" / "journal", dirs_exist_ok=True)
+            run = await new_run(registry, durability="journal")
+            assert (await run.status()).step == 0
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            before = await states(run)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again, _ = await opened(other)
+                assert all(map(is_same, await states(again), before))
+
+    run_async(work)
+
+
+def moved(api: Api) -> int:
+    """How many gradients of TENSORS have been subtracted."""
+    x, _ = api.pull("x")
+    return round(1 - x["b"].item() / TENSORS["b"].item())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["nothing", "redis", "entry", "push"])
+def test_after_a_kill_every_push_has_moved_it_once(
+    start_process: Callable[..., ProcessService], connect: Callable[..., Api], redis_url: str, loss: str
+) -> None:
+    service = start_process(redis_url=redis_url)
+    api = connect(service.url)
+    api.create(optimizer=SGD, durability="journal")
+    lease = api.lease()
+    for step in range(4):
+        assert api.push(lease, step, f"key-{step}").json()["step"] == step + 1
+    service.kill()
+    (directory,) = journal_dirs(service.data_dir)
+    path, entry = last_entry(directory)
+    if loss == "redis":
+        with Redis.from_url(redis_url) as redis:
+            redis.flushall()
+    elif loss == "entry":
+        # As if the process had died before it was on disk: Redis still knows of it.
+        path.write_bytes(path.read_bytes()[: entry.at])
+    elif loss == "push":
+        # Nobody was answered: its worker sends it again.
+        part = [frame for frame in frames(path) if isinstance(frame, Frame) and frame.kind == Kind.PART][-1]
+        path.write_bytes(path.read_bytes()[: part.at])
+    service.start()
+    # A Redis that has lost its data hears first who else is there.
+    wait_until(lambda: api.status()["epoch"] > 0)
+    assert api.status()["epoch"] == 1
+    assert api.status()["step"] == (3 if loss == "push" else 4)
+    if loss == "redis":
+        fresh = api.lease()
+        assert fresh["token"] > lease["token"]
+        lease = {**fresh}
+    again = api.push(lease, 3, "key-3").json() if loss != "redis" else None
+    if again is not None:
+        assert (again["step"], again["replayed"]) == (4, loss != "push")
+    assert moved(api) == 4
+    assert api.push(lease, 4, "key-4").json()["step"] == 5
+    assert moved(api) == 5
+
+
+@pytest.mark.slow
+def test_a_run_whose_journal_is_gone_goes_back_to_its_checkpoint_in_a_new_epoch(
+    start_process: Callable[..., ProcessService], connect: Callable[..., Api]
+) -> None:
+    service = start_process()
+    api = connect(service.url)
+    api.create(optimizer=SGD, durability="journal")
+    lease = api.lease()
+    for step in range(3):
+        api.push(lease, step)
+    service.kill()
+    shutil.rmtree(service.data_dir / "journal")
+    service.start()
+    status = api.status()
+    assert (status["epoch"], status["step"]) == (2, 0)

@@ -1,0 +1,352 @@
+"""A shard's journal on a real disk: what was told to be on it is read back, whatever was cut, broken or taken over."""
+
+from __future__ import annotations
+
+import os
+import queue
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from freestep.errors import StorageUnavailable
+from freestep_service.domain.records import CheckpointId, Claim, Fenced
+from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.journal import Journal, remove_journals
+from freestep_service.storage.journal_format import Frame, Kind
+from freestep_service.storage.journal_reader import frames, read_journal, segment_paths
+from meanwhile import DEADLINE_S
+
+BASE = CheckpointId(1, 10, 100)
+LARGE = 3 * 1024**2 + 17
+
+
+class Writing:
+    """A journal, and the thread that waits for it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._told: queue.Queue[Callable[[], None]] = queue.Queue()
+        self.journal = Journal(directory, "run", "id", self._told.put)
+        self.journal.take_over()
+
+    def wait(self, act: Callable[[Callable[[Exception | None], None]], object]) -> None:
+        """Has something done, and raises what it failed with."""
+        outcomes: list[Exception | None] = []
+        act(outcomes.append)
+        while not outcomes:
+            self._told.get(timeout=DEADLINE_S)()
+        if outcomes[0] is not None:
+            raise outcomes[0]
+
+    def begin(self, epoch: int = 1, base: CheckpointId | None = BASE, seq: int = 100) -> None:
+        self.wait(lambda done: self.journal.begin(epoch, base, seq, done))
+
+    def push(self, key: str, body: bytes) -> None:
+        """Writes a body as if it came in pieces."""
+        outcomes: list[Exception | None] = []
+        if not self.journal.make_room(len(body), outcomes.append):
+            while not outcomes:
+                self._told.get(timeout=DEADLINE_S)()
+            if outcomes[0] is not None:
+                raise outcomes[0]
+        part = self.journal.part(claim(key), len(body))
+        for begin in range(0, len(body), 100_000):
+            part.write(memoryview(body)[begin : begin + 100_000])
+        told: list[Exception | None] = []
+        if not part.written(told.append):
+            while not told:
+                self._told.get(timeout=DEADLINE_S)()
+        part.finish(xxhash.xxh3_128_hexdigest(body))
+
+    def entry(self, seq: int, key: str | None = None, epoch: int = 1, **more: Any) -> None:
+        members = {"epoch": epoch, "seq": seq, **more}
+        if key is not None:
+            members |= {"key": key, "counts": True}
+        self.wait(lambda done: self.journal.entry(members, done))
+
+    def flush(self) -> None:
+        self.wait(self.journal.flush)
+
+
+@pytest.fixture
+def writing(tmp_path: Path) -> Iterator[Writing]:
+    made = Writing(tmp_path / "journal")
+    yield made
+    made.journal.close()
+
+
+def claim(key: str) -> Claim:
+    return Claim("lease", 1, 5, key, samples=2.0, loss=0.5)
+
+
+def body(length: int = 1000, seed: int = 0) -> bytes:
+    return bytes((seed + index) % 251 for index in range(length))
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000, LARGE])
+def test_entries_and_bodies_come_back(writing: Writing, length: int) -> None:
+    writing.begin()
+    for number in range(3):
+        writing.push(f"key-{number}", body(length, number))
+        writing.entry(101 + number, f"key-{number}", record="{}")
+    writing.entry(104, measured={"name": "loss"})
+    contents = read_journal(writing.journal.directory)
+    assert (contents.epoch, contents.base, contents.run_id, contents.parts) == (1, BASE, "id", {})
+    assert [entry.seq for entry in contents.entries] == [101, 102, 103, 104]
+    for number, entry in enumerate(contents.entries[:3]):
+        assert entry.part is not None
+        assert entry.part.claim == claim(f"key-{number}")
+        assert bytes(entry.part.read()) == body(length, number)
+        assert entry.members["record"] == "{}"
+    assert contents.entries[3].part is None
+    assert contents.follows(BASE)
+    assert contents.follows(CheckpointId(1, 11, 102))
+    assert not contents.follows(CheckpointId(1, 9, 99))
+    assert not contents.follows(CheckpointId(2, 11, 102))
+
+
+def test_a_push_that_is_not_decided_is_kept_until_the_shard_goes_on(writing: Writing) -> None:
+    writing.begin()
+    for key in ("small", "decided", "refused"):
+        writing.push(key, body())
+    writing.push("large", body(LARGE))
+    writing.entry(101, "decided")
+    writing.journal.forget("refused")
+    assert set(read_journal(writing.journal.directory).parts) == {"small", "large", "refused"}
+    assert writing.journal.find("refused") is None
+    part = writing.journal.find("large")
+    assert part is not None and bytes(part.read()) == body(LARGE)
+    writing.journal.back_to(101)
+    assert writing.journal.find("small") is writing.journal.find("large") is None
+
+
+def test_bodies_that_come_at_the_same_time_do_not_mix(writing: Writing) -> None:
+    writing.begin()
+    bodies = {f"key-{number}": body(LARGE, number) for number in range(3)}
+    for _ in bodies:
+        writing.wait(lambda done: writing.journal.make_room(LARGE, done) and done(None))
+    parts = {key: writing.journal.part(claim(key), len(data)) for key, data in bodies.items()}
+    for begin in range(0, LARGE, 50_000):
+        for key, part in parts.items():
+            part.write(memoryview(bodies[key])[begin : begin + 50_000])
+    for key, part in parts.items():
+        writing.wait(lambda done, part=part: part.written(done) and done(None))
+        part.finish(xxhash.xxh3_128_hexdigest(bodies[key]))
+    writing.flush()
+    found = read_journal(writing.journal.directory).parts
+    assert {key: bytes(part.read()) for key, part in found.items()} == bodies
+
+
+def test_a_body_that_broke_off_is_no_part(writing: Writing) -> None:
+    writing.begin()
+    writing.wait(lambda done: writing.journal.make_room(LARGE, done) and done(None))
+    part = writing.journal.part(claim("broken"), LARGE)
+    part.write(memoryview(body(100)))
+    part.abandon()
+    writing.push("whole", body())
+    writing.entry(101, "whole")
+    contents = read_journal(writing.journal.directory)
+    assert [entry.seq for entry in contents.entries] == [101]
+    assert contents.parts == {}
+
+
+def test_entries_behind_which_the_shard_went_on_are_void(writing: Writing) -> None:
+    writing.begin()
+    for seq in (101, 102, 103):
+        writing.entry(seq, mark=seq)
+    writing.journal.back_to(101)
+    writing.entry(102, mark="second")
+    assert [entry.members["mark"] for entry in read_journal(writing.journal.directory).entries] == [101, "second"]
+
+
+def test_an_epoch_begins_anew(writing: Writing) -> None:
+    writing.begin()
+    writing.push("old", body())
+    writing.entry(101, "old")
+    writing.push("undecided", body())
+    later = CheckpointId(1, 8, 90)
+    writing.begin(2, later, 90)
+    writing.entry(91, epoch=2)
+    contents = read_journal(writing.journal.directory)
+    assert (contents.epoch, contents.base, contents.parts) == (2, later, {})
+    assert [entry.seq for entry in contents.entries] == [91]
+
+
+def test_it_is_cut_behind_a_checkpoint_but_not_what_is_still_needed(writing: Writing) -> None:
+    writing.begin()
+    for seq in (101, 102):
+        writing.push(f"key-{seq}", body())
+        writing.entry(seq, f"key-{seq}")
+    writing.push("late", body())
+    writing.journal.next_segment()
+    writing.entry(103, "late")
+    writing.journal.cut(CheckpointId(1, 12, 102))
+    writing.flush()
+    # The body of entry 103 is in the first segment.
+    assert [number for number, _ in segment_paths(writing.journal.directory)] == [1, 2]
+    writing.journal.next_segment()
+    writing.entry(104)
+    writing.journal.cut(CheckpointId(2, 13, 103))
+    writing.flush()
+    assert len(segment_paths(writing.journal.directory)) == 3
+    writing.journal.cut(CheckpointId(1, 13, 103))
+    writing.flush()
+    assert [number for number, _ in segment_paths(writing.journal.directory)] == [3]
+    contents = read_journal(writing.journal.directory)
+    assert [entry.seq for entry in contents.entries] == [104]
+    assert contents.follows(CheckpointId(1, 13, 103))
+
+
+def test_another_process_goes_on_where_it_ended(writing: Writing) -> None:
+    writing.begin()
+    writing.push("first", body())
+    writing.entry(101, "first")
+    writing.push("undecided", body(LARGE))
+    writing.flush()
+    second = Writing(writing.journal.directory)
+    try:
+        second.journal.adopt(read_journal(writing.journal.directory))
+        second.journal.go_on()
+        second.entry(102, "undecided")
+        contents = read_journal(writing.journal.directory)
+        assert [entry.seq for entry in contents.entries] == [101, 102]
+        last = contents.entries[1].part
+        assert last is not None and bytes(last.read()) == body(LARGE)
+        # The first segment has the body of an entry that no checkpoint holds.
+        second.journal.cut(CheckpointId(1, 11, 101))
+        second.flush()
+        assert len(read_journal(writing.journal.directory).segments) == 2
+    finally:
+        second.journal.close()
+
+
+def test_who_was_taken_over_is_told_and_acknowledges_nothing(writing: Writing) -> None:
+    writing.begin()
+    writing.entry(101)
+    second = Writing(writing.journal.directory)
+    with pytest.raises(Fenced):
+        writing.entry(102)
+    with pytest.raises(Fenced):
+        writing.flush()
+    second.journal.close()
+
+
+def last_segment(writing: Writing) -> Path:
+    return segment_paths(writing.journal.directory)[-1][1]
+
+
+def frame_places(path: Path, kind: Kind) -> list[Frame]:
+    return [frame for frame in frames(path) if isinstance(frame, Frame) and frame.kind == kind]
+
+
+def test_a_torn_tail_is_cut(writing: Writing) -> None:
+    writing.begin()
+    writing.push("one", body())
+    writing.entry(101, "one")
+    writing.push("two", body(5000, 1))
+    writing.entry(102, "two")
+    path = last_segment(writing)
+    whole = path.read_bytes()
+    last = frame_places(path, Kind.ENTRY)[-1]
+    for length in range(last.at, last.end, 7):
+        path.write_bytes(whole[:length])
+        contents = read_journal(writing.journal.directory)
+        assert [entry.seq for entry in contents.entries] == [101]
+        assert set(contents.parts) == {"two"}
+        assert contents.torn == length - last.at
+
+
+def test_an_entry_whose_body_did_not_reach_the_disk_is_part_of_a_torn_tail(writing: Writing) -> None:
+    writing.begin()
+    writing.entry(101)
+    writing.push("two", body(5000, 1))
+    writing.entry(102, "two")
+    path = last_segment(writing)
+    data = bytearray(path.read_bytes())
+    part = frame_places(path, Kind.PART)[-1]
+    data[part.body + 2000 : part.end] = bytes(part.end - part.body - 2000)
+    path.write_bytes(data)
+    assert [entry.seq for entry in read_journal(writing.journal.directory).entries] == [101]
+
+
+def test_damage_of_what_was_on_disk_is_refused(writing: Writing) -> None:
+    writing.begin()
+    for seq in (101, 102, 103):
+        writing.push(f"key-{seq}", body())
+        writing.entry(seq, f"key-{seq}")
+    path = last_segment(writing)
+    whole = path.read_bytes()
+    broken = bytearray(whole)
+    broken[frame_places(path, Kind.ENTRY)[0].at + 45] ^= 1
+    path.write_bytes(broken)
+    with pytest.raises(Damaged, match=r"is damaged at byte .*freestep journal repair"):
+        read_journal(writing.journal.directory)
+    broken = bytearray(whole)
+    broken[frame_places(path, Kind.PART)[0].body + 5] ^= 1
+    path.write_bytes(broken)
+    part = read_journal(writing.journal.directory).entries[0].part
+    assert part is not None
+    with pytest.raises(Damaged, match="is not what was written"):
+        part.read()
+
+
+def test_a_segment_that_is_gone_or_short_is_noticed(writing: Writing) -> None:
+    writing.begin()
+    for seq in (101, 102, 103):
+        writing.entry(seq)
+        writing.journal.next_segment()
+    writing.flush()
+    paths = [path for _, path in segment_paths(writing.journal.directory)]
+    second = paths[1].read_bytes()
+    paths[1].write_bytes(second[: frame_places(paths[1], Kind.ENTRY)[0].at])
+    with pytest.raises(Damaged, match="was on disk to"):
+        read_journal(writing.journal.directory)
+    paths[1].unlink()
+    with pytest.raises(Damaged, match="does not follow"):
+        read_journal(writing.journal.directory)
+
+
+def test_a_full_disk_refuses_a_push_before_it_comes(writing: Writing) -> None:
+    writing.begin()
+    writing.push("one", body())
+    writing.entry(101, "one")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A file may be no longer: as a full disk, with an error instead of a signal.
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024**2, before[1]))
+    try:
+        with pytest.raises(StorageUnavailable, match="cannot be written: File too large"):
+            writing.push("too large", body(9 * 1024**2))
+        writing.push("fits", body())
+        writing.entry(102, "fits")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    writing.push("too large", body(9 * 1024**2))
+    writing.entry(103, "too large")
+    assert [entry.seq for entry in read_journal(writing.journal.directory).entries] == [101, 102, 103]
+
+
+def test_its_space_is_given_back(writing: Writing) -> None:
+    writing.begin()
+    for _ in range(50):
+        writing.wait(lambda done: writing.journal.make_room(100_000, done) and done(None))
+        writing.journal.part(claim("left"), 100_000).abandon()
+    writing.entry(101)
+    path = last_segment(writing)
+    assert path.stat().st_size < 4 * 1024**2
+    writing.journal.next_segment()
+    writing.flush()
+    assert path.stat().st_size == frame_places(path, Kind.ENTRY)[-1].end
+
+
+def test_the_journals_of_a_run_are_removed(writing: Writing) -> None:
+    writing.begin()
+    writing.flush()
+    remove_journals(writing.journal.directory.parent)
+    assert not os.path.lexists(writing.journal.directory)
+    assert read_journal(writing.journal.directory).epoch == 0
