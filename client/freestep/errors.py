@@ -9,10 +9,13 @@
     │   ├── RunNotFound           run-not-found
     │   ├── CheckpointNotFound    checkpoint-not-found
     │   ├── TokenNotFound         token-not-found
+    │   ├── DataNotFound          data-not-found
     │   ├── RunExists             run-exists
     │   ├── RunNotInitialized     run-not-initialized
     │   ├── EpochChanged          epoch-changed
     │   ├── IdempotencyConflict   idempotency-conflict
+    │   ├── DataExists            data-exists
+    │   ├── UnitNotHeld           unit-not-held
     │   ├── RequestTimeout        request-timeout
     │   ├── LeaseExpired          lease-expired
     │   ├── LengthRequired        length-required
@@ -56,6 +59,8 @@ __all__ = [
     "CheckpointNotFound",
     "Closed",
     "CoordinatorUnavailable",
+    "DataExists",
+    "DataNotFound",
     "DtypeOverflow",
     "EpochChanged",
     "EvalMode",
@@ -88,6 +93,7 @@ __all__ = [
     "TokenNotFound",
     "Unauthenticated",
     "UnexpectedResponse",
+    "UnitNotHeld",
     "UnsupportedMediaType",
     "WorkerBanned",
     "WorkerNameTaken",
@@ -193,6 +199,30 @@ class CheckpointNotFound(ProblemError):
 
     slug = "checkpoint-not-found"
     title = "There is no such checkpoint"
+
+
+class DataNotFound(ProblemError):
+    """The run has no data set of this name."""
+
+    slug = "data-not-found"
+    title = "There is no such data set"
+
+
+class DataExists(ProblemError):
+    """The run has a data set of this name, with another length, unit, order or number of passes."""
+
+    slug = "data-exists"
+    title = "The data set exists with another spec"
+
+
+class UnitNotHeld(ProblemError):
+    """The push names units that its lease does not hold: others have them, or they have counted. It was not applied.
+
+    `extensions["units"]` names them as `Freestep-Units` does. The lease still holds the push's other units.
+    """
+
+    slug = "unit-not-held"
+    title = "The lease does not hold the unit"
 
 
 class TokenNotFound(ProblemError):

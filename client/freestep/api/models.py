@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from freestep.api.aggregation import AggregationSpec
+from freestep.api.data import DataProgress
 from freestep.api.spec import DEFAULT_GROUP, MOST_SHARDS, GroupOverrides, ParameterSpec, RunSpec
 from freestep.api.validation import Count, MetricName, StrictModel
 
@@ -213,6 +214,8 @@ class RunStatus(_Answer):
     """The workers that get no lease any more (`aggregation.ban_after`)."""
     metrics: dict[str, Metric] = {}
     """The metrics that evaluators have reported, by name."""
+    data: dict[str, DataProgress] = {}
+    """How much of the run's data sets has counted, by name."""
     scheduled_lr: dict[str, float] = {}
     """The learning rate that the newest update was made with, by param group; empty before the first. It is after
     warmup, schedules, Polyak steps and corrections for staleness, as `scheduled_lr` of the `schedulefree` package."""

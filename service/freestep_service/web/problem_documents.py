@@ -155,6 +155,7 @@ _MEMBERS: dict[Problem, dict[str, Any]] = {
         },
     },
     errors.EpochChanged: {"epoch": _NUMBER, "step": _NUMBER},
+    errors.UnitNotHeld: {"units": {**_TEXT, "description": "Those units, as `Freestep-Units` names them."}},
     errors.BodyTooLarge: {"limit": _NUMBER},
     errors.RangeNotSatisfiable: {"size": _NUMBER},
     errors.InvalidSpec: {
