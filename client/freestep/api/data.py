@@ -17,6 +17,7 @@ __all__ = [
     "ClaimRequest",
     "Claimed",
     "DataList",
+    "DataName",
     "DataProgress",
     "DataSpec",
     "DataState",
@@ -29,12 +30,15 @@ __all__ = [
 
 DATA_NAME = r"[A-Za-z0-9_.-]{1,64}"
 """What the name of a data set matches; it stands in paths and headers, too."""
+DataName = Annotated[str, Field(pattern=f"^{DATA_NAME}$")]
 MOST_DATA_SETS = 16
 """Data sets of a run."""
 MOST_CLAIMED = 1024
 """Units of one claim."""
 MOST_PUSHED = 1024
 """Units of one push."""
+_MOST_OPEN = 2**20
+"""Units that may be open before one that has counted: more than can be out, however a state has come about."""
 
 
 class DataSpec(StrictModel):
@@ -85,6 +89,8 @@ class DataState(StrictModel):
         bounds = [0, *(bound for each in self.open for bound in each), self.reached]
         if any(begin > end for begin, end in pairwise(bounds)) or any(begin == end for begin, end in self.open):
             raise ValueError("open: must be ranges of numbers below `reached`, none empty, in ascending order")
+        if sum(end - begin for begin, end in self.open) > _MOST_OPEN:
+            raise ValueError(f"open: there are more than {_MOST_OPEN} units")
         if self.spec.total is not None and self.reached > self.spec.total:
             raise ValueError(f"reached: the data set has {self.spec.total} units in all passes")
         return self

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from freestep.api.data import MOST_DATA_SETS, DataName, DataState
 from freestep.api.spec import RunSpec
 from freestep.api.validation import Count, MetricName, NonNegative, StrictModel
 
@@ -33,3 +34,5 @@ class StateDocument(StrictModel):
     """The staleness, in steps, that the run's delay correction expects."""
     metrics: dict[MetricName, dict[Count, _Value]] = Field(default_factory=dict)
     """Metric -> step -> value, as evaluators have reported them."""
+    data: Annotated[dict[DataName, DataState], Field(max_length=MOST_DATA_SETS)] = Field(default_factory=dict)
+    """Name -> how much of a data set has counted."""

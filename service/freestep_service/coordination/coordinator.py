@@ -6,6 +6,7 @@ the keys, call the scripts and raise their refusals.
 
 from __future__ import annotations
 
+from freestep_service.coordination.data import RunData
 from freestep_service.coordination.leases import RunLeases
 from freestep_service.coordination.log import RunLog
 from freestep_service.coordination.opening import RunOpening
@@ -19,7 +20,7 @@ __all__ = ["Coordinator"]
 
 
 class Coordinator:
-    """One run in Redis: its opening, its workers' leases, its pushes and its log."""
+    """One run in Redis: its opening, its workers' leases, its pushes, its log and its data sets."""
 
     def __init__(self, store: Store, run: str, spec: str, policy: Policy, origin: Origin = UNKNOWN_ORIGIN) -> None:
         """spec: the run's, as canonical JSON. origin: where it began."""
@@ -30,3 +31,4 @@ class Coordinator:
         self.leases = RunLeases(scripts)
         self.pushes = RunPushes(scripts)
         self.log = RunLog(scripts)
+        self.data = RunData(scripts)

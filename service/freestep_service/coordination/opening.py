@@ -111,12 +111,21 @@ class RunOpening:
             name: json.dumps([[step, repr(value)] for step, value in steps.items()])
             for name, steps in state.reported.items()
         }
+        data = {
+            name: {
+                "spec": each.spec.model_dump_json(),
+                "total": "" if each.spec.total is None else str(each.spec.total),
+                "reached": each.reached,
+                "open": each.open,
+            }
+            for name, each in state.data.open_units().items()
+        }
         await self._list_run()
         leases = await self._newest_leases()
         (status,) = await self._scripts.call(
             "open", *self._rules, shards, state.epoch, state.step, state.seq, int(state.initialized), group,
             json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics),
-            json.dumps(dict(state.pushes)), *state.norm_history.texts(), *receipts,
+            json.dumps(dict(state.pushes)), *state.norm_history.texts(), json.dumps(data), *receipts,
             keys=[
                 self._scripts.key("metrics"),
                 self._scripts.key("distances"),

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from freestep.errors import (
     PROBLEMS,
     CoordinatorUnavailable,
+    DataNotFound,
     EpochChanged,
     IdempotencyConflict,
     LeaseExpired,
@@ -16,6 +17,7 @@ from freestep.errors import (
     NonFiniteGradient,
     RunNotInitialized,
     ShardUnavailable,
+    UnitNotHeld,
     WorkerBanned,
 )
 from freestep_service.coordination.store import Store
@@ -33,7 +35,9 @@ DELETION_TIMES_KEY = "{freestep:deleted}:times"
 _NAMES = (
     "run", "leases", "workers", "receipts", "pending", "group", "log", "ended", "shards", "staged", "queue", "cuts",
 )  # fmt: skip
-"""The keys that every script takes, in the order of lua/_prelude.lua."""
+"""The keys that every script takes first, in the order of lua/_prelude.lua."""
+_LAST_NAMES = ("out", "held", "back")
+"""The keys that every script takes last."""
 
 
 class RunScripts:
@@ -43,6 +47,7 @@ class RunScripts:
         self.store = store
         self.run = run
         self._keys = [self.key(name) for name in _NAMES]
+        self._last_keys = [self.key(name) for name in _LAST_NAMES]
 
     def key(self, name: str) -> str:
         return f"freestep:{{{self.run}}}:{name}"
@@ -55,12 +60,12 @@ class RunScripts:
         return self.key(f"window:{lease}")
 
     async def call(self, script: str, *arguments: str | int, keys: Sequence[str] = ()) -> list[Any]:
-        """Calls a script by the name of its file; `keys` follow those that every script takes.
+        """Calls a script by the name of its file; `keys` stand between those that every script takes.
 
         Returns the members of its answer, of which the first is the status in most scripts.
         Raises CoordinatorUnavailable.
         """
-        answer = await self.store.run(script, [*self._keys, *keys], *arguments)
+        answer = await self.store.run(script, [*self._keys, *keys, *self._last_keys], *arguments)
         return answer if isinstance(answer, list) else [answer]
 
     def refuse(self, status: str, rest: Iterable[Any]) -> NoReturn:
@@ -90,6 +95,10 @@ class RunScripts:
                 raise RunNotInitialized
             case ["idempotency-conflict"]:
                 raise IdempotencyConflict
+            case ["unit-not-held", units]:
+                raise UnitNotHeld(f"the lease does not have {units}", units=units)
+            case ["data-not-found"]:
+                raise DataNotFound
             case ["refused-before", slug, detail]:
                 raise PROBLEMS[slug](detail or None)
             case ["refused"]:

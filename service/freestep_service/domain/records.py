@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from freestep.api.models import Receipt
+from freestep_service.domain.data_sets import DataSets
+from freestep_service.domain.marks import Marks, marks_text, parse_marks
 from freestep_service.domain.norm_history import NormHistory
 from freestep_service.domain.reports import Reported
 
@@ -123,6 +125,7 @@ class Claim:
     """The claim of a push: lease and fencing token, the step at which its gradient was taken, idempotency key.
 
     samples: the push's weight in a mean. speed: local steps that its worker takes in a second, kept with its lease.
+    units: of data sets, that the gradient was taken on.
     """
 
     lease: str
@@ -132,10 +135,15 @@ class Claim:
     samples: float | None = None
     loss: float | None = None
     speed: float | None = None
+    units: Marks = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """What has to be the same when the key comes again. It begins with the lease, see lua/open.lua."""
-        return f"{self.lease} {self.token} {self.step} {self.samples}"
+        """What has to be the same when the key comes again.
+
+        It begins with the lease, see lua/open.lua, and ends with the units, if there are any, see lua/_prelude.lua.
+        """
+        words = f"{self.lease} {self.token} {self.step} {self.samples}"
+        return f"{words} {marks_text(self.units)}" if self.units else words
 
 
 class StagedPart(NamedTuple):
@@ -193,6 +201,12 @@ class Record:
         return replace(self, decision="applied", step=self.step + 1)
 
     @property
+    def counted(self) -> Marks:
+        """The units of data sets that have counted with the push, see `Claim.fingerprint`."""
+        words = self.claim.split(" ", 4)
+        return parse_marks(words[4]) if len(words) > 4 and self.decision != "dropped" else {}
+
+    @property
     def is_outlier(self) -> bool:
         """Whether the norm is far beyond the run's usual."""
         return self.reason == OUTLIER
@@ -246,6 +260,7 @@ class RunState:
     pushes: Mapping[str, int] = field(default_factory=dict)
     """Decision -> number of pushes, for a Redis that has lost its counts."""
     norm_history: NormHistory = field(default_factory=NormHistory)
+    data: DataSets = field(default_factory=DataSets)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from freestep_service.domain.distances import summed
@@ -27,6 +28,8 @@ class Dispatch:
         self._recovery = recovery
         self._shards = shards
         self._checkpointing = checkpointing
+        self.on_units: Callable[[], None] = lambda: None
+        """Called when units of data sets were given back, or the last of one has counted."""
 
     def on_message(self, message: dict[str, Any] | None) -> None:
         """Takes a message from the run's channel; None where some may have been missed."""
@@ -50,6 +53,8 @@ class Dispatch:
             case "moved":
                 for shard in self._shards:
                     shard.on_moved()
+            case "units":
+                self.on_units()
             case "initialized":
                 for shard in self._shards:
                     shard.on_initialized(message["upload"])

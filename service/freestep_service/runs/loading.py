@@ -19,6 +19,7 @@ from freestep.errors import (
     ShardUnavailable,
     StorageUnavailable,
 )
+from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.norm_history import NormHistory
 from freestep_service.domain.opening import Decision, Report, Waiting, decide, exchange
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Record, RunState
@@ -266,6 +267,7 @@ class Loading:
         group: dict[str, int] = {}
         reported: Reported = {}
         norm_history = NormHistory()
+        data = DataSets()
         receipts: dict[str, Record] = {}
         tally = self._context.telemetry.tally
         if decision.live:
@@ -274,13 +276,14 @@ class Loading:
                 _, _, group = await held.writer.run(held.shard.position)
                 reported = await held.writer.run(held.shard.reported)
                 norm_history = await held.writer.run(held.shard.norm_history)
+                data = await held.writer.run(held.shard.data)
                 receipts = self._context.receipts.until(checkpoint.seq if checkpoint else 0)
         if decision.upload:
             held_state = self._held.find(decision.upload)
             if held_state is None:
                 raise ShardUnavailable("the state was held for too long")
-            reported = held_state.reported
-        elif decision.initialized and checkpoint is not None and not (receipts or group or reported):
+            reported, data = held_state.reported, held_state.data
+        elif decision.initialized and checkpoint is not None and not (receipts or group or reported or data):
             loaded = await self._load(checkpoint, 0, 0)
             if loaded is None and not decision.live:
                 await opening.gather(self._shards.count, view.generation)
@@ -288,6 +291,7 @@ class Loading:
             if loaded is not None:
                 state, receipts = loaded
                 group, reported, norm_history = state.group, state.reported, state.norm_history
+                data = state.data
                 # Where nothing has been counted here, the checkpoint's writer has.
                 tally = max(tally, state.tally, key=lambda each: sum(each.pushes.values()))
         place = checkpoint or CheckpointId(decision.epoch, 0, 0)
@@ -301,6 +305,7 @@ class Loading:
             reported,
             pushes=tally.pushes,
             norm_history=norm_history,
+            data=data,
         )
         return await opening.open(opened, self._shards.count, view.generation, decision.target())
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from freestep.api.data import DataSpec
 from freestep.api.models import PointDtype, Receipt
 from freestep.errors import InvalidSpec, StepNotReached
 from freestep_service.domain.aggregation import accepted_encodings
+from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.records import Claim, Record
 from freestep_service.domain.reports import Measured
 from freestep_service.runs.consistent_reads import ConsistentReads, Reading
@@ -178,7 +180,7 @@ class LocalShard:
         if "key" in entry:
             record = Record.from_json(entry["record"])
             return self._pushes.committed(entry["key"], record, reads, entry) or self._find(entry)
-        measured = entry.get("measured")
+        measured, data = entry.get("measured"), entry.get("data")
         writer.submit(
             Entry(
                 seq,
@@ -188,6 +190,7 @@ class LocalShard:
                 checkpoint=bool(entry.get("checkpoint")),
                 members=entry,
                 measured=measured and Measured(measured["name"], measured["step"], float(measured["value"])),
+                data=data and NewDataSet(data["name"], DataSpec.model_validate_json(data["spec"])),
             )
         )
         return True

@@ -22,6 +22,7 @@ from freestep.wire.manifest import Manifest
 from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.data_progress import progress_of
 from freestep_service.domain.opening import Decision
 from freestep_service.domain.records import UNKNOWN_ORIGIN, CheckpointId, Origin, Receipts
 from freestep_service.domain.specs import require_same_spec
@@ -31,6 +32,7 @@ from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.data_units import DataUnits
 from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.held_states import HeldStates
@@ -101,6 +103,7 @@ class Run:
         self._ownership = Ownership(context, recovery, owned, dispatch, self._loading, self._make_shard)
         self.leases = Leases(context, recovery, owned)
         self.reports = MetricReports(context, recovery, owned, dispatch)
+        self.data = DataUnits(context, recovery, owned, dispatch)
         self.imports = StateImports(context, owned, self._ownership, self._loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing)
         pool = VectorPool(self.manifest.numel, 1, reserve=resources.reserve)
@@ -291,6 +294,7 @@ class Run:
             outliers=json.loads(fields.get("outliers", "{}")),
             banned=sorted(json.loads(fields.get("banned", "{}"))),
             metrics=metrics,
+            data=progress_of(fields),
             scheduled_lr=dict(zip(self.spec.group_names(), rates or (), strict=False)),
             checkpoint_step=checkpoint_step,
             parameter_count=self.manifest.numel,

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from freestep_service.domain.data_sets import NewDataSet
+from freestep_service.domain.marks import Marks
 from freestep_service.domain.records import LogPosition
 from freestep_service.domain.reports import Measured
 from freestep_service.optimizers import Pushed
@@ -64,6 +66,10 @@ class Entry:
     """Whether to copy the whole state after this entry."""
     measured: Measured | None = None
     """A metric that was reported."""
+    data: NewDataSet | None = None
+    """A data set that was added."""
+    units: Marks = field(default_factory=dict)
+    """The units of data sets that count with the push."""
     distances: Tensor | None = None
     """The squared distances between the update's pushes over all shards, fp64, in the order of `square_distances`; None
     where the update needs none, or they are not known yet."""

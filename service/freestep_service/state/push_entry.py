@@ -101,6 +101,7 @@ def committed_push(
         hold=None if staged is None else staged.hold,
         worker=record.worker,
         is_outlier=record.is_outlier,
+        units=record.counted,
         reads=reads,
         members=members,
         **others,

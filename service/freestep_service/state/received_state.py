@@ -13,6 +13,7 @@ from freestep.api.run_state import StateDocument
 from freestep.errors import MalformedTensors, Overloaded
 from freestep.wire.manifest import Manifest
 from freestep.wire.state import StateReceiver
+from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.reports import KEPT, MOST_METRICS
 from freestep_service.optimizers import NEVER_NEGATIVE, fault_of, method_of
 from freestep_service.state.buffers import memory_of
@@ -86,6 +87,7 @@ class ReceivedState:
             damping=0.0,
             reported={name: dict(sorted(steps.items())) for name, steps in document.metrics.items()},
             expected_staleness=document.expected_staleness,
+            data=DataSets.of(document.data),
         )
 
     def release(self) -> None:
@@ -127,4 +129,5 @@ def document_of(spec: RunSpec, copy: StateCopy) -> StateDocument:
         scalars={group: dict(scalars) for group, scalars in copy.scalars.items()},
         expected_staleness=copy.expected_staleness,
         metrics={name: dict(steps) for name, steps in copy.reported.items()},
+        data=copy.data.without_gathered().states(),
     )

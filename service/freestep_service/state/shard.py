@@ -17,6 +17,7 @@ from torch import Tensor
 from freestep.api.models import Point, RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.delay import Expectation
 from freestep_service.domain.norm_history import Norm, NormHistory
 from freestep_service.domain.reports import Measured, Reported, with_measured
@@ -71,6 +72,7 @@ class StateCopy:
     tally: Tally = NOTHING_COUNTED
     """What had been counted when it was written, which is no part of the state."""
     norm_history: NormHistory = field(default_factory=NormHistory)
+    data: DataSets = field(default_factory=DataSets)
 
 
 class Shard:
@@ -99,6 +101,7 @@ class Shard:
         """Whether an entry that makes an update has to hold the distances between its pushes over all shards."""
         self._is_robust, self._ban_after = spec.aggregation.robust != "none", spec.aggregation.ban_after
         self._norm_history = NormHistory()
+        self._data = DataSets()
         self._expectation = Expectation.of(spec)
         self._expected_staleness = 0.0
         self._buffers: dict[str, Tensor] = {}
@@ -137,6 +140,7 @@ class Shard:
         self._scalars = dict.fromkeys(self._hyperparameters, self._method.initial)
         self._reported = {}
         self._norm_history = NormHistory()
+        self._data = DataSets()
         self._expected_staleness = 0.0
         self._clear_group()
         settle(self.device)
@@ -148,6 +152,7 @@ class Shard:
         self._scalars = {}
         self._reported = {}
         self._norm_history = NormHistory()
+        self._data = DataSets()
         self._accumulated = None
         self._expected_staleness = 0.0
         self._clear_group()
@@ -160,6 +165,9 @@ class Shard:
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
+        if entry.data is not None:
+            self._data.add(entry.data)
+        self._data.count(entry.units, advance=entry.advance)
         if entry.measured is not None:
             self._observe(entry.measured)
         if entry.norm is not None and self._is_robust:
@@ -306,6 +314,10 @@ class Shard:
         """What is remembered of the pushes up to here, under a robust rule."""
         return self._norm_history
 
+    def data(self) -> DataSets:
+        """How much of the run's data sets has counted up to here."""
+        return self._data.copy()
+
     @property
     def state_bytes(self) -> int:
         """Bytes that a copy of the state may take."""
@@ -332,6 +344,7 @@ class Shard:
             self._expected_staleness,
             self._loss,
             norm_history=self._norm_history,
+            data=self._data.copy(),
         )
 
     def load(self, cut: StateCopy, epoch: int) -> None:
@@ -350,6 +363,7 @@ class Shard:
         self._expected_staleness = cut.expected_staleness
         self._reported = cut.reported
         self._norm_history = cut.norm_history
+        self._data = cut.data.copy()
 
 
 def _conditions(damping: float, lateness: int, loss: float) -> Conditions:

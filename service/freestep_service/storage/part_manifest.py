@@ -18,6 +18,7 @@ from torch import Tensor
 from freestep.api.models import ParameterSpec
 from freestep.wire.header import encode_header
 from freestep.wire.manifest import Manifest
+from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.norm_history import NormHistory
 from freestep_service.domain.records import CheckpointId, Record
 from freestep_service.domain.tally import NOTHING_COUNTED, Tally
@@ -61,6 +62,10 @@ class PartManifest(BaseModel):
     outliers: dict[str, int] = {}
     banned: dict[str, int] = {}
     """Worker -> number, likewise."""
+    data: dict[str, dict[str, Any]] = {}
+    """Name -> how much of a data set has counted, as a DataState."""
+    gathered_units: list[list[str | int]] = []
+    """Name and number of the units in the unfinished update."""
     receipts: dict[str, dict[str, Any]]
     tally: dict[str, int | float | None] = {}
     """What had been counted of the run's pushes, as the part's writer knew it."""
@@ -84,6 +89,7 @@ class PartManifest(BaseModel):
             expected_staleness=self.expected_staleness,
             tally=Tally(**self.tally),  # type: ignore[arg-type]
             norm_history=NormHistory.of(self.norms, self.outliers, self.banned),
+            data=DataSets.of(self.data, self.gathered_units),
         )
 
 
@@ -135,6 +141,7 @@ def manifest_members(
         "metrics": {name: {str(step): value for step, value in steps.items()} for name, steps in copy.reported.items()},
         "expected_staleness": copy.expected_staleness,
         **copy.norm_history.members(),
+        **copy.data.manifest_members(),
         "receipts": {key: _kept(record) for key, record in receipts.items()},
         "tensors": tensors,
         **({"tally": copy.tally._asdict()} if copy.tally != NOTHING_COUNTED else {}),

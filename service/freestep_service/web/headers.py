@@ -9,23 +9,29 @@ from math import isfinite
 
 from starlette.requests import Request
 
+from freestep.api.data import MOST_PUSHED
 from freestep.api.models import Receipt
 from freestep.errors import BodyTooLarge, LengthRequired, MalformedRequest, UnsupportedMediaType
 from freestep.wire.receiver import MEDIA_TYPE
+from freestep_service.domain.marks import LONGEST_MARKS, MARKS_PATTERN, parse_marks
 from freestep_service.domain.records import Claim
 from freestep_service.web.fields import Header, Kind, decimal, integer, number, pattern, text
 from freestep_service.web.problem_documents import refuses
 
 __all__ = [
+    "CLAIM_HEADERS",
     "IMPORT_HEADERS",
     "LEASE_ID",
     "LEASE_KIND",
     "PULL_HEADERS",
     "PUSH_HEADERS",
+    "RETURN_HEADERS",
     "UPLOAD_HEADERS",
     "Preferences",
     "body_length",
     "claim",
+    "claim_key",
+    "holder",
     "place",
     "preferences",
     "receipt_headers",
@@ -104,6 +110,17 @@ _SPEED = Header(
     number({"exclusiveMinimum": 0}, lambda speed: speed > 0, "a finite number above 0"),
     "Local steps a second of the worker; its lease shows them.",
 )
+_UNITS = Header(
+    "Freestep-Units",
+    Kind(
+        {"type": "string", "pattern": f"^{MARKS_PATTERN}$", "maxLength": LONGEST_MARKS},
+        parse_marks,
+        f"data sets and numbers of their units, as NAME=17,18;OTHER=3: at most {MOST_PUSHED} numbers, and no name or "
+        "number twice",
+    ),
+    "The units of data sets that the gradient was taken on: they count if it does.",
+    example="train=17,18",
+)
 _PREFER = Header(
     "Prefer",
     Kind({"type": "string"}, Preferences.parse, "a list of preferences, with wait=S in seconds from 0"),
@@ -113,6 +130,7 @@ _PREFER = Header(
 )
 _UPLOAD = Header("Idempotency-Key", _TOKEN, "With several shards: the parts of one upload have one key.")
 _IMPORT = Header("Idempotency-Key", _TOKEN, "Makes this one import, however often it is sent.")
+_CLAIM = Header("Idempotency-Key", _TOKEN, "A claim that comes again, with no other between, is given the same units.")
 _PLACE = Header(
     "If-Match",
     Kind({"type": "string", "pattern": f"^{_ETAG}$"}, _parse_place, "an ETag of the run's state or of its points"),
@@ -121,7 +139,9 @@ _PLACE = Header(
 )
 _LENGTH = Header("Content-Length", integer(0))
 
-PUSH_HEADERS = (_LEASE, _FENCE, _STEP, _KEY, _SAMPLES, _LOSS, _SPEED, _PREFER)
+PUSH_HEADERS = (_LEASE, _FENCE, _STEP, _KEY, _SAMPLES, _LOSS, _SPEED, _UNITS, _PREFER)
+CLAIM_HEADERS = (_LEASE, _FENCE, _CLAIM, _PREFER)
+RETURN_HEADERS = (_LEASE, _FENCE)
 UPLOAD_HEADERS = (_UPLOAD,)
 IMPORT_HEADERS = (_IMPORT, _PLACE)
 PULL_HEADERS = (
@@ -174,7 +194,18 @@ def claim(request: Request) -> Claim:
         samples=_SAMPLES.find(request),
         loss=_LOSS.find(request),
         speed=_SPEED.find(request),
+        units=_UNITS.find(request) or {},
     )
+
+
+def holder(request: Request) -> tuple[str, int]:
+    """The lease that units are for, and its fencing token. Raises MalformedRequest, naming the header."""
+    return _LEASE.read(request), _FENCE.read(request)
+
+
+def claim_key(request: Request) -> str:
+    """The key of a claim of units; empty where it has none. Raises MalformedRequest."""
+    return _CLAIM.find(request) or ""
 
 
 def receipt_headers(receipt: Receipt) -> dict[str, str]:

@@ -27,6 +27,7 @@ TAGS = [
     {"name": "state", "description": "The whole state of a run: out of one service, into another."},
     {"name": "checkpoints", "description": "What a run returns to after a crash, or when it is restored."},
     {"name": "metrics", "description": "What evaluators have measured at x."},
+    {"name": "data", "description": "Data sets: their units are handed out, and each counts once in a pass."},
     {"name": "tokens", "description": "Bearer tokens: make, list, revoke."},
     {"name": "health", "description": "Liveness, readiness, Prometheus metrics."},
 ]

@@ -34,6 +34,7 @@ _ATTEMPTS = 5
 _REPEATED = (
     "authorization",
     *("freestep-lease", "freestep-token", "freestep-step", "freestep-samples", "freestep-loss", "freestep-speed"),
+    "freestep-units",
 )
 """Headers of a request for a whole model that the requests for its parts repeat."""
 

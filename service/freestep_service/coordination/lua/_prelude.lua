@@ -1,6 +1,7 @@
 -- This file is put before every other script: the names of the run's keys, the clock, and shared functions.
 --
--- KEYS 1-12 are the same for every script that is called for a run. Their hash tag is the same: freestep:{run}:...
+-- KEYS 1-12 and the last three are the same for every script that is called for a run. Their hash tag is the same:
+-- freestep:{run}:...
 --   run       hash    spec, first_epoch and id (the epoch in which the run was created, and a random word: they tell
 --                     the run from others of its name; older versions wrote none), creator (the id of the token
 --                     whose quota it counts against, or an empty string), epoch, step, seq, initialized, token, the policy's values, counts of
@@ -9,7 +10,10 @@
 --                     slack), bounds (JSON {outlier, clip, ban_after, max_batch}, as far as there are any; only under
 --                     a robust rule, as what follows), norms (JSON [[worker, norm, whether it was an outlier], ...] of
 --                     the newest pushes in the log, oldest first, norms as text in full precision), outliers (JSON:
---                     worker -> number of them), banned (JSON: worker -> number of bans).
+--                     worker -> number of them), banned (JSON: worker -> number of bans), datasets (names of data sets,
+--                     with spaces between them), and of data set NAME: data:NAME (its spec, JSON), total:NAME (units of
+--                     all passes, or an empty string), cursor:NAME (the next unit that was never handed out) and
+--                     done:NAME (units that have counted). What is below the cursor, not out and not given back has.
 --                     A run exists if this hash has a spec.
 --   leases    zset    worker -> the time at which its lease ends, in ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
@@ -29,6 +33,9 @@
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
 --                     kind (push, pull or state; older versions wrote none)}
+--   out       hash    NAME UNIT -> lease that has this unit, and since when (ms since 1970)
+--   held      zset    LEASE NAME UNIT of the same units, with sixteen digits
+--   back      zset    NAME UNIT, with sixteen digits, of the units that were handed out and given back
 -- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease), metrics
 -- (hash, see report_metric.lua) or distances (hash, see report_distances.lua: shard -> EPOCH-SEQ and its part of the
 -- distances between the pushes of an update; all -> EPOCH-SEQ and the parts of the newest update that has them all).
@@ -41,6 +48,7 @@
 local RUN, LEASES, WORKERS, RECEIPTS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local PENDING, GROUP, LOG, ENDED = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local SHARDS, STAGED, QUEUE, CUTS = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
+local OUT, HELD, BACK = KEYS[#KEYS - 2], KEYS[#KEYS - 1], KEYS[#KEYS]
 local WINDOW_LENGTH, ENDED_LENGTH = 64, 4096
 -- Entries of the log that are kept at least, and at most where a shard is behind.
 local LOG_LENGTH, LONGEST_LOG = 1024, 16384
@@ -78,9 +86,9 @@ end
 
 -- Raises an error if one of the run's keys holds another type.
 local function check_types()
-  check_type('hash', RUN, WORKERS, RECEIPTS, PENDING, GROUP, SHARDS, STAGED, CUTS)
+  check_type('hash', RUN, WORKERS, RECEIPTS, PENDING, GROUP, SHARDS, STAGED, CUTS, OUT)
   check_type('list', ENDED, QUEUE)
-  check_type('zset', LEASES)
+  check_type('zset', LEASES, HELD, BACK)
   check_type('stream', LOG)
 end
 
@@ -286,11 +294,119 @@ local function is_overdue(staged, patience, now)
   return not staged.queued and staged.at + patience <= now and not has_all_parts(staged.parts)
 end
 
--- Refuses a push on all shards. A refusal of its body is kept for the parts that have not begun to arrive.
+-- Calls a command with as many arguments as Lua can pass at a time.
+local function call_in_parts(command, key, arguments)
+  for begin = 1, #arguments, 1000 do
+    redis.call(command, key, unpack(arguments, begin, math.min(begin + 999, #arguments)))
+  end
+end
+
+-- A unit's number with sixteen digits, so that members of sorted sets are in the order of numbers.
+local function padded(number)
+  return string.rep('0', 16 - #number) .. number
+end
+
+-- The lease of a claim, and the units that it names as {name, number} with numbers as text; nil where it names none.
+local function units_of(claim)
+  local lease, marks = string.match(claim, '^(%S+) %S+ %S+ %S+ (%S+)$')
+  if not lease then return nil end
+  local units = {}
+  for name, numbers in string.gmatch(marks, '([^=;]+)=([^;]+)') do
+    for number in string.gmatch(numbers, '%d+') do units[#units + 1] = {name, number} end
+  end
+  return lease, units
+end
+
+-- Which of some units, at least one, a lease has, and which it has not.
+local function divide_units(lease, units)
+  local fields, has, lacks = {}, {}, {}
+  for index, unit in ipairs(units) do fields[index] = unit[1] .. ' ' .. unit[2] end
+  local holders = redis.call('HMGET', OUT, unpack(fields))
+  for index, unit in ipairs(units) do
+    local holder = holders[index] and string.match(holders[index], '^%S+')
+    table.insert(holder == lease and has or lacks, unit)
+  end
+  return has, lacks
+end
+
+-- The refusal of a claim that names units which its lease does not have, or nil.
+local function unheld_units(claim)
+  local lease, units = units_of(claim)
+  if not lease then return nil end
+  check_type('hash', OUT)
+  check_type('zset', HELD, BACK)
+  local _, lacks = divide_units(lease, units)
+  if #lacks == 0 then return nil end
+  local marks, before = '', nil
+  for _, unit in ipairs(lacks) do
+    if unit[1] == before then
+      marks = marks .. ',' .. unit[2]
+    else
+      marks = marks .. (before and ';' or '') .. unit[1] .. '=' .. unit[2]
+    end
+    before = unit[1]
+  end
+  return {'unit-not-held', marks}
+end
+
+-- Takes units from the lease that has them.
+local function take_units(lease, units)
+  local fields, members = {}, {}
+  for index, unit in ipairs(units) do
+    fields[index] = unit[1] .. ' ' .. unit[2]
+    members[index] = lease .. ' ' .. unit[1] .. ' ' .. padded(unit[2])
+  end
+  call_in_parts('HDEL', OUT, fields)
+  call_in_parts('ZREM', HELD, members)
+end
+
+-- Has units that a lease has handed out again.
+local function give_back(lease, units)
+  if #units == 0 then return end
+  take_units(lease, units)
+  local scored = {}
+  for _, unit in ipairs(units) do
+    scored[#scored + 1] = 0
+    scored[#scored + 1] = unit[1] .. ' ' .. padded(unit[2])
+  end
+  call_in_parts('ZADD', BACK, scored)
+  publish({kind = 'units'})
+end
+
+-- Has the units that a claim names handed out again, as far as its lease has them.
+local function give_back_claimed(claim)
+  local lease, units = units_of(claim)
+  if lease then give_back(lease, (divide_units(lease, units))) end
+end
+
+-- The units that a lease has, of one data set or (nil) of all.
+local function units_held(lease, name)
+  local prefix, units = name and lease .. ' ' .. name or lease, {}
+  for _, member in ipairs(redis.call('ZRANGEBYLEX', HELD, '[' .. prefix .. ' ', '(' .. prefix .. '!')) do
+    units[#units + 1] = {string.match(member, '^%S+ (%S+) 0*(%d+)$')}
+  end
+  return units
+end
+
+-- Counts the units that a push's claim names: they are done.
+local function count_units(claim)
+  local lease, units = units_of(claim)
+  if not lease then return end
+  take_units(lease, units)
+  for _, unit in ipairs(units) do
+    local done = redis.call('HINCRBY', RUN, 'done:' .. unit[1], 1)
+    if text(done) == redis.call('HGET', RUN, 'total:' .. unit[1]) then publish({kind = 'units'}) end
+  end
+end
+
+-- Refuses a push on all shards. A refusal of its body is kept for the parts that have not begun to arrive, and has the
+-- push's units handed out again: it will not come a second time.
 local function refuse(key, slug, detail)
   local staged, claim = redis.call('HGET', STAGED, key), redis.call('HGET', PENDING, key)
   forget(key)
-  if staged and claim and (slug == 'non-finite-gradient' or slug == 'malformed-tensors') then
+  local is_of_body = slug == 'non-finite-gradient' or slug == 'malformed-tensors'
+  if claim and is_of_body then give_back_claimed(claim) end
+  if staged and claim and is_of_body then
     local parts = cjson.decode(staged).parts
     if not has_all_parts(parts) then
       redis.call('HSET', STAGED, key, cjson.encode({at = clock(), claim = claim, slug = slug, detail = detail,
@@ -301,7 +417,7 @@ local function refuse(key, slug, detail)
 end
 
 -- Moves the idempotency keys of an ended lease to the list of ended leases, and adds the keys that this list evicts to
--- `evicted`. Pushes of the lease that are not committed are refused.
+-- `evicted`. Pushes of the lease that are not committed are refused, and its units are handed out again.
 local function retire(lease, window, evicted)
   for _, key in ipairs(redis.call('LRANGE', window, 0, -1)) do
     redis.call('RPUSH', ENDED, key)
@@ -314,6 +430,7 @@ local function retire(lease, window, evicted)
   for _, key in ipairs(redis.call('HKEYS', STAGED)) do
     if string.match(redis.call('HGET', PENDING, key) or '', '^%S+') == lease then refuse(key, 'lease-expired', '') end
   end
+  give_back(lease, units_held(lease))
 end
 
 local function publish_evicted(keys)

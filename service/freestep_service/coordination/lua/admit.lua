@@ -9,6 +9,7 @@
 --          {pending}                another request carries the push at the moment
 --          {idempotency-conflict}   the key was used with another claim
 --          {run-not-initialized}, {lease-expired}, {epoch-changed, epoch}, {step-ahead, step}
+--          {unit-not-held, units}   the lease does not have these units that the claim names
 --          {refused-before, slug, detail}   the body of another part was refused
 --          {dropped, record, evicted idempotency keys ...}   the push is too stale already
 --          {ahead}                  the worker is too far ahead of the slowest one and has to wait
@@ -54,6 +55,8 @@ if pending then
   redis.call('HSET', STAGED, key, cjson.encode(staged))
   return {staged.queued and 'queued' or 'admitted'}
 end
+local unheld = unheld_units(claim)
+if unheld then return unheld end
 local live = live_workers(now)
 if not is_fresh(step - taken_at, live) then
   record = cjson.encode({claim = claim, digests = {}, decision = 'dropped', reason = 'stale', step = step,
@@ -62,6 +65,7 @@ if not is_fresh(step - taken_at, live) then
   redis.call('HINCRBY', RUN, 'dropped', 1)
   count_push(worker, now)
   remember(key, record, KEYS[14], evicted)
+  give_back_claimed(claim)
   if many then publish({kind = 'decided', key = key, record = record, evicted = evicted}) end
   return {'dropped', record, unpack(evicted)}
 end

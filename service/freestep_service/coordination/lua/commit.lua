@@ -1,5 +1,6 @@
 -- Commits a push of which a shard has staged its part, once every shard has: decides by the policy, takes a place in the
--- log, keeps a receipt and renews the lease. A repeated call with the same key returns the same record.
+-- log, keeps a receipt, renews the lease and marks the units that the claim names as done, or has them handed out again
+-- if the push is dropped. A repeated call with the same key returns the same record.
 -- KEYS     the run's, 13 lease:ID, 14 window:ID
 -- ARGV     1 lease, 2 fencing token, 3 step at which the gradient was taken, 4 idempotency key, 5 claim, 6 epoch and
 --          7 newest seq that the shard knows, 8 shard, 9 its owner's token, 10 elements of its part (BEGIN-END), 11 digest
@@ -7,7 +8,7 @@
 --          14 the point to answer with ("y F32") or an empty string, 15 1 if that point is to be read after the group's
 --          update, else 0, 16 the worker's speed or an empty string
 -- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {lost} (the run was opened again, or the push refused,
---          since it was admitted), {lease-expired}, {epoch-changed, epoch}, {staged} (other shards have not staged their
+--          since it was admitted), {lease-expired}, {epoch-changed, epoch}, {unit-not-held, units}, {staged} (other shards have not staged their
 --          parts; a message with the decision follows), {refused} (the norm is too large), or
 --          {committed, record, evicted idempotency keys ...}; the record's seq is 0 if the push was dropped, unless that
 --          was for want of norms to compare its own with: then the log tells of it
@@ -101,6 +102,12 @@ if ARGV[13] ~= '' and norm > tonumber(ARGV[13]) then
   return {'refused'}
 end
 
+local unheld = unheld_units(claim)
+if unheld then
+  refuse(key, 'unit-not-held', 'the lease does not have ' .. unheld[2])
+  return unheld
+end
+
 -- Whatever can fail comes before the entry is appended and counted.
 check_type('stream', LOG)
 check_type('hash', GROUP)
@@ -144,6 +151,7 @@ local entry = is_logged and append(decision == 'applied', {key = key, record = r
   step = step, epoch = tonumber(epoch)})
 
 remember(key, record, KEYS[14], evicted)
+if decision == 'dropped' then give_back_claimed(claim) else count_units(claim) end
 if decision == 'accumulated' then
   redis.call('HINCRBY', GROUP, worker, 1)
   redis.call('HINCRBY', RUN, 'grouped', 1)

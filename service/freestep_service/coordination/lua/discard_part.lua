@@ -1,5 +1,6 @@
 -- Forgets a shard's part of an admitted push whose body was refused or did not arrive. After a refusal all shards refuse
--- the push. Otherwise the part may be sent again, and the push is forgotten when no shard has a part of it.
+-- the push, and its units are handed out again. Otherwise the part may be sent again, and the push is forgotten when no
+-- shard has a part of it.
 -- KEYS     the run's
 -- ARGV     1 idempotency key, 2 shard, 3 slug of the refusal or an empty string, 4 its detail
 -- returns  {OK}
@@ -10,7 +11,9 @@ check_type('list', QUEUE)
 local key, shard, slug = ARGV[1], ARGV[2], ARGV[3]
 local staged = redis.call('HGET', STAGED, key)
 if not staged then
+  local claim = redis.call('HGET', PENDING, key)
   redis.call('HDEL', PENDING, key)
+  if claim and slug ~= '' then give_back_claimed(claim) end
 elseif redis.call('HEXISTS', PENDING, key) == 0 then
   -- Another shard has refused it.
   return {'OK'}

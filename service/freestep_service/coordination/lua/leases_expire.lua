@@ -1,6 +1,6 @@
 -- Ends leases that have run out, refuses their pushes that are not committed, and completes the update that waited for
 -- those workers alone. Refuses pushes that hold a slot without arriving while others wait.
--- KEYS     the run's, then window:ID of each lease
+-- KEYS     the run's, and in between window:ID of each lease
 -- ARGV     1 epoch and 2 newest seq that the shard knows, 3 how long a push may hold its slot without arriving, in ms,
 --          then worker and lease, in turn, in the order of the windows
 -- returns  {behind} (Redis has lost data; the run must be opened again), or
@@ -8,7 +8,7 @@
 
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
 check_types()
-for index = 13, #KEYS do check_type('list', KEYS[index]) end
+for index = 13, #KEYS - 3 do check_type('list', KEYS[index]) end
 local now = clock()
 local evicted, seq, step = {}, 0, 0
 for index = 4, #ARGV, 2 do

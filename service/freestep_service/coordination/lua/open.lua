@@ -9,14 +9,39 @@
 --          true if the state that a shard holds is that cut, upload: the import whose parts shards hold, if it is
 --          that}), 16 metrics (JSON: name -> value as in report_metric.lua), 17 numbers of pushes (JSON: decision ->
 --          number) for a Redis that has lost them, 18 norms, 19 outliers and 20 banned (JSON, as the run's hash has
---          them), then idempotency key and record, in turn, oldest first
+--          them), 21 data sets (JSON: name -> {spec (text), total (text), reached, open}, see domain/data_sets.py), then
+--          idempotency key and record, in turn, oldest first
 -- returns  {late} (another generation has begun), or {load}, which begins a generation too
 
 if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[14] then return {'late'} end
 check_type('hash', WORKERS, SHARDS)
+check_type('hash', OUT)
+
+-- The units that are out to leases which may still push them, where the run goes on in the same epoch: NAME -> number ->
+-- the value in `out`. A data set of which more would be between two of them is another than they were of.
+local MOST_BETWEEN = 131072
+local data, kept = cjson.decode(ARGV[21]), {}
+if redis.call('HGET', RUN, 'epoch') == ARGV[8] then
+  local newest, out = {}, redis.call('HGETALL', OUT)
+  for _, lease in ipairs(redis.call('HVALS', WORKERS)) do newest[lease] = true end
+  for name, set in pairs(data) do
+    kept[name] = {}
+    for _, number in ipairs(set.open) do kept[name][number] = false end
+  end
+  for index = 1, #out, 2 do
+    local name, number = string.match(out[index], '^(%S+) (%d+)$')
+    local set = data[name]
+    number = tonumber(number)
+    if set and newest[string.match(out[index + 1], '^%S+')] and number < set.reached + MOST_BETWEEN
+        and (number >= set.reached or kept[name][number] == false) then
+      kept[name][number] = out[index + 1]
+    end
+  end
+end
+
 local generation = enter('load')
 local grouped = 0
-redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS, KEYS[13], KEYS[14])
+redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS, OUT, HELD, BACK, KEYS[13], KEYS[14])
 for name, steps in pairs(cjson.decode(ARGV[16])) do redis.call('HSET', KEYS[13], name, steps) end
 for worker, pushes in pairs(cjson.decode(ARGV[12])) do
   redis.call('HSET', GROUP, worker, pushes)
@@ -36,6 +61,37 @@ local upload = cjson.decode(ARGV[15]).upload
 if upload then redis.call('HSET', RUN, 'upload', upload) end
 for decision, pushes in pairs(cjson.decode(ARGV[17])) do redis.call('HSETNX', RUN, decision, text(pushes)) end
 
+for name in string.gmatch(redis.call('HGET', RUN, 'datasets') or '', '%S+') do
+  redis.call('HDEL', RUN, 'data:' .. name, 'total:' .. name, 'cursor:' .. name, 'done:' .. name)
+end
+local names = {}
+for name, set in pairs(data) do
+  names[#names + 1] = name
+  local cursor, held, back = set.reached, {}, {}
+  for number, value in pairs(kept[name] or {}) do
+    if value then cursor = math.max(cursor, number + 1) end
+  end
+  local function restore(number)
+    local value, digits = kept[name] and kept[name][number], text(number)
+    if value then
+      redis.call('HSET', OUT, name .. ' ' .. digits, value)
+      held[#held + 1] = 0
+      held[#held + 1] = string.match(value, '^%S+') .. ' ' .. name .. ' ' .. padded(digits)
+    else
+      back[#back + 1] = 0
+      back[#back + 1] = name .. ' ' .. padded(digits)
+    end
+  end
+  for _, number in ipairs(set.open) do restore(number) end
+  for number = set.reached, cursor - 1 do restore(number) end
+  call_in_parts('ZADD', HELD, held)
+  call_in_parts('ZADD', BACK, back)
+  redis.call('HSET', RUN, 'data:' .. name, set.spec, 'total:' .. name, set.total, 'cursor:' .. name, text(cursor),
+    'done:' .. name, text(set.reached - #set.open))
+end
+table.sort(names)
+redis.call('HSET', RUN, 'datasets', table.concat(names, ' '))
+
 -- Receipts of a live lease go to its window, others to the list of ended leases. A claim begins with its lease.
 local granted, windows = {}, {}
 for _, lease in ipairs(redis.call('HVALS', WORKERS)) do granted[lease] = true end
@@ -43,7 +99,7 @@ for number, lease in ipairs(cjson.decode(ARGV[13])) do
   redis.call('DEL', KEYS[14 + number])
   if granted[lease] then windows[lease] = KEYS[14 + number] end
 end
-for index = 21, #ARGV, 2 do
+for index = 22, #ARGV, 2 do
   redis.call('HSET', RECEIPTS, ARGV[index], ARGV[index + 1])
   local lease = string.match(cjson.decode(ARGV[index + 1]).claim, '^%S+')
   redis.call('RPUSH', windows[lease] or ENDED, ARGV[index])

@@ -18,6 +18,7 @@ from freestep.errors import (
     NonFiniteGradient,
     Overloaded,
     RunNotInitialized,
+    UnitNotHeld,
 )
 from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Claim
@@ -59,7 +60,7 @@ router = APIRouter(tags=["gradients"], route_class=DataRoute)
 )
 @needs("push")
 @refuses(DataRequest.of, body_length, RunNotInitialized, EpochChanged, IdempotencyConflict, LeaseExpired)
-@refuses(InvalidSpec, MalformedTensors, NonFiniteGradient, Overloaded)
+@refuses(InvalidSpec, MalformedTensors, NonFiniteGradient, Overloaded, UnitNotHeld)
 async def push(request: Request) -> Response:
     """Pushes a gradient.
 

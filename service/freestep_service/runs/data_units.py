@@ -1,0 +1,102 @@
+"""The data sets of a run: which are added, who has their units, and who waits for some."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from freestep.api.data import Claimed, DataList, DataStatus, Returned
+from freestep.errors import CoordinatorUnavailable
+from freestep_service.coordination.data import HeldUnits
+from freestep_service.domain.data_progress import units_of
+from freestep_service.domain.data_sets import NewDataSet
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.dispatch import Dispatch
+from freestep_service.runs.owned_shards import OwnedShards
+from freestep_service.runs.recovery import Recovery
+
+__all__ = ["DataUnits"]
+
+_SILENCE_S = 1.0
+"""Seconds for which a message is listened for before Redis is asked for what it would say."""
+
+
+class DataUnits:
+    """The data sets of one run, as the owner of a shard of it hands out their units."""
+
+    def __init__(self, context: RunContext, recovery: Recovery, shards: OwnedShards, dispatch: Dispatch) -> None:
+        self._coordinator = context.coordinator.data
+        self._recovery = recovery
+        self._shards = shards
+        self._dispatch = dispatch
+        self._moved = asyncio.Event()
+        """Set, and replaced, when units were given back or the last has counted."""
+        dispatch.on_units = self.moved
+
+    async def create(self, new: NewDataSet) -> bool:
+        """Adds a data set; whether it is new.
+
+        Raises DataExists, MalformedRequest, RunNotInitialized and ShardUnavailable.
+        """
+
+        async def ask() -> tuple[dict[str, Any] | None, bool]:
+            core = self._shards.require_any().core
+            era = core.writer.era
+            entry = await self._coordinator.create(core.owner(), new)
+            return entry, era == core.writer.era
+
+        while True:
+            try:
+                entry, holds = await self._recovery.call(ask)
+            except CoordinatorUnavailable:
+                self._recovery.catch_up()
+                raise
+            # Else it is the answer of a Redis that has lost it since.
+            if holds:
+                break
+        if entry is not None:
+            self._dispatch.on_entry(entry)
+        return entry is not None
+
+    async def claim(
+        self, lease: str, token: int, name: str, count: int, *, key: str = "", wait: float = 0.0
+    ) -> Claimed:
+        """Hands out units to a lease; waits for at most `wait` seconds where all that is left is out with others.
+
+        key: of the claim, which is given the same units if it comes again next; empty for none. Raises what
+        `RunData.claim` raises, and ShardUnavailable.
+        """
+
+        async def ask() -> HeldUnits:
+            owner = self._shards.require_any().core.owner()
+            return await self._coordinator.claim(owner, lease, token, name, count, key)
+
+        deadline = asyncio.get_running_loop().time() + wait
+        while True:
+            moved = self._moved
+            held = await self._recovery.call(ask)
+            left = deadline - asyncio.get_running_loop().time()
+            if held.numbers or held.is_exhausted or left <= 0:
+                return Claimed(units=units_of(held.spec, held.numbers), exhausted=held.is_exhausted)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, _SILENCE_S)):
+                    await moved.wait()
+
+    async def give_back(self, lease: str, token: int, name: str, numbers: Sequence[int] = ()) -> Returned:
+        """Has units handed out again that a lease has: these numbers, or all of the data set."""
+        return Returned(units=await self._coordinator.give_back(lease, token, name, numbers))
+
+    async def status(self, name: str) -> DataStatus:
+        """How a data set stands. Raises DataNotFound."""
+        return (await self._coordinator.read(name)).status()
+
+    async def all(self) -> DataList:
+        """How the data sets stand, by name."""
+        return DataList(data=[view.status() for view in await self._coordinator.read_all()])
+
+    def moved(self) -> None:
+        """Units were given back, or the last has counted: those who wait look again."""
+        self._moved.set()
+        self._moved = asyncio.Event()
