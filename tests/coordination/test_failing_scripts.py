@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from coordination.driven import HOUR, DrivenRun
+from freestep.api.data import DataSpec
 from freestep.errors import CoordinatorUnavailable, FreestepError
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.records import (
     Behind,
     CheckpointId,
@@ -28,14 +31,16 @@ from freestep_service.domain.reports import Measured
 Make = Callable[..., DrivenRun]
 KEYS = (
     "run", "leases", "workers", "receipts", "pending", "group", "log", "ended", "shards", "staged", "queue", "cuts",
-    "metrics", "distances",
+    "metrics", "distances", "out", "held", "back",
 )  # fmt: skip
+SPEC = DataSpec(length=10, unit=2)
 REFUSALS = (FreestepError, Behind, Fenced, LogTruncated, Pending)
 
 
 def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str, Callable[[], Any]]:
     """Every call that changes a run, but for those that begin one."""
     opening, leases, pushes, log = run.opening, run.leases, run.pushes, run.log
+    data = run.coordinator.data
     checkpoint, generation = CheckpointId(1, 0, 1), run.number("generation")
     return {
         "heartbeat": lambda: run.do(opening.heartbeat(run.node, [0], {"0:applied": "1"}, {0: run.position})),
@@ -62,13 +67,18 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
         "mark_checkpoint": lambda: run.do(log.mark_checkpoint(owner)),
         "part_written": lambda: run.do(log.part_written(owner, checkpoint, 100)),
         "entries": lambda: run.do(log.entries(run.position)),
+        "create_data": lambda: run.do(data.create(owner, NewDataSet("other", SPEC))),
+        "claim_units": lambda: run.do(data.claim(owner, claim.lease, claim.token, "train", 2, "key")),
+        "give_back": lambda: run.do(data.give_back(claim.lease, claim.token, "train")),
+        "read_data": lambda: run.do(data.read_all()),
     }
 
 
 NAMES = (
     "heartbeat", "report_shard", "open", "loaded", "give_up", "reshard", "initial_weights", "grant", "grant again",
     "renew", "release", "expire", "admit", "precheck", "commit", "discard", "refuse", "report_metric", "request_read",
-    "reads_sent", "report_distances", "mark_checkpoint", "part_written", "entries",
+    "reads_sent", "report_distances", "mark_checkpoint", "part_written", "entries", "create_data", "claim_units",
+    "give_back", "read_data",
 )  # fmt: skip
 
 
@@ -78,7 +88,11 @@ def busy(run: DrivenRun) -> Mapping[str, Callable[[], Any]]:
     lease = run.grant()
     run.push(run.claim(lease, "earlier"))
     run.do(run.log.report_metric(run.owner(), Measured("loss", 0, 1.0), None))
-    pending = run.claim(lease, "pending")
+    data = run.coordinator.data
+    run.do(data.create(run.owner(), NewDataSet("train", SPEC)))
+    run.do(data.claim(run.owner(), lease.lease, lease.token, "train", 3, ""))
+    run.do(data.give_back(lease.lease, lease.token, "train", [1]))
+    pending = replace(run.claim(lease, "pending"), units={"train": (0, 2)})
     for shard in range(run.shards):
         run.admit(pending, shard)
     for shard in range(1, run.shards):
@@ -138,7 +152,7 @@ def test_a_wrong_type_for_a_moment_loses_no_entry(make_run: Make, shards: int, c
             run.driver.raw.restore(name, 0, value)
 
 
-@pytest.mark.parametrize("key", ["log", "group", "receipts", "leases", "workers", "window"])
+@pytest.mark.parametrize("key", ["log", "group", "receipts", "leases", "workers", "window", "out", "held", "back"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_commit_that_failed_succeeds_when_it_is_repeated(make_run: Make, key: str, shards: int) -> None:
     run = make_run(shards)
@@ -149,7 +163,20 @@ def test_a_commit_that_failed_succeeds_when_it_is_repeated(make_run: Make, key: 
         made["commit"]()
     assert run.dump() == before
     record, _ = made["commit"]()
-    assert (record.seq, run.number("seq"), run.entries()[-1]["key"]) == (3, 3, "pending")
+    assert (record.seq, run.number("seq"), run.entries()[-1]["key"]) == (4, 4, "pending")
+
+
+@pytest.mark.parametrize("call", ["claim_units", "give_back", "commit", "refuse"])
+@pytest.mark.parametrize("key", ["out", "held", "back"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_no_unit_is_lost_to_a_call_that_failed(make_run: Make, shards: int, key: str, call: str) -> None:
+    run = make_run(shards)
+    made = busy(run)
+    before = run.dump()
+    with spoilt(run, run.key(key)), pytest.raises(CoordinatorUnavailable):
+        made[call]()
+    assert run.dump() == before
+    made[call]()
 
 
 @pytest.mark.parametrize("key", ["log", "cuts", "metrics"])

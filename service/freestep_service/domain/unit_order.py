@@ -1,6 +1,6 @@
 """The order in which the units of a pass are handed out: a permutation that is computed, place by place, and not kept.
 
-Version 1. A number u below the number of units is the pair (q, r) with u = q·b + r, where b = floor(sqrt(units)) and
+Version 1. A number u below the number of units is the pair (q, r) with u = q·b + r, where b = ceil(sqrt(units)) and
 a = ceil(units / b). It goes through eight rounds of a Feistel network over all a × b pairs (Black and Rogaway, Ciphers
 with arbitrary finite domains, CT-RSA 2002): rounds 0, 2, ... add F(round, r) to q modulo a, rounds 1, 3, ... add
 F(round, q) to r modulo b. While the result is no number of a unit, it goes through them again.
@@ -36,7 +36,7 @@ class UnitOrder:
     def __init__(self, units: int, seed: int, number: int) -> None:
         """number: of the pass, from 0."""
         self._units = units
-        self._narrow = isqrt(units)
+        self._narrow = isqrt(units - 1) + 1
         self._wide = -(-units // self._narrow)
         base = _mix((_mix(seed) + number) & _MASK)
         self._keys = [_mix((base + each) & _MASK) for each in range(_ROUNDS)]

@@ -317,6 +317,11 @@ local function units_of(claim)
   return lease, units
 end
 
+local function check_unit_types()
+  check_type('hash', OUT)
+  check_type('zset', HELD, BACK)
+end
+
 -- Which of some units, at least one, a lease has, and which it has not.
 local function divide_units(lease, units)
   local fields, has, lacks = {}, {}, {}
@@ -333,8 +338,7 @@ end
 local function unheld_units(claim)
   local lease, units = units_of(claim)
   if not lease then return nil end
-  check_type('hash', OUT)
-  check_type('zset', HELD, BACK)
+  check_unit_types()
   local _, lacks = divide_units(lease, units)
   if #lacks == 0 then return nil end
   local marks, before = '', nil
@@ -376,7 +380,9 @@ end
 -- Has the units that a claim names handed out again, as far as its lease has them.
 local function give_back_claimed(claim)
   local lease, units = units_of(claim)
-  if lease then give_back(lease, (divide_units(lease, units))) end
+  if not lease then return end
+  check_unit_types()
+  give_back(lease, (divide_units(lease, units)))
 end
 
 -- The units that a lease has, of one data set or (nil) of all.
@@ -403,9 +409,9 @@ end
 -- push's units handed out again: it will not come a second time.
 local function refuse(key, slug, detail)
   local staged, claim = redis.call('HGET', STAGED, key), redis.call('HGET', PENDING, key)
-  forget(key)
   local is_of_body = slug == 'non-finite-gradient' or slug == 'malformed-tensors'
   if claim and is_of_body then give_back_claimed(claim) end
+  forget(key)
   if staged and claim and is_of_body then
     local parts = cjson.decode(staged).parts
     if not has_all_parts(parts) then

@@ -17,8 +17,7 @@ if refusal then return refusal end
 local now = clock()
 local found, reason = claimed(KEYS[13], lease, ARGV[6], 0, now)
 if not found then return reason end
-check_type('hash', OUT)
-check_type('zset', HELD, BACK)
+check_unit_types()
 local spec, total, cursor, done = unpack(redis.call('HMGET', RUN, 'data:' .. name, 'total:' .. name, 'cursor:' .. name,
   'done:' .. name))
 if not spec then return {'data-not-found'} end

@@ -12,8 +12,8 @@ local key, shard, slug = ARGV[1], ARGV[2], ARGV[3]
 local staged = redis.call('HGET', STAGED, key)
 if not staged then
   local claim = redis.call('HGET', PENDING, key)
-  redis.call('HDEL', PENDING, key)
   if claim and slug ~= '' then give_back_claimed(claim) end
+  redis.call('HDEL', PENDING, key)
 elseif redis.call('HEXISTS', PENDING, key) == 0 then
   -- Another shard has refused it.
   return {'OK'}

@@ -8,8 +8,7 @@ local lease, name = ARGV[1], ARGV[3]
 local found, reason = claimed(KEYS[13], lease, ARGV[2], 0, clock())
 if not found then return reason end
 if redis.call('HEXISTS', RUN, 'data:' .. name) == 0 then return {'data-not-found'} end
-check_type('hash', OUT)
-check_type('zset', HELD, BACK)
+check_unit_types()
 local units = {}
 if ARGV[4] then
   for index = 4, #ARGV do units[#units + 1] = {name, ARGV[index]} end
