@@ -98,6 +98,9 @@ class DataSets:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        return f"DataSets.of({self.states()}, {self._gathered})"
+
     @property
     def gathered(self) -> list[tuple[str, int]]:
         """Name and number of the units whose pushes wait for their update."""
