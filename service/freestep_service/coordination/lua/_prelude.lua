@@ -399,9 +399,11 @@ local function count_units(claim)
   local lease, units = units_of(claim)
   if not lease then return end
   take_units(lease, units)
-  for _, unit in ipairs(units) do
-    local done = redis.call('HINCRBY', RUN, 'done:' .. unit[1], 1)
-    if text(done) == redis.call('HGET', RUN, 'total:' .. unit[1]) then publish({kind = 'units'}) end
+  local counts = {}
+  for _, unit in ipairs(units) do counts[unit[1]] = (counts[unit[1]] or 0) + 1 end
+  for name, count in pairs(counts) do
+    local done = redis.call('HINCRBY', RUN, 'done:' .. name, count)
+    if text(done) == redis.call('HGET', RUN, 'total:' .. name) then publish({kind = 'units'}) end
   end
 end
 
