@@ -44,7 +44,8 @@ _LINKS = {
     "show": link("show_data", _NAME),
     "list": link("list_data"),
 }
-_RETURN = {"return": link("return_units", {**_NAME, "Freestep-Lease": "$request.header.Freestep-Lease"})}
+_HOLDER = {name: f"$request.header.{name}" for name in ("Freestep-Lease", "Freestep-Token")}
+_RETURN = {"return": link("return_units", {**_NAME, **_HOLDER})}
 
 
 @router.put(

@@ -38,6 +38,7 @@ _LINKS = {
     "import": link("import_state"),
     "status": link("get_run"),
     "topology": link("get_topology"),
+    "data": link("create_data"),
     "delete": link("delete_run"),
 }
 
