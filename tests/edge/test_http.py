@@ -140,7 +140,7 @@ def test_allow_names_all_methods_of_a_path(edge: Edge, path: str, method: str) -
 def test_allow_is_what_the_document_says(edge: Edge) -> None:
     paths = edge.api.http.get("/openapi.json").json()["paths"]
     for path, operations in paths.items():
-        target = path.format(run=edge.api.run, lease="l", step=1, id="i")
+        target = path.format(run=edge.api.run, lease="l", step=1, id="i", name="train")
         allowed = edge.api.http.request("TRACE", target).headers["allow"].split(", ")
         assert set(allowed) - {"HEAD"} == {method.upper() for method in operations}, path
 

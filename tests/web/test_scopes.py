@@ -48,6 +48,11 @@ SCOPE_OF = {
     ("PUT", "/v1/runs/{run}/leases/{lease}"): "push",
     ("DELETE", "/v1/runs/{run}/leases/{lease}"): "push",
     ("POST", "/v1/runs/{run}/gradients"): "push",
+    ("GET", "/v1/runs/{run}/data"): "read",
+    ("GET", "/v1/runs/{run}/data/{name}"): "read",
+    ("PUT", "/v1/runs/{run}/data/{name}"): "push",
+    ("POST", "/v1/runs/{run}/data/{name}/units"): "push",
+    ("DELETE", "/v1/runs/{run}/data/{name}/units"): "push",
     ("DELETE", "/v1/runs/{run}"): "admin",
     ("POST", "/v1/runs/{run}/reshard"): "admin",
     ("PUT", "/v1/runs/{run}/state"): "admin",
@@ -135,7 +140,7 @@ def test_every_route_lets_in_whom_its_scope_admits(
     needed = SCOPE_OF[method, path]
     is_of_a_run = "{run}" in path
     # A run that nobody has: who is let in is told so.
-    asked = path.format(run="mine-1", lease="none", step=1, id="none")
+    asked = path.format(run="mine-1", lease="none", step=1, id="none", name="train")
 
     def ask(headers: dict[str, str], path: str = asked) -> httpx.Response:
         return plain.request(method, path, headers=headers)
@@ -167,7 +172,9 @@ def test_every_route_lets_in_whom_its_scope_admits(
         if is_of_a_run and pattern != "*":
             # Whether there is such a run is not told.
             for run in ("yours", "mine", "Mine-1", "xmine-1", "%2e%2e"):
-                assert ask(headers, path.format(run=run, lease="none", step=1, id="none")).status_code == 403
+                assert (
+                    ask(headers, path.format(run=run, lease="none", step=1, id="none", name="train")).status_code == 403
+                )
 
 
 @pytest.mark.parametrize(
