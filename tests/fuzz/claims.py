@@ -105,7 +105,8 @@ def check(data: bytes) -> None:
 
 _CLAIM = (
     b"Freestep-Lease: abc-1\nFreestep-Token: 7\nFreestep-Step: 12\nIdempotency-Key: key-1\nFreestep-Samples: 32\n"
-    b"Freestep-Loss: 0.5\nFreestep-Speed: 1e3\nPrefer: return=representation, wait=2.5\n"
+    b"Freestep-Loss: 0.5\nFreestep-Units: train=17,18;other=3\nFreestep-Speed: 1e3\n"
+    b"Prefer: return=representation, wait=2.5\n"
     b"Content-Type: application/vnd.safetensors\nContent-Length: 1000"
 )
 _SEEDS = (

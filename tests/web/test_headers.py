@@ -29,7 +29,9 @@ NEEDED = {"Freestep-Lease": "l" * 32, "Freestep-Token": "7", "Freestep-Step": "1
 
 def test_a_claim_is_what_the_headers_hold() -> None:
     more = {"Freestep-Samples": "32", "Freestep-Loss": "-1e-3", "Freestep-Speed": "2.5"}
-    expected = Claim(lease="l" * 32, token=7, step=12, key="key", samples=32.0, loss=-0.001, speed=2.5)
+    more["Freestep-Units"] = "train=18,17;other=3"
+    units = {"other": (3,), "train": (17, 18)}
+    expected = Claim(lease="l" * 32, token=7, step=12, key="key", samples=32.0, loss=-0.001, speed=2.5, units=units)
     assert claim(request_of("POST", "/", NEEDED | more)) == expected
     spaced = {name: f" {value}\t" for name, value in (NEEDED | more).items()}
     assert claim(request_of("POST", "/", spaced)) == expected
@@ -47,7 +49,7 @@ def test_what_is_required_may_not_be_absent(name: str) -> None:
     assert refused.value.extensions["field"] == name
 
 
-@pytest.mark.parametrize("name", [*NEEDED, "Freestep-Samples", "Freestep-Loss", "Freestep-Speed"])
+@pytest.mark.parametrize("name", [*NEEDED, "Freestep-Samples", "Freestep-Loss", "Freestep-Speed", "Freestep-Units"])
 def test_a_header_stands_once(name: str) -> None:
     request = request_of("POST", "/", {**NEEDED, name: "1"})
     request.scope["headers"].append((name.lower().encode(), b"1"))

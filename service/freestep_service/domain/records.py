@@ -135,7 +135,7 @@ class Claim:
     samples: float | None = None
     loss: float | None = None
     speed: float | None = None
-    units: Marks = field(default_factory=dict)
+    units: Marks = field(default_factory=dict, hash=False)
 
     def fingerprint(self) -> str:
         """What has to be the same when the key comes again.
