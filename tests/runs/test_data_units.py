@@ -46,7 +46,8 @@ def test_a_data_set_is_created_once(api: Api, service: ThreadService) -> None:
     before = api.state(service)
     again = create(api, seed=7)
     assert again.status_code == 200 and again.json() == made.json()
-    assert slug(create(api, seed=8)) == "data-exists"
+    refused = create(api, seed=8)
+    assert slug(refused) == "data-exists" and '"seed":7' in refused.json()["detail"]
     assert api.state(service) == before
     assert [each["name"] for each in api.http.get(api.path("/data")).json()["data"]] == ["train"]
 

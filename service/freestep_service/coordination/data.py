@@ -47,7 +47,7 @@ class RunData:
             case "same":
                 return None
             case "different":
-                raise DataExists
+                raise DataExists(f"the run has the data set {new.name!r} as {rest[0]}")
             case "crowded":
                 raise MalformedRequest(f"the run has {MOST_DATA_SETS} data sets already, which is the most")
         self._scripts.refuse(status, rest)

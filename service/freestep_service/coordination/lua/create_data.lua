@@ -2,8 +2,8 @@
 -- KEYS     the run's
 -- ARGV     1 epoch and 2 newest seq that the shard knows, 3 shard, 4 its owner's token, 5 name, 6 spec (canonical JSON),
 --          7 units of all passes or an empty string, 8 number of data sets that a run may have
--- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {run-not-initialized}, {crowded}, {same} or {different}
---          (the run has one of this name, with this or with another spec), or {created, entry of the log (JSON)}
+-- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {run-not-initialized}, {crowded}, {same}
+--          or {different, its spec} (the run has one of this name, with this or with another spec), or {created, entry of the log (JSON)}
 
 local name, spec = ARGV[5], ARGV[6]
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
@@ -11,7 +11,7 @@ local refusal = shut(ARGV[3], ARGV[4])
 if refusal then return refusal end
 if redis.call('HGET', RUN, 'initialized') ~= '1' then return {'run-not-initialized'} end
 local existing = redis.call('HGET', RUN, 'data:' .. name)
-if existing then return {existing == spec and 'same' or 'different'} end
+if existing then return existing == spec and {'same'} or {'different', existing} end
 local names = {}
 for known in string.gmatch(redis.call('HGET', RUN, 'datasets') or '', '%S+') do names[#names + 1] = known end
 if #names >= tonumber(ARGV[8]) then return {'crowded'} end
