@@ -85,6 +85,11 @@ class DrivenRun:
     def shard_field(self, shard: int, name: str) -> str | None:
         return self.redis.hget(self.key("shards"), f"{shard}:{name}")  # type: ignore[return-value]
 
+    def receipts(self) -> dict[str, Record]:
+        """The receipts by key, without the mark of their hash."""
+        kept: Any = self.redis.hgetall(self.key("receipts"))
+        return {key: Record.from_json(text) for key, text in kept.items() if key}
+
     def entries(self) -> list[dict[str, Any]]:
         """All of the log."""
         entries: Any = self.redis.xrange(self.key("log"))

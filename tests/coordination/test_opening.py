@@ -119,7 +119,7 @@ def test_a_state_is_written_with_its_receipts_group_and_metrics(run: DrivenRun) 
     run.reopen(state)
     assert run.redis.hgetall(run.key("group")) == {"w": "2", "v": "1"}
     assert run.number("grouped") == 3
-    assert {key: Record.from_json(text) for key, text in run.redis.hgetall(run.key("receipts")).items()} == records
+    assert run.receipts() == records
     assert run.redis.lrange(run.key(f"window:{live.lease}"), 0, -1) == ["of-live"]
     assert run.redis.lrange(run.key("ended"), 0, -1) == ["of-gone"]
     assert (run.entries(), run.redis.hlen(run.key("pending"))) == ([], 0)

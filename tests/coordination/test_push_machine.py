@@ -152,7 +152,7 @@ class Pushes(RuleBasedStateMachine):
         """The shards go on from what they hold, or go back to it in a new epoch."""
         run = self.run
         self.look()
-        receipts = {key: Record.from_json(text) for key, text in run.redis.hgetall(run.key("receipts")).items()}
+        receipts = run.receipts()
         group = {worker: int(count) for worker, count in run.redis.hgetall(run.key("group")).items()}
         epoch, step, seq = (run.number(name) for name in ("epoch", "step", "seq"))
         run.do(run.opening.gather(self.shards))

@@ -117,5 +117,5 @@ def test_the_newest_receipts_of_a_lease_are_kept(run: DrivenRun) -> None:
     assert answer[1] == ["key-0"]
     window = run.redis.lrange(run.key(f"window:{lease.lease}"), 0, -1)
     assert (len(window), window[0], window[-1]) == (64, "key-1", "one more")
-    assert set(run.redis.hkeys(run.key("receipts"))) == set(window)
+    assert set(run.receipts()) == set(window)
     assert run.entries()[-1]["evicted"] == ["key-0"]

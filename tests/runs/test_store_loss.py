@@ -70,6 +70,31 @@ def test_a_store_that_lost_its_data_is_written_anew(
         assert client.hget(api.redis_key("run"), "step") == "3"
 
 
+@pytest.mark.parametrize("lost", ["receipts", "pending", "group", "workers", "leases", "shards", "log", "ended"])
+@pytest.mark.parametrize("policy", [{"policy": "async"}, {"policy": "buffered", "batch": 3}])
+def test_a_push_counts_once_where_the_store_has_lost_one_key(
+    start_service: Callable[..., ThreadService],
+    connect: Callable[..., Api],
+    redis_url: str,
+    lost: str,
+    policy: dict[str, Any],
+) -> None:
+    service = start_service(redis_url=redis_url)
+    api = connect(service.url)
+    api.create(optimizer=SGD, aggregation=policy)
+    lease = api.lease()
+    for number in range(2):
+        api.push(lease, 0, str(number))
+    points = api.state(service)["points"]
+    with service.redis() as client:
+        client.delete(api.redis_key(lost))
+    assert persistently(lambda: api.push(lease, 0, "1")).json()["replayed"] is True
+    assert api.state(service)["points"] == points
+    fresh = api.lease()
+    assert persistently(lambda: api.push(fresh, 0, "2")).json()["decision"] == "applied"
+    assert api.status()["epoch"] == 1
+
+
 def test_a_store_from_before_a_restore_is_written_anew(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str
 ) -> None:

@@ -10,14 +10,16 @@
 --                     slack), bounds (JSON {outlier, clip, ban_after, max_batch}, as far as there are any; only under
 --                     a robust rule, as what follows), norms (JSON [[worker, norm, whether it was an outlier], ...] of
 --                     the newest pushes in the log, oldest first, norms as text in full precision), outliers (JSON:
---                     worker -> number of them), banned (JSON: worker -> number of bans), datasets (names of data sets,
---                     with spaces between them), and of data set NAME: data:NAME (its spec, JSON), total:NAME (units of
---                     all passes, or an empty string), cursor:NAME (the next unit that was never handed out) and
---                     done:NAME (units that have counted). What is below the cursor, not out and not given back has.
+--                     worker -> number of them), banned (JSON: worker -> number of bans), marked (1 if receipts has its
+--                     mark; runs that older versions opened have none), datasets (names of data sets, with spaces between
+--                     them), and of data set NAME: data:NAME (its spec, JSON), total:NAME (units of all passes, or an
+--                     empty string), cursor:NAME (the next unit that was never handed out) and done:NAME (units that have
+--                     counted). What is below the cursor, not out and not given back has.
 --                     A run exists if this hash has a spec.
 --   leases    zset    worker -> the time at which its lease ends, in ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
---   receipts  hash    idempotency key -> record (JSON: claim, digests by range of elements, members of the receipt)
+--   receipts  hash    idempotency key -> record (JSON: claim, digests by range of elements, members of the receipt); and
+--                     an empty key, the mark, which tells receipts that are lost from receipts that are empty
 --   pending   hash    idempotency key -> claim of a push that is admitted and not yet committed
 --   group     hash    worker -> number of its pushes in the update that is being gathered
 --   log       stream  the commit log, with the ids SEQ-0: pushes that were committed, and what else all shards take
@@ -122,12 +124,22 @@ local function publish(message)
   redis.call('PUBLISH', string.sub(RUN, 1, -4) .. 'messages', cjson.encode(message))
 end
 
--- Whether Redis has lost entries that a shard has seen: it lost the run, or came back with older data.
+-- Whether an open run has lost one of its keys alone, by eviction, expiry or DEL: without receipts, pushes would count
+-- twice; without the others, slots or updates would wait for pushes that nobody knows any more.
+local function has_lost_a_key(phase, marked, grouped, in_flight)
+  if phase ~= 'open' then return false end
+  return (marked == '1' and redis.call('EXISTS', RECEIPTS) == 0)
+    or (tonumber(grouped or 0) > 0 and redis.call('EXISTS', GROUP) == 0)
+    or (tonumber(in_flight or 0) > 0 and redis.call('EXISTS', PENDING, STAGED) < 2)
+end
+
+-- Whether Redis has lost what a shard has seen: the run, or one of its keys, or it came back with older data.
 local function is_behind(known_epoch, known_seq)
-  local run = redis.call('HMGET', RUN, 'spec', 'epoch', 'seq')
+  local run = redis.call('HMGET', RUN, 'spec', 'epoch', 'seq', 'phase', 'marked', 'grouped', 'in_flight')
   local epoch, known = tonumber(run[2] or 0), tonumber(known_epoch)
   -- In a later epoch the log begins anew: it is the shard that has to load its state yet.
   return not run[1] or epoch < known or (epoch == known and tonumber(run[3] or 0) < tonumber(known_seq))
+    or has_lost_a_key(unpack(run, 4, 7))
 end
 
 -- Whether a caller's token is that of the shard's present owner.

@@ -31,15 +31,18 @@ local many = shard_count() > 1
 local pending = redis.call('HGET', PENDING, key)
 if pending and pending ~= claim then return {'idempotency-conflict'} end
 if pending and not many then return {'pending'} end
+local staged = many and redis.call('HGET', STAGED, key)
+staged = staged and cjson.decode(staged)
+-- One of the two keys was lost, and has been written to since.
+if (pending and many and not staged) or (staged and not pending and not staged.slug) then return {'behind'} end
+local refused = not pending and staged
 
 local now = clock()
 local found, step = claimed(KEYS[13], lease, token, taken_at, now)
 if not found then return step end
 local worker = found.worker
 extend(KEYS[13], worker, found.ttl_ms, now)
-local refused = not pending and redis.call('HGET', STAGED, key)
 if refused then
-  refused = cjson.decode(refused)
   local is_news = refused.claim == claim and not refused.parts[shard]
   refused.parts[shard] = {}
   if is_news and not has_all_parts(refused.parts) then
@@ -50,7 +53,6 @@ if refused then
   if is_news then return {'refused-before', refused.slug, refused.detail} end
 end
 if pending then
-  local staged = cjson.decode(redis.call('HGET', STAGED, key))
   staged.parts[shard] = staged.parts[shard] or {}
   redis.call('HSET', STAGED, key, cjson.encode(staged))
   return {staged.queued and 'queued' or 'admitted'}

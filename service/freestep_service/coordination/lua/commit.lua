@@ -63,12 +63,16 @@ local record = redis.call('HGET', RECEIPTS, key)
 if record then return {'committed', record} end
 local refusal = shut(shard, ARGV[9])
 if refusal then return refusal end
-if redis.call('HEXISTS', PENDING, key) == 0 then return {'lost'} end
-
 local count = shard_count()
+local staged = count > 1 and redis.call('HGET', STAGED, key)
+staged = staged and cjson.decode(staged)
+local is_pending = redis.call('HEXISTS', PENDING, key) == 1
+-- One of the two keys was lost, and has been written to since.
+if (is_pending and count > 1 and not staged) or (staged and not is_pending and not staged.slug) then return {'behind'} end
+if not is_pending then return {'lost'} end
+
 local parts = {[shard] = {range = ARGV[10], digest = ARGV[11], norm = ARGV[12], token = ARGV[9]}}
 if count > 1 then
-  local staged = cjson.decode(redis.call('HGET', STAGED, key))
   staged.parts[shard] = parts[shard]
   parts = staged.parts
   for index = 0, count - 1 do

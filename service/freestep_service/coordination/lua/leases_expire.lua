@@ -1,5 +1,6 @@
 -- Ends leases that have run out, refuses their pushes that are not committed, and completes the update that waited for
--- those workers alone. Refuses pushes that hold a slot without arriving while others wait.
+-- those workers alone. Refuses pushes that hold a slot without arriving while others wait. Makes a queue that was lost
+-- anew.
 -- KEYS     the run's, and in between window:ID of each lease
 -- ARGV     1 epoch and 2 newest seq that the shard knows, 3 how long a push may hold its slot without arriving, in ms,
 --          then worker and lease, in turn, in the order of the windows
@@ -14,12 +15,19 @@ local evicted, seq, step = {}, 0, 0
 for index = 4, #ARGV, 2 do
   local worker, lease = ARGV[index], ARGV[index + 1]
   local ends = redis.call('ZSCORE', LEASES, worker)
-  if redis.call('HGET', WORKERS, worker) == lease and (not ends or tonumber(ends) <= now) then
+  -- Where the key of workers was lost, its leases are unknown and end here.
+  if (redis.call('HGET', WORKERS, worker) or '') == lease and (not ends or tonumber(ends) <= now) then
     end_lease(worker, now)
     retire(lease, KEYS[12 + (index - 2) / 2], evicted)
   end
 end
 publish_evicted(evicted)
+if redis.call('LLEN', QUEUE) == 0 then
+  for _, key in ipairs(redis.call('HKEYS', STAGED)) do
+    if cjson.decode(redis.call('HGET', STAGED, key)).queued then redis.call('RPUSH', QUEUE, key) end
+  end
+  grant_slots()
+end
 for _, key in ipairs(redis.call('HKEYS', STAGED)) do
   local staged = redis.call('HGET', STAGED, key)
   staged = staged and cjson.decode(staged)

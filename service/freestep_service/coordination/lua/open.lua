@@ -104,5 +104,7 @@ for index = 22, #ARGV, 2 do
   local lease = string.match(cjson.decode(ARGV[index + 1]).claim, '^%S+')
   redis.call('RPUSH', windows[lease] or ENDED, ARGV[index])
 end
+redis.call('HSET', RECEIPTS, '', '')
+redis.call('HSET', RUN, 'marked', 1)
 if shard_count() > 1 then publish({kind = 'phase', phase = 'load', generation = generation}) end
 return {'load'}
