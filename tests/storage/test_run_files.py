@@ -30,8 +30,49 @@ def test_a_run_file_is_read_back(storage: Storage) -> None:
     assert RunFile.read(storage, "run") == RunFile("{}", 3, 17)
     for text in (b"", b"[1]", b"\xff", b"[" * 100_000, b'{"spec": "{}", "epoch": "3", "shards": 1}', b'{"spec": "{}"}'):
         storage.write("runs/run/run.json", [text])
-        with pytest.raises(Damaged, match="RunFile"):
+        with pytest.raises(Damaged, match=r"run.json is no run file"):
             RunFile.read(storage, "run")
+
+
+def test_a_run_file_of_an_older_version_is_read(storage: Storage) -> None:
+    storage.write("runs/run/run.json", [b'{"spec": "{}", "epoch": 3, "shards": 17}'])
+    assert RunFile.read(storage, "run") == RunFile("{}", 3, 17)
+    for number in (0, 1_000_000_000):
+        storage.write("runs/run/run.json", [b'{"spec": "{}", "epoch": 3, "shards": %d}' % number])
+        with pytest.raises(Damaged, match="shards"):
+            RunFile.read(storage, "run")
+
+
+def test_any_bit_of_a_run_file_that_flips_is_noticed(storage: Storage) -> None:
+    written = RunFile('{"lr": 1}', 3, 2, 1, "id", "creator")
+    written.write(storage, "run")
+    text = storage.read("runs/run/run.json")
+    for bit in range(8 * len(text)):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        storage.write("runs/run/run.json", [bytes(flipped)])
+        try:
+            # A bit of white space may say the same.
+            assert RunFile.read(storage, "run") == written
+        except Damaged:
+            continue
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"spec": "{}", "epoch": 3, "shards": 1, "checksum": "0"}'])
+def test_a_damaged_run_file_is_made_anew_from_a_checkpoint(
+    storage: Storage, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    written = RunFile('{"lr": 1}', 1, 2, 1, "id", "creator")
+    written.write(storage, "run")
+    checkpoints = Checkpoints(storage, "run", keep=1)
+    write(checkpoints, shard().copy_state(), 2)
+    storage.write("runs/run/run.json", [damage])
+    assert RunFile.read(storage, "run") == written
+    assert "run.json is no run file" in caplog.text
+    assert "made anew from the copy in the checkpoint" in caplog.text
+    caplog.clear()
+    assert RunFile.read(storage, "run") == written
+    assert caplog.text == ""
 
 
 def test_the_last_epoch_of_a_deleted_run_is_read_back(storage: Storage) -> None:

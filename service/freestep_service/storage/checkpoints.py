@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from freestep_service.storage.inventory import Inventory
 from freestep_service.storage.medium import Storage
 from freestep_service.storage.part_manifest import Part, part_name, read_manifest
 from freestep_service.storage.parts import DamagedPart, check_tensors, read_tensors, write_part
+from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Checkpoints", "LoadedState", "id_of"]
 
@@ -72,11 +73,18 @@ class Checkpoints:
 
         What cannot be dropped is logged, and dropped after a later checkpoint.
         """
-        self._inventory.mark_complete(checkpoint_id)
+        self._inventory.mark_complete(checkpoint_id, self._run_file())
         try:
             self._drop_old()
         except StorageUnavailable as error:
             logger.warning("old checkpoints of %s are not dropped yet: %s", self._run, error)
+
+    def _run_file(self) -> dict[str, Any] | None:
+        """What the run's file says, to be copied; None where it cannot be read."""
+        try:
+            return RunFile.read(self._storage, self._run.removeprefix("runs/")).members()
+        except (FileNotFoundError, Damaged, StorageUnavailable):
+            return None
 
     def offers(self, begin: int, end: int) -> list[CheckpointId]:
         """The checkpoints that hold elements `begin` to `end` on this medium, oldest first, by their manifests.

@@ -13,7 +13,7 @@ import xxhash
 
 from freestep_service.storage.medium import Storage
 
-__all__ = ["Damaged", "read_document", "write_document"]
+__all__ = ["Damaged", "parse_document", "read_document", "write_document"]
 
 _FORMAT = 2
 
@@ -31,11 +31,17 @@ def write_document(storage: Storage, path: str, document: Mapping[str, Any]) -> 
 def read_document(storage: Storage, path: str) -> dict[str, Any]:
     """The document as it was written. Raises FileNotFoundError, Damaged, StorageUnavailable."""
     try:
-        content = json.loads(storage.read(path))
-        checksum = content.pop("checksum")
-        expected = _checksum(content)
+        return parse_document(storage.read(path))
     except IsADirectoryError as error:
         raise Damaged("it is a directory") from error
+
+
+def parse_document(text: bytes) -> dict[str, Any]:
+    """As `read_document`, of what was read. Raises Damaged."""
+    try:
+        content = json.loads(text)
+        checksum = content.pop("checksum")
+        expected = _checksum(content)
     except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise Damaged(f"it is no document with a checksum ({type(error).__name__})") from error
     if checksum != expected:

@@ -2,18 +2,22 @@
 
 runs/RUN/checkpoints/EPOCH-STEP-SEQ/         one checkpoint:
     BEGIN-END.safetensors, BEGIN-END.json        a part (parts.py)
-    complete.json                                all parts are written, on this medium or on those of other hosts
+    complete.json                                all parts are written, on this medium or on those of other hosts; and
+                                                 a copy of run.json (older versions wrote none)
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from freestep_service.domain.records import CheckpointId
-from freestep_service.storage.checksummed import Damaged, write_document
+from freestep_service.storage.checksummed import Damaged, read_document, write_document
 from freestep_service.storage.coverage import cover
 from freestep_service.storage.medium import Storage
 from freestep_service.storage.part_manifest import Part, PartManifest, read_manifest
@@ -102,10 +106,19 @@ class Inventory:
         is_marked = _MARK in self._storage.names(self.path(checkpoint_id))
         return (is_marked and not self._damaged.get(checkpoint_id)) or self.contents(checkpoint_id).is_complete
 
-    def mark_complete(self, checkpoint_id: CheckpointId) -> None:
-        """Records that all parts are written."""
+    def mark_complete(self, checkpoint_id: CheckpointId, run_file: Mapping[str, Any] | None = None) -> None:
+        """Records that all parts are written, with a copy of the run's file."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        write_document(self._storage, f"{self.path(checkpoint_id)}/{_MARK}", {"completed_at": now})
+        copy = {} if run_file is None else {"run": dict(run_file)}
+        write_document(self._storage, f"{self.path(checkpoint_id)}/{_MARK}", {"completed_at": now, **copy})
+
+    def run_files(self) -> Iterator[tuple[CheckpointId, Any]]:
+        """The copies of the run's file in the marks of checkpoints, as members, those of the newest first."""
+        for checkpoint_id in reversed(self.ids()):
+            with suppress(FileNotFoundError, Damaged):
+                mark = read_document(self._storage, f"{self.path(checkpoint_id)}/{_MARK}")
+                if "run" in mark:
+                    yield checkpoint_id, mark["run"]
 
     def note_damaged(self, checkpoint_id: CheckpointId, error: DamagedPart) -> None:
         """Has a part left out of `contents` until it is written anew."""

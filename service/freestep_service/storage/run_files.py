@@ -3,23 +3,32 @@
 deleted/RUN          the last epoch of a run that was deleted
 deleted-before       the largest of those whose runs are forgotten
 runs/RUN/run.json    spec, epoch and number of shards; without this file there is no run
+
+Run files are sealed with a checksum. Each complete checkpoint has a copy in its mark, from which a damaged one is made
+anew.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from freestep.api.spec import MOST_SHARDS
 from freestep.errors import StorageUnavailable
 from freestep_service.domain.records import Origin
-from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.checksummed import Damaged, parse_document, write_document
+from freestep_service.storage.inventory import Inventory
 from freestep_service.storage.medium import Storage
 
 __all__ = ["LastEpochs", "RunFile"]
+
+logger = logging.getLogger("freestep")
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,8 @@ class RunFile:
     """
 
     spec: str
-    epoch: int
-    shards: int
+    epoch: Annotated[int, Field(ge=0)]
+    shards: Annotated[int, Field(ge=1, le=MOST_SHARDS)]
     first_epoch: int = 0
     id: str = ""
     creator: str = ""
@@ -40,21 +49,59 @@ class RunFile:
     def origin(self) -> Origin:
         return Origin(self.first_epoch, self.id, self.creator)
 
+    def members(self) -> dict[str, Any]:
+        """As they stand in the file, and in the marks of checkpoints."""
+        return {name: value for name, value in asdict(self).items() if name not in Origin._fields or value}
+
     def write(self, storage: Storage, run: str) -> None:
         """Raises StorageUnavailable."""
-        members = {name: value for name, value in asdict(self).items() if name not in Origin._fields or value}
-        storage.write(f"runs/{run}/run.json", [json.dumps(members).encode()])
+        write_document(storage, _path(run), self.members())
 
     @classmethod
     def read(cls, storage: Storage, run: str) -> RunFile:
-        """Raises FileNotFoundError, Damaged, StorageUnavailable."""
+        """The run's file. A damaged one is logged and made anew from the newest checkpoint that has a copy of it.
+
+        Raises FileNotFoundError, StorageUnavailable, and Damaged where no checkpoint has a copy.
+        """
         try:
-            return _RUN_FILE.validate_json(storage.read(f"runs/{run}/run.json"), strict=True)
-        except (ValidationError, IsADirectoryError) as error:
-            raise Damaged(f"run.json is no run file: {error}") from error
+            return _of(storage.read(_path(run)))
+        except (Damaged, IsADirectoryError) as error:
+            copies = Inventory(storage, f"runs/{run}/checkpoints", 0).run_files()
+            damage = Damaged(f"run.json is no run file: {error}")
+        for checkpoint, members in copies:
+            with suppress(ValidationError):
+                file = _validated(members)
+                # The run may have gone on in later epochs than that in which the copy was made.
+                file = replace(file, epoch=max(file.epoch, checkpoint.epoch))
+                logger.error("%s of %s: it is made anew from the copy in the checkpoint %s", damage, run, checkpoint)
+                with suppress(StorageUnavailable):
+                    file.write(storage, run)
+                return file
+        raise damage
 
 
 _RUN_FILE = TypeAdapter(RunFile)
+_MEMBERS = {field.name for field in fields(RunFile)}
+
+
+def _path(run: str) -> str:
+    return f"runs/{run}/run.json"
+
+
+def _validated(members: Any) -> RunFile:
+    """Raises ValidationError."""
+    # Strictly, an object of Python is none of JSON.
+    return _RUN_FILE.validate_json(json.dumps(members), strict=True)
+
+
+def _of(text: bytes) -> RunFile:
+    """Raises Damaged. Older versions wrote no checksum, and the members alone."""
+    try:
+        found = json.loads(text)
+        is_older = isinstance(found, dict) and found.keys() <= _MEMBERS
+        return _validated(found if is_older else parse_document(text))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(str(error)) from error
 
 
 class LastEpochs:
