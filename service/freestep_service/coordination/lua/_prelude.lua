@@ -11,10 +11,11 @@
 --                     a robust rule, as what follows), norms (JSON [[worker, norm, whether it was an outlier], ...] of
 --                     the newest pushes in the log, oldest first, norms as text in full precision), outliers (JSON:
 --                     worker -> number of them), banned (JSON: worker -> number of bans), marked (1 if receipts has its
---                     mark; runs that older versions opened have none), datasets (names of data sets, with spaces between
---                     them), and of data set NAME: data:NAME (its spec, JSON), total:NAME (units of all passes, or an
---                     empty string), cursor:NAME (the next unit that was never handed out) and done:NAME (units that have
---                     counted). What is below the cursor, not out and not given back has.
+--                     mark; runs that older versions opened have none), longest_ttl (of the leases that were granted, in
+--                     ms), datasets (names of data sets, with spaces between them), and of data set NAME: data:NAME (its
+--                     spec, JSON), total:NAME (units of all passes, or an empty string), cursor:NAME (the next unit that
+--                     was never handed out) and done:NAME (units that have counted). What is below the cursor, not out and
+--                     not given back has.
 --                     A run exists if this hash has a spec.
 --   leases    zset    worker -> the time at which its lease ends, in ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
@@ -25,7 +26,8 @@
 --   log       stream  the commit log, with the ids SEQ-0: pushes that were committed, and what else all shards take
 --                     in the same order
 --   ended     list    idempotency keys of leases that have ended, oldest first
---   shards    hash    of shard K: K:node, K:url, K:host, K:token, K:ends (its owner, and when the ownership ends),
+--   shards    hash    of shard K: K:node, K:url, K:host, K:token, K:ends, K:ttl (its owner, when the ownership ends,
+--                     and for how long it is prolonged, in ms),
 --                     K:left_url (of the owner that has given it up, until there is another),
 --                     K:report, K:loaded (see open.lua), K:written (its newest part of a checkpoint), K:applied_seq
 --                     (the newest entry of this epoch's log that it has applied), and other fields of heartbeats
@@ -44,6 +46,9 @@
 --
 -- Scripts publish what they change as JSON on the channel freestep:{run}:messages, to the owners of other shards. Runs
 -- of one shard need no messages, except that the slowest worker has moved. An owner that misses messages reads the log.
+--
+-- Redis's clock may go back. So an end that is later than a whole time to live from now counts as just that, and an instant
+-- that is yet to come as now; leases_due, leases_expire, run_heartbeat, node_heartbeat and read_places write them so.
 --
 -- Redis keeps what a script wrote before it failed. So a script checks the types of its keys before its first write.
 
@@ -533,6 +538,10 @@ local function read_places(now)
     elseif cut.ends <= now then
       redis.call('HDEL', CUTS, ticket)
     else
+      if cut.ends > now + CUT_TTL then
+        cut.ends = now + CUT_TTL
+        redis.call('HSET', CUTS, ticket, cjson.encode(cut))
+      end
       local name = text(cut.seq) .. cut.point
       if kinds[name] ~= 'push' then kinds[name] = kind end
     end

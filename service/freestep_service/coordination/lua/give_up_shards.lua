@@ -10,7 +10,7 @@ for index = 1, #ARGV, 2 do
   if owns(shard, ARGV[index + 1]) then
     redis.call('HSET', SHARDS, shard .. ':left_url', redis.call('HGET', SHARDS, shard .. ':url') or '')
     redis.call('HDEL', SHARDS, shard .. ':node', shard .. ':url', shard .. ':host', shard .. ':token', shard .. ':ends',
-      shard .. ':report', shard .. ':loaded', shard .. ':applied', shard .. ':applied_seq')
+      shard .. ':ttl', shard .. ':report', shard .. ':loaded', shard .. ':applied', shard .. ':applied_seq')
     left = left + 1
   end
 end

@@ -17,6 +17,10 @@ if redis.call('HGET', RUN, 'initialized') == '1' then
 end
 local now, turn = clock(), redis.call('HGET', RUN, 'initializing')
 turn = turn and cjson.decode(turn)
+if turn and turn.at > now then
+  turn.at = now
+  redis.call('HSET', RUN, 'initializing', cjson.encode(turn))
+end
 if progress == 'coming' and (not turn or (turn.upload ~= upload and turn.at + tonumber(ARGV[7]) <= now)) then
   turn = {upload = upload, parts = {}}
 end

@@ -24,7 +24,7 @@ if older ~= '' then
   redis.call('DEL', KEYS[15])
   publish_evicted(evicted)
 end
-redis.call('HSET', RUN, 'token', token)
+redis.call('HSET', RUN, 'token', token, 'longest_ttl', math.max(run_number('longest_ttl'), ttl))
 if slack() then
   -- A new worker starts beside the slowest one, so that nobody waits for it.
   local counts, ends = clocks(), tonumber(redis.call('ZSCORE', LEASES, worker) or 0)

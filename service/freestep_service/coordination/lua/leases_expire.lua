@@ -31,6 +31,10 @@ end
 for _, key in ipairs(redis.call('HKEYS', STAGED)) do
   local staged = redis.call('HGET', STAGED, key)
   staged = staged and cjson.decode(staged)
+  if staged and staged.at > now then
+    staged.at = now
+    redis.call('HSET', STAGED, key, cjson.encode(staged))
+  end
   if staged and is_overdue(staged, tonumber(ARGV[3]), now) then
     if staged.slug then
       redis.call('HDEL', STAGED, key)

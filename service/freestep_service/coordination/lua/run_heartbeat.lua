@@ -13,16 +13,22 @@ local now, taken = clock(), false
 local wanted = {}
 for _, shard in ipairs(cjson.decode(ARGV[5])) do wanted[shard] = true end
 for shard = 0, shard_count() - 1 do
-  local owner = redis.call('HMGET', SHARDS, shard .. ':node', shard .. ':url', shard .. ':host', shard .. ':ends')
+  local owner = redis.call('HMGET', SHARDS, shard .. ':node', shard .. ':url', shard .. ':host', shard .. ':ends',
+    shard .. ':ttl')
+  -- Older versions wrote no time to live.
+  if owner[4] and owner[5] and tonumber(owner[4]) > now + tonumber(owner[5]) then
+    owner[4] = text(now + tonumber(owner[5]))
+    redis.call('HSET', SHARDS, shard .. ':ends', owner[4])
+  end
   -- Older versions wrote no host.
   local is_predecessor = owner[2] == url and (not owner[3] or owner[3] == host)
   if owner[1] == node then
-    redis.call('HSET', SHARDS, shard .. ':ends', text(now + ttl))
+    redis.call('HSET', SHARDS, shard .. ':ends', text(now + ttl), shard .. ':ttl', text(ttl))
   elseif wanted[shard] and (not owner[4] or tonumber(owner[4]) <= now or is_predecessor) then
     local token = text(math.max(run_number('token') + 1, now))
     redis.call('HSET', RUN, 'token', token)
     redis.call('HSET', SHARDS, shard .. ':node', node, shard .. ':url', url, shard .. ':host', host,
-      shard .. ':token', token, shard .. ':ends', text(now + ttl))
+      shard .. ':token', token, shard .. ':ends', text(now + ttl), shard .. ':ttl', text(ttl))
     redis.call('HDEL', SHARDS, shard .. ':report', shard .. ':loaded', shard .. ':applied', shard .. ':applied_seq',
       shard .. ':left_url')
     taken = true
