@@ -158,3 +158,27 @@ def test_a_redis_cluster_holds_a_run_in_one_slot(
     assert len(slots) == 1
     assert api.http.delete(api.path()).status_code == 204
     assert service.redis_dump("freestep:{") == {}
+
+
+@pytest.mark.parametrize(
+    ("commands", "reason"),
+    [
+        (["REPLICAOF 127.0.0.1 1"], "read only replica"),
+        (["CONFIG SET maxmemory 1"], "maxmemory"),
+        (["ACL SETUSER default -set"], "permission|no permissions"),
+    ],
+)
+def test_a_store_that_takes_no_writes_says_why(redis_url: str, commands: list[str], reason: str) -> None:
+    async def refused() -> None:
+        store = await Store.connect(redis_url)
+        try:
+            await store.require_writable()
+            with Redis.from_url(redis_url) as client:
+                for command in commands:
+                    client.execute_command(*command.split())
+            with pytest.raises(CoordinatorUnavailable, match=f"(?i)Redis refused a command: .*({reason})"):
+                await store.require_writable()
+        finally:
+            await store.close()
+
+    asyncio.run(refused())
