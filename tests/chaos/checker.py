@@ -1,0 +1,251 @@
+"""Judges the history of a run under faults: pure functions of what clients know and of the weights that were served.
+
+The run is plain SGD with learning rate 1, and every push moves a coordinate of its own from 0 to `scale`, by numbers
+that floats hold exactly. So the weights say which pushes moved them, and how often: what a receipt promised is compared
+with what the weights have.
+
+A run under durability `checkpoint` or `none` may go back, in a new epoch, to a step that nobody tells clients. But what
+is lost must be the end of what there was: if a push of an epoch survives, so do all before it. `_Restores` draws that
+conclusion from all pulls together, and any push that breaks it is an error.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from chaos.history import NEVER, History, Pull
+
+__all__ = ["Rules", "check"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a run promises: pushes in an update; whether it may go back to a checkpoint."""
+
+    batch: int = 1
+    goes_back: bool = True
+
+    @property
+    def scale(self) -> float:
+        """What a push moves its coordinate by: gradients of an update are averaged."""
+        return 1.0 / self.batch
+
+
+def check(history: History, rules: Rules) -> list[str]:
+    """What is wrong with a history, a line for each fault; empty if it is sound."""
+    faults: list[str] = [f"stuck: {what}" for what in history.stuck]
+    for law in _LAWS:
+        faults += law(history, rules)
+    return faults
+
+
+def every_push_counts_once(history: History, rules: Rules) -> Iterator[str]:
+    """No coordinate has another value than 0 or `scale`, on any shard; and what moved the weights was sent before."""
+    for pull in history.pulls:
+        for coordinate, values in pull.values.items():
+            if set(values) != {rules.scale}:
+                yield f"{_named(pull)}: push {coordinate} counts {[each / rules.scale for each in values]} times"
+            push = history.pushes.get(coordinate)
+            if push is None:
+                yield f"{_named(pull)}: nobody sent push {coordinate}, which is in the weights"
+            elif push.began > pull.answered:
+                yield f"{_named(pull)}: push {coordinate} is in weights that were served before it was sent"
+
+
+def steps_count_pushes(history: History, rules: Rules) -> Iterator[str]:
+    """The weights of step n have the pushes of n updates, no more and no fewer."""
+    for pull in history.pulls:
+        if len(pull.values) != rules.batch * pull.step:
+            yield f"{_named(pull)}: {len(pull.values)} pushes are in the weights, not {rules.batch} for each step"
+
+
+def receipts_tell_the_weights(history: History, rules: Rules) -> Iterator[str]:
+    """Weights of a step have every push whose receipt names this step or one before it, and none that comes after.
+
+    Of pushes of epochs before it, they have those up to where the run went back to.
+    """
+    restores = _Restores(history)
+    if not rules.goes_back and (epochs := {grant.epoch for grant in history.grants}) - {1}:
+        yield f"the run went back: its epochs are {sorted(epochs)}"
+    for pull in history.pulls:
+        for push, update in restores.promised:
+            is_there = push.coordinate in pull.values
+            if push.epoch == pull.epoch:
+                if is_there != (update <= pull.step):
+                    yield f"{_named(pull)}: push {push.coordinate} {_found(is_there)}, whose update is step {update}"
+            elif push.epoch > pull.epoch:
+                if is_there:
+                    yield f"{_named(pull)}: push {push.coordinate} is there, of epoch {push.epoch}"
+            elif is_there and update > pull.step:
+                yield f"{_named(pull)}: push {push.coordinate} is there, whose update is step {update}"
+            elif not is_there and update <= restores.survived(push.epoch, pull.epoch):
+                yield (
+                    f"{_named(pull)}: push {push.coordinate} is lost, acknowledged at step {update} of epoch "
+                    f"{push.epoch}, of which step {restores.survived(push.epoch, pull.epoch)} survived"
+                )
+
+
+def refused_pushes_change_nothing(history: History, rules: Rules) -> Iterator[str]:
+    """A push that was dropped, or refused each time that it was sent, is not in the weights."""
+    without = {
+        push.coordinate: "dropped" if push.receipt is not None else f"refused ({push.attempts[-1].reason})"
+        for push in history.pushes.values()
+        if push.is_refused or (push.receipt is not None and push.receipt.update is None)
+    }
+    for pull in history.pulls:
+        for coordinate in without.keys() & pull.values.keys():
+            yield f"{_named(pull)}: push {coordinate} is there, which was {without[coordinate]}"
+
+
+def receipts_agree(history: History, rules: Rules) -> Iterator[str]:
+    """A push has one decision, however often it is sent; one receipt only is news; and steps are of `batch` pushes."""
+    updates: Counter[tuple[int, int]] = Counter()
+    for push in history.pushes.values():
+        receipts = [attempt.receipt for attempt in push.receipts if attempt.receipt is not None]
+        told = {(receipt.decision, receipt.step, receipt.staleness) for receipt in receipts}
+        if len(told) > 1:
+            yield f"push {push.coordinate} has receipts that differ: {sorted(told)}"
+        for part in {attempt.part for attempt in push.receipts}:
+            news = [each for each in push.receipts if each.part == part and each.receipt and not each.receipt.replayed]
+            if len(news) > 1 and part is None:
+                yield f"push {push.coordinate} was decided {len(news)} times by its receipts"
+        if push.receipt is None:
+            continue
+        before = push.receipt.step - (push.receipt.decision == "applied")
+        if push.receipt.staleness != before - push.taken_at:
+            yield f"push {push.coordinate}, taken at step {push.taken_at}, has the receipt {push.receipt}"
+        if push.receipt.update is not None:
+            updates[push.epoch, push.receipt.update] += 1
+    for (epoch, update), pushes in updates.items():
+        if pushes > rules.batch:
+            yield f"step {update} of epoch {epoch} is of {pushes} pushes by their receipts"
+
+
+def steps_are_a_register(history: History, rules: Rules) -> Iterator[str]:
+    """Within an epoch, what is asked after an answer has come sees that answer's step, or a later one.
+
+    A counter that only rises is linearizable if and only if this is so of all its operations: receipts, which move it,
+    and pulls, which read it.
+    """
+    for epoch in {pull.epoch for pull in history.pulls} | {push.epoch for push in history.pushes.values()}:
+        operations = [
+            (pull.asked, pull.answered, pull.step, f"the pull of {pull.reader}")
+            for pull in history.pulls
+            if pull.epoch == epoch
+        ]
+        for push in history.pushes.values():
+            receipt = push.receipt
+            if push.epoch == epoch and receipt is not None and receipt.decision == "applied":
+                answered = min(attempt.answered for attempt in push.receipts)
+                operations.append((push.began, answered, receipt.step, f"the receipt of push {push.coordinate}"))
+        yield from _out_of_order(operations, f"of epoch {epoch}")
+
+
+def readers_go_forward(history: History, rules: Rules) -> Iterator[str]:
+    """No reader sees an older epoch, or an older step of the same one, than it has seen."""
+    by_reader: dict[str, list[Pull]] = defaultdict(list)
+    for pull in history.pulls:
+        by_reader[pull.reader].append(pull)
+    for pulls in by_reader.values():
+        seen: Pull | None = None
+        for pull in sorted(pulls, key=lambda pull: pull.asked):
+            if seen and pull.asked > seen.answered and (pull.epoch, pull.step) < (seen.epoch, seen.step):
+                yield f"{_named(pull)}: its reader has seen step {seen.step} of epoch {seen.epoch} before"
+            seen = max(filter(None, (seen, pull)), key=lambda pull: (pull.epoch, pull.step))
+
+
+def tokens_rise(history: History, rules: Rules) -> Iterator[str]:
+    """No two leases have one fencing token, and of a worker's the later one has the higher."""
+    for token, number in Counter(grant.token for grant in history.grants).items():
+        if number > 1:
+            yield f"{number} leases have the token {token}"
+    for worker in {grant.worker for grant in history.grants}:
+        grants = [
+            (grant.asked, grant.answered, grant.token, "a lease") for grant in history.grants if grant.worker == worker
+        ]
+        yield from _out_of_order(grants, f"of worker {worker} (by token)")
+
+
+def older_leases_are_fenced(history: History, rules: Rules) -> Iterator[str]:
+    """No push counts that was first sent under a lease after its worker had been granted a later one."""
+    for push in history.pushes.values():
+        if push.receipt is None or push.receipt.update is None:
+            continue
+        for grant in history.grants:
+            if grant.worker == push.worker and grant.token > push.token and grant.answered < push.began:
+                yield (
+                    f"push {push.coordinate} of {push.worker} counts under token {push.token}, though token "
+                    f"{grant.token} had been granted before it was sent"
+                )
+                break
+
+
+_LAWS: list[Callable[[History, Rules], Iterable[str]]] = [
+    every_push_counts_once,
+    steps_count_pushes,
+    receipts_tell_the_weights,
+    refused_pushes_change_nothing,
+    receipts_agree,
+    steps_are_a_register,
+    readers_go_forward,
+    tokens_rise,
+    older_leases_are_fenced,
+]
+
+
+class _Restores:
+    """Up to which step each epoch is known to have taken over what was before it.
+
+    By the weights: they have a push of an epoch before. By the service's word: it had said that a checkpoint has a step
+    before anybody saw a later epoch.
+    """
+
+    def __init__(self, history: History) -> None:
+        self.promised = [
+            (push, update)
+            for push in history.pushes.values()
+            if push.receipt is not None and (update := push.receipt.update) is not None
+        ]
+        self._kept: dict[int, int] = defaultdict(int)
+        epochs = {pull.epoch for pull in history.pulls} | {grant.epoch for grant in history.grants}
+        self._newest = max(epochs, default=0)
+        for pull in history.pulls:
+            for push, update in self.promised:
+                if push.epoch < pull.epoch and push.coordinate in pull.values:
+                    self._keep(push.epoch, pull.epoch, update)
+        for epoch, step, told in history.durable:
+            seen = [grant.answered for grant in history.grants if grant.epoch > epoch]
+            seen += [pull.answered for pull in history.pulls if pull.epoch > epoch]
+            if told < min(seen, default=NEVER):
+                self._keep(epoch, self._newest, step)
+
+    def _keep(self, before: int, epoch: int, step: int) -> None:
+        for later in range(before + 1, epoch + 1):
+            self._kept[later] = max(self._kept[later], step)
+
+    def survived(self, before: int, epoch: int) -> int:
+        """The step of epoch `before` up to which all is in the weights of `epoch`, at least."""
+        return min(self._kept[later] for later in range(before + 1, epoch + 1))
+
+
+def _out_of_order(operations: list[tuple[int, int, int, str]], where: str) -> Iterator[str]:
+    """Operations (asked, answered, place, name) with a lower place than one that had ended before they began."""
+    ended = sorted((answered, place, name) for _, answered, place, name in operations)
+    furthest: list[tuple[int, str]] = []
+    for _, place, name in ended:
+        furthest.append(max(furthest[-1], (place, name)) if furthest else (place, name))
+    for asked, _, place, name in operations:
+        before = bisect_left(ended, (asked,))
+        if before and furthest[before - 1][0] > place:
+            yield f"{name} {where} is of {place}, asked after {furthest[before - 1][1]} of {furthest[before - 1][0]}"
+
+
+def _named(pull: Pull) -> str:
+    return f"weights of epoch {pull.epoch}, step {pull.step}, for {pull.reader}"
+
+
+def _found(is_there: bool) -> str:
+    return "is there" if is_there else "is missing"

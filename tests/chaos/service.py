@@ -1,0 +1,185 @@
+"""`freestep serve` for the chaos tests, in a process of its own: with fail points, and bugs that are put in on purpose.
+
+Both are put around the service's methods from outside, so nothing of them is in the service. Lines of stdin say what is
+to happen at a point: `POINT HITS ACTION` has the process do something when it comes there for the HITSth time from now;
+`now 1 ACTION` at once. Actions: `kill`, `segv`, `stop`, and `gil` (a thread that keeps the interpreter to itself).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from chaos.history import Recorder
+from freestep.cli import main as freestep
+from freestep_service.coordination.pushes import RunPushes
+from freestep_service.coordination.store import Store
+from freestep_service.domain.records import Behind
+from freestep_service.runs.local_shard import LocalShard
+from freestep_service.state.buffers import Hold
+from freestep_service.state.shard import Shard
+from freestep_service.state.staging import Staging
+from freestep_service.storage.local import LocalStorage
+
+GIL_US = 1_800_000
+"""How long a thread keeps the interpreter: longer than an ownership."""
+
+
+class FailPoints:
+    """Places on the way of a push, which are told to do something once."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._armed: dict[str, tuple[int, str]] = {}
+        self._lock = threading.Lock()
+
+    def arm(self, point: str, hits: int, action: str) -> None:
+        with self._lock:
+            self._armed[point] = hits, action
+        if point == "now":
+            self.reach(point)
+
+    def reach(self, point: str) -> None:
+        with self._lock:
+            hits, action = self._armed.pop(point, (0, ""))
+            if hits > 1:
+                self._armed[point] = hits - 1, action
+        if hits == 1:
+            self._recorder.write("seen", what="hit", point=point, action=action)
+            self._act(action)
+
+    @staticmethod
+    def _act(action: str) -> None:
+        match action:
+            case "gil":
+                # Calls through PyDLL keep the interpreter's lock.
+                ctypes.PyDLL(None).usleep(GIL_US)
+            case _:
+                number = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}[action]
+                os.kill(os.getpid(), number)
+
+    def around(self, owner: type, name: str, before: str = "", after: str = "") -> None:
+        """Puts points before and after an async method."""
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        async def wrapped(*args: Any, **options: Any) -> Any:
+            if before:
+                self.reach(before)
+            try:
+                result = await method(*args, **options)
+            except Behind:
+                self._recorder.write("seen", what="behind")
+                raise
+            if after and result is not None:
+                self.reach(after)
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def around_call(self, owner: type, name: str, before: str, after: str) -> None:
+        """Puts points before and after a plain method."""
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def wrapped(*args: Any, **options: Any) -> Any:
+            self.reach(before)
+            result = method(*args, **options)
+            self.reach(after)
+            return result
+
+        setattr(owner, name, wrapped)
+
+
+POINTS = ("admitted", "staged", "committing", "committed", "applying", "applied", "answering", "writing", "written")
+
+
+def put_points(points: FailPoints) -> None:
+    points.around(RunPushes, "admit", after="admitted")
+    points.around(Staging, "receive", after="staged")
+    points.around(RunPushes, "commit", before="committing", after="committed")
+    points.around_call(Shard, "apply", before="applying", after="applied")
+    points.around(LocalShard, "push", after="answering")
+    points.around_call(LocalStorage, "_write", before="writing", after="written")
+
+
+def _edit_scripts(edits: dict[str, list[tuple[str, str]]]) -> None:
+    """Changes the text of Lua scripts; each text that is to be replaced has to be there."""
+    made = Store.__init__
+
+    def init(self: Store, *args: Any) -> None:
+        made(self, *args)
+        for script, replacements in edits.items():
+            for name, (_, source) in self._scripts.items():
+                if script not in (name, "*"):
+                    continue
+                for old, new in replacements:
+                    assert old in source, f"{name}.lua has changed: {old}"
+                    source = source.replace(old, new)
+                self._scripts[name] = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(), source
+
+    Store.__init__ = init  # type: ignore[method-assign]
+
+
+def forget_receipts() -> None:
+    """A push that comes again is taken for a new one."""
+    lookup = "local record = redis.call('HGET', RECEIPTS, key)"
+    pending = "local pending = redis.call('HGET', PENDING, key)"
+    _edit_scripts({"admit": [(lookup, "local record = false"), (pending, "local pending = false")]})
+
+
+def fence_nobody() -> None:
+    """A lease is good although its worker has a newer one."""
+    _edit_scripts({"*": [("if redis.call('HGET', WORKERS, worker) ~= lease then return false end", "")]})
+
+
+def release_early() -> None:
+    """A vector is given back as soon as its body was received, while its push still needs it."""
+    receive, release = Staging.receive, Hold.release
+
+    async def received(*args: Any, **options: Any) -> Any:
+        staged = await receive(*args, **options)
+        release(staged.hold)
+        staged.hold.release = lambda: None
+        return staged
+
+    Staging.receive = received  # type: ignore[method-assign]
+
+
+BUGS: dict[str, Callable[[], None]] = {
+    "deduplication": forget_receipts,
+    "fencing": fence_nobody,
+    "release": release_early,
+}
+
+
+def main() -> None:
+    folder, who = Path(os.environ["CHAOS_FOLDER"]), os.environ["CHAOS_WHO"]
+    log = os.open(folder / f"{who}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    if bug := os.environ.get("CHAOS_BUG"):
+        BUGS[bug]()
+    points = FailPoints(Recorder(folder / f"{who}.jsonl", who))
+    put_points(points)
+
+    def obey() -> None:
+        for line in sys.stdin:
+            point, hits, action = line.split()
+            points.arm(point, int(hits), action)
+
+    threading.Thread(target=obey, daemon=True).start()
+    sys.argv = ["freestep", "serve"]
+    freestep()
+
+
+if __name__ == "__main__":
+    main()

