@@ -2,7 +2,7 @@
 
 Both are put around the service's methods from outside, so nothing of them is in the service. Lines of stdin say what is
 to happen at a point: `POINT HITS ACTION` has the process do something when it comes there for the HITSth time from now;
-`now 1 ACTION` at once. Actions: `kill`, `segv`, `stop`, and `gil` (a thread that keeps the interpreter to itself).
+`now 1 ACTION` at once; `calm` takes back what has not happened yet. Actions: `kill`, `segv`, `stop`, and `gil` (a thread that keeps the interpreter to itself).
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class FailPoints:
             self._armed[point] = hits, action
         if point == "now":
             self.reach(point)
+
+    def disarm(self) -> None:
+        with self._lock:
+            self._armed.clear()
 
     def reach(self, point: str) -> None:
         with self._lock:
@@ -173,8 +177,11 @@ def main() -> None:
 
     def obey() -> None:
         for line in sys.stdin:
-            point, hits, action = line.split()
-            points.arm(point, int(hits), action)
+            match line.split():
+                case ["calm"]:
+                    points.disarm()
+                case [point, hits, action]:
+                    points.arm(point, int(hits), action)
 
     threading.Thread(target=obey, daemon=True).start()
     sys.argv = ["freestep", "serve"]

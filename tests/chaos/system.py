@@ -82,8 +82,14 @@ class System:
         self.clients = Clients(self._given(), "observer")
         self._create()
         self.workers = [self._start_worker(number) for number in range(schedule.workers)]
+        # Faults come over what has begun.
+        wait_until(self._all_have_pushed, 0.05)
 
     # Its parts
+
+    def _all_have_pushed(self) -> bool:
+        files = list(self.history.glob("worker-*.jsonl"))
+        return len(files) == len(self.workers) and all('"receipt"' in file.read_text() for file in files)
 
     def _start_service(self, number: int) -> Script:
         self._starts += 1
@@ -288,6 +294,7 @@ class System:
         """Ends what may still be wrong: processes that a fail point has stopped or killed."""
         for number, service in enumerate(self.services):
             _signal(service, signal.SIGCONT)
+            _tell(service, "calm")
             if service.poll() is not None:
                 self.revive(number)
         for worker in self.workers:

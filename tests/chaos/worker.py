@@ -1,4 +1,4 @@
-"""A worker under faults, in a process of its own: pushes under one name until its stdin ends, and writes down all of it.
+"""A worker under faults, in a process of its own: pushes under one name until its stdin ends, and writes it all down.
 
 Argument: JSON of the members that `main` reads. Each push has a coordinate of its own, which is its key as well. A push
 is sent until it is answered for good: with a receipt, or with a refusal.
