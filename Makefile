@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest evidence check fuzz audit sbom bench lab clean
+.PHONY: demo test test-oldest evidence check fuzz chaos audit sbom bench lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,13 @@ $(VENV)/fuzz: $(VENV)/installed
 
 fuzz: $(VENV)/fuzz
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) --corpus $(FUZZ_CORPUS) $(FUZZ)
+
+# Schedules of faults over services, stores and workers, by seed: see docs/chaos.md.
+SEEDS ?= 40
+FIRST ?= 0
+
+chaos: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m chaos --seeds $(SEEDS) --first $(FIRST) $(CHAOS)
 
 # Programs that look at environments have one of their own, so that theirs is none of what they see.
 TOOLS := $(VENV)/tools

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from chaos.history import History
+from chaos.service import BETWEEN
 
 __all__ = ["WINDOWS", "windows"]
 
@@ -12,19 +13,18 @@ WINDOWS = {
     "replayed": "a retry met its receipt",
     "retried": "a push whose answer was lost was sent again",
     "killed between": "a process died after a push was staged and before it was answered",
-    "taken over staged": "with several shards, so that another took over",
+    "taken over": "so did the owner of some of several shards, while others had their parts",
     "behind": "Redis had lost what a shard had seen",
     "fenced": "a push came under a lease that had ended or was fenced off",
     "went back": "the run went back to a checkpoint",
     "dropped": "a push was too stale",
 }
 
-_BETWEEN = {"staged", "committing", "committed", "applying", "applied", "answering"}
-
 
 def windows(history: History) -> Counter[str]:
     """How often each window was hit."""
     found: Counter[str] = Counter()
+    is_sharded = any(each.part is not None for push in history.pushes.values() for each in push.attempts)
     for push in history.pushes.values():
         found["replayed"] += any(each.receipt and each.receipt.replayed for each in push.receipts)
         found["retried"] += len(push.attempts) > 1 and push.attempts[0].end == "unknown"
@@ -32,10 +32,8 @@ def windows(history: History) -> Counter[str]:
         found["dropped"] += push.receipt is not None and push.receipt.decision == "dropped"
     for line in history.seen:
         found["behind"] += line["what"] == "behind"
-        if line["what"] == "hit" and line["point"] in _BETWEEN and line["action"] in ("kill", "segv"):
+        if line["what"] == "hit" and line["point"] in BETWEEN and line["action"] in ("kill", "segv"):
             found["killed between"] += 1
-            found["taken over staged"] += any(
-                each.part is not None for push in history.pushes.values() for each in push.attempts
-            )
+            found["taken over"] += is_sharded
     found["went back"] += len({pull.epoch for pull in history.pulls}) > 1
     return +found

@@ -57,7 +57,7 @@ def run(schedule: Schedule, folder: Path, bug: str = "") -> Outcome:
     except TimeoutError as error:
         stuck = [f"stuck: {error}"]
     history = History.of(read(folder / "history"))
-    rules = Rules(batch=schedule.batch, goes_back=schedule.durability != "journal")
+    rules = Rules(schedule.batch, schedule.shards, goes_back=schedule.durability != "journal")
     return Outcome(schedule, stuck + check(history, rules), windows(history), len(history.pushes), folder)
 
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from chaos.service import POINTS
+from chaos.service import BETWEEN, POINTS
 
 __all__ = ["Fault", "Schedule", "scheduled"]
 
@@ -70,10 +70,12 @@ def scheduled(seed: int) -> Schedule:
     if store != "embedded":
         kinds += ["store-cut", "store-delay"] + 2 * ["store-kill", "store-stop"]
     kinds += ["store-flush", "store-flush", "store-scripts", "store-clients", "store-back"]
-    faults = sorted(
-        (_fault(chance, chance.choice(kinds), processes, workers) for _ in range(chance.randrange(2, 5))),
-        key=lambda fault: fault.at_s,
-    )
+    faults = [_fault(chance, chance.choice(kinds), processes, workers) for _ in range(chance.randrange(2, 5))]
+    if seed % 4 in (1, 2):
+        # Half of all schedules are for the moments between the receipt of a body and its answer.
+        point = f"{chance.choice(BETWEEN)} {chance.randrange(1, 6)} kill"
+        faults.append(Fault(round(chance.uniform(0.1, 1.0), 2), "point", chance.randrange(processes), detail=point))
+    faults.sort(key=lambda fault: fault.at_s)
     ending = "restart" if seed % 3 == 0 else "none"
     return Schedule(
         seed, 3 if is_sharded else 1, processes, store, durability, policy, batch, workers, tuple(faults), ending
@@ -85,7 +87,7 @@ def _fault(chance: random.Random, kind: str, processes: int, workers: int) -> Fa
     detail = ""
     if kind == "point":
         action = chance.choice(["kill", "kill", "kill", "segv", "stop", "gil"])
-        hits = 1 if (point := chance.choice(POINTS)).startswith("writ") else chance.randrange(1, 12)
+        hits = 1 if (point := chance.choice(POINTS)).startswith("writ") else chance.randrange(1, 6)
         detail = f"{point} {hits} {action}"
     return Fault(
         at_s=round(chance.uniform(0.3, _SECONDS), 2),

@@ -1,8 +1,9 @@
 """`freestep serve` for the chaos tests, in a process of its own: with fail points, and bugs that are put in on purpose.
 
 Both are put around the service's methods from outside, so nothing of them is in the service. Lines of stdin say what is
-to happen at a point: `POINT HITS ACTION` has the process do something when it comes there for the HITSth time from now;
-`now 1 ACTION` at once; `calm` takes back what has not happened yet. Actions: `kill`, `segv`, `stop`, and `gil` (a thread that keeps the interpreter to itself).
+to happen at a point: `POINT HITS ACTION` has the process do something when it comes there for the HITSth time from now,
+`now 1 ACTION` at once, and `calm` takes back what has not happened yet. Actions are `kill`, `segv`, `stop`, and `gil`:
+a thread keeps the interpreter to itself.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ class FailPoints:
         setattr(owner, name, wrapped)
 
 
-POINTS = ("admitted", "staged", "committing", "committed", "applying", "applied", "answering", "writing", "written")
+BETWEEN = ("staged", "committing", "committed", "applying", "applied", "answering")
+"""Points on the way of a push, after its body has come and before its answer goes."""
+POINTS = ("admitted", *BETWEEN, "writing", "written")
 
 
 def put_points(points: FailPoints) -> None:
@@ -135,14 +138,15 @@ def _edit_scripts(edits: dict[str, list[tuple[str, str]]]) -> None:
 
 def forget_receipts() -> None:
     """A push that comes again is taken for a new one."""
-    lookup = "local record = redis.call('HGET', RECEIPTS, key)"
-    pending = "local pending = redis.call('HGET', PENDING, key)"
-    _edit_scripts({"admit": [(lookup, "local record = false"), (pending, "local pending = false")]})
+    lookup = ("local record = redis.call('HGET', RECEIPTS, key)", "local record = false")
+    pending = ("local pending = redis.call('HGET', PENDING, key)", "local pending = false")
+    _edit_scripts({"admit": [lookup, pending], "commit": [lookup]})
 
 
 def fence_nobody() -> None:
-    """A lease is good although its worker has a newer one."""
-    _edit_scripts({"*": [("if redis.call('HGET', WORKERS, worker) ~= lease then return false end", "")]})
+    """A lease stays good although its worker has a newer one."""
+    newest = ("if redis.call('HGET', WORKERS, worker) ~= lease then return false end", "")
+    _edit_scripts({"*": [newest], "lease_grant": [("redis.call('DEL', KEYS[15])", "")]})
 
 
 def release_early() -> None:

@@ -155,7 +155,7 @@ class System:
             "bearer": self._token,
             "shards": self.schedule.shards,
             "ttl_ms": LEASE_MS,
-            "pause_s": 0.03,
+            "pause_s": 0.02,
         }
 
     def _start_worker(self, number: int) -> Script:

@@ -1,0 +1,56 @@
+"""The seeds that every run of the tests carries out, and bugs that they have to find."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from chaos.coverage import WINDOWS
+from chaos.runner import Outcome, run, shortened
+from chaos.schedule import Schedule, scheduled
+from chaos.service import BUGS
+
+SEEDS = 40
+AT_ONCE = 4
+"""Schedules wait more than they compute."""
+_TRIES = 4
+OBJECTIONS = {
+    "deduplication": ("counts [2.0", "has receipts that differ", "was decided 2 times"),
+    "fencing": ("counts under token",),
+    "release": ("counts [", "is missing"),
+}
+"""What tells of a bug."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def test_no_schedule_loses_or_repeats_a_push(tmp_path: Path) -> None:
+    def carry_out(seed: int) -> Outcome:
+        return run(scheduled(seed), tmp_path / f"seed-{seed}")
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        outcomes = list(threads.map(carry_out, range(SEEDS)))
+    failed = next((outcome for outcome in outcomes if outcome.faults), None)
+    if failed is not None:
+        pytest.fail(str(shortened(failed, tmp_path / "shorter", _TRIES)))
+    hit = sum((outcome.windows for outcome in outcomes), Counter[str]())
+    assert hit.keys() == WINDOWS.keys()
+
+
+def fit_for(bug: str) -> Iterator[Schedule]:
+    """The schedules of these seeds that can meet a bug."""
+    for seed in range(SEEDS):
+        made = scheduled(seed)
+        if bug != "fencing" or any(fault.kind == "worker-twin" for fault in made.faults):
+            yield made
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bugs_that_are_put_in_are_found(bug: str, tmp_path: Path) -> None:
+    outcomes = (run(made, tmp_path / str(made.seed), bug) for made in islice(fit_for(bug), 4))
+    assert any(told in fault for outcome in outcomes for fault in outcome.faults for told in OBJECTIONS[bug])
