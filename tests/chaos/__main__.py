@@ -14,7 +14,7 @@ from chaos.coverage import WINDOWS
 from chaos.runner import Outcome, run, shortened
 from chaos.schedule import scheduled
 
-_TRIES = 0
+_TRIES = 8
 
 
 def main() -> int:

@@ -16,14 +16,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from chaos.history import NEVER, History, Pull
+from chaos.history import NEVER, History, Pull, Push
 
 __all__ = ["Rules", "check"]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a run promises: pushes in an update; whether it may go back to a checkpoint; its number of shards."""
+    """What a run promises: pushes in an update, two at most; whether it may go back to a checkpoint; its number of shards."""
 
     batch: int = 1
     shards: int = 1
@@ -82,10 +82,10 @@ def receipts_tell_the_weights(history: History, rules: Rules) -> Iterator[str]:
                     yield f"{_named(pull)}: push {push.coordinate} is there, of epoch {push.epoch}"
             elif is_there and update > pull.step:
                 yield f"{_named(pull)}: push {push.coordinate} is there, whose update is step {update}"
-            elif not is_there and update <= restores.survived(push.epoch, pull.epoch):
+            elif not is_there and _place(push) <= restores.survived(push.epoch, pull.epoch):
                 yield (
-                    f"{_named(pull)}: push {push.coordinate} is lost, acknowledged at step {update} of epoch "
-                    f"{push.epoch}, of which step {restores.survived(push.epoch, pull.epoch)} survived"
+                    f"{_named(pull)}: push {push.coordinate} is lost, acknowledged for step {update} of epoch "
+                    f"{push.epoch}, of which step {restores.survived(push.epoch, pull.epoch):g} survived"
                 )
 
 
@@ -210,24 +210,24 @@ class _Restores:
             for push in history.pushes.values()
             if push.receipt is not None and (update := push.receipt.update) is not None
         ]
-        self._kept: dict[int, int] = defaultdict(int)
+        self._kept: dict[int, float] = defaultdict(float)
         epochs = {pull.epoch for pull in history.pulls} | {grant.epoch for grant in history.grants}
         self._newest = max(epochs, default=0)
         for pull in history.pulls:
-            for push, update in self.promised:
+            for push, _ in self.promised:
                 if push.epoch < pull.epoch and push.coordinate in pull.values:
-                    self._keep(push.epoch, pull.epoch, update)
+                    self._keep(push.epoch, pull.epoch, _place(push))
         for epoch, step, told in history.durable:
             seen = [grant.answered for grant in history.grants if grant.epoch > epoch]
             seen += [pull.answered for pull in history.pulls if pull.epoch > epoch]
             if told < min(seen, default=NEVER):
                 self._keep(epoch, self._newest, step)
 
-    def _keep(self, before: int, epoch: int, step: int) -> None:
+    def _keep(self, before: int, epoch: int, step: float) -> None:
         for later in range(before + 1, epoch + 1):
             self._kept[later] = max(self._kept[later], step)
 
-    def survived(self, before: int, epoch: int) -> int:
+    def survived(self, before: int, epoch: int) -> float:
         """The step of epoch `before` up to which all is in the weights of `epoch`, at least."""
         return min(self._kept[later] for later in range(before + 1, epoch + 1))
 
@@ -242,6 +242,15 @@ def _out_of_order(operations: list[tuple[int, int, int, str]], where: str) -> It
         before = bisect_left(ended, (asked,))
         if before and furthest[before - 1][0] > place:
             yield f"{name} {where} is of {place}, asked after {furthest[before - 1][1]} of {furthest[before - 1][0]}"
+
+
+def _place(push: Push) -> float:
+    """Where a push that counts is among the others: at its update's step, or before it, if it waits there for more.
+
+    A checkpoint may lie between the two pushes of an update, so one of them may survive without the other.
+    """
+    assert push.receipt is not None and push.receipt.update is not None
+    return push.receipt.update - 0.5 * (push.receipt.decision == "accumulated")
 
 
 def _named(pull: Pull) -> str:

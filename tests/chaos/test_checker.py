@@ -86,12 +86,12 @@ UNSOUND: dict[str, tuple[Callable[[], History], Rules, str]] = {
     "a later push that survives an earlier one": (
         lambda: history([push(1, 1, 10), push(2, 2, 20)], pull(600, 1, 2, epoch=2)),
         CHECKPOINT,
-        "push 1 is lost, acknowledged at step 1 of epoch 1, of which step 2 survived",
+        "push 1 is lost, acknowledged for step 1 of epoch 1, of which step 2 survived",
     ),
     "a push that comes back": (
         lambda: history([push(1, 1, 10), push(2, 2, 20)], pull(600, 1, 1, epoch=2), pull(700, 2, 1, 2, epoch=2)),
         CHECKPOINT,
-        "push 2 is lost, acknowledged at step 2 of epoch 1, of which step 2 survived",
+        "push 2 is lost, acknowledged for step 2 of epoch 1, of which step 2 survived",
     ),
     "a lost push that was durable": (
         lambda: replace(history([push(1, 1, 10)], pull(600, 0, epoch=2)), durable=[(1, 1, 15)]),
@@ -178,6 +178,18 @@ def test_updates_of_several_pushes_are_counted_by_all_of_them() -> None:
     assert check(history([accumulated, applied], pull(15, 0), pull(30, 1, 1, 2, value=0.5)), rules) == []
     assert check(history([accumulated, applied], pull(30, 1, 1, 2, value=1.0)), rules)
     assert check(history([accumulated, applied], pull(30, 1, 2, value=0.5)), rules)
+
+
+def test_an_update_may_be_cut_between_its_pushes() -> None:
+    accumulated, applied, other = (
+        push(1, 0, 10, decision="accumulated"),
+        push(2, 1, 20),
+        push(3, 1, 600, epoch=2, token=2),
+    )
+    rules, after = Rules(batch=2), pull(700, 1, 1, 3, epoch=2, value=0.5)
+    assert check(history([accumulated, applied, other], after), rules) == []
+    without = pull(700, 1, 2, 3, epoch=2, value=0.5)
+    assert any("push 1 is lost" in fault for fault in check(history([accumulated, applied, other], without), rules))
 
 
 def test_what_is_written_is_read_even_if_its_last_line_is_torn(tmp_path: Path) -> None:
