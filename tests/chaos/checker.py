@@ -23,7 +23,7 @@ __all__ = ["Rules", "check"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What a run promises: pushes in an update, two at most; whether it may go back to a checkpoint; its number of shards."""
+    """What a run promises: pushes in an update, two at most; its shards; whether it may go back to a checkpoint."""
 
     batch: int = 1
     shards: int = 1

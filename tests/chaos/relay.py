@@ -56,7 +56,8 @@ class Relay:
         far.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
+        # Nothing can be written to what was half closed.
+        with suppress(OSError, RuntimeError):
             while data := await reader.read(1 << 16):
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
