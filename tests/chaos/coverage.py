@@ -16,6 +16,7 @@ WINDOWS = {
     "taken over": "so did the owner of some of several shards, while others had their parts",
     "behind": "Redis had lost what a shard had seen",
     "fenced": "a push came under a lease that had ended or was fenced off",
+    "torn": "the end of a journal was torn",
     "went back": "the run went back to a checkpoint",
     "dropped": "a push was too stale",
 }
@@ -32,7 +33,8 @@ def windows(history: History) -> Counter[str]:
         found["dropped"] += push.receipt is not None and push.receipt.decision == "dropped"
     for line in history.seen:
         found["behind"] += line["what"] == "behind"
-        if line["what"] == "hit" and line["point"] in BETWEEN and line["action"] in ("kill", "segv"):
+        found["torn"] += line["what"] == "torn"
+        if line["what"] == "hit" and line["point"] in BETWEEN and line["action"] in ("kill", "segv", "power"):
             found["killed between"] += 1
             found["taken over"] += is_sharded
     found["went back"] += len({pull.epoch for pull in history.pulls}) > 1

@@ -62,7 +62,7 @@ def scheduled(seed: int) -> Schedule:
     chance = random.Random(seed)
     is_sharded = seed % 2 == 1
     store = _STORES[1 + seed // 2 % 2] if is_sharded else _STORES[seed // 2 % 3]
-    durability = "checkpoint" if is_sharded or seed % 10 else "none"
+    durability = ("journal", "checkpoint")[seed // 2 % 2] if is_sharded or seed % 10 else "none"
     policy, batch = _POLICIES[seed // 4 % 3]
     processes, workers = (2, 3) if is_sharded else (1, 3)
     kinds = ["kill", "stop", "segv", "gil", "point", "point", "point", "worker-kill", "worker-stop", "worker-twin"]
@@ -73,7 +73,7 @@ def scheduled(seed: int) -> Schedule:
     faults = [_fault(chance, chance.choice(kinds), processes, workers) for _ in range(chance.randrange(2, 5))]
     if seed % 4 in (1, 2):
         # Half of all schedules are for the moments between the receipt of a body and its answer.
-        point = f"{chance.choice(BETWEEN)} {chance.randrange(1, 6)} kill"
+        point = f"{chance.choice(BETWEEN)} {chance.randrange(1, 6)} {'power' if durability == 'journal' else 'kill'}"
         faults.append(Fault(round(chance.uniform(0.1, 1.0), 2), "point", chance.randrange(processes), detail=point))
     faults.sort(key=lambda fault: fault.at_s)
     ending = "restart" if seed % 3 == 0 else "none"

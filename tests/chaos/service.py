@@ -2,8 +2,9 @@
 
 Both are put around the service's methods from outside, so nothing of them is in the service. Lines of stdin say what is
 to happen at a point: `POINT HITS ACTION` has the process do something when it comes there for the HITSth time from now,
-`now 1 ACTION` at once, and `calm` takes back what has not happened yet. Actions are `kill`, `segv`, `stop`, and `gil`:
-a thread keeps the interpreter to itself.
+`now 1 ACTION` at once, and `calm` takes back what has not happened yet. Actions are `kill`, `segv`, `stop`, `gil` (a
+thread keeps the interpreter to itself) and `power`: what was written to journals and not made durable is lost, or half of
+it, and the process dies.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,57 @@ from freestep_service.runs.local_shard import LocalShard
 from freestep_service.state.buffers import Hold
 from freestep_service.state.shard import Shard
 from freestep_service.state.staging import Staging
+from freestep_service.storage.journal import Journal
 from freestep_service.storage.local import LocalStorage
 
 GIL_US = 1_800_000
 """How long a thread keeps the interpreter: longer than an ownership."""
 
 
+class Disk:
+    """What was written to journals and not made durable, so that it can be lost."""
+
+    def __init__(self) -> None:
+        self.is_lying = False
+        """Whether calls that make durable do nothing."""
+        self._lock = threading.Lock()
+        self._write, self._sync = os.pwritev, os.fdatasync
+        self._open: dict[int, list[tuple[int, int]]] = {}
+        os.pwritev, os.fdatasync = self._pwritev, self._fdatasync
+
+    def _pwritev(self, file: int, buffers: Sequence[memoryview], at: int) -> int:
+        with self._lock:
+            written = self._write(file, buffers, at)
+            self._open.setdefault(file, []).append((at, written))
+            return written
+
+    def _fdatasync(self, file: int) -> None:
+        with self._lock:
+            if not self.is_lying:
+                self._sync(file)
+                self._open.pop(file, None)
+
+    def lose(self) -> bool:
+        """Takes back what is not durable, but for half of the first of it; whether a part was torn so.
+
+        Nothing can be written or made durable after it.
+        """
+        self._lock.acquire()
+        torn = False
+        for file, writes in self._open.items():
+            for index, (at, length) in enumerate(writes):
+                kept = length // 2 if index == 0 else 0
+                os.pwrite(file, bytes(length - kept), at + kept)
+                torn = torn or kept > 0
+        return torn
+
+
 class FailPoints:
     """Places on the way of a push, which are told to do something once."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, disk: Disk) -> None:
         self._recorder = recorder
+        self._disk = disk
         self._armed: dict[str, tuple[int, str]] = {}
         self._lock = threading.Lock()
 
@@ -61,9 +102,12 @@ class FailPoints:
             self._recorder.write("seen", what="hit", point=point, action=action)
             self._act(action)
 
-    @staticmethod
-    def _act(action: str) -> None:
+    def _act(self, action: str) -> None:
         match action:
+            case "power":
+                if self._disk.lose():
+                    self._recorder.write("seen", what="torn")
+                os.kill(os.getpid(), signal.SIGKILL)
             case "gil":
                 # Calls through PyDLL keep the interpreter's lock.
                 ctypes.PyDLL(None).usleep(GIL_US)
@@ -104,7 +148,7 @@ class FailPoints:
         setattr(owner, name, wrapped)
 
 
-BETWEEN = ("staged", "committing", "committed", "applying", "applied", "answering")
+BETWEEN = ("staged", "committing", "committed", "journaling", "journaled", "applying", "applied", "answering")
 """Points on the way of a push, after its body has come and before its answer goes."""
 POINTS = ("admitted", *BETWEEN, "writing", "written")
 
@@ -116,6 +160,7 @@ def put_points(points: FailPoints) -> None:
     points.around_call(Shard, "apply", before="applying", after="applied")
     points.around(LocalShard, "push", after="answering")
     points.around_call(LocalStorage, "_write", before="writing", after="written")
+    points.around_call(Journal, "_do_all", before="journaling", after="journaled")
 
 
 def _edit_scripts(edits: dict[str, list[tuple[str, str]]]) -> None:
@@ -136,20 +181,20 @@ def _edit_scripts(edits: dict[str, list[tuple[str, str]]]) -> None:
     Store.__init__ = init  # type: ignore[method-assign]
 
 
-def forget_receipts() -> None:
+def forget_receipts(disk: Disk) -> None:
     """A push that comes again is taken for a new one."""
     lookup = ("local record = redis.call('HGET', RECEIPTS, key)", "local record = false")
     pending = ("local pending = redis.call('HGET', PENDING, key)", "local pending = false")
     _edit_scripts({"admit": [lookup, pending], "commit": [lookup]})
 
 
-def fence_nobody() -> None:
+def fence_nobody(disk: Disk) -> None:
     """A lease stays good although its worker has a newer one."""
     newest = ("if redis.call('HGET', WORKERS, worker) ~= lease then return false end", "")
     _edit_scripts({"*": [newest], "lease_grant": [("redis.call('DEL', KEYS[15])", "")]})
 
 
-def release_early() -> None:
+def release_early(disk: Disk) -> None:
     """A vector is given back as soon as its body was received, while its push still needs it."""
     receive, release = Staging.receive, Hold.release
 
@@ -162,10 +207,16 @@ def release_early() -> None:
     Staging.receive = received  # type: ignore[method-assign]
 
 
-BUGS: dict[str, Callable[[], None]] = {
+def make_nothing_durable(disk: Disk) -> None:
+    """A journal is written, and left to the system's memory."""
+    disk.is_lying = True
+
+
+BUGS: dict[str, Callable[[Disk], None]] = {
     "deduplication": forget_receipts,
     "fencing": fence_nobody,
     "release": release_early,
+    "fsync": make_nothing_durable,
 }
 
 
@@ -174,9 +225,10 @@ def main() -> None:
     log = os.open(folder / f"{who}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
+    disk = Disk()
     if bug := os.environ.get("CHAOS_BUG"):
-        BUGS[bug]()
-    points = FailPoints(Recorder(folder / f"{who}.jsonl", who))
+        BUGS[bug](disk)
+    points = FailPoints(Recorder(folder / f"{who}.jsonl", who), disk)
     put_points(points)
 
     def obey() -> None:

@@ -34,7 +34,7 @@ SIZE = 4096
 _BLOCK = 256
 """Coordinates that one process of a worker may use."""
 _HERE = Path(__file__).parent
-_DISK_KIB = 4096
+_DISK_KIB = 24576
 
 
 class System:
@@ -97,6 +97,8 @@ class System:
             "port": self._ports[number],
             "data_dir": self._data_dir(number),
             "checkpoint_url": self._disk / "checkpoints",
+            # Who takes a shard over finds its journal there.
+            "journal_dir": self._disk / "journal",
             "checkpoint_seconds": 0.7,
             "owner_ttl_seconds": OWNER_S,
             "commit_seconds": 3,

@@ -23,6 +23,7 @@ OBJECTIONS = {
     "deduplication": ("counts [2.0", "has receipts that differ", "was decided 2 times"),
     "fencing": ("counts under token",),
     "release": ("counts [", "is missing"),
+    "fsync": ("is missing", "is lost"),
 }
 """What tells of a bug."""
 
@@ -46,7 +47,11 @@ def fit_for(bug: str) -> Iterator[Schedule]:
     """The schedules of these seeds that can meet a bug."""
     for seed in range(SEEDS):
         made = scheduled(seed)
-        if bug != "fencing" or any(fault.kind == "worker-twin" for fault in made.faults):
+        meets = {
+            "fencing": any(fault.kind == "worker-twin" for fault in made.faults),
+            "fsync": any(fault.detail.endswith("power") for fault in made.faults),
+        }
+        if meets.get(bug, True):
             yield made
 
 
