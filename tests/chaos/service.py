@@ -3,8 +3,8 @@
 Both are put around the service's methods from outside, so nothing of them is in the service. Lines of stdin say what is
 to happen at a point: `POINT HITS ACTION` has the process do something when it comes there for the HITSth time from now,
 `now 1 ACTION` at once, and `calm` takes back what has not happened yet. Actions are `kill`, `segv`, `stop`, `gil` (a
-thread keeps the interpreter to itself) and `power`: what was written to journals and not made durable is lost, or half of
-it, and the process dies.
+thread keeps the interpreter to itself) and `power`: what was written to journals and not made durable is lost, or half
+of it, and the process dies.
 """
 
 from __future__ import annotations
