@@ -1,0 +1,1 @@
+"""Goodput under kills: which share of the pushes that workers compute is in the final weights."""
