@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
-from freestep.errors import CoordinatorUnavailable, RunNotFound
+from freestep.errors import CoordinatorUnavailable, FreestepError, RunNotFound, ShardUnavailable
 from freestep_service.coordination.nodes import Stopwatch
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.records import Fenced, LogPosition
@@ -362,7 +362,10 @@ class Ownership:
             if view is None or view.phase != "open":
                 error = not_open(self._context.name, view.missing() if view else [])
         except Exception as failure:
-            error = failure
+            is_told = isinstance(failure, FreestepError)
+            error = failure if is_told else ShardUnavailable(f"the run cannot be opened: {failure}")
+            if not is_told:
+                logger.error("run %s cannot be opened", self._context.name, exc_info=failure)
         self._recovery.reopened(error)
 
     @asynccontextmanager

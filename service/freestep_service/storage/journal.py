@@ -24,7 +24,15 @@ from typing import Any
 from freestep.errors import StorageUnavailable
 from freestep_service.domain.records import CheckpointId, Claim, Fenced
 from freestep_service.storage.journal_format import Kind, encode_frame
-from freestep_service.storage.journal_reader import JournalContents, JournaledPart, SegmentContents, segment_path
+from freestep_service.storage.journal_reader import (
+    OWNER,
+    JournalContents,
+    JournaledPart,
+    SegmentContents,
+    owners,
+    segment_path,
+    segment_paths,
+)
 
 __all__ = ["Done", "Journal", "PartWriter", "remove_journals"]
 
@@ -43,7 +51,6 @@ _FIRST_STEP = 1024**2
 """... and in a new segment."""
 _MARGIN = 256 * 1024
 """Bytes kept for entries that no push makes."""
-_OWNER = "owner"
 _ENTRY = 8 * 1024
 """Bytes allocated with a push for its frames and its entry."""
 
@@ -100,6 +107,8 @@ class Journal:
         self._segments: list[_Segment] = []
         self._parts: dict[str, tuple[_Segment, JournaledPart]] = {}
         self._promised = 0
+        self._word = ""
+        self._orphans: list[Path] = []
         self._owner: tuple[int, int] | None = None
         self._condition = threading.Condition()
         self._queue: list[_Work] = []
@@ -115,11 +124,14 @@ class Journal:
     def take_over(self) -> None:
         """Fences off whoever wrote here before; blocks. To be called before the journal is read. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        temporary = self.directory / f".owner.{secrets.token_hex(8)}"
-        temporary.write_text(f"{os.getpid()} {secrets.token_hex(8)}\n")
-        os.replace(temporary, self.directory / _OWNER)
+        self._word = secrets.token_hex(8)
+        kept = {path.stem.partition("-")[2] for _, path in segment_paths(self.directory)}
+        words = [self._word, *(word for word in owners(self.directory) if word in kept)]
+        temporary = self.directory / f".{OWNER}.{self._word}"
+        temporary.write_text("\n".join([*words, ""]))
+        os.replace(temporary, self.directory / OWNER)
         _flush_directory(self.directory)
-        found = os.stat(self.directory / _OWNER)
+        found = os.stat(self.directory / OWNER)
         self._owner = found.st_ino, found.st_mtime_ns
 
     def adopt(self, contents: JournalContents) -> None:
@@ -128,6 +140,8 @@ class Journal:
         self._segments = [
             _Segment(each.number, each.path, each.size, each.last_seq, durable=each.size) for each in contents.segments
         ]
+        chained = {segment.path for segment in self._segments}
+        self._orphans = [path for _, path in segment_paths(self.directory) if path not in chained]
         for key, part in contents.parts.items():
             segment = self._segments[contents.segments.index(part.segment)]
             segment.parts += 1
@@ -288,7 +302,7 @@ class Journal:
         if previous is not None and previous.allocated:
             self._enqueue(_Work(previous, truncate=True, at=previous.size))
         number = previous.number + 1 if previous else 1
-        segment = _Segment(number, segment_path(self.directory, number), salt=secrets.randbits(63))
+        segment = _Segment(number, segment_path(self.directory, number, self._word), salt=secrets.randbits(63))
         self._segments.append(segment)
         head = {
             "format": 1,
@@ -296,12 +310,16 @@ class Journal:
             "run": self._run,
             "id": self._run_id,
             "segment": number,
-            "previous": previous and previous.durable,
+            "previous": previous and [previous.path.name, previous.durable],
             "epoch": self.epoch,
             "base": self._base,
         }
         self._append(Kind.BEGIN, head, begins=begins)
         self._enqueue(_Work(segment, flush=True, done=done, reached=segment.size))
+        # Of those who did not know that they were taken over.
+        for path in self._orphans:
+            self._enqueue(_Work(_Segment(0, path), remove=True))
+        self._orphans.clear()
 
     def _enqueue(self, work: _Work, *, wake: bool = True) -> None:
         """wake: False where work that follows needs the thread anyway."""
@@ -338,7 +356,7 @@ class Journal:
                 dirty.clear()
             try:
                 self._do(work)
-            except OSError as error:
+            except (OSError, Fenced) as error:
                 failure = error
                 if work.buffers:
                     self._failure = self._failure or error
@@ -368,6 +386,9 @@ class Journal:
 
     def _do(self, work: _Work) -> None:
         segment = work.segment
+        if work.remove or work.truncate:
+            # Another owner may need it.
+            self._require_owner()
         if work.remove:
             if (descriptor := self._files.pop(segment.number, None)) is not None:
                 os.close(descriptor)
@@ -393,7 +414,7 @@ class Journal:
 
     def _require_owner(self) -> None:
         """What was made durable before another took over, that one reads. Raises Fenced where it may be too late."""
-        found = os.stat(self.directory / _OWNER)
+        found = os.stat(self.directory / OWNER)
         if (found.st_ino, found.st_mtime_ns) != self._owner:
             raise Fenced
 

@@ -1,7 +1,10 @@
 """What a shard's journal holds: which entries of the log, and which parts of pushes, are on disk.
 
-    JOURNAL_DIR/RUN/BEGIN-END/NUMBER.journal     a segment (journal_format.py)
-    JOURNAL_DIR/RUN/BEGIN-END/owner              the newest process that writes here
+    JOURNAL_DIR/RUN/BEGIN-END/NUMBER-OWNER.journal     a segment (journal_format.py), which names the one before it
+    JOURNAL_DIR/RUN/BEGIN-END/owner                    the words of the processes that wrote here, the newest first
+
+A process that does not know yet that it was taken over may write on, in segments that no segment of the newest owner
+names: nobody was answered for what is in them.
 
 The law of this file: it changes nothing. A torn tail ends the journal; damage before it raises Damaged.
 """
@@ -21,16 +24,22 @@ from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.journal_format import Frame, Kind, Tail, scan
 
 __all__ = [
+    "OWNER",
     "JournalContents",
     "JournaledEntry",
     "JournaledPart",
     "SegmentContents",
+    "chain",
     "frames",
+    "owners",
     "read_journal",
+    "segment_path",
     "segment_paths",
 ]
 
 _SUFFIX = ".journal"
+OWNER = "owner"
+"""The file with the owners' words."""
 
 
 @dataclass
@@ -108,16 +117,45 @@ class JournalContents:
 
 
 def segment_paths(directory: Path) -> list[tuple[int, Path]]:
-    """The segments in a directory by number, oldest first; none where there is no directory."""
+    """All segments in a directory by number, oldest first; none where there is no directory."""
     if not directory.is_dir():
         return []
-    found = [(path.stem, path) for path in directory.iterdir() if path.suffix == _SUFFIX]
-    return sorted((int(stem), path) for stem, path in found if stem.isdecimal())
+    found = [(path.stem.split("-"), path) for path in directory.iterdir() if path.suffix == _SUFFIX]
+    return sorted((int(parts[0]), path) for parts, path in found if len(parts) == 2 and parts[0].isdecimal())
 
 
-def segment_path(directory: Path, number: int) -> Path:
+def segment_path(directory: Path, number: int, owner: str) -> Path:
     """Where a segment is."""
-    return directory / f"{number:010d}{_SUFFIX}"
+    return directory / f"{number:010d}-{owner}{_SUFFIX}"
+
+
+def owners(directory: Path) -> list[str]:
+    """The words of those who wrote in a directory, the newest first."""
+    try:
+        return (directory / OWNER).read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def chain(directory: Path) -> list[tuple[int, Path]]:
+    """The segments that count, oldest first: the newest one of the newest owner that has any, and those before it."""
+    found = segment_paths(directory)
+    numbers = {path.name: number for number, path in found}
+    newest = [path for word in owners(directory) for _, path in reversed(found) if path.stem.endswith(f"-{word}")]
+    chained: list[tuple[int, Path]] = []
+    # One that was only just made may not have its first frame yet.
+    path = next((path for path in newest if _previous(path) is not None), None)
+    while path is not None:
+        chained.append((numbers[path.name], path))
+        name = (_previous(path) or [None])[0]
+        path = directory / name if name in numbers else None
+    return chained[::-1]
+
+
+def _previous(path: Path) -> list[Any] | None:
+    """The segment before one, by name, and how much of it was on disk: empty for the first; None if it is unknown."""
+    first = next(frames(path))
+    return None if isinstance(first, Tail) else first.head["previous"] or []
 
 
 def frames(path: Path) -> Iterator[Frame | Tail]:
@@ -134,10 +172,7 @@ def frames(path: Path) -> Iterator[Frame | Tail]:
 def read_journal(directory: Path) -> JournalContents:
     """Reads a shard's journal. Raises Damaged, which says where and what to do, and OSError."""
     contents = JournalContents()
-    paths = segment_paths(directory)
-    for index, (number, path) in enumerate(paths):
-        if index and number != paths[index - 1][0] + 1:
-            raise Damaged(_advice(f"{path} does not follow {paths[index - 1][1].name}"))
+    for number, path in chain(directory):
         _Reading(contents, SegmentContents(number, path)).read()
     return contents
 
@@ -183,9 +218,9 @@ class _Reading:
 
     def _begin(self, frame: Frame, previous: SegmentContents | None) -> None:
         head, contents = frame.head, self._contents
-        if previous is not None and head["previous"] is not None and previous.size < head["previous"]:
+        if previous is not None and head["previous"] and previous.size < head["previous"][1]:
             raise Damaged(
-                _advice(f"{previous.path} ends at byte {previous.size}, and was on disk to {head['previous']}")
+                _advice(f"{previous.path} ends at byte {previous.size}, and was on disk to {head['previous'][1]}")
             )
         if (head["id"], head["epoch"]) != (contents.run_id, contents.epoch):
             contents.entries, contents.parts = [], {}
