@@ -45,6 +45,9 @@ def test_who_listens_is_told_that_something_may_have_been_missed(tmp_path: Path)
 def test_a_turn_that_was_not_heard_of_is_taken(run: ShardedApi, redis: Redis) -> None:
     lease, bodies = run.lease(), run.bodies(ONES)
     # As if there were as many pushes on their way as may be.
+    other = {"at": 2 * lease["token"], "queued": False, "lease": "other", "parts": {}}
+    redis.hset(run.redis_key("pending"), "other", "other")
+    redis.hset(run.redis_key("staged"), "other", json.dumps(other))
     redis.hset(run.redis_key("run"), "in_flight", SLOTS)
     waits = under_way(partial(run.push_part, 0, lease, 0, "late", bodies[0]))
     wait_until(lambda: redis.lrange(run.redis_key("queue"), 0, -1) == ["late"])
@@ -53,6 +56,8 @@ def test_a_turn_that_was_not_heard_of_is_taken(run: ShardedApi, redis: Redis) ->
     redis.hset(run.redis_key("staged"), "late", json.dumps({**late, "queued": False}))
     redis.lpop(run.redis_key("queue"))
     redis.hset(run.redis_key("run"), "in_flight", 1)
+    redis.hdel(run.redis_key("pending"), "other")
+    redis.hdel(run.redis_key("staged"), "other")
     rest = at_once(*(partial(run.push_part, shard, lease, 0, "late", bodies[shard]) for shard in range(1, SHARDS)))
     assert [answer.json()["step"] for answer in [waits.result(), *rest]] == [1] * SHARDS
     goes_on(run, lease, redis)
