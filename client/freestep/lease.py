@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -36,6 +37,8 @@ class Claim:
         samples: How many samples the gradient is a mean over, its weight in the mean of a group; None weighs 1.
         loss: The mean training loss over these samples.
         speed: Local steps a second of this worker, if it takes local steps.
+        units: The units of the run's data sets that the gradient was taken on, by the data set's name; the lease must
+            hold them. They are done once the push counts.
         key: The idempotency key: pushes with the same key count once. Unique by default.
     """
 
@@ -45,6 +48,7 @@ class Claim:
     samples: float | None = None
     loss: float | None = None
     speed: float | None = None
+    units: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def headers(self) -> dict[str, str]:
@@ -61,6 +65,10 @@ class Claim:
             headers["Freestep-Loss"] = repr(float(self.loss))
         if self.speed is not None:
             headers["Freestep-Speed"] = repr(float(self.speed))
+        if self.units:
+            headers["Freestep-Units"] = ";".join(
+                f"{name}={','.join(map(str, numbers))}" for name, numbers in self.units.items()
+            )
         return headers
 
 
@@ -95,7 +103,13 @@ class HeldLease:
         self._thread.start()
 
     def claim(
-        self, step: int, *, samples: float | None = None, loss: float | None = None, speed: float | None = None
+        self,
+        step: int,
+        *,
+        samples: float | None = None,
+        loss: float | None = None,
+        speed: float | None = None,
+        units: Mapping[str, Sequence[int]] | None = None,
     ) -> Claim:
         """A claim for one new push under this lease.
 
@@ -104,8 +118,9 @@ class HeldLease:
             samples: How many samples the gradient is a mean over, its weight in the mean of a group; None weighs 1.
             loss: The mean training loss over these samples; `adamc_schedule_free_plus` needs it.
             speed: Local steps a second of this worker, if it takes local steps.
+            units: The units of data sets that the gradient was taken on, as for Claim.
         """
-        return Claim(self.granted.lease, self.granted.token, step, samples, loss, speed)
+        return Claim(self.granted.lease, self.granted.token, step, samples, loss, speed, units or {})
 
     def _renew(self) -> None:
         while not self._released.wait(self.granted.ttl_ms / 3000):

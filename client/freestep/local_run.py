@@ -7,7 +7,7 @@ one worker, and nothing is kept: the run ends with its optimizer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import fields
 from math import isfinite
@@ -45,9 +45,9 @@ __all__ = ["LocalLease", "LocalRun"]
 
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-12, 1e12
 """As a service takes."""
-_SAVED = [field.name for field in fields(StateCopy) if field.name not in ("norm_history", "tally")]
+_SAVED = [field.name for field in fields(StateCopy) if field.name not in ("data", "norm_history", "tally")]
 """What of a copy is the run's state: numbers, texts and tensors, which torch loads with weights_only. Norms are for
-robust rules, which compare workers."""
+robust rules, which compare workers, and units of data sets are handed out by services only."""
 
 
 class LocalLease:
@@ -59,10 +59,16 @@ class LocalLease:
         self.granted = granted
 
     def claim(
-        self, step: int, *, samples: float | None = None, loss: float | None = None, speed: float | None = None
+        self,
+        step: int,
+        *,
+        samples: float | None = None,
+        loss: float | None = None,
+        speed: float | None = None,
+        units: Mapping[str, Sequence[int]] | None = None,
     ) -> Claim:
         """As HeldLease's."""
-        return Claim(self.granted.lease, self.granted.token, step, samples, loss, speed)
+        return Claim(self.granted.lease, self.granted.token, step, samples, loss, speed, units or {})
 
     def release(self) -> None:
         """Does nothing."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import quote
 
 from freestep.answers import Pulled, Snapshot, parse
+from freestep.api.data import DataList, DataStatus
 from freestep.api.models import (
     Checkpoint,
     CheckpointList,
@@ -26,6 +27,7 @@ from freestep.api.models import (
     WorkerStatus,
 )
 from freestep.bulk_exchange import Body
+from freestep.data_set import DataSet
 from freestep.lease import Claim, HeldLease, worker_name
 from freestep.sharding import ShardClient
 from freestep.transport import Answer, Transport
@@ -171,6 +173,18 @@ class Run:
         report = MetricReport(name=name, value=float(value), step=step, epoch=epoch)
         document = report.model_dump(exclude_none=True)
         return parse(MetricReceipt, self._transport.request("POST", f"{self._path}/metrics", json=document))
+
+    def data(self, name: str = "train") -> DataSet:
+        """A data set of the run, whose units are handed out to workers; it need not exist yet.
+
+        Args:
+            name: Its name: 1 to 64 letters, digits and any of `_.-`.
+        """
+        return DataSet(self._transport, f"{self._path}/data", name)
+
+    def data_sets(self) -> list[DataStatus]:
+        """The data sets of the run, by name."""
+        return parse(DataList, self._transport.request("GET", f"{self._path}/data")).data
 
     def keep_best(
         self, metric: str, path: str | os.PathLike[str], *, mode: Literal["max", "min"] | None = None
