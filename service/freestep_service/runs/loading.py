@@ -157,6 +157,10 @@ class Loading:
         """Takes what other shards' journals have beyond this one's; where it stands then, and what it has for them."""
         core, writer = shard.core, shard.core.writer
         assert core.journal is not None
+        if "lost" in view.run:
+            # It was paused, and nothing else comes while the run is closed.
+            seq, step, _ = await writer.run(core.shard.position)
+            writer.resume(writer.epoch, seq, step)
         after = int(view.run["exchange"].split()[1])
         shared: dict[int, dict[str, Any]] = {}
         for index in range(view.count):
