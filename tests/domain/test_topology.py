@@ -48,3 +48,10 @@ def test_the_newest_steps_of_a_metric_are_kept() -> None:
     for step in range(100):
         reported = with_measured(reported, Measured("loss", step, float(step)))
     assert list(reported["loss"]) == list(range(36, 100))
+
+
+def test_what_is_applied_of_a_journaled_run_is_durable() -> None:
+    standing = RunView(RUN, {**SHARDS, "0:host": "here"}, 0)
+    made = topology("run", Layout(Manifest.of(SPEC), 2), standing, 0, {1: 8}, journaled=True)
+    assert [shard.durable_step for shard in made.shards] == [6, 8]
+    assert [shard.journal for shard in made.shards] == ["here", None]

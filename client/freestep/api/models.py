@@ -265,7 +265,11 @@ class ShardStatus(_Answer):
     applied_step: int | None = None
     """The newest step that it has applied; null if that is not known."""
     durable_step: int | None = None
-    """The step of the newest checkpoint that contains it; null if there is none."""
+    """The newest step that it returns to where its process ends and comes back: that of its newest checkpoint, or under
+    durability `journal` the newest applied one; null if there is none."""
+    journal: str | None = None
+    """The host that has its journal, which outlives its process, and counts if it is back there or the directory is
+    shared; null under other durabilities."""
 
 
 class Topology(_Answer):

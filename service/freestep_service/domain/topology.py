@@ -35,16 +35,23 @@ class Layout:
         self.documents = [_SLICES.dump_json(slices).decode() for slices in self.slices]
 
 
-def topology(run: str, layout: Layout, standing: RunView, now_ms: int, applied: Mapping[int, int]) -> Topology:
+def topology(
+    run: str, layout: Layout, standing: RunView, now_ms: int, applied: Mapping[int, int], *, journaled: bool = False
+) -> Topology:
     """The topology of a run, by what Redis holds of it.
 
     layout: for the number of shards that it has. now_ms: the time by Redis's clock, which ends ownerships. applied:
-    shard -> newest applied step, of shards of which this process knows more than Redis.
+    shard -> newest applied step, of shards of which this process knows more than Redis. journaled: whether that is the
+    run's durability.
     """
     shards = []
     for index, ((begin, end), slices) in enumerate(zip(layout.spans, layout.slices, strict=True)):
         ends, applied_step = standing.field(index, "ends"), standing.field(index, "applied")
+        newest = applied.get(index, None if applied_step is None else int(applied_step))
         durable = standing.field(index, "durable") or standing.run.get("durable_step")
+        if journaled and durable is not None and newest is not None:
+            # Nothing is applied that is not on disk.
+            durable = str(newest)
         shards.append(
             ShardStatus(
                 index=index,
@@ -52,8 +59,9 @@ def topology(run: str, layout: Layout, standing: RunView, now_ms: int, applied: 
                 begin=begin,
                 end=end,
                 slices=slices,
-                applied_step=applied.get(index, None if applied_step is None else int(applied_step)),
+                applied_step=newest,
                 durable_step=None if durable is None else int(durable),
+                journal=(standing.field(index, "host") or "").partition(" ")[0] or None if journaled else None,
             )
         )
     missing = [shard.index for shard in shards if shard.url is None]

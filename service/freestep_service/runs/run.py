@@ -312,7 +312,8 @@ class Run:
         }
         # Redis's clock at the last heartbeat.
         now_ms = self._ownership.view.now_ms if self._ownership.view else 0
-        return topology(self.name, await self.layout(view.count), view, now_ms, applied)
+        layout = await self.layout(view.count)
+        return topology(self.name, layout, view, now_ms, applied, journaled=self._context.keeps_journal)
 
     async def layout(self, count: int) -> Layout:
         """The parts of `count` shards; those of the newest number that was asked for are kept."""
