@@ -7,10 +7,12 @@ nothing; or a process that is killed, with its Redis or without it.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_reader import frames, segment_paths
 from harness import ProcessService
 from harness import store as own_store
-from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, push, run_async, until
+from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, pull, push, run_async, until
 from meanwhile import wait_until
 from plain_calls import SGD, TENSORS, Api
 from run_specs import POLICIES
@@ -260,6 +262,47 @@ def test_without_a_first_checkpoint_nothing_is_acknowledged(store: str, tmp_path
     run_async(work)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(directory)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("a file system of its own cannot be mounted here")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_full_disk_refuses_pushes_before_they_count_and_they_go_on_when_there_is_room(
+    store: str, tmp_path: Path, small_disk: Path, shards: int
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data", journal_dir=small_disk) as registry:
+            run = await new_run(registry, shards=shards, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            filler = small_disk / "filler"
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            # What was allocated may still be used.
+            step = 1
+            with pytest.raises(StorageUnavailable, match="No space left on device"):
+                while step < 10_000:
+                    await push(run, claim_of(lease, f"key-{step}", step))
+                    step += 1
+            assert (await run.status()).step == step
+            assert (await pull(run.shard(0)))[0] == step
+            filler.unlink()
+            await push(run, claim_of(lease, f"key-{step}", step))
+            assert (await run.status()).step == step + 1
+            assert (await pull(run.shard(0)))[1] == step + 1
+
+    run_async(work, 120.0)
+
+
 def test_damage_is_refused_until_it_is_repaired(store: str, tmp_path: Path) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:
@@ -304,6 +347,32 @@ def test_another_run_of_the_name_does_not_read_it(store: str, tmp_path: Path) ->
             async with crashed(tmp_path, tmp_path / "data") as other:
                 again, _ = await opened(other)
                 assert all(map(is_same, await states(again), before))
+
+    run_async(work)
+
+
+def test_another_number_of_shards_has_journals_of_its_own(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=1, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "one"))
+            await run.reshard(2)
+            assert len(journal_dirs(tmp_path / "data")) == 2
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "two", 1))
+            before = await states(run)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again, _ = await opened(other)
+                assert all(map(is_same, await states(again), before))
+            await run.restore((await run.list_checkpoints())[-1].step)
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "three", 1))
+            before = await states(run)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again, _ = await opened(other)
+                assert all(map(is_same, await states(again), before))
+                assert again.epoch == run.epoch == 3
 
     run_async(work)
 

@@ -16,7 +16,7 @@ import xxhash
 from freestep.errors import StorageUnavailable
 from freestep_service.domain.records import CheckpointId, Claim, Fenced
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal import Journal, remove_journals
+from freestep_service.storage.journal import Journal, remove_journals, remove_other_journals
 from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_reader import frames, read_journal, segment_paths
 from meanwhile import DEADLINE_S
@@ -74,7 +74,7 @@ class Writing:
 
 @pytest.fixture
 def writing(tmp_path: Path) -> Iterator[Writing]:
-    made = Writing(tmp_path / "journal")
+    made = Writing(tmp_path / "run" / "shard")
     yield made
     made.journal.close()
 
@@ -380,6 +380,17 @@ def test_its_space_is_given_back(writing: Writing) -> None:
     writing.journal.next_segment()
     writing.flush()
     assert path.stat().st_size == frame_places(path, Kind.ENTRY)[-1].end
+
+
+def test_journals_of_another_number_of_shards_are_removed_unless_they_are_newer(writing: Writing) -> None:
+    writing.begin(3, None, 0)
+    writing.flush()
+    directory = writing.journal.directory
+    remove_other_journals(directory.parent, [directory.name], 4)
+    remove_other_journals(directory.parent, [], 3)
+    assert read_journal(directory).epoch == 3
+    remove_other_journals(directory.parent, [], 4)
+    assert not directory.exists()
 
 
 def test_the_journals_of_a_run_are_removed(writing: Writing) -> None:

@@ -34,6 +34,8 @@ from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.replay import recover
 from freestep_service.storage.checkpoints import Checkpoints, LoadedState
 from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.journal import remove_other_journals
+from freestep_service.storage.part_manifest import part_name
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Loading"]
@@ -335,6 +337,11 @@ class Loading:
             has_loaded |= source is not None and initialized
             if await opening.loaded(core.owner(), generation) == "open":
                 opened = True
+        if self._context.keeps_journal and has_loaded:
+            parts = [self._context.manifest.part(index, view.count) for index in range(view.count)]
+            names = [part_name(part.begin, part.end) for part in parts]
+            directory = self._context.settings.journals() / self._context.name
+            await self._disk.run(remove_other_journals, directory, names, epoch)
         if checkpoint is not None and has_loaded:
             self._checkpointing.went_back_to(None if upload else checkpoint)
         self.newest_epoch = max(self.newest_epoch, epoch)

@@ -15,7 +15,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,12 +29,13 @@ from freestep_service.storage.journal_reader import (
     JournalContents,
     JournaledPart,
     SegmentContents,
+    newest_epoch,
     owners,
     segment_path,
     segment_paths,
 )
 
-__all__ = ["Done", "Journal", "PartWriter", "remove_journals"]
+__all__ = ["Done", "Journal", "PartWriter", "remove_journals", "remove_other_journals"]
 
 logger = logging.getLogger("freestep")
 
@@ -486,14 +487,26 @@ class PartWriter:
 
 def remove_journals(directory: Path) -> None:
     """Removes the journals of a run that is no more; what cannot be removed is logged."""
-    for path in sorted(directory.glob("*/*")):
-        try:
+    for journal in directory.glob("*"):
+        _remove(journal)
+    with suppress(OSError):
+        directory.rmdir()
+
+
+def remove_other_journals(directory: Path, kept: Collection[str], epoch: int) -> None:
+    """Removes the journals of a run that had another number of shards before an epoch; `kept` are those of now."""
+    for journal in directory.glob("*"):
+        if journal.name not in kept and newest_epoch(journal) < epoch:
+            _remove(journal)
+
+
+def _remove(directory: Path) -> None:
+    try:
+        for path in sorted(directory.iterdir()):
             path.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("%s is not removed: %s", path, error.strerror or error)
-    for path in [*directory.glob("*"), directory]:
-        with suppress(OSError):
-            path.rmdir()
+        directory.rmdir()
+    except OSError as error:
+        logger.warning("%s is not removed: %s", directory, error.strerror or error)
 
 
 def _allocate(descriptor: int, sizes: Sequence[int]) -> int:

@@ -31,6 +31,7 @@ __all__ = [
     "SegmentContents",
     "chain",
     "frames",
+    "newest_epoch",
     "owners",
     "read_journal",
     "segment_path",
@@ -150,6 +151,13 @@ def chain(directory: Path) -> list[tuple[int, Path]]:
         name = (_previous(path) or [None])[0]
         path = directory / name if name in numbers else None
     return chained[::-1]
+
+
+def newest_epoch(directory: Path) -> int:
+    """The epoch of the newest segment that counts; 0 where there is none. Raises OSError."""
+    chained = chain(directory)
+    first = next(frames(chained[-1][1])) if chained else Tail(0)
+    return 0 if isinstance(first, Tail) else int(first.head["epoch"])
 
 
 def _previous(path: Path) -> list[Any] | None:
