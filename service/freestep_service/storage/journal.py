@@ -23,7 +23,7 @@ from typing import Any
 
 from freestep.errors import StorageUnavailable
 from freestep_service.domain.records import CheckpointId, Claim, Fenced
-from freestep_service.storage.journal_format import Kind, encode_frame
+from freestep_service.storage.journal_format import FORMAT, Kind, encode_frame
 from freestep_service.storage.journal_reader import (
     OWNER,
     JournalContents,
@@ -306,7 +306,7 @@ class Journal:
         segment = _Segment(number, segment_path(self.directory, number, self._word), salt=secrets.randbits(63))
         self._segments.append(segment)
         head = {
-            "format": 1,
+            "format": FORMAT,
             "salt": segment.salt,
             "run": self._run,
             "id": self._run_id,

@@ -31,9 +31,11 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-__all__ = ["HEADER", "MAGIC", "Frame", "Kind", "Tail", "encode_frame", "scan"]
+__all__ = ["FORMAT", "HEADER", "MAGIC", "Frame", "Kind", "Tail", "UnknownKind", "encode_frame", "scan"]
 
 MAGIC = b"fsj1"
+FORMAT = 1
+"""What a BEGIN names as its format."""
 HEADER = 40
 """Bytes of a frame before its head."""
 _FIELDS = struct.Struct("<4sB3xIxxxxQQ")
@@ -54,6 +56,14 @@ class Kind(IntEnum):
     """An entry of the run's log."""
     BACK = 5
     """The shard goes on after an entry: those behind it, so far, are void."""
+
+
+class UnknownKind(ValueError):
+    """A sound frame at byte `at` is of a kind that this version does not know."""
+
+    def __init__(self, kind: int, at: int) -> None:
+        super().__init__(f"the frame at byte {at} is of kind {kind}, which this version does not know")
+        self.at = at
 
 
 class Frame(NamedTuple):
@@ -87,7 +97,7 @@ def encode_frame(kind: Kind, head: Mapping[str, Any], body_length: int, durable:
 
 
 def scan(memory: memoryview | mmap) -> Iterator[Frame | Tail]:
-    """The sound frames of a segment, in order; the last item is the `Tail`."""
+    """The sound frames of a segment, in order; the last item is the `Tail`. Raises UnknownKind."""
     size, at, salt, durable = len(memory), 0, 0, 0
     while (found := _frame_at(memory, at, size, salt)) is not None:
         frame, noted = found
@@ -99,7 +109,11 @@ def scan(memory: memoryview | mmap) -> Iterator[Frame | Tail]:
         yield frame
         at = frame.end
     for later in _candidates(memory, at + 1):
-        if (found := _frame_at(memory, later, size, salt)) is not None:
+        if at == 0:
+            # Without its BEGIN no checksum can be told; what is there must not be taken for nothing.
+            durable = max(durable, _noted_at(memory, later, size))
+        elif (found := _frame_at(memory, later, size, salt)) is not None and found[0].kind != Kind.BEGIN:
+            # A sender could make a BEGIN, whose salt is no secret.
             durable = max(durable, found[1])
     yield Tail(at, durable)
 
@@ -126,7 +140,20 @@ def _frame_at(memory: memoryview | mmap, at: int, size: int, salt: int) -> tuple
     (checksum,) = _CHECKSUM.unpack(memory[at + _FIELDS.size : at + HEADER])
     if checksum != _checksum(fields, text, 0 if kind == Kind.BEGIN else salt):
         return None
-    return Frame(Kind(kind), at, body, body + body_length, json.loads(text)), durable
+    try:
+        known = Kind(kind)
+    except ValueError:
+        raise UnknownKind(kind, at) from None
+    return Frame(known, at, body, body + body_length, json.loads(text)), durable
+
+
+def _noted_at(memory: memoryview | mmap, at: int, size: int) -> int:
+    """What looks like a frame says is on disk; 0 where nothing does."""
+    if at + HEADER > size:
+        return 0
+    _, kind, head_length, body_length, durable = _FIELDS.unpack(memory[at : at + _FIELDS.size])
+    is_likely = kind in list(Kind) and kind != Kind.BEGIN and at + HEADER + head_length + body_length <= size
+    return int(durable) if is_likely and durable <= size else 0
 
 
 def _checksum(fields: bytes, text: bytes, salt: int) -> int:

@@ -12,6 +12,8 @@ The law of this file: it changes nothing. A torn tail ends the journal; damage b
 from __future__ import annotations
 
 import mmap
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +23,15 @@ import xxhash
 
 from freestep_service.domain.records import CheckpointId, Claim
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal_format import Frame, Kind, Tail, scan
+from freestep_service.storage.journal_format import FORMAT, Frame, Kind, Tail, UnknownKind, scan
 
 __all__ = [
     "OWNER",
+    "DamagedJournal",
     "JournalContents",
     "JournaledEntry",
     "JournaledPart",
+    "NewerJournal",
     "SegmentContents",
     "chain",
     "frames",
@@ -41,6 +45,26 @@ __all__ = [
 _SUFFIX = ".journal"
 OWNER = "owner"
 """The file with the owners' words."""
+_NAME = r"([0-9]{10,})-[0-9a-f]{16}\.journal"
+
+
+class DamagedJournal(Damaged):
+    """What was on disk is lost, from byte `at` of the segment `path` on."""
+
+    def __init__(self, path: Path, at: int, problem: str) -> None:
+        super().__init__(
+            f"the journal is damaged: {problem}; `freestep journal verify` shows what is left, and "
+            "`freestep journal repair` keeps the entries before the damage"
+        )
+        self.path = path
+        self.at = at
+
+
+class NewerJournal(Damaged):
+    """A segment is whole, and not of the format that this version reads."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}: start the version of freestep that wrote it")
 
 
 @dataclass
@@ -64,11 +88,12 @@ class JournaledPart:
     length: int
 
     def read(self) -> memoryview:
-        """The body. Raises Damaged where it is not what was written, and OSError."""
+        """The body. Raises DamagedJournal where it is not what was written, and OSError."""
         with self.segment.path.open("rb") as file:
             body = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[self.begin :][: self.length]
         if xxhash.xxh3_128_hexdigest(body) != self.digest:
-            raise Damaged(f"{self.segment.path}: the body of a push at byte {self.begin} is not what was written")
+            problem = f"{self.segment.path}: the body of a push at byte {self.begin} is not what was written"
+            raise DamagedJournal(self.segment.path, self.begin, problem)
         return body
 
 
@@ -118,11 +143,14 @@ class JournalContents:
 
 
 def segment_paths(directory: Path) -> list[tuple[int, Path]]:
-    """All segments in a directory by number, oldest first; none where there is no directory."""
+    """All segments in a directory by number, oldest first; none where there is no directory.
+
+    Files with other names are no segments.
+    """
     if not directory.is_dir():
         return []
-    found = [(path.stem.split("-"), path) for path in directory.iterdir() if path.suffix == _SUFFIX]
-    return sorted((int(parts[0]), path) for parts, path in found if len(parts) == 2 and parts[0].isdecimal())
+    found = [(re.fullmatch(_NAME, path.name), path) for path in directory.iterdir()]
+    return sorted((int(name[1]), path) for name, path in found if name is not None)
 
 
 def segment_path(directory: Path, number: int, owner: str) -> Path:
@@ -142,7 +170,9 @@ def chain(directory: Path) -> list[tuple[int, Path]]:
     """The segments that count, oldest first: the newest one of the newest owner that has any, and those before it."""
     found = segment_paths(directory)
     numbers = {path.name: number for number, path in found}
-    newest = [path for word in owners(directory) for _, path in reversed(found) if path.stem.endswith(f"-{word}")]
+    # In a copy without the file of the words, the newest number counts.
+    words = owners(directory) or [""]
+    newest = [path for word in words for _, path in reversed(found) if path.stem.endswith(word)]
     chained: list[tuple[int, Path]] = []
     # One that was only just made may not have its first frame yet.
     path = next((path for path in newest if _previous(path) is not None), None)
@@ -163,22 +193,31 @@ def newest_epoch(directory: Path) -> int:
 def _previous(path: Path) -> list[Any] | None:
     """The segment before one, by name, and how much of it was on disk: empty for the first; None if it is unknown."""
     first = next(frames(path))
-    return None if isinstance(first, Tail) else first.head["previous"] or []
+    if isinstance(first, Tail):
+        if first.is_damaged:
+            raise DamagedJournal(path, 0, f"{path} is damaged at byte 0")
+        return None
+    return first.head["previous"] or []
 
 
 def frames(path: Path) -> Iterator[Frame | Tail]:
-    """What `scan` finds in a segment. Raises OSError."""
+    """What `scan` finds in a segment. Raises DamagedJournal where it is no file, NewerJournal, OSError."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise DamagedJournal(path, 0, f"{path} is no file of its own")
     with path.open("rb") as file:
         # An empty file cannot be mapped.
         if not path.stat().st_size:
             yield Tail(0)
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-            yield from scan(memory)
+            try:
+                yield from scan(memory)
+            except UnknownKind as error:
+                raise NewerJournal(path, str(error)) from None
 
 
 def read_journal(directory: Path) -> JournalContents:
-    """Reads a shard's journal. Raises Damaged, which says where and what to do, and OSError."""
+    """Reads a shard's journal. Raises DamagedJournal, NewerJournal and OSError."""
     contents = JournalContents()
     for number, path in chain(directory):
         _Reading(contents, SegmentContents(number, path)).read()
@@ -196,21 +235,20 @@ class _Reading:
         contents, segment = self._contents, self._segment
         previous = contents.segments[-1] if contents.segments else None
         contents.segments.append(segment)
-        tail = Tail(0)
+        tail, end = Tail(0), None
         for found in frames(segment.path):
             if isinstance(found, Tail):
-                tail = found
-                break
-            if found.kind == Kind.BEGIN:
-                self._begin(found, previous)
-            elif not self._take(found):
-                # What it needs did not get to the disk, and neither did anything behind it.
-                tail = Tail(found.at)
-                break
+                # What an entry needs did not get to the disk, and neither did anything behind it.
+                tail = found if end is None else Tail(end, found.durable)
+            elif end is None:
+                if found.kind == Kind.BEGIN:
+                    self._begin(found, previous)
+                elif not self._take(found):
+                    end = found.at
         segment.size = tail.end
         contents.torn = segment.path.stat().st_size - tail.end
         if tail.is_damaged:
-            raise Damaged(_advice(f"{segment.path} is damaged at byte {tail.end}"))
+            raise DamagedJournal(segment.path, tail.end, f"{segment.path} is damaged at byte {tail.end}")
         self._drop_torn(tail.durable)
 
     def _drop_torn(self, durable: int) -> None:
@@ -226,10 +264,14 @@ class _Reading:
 
     def _begin(self, frame: Frame, previous: SegmentContents | None) -> None:
         head, contents = frame.head, self._contents
+        if head["format"] != FORMAT:
+            raise NewerJournal(self._segment.path, f"its format is {head['format']}, and this version reads {FORMAT}")
+        if head["segment"] != self._segment.number:
+            path = self._segment.path
+            raise DamagedJournal(path, 0, f"{path} has the name of another segment than number {head['segment']}")
         if previous is not None and head["previous"] and previous.size < head["previous"][1]:
-            raise Damaged(
-                _advice(f"{previous.path} ends at byte {previous.size}, and was on disk to {head['previous'][1]}")
-            )
+            problem = f"{previous.path} ends at byte {previous.size}, and was on disk to {head['previous'][1]}"
+            raise DamagedJournal(previous.path, previous.size, problem)
         if (head["id"], head["epoch"]) != (contents.run_id, contents.epoch):
             contents.entries, contents.parts = [], {}
             contents.run_id, contents.epoch = head["id"], head["epoch"]
@@ -261,7 +303,8 @@ class _Reading:
         if head["epoch"] != self._contents.epoch:
             return True
         if entries and seq != entries[-1].seq + 1:
-            raise Damaged(_advice(f"{self._segment.path} has entry {seq} of the log behind entry {entries[-1].seq}"))
+            problem = f"{self._segment.path} has entry {seq} of the log behind entry {entries[-1].seq}"
+            raise DamagedJournal(self._segment.path, frame.at, problem)
         part = self._contents.parts.pop(head["key"], None) if "key" in head else None
         if head.get("counts"):
             if part is None:
@@ -274,10 +317,3 @@ class _Reading:
 
 def _part(segment: SegmentContents, frame: Frame, digest: str) -> JournaledPart:
     return JournaledPart(Claim(**frame.head["claim"]), digest, segment, frame.body, frame.end - frame.body)
-
-
-def _advice(problem: str) -> str:
-    return (
-        f"the journal is damaged: {problem}; `freestep journal verify` shows what is left, and "
-        "`freestep journal repair` keeps the entries before the damage"
-    )
