@@ -41,7 +41,7 @@ def test_the_service_takes_of_the_client_what_both_sides_share() -> None:
         assert not foreign, file
 
 
-def test_only_the_serve_command_and_local_runs_know_the_service() -> None:
+def test_only_the_commands_that_load_it_and_local_runs_know_the_service() -> None:
     knowing = {
         file.name
         for file in CLIENT.rglob("*.py")

@@ -86,6 +86,20 @@ def serve(context: typer.Context) -> None:
     serve_main(context.args)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def journal(context: typer.Context) -> None:
+    """Verify, show and repair journals on this host's disk (`freestep journal --help`)."""
+    try:
+        with slow_imports():
+            from freestep_service.journal_command import main as journal_main
+    except ImportError as error:
+        fail(2, f"the service is not installed ({error}): pip install 'freestep[service]'")
+    journal_main(context.args)
+
+
 @runs.command("list")
 def list_runs(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
     """List all runs."""

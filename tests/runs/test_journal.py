@@ -31,6 +31,7 @@ from freestep_service.runs.run import Run
 from freestep_service.state.shard import StateCopy
 from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_reader import frames, segment_paths
+from freestep_service.storage.journal_repair import repair
 from harness import ProcessService
 from harness import store as own_store
 from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, pull, push, run_async, until
@@ -324,6 +325,45 @@ def test_damage_is_refused_until_it_is_repaired(store: str, tmp_path: Path) -> N
                 assert "freestep journal repair" in (again.problem or "")
                 with pytest.raises(FreestepError):
                     await again.leases.grant("worker", None)
+            path.write_bytes(whole)
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("kind", [Kind.ENTRY, Kind.PART])
+def test_a_running_service_goes_on_with_what_a_repair_has_kept(store: str, tmp_path: Path, kind: Kind) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "key-0", 0))
+            before = await states(run)
+            for step in (1, 2):
+                await push(run, claim_of(lease, f"key-{step}", step))
+            (directory,) = journal_dirs(tmp_path / "data")
+            path, _ = last_entry(directory)
+            second = [frame for frame in frames(path) if isinstance(frame, Frame) and frame.kind == kind][1]
+            whole = path.read_bytes()
+            broken = bytearray(whole)
+            broken[second.at + 45 if kind == Kind.ENTRY else second.end - 1] ^= 1
+            path.write_bytes(broken)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again = await other.find("run")
+                await until(lambda: again.problem is not None, "the problem")
+                assert "freestep journal repair" in (again.problem or "")
+                (image,) = tmp_path.glob("image-*")
+                (damaged,) = journal_dirs(image)
+                done = await asyncio.to_thread(repair, damaged)
+                assert done is not None and (done.last, done.pushes["worker"]) == (
+                    done.lost[-1] - 2,
+                    1 + (kind == Kind.PART),
+                )
+                await until(lambda: again.is_open, "the run, open")
+                assert all(map(is_same, await states(again), before))
+                status = await again.status()
+                assert (status.epoch, status.step) == (1, 1)
+                await push(again, claim_of(await lease_of(again, "fresh"), "new", 1))
+                assert (await again.status()).step == 2
             path.write_bytes(whole)
 
     run_async(work)

@@ -1,0 +1,172 @@
+"""`freestep journal`: what runs' journals on this host's disk hold, and the way out where one is damaged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from freestep_service.settings import Settings
+from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.journal_repair import (
+    Examination,
+    Repair,
+    discard,
+    examine,
+    journal_directories,
+    repair,
+    rows,
+)
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Verify, show and repair the journals on this host's disk.", no_args_is_help=True, add_completion=False
+)
+
+Data = Annotated[Path | None, typer.Option(help="The service's; FREESTEP_DATA_DIR by default.")]
+Journals = Annotated[Path | None, typer.Option(help="The service's; FREESTEP_JOURNAL_DIR by default.")]
+Run = Annotated[str, typer.Argument(help="The run's name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+_COLUMNS = ("segment", "byte", "kind", "epoch", "seq", "step", "lease", "worker", "decision", "staleness",
+            "body_bytes", "key")  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    """`freestep journal`. Exits with 1 where a journal is damaged or refused, and with 2 if it is used wrongly."""
+    try:
+        app(arguments, prog_name="freestep journal")
+    except (Damaged, OSError) as error:
+        _fail(1, str(error))
+
+
+@app.command()
+def verify(
+    run: Annotated[str | None, typer.Argument(help="The run's name; all runs by default.")] = None,
+    data_dir: Data = None,
+    journal_dir: Journals = None,
+    as_json: Json = False,
+) -> None:
+    """Read journals wholly, the bodies of pushes included; exits with 1 where one is damaged."""
+    found = [examine(directory) for directory in _directories(run, data_dir, journal_dir)]
+    documents = [_verdict(each) for each in found]
+    if as_json:
+        _print_json(documents)
+    else:
+        for document in documents:
+            _print(", ".join(f"{name} {value}" for name, value in document.items() if value is not None))
+    if any(each.damage is not None for each in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    run: Run,
+    shard: Annotated[str | None, typer.Option(help="A shard: its number, or its elements as BEGIN-END.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many frames of each shard only.")] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="The newest so many frames of each shard only.")] = None,
+    data_dir: Data = None,
+    journal_dir: Journals = None,
+    as_json: Json = False,
+) -> None:
+    """Show a line for each frame: segments, parts of pushes, and entries of the log."""
+    directories = _directories(run, data_dir, journal_dir)
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for index, directory in enumerate(directories):
+        if shard in (None, directory.name, str(index)):
+            kept = islice(rows(directory), limit)
+            shown[directory.name] = list(kept if last is None else deque(kept, last))
+    if not shown:
+        _fail(2, f"run {run} has no shard {shard} here: {', '.join(each.name for each in directories)}")
+    if as_json:
+        _print_json(shown)
+        return
+    for name, frames in shown.items():
+        _print(f"elements {name}")
+        cells = [_COLUMNS, *(["-" if row[each] is None else str(row[each]) for each in _COLUMNS] for row in frames)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            _print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@app.command("repair")
+def repair_run(
+    run: Run,
+    give_up: Annotated[
+        bool, typer.Option("--discard", help="Set the journals aside wholly: the run goes back to its checkpoint.")
+    ] = False,
+    data_dir: Data = None,
+    journal_dir: Journals = None,
+) -> None:
+    """Keep the entries before the damage, and set aside what is behind it."""
+    act = discard if give_up else repair
+    done = [made for directory in _directories(run, data_dir, journal_dir) if (made := act(directory)) is not None]
+    if not done:
+        _fail(1, f"run {run}: nothing to {'discard' if give_up else 'repair'}")
+    for each in done:
+        _print(_told(each))
+
+
+def _directories(run: str | None, data_dir: Path | None, journal_dir: Path | None) -> list[Path]:
+    """The shards' directories; ends the command where there are none of the run."""
+    given = {"data_dir": data_dir, "journal_dir": journal_dir}
+    try:
+        journals = Settings.model_validate(
+            Settings().model_dump() | {name: path for name, path in given.items() if path is not None}
+        ).journals()
+    except ValidationError as error:
+        _fail(2, "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()))
+    found = journal_directories(journals, run)
+    if run is not None and not found:
+        _fail(1, f"there is no journal of run {run} in {journals}")
+    return found
+
+
+def _verdict(found: Examination) -> dict[str, Any]:
+    verdict = {"run": found.directory.parent.name, "elements": found.directory.name, "bytes": found.bytes}
+    if found.contents is None:
+        return {**verdict, "damage": str(found.damage)}
+    entries = found.contents.entries
+    return {
+        **verdict,
+        "epoch": found.contents.epoch,
+        "base": found.contents.base and f"step {found.contents.base.step} of epoch {found.contents.base.epoch}",
+        "entries": f"{entries[0].seq}-{entries[-1].seq}" if entries else "none",
+        "undecided": len(found.contents.parts),
+        "unsound": found.unsound or None,
+        "torn": found.contents.torn,
+    }
+
+
+def _told(done: Repair) -> str:
+    kept = f"entries {done.first} to {done.last}" if done.last else "no entries"
+    # Of an entry that cannot be read, nobody can tell the number.
+    lost = f"entries {done.lost[0]} to {done.lost[-1]}" if done.lost else "no entry that can be read"
+    pushes = ", ".join(f"{count} of {worker}" for worker, count in sorted(done.pushes.items()))
+    aside = ", ".join(path.name for path in done.aside)
+    return (
+        f"{done.directory.parent.name} {done.directory.name}: kept {kept}; lost {lost}"
+        f"{f' (pushes: {pushes})' if pushes else ''}; set aside: {aside}"
+    )
+
+
+def _print(line: str) -> None:
+    """Prints a line, the control characters in it as escape sequences: workers choose keys."""
+    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
+    sys.stdout.write(f"{shown}\n")
+
+
+def _print_json(document: object) -> None:
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    sys.stderr.write(f"freestep journal: {message}\n")
+    sys.exit(code)

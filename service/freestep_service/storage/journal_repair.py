@@ -1,0 +1,222 @@
+"""A shard's journal looked through and repaired, while no service reads it or beside one that waits for it.
+
+The law of this file: nothing is removed. What is given up is set aside, under a name that nobody reads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from freestep_service.domain.records import Record
+from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.journal import Journal
+from freestep_service.storage.journal_format import Frame, Kind
+from freestep_service.storage.journal_reader import (
+    DamagedJournal,
+    JournalContents,
+    frames,
+    read_journal,
+    segment_paths,
+)
+
+__all__ = ["Examination", "Repair", "discard", "examine", "journal_directories", "repair", "rows"]
+
+_ASIDE = ".damaged"
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A shard's journal, read wholly. contents: None where it is damaged. damage: what is lost, from where on.
+
+    bytes: of its segments. unsound: undecided parts whose bodies are not whole, which nobody was answered for.
+    """
+
+    directory: Path
+    bytes: int
+    contents: JournalContents | None = None
+    unsound: int = 0
+    damage: Damaged | None = None
+
+
+@dataclass
+class Repair:
+    """What a repair has kept and given up: numbers of entries, pushes by worker, and the files that were set aside.
+
+    first, last: of the entries that are kept, 0 where there are none.
+    """
+
+    directory: Path
+    first: int = 0
+    last: int = 0
+    lost: list[int] = field(default_factory=list)
+    pushes: Counter[str] = field(default_factory=Counter)
+    aside: list[Path] = field(default_factory=list)
+
+
+def journal_directories(journals: Path, run: str | None = None) -> list[Path]:
+    """The directories of shards' journals, of one run or all, in the order of their elements."""
+    found = [
+        path
+        for path in journals.glob("*/*")
+        if (run is None or path.parent.name == run) and path.is_dir() and not path.is_symlink() and _elements(path)
+    ]
+    return sorted(found, key=lambda path: (path.parent.name, _elements(path)))
+
+
+def _elements(directory: Path) -> tuple[int, ...]:
+    words = directory.name.split("-")
+    return tuple(map(int, words)) if len(words) == 2 and all(map(str.isdecimal, words)) else ()
+
+
+def examine(directory: Path) -> Examination:
+    """Reads a journal and all bodies in it. Raises OSError."""
+    size = sum(path.lstat().st_size for _, path in segment_paths(directory))
+    try:
+        contents = read_journal(directory)
+        _read_bodies(contents)
+    except Damaged as error:
+        return Examination(directory, size, damage=error)
+    unsound = 0
+    for part in contents.parts.values():
+        try:
+            part.read()
+        except Damaged:
+            unsound += 1
+    return Examination(directory, size, contents, unsound)
+
+
+def _read_bodies(contents: JournalContents) -> None:
+    """Raises DamagedJournal, whose place is that of the entry, where a body is not what was written."""
+    for entry in contents.entries:
+        if entry.part is not None:
+            try:
+                entry.part.read()
+            except DamagedJournal as error:
+                error.path, error.at = entry.segment.path, entry.at
+                raise
+
+
+def repair(directory: Path) -> Repair | None:
+    """Keeps the entries before the damage; None where there is none. Raises NewerJournal and OSError.
+
+    Whoever writes the journal is fenced off first. A later segment is set aside before an earlier one is cut, so that a
+    repair that breaks off leaves a journal to repair.
+    """
+    damage = examine(directory).damage
+    if damage is None:
+        return None
+    if not isinstance(damage, DamagedJournal):
+        raise damage
+    _fence(directory)
+    done = Repair(directory)
+    while (damage := examine(directory).damage) is not None:
+        if not isinstance(damage, DamagedJournal):
+            raise damage
+        _cut(done, damage.path, damage.at)
+    entries = read_journal(directory).entries
+    if entries:
+        done.first, done.last = entries[0].seq, entries[-1].seq
+    done.lost = sorted(set(done.lost) - {entry.seq for entry in entries})
+    return done
+
+
+def discard(directory: Path) -> Repair | None:
+    """Sets all segments aside, so that the shard goes back to its checkpoint; None where there are none."""
+    paths = segment_paths(directory)
+    if not paths:
+        return None
+    _fence(directory)
+    done = Repair(directory)
+    _cut(done, paths[0][1], 0)
+    return done
+
+
+def _fence(directory: Path) -> None:
+    Journal(directory, "", "", lambda tell: tell()).take_over()
+
+
+def _cut(done: Repair, damaged: Path, at: int) -> None:
+    """Sets aside what is behind a place, the newest segment first."""
+    for _, path in reversed(segment_paths(done.directory)):
+        if path.name < damaged.name:
+            break
+        is_kept = path == damaged and at > 0
+        _note_lost(done, path, at if is_kept else 0)
+        aside = _free_name(path)
+        if is_kept:
+            shutil.copyfile(path, aside)
+            _flush(aside)
+            os.truncate(path, at)
+            _flush(path)
+        else:
+            path.rename(aside)
+        done.aside.append(aside)
+        _flush(done.directory)
+
+
+def _note_lost(done: Repair, path: Path, at: int) -> None:
+    """Counts the entries from a place on that can still be read."""
+    try:
+        for frame in frames(path):
+            if isinstance(frame, Frame) and frame.kind == Kind.ENTRY and frame.at >= at:
+                done.lost.append(frame.head["seq"])
+                if "record" in frame.head:
+                    done.pushes[Record.from_json(frame.head["record"]).worker] += 1
+    except Damaged:
+        return
+
+
+def _free_name(path: Path) -> Path:
+    names = [path.with_name(f"{path.name}{_ASIDE}{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000)))]
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rows(directory: Path) -> Iterator[dict[str, Any]]:
+    """A document for each sound frame, in order, for people and programs. Raises Damaged and OSError."""
+    for number, path in segment_paths(directory):
+        for frame in frames(path):
+            if isinstance(frame, Frame):
+                yield _row(number, frame)
+
+
+def _row(segment: int, frame: Frame) -> dict[str, Any]:
+    head = frame.head
+    claim = head.get("claim", {})
+    row: dict[str, Any] = {
+        "segment": segment,
+        "byte": frame.at,
+        "kind": frame.kind.name.lower(),
+        "epoch": head.get("epoch"),
+        "seq": head.get("seq"),
+        "step": claim.get("step"),
+        "lease": claim.get("lease"),
+        "worker": None,
+        "decision": None,
+        "staleness": None,
+        "key": head.get("key", claim.get("key")),
+        "body_bytes": frame.end - frame.body,
+    }
+    if "record" in head:
+        record = Record.from_json(head["record"])
+        row |= {
+            "step": record.step,
+            "lease": record.claim.split(" ", 1)[0],
+            "worker": record.worker,
+            "decision": record.decision,
+            "staleness": record.staleness,
+        }
+    return row
