@@ -93,7 +93,7 @@ def test_a_flip_in_its_first_frame_does_not_empty_it(tmp_path: Path) -> None:
     for at in range(encode_frame(Kind.BEGIN, {**BEGIN, "base": [1, 0, 0]}, 0, 0, 0).__len__()):
         data = bytearray(WHOLE)
         data[at] ^= 1
-        segment_path(tmp_path, 1).write_bytes(data)
+        segment_path(tmp_path, 1, WORD).write_bytes(data)
         with pytest.raises(DamagedJournal) as caught:
             read_journal(tmp_path)
         assert caught.value.at == 0
@@ -102,36 +102,36 @@ def test_a_flip_in_its_first_frame_does_not_empty_it(tmp_path: Path) -> None:
 def test_a_push_that_is_gone_from_the_middle_is_damage(tmp_path: Path) -> None:
     part = WHOLE.index(b"fsj1", 1)
     entry = WHOLE.index(b"fsj1", part + 1)
-    segment_path(tmp_path, 1).write_bytes(WHOLE[:part] + WHOLE[entry:])
+    segment_path(tmp_path, 1, WORD).write_bytes(WHOLE[:part] + WHOLE[entry:])
     with pytest.raises(DamagedJournal, match="is damaged at byte"):
         read_journal(tmp_path)
 
 
 def test_what_a_newer_version_wrote_is_refused(tmp_path: Path) -> None:
-    segment_path(tmp_path, 1).write_bytes(written(format=FORMAT + 1))
+    segment_path(tmp_path, 1, WORD).write_bytes(written(format=FORMAT + 1))
     with pytest.raises(NewerJournal, match="its format is 2"):
         read_journal(tmp_path)
     frame = bytearray(encode_frame(Kind.BACK, {}, 0, 0, SALT))
     frame[4] = 77
     frame[32:40] = xxhash.xxh3_64(bytes(frame[:32]) + b"{}", seed=SALT).intdigest().to_bytes(8, "little")
-    segment_path(tmp_path, 1).write_bytes(WHOLE + frame)
+    segment_path(tmp_path, 1, WORD).write_bytes(WHOLE + frame)
     with pytest.raises(NewerJournal, match="kind 77"):
         read_journal(tmp_path)
 
 
 def test_a_sender_cannot_make_a_torn_tail_look_damaged(tmp_path: Path) -> None:
     false = encode_frame(Kind.BEGIN, {"salt": 1}, 0, 10**9, 0)
-    segment_path(tmp_path, 1).write_bytes(WHOLE + b"torn" + false)
+    segment_path(tmp_path, 1, WORD).write_bytes(WHOLE + b"torn" + false)
     contents = read_journal(tmp_path)
     assert [entry.seq for entry in contents.entries] == [1, 2, 3, 4]
     assert contents.torn == 4 + len(false)
 
 
 def test_other_names_are_no_segments_and_links_are_refused(tmp_path: Path) -> None:
-    segment_path(tmp_path, 1).write_bytes(WHOLE)
+    segment_path(tmp_path, 1, WORD).write_bytes(WHOLE)
     for name in ("1.journal", "x.journal", "\u0663.journal", "0000000002.journal.damaged", ".0000000002.journal"):
         (tmp_path / name).write_bytes(b"x")
     assert len(read_journal(tmp_path).entries) == 4
-    segment_path(tmp_path, 2).symlink_to(tmp_path / "x.journal")
+    segment_path(tmp_path, 2, WORD).symlink_to(tmp_path / "x.journal")
     with pytest.raises(DamagedJournal, match="no file of its own"):
         read_journal(tmp_path)

@@ -20,6 +20,7 @@ from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_reader import (
     DamagedJournal,
     JournalContents,
+    chain,
     frames,
     read_journal,
     segment_paths,
@@ -187,7 +188,7 @@ def _flush(path: Path) -> None:
 
 def rows(directory: Path) -> Iterator[dict[str, Any]]:
     """A document for each sound frame, in order, for people and programs. Raises Damaged and OSError."""
-    for number, path in segment_paths(directory):
+    for number, path in chain(directory):
         for frame in frames(path):
             if isinstance(frame, Frame):
                 yield _row(number, frame)
