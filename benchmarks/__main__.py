@@ -26,6 +26,7 @@ NAMES = (
     "robust",
     "small",
     "workers",
+    "journal",
     "leases",
     "crowd",
     "startup",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-__all__ = ["Service", "cpu_seconds", "running_service"]
+__all__ = ["Service", "cpu_seconds", "running_service", "service_in"]
 
 _READY_S = 60.0
 
@@ -40,19 +40,25 @@ class Service:
 @contextmanager
 def running_service(**settings: str) -> Iterator[Service]:
     """A service of its own on a free port, ready; with an embedded store unless the settings name another."""
-    with tempfile.TemporaryDirectory(prefix="freestep-bench-") as data_dir:
-        command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", data_dir]
-        variables = {f"FREESTEP_{name.upper()}": value for name, value in settings.items()}
-        environment = {**os.environ, "FREESTEP_LOG_LEVEL": "warning", "PYTHONUNBUFFERED": "1", **variables}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        try:
-            assert process.stdout is not None
-            service = Service(process.stdout.readline().split()[-1], process.pid)
-            _wait_ready(service, process, ssl.create_default_context(cafile=settings.get("ca_certs")))
-            yield service
-        finally:
-            process.terminate()
-            process.wait()
+    with tempfile.TemporaryDirectory(prefix="freestep-bench-") as data_dir, service_in(data_dir, **settings) as service:
+        yield service
+
+
+@contextmanager
+def service_in(data_dir: str, **settings: str) -> Iterator[Service]:
+    """... with its data in a directory, where it goes on from what another has left."""
+    command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", data_dir]
+    variables = {f"FREESTEP_{name.upper()}": value for name, value in settings.items()}
+    environment = {**os.environ, "FREESTEP_LOG_LEVEL": "warning", "PYTHONUNBUFFERED": "1", **variables}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        service = Service(process.stdout.readline().split()[-1], process.pid)
+        _wait_ready(service, process, ssl.create_default_context(cafile=settings.get("ca_certs")))
+        yield service
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def _wait_ready(service: Service, process: subprocess.Popen[str], trusted: ssl.SSLContext) -> None:
