@@ -34,6 +34,7 @@ from freestep_service.storage.journal_reader import (
     segment_path,
     segment_paths,
 )
+from freestep_service.storage.write_back import begin_write_back
 
 __all__ = ["Done", "Journal", "PartWriter", "remove_journals", "remove_other_journals"]
 
@@ -45,7 +46,7 @@ Done = Callable[[Exception | None], None]
 _SMALL = 1024**2
 """Bytes of a body that is written in one go with its digest, out of memory of its own."""
 _PIECE = 1024**2
-"""Bytes of a large body that are handed to the thread at once."""
+"""Bytes of a large body that are handed to the thread at once, which has the disk begin with them at once."""
 _STEP = 64 * 1024**2
 """Bytes that are allocated at once, at the most beside what a push needs ..."""
 _FIRST_STEP = 1024**2
@@ -412,6 +413,8 @@ class Journal:
                 written -= len(buffers.pop(0))
             if buffers:
                 buffers[0] = buffers[0][written:]
+        if at - work.at >= _PIECE:
+            begin_write_back(descriptor, work.at, at - work.at)
 
     def _require_owner(self) -> None:
         """What was made durable before another took over, that one reads. Raises Fenced where it may be too late."""
