@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,11 +36,13 @@ from freestep_service.domain.records import UrlInUse
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.resources import Disk, Resources
+from freestep_service.runs.storage_claims import StorageClaims, new_identity
 from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import BadSetting, CannotStart, Settings, shown
 from freestep_service.state.compute import HOST, DeviceLocks, arithmetic_threads
 from freestep_service.state.memory_budget import MemoryBudget, machine_memory
-from freestep_service.storage.media import Storage, open_storage
+from freestep_service.storage.claims import Claim, DirectoryClaim, ObjectClaim, StorageInUse
+from freestep_service.storage.media import FsspecStorage, LocalStorage, Storage, open_storage
 from freestep_service.storage.token_files import TokenFiles
 from freestep_service.tls import trusted_by, trusting
 from freestep_service.web import problems
@@ -141,12 +142,14 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     asyncio.get_running_loop().set_default_executor(arithmetic_threads("worker"))
     await asyncio.to_thread(compile_loops)
     storage = _storage(settings)
-    url = _redis_url(settings, stack)
+    url, directory = _redis_url(settings, stack)
     store = await _store(url)
     stack.push_async_callback(store.close)
     channels, disk = Channels(store), Disk()
+    node = Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds))
     tokens = Tokens(SharedTokens(store), TokenFiles(storage), disk, channels, issuer=await _issuer(settings, stack))
     try:
+        await stack.enter_async_context(_claims(settings, store, storage, node, directory))
         secret = await stack.enter_async_context(SharedSecret(store))
         http = await stack.enter_async_context(relay_client(trusted_by(settings)))
         registry = Registry(
@@ -155,7 +158,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
                 store,
                 storage,
                 channels,
-                Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds)),
+                node,
                 device,
                 DeviceLocks(settings.inline_elements),
                 metrics,
@@ -172,7 +175,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
             await _start_tokens(tokens, settings, stack)
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
-    except UrlInUse as error:
+    except (UrlInUse, StorageInUse) as error:
         raise CannotStart(str(error)) from error
     except (OSError, StorageUnavailable) as error:
         place = shown(settings.checkpoint_url or settings.data_dir)
@@ -219,13 +222,25 @@ def _storage(settings: Settings) -> Storage:
         raise BadSetting(f"checkpoint_url: {error}") from error
 
 
-def _redis_url(settings: Settings, stack: AsyncExitStack) -> str:
-    """The URL of Redis, or of the embedded store, which `stack` stops."""
+def _redis_url(settings: Settings, stack: AsyncExitStack) -> tuple[str, DirectoryClaim | None]:
+    """The URL of Redis, or of the embedded store, which `stack` stops; and the claim on the data directory.
+
+    With an embedded store the directory is this service's alone. There is no claim where nothing can be written.
+    """
     try:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         _warn_of_writers(settings.data_dir)
-        stack.enter_context(_locked(settings.data_dir, exclusively=settings.redis_url is None))
-        return settings.redis_url or stack.enter_context(embedded_store(settings.data_dir))
+        directory = DirectoryClaim(settings.data_dir)
+        # The last to go: an embedded store is stopped first.
+        stack.callback(directory.release)
+        if settings.redis_url is not None:
+            return settings.redis_url, directory
+        if not directory.take_alone():
+            message = (
+                f"another service uses the data directory {settings.data_dir}: end it, or name another with data_dir"
+            )
+            raise CannotStart(message)
+        return stack.enter_context(embedded_store(settings.data_dir)), directory
     except (OSError, ValkeyServerError) as error:
         if not _is_unwritable(settings.data_dir):
             raise CannotStart(
@@ -234,8 +249,32 @@ def _redis_url(settings: Settings, stack: AsyncExitStack) -> str:
         # What can be read is served: the embedded store holds nothing that outlives the service.
         logger.warning("nothing can be written in %s, and no run can be created: %s", settings.data_dir, error)
         if settings.redis_url is not None:
-            return settings.redis_url
-        return stack.enter_context(embedded_store(Path(stack.enter_context(TemporaryDirectory(prefix="freestep-")))))
+            return settings.redis_url, None
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="freestep-")))
+        return stack.enter_context(embedded_store(folder)), None
+
+
+def _claims(
+    settings: Settings, store: Store, storage: Storage, node: Node, directory: DirectoryClaim | None
+) -> StorageClaims:
+    """The claims on the data directory and on the place of checkpoints, for services with this Redis alone."""
+    claims: list[Claim] = []
+    identity = None
+    if directory is not None and settings.redis_url is not None:
+        claims.append(directory)
+    elif directory is not None:
+        # An embedded store is new after each start, and is known by its directory.
+        identity = directory.identity or new_identity()
+        with suppress(StorageUnavailable):
+            directory.write(identity)
+    if isinstance(storage, FsspecStorage):
+        claims.append(ObjectClaim(storage, node.id))
+    elif isinstance(storage, LocalStorage) and storage.root.resolve() != settings.data_dir.resolve():
+        with suppress(OSError):
+            # Where it cannot be written, the start says so.
+            storage.root.mkdir(parents=True, exist_ok=True)
+            claims.append(DirectoryClaim(storage.root))
+    return StorageClaims(store, claims, identity)
 
 
 def _is_unwritable(data_dir: Path) -> bool:
@@ -281,24 +320,6 @@ def _warn_of_writers(data_dir: Path) -> None:
         logger.warning(
             "other users may write in the data directory %s, and so make tokens: chown or chmod it", data_dir
         )
-
-
-@contextmanager
-def _locked(data_dir: Path, *, exclusively: bool) -> Iterator[None]:
-    """Locks a data directory.
-
-    Services may share one if they share a Redis, which knows the owner of each shard. A service with a store of its own
-    needs the directory for itself, since two such services would overwrite each other's checkpoints.
-    """
-    # A link would have a file made, or locked, elsewhere.
-    descriptor = os.open(data_dir / "lock", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    with open(descriptor, "a") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"another service uses the data directory {data_dir}: end it, or name another with data_dir"
-            raise CannotStart(message) from None
-        yield
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,13 +19,13 @@ class LocalStorage(Storage):
     """Files in a directory: written under a hidden name, flushed to disk and renamed."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
 
     def __str__(self) -> str:
-        return str(self._root)
+        return str(self.root)
 
     def _write(self, path: str, pieces: Iterable[bytes | memoryview]) -> None:
-        target = self._root / path
+        target = self.root / path
         _make_directory(target.parent)
         # Processes of several hosts may share the directory, so a process id does not tell them apart.
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
@@ -43,19 +43,19 @@ class LocalStorage(Storage):
         _flush_directory(target.parent)
 
     def _read(self, path: str) -> bytes:
-        return (self._root / path).read_bytes()
+        return (self.root / path).read_bytes()
 
     def _open(self, path: str) -> io.BufferedReader:
-        return (self._root / path).open("rb")
+        return (self.root / path).open("rb")
 
     def _names(self, directory: str) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self._root / directory) if not name.startswith("."))
+            return sorted(name for name in os.listdir(self.root / directory) if not name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def _remove(self, path: str) -> None:
-        target = self._root / path
+        target = self.root / path
         # On a read-only medium the removal of a file that does not exist fails too.
         if not os.path.lexists(target):
             return
@@ -70,7 +70,7 @@ class LocalStorage(Storage):
                 os.rmdir(directory)
 
     def _require_removable(self, path: str) -> None:
-        require_no_links(self._root, path)
+        require_no_links(self.root, path)
 
 
 def require_no_links(root: Path, path: str) -> None:
