@@ -30,7 +30,7 @@ from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.embedded import embedded_store
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.secret import SharedSecret
-from freestep_service.coordination.store import Evicts, Store
+from freestep_service.coordination.store import Evicts, Store, Unusable
 from freestep_service.coordination.tokens import SharedTokens
 from freestep_service.domain.records import UrlInUse
 from freestep_service.optimizers.readiness import compile_loops
@@ -297,6 +297,8 @@ async def _store(url: str) -> Store:
         raise BadSetting(f"redis_url: {shown(url)} is no URL of a Redis server: {cause}") from None
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
+    except Unusable as error:
+        raise CannotStart(f"Redis at {_place(url)} cannot be used, {error}") from None
     except Evicts as error:
         raise CannotStart(
             f"Redis at {_place(url)} removes keys when its memory is full, and pushes would then count twice: "

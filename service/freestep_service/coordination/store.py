@@ -12,14 +12,23 @@ from typing import Any
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    MovedError,
+    NoPermissionError,
+    NoScriptError,
+    RedisClusterException,
+    RedisError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from freestep.errors import CoordinatorUnavailable
 from freestep_service.coordination.pipeline import RedisPipeline
 
-__all__ = ["Evicts", "Store"]
+__all__ = ["Evicts", "Store", "Unusable"]
 
 logger = logging.getLogger("freestep")
 
@@ -36,6 +45,10 @@ class Evicts(Exception):
     def __init__(self, policy: str) -> None:
         super().__init__(policy)
         self.policy = policy
+
+
+class Unusable(Exception):
+    """A server answers, and a service cannot work with it; the message says why, and what to do."""
 
 
 class Store:
@@ -58,7 +71,7 @@ class Store:
     async def connect(cls, url: str) -> Store:
         """Connects to a server by its URL; recognizes a server in cluster mode.
 
-        Raises CoordinatorUnavailable, Evicts, and ValueError for a URL that is not one of Redis.
+        Raises CoordinatorUnavailable, Unusable, Evicts, and ValueError for a URL that is not one of Redis.
         """
         options: dict[str, Any] = {
             "decode_responses": True,
@@ -72,10 +85,19 @@ class Store:
         store = cls(client, url, RedisPipeline(pool, _TIMEOUT_S))
         try:
             with reachable():
-                if (await client.info("cluster")).get("cluster_enabled"):
+                mode = await _mode(client)
+                if mode == "sentinel":
+                    raise Unusable("it is a Sentinel, which keeps nothing: name the server that it watches")
+                if mode == "cluster":
                     await store.close()
                     store = cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url, None)
             await store.require_permanence()
+            await store.require_writable()
+        except CoordinatorUnavailable as error:
+            await store.close()
+            if (advice := _advice(error.__cause__)) is None:
+                raise
+            raise Unusable(f"{advice}: {error.__cause__}") from error
         except BaseException:
             await store.close()
             raise
@@ -109,7 +131,10 @@ class Store:
     async def require_permanence(self) -> None:
         """Raises Evicts if a server that has keys removes some when its memory is full, and CoordinatorUnavailable."""
         with reachable():
-            if self._pipeline is None:
+            found: list[dict[str, Any]]
+            if not await self._shows_memory():
+                found = [{}]
+            elif self._pipeline is None:
                 answers = await self.client.info("memory", target_nodes=RedisCluster.PRIMARIES)
                 # Of a single one it is the answer itself.
                 found = list(answers.values()) if isinstance(next(iter(answers.values())), dict) else [answers]
@@ -121,10 +146,48 @@ class Store:
             elif policy != "noeviction":
                 raise Evicts(policy)
 
+    async def _shows_memory(self) -> bool:
+        """Whether this user may ask for what is told of memory."""
+        try:
+            await self.client.info("memory")
+        except NoPermissionError:
+            return False
+        return True
+
     async def close(self) -> None:
         if self._pipeline is not None:
             await self._pipeline.close()
         await self.client.aclose()
+
+
+async def _mode(client: Any) -> str:
+    """Whether a server is `standalone`, a node of a `cluster` or a `sentinel`."""
+    # Not of INFO, which a user who may not administrate the server is often denied.
+    answer = await client.execute_command("HELLO")
+    facts = answer if isinstance(answer, dict) else dict(zip(answer[::2], answer[1::2], strict=True))
+    return str(facts["mode"])
+
+
+def _advice(error: BaseException | None) -> str | None:
+    """What to do about an answer of a server at the start; None where there was none."""
+    match error:
+        case AuthenticationError() | AuthorizationError():
+            return "name its user and password in redis_url, as redis://USER:PASSWORD@HOST:PORT"
+        case NoPermissionError():
+            return "allow its user what is missing, with ACL SETUSER"
+        case BusyLoadingError():
+            return "start the service again when it has loaded its data"
+        case RedisClusterException():
+            return "complete the cluster"
+        case RedisConnectionError() | RedisTimeoutError():
+            return None
+        case RedisError():
+            return "it refuses what a service needs"
+    return None
+
+
+_ANSWERS = (AuthenticationError, AuthorizationError, BusyLoadingError)
+"""Errors of a connection that are answers of the server."""
 
 
 class reachable:
@@ -141,6 +204,14 @@ class reachable:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, _ANSWERS):
+            raise CoordinatorUnavailable(f"Redis refuses connections: {error}") from error
+        if isinstance(error, RedisClusterException):
+            raise CoordinatorUnavailable(f"the Redis Cluster cannot be used: {error}") from error
+        if isinstance(error, MovedError):
+            raise CoordinatorUnavailable(
+                f"Redis has become part of a cluster, start the service again: MOVED {error}"
+            ) from error
         if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
             raise CoordinatorUnavailable(f"Redis does not answer: {type(error).__name__}") from error
         if isinstance(error, RedisError):

@@ -1,0 +1,224 @@
+"""Redis as it is configured elsewhere: passwords, ACLs, TLS, Sentinel, clusters, servers that refuse writes or load."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trustme
+from redis import Redis
+from redis.exceptions import RedisError, ResponseError
+
+import forked
+from harness import DEADLINE_S, ThreadService
+from meanwhile import wait_until
+from plain_calls import Api, slug
+
+pytestmark = pytest.mark.slow
+
+ACL = "on >secret-password ~freestep:* ~{freestep:* &freestep:* +@all -@admin -@dangerous"
+"""What a service needs, and not more."""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def redis_server(folder: Path, *flags: str, port: int | None = None) -> Iterator[int]:
+    """Debian's redis-server in a folder; its port. It need not accept commands yet."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed")
+    port = port or free_port()
+    folder.mkdir(exist_ok=True)
+    process = subprocess.Popen([binary, *flags, "--port", str(port), "--dir", str(folder)], stdout=subprocess.DEVNULL)
+
+    def listens() -> bool:
+        assert process.poll() is None, "redis-server ended"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+    try:
+        wait_until(listens)
+        yield port
+    finally:
+        process.kill()
+        process.wait(DEADLINE_S)
+
+
+def refusal(url: str, folder: Path) -> str:
+    """The one line with which a service does not start."""
+    done = forked.freestep("serve", "--port", "0", "--data-dir", str(folder / "data"), "--redis-url", url)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    *warnings, line = done.stderr.splitlines()
+    assert not any("Traceback" in each for each in warnings)
+    assert "secret" not in done.stderr
+    return line
+
+
+def push_once(service: ThreadService, connect: Callable[..., Api]) -> Api:
+    api = connect(service.url)
+    api.create()
+    assert api.push(api.lease(), 0).json()["step"] == 1
+    assert api.http.get("/readyz").status_code == 200
+    return api
+
+
+def test_passwords(start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path) -> None:
+    with redis_server(tmp_path / "redis", "--requirepass", "secret-password") as port:
+        for who in ("", ":secret-guess@", "nobody:secret-password@"):
+            line = refusal(f"redis://{who}127.0.0.1:{port}", tmp_path)
+            assert f"Redis at 127.0.0.1:{port} cannot be used, name its user and password in redis_url" in line
+        service = start_service(redis_url=f"redis://:secret-password@127.0.0.1:{port}")
+        api = push_once(service, connect)
+        # It is changed while the service lives: connections stay, and new ones are refused.
+        with Redis(port=port, password="secret-password") as client:
+            client.config_set("requirepass", "secret-other")
+            client.client_kill_filter(skipme=True, _type="normal")
+        wait_until(lambda: api.http.get("/readyz").status_code == 503)
+        refused = api.http.get("/readyz")
+        assert slug(refused) == "coordinator-unavailable" and "invalid username-password" in refused.json()["detail"]
+        with Redis(port=port, password="secret-other") as client:
+            client.config_set("requirepass", "secret-password")
+        wait_until(lambda: api.http.get("/readyz").status_code == 200)
+        service.stop()
+
+
+def test_users_with_few_permissions(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
+) -> None:
+    with redis_server(tmp_path / "redis") as port, Redis(port=port) as client:
+        client.execute_command("ACL", "SETUSER", "worker", *ACL.split())
+        client.execute_command("ACL", "SETUSER", "reader", *"on >secret-password ~* +@read +@connection".split())
+        client.execute_command("ACL", "SETUSER", "guest", *"on >secret-password ~other:* &* +@all".split())
+        for user in ("reader", "guest"):
+            line = refusal(f"redis://{user}:secret-password@127.0.0.1:{port}", tmp_path)
+            assert "cannot be used, allow its user what is missing, with ACL SETUSER: " in line
+        service = start_service(redis_url=f"redis://worker:secret-password@127.0.0.1:{port}")
+        api = push_once(service, connect)
+        lease = api.lease()
+        client.execute_command("ACL", "SETUSER", "worker", "-evalsha", "-eval")
+        refused = api.push(lease, 1)
+        assert (refused.status_code, slug(refused)) == (503, "coordinator-unavailable")
+        assert "permissions" in refused.json()["detail"]
+        client.execute_command("ACL", "SETUSER", "worker", "+evalsha", "+eval")
+        assert api.push(api.lease(), 1).json()["step"] == 2
+        service.stop()
+
+
+def test_tls(start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path) -> None:
+    authority, port = trustme.CA(), free_port()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "redis.pem")
+    files = ("--tls-cert-file", f"{tmp_path}/redis.pem", "--tls-key-file", f"{tmp_path}/redis.pem")
+    files += ("--tls-ca-cert-file", f"{tmp_path}/ca.pem", "--tls-auth-clients", "no")
+    with redis_server(tmp_path / "redis", "--tls-port", str(port), *files):
+        line = refusal(f"rediss://127.0.0.1:{port}", tmp_path)
+        assert "certificate verify failed" in line
+        url = f"rediss://127.0.0.1:{port}?ssl_ca_certs={tmp_path}/ca.pem"
+        service = start_service(redis_url=url)
+        push_once(service, connect)
+        service.stop()
+
+
+def test_a_key_of_another_type_is_named_by_readyz(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
+) -> None:
+    with redis_server(tmp_path / "redis") as port, Redis(port=port) as client:
+        service = start_service(redis_url=f"redis://127.0.0.1:{port}")
+        api = push_once(service, connect)
+        client.delete("freestep:nodes")
+        client.set("freestep:nodes", "text")
+        refused = api.http.put("/v1/runs/another", json=api.spec())
+        assert (refused.status_code, slug(refused)) == (503, "coordinator-unavailable")
+        assert "WRONGTYPE" in refused.json()["detail"]
+        client.delete("freestep:nodes")
+        wait_until(lambda: api.http.put("/v1/runs/another", json=api.spec()).status_code == 201)
+        service.stop()
+
+
+def test_a_redis_that_cannot_write_its_snapshot(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
+) -> None:
+    with redis_server(tmp_path / "redis") as port, Redis(port=port) as client:
+        service = start_service(redis_url=f"redis://127.0.0.1:{port}")
+        api = push_once(service, connect)
+        (tmp_path / "redis").rename(tmp_path / "moved")
+        shutil.rmtree(tmp_path / "moved")
+        client.config_set("save", "1 1")
+
+        def says_so() -> bool:
+            answer = api.http.get("/readyz")
+            return answer.status_code == 503 and "MISCONF" in answer.json()["detail"]
+
+        wait_until(says_so)
+        assert "cannot be used, it refuses what a service needs: MISCONF" in refusal(
+            f"redis://127.0.0.1:{port}", tmp_path
+        )
+        # What is here can be read.
+        assert api.http.get(api.path("/parameters")).status_code == 200
+        client.config_set("stop-writes-on-bgsave-error", "no")
+        wait_until(lambda: api.http.get("/readyz").status_code == 200)
+        service.stop()
+
+
+def test_a_redis_that_still_loads(tmp_path: Path) -> None:
+    with redis_server(tmp_path / "redis") as port, Redis(port=port) as client:
+        client.mset({f"key-{number}": "x" * 4096 for number in range(1000)})
+        client.save()
+    slow = ("--key-load-delay", "100000", "--loading-process-events-interval-bytes", "1024", "--rdbcompression", "no")
+    with redis_server(tmp_path / "redis", *slow) as port:
+        line = refusal(f"redis://127.0.0.1:{port}", tmp_path)
+        assert "start the service again when it has loaded its data" in line
+
+
+def test_protected_mode(tmp_path: Path) -> None:
+    address = socket.gethostbyname(socket.gethostname())
+    if address.startswith("127."):
+        pytest.skip("this machine has no address but loopback")
+    with redis_server(tmp_path / "redis", "--bind", "0.0.0.0", "--protected-mode", "yes") as port:
+        try:
+            with Redis(host=address, port=port) as client:
+                client.ping()
+        except (RedisError, OSError):
+            line = refusal(f"redis://{address}:{port}", tmp_path)
+            assert "protected mode" in line
+        else:
+            pytest.skip("redis-server takes this machine's own address for loopback")
+
+
+def test_a_sentinel_is_refused(tmp_path: Path) -> None:
+    configuration, port = tmp_path / "sentinel.conf", free_port()
+    configuration.write_text("sentinel monitor main 127.0.0.1 1 1\n")
+    with redis_server(tmp_path / "redis", str(configuration), "--sentinel", port=port):
+        line = refusal(f"redis://127.0.0.1:{port}", tmp_path)
+        assert "it is a Sentinel, which keeps nothing: name the server that it watches" in line
+    done = forked.freestep(
+        "serve", "--port", "0", "--data-dir", f"{tmp_path}/data", "--redis-url", f"redis+sentinel://h:{port}/main"
+    )
+    assert done.returncode == 2
+    assert "is no URL of a Redis server" in done.stderr
+
+
+def test_a_cluster_of_one_node(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
+) -> None:
+    with redis_server(tmp_path / "redis", "--cluster-enabled", "yes") as port, Redis(port=port) as client:
+        url = f"redis://127.0.0.1:{port}"
+        assert "cannot be used, complete the cluster: " in refusal(url, tmp_path)
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        wait_until(lambda: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO", NEVER_DECODE=True))
+        service = start_service(redis_url=url)
+        api = push_once(service, connect)
+        with suppress(ResponseError):
+            client.script_flush()
+        assert api.push(api.lease("again"), 1).json()["step"] == 2
+        service.stop()
