@@ -56,11 +56,11 @@ def start(*arguments: str, streams: Sequence[Path] = (), **environment: str) -> 
     return process
 
 
-def join(process: BaseProcess) -> int:
-    """Waits for the end of a process; returns its exit code. Raises TimeoutError after DEADLINE_S."""
-    process.join(DEADLINE_S)
+def join(process: BaseProcess, deadline_s: float = DEADLINE_S) -> int:
+    """Waits for the end of a process; returns its exit code. Raises TimeoutError after `deadline_s`."""
+    process.join(deadline_s)
     if process.exitcode is None:
-        raise TimeoutError(f"process {process.pid} has not ended after {DEADLINE_S:g} s")
+        raise TimeoutError(f"process {process.pid} has not ended after {deadline_s:g} s")
     return process.exitcode
 
 
@@ -106,8 +106,8 @@ class Script:
         """The exit code, None while it runs."""
         return self._process.exitcode
 
-    def wait(self) -> int:
-        return join(self._process)
+    def wait(self, deadline_s: float = DEADLINE_S) -> int:
+        return join(self._process, deadline_s)
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -53,8 +53,8 @@ def at_once(*calls: Callable[[], T]) -> list[T]:
     return [each.result(0) for each in running]
 
 
-def wait_until(condition: Callable[[], bool], pause_s: float | None = None) -> None:
-    """Asks again and again. Raises TimeoutError with the condition's source after DEADLINE_S.
+def wait_until(condition: Callable[[], bool], pause_s: float | None = None, deadline_s: float = DEADLINE_S) -> None:
+    """Asks again and again. Raises TimeoutError with the condition's source after `deadline_s`.
 
     pause_s: between two questions. Unless it is given, the pauses grow with the time waited, to at most a tenth of
         it: questions cost the time of those who are waited for.
@@ -62,8 +62,8 @@ def wait_until(condition: Callable[[], bool], pause_s: float | None = None) -> N
     begun, pause = time.monotonic(), threading.Event()
     while not condition():
         waited = time.monotonic() - begun
-        if waited > DEADLINE_S:
-            raise TimeoutError(f"not so after {DEADLINE_S:g} s: {inspect.getsource(condition).strip()}")
+        if waited > deadline_s:
+            raise TimeoutError(f"not so after {deadline_s:g} s: {inspect.getsource(condition).strip()}")
         pause.wait(pause_s or min(max(_SHORTEST_PAUSE_S, waited / 10), _LONGEST_PAUSE_S))
 
 

@@ -43,7 +43,9 @@ def main() -> int:
             if outcome.faults:
                 failed.append(outcome)
                 print(outcome, flush=True)
-            elif given.keep is None:
+            else:
+                print(outcome.summary, flush=True)
+            if not outcome.faults and given.keep is None:
                 shutil.rmtree(outcome.folder, ignore_errors=True)
     for outcome in failed:
         seed = outcome.schedule.seed

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from chaos.history import NEVER, History, Pull, Push
+from chaos.history import NEVER, Claimed, History, Pull, Push
 
 __all__ = ["Rules", "check"]
 
@@ -184,6 +184,53 @@ def older_leases_are_fenced(history: History, rules: Rules) -> Iterator[str]:
                 break
 
 
+def units_count_once(history: History, rules: Rules) -> Iterator[str]:
+    """No unit of a pass has moved the weights twice."""
+    for pull in history.pulls:
+        for unit, number in _units_in(pull, history).items():
+            if number > 1:
+                yield f"{_named(pull)}: unit {unit} counts {number} times"
+
+
+def units_count_for_their_holder(history: History, rules: Rules) -> Iterator[str]:
+    """No push counts units that its lease was never handed out, or that another one was, later, before it was sent."""
+    claims: dict[int, list[Claimed]] = defaultdict(list)
+    for claim in history.claims:
+        for unit in claim.units:
+            claims[unit].append(claim)
+    for push in history.pushes.values():
+        if push.receipt is None or push.receipt.update is None:
+            continue
+        for unit in push.units:
+            own = [each.answered for each in claims[unit] if each.token == push.token and each.answered < push.began]
+            if not own:
+                yield f"push {push.coordinate} counts unit {unit}, which token {push.token} was not handed out"
+                continue
+            for other in claims[unit]:
+                if other.token != push.token and max(own) < other.asked and other.answered < push.began:
+                    yield (
+                        f"push {push.coordinate} counts unit {unit} under token {push.token}, though token "
+                        f"{other.token} had been handed it out before it was sent"
+                    )
+
+
+def data_tells_the_weights(history: History, rules: Rules) -> Iterator[str]:
+    """What a data set says to have counted is what is in the weights: each unit once in every pass that is done."""
+    for look in history.looks:
+        pull = next((each for each in history.pulls if (each.epoch, each.step) == (look.epoch, look.step)), None)
+        if pull is None:
+            continue
+        told = {of_pass: look.units for of_pass in range(look.passes_done + len(look.passes))}
+        told |= look.passes
+        told = {of_pass: done for of_pass, done in told.items() if done}
+        in_weights = _units_in(pull, history)
+        # A push that waits for another one has counted, and is not in the weights yet.
+        waiting = [push.units for push in _waiting(pull, history)] if rules.batch > 1 else []
+        found = [Counter(unit // look.units for unit in [*in_weights.elements(), *units]) for units in [(), *waiting]]
+        if told not in found:
+            yield f"{_named(pull)}: of passes {told} units are said to have counted, and {dict(found[0])} have"
+
+
 _LAWS: list[Callable[[History, Rules], Iterable[str]]] = [
     every_push_counts_once,
     steps_count_pushes,
@@ -194,6 +241,9 @@ _LAWS: list[Callable[[History, Rules], Iterable[str]]] = [
     readers_go_forward,
     tokens_rise,
     older_leases_are_fenced,
+    units_count_once,
+    units_count_for_their_holder,
+    data_tells_the_weights,
 ]
 
 
@@ -251,6 +301,21 @@ def _place(push: Push) -> float:
     """
     assert push.receipt is not None and push.receipt.update is not None
     return push.receipt.update - 0.5 * (push.receipt.decision == "accumulated")
+
+
+def _units_in(pull: Pull, history: History) -> Counter[int]:
+    """How often the weights have each unit."""
+    pushes = [push for coordinate in pull.values if (push := history.pushes.get(coordinate)) is not None]
+    return Counter(unit for push in pushes for unit in push.units)
+
+
+def _waiting(pull: Pull, history: History) -> Iterator[Push]:
+    """The pushes that may wait for another one at the step of a pull."""
+    for push in history.pushes.values():
+        if push.coordinate in pull.values or push.is_refused:
+            continue
+        if push.receipt is None or (push.receipt.decision == "accumulated" and push.receipt.step == pull.step):
+            yield push
 
 
 def _named(pull: Pull) -> str:

@@ -15,7 +15,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Attempt", "Grant", "History", "Pull", "Push", "Receipt", "Recorder", "as_ranges", "from_ranges", "read"]
+__all__ = [
+    "Attempt",
+    "Claimed",
+    "DataLook",
+    "Grant",
+    "History",
+    "Pull",
+    "Push",
+    "Receipt",
+    "Recorder",
+    "as_ranges",
+    "from_ranges",
+    "read",
+]
 
 Line = Mapping[str, Any]
 
@@ -118,6 +131,30 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Claimed:
+    """Units that a lease was handed out."""
+
+    token: int
+    units: tuple[int, ...]
+    asked: int
+    answered: int
+
+
+@dataclass(frozen=True)
+class DataLook:
+    """How the run's data set stood at a step, when nothing moved.
+
+    units: of a pass. passes_done: how many. passes: of those begun and not done, how many units had counted.
+    """
+
+    epoch: int
+    step: int
+    units: int
+    passes_done: int
+    passes: Mapping[int, int]
+
+
+@dataclass(frozen=True)
 class Pull:
     """Weights that were served: for each coordinate that is not zero, its values in the run's tensors."""
 
@@ -144,7 +181,8 @@ class History:
     faults: list[Line] = field(default_factory=list)
     seen: list[Line] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
-    units: dict[str, Any] = field(default_factory=dict)
+    claims: list[Claimed] = field(default_factory=list)
+    looks: list[DataLook] = field(default_factory=list)
 
     @classmethod
     def of(cls, lines: Iterable[Line]) -> History:
@@ -152,7 +190,7 @@ class History:
         history, begun, attempts = cls(), {}, {}
         for line in sorted(lines, key=lambda line: line["at"]):
             match line["kind"]:
-                case "ask" | "pulling":
+                case "ask" | "pulling" | "claiming":
                     begun[line["id"]] = line
                 case "send":
                     attempts[line["id"]] = history._sent(line)
@@ -175,8 +213,12 @@ class History:
                     history.seen.append(line)
                 case "stuck":
                     history.stuck.append(line["what"])
+                case "claimed":
+                    asked = begun[line["id"]]
+                    history.claims.append(Claimed(asked["token"], tuple(line["units"]), asked["at"], line["at"]))
                 case "data":
-                    history.units = dict(line["data"])
+                    place = line["epoch"], line["step"], line["units"], line["passes_done"]
+                    history.looks.append(DataLook(*place, {of_pass: done for of_pass, done in line["passes"]}))
         return history
 
     def _sent(self, line: Line) -> Attempt:

@@ -35,9 +35,15 @@ class Outcome:
     windows: Counter[str]
     pushes: int
     folder: Path
+    took_s: float
+
+    @property
+    def summary(self) -> str:
+        state = f"{len(self.faults)} objections" if self.faults else "sound"
+        return f"seed {self.schedule.seed}: {self.pushes} pushes, {self.took_s:.1f} s, {state}"
 
     def __str__(self) -> str:
-        lines = [f"seed {self.schedule.seed}: {self.schedule}", f"history: {self.folder / 'history'}"]
+        lines = [f"{self.summary}: {self.schedule}", f"history: {self.folder / 'history'}"]
         lines += [f"  {fault}" for fault in self.faults[:_MOST_LINES]]
         if len(self.faults) > _MOST_LINES:
             lines.append(f"  and {len(self.faults) - _MOST_LINES} more")
@@ -46,6 +52,7 @@ class Outcome:
 
 def run(schedule: Schedule, folder: Path, bug: str = "") -> Outcome:
     """Carries a schedule out in a new folder, and checks what came of it."""
+    began = time.monotonic()
     try:
         system = System(schedule, folder, bug)
         try:
@@ -56,9 +63,10 @@ def run(schedule: Schedule, folder: Path, bug: str = "") -> Outcome:
         stuck = []
     except TimeoutError as error:
         stuck = [f"stuck: {error}"]
+    took_s = time.monotonic() - began
     history = History.of(read(folder / "history"))
     rules = Rules(schedule.batch, schedule.shards, goes_back=schedule.durability != "journal")
-    return Outcome(schedule, stuck + check(history, rules), windows(history), len(history.pushes), folder)
+    return Outcome(schedule, stuck + check(history, rules), windows(history), len(history.pushes), folder, took_s)
 
 
 def _carry_out(schedule: Schedule, system: System) -> None:

@@ -68,12 +68,16 @@ def scheduled(seed: int) -> Schedule:
     kinds = ["kill", "stop", "segv", "gil", "point", "point", "point", "worker-kill", "worker-stop", "worker-twin"]
     kinds += ["cut", "delay", "half-close", "disk"]
     if store != "embedded":
-        kinds += ["store-cut", "store-delay"] + 2 * ["store-kill", "store-stop"]
-    kinds += ["store-flush", "store-flush", "store-scripts", "store-clients", "store-back"]
+        kinds += ["store-cut", "store-delay", "store-kill", "store-stop", "store-stop"]
+    kinds += ["store-kill", "store-flush", "store-flush", "store-scripts", "store-clients", "store-back"]
     faults = [_fault(chance, chance.choice(kinds), processes, workers) for _ in range(chance.randrange(2, 5))]
     if seed % 4 in (1, 2):
+        action = "power" if durability == "journal" else "kill"
         # Half of all schedules are for the moments between the receipt of a body and its answer.
-        point = f"{chance.choice(BETWEEN)} {chance.randrange(1, 6)} {'power' if durability == 'journal' else 'kill'}"
+        point = chance.choice(BETWEEN)
+        if action == "power" and chance.random() < 0.5:
+            point = "flushing"
+        point = f"{point} {chance.randrange(1, 6)} {action}"
         faults.append(Fault(round(chance.uniform(0.1, 1.0), 2), "point", chance.randrange(processes), detail=point))
     faults.sort(key=lambda fault: fault.at_s)
     ending = "restart" if seed % 3 == 0 else "none"

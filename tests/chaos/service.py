@@ -40,6 +40,8 @@ class Disk:
     """What was written to journals and not made durable, so that it can be lost."""
 
     def __init__(self) -> None:
+        self.before_sync: Callable[[], None] = lambda: None
+        """Called when something is written and is about to be made durable."""
         self.is_lying = False
         """Whether calls that make durable do nothing."""
         self._lock = threading.Lock()
@@ -54,6 +56,7 @@ class Disk:
             return written
 
     def _fdatasync(self, file: int) -> None:
+        self.before_sync()
         with self._lock:
             if not self.is_lying:
                 self._sync(file)
@@ -148,12 +151,22 @@ class FailPoints:
         setattr(owner, name, wrapped)
 
 
-BETWEEN = ("staged", "committing", "committed", "journaling", "journaled", "applying", "applied", "answering")
+BETWEEN = (
+    "staged",
+    "committing",
+    "committed",
+    "journaling",
+    "flushing",
+    "journaled",
+    "applying",
+    "applied",
+    "answering",
+)
 """Points on the way of a push, after its body has come and before its answer goes."""
 POINTS = ("admitted", *BETWEEN, "writing", "written")
 
 
-def put_points(points: FailPoints) -> None:
+def put_points(points: FailPoints, disk: Disk) -> None:
     points.around(RunPushes, "admit", after="admitted")
     points.around(Staging, "receive", after="staged")
     points.around(RunPushes, "commit", before="committing", after="committed")
@@ -161,6 +174,7 @@ def put_points(points: FailPoints) -> None:
     points.around(LocalShard, "push", after="answering")
     points.around_call(LocalStorage, "_write", before="writing", after="written")
     points.around_call(Journal, "_do_all", before="journaling", after="journaled")
+    disk.before_sync = lambda: points.reach("flushing")
 
 
 def _edit_scripts(edits: dict[str, list[tuple[str, str]]]) -> None:
@@ -207,6 +221,12 @@ def release_early(disk: Disk) -> None:
     Staging.receive = received  # type: ignore[method-assign]
 
 
+def repeat_units(disk: Disk) -> None:
+    """The units of a push that counts are handed out again."""
+    counted = ("  take_units(lease, units)\n  local counts", "  give_back(lease, units)\n  units = {}\n  local counts")
+    _edit_scripts({"commit": [counted]})
+
+
 def make_nothing_durable(disk: Disk) -> None:
     """A journal is written, and left to the system's memory."""
     disk.is_lying = True
@@ -216,6 +236,7 @@ BUGS: dict[str, Callable[[Disk], None]] = {
     "deduplication": forget_receipts,
     "fencing": fence_nobody,
     "release": release_early,
+    "units": repeat_units,
     "fsync": make_nothing_durable,
 }
 
@@ -229,7 +250,7 @@ def main() -> None:
     if bug := os.environ.get("CHAOS_BUG"):
         BUGS[bug](disk)
     points = FailPoints(Recorder(folder / f"{who}.jsonl", who), disk)
-    put_points(points)
+    put_points(points, disk)
 
     def obey() -> None:
         for line in sys.stdin:

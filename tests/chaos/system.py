@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from meanwhile import wait_until
 __all__ = ["System"]
 
 LEASE_MS, OWNER_S = 700, 1.0
+PATIENCE_S = 30.0
+"""After which a service that does not answer, or does not end, hangs."""
 SIZE = 4096
 """Coordinates, each for one push."""
 _BLOCK = 256
@@ -83,9 +86,13 @@ class System:
         self._create()
         self.workers = [self._start_worker(number) for number in range(schedule.workers)]
         # Faults come over what has begun.
-        wait_until(self._all_have_pushed, 0.05)
+        self._wait_until(self._all_have_pushed, 0.05)
 
     # Its parts
+
+    @staticmethod
+    def _wait_until(condition: Callable[[], bool], pause_s: float | None = None) -> None:
+        wait_until(condition, pause_s, PATIENCE_S)
 
     def _all_have_pushed(self) -> bool:
         files = list(self.history.glob("worker-*.jsonl"))
@@ -127,7 +134,7 @@ class System:
             command += ["--appendonly", "yes", "--appendfsync", "always"]
         with open(folder / "log", "ab") as log:
             self._store_process = subprocess.Popen(command, stdout=log)
-        wait_until(self._store_answers)
+        self._wait_until(self._store_answers)
 
     def _store_answers(self) -> bool:
         with suppress(RedisError), self.redis() as client:
@@ -183,7 +190,7 @@ class System:
                 return clients.http.put(clients.url(), json=spec).status_code in (200, 201)
             return False
 
-        wait_until(is_made)
+        self._wait_until(is_made)
 
         def is_initialized() -> bool:
             clients.initialize()
@@ -192,7 +199,8 @@ class System:
                 return answer.status_code == 200 and answer.json()["initialized"]
             return False
 
-        wait_until(is_initialized)
+        self._wait_until(is_initialized)
+        self.clients.create_data()
 
     # Faults
 
@@ -235,14 +243,21 @@ class System:
                 relay.cut()
             case "store-delay" if relay is not None:
                 relay.delay_s = 0.1
-            case "store-kill":
+            case "store-kill" if process is not None:
                 self._end_store()
+            case "store-kill":
+                self._kill_embedded_store()
             case "store-stop" if process is not None:
                 process.send_signal(signal.SIGSTOP)
             case _:
                 # A service that is down has no embedded store, and an external one may be.
                 with suppress(RedisError, ValueError, OSError), self.redis() as client:
                     self._command(client, fault)
+
+    def _kill_embedded_store(self) -> None:
+        """The service lives on, and has to start another one."""
+        with suppress(RedisError, ValueError, OSError), self.redis() as client:
+            os.kill(client.info("server")["process_id"], signal.SIGKILL)
 
     def _command(self, client: Redis, fault: Fault) -> None:
         match fault.kind:
@@ -277,7 +292,7 @@ class System:
                 self._free()
             case "store-delay" if relay is not None:
                 relay.free()
-            case "store-kill":
+            case "store-kill" if process is not None:
                 self._start_store()
             case "store-stop" if process is not None:
                 process.send_signal(signal.SIGCONT)
@@ -321,17 +336,32 @@ class System:
             worker.close_stdin()
         for worker in self.workers:
             worker.wait()
-        self._look()
+        self._look_at_data()
         if self.schedule.ending == "restart" and self.schedule.durability != "none":
             place = self._look()
             for service in self.services:
                 _signal(service, signal.SIGTERM)
             for service in self.services:
-                service.wait()
+                service.wait(PATIENCE_S)
             self.recorder.write("durable", epoch=place[0], step=place[1])
             for number in range(len(self.services)):
                 self.revive(number)
-            self._look()
+            self._look_at_data()
+
+    def _look_at_data(self) -> None:
+        """How much the data set says to have counted, and the weights of that moment, on every process."""
+
+        def is_at_rest() -> bool:
+            before = self.clients.data_counts()
+            place = self._look()
+            if before is None or self.clients.data_counts() != before:
+                return False
+            self.recorder.write("data", epoch=place[0], step=place[1], **before)
+            return True
+
+        # A run that has lost everything has no data set until a worker creates one.
+        self.clients.create_data()
+        self._wait_until(is_at_rest)
 
     def _look(self) -> tuple[int, int]:
         """Pulls x from each process, as soon as it answers; epoch and step of the last."""
@@ -343,7 +373,7 @@ class System:
                 place.extend([found] if found else [])
                 return found is not None
 
-            wait_until(answers)
+            self._wait_until(answers)
         return place[-1]
 
     def _end_services(self) -> None:
@@ -354,7 +384,7 @@ class System:
                 _signal(service, signal.SIGTERM)
         for service in self.services:
             with suppress(TimeoutError):
-                service.wait()
+                service.wait(PATIENCE_S)
             service.__exit__(None, None, None)
 
     def _end_workers(self) -> None:

@@ -23,6 +23,7 @@ OBJECTIONS = {
     "deduplication": ("counts [2.0", "has receipts that differ", "was decided 2 times"),
     "fencing": ("counts under token",),
     "release": ("counts [", "is missing"),
+    "units": ("counts 2 times",),
     "fsync": ("is missing", "is lost"),
 }
 """What tells of a bug."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,12 @@ from chaos.history import Recorder, as_ranges
 NAMES = ("a", "b", "c")
 """The run's tensors: of one length, so that each of three shards has one."""
 _TIMEOUT_S = 1.5
-_PATIENCE_S = 60.0
+_PATIENCE_S = 25.0
 """After which a push that nobody decides is stuck."""
+_DATA, _UNITS = "train", 9
+"""The run's data set, whose passes have no end, and the units of one."""
+_CLAIMS = 5
+"""How often a claim is sent that nobody answers."""
 _MEDIA = "application/vnd.safetensors"
 
 
@@ -85,6 +91,45 @@ class Clients:
         self.recorder.write("pulled", id=call, **place, whole=as_ranges(whole), value=value, odd=odd)
         return place["epoch"], place["step"]
 
+    def create_data(self) -> None:
+        with suppress(httpx.TransportError):
+            self.http.put(f"{self.url()}/data/{_DATA}", json={"length": _UNITS, "unit": 1, "passes": None})
+
+    def claim(self, lease: dict[str, Any], count: int) -> tuple[list[int], bool]:
+        """Units that the lease is handed out; whether the lease is still good, as far as is known."""
+        headers = {**_holder(lease), "Idempotency-Key": secrets.token_hex(8)}
+        call = self.recorder.begin("claiming", worker=lease["worker"], token=lease["token"])
+        for _ in range(_CLAIMS):
+            try:
+                answer = self.http.post(f"{self.url()}/data/{_DATA}/units", json={"count": count}, headers=headers)
+            except httpx.TransportError:
+                continue
+            if answer.status_code == 200:
+                units = [each["unit"] for each in answer.json()["units"]]
+                self.recorder.write("claimed", id=call, units=units)
+                return units, True
+            if answer.status_code == 404:
+                self.create_data()
+            elif answer.status_code in (409, 410):
+                return [], False
+        return [], True
+
+    def give_back(self, lease: dict[str, Any]) -> None:
+        with suppress(httpx.TransportError):
+            self.http.delete(f"{self.url()}/data/{_DATA}/units", headers=_holder(lease))
+
+    def data_counts(self) -> dict[str, Any] | None:
+        """How much of which passes has counted, None if the service does not say."""
+        try:
+            answer = self.http.get(f"{self.url()}/data/{_DATA}")
+        except httpx.TransportError:
+            return None
+        if answer.status_code != 200:
+            return None
+        status = answer.json()
+        passes = [[each["pass"], each["done"]] for each in status["passes"]]
+        return {"units": status["units"], "passes_done": status["passes_done"], "passes": passes}
+
     def checkpoint(self) -> None:
         """Asks for a checkpoint; its answer promises that it is kept."""
         try:
@@ -95,7 +140,9 @@ class Clients:
             made = answer.json()
             self.recorder.write("durable", epoch=made["epoch"], step=made["step"])
 
-    def send(self, coordinate: int, lease: dict[str, Any], taken_at: int, part: int | None = None) -> str:
+    def send(
+        self, coordinate: int, lease: dict[str, Any], taken_at: int, units: list[int], part: int | None = None
+    ) -> str:
         """One attempt at a push; how it ended: `receipt`, `refused` or `unknown`, and the reason."""
         names = NAMES if part is None else NAMES[part : part + 1]
         tensors = {name: torch.zeros(self.size) for name in names}
@@ -103,12 +150,14 @@ class Clients:
             each[coordinate] = -1.0
         headers = {
             "Content-Type": _MEDIA,
-            "Freestep-Lease": lease["lease"],
-            "Freestep-Token": str(lease["token"]),
+            **_holder(lease),
             "Freestep-Step": str(taken_at),
             "Idempotency-Key": f"push-{coordinate}",
         }
+        if units:
+            headers["Freestep-Units"] = f"{_DATA}={','.join(map(str, units))}"
         claim = {"worker": lease["worker"], "token": lease["token"], "epoch": lease["epoch"], "taken_at": taken_at}
+        claim["units"] = units
         call = self.recorder.begin("send", coordinate=coordinate, part=part, **claim)
         query = {} if part is None else {"shard": part, "of": len(NAMES)}
         body = safetensors.torch.save(tensors)
@@ -129,6 +178,10 @@ class Clients:
         end = "refused" if 400 <= answer.status_code < 500 and answer.status_code != 429 else "unknown"
         self.recorder.write(end, id=call, reason=reason)
         return f"{end} {reason}"
+
+
+def _holder(lease: dict[str, Any]) -> dict[str, str]:
+    return {"Freestep-Lease": lease["lease"], "Freestep-Token": str(lease["token"])}
 
 
 class Worker(Clients):
@@ -153,7 +206,11 @@ class Worker(Clients):
             epoch, step = max(seen, (lease["epoch"], lease["step"]))
             # A step of a later epoch than the lease's cannot be claimed.
             step = step if epoch == lease["epoch"] else lease["step"]
-            end = self.push_until_decided(first, lease, step)
+            units, is_good = self.choose_units(lease)
+            if not is_good:
+                lease = None
+                continue
+            end = self.push_until_decided(first, lease, step, units)
             if end.startswith("refused"):
                 lease = None
                 if end.endswith("run-not-initialized"):
@@ -161,27 +218,37 @@ class Worker(Clients):
             first += 1
             time.sleep(self.chance.uniform(0.0, self.given["pause_s"]))
 
-    def push_until_decided(self, coordinate: int, lease: dict[str, Any], step: int) -> str:
+    def choose_units(self, lease: dict[str, Any]) -> tuple[list[int], bool]:
+        """Units for the next push, and whether the lease is still good; some are given back, some pushes have none."""
+        if self.chance.random() < 0.1:
+            return [], True
+        units, is_good = self.claim(lease, self.chance.randrange(1, 4))
+        if units and self.chance.random() < 0.1:
+            self.give_back(lease)
+            units = []
+        return units, is_good
+
+    def push_until_decided(self, coordinate: int, lease: dict[str, Any], step: int, units: list[int]) -> str:
         begun = time.monotonic()
-        while (end := self.attempt(coordinate, lease, step)).startswith("unknown"):
+        while (end := self.attempt(coordinate, lease, step, units)).startswith("unknown"):
             if time.monotonic() - begun > _PATIENCE_S:
                 self.recorder.write("stuck", what=f"push {coordinate} was not decided in {_PATIENCE_S:g} s: {end}")
                 break
             time.sleep(self.chance.uniform(0.02, 0.1))
         return end
 
-    def attempt(self, coordinate: int, lease: dict[str, Any], step: int) -> str:
+    def attempt(self, coordinate: int, lease: dict[str, Any], step: int, units: list[int]) -> str:
         """The push as a whole, or its parts at once; sometimes twice at once, or again after its receipt."""
         way = self.chance.random()
         if self.given["shards"] > 1 and way < 0.5:
             parts = list(range(len(NAMES)))
             self.chance.shuffle(parts)
-            ends = self.together([(coordinate, lease, step, part) for part in parts])
+            ends = self.together([(coordinate, lease, step, units, part) for part in parts])
             # What one part was refused with, another may not know yet.
             return ends[0] if len(set(ends)) == 1 else f"unknown {ends}"
-        ends = self.together([(coordinate, lease, step, None)] * (2 if way > 0.9 else 1))
+        ends = self.together([(coordinate, lease, step, units)] * (2 if way > 0.9 else 1))
         if 0.7 < way < 0.9 and "receipt" in ends:
-            self.send(coordinate, lease, step)
+            self.send(coordinate, lease, step, units)
         return "receipt" if "receipt" in ends else ends[0] if len(set(ends)) == 1 else f"unknown {ends}"
 
     def together(self, calls: list[tuple[Any, ...]]) -> list[str]:
