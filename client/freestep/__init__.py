@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from freestep.optimizer import RemoteOptimizer
     from freestep.optimizer_states import export_state, import_state
     from freestep.run_state import RunState
+    from freestep.units import Units
     from freestep.wrapped_base import ScheduleFreeWrapper
 else:
     # Imported when first used: torch takes seconds to import, and the control plane does not need it.
@@ -42,6 +43,7 @@ else:
         "SGDScheduleFreeClosure": "freestep.closure_forms",
         "ScheduleFreeWrapper": "freestep.wrapped_base",
         "TopK": "freestep.encoders",
+        "Units": "freestep.units",
         "reestimate_batchnorm": "freestep.batchnorm",
         "export_state": "freestep.optimizer_states",
         "import_state": "freestep.optimizer_states",
@@ -86,6 +88,7 @@ __all__ = [
     "ScheduleFreeWrapper",
     "Snapshot",
     "TopK",
+    "Units",
     "__version__",
     "reestimate_batchnorm",
     "export_state",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from freestep.answers import Pulled
@@ -10,6 +10,7 @@ from freestep.api.models import AggregationSpec, Receipt
 from freestep.errors import DtypeOverflow, ProblemError, StepNotReached
 from freestep.lease import Claim
 from freestep.sharding import TRANSIENT
+from freestep.taken_units import TakenUnit
 from freestep.tensor_transfer import Exchange
 from freestep.worker_group import Batch
 
@@ -25,12 +26,14 @@ class InflightPush:
     """A push of one gradient, which may need several claims until its outcome is known.
 
     taken_at: the y at which the gradient was computed. batch: the samples that it was computed from.
+    units: the units of data among them.
     """
 
-    def __init__(self, taken_at: Pulled, batch: Batch, claim: Claim) -> None:
+    def __init__(self, taken_at: Pulled, batch: Batch, claim: Claim, units: Sequence[TakenUnit] = ()) -> None:
         self.taken_at = taken_at
         self.batch = batch
         self.claim = claim
+        self.units = units
         self._started: Exchange | None = None
 
     def start(self, exchange: Exchange) -> None:

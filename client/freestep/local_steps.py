@@ -172,6 +172,7 @@ class LocalSteps(RemoteOptimizer):
         self._gradients.check()
         result: float | None = self.inner.step(closure)
         self._round.add(samples, self._take_loss(loss, result))
+        self._progress.units.keep_for_round()
         if self._round.steps >= self._round.length:
             self.push()
         return result
@@ -199,6 +200,7 @@ class LocalSteps(RemoteOptimizer):
         try:
             self._worker_group.run_on_all(lambda: self._gradients.gather_difference(self._round.start))
         except DtypeOverflow:
+            self._progress.units.give_back(self._progress.units.take(self._run.name))
             self._restart()
             raise
         batch = self._gradients.average([batch])

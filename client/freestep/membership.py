@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -116,12 +117,16 @@ class Membership:
         self._held.append(lease)
         return lease.granted
 
-    def claim(self, taken_at: Pulled, batch: Batch) -> Claim:
-        """A claim for one new push of a gradient that was computed at the y `taken_at`."""
+    def claim(self, taken_at: Pulled, batch: Batch, units: Mapping[str, Sequence[int]] | None = None) -> Claim:
+        """A claim for one new push of a gradient that was computed at the y `taken_at`, and on these units of data."""
         samples, loss, speed = batch.samples, batch.loss, batch.speed
         return self._worker_group.run_on_first(
-            lambda: self._held[0].claim(taken_at.step, samples=samples, loss=loss, speed=speed)
+            lambda: self._held[0].claim(taken_at.step, samples=samples, loss=loss, speed=speed, units=units)
         )
+
+    def leave(self) -> None:
+        """Ends the current lease, so that nobody waits for this worker; the next claim under it is refused."""
+        self._worker_group.run_on_first(lambda: self._held[0].release())
 
     def is_lost(self) -> bool:
         """True if the current lease is known to have ended."""

@@ -26,10 +26,13 @@ from freestep.errors import (
     EvalMode,
     FreestepError,
     LeaseExpired,
+    MalformedTensors,
     ManifestMismatch,
     NoGradients,
+    NonFiniteGradient,
     RunNotInitialized,
     StepNotReached,
+    UnitNotHeld,
 )
 from freestep.flat import Flat
 from freestep.gradients import Gradients, PushFormat
@@ -52,6 +55,7 @@ from freestep.resume import OnMissing, way_to_resume
 from freestep.run import Run
 from freestep.run_request import RunRequest
 from freestep.saved_state import SavedPlace, residual_by_parameter, saved_residual
+from freestep.taken_units import TakenUnit, by_name
 from freestep.uncompiled import uncompiled
 from freestep.update_wait import FIRST_WAIT_S, log_update_wait
 from freestep.weights_guard import WeightsGuard
@@ -304,6 +308,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _join(self) -> None:
         """Takes a lease and loads the run's y; uploads this model's weights if the run has none."""
         self._membership.take_lease()
+        self._load_first()
+
+    def _load_first(self) -> None:
         while True:
             try:
                 self._load("y")
@@ -409,18 +416,29 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return reported
 
     def _push(self, taken_at: Pulled, batch: Batch, overlap: bool) -> None:
+        units = self._progress.units.take(self._run.name)
         if taken_at.epoch < self._membership.granted.epoch:
             # The push before this one, which was in flight, found the run in a new epoch.
             self._rejoin("epoch-changed")
             return
-        push = InflightPush(taken_at, batch, self._membership.claim(taken_at, batch))
+        if any(unit.lease.lease != self._membership.granted.lease for unit in units):
+            self._drop_with_units(units)
+            return
+        push = InflightPush(taken_at, batch, self._membership.claim(taken_at, batch, by_name(units)), units)
         if overlap:
             push.start(
                 self._run.begin_exchange(self._gradients.body, push.claim, self._receive_buffer, wait=self._waits)
             )
             self._progress.inflight = push
-        else:
+            return
+        try:
             self._finish_push(push)
+        except Exception as error:
+            if push.is_unresolved(error):
+                self._progress.units.restore(units)
+            else:
+                self._open_units(push, error)
+            raise
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -442,6 +460,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                     push.resend()
                 else:
                     self._progress.inflight = None
+                    self._open_units(push, error)
                 raise
             self._progress.inflight = None
 
@@ -463,11 +482,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 # It was not applied and will not be under that lease; in the same epoch the gradient is still good.
                 self._membership.replace_lost_lease()
                 if self._membership.granted.epoch == push.taken_at.epoch:
+                    if push.units:
+                        self._drop_with_units(push.units)
+                        return
                     push.renew(self._membership.claim(push.taken_at, push.batch))
                     continue
                 self._rejoin("epoch-changed")
             except (EpochChanged, RunNotInitialized) as error:
                 self._rejoin(error.slug)
+            except UnitNotHeld:
+                self._drop_with_units(push.units)
             else:
                 self._progress.receipt = receipt
                 self._load_received(pulled, came_with_push=True)
@@ -483,6 +507,33 @@ class RemoteOptimizer(torch.optim.Optimizer):
         logger.warning("the run %s dropped a push (%s) and is joined again", self._run.name, reason)
         self._join()
         self._progress.receipt = Receipt(decision="dropped", reason=reason, step=self.loaded.step, staleness=0)
+
+    def _drop_with_units(self, units: Sequence[TakenUnit]) -> None:
+        """Drops a gradient some of whose units others have by now, and have perhaps counted."""
+        logger.warning(
+            "a push to the run %s is dropped, since the lease of this worker has lost units of data that its gradient "
+            "was taken on: they are others' now",
+            self._run.name,
+        )
+        self._progress.units.give_back(unit for unit in units if unit.lease.lease == self._membership.granted.lease)
+        self._load("y")
+        self._progress.receipt = Receipt(decision="dropped", reason="unit-not-held", step=self.loaded.step, staleness=0)
+
+    def _open_units(self, push: InflightPush, error: Exception) -> None:
+        """Gives back the units of a push that was refused, unless the service has opened them itself."""
+        if not isinstance(error, (NonFiniteGradient, MalformedTensors)):
+            self._progress.units.give_back(push.units)
+
+    def _note_units(self, units: Sequence[TakenUnit]) -> None:
+        """Notes that the next gradient is taken on units; none where a unit that goes on is in it."""
+        self._progress.units.add(units, self._gradients.versions())
+
+    def _regain_lease(self) -> None:
+        """Takes a lease in place of one that has ended, and y where the run has gone back meanwhile."""
+        self.flush()
+        self._membership.replace_lost_lease()
+        if self._membership.granted.epoch != self.loaded.epoch:
+            self._load_first()
 
     def _require_same_spec(self) -> None:
         """Warns if the run is another one of its name by now; raises ManifestMismatch if that has another spec."""
@@ -643,6 +694,21 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._receive_buffer.scatter(self._tensors)
 
     # torch.optim.Optimizer
+
+    @uncompiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients; units of data whose gradients no `step` has pushed are given back.
+
+        Args:
+            set_to_none: As for any torch optimizer.
+        """
+        units = self._progress.units
+        unused = units.drop_used(self._gradients.versions()) if units.has_any() else []
+        super().zero_grad(set_to_none)
+        if units.has_any():
+            units.note_cleared(self._gradients.versions())
+        if unused:
+            units.give_back(unused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises FreestepError: a run's parameters are fixed when it is created.

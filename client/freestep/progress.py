@@ -9,6 +9,7 @@ from torch import Tensor
 from freestep.answers import Pulled
 from freestep.api.models import Receipt
 from freestep.inflight_push import InflightPush
+from freestep.taken_units import TakenUnits
 
 __all__ = ["Progress"]
 
@@ -37,3 +38,5 @@ class Progress:
     """The push whose answer has not been received, with overlap."""
     loss: float | Tensor | None = None
     """The loss that the next push reports, set from outside `step`."""
+    units: TakenUnits = field(default_factory=TakenUnits)
+    """The units of data that the next push names."""

@@ -1,0 +1,310 @@
+"""Units: weights count which examples moved them, and how often."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from freestep import DataExists, FreestepError, LocalSteps, NonFiniteGradient, RemoteOptimizer, Run, Units
+from meanwhile import under_way, wait_until
+
+LENGTH = 50
+Make = Callable[..., RemoteOptimizer]
+
+
+class Counts(nn.Module):
+    """A parameter for each example, which each step that is taken on it makes larger by 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = nn.Parameter(torch.zeros(LENGTH))
+
+    def backward(self, examples: Any) -> None:
+        (-self.count[torch.as_tensor(list(examples))].sum()).backward()
+
+
+class Numbers(Dataset[int]):
+    """Example i is i."""
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Stream(IterableDataset[int]):
+    """No items by index."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(LENGTH))
+
+
+def train(model: Counts, optimizer: RemoteOptimizer, loop: Any, **options: Any) -> None:
+    for examples in loop:
+        optimizer.zero_grad()
+        model.backward(examples)
+        optimizer.step(**options)
+    optimizer.flush()
+
+
+def counted(run: Run) -> set[float]:
+    return set(run.pull("y")[0]["count"].tolist())
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_example_counts_once_a_pass(remotely: Make, run: Run, overlap: bool) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=4, passes=3)
+    train(model, optimizer, units, overlap=overlap)
+    assert units.exhausted and counted(run) == {3.0}
+    assert run.status().step == 39 and units.status().examples_done == 150
+    assert list(units) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("batch_size", "unit", "steps"), [(4, 4, 26), (8, 4, 14), (3, 8, 38)])
+def test_batches_of_a_loader_carry_their_units(
+    remotely: Make, run: Run, workers: int, batch_size: int, unit: int, steps: int
+) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=unit, passes=2)
+    train(model, optimizer, units.loader(Numbers(), batch_size=batch_size, num_workers=workers))
+    assert units.exhausted and counted(run) == {2.0}
+    # Batches of several units may be shorter where units have not arrived yet.
+    assert run.status().step == steps if batch_size <= unit else run.status().step >= steps - 1
+
+
+def test_workers_share_units(remotely: Make, run: Run) -> None:
+    models = [Counts(), Counts()]
+    optimizers = [remotely(model, worker=f"worker-{number}") for number, model in enumerate(models)]
+    calls = []
+    for model, optimizer in zip(models, optimizers, strict=True):
+        units = Units(optimizer, LENGTH, unit=2, passes=4)
+        calls.append(under_way(lambda model=model, optimizer=optimizer, units=units: train(model, optimizer, units)))  # type: ignore[misc]
+    for call in calls:
+        call.result()
+    assert counted(run) == {4.0} and run.data().status().exhausted
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loop_that_is_left_gives_back_what_it_has_not_begun(remotely: Make, run: Run, workers: int) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=2)
+    loader = units.loader(Numbers(), batch_size=2, num_workers=workers)
+    for taken, examples in enumerate(loader):
+        if taken == 5:
+            break
+        optimizer.zero_grad()
+        model.backward(examples)
+        optimizer.step()
+    # The batch that was delivered last has no step yet.
+    assert units.status().out == 1 and units.status().done == 5
+    train(model, optimizer, loader)
+    assert counted(run) == {1.0} and units.exhausted
+
+
+def test_a_skipped_step_gives_its_units_back(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    skipped: list[range] = []
+    for examples in Units(optimizer, LENGTH, unit=5):
+        optimizer.zero_grad()
+        model.backward(examples)
+        if not skipped:
+            # As a GradScaler does that found infinity.
+            skipped.append(examples)
+            continue
+        optimizer.step()
+    assert counted(run) == {1.0} and run.status().step == 10
+
+
+def test_units_of_accumulated_gradients_go_with_their_step(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=5)
+    ranges = iter(units)
+    optimizer.zero_grad()
+    for _ in range(3):
+        model.backward(next(ranges))
+    optimizer.step()
+    assert units.status().done == 3
+    # Seven are left, which are no multiple of three: the loop ends where it would have to wait for itself.
+    for number, examples in enumerate(ranges):
+        if number % 3 == 0:
+            optimizer.zero_grad()
+        model.backward(examples)
+        if number % 3 == 2:
+            optimizer.step()
+    assert not units.exhausted and units.status().out == 1
+    optimizer.step()
+    assert list(units) == [] and units.exhausted and counted(run) == {1.0}
+
+
+def test_units_of_a_refused_push_are_others(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    refused = 0
+    for examples in Units(optimizer, LENGTH, unit=5):
+        optimizer.zero_grad()
+        model.backward(examples)
+        if not refused:
+            refused += 1
+            assert model.count.grad is not None
+            model.count.grad[0] = torch.nan
+            with pytest.raises(NonFiniteGradient):
+                optimizer.step()
+            continue
+        optimizer.step()
+    assert refused and counted(run) == {1.0}
+
+
+def test_a_push_whose_units_are_lost_is_dropped(remotely: Make, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=5)
+    for number, examples in enumerate(units):
+        optimizer.zero_grad()
+        model.backward(examples)
+        if number in (2, 5):
+            optimizer._membership.leave()
+        optimizer.step()
+        if number in (2, 5):
+            assert optimizer.receipt is not None and optimizer.receipt.reason == "unit-not-held"
+    assert counted(run) == {1.0} and units.exhausted
+    assert "others' now" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_goes_back_takes_its_units_back(remotely: Make, run: Run, workers: int) -> None:
+    model = Counts()
+    optimizer = remotely(model, durability="checkpoint")
+    units = Units(optimizer, LENGTH, unit=2)
+    went_back = False
+    for number, examples in enumerate(units.loader(Numbers(), batch_size=2, num_workers=workers)):
+        if number == 3:
+            run.checkpoint()
+        if number == 7 and not went_back:
+            went_back = True
+            run.restore(3)
+        optimizer.zero_grad()
+        model.backward(examples)
+        optimizer.step()
+    assert went_back and counted(run) == {1.0} and units.exhausted
+
+
+def test_a_round_of_local_steps_pushes_its_units(locally: Callable[..., LocalSteps], run: Run) -> None:
+    model = Counts()
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = locally(model, inner, every=4, lr=1.0, momentum=0.0)
+    units = Units(optimizer, LENGTH, unit=5)
+    while not units.exhausted:
+        for examples in units:
+            optimizer.zero_grad()
+            model.backward(examples)
+            optimizer.step()
+        optimizer.push()
+    assert counted(run) == {1.0} and run.status().step == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_who_wait_for_each_others_pushes_share_units(remotely: Make, run: Run, workers: int) -> None:
+    models = [Counts(), Counts()]
+    optimizers = [remotely(model, aggregation="sync", worker=f"worker-{n}") for n, model in enumerate(models)]
+    seen: list[int] = []
+
+    def work(model: Counts, optimizer: RemoteOptimizer) -> None:
+        units = Units(optimizer, LENGTH, unit=2)
+        for examples in units.loader(Numbers(), batch_size=2, num_workers=workers):
+            seen.extend(examples.tolist())
+            optimizer.zero_grad()
+            model.backward(examples)
+            optimizer.step()
+        optimizer.close()
+
+    calls = [under_way(lambda pair=pair: work(*pair)) for pair in zip(models, optimizers, strict=True)]  # type: ignore[misc]
+    for call in calls:
+        call.result()
+    status = run.data().status()
+    assert status.exhausted and sorted(set(seen)) == list(range(LENGTH))
+
+
+def test_who_has_nothing_left_waits_for_what_others_give_back(remotely: Make, run: Run) -> None:
+    first, second = Counts(), Counts()
+    holder, waiting = remotely(first, worker="holder"), remotely(second, worker="waiting")
+    units = Units(waiting, LENGTH, unit=5)
+    lease = run.data()
+    held = lease.claim(holder._membership.granted, 3).units
+    call = under_way(lambda: train(second, waiting, units))
+    wait_until(lambda: lease.status().done == 7)
+    assert not call.done()
+    lease.give_back(holder._membership.granted, [each.unit for each in held])
+    call.result()
+    assert counted(run) == {1.0}
+
+
+def test_a_step_without_a_unit_is_warned_of_once(remotely: Make, caplog: pytest.LogCaptureFixture) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    with caplog.at_level(logging.WARNING, "freestep"):
+        for examples in Units(optimizer, 10, unit=5):
+            for _ in range(2):
+                optimizer.zero_grad()
+                model.backward(examples)
+                optimizer.step()
+    assert caplog.text.count("on no new unit") == 1
+
+
+def test_what_cannot_be_is_refused(remotely: Make, home_free: RemoteOptimizer, run: Run) -> None:
+    optimizer = remotely(Counts())
+    units = Units(optimizer, LENGTH, unit=4)
+    with pytest.raises(DataExists):
+        Units(optimizer, LENGTH, unit=5)
+    for options, message in [
+        ({"batch_size": 6}, "whole units"),
+        ({"batch_size": 0}, "from 1"),
+        ({"batch_size": 4, "in_order": False}, "in_order"),
+        ({"batch_size": 4, "ahead": -1}, "ahead"),
+    ]:
+        with pytest.raises(FreestepError, match=message):
+            units.loader(Numbers(), **options)
+    with pytest.raises(FreestepError, match="by index"):
+        units.loader(Stream(), batch_size=4)
+    with pytest.raises(FreestepError, match="50 examples"):
+        Units(optimizer, 10, unit=4, name="short").loader(Numbers(), batch_size=4)
+    with pytest.raises(FreestepError, match="local"):
+        Units(home_free, LENGTH, unit=4)
+    with pytest.raises(FreestepError, match="SGD"):
+        Units(torch.optim.SGD(Counts().parameters()), LENGTH, unit=4)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def home_free() -> Iterator[RemoteOptimizer]:
+    """An optimizer without a service."""
+    with RemoteOptimizer(Counts(), url="local", algorithm="sgd", lr=1.0, aggregation="async") as optimizer:
+        yield optimizer
+
+
+def test_loops_that_take_a_batch_ahead_push_the_units_of_the_one_before(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=5)
+    batches = iter(units.loader(Numbers(), batch_size=5, ahead=1))
+    batch = next(batches)
+    while batch is not None:
+        following = next(batches, None)
+        optimizer.zero_grad()
+        model.backward(batch)
+        optimizer.step()
+        assert units.status().done == run.status().step
+        batch = following
+    assert list(units) == [] and counted(run) == {1.0}
