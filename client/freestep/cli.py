@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport, RunStatus
 from freestep.client import DEFAULT_URL
+from freestep.commands.data import data
 from freestep.commands.doctor import doctor
 from freestep.commands.evaluate import evaluate
 from freestep.commands.pull import pull
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 runs = typer.Typer(help="List, show, move, reshard and delete runs.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
+app.add_typer(data, name="data")
 app.add_typer(tokens, name="tokens")
 
 
