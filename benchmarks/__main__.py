@@ -28,6 +28,7 @@ NAMES = (
     "workers",
     "journal",
     "leases",
+    "units",
     "crowd",
     "startup",
     "sweep",
