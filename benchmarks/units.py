@@ -35,7 +35,6 @@ def report(options: Options) -> Report:
                 without_ms.append(1e3 * took[plain])
     name = f"a step of {PARAMETERS / 1e6:g}M parameters"
     return Report(
-        "Units of data",
         [
             Figure.of(f"{name}, without units", without_ms, "ms"),
             Figure.of(f"{name}, with a unit for each, of that", ratios, "×", most=MOST),

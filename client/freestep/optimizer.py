@@ -823,6 +823,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self.loaded.point != "y":
             raise EvalMode(f"the model contains x: call train() before {call}()")
 
+    @property
+    def _is_open(self) -> bool:
+        """Whether this process made the optimizer, and it was not closed."""
+        return self._process == os.getpid() and self._finalizer.alive
+
     def _require_open(self) -> None:
         if self._process != os.getpid():
             raise Closed(

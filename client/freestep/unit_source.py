@@ -58,7 +58,8 @@ class UnitSource:
         return self._optimizer._membership.granted.lease
 
     def begin(self) -> None:
-        """Gives back what an earlier loop was handed and no push has named."""
+        """Gives back what an earlier loop was handed and no push has named. Raises Closed with the optimizer."""
+        self._optimizer._require_open()
         units = self._optimizer._progress.units
         units.give_back(units.drop_all(self.data))
 
@@ -68,6 +69,9 @@ class UnitSource:
 
     def give_back(self, begun: Sequence[StockedUnit] = ()) -> None:
         """Gives back what is in stock, and units that never got to the training loop."""
+        if not self._optimizer._is_open:
+            # A loop that outlives the optimizer, whose lease has given all back, or one in a fork.
+            return
         left = [*begun, *self._stock.empty()]
         self._optimizer._progress.units.give_back(self._taken(each) for each in left if each.lease.lease == self.lease)
 

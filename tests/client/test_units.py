@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from freestep import DataExists, FreestepError, LocalSteps, NonFiniteGradient, RemoteOptimizer, Run, Units
+from freestep import Closed, DataExists, FreestepError, LocalSteps, NonFiniteGradient, RemoteOptimizer, Run, Units
 from meanwhile import under_way, wait_until
 
 LENGTH = 50
@@ -250,6 +250,21 @@ def test_who_has_nothing_left_waits_for_what_others_give_back(remotely: Make, ru
     lease.give_back(holder._membership.granted, [each.unit for each in held])
     call.result()
     assert counted(run) == {1.0}
+
+
+def test_a_loop_may_outlive_its_optimizer(remotely: Make, run: Run) -> None:
+    optimizer = remotely(Counts())
+    units = Units(optimizer, LENGTH, unit=5)
+    ranges, batches = iter(units), iter(units.loader(Numbers(), batch_size=5))
+    next(ranges)
+    optimizer.close()
+    wait_until(lambda: run.data().status().out == 0)
+    # Nothing is sent, which would fail.
+    ranges.close()  # type: ignore[attr-defined]
+    with pytest.raises(Closed):
+        next(batches)
+    with pytest.raises(Closed):
+        list(units)
 
 
 def test_a_step_without_a_unit_is_warned_of_once(remotely: Make, caplog: pytest.LogCaptureFixture) -> None:
