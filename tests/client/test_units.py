@@ -252,6 +252,26 @@ def test_who_has_nothing_left_waits_for_what_others_give_back(remotely: Make, ru
     assert counted(run) == {1.0}
 
 
+def test_what_a_slow_worker_has_read_too_late_is_redone_by_others(remotely: Make, run: Run) -> None:
+    models = Counts(), Counts()
+    policy = {"policy": "ringmaster", "max_staleness": 1}
+    slow, fast = (remotely(model, aggregation=policy, worker=name) for model, name in zip(models, "sf", strict=True))
+    late = iter(Units(slow, LENGTH, unit=5))
+    slow_range = next(late)
+    models[0].backward(slow_range)
+    ranges, seen = iter(Units(fast, LENGTH, unit=5)), []
+    for examples in ranges:
+        seen.append(examples)
+        fast.zero_grad()
+        models[1].backward(examples)
+        fast.step()
+        if len(seen) == 3:
+            slow.step()
+            assert slow.receipt is not None and (slow.receipt.decision, slow.receipt.reason) == ("dropped", "stale")
+            late.close()  # type: ignore[attr-defined]
+    assert slow_range in seen and counted(run) == {1.0}
+
+
 def test_a_loop_may_outlive_its_optimizer(remotely: Make, run: Run) -> None:
     optimizer = remotely(Counts())
     units = Units(optimizer, LENGTH, unit=5)
