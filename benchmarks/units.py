@@ -1,7 +1,7 @@
 """What units of data cost a worker: its steps in windows that alternate between with and without them.
 
-Taking a unit includes the wait for a claim, where the stock is empty. Claims ahead, and what the service has to do for a
-push that names a unit, are in the whole steps only, which see the rest of the machine too.
+Taking a unit includes the wait for a claim, where the stock is empty. Claims ahead, and what the service has to do for
+a push that names a unit, are in the whole steps only, which see the rest of the machine too.
 """
 
 from __future__ import annotations

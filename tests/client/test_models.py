@@ -185,7 +185,7 @@ INVALID = [
     ("groups.slow.base", WRAPPED | {"groups": {"slow": {"base": {"amsgrad": True}}}}),
     ("groups.slow.base", WRAPPED | {"groups": {"slow": {"base": 3}}}),
     ("lease_ttl_ms", spec(lease_ttl_ms=1)),
-    ("durability", spec(durability="journal")),
+    ("durability", spec(durability="disk")),
     ("shards", spec(shards=257)),
     ("optimiser", spec(optimiser={})),
 ]

@@ -356,7 +356,9 @@ def test_a_push_whose_lease_runs_out_on_the_way_is_discarded(api: Api, service: 
     assert after["points"] == before
     assert after["status"]["pushes"] == {"applied": 0, "accumulated": 0, "dropped": 0}
     left = {key.rpartition(":")[2] for key in after["redis"]}
-    assert not left & {"pending", "receipts", "group", "log"}
+    assert not left & {"pending", "group", "log"}
+    # The mark alone.
+    assert after["redis"][api.redis_key("receipts")] == {"": ""}
 
 
 def test_a_push_that_a_restore_overtakes_is_discarded(api: Api, service: ThreadService) -> None:

@@ -85,7 +85,7 @@ def test_defaults_of_a_spec(api: Api) -> None:
         ("parameters.0.name", {"parameters": [{"name": "__metadata__", "shape": [1]}]}),
         ("lease_ttl_ms", {"lease_ttl_ms": 1}),
         ("shards", {"shards": 257}),
-        ("durability", {"durability": "journal"}),
+        ("durability", {"durability": "disk"}),
         ("colour", {"colour": "blue"}),
     ],
 )
@@ -197,7 +197,7 @@ def test_redis_can_be_read_by_a_person(api: Api, service: ThreadService) -> None
     assert dump[f"{prefix}leases"] == ["reader"]
     assert dump[f"{prefix}workers"] == {"reader": lease["lease"]}
     assert dump[f"{prefix}lease:{lease['lease']}"]["pushes"] == "1"
-    assert list(dump[f"{prefix}receipts"]) == ["a-key"]
+    assert list(dump[f"{prefix}receipts"]) == ["", "a-key"]
     assert dump[f"{prefix}log"][0][0] == "1-0"
 
 
@@ -269,6 +269,9 @@ def test_health_and_documents(api: Api) -> None:
         "/v1/runs",
         "/v1/runs/{run}",
         "/v1/runs/{run}/topology",
+        "/v1/runs/{run}/data",
+        "/v1/runs/{run}/data/{name}",
+        "/v1/runs/{run}/data/{name}/units",
         "/v1/runs/{run}/reshard",
         "/v1/runs/{run}/state",
         "/v1/runs/{run}/metrics",

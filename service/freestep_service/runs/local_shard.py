@@ -219,7 +219,9 @@ class LocalShard:
             body = JournaledBody(part, context.resources.disk)
             staged = await staging.receive(body, vector, accepted_encodings(context.spec.aggregation))
         claim = Claim("", 0, 0, entry["key"]) if part is None else part.claim
-        distances = torch.tensor(entry["distances"], dtype=torch.float64) if "distances" in entry else None
+        distances = (
+            torch.tensor(entry["distances"], dtype=torch.float64, device="cpu") if "distances" in entry else None
+        )
         self.core.writer.submit(
             committed_push(context.spec, claim, staged, record, {}, members=entry, distances=distances)
         )
