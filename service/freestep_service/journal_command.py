@@ -147,8 +147,8 @@ def _verdict(found: Examination) -> dict[str, Any]:
 
 def _told(done: Repair) -> str:
     kept = f"entries {done.first} to {done.last}" if done.last else "no entries"
-    # Of an entry that cannot be read, nobody can tell the number.
-    lost = f"entries {done.lost[0]} to {done.lost[-1]}" if done.lost else "no entry that can be read"
+    # Of what cannot be read, nobody can tell how many entries it was.
+    lost = f"entries {done.lost[0]} to {done.lost[-1]} and what cannot be read" if done.lost else "what is behind them"
     pushes = ", ".join(f"{count} of {worker}" for worker, count in sorted(done.pushes.items()))
     aside = ", ".join(path.name for path in done.aside)
     return (

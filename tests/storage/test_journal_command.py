@@ -1,0 +1,101 @@
+"""`freestep journal`, on journals in a directory as a service leaves them."""
+
+from __future__ import annotations
+
+import json
+import queue
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from freestep_service.domain.records import CheckpointId, Claim, Record
+from freestep_service.journal_command import main
+from freestep_service.storage.journal import Journal
+from freestep_service.storage.journal_format import Frame, Kind
+from freestep_service.storage.journal_reader import chain, frames, read_journal
+from meanwhile import DEADLINE_S
+
+ELEMENTS = "000000000000000-000000000000008"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """The journal of a run's one shard, with four entries."""
+    told: queue.Queue[Callable[[], None]] = queue.Queue()
+    journal = Journal(tmp_path / "journal" / "run" / ELEMENTS, "run", "id", told.put)
+    journal.take_over()
+
+    def wait(act: Callable[[Callable[[Exception | None], None]], object]) -> None:
+        outcomes: list[Exception | None] = []
+        act(outcomes.append)
+        while not outcomes:
+            told.get(timeout=DEADLINE_S)()
+        assert outcomes == [None]
+
+    wait(lambda done: journal.begin(1, CheckpointId(1, 0, 0), 0, done))
+    for seq in range(1, 5):
+        body, key = bytes([seq]) * 100, f"key-{seq}"
+        wait(lambda done: journal.make_room(100, done) and done(None))
+        part = journal.part(Claim("lease", 1, seq - 1, key), len(body))
+        part.write(memoryview(body))
+        part.finish(xxhash.xxh3_128_hexdigest(body))
+        record = Record("lease 1", {}, "applied", seq, 0, seq, 1, "worker", 1)
+        members = {"epoch": 1, "seq": seq, "step": seq, "advance": True, "key": key, "record": record.to_json()}
+        wait(lambda done, members=members: journal.entry({**members, "counts": True}, done))  # type: ignore[misc]
+    journal.close()
+    return journal.directory
+
+
+def damage(directory: Path, seq: int) -> None:
+    """Breaks an entry that was on disk when later ones were written."""
+    path = chain(directory)[-1][1]
+    entry = [frame for frame in frames(path) if isinstance(frame, Frame) and frame.kind == Kind.ENTRY][seq - 1]
+    data = bytearray(path.read_bytes())
+    data[entry.at + 45] ^= 1
+    path.write_bytes(data)
+
+
+def run(tmp_path: Path, *arguments: str) -> int:
+    """Runs the command; its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--data-dir", str(tmp_path)])
+    return int(ended.value.code or 0)
+
+
+def test_a_sound_journal_is_verified_and_shown(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "verify") == 0
+    assert f"elements {ELEMENTS}" in (line := capsys.readouterr().out)
+    assert "entries 1-4" in line
+    assert run(tmp_path, "show", "run", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)[ELEMENTS]
+    assert [row["kind"] for row in shown] == ["begin", *["part", "entry"] * 4]
+    assert [row["seq"] for row in shown if row["kind"] == "entry"] == [1, 2, 3, 4]
+    assert run(tmp_path, "show", "run", "--shard", "0", "--last", "1") == 0
+    assert "applied" in (table := capsys.readouterr().out)
+    assert len(table.splitlines()) == 3
+    assert run(tmp_path, "repair", "run") == 1
+    assert "nothing to repair" in capsys.readouterr().err
+    assert run(tmp_path, "show", "other") == 1
+    assert "no journal of run other" in capsys.readouterr().err
+
+
+def test_a_damaged_journal_is_repaired(tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(directory, 3)
+    assert run(tmp_path, "verify", "run") == 1
+    assert "is damaged" in capsys.readouterr().out
+    assert run(tmp_path, "repair", "run") == 0
+    assert "kept entries 1 to 2; lost what is behind them; set aside: " in capsys.readouterr().out
+    assert [entry.seq for entry in read_journal(directory).entries] == [1, 2]
+    assert len(list(directory.glob("*.damaged"))) == 1
+    assert run(tmp_path, "verify", "run") == 0
+
+
+def test_a_journal_is_given_up(tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "repair", "run", "--discard") == 0
+    assert "kept no entries; lost entries 1 to 4" in capsys.readouterr().out
+    assert read_journal(directory).epoch == 0
+    assert run(tmp_path, "repair", "run", "--discard") == 1
