@@ -163,7 +163,9 @@ def _recovery(recoveries: int, seconds: float) -> tuple[list[Figure], list[str]]
                     raise RuntimeError(f"{len(window.pushes)} pushes were acknowledged, and {counts[-1]} are there")
                 client.run(_RUN).checkpoint()
     start = median(alone)
-    replayed = [count / max(seconds - start, 0.001) for count, seconds in zip(counts, behind, strict=True)]
+    if min(behind) <= start:
+        raise RuntimeError("a replay took no longer than a start takes by itself: push for longer")
+    replayed = [count / (seconds - start) for count, seconds in zip(counts, behind, strict=True)]
     ratios = [ours / its for its, ours in zip(rates, replayed, strict=True)]
     name = f"{SMALL / 1e6:g}M"
     figures = [
