@@ -137,6 +137,11 @@ class Loading:
             offers = await self.offers(core.index, self._shards.count)
             if live is None:
                 closed = core.closed = core.closed or await self._take_closed(begin, end)
+            if core.journal is not None and live is None and closed is None and offers and "recut" not in view.run:
+                logger.error(
+                    "run %s: shard %d has no journal here: what was acknowledged since its newest checkpoint is lost",
+                    self._context.name, core.index,
+                )  # fmt: skip
         epoch = max(self.newest_epoch, writer.epoch, (await self._stored())[0])
         return Report(epoch, core.initialized, live, closed, offers, problem, core.journal is not None, entries)
 
