@@ -71,9 +71,9 @@ def scheduled(seed: int) -> Schedule:
         kinds += ["store-cut", "store-delay", "store-kill", "store-stop", "store-stop"]
     kinds += ["store-kill", "store-flush", "store-flush", "store-scripts", "store-clients", "store-back"]
     faults = [_fault(chance, chance.choice(kinds), processes, workers) for _ in range(chance.randrange(2, 5))]
-    if seed % 4 in (1, 2):
+    if seed % 4 != 3:
         action = "power" if durability == "journal" else "kill"
-        # Half of all schedules are for the moments between the receipt of a body and its answer.
+        # Most schedules are for the moments between the receipt of a body and its answer.
         point = chance.choice(BETWEEN)
         if action == "power" and chance.random() < 0.5:
             point = "flushing"

@@ -57,6 +57,14 @@ class System:
         self._bug = bug
         self._stack = ExitStack()
         self._token = make_token("admin")
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        folder, schedule = self.folder, self.schedule
         (folder / "token").write_text(self._token)
         (folder / "token").chmod(0o600)
         self._disk = folder / "disk"

@@ -50,7 +50,7 @@ def fit_for(bug: str) -> Iterator[Schedule]:
         made = scheduled(seed)
         meets = {
             "fencing": any(fault.kind == "worker-twin" for fault in made.faults),
-            "fsync": made.shards == 1 and any(fault.detail.endswith("power") for fault in made.faults),
+            "fsync": made.durability == "journal" and any(fault.detail.endswith("power") for fault in made.faults),
         }
         if meets.get(bug, True):
             yield made
