@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 from chaos.checker import Rules, check
-from chaos.history import Attempt, Grant, History, Pull, Push, Receipt, Recorder, as_ranges, from_ranges, read
+from chaos.history import (
+    Attempt,
+    Claimed,
+    DataLook,
+    Grant,
+    History,
+    Pull,
+    Push,
+    Receipt,
+    Recorder,
+    as_ranges,
+    from_ranges,
+    read,
+)
 
 CHECKPOINT, JOURNAL = Rules(), Rules(goes_back=False)
 
@@ -36,11 +49,22 @@ def history(pushes: list[Push], *pulls: Pull) -> History:
     return made
 
 
+def with_units(units: dict[int, tuple[int, ...]], *claims: Claimed, look: DataLook | None = None) -> History:
+    """Pushes of these coordinates that counted these units, one after the other, and the weights after them."""
+    pushes = [replace(push(each, step, 10 * step), units=of) for step, (each, of) in enumerate(units.items(), start=1)]
+    made = history(pushes, pull(100, len(pushes), *units))
+    return replace(made, claims=list(claims), looks=[look] if look else [])
+
+
+BOTH = Claimed(1, (0, 1, 2), 2, 3)
+
 SOUND: dict[str, Callable[[], History]] = {
     "in order": lambda: history([push(1, 1, 10), push(2, 2, 20)], pull(12, 1, 1), pull(30, 2, 1, 2)),
     "an unanswered push that counts": lambda: history([push(1, 1, 10), lost(2, 20)], pull(30, 2, 1, 2)),
     "an unanswered push that does not": lambda: history([push(1, 1, 10), lost(2, 20)], pull(30, 1, 1)),
     "a refused push": lambda: history([push(1, 1, 10), lost(2, 20, end="refused")], pull(30, 1, 1)),
+    "units that count once": lambda: with_units({1: (0, 1), 2: (2,)}, BOTH, look=DataLook(1, 2, 2, 1, {1: 1})),
+    "units that others had before": lambda: with_units({1: (0,)}, Claimed(2, (0,), 2, 3), Claimed(1, (0,), 4, 5)),
     "a dropped push": lambda: history([push(1, 0, 10, decision="dropped")], pull(30, 0)),
     "a run that went back": lambda: history(
         [push(1, 1, 10), push(2, 2, 20), push(3, 2, 600, epoch=2, token=2)],
@@ -149,6 +173,31 @@ UNSOUND: dict[str, tuple[Callable[[], History], Rules, str]] = {
         ),
         CHECKPOINT,
         "push 1 of w counts under token 1, though token 2 had been granted before",
+    ),
+    "a unit that counts twice": (
+        lambda: with_units({1: (0, 1), 2: (1,)}, BOTH),
+        JOURNAL,
+        "unit 1 counts 2 times",
+    ),
+    "a unit that was not handed out": (
+        lambda: with_units({1: (5,)}, BOTH),
+        CHECKPOINT,
+        "push 1 counts unit 5, which token 1 was not handed out",
+    ),
+    "a unit that another has by now": (
+        lambda: with_units({1: (0,)}, BOTH, Claimed(2, (0,), 5, 6)),
+        CHECKPOINT,
+        "push 1 counts unit 0 under token 1, though token 2 had been handed it out",
+    ),
+    "a unit that is said to have counted": (
+        lambda: with_units({1: (0,)}, BOTH, look=DataLook(1, 1, 2, 1, {})),
+        CHECKPOINT,
+        "of passes {0: 2} units are said to have counted, and {0: 1} have",
+    ),
+    "a unit of which nothing is said": (
+        lambda: with_units({1: (0, 1)}, BOTH, look=DataLook(1, 1, 2, 0, {0: 1})),
+        CHECKPOINT,
+        "of passes {0: 1} units are said to have counted, and {0: 2} have",
     ),
     "something that never ended": (lambda: replace(history([]), stuck=["a push"]), CHECKPOINT, "stuck: a push"),
 }
