@@ -201,6 +201,28 @@ def test_it_is_cut_behind_a_checkpoint_but_not_what_is_still_needed(writing: Wri
     assert contents.follows(CheckpointId(1, 13, 103))
 
 
+def test_entries_whose_pushes_were_cut_away_are_in_the_checkpoint(writing: Writing) -> None:
+    writing.begin()
+    writing.push("late", body())
+    writing.push("later", body())
+    writing.journal.next_segment()
+    writing.entry(101, "late")
+    writing.push("own", body())
+    writing.entry(102, "own")
+    writing.entry(103, "later")
+    writing.push("open", body())
+    writing.journal.next_segment()
+    writing.entry(104)
+    writing.journal.cut(CheckpointId(1, 13, 103))
+    writing.entry(105, "open")
+    # The second one has the body of entry 105.
+    assert [number for number, _ in segment_paths(writing.journal.directory)] == [2, 3]
+    contents = read_journal(writing.journal.directory)
+    assert [entry.seq for entry in contents.entries] == [104, 105]
+    assert contents.follows(CheckpointId(1, 13, 103))
+    assert not contents.follows(CheckpointId(1, 12, 102))
+
+
 def test_another_process_goes_on_where_it_ended(writing: Writing) -> None:
     writing.begin()
     writing.push("first", body())

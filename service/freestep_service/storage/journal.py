@@ -248,6 +248,8 @@ class Journal:
             segment = found[0]
             segment.parts -= 1
             segment.last_seq = max(segment.last_seq, seq)
+            # Whoever finds that segment cut away knows that the entry is in a checkpoint.
+            members = {**members, "part_in": segment.number}
         self.newest_seq = seq
         work = self._append(Kind.ENTRY, members)
         work.segment.last_seq = max(work.segment.last_seq, seq)

@@ -308,7 +308,11 @@ class _Reading:
         part = self._contents.parts.pop(head["key"], None) if "key" in head else None
         if head.get("counts"):
             if part is None:
-                return False
+                if head.get("part_in", self._segment.number) >= self._contents.segments[0].number:
+                    return False
+                # Its segment was cut away: a checkpoint that all shards have written holds it, and what is before it.
+                entries.clear()
+                return True
             part.segment.last_seq = max(part.segment.last_seq, seq)
         self._segment.last_seq = max(self._segment.last_seq, seq)
         entries.append(JournaledEntry(seq, head, part, self._segment, frame.at))
