@@ -201,6 +201,21 @@ def test_it_is_cut_behind_a_checkpoint_but_not_what_is_still_needed(writing: Wri
     assert contents.follows(CheckpointId(1, 13, 103))
 
 
+def test_a_segment_is_removed_that_a_broken_body_was_written_to(writing: Writing) -> None:
+    writing.begin()
+    writing.wait(lambda done: writing.journal.make_room(LARGE, done))
+    part = writing.journal.part(claim("broken"), LARGE)
+    writing.journal.next_segment()
+    writing.entry(101)
+    part.write(memoryview(body(LARGE)))
+    writing.wait(part.written)
+    part.abandon()
+    writing.journal.cut(CheckpointId(1, 11, 101))
+    writing.entry(102)
+    assert [number for number, _ in segment_paths(writing.journal.directory)] == [2]
+    assert [entry.seq for entry in read_journal(writing.journal.directory).entries] == [101, 102]
+
+
 def test_entries_whose_pushes_were_cut_away_are_in_the_checkpoint(writing: Writing) -> None:
     writing.begin()
     writing.push("late", body())

@@ -366,6 +366,9 @@ class Journal:
                     self._failure = self._failure or error
             if work.buffers:
                 dirty[work.segment.number] = work.segment
+            elif work.remove:
+                # A body that broke off may have been written to it since the last flush.
+                dirty.pop(work.segment.number, None)
             failures.append(failure)
         if any(work.flush for work in works):
             try:
