@@ -59,8 +59,7 @@ def fit_for(bug: str) -> Iterator[Schedule]:
             yield made
 
 
-# Those that a few seeds find; `make chaos CHAOS='--bug fsync'` looks for the others in more.
-@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug not in ("fsync", "units")])
+@pytest.mark.parametrize("bug", BUGS)
 def test_bugs_that_are_put_in_are_found(bug: str, tmp_path: Path) -> None:
     outcomes = (run(made, tmp_path / str(made.seed), bug) for made in islice(fit_for(bug), 4))
     assert any(told in fault for outcome in outcomes for fault in outcome.faults for told in OBJECTIONS[bug])
