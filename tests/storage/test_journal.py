@@ -238,6 +238,22 @@ def test_entries_whose_pushes_were_cut_away_are_in_the_checkpoint(writing: Writi
     assert not contents.follows(CheckpointId(1, 12, 102))
 
 
+def test_a_journal_that_was_cut_does_not_follow_an_older_checkpoint(writing: Writing) -> None:
+    writing.begin()
+    for seq in (101, 102, 103):
+        writing.push(f"key-{seq}", body())
+        writing.entry(seq, f"key-{seq}")
+    writing.journal.next_segment()
+    writing.journal.cut(CheckpointId(1, 13, 103))
+    writing.flush()
+    contents = read_journal(writing.journal.directory)
+    assert contents.entries == []
+    assert contents.follows(CheckpointId(1, 13, 103))
+    # Should the newest checkpoint be damaged, what was acknowledged since the one before it is nowhere.
+    assert not contents.follows(CheckpointId(1, 11, 101))
+    assert not contents.follows(BASE)
+
+
 def test_another_process_goes_on_where_it_ended(writing: Writing) -> None:
     writing.begin()
     writing.push("first", body())

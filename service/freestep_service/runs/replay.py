@@ -55,8 +55,8 @@ async def recover(context: RunContext, checkpoints: Checkpoints, shard: LocalSha
         if core.index == 0:
             context.telemetry.resumed(tally)
         return True
-    if contents.entries:
-        first = contents.entries[0].seq
+    if contents.entries or contents.start > 0:
+        first = contents.entries[0].seq if contents.entries else contents.start + 1
         raise Damaged(
             f"the journal of shard {core.index} goes on from entry {first} of epoch {contents.epoch}, and no "
             "checkpoint before it can be read: bring that back, or `freestep journal repair --discard` gives the "

@@ -317,6 +317,7 @@ class Journal:
             "previous": previous and [previous.path.name, previous.durable],
             "epoch": self.epoch,
             "base": self._base,
+            "seq": self.newest_seq,
         }
         self._append(Kind.BEGIN, head, begins=begins)
         self._enqueue(_Work(segment, flush=True, done=done, reached=segment.size))

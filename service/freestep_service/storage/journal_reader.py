@@ -122,6 +122,8 @@ class JournalContents:
     run_id: str = ""
     epoch: int = 0
     base: CheckpointId | None = None
+    start: int = 0
+    """The entry behind which those here begin: what was before it is in a checkpoint, and was cut away."""
     entries: list[JournaledEntry] = field(default_factory=list)
     parts: dict[str, JournaledPart] = field(default_factory=dict)
     segments: list[SegmentContents] = field(default_factory=list)
@@ -130,12 +132,9 @@ class JournalContents:
     """The parts of which not all is known to have come, by segment and place."""
 
     def follows(self, checkpoint: CheckpointId) -> bool:
-        """Whether the entries go on from a checkpoint, or have nothing to add to it."""
-        if checkpoint == self.base:
-            return not self.entries or self.entries[0].seq <= checkpoint.seq + 1
-        if checkpoint.epoch != self.epoch:
-            return False
-        return not self.entries or self.entries[0].seq <= checkpoint.seq + 1
+        """Whether the entries go on from a checkpoint, with none missing in between."""
+        start = min(self.start, self.entries[0].seq - 1) if self.entries else self.start
+        return (checkpoint == self.base or checkpoint.epoch == self.epoch) and checkpoint.seq >= start
 
     def after(self, seq: int) -> list[JournaledEntry]:
         """The entries behind one."""
@@ -275,6 +274,7 @@ class _Reading:
         if (head["id"], head["epoch"]) != (contents.run_id, contents.epoch):
             contents.entries, contents.parts = [], {}
             contents.run_id, contents.epoch = head["id"], head["epoch"]
+            contents.start = head.get("seq", 0)
             contents.base = None if head["base"] is None else CheckpointId(*head["base"])
 
     def _take(self, frame: Frame) -> bool:
@@ -312,6 +312,7 @@ class _Reading:
                     return False
                 # Its segment was cut away: a checkpoint that all shards have written holds it, and what is before it.
                 entries.clear()
+                self._contents.start = seq
                 return True
             part.segment.last_seq = max(part.segment.last_seq, seq)
         self._segment.last_seq = max(self._segment.last_seq, seq)
