@@ -380,6 +380,10 @@ class System:
         for relay in self.relays:
 
             def answers(relay: Relay = relay) -> bool:
+                for number, service in enumerate(self.services):
+                    if service.poll() is not None:
+                        # It was still waiting for a store that was away when all was mended.
+                        self.revive(number)
                 found = self.clients.pull("x", f"http://127.0.0.1:{relay.port}{self.clients.path}")
                 place.extend([found] if found else [])
                 return found is not None
