@@ -23,8 +23,10 @@ from redis import Redis
 from torch import Tensor
 
 from encoded import assemble, int8, topk
+from freestep.api.data import DataSpec
 from freestep.api.models import Lease, MetricReport, RunSpec
 from freestep.errors import FreestepError, StorageUnavailable
+from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.tokens import ANYBODY
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.run import Run
@@ -66,7 +68,7 @@ async def states(run: Run) -> list[StateCopy]:
 
 def is_same(one: StateCopy, other: StateCopy) -> bool:
     """Whether two states are the same to the bit."""
-    plain = ("epoch", "step", "seq", "scalars", "group", "weight", "damping", "reported", "loss", "norm_history")
+    plain = ("epoch", "step", "seq", "scalars", "group", "weight", "damping", "reported", "loss", "norm_history", "data")
     return all(getattr(one, name) == getattr(other, name) for name in plain) and all(
         torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors
     )
@@ -99,6 +101,9 @@ def test_after_a_crash_that_took_redis_too_it_goes_on_from_the_very_bits(
             for step in range(5):
                 await push(run, claim_of(lease, f"key-{step}", step), -1.0 - step)
             await run.reports.report(MetricReport(name="loss", step=4, value=0.25))
+            assert await run.data.create(NewDataSet("train", DataSpec(length=100, unit=10)))
+            # What is acknowledged is in the image, and so is what was there before.
+            assert not await run.data.create(NewDataSet("train", DataSpec(length=100, unit=10)))
             before = await states(run)
             async with crashed(tmp_path, tmp_path / "data") as other:
                 run, fresh = await opened(other)
@@ -106,6 +111,7 @@ def test_after_a_crash_that_took_redis_too_it_goes_on_from_the_very_bits(
                 status = await run.status()
                 assert (status.epoch, status.step, status.pushes["applied"]) == (1, 5, 5)
                 assert status.metrics["loss"].value == 0.25
+                assert (await run.data.status("train")).spec.length == 100
                 # A retry of what was acknowledged finds its receipt, and moves nothing.
                 assert all(outcome.replayed for outcome in await push(run, claim_of(lease, "key-4", 4), -5.0))
                 assert all(map(is_same, await states(run), before))

@@ -8,12 +8,13 @@ from contextlib import suppress
 from typing import Any
 
 from freestep.api.data import Claimed, DataList, DataStatus, Returned
-from freestep.errors import CoordinatorUnavailable
 from freestep_service.coordination.data import HeldUnits
 from freestep_service.domain.data_progress import units_of
 from freestep_service.domain.data_sets import NewDataSet
+from freestep_service.domain.records import Owner
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.dispatch import Dispatch
+from freestep_service.runs.log_appends import LogAppends
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
 
@@ -26,11 +27,18 @@ _SILENCE_S = 1.0
 class DataUnits:
     """The data sets of one run, as the owner of a shard of it hands out their units."""
 
-    def __init__(self, context: RunContext, recovery: Recovery, shards: OwnedShards, dispatch: Dispatch) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        recovery: Recovery,
+        shards: OwnedShards,
+        dispatch: Dispatch,
+        appends: LogAppends,
+    ) -> None:
         self._coordinator = context.coordinator.data
         self._recovery = recovery
         self._shards = shards
-        self._dispatch = dispatch
+        self._appends = appends
         self._moved = asyncio.Event()
         """Set, and replaced, when units were given back or the last has counted."""
         dispatch.on_units = self.moved
@@ -38,27 +46,13 @@ class DataUnits:
     async def create(self, new: NewDataSet) -> bool:
         """Adds a data set; whether it is new.
 
-        Raises DataExists, MalformedRequest, RunNotInitialized and ShardUnavailable.
+        Raises DataExists, MalformedRequest, RunNotInitialized, and as `LogAppends.append`.
         """
 
-        async def ask() -> tuple[dict[str, Any] | None, bool]:
-            core = self._shards.require_any().core
-            era = core.writer.era
-            entry = await self._coordinator.create(core.owner(), new)
-            return entry, era == core.writer.era
+        async def ask(owner: Owner) -> tuple[None, dict[str, Any] | None]:
+            return None, await self._coordinator.create(owner, new)
 
-        while True:
-            try:
-                entry, holds = await self._recovery.call(ask)
-            except CoordinatorUnavailable:
-                self._recovery.catch_up()
-                raise
-            # Else it is the answer of a Redis that has lost it since.
-            if holds:
-                break
-        if entry is not None:
-            self._dispatch.on_entry(entry)
-        return entry is not None
+        return (await self._appends.append(ask))[1]
 
     async def claim(
         self, lease: str, token: int, name: str, count: int, *, key: str = "", wait: float = 0.0

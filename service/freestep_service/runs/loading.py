@@ -124,7 +124,7 @@ class Loading:
             seq, step, _ = await writer.run(core.shard.position)
             live = CheckpointId(writer.epoch, step, seq)
             if core.journal is not None and "exchange" in view.run:
-                live, entries = await self._exchange(shard, view)
+                live, entries = await self._exchange(shard, view, is_paused=is_lost)
             is_there = is_lost or (live.epoch, live.seq) == (view.number("epoch"), view.number("seq"))
             if not is_there and (core.journal is None or live.epoch != view.number("epoch")):
                 # Entries of the log are missing here: from there it cannot go on.
@@ -160,12 +160,14 @@ class Loading:
             # Else it would count at a later opening, whatever the journal has beyond it.
             await self._disk.run(self._checkpoints.clear_closed, core.manifest.begin, core.manifest.end)
 
-    async def _exchange(self, shard: LocalShard, view: RunView) -> tuple[CheckpointId, list[dict[str, Any]]]:
+    async def _exchange(
+        self, shard: LocalShard, view: RunView, *, is_paused: bool
+    ) -> tuple[CheckpointId, list[dict[str, Any]]]:
         """Takes what other shards' journals have beyond this one's; where it stands then, and what it has for them."""
         core, writer = shard.core, shard.core.writer
         assert core.journal is not None
-        if "lost" in view.run:
-            # It was paused, and nothing else comes while the run is closed.
+        if is_paused:
+            # Nothing else comes while the run is closed.
             seq, step, _ = await writer.run(core.shard.position)
             writer.resume(writer.epoch, seq, step)
         after = int(view.run["exchange"].split()[1])

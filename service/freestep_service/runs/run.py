@@ -41,6 +41,7 @@ from freestep_service.runs.lanes import Lanes
 from freestep_service.runs.leases import Leases
 from freestep_service.runs.loading import Loading
 from freestep_service.runs.local_shard import LocalShard
+from freestep_service.runs.log_appends import LogAppends
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.ownership import Ownership
 from freestep_service.runs.recovery import Recovery
@@ -102,8 +103,9 @@ class Run:
         self._loading = Loading(context, recovery, owned, self._checkpoints, self._checkpointing, held)
         self._ownership = Ownership(context, recovery, owned, dispatch, self._loading, self._make_shard)
         self.leases = Leases(context, recovery, owned)
-        self.reports = MetricReports(context, recovery, owned, dispatch)
-        self.data = DataUnits(context, recovery, owned, dispatch)
+        appends = LogAppends(recovery, owned, dispatch)
+        self.reports = MetricReports(context, appends)
+        self.data = DataUnits(context, recovery, owned, dispatch, appends)
         self.imports = StateImports(context, owned, self._ownership, self._loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing)
         pool = VectorPool(self.manifest.numel, 1, reserve=resources.reserve)
