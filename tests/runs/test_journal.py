@@ -31,8 +31,8 @@ from freestep_service.domain.tokens import ANYBODY
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.run import Run
 from freestep_service.state.shard import StateCopy
+from freestep_service.storage.journal_files import frames, segment_paths
 from freestep_service.storage.journal_format import Frame, Kind
-from freestep_service.storage.journal_reader import frames, segment_paths
 from freestep_service.storage.journal_repair import repair
 from harness import ProcessService
 from harness import store as own_store
@@ -68,7 +68,19 @@ async def states(run: Run) -> list[StateCopy]:
 
 def is_same(one: StateCopy, other: StateCopy) -> bool:
     """Whether two states are the same to the bit."""
-    plain = ("epoch", "step", "seq", "scalars", "group", "weight", "damping", "reported", "loss", "norm_history", "data")
+    plain = (
+        "epoch",
+        "step",
+        "seq",
+        "scalars",
+        "group",
+        "weight",
+        "damping",
+        "reported",
+        "loss",
+        "norm_history",
+        "data",
+    )
     return all(getattr(one, name) == getattr(other, name) for name in plain) and all(
         torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors
     )

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.journal_files import DamagedJournal, NewerJournal, segment_path
 from freestep_service.storage.journal_format import FORMAT, Kind, encode_frame
-from freestep_service.storage.journal_reader import DamagedJournal, NewerJournal, read_journal, segment_path
+from freestep_service.storage.journal_reader import read_journal
 
 SALT = 7
 WORD = "0123456789abcdef"

@@ -16,9 +16,10 @@ import xxhash
 from freestep.errors import StorageUnavailable
 from freestep_service.domain.records import CheckpointId, Claim, Fenced
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal import Journal, remove_journals, remove_other_journals
+from freestep_service.storage.journal import Journal
+from freestep_service.storage.journal_files import frames, remove_journals, remove_other_journals, segment_paths
 from freestep_service.storage.journal_format import Frame, Kind
-from freestep_service.storage.journal_reader import frames, read_journal, segment_paths
+from freestep_service.storage.journal_reader import read_journal
 from meanwhile import DEADLINE_S
 
 BASE = CheckpointId(1, 10, 100)

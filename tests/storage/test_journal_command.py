@@ -13,8 +13,9 @@ import xxhash
 from freestep_service.domain.records import CheckpointId, Claim, Record
 from freestep_service.journal_command import main
 from freestep_service.storage.journal import Journal
+from freestep_service.storage.journal_files import chain, frames
 from freestep_service.storage.journal_format import Frame, Kind
-from freestep_service.storage.journal_reader import chain, frames, read_journal
+from freestep_service.storage.journal_reader import read_journal
 from meanwhile import DEADLINE_S
 
 ELEMENTS = "000000000000000-000000000000008"

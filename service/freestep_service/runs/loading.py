@@ -28,13 +28,13 @@ from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.held_states import HeldStates
+from freestep_service.runs.journaled_opening import exchange_entries, settle
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
-from freestep_service.runs.replay import recover
 from freestep_service.storage.checkpoints import Checkpoints, LoadedState
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal import remove_other_journals
+from freestep_service.storage.journal_files import remove_other_journals
 from freestep_service.storage.part_manifest import part_name
 from freestep_service.storage.run_files import RunFile
 
@@ -45,8 +45,6 @@ logger = logging.getLogger("freestep")
 _CATCHING_UP_S = 3.0
 """Seconds for which a shard that stops for an opening waits for entries of the log that it has not got."""
 _POLL_S = 0.05
-_RECOVERED = 0
-"""The generation of a state that a shard has from its journal, before any opening."""
 
 
 class Loading:
@@ -114,7 +112,8 @@ class Loading:
             # Its state may be half changed.
             core.loaded = None
         if core.journal is not None:
-            await self._settle_journal(shard, view)
+            newest = max(view.number("epoch"), self.newest_epoch, (await self._stored())[0])
+            await settle(self._context, self._checkpoints, shard, newest)
         is_lost = "lost" in view.run or (view.number("epoch"), view.number("seq")) < writer.position
         if core.loaded is not None:
             if is_lost:
@@ -124,7 +123,7 @@ class Loading:
             seq, step, _ = await writer.run(core.shard.position)
             live = CheckpointId(writer.epoch, step, seq)
             if core.journal is not None and "exchange" in view.run:
-                live, entries = await self._exchange(shard, view, is_paused=is_lost)
+                live, entries = await exchange_entries(self._context, shard, view, is_paused=is_lost)
             is_there = is_lost or (live.epoch, live.seq) == (view.number("epoch"), view.number("seq"))
             if not is_there and (core.journal is None or live.epoch != view.number("epoch")):
                 # Entries of the log are missing here: from there it cannot go on.
@@ -144,53 +143,6 @@ class Loading:
                 )  # fmt: skip
         epoch = max(self.newest_epoch, writer.epoch, (await self._stored())[0])
         return Report(epoch, core.initialized, live, closed, offers, problem, core.journal is not None, entries)
-
-    async def _settle_journal(self, shard: LocalShard, view: RunView) -> None:
-        """Has a shard apply what is on disk: all that is in its journal where it holds no state, else what was written
-        last."""
-        core = shard.core
-        assert core.journal is not None
-        if core.loaded is not None:
-            with suppress(StorageUnavailable, ShardUnavailable):
-                await core.journal.flush()
-            return
-        newest = max(view.number("epoch"), self.newest_epoch, (await self._stored())[0])
-        if await recover(self._context, self._checkpoints, shard, newest):
-            core.loaded = _RECOVERED
-            # Else it would count at a later opening, whatever the journal has beyond it.
-            await self._disk.run(self._checkpoints.clear_closed, core.manifest.begin, core.manifest.end)
-
-    async def _exchange(
-        self, shard: LocalShard, view: RunView, *, is_paused: bool
-    ) -> tuple[CheckpointId, list[dict[str, Any]]]:
-        """Takes what other shards' journals have beyond this one's; where it stands then, and what it has for them."""
-        core, writer = shard.core, shard.core.writer
-        assert core.journal is not None
-        if is_paused:
-            # Nothing else comes while the run is closed.
-            seq, step, _ = await writer.run(core.shard.position)
-            writer.resume(writer.epoch, seq, step)
-        after = int(view.run["exchange"].split()[1])
-        shared: dict[int, dict[str, Any]] = {}
-        for index in range(view.count):
-            _, _, report = (view.field(index, "report") or "").partition(" ")
-            if report:
-                shared |= {entry["seq"]: entry for entry in Report.from_json(report).entries}
-        for seq in sorted(shared):
-            if (
-                seq > writer.taken_seq
-                and shared[seq]["epoch"] == writer.epoch
-                and not self._on_entry(shard, shared[seq])
-            ):
-                logger.error("run %s: shard %d has no part of entry %d", self._context.name, shard.index, seq)
-                break
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CATCHING_UP_S):
-                while writer.has_gap or writer.taken_seq < writer.position.seq:
-                    await asyncio.sleep(_POLL_S)
-        await core.journal.flush()
-        seq, step, _ = await writer.run(core.shard.position)
-        return CheckpointId(writer.epoch, step, seq), await core.journal.entries(after)
 
     async def _take_closed(self, begin: int, end: int) -> LogPosition | None:
         """Where an orderly shutdown left a shard.
@@ -260,17 +212,9 @@ class Loading:
                 while shard.core.writer.taken_seq < seq:
                     writer = shard.core.writer
                     entries = await self._coordinator.log.entries(LogPosition(writer.epoch, writer.taken_seq))
-                    if not all([self._on_entry(shard, entry) for entry in entries]):
+                    if not all([shard.take_entry(entry) for entry in entries]):
                         return
                     await asyncio.sleep(_POLL_S)
-
-    def _on_entry(self, shard: LocalShard, entry: dict[str, Any]) -> bool:
-        """As `LocalShard.on_entry`, with the receipt, which may not have come otherwise."""
-        if not shard.on_entry(entry):
-            return False
-        if entry["epoch"] == shard.core.writer.epoch:
-            self._context.receipts.take(entry)
-        return True
 
     # Load
 

@@ -195,6 +195,14 @@ class LocalShard:
         )
         return True
 
+    def take_entry(self, entry: dict[str, Any]) -> bool:
+        """As `on_entry`, with the receipt of its push, where no message of it may have come."""
+        if not self.on_entry(entry):
+            return False
+        if entry["epoch"] == self.core.writer.epoch:
+            self._context.receipts.take(entry)
+        return True
+
     def _find(self, entry: dict[str, Any]) -> bool:
         """Whether a push whose request is gone is in the journal; it is taken from there then."""
         journal, key = self.core.journal, entry["key"]

@@ -54,7 +54,7 @@ from freestep_service.state.buffers import VectorPool
 from freestep_service.state.compute import uninterrupted
 from freestep_service.state.staging import Body, Staging
 from freestep_service.storage.checkpoints import Checkpoints
-from freestep_service.storage.journal import remove_journals
+from freestep_service.storage.journal_files import remove_journals
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Run"]

@@ -18,6 +18,7 @@ from freestep_service.runs.resources import Disk
 from freestep_service.state.log import Entry
 from freestep_service.storage.journal import Done, Journal, PartWriter
 from freestep_service.storage.journal_reader import JournalContents, JournaledPart, read_journal
+from freestep_service.storage.journal_thread import unavailable
 
 __all__ = ["JournaledBody", "ShardJournal"]
 
@@ -72,7 +73,7 @@ class ShardJournal:
             try:
                 await self._disk.run(self._journal.take_over)
             except OSError as error:
-                raise self._journal.unavailable(error) from error
+                raise unavailable(self._journal.directory, error) from error
         self._based.clear()
         await self._tell(lambda done: self._journal.begin(epoch, base, seq, done))
         if base is not None:

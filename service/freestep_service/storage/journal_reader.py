@@ -1,20 +1,11 @@
 """What a shard's journal holds: which entries of the log, and which parts of pushes, are on disk.
 
-    JOURNAL_DIR/RUN/BEGIN-END/NUMBER-OWNER.journal     a segment (journal_format.py), which names the one before it
-    JOURNAL_DIR/RUN/BEGIN-END/owner                    the words of the processes that wrote here, the newest first
-
-A process that does not know yet that it was taken over may write on, in segments that no segment of the newest owner
-names: nobody was answered for what is in them.
-
 The law of this file: it changes nothing. A torn tail ends the journal; damage before it raises Damaged.
 """
 
 from __future__ import annotations
 
 import mmap
-import re
-import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,48 +14,10 @@ import xxhash
 
 from freestep_service.domain.records import CheckpointId, Claim
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal_format import FORMAT, Frame, Kind, Tail, UnknownKind, scan
+from freestep_service.storage.journal_files import DamagedJournal, NewerJournal, chain, frames
+from freestep_service.storage.journal_format import FORMAT, Frame, Kind, Tail
 
-__all__ = [
-    "OWNER",
-    "DamagedJournal",
-    "JournalContents",
-    "JournaledEntry",
-    "JournaledPart",
-    "NewerJournal",
-    "SegmentContents",
-    "chain",
-    "frames",
-    "newest_epoch",
-    "owners",
-    "read_journal",
-    "segment_path",
-    "segment_paths",
-]
-
-_SUFFIX = ".journal"
-OWNER = "owner"
-"""The file with the owners' words."""
-_NAME = r"([0-9]{10,})-[0-9a-f]{16}\.journal"
-
-
-class DamagedJournal(Damaged):
-    """What was on disk is lost, from byte `at` of the segment `path` on."""
-
-    def __init__(self, path: Path, at: int, problem: str) -> None:
-        super().__init__(
-            f"the journal is damaged: {problem}; `freestep journal verify` shows what is left, and "
-            "`freestep journal repair` keeps the entries before the damage"
-        )
-        self.path = path
-        self.at = at
-
-
-class NewerJournal(Damaged):
-    """A segment is whole, and not of the format that this version reads."""
-
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}: start the version of freestep that wrote it")
+__all__ = ["JournalContents", "JournaledEntry", "JournaledPart", "SegmentContents", "read_journal"]
 
 
 @dataclass
@@ -139,80 +92,6 @@ class JournalContents:
     def after(self, seq: int) -> list[JournaledEntry]:
         """The entries behind one."""
         return [entry for entry in self.entries if entry.seq > seq]
-
-
-def segment_paths(directory: Path) -> list[tuple[int, Path]]:
-    """All segments in a directory by number, oldest first; none where there is no directory.
-
-    Files with other names are no segments.
-    """
-    if not directory.is_dir():
-        return []
-    found = [(re.fullmatch(_NAME, path.name), path) for path in directory.iterdir()]
-    return sorted((int(name[1]), path) for name, path in found if name is not None)
-
-
-def segment_path(directory: Path, number: int, owner: str) -> Path:
-    """Where a segment is."""
-    return directory / f"{number:010d}-{owner}{_SUFFIX}"
-
-
-def owners(directory: Path) -> list[str]:
-    """The words of those who wrote in a directory, the newest first."""
-    try:
-        return (directory / OWNER).read_text().split()
-    except FileNotFoundError:
-        return []
-
-
-def chain(directory: Path) -> list[tuple[int, Path]]:
-    """The segments that count, oldest first: the newest one of the newest owner that has any, and those before it."""
-    found = segment_paths(directory)
-    numbers = {path.name: number for number, path in found}
-    # In a copy without the file of the words, the newest number counts.
-    words = owners(directory) or [""]
-    newest = [path for word in words for _, path in reversed(found) if path.stem.endswith(word)]
-    chained: list[tuple[int, Path]] = []
-    # One that was only just made may not have its first frame yet.
-    path = next((path for path in newest if _previous(path) is not None), None)
-    while path is not None:
-        chained.append((numbers[path.name], path))
-        name = (_previous(path) or [None])[0]
-        path = directory / name if name in numbers else None
-    return chained[::-1]
-
-
-def newest_epoch(directory: Path) -> int:
-    """The epoch of the newest segment that counts; 0 where there is none. Raises OSError."""
-    chained = chain(directory)
-    first = next(frames(chained[-1][1])) if chained else Tail(0)
-    return 0 if isinstance(first, Tail) else int(first.head["epoch"])
-
-
-def _previous(path: Path) -> list[Any] | None:
-    """The segment before one, by name, and how much of it was on disk: empty for the first; None if it is unknown."""
-    first = next(frames(path))
-    if isinstance(first, Tail):
-        if first.is_damaged:
-            raise DamagedJournal(path, 0, f"{path} is damaged at byte 0")
-        return None
-    return first.head["previous"] or []
-
-
-def frames(path: Path) -> Iterator[Frame | Tail]:
-    """What `scan` finds in a segment. Raises DamagedJournal where it is no file, NewerJournal, OSError."""
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise DamagedJournal(path, 0, f"{path} is no file of its own")
-    with path.open("rb") as file:
-        # An empty file cannot be mapped.
-        if not path.stat().st_size:
-            yield Tail(0)
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-            try:
-                yield from scan(memory)
-            except UnknownKind as error:
-                raise NewerJournal(path, str(error)) from None
 
 
 def read_journal(directory: Path) -> JournalContents:

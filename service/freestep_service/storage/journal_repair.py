@@ -15,16 +15,16 @@ from typing import Any
 
 from freestep_service.domain.records import Record
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal import Journal
-from freestep_service.storage.journal_format import Frame, Kind
-from freestep_service.storage.journal_reader import (
+from freestep_service.storage.durable import flush
+from freestep_service.storage.journal_files import (
     DamagedJournal,
-    JournalContents,
+    Ownership,
     chain,
     frames,
-    read_journal,
     segment_paths,
 )
+from freestep_service.storage.journal_format import Frame, Kind
+from freestep_service.storage.journal_reader import JournalContents, read_journal
 
 __all__ = ["Examination", "Repair", "discard", "examine", "journal_directories", "repair", "rows"]
 
@@ -114,7 +114,7 @@ def repair(directory: Path) -> Repair | None:
         return None
     if not isinstance(damage, DamagedJournal):
         raise damage
-    _fence(directory)
+    Ownership(directory)
     done = Repair(directory)
     while (damage := examine(directory).damage) is not None:
         if not isinstance(damage, DamagedJournal):
@@ -132,14 +132,10 @@ def discard(directory: Path) -> Repair | None:
     paths = segment_paths(directory)
     if not paths:
         return None
-    _fence(directory)
+    Ownership(directory)
     done = Repair(directory)
     _cut(done, paths[0][1], 0)
     return done
-
-
-def _fence(directory: Path) -> None:
-    Journal(directory, "", "", lambda tell: tell()).take_over()
 
 
 def _cut(done: Repair, damaged: Path, at: int) -> None:
@@ -152,13 +148,13 @@ def _cut(done: Repair, damaged: Path, at: int) -> None:
         aside = _free_name(path)
         if is_kept:
             shutil.copyfile(path, aside)
-            _flush(aside)
+            flush(aside)
             os.truncate(path, at)
-            _flush(path)
+            flush(path)
         else:
             path.rename(aside)
         done.aside.append(aside)
-        _flush(done.directory)
+        flush(done.directory)
 
 
 def _note_lost(done: Repair, path: Path, at: int) -> None:
@@ -176,14 +172,6 @@ def _note_lost(done: Repair, path: Path, at: int) -> None:
 def _free_name(path: Path) -> Path:
     names = [path.with_name(f"{path.name}{_ASIDE}{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000)))]
     return next(name for name in names if not os.path.lexists(name))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def rows(directory: Path) -> Iterator[dict[str, Any]]:

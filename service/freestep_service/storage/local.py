@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from freestep_service.storage.durable import flush
 from freestep_service.storage.medium import Storage
 
 __all__ = ["LocalStorage", "require_no_links"]
@@ -40,7 +41,7 @@ class LocalStorage(Storage):
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        _flush_directory(target.parent)
+        flush(target.parent)
 
     def _read(self, path: str) -> bytes:
         return (self.root / path).read_bytes()
@@ -98,12 +99,4 @@ def _make_directory(directory: Path) -> None:
     if not directory.is_dir():
         _make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
-        _flush_directory(directory.parent)
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(directory.parent)

@@ -1,0 +1,84 @@
+"""What the journals of a run have to say when it opens: a shard's own, and what the others lack.
+
+The law of this file: what any shard's journal has of the log is decided, and all have their parts of it on disk. So
+every shard takes it, before the run goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import Any
+
+from freestep.errors import ShardUnavailable, StorageUnavailable
+from freestep_service.domain.opening import Report
+from freestep_service.domain.records import CheckpointId
+from freestep_service.domain.run_view import RunView
+from freestep_service.runs.context import RunContext
+from freestep_service.runs.local_shard import LocalShard
+from freestep_service.runs.replay import recover
+from freestep_service.storage.checkpoints import Checkpoints
+
+__all__ = ["exchange_entries", "settle"]
+
+logger = logging.getLogger("freestep")
+
+_RECOVERED = 0
+"""The generation of a state that a shard has from its journal, before any opening."""
+_CATCHING_UP_S = 3.0
+"""Seconds for which a shard waits until what others have is in its journal."""
+_POLL_S = 0.05
+
+
+async def settle(context: RunContext, checkpoints: Checkpoints, shard: LocalShard, newest_epoch: int) -> None:
+    """Has a shard apply what is on disk: its journal where it holds no state, else what was written last.
+
+    newest_epoch: of the run, as far as is known. Raises as `recover`.
+    """
+    core = shard.core
+    assert core.journal is not None
+    if core.loaded is not None:
+        with suppress(StorageUnavailable, ShardUnavailable):
+            await core.journal.flush()
+    elif await recover(context, checkpoints, shard, newest_epoch):
+        core.loaded = _RECOVERED
+        # Else it would count at a later opening, whatever the journal has beyond it.
+        await context.resources.disk.run(checkpoints.clear_closed, core.manifest.begin, core.manifest.end)
+
+
+async def exchange_entries(
+    context: RunContext, shard: LocalShard, view: RunView, *, is_paused: bool
+) -> tuple[CheckpointId, list[dict[str, Any]]]:
+    """Takes what other shards have reported of the log; where the shard stands then, and what its own journal has.
+
+    is_paused: whether the shard's writer takes no entries.
+    """
+    core, writer = shard.core, shard.core.writer
+    assert core.journal is not None
+    if is_paused:
+        # Nothing else comes while the run is closed.
+        seq, step, _ = await writer.run(core.shard.position)
+        writer.resume(writer.epoch, seq, step)
+    for entry in _shared(view, writer.epoch):
+        if entry["seq"] > writer.taken_seq and not shard.take_entry(entry):
+            logger.error("run %s: shard %d has no part of entry %d", context.name, shard.index, entry["seq"])
+            break
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_CATCHING_UP_S):
+            while writer.has_gap or writer.taken_seq < writer.position.seq:
+                await asyncio.sleep(_POLL_S)
+    await core.journal.flush()
+    seq, step, _ = await writer.run(core.shard.position)
+    after = int(view.run["exchange"].split()[1])
+    return CheckpointId(writer.epoch, step, seq), await core.journal.entries(after)
+
+
+def _shared(view: RunView, epoch: int) -> list[dict[str, Any]]:
+    """The entries of an epoch that shards have reported, in the order of the log."""
+    shared: dict[int, dict[str, Any]] = {}
+    for index in range(view.count):
+        _, _, report = (view.field(index, "report") or "").partition(" ")
+        if report:
+            shared |= {entry["seq"]: entry for entry in Report.from_json(report).entries if entry["epoch"] == epoch}
+    return [shared[seq] for seq in sorted(shared)]

@@ -1,0 +1,193 @@
+"""The files of a shard's journal, and who may write them.
+
+    JOURNAL_DIR/RUN/BEGIN-END/NUMBER-OWNER.journal     a segment (journal_format.py), which names the one before it
+    JOURNAL_DIR/RUN/BEGIN-END/owner                    the words of the processes that wrote here, the newest first
+
+A process that does not know yet that it was taken over may write on, in segments that no segment of the newest owner
+names: nobody was answered for what is in them.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import re
+import secrets
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from freestep_service.domain.records import Fenced
+from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.durable import flush
+from freestep_service.storage.journal_format import Frame, Tail, UnknownKind, scan
+
+__all__ = [
+    "DamagedJournal",
+    "NewerJournal",
+    "Ownership",
+    "chain",
+    "frames",
+    "newest_epoch",
+    "owners",
+    "remove_journals",
+    "remove_other_journals",
+    "segment_path",
+    "segment_paths",
+]
+
+logger = logging.getLogger("freestep")
+
+_SUFFIX = ".journal"
+_NAME = r"([0-9]{10,})-[0-9a-f]{16}\.journal"
+_OWNER = "owner"
+"""The file with the owners' words."""
+
+
+class DamagedJournal(Damaged):
+    """What was on disk is lost, from byte `at` of the segment `path` on."""
+
+    def __init__(self, path: Path, at: int, problem: str) -> None:
+        super().__init__(
+            f"the journal is damaged: {problem}; `freestep journal verify` shows what is left, and "
+            "`freestep journal repair` keeps the entries before the damage"
+        )
+        self.path = path
+        self.at = at
+
+
+class NewerJournal(Damaged):
+    """A segment is whole, and not of the format that this version reads."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}: start the version of freestep that wrote it")
+
+
+class Ownership:
+    """The right to write a journal, from its taking until another process takes it. Raises OSError, as all calls here.
+
+    word: in the names of the owner's segments.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Fences off whoever wrote there before. To be taken before the journal is read."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.word = secrets.token_hex(8)
+        kept = {path.stem.partition("-")[2] for _, path in segment_paths(directory)}
+        words = [self.word, *(word for word in owners(directory) if word in kept)]
+        temporary = directory / f".{_OWNER}.{self.word}"
+        temporary.write_text("\n".join([*words, ""]))
+        self._path = directory / _OWNER
+        os.replace(temporary, self._path)
+        flush(directory)
+        self._file = self._present()
+
+    def require(self) -> None:
+        """What was made durable before another took over, that one reads. Raises Fenced where it may be too late."""
+        if self._present() != self._file:
+            raise Fenced
+
+    def _present(self) -> tuple[int, int]:
+        found = os.stat(self._path)
+        return found.st_ino, found.st_mtime_ns
+
+
+def segment_paths(directory: Path) -> list[tuple[int, Path]]:
+    """All segments in a directory by number, oldest first; none where there is no directory.
+
+    Files with other names are no segments.
+    """
+    if not directory.is_dir():
+        return []
+    found = [(re.fullmatch(_NAME, path.name), path) for path in directory.iterdir()]
+    return sorted((int(name[1]), path) for name, path in found if name is not None)
+
+
+def segment_path(directory: Path, number: int, owner: str) -> Path:
+    """Where a segment is."""
+    return directory / f"{number:010d}-{owner}{_SUFFIX}"
+
+
+def owners(directory: Path) -> list[str]:
+    """The words of those who wrote in a directory, the newest first."""
+    try:
+        return (directory / _OWNER).read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def chain(directory: Path) -> list[tuple[int, Path]]:
+    """The segments that count, oldest first: the newest one of the newest owner that has any, and those before it."""
+    found = segment_paths(directory)
+    numbers = {path.name: number for number, path in found}
+    # In a copy without the file of the words, the newest number counts.
+    words = owners(directory) or [""]
+    newest = [path for word in words for _, path in reversed(found) if path.stem.endswith(word)]
+    chained: list[tuple[int, Path]] = []
+    # One that was only just made may not have its first frame yet.
+    path = next((path for path in newest if _previous(path) is not None), None)
+    while path is not None:
+        chained.append((numbers[path.name], path))
+        name = (_previous(path) or [None])[0]
+        path = directory / name if name in numbers else None
+    return chained[::-1]
+
+
+def newest_epoch(directory: Path) -> int:
+    """The epoch of the newest segment that counts; 0 where there is none. Raises OSError."""
+    chained = chain(directory)
+    first = next(frames(chained[-1][1])) if chained else Tail(0)
+    return 0 if isinstance(first, Tail) else int(first.head["epoch"])
+
+
+def _previous(path: Path) -> list[Any] | None:
+    """The segment before one, by name, and how much of it was on disk: empty for the first; None if it is unknown."""
+    first = next(frames(path))
+    if isinstance(first, Tail):
+        if first.is_damaged:
+            raise DamagedJournal(path, 0, f"{path} is damaged at byte 0")
+        return None
+    return first.head["previous"] or []
+
+
+def frames(path: Path) -> Iterator[Frame | Tail]:
+    """What `scan` finds in a segment. Raises DamagedJournal where it is no file, NewerJournal, OSError."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise DamagedJournal(path, 0, f"{path} is no file of its own")
+    with path.open("rb") as file:
+        # An empty file cannot be mapped.
+        if not path.stat().st_size:
+            yield Tail(0)
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+            try:
+                yield from scan(memory)
+            except UnknownKind as error:
+                raise NewerJournal(path, str(error)) from None
+
+
+def remove_journals(directory: Path) -> None:
+    """Removes the journals of a run that is no more; what cannot be removed is logged."""
+    for journal in directory.glob("*"):
+        _remove(journal)
+    with suppress(OSError):
+        directory.rmdir()
+
+
+def remove_other_journals(directory: Path, kept: Collection[str], epoch: int) -> None:
+    """Removes the journals of a run that had another number of shards before an epoch; `kept` are those of now."""
+    for journal in directory.glob("*"):
+        if journal.name not in kept and newest_epoch(journal) < epoch:
+            _remove(journal)
+
+
+def _remove(directory: Path) -> None:
+    try:
+        for path in sorted(directory.iterdir()):
+            path.unlink(missing_ok=True)
+        directory.rmdir()
+    except OSError as error:
+        logger.warning("%s is not removed: %s", directory, error.strerror or error)

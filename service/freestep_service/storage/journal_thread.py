@@ -1,0 +1,215 @@
+"""The thread that writes a journal: what it is told in order, made durable by one fdatasync for all who wait.
+
+The law of this file: what is told of work comes in the order of the work, by `post`. Nothing is told to be durable
+after another process has taken the journal over.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from freestep.errors import StorageUnavailable
+from freestep_service.domain.records import Fenced
+from freestep_service.storage.durable import flush
+from freestep_service.storage.journal_files import Ownership
+from freestep_service.storage.journal_reader import SegmentContents
+from freestep_service.storage.write_back import begin_write_back
+
+__all__ = ["PIECE", "Done", "JournalThread", "Segment", "Work", "unavailable"]
+
+Done = Callable[[Exception | None], None]
+"""Called with what went wrong, or None."""
+
+PIECE = 1024**2
+"""Bytes of a large body that are written at once; the disk is to begin with them at once."""
+
+
+@dataclass
+class Segment(SegmentContents):
+    """A segment that is written, or was before this process.
+
+    size: where the next frame begins. allocated: bytes of the file. durable: where the frames end that are on disk.
+    parts: how many in it are not decided.
+    """
+
+    salt: int = 0
+    allocated: int = 0
+    durable: int = 0
+    parts: int = 0
+
+
+@dataclass
+class Work:
+    """What the thread is to do: write buffers, make it durable, tell of it."""
+
+    segment: Segment
+    at: int = 0
+    buffers: Sequence[bytes | memoryview] = ()
+    flush: bool = False
+    allocate: Sequence[int] = ()
+    """Sizes that the file is to have, as the disk has room for them: the first one, or else the next."""
+    truncate: bool = False
+    remove: bool = False
+    begins: bool = False
+    """Whether an epoch begins with it, whatever has failed before."""
+    done: Done | None = None
+    allocated: int = 0
+    """The size that the disk had room for."""
+    reached: int = 0
+    """Where the segment's frames end with it."""
+
+
+class JournalThread:
+    """Does work on the segments of one journal. It begins with the first.
+
+    name: for the log. post: runs a function on the thread that gives the work; from any thread.
+    """
+
+    def __init__(self, name: str, post: Callable[[Callable[[], None]], object]) -> None:
+        self.ownership: Ownership | None = None
+        """Under which it writes; it is taken before there is work."""
+        self._name = name
+        self._post = post
+        self._condition = threading.Condition()
+        self._queue: list[Work] = []
+        self._is_wanted = self._is_closed = False
+        self._thread: threading.Thread | None = None
+        # The thread's own.
+        self._failure: Exception | None = None
+        """What writing failed with, until an epoch begins."""
+        self._files: dict[int, int] = {}
+        """Segment -> descriptor."""
+
+    def enqueue(self, work: Work, *, wake: bool = True) -> None:
+        """wake: False where work that follows needs the thread anyway."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"freestep-{self._name}", daemon=True)
+            self._thread.start()
+        with self._condition:
+            self._queue.append(work)
+            if wake:
+                self._is_wanted = True
+                self._condition.notify()
+
+    def _run(self) -> None:
+        dirty: dict[int, Segment] = {}
+        while True:
+            with self._condition:
+                while not self._is_wanted and not self._is_closed:
+                    self._condition.wait()
+                works, self._queue, self._is_wanted = self._queue, [], False
+                if not works and self._is_closed:
+                    break
+            self._do_all(works, dirty)
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def _do_all(self, works: Sequence[Work], dirty: dict[int, Segment]) -> None:
+        """Does what is queued, with one flush at the end if any asks for it."""
+        failures: list[Exception | None] = []
+        for work in works:
+            failure: Exception | None = None
+            if work.begins:
+                self._failure = None
+                dirty.clear()
+            try:
+                self._do(work)
+            except (OSError, Fenced) as error:
+                failure = error
+                if work.buffers:
+                    self._failure = self._failure or error
+            if work.buffers:
+                dirty[work.segment.number] = work.segment
+            elif work.remove:
+                # A body that broke off may have been written to it since the last flush.
+                dirty.pop(work.segment.number, None)
+            failures.append(failure)
+        if any(work.flush for work in works):
+            try:
+                for number in sorted(dirty):
+                    os.fdatasync(self._files[number])
+                dirty.clear()
+                self._require_ownership()
+            except (OSError, Fenced) as error:
+                self._failure = self._failure or error
+        failure = self._failure
+
+        def tell() -> None:
+            for work, own in zip(works, failures, strict=True):
+                if work.flush and failure is None:
+                    work.segment.durable = max(work.segment.durable, work.reached)
+                work.segment.allocated = max(work.segment.allocated, work.allocated)
+                error = own or (None if work.allocate else failure)
+                if work.done is not None:
+                    directory = work.segment.path.parent
+                    work.done(unavailable(directory, error) if isinstance(error, OSError) else error)
+
+        self._post(tell)
+
+    def _do(self, work: Work) -> None:
+        segment = work.segment
+        if work.remove or work.truncate:
+            # Another owner may need it.
+            self._require_ownership()
+        if work.remove:
+            if (descriptor := self._files.pop(segment.number, None)) is not None:
+                os.close(descriptor)
+            segment.path.unlink(missing_ok=True)
+            return
+        if segment.number not in self._files:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            self._files[segment.number] = os.open(segment.path, flags, 0o600)
+            flush(segment.path.parent)
+        descriptor = self._files[segment.number]
+        if work.allocate:
+            work.allocated = _allocate(descriptor, work.allocate)
+        if work.truncate:
+            os.ftruncate(descriptor, work.at)
+        at, buffers = work.at, [memoryview(buffer) for buffer in work.buffers]
+        while buffers:
+            written = os.pwritev(descriptor, buffers, at)
+            at += written
+            while buffers and written >= len(buffers[0]):
+                written -= len(buffers.pop(0))
+            if buffers:
+                buffers[0] = buffers[0][written:]
+        if at - work.at >= PIECE:
+            begin_write_back(descriptor, work.at, at - work.at)
+
+    def _require_ownership(self) -> None:
+        assert self.ownership is not None, "it is taken before there is work"
+        self.ownership.require()
+
+    def close(self) -> None:
+        """Ends it when it has done what it was given; blocks."""
+        with self._condition:
+            self._is_closed = True
+            self._condition.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def unavailable(directory: Path, error: OSError) -> StorageUnavailable:
+    """What users are told of an error of the disk's."""
+    return StorageUnavailable(f"the journal in {directory} cannot be written: {error.strerror or error}")
+
+
+def _allocate(descriptor: int, sizes: Sequence[int]) -> int:
+    """Gives a file the first of these sizes that the disk has room for, and returns it. Raises OSError."""
+    for size in sizes:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                # Such a file system tells in a write that it is full.
+                return size
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or size == sizes[-1]:
+                raise
+        else:
+            return size
+    raise AssertionError("there is at least one size")
