@@ -245,10 +245,16 @@ def test_pushes_go_on_beside_idle_connections_and_garbage(
     api.http.close()
 
 
+def with_all_places_free(service: ThreadService) -> ThreadService:
+    """The service, once the connection that asked whether it had started is gone: it would take one of few places."""
+    wait_until(lambda: service.places.taken == 0)
+    return service
+
+
 @pytest.fixture
 def small(start_service: Callable[..., ThreadService]) -> ThreadService:
     """A service with five places, of which one address may have four."""
-    return start_service(max_connections=5, max_connections_per_address=4)
+    return with_all_places_free(start_service(max_connections=5, max_connections_per_address=4))
 
 
 def test_idle_connections_make_room(small: ThreadService) -> None:
@@ -282,8 +288,8 @@ def test_who_finds_no_place_is_told(small: ThreadService) -> None:
 
 
 def test_handshakes_that_are_not_made_end(start_service: Callable[..., ThreadService], tls: dict[str, Path]) -> None:
-    service = start_service(head_seconds=0.3, max_connections=4, max_connections_per_address=4, **tls)
-    wait_until(lambda: service.places.taken == 0)
+    bounds = {"head_seconds": 0.3, "max_connections": 4, "max_connections_per_address": 4}
+    service = with_all_places_free(start_service(**bounds, **tls))
     silent = [connected(service.url.replace("https", "http")) for _ in range(4)]
     wait_until(lambda: service.places.taken == 4)
     wait_until(lambda: service.places.taken == 0)
@@ -319,7 +325,7 @@ def test_who_reads_no_answer_leaves_the_place(
 ) -> None:
     """Answers that no system's buffers hold, of any route, without a token."""
     bounds = {"max_connections": 5, "max_connections_per_address": 4, "stall_seconds": 0.5}
-    service = start_service(**bounds, **(tls if speaks == "https" else {}))
+    service = with_all_places_free(start_service(**bounds, **(tls if speaks == "https" else {})))
     asked = b"GET /openapi.json HTTP/1.1\r\nHost: here\r\n\r\n" * 200
 
     def gone() -> int:
