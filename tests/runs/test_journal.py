@@ -7,11 +7,9 @@ nothing; or a process that is killed, with its Redis or without it.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import shutil
-import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, pull
 from meanwhile import wait_until
 from plain_calls import SGD, TENSORS, Api
 from run_specs import POLICIES
+from small_disk import small_disk
 
 SHAPES = {"a": [3, 5], "b": [], "c": [700]}
 
@@ -281,28 +280,16 @@ def test_without_a_first_checkpoint_nothing_is_acknowledged(store: str, tmp_path
     run_async(work)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(directory)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("a file system of its own cannot be mounted here")
-    yield directory
-    subprocess.run(["umount", "--lazy", str(directory)], check=True)
-
-
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_full_disk_refuses_pushes_before_they_count_and_they_go_on_when_there_is_room(
-    store: str, tmp_path: Path, small_disk: Path, shards: int
+    store: str, tmp_path: Path, shards: int
 ) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", journal_dir=small_disk) as registry:
+        async with process(store, tmp_path / "data", journal_dir=disk) as registry:
             run = await new_run(registry, shards=shards, durability="journal")
             lease = await run.leases.grant("worker", None)
             await push(run, claim_of(lease, "one"))
-            filler = small_disk / "filler"
+            filler = disk / "filler"
             with filler.open("wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(4096))
@@ -319,7 +306,8 @@ def test_a_full_disk_refuses_pushes_before_they_count_and_they_go_on_when_there_
             assert (await run.status()).step == step + 1
             assert (await pull(run.shard(0)))[1] == step + 1
 
-    run_async(work, 120.0)
+    with small_disk(tmp_path / "small", kib=3072) as disk:
+        run_async(work, 120.0)
 
 
 def test_damage_is_refused_until_it_is_repaired(store: str, tmp_path: Path) -> None:

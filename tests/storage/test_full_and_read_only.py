@@ -15,22 +15,14 @@ from freestep.errors import StorageUnavailable
 from freestep_service.storage.checkpoints import Checkpoints, id_of
 from freestep_service.storage.media import LocalStorage
 from freestep_service.storage.run_files import LastEpochs, RunFile
+from small_disk import small_disk
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount a file system")
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "freestep-test", str(place)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_disk(tmp_path / "disk", kib=256) as place:
+        yield place
 
 
 def fill(disk: Path) -> Path:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import queue
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from freestep_service.storage.journal_files import frames, remove_journals, remo
 from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_reader import read_journal
 from meanwhile import DEADLINE_S
+from small_disk import small_disk
 
 BASE = CheckpointId(1, 10, 100)
 LARGE = 3 * 1024**2 + 17
@@ -421,6 +424,21 @@ def test_a_full_disk_refuses_a_push_before_it_comes(writing: Writing) -> None:
     writing.push("too large", body(9 * 1024**2))
     writing.entry(103, "too large")
     assert [entry.seq for entry in read_journal(writing.journal.directory).entries] == [101, 102, 103]
+
+
+def test_near_the_end_of_a_disk_journals_leave_room_for_each_other(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=3072) as disk, ExitStack() as stack:
+        journals = [Writing(disk / name) for name in ("first", "second", "third", "fourth")]
+        for each in journals:
+            stack.callback(each.journal.close)
+            each.begin()
+            before = shutil.disk_usage(disk).free
+            each.push("one", body())
+            # What the push needs with its margin, and a fourth of what is left.
+            assert before - shutil.disk_usage(disk).free <= 300 * 1024 + before // 4
+        for each in journals:
+            each.push("two", body())
+            each.entry(101, "two")
 
 
 def test_its_space_is_given_back(writing: Writing) -> None:

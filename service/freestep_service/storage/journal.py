@@ -126,14 +126,14 @@ class Journal:
         needed = segment.size + self._promised + _MARGIN
         if needed <= segment.allocated:
             return True
-        sizes = needed + min(max(segment.allocated, _FIRST_STEP), _STEP), needed
+        ahead = min(max(segment.allocated, _FIRST_STEP), _STEP)
 
         def tell(error: Exception | None) -> None:
             if error is not None:
                 self._promised -= size
             done(error)
 
-        self._thread.enqueue(Work(segment, allocate=sizes, done=tell))
+        self._thread.enqueue(Work(segment, allocate=needed, ahead=ahead, done=tell))
         return False
 
     def give_back(self, length: int) -> None:

@@ -28,6 +28,9 @@ Done = Callable[[Exception | None], None]
 PIECE = 1024**2
 """Bytes of a large body that are written at once; the disk is to begin with them at once."""
 
+_SHARE = 4
+"""Of what a disk has free, the part that is allocated ahead at most: one in so many."""
+
 
 @dataclass
 class Segment(SegmentContents):
@@ -51,8 +54,10 @@ class Work:
     at: int = 0
     buffers: Sequence[bytes | memoryview] = ()
     flush: bool = False
-    allocate: Sequence[int] = ()
-    """Sizes that the file is to have, as the disk has room for them: the first one, or else the next."""
+    allocate: int = 0
+    """The size that the file has to have at least ..."""
+    ahead: int = 0
+    """... and how many bytes more at most, as the disk has room for them."""
     truncate: bool = False
     remove: bool = False
     begins: bool = False
@@ -167,7 +172,7 @@ class JournalThread:
             flush(segment.path.parent)
         descriptor = self._files[segment.number]
         if work.allocate:
-            work.allocated = _allocate(descriptor, work.allocate)
+            work.allocated = _allocate(descriptor, work.allocate, work.ahead)
         if work.truncate:
             os.ftruncate(descriptor, work.at)
         at, buffers = work.at, [memoryview(buffer) for buffer in work.buffers]
@@ -199,17 +204,23 @@ def unavailable(directory: Path, error: OSError) -> StorageUnavailable:
     return StorageUnavailable(f"the journal in {directory} cannot be written: {error.strerror or error}")
 
 
-def _allocate(descriptor: int, sizes: Sequence[int]) -> int:
-    """Gives a file the first of these sizes that the disk has room for, and returns it. Raises OSError."""
-    for size in sizes:
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-                # Such a file system tells in a write that it is full.
-                return size
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or size == sizes[-1]:
-                raise
-        else:
-            return size
-    raise AssertionError("there is at least one size")
+def _allocate(descriptor: int, size: int, ahead: int) -> int:
+    """Gives a file its size, and more as the disk has room; returns what it has. Raises OSError.
+
+    A system may take all that is left before it finds that this is not enough, and other journals would be refused
+    meanwhile. So no more than a share of what is free is taken ahead.
+    """
+    disk = os.fstatvfs(descriptor)
+    ahead = min(ahead, disk.f_bavail * disk.f_frsize // _SHARE)
+    try:
+        os.posix_fallocate(descriptor, 0, size + ahead)
+    except OSError as error:
+        # Such a file system tells in a write that it is full.
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+            return size + ahead
+        # A quota may leave less than the disk.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        os.posix_fallocate(descriptor, 0, size)
+        return size
+    return size + ahead
