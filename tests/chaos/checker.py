@@ -171,11 +171,15 @@ def tokens_rise(history: History, rules: Rules) -> Iterator[str]:
 
 
 def older_leases_are_fenced(history: History, rules: Rules) -> Iterator[str]:
-    """No push counts that was first sent under a lease after its worker had been granted a later one."""
+    """No push counts that was first sent under a lease after its worker had been granted a later one.
+
+    A grant that Redis has lost fences nobody: its holder is refused, and has to ask for another one.
+    """
+    known = [grant for grant in history.grants if not history.may_be_forgotten(grant)]
     for push in history.pushes.values():
         if push.receipt is None or push.receipt.update is None:
             continue
-        for grant in history.grants:
+        for grant in known:
             if grant.worker == push.worker and grant.token > push.token and grant.answered < push.began:
                 yield (
                     f"push {push.coordinate} of {push.worker} counts under token {push.token}, though token "
@@ -193,7 +197,10 @@ def units_count_once(history: History, rules: Rules) -> Iterator[str]:
 
 
 def units_count_for_their_holder(history: History, rules: Rules) -> Iterator[str]:
-    """No push counts units that its lease was never handed out, or that another one was, later, before it was sent."""
+    """No push counts units that its lease was never handed out, or that another one was, later, before it was sent.
+
+    What Redis has lost of the handing out, it may hand out again; `units_count_once` holds nevertheless.
+    """
     claims: dict[int, list[Claimed]] = defaultdict(list)
     for claim in history.claims:
         for unit in claim.units:
@@ -207,6 +214,8 @@ def units_count_for_their_holder(history: History, rules: Rules) -> Iterator[str
                 yield f"push {push.coordinate} counts unit {unit}, which token {push.token} was not handed out"
                 continue
             for other in claims[unit]:
+                if history.may_be_forgotten(other):
+                    continue
                 if other.token != push.token and max(own) < other.asked and other.answered < push.began:
                     yield (
                         f"push {push.coordinate} counts unit {unit} under token {push.token}, though token "

@@ -171,7 +171,8 @@ class History:
     """What clients know of a run.
 
     durable: epoch, step, and when the service had said that a checkpoint has it. faults: what was done to the system.
-    seen: what processes of the service noted of themselves. stuck: what never came to an end.
+    seen: what processes of the service noted of themselves. stuck: what never came to an end. taken_back: from when to
+    when changes of Redis were lost, as by a failover to a replica that lags, and when that was over.
     """
 
     pushes: dict[int, Push] = field(default_factory=dict)
@@ -183,6 +184,11 @@ class History:
     stuck: list[str] = field(default_factory=list)
     claims: list[Claimed] = field(default_factory=list)
     looks: list[DataLook] = field(default_factory=list)
+    taken_back: list[tuple[int, int]] = field(default_factory=list)
+
+    def may_be_forgotten(self, call: Grant | Claimed) -> bool:
+        """Whether Redis may have lost what a call changed: leases, and who has which units, are kept there alone."""
+        return any(call.asked < ended and began < call.answered for began, ended in self.taken_back)
 
     @classmethod
     def of(cls, lines: Iterable[Line]) -> History:
@@ -190,7 +196,7 @@ class History:
         history, begun, attempts = cls(), {}, {}
         for line in sorted(lines, key=lambda line: line["at"]):
             match line["kind"]:
-                case "ask" | "pulling" | "claiming":
+                case "ask" | "pulling" | "claiming" | "taking-back":
                     begun[line["id"]] = line
                 case "send":
                     attempts[line["id"]] = history._sent(line)
@@ -211,6 +217,8 @@ class History:
                     history.faults.append(line)
                 case "seen":
                     history.seen.append(line)
+                case "taken-back":
+                    history.taken_back.append((begun[line["id"]]["at"], line["at"]))
                 case "stuck":
                     history.stuck.append(line["what"])
                 case "claimed":

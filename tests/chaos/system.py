@@ -280,14 +280,18 @@ class System:
                 client.execute_command("CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES")
             case "store-back":
                 # What a failover to a replica that lags does: now it is as it was, some moments ago.
+                call = self.recorder.begin("taking-back")
                 self._older = {key: client.dump(key) for key in client.keys("freestep:*")}
                 time.sleep(0.15)
-                with client.pipeline(transaction=True) as stroke:
-                    stroke.flushall()
-                    for key, value in self._older.items():
-                        if value is not None:
-                            stroke.restore(key, LEASE_MS if b"lease:" in key else 0, value)
-                    stroke.execute()
+                try:
+                    with client.pipeline(transaction=True) as stroke:
+                        stroke.flushall()
+                        for key, value in self._older.items():
+                            if value is not None:
+                                stroke.restore(key, LEASE_MS if b"lease:" in key else 0, value)
+                        stroke.execute()
+                finally:
+                    self.recorder.write("taken-back", id=call)
 
     def mend(self, fault: Fault) -> None:
         """Ends a fault. What died is started again by `revive`."""

@@ -66,6 +66,14 @@ SOUND: dict[str, Callable[[], History]] = {
     "units that count once": lambda: with_units({1: (0, 1), 2: (2,)}, BOTH, look=DataLook(1, 2, 2, 1, {1: 1})),
     "units that others had before": lambda: with_units({1: (0,)}, Claimed(2, (0,), 2, 3), Claimed(1, (0,), 4, 5)),
     "a dropped push": lambda: history([push(1, 0, 10, decision="dropped")], pull(30, 0)),
+    "a newer lease that Redis has lost": lambda: replace(
+        history([push(1, 1, 10)], pull(30, 1, 1)),
+        grants=[Grant("w", 1, 1, 0, 0, 1), Grant("w", 2, 1, 0, 2, 3)],
+        taken_back=[(2, 5)],
+    ),
+    "units whose handing out Redis has lost": lambda: replace(
+        with_units({1: (0,)}, BOTH, Claimed(2, (0,), 5, 6)), taken_back=[(4, 7)]
+    ),
     "a run that went back": lambda: history(
         [push(1, 1, 10), push(2, 2, 20), push(3, 2, 600, epoch=2, token=2)],
         pull(30, 2, 1, 2),
@@ -170,6 +178,15 @@ UNSOUND: dict[str, tuple[Callable[[], History], Rules, str]] = {
     "a lease that was fenced off": (
         lambda: replace(
             history([push(1, 1, 10)], pull(30, 1, 1)), grants=[Grant("w", 1, 1, 0, 0, 1), Grant("w", 2, 1, 0, 2, 3)]
+        ),
+        CHECKPOINT,
+        "push 1 of w counts under token 1, though token 2 had been granted before",
+    ),
+    "a lease that was fenced off before Redis went back": (
+        lambda: replace(
+            history([push(1, 1, 10)], pull(30, 1, 1)),
+            grants=[Grant("w", 1, 1, 0, 0, 1), Grant("w", 2, 1, 0, 2, 3)],
+            taken_back=[(4, 7)],
         ),
         CHECKPOINT,
         "push 1 of w counts under token 1, though token 2 had been granted before",
