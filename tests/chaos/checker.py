@@ -82,6 +82,8 @@ def receipts_tell_the_weights(history: History, rules: Rules) -> Iterator[str]:
                     yield f"{_named(pull)}: push {push.coordinate} is there, of epoch {push.epoch}"
             elif is_there and update > pull.step:
                 yield f"{_named(pull)}: push {push.coordinate} is there, whose update is step {update}"
+            elif not is_there and _waits(push, pull):
+                continue
             elif not is_there and _place(push) <= restores.survived(push.epoch, pull.epoch):
                 yield (
                     f"{_named(pull)}: push {push.coordinate} is lost, acknowledged for step {update} of epoch "
@@ -310,6 +312,12 @@ def _place(push: Push) -> float:
     """
     assert push.receipt is not None and push.receipt.update is not None
     return push.receipt.update - 0.5 * (push.receipt.decision == "accumulated")
+
+
+def _waits(push: Push, pull: Pull) -> bool:
+    """Whether a push waits for another one before its update, at the step of a pull."""
+    assert push.receipt is not None and push.receipt.update is not None
+    return push.receipt.decision == "accumulated" and push.receipt.update > pull.step
 
 
 def _units_in(pull: Pull, history: History) -> Counter[int]:

@@ -254,6 +254,8 @@ def test_an_update_may_be_cut_between_its_pushes() -> None:
     )
     rules, after = Rules(batch=2), pull(700, 1, 1, 3, epoch=2, value=0.5)
     assert check(history([accumulated, applied, other], after), rules) == []
+    # The one that survived waited for the other when the run was looked at first.
+    assert check(history([accumulated, applied, other], pull(590, 0, epoch=2), after), rules) == []
     without = pull(700, 1, 2, 3, epoch=2, value=0.5)
     assert any("push 1 is lost" in fault for fault in check(history([accumulated, applied, other], without), rules))
 
