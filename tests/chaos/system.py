@@ -317,6 +317,12 @@ class System:
         self.services[number].wait()
         self.services[number] = self._start_service(number)
 
+    def _revive_all(self) -> None:
+        """Starts every process of the service again that has ended: by a fault, or as its store was away too long."""
+        for number, service in enumerate(self.services):
+            if service.poll() is not None:
+                self.revive(number)
+
     def revive_worker(self, number: int) -> None:
         """Starts a worker of the same name in the place of one that was killed."""
         self.workers[number].wait()
@@ -324,11 +330,10 @@ class System:
 
     def heal(self) -> None:
         """Ends what may still be wrong: processes that a fail point has stopped or killed."""
-        for number, service in enumerate(self.services):
+        for service in self.services:
             _signal(service, signal.SIGCONT)
             _tell(service, "calm")
-            if service.poll() is not None:
-                self.revive(number)
+        self._revive_all()
         for worker in self.workers:
             _signal(worker, signal.SIGCONT)
 
@@ -349,8 +354,12 @@ class System:
         """Has the workers come to an end, and looks at the weights; all faults have been mended."""
         for worker in self.workers:
             worker.close_stdin()
-        for worker in self.workers:
-            worker.wait()
+
+        def have_ended() -> bool:
+            self._revive_all()
+            return all(worker.poll() is not None for worker in self.workers)
+
+        self._wait_until(have_ended, 0.02)
         self._look_at_data()
         if self.schedule.ending == "restart" and self.schedule.durability != "none":
             place = self._look()
@@ -384,10 +393,7 @@ class System:
         for relay in self.relays:
 
             def answers(relay: Relay = relay) -> bool:
-                for number, service in enumerate(self.services):
-                    if service.poll() is not None:
-                        # It was still waiting for a store that was away when all was mended.
-                        self.revive(number)
+                self._revive_all()
                 found = self.clients.pull("x", f"http://127.0.0.1:{relay.port}{self.clients.path}")
                 place.extend([found] if found else [])
                 return found is not None
