@@ -190,6 +190,17 @@ def older_leases_are_fenced(history: History, rules: Rules) -> Iterator[str]:
                 break
 
 
+def owners_take_turns(history: History, rules: Rules) -> Iterator[str]:
+    """Once the later owner of a shard has admitted a push, no earlier one does."""
+    for shard in {each.shard for each in history.admissions}:
+        admissions = [
+            (each.asked, each.answered, each.token, "an admission")
+            for each in history.admissions
+            if each.shard == shard
+        ]
+        yield from _out_of_order(admissions, f"by an owner of shard {shard} (by token)")
+
+
 def units_count_once(history: History, rules: Rules) -> Iterator[str]:
     """No unit of a pass has moved the weights twice."""
     for pull in history.pulls:
@@ -252,6 +263,7 @@ _LAWS: list[Callable[[History, Rules], Iterable[str]]] = [
     readers_go_forward,
     tokens_rise,
     older_leases_are_fenced,
+    owners_take_turns,
     units_count_once,
     units_count_for_their_holder,
     data_tells_the_weights,

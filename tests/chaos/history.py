@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "Admitted",
     "Attempt",
     "Claimed",
     "DataLook",
@@ -131,6 +132,16 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Admitted:
+    """A push that the owner of a shard admitted, under its ownership's token."""
+
+    shard: int
+    token: int
+    asked: int
+    answered: int
+
+
+@dataclass(frozen=True)
 class Claimed:
     """Units that a lease was handed out."""
 
@@ -184,6 +195,7 @@ class History:
     stuck: list[str] = field(default_factory=list)
     claims: list[Claimed] = field(default_factory=list)
     looks: list[DataLook] = field(default_factory=list)
+    admissions: list[Admitted] = field(default_factory=list)
     taken_back: list[tuple[int, int]] = field(default_factory=list)
 
     def may_be_forgotten(self, call: Grant | Claimed) -> bool:
@@ -196,7 +208,7 @@ class History:
         history, begun, attempts = cls(), {}, {}
         for line in sorted(lines, key=lambda line: line["at"]):
             match line["kind"]:
-                case "ask" | "pulling" | "claiming" | "taking-back":
+                case "ask" | "pulling" | "claiming" | "admitting" | "taking-back":
                     begun[line["id"]] = line
                 case "send":
                     attempts[line["id"]] = history._sent(line)
@@ -221,6 +233,9 @@ class History:
                     history.taken_back.append((begun[line["id"]]["at"], line["at"]))
                 case "stuck":
                     history.stuck.append(line["what"])
+                case "admitted":
+                    asked = begun[line["id"]]
+                    history.admissions.append(Admitted(asked["shard"], asked["token"], asked["at"], line["at"]))
                 case "claimed":
                     asked = begun[line["id"]]
                     history.claims.append(Claimed(asked["token"], tuple(line["units"]), asked["at"], line["at"]))

@@ -70,6 +70,7 @@ def scheduled(seed: int) -> Schedule:
     if store != "embedded":
         kinds += ["store-cut", "store-delay", "store-kill", "store-stop", "store-stop"]
     kinds += ["store-kill", "store-flush", "store-flush", "store-scripts", "store-clients", "store-back"]
+    kinds += ["store-evict", "store-evict"]
     faults = [_fault(chance, chance.choice(kinds), processes, workers) for _ in range(chance.randrange(2, 5))]
     if seed % 4 != 3:
         action = "power" if durability == "journal" else "kill"
@@ -89,6 +90,8 @@ def scheduled(seed: int) -> Schedule:
 def _fault(chance: random.Random, kind: str, processes: int, workers: int) -> Fault:
     count = workers if kind.startswith("worker") else processes
     detail = ""
+    if kind == "store-evict":
+        detail = str(chance.randrange(1 << 16))
     if kind == "point":
         action = chance.choice(["kill", "kill", "kill", "segv", "stop", "gil"])
         hits = 1 if (point := chance.choice(POINTS)).startswith("writ") else chance.randrange(1, 6)

@@ -25,7 +25,7 @@ from freestep.cli import main as freestep
 from freestep_service.coordination.pushes import RunPushes
 from freestep_service.coordination.store import Store
 from freestep_service.domain.data_sets import DataSets
-from freestep_service.domain.records import Behind
+from freestep_service.domain.records import Admission, Behind, Claim, Owner
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.state.buffers import Hold
 from freestep_service.state.shard import Shard
@@ -46,9 +46,9 @@ class Disk:
         self.honest_calls = 1 << 62
         """Calls that make durable, after which they do nothing any more."""
         self._lock = threading.Lock()
-        self._write, self._sync = os.pwritev, os.fdatasync
+        self._write, self._sync, self._close_file = os.pwritev, os.fdatasync, os.close
         self._open: dict[int, list[tuple[int, int]]] = {}
-        os.pwritev, os.fdatasync = self._pwritev, self._fdatasync
+        os.pwritev, os.fdatasync, os.close = self._pwritev, self._fdatasync, self._close
 
     def _pwritev(self, file: int, buffers: Sequence[memoryview], at: int) -> int:
         with self._lock:
@@ -63,6 +63,12 @@ class Disk:
             if self.honest_calls >= 0:
                 self._sync(file)
                 self._open.pop(file, None)
+
+    def _close(self, file: int) -> None:
+        """Segments are closed when they are removed."""
+        with self._lock:
+            self._open.pop(file, None)
+            self._close_file(file)
 
     def lose(self) -> bool:
         """Takes back what is not durable, but for half of the first of it; whether a part was torn so.
@@ -179,6 +185,20 @@ def put_points(points: FailPoints, disk: Disk) -> None:
     disk.before_sync = lambda: points.reach("flushing")
 
 
+def watch_owners(recorder: Recorder) -> None:
+    """Writes down which owners admit pushes. Receipts that are repeated say nothing: any process may."""
+    admit = RunPushes.admit
+
+    async def admitted(self: RunPushes, claim: Claim, owner: Owner, sent: Sequence[str] = ()) -> Admission:
+        call = recorder.begin("admitting", shard=owner.shard, token=int(owner.token))
+        found = await admit(self, claim, owner, sent)
+        if not found.replayed:
+            recorder.write("admitted", id=call)
+        return found
+
+    RunPushes.admit = admitted  # type: ignore[method-assign]
+
+
 def _edit_scripts(edits: dict[str, list[tuple[str, str]]]) -> None:
     """Changes the text of Lua scripts; each text that is to be replaced has to be there."""
     made = Store.__init__
@@ -252,8 +272,10 @@ def main() -> None:
     disk = Disk()
     if bug := os.environ.get("CHAOS_BUG"):
         BUGS[bug](disk)
-    points = FailPoints(Recorder(folder / f"{who}.jsonl", who), disk)
+    recorder = Recorder(folder / f"{who}.jsonl", who)
+    points = FailPoints(recorder, disk)
     put_points(points, disk)
+    watch_owners(recorder)
 
     def obey() -> None:
         for line in sys.stdin:

@@ -278,6 +278,11 @@ class System:
                 client.script_flush()
             case "store-clients":
                 client.execute_command("CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES")
+            case "store-evict":
+                keys = sorted(client.keys("freestep:*"))
+                key = keys[int(fault.detail) % len(keys)]
+                self.recorder.write("fault", fault="evicted", key=key.decode())
+                client.delete(key)
             case "store-back":
                 # What a failover to a replica that lags does: now it is as it was, some moments ago.
                 call = self.recorder.begin("taking-back")

@@ -10,6 +10,7 @@ import pytest
 
 from chaos.checker import Rules, check
 from chaos.history import (
+    Admitted,
     Attempt,
     Claimed,
     DataLook,
@@ -63,6 +64,9 @@ SOUND: dict[str, Callable[[], History]] = {
     "an unanswered push that counts": lambda: history([push(1, 1, 10), lost(2, 20)], pull(30, 2, 1, 2)),
     "an unanswered push that does not": lambda: history([push(1, 1, 10), lost(2, 20)], pull(30, 1, 1)),
     "a refused push": lambda: history([push(1, 1, 10), lost(2, 20, end="refused")], pull(30, 1, 1)),
+    "owners of two shards, and calls that overlap": lambda: replace(
+        history([]), admissions=[Admitted(0, 8, 1, 4), Admitted(0, 7, 2, 3), Admitted(1, 6, 9, 10)]
+    ),
     "units that count once": lambda: with_units({1: (0, 1), 2: (2,)}, BOTH, look=DataLook(1, 2, 2, 1, {1: 1})),
     "units that others had before": lambda: with_units({1: (0,)}, Claimed(2, (0,), 2, 3), Claimed(1, (0,), 4, 5)),
     "a dropped push": lambda: history([push(1, 0, 10, decision="dropped")], pull(30, 0)),
@@ -190,6 +194,11 @@ UNSOUND: dict[str, tuple[Callable[[], History], Rules, str]] = {
         ),
         CHECKPOINT,
         "push 1 of w counts under token 1, though token 2 had been granted before",
+    ),
+    "an owner that was taken over": (
+        lambda: replace(history([]), admissions=[Admitted(0, 8, 1, 2), Admitted(0, 7, 3, 4)]),
+        CHECKPOINT,
+        "an admission by an owner of shard 0 (by token) is of 7, asked after an admission of 8",
     ),
     "a unit that counts twice": (
         lambda: with_units({1: (0, 1), 2: (1,)}, BOTH),
