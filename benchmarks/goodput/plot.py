@@ -40,7 +40,9 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
         axes.grid(alpha=0.3)
     shares.set_ylim(0, 102)
     shares.set_ylabel("useful pushes, % of those computed")
-    waits.set_yscale("log")
+    if any(len(line.get_ydata()) for line in waits.get_lines()):
+        # An axis without values has no logarithm.
+        waits.set_yscale("log")
     waits.set_ylabel("seconds from SIGKILL to an applied push, median")
     shares.legend()
     figure.savefig(file, dpi=100)
