@@ -383,13 +383,15 @@ class System:
         def is_at_rest() -> bool:
             before = self.clients.data_counts()
             place = self._look()
-            if before is None or self.clients.data_counts() != before:
+            if before is None:
+                # A run that has lost everything has no data set until somebody creates one.
+                self.clients.create_data()
+                return False
+            if self.clients.data_counts() != before:
                 return False
             self.recorder.write("data", epoch=place[0], step=place[1], **before)
             return True
 
-        # A run that has lost everything has no data set until a worker creates one.
-        self.clients.create_data()
         self._wait_until(is_at_rest)
 
     def _look(self) -> tuple[int, int]:
