@@ -23,7 +23,7 @@ from torch import Tensor
 from encoded import assemble, int8, topk
 from freestep.api.data import DataSpec
 from freestep.api.models import Lease, MetricReport, RunSpec
-from freestep.errors import FreestepError, StorageUnavailable
+from freestep.errors import FreestepError, ShardUnavailable, StorageUnavailable
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.tokens import ANYBODY
 from freestep_service.runs.registry import Registry
@@ -34,6 +34,7 @@ from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_repair import repair
 from harness import ProcessService
 from harness import store as own_store
+from losing_disk import LosingDisk
 from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, pull, push, run_async, until
 from meanwhile import wait_until
 from plain_calls import SGD, TENSORS, Api
@@ -308,6 +309,40 @@ def test_a_full_disk_refuses_pushes_before_they_count_and_they_go_on_when_there_
 
     with small_disk(tmp_path / "small", kib=3072) as disk:
         run_async(work, 120.0)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_a_disk_has_lost_is_not_acknowledged_later(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    disk = LosingDisk(monkeypatch)
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            await push(run, claim_of(lease, "key-0", 0))
+            disk.failures = 1
+            with pytest.raises((StorageUnavailable, ShardUnavailable)):
+                await push(run, claim_of(lease, "key-1", 1))
+            # It is opened again by itself, and the same key has the push counted once.
+            while True:
+                with suppress(ShardUnavailable, StorageUnavailable):
+                    await push(run, claim_of(lease, "key-1", 1))
+                    break
+                await asyncio.sleep(0.01)
+            before = await states(run)
+            status = await run.status()
+            assert (status.epoch, status.step) == (1, 2)
+            image = tmp_path / "power"
+            shutil.copytree(tmp_path / "data", image)
+            shutil.rmtree(image / "journal")
+            disk.after_power_failed(tmp_path / "data" / "journal", image / "journal")
+            async with crashed(tmp_path, image) as other:
+                again, _ = await opened(other)
+                assert all(map(is_same, await states(again), before))
+
+    run_async(work)
 
 
 def test_damage_is_refused_until_it_is_repaired(store: str, tmp_path: Path) -> None:

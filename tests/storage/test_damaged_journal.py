@@ -83,7 +83,7 @@ def test_what_is_read_was_written(directory: Path, changes: list[tuple[str, int,
         assert entry.members == {"epoch": 1, "seq": entry.seq, "key": f"key-{entry.seq}", "counts": True}
         assert entry.part is not None
         try:
-            body = bytes(entry.part.read())
+            body = b"".join(entry.part.read())
         except DamagedJournal as error:
             assert "freestep journal repair" in str(error)
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import resource
@@ -22,6 +23,10 @@ from freestep_service.storage.journal import Journal
 from freestep_service.storage.journal_files import frames, remove_journals, remove_other_journals, segment_paths
 from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_reader import read_journal
+from freestep_service.storage.journal_repair import repair, rows
+from freestep_service.storage.journal_rewrite import write_again
+from freestep_service.storage.journal_thread import Work
+from losing_disk import LosingDisk
 from meanwhile import DEADLINE_S
 from small_disk import small_disk
 
@@ -104,7 +109,7 @@ def test_entries_and_bodies_come_back(writing: Writing, length: int) -> None:
     for number, entry in enumerate(contents.entries[:3]):
         assert entry.part is not None
         assert entry.part.claim == claim(f"key-{number}")
-        assert bytes(entry.part.read()) == body(length, number)
+        assert b"".join(entry.part.read()) == body(length, number)
         assert entry.members["record"] == "{}"
     assert contents.entries[3].part is None
     assert contents.follows(BASE)
@@ -123,7 +128,7 @@ def test_a_push_that_is_not_decided_is_kept_until_the_shard_goes_on(writing: Wri
     assert set(read_journal(writing.journal.directory).parts) == {"small", "large", "refused"}
     assert writing.journal.find("refused") is None
     part = writing.journal.find("large")
-    assert part is not None and bytes(part.read()) == body(LARGE)
+    assert part is not None and b"".join(part.read()) == body(LARGE)
     writing.journal.back_to(101)
     assert writing.journal.find("small") is writing.journal.find("large") is None
 
@@ -142,7 +147,7 @@ def test_bodies_that_come_at_the_same_time_do_not_mix(writing: Writing) -> None:
         part.finish(xxhash.xxh3_128_hexdigest(bodies[key]))
     writing.flush()
     found = read_journal(writing.journal.directory).parts
-    assert {key: bytes(part.read()) for key, part in found.items()} == bodies
+    assert {key: b"".join(part.read()) for key, part in found.items()} == bodies
 
 
 def test_a_body_that_broke_off_is_no_part(writing: Writing) -> None:
@@ -272,7 +277,7 @@ def test_another_process_goes_on_where_it_ended(writing: Writing) -> None:
         contents = read_journal(writing.journal.directory)
         assert [entry.seq for entry in contents.entries] == [101, 102]
         last = contents.entries[1].part
-        assert last is not None and bytes(last.read()) == body(LARGE)
+        assert last is not None and b"".join(last.read()) == body(LARGE)
         # The first segment has the body of an entry that no checkpoint holds.
         second.journal.cut(CheckpointId(1, 11, 101))
         second.flush()
@@ -328,6 +333,25 @@ def test_what_is_written_by_one_who_does_not_know_that_he_was_taken_over_does_no
         second.journal.close()
 
 
+def test_what_he_writes_behind_what_was_taken_over_does_not_count_either(writing: Writing) -> None:
+    writing.begin()
+    writing.entry(101, mark="first")
+    second = Writing(writing.journal.directory)
+    try:
+        second.journal.adopt(read_journal(writing.journal.directory))
+        second.journal.go_on()
+        second.entry(102, mark="second")
+        # Into the segment that was taken over, as long as no other is begun.
+        for seq in (102, 103):
+            with pytest.raises(Fenced):
+                writing.entry(seq, mark="late")
+        contents = read_journal(writing.journal.directory)
+        assert [entry.members["mark"] for entry in contents.entries] == ["first", "second"]
+        assert [row["seq"] for row in rows(writing.journal.directory) if row["kind"] == "entry"] == [101, 102]
+    finally:
+        second.journal.close()
+
+
 def last_segment(writing: Writing) -> Path:
     return segment_paths(writing.journal.directory)[-1][1]
 
@@ -351,6 +375,46 @@ def test_a_torn_tail_is_cut(writing: Writing) -> None:
         assert [entry.seq for entry in contents.entries] == [101]
         assert set(contents.parts) == {"two"}
         assert contents.torn == length - last.at
+
+
+def test_a_segment_whose_predecessor_is_torn_is_part_of_the_torn_tail(writing: Writing) -> None:
+    writing.begin()
+    writing.entry(101)
+    # Both are written, and the power fails before they are made durable: the disk had the second one first.
+    first = last_segment(writing)
+    kept = first.read_bytes()[: frame_places(first, Kind.ENTRY)[-1].end]
+    writing.journal.entry({"epoch": 1, "seq": 102}, lambda error: None)
+    writing.journal.next_segment()
+    writing.flush()
+    second = last_segment(writing)
+    first.write_bytes(kept)
+    contents = read_journal(writing.journal.directory)
+    assert [entry.seq for entry in contents.entries] == [101]
+    assert contents.torn >= second.stat().st_size
+    other = Writing(writing.journal.directory)
+    try:
+        other.journal.adopt(read_journal(writing.journal.directory))
+        other.journal.go_on()
+        other.entry(102)
+        other.flush()
+        assert not second.exists()
+        assert [entry.seq for entry in read_journal(writing.journal.directory).entries] == [101, 102]
+    finally:
+        other.journal.close()
+
+
+def test_entries_that_are_gone_before_a_segment_that_was_on_disk_are_damage(writing: Writing) -> None:
+    writing.begin()
+    writing.entry(101)
+    first = last_segment(writing)
+    kept = first.read_bytes()[: frame_places(first, Kind.ENTRY)[-1].end]
+    writing.entry(102)
+    writing.journal.next_segment()
+    for seq in (103, 104):
+        writing.entry(seq)
+    first.write_bytes(kept)
+    with pytest.raises(Damaged, match=r"ends at byte|was on disk to entry 102"):
+        read_journal(writing.journal.directory)
 
 
 def test_an_entry_whose_body_did_not_reach_the_disk_is_part_of_a_torn_tail(writing: Writing) -> None:
@@ -384,7 +448,7 @@ def test_damage_of_what_was_on_disk_is_refused(writing: Writing) -> None:
     part = read_journal(writing.journal.directory).entries[0].part
     assert part is not None
     with pytest.raises(Damaged, match="is not what was written"):
-        part.read()
+        part.check()
 
 
 def test_a_segment_that_is_gone_or_short_is_noticed(writing: Writing) -> None:
@@ -471,3 +535,121 @@ def test_the_journals_of_a_run_are_removed(writing: Writing) -> None:
     remove_journals(writing.journal.directory.parent)
     assert not os.path.lexists(writing.journal.directory)
     assert read_journal(writing.journal.directory).epoch == 0
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> LosingDisk:
+    return LosingDisk(monkeypatch)
+
+
+def test_after_a_failed_flush_nothing_is_told_to_be_on_disk_until_an_epoch_begins(
+    writing: Writing, disk: LosingDisk
+) -> None:
+    writing.begin()
+    writing.entry(101)
+    disk.failures = 1
+    with pytest.raises(StorageUnavailable, match="Input/output error"):
+        writing.entry(102)
+    # The disk would take it now, and says nothing of what it has lost.
+    for act in (writing.flush, lambda: writing.entry(103)):
+        with pytest.raises(StorageUnavailable, match="Input/output error"):
+            act()
+    writing.begin(2, BASE, 100)
+    writing.entry(101, epoch=2)
+
+
+def test_what_waits_beside_the_beginning_of_an_epoch_is_told_of_the_failure_before_it(
+    writing: Writing, disk: LosingDisk
+) -> None:
+    writing.begin()
+    writing.entry(101)
+    outcomes: dict[str, Exception | None] = {}
+    disk.failures = 1
+    with disk.waiting():
+        writing.journal.entry({"epoch": 1, "seq": 102}, lambda error: outcomes.update(first=error))
+        disk.comes()
+        # All of this is done at once.
+        writing.journal.entry({"epoch": 1, "seq": 103}, lambda error: outcomes.update(entry=error))
+        old = writing.journal._segments[-1]
+        writing.journal.begin(2, BASE, 100, lambda error: outcomes.update(begin=error))
+        writing.journal._thread.enqueue(Work(old, flush=True, done=lambda error: outcomes.update(late=error)))
+    writing.flush()
+    assert outcomes["begin"] is None
+    assert all(isinstance(outcomes[each], StorageUnavailable) for each in ("first", "entry", "late"))
+
+
+@pytest.mark.parametrize("length", [1000, LARGE])
+def test_what_is_read_after_a_failed_flush_is_made_durable_before_it_counts(
+    writing: Writing, disk: LosingDisk, tmp_path: Path, length: int
+) -> None:
+    writing.begin()
+    writing.push("one", body(length))
+    writing.entry(101, "one")
+    writing.push("two", body(length, 1))
+    disk.failures = 1
+    with pytest.raises(StorageUnavailable):
+        writing.entry(102, "two")
+    directory = writing.journal.directory
+    assert [entry.seq for entry in read_journal(disk.after_power_failed(directory, tmp_path / "before")).entries] == [
+        101
+    ]
+    contents = read_journal(directory)
+    assert [entry.seq for entry in contents.entries] == [101, 102]
+    disk.failures = 1
+    with pytest.raises(OSError, match="Input/output error"):
+        write_again(contents)
+    write_again(contents)
+    kept = read_journal(disk.after_power_failed(directory, tmp_path / "after"))
+    assert [entry.seq for entry in kept.entries] == [101, 102]
+    for entry in kept.entries:
+        assert entry.part is not None
+        entry.part.check()
+
+
+def test_a_body_that_came_behind_frames_that_were_made_durable_is_written_again(
+    writing: Writing, disk: LosingDisk, tmp_path: Path
+) -> None:
+    writing.begin()
+    data = body(LARGE)
+    writing.wait(lambda done: writing.journal.make_room(LARGE, done) and done(None))
+    part = writing.journal.part(claim("large"), LARGE)
+    writing.entry(101)
+    writing.entry(102)
+    part.write(memoryview(data))
+    writing.wait(lambda done: part.written(done) and done(None))
+    part.finish(xxhash.xxh3_128_hexdigest(data))
+    disk.failures = 1
+    with pytest.raises(StorageUnavailable):
+        writing.entry(103, "large")
+    contents = read_journal(writing.journal.directory)
+    write_again(contents)
+    kept = read_journal(disk.after_power_failed(writing.journal.directory, tmp_path / "after"))
+    assert [entry.seq for entry in kept.entries] == [101, 102, 103]
+    last = kept.entries[-1].part
+    assert last is not None and b"".join(last.read()) == data
+
+
+def test_what_the_disk_does_not_give_is_damage_and_a_repair_does_not_need_it(
+    writing: Writing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing.begin()
+    for seq in (101, 102, 103):
+        writing.entry(seq, filler="x" * 2 * 1024**2)
+    writing.flush()
+    path = last_segment(writing)
+    second = frame_places(path, Kind.ENTRY)[1]
+    pread = os.pread
+
+    def broken(descriptor: int, length: int, at: int) -> bytes:
+        if os.fstat(descriptor).st_size > second.at + 1000 and at <= second.at + 1000 < at + length:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, length, at)
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(Damaged, match="cannot be read from byte"):
+        read_journal(writing.journal.directory)
+    done = repair(writing.journal.directory)
+    assert done is not None and (done.first, done.last) == (101, 101)
+    assert [entry.seq for entry in read_journal(writing.journal.directory).entries] == [101]
+    (aside,) = done.aside
+    assert aside.stat().st_size > path.stat().st_size

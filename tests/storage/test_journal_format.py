@@ -23,7 +23,7 @@ def segment(*heads: dict[str, Any], durable: int = 0, body: bytes = BODY) -> tup
 
 
 def scanned(data: bytes) -> tuple[list[Frame], Tail]:
-    *frames, tail = scan(memoryview(data))
+    *frames, tail = scan(data)
     assert isinstance(tail, Tail)
     return [frame for frame in frames if isinstance(frame, Frame)], tail
 

@@ -108,8 +108,8 @@ class Loading:
         core, writer = shard.core, shard.core.writer
         live, closed, problem = None, None, None
         entries: list[dict[str, Any]] = []
-        if writer.failure is not None:
-            # Its state may be half changed.
+        if writer.failure is not None or (core.journal is not None and core.journal.has_failed):
+            # Its state may be half changed, or not what is on disk.
             core.loaded = None
         if core.journal is not None:
             newest = max(view.number("epoch"), self.newest_epoch, (await self._stored())[0])

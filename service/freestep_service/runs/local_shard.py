@@ -85,6 +85,8 @@ class LocalShard:
         """The keys of pushes that are being read from the journal."""
         core.writer.on_taken = self._on_taken
         core.writer.on_failure = lambda: recovery.reopen("an update failed")
+        if core.journal is not None:
+            core.journal.watch(lambda: recovery.reopen("its journal could not be written"))
 
     @property
     def index(self) -> int:

@@ -326,7 +326,9 @@ class Pushes:
         except Lost:
             self._forget(claim, record)
             detail = "the run was opened again before the push was applied"
-            raise ShardUnavailable(detail) if self._core.is_sharded else LeaseExpired(detail) from None
+            # A journal may have its entry: the same key tells.
+            is_open = self._core.is_sharded or self._core.journal is not None
+            raise ShardUnavailable(detail) if is_open else LeaseExpired(detail) from None
         except ShardUnavailable:
             self._forget(claim, record)
             raise

@@ -25,7 +25,7 @@ async def recover(context: RunContext, checkpoints: Checkpoints, shard: LocalSha
     """Brings a shard to the newest entry of its journal; whether that is where it stands now.
 
     newest_epoch: of the run, as far as is known: a journal of an earlier one has nothing to add. Raises Damaged where
-    entries of the journal cannot be applied, which nobody may decide to lose but its owner, and OSError.
+    entries of the journal cannot be applied, which nobody may decide to lose but its owner, and StorageUnavailable.
     """
     core, disk = shard.core, context.resources.disk
     assert core.journal is not None
@@ -47,8 +47,12 @@ async def recover(context: RunContext, checkpoints: Checkpoints, shard: LocalSha
         context.receipts.clear()
         context.receipts.update(loaded.receipts)
         core.initialized = True
-        core.journal.go_on()
-        newest = contents.entries[-1].seq if contents.entries else checkpoint.seq
+        newest = max(contents.newest_seq, checkpoint.seq)
+        if contents.newest_seq < checkpoint.seq:
+            # A repair has given up entries that the checkpoint has.
+            await core.journal.begin(contents.epoch, checkpoint, checkpoint.seq)
+        else:
+            core.journal.go_on()
         core.writer.resume(contents.epoch, checkpoint.seq, checkpoint.step, newest)
         tally = await _replay(context, shard, contents, checkpoint, loaded.state.tally)
         context.telemetry.tally = tally

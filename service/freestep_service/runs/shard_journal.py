@@ -18,6 +18,7 @@ from freestep_service.runs.resources import Disk
 from freestep_service.state.log import Entry
 from freestep_service.storage.journal import Done, Journal, PartWriter
 from freestep_service.storage.journal_reader import JournalContents, JournaledPart, read_journal
+from freestep_service.storage.journal_rewrite import write_again
 from freestep_service.storage.journal_thread import unavailable
 
 __all__ = ["JournaledBody", "ShardJournal"]
@@ -43,15 +44,26 @@ class ShardJournal:
     # Its beginning
 
     async def read(self) -> JournalContents:
-        """What is on disk, once whoever wrote it before cannot acknowledge any more. Raises Damaged, OSError."""
+        """What is on disk, once whoever wrote it before cannot acknowledge any more.
+
+        Raises Damaged and StorageUnavailable.
+        """
         with suppress(StorageUnavailable, ShardUnavailable):
             await self.flush()
-        await self._disk.run(self._journal.take_over)
-        contents = await self._disk.run(read_journal, self._journal.directory)
+        try:
+            contents = await self._disk.run(self._read)
+        except OSError as error:
+            raise unavailable(self._journal.directory, error) from error
         self._journal.adopt(contents)
         if contents.run_id != self._run_id:
             # Of a run of this name that was deleted.
             return JournalContents()
+        return contents
+
+    def _read(self) -> JournalContents:
+        self._journal.take_over()
+        contents = read_journal(self._journal.directory)
+        write_again(contents)
         return contents
 
     async def entries(self, after: int) -> list[dict[str, Any]]:
@@ -78,6 +90,15 @@ class ShardJournal:
         await self._tell(lambda done: self._journal.begin(epoch, base, seq, done))
         if base is not None:
             self._based.set()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether nothing gets to the disk any more, until it is read anew or an epoch begins."""
+        return self._journal.has_failed
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """Has a function called whenever it fails."""
+        self._journal.watch(on_failure)
 
     @property
     def epoch(self) -> int:
@@ -167,8 +188,12 @@ class JournaledBody:
 
     async def receive_into(self, receiver: Sink) -> str:
         """Fills the receiver and returns the digest of the bytes. Raises Damaged, OSError and MalformedTensors."""
-        await self._disk.run(lambda: lay(receiver, self._part.read()))
+        await self._disk.run(self._lay, receiver)
         return self._part.digest
+
+    def _lay(self, receiver: Sink) -> None:
+        for piece in self._part.read():
+            lay(receiver, piece)
 
     async def receive_digest(self) -> str:
         """The digest of the bytes."""

@@ -73,7 +73,7 @@ class Journal:
             segment.parts += 1
             self._parts[key] = segment, part
         self.epoch, self._base = contents.epoch, contents.base
-        self.newest_seq = contents.entries[-1].seq if contents.entries else 0
+        self.newest_seq = contents.newest_seq
 
     def go_on(self) -> None:
         """Goes on behind what was adopted."""
@@ -89,7 +89,7 @@ class Journal:
         for segment in self._segments:
             segment.last_seq = 0
         self.epoch, self._base, self.newest_seq = epoch, base, seq
-        self._rotate(done, begins=True)
+        self._rotate(done, begins=True, anew=True)
 
     def back_to(self, seq: int) -> None:
         """The shard goes on after an entry of this epoch: those behind it are void."""
@@ -98,6 +98,15 @@ class Journal:
         if self.newest_seq > seq:
             self._append(Kind.BACK, {"epoch": self.epoch, "seq": seq})
         self.newest_seq = seq
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether nothing is made durable any more, until it is read anew or an epoch begins."""
+        return self._thread.failure is not None
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """Has a function called whenever it fails."""
+        self._thread.on_failure = on_failure
 
     @property
     def is_owned(self) -> bool:
@@ -217,7 +226,7 @@ class Journal:
             self._thread.enqueue(work, wake=wake)
         return work
 
-    def _rotate(self, done: Done | None = None, *, begins: bool = False) -> None:
+    def _rotate(self, done: Done | None = None, *, begins: bool = False, anew: bool = False) -> None:
         previous = self._segments[-1] if self._segments else None
         if previous is not None and previous.allocated:
             self._thread.enqueue(Work(previous, truncate=True, at=previous.size))
@@ -232,10 +241,11 @@ class Journal:
             "run": self._run,
             "id": self._run_id,
             "segment": number,
-            "previous": previous and [previous.path.name, previous.durable],
+            "previous": previous and [previous.path.name, previous.durable, previous.size],
             "epoch": self.epoch,
             "base": self._base,
             "seq": self.newest_seq,
+            "anew": anew,
         }
         self._append(Kind.BEGIN, head, begins=begins)
         self._thread.enqueue(Work(segment, flush=True, done=done, reached=segment.size))

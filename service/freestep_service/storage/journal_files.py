@@ -9,8 +9,8 @@ names: nobody was answered for what is in them.
 
 from __future__ import annotations
 
+import errno
 import logging
-import mmap
 import os
 import re
 import secrets
@@ -18,15 +18,17 @@ import stat
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from freestep_service.domain.records import Fenced
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.durable import flush
 from freestep_service.storage.journal_format import Frame, Tail, UnknownKind, scan
+from freestep_service.storage.segment_bytes import SegmentBytes
 
 __all__ = [
     "DamagedJournal",
+    "Link",
     "NewerJournal",
     "Ownership",
     "chain",
@@ -80,6 +82,7 @@ class Ownership:
         words = [self.word, *(word for word in owners(directory) if word in kept)]
         temporary = directory / f".{_OWNER}.{self.word}"
         temporary.write_text("\n".join([*words, ""]))
+        flush(temporary)
         self._path = directory / _OWNER
         os.replace(temporary, self._path)
         flush(directory)
@@ -119,19 +122,31 @@ def owners(directory: Path) -> list[str]:
         return []
 
 
-def chain(directory: Path) -> list[tuple[int, Path]]:
+class Link(NamedTuple):
+    """A segment that counts. limit: where it ends for the one behind it, None where there is none, or it says nothing.
+
+    What is behind that, a process has written which did not know yet that it was taken over.
+    """
+
+    number: int
+    path: Path
+    limit: int | None = None
+
+
+def chain(directory: Path) -> list[Link]:
     """The segments that count, oldest first: the newest one of the newest owner that has any, and those before it."""
     found = segment_paths(directory)
     numbers = {path.name: number for number, path in found}
     # In a copy without the file of the words, the newest number counts.
     words = owners(directory) or [""]
     newest = [path for word in words for _, path in reversed(found) if path.stem.endswith(word)]
-    chained: list[tuple[int, Path]] = []
+    chained: list[Link] = []
     # One that was only just made may not have its first frame yet.
-    path = next((path for path in newest if _previous(path) is not None), None)
+    path, limit = next((path for path in newest if _previous(path) is not None), None), None
     while path is not None:
-        chained.append((numbers[path.name], path))
-        name = (_previous(path) or [None])[0]
+        chained.append(Link(numbers[path.name], path, limit))
+        # Older versions did not say where it ends.
+        name, _, limit = [*(_previous(path) or [None, 0]), None][:3]
         path = directory / name if name in numbers else None
     return chained[::-1]
 
@@ -139,12 +154,15 @@ def chain(directory: Path) -> list[tuple[int, Path]]:
 def newest_epoch(directory: Path) -> int:
     """The epoch of the newest segment that counts; 0 where there is none. Raises OSError."""
     chained = chain(directory)
-    first = next(frames(chained[-1][1])) if chained else Tail(0)
+    first = next(frames(chained[-1].path)) if chained else Tail(0)
     return 0 if isinstance(first, Tail) else int(first.head["epoch"])
 
 
 def _previous(path: Path) -> list[Any] | None:
-    """The segment before one, by name, and how much of it was on disk: empty for the first; None if it is unknown."""
+    """The segment before one, by name, how much of it was on disk, and where it ended: empty for the first one.
+
+    None if it is unknown.
+    """
     first = next(frames(path))
     if isinstance(first, Tail):
         if first.is_damaged:
@@ -154,19 +172,24 @@ def _previous(path: Path) -> list[Any] | None:
 
 
 def frames(path: Path) -> Iterator[Frame | Tail]:
-    """What `scan` finds in a segment. Raises DamagedJournal where it is no file, NewerJournal, OSError."""
+    """What `scan` finds in a segment.
+
+    Raises DamagedJournal where it is no file or the disk does not give its bytes, NewerJournal, OSError.
+    """
     if not stat.S_ISREG(path.lstat().st_mode):
         raise DamagedJournal(path, 0, f"{path} is no file of its own")
-    with path.open("rb") as file:
-        # An empty file cannot be mapped.
-        if not path.stat().st_size:
-            yield Tail(0)
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-            try:
-                yield from scan(memory)
-            except UnknownKind as error:
-                raise NewerJournal(path, str(error)) from None
+    at = 0
+    with SegmentBytes(path) as content:
+        try:
+            for found in scan(content):
+                yield found
+                at = found.end
+        except UnknownKind as error:
+            raise NewerJournal(path, str(error)) from None
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise DamagedJournal(path, at, f"{path} cannot be read from byte {at} on") from error
 
 
 def remove_journals(directory: Path) -> None:

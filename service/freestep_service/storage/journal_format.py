@@ -26,12 +26,11 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from mmap import mmap
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
-__all__ = ["FORMAT", "HEADER", "MAGIC", "Frame", "Kind", "Tail", "UnknownKind", "encode_frame", "scan"]
+__all__ = ["FORMAT", "HEADER", "MAGIC", "Content", "Frame", "Kind", "Tail", "UnknownKind", "encode_frame", "scan"]
 
 MAGIC = b"fsj1"
 FORMAT = 1
@@ -66,14 +65,31 @@ class UnknownKind(ValueError):
         self.at = at
 
 
+class Content(Protocol):
+    """The bytes of a segment, in memory or not."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, place: slice, /) -> bytes:
+        """Those from a place to another, as far as there are any."""
+
+    def find(self, pattern: bytes, begin: int, /) -> int:
+        """Where a pattern is that begins at a place or behind it; -1 where it is not."""
+
+
 class Frame(NamedTuple):
-    """A frame of a segment. at: where it begins. body, end: where its body begins and ends."""
+    """A frame of a segment. at: where it begins. body, end: where its body begins and ends.
+
+    durable: where the segment's frames ended that were known to be on disk when this one was written.
+    """
 
     kind: Kind
     at: int
     body: int
     end: int
     head: dict[str, Any]
+    durable: int
 
 
 @dataclass(frozen=True)
@@ -96,47 +112,45 @@ def encode_frame(kind: Kind, head: Mapping[str, Any], body_length: int, durable:
     return b"".join((fields, _CHECKSUM.pack(_checksum(fields, text, salt)), text))
 
 
-def scan(memory: memoryview | mmap) -> Iterator[Frame | Tail]:
+def scan(memory: Content) -> Iterator[Frame | Tail]:
     """The sound frames of a segment, in order; the last item is the `Tail`. Raises UnknownKind."""
     size, at, salt, durable = len(memory), 0, 0, 0
-    while (found := _frame_at(memory, at, size, salt)) is not None:
-        frame, noted = found
+    while (frame := _frame_at(memory, at, size, salt)) is not None:
         if (frame.kind == Kind.BEGIN) != (at == 0):
             break
         if at == 0:
             salt = int(frame.head["salt"])
-        durable = max(durable, noted)
+        durable = max(durable, frame.durable)
         yield frame
         at = frame.end
     for later in _candidates(memory, at + 1):
         if at == 0:
             # Without its BEGIN no checksum can be told; what is there must not be taken for nothing.
             durable = max(durable, _noted_at(memory, later, size))
-        elif (found := _frame_at(memory, later, size, salt)) is not None and found[0].kind != Kind.BEGIN:
+        elif (found := _frame_at(memory, later, size, salt)) is not None and found.kind != Kind.BEGIN:
             # A sender could make a BEGIN, whose salt is no secret.
-            durable = max(durable, found[1])
+            durable = max(durable, found.durable)
     yield Tail(at, durable)
 
 
-def _candidates(memory: memoryview | mmap, begin: int) -> Iterator[int]:
+def _candidates(memory: Content, begin: int) -> Iterator[int]:
     """Where frames may begin."""
-    data = memory if isinstance(memory, mmap) else bytes(memory)
-    at = data.find(MAGIC, begin)
+    at = memory.find(MAGIC, begin)
     while at >= 0:
         yield at
-        at = data.find(MAGIC, at + 1)
+        at = memory.find(MAGIC, at + 1)
 
 
-def _frame_at(memory: memoryview | mmap, at: int, size: int, salt: int) -> tuple[Frame, int] | None:
-    """The frame that begins at a place, and what it says is on disk; None where there is no sound one."""
+def _frame_at(memory: Content, at: int, size: int, salt: int) -> Frame | None:
+    """The frame that begins at a place; None where there is no sound one."""
     if at + HEADER > size:
         return None
-    fields = bytes(memory[at : at + _FIELDS.size])
+    fields = memory[at : at + _FIELDS.size]
     magic, kind, head_length, body_length, durable = _FIELDS.unpack(fields)
     body = at + HEADER + head_length
     if magic != MAGIC or head_length > _LONGEST_HEAD or body + body_length > size:
         return None
-    text = bytes(memory[at + HEADER : body])
+    text = memory[at + HEADER : body]
     (checksum,) = _CHECKSUM.unpack(memory[at + _FIELDS.size : at + HEADER])
     if checksum != _checksum(fields, text, 0 if kind == Kind.BEGIN else salt):
         return None
@@ -144,10 +158,10 @@ def _frame_at(memory: memoryview | mmap, at: int, size: int, salt: int) -> tuple
         known = Kind(kind)
     except ValueError:
         raise UnknownKind(kind, at) from None
-    return Frame(known, at, body, body + body_length, json.loads(text)), durable
+    return Frame(known, at, body, body + body_length, json.loads(text), durable)
 
 
-def _noted_at(memory: memoryview | mmap, at: int, size: int) -> int:
+def _noted_at(memory: Content, at: int, size: int) -> int:
     """What looks like a frame says is on disk; 0 where nothing does."""
     if at + HEADER > size:
         return 0

@@ -1,11 +1,13 @@
 """What a shard's journal holds: which entries of the log, and which parts of pushes, are on disk.
 
 The law of this file: it changes nothing. A torn tail ends the journal; damage before it raises Damaged.
+What it reads may still be in memory alone (journal_rewrite.py).
 """
 
 from __future__ import annotations
 
-import mmap
+import errno
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,25 @@ import xxhash
 
 from freestep_service.domain.records import CheckpointId, Claim
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal_files import DamagedJournal, NewerJournal, chain, frames
+from freestep_service.storage.journal_files import DamagedJournal, Link, NewerJournal, chain, frames
 from freestep_service.storage.journal_format import FORMAT, Frame, Kind, Tail
+from freestep_service.storage.segment_bytes import SegmentBytes
 
 __all__ = ["JournalContents", "JournaledEntry", "JournaledPart", "SegmentContents", "read_journal"]
 
 
 @dataclass
 class SegmentContents:
-    """A segment on disk. last_seq: the newest entry that is in it, or that needs a part in it."""
+    """A segment on disk. last_seq: the newest entry that is in it, or that needs a part in it.
+
+    durable: where the frames end that are known to be on disk.
+    """
 
     number: int
     path: Path
     size: int = 0
     last_seq: int = 0
+    durable: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,27 @@ class JournaledPart:
     begin: int
     length: int
 
-    def read(self) -> memoryview:
-        """The body. Raises DamagedJournal where it is not what was written, and OSError."""
-        with self.segment.path.open("rb") as file:
-            body = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[self.begin :][: self.length]
-        if xxhash.xxh3_128_hexdigest(body) != self.digest:
-            problem = f"{self.segment.path}: the body of a push at byte {self.begin} is not what was written"
-            raise DamagedJournal(self.segment.path, self.begin, problem)
-        return body
+    def read(self) -> Iterator[bytes]:
+        """The body, in pieces. Raises DamagedJournal, at the end, where it is not what was written, and OSError."""
+        digest, path = xxhash.xxh3_128(), self.segment.path
+        try:
+            with SegmentBytes(path) as content:
+                for piece in content.pieces(self.begin, self.length):
+                    digest.update(piece)
+                    yield piece
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            problem = f"{path}: the body of a push at byte {self.begin} cannot be read"
+            raise DamagedJournal(path, self.begin, problem) from error
+        if digest.hexdigest() != self.digest:
+            problem = f"{path}: the body of a push at byte {self.begin} is not what was written"
+            raise DamagedJournal(path, self.begin, problem)
+
+    def check(self) -> None:
+        """Raises DamagedJournal where the body is not what was written, and OSError."""
+        for _ in self.read():
+            pass
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,7 @@ class JournalContents:
     """The newest epoch of a journal; epoch 0 where there is none.
 
     base: the state that its first entry follows; None where that was in no checkpoint at the time. entries: one behind
-    the other. parts: those of pushes that are not decided, by idempotency key. torn: bytes of its torn tail.
+    the other. parts: those of pushes that are not decided, by idempotency key.
     """
 
     run_id: str = ""
@@ -81,13 +101,19 @@ class JournalContents:
     parts: dict[str, JournaledPart] = field(default_factory=dict)
     segments: list[SegmentContents] = field(default_factory=list)
     torn: int = 0
+    """Bytes of its torn tail."""
     coming: dict[tuple[int, int], tuple[SegmentContents, Frame]] = field(default_factory=dict)
     """The parts of which not all is known to have come, by segment and place."""
 
     def follows(self, checkpoint: CheckpointId) -> bool:
         """Whether the entries go on from a checkpoint, with none missing in between."""
-        start = min(self.start, self.entries[0].seq - 1) if self.entries else self.start
+        start = self.entries[0].seq - 1 if self.entries else self.start
         return (checkpoint == self.base or checkpoint.epoch == self.epoch) and checkpoint.seq >= start
+
+    @property
+    def newest_seq(self) -> int:
+        """The newest entry of the epoch, as far as it is known here."""
+        return self.entries[-1].seq if self.entries else self.start
 
     def after(self, seq: int) -> list[JournaledEntry]:
         """The entries behind one."""
@@ -97,19 +123,31 @@ class JournalContents:
 def read_journal(directory: Path) -> JournalContents:
     """Reads a shard's journal. Raises DamagedJournal, NewerJournal and OSError."""
     contents = JournalContents()
-    for number, path in chain(directory):
-        _Reading(contents, SegmentContents(number, path)).read()
+    chained = chain(directory)
+    for index, link in enumerate(chained):
+        try:
+            _Reading(contents, link, chained[index:]).read()
+        except _Torn:
+            contents.torn += sum(each.path.stat().st_size for each in chained[index:])
+            break
     return contents
 
 
-class _Reading:
-    """Adds a segment to what was read before."""
+class _Torn(Exception):
+    """A segment follows entries that are not there, and nothing says that they were on disk."""
 
-    def __init__(self, contents: JournalContents, segment: SegmentContents) -> None:
+
+class _Reading:
+    """Adds a segment to what was read before. rest: it and those behind it."""
+
+    def __init__(self, contents: JournalContents, link: Link, rest: Sequence[Link]) -> None:
         self._contents = contents
-        self._segment = segment
+        self._segment = SegmentContents(link.number, link.path)
+        self._limit = link.limit
+        self._rest = rest
 
     def read(self) -> None:
+        """Raises _Torn, with nothing added, where the segment does not go on from what was read before."""
         contents, segment = self._contents, self._segment
         previous = contents.segments[-1] if contents.segments else None
         contents.segments.append(segment)
@@ -118,13 +156,17 @@ class _Reading:
             if isinstance(found, Tail):
                 # What an entry needs did not get to the disk, and neither did anything behind it.
                 tail = found if end is None else Tail(end, found.durable)
-            elif end is None:
-                if found.kind == Kind.BEGIN:
-                    self._begin(found, previous)
-                elif not self._take(found):
-                    end = found.at
+            elif found.kind == Kind.BEGIN:
+                self._begin(found, previous)
+            elif self._limit is not None and found.at >= self._limit:
+                tail = Tail(self._limit if end is None else end, segment.durable)
+                break
+            elif end is None and not self._take(found):
+                end = found.at
+            if isinstance(found, Frame):
+                segment.durable = max(segment.durable, found.durable)
         segment.size = tail.end
-        contents.torn = segment.path.stat().st_size - tail.end
+        contents.torn = (self._limit or segment.path.stat().st_size) - tail.end
         if tail.is_damaged:
             raise DamagedJournal(segment.path, tail.end, f"{segment.path} is damaged at byte {tail.end}")
         self._drop_torn(tail.durable)
@@ -135,7 +177,7 @@ class _Reading:
         for index, entry in enumerate(entries):
             if entry.segment is self._segment and entry.at >= durable and entry.part is not None:
                 try:
-                    entry.part.read()
+                    entry.part.check()
                 except Damaged:
                     del entries[index:]
                     return
@@ -150,11 +192,43 @@ class _Reading:
         if previous is not None and head["previous"] and previous.size < head["previous"][1]:
             problem = f"{previous.path} ends at byte {previous.size}, and was on disk to {head['previous'][1]}"
             raise DamagedJournal(previous.path, previous.size, problem)
-        if (head["id"], head["epoch"]) != (contents.run_id, contents.epoch):
-            contents.entries, contents.parts = [], {}
-            contents.run_id, contents.epoch = head["id"], head["epoch"]
-            contents.start = head.get("seq", 0)
-            contents.base = None if head["base"] is None else CheckpointId(*head["base"])
+        is_same = (head["id"], head["epoch"]) == (contents.run_id, contents.epoch)
+        if is_same and self._goes_on(head, previous):
+            return
+        contents.entries, contents.parts = [], {}
+        contents.run_id, contents.epoch = head["id"], head["epoch"]
+        contents.start = head.get("seq", 0)
+        contents.base = None if head["base"] is None else CheckpointId(*head["base"])
+
+    def _goes_on(self, head: Mapping[str, Any], previous: SegmentContents | None) -> bool:
+        """Whether the segment goes on from the entries before it; False where its epoch begins anew there.
+
+        Raises _Torn, and DamagedJournal where entries in between were on disk.
+        """
+        contents, seq = self._contents, head.get("seq", 0)
+        if seq > contents.newest_seq and head.get("anew"):
+            # What is in between is in a checkpoint.
+            return False
+        if seq > contents.newest_seq and previous is not None:
+            if not self._was_flushed():
+                contents.segments.pop()
+                raise _Torn
+            problem = (
+                f"{previous.path} ends with entry {contents.newest_seq} of the log, and was on disk to entry {seq}"
+            )
+            raise DamagedJournal(previous.path, previous.size, problem)
+        contents.entries = [entry for entry in contents.entries if entry.seq <= seq or not seq]
+        return True
+
+    def _was_flushed(self) -> bool:
+        """Whether this segment, or one behind it, was on disk in part: then all before it was, too."""
+        for number, link in enumerate(self._rest):
+            for found in frames(link.path):
+                if found.durable:
+                    return True
+                if number and isinstance(found, Frame) and found.kind == Kind.BEGIN and found.head["previous"][1]:
+                    return True
+        return False
 
     def _take(self, frame: Frame) -> bool:
         """Takes a frame; False for an entry whose push is not there."""

@@ -25,6 +25,7 @@ from freestep_service.storage.journal_files import (
 )
 from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_reader import JournalContents, read_journal
+from freestep_service.storage.segment_bytes import SegmentBytes
 
 __all__ = ["Examination", "Repair", "discard", "examine", "journal_directories", "repair", "rows"]
 
@@ -86,7 +87,7 @@ def examine(directory: Path) -> Examination:
     unsound = 0
     for part in contents.parts.values():
         try:
-            part.read()
+            part.check()
         except Damaged:
             unsound += 1
     return Examination(directory, size, contents, unsound)
@@ -97,7 +98,7 @@ def _read_bodies(contents: JournalContents) -> None:
     for entry in contents.entries:
         if entry.part is not None:
             try:
-                entry.part.read()
+                entry.part.check()
             except DamagedJournal as error:
                 error.path, error.at = entry.segment.path, entry.at
                 raise
@@ -147,14 +148,27 @@ def _cut(done: Repair, damaged: Path, at: int) -> None:
         _note_lost(done, path, at if is_kept else 0)
         aside = _free_name(path)
         if is_kept:
-            shutil.copyfile(path, aside)
-            flush(aside)
-            os.truncate(path, at)
-            flush(path)
+            _keep_front(path, at, aside)
         else:
             path.rename(aside)
         done.aside.append(aside)
         flush(done.directory)
+
+
+def _keep_front(path: Path, length: int, aside: Path) -> None:
+    """Sets a segment aside, and puts its first bytes in its place at once; the others are not read."""
+    front = path.with_name(f".{path.name}")
+    with SegmentBytes(path) as content, front.open("wb") as file:
+        file.writelines(content.pieces(0, length))
+    shutil.copymode(path, front)
+    flush(front)
+    try:
+        aside.hardlink_to(path)
+    except OSError:
+        # Such a file system has no links.
+        shutil.copyfile(path, aside)
+        flush(aside)
+    front.replace(path)
 
 
 def _note_lost(done: Repair, path: Path, at: int) -> None:
@@ -176,10 +190,10 @@ def _free_name(path: Path) -> Path:
 
 def rows(directory: Path) -> Iterator[dict[str, Any]]:
     """A document for each sound frame, in order, for people and programs. Raises Damaged and OSError."""
-    for number, path in chain(directory):
-        for frame in frames(path):
-            if isinstance(frame, Frame):
-                yield _row(number, frame)
+    for link in chain(directory):
+        for frame in frames(link.path):
+            if isinstance(frame, Frame) and (link.limit is None or frame.at < link.limit):
+                yield _row(link.number, frame)
 
 
 def _row(segment: int, frame: Frame) -> dict[str, Any]:

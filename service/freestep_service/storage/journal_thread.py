@@ -7,6 +7,7 @@ after another process has taken the journal over.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from freestep_service.storage.write_back import begin_write_back
 
 __all__ = ["PIECE", "Done", "JournalThread", "Segment", "Work", "unavailable"]
 
+logger = logging.getLogger("freestep")
+
 Done = Callable[[Exception | None], None]
 """Called with what went wrong, or None."""
 
@@ -36,13 +39,11 @@ _SHARE = 4
 class Segment(SegmentContents):
     """A segment that is written, or was before this process.
 
-    size: where the next frame begins. allocated: bytes of the file. durable: where the frames end that are on disk.
-    parts: how many in it are not decided.
+    size: where the next frame begins. allocated: bytes of the file. parts: how many in it are not decided.
     """
 
     salt: int = 0
     allocated: int = 0
-    durable: int = 0
     parts: int = 0
 
 
@@ -78,6 +79,10 @@ class JournalThread:
     def __init__(self, name: str, post: Callable[[Callable[[], None]], object]) -> None:
         self.ownership: Ownership | None = None
         """Under which it writes; it is taken before there is work."""
+        self.failure: Exception | None = None
+        """What writing was told to have failed with; nothing is made durable until an epoch begins."""
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called once for each, where work is told of."""
         self._name = name
         self._post = post
         self._condition = threading.Condition()
@@ -87,6 +92,8 @@ class JournalThread:
         # The thread's own.
         self._failure: Exception | None = None
         """What writing failed with, until an epoch begins."""
+        self._lost: dict[int, Exception] = {}
+        """Segment -> what it was not made durable for. A later flush would tell of success, whatever is on the disk."""
         self._files: dict[int, int] = {}
         """Segment -> descriptor."""
 
@@ -110,49 +117,66 @@ class JournalThread:
                 works, self._queue, self._is_wanted = self._queue, [], False
                 if not works and self._is_closed:
                     break
-            self._do_all(works, dirty)
+            begin = 0
+            for index, work in enumerate(works):
+                if work.begins:
+                    # What is before it is to hear of the failure that it ends.
+                    self._do_all(works[begin:index], dirty)
+                    begin = index
+            self._do_all(works[begin:], dirty)
         for descriptor in self._files.values():
             os.close(descriptor)
 
     def _do_all(self, works: Sequence[Work], dirty: dict[int, Segment]) -> None:
-        """Does what is queued, with one flush at the end if any asks for it."""
+        """Does what is queued, with one flush at the end if any asks for it. Only the first work may begin an epoch."""
         failures: list[Exception | None] = []
         for work in works:
             failure: Exception | None = None
             if work.begins:
+                if self._failure is not None:
+                    self._lost |= dict.fromkeys(dirty, self._failure)
                 self._failure = None
                 dirty.clear()
+            number = work.segment.number
+            if number in self._lost and not work.remove:
+                failures.append(self._lost[number])
+                continue
             try:
                 self._do(work)
             except (OSError, Fenced) as error:
                 failure = error
                 if work.buffers:
                     self._failure = self._failure or error
+                elif work.done is None and isinstance(error, OSError):
+                    logger.warning("%s: %s is not %s: %s", self._name, work.segment.path, _aim(work), error.strerror)
             if work.buffers:
-                dirty[work.segment.number] = work.segment
+                dirty[number] = work.segment
             elif work.remove:
                 # A body that broke off may have been written to it since the last flush.
-                dirty.pop(work.segment.number, None)
+                dirty.pop(number, None)
             failures.append(failure)
-        if any(work.flush for work in works):
+        if self._failure is None and any(work.flush for work in works):
             try:
                 for number in sorted(dirty):
                     os.fdatasync(self._files[number])
                 dirty.clear()
                 self._require_ownership()
             except (OSError, Fenced) as error:
-                self._failure = self._failure or error
+                self._failure = error
         failure = self._failure
 
         def tell() -> None:
+            is_new, self.failure = failure is not None and self.failure is None, failure
             for work, own in zip(works, failures, strict=True):
-                if work.flush and failure is None:
+                if work.flush and failure is None and own is None:
                     work.segment.durable = max(work.segment.durable, work.reached)
                 work.segment.allocated = max(work.segment.allocated, work.allocated)
                 error = own or (None if work.allocate else failure)
                 if work.done is not None:
                     directory = work.segment.path.parent
                     work.done(unavailable(directory, error) if isinstance(error, OSError) else error)
+            if is_new:
+                self.on_failure()
 
         self._post(tell)
 
@@ -197,6 +221,10 @@ class JournalThread:
             self._condition.notify()
         if self._thread is not None:
             self._thread.join()
+
+
+def _aim(work: Work) -> str:
+    return "removed" if work.remove else "cut to its length"
 
 
 def unavailable(directory: Path, error: OSError) -> StorageUnavailable:
