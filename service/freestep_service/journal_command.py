@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -55,7 +54,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read journals wholly, the bodies of pushes included; exits with 1 where one is damaged."""
-    found = [examine(directory) for directory in _directories(run, data_dir, journal_dir)]
+    found = [_examined(directory) for directory in _directories(run, data_dir, journal_dir)]
     documents = [_verdict(each) for each in found]
     if as_json:
         _print_json(documents)
@@ -76,24 +75,35 @@ def show(
     journal_dir: Journals = None,
     as_json: Json = False,
 ) -> None:
-    """Show a line for each frame: segments, parts of pushes, and entries of the log."""
+    """Show a line for each frame: segments, parts of pushes, and entries of the log.
+
+    The bodies of pushes are not read (`verify` reads them). Exits with 1 where one is damaged, after what is before that.
+    """
     directories = _directories(run, data_dir, journal_dir)
     shown: dict[str, list[dict[str, Any]]] = {}
+    damage: dict[str, Exception] = {}
     for index, directory in enumerate(directories):
         if shard in (None, directory.name, str(index)):
-            kept = islice(rows(directory), limit)
-            shown[directory.name] = list(kept if last is None else deque(kept, last))
+            found: deque[dict[str, Any]] = deque(maxlen=last)
+            try:
+                for number, row in enumerate(rows(directory)):
+                    if limit is None or number < limit:
+                        found.append(row)
+            except (Damaged, OSError) as error:
+                damage[directory.name] = error
+            shown[directory.name] = list(found)
     if not shown:
         _fail(2, f"run {run} has no shard {shard} here: {', '.join(each.name for each in directories)}")
     if as_json:
         _print_json(shown)
-        return
-    for name, frames in shown.items():
+    for name, frames in () if as_json else shown.items():
         _print(f"elements {name}")
         cells = [_COLUMNS, *(["-" if row[each] is None else str(row[each]) for each in _COLUMNS] for row in frames)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for line in cells:
             _print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if damage:
+        _fail(1, "; ".join(f"{run} {name} is shown up to its damage: {error}" for name, error in damage.items()))
 
 
 @app.command("repair")
@@ -106,12 +116,20 @@ def repair_run(
     journal_dir: Journals = None,
 ) -> None:
     """Keep the entries before the damage, and set aside what is behind it."""
-    act = discard if give_up else repair
-    done = [made for directory in _directories(run, data_dir, journal_dir) if (made := act(directory)) is not None]
-    if not done:
-        _fail(1, f"run {run}: nothing to {'discard' if give_up else 'repair'}")
-    for each in done:
-        _print(_told(each))
+    act, is_any, problems = discard if give_up else repair, False, []
+    for directory in _directories(run, data_dir, journal_dir):
+        try:
+            done = act(directory)
+        except (Damaged, OSError) as error:
+            problems.append(f"{run} {directory.name}: {error}")
+            continue
+        if done is not None:
+            is_any = True
+            _print(_told(done))
+    if not is_any and not problems:
+        problems = [f"run {run}: nothing to {'discard' if give_up else 'repair'}"]
+    if problems:
+        _fail(1, "; ".join(problems))
 
 
 def _directories(run: str | None, data_dir: Path | None, journal_dir: Path | None) -> list[Path]:
@@ -127,6 +145,14 @@ def _directories(run: str | None, data_dir: Path | None, journal_dir: Path | Non
     if run is not None and not found:
         _fail(1, f"there is no journal of run {run} in {journals}")
     return found
+
+
+def _examined(directory: Path) -> Examination:
+    """As `examine`; a journal that cannot be read keeps no others from being read."""
+    try:
+        return examine(directory)
+    except OSError as error:
+        return Examination(directory, 0, damage=Damaged(f"it cannot be read: {error}"))
 
 
 def _verdict(found: Examination) -> dict[str, Any]:
@@ -149,6 +175,8 @@ def _told(done: Repair) -> str:
     kept = f"entries {done.first} to {done.last}" if done.last else "no entries"
     # Of what cannot be read, nobody can tell how many entries it was.
     lost = f"entries {done.lost[0]} to {done.lost[-1]} and what cannot be read" if done.lost else "what is behind them"
+    if not done.has_cut:
+        lost = "nothing"
     pushes = ", ".join(f"{count} of {worker}" for worker, count in sorted(done.pushes.items()))
     aside = ", ".join(path.name for path in done.aside)
     return (

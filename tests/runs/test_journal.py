@@ -61,6 +61,15 @@ def last_entry(directory: Path) -> tuple[Path, Frame]:
     return found[-1]
 
 
+def break_frame(directory: Path, kind: Kind, number: int) -> None:
+    """Flips a bit of an entry, or of the body of a push, in the newest segment."""
+    path, _ = last_entry(directory)
+    frame = [each for each in frames(path) if isinstance(each, Frame) and each.kind == kind][number]
+    broken = bytearray(path.read_bytes())
+    broken[frame.at + 45 if kind == Kind.ENTRY else frame.end - 1] ^= 1
+    path.write_bytes(broken)
+
+
 async def states(run: Run) -> list[StateCopy]:
     shards = [run.shard(index) for index in range(run.count)]
     return [await shard.core.writer.run(shard.core.shard.copy_state) for shard in shards]
@@ -367,6 +376,46 @@ def test_damage_is_refused_until_it_is_repaired(store: str, tmp_path: Path) -> N
                 with pytest.raises(FreestepError):
                     await again.leases.grant("worker", None)
             path.write_bytes(whole)
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("kind", [Kind.ENTRY, Kind.PART])
+def test_a_refused_journal_is_not_read_again_until_it_changes(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    opened_segments: list[Path] = []
+    os_open = os.open
+
+    def counting(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith(".journal"):
+            opened_segments.append(Path(path))
+        return os_open(path, *arguments, **options)
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            for step in range(3):
+                await push(run, claim_of(lease, f"key-{step}", step))
+            image = shutil.copytree(tmp_path / "data", tmp_path / "image")
+        (directory,) = journal_dirs(image)
+        break_frame(directory, kind, 1)
+        (image / "redis").mkdir()
+        with own_store("valkey", image / "redis") as url:
+            async with process(url, image) as registry:
+                again = await registry.find("run")
+                await until(lambda: again.problem is not None, "the problem")
+                monkeypatch.setattr(os, "open", counting)
+                for _ in range(3):
+                    await again.refresh()
+                    assert "freestep journal repair" in (again.problem or "")
+                assert opened_segments == []
+                assert len(segment_paths(directory)) <= 2
+                await asyncio.to_thread(repair, directory)
+                _, lease = await opened(registry)
+                assert (await again.status()).step == 1
+                assert opened_segments
 
     run_async(work)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import xxhash
 from freestep_service.domain.records import CheckpointId, Claim, Record
 from freestep_service.journal_command import main
 from freestep_service.storage.journal import Journal
-from freestep_service.storage.journal_files import chain, frames
-from freestep_service.storage.journal_format import Frame, Kind
+from freestep_service.storage.journal_files import Ownership, chain, frames
+from freestep_service.storage.journal_format import Frame, Kind, encode_frame
 from freestep_service.storage.journal_reader import read_journal
 from meanwhile import DEADLINE_S
 
@@ -100,3 +101,60 @@ def test_a_journal_is_given_up(tmp_path: Path, directory: Path, capsys: pytest.C
     assert "kept no entries; lost entries 1 to 4" in capsys.readouterr().out
     assert read_journal(directory).epoch == 0
     assert run(tmp_path, "repair", "run", "--discard") == 1
+
+
+def test_a_damaged_journal_is_shown_up_to_its_damage_and_that_is_said(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Beside a journal that is sound, as another shard's may be.
+    shutil.copytree(directory, directory.with_name("000000000000008-000000000000016"))
+    damage(directory, 3)
+    for options in ([], ["--json"], ["--last", "2"], ["--limit", "1"], ["--shard", "0"]):
+        assert run(tmp_path, "show", "run", *options) == 1
+        shown = capsys.readouterr()
+        assert shown.err.startswith(f"freestep journal: run {ELEMENTS} is shown up to its damage: the journal is damaged")
+        assert "key-4" not in shown.out.partition("000000000000008-000000000000016")[0]
+    assert run(tmp_path, "show", "run", "--json") == 1
+    first, second = json.loads(capsys.readouterr().out).values()
+    assert [row["seq"] for row in first if row["kind"] == "entry"] == [1, 2]
+    assert [row["seq"] for row in second if row["kind"] == "entry"] == [1, 2, 3, 4]
+    assert run(tmp_path, "show", "run", "--shard", "1") == 0
+    assert run(tmp_path, "verify", "run") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert ["damage" in line for line in lines[-2:]] == [True, False]
+
+
+def test_a_file_of_owners_that_is_damaged_or_absent_hides_no_entries(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner = directory / "owner"
+    whole = owner.read_text()
+    for broken in ("", "0123456789abcdef\n", whole.replace(whole[0], "g"), "\udcff"):
+        owner.write_text(broken, errors="surrogateescape")
+        assert run(tmp_path, "verify", "run") == 1
+        assert "says whose segments count, is damaged" in capsys.readouterr().out
+        assert run(tmp_path, "show", "run") == 1
+        capsys.readouterr()
+    assert run(tmp_path, "repair", "run") == 0
+    assert "kept entries 1 to 4; lost nothing; set aside: owner.damaged" in capsys.readouterr().out
+    assert [entry.seq for entry in read_journal(directory).entries] == [1, 2, 3, 4]
+    owner.unlink()
+    # A copy: whoever takes it over finds them, too.
+    Ownership(directory)
+    assert [entry.seq for entry in read_journal(directory).entries] == [1, 2, 3, 4]
+
+
+def test_what_one_journal_refuses_is_said_beside_what_is_done_to_others(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = directory.with_name("000000000000008-000000000000016")
+    shutil.copytree(directory, other)
+    damage(directory, 3)
+    (path,) = other.glob("*.journal")
+    begin = next(frames(path))
+    assert isinstance(begin, Frame)
+    path.write_bytes(encode_frame(Kind.BEGIN, {**begin.head, "format": 2}, 0, 0, 0))
+    assert run(tmp_path, "repair", "run") == 1
+    shown = capsys.readouterr()
+    assert f"run {ELEMENTS}: kept entries 1 to 2" in shown.out
+    assert "its format is 2" in shown.err

@@ -18,7 +18,10 @@ from freestep_service.domain.run_view import RunView
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.replay import recover
+from freestep_service.runs.shard_core import Refusal
 from freestep_service.storage.checkpoints import Checkpoints
+from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.journal_files import fingerprint
 
 __all__ = ["exchange_entries", "settle"]
 
@@ -34,17 +37,37 @@ _POLL_S = 0.05
 async def settle(context: RunContext, checkpoints: Checkpoints, shard: LocalShard, newest_epoch: int) -> None:
     """Has a shard apply what is on disk: its journal where it holds no state, else what was written last.
 
-    newest_epoch: of the run, as far as is known. Raises as `recover`.
+    newest_epoch: of the run, as far as is known. Raises as `recover`; again without reading anything where neither the
+    journal nor the checkpoints have changed since.
     """
     core = shard.core
     assert core.journal is not None
     if core.loaded is not None:
         with suppress(StorageUnavailable, ShardUnavailable):
             await core.journal.flush()
-    elif await recover(context, checkpoints, shard, newest_epoch):
+        return
+    if (refusal := core.refusal) is not None and refusal.evidence == await _evidence(context, checkpoints, shard):
+        raise refusal.error
+    try:
+        is_recovered = await recover(context, checkpoints, shard, newest_epoch)
+    except Damaged as error:
+        with suppress(StorageUnavailable, ShardUnavailable):
+            await core.journal.flush()
+        core.refusal = Refusal(await _evidence(context, checkpoints, shard), error)
+        raise
+    core.refusal = None
+    if is_recovered:
         core.loaded = _RECOVERED
         # Else it would count at a later opening, whatever the journal has beyond it.
         await context.resources.disk.run(checkpoints.clear_closed, core.manifest.begin, core.manifest.end)
+
+
+async def _evidence(context: RunContext, checkpoints: Checkpoints, shard: LocalShard) -> object:
+    """What a journal is refused by: its segments, and the checkpoints that it could follow."""
+    core, disk = shard.core, context.resources.disk
+    assert core.journal is not None
+    offers = await disk.run(checkpoints.offers, core.manifest.begin, core.manifest.end)
+    return await disk.run(fingerprint, core.journal.directory), tuple(offers)
 
 
 async def exchange_entries(

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from freestep.errors import CoordinatorUnavailable
+from freestep.errors import CoordinatorUnavailable, FreestepError
 from freestep_service.domain.records import LogTruncated
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
@@ -19,6 +19,7 @@ from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.leases import Leases
 from freestep_service.runs.ownership import Ownership
 from freestep_service.runs.recovery import Recovery
+from freestep_service.storage.checksummed import Damaged
 
 __all__ = ["Keeper"]
 
@@ -124,6 +125,9 @@ class Keeper:
             await work()
         except CoordinatorUnavailable as error:
             self._note(what, str(error), logging.WARNING)
+        except (FreestepError, Damaged) as error:
+            # It says itself what is to be done.
+            self._note(what, str(error), logging.ERROR)
         except Exception as error:
             self._note(what, repr(error), logging.ERROR, error)
         else:

@@ -224,8 +224,7 @@ class Run:
 
     async def refresh(self) -> None:
         """Reads from Redis who owns what, without waiting for the next heartbeat."""
-        with suppress(CoordinatorUnavailable):
-            await self._ownership.keep()
+        await self._keeper.look()
 
     # Weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import NamedTuple
 
 import torch
 
@@ -19,9 +20,17 @@ from freestep_service.state.shard import Shard
 from freestep_service.state.snapshots import Snapshots
 from freestep_service.state.staging import Staging, staging_vectors
 from freestep_service.state.writer import Writer
+from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.part_manifest import part_name
 
-__all__ = ["ShardCore"]
+__all__ = ["Refusal", "ShardCore"]
+
+
+class Refusal(NamedTuple):
+    """Why a journal was refused, and by what: while that is as it was, it is not read again."""
+
+    evidence: object
+    error: Damaged
 
 
 class ShardCore:
@@ -38,6 +47,8 @@ class ShardCore:
         """Held while a part of a checkpoint is being written."""
         self.loaded: int | None = None
         """The generation of the run's opening whose state it has loaded."""
+        self.refusal: Refusal | None = None
+        """Why it has no state of its journal, if that was refused."""
         self.closed: LogPosition | None = None
         """Where an orderly shutdown left it, until it has loaded a state."""
         device = _device(resources.device, index)

@@ -92,6 +92,11 @@ class ShardJournal:
             self._based.set()
 
     @property
+    def directory(self) -> Path:
+        """Where it is."""
+        return self._journal.directory
+
+    @property
     def has_failed(self) -> bool:
         """Whether nothing gets to the disk any more, until it is read anew or an epoch begins."""
         return self._journal.has_failed

@@ -1,7 +1,8 @@
 """The files of a shard's journal, and who may write them.
 
     JOURNAL_DIR/RUN/BEGIN-END/NUMBER-OWNER.journal     a segment (journal_format.py), which names the one before it
-    JOURNAL_DIR/RUN/BEGIN-END/owner                    the words of the processes that wrote here, the newest first
+    JOURNAL_DIR/RUN/BEGIN-END/owner                    the words of the processes that wrote here, the newest first, and
+                                                       a checksum of them
 
 A process that does not know yet that it was taken over may write on, in segments that no segment of the newest owner
 names: nobody was answered for what is in them.
@@ -15,10 +16,12 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import xxhash
 
 from freestep_service.domain.records import Fenced
 from freestep_service.storage.checksummed import Damaged
@@ -32,8 +35,10 @@ __all__ = [
     "NewerJournal",
     "Ownership",
     "chain",
+    "fingerprint",
     "frames",
     "newest_epoch",
+    "owner_path",
     "owners",
     "remove_journals",
     "remove_other_journals",
@@ -75,13 +80,13 @@ class Ownership:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Fences off whoever wrote there before. To be taken before the journal is read."""
+        """Fences off whoever wrote there before. To be taken before the journal is read. Raises DamagedJournal too."""
         directory.mkdir(parents=True, exist_ok=True)
         self.word = secrets.token_hex(8)
         kept = {path.stem.partition("-")[2] for _, path in segment_paths(directory)}
         words = [self.word, *(word for word in owners(directory) if word in kept)]
         temporary = directory / f".{_OWNER}.{self.word}"
-        temporary.write_text("\n".join([*words, ""]))
+        temporary.write_text("\n".join([*words, _checksum(words), ""]))
         flush(temporary)
         self._path = directory / _OWNER
         os.replace(temporary, self._path)
@@ -109,17 +114,39 @@ def segment_paths(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(name[1]), path) for name, path in found if name is not None)
 
 
+def fingerprint(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """By which it is told whether any segment has changed: names, sizes, times and inodes. Raises OSError."""
+    found = [(path.name, path.lstat()) for _, path in segment_paths(directory)]
+    return tuple((name, stats.st_size, stats.st_mtime_ns, stats.st_ino) for name, stats in found)
+
+
 def segment_path(directory: Path, number: int, owner: str) -> Path:
     """Where a segment is."""
     return directory / f"{number:010d}-{owner}{_SUFFIX}"
 
 
 def owners(directory: Path) -> list[str]:
-    """The words of those who wrote in a directory, the newest first."""
+    """The words of those who wrote in a directory, the newest first. Raises DamagedJournal, OSError.
+
+    In a copy without the file of the words, whoever wrote the newest number is the newest.
+    """
+    path = owner_path(directory)
     try:
-        return (directory / _OWNER).read_text().split()
+        *words, checksum = path.read_text(errors="replace").split() or [""]
     except FileNotFoundError:
-        return []
+        return list(dict.fromkeys(path.stem.partition("-")[2] for _, path in reversed(segment_paths(directory))))
+    if checksum != _checksum(words):
+        raise DamagedJournal(path, 0, f"{path}, which says whose segments count, is damaged")
+    return words
+
+
+def owner_path(directory: Path) -> Path:
+    """Where the words of those are who wrote in a directory."""
+    return directory / _OWNER
+
+
+def _checksum(words: Sequence[str]) -> str:
+    return xxhash.xxh3_128_hexdigest(" ".join(words).encode())
 
 
 class Link(NamedTuple):
@@ -137,9 +164,7 @@ def chain(directory: Path) -> list[Link]:
     """The segments that count, oldest first: the newest one of the newest owner that has any, and those before it."""
     found = segment_paths(directory)
     numbers = {path.name: number for number, path in found}
-    # In a copy without the file of the words, the newest number counts.
-    words = owners(directory) or [""]
-    newest = [path for word in words for _, path in reversed(found) if path.stem.endswith(word)]
+    newest = [path for word in owners(directory) for _, path in reversed(found) if path.stem.endswith(word)]
     chained: list[Link] = []
     # One that was only just made may not have its first frame yet.
     path, limit = next((path for path in newest if _previous(path) is not None), None), None

@@ -60,6 +60,11 @@ class Repair:
     pushes: Counter[str] = field(default_factory=Counter)
     aside: list[Path] = field(default_factory=list)
 
+    @property
+    def has_cut(self) -> bool:
+        """Whether segments were set aside."""
+        return any(path.name[0].isdigit() for path in self.aside)
+
 
 def journal_directories(journals: Path, run: str | None = None) -> list[Path]:
     """The directories of shards' journals, of one run or all, in the order of their elements."""
@@ -78,6 +83,12 @@ def _elements(directory: Path) -> tuple[int, ...]:
 
 def examine(directory: Path) -> Examination:
     """Reads a journal and all bodies in it. Raises OSError."""
+    found = _examine(directory)
+    # One that is written meanwhile may look damaged once.
+    return found if found.damage is None else _examine(directory)
+
+
+def _examine(directory: Path) -> Examination:
     size = sum(path.lstat().st_size for _, path in segment_paths(directory))
     try:
         contents = read_journal(directory)
@@ -115,8 +126,8 @@ def repair(directory: Path) -> Repair | None:
         return None
     if not isinstance(damage, DamagedJournal):
         raise damage
-    Ownership(directory)
     done = Repair(directory)
+    _take_over(done)
     while (damage := examine(directory).damage) is not None:
         if not isinstance(damage, DamagedJournal):
             raise damage
@@ -133,10 +144,19 @@ def discard(directory: Path) -> Repair | None:
     paths = segment_paths(directory)
     if not paths:
         return None
-    Ownership(directory)
     done = Repair(directory)
+    _take_over(done)
     _cut(done, paths[0][1], 0)
     return done
+
+
+def _take_over(done: Repair) -> None:
+    """Fences off whoever writes the journal. Where nobody can tell who that was, the newest number counts."""
+    try:
+        Ownership(done.directory)
+    except DamagedJournal as damage:
+        done.aside.append(damage.path.rename(_free_name(damage.path)))
+        Ownership(done.directory)
 
 
 def _cut(done: Repair, damaged: Path, at: int) -> None:
@@ -189,11 +209,17 @@ def _free_name(path: Path) -> Path:
 
 
 def rows(directory: Path) -> Iterator[dict[str, Any]]:
-    """A document for each sound frame, in order, for people and programs. Raises Damaged and OSError."""
+    """A document for each frame, in order, for people and programs, up to damage. Raises Damaged and OSError."""
     for link in chain(directory):
         for frame in frames(link.path):
-            if isinstance(frame, Frame) and (link.limit is None or frame.at < link.limit):
+            if link.limit is not None and frame.end > link.limit:
+                break
+            if isinstance(frame, Frame):
                 yield _row(link.number, frame)
+            elif frame.is_damaged:
+                raise DamagedJournal(link.path, frame.end, f"{link.path} is damaged at byte {frame.end}")
+    # What no single frame shows: entries or segments that are missing.
+    read_journal(directory)
 
 
 def _row(segment: int, frame: Frame) -> dict[str, Any]:
