@@ -31,7 +31,7 @@ from freestep_service.runs.run import Run
 from freestep_service.state.shard import StateCopy
 from freestep_service.storage.journal_files import frames, segment_paths
 from freestep_service.storage.journal_format import Frame, Kind
-from freestep_service.storage.journal_repair import repair
+from freestep_service.storage.journal_repair import discard, repair
 from harness import ProcessService
 from harness import store as own_store
 from losing_disk import LosingDisk
@@ -455,6 +455,57 @@ def test_a_running_service_goes_on_with_what_a_repair_has_kept(store: str, tmp_p
             path.write_bytes(whole)
 
     run_async(work)
+
+
+@pytest.mark.parametrize("is_redis_lost", [False, True], ids=["", "redis too"])
+@pytest.mark.parametrize(
+    ("shards", "act", "kept"), [(2, "repair", 4), (3, "repair", 4), (2, "discard", 2), (2, "discard all", 2)]
+)
+def test_after_a_repair_of_one_shard_all_go_on_at_the_newest_step_that_all_have(
+    store: str, tmp_path: Path, shards: int, act: str, kept: int, is_redis_lost: bool
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            expected: list[list[StateCopy]] = [await states(run)]
+            for step in range(6):
+                await push(run, claim_of(lease, f"key-{step}", step), -1.0 - step)
+                await run.reports.report(MetricReport(name="loss", step=step, value=float(step)))
+                expected.append(await states(run))
+                if step == 1:
+                    await run.checkpoint()
+            image = shutil.copytree(tmp_path / "data", tmp_path / "image")
+        directories = journal_dirs(image)
+        if act == "repair":
+            # The entry of the push of step 4.
+            break_frame(directories[1], Kind.ENTRY, 2)
+            done = repair(directories[1])
+            assert done is not None and done.aside
+        for directory in directories if act == "discard all" else directories[1:2] if act == "discard" else []:
+            assert discard(directory) is not None
+        (image / "redis").mkdir()
+        with own_store("valkey", image / "redis") as empty:
+            async with process(empty if is_redis_lost else store, image) as registry:
+                again, fresh = await opened(registry)
+                status = await again.status()
+                assert (status.epoch, status.step) == (2, kept)
+                weights = [each.tensors for each in await states(again)]
+                assert all(
+                    torch.equal(one[name], other.tensors[name])
+                    for one, other in zip(weights, expected[kept], strict=True)
+                    for name in one
+                )
+                # What was given up may be sent again, and what is kept was counted once.
+                await push(again, claim_of(fresh, "key-9", kept))
+                assert (await again.status()).step == kept + 1
+                before = await states(again)
+                async with crashed(tmp_path, image) as other:
+                    last, _ = await opened(other)
+                    assert last.epoch == 2
+                    assert all(map(is_same, await states(last), before))
+
+    run_async(work, 120.0)
 
 
 def test_another_run_of_the_name_does_not_read_it(store: str, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from freestep_service.domain.records import CheckpointId, LogPosition
 from freestep_service.domain.run_view import RunView
 
-__all__ = ["Decision", "Report", "Waiting", "decide", "exchange"]
+__all__ = ["Decision", "Exchange", "Report", "Waiting", "decide", "exchange"]
 
 _ROUNDS = 2
 """How often shards report their journals' entries: once for the others to take them, and once with those taken."""
@@ -100,6 +100,28 @@ class Decision:
         return {"cut": self.cut, "live": self.live, **upload}
 
 
+class Exchange(NamedTuple):
+    """What shards are to report of their journals: in which round, and the entries behind which one.
+
+    After the rounds in which they take what they lack, there is one in which they go back to that entry: the newest that
+    all have, where a journal has lost some.
+    """
+
+    round: int
+    seq: int
+
+    @classmethod
+    def of(cls, standing: RunView) -> Exchange | None:
+        """None where nothing was asked for."""
+        asked = standing.run.get("exchange")
+        return None if asked is None else cls(*map(int, asked.split()))
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether it is the last round."""
+        return self.round > _ROUNDS
+
+
 class Waiting(Exception):
     """The run cannot be opened until more is reported; the message says what is missing."""
 
@@ -135,13 +157,16 @@ def decide(standing: RunView, reports: Sequence[Report]) -> Decision:
     return Decision(newest + 1, None, initialized=False)
 
 
-def exchange(standing: RunView, reports: Sequence[Report]) -> tuple[int, int] | None:
-    """The round, and the entry behind which shards are to report what their journals have; None if that is no help.
+def exchange(standing: RunView, reports: Sequence[Report]) -> Exchange | None:
+    """What shards are to report of their journals next; None if that is no help.
 
-    What one shard's journal has of the log is decided: the others have their parts of it on disk.
+    What one shard's journal has of the log is decided: the others have their parts of it on disk, unless a journal was
+    repaired.
     """
     places = [report.live for report in reports if report.live is not None and report.journaled]
     if len(places) < len(reports) or len({place.epoch for place in places}) > 1 or len(set(places)) == 1:
         return None
-    rounds = int(standing.run.get("exchange", "0 0").split()[0]) + 1
-    return (rounds, min(place.seq for place in places)) if rounds <= _ROUNDS else None
+    before = Exchange.of(standing)
+    if before is not None and before.goes_back:
+        return None
+    return Exchange(1 if before is None else before.round + 1, min(place.seq for place in places))

@@ -1,7 +1,8 @@
 """What the journals of a run have to say when it opens: a shard's own, and what the others lack.
 
 The law of this file: what any shard's journal has of the log is decided, and all have their parts of it on disk. So
-every shard takes it, before the run goes on.
+every shard takes it, before the run goes on. Where a repair has given up such parts, all go back to the newest entry that
+every shard has, and the run goes on from there in a new epoch.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from contextlib import suppress
 from typing import Any
 
 from freestep.errors import ShardUnavailable, StorageUnavailable
-from freestep_service.domain.opening import Report
+from freestep_service.domain.opening import Exchange, Report
 from freestep_service.domain.records import CheckpointId
 from freestep_service.domain.run_view import RunView
+from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.replay import recover
@@ -23,7 +25,7 @@ from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.journal_files import fingerprint
 
-__all__ = ["exchange_entries", "settle"]
+__all__ = ["exchange_entries", "go_back", "settle"]
 
 logger = logging.getLogger("freestep")
 
@@ -93,8 +95,36 @@ async def exchange_entries(
                 await asyncio.sleep(_POLL_S)
     await core.journal.flush()
     seq, step, _ = await writer.run(core.shard.position)
-    after = int(view.run["exchange"].split()[1])
-    return CheckpointId(writer.epoch, step, seq), await core.journal.entries(after)
+    exchange = Exchange.of(view)
+    assert exchange is not None
+    return CheckpointId(writer.epoch, step, seq), await core.journal.entries(exchange.seq)
+
+
+async def go_back(
+    context: RunContext,
+    checkpoints: Checkpoints,
+    checkpointing: Checkpointing,
+    shard: LocalShard,
+    newest_epoch: int,
+    seq: int,
+) -> None:
+    """Brings a shard back to an entry, and leaves its state of then as a part of a checkpoint.
+
+    A shard that cannot be brought there leaves none. Raises as `recover`, and StorageUnavailable and Fenced.
+    """
+    core, writer = shard.core, shard.core.writer
+    place, _, _ = await writer.run(core.shard.position)
+    if place > seq:
+        core.loaded = None
+        if not await recover(context, checkpoints, shard, newest_epoch, seq):
+            return
+        core.loaded = _RECOVERED
+    copy = await writer.run(core.shard.copy_state)
+    if copy.seq == seq:
+        identity = CheckpointId(copy.epoch, copy.step, copy.seq)
+        size = await checkpointing.write(shard, copy)
+        if await context.coordinator.log.part_written(core.owner(), identity, size):
+            await context.resources.disk.run(checkpoints.complete, identity)
 
 
 def _shared(view: RunView, epoch: int) -> list[dict[str, Any]]:

@@ -21,14 +21,14 @@ from freestep.errors import (
 )
 from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.norm_history import NormHistory
-from freestep_service.domain.opening import Decision, Report, Waiting, decide, exchange
+from freestep_service.domain.opening import Decision, Exchange, Report, Waiting, decide, exchange
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Record, RunState
 from freestep_service.domain.reports import Reported
 from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.held_states import HeldStates
-from freestep_service.runs.journaled_opening import exchange_entries, settle
+from freestep_service.runs.journaled_opening import exchange_entries, go_back, settle
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
@@ -94,6 +94,12 @@ class Loading:
                 await opening.reshard(view.generation, shards)
                 return True
         if (wanted := exchange(view, parsed)) is not None:
+            if wanted.goes_back:
+                logger.error(
+                    "run %s: after a repair its shards' journals end at different entries: it goes back to entry %d, the "
+                    "newest that all have, in a new epoch",
+                    self._context.name, wanted.seq,
+                )  # fmt: skip
             await opening.gather(self._shards.count, view.generation, exchange=wanted)
             return True
         try:
@@ -108,12 +114,16 @@ class Loading:
         core, writer = shard.core, shard.core.writer
         live, closed, problem = None, None, None
         entries: list[dict[str, Any]] = []
+        asked = Exchange.of(view) if core.journal is not None else None
         if writer.failure is not None or (core.journal is not None and core.journal.has_failed):
             # Its state may be half changed, or not what is on disk.
             core.loaded = None
         if core.journal is not None:
             newest = max(view.number("epoch"), self.newest_epoch, (await self._stored())[0])
             await settle(self._context, self._checkpoints, shard, newest)
+            if core.loaded is not None and asked is not None and asked.goes_back:
+                await go_back(self._context, self._checkpoints, self._checkpointing, shard, newest, asked.seq)
+                return Report(newest, core.initialized, offers=await self.offers(core.index, self._shards.count))
         is_lost = "lost" in view.run or (view.number("epoch"), view.number("seq")) < writer.position
         if core.loaded is not None:
             if is_lost:
@@ -122,7 +132,7 @@ class Loading:
                 await self._take_all(shard, view.number("seq"))
             seq, step, _ = await writer.run(core.shard.position)
             live = CheckpointId(writer.epoch, step, seq)
-            if core.journal is not None and "exchange" in view.run:
+            if asked is not None:
                 live, entries = await exchange_entries(self._context, shard, view, is_paused=is_lost)
             is_there = is_lost or (live.epoch, live.seq) == (view.number("epoch"), view.number("seq"))
             if not is_there and (core.journal is None or live.epoch != view.number("epoch")):

@@ -21,8 +21,10 @@ __all__ = ["recover"]
 logger = logging.getLogger("freestep")
 
 
-async def recover(context: RunContext, checkpoints: Checkpoints, shard: LocalShard, newest_epoch: int) -> bool:
-    """Brings a shard to the newest entry of its journal; whether that is where it stands now.
+async def recover(
+    context: RunContext, checkpoints: Checkpoints, shard: LocalShard, newest_epoch: int, until: int | None = None
+) -> bool:
+    """Brings a shard to the newest entry of its journal, or to entry `until`; whether that is where it stands now.
 
     newest_epoch: of the run, as far as is known: a journal of an earlier one has nothing to add. Raises Damaged where
     entries of the journal cannot be applied, which nobody may decide to lose but its owner, and StorageUnavailable.
@@ -36,7 +38,10 @@ async def recover(context: RunContext, checkpoints: Checkpoints, shard: LocalSha
     offers = await disk.run(checkpoints.offers, begin, end)
     if any(offer.epoch > contents.epoch for offer in offers):
         return False
+    last = contents.newest_seq if until is None else until
     for checkpoint in [offer for offer in reversed(offers) if contents.follows(offer)]:
+        if until is not None and checkpoint.seq > until:
+            continue
         try:
             loaded = await disk.run(checkpoints.load, checkpoint, begin, end)
         except Damaged:
@@ -54,12 +59,12 @@ async def recover(context: RunContext, checkpoints: Checkpoints, shard: LocalSha
         else:
             core.journal.go_on()
         core.writer.resume(contents.epoch, checkpoint.seq, checkpoint.step, newest)
-        tally = await _replay(context, shard, contents, checkpoint, loaded.state.tally)
+        tally = await _replay(context, shard, contents, checkpoint, loaded.state.tally, last)
         context.telemetry.tally = tally
         if core.index == 0:
             context.telemetry.resumed(tally)
         return True
-    if contents.entries or contents.start > 0:
+    if until is None and (contents.entries or contents.start > 0):
         first = contents.entries[0].seq if contents.entries else contents.start + 1
         raise Damaged(
             f"the journal of shard {core.index} goes on from entry {first} of epoch {contents.epoch}, and no "
@@ -70,10 +75,16 @@ async def recover(context: RunContext, checkpoints: Checkpoints, shard: LocalSha
 
 
 async def _replay(
-    context: RunContext, shard: LocalShard, contents: JournalContents, checkpoint: CheckpointId, tally: Tally
+    context: RunContext,
+    shard: LocalShard,
+    contents: JournalContents,
+    checkpoint: CheckpointId,
+    tally: Tally,
+    last: int,
 ) -> Tally:
-    """Applies the entries behind a checkpoint; what is counted of the run's pushes with them."""
-    writer, entries = shard.core.writer, contents.after(checkpoint.seq)
+    """Applies the entries behind a checkpoint up to the `last` one; what is counted of the run's pushes with them."""
+    writer = shard.core.writer
+    entries = [entry for entry in contents.after(checkpoint.seq) if entry.seq <= last]
     for entry in entries:
         context.receipts.take(entry.members)
         if "key" in entry.members:
