@@ -116,7 +116,7 @@ def repair_run(
     journal_dir: Journals = None,
 ) -> None:
     """Keep the entries before the damage, and set aside what is behind it."""
-    act, is_any, problems = discard if give_up else repair, False, []
+    act, is_any, has_cut, problems = discard if give_up else repair, False, False, []
     for directory in _directories(run, data_dir, journal_dir):
         try:
             done = act(directory)
@@ -124,8 +124,13 @@ def repair_run(
             problems.append(f"{run} {directory.name}: {error}")
             continue
         if done is not None:
-            is_any = True
+            is_any, has_cut = True, has_cut or done.has_cut
             _print(_told(done))
+    if has_cut:
+        place = "from the newest checkpoint" if give_up else "at the newest entry"
+        _print(
+            f"{run}: it goes on {place} that all its shards have, in a new epoch; acknowledged pushes behind it are lost"
+        )
     if not is_any and not problems:
         problems = [f"run {run}: nothing to {'discard' if give_up else 'repair'}"]
     if problems:

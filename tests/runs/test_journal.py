@@ -26,6 +26,7 @@ from freestep.api.models import Lease, MetricReport, RunSpec
 from freestep.errors import FreestepError, ShardUnavailable, StorageUnavailable
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.tokens import ANYBODY
+from freestep_service.journal_command import main
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.run import Run
 from freestep_service.state.shard import StateCopy
@@ -34,8 +35,8 @@ from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_repair import discard, repair
 from harness import ProcessService
 from harness import store as own_store
-from losing_disk import LosingDisk
 from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, pull, push, run_async, until
+from losing_disk import LosingDisk
 from meanwhile import wait_until
 from plain_calls import SGD, TENSORS, Api
 from run_specs import POLICIES
@@ -68,6 +69,13 @@ def break_frame(directory: Path, kind: Kind, number: int) -> None:
     broken = bytearray(path.read_bytes())
     broken[frame.at + 45 if kind == Kind.ENTRY else frame.end - 1] ^= 1
     path.write_bytes(broken)
+
+
+def journal_command(data_dir: Path, *arguments: str) -> int:
+    """Runs `freestep journal`; its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--data-dir", str(data_dir)])
+    return int(ended.value.code or 0)
 
 
 async def states(run: Run) -> list[StateCopy]:
@@ -447,9 +455,10 @@ def test_a_running_service_goes_on_with_what_a_repair_has_kept(store: str, tmp_p
                 assert done is not None and done.aside
                 await until(lambda: again.problem is None, "the run without the problem")
                 fresh = await lease_of(again, "fresh")
-                assert all(map(is_same, await states(again), before))
+                weights = [each.tensors for each in await states(again)]
+                assert all(torch.equal(weights[0][name], before[0].tensors[name]) for name in weights[0])
                 status = await again.status()
-                assert (status.epoch, status.step) == (1, 1)
+                assert (status.epoch, status.step) == (2, 1)
                 await push(again, claim_of(fresh, "new", 1))
                 assert (await again.status()).step == 2
             path.write_bytes(whole)
@@ -459,7 +468,8 @@ def test_a_running_service_goes_on_with_what_a_repair_has_kept(store: str, tmp_p
 
 @pytest.mark.parametrize("is_redis_lost", [False, True], ids=["", "redis too"])
 @pytest.mark.parametrize(
-    ("shards", "act", "kept"), [(2, "repair", 4), (3, "repair", 4), (2, "discard", 2), (2, "discard all", 2)]
+    ("shards", "act", "kept"),
+    [(1, "repair", 3), (2, "repair", 4), (3, "repair", 4), (2, "discard", 2), (2, "discard all", 2)],
 )
 def test_after_a_repair_of_one_shard_all_go_on_at_the_newest_step_that_all_have(
     store: str, tmp_path: Path, shards: int, act: str, kept: int, is_redis_lost: bool
@@ -479,13 +489,14 @@ def test_after_a_repair_of_one_shard_all_go_on_at_the_newest_step_that_all_have(
         directories = journal_dirs(image)
         if act == "repair":
             # The entry of the push of step 4.
-            break_frame(directories[1], Kind.ENTRY, 2)
-            done = repair(directories[1])
-            assert done is not None and done.aside
-        for directory in directories if act == "discard all" else directories[1:2] if act == "discard" else []:
-            assert discard(directory) is not None
-        (image / "redis").mkdir()
-        with own_store("valkey", image / "redis") as empty:
+            break_frame(directories[-1], Kind.ENTRY, 2)
+            assert journal_command(image, "repair", "run") == 0
+        elif act == "discard":
+            assert discard(directories[1]) is not None
+        else:
+            assert journal_command(image, "repair", "run", "--discard") == 0
+        (tmp_path / "empty").mkdir()
+        with own_store("valkey", tmp_path / "empty") as empty:
             async with process(empty if is_redis_lost else store, image) as registry:
                 again, fresh = await opened(registry)
                 status = await again.status()

@@ -90,7 +90,10 @@ def test_a_damaged_journal_is_repaired(tmp_path: Path, directory: Path, capsys: 
     assert run(tmp_path, "verify", "run") == 1
     assert "is damaged" in capsys.readouterr().out
     assert run(tmp_path, "repair", "run") == 0
-    assert "kept entries 1 to 2; lost what is behind them; set aside: " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "kept entries 1 to 2; lost what is behind them; set aside: " in told
+    assert "run: it goes on at the newest entry that all its shards have, in a new epoch" in told
+    assert read_journal(directory).repaired == 1
     assert [entry.seq for entry in read_journal(directory).entries] == [1, 2]
     assert len(list(directory.glob("*.damaged"))) == 1
     assert run(tmp_path, "verify", "run") == 0
@@ -99,7 +102,8 @@ def test_a_damaged_journal_is_repaired(tmp_path: Path, directory: Path, capsys: 
 def test_a_journal_is_given_up(tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "repair", "run", "--discard") == 0
     assert "kept no entries; lost entries 1 to 4" in capsys.readouterr().out
-    assert read_journal(directory).epoch == 0
+    contents = read_journal(directory)
+    assert (contents.epoch, contents.repaired) == (0, 1)
     assert run(tmp_path, "repair", "run", "--discard") == 1
 
 
@@ -112,7 +116,9 @@ def test_a_damaged_journal_is_shown_up_to_its_damage_and_that_is_said(
     for options in ([], ["--json"], ["--last", "2"], ["--limit", "1"], ["--shard", "0"]):
         assert run(tmp_path, "show", "run", *options) == 1
         shown = capsys.readouterr()
-        assert shown.err.startswith(f"freestep journal: run {ELEMENTS} is shown up to its damage: the journal is damaged")
+        assert shown.err.startswith(
+            f"freestep journal: run {ELEMENTS} is shown up to its damage: the journal is damaged"
+        )
         assert "key-4" not in shown.out.partition("000000000000008-000000000000016")[0]
     assert run(tmp_path, "show", "run", "--json") == 1
     first, second = json.loads(capsys.readouterr().out).values()
@@ -158,3 +164,14 @@ def test_what_one_journal_refuses_is_said_beside_what_is_done_to_others(
     shown = capsys.readouterr()
     assert f"run {ELEMENTS}: kept entries 1 to 2" in shown.out
     assert "its format is 2" in shown.err
+
+
+def test_a_note_of_a_repair_that_is_damaged_is_made_anew(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / "repaired").write_text("x")
+    assert run(tmp_path, "verify", "run") == 1
+    assert "which says what a repair has given up, is damaged" in capsys.readouterr().out
+    assert run(tmp_path, "repair", "run") == 0
+    contents = read_journal(directory)
+    assert ([entry.seq for entry in contents.entries], contents.repaired) == ([1, 2, 3, 4], 1)

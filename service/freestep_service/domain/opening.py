@@ -39,6 +39,8 @@ class Report:
     """Why the state could not be written, where the run was to be divided anew."""
     journaled: bool = False
     """Whether the state holds all that was acknowledged, so that a Redis which knows of more was not."""
+    repaired: bool = False
+    """Whether a repair of its journal has given up entries that were acknowledged."""
     entries: Sequence[dict[str, Any]] = field(default_factory=tuple)
     """Entries of the shard's journal that other shards may lack, where they were asked for."""
 
@@ -54,6 +56,7 @@ class Report:
             [CheckpointId(*offer) for offer in members["offers"]],
             members.get("problem"),
             members.get("journaled", False),
+            members.get("repaired", False),
             members.get("entries", ()),
         )
 
@@ -68,6 +71,7 @@ class Report:
                 "offers": offers,
                 "problem": self.problem,
                 "journaled": self.journaled,
+                "repaired": self.repaired,
                 "entries": list(self.entries),
             }
         )
@@ -103,8 +107,8 @@ class Decision:
 class Exchange(NamedTuple):
     """What shards are to report of their journals: in which round, and the entries behind which one.
 
-    After the rounds in which they take what they lack, there is one in which they go back to that entry: the newest that
-    all have, where a journal has lost some.
+    After the rounds in which they take what they lack, there is one in which they go back to that entry, the newest that
+    all have, where a repair has given up others.
     """
 
     round: int
@@ -164,9 +168,10 @@ def exchange(standing: RunView, reports: Sequence[Report]) -> Exchange | None:
     repaired.
     """
     places = [report.live for report in reports if report.live is not None and report.journaled]
-    if len(places) < len(reports) or len({place.epoch for place in places}) > 1 or len(set(places)) == 1:
+    if len(places) < len(reports) or len({place.epoch for place in places}) > 1:
         return None
-    before = Exchange.of(standing)
-    if before is not None and before.goes_back:
+    are_at_one, is_repaired = len(set(places)) == 1, any(report.repaired for report in reports)
+    before = Exchange.of(standing) or Exchange(0, 0)
+    if before.goes_back or (are_at_one and not is_repaired):
         return None
-    return Exchange(1 if before is None else before.round + 1, min(place.seq for place in places))
+    return Exchange(_ROUNDS + 1 if are_at_one else before.round + 1, min(place.seq for place in places))

@@ -96,8 +96,8 @@ class Loading:
         if (wanted := exchange(view, parsed)) is not None:
             if wanted.goes_back:
                 logger.error(
-                    "run %s: after a repair its shards' journals end at different entries: it goes back to entry %d, the "
-                    "newest that all have, in a new epoch",
+                    "run %s: a repair has given up entries: it goes on at entry %d, the newest that all shards have, in "
+                    "a new epoch",
                     self._context.name, wanted.seq,
                 )  # fmt: skip
             await opening.gather(self._shards.count, view.generation, exchange=wanted)
@@ -152,7 +152,8 @@ class Loading:
                     self._context.name, core.index,
                 )  # fmt: skip
         epoch = max(self.newest_epoch, writer.epoch, (await self._stored())[0])
-        return Report(epoch, core.initialized, live, closed, offers, problem, core.journal is not None, entries)
+        is_journaled, is_repaired = core.journal is not None, live is not None and core.is_repaired
+        return Report(epoch, core.initialized, live, closed, offers, problem, is_journaled, is_repaired, entries)
 
     async def _take_closed(self, begin: int, end: int) -> LogPosition | None:
         """Where an orderly shutdown left a shard.
@@ -368,6 +369,7 @@ class Loading:
         elif journal is not None:
             await journal.begin(epoch, base, seq)
         core.closed = None
+        core.is_repaired = False
         core.initialized = initialized
         writer.resume(epoch, seq, step)
         if core.index == 0:

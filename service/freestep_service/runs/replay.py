@@ -52,6 +52,7 @@ async def recover(
         context.receipts.clear()
         context.receipts.update(loaded.receipts)
         core.initialized = True
+        core.is_repaired = contents.repaired >= contents.epoch
         newest = max(contents.newest_seq, checkpoint.seq)
         if contents.newest_seq < checkpoint.seq:
             # A repair has given up entries that the checkpoint has.

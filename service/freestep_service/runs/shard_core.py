@@ -47,6 +47,8 @@ class ShardCore:
         """Held while a part of a checkpoint is being written."""
         self.loaded: int | None = None
         """The generation of the run's opening whose state it has loaded."""
+        self.is_repaired = False
+        """Whether its state lacks entries that were acknowledged, which a repair of its journal has given up."""
         self.refusal: Refusal | None = None
         """Why it has no state of its journal, if that was refused."""
         self.closed: LogPosition | None = None

@@ -3,6 +3,7 @@
     JOURNAL_DIR/RUN/BEGIN-END/NUMBER-OWNER.journal     a segment (journal_format.py), which names the one before it
     JOURNAL_DIR/RUN/BEGIN-END/owner                    the words of the processes that wrote here, the newest first, and
                                                        a checksum of them
+    JOURNAL_DIR/RUN/BEGIN-END/repaired                 where a repair has given up entries: their newest epoch
 
 A process that does not know yet that it was taken over may write on, in segments that no segment of the newest owner
 names: nobody was answered for what is in them.
@@ -37,11 +38,14 @@ __all__ = [
     "chain",
     "fingerprint",
     "frames",
+    "is_segment",
     "newest_epoch",
+    "note_repair",
     "owner_path",
     "owners",
     "remove_journals",
     "remove_other_journals",
+    "repaired_epoch",
     "segment_path",
     "segment_paths",
 ]
@@ -52,6 +56,7 @@ _SUFFIX = ".journal"
 _NAME = r"([0-9]{10,})-[0-9a-f]{16}\.journal"
 _OWNER = "owner"
 """The file with the owners' words."""
+_REPAIRED = "repaired"
 
 
 class DamagedJournal(Damaged):
@@ -103,6 +108,11 @@ class Ownership:
         return found.st_ino, found.st_mtime_ns
 
 
+def is_segment(path: Path) -> bool:
+    """Whether a path has the name of a segment."""
+    return re.fullmatch(_NAME, path.name) is not None
+
+
 def segment_paths(directory: Path) -> list[tuple[int, Path]]:
     """All segments in a directory by number, oldest first; none where there is no directory.
 
@@ -118,6 +128,28 @@ def fingerprint(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
     """By which it is told whether any segment has changed: names, sizes, times and inodes. Raises OSError."""
     found = [(path.name, path.lstat()) for _, path in segment_paths(directory)]
     return tuple((name, stats.st_size, stats.st_mtime_ns, stats.st_ino) for name, stats in found)
+
+
+def note_repair(directory: Path, epoch: int) -> None:
+    """Notes that entries were given up, of this epoch or of earlier ones. Raises OSError."""
+    with suppress(DamagedJournal):
+        epoch = max(epoch, repaired_epoch(directory))
+    temporary = directory / f".{_REPAIRED}"
+    temporary.write_text(f"{epoch}\n")
+    flush(temporary)
+    temporary.replace(directory / _REPAIRED)
+    flush(directory)
+
+
+def repaired_epoch(directory: Path) -> int:
+    """The newest epoch of which a repair has given up entries; 0 where none has. Raises DamagedJournal, OSError."""
+    path = directory / _REPAIRED
+    try:
+        return int(path.read_text(errors="replace"))
+    except FileNotFoundError:
+        return 0
+    except ValueError:
+        raise DamagedJournal(path, 0, f"{path}, which says what a repair has given up, is damaged") from None
 
 
 def segment_path(directory: Path, number: int, owner: str) -> Path:

@@ -16,7 +16,7 @@ import xxhash
 
 from freestep_service.domain.records import CheckpointId, Claim
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal_files import DamagedJournal, Link, NewerJournal, chain, frames
+from freestep_service.storage.journal_files import DamagedJournal, Link, NewerJournal, chain, frames, repaired_epoch
 from freestep_service.storage.journal_format import FORMAT, Frame, Kind, Tail
 from freestep_service.storage.segment_bytes import SegmentBytes
 
@@ -102,6 +102,8 @@ class JournalContents:
     segments: list[SegmentContents] = field(default_factory=list)
     torn: int = 0
     """Bytes of its torn tail."""
+    repaired: int = 0
+    """The newest epoch of which a repair has given up entries, 0 for none."""
     coming: dict[tuple[int, int], tuple[SegmentContents, Frame]] = field(default_factory=dict)
     """The parts of which not all is known to have come, by segment and place."""
 
@@ -122,7 +124,7 @@ class JournalContents:
 
 def read_journal(directory: Path) -> JournalContents:
     """Reads a shard's journal. Raises DamagedJournal, NewerJournal and OSError."""
-    contents = JournalContents()
+    contents = JournalContents(repaired=repaired_epoch(directory))
     chained = chain(directory)
     for index, link in enumerate(chained):
         try:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from freestep_service.storage.journal_files import (
     Ownership,
     chain,
     frames,
+    is_segment,
+    note_repair,
     segment_paths,
 )
 from freestep_service.storage.journal_format import Frame, Kind
@@ -62,8 +65,8 @@ class Repair:
 
     @property
     def has_cut(self) -> bool:
-        """Whether segments were set aside."""
-        return any(path.name[0].isdigit() for path in self.aside)
+        """Whether entries may have been given up."""
+        return any(is_segment(path.with_suffix("")) for path in self.aside)
 
 
 def journal_directories(journals: Path, run: str | None = None) -> list[Path]:
@@ -118,8 +121,8 @@ def _read_bodies(contents: JournalContents) -> None:
 def repair(directory: Path) -> Repair | None:
     """Keeps the entries before the damage; None where there is none. Raises NewerJournal and OSError.
 
-    Whoever writes the journal is fenced off first. A later segment is set aside before an earlier one is cut, so that a
-    repair that breaks off leaves a journal to repair.
+    Whoever writes the journal is fenced off first, and it is noted that the run has to go on in a new epoch. A later
+    segment is set aside before an earlier one is cut, so that a repair that breaks off leaves a journal to repair.
     """
     damage = examine(directory).damage
     if damage is None:
@@ -131,7 +134,11 @@ def repair(directory: Path) -> Repair | None:
     while (damage := examine(directory).damage) is not None:
         if not isinstance(damage, DamagedJournal):
             raise damage
-        _cut(done, damage.path, damage.at)
+        if is_segment(damage.path):
+            _cut(done, damage.path, damage.at)
+        else:
+            _set_aside(done, damage.path)
+            note_repair(directory, max(_epochs(directory), default=0))
     entries = read_journal(directory).entries
     if entries:
         done.first, done.last = entries[0].seq, entries[-1].seq
@@ -155,12 +162,18 @@ def _take_over(done: Repair) -> None:
     try:
         Ownership(done.directory)
     except DamagedJournal as damage:
-        done.aside.append(damage.path.rename(_free_name(damage.path)))
+        _set_aside(done, damage.path)
         Ownership(done.directory)
+
+
+def _set_aside(done: Repair, path: Path) -> None:
+    done.aside.append(path.rename(_free_name(path)))
+    flush(done.directory)
 
 
 def _cut(done: Repair, damaged: Path, at: int) -> None:
     """Sets aside what is behind a place, the newest segment first."""
+    note_repair(done.directory, max(_epochs(done.directory), default=0))
     for _, path in reversed(segment_paths(done.directory)):
         if path.name < damaged.name:
             break
@@ -169,10 +182,19 @@ def _cut(done: Repair, damaged: Path, at: int) -> None:
         aside = _free_name(path)
         if is_kept:
             _keep_front(path, at, aside)
+            done.aside.append(aside)
+            flush(done.directory)
         else:
-            path.rename(aside)
-        done.aside.append(aside)
-        flush(done.directory)
+            _set_aside(done, path)
+
+
+def _epochs(directory: Path) -> Iterator[int]:
+    """The epochs of which anything can be read in the segments."""
+    for _, path in segment_paths(directory):
+        with suppress(Damaged):
+            for frame in frames(path):
+                if isinstance(frame, Frame) and "epoch" in frame.head:
+                    yield int(frame.head["epoch"])
 
 
 def _keep_front(path: Path, length: int, aside: Path) -> None:
