@@ -139,10 +139,12 @@ class ProcessService:
         self.process: BaseProcess | None = None
         self.start()
 
-    def start(self) -> None:
+    def start(self, ready: int = 200, **settings: Any) -> None:
+        """Starts it, with settings that change from now on; returns when /readyz answers with the status `ready`."""
+        self._settings |= settings
         environment = {f"FREESTEP_{key.upper()}": str(value) for key, value in self._settings.items()}
         self.process = forked.start("serve", **environment)
-        wait_ready(self.url, self.process.is_alive, self._trusted)
+        wait_ready(self.url, self.process.is_alive, self._trusted, ready)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Sends the process a signal."""

@@ -77,7 +77,8 @@ def show(
 ) -> None:
     """Show a line for each frame: segments, parts of pushes, and entries of the log.
 
-    The bodies of pushes are not read (`verify` reads them). Exits with 1 where one is damaged, after what is before that.
+    The bodies of pushes are not read (`verify` reads them). Exits with 1 where one is damaged, after what is before
+    that.
     """
     directories = _directories(run, data_dir, journal_dir)
     shown: dict[str, list[dict[str, Any]]] = {}
@@ -129,7 +130,7 @@ def repair_run(
     if has_cut:
         place = "from the newest checkpoint" if give_up else "at the newest entry"
         _print(
-            f"{run}: it goes on {place} that all its shards have, in a new epoch; acknowledged pushes behind it are lost"
+            f"{run}: it goes on {place} that all its shards have, in a new epoch; what was acknowledged since is lost"
         )
     if not is_any and not problems:
         problems = [f"run {run}: nothing to {'discard' if give_up else 'repair'}"]

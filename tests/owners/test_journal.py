@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -61,6 +62,87 @@ def test_after_a_crash_all_shards_are_at_the_newest_entry_that_any_has(
     assert push(run, 2).step == 7
     assert count(run) == 7
     assert run.status().epoch == 1
+
+
+def two_hosts(
+    start_process: Callable[..., ProcessService], store: ValkeyServer, tmp_path: Path, **settings: Any
+) -> list[ProcessService]:
+    """Two services that share checkpoints, with disks of their own for journals."""
+    return [
+        start_process(
+            redis_url=url_of(store), owner_ttl_seconds=TTL, journal_dir=tmp_path / f"disk-{number}", **settings
+        )
+        for number in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_a_shard_whose_journal_is_elsewhere_waits_for_it(
+    store: ValkeyServer,
+    start_process: Callable[..., ProcessService],
+    connect: Callable[..., Api],
+    run_of: Callable[..., Run],
+    name: str,
+    tmp_path: Path,
+) -> None:
+    nodes = two_hosts(start_process, store, tmp_path)
+    run = run_of(nodes[0].url)
+    create(run, 2, durability="journal")
+    push(run, 2)
+    run.checkpoint()
+    assert push(run, 3).step == 5
+    (second,) = [shard.index for shard in run.topology().shards if shard.url == nodes[1].url]
+    nodes[1].kill()
+
+    def problem() -> str:
+        return str(connect(nodes[0].url, name).http.get("/readyz").json()["problems"].get(name, ""))
+
+    wait_until(lambda: f"shard {second} has no owner: its journal" in problem())
+    assert "checkpoint of step 2" in problem()
+    topology = run.topology()
+    assert topology.missing == [second]
+    assert topology.shards[second].journal
+    nodes[1].start()
+    wait_until(lambda: is_open(connect(nodes[0].url, name), 1))
+    assert count(run) == 5
+    assert push(run, 1).step == 6
+    assert run.status().epoch == 1
+    # A host that hands a shard over in order leaves nothing to wait for.
+    nodes[1].stop()
+    wait_until(lambda: owners(run) == [nodes[0].url] * 2)
+    assert push(run, 1).step == 7
+    assert run.status().epoch == 1
+    # What it has of then is not the newest.
+    nodes[0].kill()
+    nodes[1].start()
+    wait_until(lambda: "its journal" in str(connect(nodes[1].url, name).http.get("/readyz").json()["problems"]))
+    nodes[0].start()
+    wait_until(lambda: is_open(connect(nodes[1].url, name), 1))
+    assert count(run_of(nodes[1].url)) == 7
+
+
+@pytest.mark.slow
+def test_a_shard_waits_for_its_journal_as_long_as_it_is_told_to(
+    store: ValkeyServer,
+    start_process: Callable[..., ProcessService],
+    connect: Callable[..., Api],
+    run_of: Callable[..., Run],
+    name: str,
+    tmp_path: Path,
+) -> None:
+    nodes = two_hosts(start_process, store, tmp_path, journal_wait_seconds=0)
+    run = run_of(nodes[0].url)
+    create(run, 2, durability="journal")
+    push(run, 2)
+    run.checkpoint()
+    assert push(run, 3).step == 5
+    nodes[1].kill()
+    wait_until(lambda: is_open(connect(nodes[0].url, name), 2))
+    assert count(run) == 2
+    # It comes back with what was given up.
+    nodes[1].start()
+    assert push(run, 1).step == 3
+    assert count(run) == 3
 
 
 @pytest.mark.slow

@@ -615,8 +615,8 @@ def test_after_a_kill_every_push_has_moved_it_once(
 
 
 @pytest.mark.slow
-def test_a_run_whose_journal_is_gone_goes_back_to_its_checkpoint_in_a_new_epoch(
-    start_process: Callable[..., ProcessService], connect: Callable[..., Api]
+def test_a_run_whose_journal_is_gone_goes_back_to_its_checkpoint_only_where_that_is_said(
+    start_process: Callable[..., ProcessService], connect: Callable[..., Api], tmp_path: Path
 ) -> None:
     service = start_process()
     api = connect(service.url)
@@ -625,7 +625,16 @@ def test_a_run_whose_journal_is_gone_goes_back_to_its_checkpoint_in_a_new_epoch(
     for step in range(3):
         api.push(lease, step)
     service.kill()
-    shutil.rmtree(service.data_dir / "journal")
+    journal = service.data_dir / "journal"
+    journal.rename(tmp_path / "unmounted")
+    service.start(503)
+    answer = api.http.get("/readyz").json()
+    assert "start the service" in answer["detail"]
+    service.kill()
+    shutil.copytree(tmp_path / "unmounted", journal, dirs_exist_ok=True)
     service.start()
-    status = api.status()
-    assert (status["epoch"], status["step"]) == (2, 0)
+    assert (api.status()["epoch"], api.status()["step"]) == (1, 3)
+    service.kill()
+    shutil.rmtree(journal)
+    service.start(journal_wait_seconds=0)
+    assert (api.status()["epoch"], api.status()["step"]) == (2, 0)

@@ -134,9 +134,12 @@ class RunOpening:
         )  # fmt: skip
         return bool(status == "load")
 
-    async def loaded(self, owner: Owner, generation: int) -> str:
-        """Notes that a shard has loaded its state; returns waiting (for other shards), open or late. Raises Fenced."""
-        (status,) = await self._scripts.call("loaded", owner.shard, owner.token, generation)
+    async def loaded(self, owner: Owner, generation: int, journal: str = "") -> str:
+        """Notes that a shard has loaded its state; returns waiting (for other shards), open or late. Raises Fenced.
+
+        journal: the word of its journal's owner.
+        """
+        (status,) = await self._scripts.call("loaded", owner.shard, owner.token, generation, journal)
         if status == "fenced":
             raise Fenced
         return str(status)

@@ -107,8 +107,8 @@ class Decision:
 class Exchange(NamedTuple):
     """What shards are to report of their journals: in which round, and the entries behind which one.
 
-    After the rounds in which they take what they lack, there is one in which they go back to that entry, the newest that
-    all have, where a repair has given up others.
+    After the rounds in which they take what they lack, there is one in which they go back to that entry, the newest
+    that all have, where a repair has given up others.
     """
 
     round: int

@@ -1,8 +1,8 @@
 """What the journals of a run have to say when it opens: a shard's own, and what the others lack.
 
 The law of this file: what any shard's journal has of the log is decided, and all have their parts of it on disk. So
-every shard takes it, before the run goes on. Where a repair has given up such parts, all go back to the newest entry that
-every shard has, and the run goes on from there in a new epoch.
+every shard takes it, before the run goes on. Where a repair has given up such parts, all go back to the newest entry
+that every shard has, and the run goes on from there in a new epoch.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
 from freestep_service.storage.checkpoints import Checkpoints, LoadedState
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal_files import remove_other_journals
+from freestep_service.storage.journal_files import is_journal_here, remove_other_journals
 from freestep_service.storage.part_manifest import part_name
 from freestep_service.storage.run_files import RunFile
 
@@ -96,8 +96,8 @@ class Loading:
         if (wanted := exchange(view, parsed)) is not None:
             if wanted.goes_back:
                 logger.error(
-                    "run %s: a repair has given up entries: it goes on at entry %d, the newest that all shards have, in "
-                    "a new epoch",
+                    "run %s: a repair has given up entries: it goes on at entry %d, the newest that all shards have, "
+                    "in a new epoch",
                     self._context.name, wanted.seq,
                 )  # fmt: skip
             await opening.gather(self._shards.count, view.generation, exchange=wanted)
@@ -203,6 +203,32 @@ class Loading:
             "bring the files back, or delete the run"
         )
 
+    async def why_without_journal(self, index: int, view: RunView, missing_s: float) -> str | None:
+        """Why a shard is left to whoever has its journal; None where that is here, or nothing can be lost without it.
+
+        missing_s: seconds for which the shard has had no owner.
+        """
+        context, wait = self._context, self._context.settings.journal_wait_seconds
+        if not context.keeps_journal or "recut" in view.run or (wait is not None and missing_s >= wait):
+            return None
+        # Without other services, whatever is here is the newest.
+        epoch = max(view.number("epoch"), await self.last_epoch()) if context.settings.redis_url else 1
+        part = context.manifest.part(index, view.count)
+        directory = context.settings.journals() / context.name / part_name(part.begin, part.end)
+        if await self._disk.run(is_journal_here, directory, view.field(index, "journal"), epoch):
+            return None
+        offers = await self.offers(index, view.count)
+        closed = await self._disk.run(self._checkpoints.closed, part.begin, part.end)
+        if not offers or closed is not None:
+            return None
+        host = (view.field(index, "host") or "").partition(" ")[0]
+        return (
+            f"its journal, with what was acknowledged since the checkpoint of step {offers[-1].step}, is not in "
+            f"{directory.parent} here: start the service{f' on the host {host}' if host else ''} that wrote it, or bring "
+            "the directory here; journal_wait_seconds says for how long the run waits before it goes back to that "
+            "checkpoint without it"
+        )
+
     async def last_epoch(self) -> int:
         """The newest epoch that is known here or in storage."""
         stored, _ = await self._stored()
@@ -297,7 +323,8 @@ class Loading:
                 return True
             core.loaded, has_taken = generation, True
             has_loaded |= source is not None and initialized
-            if await opening.loaded(core.owner(), generation) == "open":
+            word = core.journal.word if core.journal is not None else ""
+            if await opening.loaded(core.owner(), generation, word) == "open":
                 opened = True
         if self._context.keeps_journal and has_loaded:
             parts = [self._context.manifest.part(index, view.count) for index in range(view.count)]

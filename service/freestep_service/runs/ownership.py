@@ -82,7 +82,8 @@ class Ownership:
         self._missing_since = Stopwatch(clock)
         self._surplus_since = Stopwatch(clock)
         self._gap_since = Stopwatch(clock)
-        self._unknown_s = 2 * self._node.heartbeat_s if context.settings.redis_url else 0.0
+        self._is_alone = not context.settings.redis_url
+        self._unknown_s = 0.0 if self._is_alone else 2 * self._node.heartbeat_s
         """Seconds after which a Redis that has lost its data knows of all who live: they have had their heartbeats.
 
         The embedded store has nobody else.
@@ -255,7 +256,7 @@ class Ownership:
     async def _wanted(self, view: RunView) -> list[int]:
         """The shards to take: free ones, up to this process's share, or more if others leave them.
 
-        Not those whose checkpoint is where this process cannot read it.
+        Not those whose checkpoint, or whose journal, is where this process cannot read it.
         """
         free = {
             index
@@ -281,11 +282,15 @@ class Ownership:
             waits = "lost" in view.run and (self._node.live_peers > 0 or missing_s < self._unknown_s)
             if not ((left > 0 and not waits) or is_left):
                 continue
-            has_state = index in self._shards or "durable" not in view.run
-            if has_state or not (reason := await self._loading.why_unreadable(index, view.count)):
+            reason = None
+            if index not in self._shards and "durable" in view.run:
+                reason = await self._loading.why_unreadable(index, view.count)
+            if index not in self._shards and reason is None:
+                reason = await self._loading.why_without_journal(index, view, missing_s)
+            if reason is None:
                 wanted.append(index)
                 left -= 1
-            elif is_left or view.was_owned_at(index, self._node.url):
+            elif is_left or self._is_alone or view.was_owned_at(index, self._node.url):
                 unreadable[index] = reason
         self._note_unreadable(view, unreadable)
         return wanted
@@ -299,7 +304,7 @@ class Ownership:
         if problem and problem != self.problem:
             logger.error("run %s: %s", self._context.name, problem)
         self.problem = problem or None
-        self.has_lost_state = any(view.was_owned_at(index, self._node.url) for index in unreadable)
+        self.has_lost_state = any(self._is_alone or view.was_owned_at(index, self._node.url) for index in unreadable)
 
     # Giving up
 

@@ -97,6 +97,11 @@ class ShardJournal:
         return self._journal.directory
 
     @property
+    def word(self) -> str:
+        """Under which it is written; empty before it is read or begun."""
+        return self._journal.word
+
+    @property
     def has_failed(self) -> bool:
         """Whether nothing gets to the disk any more, until it is read anew or an epoch begins."""
         return self._journal.has_failed

@@ -109,6 +109,11 @@ class Journal:
         self._thread.on_failure = on_failure
 
     @property
+    def word(self) -> str:
+        """Under which it is written; empty before `take_over`."""
+        return "" if self._thread.ownership is None else self._thread.ownership.word
+
+    @property
     def is_owned(self) -> bool:
         """Whether `take_over` was called."""
         return self._thread.ownership is not None

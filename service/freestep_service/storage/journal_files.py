@@ -38,6 +38,7 @@ __all__ = [
     "chain",
     "fingerprint",
     "frames",
+    "is_journal_here",
     "is_segment",
     "newest_epoch",
     "note_repair",
@@ -206,6 +207,20 @@ def chain(directory: Path) -> list[Link]:
         name, _, limit = [*(_previous(path) or [None, 0]), None][:3]
         path = directory / name if name in numbers else None
     return chained[::-1]
+
+
+def is_journal_here(directory: Path, word: str | None, epoch: int) -> bool:
+    """Whether a directory has a shard's newest journal, or what a repair has left of it.
+
+    word: of who has written it last; None where nobody knows. Then it is one that has come to the epoch. A damaged one
+    is here, too. Raises OSError.
+    """
+    try:
+        if word is not None and word in owners(directory):
+            return True
+        return repaired_epoch(directory) >= max(epoch, 1) or (word is None and newest_epoch(directory) >= max(epoch, 1))
+    except Damaged:
+        return True
 
 
 def newest_epoch(directory: Path) -> int:

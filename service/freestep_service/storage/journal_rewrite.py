@@ -1,8 +1,8 @@
 """What was read of a journal, made durable before it counts.
 
 What a process had written and not flushed when it ended, or when its flush failed, is still read, and the disk may not
-have it. Where a flush has failed, another one need not: the system takes what it could not write for written. So what no
-frame says to be on disk is written again.
+have it. Where a flush has failed, another one need not: the system takes what it could not write for written. So what
+no frame says to be on disk is written again.
 """
 
 from __future__ import annotations
