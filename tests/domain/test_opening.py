@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from freestep_service.domain.opening import Decision, Report, Waiting, decide
+from freestep_service.domain.opening import Decision, Exchange, Report, Waiting, decide, exchange
 from freestep_service.domain.records import CheckpointId, LogPosition
 from freestep_service.domain.run_view import RunView
 
@@ -220,3 +220,45 @@ def test_what_some_shards_have_durably_is_not_given_up(reports: list[Report], fi
 def test_what_redis_knows_to_be_durable_is_not_given_up(reports: list[Report]) -> None:
     with pytest.raises(Waiting):
         decide(standing(durable="2-5-6"), reports)
+
+
+# Journals
+
+
+def journaled(place: CheckpointId, *, repaired: bool = False) -> Report:
+    return Report(2, initialized=True, live=place, offers=[AT_3], journaled=True, repaired=repaired)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reports", "expected"),
+    [
+        # At one place, there is nothing to take.
+        (None, [journaled(AT_7)], None),
+        (None, [journaled(AT_7), journaled(AT_7)], None),
+        # What one has, the others take; what a repair has given up, nobody can.
+        (None, [journaled(AT_7), journaled(AT_5)], Exchange(1, 6)),
+        ("1 6", [journaled(AT_7), journaled(AT_5)], Exchange(2, 6)),
+        ("1 6", [journaled(AT_7), journaled(AT_7)], None),
+        ("2 6", [journaled(AT_7), journaled(AT_5)], Exchange(3, 6)),
+        ("3 6", [journaled(AT_7), journaled(AT_5)], None),
+        (None, [journaled(AT_5, repaired=True)], Exchange(3, 6)),
+        (None, [journaled(AT_5, repaired=True), journaled(AT_5)], Exchange(3, 6)),
+        ("2 6", [journaled(AT_5, repaired=True), journaled(AT_7)], Exchange(3, 6)),
+        # Without a journal there is no more than a checkpoint.
+        (None, [journaled(AT_7), stored(AT_3)], None),
+        (None, [journaled(AT_7), live(AT_5)], None),
+        (None, [journaled(AT_7), journaled(CheckpointId(3, 5, 6))], None),
+    ],
+)
+def test_what_shards_are_to_report_of_their_journals(
+    asked: str | None, reports: list[Report], expected: Exchange | None
+) -> None:
+    given = {} if asked is None else {"exchange": asked}
+    wanted = exchange(standing(**given), reports)
+    assert wanted == expected
+    assert wanted is None or wanted.goes_back == (wanted.round == 3)
+
+
+def test_after_going_back_a_run_goes_on_from_the_checkpoint_of_then_in_a_new_epoch() -> None:
+    # Redis knows of more, and the shards have left what they all have.
+    assert decide(standing(AT_7), [stored(AT_3, AT_5), stored(AT_3, AT_5)]) == Decision(3, AT_5, initialized=True)

@@ -224,9 +224,9 @@ class Loading:
         host = (view.field(index, "host") or "").partition(" ")[0]
         return (
             f"its journal, with what was acknowledged since the checkpoint of step {offers[-1].step}, is not in "
-            f"{directory.parent} here: start the service{f' on the host {host}' if host else ''} that wrote it, or bring "
-            "the directory here; journal_wait_seconds says for how long the run waits before it goes back to that "
-            "checkpoint without it"
+            f"{directory.parent} here: start the service{f' on the host {host}' if host else ''} that wrote it, or "
+            "bring the directory here; journal_wait_seconds says for how long the run waits before it goes back to "
+            "that checkpoint without it"
         )
 
     async def last_epoch(self) -> int:

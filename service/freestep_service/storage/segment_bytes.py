@@ -15,6 +15,8 @@ from typing import Self
 __all__ = ["SegmentBytes"]
 
 _PIECE = 1024**2
+_AHEAD = 64 * 1024
+"""Bytes that are read at least, for what is asked for next: small frames follow each other."""
 
 
 class SegmentBytes:
@@ -40,7 +42,7 @@ class SegmentBytes:
     def __getitem__(self, place: slice, /) -> bytes:
         begin, end, _ = place.indices(self._size)
         if begin < self._begin or end > self._begin + len(self._piece):
-            self._begin, self._piece = begin, self._read(begin, max(end, min(begin + _PIECE, self._size)))
+            self._begin, self._piece = begin, self._read(begin, max(end, min(begin + _AHEAD, self._size)))
         return self._piece[begin - self._begin : end - self._begin]
 
     def find(self, pattern: bytes, begin: int, /) -> int:
