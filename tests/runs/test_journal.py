@@ -519,6 +519,29 @@ def test_after_a_repair_of_one_shard_all_go_on_at_the_newest_step_that_all_have(
     run_async(work, 120.0)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_journals_that_are_given_up_beside_their_service_bring_it_back_to_its_checkpoint(
+    store: str, tmp_path: Path, shards: int
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            for step in range(3):
+                await push(run, claim_of(lease, f"key-{step}", step))
+            for directory in journal_dirs(tmp_path / "data"):
+                assert discard(directory) is not None
+            with pytest.raises(FreestepError):
+                await push(run, claim_of(lease, "key-3", 3))
+            await until(lambda: run.epoch == 2, "the new epoch")
+            lease = await lease_of(run)
+            await push(run, claim_of(lease, "key-4", 0))
+            status = await run.status()
+            assert (status.epoch, status.step) == (2, 1)
+
+    run_async(work)
+
+
 def test_another_run_of_the_name_does_not_read_it(store: str, tmp_path: Path) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:

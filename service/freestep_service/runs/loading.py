@@ -115,7 +115,7 @@ class Loading:
         live, closed, problem = None, None, None
         entries: list[dict[str, Any]] = []
         asked = Exchange.of(view) if core.journal is not None else None
-        if writer.failure is not None or (core.journal is not None and core.journal.has_failed):
+        if shard.has_failed:
             # Its state may be half changed, or not what is on disk.
             core.loaded = None
         if core.journal is not None:

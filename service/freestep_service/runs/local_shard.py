@@ -86,11 +86,18 @@ class LocalShard:
         core.writer.on_taken = self._on_taken
         core.writer.on_failure = lambda: recovery.reopen("an update failed")
         if core.journal is not None:
-            core.journal.watch(lambda: recovery.reopen("its journal could not be written"))
+            # If that is because another process has taken it over, there is nothing to open again.
+            core.journal.watch(recovery.look)
 
     @property
     def index(self) -> int:
         return self.core.index
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it takes nothing more until it has another state, or its journal was read anew."""
+        journal = self.core.journal
+        return self.core.writer.failure is not None or (journal is not None and journal.has_failed)
 
     # What requests ask of it
 

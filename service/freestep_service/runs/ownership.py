@@ -165,7 +165,8 @@ class Ownership:
             self.view = view
             self._context.telemetry.note(view)
             is_behind = (view.number("epoch"), view.number("seq")) < position
-            has_failed = any(shard.core.writer.failure is not None for shard in self._shards)
+            mine = self._mine(view)
+            has_failed = any(shard.has_failed for shard in self._shards if shard.index in mine)
             if view.phase == "open" and (is_behind or has_failed):
                 await self._opening.gather(self._shards.count, view.generation)
                 continue
