@@ -55,7 +55,9 @@ async def settle(context: RunContext, checkpoints: Checkpoints, shard: LocalShar
     except Damaged as error:
         with suppress(StorageUnavailable, ShardUnavailable):
             await core.journal.flush()
-        core.refusal = Refusal(await _evidence(context, checkpoints, shard), error)
+        evidence = await _evidence(context, checkpoints, shard)
+        # A repair that came meanwhile has taken it over.
+        core.refusal = Refusal(evidence, error) if await core.journal.is_present_owner() else None
         raise
     core.refusal = None
     if is_recovered:
@@ -65,7 +67,7 @@ async def settle(context: RunContext, checkpoints: Checkpoints, shard: LocalShar
 
 
 async def _evidence(context: RunContext, checkpoints: Checkpoints, shard: LocalShard) -> object:
-    """What a journal is refused by: its segments, and the checkpoints that it could follow."""
+    """What a journal is refused by: its files, and the checkpoints that it could follow."""
     core, disk = shard.core, context.resources.disk
     assert core.journal is not None
     offers = await disk.run(checkpoints.offers, core.manifest.begin, core.manifest.end)

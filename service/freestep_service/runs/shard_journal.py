@@ -96,6 +96,10 @@ class ShardJournal:
         """Where it is."""
         return self._journal.directory
 
+    async def is_present_owner(self) -> bool:
+        """Whether nobody has taken it over since it was read or begun. Raises OSError."""
+        return await self._disk.run(self._journal.is_present_owner)
+
     @property
     def word(self) -> str:
         """Under which it is written; empty before it is read or begun."""

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from freestep_service.domain.records import CheckpointId, Claim
+from freestep_service.domain.records import CheckpointId, Claim, Fenced
 from freestep_service.storage.journal_files import Ownership, segment_path, segment_paths
 from freestep_service.storage.journal_format import FORMAT, Kind, encode_frame
 from freestep_service.storage.journal_reader import JournalContents, JournaledPart
@@ -112,6 +112,15 @@ class Journal:
     def word(self) -> str:
         """Under which it is written; empty before `take_over`."""
         return "" if self._thread.ownership is None else self._thread.ownership.word
+
+    def is_present_owner(self) -> bool:
+        """Whether nobody has taken it over since `take_over`; blocks. Raises OSError."""
+        try:
+            if self._thread.ownership is not None:
+                self._thread.ownership.require()
+        except Fenced:
+            return False
+        return self._thread.ownership is not None
 
     @property
     def is_owned(self) -> bool:

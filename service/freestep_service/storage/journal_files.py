@@ -126,8 +126,8 @@ def segment_paths(directory: Path) -> list[tuple[int, Path]]:
 
 
 def fingerprint(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """By which it is told whether any segment has changed: names, sizes, times and inodes. Raises OSError."""
-    found = [(path.name, path.lstat()) for _, path in segment_paths(directory)]
+    """By which it is told whether any file has changed: names, sizes, times and inodes. Raises OSError."""
+    found = [(path.name, path.lstat()) for path in sorted(directory.iterdir())] if directory.is_dir() else []
     return tuple((name, stats.st_size, stats.st_mtime_ns, stats.st_ino) for name, stats in found)
 
 
