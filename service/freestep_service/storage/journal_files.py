@@ -216,9 +216,10 @@ def is_journal_here(directory: Path, word: str | None, epoch: int) -> bool:
     is here, too. Raises OSError.
     """
     try:
-        if word is not None and word in owners(directory):
+        if repaired_epoch(directory) >= max(epoch, 1):
             return True
-        return repaired_epoch(directory) >= max(epoch, 1) or (word is None and newest_epoch(directory) >= max(epoch, 1))
+        present = newest_epoch(directory)
+        return present > 0 and word in owners(directory) if word is not None else present >= max(epoch, 1)
     except Damaged:
         return True
 
