@@ -7,6 +7,7 @@ nothing; or a process that is killed, with its Redis or without it.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Callable
