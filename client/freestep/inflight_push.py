@@ -53,7 +53,7 @@ class InflightPush:
         """Makes the next `answer` send the push again under the same claim, by which it counts once."""
         self._started = None
 
-    def is_unresolved(self, error: Exception) -> bool:
+    def is_unresolved(self, error: BaseException) -> bool:
         """True if, after this error, the push may have been applied: it has to be sent again to find out.
 
         After DtypeOverflow that would fail again: the gradient was not sent, or y is not to be had as F16.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from freestep.answers import Pulled
-from freestep.api.models import Receipt
 from freestep.errors import DtypeOverflow, FreestepError, ManifestMismatch, NonFiniteGradient
 from freestep.inflight_push import require_stale_gradients_accepted
 from freestep.optimizer import RemoteOptimizer
 from freestep.rounds import LocalRound
+from freestep.taken_units import by_name
 from freestep.uncompiled import uncompiled
 from freestep.worker_group import Batch
 
 __all__ = ["LocalSteps"]
+
+logger = logging.getLogger("freestep")
 
 _SYNC = {"policy": "sync"}
 _SYNC_WITH_OVERLAP = {"policy": "sync", "max_staleness": 1}
@@ -200,7 +203,6 @@ class LocalSteps(RemoteOptimizer):
         try:
             self._worker_group.run_on_all(lambda: self._gradients.gather_difference(self._round.start))
         except DtypeOverflow:
-            self._progress.units.give_back(self._progress.units.take(self._run.name))
             self._restart()
             raise
         batch = self._gradients.average([batch])
@@ -237,6 +239,12 @@ class LocalSteps(RemoteOptimizer):
         super()._set_parameters(pulled)
         if pulled.point == "y":
             self._round.begin(pulled)
+            self._give_back_round()
+
+    def _give_back_round(self) -> None:
+        """Gives back the units of a round whose progress is lost."""
+        if lost := self._progress.units.drop_round():
+            self._progress.units.give_back(lost)
 
     # Points
 
@@ -287,6 +295,7 @@ class LocalSteps(RemoteOptimizer):
         super().keep_weights()
         if self._round.interrupted is None:
             self._round.steps = 0
+            self._give_back_round()
 
     # torch.optim.Optimizer
 
@@ -298,15 +307,16 @@ class LocalSteps(RemoteOptimizer):
         """As RemoteOptimizer's, with the inner optimizer's state and the unfinished round's progress."""
         state = super().state_dict()
         held = self._tensors if self._round.interrupted is None else self._round.interrupted[1]
-        return {**state, "inner": self.inner.state_dict(), "round": self._round.state(held)}
+        units = by_name(self._progress.units.of_round)
+        return {**state, "inner": self.inner.state_dict(), "round": {**self._round.state(held), "units": units}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the inner optimizer's state and the unfinished round, at the run's newest y.
 
-        If the run has gone back to an earlier step since, the round's progress is dropped, and `receipt` says so.
-        Otherwise it is part of the next push, even if the worker that saved it has pushed it since: then it counts
-        twice.
+        If the run has gone back to an earlier step since, the round's progress is dropped, and `receipt` says so. So is
+        progress on units of data, since others may have these by now; they are handed out again. Any other progress is
+        part of the next push, even if the worker that saved it has pushed it since: then it counts twice.
 
         Args:
             state_dict: From `state_dict`.
@@ -322,7 +332,13 @@ class LocalSteps(RemoteOptimizer):
         self._round.steps = 0
         self._load("y")
         saved = state_dict["round"]
-        if saved["steps"] and not self._round.restore(saved):
-            self._progress.receipt = Receipt(
-                decision="dropped", reason="epoch-changed", step=self.loaded.step, staleness=0
+        if units := saved.get("units"):
+            logger.warning(
+                "the unfinished round of %d steps in the state is dropped: its units of the data sets %s may be "
+                "others' by now, and are handed out again unless they have counted",
+                saved["steps"],
+                ", ".join(sorted(units)),
             )
+            self._note_dropped("unit-not-held")
+        elif saved["steps"] and not self._round.restore(saved):
+            self._note_dropped("epoch-changed")

@@ -433,7 +433,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return
         try:
             self._finish_push(push)
-        except Exception as error:
+        except BaseException as error:
             if push.is_unresolved(error):
                 self._progress.units.restore(units)
             else:
@@ -506,6 +506,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _rejoin(self, reason: str) -> None:
         logger.warning("the run %s dropped a push (%s) and is joined again", self._run.name, reason)
         self._join()
+        self._note_dropped(reason)
+
+    def _note_dropped(self, reason: str) -> None:
         self._progress.receipt = Receipt(decision="dropped", reason=reason, step=self.loaded.step, staleness=0)
 
     def _drop_with_units(self, units: Sequence[TakenUnit]) -> None:
@@ -517,9 +520,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         )
         self._progress.units.give_back(unit for unit in units if unit.lease.lease == self._membership.granted.lease)
         self._load("y")
-        self._progress.receipt = Receipt(decision="dropped", reason="unit-not-held", step=self.loaded.step, staleness=0)
+        self._note_dropped("unit-not-held")
 
-    def _open_units(self, push: InflightPush, error: Exception) -> None:
+    def _open_units(self, push: InflightPush, error: BaseException) -> None:
         """Gives back the units of a push that was refused, unless the service has opened them itself."""
         if not isinstance(error, (NonFiniteGradient, MalformedTensors)):
             self._progress.units.give_back(push.units)
@@ -527,6 +530,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _note_units(self, units: Sequence[TakenUnit]) -> None:
         """Notes that the next gradient is taken on units; none where a unit that goes on is in it."""
         self._progress.units.add(units, self._gradients.versions())
+
+    def _give_back_used(self, gradients: Iterable[tuple[int, int]]) -> None:
+        """Gives back the units whose gradients are discarded; `gradients` are their versions before."""
+        if used := self._progress.units.drop_used(gradients):
+            self._progress.units.give_back(used)
 
     def _regain_lease(self) -> None:
         """Takes a lease in place of one that has ended, and y where the run has gone back meanwhile."""
@@ -596,8 +604,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if self._worker_group.run_on_first(lambda: self.loaded.point == "y" and self._gradients.has_any()):
                 return
             self._warn_of_changed_weights()
+        gradients = self._gradients.versions()
         if self.loaded.point == "x" and self._gradients.discard_if_changed(self._progress.gradients_at_y):
             logger.warning("gradients that were taken at x are discarded: call train() before backward()")
+            self._give_back_used(gradients)
         self._load("y")
 
     def keep_weights(self) -> None:
@@ -703,12 +713,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
             set_to_none: As for any torch optimizer.
         """
         units = self._progress.units
-        unused = units.drop_used(self._gradients.versions()) if units.has_any() else []
+        if units.has_any():
+            self._give_back_used(self._gradients.versions())
         super().zero_grad(set_to_none)
         if units.has_any():
             units.note_cleared(self._gradients.versions())
-        if unused:
-            units.give_back(unused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises FreestepError: a run's parameters are fixed when it is created.

@@ -16,6 +16,7 @@ logger = logging.getLogger("freestep")
 
 Versions = frozenset[tuple[int, int]]
 """Identity and version of each gradient at a moment."""
+_NONE: Versions = frozenset()
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class TakenUnit:
 class TakenUnits:
     """The units that a worker was handed and no push has named yet.
 
-    A unit is handed over before its gradient is taken. So what zero_grad clears is the gradients of those units that
-    were followed by a change of the gradients: they are given back, and a unit that was just handed over is not.
+    A unit belongs to the gradient, or to the progress of a round, that was taken on it: it is pushed with that, and
+    given back where that is discarded. It is handed over before. So the units that were followed by a change of the
+    gradients are those that zero_grad clears the gradients of, and the others have none yet.
     """
 
     def __init__(self) -> None:
@@ -56,6 +58,11 @@ class TakenUnits:
         """Whether there are units that wait for a push."""
         return bool(self._next or self._of_round)
 
+    @property
+    def of_round(self) -> Sequence[TakenUnit]:
+        """Those that local steps of the unfinished round were taken on."""
+        return tuple(self._of_round)
+
     def keep_for_round(self) -> None:
         """Notes that a local step was taken on the units: they are part of the round, whatever zero_grad clears."""
         self._of_round += [unit for unit, _ in self._next]
@@ -76,8 +83,8 @@ class TakenUnits:
         return taken
 
     def restore(self, units: Sequence[TakenUnit]) -> None:
-        """Takes back the units of a push of which it is not known whether it counted."""
-        self._of_round = [*units, *self._of_round]
+        """Takes back the units of a push of which it is not known whether it counted, and whose gradients are there."""
+        self._next = [*((unit, _NONE) for unit in units), *self._next]
 
     def drop_used(self, gradients: Iterable[tuple[int, int]]) -> list[TakenUnit]:
         """Removes the units whose gradients are there at this moment, before they are cleared."""
@@ -91,12 +98,17 @@ class TakenUnits:
         versions = frozenset(gradients)
         self._next = [(unit, versions) for unit, _ in self._next]
 
-    def drop_all(self, data: DataSet) -> list[TakenUnit]:
-        """Removes the units of a data set."""
-        found = [unit for unit in (*self._of_round, *(unit for unit, _ in self._next)) if unit.data.name == data.name]
-        self._of_round = [unit for unit in self._of_round if unit.data.name != data.name]
-        self._next = [(unit, before) for unit, before in self._next if unit.data.name != data.name]
-        return found
+    def drop_unused(self, data: DataSet, gradients: Iterable[tuple[int, int]]) -> list[TakenUnit]:
+        """Removes the units of a data set that were followed by no gradient which is there at this moment."""
+        now = frozenset(gradients)
+        unused = [unit for unit, before in self._next if unit.data.name == data.name and now <= before]
+        self._next = [(unit, before) for unit, before in self._next if unit not in unused]
+        return unused
+
+    def drop_round(self) -> list[TakenUnit]:
+        """Removes the units of the round, whose progress is discarded."""
+        dropped, self._of_round = self._of_round, []
+        return dropped
 
     def give_back(self, units: Iterable[TakenUnit]) -> None:
         """Gives units back; what the service cannot be told now, it is told by a later call."""

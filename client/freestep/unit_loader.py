@@ -59,12 +59,18 @@ class UnitLoader:
             raise FreestepError("in_order=False is not possible: which units a batch has is known by its place")
         self._units = units
         self._ahead = ahead
+        self._loops = 0
+        """How many have begun: the newest one has what was drawn."""
         self._sampler = _Batches(units, batch_size)
         persistent = {"persistent_workers": True} if options.get("num_workers") else {}
         self._loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._sampler, **{**persistent, **options})
 
     def __iter__(self) -> Iterator[Any]:
         self._units.begin()
+        self._loops += 1
+        loop = self._loops
+        # Of a loop that was left and is not over: an exception's traceback may keep it.
+        self._units.give_back(self._sampler.forget())
         drawn, delivered = self._sampler.drawn, deque[_Drawn]()
         try:
             while True:
@@ -77,12 +83,15 @@ class UnitLoader:
                     if len(delivered) > self._ahead:
                         self._note(delivered.popleft())
                     yield batch
+                    if loop != self._loops:
+                        return
                 while delivered:
                     self._note(delivered.popleft())
                 if not self._units.await_more():
                     return
         finally:
-            self._units.give_back(self._sampler.forget())
+            if loop == self._loops:
+                self._units.give_back(self._sampler.forget())
 
     def _note(self, now: _Drawn) -> None:
         self._units.note(now.finished)

@@ -46,6 +46,9 @@ class UnitSource:
         self._optimizer = optimizer
         self._waits_apart = optimizer.spec.aggregation.takes_one_each
         self._stock = UnitStock(self._claim, ahead=not self._waits_apart)
+        self._has_taken = False
+        """Whether the current loop has taken a unit."""
+        self._warned = False
 
     @property
     def exhausted(self) -> bool:
@@ -58,10 +61,11 @@ class UnitSource:
         return self._optimizer._membership.granted.lease
 
     def begin(self) -> None:
-        """Gives back what an earlier loop was handed and no push has named. Raises Closed with the optimizer."""
+        """Gives back what an earlier loop was handed and left without a gradient. Raises Closed with the optimizer."""
         self._optimizer._require_open()
+        self._has_taken = False
         units = self._optimizer._progress.units
-        units.give_back(units.drop_all(self.data))
+        units.give_back(units.drop_unused(self.data, self._optimizer._gradients.versions()))
 
     def note(self, stocked: Sequence[StockedUnit]) -> None:
         """Notes that the units are in the hands of the training loop; none where a part of a unit is."""
@@ -80,13 +84,18 @@ class UnitSource:
 
     def take(self) -> StockedUnit | None:
         """The next unit; None where all that is left is out, or has counted."""
-        return self._with_lease(self._stock.take)
+        taken = self._with_lease(self._stock.take)
+        self._has_taken |= taken is not None
+        return taken
 
     def await_more(self) -> bool:
         """Waits for units that are out with others; False where all have counted, or this worker has to push first."""
         self._optimizer.flush()
         units = self._optimizer._progress.units
-        if self.exhausted or units.has_any():
+        if self.exhausted:
+            return False
+        if units.has_any():
+            self._warn_of_own()
             return False
         units.settle()
         if self._waits_apart:
@@ -97,6 +106,16 @@ class UnitSource:
             holders = ", ".join(f"{each.worker} ({each.units})" for each in self.data.status().holders)
             logger.info("waiting for units of the data set %r, which others have: %s", self.name, holders)
         return True
+
+    def _warn_of_own(self) -> None:
+        """Warns once of a loop that ends before it has begun: if nothing is pushed, so will each that follows."""
+        if not self._has_taken and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a loop over units of the data set %r has ended before it has begun: others wait for units of this "
+                "worker, whose gradients or local steps no push has named; take the step, or call push()",
+                self.name,
+            )
 
     def _wait_apart(self) -> None:
         """Waits without a lease, since updates wait for the pushes of all workers that have one."""

@@ -11,7 +11,17 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from freestep import Closed, DataExists, FreestepError, LocalSteps, NonFiniteGradient, RemoteOptimizer, Run, Units
+from freestep import (
+    Closed,
+    DataExists,
+    FreestepError,
+    LocalSteps,
+    NonFiniteGradient,
+    RemoteOptimizer,
+    Run,
+    ServiceUnreachable,
+    Units,
+)
 from meanwhile import under_way, wait_until
 
 LENGTH = 50
@@ -214,6 +224,178 @@ def test_a_round_of_local_steps_pushes_its_units(locally: Callable[..., LocalSte
             optimizer.step()
         optimizer.push()
     assert counted(run) == {1.0} and run.status().step == 3
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_round_that_goes_on_in_another_loop_keeps_its_units(
+    locally: Callable[..., LocalSteps], run: Run, overlap: bool
+) -> None:
+    model = Counts()
+    optimizer = locally(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), every=4, lr=1.0, momentum=0.0, overlap=overlap
+    )
+    units = Units(optimizer, LENGTH, unit=5)
+    while not units.exhausted:
+        for taken, examples in enumerate(units):
+            optimizer.zero_grad()
+            model.backward(examples)
+            optimizer.step()
+            if taken == 1:
+                break
+        else:
+            optimizer.push()
+            optimizer.flush()
+    assert counted(run) == {1.0} and run.status().step == 3
+
+
+def test_a_round_whose_progress_is_lost_gives_its_units_back(locally: Callable[..., LocalSteps], run: Run) -> None:
+    model = Counts()
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = locally(model, inner, every=4, lr=1.0, momentum=0.0, overlap=True)
+    units = Units(optimizer, LENGTH, unit=5)
+    seen = 0
+    while not units.exhausted:
+        for examples in units:
+            seen += 1
+            optimizer.zero_grad()
+            model.backward(examples)
+            if seen == 3:
+                assert model.count.grad is not None
+                model.count.grad[0] = torch.nan
+            optimizer.step()
+            if seen == 6:
+                # Of two steps that begin where the refused round has ended.
+                with pytest.raises(NonFiniteGradient):
+                    optimizer.push()
+                assert units.status().done == 0
+            if seen == 9:
+                optimizer.keep_weights()
+                optimizer.train()
+        optimizer.push()
+        optimizer.flush()
+    assert counted(run) == {1.0}
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_saved_round_on_units_is_dropped_and_its_units_are_redone(
+    locally: Callable[..., LocalSteps], run: Run, caplog: pytest.LogCaptureFixture, elsewhere: bool
+) -> None:
+    def make(worker: str) -> tuple[Counts, LocalSteps]:
+        model = Counts()
+        inner = torch.optim.SGD(model.parameters(), lr=1.0)
+        return model, locally(model, inner, every=4, lr=1.0, momentum=0.0, worker=worker)
+
+    def go_on(model: Counts, optimizer: LocalSteps, most: int) -> None:
+        for taken, examples in enumerate(Units(optimizer, LENGTH, unit=5)):
+            if taken == most:
+                return
+            optimizer.zero_grad()
+            model.backward(examples)
+            optimizer.step()
+        optimizer.push()
+
+    model, optimizer = make("first")
+    go_on(model, optimizer, 6)
+    state = optimizer.state_dict()
+    assert state["round"]["units"].keys() == {"train"} and optimizer.steps == 2
+    if elsewhere:
+        optimizer.close()
+        # Another has them before it is back.
+        model, optimizer = make("second")
+        go_on(model, optimizer, 4)
+        optimizer.close()
+        model, optimizer = make("third")
+    with caplog.at_level(logging.WARNING, "freestep"):
+        optimizer.load_state_dict(state)
+    assert caplog.text.count("the unfinished round of 2 steps in the state is dropped") == 1
+    assert optimizer.receipt is not None and optimizer.receipt.reason == "unit-not-held"
+    assert optimizer.steps == 0
+    go_on(model, optimizer, 10)
+    assert counted(run) == {1.0} and run.data().status().exhausted
+
+
+def test_gradients_that_go_on_in_another_loop_keep_their_units(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=5)
+    for taken, examples in enumerate(units):
+        if taken == 2:
+            # It was handed over, and has no gradient.
+            break
+        model.backward(examples)
+    for taken, examples in enumerate(units):
+        model.backward(examples)
+        if taken % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert units.exhausted and counted(run) == {1.0} and run.status().step == 4
+
+
+def test_gradients_that_are_discarded_give_their_units_back(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=5)
+    for taken, examples in enumerate(units):
+        optimizer.zero_grad()
+        if taken == 1:
+            optimizer.eval()
+        model.backward(examples)
+        if taken == 1:
+            optimizer.train()
+            assert units.status().done + units.status().out < 3
+            continue
+        optimizer.step()
+    assert counted(run) == {1.0}
+
+
+@pytest.mark.parametrize("error", [ServiceUnreachable("it is away"), KeyboardInterrupt()])
+def test_a_step_of_unknown_outcome_leaves_its_units_with_its_gradients(
+    remotely: Make, run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    for taken, examples in enumerate(Units(optimizer, LENGTH, unit=5)):
+        optimizer.zero_grad()
+        model.backward(examples)
+        if taken < 2:
+            with monkeypatch.context() as patched, pytest.raises(type(error)):
+                patched.setattr(optimizer._run, "exchange", fail)
+                optimizer.step()
+            if taken == 0:
+                # The gradients of this one are discarded, and those of the other are pushed.
+                continue
+        optimizer.step()
+    assert counted(run) == {1.0}
+
+
+def test_a_loop_that_begins_before_one_is_over_takes_its_place(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    loader = Units(optimizer, LENGTH, unit=5).loader(Numbers(), batch_size=5, num_workers=2)
+    left, batches = iter(loader), iter(loader)
+    next(left)
+    model.backward(next(batches))
+    optimizer.step()
+    # As when the traceback is dropped that has kept it.
+    left.close()  # type: ignore[attr-defined]
+    train(model, optimizer, batches)
+    assert counted(run) == {1.0}
+
+
+def test_loops_that_end_before_they_begin_are_warned_of_once(remotely: Make, caplog: pytest.LogCaptureFixture) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=25)
+    with caplog.at_level(logging.WARNING, "freestep"):
+        for examples in units:
+            model.backward(examples)
+        assert not caplog.text
+        assert [list(units), list(units)] == [[], []]
+    assert caplog.text.count("before it has begun") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
