@@ -536,6 +536,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if used := self._progress.units.drop_used(gradients):
             self._progress.units.give_back(used)
 
+    @property
+    def _has_units(self) -> bool:
+        """Whether there are units of data that no push has named."""
+        return self._progress.units.has_any()
+
     def _regain_lease(self) -> None:
         """Takes a lease in place of one that has ended, and y where the run has gone back meanwhile."""
         self.flush()
@@ -712,12 +717,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Args:
             set_to_none: As for any torch optimizer.
         """
-        units = self._progress.units
-        if units.has_any():
+        if self._has_units:
             self._give_back_used(self._gradients.versions())
         super().zero_grad(set_to_none)
-        if units.has_any():
-            units.note_cleared(self._gradients.versions())
+        if self._has_units:
+            self._progress.units.note_cleared(self._gradients.versions())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises FreestepError: a run's parameters are fixed when it is created.

@@ -58,12 +58,18 @@ class UnitLoader:
         if not options.get("in_order", True):
             raise FreestepError("in_order=False is not possible: which units a batch has is known by its place")
         self._units = units
-        self._ahead = ahead
+        self.ahead = ahead
+        """How many batches the loop takes before it trains on them."""
         self._loops = 0
         """How many have begun: the newest one has what was drawn."""
         self._sampler = _Batches(units, batch_size)
         persistent = {"persistent_workers": True} if options.get("num_workers") else {}
         self._loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._sampler, **{**persistent, **options})
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all units of all passes had counted when this worker last asked for one."""
+        return self._units.exhausted
 
     def __iter__(self) -> Iterator[Any]:
         self._units.begin()
@@ -80,7 +86,7 @@ class UnitLoader:
                         # Its units are others' by now.
                         continue
                     delivered.append(now)
-                    if len(delivered) > self._ahead:
+                    if len(delivered) > self.ahead:
                         self._note(delivered.popleft())
                     yield batch
                     if loop != self._loops:

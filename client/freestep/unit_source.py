@@ -34,6 +34,9 @@ class UnitSource:
     """
 
     def __init__(self, optimizer: RemoteOptimizer, name: str, asked: Mapping[str, Any]) -> None:
+        while hasattr(optimizer, "optimizer"):
+            # What libraries have wrapped around it.
+            optimizer = optimizer.optimizer
         if not isinstance(optimizer, RemoteOptimizer):
             raise FreestepError(f"units are for freestep's own optimizers, and this is a {type(optimizer).__name__}")
         if not isinstance(optimizer._run, Run):

@@ -41,7 +41,8 @@ class Units:
         ...         opt.step(samples=len(examples))
 
     Args:
-        optimizer: The worker's optimizer. One with a process group, and one with url="local", are refused.
+        optimizer: The worker's optimizer, or what Accelerate or Lightning has wrapped around it. One with a process
+            group, and one with url="local", are refused.
         length: The number of examples.
         unit: Examples of a unit, the last of which may be shorter.
         passes: How often each example is to count; None for no end.
@@ -100,7 +101,7 @@ class Units:
             batch_size: Examples of a batch. If it is not smaller than a unit, it must be a multiple of it: a batch is
                 then of whole units. If it is smaller, a unit is cut into batches, the last of which may be shorter.
             ahead: How many batches the loop takes before it trains on them; 1 for loops that look for the last batch,
-                as Lightning's.
+                as Lightning's, whose FreestepCallback sees to it.
             **options: As for torch.utils.data.DataLoader: `num_workers`, `collate_fn`, `pin_memory` and others.
 
         Raises:

@@ -14,11 +14,14 @@ from torch import Tensor
 from freestep.errors import FreestepError
 from freestep.local_steps import LocalSteps
 from freestep.optimizer import RemoteOptimizer
+from freestep.unit_loader import UnitLoader
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities import CombinedLoader
 except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+    from pytorch_lightning.utilities import CombinedLoader  # type: ignore[assignment]
 
 __all__ = ["FreestepCallback"]
 
@@ -36,6 +39,9 @@ class FreestepCallback(Callback):
     - At the end of `fit` the model contains x, and the optimizers are closed; an unfinished round of LocalSteps is
       pushed before. `validate`, `test` and `predict` then have that x, or the weights of their `ckpt_path`. If `fit`
       ends with an exception, the model stays where it is, which is said.
+    - Where a module trains on a loader of `freestep.Units`, an epoch is a loop over what is left of the data, and `fit`
+      ends when all units have counted, or after `max_epochs`: -1 for no other end. What an epoch leaves of a round of
+      LocalSteps is pushed at its end.
     - In automatic optimization a push reports the mean loss of the batches that its gradient was accumulated from. In
       manual optimization pass it to `step(loss=...)`.
 
@@ -73,13 +79,21 @@ class FreestepCallback(Callback):
                     "Lightning calls no callback before: leave save_weights_only out, or save by steps or epochs"
                 )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells loaders of units that Lightning takes a batch before it has trained on the one before."""
+        for each in _unit_loaders(trainer):
+            each.ahead = 1
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pushes unfinished rounds, and loads x unless the model contains it."""
+        self._push_rounds()
+        self._load_x()
+
+    def _push_rounds(self) -> None:
         for each in self._optimizers:
             if isinstance(each, LocalSteps) and each.steps:
                 each.train()
                 each.push()
-        self._load_x()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Closes the optimizers, with x in the model even if there was nothing to train."""
@@ -138,7 +152,10 @@ class FreestepCallback(Callback):
             self._load_x()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Loads x if weights only may be about to be saved."""
+        """Loads x if weights only may be about to be saved; ends with the last unit where units are handed out."""
+        if loaders := _unit_loaders(trainer):
+            self._push_rounds()
+            trainer.should_stop |= all(each.exhausted for each in loaders)
         if any(map(_saves_weights_only, trainer.checkpoint_callbacks)):
             self._load_x()
 
@@ -166,6 +183,10 @@ class FreestepCallback(Callback):
         if self._losses and isinstance(optimizer, RemoteOptimizer):
             optimizer.loss = torch.stack(self._losses).mean()
             self._losses.clear()
+
+
+def _unit_loaders(trainer: Trainer) -> list[UnitLoader]:
+    return [each for each in CombinedLoader(trainer.train_dataloader).flattened if isinstance(each, UnitLoader)]
 
 
 def _saves_weights_only(checkpoint: Any) -> bool:

@@ -14,8 +14,10 @@ from transformers.trainer_utils import SchedulerType
 
 from freestep.errors import FreestepError
 from freestep.groups import hyperparameter_names
+from freestep.local_steps import LocalSteps
 from freestep.optimizer import RemoteOptimizer
 from freestep.run_request import DEFAULT_ALGORITHM
+from freestep.unit_loader import UnitLoader
 
 __all__ = ["FreestepCallback", "remote_optimizer"]
 
@@ -38,7 +40,7 @@ def remote_optimizer(
 ) -> tuple[Factory, dict[str, Any]]:
     """What Trainer's `optimizer_cls_and_kwargs` takes: a RemoteOptimizer that is made of Trainer's model.
 
-    Parameters have the model's names. They are in two param groups as Trainer makes them: `decay`, and `no_decay` for
+    Parameters have the model's names. They are in param groups as Trainer makes them: `decay`, and `no_decay` for
     biases and norms. The ranks of torchrun or `accelerate launch` are one worker, unless `process_group` is given.
 
     Example:
@@ -90,9 +92,8 @@ def _made_of_model(model: nn.Module, **options: Any) -> RemoteOptimizer:
     without: dict[str, Any] = {name: 0.0 for name in ("weight_decay", "weight_decay_at_y") if name in known}
     if "base" in known:
         without["base"] = {"weight_decay": 0.0}
-    return RemoteOptimizer(
-        [{"name": "decay", "params": decay}, {"name": "no_decay", "params": no_decay, **without}], **options
-    )
+    groups = [{"name": "decay", "params": decay}, {"name": "no_decay", "params": no_decay, **without}]
+    return RemoteOptimizer([group for group in groups if group["params"]], **options)
 
 
 class FreestepCallback(TrainerCallback):
@@ -104,6 +105,9 @@ class FreestepCallback(TrainerCallback):
       them: `evaluate`, `predict` and `save_model` have that model, until `train` is called again.
     - The schedule is constant, since the run has its own. The learning rate that is logged is the one that the run has
       used.
+    - Where Trainer's `get_train_dataloader` gives a loader of `freestep.Units`, an epoch is a loop over what is left of
+      the data: training goes on until all units have counted, or for `max_steps`. Gradients that an epoch leaves, since
+      there was no more data for a whole accumulation, are pushed at its end.
     - A push reports the loss that the model returns, summed over a step's batches as Trainer does.
       `adamc_schedule_free_plus` needs it. A `compute_loss_func` of Trainer's has to be passed through `reporting`.
 
@@ -162,7 +166,37 @@ class FreestepCallback(TrainerCallback):
         if control.should_save and not control.should_evaluate:
             _remote(kwargs["optimizer"]).eval()
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As `on_step_end`; where units of data are handed out, pushes what is left, and ends with the last of them."""
+        if isinstance(loader := kwargs["train_dataloader"], UnitLoader):
+            if control.should_epoch_stop or control.should_training_stop:
+                # Some of a step's batches have no gradient: all of them are given back.
+                _remote(kwargs["optimizer"]).zero_grad()
+            else:
+                self._push_rest(args, state, control, **kwargs)
+            control.should_training_stop |= loader.exhausted
+        self.on_step_end(args, state, control, **kwargs)
+
+    def _push_rest(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Takes a step with gradients of fewer batches than are accumulated, as Trainer does with the others."""
+        remote, scaler = _remote(kwargs["optimizer"]), getattr(kwargs["optimizer"], "scaler", None)
+        if remote._has_units and remote._gradients.has_any():
+            if scaler is not None:
+                scaler.unscale_(remote)
+            if args.max_grad_norm:
+                nn.utils.clip_grad_norm_(kwargs["model"].parameters(), args.max_grad_norm)
+            self.on_pre_optimizer_step(args, state, control, **kwargs)
+            if scaler is None:
+                remote.step()
+            else:
+                scaler.step(remote)
+                scaler.update()
+            remote.zero_grad()
+        if remote._has_units and isinstance(remote, LocalSteps):
+            remote.train()
+            remote.push()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """While training, keeps the x that was evaluated for other data sets and for the checkpoint."""
@@ -203,7 +237,11 @@ class FreestepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Shows the learning rates that the run has used to Trainer, which then asks its schedule for them."""
-        rates = [group["scheduled_lr"] for group in _remote(kwargs["optimizer"]).param_groups]
+        remote = _remote(kwargs["optimizer"])
+        if getattr(kwargs["optimizer"], "step_was_skipped", False):
+            # Trainer clears the model's gradients, of which the optimizer is not told.
+            remote._give_back_used(remote._gradients.versions())
+        rates = [group["scheduled_lr"] for group in remote.param_groups]
         if isinstance(schedule := kwargs["lr_scheduler"], torch.optim.lr_scheduler.LRScheduler):
             schedule._last_lr = rates
 
