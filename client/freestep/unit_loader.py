@@ -49,7 +49,7 @@ class UnitLoader:
             raise FreestepError(f"a batch of {batch_size} is not of whole units of {unit}: take a multiple, or less")
         if not isinstance(ahead, int) or ahead < 0:
             raise FreestepError(f"ahead must be a number of batches from 0, not {ahead!r}")
-        if isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, it) for it in ("__len__", "__getitem__")):
             raise FreestepError("an iterable dataset has no items by index: iterate over the units themselves")
         if len(dataset) != units.spec.length:
             raise FreestepError(

@@ -25,7 +25,7 @@ import torch
 
 from examples.lab.figures import markdown
 
-NAMES = ("convex", "anytime", "theorem", "delay", "communication", "language")
+NAMES = ("convex", "anytime", "theorem", "delay", "communication", "language", "units")
 """Modules of this package, each an experiment."""
 
 PUBLISHED, TRIED = Path("docs/lab"), Path("lab-out")

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import Dataset, IterableDataset
 
+from counting import LENGTH, Counts, Make, Numbers, Stream, counted, train
 from freestep import (
     Closed,
     DataExists,
@@ -23,49 +22,6 @@ from freestep import (
     Units,
 )
 from meanwhile import under_way, wait_until
-
-LENGTH = 50
-Make = Callable[..., RemoteOptimizer]
-
-
-class Counts(nn.Module):
-    """A parameter for each example, which each step that is taken on it makes larger by 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = nn.Parameter(torch.zeros(LENGTH))
-
-    def backward(self, examples: Any) -> None:
-        (-self.count[torch.as_tensor(list(examples))].sum()).backward()
-
-
-class Numbers(Dataset[int]):
-    """Example i is i."""
-
-    def __len__(self) -> int:
-        return LENGTH
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-class Stream(IterableDataset[int]):
-    """No items by index."""
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(LENGTH))
-
-
-def train(model: Counts, optimizer: RemoteOptimizer, loop: Any, **options: Any) -> None:
-    for examples in loop:
-        optimizer.zero_grad()
-        model.backward(examples)
-        optimizer.step(**options)
-    optimizer.flush()
-
-
-def counted(run: Run) -> set[float]:
-    return set(run.pull("y")[0]["count"].tolist())
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -88,6 +88,18 @@ def test_the_gap_is_below_the_bound_of_theorem_1(tmp_path: Path) -> None:
         assert case["gap"] <= case["bound"]
 
 
+@pytest.mark.slow
+@pytest.mark.evidence
+@LONG
+def test_units_count_as_often_whoever_is_slow(tmp_path: Path) -> None:
+    found = run("units", tmp_path, quick=True)
+    shares, *with_units = found["runs"]
+    assert shares["of_slow"][0] < shares["of_fast"][0] / 2
+    for each in with_units:
+        assert each["least"] == each["most"] == [found["passes"], 0.0]
+        assert each["dropped"][0] > 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_shows_what_was_found(name: str) -> None:
     document = json.loads((ROOT / PUBLISHED / f"{name}.json").read_text())
