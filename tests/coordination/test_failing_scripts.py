@@ -70,6 +70,7 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
         "claim_units": lambda: run.do(data.claim(owner, claim.lease, claim.token, "train", 2, "key")),
         "give_back": lambda: run.do(data.give_back(claim.lease, claim.token, "train")),
         "read_data": lambda: run.do(data.read_all()),
+        "count_units": lambda: run.do(data.count()),
     }
 
 
@@ -77,7 +78,7 @@ NAMES = (
     "heartbeat", "report_shard", "open", "loaded", "give_up", "reshard", "initial_weights", "grant", "grant again",
     "renew", "release", "expire", "admit", "precheck", "commit", "discard", "refuse", "report_metric", "request_read",
     "reads_sent", "report_distances", "mark_checkpoint", "part_written", "entries", "create_data", "claim_units",
-    "give_back", "read_data",
+    "give_back", "read_data", "count_units",
 )  # fmt: skip
 
 

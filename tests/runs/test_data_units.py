@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -36,6 +37,39 @@ def test_every_example_counts_once_in_each_pass(api: Api) -> None:
     assert (status["done"], status["out"], status["open"], status["examples_done"]) == (6, 0, 0, 20)
     assert status["exhausted"] and status["passes_done"] == 2 and status["passes"] == status["holders"] == []
     assert api.status()["data"] == {"train": {"done": 6, "total": 6, "exhausted": True}}
+
+
+def shown(api: Api) -> dict[str, float]:
+    """The units at /metrics, by data set and state."""
+    found = re.findall(
+        rf'^freestep_units{{name="(\S+)",run="{api.run}",state="(\w+)"}} (\S+)$',
+        api.http.get("/metrics").text,
+        re.MULTILINE,
+    )
+    return {f"{name} {state}": float(count) for name, state, count in found}
+
+
+def test_prometheus_shows_what_is_open_out_and_done(api: Api) -> None:
+    api.create()
+    api.http.post(api.path("/checkpoints"))
+    create(api, passes=2)
+    create(api, "endless", passes=None)
+    lease = api.lease()
+    units = claim(api, lease, 4)
+    counted(api, lease, 0, f"train={units[0]},{units[1]}")
+    give_back(api, lease, units[3:])
+    claim(api, lease, 2, name="endless")
+    expected = {"train open": 3, "train out": 1, "train done": 2, "endless out": 2, "endless done": 0}
+    wait_until(lambda: shown(api) == expected)
+    status = show(api)
+    assert (status["open"], status["out"], status["done"]) == (3, 1, 2)
+    # To a state before the data sets.
+    assert api.http.post(api.path("/checkpoints/0/restore")).status_code == 200
+    wait_until(lambda: shown(api) == {})
+    create(api)
+    wait_until(lambda: shown(api) == {"train open": 3, "train out": 0, "train done": 0})
+    api.http.delete(api.path())
+    assert api.run not in api.http.get("/metrics").text
 
 
 def test_a_data_set_is_created_once(api: Api, service: ThreadService) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from freestep.api.data import MOST_DATA_SETS, DataSpec
 from freestep.errors import DataExists, DataNotFound, MalformedRequest
 from freestep_service.coordination.run_scripts import RunScripts
-from freestep_service.domain.data_progress import DataView, Out
+from freestep_service.domain.data_progress import DataView, Out, UnitCounts
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.records import Owner
 
@@ -89,6 +89,13 @@ class RunData:
     async def read_all(self) -> list[DataView]:
         """How the data sets stand, by name."""
         return await self._views("")
+
+    async def count(self) -> list[UnitCounts]:
+        """How many units of each data set are open, out and done, by name; it reads no list of units."""
+        return [
+            UnitCounts.of(name, int(total) if total else None, int(cursor), int(done), back)
+            for name, total, cursor, done, back in await self._scripts.call("count_units")
+        ]
 
     async def _views(self, name: str) -> list[DataView]:
         now, workers, out, *sets = await self._scripts.call("read_data", name)

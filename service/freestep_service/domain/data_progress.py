@@ -6,13 +6,32 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from freestep.api.data import DataProgress, DataSpec, DataStatus, Holder, PassStatus, Unit
 from freestep_service.domain.unit_order import UnitOrder
 
-__all__ = ["DataView", "Out", "progress_of", "units_of"]
+__all__ = ["DataView", "Out", "UnitCounts", "progress_of", "units_of"]
 
 _MOST_PASSES = 100
+
+
+class UnitCounts(NamedTuple):
+    """How many units of a data set nobody has, workers have, and have counted, over all passes.
+
+    open: None where the passes have no end.
+    """
+
+    name: str
+    open: int | None
+    out: int
+    done: int
+
+    @classmethod
+    def of(cls, name: str, total: int | None, cursor: int, done: int, back: int) -> UnitCounts:
+        """Of all units, the next that was never handed out, those that have counted, and those that came back."""
+        out = cursor - done - back
+        return cls(name, None if total is None else total - done - out, out, done)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from freestep_service.coordination.data import HeldUnits
 from freestep_service.domain.data_progress import units_of
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.records import Owner
+from freestep_service.domain.run_view import RunView
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.log_appends import LogAppends
@@ -36,6 +37,7 @@ class DataUnits:
         appends: LogAppends,
     ) -> None:
         self._coordinator = context.coordinator.data
+        self._telemetry = context.telemetry
         self._recovery = recovery
         self._shards = shards
         self._appends = appends
@@ -89,6 +91,14 @@ class DataUnits:
     async def all(self) -> DataList:
         """How the data sets stand, by name."""
         return DataList(data=[view.status() for view in await self._coordinator.read_all()])
+
+    async def count(self, view: RunView | None) -> None:
+        """Shows at /metrics how many units are open, out and done, where the run's first shard is here.
+
+        view: the run as of the last heartbeat. Raises CoordinatorUnavailable.
+        """
+        has_any = view is not None and bool(view.run.get("datasets"))
+        self._telemetry.counted(await self._coordinator.count() if has_any and self._shards.has_first else [])
 
     def moved(self) -> None:
         """Units were given back, or the last has counted: those who wait look again."""

@@ -15,6 +15,7 @@ from freestep.errors import CoordinatorUnavailable, FreestepError
 from freestep_service.domain.records import LogTruncated
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.data_units import DataUnits
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.leases import Leases
 from freestep_service.runs.ownership import Ownership
@@ -43,6 +44,7 @@ class Keeper:
         dispatch: Dispatch,
         leases: Leases,
         checkpointing: Checkpointing,
+        data: DataUnits,
     ) -> None:
         self._context = context
         self._recovery = recovery
@@ -50,6 +52,7 @@ class Keeper:
         self._dispatch = dispatch
         self._leases = leases
         self._checkpointing = checkpointing
+        self._data = data
         self._pause_s = context.resources.node.heartbeat_s
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -90,6 +93,7 @@ class Keeper:
             self._recovery.must_catch_up = False
             await self._try("its log", self._catch_up)
         await self._try("its heartbeat", self._ownership.keep)
+        await self._try("the count of its units", lambda: self._data.count(self._ownership.view))
 
     async def _catch_up(self) -> None:
         try:

@@ -107,7 +107,7 @@ class Run:
         self.reports = MetricReports(context, appends)
         self.data = DataUnits(context, recovery, owned, dispatch, appends)
         self.imports = StateImports(context, owned, self._ownership, self._loading, self._checkpointing, held)
-        self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing)
+        self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing, self.data)
         pool = VectorPool(self.manifest.numel, 1, reserve=resources.reserve)
         self._senders = Lanes(1)
         self._layout: Layout | None = None

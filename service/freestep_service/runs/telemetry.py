@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from freestep_service.domain.data_progress import UnitCounts
 from freestep_service.domain.records import Record
 from freestep_service.domain.reports import Reported
 from freestep_service.domain.run_view import RunView
@@ -48,6 +50,12 @@ class Metrics:
         self.workers = Gauge("freestep_workers", "Live workers.", ["run"], registry=registry)
         self.loss = Gauge("freestep_loss", "Moving average of reported losses.", ["run"], registry=registry)
         self.measured = Gauge("freestep_metric", "Metrics that evaluators report.", ["run", "name"], registry=registry)
+        self.units = Gauge(
+            "freestep_units",
+            "Units of data sets over all passes, by state: open, out with workers, done.",
+            ["run", "name", "state"],
+            registry=registry,
+        )
         self.checkpoint_step = Gauge(
             "freestep_checkpoint_step", "Step of the newest checkpoint.", ["run"], registry=registry
         )
@@ -99,6 +107,8 @@ class RunMetrics:
         self._run = run
         self._forgotten = False
         self._names: set[str] = set()
+        self._counted: set[tuple[str, str]] = set()
+        """The data sets and states whose units are shown."""
         # Found once: a push has to do with most of them.
         self._epoch, self._step = metrics.epoch.labels(run), metrics.step.labels(run)
         self._received, self._sent = metrics.received.labels(run), metrics.sent.labels(run)
@@ -151,6 +161,20 @@ class RunMetrics:
         for name, steps in reported.items():
             self.measured(name, steps[max(steps)])
 
+    def counted(self, sets: Iterable[UnitCounts]) -> None:
+        """Shows these data sets and no others."""
+        found = {
+            (each.name, state): count
+            for each in sets
+            for state, count in (("open", each.open), ("out", each.out), ("done", each.done))
+            if count is not None and not self._forgotten
+        }
+        for name, state in self._counted - found.keys():
+            self._metrics.units.remove(self._run, name, state)
+        for (name, state), count in found.items():
+            self._metrics.units.labels(self._run, name, state).set(count)
+        self._counted = set(found)
+
     def live(self, workers: int) -> None:
         if self._forgotten:
             return
@@ -160,6 +184,7 @@ class RunMetrics:
         """Ends the run's series, so that a deleted run is no longer exposed."""
         self._forgotten = True
         self.restored({})
+        self.counted([])
         self._metrics.forget(self._run)
 
     def checkpoint_failed(self) -> None:
