@@ -66,10 +66,9 @@ class UnitLoader:
         persistent = {"persistent_workers": True} if options.get("num_workers") else {}
         self._loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._sampler, **{**persistent, **options})
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether all units of all passes had counted when this worker last asked for one."""
-        return self._units.exhausted
+    def is_exhausted(self) -> bool:
+        """Whether all units of all passes have counted by now; asks the service unless that is known."""
+        return self._units.is_exhausted()
 
     def __iter__(self) -> Iterator[Any]:
         self._units.begin()

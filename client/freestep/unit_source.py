@@ -58,6 +58,10 @@ class UnitSource:
         """Whether all units of all passes had counted at the newest claim."""
         return self._stock.exhausted
 
+    def is_exhausted(self) -> bool:
+        """Whether all units of all passes have counted by now."""
+        return self.exhausted or self.data.status().exhausted
+
     @property
     def lease(self) -> str:
         """The ID of the worker's lease at this moment."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
@@ -81,8 +82,10 @@ def counted(run: Run) -> set[float]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_example_counts_once_a_pass(make: Make, run: Run, tmp_path: Path, workers: int) -> None:
-    trainer(tmp_path, max_epochs=-1).fit(make(passes=2, workers=workers))
+    its = trainer(tmp_path, max_epochs=-1)
+    its.fit(make(passes=2, workers=workers))
     assert counted(run) == {2.0} and run.data().status().exhausted and run.status().step == 20
+    assert its.current_epoch == 1
 
 
 @pytest.mark.parametrize("together", [3, 4])
@@ -119,6 +122,14 @@ def test_a_fit_that_is_stopped_leaves_the_rest_to_others(make: Make, run: Run, t
     assert run.data().status().done == 4 and run.data().status().out == 0
     trainer(tmp_path, max_epochs=-1).fit(make())
     assert counted(run) == {1.0}
+
+
+def test_a_fit_that_is_resumed_goes_on_with_what_is_left(make: Make, run: Run, tmp_path: Path) -> None:
+    first, second = (ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1) for _ in range(2))
+    trainer(tmp_path, first, max_epochs=-1, max_steps=4).fit(make())
+    assert run.data().status().done == 4
+    trainer(tmp_path, second, max_epochs=-1).fit(make(), ckpt_path=tmp_path / "step=3.ckpt")
+    assert counted(run) == {1.0} and run.status().step == 10
 
 
 def test_two_data_sets_count_together(make: Make, run: Run, tmp_path: Path) -> None:

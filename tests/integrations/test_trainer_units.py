@@ -127,6 +127,16 @@ def test_a_training_that_is_stopped_leaves_the_rest_to_others(make: Make, run: R
     assert counted(run) == {1.0}
 
 
+def test_a_training_that_is_resumed_goes_on_with_what_is_left(make: Make, run: Run, tmp_path: Path) -> None:
+    make(max_steps=4, save_strategy="steps", save_steps=3).train()
+    assert run.data().status().done == 4
+    trainer = make()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert counted(run) == {1.0} and trainer.state.global_step == 9
+    trainer.train()
+    assert counted(run) == {1.0}
+
+
 class Stop(TrainerCallback):
     """Ends an epoch in the middle of an accumulation, once."""
 

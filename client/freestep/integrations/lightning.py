@@ -155,7 +155,7 @@ class FreestepCallback(Callback):
         """Loads x if weights only may be about to be saved; ends with the last unit where units are handed out."""
         if loaders := _unit_loaders(trainer):
             self._push_rounds()
-            trainer.should_stop |= all(each.exhausted for each in loaders)
+            trainer.should_stop |= all(each.is_exhausted() for each in loaders)
         if any(map(_saves_weights_only, trainer.checkpoint_callbacks)):
             self._load_x()
 

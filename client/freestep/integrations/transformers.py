@@ -139,6 +139,9 @@ class FreestepCallback(TrainerCallback):
     ) -> None:
         """Raises FreestepError if Trainer has another optimizer."""
         _remote(kwargs["optimizer"])
+        if isinstance(kwargs["train_dataloader"], UnitLoader):
+            # A training that is resumed is handed no batch that has counted.
+            args.ignore_data_skip = True
         if getattr(args, "enable_jit_checkpoint", False):
             logger.warning("JIT checkpoints contain y: no callback is called before; other checkpoints contain x")
         self._unhook()
@@ -176,7 +179,7 @@ class FreestepCallback(TrainerCallback):
                 _remote(kwargs["optimizer"]).zero_grad()
             else:
                 self._push_rest(args, state, control, **kwargs)
-            control.should_training_stop |= loader.exhausted
+            control.should_training_stop |= loader.is_exhausted()
         self.on_step_end(args, state, control, **kwargs)
 
     def _push_rest(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
