@@ -224,8 +224,10 @@ def test_a_round_whose_progress_is_lost_gives_its_units_back(locally: Callable[.
                 with pytest.raises(NonFiniteGradient):
                     optimizer.push()
                 assert units.status().done == 0
-            if seen == 9:
+            if seen == 12:
+                optimizer.flush()
                 optimizer.keep_weights()
+                assert units.status().done == 4 and not optimizer._has_units
                 optimizer.train()
         optimizer.push()
         optimizer.flush()
