@@ -134,9 +134,9 @@ class Settings(BaseSettings):
     `data_dir`. A journal as long as `journal_max_bytes` ..."""
     journal_max_bytes: Annotated[int, Field(ge=1024**2)] = 4 * 1024**3
     """... brings the run's next checkpoint forward, behind which it is cut."""
-    journal_wait_seconds: Annotated[float, Field(ge=0)] | None = None
+    journal_wait_seconds: Annotated[float, Field(ge=0)] = 600.0
     """Seconds for which a shard without an owner waits for the host that has its journal; then it goes back to the
-    newest checkpoint, in a new epoch. By default as long as it takes: nothing that was acknowledged is given up."""
+    newest checkpoint, in a new epoch, and what was acknowledged since is lost. `inf`: it waits as long as it takes."""
     checkpoint_url: str | None = None
     """Place of checkpoints: a path, or an fsspec URL such as s3://bucket/folder."""
     redis_url: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_a_shard_whose_journal_is_elsewhere_waits_for_it(
     name: str,
     tmp_path: Path,
 ) -> None:
-    nodes = two_hosts(start_process, store, tmp_path)
+    nodes = two_hosts(start_process, store, tmp_path, journal_wait_seconds=inf)
     run = run_of(nodes[0].url)
     create(run, 2, durability="journal")
     push(run, 2)
@@ -99,6 +100,7 @@ def test_a_shard_whose_journal_is_elsewhere_waits_for_it(
 
     wait_until(lambda: f"shard {second} has no owner: its journal" in problem())
     assert "checkpoint of step 2" in problem()
+    assert "waits as long as it takes" in problem()
     topology = run.topology()
     assert topology.missing == [second]
     assert topology.shards[second].journal

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from math import inf
 from typing import Any
 
 from freestep.errors import (
@@ -209,7 +210,7 @@ class Loading:
         missing_s: seconds for which the shard has had no owner.
         """
         context, wait = self._context, self._context.settings.journal_wait_seconds
-        if not context.keeps_journal or "recut" in view.run or (wait is not None and missing_s >= wait):
+        if not context.keeps_journal or "recut" in view.run or missing_s >= wait:
             return None
         # Without other services, whatever is here is the newest.
         epoch = max(view.number("epoch"), await self.last_epoch()) if context.settings.redis_url else 1
@@ -222,11 +223,11 @@ class Loading:
         if not offers or closed is not None:
             return None
         host = (view.field(index, "host") or "").partition(" ")[0]
+        patience = "as long as it takes" if wait == inf else f"for {wait:g} s, and then goes back to that checkpoint"
         return (
             f"its journal, with what was acknowledged since the checkpoint of step {offers[-1].step}, is not in "
             f"{directory.parent} here: start the service{f' on the host {host}' if host else ''} that wrote it, or "
-            "bring the directory here; journal_wait_seconds says for how long the run waits before it goes back to "
-            "that checkpoint without it"
+            f"bring the directory here; the run waits {patience} (journal_wait_seconds)"
         )
 
     async def last_epoch(self) -> int:
