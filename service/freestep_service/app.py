@@ -300,10 +300,7 @@ async def _store(url: str) -> Store:
     except Unusable as error:
         raise CannotStart(f"Redis at {_place(url)} cannot be used, {error}") from None
     except Evicts as error:
-        raise CannotStart(
-            f"Redis at {_place(url)} removes keys when its memory is full, and pushes would then count twice: "
-            f"set its maxmemory-policy to noeviction, it is {error.policy}"
-        ) from None
+        raise CannotStart(f"Redis at {_place(url)} {error}") from None
 
 
 def _redis_is_away(url: str, error: CoordinatorUnavailable) -> CannotStart:

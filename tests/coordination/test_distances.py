@@ -115,6 +115,25 @@ def test_an_update_is_known_until_the_next_is(three: DrivenRun) -> None:
     assert set(three.redis.hkeys(three.key("distances"))) == {"all"}
 
 
+def test_what_all_had_reported_is_reported_again_where_it_is_lost(three: DrivenRun) -> None:
+    for shard in range(3):
+        report(three, shard, 4)
+    three.redis.delete(three.key("distances"))
+    with heard(three) as said:
+        # The others have made the update, of which this one has not heard.
+        assert report(three, 1, 4) is None
+        assert said() == [{"kind": "distances-lost", "epoch": 1, "seq": 4}]
+        assert report(three, 0, 4) is None
+        found = report(three, 2, 4)
+        assert found is not None
+        assert torch.equal(found, SUM)
+        assert said()[-1]["kind"] == "distances"
+        # Of an update that is yet to be made nobody asks.
+        three.redis.delete(three.key("distances"))
+        assert report(three, 1, 5) is None
+        assert said() == []
+
+
 def test_reports_are_fenced(three: DrivenRun) -> None:
     report(three, 0, 4)
     before = three.dump()

@@ -9,6 +9,7 @@ import pytest
 from coordination.driven import DrivenRun
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import Behind, Pending, RunState
+from freestep_service.domain.reports import Measured
 
 Make = Callable[..., DrivenRun]
 
@@ -30,6 +31,30 @@ def test_a_push_does_not_count_twice_where_receipts_are_lost(run: DrivenRun) -> 
     admission = run.admit(claim)
     assert admission.replayed
     assert admission.record == record
+
+
+def test_a_report_does_not_count_twice_where_metrics_are_lost(run: DrivenRun) -> None:
+    """A learning rate that follows a metric would fall twice."""
+
+    def report(value: float = 0.5) -> bool:
+        return run.do(run.log.report_metric(run.owner(), Measured("loss", 0, value), None))[1] is not None
+
+    # There are none to be lost.
+    run.redis.delete(run.key("metrics"))
+    assert [report(), report()] == [True, False]
+    run.redis.delete(run.key("metrics"))
+    for call in (report, lambda: run.admit(run.claim(run.grant(), "key"))):
+        with pytest.raises(Behind):
+            call()
+    run.do(run.opening.gather(run.shards, run.number("generation")))
+    run.reopen(RunState(1, seq=1, initialized=True, reported={"loss": {0: 0.5}}))
+    assert not report()
+    run.redis.delete(run.key("metrics"))
+    with pytest.raises(Behind):
+        report()
+    run.do(run.opening.gather(run.shards, run.number("generation")))
+    run.reopen(RunState(2, seq=1, initialized=True))
+    assert report()
 
 
 def test_a_run_that_an_older_version_opened_has_no_mark(run: DrivenRun) -> None:

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError, ResponseError
 import forked
 from harness import DEADLINE_S, ThreadService
 from meanwhile import wait_until
-from plain_calls import Api, slug
+from plain_calls import Api, persistently, slug
 
 pytestmark = pytest.mark.slow
 
@@ -167,6 +167,50 @@ def test_a_redis_that_cannot_write_its_snapshot(
         assert api.http.get(api.path("/parameters")).status_code == 200
         client.config_set("stop-writes-on-bgsave-error", "no")
         wait_until(lambda: api.http.get("/readyz").status_code == 200)
+        service.stop()
+
+
+def test_a_redis_that_comes_to_evict(
+    start_service: Callable[..., ThreadService],
+    connect: Callable[..., Api],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It did not when the service started. What it evicts is noticed, and nothing counts twice."""
+    with redis_server(tmp_path / "redis", "--save", "") as port, Redis(port=port) as client:
+        service = start_service(redis_url=f"redis://127.0.0.1:{port}")
+        api = push_once(service, connect)
+        lease = api.lease()
+        receipts = [api.push(lease, number, f"key-{number}").json() for number in range(1, 6)]
+        before, _ = api.pull()
+
+        def readiness() -> str:
+            answer = api.http.get("/readyz")
+            return "ready" if answer.status_code == 200 else str(answer.json()["detail"])
+
+        for policy in ("allkeys-lru", "allkeys-random"):
+            client.config_set("maxmemory-policy", policy)
+            told = f"set its maxmemory-policy to noeviction, it is {policy}"
+            wait_until(lambda told=told: told in readiness())  # type: ignore[misc]
+            assert caplog.text.count(told) == 1
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + 2**20)
+        numbers = iter(range(10**6))
+
+        def notices() -> bool:
+            client.set(f"other:{next(numbers)}", bytes(2**15))
+            return f"run {api.run} is opened again: Redis has lost" in caplog.text
+
+        wait_until(notices, 0.001)
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 0)
+        wait_until(lambda: readiness() == "ready")
+        for number, receipt in enumerate(receipts, 1):
+            again = persistently(lambda number=number: api.push(lease, number, f"key-{number}")).json()  # type: ignore[misc]
+            assert again == receipt | {"replayed": True}
+        after, step = api.pull()
+        assert (step, api.status()["epoch"]) == (6, 1)
+        assert all(after[name].equal(before[name]) for name in before)
+        assert persistently(lambda: api.push(api.lease(), 6, "next")).json()["step"] == 7
         service.stop()
 
 

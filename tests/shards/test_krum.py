@@ -19,6 +19,7 @@ import torch
 from redis import Redis
 from torch import Tensor
 
+from chaos.relay import Relay
 from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.store import Store
 from freestep_service.domain.aggregation import Policy
@@ -239,6 +240,46 @@ def test_parts_that_redis_has_lost_are_reported_again(kept: ShardedApi, redis: R
         assert decisions(last.result()) == {"applied"}
     assert_at(kept, 2)
     assert kept.status()["epoch"] == 1
+
+
+def test_distances_that_one_has_not_heard_and_redis_has_lost_are_reported_again(
+    start_service: Callable[..., ThreadService], tmp_path: Path
+) -> None:
+    with store("redis", tmp_path) as url, Redis.from_url(url, decode_responses=True) as redis:
+        relay = Relay(int(url.rpartition(":")[2]))
+        shared = {"checkpoint_url": str(tmp_path / "checkpoints"), "owner_ttl_seconds": 60.0}
+        urls = [url, url, f"redis://127.0.0.1:{relay.port}"]
+        services = [
+            start_service(tmp_path / f"node-{number}", redis_url=each, **shared) for number, each in enumerate(urls)
+        ]
+        with sharded(services) as api:
+            api.create(**spec(3, QUORUM, durability="checkpoint"))
+            (deaf,) = [index for index, each in enumerate(api.shards) if each["url"] == services[2].url]
+            with waiting(api, redis, 0) as last:
+                key = api.redis_key("distances")
+                relay.hold()
+                # As if its report had been the last before it lost its connections.
+                place = f"1-{redis.hget(api.redis_key('run'), 'seq')}"
+                with redis.pipeline(transaction=True) as stroke:
+                    stroke.delete(key)
+                    stroke.hset(key, str(deaf), f"{place} {part_of(distances(api, 0, deaf))}")
+                    stroke.execute()
+                wait_until(lambda: redis.hkeys(key) == ["all"])
+                wait_until(lambda: all(_applied(service, api.run) == 1 for service in services[:2]))
+                redis.delete(key)
+                relay.cut()
+                relay.free()
+                assert decisions(last.result()) == {"applied"}
+            assert_at(api, 1)
+            assert api.status()["epoch"] == 1
+        ThreadService.stop_all(services)
+        relay.close()
+
+
+def _applied(service: ThreadService, run: str) -> int:
+    """The step of the shard that a service has of a run."""
+    owner = service.registry.get(run)
+    return next(owner.shard(index).core.writer.applied_step for index in range(3) if owner.owns(index))
 
 
 @pytest.mark.usefixtures("patient")

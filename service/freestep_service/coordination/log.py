@@ -48,7 +48,7 @@ class RunLog:
         name, step, value = measured
         status, *rest = await self._scripts.call(
             "report_metric", *owner.position, owner.shard, owner.token, name, repr(value), step,
-            "" if epoch is None else epoch, keys=[self._scripts.key("metrics")],
+            "" if epoch is None else epoch,
         )  # fmt: skip
         match [status, *rest]:
             case ["noted", epoch_now, entry]:

@@ -16,13 +16,13 @@ from typing import NamedTuple
 from freestep_service.coordination.store import Store, reachable
 from freestep_service.domain.records import UrlInUse
 
-__all__ = ["Node", "Stopwatch", "host_identity"]
+__all__ = ["NODES_KEY", "NODE_HOSTS_KEY", "Node", "Stopwatch", "host_identity"]
 
 logger = logging.getLogger("freestep")
 
-_NODES_KEY = "freestep:nodes"
+NODES_KEY = "freestep:nodes"
 """The live processes, see lua/node_heartbeat.lua; the key belongs to no run."""
-_HOSTS_KEY = "{freestep:nodes}:hosts"
+NODE_HOSTS_KEY = "{freestep:nodes}:hosts"
 """Their URLs and hosts. The hash tag keeps both keys on one server of a cluster."""
 _POLL_S = 0.25
 _SLOWEST_HEARTBEAT_S = 1.0
@@ -106,13 +106,13 @@ class Node:
 
     async def _register(self, store: Store) -> tuple[int, _Rival | None]:
         arguments = (self.id, self.ttl_ms, self.url, self.host, int(self._is_registered))
-        live, *rival = await store.run("node_heartbeat", [_NODES_KEY, _HOSTS_KEY], *arguments)
+        live, *rival = await store.run("node_heartbeat", [NODES_KEY, NODE_HOSTS_KEY], *arguments)
         return int(live), _Rival(*map(str, rival)) if rival[0] else None
 
     async def leave(self, store: Store) -> None:
         """Ends the registration, so that others need not wait until it runs out."""
         with reachable():
-            await store.client.zrem(_NODES_KEY, self.id)
+            await store.client.zrem(NODES_KEY, self.id)
 
     @property
     def heartbeat_s(self) -> float:

@@ -13,7 +13,7 @@ from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import Fenced, LogPosition, Origin, Owner, RunState
 from freestep_service.domain.run_view import RunView
 
-__all__ = ["RunOpening", "note_deletion", "read_deletion", "read_run"]
+__all__ = ["RunOpening", "list_again", "note_deletion", "read_deletion", "read_run"]
 
 
 class RunOpening:
@@ -37,7 +37,7 @@ class RunOpening:
         store, scripts = self._scripts.store, self._scripts
         leases = await self._newest_leases()
         keys = [key for lease in leases for key in (scripts.lease_key(lease), scripts.window_key(lease))]
-        await scripts.call("delete", keys=[scripts.key("metrics"), scripts.key("distances"), *keys])
+        await scripts.call("delete", keys=[scripts.key("distances"), *keys])
         with reachable():
             await store.client.srem(RUNS_KEY, scripts.run)
 
@@ -65,8 +65,8 @@ class RunOpening:
         )  # fmt: skip
         if status == "missing":
             return None
-        run, shards, now = rest
-        return RunView(_pairs(run), _pairs(shards), int(now))
+        run, shards, now, has_lost_key, *wrong = rest
+        return RunView(_pairs(run), _pairs(shards), int(now), bool(has_lost_key), wrong)
 
     async def gather(
         self,
@@ -127,7 +127,6 @@ class RunOpening:
             json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics),
             json.dumps(dict(state.pushes)), *state.norm_history.texts(), json.dumps(data), *receipts,
             keys=[
-                self._scripts.key("metrics"),
                 self._scripts.key("distances"),
                 *map(self._scripts.window_key, leases),
             ],
@@ -187,6 +186,18 @@ async def read_run(store: Store, run: str) -> RunView | None:
         pipeline.hgetall(scripts.key("shards"))
         fields, shards = await pipeline.execute()
     return RunView(fields, shards, 0) if "spec" in fields else None
+
+
+async def list_again(store: Store, runs: Iterable[str]) -> None:
+    """Lists these runs, as far as Redis has them, where its list of runs is lost. Raises CoordinatorUnavailable."""
+    with reachable():
+        if await store.client.exists(RUNS_KEY):
+            return
+    for run in runs:
+        # One that was just deleted is not listed again.
+        if await read_run(store, run) is not None:
+            with reachable():
+                await store.client.sadd(RUNS_KEY, run)
 
 
 async def read_deletion(store: Store, run: str) -> tuple[int, int]:

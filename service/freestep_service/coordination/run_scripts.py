@@ -36,7 +36,7 @@ _NAMES = (
     "run", "leases", "workers", "receipts", "pending", "group", "log", "ended", "shards", "staged", "queue", "cuts",
 )  # fmt: skip
 """The keys that every script takes first, in the order of lua/_prelude.lua."""
-_LAST_NAMES = ("out", "held", "back")
+_LAST_NAMES = ("metrics", "out", "held", "back")
 """The keys that every script takes last."""
 
 

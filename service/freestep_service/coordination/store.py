@@ -43,7 +43,10 @@ class Evicts(Exception):
     """Redis removes keys when its memory is full: receipts, say, so that pushes would count twice."""
 
     def __init__(self, policy: str) -> None:
-        super().__init__(policy)
+        super().__init__(
+            "removes keys when its memory is full, and pushes would then count twice: "
+            f"set its maxmemory-policy to noeviction, it is {policy}"
+        )
         self.policy = policy
 
 
@@ -129,30 +132,31 @@ class Store:
             await self.client.set(_PROBE, "", px=_PROBE_MS)
 
     async def require_permanence(self) -> None:
-        """Raises Evicts if a server that has keys removes some when its memory is full, and CoordinatorUnavailable."""
-        with reachable():
-            found: list[dict[str, Any]]
-            if not await self._shows_memory():
-                found = [{}]
-            elif self._pipeline is None:
-                answers = await self.client.info("memory", target_nodes=RedisCluster.PRIMARIES)
-                # Of a single one it is the answer itself.
-                found = list(answers.values()) if isinstance(next(iter(answers.values())), dict) else [answers]
-            else:
-                found = [await self.client.info("memory")]
-        for policy in [each.get("maxmemory_policy") for each in found]:
-            if policy is None:
-                logger.warning("Redis does not say what it does when its memory is full: it has to be noeviction")
-            elif policy != "noeviction":
-                raise Evicts(policy)
+        """Raises Evicts if a server that has keys removes some when its memory is full, and CoordinatorUnavailable.
 
-    async def _shows_memory(self) -> bool:
-        """Whether this user may ask for what is told of memory."""
-        try:
-            await self.client.info("memory")
-        except NoPermissionError:
-            return False
-        return True
+        Logs it where a server does not say.
+        """
+        if None in (policies := await self.eviction_policies()):
+            logger.warning("Redis does not say what it does when its memory is full: it has to be noeviction")
+        if evicting := [policy for policy in policies if policy not in (None, "noeviction")]:
+            raise Evicts(str(evicting[0]))
+
+    async def eviction_policies(self) -> list[str | None]:
+        """What each server that has keys does when its memory is full; None where it does not say.
+
+        Raises CoordinatorUnavailable.
+        """
+        with reachable():
+            try:
+                if self._pipeline is not None:
+                    found = [await self.client.info("memory")]
+                else:
+                    answers = await self.client.info("memory", target_nodes=RedisCluster.PRIMARIES)
+                    # Of a single one it is the answer itself.
+                    found = list(answers.values()) if isinstance(next(iter(answers.values())), dict) else [answers]
+            except NoPermissionError:
+                return [None]
+        return [each.get("maxmemory_policy") for each in found]
 
     async def close(self) -> None:
         if self._pipeline is not None:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from freestep_service.coordination.store import Store, reachable
 from freestep_service.domain.tokens import Token
 
-__all__ = ["TOKENS_CHANNEL", "TOKENS_KEY", "SharedTokens"]
+__all__ = ["TOKENS_CHANNEL", "TOKENS_KEY", "TOKEN_USES_KEY", "SharedTokens"]
 
 logger = logging.getLogger("freestep")
 
 TOKENS_KEY = "freestep:tokens"
 """id -> token as JSON; it belongs to no run."""
 TOKENS_CHANNEL = "freestep:tokens:messages"
-_USES_KEY = "freestep:tokens:uses"
+TOKEN_USES_KEY = "freestep:tokens:uses"
 """id -> when a request carried the token last, in seconds since 1970."""
 
 
@@ -52,18 +52,18 @@ class SharedTokens:
     async def remove(self, ids: Iterable[str]) -> None:
         """Removes tokens that have expired, which let nobody in whether they are here or not."""
         with reachable():
-            for key in (TOKENS_KEY, _USES_KEY):
+            for key in (TOKENS_KEY, TOKEN_USES_KEY):
                 await self._store.client.hdel(key, *ids)
 
     async def note_uses(self, uses: Mapping[str, int]) -> None:
         """Notes when tokens were used last, by their ids."""
         with reachable():
-            await self._store.client.hset(_USES_KEY, mapping=dict(uses))
+            await self._store.client.hset(TOKEN_USES_KEY, mapping=dict(uses))
 
     async def uses(self) -> dict[str, int]:
         """When tokens were used last, in seconds since 1970, by their ids."""
         with reachable():
-            found: dict[str, str] = await self._store.client.hgetall(_USES_KEY)
+            found: dict[str, str] = await self._store.client.hgetall(TOKEN_USES_KEY)
         return {token_id: int(seconds) for token_id, seconds in found.items()}
 
 

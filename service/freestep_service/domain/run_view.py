@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,12 +35,15 @@ class DamagedRun(Exception):
 class RunView:
     """The hash of a run and the hash of its shards, with the fields of lua/_prelude.lua. Raises DamagedRun.
 
-    now_ms: the time of the reading by Redis's clock, in ms since 1970; 0 where it was not read.
+    now_ms: the time of the reading by Redis's clock, in ms since 1970; 0 where it was not read. has_lost_key:
+    whether the run lacks one of its keys alone. wrong: what is wrong with keys of it that hold another type.
     """
 
     run: Mapping[str, str]
     shards: Mapping[str, str]
     now_ms: int
+    has_lost_key: bool = False
+    wrong: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if faults := list(self._faults()):

@@ -62,6 +62,9 @@ class Dispatch:
                 distances = summed(message["parts"])
                 for shard in self._shards:
                     shard.core.writer.add_distances(message["epoch"], message["seq"], distances)
+            case "distances-lost":
+                for shard in self._shards:
+                    shard.on_distances_lost(message["epoch"], message["seq"])
             case "evicted":
                 self._receipts.forget(message["keys"])
             case "durable":

@@ -66,8 +66,8 @@ class Keeper:
 
     @property
     def problem(self) -> str | None:
-        """What one of its kinds of work fails with; None while none does."""
-        return next(iter(self._errors.values()), None)
+        """What its kinds of work fail with; None while none does."""
+        return "; ".join(self._errors.values()) or None
 
     async def stop(self) -> None:
         """Ends the tasks when they have done what they are at."""
@@ -139,6 +139,7 @@ class Keeper:
                 logger.info("run %s: %s is looked after again", self._context.name, what)
 
     def _note(self, what: str, text: str, level: int, error: Exception | None = None) -> None:
-        if self._errors.get(what) != text:
-            self._errors[what] = text
+        is_known = text in self._errors.values()
+        self._errors[what] = text
+        if not is_known:
             logger.log(level, "run %s: %s: %s", self._context.name, what, text, exc_info=error)

@@ -273,6 +273,10 @@ class LocalShard:
         """An upload of initial weights has won."""
         self._weights.won(upload)
 
+    def on_distances_lost(self, epoch: int, seq: int) -> None:
+        """Redis has lost the distances of an update that another shard has yet to make."""
+        self._distances.repeat(epoch, seq)
+
     # The end
 
     async def close_pushes(self) -> bool:

@@ -63,6 +63,8 @@ class Ownership:
         """Whether another process has deleted the run."""
         self.problem: str | None = None
         """Why shards without an owner cannot be taken here."""
+        self.wrong: str | None = None
+        """What is wrong with keys of the run in Redis that hold another type."""
         self.has_lost_state = False
         """Whether a process with this one's URL was their owner: no other is then expected to have their state."""
         self.ended_in = 0
@@ -164,6 +166,9 @@ class Ownership:
                 return None
             self.view = view
             self._context.telemetry.note(view)
+            self._note_wrong(view)
+            if view.has_lost_key and len(self._shards):
+                self._recovery.reopen("Redis has lost what its shards have seen")
             is_behind = (view.number("epoch"), view.number("seq")) < position
             mine = self._mine(view)
             has_failed = any(shard.has_failed for shard in self._shards if shard.index in mine)
@@ -175,6 +180,15 @@ class Ownership:
                 self._recovery.catch_up()
             self._expected_seq = view.number("seq")
             return view
+
+    def _note_wrong(self, view: RunView) -> None:
+        """Notes and logs which keys hold another type. Where none does any more, what they held is lost."""
+        wrong = "; ".join(view.wrong) or None
+        if wrong is not None and wrong != self.wrong:
+            logger.error("run %s: %s", self._context.name, wrong)
+        elif wrong is None and self.wrong is not None and len(self._shards):
+            self._recovery.reopen("its keys hold what they should again")
+        self.wrong = wrong
 
     async def _end(self, epoch: int) -> None:
         """Another process has deleted the run, whose last epoch this was."""

@@ -23,7 +23,7 @@ from freestep.errors import (
 )
 from freestep.wire.header import body_limit
 from freestep.wire.manifest import Manifest
-from freestep_service.coordination.opening import read_run
+from freestep_service.coordination.opening import list_again, read_run
 from freestep_service.coordination.quotas import Event, SharedQuotas
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import reachable
@@ -37,6 +37,7 @@ from freestep_service.runs.quotas import Quotas
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
 from freestep_service.runs.state_imports import receive_state
+from freestep_service.runs.store_watch import StoreWatch
 from freestep_service.state.memory_budget import run_bytes
 from freestep_service.state.received_state import ReceivedState
 from freestep_service.state.staging import Body
@@ -56,6 +57,7 @@ class Registry:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
+        self.watch = StoreWatch(resources.store)
         self.quotas = Quotas(SharedQuotas(resources.store), resources.settings)
         self._runs: dict[str, Run] = {}
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -284,7 +286,9 @@ class Registry:
         resources = self._resources
         while not self._stopping.is_set():
             try:
+                await self.watch.look()
                 await resources.node.heartbeat(resources.store)
+                await list_again(resources.store, [run.name for run in self.all() if not run.is_gone])
                 if resources.node.live_peers:
                     for name in sorted(await self._names() - self._runs.keys()):
                         await self._look_at(name)

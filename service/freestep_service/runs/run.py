@@ -182,7 +182,8 @@ class Run:
     @property
     def problem(self) -> str | None:
         """What is wrong with it here: its shards cannot be taken, its checkpoints cannot be written, or any other."""
-        return self._ownership.problem or self._checkpointing.failure or self._keeper.problem
+        ownership = self._ownership
+        return ownership.problem or ownership.wrong or self._checkpointing.failure or self._keeper.problem
 
     @property
     def has_lost_state(self) -> bool:

@@ -1,6 +1,6 @@
 -- This file is put before every other script: the names of the run's keys, the clock, and shared functions.
 --
--- KEYS 1-12 and the last three are the same for every script that is called for a run. Their hash tag is the same:
+-- KEYS 1-12 and the last four are the same for every script that is called for a run. Their hash tag is the same:
 -- freestep:{run}:...
 --   run       hash    spec, first_epoch and id (the epoch in which the run was created, and a random word: they tell
 --                     the run from others of its name; older versions wrote none), creator (the id of the token
@@ -11,7 +11,8 @@
 --                     a robust rule, as what follows), norms (JSON [[worker, norm, whether it was an outlier], ...] of
 --                     the newest pushes in the log, oldest first, norms as text in full precision), outliers (JSON:
 --                     worker -> number of them), banned (JSON: worker -> number of bans), marked (1 if receipts has its
---                     mark; runs that older versions opened have none), longest_ttl (of the leases that were granted, in
+--                     mark; runs that older versions opened have none), measured (1 if metrics has any), compared (EPOCH-SEQ
+--                     of the newest update of which distances has had all parts), longest_ttl (of the leases that were granted, in
 --                     ms), datasets (names of data sets, with spaces between them), and of data set NAME: data:NAME (its
 --                     spec, JSON), total:NAME (units of all passes, or an empty string), cursor:NAME (the next unit that
 --                     was never handed out) and done:NAME (units that have counted). What is below the cursor, not out and
@@ -38,11 +39,11 @@
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
 --                     kind (push, pull or state; older versions wrote none)}
+--   metrics   hash    see report_metric.lua
 --   out       hash    NAME UNIT -> lease that has this unit, and since when (ms since 1970)
 --   held      zset    LEASE NAME UNIT of the same units, with sixteen digits
 --   back      zset    NAME UNIT, with sixteen digits, of the units that were handed out and given back
--- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease), metrics
--- (hash, see report_metric.lua) or distances (hash, see report_distances.lua: shard -> EPOCH-SEQ and its part of the
+-- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease) or distances (hash, see report_distances.lua: shard -> EPOCH-SEQ and its part of the
 -- distances between the pushes of an update; all -> EPOCH-SEQ and the parts of the newest update that has them all).
 --
 -- Scripts publish what they change as JSON on the channel freestep:{run}:messages, to the owners of other shards. Runs
@@ -51,12 +52,29 @@
 -- Redis's clock may go back. So an end that is later than a whole time to live from now counts as just that, and an instant
 -- that is yet to come as now; leases_due, leases_expire, run_heartbeat, node_heartbeat and read_places write them so.
 --
+-- Any of these keys may be lost alone: evicted, expired, or deleted by hand. Where that would give a wrong result, or have
+-- something wait for ever, the run's hash has a mark of it, and the run is opened again from its shards: receipts (pushes
+-- would count twice), metrics (reports would count twice, and a learning rate that follows them fall twice), group, and
+-- pending and staged of several shards (see has_lost_a_key). Of out, held and back the sums tell (see claim_units.lua). The
+-- others may be lost safely:
+--   leases, workers, lease:ID   pushes are refused with lease-expired, and workers ask for leases anew
+--   pending of one shard        the push that travels is refused as lost, and is sent again
+--   log                         a shard that has not got an entry finds the gap, and has the run opened again
+--   ended, window:ID            their receipts are kept until the run is opened again
+--   shards                      the run closes, its owners take their shards again, and it opens where they stand
+--   queue                       leases_expire makes it anew, from staged
+--   cuts                        readers ask again and get another place, or the same part from shards that have taken it; a
+--                               push is answered with its receipt alone; a shard without memory for one place more says so
+--   distances                   shards report until they have made the update, and those that have made it report again
+--                               where one of them asks (see report_distances.lua)
+-- The run's hash itself is missed at once.
+--
 -- Redis keeps what a script wrote before it failed. So a script checks the types of its keys before its first write.
 
 local RUN, LEASES, WORKERS, RECEIPTS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local PENDING, GROUP, LOG, ENDED = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local SHARDS, STAGED, QUEUE, CUTS = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
-local OUT, HELD, BACK = KEYS[#KEYS - 2], KEYS[#KEYS - 1], KEYS[#KEYS]
+local METRICS, OUT, HELD, BACK = KEYS[#KEYS - 3], KEYS[#KEYS - 2], KEYS[#KEYS - 1], KEYS[#KEYS]
 local WINDOW_LENGTH, ENDED_LENGTH = 64, 4096
 -- Entries of the log that are kept at least, and at most where a shard is behind.
 local LOG_LENGTH, LONGEST_LOG = 1024, 16384
@@ -82,22 +100,33 @@ local function text(number)
   return string.format('%.0f', number)
 end
 
+-- The run's keys by their types.
+local TYPES = {
+  hash = {RUN, WORKERS, RECEIPTS, PENDING, GROUP, SHARDS, STAGED, CUTS, METRICS, OUT},
+  list = {ENDED, QUEUE},
+  zset = {LEASES, HELD, BACK},
+  stream = {LOG},
+}
+
+-- What is wrong with a key that holds another type; nil where it does not.
+local function wrong_type(expected, key)
+  local found = redis.call('TYPE', key).ok
+  if found == expected or found == 'none' then return nil end
+  return 'WRONGTYPE ' .. key .. ' is a ' .. found .. ' and not a ' .. expected
+    .. ': another program wrote it, DEL it, and the run is opened again from its shards'
+end
+
 -- Raises an error if one of the keys holds another type.
 local function check_type(expected, ...)
   for _, key in ipairs({...}) do
-    local found = redis.call('TYPE', key).ok
-    if found ~= expected and found ~= 'none' then
-      error('WRONGTYPE ' .. key .. ' is a ' .. found .. ' and not a ' .. expected, 0)
-    end
+    local wrong = wrong_type(expected, key)
+    if wrong then error(wrong, 0) end
   end
 end
 
 -- Raises an error if one of the run's keys holds another type.
 local function check_types()
-  check_type('hash', RUN, WORKERS, RECEIPTS, PENDING, GROUP, SHARDS, STAGED, CUTS, OUT)
-  check_type('list', ENDED, QUEUE)
-  check_type('zset', LEASES, HELD, BACK)
-  check_type('stream', LOG)
+  for expected, keys in pairs(TYPES) do check_type(expected, unpack(keys)) end
 end
 
 -- Whether the run exists. A hash without a spec was left by a write that came after Redis had evicted the run.
@@ -131,21 +160,24 @@ local function publish(message)
 end
 
 -- Whether an open run has lost one of its keys alone, by eviction, expiry or DEL: without receipts, pushes would count
--- twice; without the others, slots or updates would wait for pushes that nobody knows any more.
-local function has_lost_a_key(phase, marked, grouped, in_flight)
+-- twice, and without metrics their reports; without the others, slots or updates would wait for pushes that nobody knows
+-- any more.
+local function has_lost_a_key(phase, marked, grouped, in_flight, measured)
   if phase ~= 'open' then return false end
   return (marked == '1' and redis.call('EXISTS', RECEIPTS) == 0)
     or (tonumber(grouped or 0) > 0 and redis.call('EXISTS', GROUP) == 0)
     or (tonumber(in_flight or 0) > 0 and redis.call('EXISTS', PENDING, STAGED) < 2)
+    or (measured == '1' and redis.call('EXISTS', METRICS) == 0)
 end
 
 -- Whether Redis has lost what a shard has seen: the run, or one of its keys, or it came back with older data.
 local function is_behind(known_epoch, known_seq)
-  local run = redis.call('HMGET', RUN, 'spec', 'epoch', 'seq', 'phase', 'marked', 'grouped', 'in_flight')
+  local run = redis.call('HMGET', RUN, 'spec', 'epoch', 'seq', 'phase', 'marked', 'grouped', 'in_flight',
+    'measured')
   local epoch, known = tonumber(run[2] or 0), tonumber(known_epoch)
   -- In a later epoch the log begins anew: it is the shard that has to load its state yet.
   return not run[1] or epoch < known or (epoch == known and tonumber(run[3] or 0) < tonumber(known_seq))
-    or has_lost_a_key(unpack(run, 4, 7))
+    or has_lost_a_key(unpack(run, 4, 8))
 end
 
 -- Whether a caller's token is that of the shard's present owner.

@@ -9,7 +9,7 @@
 
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
 check_types()
-for index = 13, #KEYS - 3 do check_type('list', KEYS[index]) end
+for index = 13, #KEYS - 4 do check_type('list', KEYS[index]) end
 local now = clock()
 local evicted, seq, step = {}, 0, 0
 for index = 4, #ARGV, 2 do

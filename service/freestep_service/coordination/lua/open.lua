@@ -2,7 +2,7 @@
 -- restart, a restore, a change of owners, or a loss of Redis's data. A run opens in three phases: in `gather` its shards
 -- report where they stand, in `load` they load the state that was decided on, and then it is `open`. Leases remain, and
 -- so do the epochs in which they were granted.
--- KEYS     the run's, 13 metrics, 14 distances, then window:ID of each lease
+-- KEYS     the run's, 13 distances, then window:ID of each lease
 -- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack, 6 bounds (as for create), 7 shards, 8 epoch, 9 step,
 --          10 seq, 11 initialized (0 or 1), 12 group (JSON: worker -> pushes), 13 leases (JSON, in the order of their
 --          windows), 14 generation that was gathered, 15 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live:
@@ -41,17 +41,18 @@ end
 
 local generation = enter('load')
 local grouped = 0
-redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS, OUT, HELD, BACK, KEYS[13], KEYS[14])
-for name, steps in pairs(cjson.decode(ARGV[16])) do redis.call('HSET', KEYS[13], name, steps) end
+redis.call('DEL', RECEIPTS, PENDING, GROUP, LOG, ENDED, STAGED, QUEUE, CUTS, METRICS, OUT, HELD, BACK, KEYS[13])
+local metrics = cjson.decode(ARGV[16])
+for name, steps in pairs(metrics) do redis.call('HSET', METRICS, name, steps) end
 for worker, pushes in pairs(cjson.decode(ARGV[12])) do
   redis.call('HSET', GROUP, worker, pushes)
   grouped = grouped + pushes
 end
-redis.call('HDEL', RUN, 'lost', 'initializing', 'resharding', 'recut', 'exchange')
+redis.call('HDEL', RUN, 'lost', 'initializing', 'resharding', 'recut', 'exchange', 'compared')
 redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
   'slack', ARGV[5], 'bounds', ARGV[6], 'shards', ARGV[7], 'epoch', ARGV[8], 'step', ARGV[9], 'seq', ARGV[10],
   'initialized', ARGV[11], 'grouped', grouped, 'in_flight', 0, 'target', ARGV[15], 'norms', ARGV[18],
-  'outliers', ARGV[19], 'banned', ARGV[20])
+  'outliers', ARGV[19], 'banned', ARGV[20], 'measured', next(metrics) and 1 or 0)
 -- The log begins anew, so what was applied of the old one says nothing about it.
 for shard = 0, tonumber(ARGV[7]) - 1 do
   redis.call('HDEL', SHARDS, shard .. ':applied_seq', shard .. ':report')
@@ -96,8 +97,8 @@ redis.call('HSET', RUN, 'datasets', table.concat(names, ' '))
 local granted, windows = {}, {}
 for _, lease in ipairs(redis.call('HVALS', WORKERS)) do granted[lease] = true end
 for number, lease in ipairs(cjson.decode(ARGV[13])) do
-  redis.call('DEL', KEYS[14 + number])
-  if granted[lease] then windows[lease] = KEYS[14 + number] end
+  redis.call('DEL', KEYS[13 + number])
+  if granted[lease] then windows[lease] = KEYS[13 + number] end
 end
 for index = 22, #ARGV, 2 do
   redis.call('HSET', RECEIPTS, ARGV[index], ARGV[index + 1])

@@ -1,6 +1,6 @@
 -- Notes the value of a metric that an evaluator has measured. A report counts once for each name and step, and takes a
 -- place in the log, so that all shards take it between the same two steps.
--- KEYS     the run's, 13 metrics (hash: name -> JSON [[step, value], ...], the newest steps, oldest first)
+-- KEYS     the run's, of which metrics is a hash: name -> JSON [[step, value], ...], the newest steps, oldest first
 -- ARGV     1 epoch and 2 newest seq that the shard knows, 3 shard, 4 its owner's token, 5 name, 6 value (text, the same
 --          for equal numbers), 7 step of the x, 8 its epoch or an empty string
 -- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {run-not-initialized}, {epoch-changed, epoch},
@@ -9,7 +9,6 @@
 --          run may have}, {replay, epoch} (the report counted before), or {noted, epoch, entry of the log (JSON)}
 
 local KEPT, MOST_METRICS = 64, 64
-local METRICS = KEYS[13]
 local name, value, step = ARGV[5], ARGV[6], tonumber(ARGV[7])
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
 local refusal = shut(ARGV[3], ARGV[4])
@@ -35,5 +34,6 @@ table.insert(known, place, {step, value})
 if #known > KEPT then table.remove(known, 1) end
 local entry = append(false, {measured = {name = name, step = step, value = value}})
 redis.call('HSET', METRICS, name, cjson.encode(known))
+redis.call('HSET', RUN, 'measured', 1)
 publish_entry(entry)
 return {'noted', epoch, cjson.encode(entry)}

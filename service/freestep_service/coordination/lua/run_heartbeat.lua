@@ -5,9 +5,11 @@
 -- ARGV     1 process, 2 its URL, 3 its host, 4 time to live in ms, 5 shards to take if they are free (JSON list),
 --          6 fields of the shards' hash to set for shards that it owns (JSON: field -> value), 7 what those shards have
 --          applied of the log (JSON: shard -> [epoch, seq])
--- returns  {missing} (there is no such run), or {run, the run's hash (flat), shards' hash (flat), now in ms}
+-- returns  {missing} (there is no such run), or {run, the run's hash (flat), shards' hash (flat), now in ms, 1 if the run
+--          has lost one of its keys alone or else 0, what is wrong with each key that holds another type ...}
 
 local node, url, host, ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+check_type('hash', RUN, SHARDS)
 if not run_exists() then return {'missing'} end
 local now, taken = clock(), false
 local wanted = {}
@@ -46,4 +48,11 @@ for shard, position in pairs(cjson.decode(ARGV[7])) do
   end
 end
 if taken or (missing_shards(now) ~= '[]' and redis.call('HGET', RUN, 'phase') ~= 'gather') then begin_gathering() end
-return {'run', redis.call('HGETALL', RUN), redis.call('HGETALL', SHARDS), text(now)}
+local wrong = {}
+for expected, keys in pairs(TYPES) do
+  for _, key in ipairs(keys) do wrong[#wrong + 1] = wrong_type(expected, key) end
+end
+table.sort(wrong)
+local marks = redis.call('HMGET', RUN, 'phase', 'marked', 'grouped', 'in_flight', 'measured')
+local has_lost = has_lost_a_key(unpack(marks, 1, 5)) and 1 or 0
+return {'run', redis.call('HGETALL', RUN), redis.call('HGETALL', SHARDS), text(now), has_lost, unpack(wrong)}

@@ -46,7 +46,7 @@ async def healthz(request: Request) -> Health:
 @open_to_all
 @refuses(CoordinatorUnavailable, ShardUnavailable)
 async def readyz(request: Request) -> Readiness:
-    """Answers 200 if Redis takes writes and the device computes, else coordinator-unavailable.
+    """Answers 200 if Redis takes writes, keeps what it has and the device computes, else coordinator-unavailable.
 
     `problems` names the runs that cannot be opened, and those whose checkpoints cannot be written, with the reason.
     Where the state of a run was in this service's storage and is there no more, the answer is shard-unavailable. Runs
@@ -54,6 +54,8 @@ async def readyz(request: Request) -> Readiness:
     """
     context, token = ServiceContext.of(request), await visitor(request)
     await context.store.require_writable()
+    if (wrong := context.registry.watch.problem) is not None:
+        raise CoordinatorUnavailable(wrong)
     found = context.registry.problems
     problems = {run: reason for run, reason in found.items() if token is not None and token.is_for_run(run)}
     if lost := context.registry.lost:
