@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trustme
 from redis import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 import forked
-from harness import DEADLINE_S, ThreadService
+from coordination.servers import free_port, push_once, redis_server, refusal
+from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import Api, persistently, slug
 
@@ -23,53 +25,6 @@ pytestmark = pytest.mark.slow
 
 ACL = "on >secret-password ~freestep:* ~{freestep:* &freestep:* +@all -@admin -@dangerous"
 """What a service needs, and not more."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def redis_server(folder: Path, *flags: str, port: int | None = None) -> Iterator[int]:
-    """Debian's redis-server in a folder; its port. It need not accept commands yet."""
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    port = port or free_port()
-    folder.mkdir(exist_ok=True)
-    process = subprocess.Popen([binary, *flags, "--port", str(port), "--dir", str(folder)], stdout=subprocess.DEVNULL)
-
-    def listens() -> bool:
-        assert process.poll() is None, "redis-server ended"
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return True
-        return False
-
-    try:
-        wait_until(listens)
-        yield port
-    finally:
-        process.kill()
-        process.wait(DEADLINE_S)
-
-
-def refusal(url: str, folder: Path) -> str:
-    """The one line with which a service does not start."""
-    done = forked.freestep("serve", "--port", "0", "--data-dir", str(folder / "data"), "--redis-url", url)
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
-    *warnings, line = done.stderr.splitlines()
-    assert not any("Traceback" in each for each in warnings)
-    assert "secret" not in done.stderr
-    return line
-
-
-def push_once(service: ThreadService, connect: Callable[..., Api]) -> Api:
-    api = connect(service.url)
-    api.create()
-    assert api.push(api.lease(), 0).json()["step"] == 1
-    assert api.http.get("/readyz").status_code == 200
-    return api
 
 
 def test_passwords(start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path) -> None:
@@ -224,19 +179,45 @@ def test_a_redis_that_still_loads(tmp_path: Path) -> None:
         assert "start the service again when it has loaded its data" in line
 
 
-def test_protected_mode(tmp_path: Path) -> None:
-    address = socket.gethostbyname(socket.gethostname())
-    if address.startswith("127."):
-        pytest.skip("this machine has no address but loopback")
+@pytest.fixture
+def address() -> Iterator[str]:
+    """An address of this machine that is not loopback: one that it has, or one that it is given for the test."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        # Nothing is sent: the system tells from where it would be.
+        probe.connect(("203.0.113.1", 9))
+        own = str(probe.getsockname()[0])
+        if not own.startswith("127."):
+            yield own
+            return
+    given = "198.51.100.1"
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("this machine has no address but loopback, and to give it one takes root and iproute2")
+    added = subprocess.run(["ip", "address", "add", f"{given}/32", "dev", "lo"], capture_output=True, text=True)
+    if added.returncode != 0:
+        pytest.skip(f"this machine has no address but loopback, and may be given none: {added.stderr.strip()}")
+    yield given
+    subprocess.run(["ip", "address", "delete", f"{given}/32", "dev", "lo"], check=True)
+
+
+def test_protected_mode(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path, address: str
+) -> None:
     with redis_server(tmp_path / "redis", "--bind", "0.0.0.0", "--protected-mode", "yes") as port:
-        try:
-            with Redis(host=address, port=port) as client:
-                client.ping()
-        except (RedisError, OSError):
-            line = refusal(f"redis://{address}:{port}", tmp_path)
-            assert "protected mode" in line
-        else:
-            pytest.skip("redis-server takes this machine's own address for loopback")
+        url = f"redis://{address}:{port}"
+        line = refusal(url, tmp_path)
+        assert "it is in protected mode: set a password and name it in redis_url, or bind" in line
+        # Connections from the machine itself are no others.
+        with Redis(port=port) as client:
+            client.config_set("protected-mode", "no")
+            service = start_service(redis_url=url)
+            api = push_once(service, connect)
+            client.config_set("protected-mode", "yes")
+            client.client_kill_filter(skipme=True, _type="normal")
+            wait_until(lambda: api.http.get("/readyz").status_code == 503)
+            assert "protected mode" in api.http.get("/readyz").json()["detail"]
+            client.config_set("protected-mode", "no")
+            wait_until(lambda: api.http.get("/readyz").status_code == 200)
+            service.stop()
 
 
 def test_a_sentinel_is_refused(tmp_path: Path) -> None:

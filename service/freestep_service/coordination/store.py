@@ -185,6 +185,11 @@ def _advice(error: BaseException | None) -> str | None:
             return "complete the cluster"
         case RedisConnectionError() | RedisTimeoutError():
             return None
+        case RedisError() if str(error).startswith("DENIED"):
+            return (
+                "it is in protected mode: set a password and name it in redis_url, or bind it to a private network and "
+                "set protected-mode to no"
+            )
         case RedisError():
             return "it refuses what a service needs"
     return None

