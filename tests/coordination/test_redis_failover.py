@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from redis import Redis
 
 from chaos.relay import Relay
-from coordination.servers import valkey_server
+from coordination.servers import push_until_decided, valkey_server
 from harness import ProcessService, ThreadService
 from meanwhile import wait_until
 from plain_calls import SGD, Api, ShardedApi, persistently, slug
@@ -173,16 +171,7 @@ def test_so_does_what_several_shards_acknowledged(
     assert {each["url"] for each in api.shards} == {service.url for service in services}
 
     def push_parts(lease: dict[str, Any], number: int) -> list[dict[str, Any]]:
-        bodies = api.bodies(gradient(number))
-
-        def part(shard: int) -> dict[str, Any]:
-            call = partial(api.push_part, shard, lease, number, f"key-{number}", bodies[shard])
-            answer = persistently(call)
-            assert answer.status_code == 200, answer.text
-            return dict(answer.json())
-
-        with ThreadPoolExecutor(3) as threads:
-            return list(threads.map(part, range(3)))
+        return push_until_decided(api, lease, number, f"key-{number}", gradient(number))
 
     lease = api.lease("worker", ttl_ms=600_000)
     receipts = [push_parts(lease, number) for number in range(3)]

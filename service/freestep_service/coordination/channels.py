@@ -41,7 +41,6 @@ class Channels:
     def __init__(self, store: Store, probe_s: float = _PROBE_S) -> None:
         self._store = store
         self._probe_s = probe_s
-        self._client = store.listener()
         self._listeners: dict[str, Listener] = {}
         self._confirmed: set[str] = set()
         """The channels that Redis has confirmed on the present connection."""
@@ -91,7 +90,8 @@ class Channels:
 
     async def _run(self) -> None:
         while True:
-            pubsub = self._client.pubsub()
+            client = self._store.listener()
+            pubsub = client.pubsub()
             try:
                 await self._receive(pubsub)
             except (RedisError, OSError) as error:
@@ -105,6 +105,8 @@ class Channels:
                 self._confirmed.clear()
                 with suppress(RedisError, OSError):
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
+                with suppress(RedisError, OSError):
+                    await client.aclose()
             await asyncio.sleep(_PAUSE_S)
 
     async def _receive(self, pubsub: PubSub) -> None:
@@ -167,5 +169,3 @@ class Channels:
             self._task.cancel()
             # Repeated, since Python 3.11 loses a cancellation that comes as a wait_for ends, such as one of redis's.
             await asyncio.wait([self._task], timeout=_PAUSE_S)
-        with suppress(RedisError, OSError):
-            await self._client.aclose()

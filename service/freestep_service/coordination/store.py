@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 from collections.abc import Sequence
 from importlib.resources import files
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.retry import Retry
@@ -16,11 +18,13 @@ from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
+    ClusterError,
     MovedError,
     NoPermissionError,
     NoScriptError,
     RedisClusterException,
     RedisError,
+    ResponseError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -116,9 +120,16 @@ class Store:
                 return await self._execute("EVAL", source, len(keys), *keys, *arguments)
 
     def listener(self) -> Redis:
-        """A client of its own for channels: any one server of a cluster passes on what is published on the others."""
+        """A client of its own for channels: any one server of a cluster passes on what is published on the others.
+
+        The next one is of another server, where there is one: the first may be lost while the cluster lives.
+        """
+        url = self._url
+        if isinstance(self.client, RedisCluster) and (servers := self.client.get_primaries()):
+            server = secrets.choice(servers)
+            url = _url_at(url, server.host, server.port)
         return Redis.from_url(
-            self._url,
+            url,
             decode_responses=True,
             socket_connect_timeout=_TIMEOUT_S,
             # A connection that was lost may have lost messages, so its user has to notice.
@@ -162,6 +173,14 @@ class Store:
         if self._pipeline is not None:
             await self._pipeline.close()
         await self.client.aclose()
+
+
+def _url_at(url: str, host: str, port: int) -> str:
+    """A URL of another server, with the same user, password and options."""
+    parts = urlsplit(url)
+    who, at, _ = parts.netloc.rpartition("@")
+    place = f"[{host}]" if ":" in host else host
+    return parts._replace(netloc=f"{who}{at}{place}:{port}").geturl()
 
 
 async def _mode(client: Any) -> str:
@@ -217,6 +236,10 @@ class reachable:
             raise CoordinatorUnavailable(f"Redis refuses connections: {error}") from error
         if isinstance(error, RedisClusterException):
             raise CoordinatorUnavailable(f"the Redis Cluster cannot be used: {error}") from error
+        if isinstance(error, ClusterError) and not isinstance(error, ResponseError):
+            raise CoordinatorUnavailable(
+                f"the Redis Cluster cannot be used, as while a slot is moved: {error}"
+            ) from error
         if isinstance(error, MovedError):
             raise CoordinatorUnavailable(
                 f"Redis has become part of a cluster, start the service again: MOVED {error}"
