@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -68,10 +68,19 @@ logger = logging.getLogger("freestep")
 
 @dataclass
 class Startup:
-    """How the start of a service went; it stands in `app.state.startup`."""
+    """How the start of a service went, and what has ended it since; it stands in `app.state.startup`.
+
+    end: ends the service; whoever runs the app sets it.
+    """
 
     is_complete: bool = False
     error: Exception | None = None
+    end: Callable[[], None] = lambda: None
+
+    def lose_storage(self, error: StorageInUse) -> None:
+        """Another service has taken this one's storage."""
+        self.error = CannotStart(str(error))
+        self.end()
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -86,7 +95,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                app.state.context = await _start(settings, metrics, stack)
+                app.state.context = await _start(settings, metrics, startup, stack)
             except Exception as error:
                 startup.error = error
                 raise
@@ -135,7 +144,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> ServiceContext:
+async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: AsyncExitStack) -> ServiceContext:
     """Makes what requests need; `stack` closes it. Raises CannotStart for causes outside of the service."""
     device = choose_device(settings.device)
     torch.set_num_threads(settings.thread_count())
@@ -149,7 +158,9 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     node = Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds))
     tokens = Tokens(SharedTokens(store), TokenFiles(storage), disk, channels, issuer=await _issuer(settings, stack))
     try:
-        await stack.enter_async_context(_claims(settings, store, storage, node, directory))
+        claims = _claims(settings, store, storage, node, directory, startup.lose_storage)
+        storage.guard = claims.require
+        await stack.enter_async_context(claims)
         secret = await stack.enter_async_context(SharedSecret(store))
         http = await stack.enter_async_context(relay_client(trusted_by(settings)))
         registry = Registry(
@@ -187,7 +198,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     stack.callback(audit.close)
     json_bodies = JsonBodies(settings.queue_seconds)
     stack.callback(json_bodies.close)
-    return ServiceContext(settings, store, relay, registry, tokens, audit, metrics, json_bodies, device)
+    return ServiceContext(settings, store, claims, relay, registry, tokens, audit, metrics, json_bodies, device)
 
 
 async def _start_tokens(tokens: Tokens, settings: Settings, stack: AsyncExitStack) -> None:
@@ -255,7 +266,12 @@ def _redis_url(settings: Settings, stack: AsyncExitStack) -> tuple[str, Director
 
 
 def _claims(
-    settings: Settings, store: Store, storage: Storage, node: Node, directory: DirectoryClaim | None
+    settings: Settings,
+    store: Store,
+    storage: Storage,
+    node: Node,
+    directory: DirectoryClaim | None,
+    on_lost: Callable[[StorageInUse], None],
 ) -> StorageClaims:
     """The claims on the data directory and on the place of checkpoints, for services with this Redis alone."""
     claims: list[Claim] = []
@@ -268,13 +284,14 @@ def _claims(
         with suppress(StorageUnavailable):
             directory.write(identity)
     if isinstance(storage, FsspecStorage):
-        claims.append(ObjectClaim(storage, node.id))
+        # Of its own: claims are made where nothing else may be written.
+        claims.append(ObjectClaim(_storage(settings), node.id))
     elif isinstance(storage, LocalStorage) and storage.root.resolve() != settings.data_dir.resolve():
         with suppress(OSError):
             # Where it cannot be written, the start says so.
             storage.root.mkdir(parents=True, exist_ok=True)
             claims.append(DirectoryClaim(storage.root))
-    return StorageClaims(store, claims, identity)
+    return StorageClaims(store, claims, identity, on_lost=on_lost)
 
 
 def _is_unwritable(data_dir: Path) -> bool:

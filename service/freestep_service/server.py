@@ -51,7 +51,9 @@ def main(arguments: list[str]) -> None:
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM, then writes the last checkpoints. Raises CannotStart.
+    """Serves until SIGINT or SIGTERM, then writes the last checkpoints.
+
+    Raises CannotStart, also where another service has taken the storage since the start.
 
     Prints the URL as soon as requests are answered.
     """
@@ -80,8 +82,10 @@ def serve(settings: Settings) -> None:
     )
     # Before that, it logs tracebacks of the errors that are raised here.
     logging.getLogger("uvicorn.error").addFilter(lambda _: startup.is_complete)
+    server = _Announced(config, settings, places, settings.url_of(host, port))
+    startup.end = server.end
     try:
-        _Announced(config, settings, places, settings.url_of(host, port)).run(sockets=[listener])
+        server.run(sockets=[listener])
     except SystemExit:
         if startup.error is None:
             raise
@@ -120,6 +124,10 @@ class _Announced(Server):
     def __init__(self, config: uvicorn.Config, settings: Settings, places: Places, url: str) -> None:
         super().__init__(config, settings, places)
         self._url = url
+
+    def end(self) -> None:
+        """Shuts down as a signal would have it."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import signal
 import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
@@ -12,6 +14,7 @@ import pytest
 from redis import Redis
 
 import forked
+from freestep.errors import StorageUnavailable
 from freestep_service.coordination.identity import IDENTITY_KEY
 from freestep_service.coordination.store import Store
 from freestep_service.runs.storage_claims import StorageClaims
@@ -19,8 +22,9 @@ from freestep_service.storage.claims import Claim, DirectoryClaim, ObjectClaim, 
 from freestep_service.storage.media import open_storage
 from harness import ProcessService, ThreadService
 from harness import store as started
+from in_process import Medium
 from meanwhile import wait_until
-from plain_calls import Api
+from plain_calls import Api, slug
 
 KINDS = ["directory", "objects"]
 
@@ -33,7 +37,8 @@ class Scene:
         self.now = 100.0
         self._kind = kind
         self._folder = folder
-        self._objects = open_storage(f"memory://{uuid.uuid4()}")
+        self.objects = open_storage(f"memory://{uuid.uuid4()}")
+        self.lost: list[StorageInUse] = []
         self.meanwhile: Callable[[], None] = lambda: None
 
     def clock(self) -> float:
@@ -46,12 +51,14 @@ class Scene:
     def claim(self) -> Claim:
         if self._kind == "directory":
             return DirectoryClaim(self._folder)
-        return ObjectClaim(self._objects, uuid.uuid4().hex)
+        return ObjectClaim(self.objects, uuid.uuid4().hex)
 
     async def service(self, stack: AsyncExitStack, redis: int, claim: Claim | None = None) -> StorageClaims:
         store = await Store.connect(self.urls[redis])
         stack.push_async_callback(store.close)
-        claims = StorageClaims(store, [claim or self.claim()], clock=self.clock, sleep=self.sleep)
+        claims = StorageClaims(
+            store, [claim or self.claim()], on_lost=self.lost.append, clock=self.clock, sleep=self.sleep
+        )
         return await stack.enter_async_context(claims)
 
 
@@ -158,18 +165,173 @@ def test_claims_follow_a_redis_that_has_another_identity(scene: Scene) -> None:
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("scene", ["objects"], indirect=True)
-def test_who_took_a_place_of_which_the_first_was_away_is_named(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+@both
+def test_who_was_away_while_another_took_the_place_has_lost_it(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         async with AsyncExitStack() as stack:
-            one, two = await scene.service(stack, 0), await scene.service(stack, 1)
+            claim = scene.claim()
+            one = await scene.service(stack, 0, claim)
+            one.require()
+            if isinstance(claim, DirectoryClaim):
+                # As where locks do not reach other hosts.
+                fcntl.flock(claim._file, fcntl.LOCK_UN)
+            else:
+                scene.now += 16
+                with pytest.raises(StorageUnavailable, match="was not renewed in time"):
+                    one.require()
+            two = await scene.service(stack, 1)
+            scene.lost.clear()
             for _ in range(3):
                 scene.now += 6
                 await one.beat()
                 await two.beat()
+                two.require()
+            (lost,) = scene.lost
+            assert "with another Redis, and each would overwrite the other's runs" in str(lost)
+            assert (one.problem, two.problem) == (str(lost), None)
+            with pytest.raises(StorageUnavailable, match="with another Redis"):
+                one.require()
 
     asyncio.run(work())
-    assert caplog.text.count("with another Redis, and each would overwrite the other's runs") == 2
+    assert caplog.text.count("nothing is written there any more") == 1
+
+
+@pytest.mark.parametrize("scene", ["objects"], indirect=True)
+def test_nothing_is_written_while_another_is_live_at_the_place(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """One whose start could not see the first, say."""
+
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            one = await scene.service(stack, 0)
+            for content in (b"first", b"second"):
+                one.require()
+                scene.objects.write("claims/other.service", [content])
+                scene.now += 6
+                await one.beat()
+            with pytest.raises(StorageUnavailable, match="with another Redis"):
+                one.require()
+            assert one.problem is not None
+            scene.now += 6
+            await one.beat()
+            one.require()
+            assert (one.problem, scene.lost) == (None, [])
+
+    asyncio.run(work())
+    assert caplog.text.count("until then nothing is written there") == 1
+
+
+@pytest.mark.parametrize("scene", ["objects"], indirect=True)
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_place_that_cannot_be_written_at_the_start_is_claimed_when_it_can(
+    scene: Scene, is_used: bool, tmp_path: Path
+) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "medium")
+        async with AsyncExitStack() as stack:
+            medium.is_full = True
+            one = await scene.service(stack, 0, ObjectClaim(medium, "one"))
+            with pytest.raises(StorageUnavailable, match="is not claimed yet"):
+                one.require()
+            medium.is_full = False
+            # A Redis of earlier services, of which one was killed.
+            medium.write("claimed-by", [b"earlier"])
+            medium.write("claims/earlier.service", [b"content"])
+            for second in range(30):
+                scene.now += 1
+                if is_used:
+                    medium.write("claims/earlier.service", [b"%d" % second])
+                await one.beat()
+            if is_used:
+                assert len(scene.lost) == 1
+                with pytest.raises(StorageUnavailable, match="with another Redis"):
+                    one.require()
+            else:
+                one.require()
+                assert medium.read("claimed-by").decode() == identities(scene)[0]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("scene", ["objects"], indirect=True)
+def test_a_service_that_does_not_hear_of_its_redis_other_identity_loses_nothing(scene: Scene) -> None:
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            one = await scene.service(stack, 0)
+            scene.objects.write("claimed-by", [b"f" * 32])
+            with Redis.from_url(scene.urls[0]) as client:
+                client.set(IDENTITY_KEY, "f" * 32)
+                client.config_set("maxmemory", 1)
+                scene.now += 6
+                await one.beat()
+                client.config_set("maxmemory", 0)
+            await one.beat()
+            assert (one.problem, scene.lost) == (None, [])
+            one.require()
+
+    asyncio.run(work())
+
+
+@pytest.mark.slow
+def test_a_service_that_was_stopped_while_another_took_its_storage_ends(
+    start_process: Callable[..., ProcessService],
+    start_service: Callable[..., ThreadService],
+    connect: Callable[..., Api],
+    tmp_path: Path,
+) -> None:
+    with ExitStack() as stack:
+        urls = []
+        for name in ("redis-1", "redis-2"):
+            (tmp_path / name).mkdir()
+            urls.append(stack.enter_context(started("valkey", tmp_path / name)))
+        kept = f"local://{tmp_path}/kept"
+        first = start_process(tmp_path / "data-1", redis_url=urls[0], checkpoint_url=kept)
+        api = connect(first.url)
+        api.create()
+        lease = api.lease()
+        assert [api.push(lease, step).json()["step"] for step in range(3)] == [1, 2, 3]
+        assert api.http.post(api.path("/checkpoints")).json()["step"] == 3
+        assert api.push(lease, 3).json()["step"] == 4
+        first.send_signal(signal.SIGSTOP)
+        second = start_service(tmp_path / "data-2", redis_url=urls[1], checkpoint_url=kept)
+        mine = connect(second.url, api.run)
+        wait_until(lambda: mine.http.get(mine.path("/parameters")).status_code == 200)
+        assert mine.push(mine.lease(), 3).json()["step"] == 4
+        assert mine.http.post(mine.path("/checkpoints")).json()["step"] == 4
+        files = {path: path.read_bytes() for path in (tmp_path / "kept" / "runs").rglob("*") if path.is_file()}
+        first.send_signal(signal.SIGCONT)
+        assert first.process is not None
+        forked.join(first.process)
+        assert first.process.exitcode == 1
+        # It has written no last checkpoint.
+        assert files == {path: path.read_bytes() for path in (tmp_path / "kept" / "runs").rglob("*") if path.is_file()}
+        assert mine.push(mine.lease(), 4).json()["step"] == 5
+        assert mine.http.get("/readyz").status_code == 200
+        mine.http.delete(mine.path())
+
+
+@pytest.mark.slow
+def test_readyz_and_writes_are_refused_while_another_is_live_there(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], valkey_url: str, tmp_path: Path
+) -> None:
+    service = start_service(redis_url=valkey_url, checkpoint_url=f"local://{tmp_path}/kept")
+    api = connect(service.url)
+    api.create()
+    lease, numbers = api.lease(), iter(range(10**6))
+
+    def is_refused() -> bool:
+        (tmp_path / "kept" / "claims" / "other.service").write_text(str(next(numbers)))
+        return api.http.get("/readyz").status_code == 507
+
+    wait_until(is_refused, 0.1)
+    assert slug(api.http.get("/readyz")) == "storage-unavailable"
+    for refused in (api.http.post(api.path("/checkpoints")), api.http.put("/v1/runs/another", json=api.spec())):
+        assert slug(refused) == "storage-unavailable"
+        assert "another service uses" in refused.json()["detail"]
+    # What needs no storage goes on.
+    assert api.push(lease, 0).json()["step"] == 1
+    wait_until(lambda: api.http.get("/readyz").status_code == 200)
+    assert api.http.post(api.path("/checkpoints")).json()["step"] == 1
+    service.stop()
 
 
 @pytest.mark.slow

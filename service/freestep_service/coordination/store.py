@@ -127,7 +127,7 @@ class Store:
         url = self._url
         if isinstance(self.client, RedisCluster) and (servers := self.client.get_primaries()):
             server = secrets.choice(servers)
-            url = _url_at(url, server.host, server.port)
+            url = _url_at(url, server.host, int(server.port))
         return Redis.from_url(
             url,
             decode_responses=True,

@@ -2,11 +2,13 @@
 
 A directory is claimed by a lock on a file in it, which the system takes back from whoever ends. An object store has no
 locks: each service writes a small object there again and again, and counts as live as long as its object changes.
+Beside them stands whose the place is; who was away for so long that another took it finds the other's identity there.
 """
 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import secrets
 from abc import ABC, abstractmethod
@@ -20,6 +22,8 @@ from freestep_service.storage.medium import Storage
 __all__ = ["Claim", "DirectoryClaim", "ObjectClaim", "StorageInUse"]
 
 _OBJECTS = "claims"
+_HOLDER = "claimed-by"
+"""The object that contains the identity of the Redis whose services may use an object store."""
 _UNWRITTEN = ""
 """What a lock file contains on a disk that was full when it was made."""
 
@@ -41,6 +45,8 @@ class Claim(ABC):
     """As it stands in messages."""
     patience_s: float
     """Seconds after which who is in the way, and has not changed, is no more or stays."""
+    lapses_s: float
+    """Seconds after which a claim that was not renewed may be another's: less than the patience of others."""
 
     @abstractmethod
     def is_held(self) -> bool:
@@ -60,9 +66,9 @@ class Claim(ABC):
 
     @abstractmethod
     def renew(self, identity: str, former: str) -> dict[str, bytes]:
-        """Keeps the claim, and returns who else is there. `former` is the identity that Redis had before.
+        """Keeps the claim, and returns who else is there. `former` is the identity with which it was kept before.
 
-        Raises StorageInUse.
+        Raises StorageInUse, and changes nothing, where another has the place.
         """
 
     @abstractmethod
@@ -77,6 +83,7 @@ class DirectoryClaim(Claim):
     """
 
     patience_s = 5.0
+    lapses_s = math.inf
 
     def __init__(self, directory: Path) -> None:
         self.place = f"the directory {directory}"
@@ -151,6 +158,7 @@ class ObjectClaim(Claim):
 
     patience_s = 20.0
     """Four times as long as a service takes between two renewals."""
+    lapses_s = 15.0
 
     def __init__(self, storage: Storage, service: str) -> None:
         self.place = str(storage)
@@ -162,15 +170,21 @@ class ObjectClaim(Claim):
         return bool(self._others(""))
 
     def take(self, identity: str) -> dict[str, bytes]:
-        return self.renew(identity, identity)
+        self._show(identity)
+        if not (others := self._others(identity)):
+            self._storage.write(_HOLDER, [identity.encode()])
+        return others
 
     def dismiss(self, names: Iterable[str]) -> None:
         for name in names:
             self._storage.remove(f"{_OBJECTS}/{name}")
 
     def renew(self, identity: str, former: str) -> dict[str, bytes]:
-        self._identity = identity
-        self._storage.write(self._path(identity), [secrets.token_hex(8).encode()])
+        if (holder := self._holder()) not in (identity, former, _UNWRITTEN):
+            raise StorageInUse(self.place)
+        self._show(identity)
+        if holder != identity:
+            self._storage.write(_HOLDER, [identity.encode()])
         if former != identity:
             self._storage.remove(self._path(former))
         return self._others(identity)
@@ -178,6 +192,18 @@ class ObjectClaim(Claim):
     def release(self) -> None:
         if self._identity:
             self._storage.remove(self._path(self._identity))
+
+    def _show(self, identity: str) -> None:
+        """Replaces this service's object."""
+        self._identity = identity
+        self._storage.write(self._path(identity), [secrets.token_hex(8).encode()])
+
+    def _holder(self) -> str:
+        """The identity of the Redis whose services may use the place."""
+        try:
+            return self._storage.read(_HOLDER).decode("ascii", "replace")
+        except FileNotFoundError:
+            return _UNWRITTEN
 
     def _others(self, identity: str) -> dict[str, bytes]:
         """The objects of services whose Redis does not have this identity."""

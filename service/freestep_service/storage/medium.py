@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from freestep.errors import StorageUnavailable
@@ -24,6 +24,9 @@ class Storage(ABC):
     Paths are relative to the root and separated by '/'. Names that begin with a dot are temporary files, and are never
     listed. Subclasses implement the methods that begin with an underscore, which raise OSError where the medium fails.
     """
+
+    guard: Callable[[], None] = staticmethod(lambda: None)
+    """Called before anything is changed; it raises StorageUnavailable where the medium is another's by now."""
 
     def write(self, path: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Writes or replaces a file, atomically, and makes its directories. Raises StorageUnavailable."""
@@ -92,6 +95,7 @@ class Storage(ABC):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        self.guard()
         try:
             yield
         except OSError as error:

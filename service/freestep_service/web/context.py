@@ -11,6 +11,7 @@ from freestep_service.access.audit import AuditLog
 from freestep_service.access.tokens import Tokens
 from freestep_service.coordination.store import Store
 from freestep_service.runs.registry import Registry
+from freestep_service.runs.storage_claims import StorageClaims
 from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import Settings
 from freestep_service.web.json_bodies import JsonBodies
@@ -25,6 +26,7 @@ class ServiceContext:
 
     settings: Settings
     store: Store
+    claims: StorageClaims
     relay: Relay
     registry: Registry
     tokens: Tokens

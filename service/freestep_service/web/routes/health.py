@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from freestep.errors import CoordinatorUnavailable, ShardUnavailable
+from freestep.errors import CoordinatorUnavailable, ShardUnavailable, StorageUnavailable
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.guard import needs, open_to_all, visitor
 from freestep_service.web.limits import JsonRoute
@@ -44,18 +44,20 @@ async def healthz(request: Request) -> Health:
 
 @router.get("/readyz")
 @open_to_all
-@refuses(CoordinatorUnavailable, ShardUnavailable)
+@refuses(CoordinatorUnavailable, ShardUnavailable, StorageUnavailable)
 async def readyz(request: Request) -> Readiness:
     """Answers 200 if Redis takes writes, keeps what it has and the device computes, else coordinator-unavailable.
 
     `problems` names the runs that cannot be opened, and those whose checkpoints cannot be written, with the reason.
-    Where the state of a run was in this service's storage and is there no more, the answer is shard-unavailable. Runs
-    are named to those whose token is for them.
+    Where the state of a run was in this service's storage and is there no more, the answer is shard-unavailable; where
+    a service with another Redis uses the storage, storage-unavailable. Runs are named to those whose token is for them.
     """
     context, token = ServiceContext.of(request), await visitor(request)
     await context.store.require_writable()
     if (wrong := context.registry.watch.problem) is not None:
         raise CoordinatorUnavailable(wrong)
+    if (taken := context.claims.problem) is not None:
+        raise StorageUnavailable(taken)
     found = context.registry.problems
     problems = {run: reason for run, reason in found.items() if token is not None and token.is_for_run(run)}
     if lost := context.registry.lost:
