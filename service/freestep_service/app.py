@@ -311,6 +311,8 @@ async def _store(url: str) -> Store:
     except ValueError as error:
         # What it quotes may be a piece of the password.
         cause = str(error).partition(" as ")[0]
+        if "+sentinel://" in url:
+            cause += "; Sentinels cannot be named: name a proxy or a virtual address that follows the primary"
         raise BadSetting(f"redis_url: {shown(url)} is no URL of a Redis server: {cause}") from None
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error

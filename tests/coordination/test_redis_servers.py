@@ -226,11 +226,13 @@ def test_a_sentinel_is_refused(tmp_path: Path) -> None:
     with redis_server(tmp_path / "redis", str(configuration), "--sentinel", port=port):
         line = refusal(f"redis://127.0.0.1:{port}", tmp_path)
         assert "it is a Sentinel, which keeps nothing: name the server that it watches" in line
+        assert "a proxy or a virtual address that follows its primary" in line
     done = forked.freestep(
         "serve", "--port", "0", "--data-dir", f"{tmp_path}/data", "--redis-url", f"redis+sentinel://h:{port}/main"
     )
     assert done.returncode == 2
     assert "is no URL of a Redis server" in done.stderr
+    assert "name a proxy or a virtual address that follows the primary" in done.stderr
 
 
 def test_a_cluster_of_one_node(

@@ -94,7 +94,10 @@ class Store:
             with reachable():
                 mode = await _mode(client)
                 if mode == "sentinel":
-                    raise Unusable("it is a Sentinel, which keeps nothing: name the server that it watches")
+                    raise Unusable(
+                        "it is a Sentinel, which keeps nothing: name the server that it watches, by the address of a "
+                        "proxy or a virtual address that follows its primary"
+                    )
                 if mode == "cluster":
                     await store.close()
                     store = cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url, None)
