@@ -44,6 +44,10 @@ class Server:
         info: Any = self.client.cluster("INFO")
         return info["cluster_state"] == "ok" and info["cluster_known_nodes"] == str(count)
 
+    def sees_replica(self) -> bool:
+        """Whether it knows which server is a replica."""
+        return any("slave" in each["flags"] for each in self.client.cluster("NODES").values())
+
     def kill(self) -> None:
         self._life.close()
 
@@ -63,6 +67,7 @@ class Cluster:
         wait_until(lambda: all(server.knows(4) for server in self.servers))
         self.replica.do("REPLICATE", primaries[0].id)
         wait_until(lambda: self.replica.client.info("replication")["master_link_status"] == "up")
+        wait_until(lambda: all(server.knows(4) and server.sees_replica() for server in self.servers))
 
     def number_of(self, slot: int) -> int:
         """Which primary had a slot at first."""
