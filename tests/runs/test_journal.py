@@ -63,12 +63,17 @@ def last_entry(directory: Path) -> tuple[Path, Frame]:
     return found[-1]
 
 
-def break_frame(directory: Path, kind: Kind, number: int) -> None:
+DAMAGE = {"an entry": Kind.ENTRY, "the head of a body": Kind.PART, "the values of a body": Kind.PART}
+
+
+def break_frame(directory: Path, damage: str, number: int) -> None:
     """Flips a bit of an entry, or of the body of a push, in the newest segment."""
     path, _ = last_entry(directory)
-    frame = [each for each in frames(path) if isinstance(each, Frame) and each.kind == kind][number]
+    frame = [each for each in frames(path) if isinstance(each, Frame) and each.kind == DAMAGE[damage]][number]
+    # The head of a body follows eight bytes with its length.
+    place = {"an entry": frame.at + 45, "the head of a body": frame.body + 8, "the values of a body": frame.end - 1}
     broken = bytearray(path.read_bytes())
-    broken[frame.at + 45 if kind == Kind.ENTRY else frame.end - 1] ^= 1
+    broken[place[damage]] ^= 1
     path.write_bytes(broken)
 
 
@@ -389,9 +394,9 @@ def test_damage_is_refused_until_it_is_repaired(store: str, tmp_path: Path) -> N
     run_async(work)
 
 
-@pytest.mark.parametrize("kind", [Kind.ENTRY, Kind.PART])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_refused_journal_is_not_read_again_until_it_changes(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     opened_segments: list[Path] = []
     os_open = os.open
@@ -409,7 +414,7 @@ def test_a_refused_journal_is_not_read_again_until_it_changes(
                 await push(run, claim_of(lease, f"key-{step}", step))
             image = shutil.copytree(tmp_path / "data", tmp_path / "image")
         (directory,) = journal_dirs(image)
-        break_frame(directory, kind, 1)
+        break_frame(directory, damage, 1)
         (image / "redis").mkdir()
         with own_store("valkey", image / "redis") as url:
             async with process(url, image) as registry:
@@ -429,8 +434,8 @@ def test_a_refused_journal_is_not_read_again_until_it_changes(
     run_async(work)
 
 
-@pytest.mark.parametrize("kind", [Kind.ENTRY, Kind.PART])
-def test_a_running_service_goes_on_with_what_a_repair_has_kept(store: str, tmp_path: Path, kind: Kind) -> None:
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_running_service_goes_on_with_what_a_repair_has_kept(store: str, tmp_path: Path, damage: str) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:
             run = await new_run(registry, durability="journal")
@@ -441,11 +446,8 @@ def test_a_running_service_goes_on_with_what_a_repair_has_kept(store: str, tmp_p
                 await push(run, claim_of(lease, f"key-{step}", step))
             (directory,) = journal_dirs(tmp_path / "data")
             path, _ = last_entry(directory)
-            second = [frame for frame in frames(path) if isinstance(frame, Frame) and frame.kind == kind][1]
             whole = path.read_bytes()
-            broken = bytearray(whole)
-            broken[second.at + 45 if kind == Kind.ENTRY else second.end - 1] ^= 1
-            path.write_bytes(broken)
+            break_frame(directory, damage, 1)
             async with crashed(tmp_path, tmp_path / "data") as other:
                 again = await other.find("run")
                 await until(lambda: again.problem is not None, "the problem")
@@ -490,7 +492,7 @@ def test_after_a_repair_of_one_shard_all_go_on_at_the_newest_step_that_all_have(
         directories = journal_dirs(image)
         if act == "repair":
             # The entry of the push of step 4.
-            break_frame(directories[-1], Kind.ENTRY, 2)
+            break_frame(directories[-1], "an entry", 2)
             assert journal_command(image, "repair", "run") == 0
         elif act == "discard":
             assert discard(directories[1]) is not None

@@ -286,6 +286,25 @@ def test_another_process_goes_on_where_it_ended(writing: Writing) -> None:
         second.journal.close()
 
 
+def test_segments_that_were_set_aside_are_not_written_to_when_their_numbers_come_again(writing: Writing) -> None:
+    journal = writing.journal
+    writing.begin()
+    writing.entry(101)
+    for _ in range(2):
+        # As when the shard was read, and could not be opened.
+        journal.take_over()
+        journal.adopt(read_journal(journal.directory))
+        journal.go_on()
+        writing.flush()
+    for _, path in segment_paths(journal.directory)[1:]:
+        path.rename(path.with_name(f"{path.name}.damaged"))
+    journal.take_over()
+    journal.adopt(read_journal(journal.directory))
+    journal.go_on()
+    writing.entry(102)
+    assert [entry.seq for entry in read_journal(journal.directory).entries] == [101, 102]
+
+
 def test_who_was_taken_over_is_told_and_acknowledges_nothing(writing: Writing) -> None:
     writing.begin()
     writing.entry(101)

@@ -13,7 +13,7 @@ import torch
 
 from freestep.api.data import DataSpec
 from freestep.api.models import PointDtype, Receipt
-from freestep.errors import InvalidSpec, StepNotReached
+from freestep.errors import FreestepError, InvalidSpec, StepNotReached
 from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.records import Claim, Record
@@ -234,7 +234,12 @@ class LocalShard:
         if part is not None and record.decision != "dropped":
             vector = await staging.pool.acquire(context.settings.queue_seconds)
             body = JournaledBody(part, context.resources.disk)
-            staged = await staging.receive(body, vector, accepted_encodings(context.spec.aggregation))
+            try:
+                staged = await staging.receive(body, vector, accepted_encodings(context.spec.aggregation))
+            except FreestepError:
+                # It was accepted once. Of bytes that have changed since, their checksum tells, and where they are.
+                await context.resources.disk.run(part.check)
+                raise
         claim = Claim("", 0, 0, entry["key"]) if part is None else part.claim
         distances = (
             torch.tensor(entry["distances"], dtype=torch.float64, device="cpu") if "distances" in entry else None

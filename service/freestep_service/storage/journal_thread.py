@@ -92,10 +92,10 @@ class JournalThread:
         # The thread's own.
         self._failure: Exception | None = None
         """What writing failed with, until an epoch begins."""
-        self._lost: dict[int, Exception] = {}
+        self._lost: dict[Path, Exception] = {}
         """Segment -> what it was not made durable for. A later flush would tell of success, whatever is on the disk."""
-        self._files: dict[int, int] = {}
-        """Segment -> descriptor."""
+        self._files: dict[Path, int] = {}
+        """Segment -> descriptor. By its path: its number comes again where a repair has set segments aside."""
 
     def enqueue(self, work: Work, *, wake: bool = True) -> None:
         """wake: False where work that follows needs the thread anyway."""
@@ -109,7 +109,7 @@ class JournalThread:
                 self._condition.notify()
 
     def _run(self) -> None:
-        dirty: dict[int, Segment] = {}
+        dirty: dict[Path, Segment] = {}
         while True:
             with self._condition:
                 while not self._is_wanted and not self._is_closed:
@@ -127,7 +127,7 @@ class JournalThread:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def _do_all(self, works: Sequence[Work], dirty: dict[int, Segment]) -> None:
+    def _do_all(self, works: Sequence[Work], dirty: dict[Path, Segment]) -> None:
         """Does what is queued, with one flush at the end if any asks for it. Only the first work may begin an epoch."""
         failures: list[Exception | None] = []
         for work in works:
@@ -137,9 +137,9 @@ class JournalThread:
                     self._lost |= dict.fromkeys(dirty, self._failure)
                 self._failure = None
                 dirty.clear()
-            number = work.segment.number
-            if number in self._lost and not work.remove:
-                failures.append(self._lost[number])
+            path = work.segment.path
+            if path in self._lost and not work.remove:
+                failures.append(self._lost[path])
                 continue
             try:
                 self._do(work)
@@ -150,15 +150,15 @@ class JournalThread:
                 elif work.done is None and isinstance(error, OSError):
                     logger.warning("%s: %s is not %s: %s", self._name, work.segment.path, _aim(work), error.strerror)
             if work.buffers:
-                dirty[number] = work.segment
+                dirty[path] = work.segment
             elif work.remove:
                 # A body that broke off may have been written to it since the last flush.
-                dirty.pop(number, None)
+                dirty.pop(path, None)
             failures.append(failure)
         if self._failure is None and any(work.flush for work in works):
             try:
-                for number in sorted(dirty):
-                    os.fdatasync(self._files[number])
+                for segment in sorted(dirty.values(), key=lambda segment: segment.number):
+                    os.fdatasync(self._files[segment.path])
                 dirty.clear()
                 self._require_ownership()
             except (OSError, Fenced) as error:
@@ -186,15 +186,15 @@ class JournalThread:
             # Another owner may need it.
             self._require_ownership()
         if work.remove:
-            if (descriptor := self._files.pop(segment.number, None)) is not None:
+            if (descriptor := self._files.pop(segment.path, None)) is not None:
                 os.close(descriptor)
             segment.path.unlink(missing_ok=True)
             return
-        if segment.number not in self._files:
+        if segment.path not in self._files:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            self._files[segment.number] = os.open(segment.path, flags, 0o600)
+            self._files[segment.path] = os.open(segment.path, flags, 0o600)
             flush(segment.path.parent)
-        descriptor = self._files[segment.number]
+        descriptor = self._files[segment.path]
         if work.allocate:
             work.allocated = _allocate(descriptor, work.allocate, work.ahead)
         if work.truncate:
