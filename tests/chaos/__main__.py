@@ -15,11 +15,13 @@ from chaos.runner import Outcome, run, shortened
 from chaos.schedule import scheduled
 
 _TRIES = 8
+_ALL = 40
+"""Seeds that are enough to meet every window."""
 
 
 def main() -> int:
     command = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
-    command.add_argument("--seeds", type=int, default=40, help="how many")
+    command.add_argument("--seeds", type=int, default=_ALL, help="how many")
     command.add_argument("--first", type=int, default=0, help="the first one")
     command.add_argument(
         "--at-once", type=int, default=os.cpu_count() or 1, help="schedules that run beside each other"
@@ -55,7 +57,8 @@ def main() -> int:
     missed = WINDOWS.keys() - hit.keys()
     for window in missed:
         print(f"never hit: {window} ({WINDOWS[window]})")
-    return 1 if failed or missed else 0
+    # Few seeds cannot meet all of them.
+    return 1 if failed or (missed and given.seeds >= _ALL) else 0
 
 
 if __name__ == "__main__":
