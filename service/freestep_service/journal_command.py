@@ -60,7 +60,7 @@ def verify(
         _print_json(documents)
     else:
         for document in documents:
-            _print(", ".join(f"{name} {value}" for name, value in document.items() if value is not None))
+            _print(_sentence(document))
     if any(each.damage is not None for each in found):
         raise typer.Exit(1)
 
@@ -175,6 +175,19 @@ def _verdict(found: Examination) -> dict[str, Any]:
         "unsound": found.unsound or None,
         "torn": found.contents.torn,
     }
+
+
+def _sentence(verdict: dict[str, Any]) -> str:
+    """A verdict in one line. Behind the last frame is space that was allocated ahead, or a torn tail: no loss."""
+    names = {"unsound": "of which not whole"}
+    members = [
+        f"{names.get(name, name)} {value}" for name, value in verdict.items() if value is not None and name != "torn"
+    ]
+    if "damage" not in verdict:
+        members = ["sound", *members]
+    if verdict.get("torn"):
+        members.append(f"and {verdict['torn']} bytes behind its end, of nothing that was acknowledged")
+    return ", ".join(members)
 
 
 def _told(done: Repair) -> str:

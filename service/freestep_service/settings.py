@@ -131,9 +131,9 @@ class Settings(BaseSettings):
     """Bytes of tensors that a push token may send and receive in a minute at this service; by default without bound."""
     journal_dir: Path | None = None
     """Directory of the journals of runs with durability `journal`, on a disk of this host's; by default `journal` in
-    `data_dir`. A journal as long as `journal_max_bytes` ..."""
+    `data_dir`."""
     journal_max_bytes: Annotated[int, Field(ge=1024**2)] = 4 * 1024**3
-    """... brings the run's next checkpoint forward, behind which it is cut."""
+    """A journal of a shard that is as long brings the run's next checkpoint forward, behind which it is cut."""
     journal_wait_seconds: Annotated[float, Field(ge=0)] = 600.0
     """Seconds for which a shard without an owner waits for the host that has its journal; then it goes back to the
     newest checkpoint, in a new epoch, and what was acknowledged since is lost. `inf`: it waits as long as it takes."""

@@ -71,7 +71,7 @@ def test_a_sound_journal_is_verified_and_shown(
 ) -> None:
     assert run(tmp_path, "verify") == 0
     assert f"elements {ELEMENTS}" in (line := capsys.readouterr().out)
-    assert "entries 1-4" in line
+    assert line.startswith("sound, ") and "entries 1-4" in line
     assert run(tmp_path, "show", "run", "--json") == 0
     shown = json.loads(capsys.readouterr().out)[ELEMENTS]
     assert [row["kind"] for row in shown] == ["begin", *["part", "entry"] * 4]
@@ -88,7 +88,8 @@ def test_a_sound_journal_is_verified_and_shown(
 def test_a_damaged_journal_is_repaired(tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(directory, 3)
     assert run(tmp_path, "verify", "run") == 1
-    assert "is damaged" in capsys.readouterr().out
+    assert "is damaged" in (line := capsys.readouterr().out)
+    assert "`freestep journal repair run`" in line and "sound" not in line
     assert run(tmp_path, "repair", "run") == 0
     told = capsys.readouterr().out
     assert "kept entries 1 to 2; lost what is behind them; set aside: " in told

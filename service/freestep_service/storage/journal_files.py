@@ -65,8 +65,8 @@ class DamagedJournal(Damaged):
 
     def __init__(self, path: Path, at: int, problem: str) -> None:
         super().__init__(
-            f"the journal is damaged: {problem}; `freestep journal verify` shows what is left, and "
-            "`freestep journal repair` keeps the entries before the damage"
+            f"the journal is damaged: {problem}; on this host, `freestep journal repair {path.parent.parent.name}` "
+            "keeps the entries before the damage and gives up those behind it"
         )
         self.path = path
         self.at = at
