@@ -147,7 +147,12 @@ def _directories(run: str | None, data_dir: Path | None, journal_dir: Path | Non
         ).journals()
     except ValidationError as error:
         _fail(2, "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()))
-    found = journal_directories(journals, run)
+    try:
+        found = journal_directories(journals, run)
+    except OSError as error:
+        _fail(1, f"the journals in {journals} cannot be read: {error}")
+    if run is None and not found:
+        sys.stderr.write(f"freestep journal: there are no journals in {journals}\n")
     if run is not None and not found:
         _fail(1, f"there is no journal of run {run} in {journals}")
     return found

@@ -538,9 +538,19 @@ def test_journals_that_are_given_up_beside_their_service_bring_it_back_to_its_ch
                 await push(run, claim_of(lease, "key-3", 3))
             await until(lambda: run.epoch == 2, "the new epoch")
             lease = await lease_of(run)
-            await push(run, claim_of(lease, "key-4", 0))
+            # Through all numbers that segments had before.
+            for step in range(3):
+                await push(run, claim_of(lease, f"new-{step}", step))
+                for index in range(run.count):
+                    journal = run.shard(index).core.journal
+                    assert journal is not None
+                    journal.mark()
             status = await run.status()
-            assert (status.epoch, status.step) == (2, 1)
+            assert (status.epoch, status.step) == (2, 3)
+            before = await states(run)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again, _ = await opened(other)
+                assert all(map(is_same, await states(again), before))
 
     run_async(work)
 

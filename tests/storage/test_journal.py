@@ -23,7 +23,7 @@ from freestep_service.storage.journal import Journal
 from freestep_service.storage.journal_files import frames, remove_journals, remove_other_journals, segment_paths
 from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_reader import read_journal
-from freestep_service.storage.journal_repair import repair, rows
+from freestep_service.storage.journal_repair import discard, repair, rows
 from freestep_service.storage.journal_rewrite import write_again
 from freestep_service.storage.journal_thread import Work
 from losing_disk import LosingDisk
@@ -83,7 +83,7 @@ class Writing:
 
 @pytest.fixture
 def writing(tmp_path: Path) -> Iterator[Writing]:
-    made = Writing(tmp_path / "run" / "shard")
+    made = Writing(tmp_path / "run" / "000000000000000-000000000000008")
     yield made
     made.journal.close()
 
@@ -371,6 +371,35 @@ def test_what_he_writes_behind_what_was_taken_over_does_not_count_either(writing
         second.journal.close()
 
 
+def test_who_goes_on_after_a_repair_beside_him_writes_no_file_that_was_set_aside(writing: Writing) -> None:
+    writing.begin()
+    for seq in range(101, 104):
+        writing.push(f"key-{seq}", body())
+        writing.entry(seq, f"key-{seq}")
+        writing.journal.next_segment()
+    directory = writing.journal.directory
+    assert discard(directory) is not None
+    aside = {path: path.read_bytes() for path in directory.glob("*.damaged")}
+    assert len(aside) == 4
+    with pytest.raises(Fenced):
+        writing.flush()
+    writing.journal.take_over()
+    writing.journal.adopt(read_journal(directory))
+    writing.begin(2)
+    # Through all numbers that segments had before.
+    for seq in range(101, 106):
+        writing.push(f"new-{seq}", body())
+        writing.entry(seq, f"new-{seq}", epoch=2)
+        writing.journal.next_segment()
+    writing.flush()
+    contents = read_journal(directory)
+    assert (contents.epoch, [entry.seq for entry in contents.entries]) == (2, [101, 102, 103, 104, 105])
+    for entry in contents.entries:
+        assert entry.part is not None
+        entry.part.check()
+    assert {path: path.read_bytes() for path in directory.glob("*.damaged")} == aside
+
+
 def last_segment(writing: Writing) -> Path:
     return segment_paths(writing.journal.directory)[-1][1]
 
@@ -546,6 +575,27 @@ def test_journals_of_another_number_of_shards_are_removed_unless_they_are_newer(
     assert read_journal(directory).epoch == 3
     remove_other_journals(directory.parent, [], 4)
     assert not directory.exists()
+
+
+def test_what_is_no_journal_of_a_shard_is_left_where_journals_are_removed(
+    writing: Writing, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = writing.journal.directory.parent
+    writing.begin()
+    writing.flush()
+    copy = Path(shutil.copytree(writing.journal.directory, run / f"{writing.journal.directory.name}.copy"))
+    (run / "notes.txt").write_text("mine")
+    damaged = Path(shutil.copytree(copy, run / "000000000000008-000000000000016"))
+    (damaged / "owner").write_text("broken")
+    (run / "000000000000016-000000000000024").symlink_to(copy)
+    remove_other_journals(run, [], 9)
+    assert not writing.journal.directory.exists()
+    # It would hold up the run that it is no part of any more.
+    assert f"{damaged} is not removed, though the run has other shards now" in caplog.text
+    remove_journals(run)
+    assert not damaged.exists()
+    assert (run / "notes.txt").read_text() == "mine"
+    assert [path for _, path in segment_paths(copy)] and read_journal(copy).epoch == 1
 
 
 def test_the_journals_of_a_run_are_removed(writing: Writing) -> None:

@@ -176,3 +176,21 @@ def test_a_note_of_a_repair_that_is_damaged_is_made_anew(
     assert run(tmp_path, "repair", "run") == 0
     contents = read_journal(directory)
     assert ([entry.seq for entry in contents.entries], contents.repaired) == ([1, 2, 3, 4], 1)
+
+
+def test_journals_that_cannot_be_found_do_not_pass_for_sound(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journals = directory.parent.parent
+    for elsewhere in (tmp_path / "elsewhere", directory / "owner"):
+        for arguments in (["verify"], ["verify", "run"], ["show", "run"], ["repair", "run"]):
+            assert run(tmp_path, *arguments, "--journal-dir", str(elsewhere)) == 1
+            assert f"the journals in {elsewhere} cannot be read" in capsys.readouterr().err
+    (journals / "lost+found").mkdir()
+    (journals / "other").symlink_to(directory)
+    shutil.copytree(directory, directory.with_name(f"{ELEMENTS}.copy"))
+    assert run(tmp_path, "verify") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path, "verify", "--journal-dir", str(tmp_path / "empty")) == 0
+    assert "there are no journals in" in capsys.readouterr().err

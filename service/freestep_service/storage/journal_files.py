@@ -36,8 +36,10 @@ __all__ = [
     "NewerJournal",
     "Ownership",
     "chain",
+    "elements",
     "fingerprint",
     "frames",
+    "is_journal",
     "is_journal_here",
     "is_segment",
     "newest_epoch",
@@ -265,18 +267,48 @@ def frames(path: Path) -> Iterator[Frame | Tail]:
             raise DamagedJournal(path, at, f"{path} cannot be read from byte {at} on") from error
 
 
+def elements(directory: Path) -> tuple[int, ...]:
+    """The elements of the shard whose journal a directory of this name has, as BEGIN and END; none of another name."""
+    words = directory.name.split("-")
+    return tuple(map(int, words)) if len(words) == 2 and all(map(_is_decimal, words)) else ()
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a path is a directory of its own for a shard's journal, by its name."""
+    return bool(elements(path)) and path.is_dir() and not path.is_symlink()
+
+
+def _is_decimal(word: str) -> bool:
+    return word.isascii() and word.isdecimal()
+
+
+def _shards(directory: Path) -> Iterator[Path]:
+    """The journals of a run's shards. What others have put beside them, a copy say, is theirs."""
+    return filter(is_journal, directory.glob("*"))
+
+
 def remove_journals(directory: Path) -> None:
     """Removes the journals of a run that is no more; what cannot be removed is logged."""
-    for journal in directory.glob("*"):
+    for journal in _shards(directory):
         _remove(journal)
     with suppress(OSError):
         directory.rmdir()
 
 
 def remove_other_journals(directory: Path, kept: Collection[str], epoch: int) -> None:
-    """Removes the journals of a run that had another number of shards before an epoch; `kept` are those of now."""
-    for journal in directory.glob("*"):
-        if journal.name not in kept and newest_epoch(journal) < epoch:
+    """Removes the journals of a run that had another number of shards before an epoch; `kept` are those of now.
+
+    What cannot be read or removed is logged.
+    """
+    for journal in _shards(directory):
+        if journal.name in kept:
+            continue
+        try:
+            is_older = newest_epoch(journal) < epoch
+        except (Damaged, OSError) as error:
+            logger.warning("%s is not removed, though the run has other shards now: %s", journal, error)
+            continue
+        if is_older:
             _remove(journal)
 
 

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from freestep_service.domain.records import Record
+from freestep_service.domain.run_names import is_run_name
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.durable import flush
 from freestep_service.storage.journal_files import (
     DamagedJournal,
     Ownership,
     chain,
+    elements,
     frames,
+    is_journal,
     is_segment,
     note_repair,
     segment_paths,
@@ -70,18 +73,18 @@ class Repair:
 
 
 def journal_directories(journals: Path, run: str | None = None) -> list[Path]:
-    """The directories of shards' journals, of one run or all, in the order of their elements."""
-    found = [
+    """The directories of shards' journals, of one run or all, in the order of their elements.
+
+    Raises OSError where a directory is not there or cannot be read: it must not pass for empty.
+    """
+    runs = sorted(
         path
-        for path in journals.glob("*/*")
-        if (run is None or path.parent.name == run) and path.is_dir() and not path.is_symlink() and _elements(path)
-    ]
-    return sorted(found, key=lambda path: (path.parent.name, _elements(path)))
-
-
-def _elements(directory: Path) -> tuple[int, ...]:
-    words = directory.name.split("-")
-    return tuple(map(int, words)) if len(words) == 2 and all(map(str.isdecimal, words)) else ()
+        for path in journals.iterdir()
+        # Others are the file system's, as `lost+found`.
+        if (path.name == run if run is not None else is_run_name(path.name)) and path.is_dir()
+    )
+    found = [path for each in runs for path in each.iterdir() if is_journal(path)]
+    return sorted(found, key=lambda path: (path.parent.name, elements(path)))
 
 
 def examine(directory: Path) -> Examination:
