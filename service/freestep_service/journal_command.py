@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,6 +20,7 @@ from freestep_service.storage.journal_repair import (
     discard,
     examine,
     journal_directories,
+    look,
     repair,
     rows,
 )
@@ -85,14 +87,10 @@ def show(
     damage: dict[str, Exception] = {}
     for index, directory in enumerate(directories):
         if shard in (None, directory.name, str(index)):
-            found: deque[dict[str, Any]] = deque(maxlen=last)
-            try:
-                for number, row in enumerate(rows(directory)):
-                    if limit is None or number < limit:
-                        found.append(row)
-            except (Damaged, OSError) as error:
+            read = partial(_rows, directory, limit, last)
+            shown[directory.name], error = look(read, lambda found: found[1])
+            if error is not None:
                 damage[directory.name] = error
-            shown[directory.name] = list(found)
     if not shown:
         _fail(2, f"run {run} has no shard {shard} here: {', '.join(each.name for each in directories)}")
     if as_json:
@@ -105,6 +103,18 @@ def show(
             _print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     if damage:
         _fail(1, "; ".join(f"{run} {name} is shown up to its damage: {error}" for name, error in damage.items()))
+
+
+def _rows(directory: Path, limit: int | None, last: int | None) -> tuple[list[dict[str, Any]], Exception | None]:
+    """The frames that are to be shown, up to damage, and that."""
+    found: deque[dict[str, Any]] = deque(maxlen=last)
+    try:
+        for number, row in enumerate(rows(directory)):
+            if limit is None or number < limit:
+                found.append(row)
+    except (Damaged, OSError) as error:
+        return list(found), error
+    return list(found), None
 
 
 @app.command("repair")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import xxhash
 
 from freestep_service.domain.records import CheckpointId, Claim, Record
 from freestep_service.journal_command import main
+from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.journal import Journal
 from freestep_service.storage.journal_files import Ownership, chain, frames
 from freestep_service.storage.journal_format import Frame, Kind, encode_frame
 from freestep_service.storage.journal_reader import read_journal
+from freestep_service.storage.journal_repair import Examination, examine, look
 from meanwhile import DEADLINE_S
 
 ELEMENTS = "000000000000000-000000000000008"
@@ -194,3 +197,56 @@ def test_journals_that_cannot_be_found_do_not_pass_for_sound(
     (tmp_path / "empty").mkdir()
     assert run(tmp_path, "verify", "--journal-dir", str(tmp_path / "empty")) == 0
     assert "there are no journals in" in capsys.readouterr().err
+
+
+def test_what_another_look_does_not_find_is_no_damage_of_a_journal_that_is_written() -> None:
+    found = iter([FileNotFoundError("a"), Damaged("b"), Damaged("c"), None, Damaged("d")])
+
+    def read() -> Exception | None:
+        error = next(found)
+        if isinstance(error, OSError):
+            raise error
+        return error
+
+    assert look(read, lambda error: error) is None
+    found = iter([Damaged("a"), FileNotFoundError("b"), FileNotFoundError("b"), None])
+    with pytest.raises(FileNotFoundError):
+        look(read, lambda error: error)
+    assert list(found) == [None]
+    found = iter([Damaged("a"), Damaged("a"), None])
+    assert str(look(read, lambda error: error)) == "a"
+
+
+def test_a_journal_is_examined_beside_its_writer(tmp_path: Path) -> None:
+    told: queue.Queue[Callable[[], None]] = queue.Queue()
+    journal = Journal(tmp_path / ELEMENTS, "run", "id", told.put)
+    journal.take_over()
+    examined = threading.Event()
+    found: list[Examination] = []
+
+    def examine_often() -> None:
+        found.extend(examine(journal.directory) for _ in range(100))
+        examined.set()
+
+    def flush() -> None:
+        outcomes: list[Exception | None] = []
+        journal.flush(outcomes.append)
+        while not outcomes:
+            told.get(timeout=DEADLINE_S)()
+        assert outcomes == [None]
+
+    journal.begin(1, CheckpointId(1, 0, 0), 0, lambda error: None)
+    flush()
+    thread = threading.Thread(target=examine_often)
+    thread.start()
+    seq = 0
+    while not examined.is_set() and thread.is_alive():
+        for _ in range(3):
+            seq += 1
+            journal.entry({"epoch": 1, "seq": seq}, lambda error: None)
+        journal.next_segment()
+        flush()
+        journal.cut(CheckpointId(1, seq, seq))
+    thread.join()
+    journal.close()
+    assert [each.damage for each in found] == [None] * 100

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from freestep_service.domain.records import Record
 from freestep_service.domain.run_names import is_run_name
@@ -33,9 +33,13 @@ from freestep_service.storage.journal_format import Frame, Kind
 from freestep_service.storage.journal_reader import JournalContents, read_journal
 from freestep_service.storage.segment_bytes import SegmentBytes
 
-__all__ = ["Examination", "Repair", "discard", "examine", "journal_directories", "repair", "rows"]
+__all__ = ["Examination", "Repair", "discard", "examine", "journal_directories", "look", "repair", "rows"]
+
+T = TypeVar("T")
 
 _ASIDE = ".damaged"
+_MOST_LOOKS = 10
+"""At a journal of which each shows another fault."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,29 @@ def journal_directories(journals: Path, run: str | None = None) -> list[Path]:
 
 def examine(directory: Path) -> Examination:
     """Reads a journal and all bodies in it. Raises OSError."""
-    found = _examine(directory)
-    # One that is written meanwhile may look damaged once.
-    return found if found.damage is None else _examine(directory)
+    return look(lambda: _examine(directory), lambda found: found.damage)
+
+
+def look(read: Callable[[], T], fault: Callable[[T], Exception | None]) -> T:
+    """What is read of a journal that a service may be writing, and cutting behind its checkpoints, meanwhile.
+
+    It may look damaged, or lack a segment, in another place each time. So a fault counts that is there twice.
+    fault: of what was read. Raises as `read` does.
+    """
+    before: str | None = None
+    for looks in range(1, _MOST_LOOKS + 1):
+        raised: OSError | None = None
+        try:
+            found = read()
+            error = fault(found)
+        except OSError as failure:
+            error = raised = failure
+        if error is None or str(error) == before or looks == _MOST_LOOKS:
+            break
+        before = str(error)
+    if raised is not None:
+        raise raised
+    return found
 
 
 def _examine(directory: Path) -> Examination:
