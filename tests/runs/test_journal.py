@@ -555,6 +555,34 @@ def test_journals_that_are_given_up_beside_their_service_bring_it_back_to_its_ch
     run_async(work)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_journal_that_goes_beside_its_service_is_waited_for(store: str, tmp_path: Path, shards: int) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards, durability="journal")
+            lease = await run.leases.grant("worker", None)
+            for step in range(3):
+                await push(run, claim_of(lease, f"key-{step}", step))
+            before = await states(run)
+            # As a disk that is not mounted any more.
+            journals, elsewhere = tmp_path / "data" / "journal", tmp_path / "elsewhere"
+            journals.rename(elsewhere)
+            with pytest.raises(FreestepError):
+                await push(run, claim_of(lease, "key-3", 3))
+            await until(lambda: "its files are gone" in (run.problem or ""), "the problem")
+            assert run.epoch == 1
+            shutil.rmtree(journals, ignore_errors=True)
+            elsewhere.rename(journals)
+            await until(lambda: run.problem is None, "the run without the problem")
+            await lease_of(run, "opener")
+            # It may have been decided, and written to a file that was open.
+            await push(run, claim_of(lease, "key-3", 3))
+            assert (run.epoch, (await run.status()).step) == (1, 4)
+            assert [each.seq for each in await states(run)] == [each.seq + 1 for each in before]
+
+    run_async(work)
+
+
 def test_another_run_of_the_name_does_not_read_it(store: str, tmp_path: Path) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:

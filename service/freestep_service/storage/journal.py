@@ -9,6 +9,7 @@ there too, in the order of the calls, by `post`.
 
 from __future__ import annotations
 
+import errno
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from freestep_service.domain.records import CheckpointId, Claim, Fenced
-from freestep_service.storage.journal_files import Ownership, segment_path, segment_paths
+from freestep_service.storage.journal_files import Ownership, owner_path, segment_path, segment_paths
 from freestep_service.storage.journal_format import FORMAT, Kind, encode_frame
 from freestep_service.storage.journal_reader import JournalContents, JournaledPart
 from freestep_service.storage.journal_thread import PIECE, Done, JournalThread, Segment, Work
@@ -33,6 +34,10 @@ _MARGIN = 256 * 1024
 """Bytes kept for entries that no push makes."""
 _ENTRY = 8 * 1024
 """Bytes allocated with a push for its frames and its entry."""
+_GONE = (
+    "its files are gone, as when a disk is not mounted any more: bring them back, or start the service again, "
+    "which then waits for them for journal_wait_seconds"
+)
 
 
 class Journal:
@@ -57,7 +62,12 @@ class Journal:
     # Its life
 
     def take_over(self) -> None:
-        """Fences off whoever wrote here before; blocks. To be called before the journal is read. Raises OSError."""
+        """Fences off whoever wrote here before; blocks. To be called before the journal is read.
+
+        Raises OSError, also where it was taken over here before and its files are gone: made anew it would be empty.
+        """
+        if self.is_owned and not owner_path(self.directory).exists() and not segment_paths(self.directory):
+            raise FileNotFoundError(errno.ENOENT, _GONE, str(self.directory))
         self._thread.ownership = Ownership(self.directory)
 
     def adopt(self, contents: JournalContents) -> None:
