@@ -108,6 +108,19 @@ def test_a_push_that_is_gone_from_the_middle_is_damage(tmp_path: Path) -> None:
         read_journal(tmp_path)
 
 
+def test_frames_that_are_gone_from_the_middle_are_damage(tmp_path: Path) -> None:
+    """Whichever they are: what is left are whole frames."""
+    begins = [at for at in range(1, len(WHOLE)) if WHOLE.startswith(b"fsj1", at)]
+    for first, begin in enumerate(begins[:-1]):
+        # What was on disk to there is noted by the push behind it.
+        for end in begins[first + 1 : -1]:
+            # The last push, and as it is without its decision.
+            for size in (len(WHOLE), begins[-1]):
+                segment_path(tmp_path, 1, WORD).write_bytes(WHOLE[:begin] + WHOLE[end:size])
+                with pytest.raises(DamagedJournal):
+                    read_journal(tmp_path)
+
+
 def test_what_a_newer_version_wrote_is_refused(tmp_path: Path) -> None:
     segment_path(tmp_path, 1, WORD).write_bytes(written(format=FORMAT + 1))
     with pytest.raises(NewerJournal, match="its format is 2"):

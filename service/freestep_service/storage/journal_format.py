@@ -118,9 +118,12 @@ def scan(memory: Content) -> Iterator[Frame | Tail]:
     while (frame := _frame_at(memory, at, size, salt)) is not None:
         if (frame.kind == Kind.BEGIN) != (at == 0):
             break
+        durable = max(durable, frame.durable)
+        if frame.durable > at:
+            # A frame comes behind all that was on disk when it was written: something is missing before this one.
+            break
         if at == 0:
             salt = int(frame.head["salt"])
-        durable = max(durable, frame.durable)
         yield frame
         at = frame.end
     for later in _candidates(memory, at + 1):
