@@ -38,10 +38,10 @@ def account(
 ) -> Outcome:
     """kills: as they were sent, by the clock of the entries. final: pushes in the final weights."""
     computed = sum(entry.kind == COMPUTED for entry in found)
-    applied = sorted(entry.at for entry in found if entry.kind == APPLIED)
+    applied = sorted((entry.at, entry.computed) for entry in found if entry.kind == APPLIED)
     waits: dict[bool, list[float | None]] = {False: [], True: []}
     for kill in kills:
-        first = next((at for at in applied if at > kill.at), None)
+        first = next((at for at, computed in applied if computed > kill.at), None)
         waits[kill.victim == SERVICE].append(None if first is None else first - kill.at)
     return Outcome(job, mean, seconds, computed, final, waits[False], waits[True])
 

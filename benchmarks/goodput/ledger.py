@@ -13,16 +13,17 @@ __all__ = ["APPLIED", "COMPUTED", "SEEDED", "Entry", "Ledger", "entries"]
 COMPUTED, APPLIED, SEEDED = range(3)
 """A gradient was computed; a push was acknowledged as applied; a worker's weights, of `step` pushes, began the run."""
 
-_FORM = struct.Struct("=iiqd")
+_FORM = struct.Struct("=iiqdd")
 
 
 class Entry(NamedTuple):
-    """at: by the machine's monotonic clock; of a push, when its gradient had been computed."""
+    """at: by the machine's monotonic clock. computed: of a push, when its gradient had been; else as `at`."""
 
     kind: int
     worker: int
     step: int
     at: float
+    computed: float
 
 
 class Ledger:
@@ -31,10 +32,10 @@ class Ledger:
     def __init__(self, file: Path) -> None:
         self._file = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def append(self, kind: int, worker: int, step: int, at: float | None = None) -> float:
+    def append(self, kind: int, worker: int, step: int, computed: float | None = None) -> float:
         """One write, which the kernel takes whole and keeps whatever becomes of this process; returns the time."""
-        at = time.monotonic() if at is None else at
-        os.write(self._file, _FORM.pack(kind, worker, step, at))
+        at = time.monotonic()
+        os.write(self._file, _FORM.pack(kind, worker, step, at, at if computed is None else computed))
         return at
 
 

@@ -32,25 +32,30 @@ def test_entries_of_several_writers_are_all_there(tmp_path: Path) -> None:
     file = tmp_path / "ledger"
     assert entries(file) == []
     one, other = Ledger(file), Ledger(file)
-    one.append(COMPUTED, 0, 7, 1.5)
-    other.append(APPLIED, 1, 8, 2.5)
-    assert entries(file) == [Entry(COMPUTED, 0, 7, 1.5), Entry(APPLIED, 1, 8, 2.5)]
+    computed = one.append(COMPUTED, 0, 7)
+    applied = other.append(APPLIED, 1, 8, computed)
+    assert computed <= applied
+    assert entries(file) == [Entry(COMPUTED, 0, 7, computed, computed), Entry(APPLIED, 1, 8, applied, computed)]
 
 
 def test_a_wait_ends_with_the_first_applied_push_that_was_computed_after_the_kill() -> None:
     found = [
-        *(Entry(COMPUTED, 0, step, float(step)) for step in range(4)),
-        Entry(APPLIED, 0, 1, 0.5),
-        Entry(APPLIED, 0, 2, 3.0),
+        *(Entry(COMPUTED, 0, step, float(step), float(step)) for step in range(4)),
+        # It was on its way at the first kill.
+        Entry(APPLIED, 0, 1, 2.0, 0.5),
+        Entry(APPLIED, 0, 2, 4.0, 3.0),
     ]
     outcome = account("job", 5.0, 10.0, found, [Kill(1.0, 0), Kill(2.5, SERVICE), Kill(9.0, SERVICE)], 2)
     assert (outcome.computed, outcome.useful, outcome.share) == (4, 2, 0.5)
-    assert (outcome.after_worker, outcome.after_service) == ([2.0], [0.5, None])
+    assert (outcome.after_worker, outcome.after_service) == ([3.0], [1.5, None])
 
 
 def test_pushes_behind_a_run_are_those_of_the_weights_that_began_it_last() -> None:
-    assert pushes_behind([Entry(COMPUTED, 0, 3, 0.0)]) == 0
-    assert pushes_behind([Entry(SEEDED, 0, 0, 0.0), Entry(SEEDED, 1, 40, 1.0), Entry(APPLIED, 0, 1, 2.0)]) == 40
+    assert pushes_behind([Entry(COMPUTED, 0, 3, 0.0, 0.0)]) == 0
+    assert (
+        pushes_behind([Entry(SEEDED, 0, 0, 0.0, 0.0), Entry(SEEDED, 1, 40, 1.0, 1.0), Entry(APPLIED, 0, 1, 2.0, 2.0)])
+        == 40
+    )
 
 
 def test_a_ddp_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
