@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.journal_files import DamagedJournal, NewerJournal, segment_path
 from freestep_service.storage.journal_format import FORMAT, Kind, encode_frame
 from freestep_service.storage.journal_reader import read_journal
+from freestep_service.storage.segment_bytes import SegmentBytes
 
 SALT = 7
 WORD = "0123456789abcdef"
@@ -119,6 +121,35 @@ def test_frames_that_are_gone_from_the_middle_are_damage(tmp_path: Path) -> None
                 segment_path(tmp_path, 1, WORD).write_bytes(WHOLE[:begin] + WHOLE[end:size])
                 with pytest.raises(DamagedJournal):
                     read_journal(tmp_path)
+
+
+def test_what_is_behind_damage_is_read_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = encode_frame(Kind.BEGIN, {**BEGIN, "base": [1, 0, 0]}, 0, 0, 0)
+    data = begin + b"damage"
+    for _ in range(40_000):
+        data += encode_frame(Kind.BACK, {"epoch": 2, "seq": 0}, 0, len(begin), SALT)
+    path = segment_path(tmp_path, 1, WORD)
+    path.write_bytes(data)
+    read, sizes = os.pread, list[int]()
+
+    def counted(descriptor: int, length: int, at: int) -> bytes:
+        found = read(descriptor, length, at)
+        sizes.append(len(found))
+        return found
+
+    monkeypatch.setattr(os, "pread", counted)
+    read_journal(tmp_path)
+    assert sum(sizes) < 20 * len(data)
+
+
+@pytest.mark.parametrize("gap", range(5))
+def test_a_pattern_is_found_across_what_is_read_at_once(tmp_path: Path, gap: int) -> None:
+    path, at = tmp_path / "bytes", 1024**2 - gap
+    path.write_bytes(bytes(at) + b"fsj1" + bytes(1024**2) + b"fsj1")
+    with SegmentBytes(path) as content:
+        assert content.find(b"fsj1", 0) == at
+        assert content.find(b"fsj1", at + 1) == at + 4 + 1024**2
+        assert content.find(b"fsj1", at + 5 + 1024**2) == -1
 
 
 def test_what_a_newer_version_wrote_is_refused(tmp_path: Path) -> None:

@@ -48,10 +48,18 @@ class SegmentBytes:
     def find(self, pattern: bytes, begin: int, /) -> int:
         """Where a pattern is that begins at a place or behind it; -1 where it is not."""
         while begin < self._size:
-            end = min(begin + _PIECE + len(pattern), self._size)
-            if (found := self[begin:end].find(pattern)) >= 0:
-                return begin + found
-            begin += _PIECE
+            if not self._begin <= begin < self._begin + len(self._piece):
+                self._begin, self._piece = begin, self._read(begin, min(begin + _PIECE, self._size))
+            # In what was read already: places that follow each other are asked for one by one.
+            if (found := self._piece.find(pattern, begin - self._begin)) >= 0:
+                return self._begin + found
+            end = self._begin + len(self._piece)
+            if end >= self._size:
+                break
+            # It may lie across the end of the piece.
+            across = max(begin, end - len(pattern) + 1)
+            self._begin, self._piece = across, self._read(across, min(across + _PIECE, self._size))
+            begin = across
         return -1
 
     def pieces(self, begin: int, length: int) -> Iterator[bytes]:
