@@ -271,6 +271,15 @@ def test_a_service_that_does_not_hear_of_its_redis_other_identity_loses_nothing(
     asyncio.run(work())
 
 
+def two_stores(stack: ExitStack, tmp_path: Path) -> list[str]:
+    """The URLs of two stores that know nothing of each other."""
+    urls = []
+    for name in ("redis-1", "redis-2"):
+        (tmp_path / name).mkdir()
+        urls.append(stack.enter_context(started("valkey", tmp_path / name)))
+    return urls
+
+
 @pytest.mark.slow
 def test_a_service_that_was_stopped_while_another_took_its_storage_ends(
     start_process: Callable[..., ProcessService],
@@ -279,10 +288,7 @@ def test_a_service_that_was_stopped_while_another_took_its_storage_ends(
     tmp_path: Path,
 ) -> None:
     with ExitStack() as stack:
-        urls = []
-        for name in ("redis-1", "redis-2"):
-            (tmp_path / name).mkdir()
-            urls.append(stack.enter_context(started("valkey", tmp_path / name)))
+        urls = two_stores(stack, tmp_path)
         kept = f"local://{tmp_path}/kept"
         first = start_process(tmp_path / "data-1", redis_url=urls[0], checkpoint_url=kept)
         api = connect(first.url)
@@ -344,10 +350,7 @@ def test_two_services_with_a_redis_each_do_not_share_storage(
     place: str,
 ) -> None:
     with ExitStack() as stack:
-        urls = []
-        for name in ("redis-1", "redis-2"):
-            (tmp_path / name).mkdir()
-            urls.append(stack.enter_context(started("valkey", tmp_path / name)))
+        urls = two_stores(stack, tmp_path)
         dirs = [tmp_path / "data"] * 2 if place == "data directory" else [tmp_path / "data-1", tmp_path / "data-2"]
         kept = {"checkpoint path": f"{tmp_path}/kept", "checkpoint URL": f"local://{tmp_path}/kept"}.get(place)
         its = {} if kept is None else {"checkpoint_url": kept}
