@@ -67,6 +67,40 @@ def test_an_owner_that_was_silent_keeps_a_shard_that_nobody_took(run: DrivenRun)
     assert (seen.missing(), run.owner().token) == ([], token)
 
 
+def test_an_opening_waits_for_an_owner_whose_heartbeat_comes_late(make_run: Make) -> None:
+    run, other = make_run(2), node()
+    run.do(run.opening.create(1, 2))
+    run.heartbeat(None, 0)
+    run.heartbeat(other, 1)
+    gathered = run.number("generation")
+    for shard in range(2):
+        run.do(run.opening.report_shard(run.owner(shard), gathered, "{}"))
+    assert run.do(run.opening.open(RunState(1), 2, gathered, {"cut": None, "live": False}))
+    loading = run.number("generation")
+    run.do(run.opening.loaded(run.owner(0), loading))
+    run.pass_time(HOUR)
+    seen = run.heartbeat()
+    assert seen is not None
+    assert (seen.missing(), seen.phase, seen.generation) == ([1], "load", loading)
+    late = run.heartbeat(other)
+    assert late is not None
+    assert (late.missing(), late.phase, late.generation) == ([], "load", loading)
+    assert run.do(run.opening.loaded(run.owner(1), loading)) == "open"
+
+
+def test_an_opening_begins_again_when_a_shard_is_taken_from_an_owner_that_is_silent(make_run: Make) -> None:
+    run, other = make_run(2), node()
+    run.do(run.opening.create(1, 2))
+    run.heartbeat(None, 0)
+    run.heartbeat(other, 1)
+    gathered = run.number("generation")
+    assert run.do(run.opening.open(RunState(1), 2, gathered, {"cut": None, "live": False}))
+    run.pass_time(HOUR)
+    taken = run.heartbeat(None, 1)
+    assert taken is not None
+    assert (taken.missing(), taken.phase, taken.generation > gathered) == ([], "gather", True)
+
+
 @pytest.mark.parametrize(
     ("url", "host", "takes"),
     [("http://same:1", HERE, True), ("http://same:1", THERE, False), ("http://other:1", HERE, False)],

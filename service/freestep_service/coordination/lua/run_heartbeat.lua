@@ -47,7 +47,9 @@ for shard, position in pairs(cjson.decode(ARGV[7])) do
     redis.call('HSET', SHARDS, shard .. ':applied_seq', text(position[2]))
   end
 end
-if taken or (missing_shards(now) ~= '[]' and redis.call('HGET', RUN, 'phase') ~= 'gather') then begin_gathering() end
+-- While the run is being opened, a shard without an owner is waited for: its owner may only be slow, and to begin again for
+-- each heartbeat that comes late is never to end.
+if taken or (missing_shards(now) ~= '[]' and redis.call('HGET', RUN, 'phase') == 'open') then begin_gathering() end
 local wrong = {}
 for expected, keys in pairs(TYPES) do
   for _, key in ipairs(keys) do wrong[#wrong + 1] = wrong_type(expected, key) end
