@@ -23,6 +23,7 @@ from freestep.client import DEFAULT_URL
 from freestep.commands.data import data
 from freestep.commands.doctor import doctor
 from freestep.commands.evaluate import evaluate
+from freestep.commands.events import events
 from freestep.commands.pull import pull
 from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
 from freestep.commands.tokens import tokens
@@ -212,6 +213,7 @@ def delete_run(
 
 
 app.command()(workers)
+app.command()(events)
 
 
 @app.command()

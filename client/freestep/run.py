@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from freestep.answers import Pulled, Snapshot, parse
 from freestep.api.data import DataList, DataStatus
+from freestep.api.events import RunEvent
 from freestep.api.models import (
     Checkpoint,
     CheckpointList,
@@ -28,6 +29,7 @@ from freestep.api.models import (
 )
 from freestep.bulk_exchange import Body
 from freestep.data_set import DataSet
+from freestep.event_source import EventSource
 from freestep.lease import Claim, HeldLease, worker_name
 from freestep.sharding import ShardClient
 from freestep.transport import Answer, Transport
@@ -185,6 +187,30 @@ class Run:
     def data_sets(self) -> list[DataStatus]:
         """The data sets of the run, by name."""
         return parse(DataList, self._transport.request("GET", f"{self._path}/data")).data
+
+    def events(
+        self, after: str | None = None, *, from_step: int | None = None, follow: bool = True
+    ) -> Iterator[RunEvent]:
+        """Yields what happens to the run: pushes, reports, leases, epochs, checkpoints, owners of shards.
+
+        Where a stream ends it is asked for again, behind the last event, so none comes twice. What the service does not
+        know any more is told of by a `GapEvent`: it keeps the newest 4096 events at least, and after a restart those
+        of what it replays. A reader that is behind gets pushes that follow each other as one, with `coalesced`.
+
+        Args:
+            after: The `id` of an event, behind which to begin; None begins with the oldest that is kept.
+            from_step: Without `after`, begins with this step of the newest epoch.
+            follow: Whether to go on with what is yet to happen; else the iterator ends with what has.
+
+        Yields:
+            Events by their `kind`: see `freestep.api.events`.
+
+        Raises:
+            RunNotFound: The run was deleted, or there is none.
+            MalformedRequest: The run has not reached the place `after`.
+            ServiceUnreachable: The service was away for longer than the client's `retry_for`.
+        """
+        return EventSource(self._transport, f"{self._path}/events").events(after, from_step, follow=follow)
 
     def keep_best(
         self, metric: str, path: str | os.PathLike[str], *, mode: Literal["max", "min"] | None = None

@@ -191,12 +191,74 @@ class Transport:
         Raises the ProblemError that the service named, ServiceUnreachable if nothing answered in time, and
         UnexpectedResponse if the answer is not freestep's.
         """
-        lines = {**(headers or {}), "Accept-Encoding": "identity"}
+        lines = dict(headers or {})
         if body is not None:
             lines |= {"Content-Type": MEDIA_TYPE, "Content-Length": str(body.length)}
-        patience = self._http.timeout.read or 30.0
 
-        def attempt(url: str) -> Answer:
+        def send(url: str) -> Answer:
+            response = self._send(method, url, path, json=json, headers=lines, params=params, body=body, wait=wait)
+            try:
+                return _read(response, into)
+            finally:
+                response.close()
+
+        return self._with_retries(send, route, self._retry_for if retry else 0.0)
+
+    def open(
+        self, path: str, *, headers: Mapping[str, str], params: Mapping[str, str | int], wait: float
+    ) -> httpx.Response:
+        """The successful answer to a GET, with its body unread, for as long as it goes on; the caller closes it.
+
+        wait: seconds for which the service may send nothing of it. Raises as `request` does.
+        """
+
+        def send(url: str) -> httpx.Response:
+            response = self._send("GET", url, path, headers=headers, params=params, wait=wait)
+            if not response.is_success:
+                try:
+                    _read(response, None)
+                finally:
+                    response.close()
+            return response
+
+        return self._with_retries(send, None, self._retry_for)
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        params: Mapping[str, str | int] | None,
+        wait: float,
+        json: Any = None,
+        body: Body | None = None,
+    ) -> httpx.Response:
+        """Sends a request once, as `request` has it; the answer, with its body unread. url: as of a Route."""
+        patience = self._http.timeout.read or 30.0
+        connect = min(patience, _CONNECT_S) if url else patience
+        timeout = httpx.Timeout(patience, connect=connect, read=patience + wait)
+        base = url or str(self.base_url).rstrip("/")
+        # httpx would replace the address's query by the client's own default parameters.
+        query = () if self._http.params else tuple((params or {}).items())
+        request = self._http.build_request(
+            method,
+            _address(base + path, *query),
+            json=json,
+            headers={**headers, "Accept-Encoding": "identity"} | self._credentials.headers(),
+            params=None if query else params,
+            content=body,
+            timeout=timeout,
+        )
+        if body is not None:
+            request.stream = body
+        return self._http.send(request, stream=True)
+
+    def _with_retries(self, send: Callable[[str], T], route: Route | None, seconds: float) -> T:
+        """What a request was answered with. send: sends it once, to a URL as of a Route."""
+
+        def attempt(url: str) -> T:
             try:
                 return send(url)
             except (Unauthenticated, Forbidden):
@@ -205,32 +267,6 @@ class Transport:
                     raise
                 return send(url)
 
-        def send(url: str) -> Answer:
-            connect = min(patience, _CONNECT_S) if url else patience
-            timeout = httpx.Timeout(patience, connect=connect, read=patience + wait)
-            base = url or str(self.base_url).rstrip("/")
-            # httpx would replace the address's query by the client's own default parameters.
-            query = () if self._http.params else tuple((params or {}).items())
-            request = self._http.build_request(
-                method,
-                _address(base + path, *query),
-                json=json,
-                headers=lines | self._credentials.headers(),
-                params=None if query else params,
-                content=body,
-                timeout=timeout,
-            )
-            if body is not None:
-                request.stream = body
-            response = self._http.send(request, stream=True)
-            try:
-                return _read(response, into)
-            finally:
-                response.close()
-
-        return self._with_retries(attempt, route, self._retry_for if retry else 0.0)
-
-    def _with_retries(self, attempt: Callable[[str], Answer], route: Route | None, seconds: float) -> Answer:
         deadline = self._clock() + seconds
         longest = _FIRST_PAUSE_S
         failed: set[str] = set()

@@ -41,6 +41,7 @@ SCOPE_OF = {
     ("GET", "/v1/runs/{run}/state"): "read",
     ("GET", "/v1/runs/{run}/leases"): "read",
     ("GET", "/v1/runs/{run}/checkpoints"): "read",
+    ("GET", "/v1/runs/{run}/events"): "read",
     ("POST", "/v1/runs/{run}/metrics"): "read",
     ("PUT", "/v1/runs/{run}"): "push",
     ("PUT", "/v1/runs/{run}/parameters"): "push",

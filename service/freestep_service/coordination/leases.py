@@ -65,7 +65,7 @@ class RunLeases:
         if status != "ended":
             self._scripts.refuse(status, rest)
         worker, seq, step, epoch, *evicted = rest
-        return worker, Ended(seq, step, epoch, evicted)
+        return worker, Ended(seq, step, epoch, evicted, [worker])
 
     async def expire(self, position: LogPosition, patience_ms: int) -> Expired:
         """Ends the leases that have run out.
@@ -79,7 +79,8 @@ class RunLeases:
         status, *rest = await self._scripts.call("leases_expire", *position, patience_ms, *pairs, keys=keys)
         if status != "ended":
             self._scripts.refuse(status, rest)
-        return Expired(live, left_ms, Ended(rest[0], rest[1], rest[2], rest[3:]))
+        seq, step, epoch, workers, *evicted = rest
+        return Expired(live, left_ms, Ended(seq, step, epoch, evicted, list(json.loads(workers))))
 
     async def workers(self) -> list[WorkerStatus]:
         """The live workers, by name."""

@@ -279,9 +279,13 @@ class Admission:
 
 @dataclass(frozen=True)
 class Ended:
-    """What ending leases has changed: `seq` is the place in the log of the update that it completed, 0 if none."""
+    """What ending leases has changed: `seq` is the place in the log of the update that it completed, 0 if none.
+
+    workers: whose leases have ended.
+    """
 
     seq: int
     step: int
     epoch: int
     evicted: list[str]
+    workers: list[str] = field(default_factory=list)

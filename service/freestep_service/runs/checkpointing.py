@@ -108,6 +108,7 @@ class Checkpointing:
             self._last = (identity.step, time.monotonic())
             self._not_before = 0.0
             self._context.telemetry.checkpointed(identity.step, time.monotonic() - began)
+            self._context.events.checkpoint(identity)
         return await self._disk.run(self._checkpoints.describe, identity)
 
     async def write_or_retry(self) -> None:
@@ -212,5 +213,6 @@ class Checkpointing:
         await self._disk.run(self._checkpoints.complete, identity)
         self._cut_journals(identity)
         self._last = (identity.step, time.monotonic())
+        self._context.events.checkpoint(identity)
         if (waiter := self._durable.get(identity)) is not None and not waiter.done():
             waiter.set_result(None)

@@ -9,6 +9,7 @@ from freestep.wire.manifest import Manifest
 from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.domain.records import Origin, Receipts
 from freestep_service.runs.background import Background
+from freestep_service.runs.events import RunEvents
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.telemetry import RunMetrics
 from freestep_service.settings import Settings
@@ -21,7 +22,7 @@ class RunContext:
     """A run's name and spec, its part of Redis, and what this process keeps and has for it.
 
     canonical_spec: the spec as JSON, by which specs are compared. origin: where the run began. manifest: of the whole
-    model. receipts: the decided pushes, as Redis has them.
+    model. receipts: the decided pushes, as Redis has them. events: told by whoever sees them happen.
     """
 
     name: str
@@ -32,6 +33,7 @@ class RunContext:
     coordinator: Coordinator
     receipts: Receipts
     telemetry: RunMetrics
+    events: RunEvents
     background: Background
     resources: Resources
 

@@ -24,6 +24,7 @@ class Dispatch:
         self._coordinator = context.coordinator
         self._receipts = context.receipts
         self._telemetry = context.telemetry
+        self._events = context.events
         self._background = context.background
         self._recovery = recovery
         self._shards = shards
@@ -42,6 +43,7 @@ class Dispatch:
             case "decided":
                 record = Record.from_json(message["record"])
                 self._receipts.remember(message["key"], record, message["evicted"] or ())
+                self._events.dropped(record)
                 for shard in self._shards:
                     shard.on_dropped(message["key"], record)
             case "refused":
@@ -53,6 +55,8 @@ class Dispatch:
             case "moved":
                 for shard in self._shards:
                     shard.on_moved()
+            case "lease":
+                self._events.lease(message["change"], message["worker"])
             case "units":
                 self.on_units()
             case "initialized":

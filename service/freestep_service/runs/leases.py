@@ -25,6 +25,7 @@ class Leases:
         self._coordinator = context.coordinator.leases
         self._receipts = context.receipts
         self._telemetry = context.telemetry
+        self._events = context.events
         self._ttl_ms = context.spec.lease_ttl_ms
         self._patience_ms = int(1000 * context.settings.stall_seconds)
         self._recovery = recovery
@@ -42,6 +43,9 @@ class Leases:
         """Grants a lease, for the run's time to live unless another is given; the worker's older one is fenced off."""
         lease, evicted = await self._recovery.call(lambda: self._coordinator.grant(worker, ttl_ms or self._ttl_ms))
         self._receipts.forget(evicted)
+        if not self._shards.is_sharded:
+            # With several shards, whoever grants it sends a message.
+            self._events.lease("granted", worker)
         self._may_be_live = True
         self._next_look = 0.0
         return lease
@@ -64,6 +68,8 @@ class Leases:
             # The update that waited for it may be closed by an entry that Redis could not answer with.
             self._recovery.catch_up()
             raise
+        if not self._shards.is_sharded:
+            self._events.lease("released", worker)
         self._on_ended(ended, era)
         return worker
 
@@ -104,6 +110,8 @@ class Leases:
             if live:
                 self._next_look = min(self._next_look, now + left_ms / 1000)
             if ended:
+                for worker in ended.workers:
+                    self._events.lease("expired", worker)
                 self._on_ended(ended, era)
             self._telemetry.live(live)
 

@@ -399,6 +399,8 @@ class Loading:
         core.closed = None
         core.is_repaired = False
         core.initialized = initialized
+        if core.index == 0:
+            self._context.events.begin(epoch, seq, step)
         writer.resume(epoch, seq, step)
         if core.index == 0:
             self._context.telemetry.restored(await writer.run(core.shard.reported))

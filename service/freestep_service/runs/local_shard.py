@@ -250,6 +250,8 @@ class LocalShard:
 
     def _on_taken(self, entry: Entry) -> None:
         """The next work of the writer sees the state that the entry leaves."""
+        if self.core.index == 0:
+            self._context.events.took(entry)
         if entry.reads:
             self._reads.take(entry)
             self._exports.take(entry)
@@ -290,6 +292,8 @@ class LocalShard:
 
     async def close(self) -> None:
         """Stops, once what has a place in the log is applied or lost."""
+        if self.core.index == 0:
+            self._context.events.end()
         await self._pushes.close()
         self._reads.close()
         self._exports.close()

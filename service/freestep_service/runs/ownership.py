@@ -250,6 +250,7 @@ class Ownership:
                 self._shards[index].core.token = token
             else:
                 self._shards.add(self._make_shard(index, token))
+        self._context.events.shards({index: view.field(index, "url") for index in range(view.count)})
         await self._subscribe()
 
     async def _subscribe(self) -> None:

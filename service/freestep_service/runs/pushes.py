@@ -71,6 +71,7 @@ class Pushes:
         self._settings = context.settings
         self._coordinator = context.coordinator.pushes
         self._receipts = context.receipts
+        self._events = context.events
         self._background = context.background
         self._recovery = recovery
         self._core = core
@@ -228,6 +229,7 @@ class Pushes:
             else:
                 if admission.record is not None and not admission.replayed:
                     self._receipts.remember(claim.key, admission.record, admission.evicted)
+                    self._tell_dropped(admission.record, claim)
                 return admission
 
     async def _wait_for_the_slowest(self, moved: asyncio.Event, deadline: float) -> None:
@@ -282,6 +284,11 @@ class Pushes:
             self._core.staging.pool.release(vector)
             raise
 
+    def _tell_dropped(self, record: Record, claim: Claim) -> None:
+        """Tells of a push that was dropped without a place in the log; with several shards, its message does."""
+        if not self._core.is_sharded:
+            self._events.dropped(record, claim)
+
     def _forget_part(self, claim: Claim) -> None:
         """Forgets a push that has not counted."""
         if self._core.journal is not None:
@@ -322,6 +329,7 @@ class Pushes:
                 await asyncio.shield(decision.applied)
             elif not record.seq:
                 self._forget_part(claim)
+                self._tell_dropped(record, claim)
             return record
         except Lost:
             self._forget(claim, record)

@@ -59,6 +59,8 @@ async def recover(
             await core.journal.begin(contents.epoch, checkpoint, checkpoint.seq)
         else:
             core.journal.go_on()
+        if core.index == 0:
+            context.events.begin(contents.epoch, checkpoint.seq, checkpoint.step)
         core.writer.resume(contents.epoch, checkpoint.seq, checkpoint.step, newest)
         tally = await _replay(context, shard, contents, checkpoint, loaded.state.tally, last)
         context.telemetry.tally = tally

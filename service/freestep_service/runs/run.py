@@ -35,6 +35,7 @@ from freestep_service.runs.context import RunContext
 from freestep_service.runs.data_units import DataUnits
 from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.dispatch import Dispatch
+from freestep_service.runs.events import RunEvents
 from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.keeper import Keeper
 from freestep_service.runs.lanes import Lanes
@@ -89,6 +90,7 @@ class Run:
             Coordinator(resources.store, name, canonical, Policy.of(spec.aggregation), origin),
             Receipts(),
             RunMetrics(resources.metrics, name),
+            RunEvents(),
             Background(f"run {name}"),
             resources,
         )
@@ -165,6 +167,12 @@ class Run:
         except ShardUnavailable:
             self._ownership.require_open()
             raise not_open(self.name, self._ownership.missing, self._ownership.problem) from None
+
+    @property
+    def events(self) -> RunEvents:
+        """What happens to it, for the owner of its first shard to tell. Raises what `shard` raises."""
+        self.shard(0)
+        return self._context.events
 
     def owner_url(self, index: int) -> str | None:
         """Where a shard's owner was last known to be, if that is another process."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.marks import Marks
-from freestep_service.domain.records import LogPosition
+from freestep_service.domain.records import Claim, LogPosition, Record
 from freestep_service.domain.reports import Measured
 from freestep_service.optimizers import Pushed
 from freestep_service.state.buffers import Hold
@@ -60,6 +60,10 @@ class Entry:
     is_outlier: bool = False
     members: Mapping[str, Any] | None = field(default=None, repr=False)
     """The entry as Redis has it, for the journal; None where there is none, or it is there already."""
+    record: Record | None = field(default=None, repr=False)
+    """The decision on the push; None where the entry is no push."""
+    claim: Claim | None = field(default=None, repr=False)
+    """The claim of the push."""
     reads: Mapping[str, str] = field(default_factory=dict)
     """Ticket -> "POINT DTYPE", and the shard where only one is asked: the points to copy after this entry."""
     checkpoint: bool = False

@@ -104,5 +104,7 @@ def committed_push(
         units=record.counted,
         reads=reads,
         members=members,
+        record=record,
+        claim=claim,
         **others,
     )

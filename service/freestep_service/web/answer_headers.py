@@ -12,6 +12,7 @@ from freestep_service.web.fields import Kind, choice, flag, integer, pattern, te
 __all__ = [
     "CONTENT_RANGE",
     "ETAG",
+    "EVENT_STREAM",
     "NEXT_PAGE",
     "NO_STORE",
     "POINT_HEADERS",
@@ -76,3 +77,7 @@ PREFERENCE_APPLIED = AnswerHeader(
     "Preference-Applied", text(1), "Those of the request's preferences that were honoured, RFC 7240.", is_optional=True
 )
 NO_STORE = AnswerHeader("Cache-Control", choice(("no-store",)), "No cache may keep the token.")
+EVENT_STREAM = (
+    AnswerHeader("Cache-Control", choice(("no-store",)), "No cache may keep the stream."),
+    AnswerHeader("X-Accel-Buffering", choice(("no",)), "A proxy passes on at once what comes."),
+)

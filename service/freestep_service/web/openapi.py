@@ -6,9 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from freestep.api.events import TOLD
 from freestep_service.web.problem_documents import problem_schemas
 
-__all__ = ["DESCRIPTION", "TAGS", "document_problems"]
+__all__ = ["DESCRIPTION", "EVENTS", "TAGS", "document_problems"]
 
 DESCRIPTION = """\
 A run is one model in training. Workers take a lease, pull the point y and push gradients; evaluators pull the average,
@@ -27,21 +28,44 @@ TAGS = [
     {"name": "state", "description": "The whole state of a run: out of one service, into another."},
     {"name": "checkpoints", "description": "What a run returns to after a crash, or when it is restored."},
     {"name": "metrics", "description": "What evaluators have measured at x."},
+    {"name": "events", "description": "What happens to a run, as it happens."},
     {"name": "data", "description": "Data sets: their units are handed out, and each counts once in a pass."},
     {"name": "tokens", "description": "Bearer tokens: make, list, revoke."},
     {"name": "health", "description": "Liveness, readiness, Prometheus metrics."},
 ]
 
 
+EVENTS: dict[str, Any] = {
+    "description": "Server-sent events, whose `event` is the kind and whose `data` is the event as JSON.",
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "type": "string",
+                "contentMediaType": "text/event-stream",
+                "contentSchema": {"$ref": "#/components/schemas/RunEvent"},
+            }
+        }
+    },
+}
+
+
+def _event_schemas() -> dict[str, dict[str, Any]]:
+    """A schema for each kind of event, and one of them all: nothing that FastAPI sees has them."""
+    union = TOLD.json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+    kinds: dict[str, dict[str, Any]] = union.pop("$defs")
+    return {**kinds, "RunEvent": union}
+
+
 def document_problems(app: FastAPI) -> None:
-    """Has an app's OpenAPI document define what its responses refer to, without FastAPI's own refusals, which are not
-    given here."""
+    """Has an app's OpenAPI document define what its responses refer to, problems and events, and leave out FastAPI's
+    own refusals, which are not given here."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = make()
         schemas = document["components"]["schemas"]
         schemas |= problem_schemas()
+        schemas |= _event_schemas()
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         for operations in document["paths"].values():

@@ -100,9 +100,12 @@ class Relay:
         may_stall(request.scope, _RELAYED_STALL_S)
         return _RELAYED_STALL_S
 
-    async def forward(self, request: Request, run: Run, index: int = 0, content: bytes | None = None) -> Response:
+    async def forward(
+        self, request: Request, run: Run, index: int = 0, content: bytes | None = None, *, is_endless: bool = False
+    ) -> Response:
         """The answer of a shard's owner to a request; `content` is the request's body if that has been read already.
 
+        is_endless: whether the answer goes on for as long as it is read; it then ends when the service shuts down.
         Raises ShardUnavailable if the owner cannot be reached, and ClientDisconnect.
         """
         owner = run.owner_url(index)
@@ -127,7 +130,9 @@ class Relay:
         exchanges = AsyncExitStack()
         exchanges.push_async_callback(answer.aclose)
         answered = {name: value for name, value in answer.headers.items() if name.encode() not in _HOP_BY_HOP}
-        return RelayedResponse(answer.aiter_raw(), answer.status_code, answered, exchanges, self.stall_s)
+        return RelayedResponse(
+            answer.aiter_raw(), answer.status_code, answered, exchanges, self.stall_s, is_endless=is_endless
+        )
 
     async def _body(self, request: Request) -> AsyncIterator[bytes]:
         """A request's body as it comes; the owner's answer is read behind it. Raises MalformedRequest as Body does.

@@ -34,4 +34,5 @@ redis.call('HSET', WORKERS, worker, lease)
 redis.call('HSET', KEYS[13], 'worker', worker, 'token', token, 'ttl_ms', ttl,
   'epoch', redis.call('HGET', RUN, 'epoch'), 'granted_ms', text(now), 'pushes', 0)
 extend(KEYS[13], worker, ttl, now)
+if shard_count() > 1 then publish({kind = 'lease', change = 'granted', worker = worker}) end
 return {'granted', token, run_number('epoch'), run_number('step'), unpack(evicted)}

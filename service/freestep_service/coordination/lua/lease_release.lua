@@ -15,6 +15,7 @@ end_lease(found.worker, now)
 redis.call('DEL', KEYS[13])
 retire(ARGV[1], KEYS[14], evicted)
 publish_evicted(evicted)
+if shard_count() > 1 then publish({kind = 'lease', change = 'released', worker = found.worker}) end
 if redis.call('HGET', RUN, 'phase') == 'open' and rule('batch') == 'live' and is_complete(now) then
   local entry = append(true, {closed_by = found.worker})
   publish_entry(entry)

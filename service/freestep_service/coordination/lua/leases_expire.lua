@@ -5,19 +5,21 @@
 -- ARGV     1 epoch and 2 newest seq that the shard knows, 3 how long a push may hold its slot without arriving, in ms,
 --          then worker and lease, in turn, in the order of the windows
 -- returns  {behind} (Redis has lost data; the run must be opened again), or
---          {ended, seq, step, epoch, evicted idempotency keys ...}; seq is 0 if no update was completed
+--          {ended, seq, step, epoch, workers whose leases have ended (JSON), evicted idempotency keys ...}; seq is 0 if
+--          no update was completed
 
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
 check_types()
 for index = 13, #KEYS - 4 do check_type('list', KEYS[index]) end
 local now = clock()
-local evicted, seq, step = {}, 0, 0
+local evicted, workers, seq, step = {}, {}, 0, 0
 for index = 4, #ARGV, 2 do
   local worker, lease = ARGV[index], ARGV[index + 1]
   local ends = redis.call('ZSCORE', LEASES, worker)
   -- Where the key of workers was lost, its leases are unknown and end here.
   if (redis.call('HGET', WORKERS, worker) or '') == lease and (not ends or tonumber(ends) <= now) then
     end_lease(worker, now)
+    workers[#workers + 1] = worker
     retire(lease, KEYS[12 + (index - 2) / 2], evicted)
   end
 end
@@ -48,4 +50,4 @@ if redis.call('HGET', RUN, 'phase') == 'open' and rule('batch') == 'live' and is
   publish_entry(entry)
   seq, step = entry.seq, entry.step
 end
-return {'ended', seq, step, run_number('epoch'), unpack(evicted)}
+return {'ended', seq, step, run_number('epoch'), cjson.encode(workers), unpack(evicted)}

@@ -1,0 +1,81 @@
+"""`freestep events`: what happens to a run, as it happens."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from freestep.api.events import (
+    CheckpointEvent,
+    DataEvent,
+    GapEvent,
+    LeaseEvent,
+    MetricEvent,
+    PushEvent,
+    RunEvent,
+    ShardsEvent,
+)
+from freestep.client import DEFAULT_URL
+from freestep.commands.shared import Json, RunName, Token, Url, connect
+from freestep.terminal import print_line
+
+__all__ = ["events"]
+
+
+def events(
+    run: RunName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is yet to happen.")] = False,
+    from_step: Annotated[
+        int | None, typer.Option("--from", min=0, help="Begin with this step of the newest epoch.")
+    ] = None,
+    after: Annotated[str | None, typer.Option(help="Begin behind the event with this id.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Show what has happened to a run, as far as its service still knows: one event a line.
+
+    Lines of JSON with --json; an event's `id` is its place, from which --after goes on.
+    """
+    with connect(url, token, patient=follow) as client:
+        for event in client.run(run).events(after, from_step=from_step, follow=follow):
+            if as_json:
+                sys.stdout.write(event.model_dump_json() + "\n")
+                sys.stdout.flush()
+            else:
+                print_line(f"{event.id:<12} step {event.step:<8} {event.kind:<10} {_told(event)}".rstrip())
+
+
+def _told(event: RunEvent) -> str:
+    """What an event tells beside its step."""
+    match event:
+        case PushEvent():
+            words = [f"{event.decision} of {event.worker}", f"staleness {event.staleness}"]
+            words += [event.reason] if event.reason else []
+            words += [f"loss {event.loss:.4g}"] if event.loss is not None else []
+            words += [f"for {event.coalesced} pushes"] if event.coalesced > 1 else []
+            return ", ".join(words)
+        case MetricEvent():
+            return f"{event.name} {event.value:.4g} at step {event.measured_at}"
+        case DataEvent():
+            return event.name
+        case LeaseEvent():
+            return (
+                f"{event.change} to {event.worker}"
+                if event.change == "granted"
+                else f"{event.change} of {event.worker}"
+            )
+        case CheckpointEvent():
+            return f"of step {event.written_step}, epoch {event.written_epoch}"
+        case ShardsEvent():
+            return f"{event.shards}: {', '.join(owner or 'no owner' for owner in event.owners)}"
+        case GapEvent():
+            missing = (
+                "entries of the log, it is not known how many"
+                if event.entries is None
+                else f"{event.entries} entries of the log"
+            )
+            return f"{missing} are not known any more" + (f" behind {event.after}" if event.after else "")
+    return ""

@@ -1,0 +1,50 @@
+"""What happens to a run, as server-sent events."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from freestep.errors import MalformedRequest, Overloaded
+from freestep_service.domain.events import PLACE_PATTERN, Place
+from freestep_service.web.answer_headers import EVENT_STREAM
+from freestep_service.web.event_stream import EventStream
+from freestep_service.web.fields import Header, Kind, Query, flag, integer
+from freestep_service.web.guard import needs
+from freestep_service.web.limits import JsonRoute
+from freestep_service.web.openapi import EVENTS
+from freestep_service.web.problem_documents import refuses
+from freestep_service.web.routes.dependencies import AnyRelay, AnyRun
+from freestep_service.web.routes.documents import answer, documented
+
+router = APIRouter(tags=["events"], route_class=JsonRoute)
+
+_AFTER = Header(
+    "Last-Event-ID",
+    Kind({"type": "string", "pattern": f"^{PLACE_PATTERN}$"}, Place.parse, "the id of an event of this run"),
+    "The id of the last event that the reader has had: the stream goes on behind it.",
+)
+_FOLLOW = Query("follow", flag(), "Whether the stream goes on with what is yet to happen.", default=True)
+_FROM = Query("from", integer(0), "Without Last-Event-ID: begins with this step of the newest epoch.")
+
+
+@router.get(
+    "/v1/runs/{run}/events",
+    # FastAPI would take an EventSourceResponse for the sign of a generator, which can refuse nothing any more.
+    response_class=Response,
+    responses={200: answer(EVENT_STREAM, body=EVENTS)},
+    openapi_extra=documented(_AFTER, _FOLLOW, _FROM),
+)
+@needs("read")
+@refuses(MalformedRequest, Overloaded)
+async def read_events(run: AnyRun, request: Request, relay: AnyRelay) -> Response:
+    """What happens to the run, as server-sent events, each with its place in the log as its id.
+
+    The stream begins behind `Last-Event-ID`, or with the oldest event that is kept. What is kept no more is told of by
+    an event `gap`. A reader gets a few frames a second at the most; one who is behind gets pushes that follow each
+    other as one, with `coalesced`. The stream ends after ten minutes, or when the service shuts down: the reader comes
+    again.
+    """
+    after, from_step, follows = _AFTER.find(request), _FROM.find(request), _FOLLOW.read(request)
+    if not run.owns(0):
+        return await relay.forward(request, run, is_endless=True)
+    return EventStream(run.events.reader(after, from_step), follows=follows)
