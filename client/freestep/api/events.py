@@ -25,7 +25,7 @@ __all__ = [
 
 
 class _Event(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
     id: str
     """Its place: EPOCH-SEQ for an entry of the log, EPOCH-SEQ.NUMBER for what has none; rises from event to event."""
@@ -146,9 +146,10 @@ ToldEvent: TypeAlias = (
 class OtherEvent(_Event):
     """An event of a kind that only a newer service knows, with its members as they came."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     kind: str
+    """Its kind."""
 
 
 RunEvent: TypeAlias = ToldEvent | OtherEvent
