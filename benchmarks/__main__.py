@@ -29,6 +29,7 @@ NAMES = (
     "journal",
     "leases",
     "units",
+    "events",
     "crowd",
     "startup",
     "sweep",
