@@ -16,15 +16,17 @@ from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.dependencies import AnyRelay, AnyRun
 from freestep_service.web.routes.documents import answer, documented
 
+__all__ = ["AFTER", "FOLLOW", "FROM", "router"]
+
 router = APIRouter(tags=["events"], route_class=JsonRoute)
 
-_AFTER = Header(
+AFTER = Header(
     "Last-Event-ID",
     Kind({"type": "string", "pattern": f"^{PLACE_PATTERN}$"}, Place.parse, "the id of an event of this run"),
     "The id of the last event that the reader has had: the stream goes on behind it.",
 )
-_FOLLOW = Query("follow", flag(), "Whether the stream goes on with what is yet to happen.", default=True)
-_FROM = Query("from", integer(0), "Without Last-Event-ID: begins with this step of the newest epoch.")
+FOLLOW = Query("follow", flag(), "Whether the stream goes on with what is yet to happen.", default=True)
+FROM = Query("from", integer(0), "Without Last-Event-ID: begins with this step of the newest epoch.")
 
 
 @router.get(
@@ -32,7 +34,7 @@ _FROM = Query("from", integer(0), "Without Last-Event-ID: begins with this step 
     # FastAPI would take an EventSourceResponse for the sign of a generator, which can refuse nothing any more.
     response_class=Response,
     responses={200: answer(EVENT_STREAM, body=EVENTS)},
-    openapi_extra=documented(_AFTER, _FOLLOW, _FROM),
+    openapi_extra=documented(AFTER, FOLLOW, FROM),
 )
 @needs("read")
 @refuses(MalformedRequest, Overloaded)
@@ -44,7 +46,7 @@ async def read_events(run: AnyRun, request: Request, relay: AnyRelay) -> Respons
     other as one, with `coalesced`. The stream ends after ten minutes, or when the service shuts down: the reader comes
     again.
     """
-    after, from_step, follows = _AFTER.find(request), _FROM.find(request), _FOLLOW.read(request)
+    after, from_step, follows = AFTER.find(request), FROM.find(request), FOLLOW.read(request)
     if not run.owns(0):
         return await relay.forward(request, run, is_endless=True)
     return EventStream(run.events.reader(after, from_step), follows=follows)
