@@ -25,7 +25,10 @@ schemathesis.openapi.media_type(MEDIA_TYPE, st.sampled_from([BODY] * 3 + [BODY[:
 @schemathesis.hook
 def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
     """Along links, requests are such that what follows can succeed. No stream goes on for as long as it is read."""
-    if case.operation.definition.raw["operationId"] == "read_events" and (case.query or {}).get("follow", True) is True:
+    if case.operation.definition.raw["operationId"] == "read_events" and (case.query or {}).get("follow", "true") in (
+        True,
+        "true",
+    ):
         case.query = {**(case.query or {}), "follow": "false"}
     meta = case.meta
     if meta is None or not meta.generation.mode.is_positive:

@@ -94,7 +94,10 @@ class LeaseEvent(_Event):
 
 
 class EpochEvent(_Event):
-    """The run goes on in an epoch at a step: a new one, or the same in another process."""
+    """The run goes on in an epoch at a step: a new one, or the same in another process.
+
+    What was told of later steps in earlier epochs counts no more.
+    """
 
     kind: Literal["epoch"]
 

@@ -39,10 +39,19 @@ EVENTS: dict[str, Any] = {
     "description": "Server-sent events, whose `event` is the kind and whose `data` is the event as JSON.",
     "content": {
         "text/event-stream": {
-            "schema": {
-                "type": "string",
-                "contentMediaType": "text/event-stream",
-                "contentSchema": {"$ref": "#/components/schemas/RunEvent"},
+            # As FastAPI has it for streams of its own: the word is of OpenAPI 3.2.
+            "itemSchema": {
+                "type": "object",
+                "properties": {
+                    "event": {"type": "string"},
+                    "id": {"type": "string"},
+                    "retry": {"type": "integer"},
+                    "data": {
+                        "type": "string",
+                        "contentMediaType": "application/json",
+                        "contentSchema": {"$ref": "#/components/schemas/RunEvent"},
+                    },
+                },
             }
         }
     },
