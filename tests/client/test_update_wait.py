@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from freestep import AggregationSpec, RemoteOptimizer, Run, ServiceUnreachable, optimizer
+from freestep import AggregationSpec, RemoteOptimizer, Run, ServiceUnreachable, joined_optimizer, pushing_optimizer
 from freestep.api.models import WorkerStatus
 from freestep.update_wait import log_update_wait
 from meanwhile import under_way, wait_until
@@ -38,8 +38,8 @@ def test_a_worker_says_whom_it_waits_for_and_goes_on_when_they_push(
     said: str,
     shards: int,
 ) -> None:
-    monkeypatch.setattr(optimizer, "FIRST_WAIT_S", 0.1)
-    monkeypatch.setattr(optimizer, "_WAIT_S", 0.1)
+    monkeypatch.setattr(pushing_optimizer, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(joined_optimizer, "_WAIT_S", 0.1)
     caplog.set_level(logging.WARNING, "freestep")
     models = [network(), network(), network()]
     waiting, idle, late = (
