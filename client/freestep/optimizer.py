@@ -1,8 +1,8 @@
 """RemoteOptimizer: a `torch.optim.Optimizer` whose steps are taken by the service.
 
-How it joins a run is in `joined_optimizer`, and its steps are in `pushing_optimizer`. The law of this file: gradients are
-taken at y, so what else the model contains, x or weights of the user's own, is there until `train`; and a saved state
-continues on the run that it is of, or says that it cannot.
+How it joins a run is in `joined_optimizer`, and its steps are in `pushing_optimizer`. The law of this file: gradients
+are taken at y, so what else the model contains, x or weights of the user's own, is there until `train`; and a saved
+state continues on the run that it is of, or says that it cannot.
 """
 
 from __future__ import annotations
