@@ -186,7 +186,7 @@ def waiting(api: ShardedApi, redis: Redis, update: int) -> Iterator[Call[list[ht
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard that is to be opened again waits for the others for as long as they take."""
-    monkeypatch.setattr("freestep_service.runs.loading._CATCHING_UP_S", 60.0)
+    monkeypatch.setattr("freestep_service.runs.standing._CATCHING_UP_S", 60.0)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 The law of this file: Redis decides who owns a shard, and every heartbeat reads that. Shards of other owners are let
 go; free ones are taken, up to this process's share, and more when others leave them. One task at a time does that,
-under `lock`, which whatever has the run opened again holds too; what state shards then load is `loading`'s.
+under `lock`, which whatever has the run opened again holds too; where shards stand is then `standing`'s, and what they
+load is `loading`'s.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from freestep_service.runs.loading import Loading
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.standing import Standing
+from freestep_service.runs.stored_states import StoredStates
 from freestep_service.runs.watched_lock import WatchedLock
 
 __all__ = ["Ownership"]
@@ -50,6 +53,8 @@ class Ownership:
         recovery: Recovery,
         shards: OwnedShards,
         dispatch: Dispatch,
+        stored: StoredStates,
+        standing: Standing,
         loading: Loading,
         make_shard: Callable[[int, str], LocalShard],
     ) -> None:
@@ -78,6 +83,8 @@ class Ownership:
         self._recovery = recovery
         self._shards = shards
         self._dispatch = dispatch
+        self._stored = stored
+        self._standing = standing
         self._loading = loading
         self._make_shard = make_shard
         clock = context.resources.node.clock
@@ -135,7 +142,7 @@ class Ownership:
                 view = await self._heartbeat(wanted)
                 continue
             mine = [self._shards[index] for index in sorted(self._mine(view))]
-            if view.phase == "gather" and mine and await self._loading.report(view, mine):
+            if view.phase == "gather" and mine and await self._standing.report(view, mine):
                 view = await self._heartbeat()
                 continue
             if view.phase == "load" and await self._loading.load(view, mine):
@@ -155,7 +162,7 @@ class Ownership:
             view = await self._opening.heartbeat(self._node, wanted, self._fields(), self._applied())
             if view is None:
                 last = await self._deletions.last_epoch()
-                if last >= max(self._shards.epoch, self._loading.newest_epoch, self._context.origin.first_epoch, 1):
+                if last >= max(self._shards.epoch, self._stored.newest_epoch, self._context.origin.first_epoch, 1):
                     await self._end(last)
                     return None
                 await self._opening.gather(self._shards.count)
@@ -300,9 +307,9 @@ class Ownership:
                 continue
             reason = None
             if index not in self._shards and "durable" in view.run:
-                reason = await self._loading.why_unreadable(index, view.count)
+                reason = await self._stored.why_unreadable(index, view.count)
             if index not in self._shards and reason is None:
-                reason = await self._loading.why_without_journal(index, view, missing_s)
+                reason = await self._stored.why_without_journal(index, view, missing_s)
             if reason is None:
                 wanted.append(index)
                 left -= 1
@@ -344,7 +351,7 @@ class Ownership:
                 view = await self._opening.read()
         for shard in given:
             try:
-                await self._loading.leave(shard, view)
+                await self._standing.leave(shard, view)
             except Exception:
                 logger.exception("run %s: shard %d could not be written", self._context.name, shard.index)
         with suppress(CoordinatorUnavailable):

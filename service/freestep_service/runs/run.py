@@ -49,7 +49,9 @@ from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.reports import MetricReports
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.shard_core import ShardCore
+from freestep_service.runs.standing import Standing
 from freestep_service.runs.state_imports import StateImports
+from freestep_service.runs.stored_states import StoredStates
 from freestep_service.runs.telemetry import RunMetrics
 from freestep_service.state.buffers import VectorPool
 from freestep_service.state.compute import uninterrupted
@@ -102,13 +104,17 @@ class Run:
         self._checkpointing = Checkpointing(context, recovery, owned, self._checkpoints)
         dispatch = Dispatch(context, recovery, owned, self._checkpointing)
         held = HeldStates()
-        self._loading = Loading(context, recovery, owned, self._checkpoints, self._checkpointing, held)
-        self._ownership = Ownership(context, recovery, owned, dispatch, self._loading, self._make_shard)
+        self._stored = stored = StoredStates(context, owned, self._checkpoints)
+        self._loading = loading = Loading(
+            context, recovery, owned, stored, self._checkpoints, self._checkpointing, held
+        )
+        self._standing = standing = Standing(context, owned, stored, loading, self._checkpoints, self._checkpointing)
+        self._ownership = Ownership(context, recovery, owned, dispatch, stored, standing, loading, self._make_shard)
         self.leases = Leases(context, recovery, owned)
         appends = LogAppends(recovery, owned, dispatch)
         self.reports = MetricReports(context, appends)
         self.data = DataUnits(context, recovery, owned, dispatch, appends)
-        self.imports = StateImports(context, owned, self._ownership, self._loading, self._checkpointing, held)
+        self.imports = StateImports(context, owned, self._ownership, stored, loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing, self.data)
         pool = VectorPool(self.manifest.numel, 1, reserve=resources.reserve)
         self._senders = Lanes(1)
@@ -365,7 +371,7 @@ class Run:
             generation = await opening.gather(self.count)
             view = await opening.read()
             # Beyond a restore that failed halfway too: Redis may have granted leases in its epoch.
-            last = max(await self._loading.last_epoch(), view.number("epoch") if view else 0)
+            last = max(await self._stored.last_epoch(), view.number("epoch") if view else 0)
             decision = Decision(last + 1, identity, initialized=True)
             if view is None or not await self._loading.open(view.of_generation(generation), decision):
                 raise ShardUnavailable("the run was opened otherwise in the meantime")
@@ -393,8 +399,8 @@ class Run:
         async with self._ownership.opening("a division into other shards"):
             await self.coordinator.opening.gather(self.count, resharding=shards)
         if self.count != shards:
-            if self._loading.problem is not None:
-                raise StorageUnavailable(self._loading.problem)
+            if self._standing.problem is not None:
+                raise StorageUnavailable(self._standing.problem)
             raise ShardUnavailable("a shard was lost, or could not be written, while the run was divided anew")
 
     # The end
@@ -419,7 +425,7 @@ class Run:
             self._ownership.is_closed = self._recovery.is_deleted = True
             try:
                 # Where its files are lost, Redis alone knows the epoch.
-                last = max(await self._loading.last_epoch(), self.epoch)
+                last = max(await self._stored.last_epoch(), self.epoch)
                 await self._deletions.note(last)
                 await self.coordinator.opening.delete()
             except BaseException:

@@ -30,6 +30,7 @@ from freestep_service.runs.loading import Loading
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.ownership import Ownership
 from freestep_service.runs.resources import Resources
+from freestep_service.runs.stored_states import StoredStates
 from freestep_service.state.compute import uninterrupted
 from freestep_service.state.received_state import ReceivedState
 from freestep_service.state.staging import Body
@@ -101,6 +102,7 @@ class StateImports:
         context: RunContext,
         shards: OwnedShards,
         ownership: Ownership,
+        stored: StoredStates,
         loading: Loading,
         checkpointing: Checkpointing,
         held: HeldStates,
@@ -109,6 +111,7 @@ class StateImports:
         self._opening = context.coordinator.opening
         self._shards = shards
         self._ownership = ownership
+        self._stored = stored
         self._loading = loading
         self._checkpointing = checkpointing
         self._held = held
@@ -184,7 +187,7 @@ class StateImports:
             return 0
         if [view.field(index, "token") for index in range(view.count)] != list(tokens):
             raise ShardUnavailable("a shard has another owner than the one that holds its part of the state")
-        epoch = 1 + max(await self._loading.last_epoch(), view.number("epoch"))
+        epoch = 1 + max(await self._stored.last_epoch(), view.number("epoch"))
         decision = Decision(epoch, CheckpointId(epoch, step, 0), initialized=True, upload=terms.upload)
         if not await self._loading.open(view.of_generation(generation), decision):
             raise ShardUnavailable("the run was opened otherwise in the meantime")
