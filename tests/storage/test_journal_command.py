@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import queue
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import xxhash
 
-from freestep_service.domain.records import CheckpointId, Claim, Record
-from freestep_service.journal_command import main
+from freestep_service.domain.records import CheckpointId, Record
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal import Journal
 from freestep_service.storage.journal_files import Ownership, chain, frames
 from freestep_service.storage.journal_format import Frame, Kind, encode_frame
 from freestep_service.storage.journal_reader import read_journal
 from freestep_service.storage.journal_repair import Examination, examine, look
-from meanwhile import DEADLINE_S
+from storage.journals import Writing, frame_places, journal_command
 
 ELEMENTS = "000000000000000-000000000000008"
 
@@ -28,87 +23,66 @@ ELEMENTS = "000000000000000-000000000000008"
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """The journal of a run's one shard, with four entries."""
-    told: queue.Queue[Callable[[], None]] = queue.Queue()
-    journal = Journal(tmp_path / "journal" / "run" / ELEMENTS, "run", "id", told.put)
-    journal.take_over()
-
-    def wait(act: Callable[[Callable[[Exception | None], None]], object]) -> None:
-        outcomes: list[Exception | None] = []
-        act(outcomes.append)
-        while not outcomes:
-            told.get(timeout=DEADLINE_S)()
-        assert outcomes == [None]
-
-    wait(lambda done: journal.begin(1, CheckpointId(1, 0, 0), 0, done))
+    writing = Writing(tmp_path / "journal" / "run" / ELEMENTS)
+    writing.begin(1, CheckpointId(1, 0, 0), 0)
     for seq in range(1, 5):
-        body, key = bytes([seq]) * 100, f"key-{seq}"
-        wait(lambda done: journal.make_room(100, done) and done(None))
-        part = journal.part(Claim("lease", 1, seq - 1, key), len(body))
-        part.write(memoryview(body))
-        part.finish(xxhash.xxh3_128_hexdigest(body))
+        key = f"key-{seq}"
+        writing.push(key, bytes([seq]) * 100)
         record = Record("lease 1", {}, "applied", seq, 0, seq, 1, "worker", 1)
-        members = {"epoch": 1, "seq": seq, "step": seq, "advance": True, "key": key, "record": record.to_json()}
-        wait(lambda done, members=members: journal.entry({**members, "counts": True}, done))  # type: ignore[misc]
-    journal.close()
-    return journal.directory
+        writing.entry(seq, key, step=seq, advance=True, record=record.to_json())
+    writing.journal.close()
+    return writing.journal.directory
 
 
 def damage(directory: Path, seq: int) -> None:
     """Breaks an entry that was on disk when later ones were written."""
     path = chain(directory)[-1][1]
-    entry = [frame for frame in frames(path) if isinstance(frame, Frame) and frame.kind == Kind.ENTRY][seq - 1]
+    entry = frame_places(path, Kind.ENTRY)[seq - 1]
     data = bytearray(path.read_bytes())
     data[entry.at + 45] ^= 1
     path.write_bytes(data)
 
 
-def run(tmp_path: Path, *arguments: str) -> int:
-    """Runs the command; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--data-dir", str(tmp_path)])
-    return int(ended.value.code or 0)
-
-
 def test_a_sound_journal_is_verified_and_shown(
     tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path, "verify") == 0
+    assert journal_command(tmp_path, "verify") == 0
     assert f"elements {ELEMENTS}" in (line := capsys.readouterr().out)
     assert line.startswith("sound, ") and "entries 1-4" in line
-    assert run(tmp_path, "show", "run", "--json") == 0
+    assert journal_command(tmp_path, "show", "run", "--json") == 0
     shown = json.loads(capsys.readouterr().out)[ELEMENTS]
     assert [row["kind"] for row in shown] == ["begin", *["part", "entry"] * 4]
     assert [row["seq"] for row in shown if row["kind"] == "entry"] == [1, 2, 3, 4]
-    assert run(tmp_path, "show", "run", "--shard", "0", "--last", "1") == 0
+    assert journal_command(tmp_path, "show", "run", "--shard", "0", "--last", "1") == 0
     assert "applied" in (table := capsys.readouterr().out)
     assert len(table.splitlines()) == 3
-    assert run(tmp_path, "repair", "run") == 1
+    assert journal_command(tmp_path, "repair", "run") == 1
     assert "nothing to repair" in capsys.readouterr().err
-    assert run(tmp_path, "show", "other") == 1
+    assert journal_command(tmp_path, "show", "other") == 1
     assert "no journal of run other" in capsys.readouterr().err
 
 
 def test_a_damaged_journal_is_repaired(tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(directory, 3)
-    assert run(tmp_path, "verify", "run") == 1
+    assert journal_command(tmp_path, "verify", "run") == 1
     assert "is damaged" in (line := capsys.readouterr().out)
     assert "`freestep journal repair run`" in line and "sound" not in line
-    assert run(tmp_path, "repair", "run") == 0
+    assert journal_command(tmp_path, "repair", "run") == 0
     told = capsys.readouterr().out
     assert "kept entries 1 to 2; lost what is behind them; set aside: " in told
     assert "run: it goes on at the newest entry that all its shards have, in a new epoch" in told
     assert read_journal(directory).repaired == 1
     assert [entry.seq for entry in read_journal(directory).entries] == [1, 2]
     assert len(list(directory.glob("*.damaged"))) == 1
-    assert run(tmp_path, "verify", "run") == 0
+    assert journal_command(tmp_path, "verify", "run") == 0
 
 
 def test_a_journal_is_given_up(tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, "repair", "run", "--discard") == 0
+    assert journal_command(tmp_path, "repair", "run", "--discard") == 0
     assert "kept no entries; lost entries 1 to 4" in capsys.readouterr().out
     contents = read_journal(directory)
     assert (contents.epoch, contents.repaired) == (0, 1)
-    assert run(tmp_path, "repair", "run", "--discard") == 1
+    assert journal_command(tmp_path, "repair", "run", "--discard") == 1
 
 
 def test_a_damaged_journal_is_shown_up_to_its_damage_and_that_is_said(
@@ -118,18 +92,18 @@ def test_a_damaged_journal_is_shown_up_to_its_damage_and_that_is_said(
     shutil.copytree(directory, directory.with_name("000000000000008-000000000000016"))
     damage(directory, 3)
     for options in ([], ["--json"], ["--last", "2"], ["--limit", "1"], ["--shard", "0"]):
-        assert run(tmp_path, "show", "run", *options) == 1
+        assert journal_command(tmp_path, "show", "run", *options) == 1
         shown = capsys.readouterr()
         assert shown.err.startswith(
             f"freestep journal: run {ELEMENTS} is shown up to its damage: the journal is damaged"
         )
         assert "key-4" not in shown.out.partition("000000000000008-000000000000016")[0]
-    assert run(tmp_path, "show", "run", "--json") == 1
+    assert journal_command(tmp_path, "show", "run", "--json") == 1
     first, second = json.loads(capsys.readouterr().out).values()
     assert [row["seq"] for row in first if row["kind"] == "entry"] == [1, 2]
     assert [row["seq"] for row in second if row["kind"] == "entry"] == [1, 2, 3, 4]
-    assert run(tmp_path, "show", "run", "--shard", "1") == 0
-    assert run(tmp_path, "verify", "run") == 1
+    assert journal_command(tmp_path, "show", "run", "--shard", "1") == 0
+    assert journal_command(tmp_path, "verify", "run") == 1
     lines = capsys.readouterr().out.splitlines()
     assert ["damage" in line for line in lines[-2:]] == [True, False]
 
@@ -141,11 +115,11 @@ def test_a_file_of_owners_that_is_damaged_or_absent_hides_no_entries(
     whole = owner.read_text()
     for broken in ("", "0123456789abcdef\n", whole.replace(whole[0], "g"), "\udcff"):
         owner.write_text(broken, errors="surrogateescape")
-        assert run(tmp_path, "verify", "run") == 1
+        assert journal_command(tmp_path, "verify", "run") == 1
         assert "says whose segments count, is damaged" in capsys.readouterr().out
-        assert run(tmp_path, "show", "run") == 1
+        assert journal_command(tmp_path, "show", "run") == 1
         capsys.readouterr()
-    assert run(tmp_path, "repair", "run") == 0
+    assert journal_command(tmp_path, "repair", "run") == 0
     assert "kept entries 1 to 4; lost nothing; set aside: owner.damaged" in capsys.readouterr().out
     assert [entry.seq for entry in read_journal(directory).entries] == [1, 2, 3, 4]
     owner.unlink()
@@ -164,7 +138,7 @@ def test_what_one_journal_refuses_is_said_beside_what_is_done_to_others(
     begin = next(frames(path))
     assert isinstance(begin, Frame)
     path.write_bytes(encode_frame(Kind.BEGIN, {**begin.head, "format": 2}, 0, 0, 0))
-    assert run(tmp_path, "repair", "run") == 1
+    assert journal_command(tmp_path, "repair", "run") == 1
     shown = capsys.readouterr()
     assert f"run {ELEMENTS}: kept entries 1 to 2" in shown.out
     assert "its format is 2" in shown.err
@@ -174,9 +148,9 @@ def test_a_note_of_a_repair_that_is_damaged_is_made_anew(
     tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (directory / "repaired").write_text("x")
-    assert run(tmp_path, "verify", "run") == 1
+    assert journal_command(tmp_path, "verify", "run") == 1
     assert "which says what a repair has given up, is damaged" in capsys.readouterr().out
-    assert run(tmp_path, "repair", "run") == 0
+    assert journal_command(tmp_path, "repair", "run") == 0
     contents = read_journal(directory)
     assert ([entry.seq for entry in contents.entries], contents.repaired) == ([1, 2, 3, 4], 1)
 
@@ -187,15 +161,15 @@ def test_journals_that_cannot_be_found_do_not_pass_for_sound(
     journals = directory.parent.parent
     for elsewhere in (tmp_path / "elsewhere", directory / "owner"):
         for arguments in (["verify"], ["verify", "run"], ["show", "run"], ["repair", "run"]):
-            assert run(tmp_path, *arguments, "--journal-dir", str(elsewhere)) == 1
+            assert journal_command(tmp_path, *arguments, "--journal-dir", str(elsewhere)) == 1
             assert f"the journals in {elsewhere} cannot be read" in capsys.readouterr().err
     (journals / "lost+found").mkdir()
     (journals / "other").symlink_to(directory)
     shutil.copytree(directory, directory.with_name(f"{ELEMENTS}.copy"))
-    assert run(tmp_path, "verify") == 0
+    assert journal_command(tmp_path, "verify") == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
     (tmp_path / "empty").mkdir()
-    assert run(tmp_path, "verify", "--journal-dir", str(tmp_path / "empty")) == 0
+    assert journal_command(tmp_path, "verify", "--journal-dir", str(tmp_path / "empty")) == 0
     assert "there are no journals in" in capsys.readouterr().err
 
 
@@ -218,9 +192,8 @@ def test_what_another_look_does_not_find_is_no_damage_of_a_journal_that_is_writt
 
 
 def test_a_journal_is_examined_beside_its_writer(tmp_path: Path) -> None:
-    told: queue.Queue[Callable[[], None]] = queue.Queue()
-    journal = Journal(tmp_path / ELEMENTS, "run", "id", told.put)
-    journal.take_over()
+    writing = Writing(tmp_path / ELEMENTS)
+    journal = writing.journal
     examined = threading.Event()
     found: list[Examination] = []
 
@@ -228,15 +201,7 @@ def test_a_journal_is_examined_beside_its_writer(tmp_path: Path) -> None:
         found.extend(examine(journal.directory) for _ in range(100))
         examined.set()
 
-    def flush() -> None:
-        outcomes: list[Exception | None] = []
-        journal.flush(outcomes.append)
-        while not outcomes:
-            told.get(timeout=DEADLINE_S)()
-        assert outcomes == [None]
-
-    journal.begin(1, CheckpointId(1, 0, 0), 0, lambda error: None)
-    flush()
+    writing.begin(1, CheckpointId(1, 0, 0), 0)
     thread = threading.Thread(target=examine_often)
     thread.start()
     seq = 0
@@ -245,7 +210,7 @@ def test_a_journal_is_examined_beside_its_writer(tmp_path: Path) -> None:
             seq += 1
             journal.entry({"epoch": 1, "seq": seq}, lambda error: None)
         journal.next_segment()
-        flush()
+        writing.flush()
         journal.cut(CheckpointId(1, seq, seq))
     thread.join()
     journal.close()
