@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,27 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int, **opti
     optimizer.zero_grad()
     loss_of(model, number).backward()
     optimizer.step(**options)
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    """Two models have the same parameters, as near as sums in another order are."""
+    for (name, mine), (_, theirs) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def batches(count: int) -> Iterator[Tensor]:
+    """The same for all."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield torch.randn(8, 6, generator=generator)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 40) -> None:
+    """Takes a step on each batch."""
+    for inputs in batches(count):
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        optimizer.step()
 
 
 def held(model: nn.Module) -> Tensor:

@@ -1,35 +1,25 @@
-"""Tokens of an OpenID Connect issuer: what lets in, what does not, and an issuer that is away, or asked in vain."""
+"""Tokens of an OpenID Connect issuer: what lets in, and what does not."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-import ssl
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import trustme
-from pydantic import ValidationError
 
-import forked
+from access.asking import ACCOUNT, asked, names
 from freestep import Client
 from freestep.api.token_form import make_token
-from freestep_service.access import issuer_keys
-from freestep_service.app import _issuer
-from freestep_service.settings import BadSetting, Settings
 from harness import ThreadService
-from issuers import CONFIGURATION, KEYS, Issuer, encoded, key_pair, public_jwk
-from meanwhile import at_once, wait_until
+from issuers import KEYS, Issuer, encoded, key_pair, public_jwk
 from plain_calls import Api, ShardedApi, slug
 
-ACCOUNT = "system:serviceaccount:train:worker"
 RULES = [
     {"claim": ["kubernetes.io", "namespace"], "matches": "train", "scope": "push", "runs": "k8s-*", "workers": "pod-*"},
     {"claim": "groups", "matches": "operators", "scope": "admin"},
@@ -37,15 +27,8 @@ RULES = [
     {"claim": "sub", "matches": "worker-*", "scope": "push", "runs": "mine-*"},
     {"claim": "sub", "matches": "worker-1", "scope": "admin"},
 ]
-
 RUNS, METHODS = ("mine-1", "yours", "k8s-1"), ("GET", "PUT", "DELETE")
 EVERYTHING = {f"{method} {run}" for method in METHODS for run in RUNS}
-
-
-@pytest.fixture(scope="module")
-def issuer() -> Iterator[Issuer]:
-    with closing(Issuer()) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +36,6 @@ def service(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     running = ThreadService(tmp_path_factory.mktemp("data"), **issuer.settings(*RULES))
     yield running
     running.stop()
-
-
-@pytest.fixture
-def own() -> Iterator[Issuer]:
-    """An issuer that the test may change, or end."""
-    with closing(Issuer()) as made:
-        yield made
-
-
-@pytest.fixture
-def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys are read again as soon as a token needs it."""
-    monkeypatch.setattr(issuer_keys, "_PAUSE_S", 0.0)
-
-
-def asked(service: ThreadService, token: str, path: str = "/v1/runs", method: str = "GET") -> httpx.Response:
-    return httpx.request(method, service.url + path, headers={"Authorization": f"Bearer {token}"}, timeout=60)
-
-
-def names(answer: httpx.Response, *words: str) -> bool:
-    """Whether a refusal is one of a token, and says why."""
-    assert (answer.status_code, slug(answer)) == (401, "unauthenticated"), answer.text
-    return all(word in answer.json()["detail"] for word in words)
 
 
 # What lets in
@@ -285,9 +245,6 @@ def test_the_algorithms_may_be_fewer(own: Issuer, start_service: Callable[..., T
     assert asked(service, own.token(algorithm="PS256")).status_code == 200
 
 
-# The issuer's keys
-
-
 def test_a_token_is_verified_once(own: Issuer, start_service: Callable[..., ThreadService]) -> None:
     service = start_service(**own.settings())
     token, context = own.token(exp=int(time.time()) + 3600), service.app.state.context
@@ -303,153 +260,6 @@ def test_a_token_is_verified_once(own: Issuer, start_service: Callable[..., Thre
     assert context.tokens.known(credentials) is None
 
 
-def test_keys_change_under_way(own: Issuer, start_service: Callable[..., ThreadService], unhurried: None) -> None:
-    service = start_service(**own.settings())
-    old, new = own.token(), own.token(key_pair("RSA", 1), kid="two")
-    assert asked(service, old).status_code == 200
-    assert names(asked(service, new), "no key that the token could be signed with")
-    own.publish(one=key_pair("RSA"), two=key_pair("RSA", 1))
-    assert [asked(service, each).status_code for each in (new, old)] == [200, 200]
-    # What a withdrawn key has signed is good no more, though it was verified.
-    own.publish(two=key_pair("RSA", 1))
-    assert names(asked(service, own.token(kid="three")), "no key")
-    assert asked(service, new).status_code == 200
-    assert names(asked(service, old), "no key that the token could be signed with")
-
-
-def test_keys_are_read_anew_after_some_time(
-    own: Issuer, start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(issuer_keys, "_PAUSE_S", 0.0)
-    monkeypatch.setattr(issuer_keys, "_REFRESH_S", 0.02)
-    service = start_service(**own.settings())
-    token = own.token()
-    assert asked(service, token).status_code == 200
-    own.publish(two=key_pair("RSA", 1))
-    wait_until(lambda: asked(service, token).status_code == 401)
-
-
-def test_known_keys_go_on_while_the_issuer_is_away(
-    start_service: Callable[..., ThreadService], unhurried: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    own = Issuer()
-    service = start_service(**own.settings())
-    seen, unseen = own.token(), own.token(sub="another")
-    assert asked(service, seen).status_code == 200
-    own.close()
-    for _ in range(2):
-        answer = asked(service, own.token(kid="two"))
-        assert (answer.status_code, slug(answer)) == (503, "issuer-unavailable")
-        assert answer.headers["Retry-After"] == "5"
-    assert [asked(service, each).status_code for each in (seen, unseen)] == [200, 200]
-    assert asked(service, own.token(kid="two"), "/readyz").status_code == 200
-    assert names(asked(service, own.token(iss="https://other.test")), "of another issuer")
-    assert sum("keys that are known go on" in record.getMessage() for record in caplog.records) == 1
-
-
-def test_a_service_starts_without_its_issuer_and_a_worker_waits_for_it(
-    own: Issuer, start_service: Callable[..., ThreadService], unhurried: None
-) -> None:
-    keys = own.documents.pop(KEYS)
-    service = start_service(**own.settings())
-    assert slug(asked(service, own.token())) == "issuer-unavailable"
-    own.documents[KEYS] = keys
-    with Client(service.url, token=own.token(), retry_for=60) as client:
-        assert client.runs() == []
-
-
-def test_tokens_with_invented_keys_do_not_flood_the_issuer(
-    own: Issuer, start_service: Callable[..., ThreadService]
-) -> None:
-    service = start_service(**own.settings())
-    assert asked(service, own.token()).status_code == 200
-    before = len(own.asked)
-    with httpx.Client(base_url=service.url) as http:
-
-        def flood(number: int) -> list[int]:
-            tokens = [own.token(kid=f"invented-{number}-{each}") for each in range(40)]
-            return [http.get("/v1/runs", headers={"Authorization": f"Bearer {token}"}).status_code for token in tokens]
-
-        answers = at_once(*(lambda number=number: flood(number) for number in range(8)))  # type: ignore[misc]
-    assert {status for each in answers for status in each} <= {401, 503}
-    assert len(own.asked) == before
-    assert asked(service, own.token(sub="fresh")).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("path", "document"),
-    [
-        (CONFIGURATION, 404), (CONFIGURATION, {"issuer": "https://other.test", "jwks_uri": "https://other.test/keys"}),
-        (CONFIGURATION, {"jwks_uri": "SELF/keys"}), (CONFIGURATION, {"issuer": "SELF"}),
-        (CONFIGURATION, {"issuer": "SELF", "jwks_uri": "http://keys.test/"}),
-        (CONFIGURATION, {"issuer": "SELF", "jwks_uri": 7}),
-        (CONFIGURATION, []), (CONFIGURATION, b"no JSON"), (KEYS, 500), (KEYS, 302), (KEYS, {"keys": 7}), (KEYS, {}),
-        (KEYS, b"[" * 100_000), (KEYS, b" " * (1 << 20) + b'{"keys": []}'), (KEYS, b"\xff"),
-    ],
-    ids=lambda each: str(each)[:40],
-)  # fmt: skip
-def test_an_issuer_that_publishes_something_else_is_away(
-    own: Issuer,
-    start_service: Callable[..., ThreadService],
-    caplog: pytest.LogCaptureFixture,
-    path: str,
-    document: Any,
-) -> None:
-    own.documents[path] = (
-        json.loads(json.dumps(document).replace("SELF", own.url)) if isinstance(document, dict) else document
-    )
-    service = start_service(**own.settings())
-    answer = asked(service, own.token())
-    assert (answer.status_code, slug(answer)) == (503, "issuer-unavailable")
-    # What exactly is the service's user's to know.
-    assert answer.json()["detail"] == "The issuer of the token does not answer"
-    assert "the issuer's keys that are known go on" in caplog.text
-
-
-def test_the_api_server_of_kubernetes_is_an_issuer(start_service: Callable[..., ThreadService], tmp_path: Path) -> None:
-    """Its keys are read at a URL of its own, over TLS with a CA of its own, with the pod's own token."""
-    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
-    (tmp_path / "token").write_text("the-pods-own\n")
-    with closing(Issuer(context)) as server, closing(Issuer()) as other:
-        kubernetes = {"oidc_ca_certs": tmp_path / "ca.crt", "oidc_token_file": tmp_path / "token"}
-        rule = {"claim": "sub", "matches": "system:serviceaccount:train:*", "scope": "push"}
-        token = server.token(sub=ACCOUNT)
-        service = start_service(tmp_path / "discovered", **server.settings(rule, **kubernetes))
-        assert asked(service, token).status_code == 200
-        issuer = "https://kubernetes.default.svc"
-        named = server.settings(rule, **{**kubernetes, "oidc_issuer": issuer, "oidc_jwks_url": server.url + KEYS})
-        service = start_service(tmp_path / "named", **named)
-        assert asked(service, server.token(sub=ACCOUNT, iss=issuer)).status_code == 200
-        assert {credentials for _, credentials in server.asked} == {"Bearer the-pods-own"}
-        # To nobody else goes the pod's token.
-        server.documents[CONFIGURATION]["jwks_uri"] = other.url + KEYS
-        service = start_service(tmp_path / "elsewhere", **server.settings(rule, **kubernetes))
-        assert asked(service, token).status_code == 200
-        assert {credentials for _, credentials in other.asked} == {None}
-
-
-@pytest.mark.parametrize("text", ["pod hunter2", "pod\nhunter2", "", None])
-def test_neither_the_log_nor_a_refusal_shows_how_keys_are_read(
-    own: Issuer,
-    start_service: Callable[..., ThreadService],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    text: str | None,
-) -> None:
-    file = tmp_path / "token"
-    if text is not None:
-        file.write_text(text)
-    url = f"{own.url.replace('://', '://user:hunter2@')}/none?secret=hunter2"
-    for number, more in enumerate([{"oidc_token_file": file}, {}]):
-        service = start_service(tmp_path / str(number), **own.settings(oidc_jwks_url=url, **more))
-        answer = asked(service, own.token())
-        assert slug(answer) == "issuer-unavailable"
-        assert "hunter2" not in answer.text + caplog.text and str(file) not in answer.text
-    assert "it was answered with 404" in caplog.text
-
-
 def test_every_process_verifies_the_token_of_a_relayed_request(
     issuer: Issuer, shared_nodes: Callable[..., list[ThreadService]]
 ) -> None:
@@ -461,49 +271,3 @@ def test_every_process_verifies_the_token_of_a_relayed_request(
         assert api.push(api.lease(), 0).json()["step"] == 1
         for node in nodes:
             assert httpx.get(node.url + api.path("/parameters"), headers=dict(api.http.headers)).status_code == 200
-
-
-# Settings
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"oidc_issuer": None}, "set oidc_issuer too"),
-        ({"oidc_audience": None}, "needs oidc_audience and oidc_rules"),
-        ({"oidc_rules": "[]"}, "needs oidc_audience and oidc_rules"),
-        ({"oidc_rules": "[{"}, "oidc_rules"),
-        ({"oidc_rules": '[{"claim": "sub", "matches": "*"}]'}, "scope"),
-        ({"oidc_rules": '[{"claim": "sub", "matches": "*", "scope": "root"}]'}, "scope"),
-        ({"oidc_rules": '[{"claim": "sub", "matches": "*", "scope": "push", "run": "x"}]'}, "run"),
-        ({"oidc_rules": '[{"claim": [], "matches": "*", "scope": "push"}]'}, "claim"),
-        ({"oidc_issuer": "http://issuer.test"}, "must be an https URL"),
-        ({"oidc_issuer": "issuer.test"}, "must be an https URL"),
-        ({"oidc_jwks_url": "http://issuer.test/keys"}, "must be an https URL"),
-        ({"oidc_algorithms": "RS256,none"}, "RS256,none cannot be used"),
-        ({"oidc_algorithms": "HS256"}, "HS256 cannot be used"),
-        ({"oidc_algorithms": " , "}, " ,  cannot be used"),
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_be_meant_are_refused(issuer: Issuer, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        Settings(**{**issuer.settings(), **changes})
-
-
-def test_the_extra_is_named_where_it_is_missing(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "freestep_service.access.issuer", None)
-
-    async def start() -> None:
-        async with AsyncExitStack() as stack:
-            await _issuer(Settings(**issuer.settings()), stack)
-
-    with pytest.raises(BadSetting, match=r"pip install 'freestep\[oidc\]'"):
-        asyncio.run(start())
-
-
-@pytest.mark.slow
-def test_rules_that_are_no_json_are_told_in_a_line() -> None:
-    done = forked.freestep("serve", "--oidc-rules", "[{")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("freestep serve: ") and "oidc_rules" in done.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -68,19 +70,33 @@ def locally(service: ThreadService, name: str) -> Iterator[Callable[..., LocalSt
         each.close()
 
 
-@pytest.fixture
-def remotely(service: ThreadService, name: str) -> Iterator[Callable[..., RemoteOptimizer]]:
-    """Makes optimizers of one run that takes every gradient off its parameters; they are closed with the test."""
+@contextmanager
+def optimizers(url: str, name: str) -> Iterator[Callable[..., RemoteOptimizer]]:
+    """Makes optimizers of one run, which are closed when the block ends."""
     made: list[RemoteOptimizer] = []
 
-    def optimizer(model: torch.nn.Module, **options: Any) -> RemoteOptimizer:
-        given = {"run": name, "algorithm": "sgd", "lr": 1.0, "aggregation": "async", **options}
-        made.append(RemoteOptimizer(model, **(given if "client" in given else {"url": service.url, **given})))
+    def optimizer(params: Any, **options: Any) -> RemoteOptimizer:
+        given = {"run": name, **options}
+        made.append(RemoteOptimizer(params, **(given if "client" in given else {"url": url, **given})))
         return made[-1]
 
     yield optimizer
     for each in made:
         each.close()
+
+
+@pytest.fixture
+def make(service: ThreadService, name: str) -> Iterator[Callable[..., RemoteOptimizer]]:
+    """Makes optimizers of one run; they are closed with the test."""
+    with optimizers(service.url, name) as made:
+        yield made
+
+
+@pytest.fixture
+def remotely(service: ThreadService, name: str) -> Iterator[Callable[..., RemoteOptimizer]]:
+    """Makes optimizers of one run that takes every gradient off its parameters; they are closed with the test."""
+    with optimizers(service.url, name) as made:
+        yield partial(made, algorithm="sgd", lr=1.0, aggregation="async")
 
 
 @pytest.fixture(params=["local", "service"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,19 +32,9 @@ ENCODED: list[dict[str, Any]] = [
 
 
 @pytest.fixture(params=ENCODED, ids=str)
-def make(service: ThreadService, request: pytest.FixtureRequest) -> Iterator[Callable[..., RemoteOptimizer]]:
+def make(make: Callable[..., RemoteOptimizer], request: pytest.FixtureRequest) -> Callable[..., RemoteOptimizer]:
     """Makes optimizers of one run that takes every gradient off its parameters; they are closed with the test."""
-    made: list[RemoteOptimizer] = []
-    name = f"run-{uuid.uuid4().hex[:8]}"
-
-    def optimizer(model: nn.Module, **options: Any) -> RemoteOptimizer:
-        given = {"url": service.url, "run": name, "algorithm": "sgd", "lr": 1.0, **request.param, **options}
-        made.append(RemoteOptimizer(model, **given))
-        return made[-1]
-
-    yield optimizer
-    for each in made:
-        each.close()
+    return partial(make, **{"algorithm": "sgd", "lr": 1.0, **request.param})
 
 
 def push(model: nn.Module, optimizer: RemoteOptimizer, seed: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""RemoteOptimizer against the packages run in this process, and through everything that may happen to a worker."""
+"""RemoteOptimizer against the packages run in this process, alone and together with others."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from freestep import (
-    Client,
     EvalMode,
     Flat,
     FreestepError,
@@ -24,57 +23,9 @@ from freestep import (
     NonFiniteGradient,
     RemoteOptimizer,
     Run,
-    StateMismatch,
 )
-from harness import ThreadService
 from meanwhile import at_once, under_way, wait_until
-
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-7}
-
-
-@pytest.fixture
-def make(service: ThreadService) -> Iterator[Callable[..., RemoteOptimizer]]:
-    """Makes optimizers of one run of the test's own; they are closed with the test."""
-    made: list[RemoteOptimizer] = []
-    name = f"run-{uuid.uuid4().hex[:8]}"
-
-    def optimizer(params: Any, **options: Any) -> RemoteOptimizer:
-        made.append(RemoteOptimizer(params, **{"url": service.url, "run": name, **options}))
-        return made[-1]
-
-    yield optimizer
-    for each in made:
-        each.close()
-
-
-@pytest.fixture
-def remote(service: ThreadService, make: Callable[..., RemoteOptimizer]) -> Iterator[Callable[[RemoteOptimizer], Run]]:
-    """The run of an optimizer, as an onlooker sees it."""
-    with Client(service.url) as client:
-        yield lambda optimizer: client.run(optimizer.state_dict()["param_groups"][0]["run"])
-
-
-def network(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def batches(count: int) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        yield torch.randn(8, 6, generator=generator)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 40) -> None:
-    for inputs in batches(count):
-        optimizer.zero_grad()
-        model(inputs).square().sum().backward()
-        optimizer.step()
-
-
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    for (name, mine), (_, theirs) in zip(one.named_parameters(), other.named_parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+from trained import assert_same, batches, network, train
 
 
 def wrapped_sgd(params: Iterable[nn.Parameter], base: dict[str, Any], **options: Any) -> torch.optim.Optimizer:
@@ -183,16 +134,14 @@ def test_tied_weights_are_one_parameter(make: Callable[..., RemoteOptimizer]) ->
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_a_narrow_model_has_fp32_masters(
-    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run], dtype: str
-) -> None:
+def test_a_narrow_model_has_fp32_masters(make: Callable[..., RemoteOptimizer], run: Run, dtype: str) -> None:
     model = network().bfloat16()
     optimizer = make(model, lr=1e-5, push_dtype=dtype, pull_dtype=dtype)
     for inputs in batches(3):
         optimizer.zero_grad()
         model(inputs.bfloat16()).square().sum().backward()
         optimizer.step()
-    y, _ = remote(optimizer).pull("y")
+    y, _ = run.pull("y")
     master, held = y["0.weight"], model[0].weight
     assert held.dtype == torch.bfloat16
     assert not torch.equal(master, master.bfloat16().float())
@@ -217,7 +166,7 @@ def test_a_step_at_x_is_an_error(make: Callable[..., RemoteOptimizer]) -> None:
     train(model, optimizer, 1)
 
 
-def test_a_closure_is_evaluated(make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]) -> None:
+def test_a_closure_is_evaluated(make: Callable[..., RemoteOptimizer], run: Run) -> None:
     model = network()
     optimizer = make(model)
 
@@ -229,7 +178,7 @@ def test_a_closure_is_evaluated(make: Callable[..., RemoteOptimizer], remote: Ca
 
     loss = optimizer.step(closure)
     assert loss is not None
-    assert remote(optimizer).status().loss == pytest.approx(float(loss))
+    assert run.status().loss == pytest.approx(float(loss))
 
 
 def test_a_second_worker_takes_over_the_runs_weights(make: Callable[..., RemoteOptimizer]) -> None:
@@ -310,11 +259,10 @@ def test_sync_workers_step_together(make: Callable[..., RemoteOptimizer]) -> Non
 
 
 def test_a_worker_that_is_in_the_group_already_waits_for_its_update(
-    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
+    make: Callable[..., RemoteOptimizer], run: Run
 ) -> None:
     model = network()
     optimizer = make(model, aggregation="sync", worker="restarted")
-    run = remote(optimizer)
     zeros = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     other = run.lease("other")
     with run.lease("restarted") as before:
@@ -329,161 +277,7 @@ def test_a_worker_that_is_in_the_group_already_waits_for_its_update(
     assert optimizer.loaded.step == 1
 
 
-def test_a_fenced_off_worker_takes_a_new_lease_and_its_gradient_counts(
-    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
-) -> None:
-    model = network()
-    optimizer = make(model, worker="me")
-    train(model, optimizer, 2)
-    remote(optimizer).lease("me").release()
-    train(model, optimizer, 1)
-    assert optimizer.receipt is not None
-    assert (optimizer.receipt.decision, optimizer.receipt.step) == ("applied", 3)
-
-
-def test_a_worker_whose_lease_expired_takes_a_new_one_and_its_gradient_counts(
-    service: ThreadService, make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
-) -> None:
-    model, twin = network(), network()
-    peer = schedulefree.AdamWScheduleFree(twin.parameters(), lr=0.0025)
-    peer.train()
-    optimizer = make(model, worker="sleeper")
-    run = remote(optimizer)
-    with service.redis() as client:
-        client.zadd(f"freestep:{{{run.name}}}:leases", {"sleeper": 1})
-        wait_until(lambda: not client.hexists(f"freestep:{{{run.name}}}:workers", "sleeper"))
-    train(model, optimizer, 3)
-    train(twin, peer, 3)
-    assert_same(model, twin)
-    assert run.status().step == 3
-
-
-def test_after_a_restore_a_worker_joins_again(
-    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
-) -> None:
-    model = network()
-    optimizer = make(model)
-    train(model, optimizer, 2)
-    remote(optimizer).checkpoint()
-    kept = copy.deepcopy(model)
-    train(model, optimizer, 2)
-    remote(optimizer).restore(2)
-    train(model, optimizer, 1)
-    assert optimizer.receipt is not None
-    assert (optimizer.receipt.decision, optimizer.receipt.reason) == ("dropped", "epoch-changed")
-    assert_same(model, kept)
-    train(model, optimizer, 1)
-    assert optimizer.receipt.decision == "applied"
-    assert (optimizer.loaded.epoch, optimizer.loaded.step) == (2, 3)
-
-
-def test_a_worker_of_a_deleted_run_joins_the_new_one_of_that_name(
-    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
-) -> None:
-    model = network()
-    optimizer = make(model)
-    train(model, optimizer, 2)
-    run = remote(optimizer)
-    run.delete()
-    run.create(optimizer.spec)
-    run.initialize(dict(network(1).named_parameters()))
-    assert run.status().epoch == 2
-    train(model, optimizer, 1)
-    assert optimizer.receipt is not None
-    assert (optimizer.receipt.decision, optimizer.receipt.reason) == ("dropped", "epoch-changed")
-    assert run.status().step == 0
-    assert_same(model, network(1))
-
-
-def test_a_worker_of_a_deleted_run_is_told_of_the_new_one(
-    make: Callable[..., RemoteOptimizer],
-    remote: Callable[[RemoteOptimizer], Run],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = network()
-    optimizer = make(model, on_missing="raise")
-    train(model, optimizer, 2)
-    run, saved = remote(optimizer), optimizer.state_dict()
-    for lr in (optimizer.spec.optimizer.model_dump()["lr"], 0.5):
-        run.delete()
-        changed = optimizer.spec.optimizer.model_copy(update={"lr": lr})
-        run.create(optimizer.spec.model_copy(update={"optimizer": changed}))
-        run.initialize(dict(network(1).named_parameters()))
-        with caplog.at_level(logging.WARNING, "freestep"):
-            if lr == 0.5:
-                with pytest.raises(ManifestMismatch, match="another spec"):
-                    train(model, optimizer, 1)
-            else:
-                train(model, optimizer, 1)
-                assert "another of its name" in caplog.text
-                # It is of the new run.
-                optimizer.load_state_dict(optimizer.state_dict())
-                with pytest.raises(StateMismatch):
-                    optimizer.load_state_dict(saved)
-
-
-def test_a_saved_worker_joins_its_run_again(make: Callable[..., RemoteOptimizer]) -> None:
-    model = network()
-    optimizer = make(model, worker="saved")
-    train(model, optimizer, 3)
-    state = copy.deepcopy(optimizer.state_dict())
-    optimizer.close()
-    again = network(1)
-    resumed = make(again, worker="other")
-    resumed.load_state_dict(state)
-    assert resumed.worker == "saved"
-    assert_same(again, model)
-    train(again, resumed, 1)
-    assert resumed.receipt is not None
-    assert resumed.receipt.step == 4
-    stranger = make(network(), run=f"other-{uuid.uuid4().hex[:6]}")
-    with pytest.raises(ManifestMismatch):
-        stranger.load_state_dict(state)
-
-
 def test_a_runs_parameters_are_fixed(make: Callable[..., RemoteOptimizer]) -> None:
     optimizer = make(network())
     with pytest.raises(FreestepError, match="fixed"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-
-
-def test_closing_ends_the_lease(make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]) -> None:
-    optimizer = make(network(), worker="leaving")
-    run = remote(optimizer)
-    assert [worker.worker for worker in run.workers()] == ["leaving"]
-    with optimizer:
-        pass
-    assert run.workers() == []
-
-
-@pytest.mark.parametrize("call", ["eval", "train"])
-def test_a_run_that_went_back_is_told_at_every_load(
-    make: Callable[..., RemoteOptimizer],
-    remote: Callable[[RemoteOptimizer], Run],
-    caplog: pytest.LogCaptureFixture,
-    call: str,
-) -> None:
-    model = network()
-    optimizer = make(model)
-    remote(optimizer).checkpoint()
-    train(model, optimizer, 3)
-    if call == "train":
-        optimizer.eval()
-    remote(optimizer).restore(0)
-    with caplog.at_level(logging.WARNING, "freestep"):
-        getattr(optimizer, call)()
-    assert "went back from step 3 to 0" in caplog.text
-
-
-def test_x_of_another_run_of_the_name_is_not_loaded(
-    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
-) -> None:
-    model = network()
-    optimizer = make(model)
-    train(model, optimizer, 1)
-    run, before = remote(optimizer), copy.deepcopy(model)
-    run.delete()
-    make(network(1), worker="stranger", algorithm="sgd", lr=0.5)
-    with pytest.raises(ManifestMismatch, match="another spec"):
-        optimizer.eval()
-    assert_same(model, before)

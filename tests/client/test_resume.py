@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,17 +32,9 @@ Saved = tuple[dict[str, Any], dict[str, Any]]
 
 
 @pytest.fixture
-def make(service: ThreadService, name: str) -> Iterator[Make]:
+def make(make: Make) -> Make:
     """Makes optimizers of one run; they are closed with the test."""
-    made: list[RemoteOptimizer] = []
-
-    def optimizer(model: nn.Module, **options: Any) -> RemoteOptimizer:
-        made.append(RemoteOptimizer(model, url=service.url, run=name, aggregation="async", **options))
-        return made[-1]
-
-    yield optimizer
-    for each in made:
-        each.close()
+    return partial(make, aggregation="async")
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_points_are_pulled_as_without_it(service: ThreadService, default: str | 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_optimizer.py", "test_encoders.py", "test_client.py"])
+@pytest.mark.parametrize("file", ["test_optimizer.py", "test_rejoining.py", "test_encoders.py", "test_client.py"])
 def test_the_tests_of_the_client_pass_within_a_default_device(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "under_meta", "-m", "not slow"]
     done = subprocess.run(

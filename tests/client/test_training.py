@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import copy
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import schedulefree
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from freestep import Client, ManifestMismatch, RemoteOptimizer, Run
-from harness import ThreadService
-
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-7}
+from freestep import ManifestMismatch, RemoteOptimizer, Run
+from trained import assert_same, loss_of, network
 
 
 @pytest.fixture
-def make(service: ThreadService) -> Iterator[Callable[..., RemoteOptimizer]]:
-    """Makes optimizers of one run of the test's own; they are closed with the test."""
-    made: list[RemoteOptimizer] = []
-    name = f"run-{uuid.uuid4().hex[:8]}"
-
-    def optimizer(params: Any, **options: Any) -> RemoteOptimizer:
-        made.append(RemoteOptimizer(params, **{"url": service.url, "run": name, "lr": 0.01, **options}))
-        return made[-1]
-
-    yield optimizer
-    for each in made:
-        each.close()
-
-
-@pytest.fixture
-def remote(service: ThreadService) -> Iterator[Callable[[RemoteOptimizer], Run]]:
-    """The run of an optimizer, as an onlooker sees it."""
-    with Client(service.url) as client:
-        yield lambda optimizer: client.run(optimizer.state_dict()["param_groups"][0]["run"])
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+def make(make: Callable[..., RemoteOptimizer]) -> Callable[..., RemoteOptimizer]:
+    """With the learning rate of the package's optimizer."""
+    return partial(make, lr=0.01)
 
 
 def peer_of(model: nn.Module) -> tuple[Any, Any]:
@@ -51,16 +28,6 @@ def peer_of(model: nn.Module) -> tuple[Any, Any]:
     peer = schedulefree.AdamWScheduleFree([each for each in twin.parameters() if each.requires_grad], lr=0.01)
     peer.train()
     return twin, peer
-
-
-def loss_of(model: nn.Module, number: int) -> Tensor:
-    loss: Tensor = model(torch.randn(8, 6, generator=torch.Generator().manual_seed(number))).square().mean()
-    return loss
-
-
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, **TOLERANCE)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -82,7 +49,7 @@ def test_gradients_add_up_over_several_backwards(make: Callable[..., RemoteOptim
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_step_whose_gradients_overflowed_is_not_pushed(
-    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run], overlap: bool
+    make: Callable[..., RemoteOptimizer], run: Run, overlap: bool
 ) -> None:
     model = network()
     optimizer = make(model)
@@ -99,7 +66,7 @@ def test_a_step_whose_gradients_overflowed_is_not_pushed(
         scaler.update()
     optimizer.flush()
     assert scaler.get_scale() == 2.0
-    status = remote(optimizer).status()
+    status = run.status()
     assert (status.step, status.pushes["applied"]) == (5, 5)
 
 
@@ -163,7 +130,7 @@ def step(model: nn.Module, optimizer: RemoteOptimizer, number: int) -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_parameter_that_is_frozen_later_is_said_to_be_the_runs(
-    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run], overlap: bool
+    make: Callable[..., RemoteOptimizer], run: Run, overlap: bool
 ) -> None:
     model = network()
     optimizer = make(model)
@@ -173,10 +140,10 @@ def test_a_parameter_that_is_frozen_later_is_said_to_be_the_runs(
     loss_of(model, 1).backward()
     with pytest.raises(ManifestMismatch, match=r"'0\.bias' no longer requires a gradient"):
         optimizer.step(overlap=overlap)
-    assert remote(optimizer).status().step == 1
+    assert run.status().step == 1
     model[0].bias.requires_grad_(True)
     step(model, optimizer, 2)
-    assert remote(optimizer).status().step == 2
+    assert run.status().step == 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +157,7 @@ def test_a_parameter_that_is_frozen_later_is_said_to_be_the_runs(
 )
 def test_a_frozen_parameter_that_gets_a_gradient_is_said_not_to_be_the_runs(
     make: Callable[..., RemoteOptimizer],
-    remote: Callable[[RemoteOptimizer], Run],
+    run: Run,
     form: Callable[[nn.Module], Any],
     called: str,
 ) -> None:
@@ -201,10 +168,10 @@ def test_a_frozen_parameter_that_gets_a_gradient_is_said_not_to_be_the_runs(
     model[0].bias.requires_grad_(True)
     with pytest.raises(ManifestMismatch, match=f"{called} has a gradient, but was frozen"):
         step(model, optimizer, 1)
-    assert remote(optimizer).status().step == 1
+    assert run.status().step == 1
     model[0].bias.requires_grad_(False)
     step(model, optimizer, 2)
-    assert remote(optimizer).status().step == 2
+    assert run.status().step == 2
 
 
 def test_sparse_gradients_are_pushed_as_dense_ones(make: Callable[..., RemoteOptimizer]) -> None:
@@ -219,16 +186,14 @@ def test_sparse_gradients_are_pushed_as_dense_ones(make: Callable[..., RemoteOpt
     torch.testing.assert_close(begun - model.weight.detach(), expected)
 
 
-def test_a_loss_that_was_set_is_that_of_the_next_push_alone(
-    make: Callable[..., RemoteOptimizer], remote: Callable[[RemoteOptimizer], Run]
-) -> None:
+def test_a_loss_that_was_set_is_that_of_the_next_push_alone(make: Callable[..., RemoteOptimizer], run: Run) -> None:
     model = network()
     optimizer = make(model)
     optimizer.loss = torch.tensor(1.5)
     step(model, optimizer, 0)
-    assert (remote(optimizer).status().loss, optimizer.loss) == (1.5, None)
+    assert (run.status().loss, optimizer.loss) == (1.5, None)
     step(model, optimizer, 1)
-    assert remote(optimizer).status().loss == 1.5
+    assert run.status().loss == 1.5
 
 
 def test_a_group_of_frozen_parameters_may_stand_beside_others(make: Callable[..., RemoteOptimizer]) -> None:

@@ -3,141 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor
+from transformers import Trainer
 
-from freestep import FreestepError, InvalidSpec, RemoteOptimizer, Run, StateMismatch
+from freestep import FreestepError, InvalidSpec, RemoteOptimizer, Run
 from freestep.integrations.transformers import FreestepCallback, remote_optimizer
 from harness import ThreadService
+from integrations.trainers import (
+    TOLERANCE,
+    Arguments,
+    Each,
+    Train,
+    assert_equal,
+    logged,
+    optimizer_of,
+    said,
+    saved,
+    stop_at,
+    weights,
+    x_of,
+)
 from tiny_models import Regression, numbers, texts, tiny_gpt
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
-"""Of what is computed in another order, over several steps."""
 OF_TORCH_COMPILE = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 """What it warns of while it traces transformers."""
-
-Arguments = Callable[..., TrainingArguments]
-Train = Callable[..., Trainer]
-
-
-@pytest.fixture
-def arguments(tmp_path: Path) -> Arguments:
-    """Makes arguments for a few short steps."""
-
-    def make(**given: Any) -> TrainingArguments:
-        ordinary = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 6,
-            "learning_rate": 0.02,
-            "weight_decay": 0.1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        return TrainingArguments(**{**ordinary, **given})
-
-    return make
-
-
-@pytest.fixture
-def trainer(service: ThreadService, name: str, arguments: Arguments) -> Iterator[Train]:
-    """Makes trainers of the run; their optimizers are closed with the test."""
-    made: list[Trainer] = []
-
-    def make(
-        model: nn.Module | None = None,
-        *,
-        callbacks: tuple[TrainerCallback, ...] | None = None,
-        options: Mapping[str, Any] | None = None,
-        given: Mapping[str, Any] | None = None,
-        **changed: Any,
-    ) -> Trainer:
-        args = arguments(**changed)
-        made.append(
-            Trainer(
-                model or tiny_gpt(),
-                args,
-                **{"train_dataset": texts(), "eval_dataset": texts(8, seed=1), **(given or {})},
-                optimizer_cls_and_kwargs=remote_optimizer(
-                    args, **{"url": service.url, "run": name, "worker": "trainer", **(options or {})}
-                ),
-                callbacks=[*((FreestepCallback(),) if callbacks is None else callbacks)],
-            )
-        )
-        return made[-1]
-
-    yield make
-    for each in made:
-        with suppress(FreestepError):
-            optimizer_of(each).close()
-
-
-def optimizer_of(trainer: Trainer) -> RemoteOptimizer:
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    if not isinstance(optimizer, RemoteOptimizer):
-        raise FreestepError("it was not made")
-    return optimizer
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-
-
-def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-def x_of(run: Run) -> dict[str, Tensor]:
-    return dict(run.pull("x")[0])
-
-
-def saved(folder: str | Path) -> dict[str, Tensor]:
-    return weights(GPT2LMHeadModel.from_pretrained(folder))
-
-
-def logged(trainer: Trainer, name: str) -> list[Any]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What freestep has warned of."""
-    return [record.getMessage() for record in caplog.records if record.name == "freestep"]
-
-
-class Each(TrainerCallback):
-    """Does something at an event."""
-
-    def __init__(self, event: str, work: Callable[..., Any]) -> None:
-        setattr(self, event, lambda args, state, control, **kwargs: work(state, control, **kwargs))
-
-
-@pytest.fixture
-def other(service: ThreadService, name: str) -> Iterator[Callable[[], None]]:
-    """Another worker of the run, which takes a step when it is called."""
-    made: list[RemoteOptimizer] = []
-    model = tiny_gpt(5)
-
-    def step() -> None:
-        if not made:
-            made.append(RemoteOptimizer(model, url=service.url, run=name, worker="other"))
-        model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
-        made[0].step()
-        made[0].zero_grad()
-
-    yield step
-    for each in made:
-        each.close()
 
 
 # What is trained
@@ -239,168 +134,6 @@ def test_a_model_in_bf16_trains(trainer: Train, run: Run) -> None:
     assert run.status().step == 6
     for name, tensor in weights(made.model).items():  # type: ignore[arg-type]
         assert torch.equal(tensor, x_of(run)[name].to(torch.bfloat16))
-
-
-# Where x is
-
-
-def test_metrics_are_those_of_x(trainer: Train, run: Run) -> None:
-    seen = []
-    watch = Each("on_evaluate", lambda state, control, **_: seen.append(x_of(run)))
-    made = trainer(callbacks=(FreestepCallback(), watch), eval_strategy="steps", eval_steps=2)
-    made.train()
-    for x, loss in zip(seen, logged(made, "eval_loss"), strict=True):
-        model = tiny_gpt()
-        model.load_state_dict(x, strict=False)
-        batch = {name: torch.stack([each[name] for each in texts(8, seed=1)]) for name in ("input_ids", "labels")}
-        assert loss == pytest.approx(model(**batch).loss.item(), rel=1e-4)
-    assert len(seen) == 3
-
-
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_checkpoints_contain_x_and_training_goes_on_at_y(trainer: Train, run: Run, strategy: str) -> None:
-    seen = {}
-    watch = Each("on_save", lambda state, control, **_: seen.update({state.global_step: x_of(run)}))
-    options = {"max_steps": 16, "save_steps": 3, "save_strategy": strategy}
-    made = trainer(callbacks=(FreestepCallback(), watch), **options)
-    made.train()
-    assert sorted(seen) == ([3, 6, 9, 12, 15, 16] if strategy == "steps" else [8, 16])
-    for step, x in seen.items():
-        assert_equal(saved(Path(made.args.output_dir or "", f"checkpoint-{step}")), x)
-    last = x_of(run)
-    run.delete()
-    optimizer_of(made).close()
-    # The same without checkpoints.
-    trainer(**{**options, "save_strategy": "no"}).train()
-    assert_equal(x_of(run), last)
-
-
-def test_the_final_model_is_x_and_stays_what_it_is(
-    trainer: Train, run: Run, other: Callable[[], None], tmp_path: Path
-) -> None:
-    made = trainer()
-    made.train()
-    x = x_of(run)
-    other()
-    loss = made.evaluate()["eval_loss"]
-    other()
-    assert made.evaluate()["eval_loss"] == loss
-    made.save_model(str(tmp_path / "final"))
-    assert_equal(saved(tmp_path / "final"), x)
-    assert not torch.equal(x_of(run)["transformer.wte.weight"], x["transformer.wte.weight"])
-    # Trained again, it goes on with the run.
-    made.train()
-    assert run.status().step == 14
-    assert_equal(weights(made.model), x_of(run))  # type: ignore[arg-type]
-
-
-def test_what_was_evaluated_is_what_is_saved_and_best(
-    trainer: Train, run: Run, other: Callable[[], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Others push between two evaluations and the checkpoint, and after the training."""
-    scored = []
-
-    def push(state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        scored.append(weights(model))
-        other()
-
-    made = trainer(
-        callbacks=(FreestepCallback(), Each("on_evaluate", push)),
-        given={"eval_dataset": {"one": texts(8, seed=1), "two": texts(8, seed=2)}},
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="one_loss",
-        # The first is the best.
-        greater_is_better=True,
-    )
-    made.train()
-    assert len(scored) == 6
-    for number, step in enumerate((2, 4, 6)):
-        assert_equal(scored[2 * number], scored[2 * number + 1])
-        assert_equal(saved(Path(made.args.output_dir or "", f"checkpoint-{step}")), scored[2 * number])
-    assert made.state.best_model_checkpoint == str(Path(made.args.output_dir or "", "checkpoint-2"))
-    assert_equal(weights(made.model), scored[0])  # type: ignore[arg-type]
-    other()
-    assert made.evaluate()["eval_one_loss"] == pytest.approx(made.state.best_metric)
-    made.save_model(str(tmp_path / "final"))
-    assert_equal(saved(tmp_path / "final"), scored[0])
-    # Trained again, the first gradient is taken at the run's y.
-    made.train()
-    assert said(caplog) == []
-
-
-def test_a_checkpoint_that_a_later_callback_asks_for_is_said_to_contain_y(
-    trainer: Train, caplog: pytest.LogCaptureFixture
-) -> None:
-    def save(state: Any, control: Any, **_: Any) -> None:
-        control.should_save = state.global_step == 2
-
-    trainer(callbacks=(Each("on_step_end", save), FreestepCallback())).train()
-    assert said(caplog) == []
-    trainer(callbacks=(FreestepCallback(), Each("on_step_end", save))).train()
-    assert "the checkpoint of step 2 contains y, not x" in caplog.text
-
-
-def test_jit_checkpoints_are_said_to_contain_y(trainer: Train, caplog: pytest.LogCaptureFixture) -> None:
-    trainer(enable_jit_checkpoint=True).train()
-    assert "JIT checkpoints contain y" in caplog.text
-
-
-# Resuming
-
-
-def stop_at(step: int) -> TrainerCallback:
-    def stop(state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop |= state.global_step == step
-
-    return Each("on_step_end", stop)
-
-
-def interrupted(trainer: Train, **options: Any) -> Trainer:
-    """Trained for 4 of 6 steps, with checkpoints, and closed."""
-    made = trainer(callbacks=(FreestepCallback(), stop_at(4)), save_strategy="steps", save_steps=2, **options)
-    made.train()
-    optimizer_of(made).close()
-    return made
-
-
-def test_where_the_run_lives_training_resumes_as_if_it_had_not_stopped(trainer: Train, run: Run) -> None:
-    made = trainer()
-    made.train()
-    whole, losses = x_of(run), logged(made, "loss")
-    optimizer_of(made).close()
-    run.delete()
-    interrupted(trainer)
-    resumed = trainer(tiny_gpt(3), save_strategy="steps", save_steps=2)
-    resumed.train(resume_from_checkpoint=True)
-    assert (run.status().step, resumed.state.global_step) == (6, 6)
-    assert logged(resumed, "loss") == losses
-    assert_equal(x_of(run), whole)
-    assert optimizer_of(resumed).worker == "trainer"
-
-
-def test_where_the_run_is_gone_resuming_says_what_can_be_done(trainer: Train, run: Run) -> None:
-    interrupted(trainer)
-    run.delete()
-    with pytest.raises(StateMismatch, match='on_missing="seed"'):
-        trainer(tiny_gpt(3)).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize("on_missing", ["seed", "join"])
-def test_where_the_run_is_gone_it_begins_anew_at_the_checkpoints_x(trainer: Train, run: Run, on_missing: str) -> None:
-    made = interrupted(trainer)
-    run.delete()
-    seen = []
-    watch = Each("on_train_begin", lambda state, control, **_: seen.append(x_of(run)))
-    resumed = trainer(
-        tiny_gpt(3), callbacks=(FreestepCallback(), watch), options={"on_missing": on_missing}, save_strategy="no"
-    )
-    resumed.train(resume_from_checkpoint=True)
-    assert_equal(seen[0], saved(Path(made.args.output_dir or "", "checkpoint-4")))
-    assert (run.status().step, resumed.state.global_step) == (2, 6)
 
 
 # Learning rates and losses

@@ -23,7 +23,7 @@ from freestep_service.state.compute import DeviceLocks
 from freestep_service.state.log import Entry
 from freestep_service.state.writer import Writer
 from machines import run_machine
-from state.test_writer import FIRST, comparing_shard, free, held, value
+from state.writers import FIRST, comparing_shard, free, held, value
 
 T = TypeVar("T")
 

@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 
 import pytest
-import torch
-from torch import Tensor
 
-from freestep.api.models import RunSpec
 from freestep.errors import ShardUnavailable
-from freestep.wire.manifest import Manifest
 from freestep_service.domain.records import Lost
-from freestep_service.state.buffers import Hold, VectorPool
+from freestep_service.state.buffers import VectorPool
 from freestep_service.state.compute import DeviceLocks
 from freestep_service.state.log import Entry
-from freestep_service.state.shard import Shard
 from freestep_service.state.writer import Writer
-
-
-def counting_shard() -> Shard:
-    """A shard that counts: lr 1, and each entry's gradient is minus its place in the log."""
-    spec = RunSpec.model_validate(
-        {
-            "optimizer": {"algorithm": "sgd", "lr": 1.0},
-            "aggregation": {"policy": "async"},
-            "parameters": [{"name": "w", "shape": [1]}],
-        }
-    )
-    shard = Shard(spec, Manifest(spec.parameters), torch.device("cpu"))
-    shard.initialize(torch.zeros(1), epoch=1)
-    return shard
+from state.writers import counting_shard, entry, free, held, run, value
 
 
 @pytest.fixture(params=[0, 1], ids=["thread", "inline"])
@@ -42,24 +23,6 @@ def writer(request: pytest.FixtureRequest) -> Iterator[Writer]:
     made = Writer(shard, "test", DeviceLocks(request.param))
     yield made
     asyncio.run(made.close())
-
-
-def entry(seq: int, epoch: int = 1) -> Entry:
-    return Entry(seq, epoch, advance=True, gradient=torch.tensor([-float(seq)]))
-
-
-def value(shard: Shard) -> float:
-    out = torch.empty(1)
-    shard.copy_point("y", out)
-    return float(out)
-
-
-def run(work: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(30):
-            await work()
-
-    asyncio.run(bounded())
 
 
 def test_entries_are_applied_in_the_order_of_the_log(writer: Writer) -> None:
@@ -163,38 +126,6 @@ def test_a_wait_ends_with_its_epoch(writer: Writer) -> None:
     run(work)
 
 
-class Peer:
-    """A holder that is as slow as it is told."""
-
-    speed = 0.0
-
-    def is_slow(self) -> bool:
-        return False
-
-    def end(self) -> None: ...
-
-    def on_excused(self) -> None: ...
-
-
-def held(pool: VectorPool, seq: int, epoch: int = 1) -> Entry:
-    """An entry whose gradient lies in a vector of a pool."""
-    vector = pool.try_acquire()
-    assert vector is not None
-    gradient = vector.tensor()
-    gradient.fill_(-float(seq))
-    return Entry(seq, epoch, advance=True, gradient=gradient, hold=Hold(pool, vector, Peer()))
-
-
-def free(pool: VectorPool) -> int:
-    """How many vectors of a pool are not lent."""
-    taken = []
-    while (vector := pool.try_acquire()) is not None:
-        taken.append(vector)
-    for vector in taken:
-        pool.release(vector)
-    return len(taken)
-
-
 def test_an_entry_owns_its_memory_until_it_is_applied_or_lost(writer: Writer) -> None:
     async def work() -> None:
         pool = VectorPool(1, capacity=4)
@@ -242,205 +173,6 @@ def test_a_shard_that_is_given_up_keeps_the_memory_of_an_update_until_its_end() 
         await applied
         assert free(pool) == 1
         assert value(writer.shard) == 1.0
-
-    run(work)
-
-
-class Measured:
-    """What a writer says of its shard's part of distances."""
-
-    def __init__(self, writer: Writer) -> None:
-        self.came: asyncio.Queue[tuple[Entry, Tensor]] = asyncio.Queue()
-        writer.on_measured = lambda entry, part, applied: self.came.put_nowait((entry, part))
-
-    async def next(self) -> tuple[int, float]:
-        """The seq of the entry, and the distance between its update's two pushes."""
-        entry, part = await self.came.get()
-        (square,) = part.tolist()
-        return entry.seq, square
-
-
-def comparing_shard() -> Shard:
-    """One of a run's shards under krum; a push is minus its place in the log. Of two the first is the update."""
-    spec = RunSpec.model_validate(
-        {
-            "optimizer": {"algorithm": "sgd", "lr": 1.0},
-            "aggregation": {"policy": "sync", "max_batch": 5, "robust": "krum", "f": 1},
-            "parameters": [{"name": "w", "shape": [1]}],
-        }
-    )
-    shard = Shard(spec, Manifest(spec.parameters), torch.device("cpu"), is_part=True)
-    shard.initialize(torch.zeros(1), epoch=1)
-    return shard
-
-
-@pytest.fixture(params=[0, 1], ids=["thread", "inline"])
-def comparing(request: pytest.FixtureRequest) -> Iterator[Writer]:
-    made = Writer(comparing_shard(), "test", DeviceLocks(request.param))
-    made.resume(1, 0, 0)
-    yield made
-    asyncio.run(made.close())
-
-
-def pair(pool: VectorPool, seq: int, epoch: int = 1) -> list[Entry]:
-    """Two pushes, of which the second makes an update, and a place behind them."""
-    first, second = held(pool, seq, epoch), held(pool, seq + 1, epoch)
-    return [replace(first, advance=False), second, Entry(seq + 2, epoch, advance=False, checkpoint=True)]
-
-
-FIRST, SECOND = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-"""Distances between two pushes."""
-
-
-def test_an_update_that_needs_distances_waits_for_them_and_others_wait_behind_it(comparing: Writer) -> None:
-    async def work() -> None:
-        pool, measured, taken = VectorPool(1, capacity=4), Measured(comparing), list[int]()
-        comparing.on_taken = lambda entry: taken.append(entry.seq)
-        first, second, mark = (comparing.submit(each) for each in pair(pool, 1))
-        await first
-        assert await measured.next() == (2, 1.0)
-        # What is asked of the state meanwhile is asked of that before the update.
-        before = await comparing.run(comparing.shard.copy_state)
-        assert (before.seq, before.step, before.group) == (1, 0, {"": 1})
-        assert (comparing.is_waiting, comparing.has_gap, comparing.taken_seq, comparing.position.seq) == (
-            True,
-            False,
-            1,
-            3,
-        )
-        assert not second.done()
-        assert not mark.done()
-        assert free(pool) == 3
-        # Of another entry, of another epoch.
-        comparing.add_distances(1, 3, FIRST)
-        comparing.add_distances(2, 2, FIRST)
-        assert comparing.is_waiting
-        comparing.add_distances(1, 2, FIRST)
-        assert not comparing.is_waiting
-        await asyncio.gather(second, mark)
-        assert taken == [1, 2, 3]
-        assert (comparing.applied_step, comparing.shard.seq, value(comparing.shard)) == (1, 3, 1.0)
-        assert free(pool) == 4
-        # They come again, as after a repeated report.
-        comparing.add_distances(1, 2, SECOND)
-        for entry in pair(pool, 4):
-            comparing.submit(entry)
-        assert await measured.next() == (5, 1.0)
-        assert measured.came.empty()
-
-    run(work)
-
-
-def test_distances_that_come_before_the_log_is_read_are_told_again(comparing: Writer) -> None:
-    async def work() -> None:
-        pool, measured = VectorPool(1, capacity=4), Measured(comparing)
-        first, second, mark = pair(pool, 1)
-        comparing.add_distances(1, 2, FIRST)
-        waiting = [comparing.submit(each) for each in (mark, second)]
-        assert comparing.has_gap
-        assert not comparing.is_waiting
-        comparing.submit(first)
-        assert comparing.is_waiting
-        assert await measured.next() == (2, 1.0)
-        comparing.add_distances(1, 2, FIRST)
-        await asyncio.gather(*waiting)
-        assert value(comparing.shard) == 1.0
-
-    run(work)
-
-
-@pytest.mark.parametrize("end", ["forgotten", "new epoch", "closed"])
-@pytest.mark.parametrize("when", ["measuring", "measured"])
-def test_an_update_that_waits_can_be_lost(end: str, when: str) -> None:
-    """Its memory is given back once the shard reads it no more."""
-
-    async def work() -> None:
-        comparing, pool = Writer(comparing_shard(), "test", DeviceLocks()), VectorPool(1, capacity=4)
-        comparing.resume(1, 0, 0)
-        measured, started, may_end = Measured(comparing), threading.Event(), threading.Event()
-        measure = comparing.shard.square_distances
-        kept = comparing.shard.copy_state()
-
-        def slow(entry: Entry) -> Tensor:
-            started.set()
-            assert may_end.wait(30)
-            return measure(entry)
-
-        comparing.shard.square_distances = slow  # type: ignore[method-assign]
-        first, *waiting = (comparing.submit(each) for each in pair(pool, 1))
-        await first
-        await asyncio.to_thread(started.wait, 30)
-        if when == "measured":
-            may_end.set()
-            await measured.next()
-        closing = None
-        match end:
-            case "forgotten":
-                comparing.pause(forget=True)
-            case "new epoch":
-                comparing.pause()
-                comparing.resume(2, 0, 0)
-            case "closed":
-                closing = asyncio.create_task(comparing.close())
-        for each in waiting:
-            with pytest.raises(Lost):
-                await each
-        assert free(pool) == (3 if when == "measuring" else 4)
-        may_end.set()
-        if closing is not None:
-            await closing
-        else:
-            await comparing.load(comparing.shard.load, kept, 3)
-        assert free(pool) == 4
-        assert measured.came.empty()
-        if closing is None:
-            # The same places of the log may be taken again.
-            comparing.shard.square_distances = measure  # type: ignore[method-assign]
-            comparing.pause()
-            comparing.resume(3, 0, 0)
-            waiting = [comparing.submit(each) for each in pair(pool, 1, epoch=3)]
-            assert await measured.next() == (2, 1.0)
-            comparing.add_distances(3, 2, FIRST)
-            await asyncio.gather(*waiting)
-            assert value(comparing.shard) == 1.0
-            await comparing.close()
-
-    run(work)
-
-
-def test_an_update_goes_on_waiting_over_a_pause(comparing: Writer) -> None:
-    async def work() -> None:
-        pool, measured = VectorPool(1, capacity=4), Measured(comparing)
-        waiting = [comparing.submit(each) for each in pair(pool, 1)]
-        comparing.pause()
-        await waiting[0]
-        assert await measured.next() == (2, 1.0)
-        comparing.add_distances(1, 2, FIRST)
-        assert not waiting[1].done()
-        comparing.resume(1, 1, 0)
-        await asyncio.gather(*waiting)
-        assert (value(comparing.shard), measured.came.empty(), free(pool)) == (1.0, True, 4)
-
-    run(work)
-
-
-def test_nothing_follows_distances_that_cannot_be_measured(comparing: Writer) -> None:
-    async def work() -> None:
-        pool, failures, measured = VectorPool(1, capacity=4), list[bool](), Measured(comparing)
-        comparing.on_failure = lambda: failures.append(True)
-
-        def fail(entry: Entry) -> Tensor:
-            raise RuntimeError("out of memory")
-
-        comparing.shard.square_distances = fail  # type: ignore[method-assign]
-        first, *waiting = (comparing.submit(each) for each in pair(pool, 1))
-        await first
-        for each in waiting:
-            with pytest.raises(Lost):
-                await each
-        assert (failures, measured.came.empty(), free(pool)) == ([True], True, 4)
-        with pytest.raises(ShardUnavailable, match="out of memory"):
-            await comparing.run(comparing.shard.copy_state)
 
     run(work)
 

@@ -1,0 +1,158 @@
+"""Units and the gradients that were taken on them: pushed together, and given back where they are discarded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from counting import LENGTH, Counts, Make, Numbers, counted
+from freestep import NonFiniteGradient, Run, ServiceUnreachable, Units
+
+
+def test_a_skipped_step_gives_its_units_back(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    skipped: list[range] = []
+    for examples in Units(optimizer, LENGTH, unit=5):
+        optimizer.zero_grad()
+        model.backward(examples)
+        if not skipped:
+            # As a GradScaler does that found infinity.
+            skipped.append(examples)
+            continue
+        optimizer.step()
+    assert counted(run) == {1.0} and run.status().step == 10
+
+
+def test_units_of_accumulated_gradients_go_with_their_step(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=5)
+    ranges = iter(units)
+    optimizer.zero_grad()
+    for _ in range(3):
+        model.backward(next(ranges))
+    optimizer.step()
+    assert units.status().done == 3
+    # Seven are left, which are no multiple of three: the loop ends where it would have to wait for itself.
+    for number, examples in enumerate(ranges):
+        if number % 3 == 0:
+            optimizer.zero_grad()
+        model.backward(examples)
+        if number % 3 == 2:
+            optimizer.step()
+    assert not units.exhausted and units.status().out == 1
+    optimizer.step()
+    assert list(units) == [] and units.exhausted and counted(run) == {1.0}
+
+
+def test_units_of_a_refused_push_are_others(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    refused = 0
+    for examples in Units(optimizer, LENGTH, unit=5):
+        optimizer.zero_grad()
+        model.backward(examples)
+        if not refused:
+            refused += 1
+            assert model.count.grad is not None
+            model.count.grad[0] = torch.nan
+            with pytest.raises(NonFiniteGradient):
+                optimizer.step()
+            continue
+        optimizer.step()
+    assert refused and counted(run) == {1.0}
+
+
+def test_a_push_whose_units_are_lost_is_dropped(remotely: Make, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=5)
+    for number, examples in enumerate(units):
+        optimizer.zero_grad()
+        model.backward(examples)
+        if number in (2, 5):
+            optimizer._membership.leave()
+        optimizer.step()
+        if number in (2, 5):
+            assert optimizer.receipt is not None and optimizer.receipt.reason == "unit-not-held"
+    assert counted(run) == {1.0} and units.exhausted
+    assert "others' now" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_goes_back_takes_its_units_back(remotely: Make, run: Run, workers: int) -> None:
+    model = Counts()
+    optimizer = remotely(model, durability="checkpoint")
+    units = Units(optimizer, LENGTH, unit=2)
+    went_back = False
+    for number, examples in enumerate(units.loader(Numbers(), batch_size=2, num_workers=workers)):
+        if number == 3:
+            run.checkpoint()
+        if number == 7 and not went_back:
+            went_back = True
+            run.restore(3)
+        optimizer.zero_grad()
+        model.backward(examples)
+        optimizer.step()
+    assert went_back and counted(run) == {1.0} and units.exhausted
+
+
+def test_gradients_that_go_on_in_another_loop_keep_their_units(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=5)
+    for taken, examples in enumerate(units):
+        if taken == 2:
+            # It was handed over, and has no gradient.
+            break
+        model.backward(examples)
+    for taken, examples in enumerate(units):
+        model.backward(examples)
+        if taken % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert units.exhausted and counted(run) == {1.0} and run.status().step == 4
+
+
+def test_gradients_that_are_discarded_give_their_units_back(remotely: Make, run: Run) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=5)
+    for taken, examples in enumerate(units):
+        optimizer.zero_grad()
+        if taken == 1:
+            optimizer.eval()
+        model.backward(examples)
+        if taken == 1:
+            optimizer.train()
+            assert units.status().done + units.status().out < 3
+            continue
+        optimizer.step()
+    assert counted(run) == {1.0}
+
+
+@pytest.mark.parametrize("error", [ServiceUnreachable("it is away"), KeyboardInterrupt()])
+def test_a_step_of_unknown_outcome_leaves_its_units_with_its_gradients(
+    remotely: Make, run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    for taken, examples in enumerate(Units(optimizer, LENGTH, unit=5)):
+        optimizer.zero_grad()
+        model.backward(examples)
+        if taken < 2:
+            with monkeypatch.context() as patched, pytest.raises(type(error)):
+                patched.setattr(optimizer._run, "exchange", fail)
+                optimizer.step()
+            if taken == 0:
+                # The gradients of this one are discarded, and those of the other are pushed.
+                continue
+        optimizer.step()
+    assert counted(run) == {1.0}
