@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -78,6 +78,18 @@ def random_gradients(count: int, seed: int = 1) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         yield {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def step_together(
+    flat: Flat, exact: Flat, references: Mapping[str, Any], gradients: Iterable[dict[str, Tensor]], damped: bool
+) -> None:
+    """Takes the same steps by state vectors in fp32, by others in fp64, and by each tensor's reference."""
+    for number, each in enumerate(gradients):
+        damping = 1 / (1 + number % 5) if damped else 1.0
+        flat.step(each, damping=damping)
+        exact.step({name: gradient.double() for name, gradient in each.items()}, damping=damping)
+        for name, reference in references.items():
+            reference.step(each[name], damping)
 
 
 def torch_groups(parameters: dict[str, nn.Parameter], second: dict[str, Any]) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from freestep_service.tls import trusted_by, uvicorn_options
 from freestep_service.web.connection import Connection
 from freestep_service.web.context import ServiceContext
 from meanwhile import DEADLINE_S, end, wait_until
+from ports import free_port
 
 TOKEN = make_token("admin")
 """The admin token of all services of the tests, which all clients find in their environment."""
@@ -130,8 +131,7 @@ class ProcessService:
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         self.data_dir = data_dir
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
+        self.port = free_port()
         self._settings = {"port": self.port, "data_dir": data_dir, **ORDINARY, **settings}
         its = Settings(**self._settings)
         self.url = its.url_of("127.0.0.1", self.port)
@@ -201,8 +201,7 @@ def store(kind: str, folder: Path) -> Iterator[str]:
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("redis-server is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [binary, "--port", str(port), "--save", "", "--dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import socket
 import uuid
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from forked import Script
 from freestep import FreestepError, RemoteOptimizer
 from harness import ThreadService
+from ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -26,16 +24,7 @@ Seen = dict[str, dict[str, Any]]
 def ranks(service: ThreadService, tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Seen]:
     """What each of two ranks recorded."""
     file, name = tmp_path_factory.mktemp("ranks") / "seen", f"ranks-{uuid.uuid4().hex[:8]}"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    # The environment that torchrun gives its processes.
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with ExitStack() as stack:
-        scripts = [
-            stack.enter_context(Script(RANK, service.url, name, str(file), RANK=str(rank), **group))
-            for rank in range(2)
-        ]
-        assert [script.wait() for script in scripts] == [0, 0]
+    run_ranks(RANK, service.url, name, str(file), WORLD_SIZE="2")
     first, second = (json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(2))
     return first, second
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
 import uuid
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import pytest
 import schedulefree
 import torch
 
-from forked import Script
 from freestep import Client, RunNotFound
 from harness import ThreadService
+from ranks import run_ranks
 from trained import held, loss_of, network
 
 pytestmark = pytest.mark.slow
@@ -33,15 +31,7 @@ def name() -> str:
 def ranks(service: ThreadService, name: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks recorded."""
     file = tmp_path_factory.mktemp("wrapped") / "seen"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with ExitStack() as stack:
-        scripts = [
-            stack.enter_context(Script(RANK, service.url, name, str(file), RANK=str(rank), **group))
-            for rank in range(2)
-        ]
-        assert [script.wait() for script in scripts] == [0, 0]
+    run_ranks(RANK, service.url, name, str(file), WORLD_SIZE="2")
     return [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(2)]
 
 

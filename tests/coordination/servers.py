@@ -19,13 +19,9 @@ import forked
 from harness import DEADLINE_S, ThreadService
 from meanwhile import at_once, wait_until
 from plain_calls import Api, ShardedApi, persistently
+from ports import free_port
 
-__all__ = ["free_port", "push_once", "push_until_decided", "redis_server", "refusal", "valkey_server"]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+__all__ = ["push_once", "push_until_decided", "redis_server", "refusal", "valkey_server"]
 
 
 @contextmanager

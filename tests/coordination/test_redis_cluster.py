@@ -11,10 +11,11 @@ import pytest
 from redis import Redis
 from redis.crc import key_slot
 
-from coordination.servers import free_port, push_once, push_until_decided, refusal, valkey_server
+from coordination.servers import push_once, push_until_decided, refusal, valkey_server
 from harness import ThreadService
 from meanwhile import Call, under_way, wait_until
 from plain_calls import Api, ShardedApi, persistently, slug
+from ports import free_port
 from shards.runs import ONES, ZEROS, counting
 
 pytestmark = pytest.mark.slow

@@ -16,10 +16,11 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 import forked
-from coordination.servers import free_port, push_once, redis_server, refusal
+from coordination.servers import push_once, redis_server, refusal
 from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import Api, persistently, slug
+from ports import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import trustme
 
-from deploy.fronts import FRONTS, Front, free_port, front
+from deploy.fronts import FRONTS, Front, front
 from freestep import Client
 from harness import ThreadService
 from plain_calls import Api
+from ports import free_port
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 
 from meanwhile import DEADLINE_S, wait_until
 
-__all__ = ["FRONTS", "NAME", "ROOT", "Front", "free_port", "front"]
+__all__ = ["FRONTS", "NAME", "ROOT", "Front", "front"]
 
 ROOT = Path(__file__).parents[2]
 FRONTS = ("caddy", "nginx")
@@ -58,12 +58,6 @@ class Front:
     def temporary_files(self) -> list[Path]:
         """What nginx has put into files instead of passing it on; Caddy has no such place."""
         return [path for path in (self.folder / "temporary").rglob("*") if path.is_file()]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @contextmanager

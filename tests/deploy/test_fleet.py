@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from deploy.conftest import Site
-from deploy.fronts import FRONTS, NAME, ROOT, free_port, front
+from deploy.fronts import FRONTS, NAME, ROOT, front
 from freestep import Client, Flat, RemoteOptimizer
 from freestep.bulk import BulkTransport
 from harness import TOKEN, ProcessService, ThreadService, store
 from meanwhile import under_way, wait_until
+from ports import free_port
 
 NUMEL = 5_000_000
 """20 MB as fp32."""

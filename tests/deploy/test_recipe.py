@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.fronts import NAME, ROOT, free_port, front
+from deploy.fronts import NAME, ROOT, front
 from deploy.recipe import Machine, Unit, blocks
 from freestep import Client
 from meanwhile import wait_until
+from ports import free_port
 
 WAYS = {"caddy": "Caddy", "nginx": "nginx", "alone": "No proxy"}
 SCRIPT = Path(__file__).parent / "spot_worker.py"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from forked import Script
 from freestep import Run
 from harness import ThreadService
 from lightning_module import by_the_package, weights
+from ranks import run_ranks
 from trained import held, pulled
 
 pytestmark = pytest.mark.slow
@@ -21,15 +19,7 @@ RANK = Path(__file__).with_name("lightning_rank.py")
 
 
 def test_ranks_are_one_worker(service: ThreadService, run: Run, name: str, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    group = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with ExitStack() as stack:
-        ranks = [
-            stack.enter_context(Script(RANK, service.url, name, str(tmp_path), LOCAL_RANK=str(rank), **group))
-            for rank in range(2)
-        ]
-        assert [rank.wait() for rank in ranks] == [0, 0]
+    run_ranks(RANK, service.url, name, str(tmp_path), called=["LOCAL_RANK"], NODE_RANK="0")
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
     status = run.status()
     # 64 samples are 4 batches of 8 for each rank.

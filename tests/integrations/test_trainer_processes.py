@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 from forked import Script
 from freestep import Run
 from harness import ThreadService
+from ranks import run_ranks
 from tiny_models import texts, tiny_gpt
 
 pytestmark = pytest.mark.slow
@@ -48,15 +48,9 @@ def test_two_trainers_train_one_run(service: ThreadService, name: str, run: Run,
 
 
 def test_the_ranks_of_torchrun_are_one_worker(service: ThreadService, name: str, run: Run, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    # The environment that torchrun gives its processes.
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     folder = tmp_path / "ranks"
-    with ExitStack() as stack:
-        ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        scripts = [stack.enter_context(Script(PROCESS, service.url, name, str(folder), **rank)) for rank in ranks]
-        assert [script.wait() for script in scripts] == [0, 0]
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    run_ranks(PROCESS, service.url, name, str(folder), called=["RANK", "LOCAL_RANK"], **sizes)
     status = run.status()
     assert (status.step, status.pushes["applied"], status.pushes["dropped"]) == (6, 6, 0)
     one, other = seen(folder, 0), seen(folder, 1)

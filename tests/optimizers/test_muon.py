@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import freestep
 import reference
-from flats import Flat
+from flats import Flat, step_together
 from freestep.api.bases import BaseMuon
 from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
@@ -78,13 +78,7 @@ def test_a_step_is_schedule_free_over_the_papers(bases: st.SearchStrategy[dict[s
             name: OverTorch(weight, ours if weight.dim() == 2 else theirs, beta=0.9, decay_at_y=0.02, r=0.5)
             for name, weight in weights.items()
         }
-        for number in range(STEPS):
-            gradients = random(SHAPES, generator)
-            damping = 1 / (1 + number % 5) if damped else 1.0
-            flat.step(gradients, damping=damping)
-            exact.step({name: gradient.double() for name, gradient in gradients.items()}, damping=damping)
-            for name, each in references.items():
-                each.step(gradients[name], damping)
+        step_together(flat, exact, references, (random(SHAPES, generator) for _ in range(STEPS)), damped)
         for name, each in references.items():
             for point, expected in (("x", each.x), ("y", each.y), ("z", each.z)):
                 torch.testing.assert_close(exact.point(point)[name], expected, rtol=1e-8, atol=1e-9)

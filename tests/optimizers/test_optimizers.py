@@ -10,7 +10,7 @@ import schedulefree
 import torch
 from torch import nn
 
-from flats import STEPS, Flat, assert_points, initial_weights, random_gradients, torch_groups
+from flats import STEPS, Flat, assert_points, initial_weights, random_gradients, step_together, torch_groups
 from forms import FORMS
 from freestep.api.hyperparameters import ScheduleFreeWrapper
 from freestep_service.optimizers import interpolate
@@ -141,12 +141,7 @@ def test_a_step_equals_the_papers(optimizer: dict[str, Any], beta: float, damped
     flat = Flat(optimizer, {}, weights)
     # The same arithmetic in fp64 leaves the algebra alone to differ.
     exact = Flat(optimizer, {}, {name: weight.double() for name, weight in weights.items()})
-    for number, gradients in enumerate(random_gradients(STEPS)):
-        damping = 1 / (1 + number % 5) if damped else 1.0
-        flat.step(gradients, damping=damping)
-        exact.step({name: gradient.double() for name, gradient in gradients.items()}, damping=damping)
-        for name, each in reference.items():
-            each.step(gradients[name], damping)
+    step_together(flat, exact, reference, random_gradients(STEPS), damped)
     for name, each in reference.items():
         for point, expected in (("x", each.x), ("y", each.y), ("z", each.z)):
             torch.testing.assert_close(flat.point(point)[name], expected.float(), rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from flats import STEPS, Flat, assert_points, initial_weights, random_gradients, torch_groups
+from flats import STEPS, Flat, assert_points, initial_weights, random_gradients, step_together, torch_groups
 from freestep.api.hyperparameters import DiLoCo
 from freestep.api.models import RunSpec
 from reference import DelayedNesterov
@@ -60,12 +60,7 @@ def test_delayed_momentum_equals_the_papers(period: int, activation: float, damp
     exact = Flat(
         {"algorithm": "diloco", **hyperparameters}, {}, {name: weight.double() for name, weight in weights.items()}
     )
-    for number, gradients in enumerate(random_gradients(STEPS)):
-        damping = 1 / (1 + number % 5) if damped else 1.0
-        flat.step(gradients, damping=damping)
-        exact.step({name: gradient.double() for name, gradient in gradients.items()}, damping=damping)
-        for name, twin in twins.items():
-            twin.step(gradients[name], damping)
+    step_together(flat, exact, twins, random_gradients(STEPS), damped)
     for name, twin in twins.items():
         torch.testing.assert_close(exact.point("y")[name], twin.y, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(flat.point("y")[name], twin.y.float(), rtol=1e-4, atol=1e-5)

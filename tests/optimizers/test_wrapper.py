@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flats import GROUPS, Flat
+from flats import GROUPS, Flat, step_together
 from reference import OverTorch
 
 STEPS = 500
@@ -102,13 +102,11 @@ def compare(spec: dict[str, Any], second: dict[str, Any], references: dict[str, 
     flat = Flat(spec, second, weights())
     exact = Flat(spec, second, {name: weight.double() for name, weight in weights().items()})
     generator = torch.Generator().manual_seed(1)
-    for number in range(STEPS):
-        gradients = {name: torch.randn(each.x.shape, generator=generator) for name, each in references.items()}
-        damping = 1 / (1 + number % 5) if damped else 1.0
-        flat.step(gradients, damping=damping)
-        exact.step({name: gradient.double() for name, gradient in gradients.items()}, damping=damping)
-        for name, each in references.items():
-            each.step(gradients[name], damping)
+    shapes = {name: each.x.shape for name, each in references.items()}
+    gradients = (
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(STEPS)
+    )
+    step_together(flat, exact, references, gradients, damped)
     for name, each in references.items():
         for point, expected in (("x", each.x), ("y", each.y), ("z", each.z)):
             torch.testing.assert_close(exact.point(point)[name], expected, rtol=1e-9, atol=1e-10)

@@ -22,6 +22,7 @@ import forked
 from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import Api, slug
+from ports import free_port
 
 pytestmark = pytest.mark.slow
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -37,8 +38,7 @@ def taken() -> Iterator[str]:
 @pytest.fixture
 def free() -> str:
     """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return str(listener.getsockname()[1])
+    return str(free_port())
 
 
 def test_a_redis_that_removes_keys_is_refused(redis_url: str, tmp_path: Path) -> None:
