@@ -9,10 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from freestep.errors import (
-    CheckpointNotFound,
-    ShardUnavailable,
-)
+from freestep.errors import CheckpointNotFound, ShardUnavailable
 from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.norm_history import NormHistory
 from freestep_service.domain.opening import Decision
