@@ -24,6 +24,7 @@ from freestep.commands.data import data
 from freestep.commands.doctor import doctor
 from freestep.commands.evaluate import evaluate
 from freestep.commands.events import events
+from freestep.commands.history import history
 from freestep.commands.pull import pull
 from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
 from freestep.commands.tokens import tokens
@@ -214,6 +215,7 @@ def delete_run(
 
 app.command()(workers)
 app.command()(events)
+app.command()(history)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -13,6 +13,7 @@ from urllib.parse import quote
 from freestep.answers import Pulled, Snapshot, parse
 from freestep.api.data import DataList, DataStatus
 from freestep.api.events import RunEvent
+from freestep.api.history import CurveName, History
 from freestep.api.models import (
     Checkpoint,
     CheckpointList,
@@ -211,6 +212,27 @@ class Run:
             ServiceUnreachable: The service was away for longer than the client's `retry_for`.
         """
         return EventSource(self._transport, f"{self._path}/events").events(after, from_step, follow=follow)
+
+    def history(
+        self, curves: Sequence[CurveName | Literal["metrics"]] | None = None, *, points: int | None = None
+    ) -> History:
+        """The run's curves from its creation on, over restarts and new owners.
+
+        A curve has at most 512 points. When there would be more, each two neighbours become one, with their mean, the
+        least and the largest. Points of later steps in earlier epochs are of weights that the run has given up.
+
+        Args:
+            curves: Names of those that are wanted; "metrics" are all reported metrics. None takes all.
+            points: The most points of a curve, 1 to 512; None takes all.
+
+        Raises:
+            MalformedRequest: There is no such curve, or `points` is out of range.
+            StorageUnavailable: The service could not read what it has stored of them, and tries again.
+        """
+        params: dict[str, str | int] = {} if points is None else {"points": points}
+        if curves is not None:
+            params["curves"] = ",".join(curves)
+        return parse(History, self._transport.request("GET", f"{self._path}/history", params=params))
 
     def keep_best(
         self, metric: str, path: str | os.PathLike[str], *, mode: Literal["max", "min"] | None = None

@@ -54,7 +54,18 @@ from freestep_service.web.issuer_documents import IssuerDocuments, issuer_client
 from freestep_service.web.json_bodies import JsonBodies
 from freestep_service.web.openapi import DESCRIPTION, TAGS, document_problems
 from freestep_service.web.relay import Relay, relay_client
-from freestep_service.web.routes import checkpoints, data, events, gradients, health, leases, parameters, runs, state
+from freestep_service.web.routes import (
+    checkpoints,
+    data,
+    events,
+    gradients,
+    health,
+    history,
+    leases,
+    parameters,
+    runs,
+    state,
+)
 from freestep_service.web.routes import metrics as reports
 from freestep_service.web.routes import tokens as token_routes
 
@@ -134,6 +145,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         checkpoints.router,
         reports.router,
         events.router,
+        history.router,
         data.router,
         token_routes.router,
         health.router,

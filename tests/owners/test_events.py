@@ -1,4 +1,4 @@
-"""Events of runs that several processes can own: relayed by those that do not, and told on by the next owner."""
+"""Events and history of runs that several processes can own: relayed by others, told on by the next owner."""
 
 from __future__ import annotations
 
@@ -69,3 +69,27 @@ def test_events_go_on_with_the_next_owner(
     assert [event.step for event in seen if event.kind == "push"] == [1, 2, 3, 4, 5]
     assert [event.entries for event in seen if isinstance(event, GapEvent)] in ([], [0])
     assert {event.epoch for event in seen} == {1}
+
+
+@pytest.mark.slow
+def test_the_history_goes_on_with_the_next_owner_and_over_a_division(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run], name: str
+) -> None:
+    nodes = [start_service(redis_url=url_of(store), owner_ttl_seconds=2) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 2)
+    owner, other = owner_first(nodes, run)
+    run = run_of(other.url)
+
+    def applied() -> list[int]:
+        curve = run.history(["applied"]).curves["applied"]
+        return [point.step for point in curve.points() if point.mean == 1]
+
+    push(run, 3)
+    assert applied() == [1, 2, 3]
+    owner.stop()
+    push(run, 2)
+    assert applied() == [1, 2, 3, 4, 5]
+    run.reshard(1)
+    push(run, 1)
+    assert applied() == [1, 2, 3, 4, 5, 6]

@@ -56,7 +56,7 @@ def test_operations_are_named_by_their_handlers() -> None:
         *("create_run", "list_runs", "get_run", "delete_run", "get_topology", "reshard_run"),
         *("initialize_run", "pull", "push", "export_state", "import_state", "report_metric"),
         *("grant_lease", "renew_lease", "release_lease", "list_leases"),
-        "read_events",
+        *("read_events", "read_history"),
         *("create_data", "list_data", "show_data", "claim_units", "return_units"),
         *("write_checkpoint", "list_checkpoints", "restore_checkpoint"),
         *("create_token", "list_tokens", "revoke_token"),

@@ -42,6 +42,7 @@ SCOPE_OF = {
     ("GET", "/v1/runs/{run}/leases"): "read",
     ("GET", "/v1/runs/{run}/checkpoints"): "read",
     ("GET", "/v1/runs/{run}/events"): "read",
+    ("GET", "/v1/runs/{run}/history"): "read",
     ("POST", "/v1/runs/{run}/metrics"): "read",
     ("PUT", "/v1/runs/{run}"): "push",
     ("PUT", "/v1/runs/{run}/parameters"): "push",

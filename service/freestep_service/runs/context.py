@@ -10,6 +10,7 @@ from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.domain.records import Origin, Receipts
 from freestep_service.runs.background import Background
 from freestep_service.runs.events import RunEvents
+from freestep_service.runs.history import RunHistory
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.telemetry import RunMetrics
 from freestep_service.settings import Settings
@@ -22,7 +23,8 @@ class RunContext:
     """A run's name and spec, its part of Redis, and what this process keeps and has for it.
 
     canonical_spec: the spec as JSON, by which specs are compared. origin: where the run began. manifest: of the whole
-    model. receipts: the decided pushes, as Redis has them. events: told by whoever sees them happen.
+    model. receipts: the decided pushes, as Redis has them. events: told by whoever sees them happen. history: hears of
+    all events.
     """
 
     name: str
@@ -34,6 +36,7 @@ class RunContext:
     receipts: Receipts
     telemetry: RunMetrics
     events: RunEvents
+    history: RunHistory
     background: Background
     resources: Resources
 

@@ -34,11 +34,18 @@ _IN_FRAME = 256
 class RunEvents:
     """The events of one run from the moment that this process owns its first shard.
 
-    now_ms: a clock. What has no entry in the log is numbered by it, so that numbers rise over processes too.
+    now_ms: a clock. What has no entry in the log is numbered by it, so that numbers rise over processes too. hears: is
+    told of every event, at once.
     """
 
-    def __init__(self, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000, kept: int = _KEPT) -> None:
+    def __init__(
+        self,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        kept: int = _KEPT,
+        hears: Callable[[Event], None] = lambda _: None,
+    ) -> None:
         self._now_ms = now_ms
+        self._hears = hears
         self._kept = kept
         self._spare = min(_SPARE, kept)
         self._events: list[Event] = []
@@ -118,6 +125,7 @@ class RunEvents:
 
     def _put(self, event: Event) -> None:
         self._events.append(event)
+        self._hears(event)
         if len(self._events) >= self._kept + self._spare:
             self._forget(len(self._events) - self._kept)
         elif self._units > _KEPT_UNITS:

@@ -111,11 +111,13 @@ class Keeper:
             await self._try("its ownership", self._ownership.prolong)
 
     async def _keep_house(self) -> None:
-        """Ends leases that have run out, and writes checkpoints that are due."""
+        """Ends leases that have run out, and writes checkpoints that are due, and the history."""
         while not await self._stops(_IDLE_S if self._leases.are_idle else _HOUSEKEEPING_S):
             await self._try("its leases", self._leases.expire)
             if self._checkpointing.is_due():
                 self._context.background.spawn(self._checkpointing.write_or_retry(), "a checkpoint was not written")
+            if self._context.history.is_due():
+                self._context.background.spawn(self._context.history.save(), "its history was not saved")
 
     async def _stops(self, pause_s: float) -> bool:
         with suppress(TimeoutError):

@@ -26,6 +26,7 @@ class Leases:
         self._receipts = context.receipts
         self._telemetry = context.telemetry
         self._events = context.events
+        self._history = context.history
         self._ttl_ms = context.spec.lease_ttl_ms
         self._patience_ms = int(1000 * context.settings.stall_seconds)
         self._recovery = recovery
@@ -114,6 +115,7 @@ class Leases:
                     self._events.lease("expired", worker)
                 self._on_ended(ended, era)
             self._telemetry.live(live)
+            self._history.live(live)
 
     @property
     def _position(self) -> LogPosition:

@@ -195,6 +195,7 @@ class Loading:
         core.is_repaired = False
         core.initialized = initialized
         if core.index == 0:
+            await self._context.history.begin()
             self._context.events.begin(epoch, seq, step)
         writer.resume(epoch, seq, step)
         if core.index == 0:

@@ -294,6 +294,7 @@ class LocalShard:
         """Stops, once what has a place in the log is applied or lost."""
         if self.core.index == 0:
             self._context.events.end()
+            self._context.history.end()
         await self._pushes.close()
         self._reads.close()
         self._exports.close()

@@ -354,6 +354,8 @@ class Ownership:
                 await self._standing.leave(shard, view)
             except Exception:
                 logger.exception("run %s: shard %d could not be written", self._context.name, shard.index)
+            if shard.index == 0:
+                await self._context.history.save()
         with suppress(CoordinatorUnavailable):
             await self._opening.give_up([shard.core.owner() for shard in given])
         await self._drop([shard.index for shard in given])

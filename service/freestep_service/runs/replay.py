@@ -60,9 +60,11 @@ async def recover(
         else:
             core.journal.go_on()
         if core.index == 0:
+            await context.history.begin()
             context.events.begin(contents.epoch, checkpoint.seq, checkpoint.step)
         core.writer.resume(contents.epoch, checkpoint.seq, checkpoint.step, newest)
-        tally = await _replay(context, shard, contents, checkpoint, loaded.state.tally, last)
+        with context.history.replaying():
+            tally = await _replay(context, shard, contents, checkpoint, loaded.state.tally, last)
         context.telemetry.tally = tally
         if core.index == 0:
             context.telemetry.resumed(tally)

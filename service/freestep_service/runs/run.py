@@ -23,6 +23,7 @@ from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.data_progress import progress_of
+from freestep_service.domain.history import HistoryCurves
 from freestep_service.domain.opening import Decision
 from freestep_service.domain.records import UNKNOWN_ORIGIN, CheckpointId, Origin, Receipts
 from freestep_service.domain.specs import require_same_spec
@@ -37,6 +38,7 @@ from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.events import RunEvents
 from freestep_service.runs.held_states import HeldStates
+from freestep_service.runs.history import RunHistory
 from freestep_service.runs.keeper import Keeper
 from freestep_service.runs.lanes import Lanes
 from freestep_service.runs.leases import Leases
@@ -80,6 +82,7 @@ class Run:
     ) -> None:
         settings, storage = resources.settings, resources.storage
         canonical = spec.model_dump_json()
+        history = RunHistory(storage, resources.disk, name, origin)
         self.name = name
         self.spec = spec
         self.manifest = manifest
@@ -92,7 +95,8 @@ class Run:
             Coordinator(resources.store, name, canonical, Policy.of(spec.aggregation), origin),
             Receipts(),
             RunMetrics(resources.metrics, name),
-            RunEvents(),
+            RunEvents(hears=history.take),
+            history,
             Background(f"run {name}"),
             resources,
         )
@@ -179,6 +183,12 @@ class Run:
         """What happens to it, for the owner of its first shard to tell. Raises what `shard` raises."""
         self.shard(0)
         return self._context.events
+
+    @property
+    def history(self) -> HistoryCurves:
+        """Its curves, likewise. Raises StorageUnavailable too."""
+        self.shard(0)
+        return self._context.history.curves
 
     def owner_url(self, index: int) -> str | None:
         """Where a shard's owner was last known to be, if that is another process."""
@@ -435,6 +445,7 @@ class Run:
             for shard in self._shards:
                 await shard.close_pushes()
             self._checkpointing.give_up()
+            self._context.history.end()
             async with self._checkpointing.lock:
                 await self._context.background.settle()
                 await disk.run(self._checkpoints.remove)
@@ -453,5 +464,6 @@ class Run:
             with suppress(StorageUnavailable):
                 await self._deletions.note_here(last)
                 await self._context.resources.disk.run(self._checkpoints.remove_until, last)
+                await self._context.history.forget()
         await self._context.resources.disk.run(remove_journals, self._context.settings.journals() / self.name)
         self._context.telemetry.forget()

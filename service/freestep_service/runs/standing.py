@@ -163,6 +163,8 @@ class Standing:
         except FreestepError as error:
             self.problem = str(error)
             return self.problem
+        if shard.index == 0:
+            await self._context.history.save()
         await self._coordinator.log.part_written(shard.core.owner(), identity, size)
         return None
 

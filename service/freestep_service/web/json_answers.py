@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import json
+from collections.abc import Iterable, Mapping
 
 from fastapi import Response
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from freestep.api.models import RunStatus, Topology
+from freestep_service.domain.curves import Curve
+from freestep_service.domain.history import HistoryCurves
 from freestep_service.domain.topology import Layout
 from freestep_service.runs.run import Run
 
-__all__ = ["json_response", "status_json", "status_response", "topology_response"]
+__all__ = ["history_response", "json_response", "status_json", "status_response", "topology_response"]
 
 
 def json_response(document: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -34,6 +39,28 @@ def topology_response(topology: Topology, layout: Layout) -> Response:
     shards = zip(topology.shards, layout.documents, strict=True)
     listed = ",".join(_spliced(shard, slices=slices) for shard, slices in shards)
     return json_response(_spliced(topology, shards=f"[{listed}]"))
+
+
+async def history_response(run: str, history: HistoryCurves, curves: Iterable[str], points: int) -> Response:
+    """A run's history as an answer: some of its curves, and metrics if `metrics` is among them."""
+    wanted = set(curves)
+    # Copied at once: all are of the same moment.
+    shown = {name: curve.thinned(points) for name, curve in history.curves.items() if name in wanted}
+    metrics = {name: curve.thinned(points) for name, curve in history.metrics.items()} if "metrics" in wanted else {}
+    epochs = [each._asdict() for each in history.epochs]
+    head = {"run": run, "epoch": history.epoch, "step": history.step, "epochs": epochs}
+    return json_response(
+        f'{json.dumps(head)[:-1]},"curves":{await _curves_json(shown)},"metrics":{await _curves_json(metrics)}}}'
+    )
+
+
+async def _curves_json(curves: Mapping[str, Curve]) -> str:
+    pieces: list[str] = []
+    for name, curve in curves.items():
+        pieces.append(f"{json.dumps(name)}:{to_json({'per_point': curve.per_point, **curve.columns()}).decode()}")
+        # Others have their turn.
+        await asyncio.sleep(0)
+    return f"{{{','.join(pieces)}}}"
 
 
 def _spliced(model: BaseModel, **members: str) -> str:
