@@ -19,7 +19,7 @@ ALLOWED = {
 """SPDX identifiers, and the names that older packages have for the same. MPL-2.0 concerns changed files alone."""
 CUDA = re.compile(r"(nvidia|cuda)-.*")
 """NVIDIA's libraries for GPUs, which PyPI's torch brings under a license of theirs; CPU builds have none."""
-EXTRAS = ("service", "oidc", "demo", "integrations")
+EXTRAS = ("service", "oidc", "demo", "integrations", "top")
 _CLASSIFIER = re.compile(r"License :: (?:OSI Approved :: )?(.+)")
 
 

@@ -28,6 +28,7 @@ from freestep.commands.history import history
 from freestep.commands.pull import pull
 from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
 from freestep.commands.tokens import tokens
+from freestep.commands.top import top
 from freestep.commands.workers import workers
 from freestep.errors import FreestepError, InvalidSetting, ProblemError, ServiceUnreachable
 from freestep.files import is_stdout
@@ -216,6 +217,7 @@ def delete_run(
 app.command()(workers)
 app.command()(events)
 app.command()(history)
+app.command()(top)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from freestep.client import DEFAULT_URL
 from freestep.commands.shared import Json, RunName, Token, Url, connect
 from freestep.terminal import print_line
 
-__all__ = ["events"]
+__all__ = ["events", "told"]
 
 
 def events(
@@ -45,10 +45,10 @@ def events(
                 sys.stdout.write(event.model_dump_json() + "\n")
                 sys.stdout.flush()
             else:
-                print_line(f"{event.id:<12} step {event.step:<8} {event.kind:<10} {_told(event)}".rstrip())
+                print_line(f"{event.id:<12} step {event.step:<8} {event.kind:<10} {told(event)}".rstrip())
 
 
-def _told(event: RunEvent) -> str:
+def told(event: RunEvent) -> str:
     """What an event tells beside its step."""
     match event:
         case PushEvent():

@@ -27,13 +27,14 @@ _RETRY_FOR_S = 3.0
 """Short, since a person waits for the answer."""
 
 
-def connect(url: str, token: str | None, *, patient: bool = False) -> Client:
+def connect(url: str, token: str | None, *, patient: bool = False, timeout: float = 30.0) -> Client:
     """A client of the service; a setting that is wrong ends the command.
 
-    patient: bears with outages as long as workers do, for commands that go on by themselves.
+    patient: bears with outages as long as workers do, for commands that go on by themselves. timeout: seconds for which
+    the service may say nothing.
     """
     try:
-        return Client(url, token=token) if patient else Client(url, token=token, retry_for=_RETRY_FOR_S)
+        return Client(url, token=token, timeout=timeout, retry_for=None if patient else _RETRY_FOR_S)
     except OSError as error:
         fail(2, str(error))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Annotated, NoReturn
@@ -16,16 +15,15 @@ from rich.live import Live
 
 from freestep.api.models import WorkerStatus
 from freestep.client import DEFAULT_URL
+from freestep.commands.rates import Rates
 from freestep.commands.shared import Json, RunName, Token, Url, connect, or_dash
 from freestep.run import Run
 from freestep.terminal import print_result, table
 
-__all__ = ["Speeds", "workers"]
+__all__ = ["COLUMNS", "Speeds", "rows", "workers"]
 
 _EVERY_S = 1.0
-_WINDOW_S = 10.0
-"""Seconds over which the speed of a worker is measured."""
-_COLUMNS = ("worker", "pushes", "last at step", "staleness", "steps/s", "outliers", "lease ends in")
+COLUMNS = ("worker", "pushes", "last at step", "staleness", "steps/s", "outliers", "lease ends in")
 
 
 def workers(
@@ -43,7 +41,7 @@ def workers(
         if watch:
             _watch(remote, as_json)
         found = remote.workers()
-    print_result(found, as_json, _COLUMNS, _rows(found))
+    print_result(found, as_json, COLUMNS, rows(found))
 
 
 def _watch(run: Run, as_json: bool) -> NoReturn:
@@ -53,12 +51,12 @@ def _watch(run: Run, as_json: bool) -> NoReturn:
         while True:
             found = speeds.complete(run.workers(), time.monotonic())
             if live is not None:
-                live.update(table(_COLUMNS, _rows(found)), refresh=True)
+                live.update(table(COLUMNS, rows(found)), refresh=True)
             elif as_json:
                 sys.stdout.write(json.dumps([each.model_dump(mode="json") for each in found]) + "\n")
                 sys.stdout.flush()
             else:
-                print_result(found, False, _COLUMNS, _rows(found))
+                print_result(found, False, COLUMNS, rows(found))
             time.sleep(_EVERY_S)
 
 
@@ -66,32 +64,25 @@ class Speeds:
     """How many steps a second each worker makes: as its pushes report, else its pushes over the last seconds."""
 
     def __init__(self) -> None:
-        self._looks: dict[str, deque[tuple[float, int]]] = {}
+        self._rates = Rates()
 
     def complete(self, found: Sequence[WorkerStatus], now: float) -> list[WorkerStatus]:
         """The workers with their `speed`, which is None for one that is seen for the first time.
 
         now: the time of the look, in seconds.
         """
-        self._looks = {worker.worker: self._looks.get(worker.worker, deque()) for worker in found}
+        self._rates.keep(worker.worker for worker in found)
+        # They are counted by lease: a worker with a new one begins anew.
         return [
-            worker if worker.speed is not None else worker.model_copy(update={"speed": self._measure(worker, now)})
+            worker
+            if worker.speed is not None
+            else worker.model_copy(update={"speed": self._rates.measure(worker.worker, worker.pushes, now)})
             for worker in found
         ]
 
-    def _measure(self, worker: WorkerStatus, now: float) -> float | None:
-        looks = self._looks[worker.worker]
-        if looks and worker.pushes < looks[-1][1]:
-            # They are counted by lease, and it has a new one.
-            looks.clear()
-        looks.append((now, worker.pushes))
-        while len(looks) > 2 and now - looks[1][0] >= _WINDOW_S:
-            looks.popleft()
-        begun, pushes = looks[0]
-        return (worker.pushes - pushes) / (now - begun) if now > begun else None
 
-
-def _rows(found: Sequence[WorkerStatus]) -> list[Sequence[object]]:
+def rows(found: Sequence[WorkerStatus]) -> list[Sequence[object]]:
+    """Workers as rows of a table with these columns."""
     return [
         (worker.worker, worker.pushes, or_dash(worker.step), or_dash(worker.staleness), or_dash(worker.speed),
          worker.outliers, f"{worker.expires_in_ms / 1000:.1f} s")
