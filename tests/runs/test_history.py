@@ -96,6 +96,19 @@ def test_it_is_saved_every_30_seconds_in_which_it_changes(scene: Scene) -> None:
     run_it(work)
 
 
+def test_it_is_saved_behind_each_checkpoint(scene: Scene) -> None:
+    async def work() -> None:
+        async with scene.owner() as history:
+            scene.push(history)
+            assert not history.is_due()
+            history.take(Event("checkpoint", Place(1, 1, 1), 1))
+            assert history.is_due()
+            await history.save()
+            assert not history.is_due()
+
+    run_it(work)
+
+
 def test_damage_is_said_once_and_the_run_goes_on(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         async with scene.owner() as history:

@@ -1,8 +1,9 @@
 """The history of a run, kept by the owner of its first shard: in memory, and in storage beside the checkpoints.
 
 The law of this file: it holds up nothing. Where it is damaged or cannot be read or written, that is logged once, and
-the run goes on. It is written every 30 seconds in which something has changed, and whenever the first shard is left in
-order; a process that is killed takes with it what came since, except what a journal's replay tells of again.
+the run goes on. It is written every 30 seconds in which something has changed, behind each checkpoint, and whenever the
+first shard is left in order; a process that is killed takes with it what came since, except what a journal's replay
+tells of again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 
 from freestep.errors import StorageUnavailable
 from freestep_service.domain.events import Event
@@ -55,7 +57,7 @@ class RunHistory:
         self._is_kept = self._has_changed = self._is_replaying = False
         self._failure: str | None = None
         """What it could not be read or written for, until it can be again."""
-        self._next_save = 0.0
+        self._next_save = -inf
         self._lock = asyncio.Lock()
         """Held while it is read or written."""
 
@@ -66,6 +68,9 @@ class RunHistory:
         if self._curves is not None:
             self._curves.take(event, self._now(), is_replayed=self._is_replaying)
             self._has_changed = True
+            if event.kind == "checkpoint":
+                # So that what a run goes back to is in its curves.
+                self._next_save = -inf
 
     def live(self, workers: int) -> None:
         """So many workers hold leases."""
