@@ -24,6 +24,7 @@ from freestep.commands.data import data
 from freestep.commands.doctor import doctor
 from freestep.commands.evaluate import evaluate
 from freestep.commands.events import events
+from freestep.commands.follow import follow
 from freestep.commands.history import history
 from freestep.commands.pull import pull
 from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
@@ -218,6 +219,7 @@ app.command()(workers)
 app.command()(events)
 app.command()(history)
 app.command()(top)
+app.command()(follow)
 
 
 @app.command()

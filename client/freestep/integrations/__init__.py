@@ -1,1 +1,1 @@
-"""What other libraries' training loops need: a module for each library, which the rest of freestep never imports."""
+"""What other libraries need: training loops, and trackers of curves; a module for each."""
