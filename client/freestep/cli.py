@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport, RunStatus
 from freestep.client import DEFAULT_URL
+from freestep.commands.dashboard import dashboard
 from freestep.commands.data import data
 from freestep.commands.doctor import doctor
 from freestep.commands.evaluate import evaluate
@@ -215,6 +216,7 @@ def delete_run(
         client.run(run).delete()
 
 
+app.command()(dashboard)
 app.command()(workers)
 app.command()(events)
 app.command()(history)

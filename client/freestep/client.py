@@ -13,7 +13,7 @@ import httpx
 from freestep.answers import parse
 from freestep.api.models import RunList, RunStatus
 from freestep.api.token_form import Scope
-from freestep.api.tokens import NewToken, TokenList, TokenStatus
+from freestep.api.tokens import NewToken, SignInLink, TokenList, TokenStatus
 from freestep.credentials import own_credentials
 from freestep.run import Run
 from freestep.service_transport import open_transport, retry_seconds
@@ -148,6 +148,21 @@ class Client:
             TokenNotFound: There is no token of this ID that is good.
         """
         self._transport.request("DELETE", f"/v1/tokens/{quote(id, safe='')}")
+
+    def dashboard_link(self, run: str | None = None) -> str:
+        """The address of the service's dashboard, which signs a browser in with this client's token: once, for minutes.
+
+        Args:
+            run: The run whose page it leads to; None is that of all runs.
+
+        Raises:
+            Forbidden: The client is known by a certificate, which the browser has to show itself.
+        """
+        # Not repeated: of a link whose answer was lost nobody would know.
+        link = parse(SignInLink, self._transport.request("POST", "/dashboard/links", retry=False))
+        page = "" if run is None else f"/runs/{quote(run, safe='')}"
+        fragment = page if link.code is None else f"sign-in={link.code}{page and '&to='}{page}"
+        return f"{str(self._transport.base_url).rstrip('/')}/" + (fragment and f"#{fragment}")
 
     def close(self) -> None:
         """Closes the connections, and the httpx client that the client was given."""

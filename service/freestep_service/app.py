@@ -25,6 +25,7 @@ from freestep.api.token_places import is_loopback
 from freestep.errors import CoordinatorUnavailable, StorageUnavailable
 from freestep_service.access.audit import AuditLog
 from freestep_service.access.kept_tokens import LeftTokens, register_kept
+from freestep_service.access.sign_in_links import SignInLinks
 from freestep_service.access.tokens import Tokens
 from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.embedded import embedded_store
@@ -56,6 +57,7 @@ from freestep_service.web.openapi import DESCRIPTION, TAGS, document_problems
 from freestep_service.web.relay import Relay, relay_client
 from freestep_service.web.routes import (
     checkpoints,
+    dashboard,
     data,
     events,
     gradients,
@@ -149,6 +151,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         data.router,
         token_routes.router,
         health.router,
+        dashboard.router,
     ):
         app.include_router(router)
     app.router.routes[:] = app.router.routes[pages:] + app.router.routes[:pages]
@@ -211,7 +214,9 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     stack.callback(audit.close)
     json_bodies = JsonBodies(settings.queue_seconds)
     stack.callback(json_bodies.close)
-    return ServiceContext(settings, store, claims, relay, registry, tokens, audit, metrics, json_bodies, device)
+    return ServiceContext(
+        settings, store, claims, relay, registry, tokens, SignInLinks(), audit, metrics, json_bodies, device
+    )
 
 
 async def _start_tokens(tokens: Tokens, settings: Settings, stack: AsyncExitStack) -> None:

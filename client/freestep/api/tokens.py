@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from freestep.api.token_form import Scope
 from freestep.api.validation import LARGEST_INTEGER, StrictModel
 
-__all__ = ["NewToken", "RunPattern", "TokenList", "TokenRequest", "TokenStatus", "WorkerPattern"]
+__all__ = ["NewToken", "RunPattern", "SignInLink", "TokenList", "TokenRequest", "TokenStatus", "WorkerPattern"]
 
 RunPattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9._*?!\[\]-]{1,128}$")]
 """A pattern of run names, as in shells: `*`, `?`, `[abc]`, `[!abc]`."""
@@ -96,3 +96,12 @@ class TokenList(_Answer):
 
     tokens: list[TokenStatus]
     """Those that were neither revoked nor have expired, oldest first."""
+
+
+class SignInLink(_Answer):
+    """What signs a browser in to the service's dashboard, once."""
+
+    code: str | None
+    """What the link has behind `/#sign-in=`; null where the service runs without tokens, and nobody signs in."""
+    seconds: int
+    """For how long it is good."""

@@ -8,6 +8,7 @@ import torch
 from starlette.requests import Request
 
 from freestep_service.access.audit import AuditLog
+from freestep_service.access.sign_in_links import SignInLinks
 from freestep_service.access.tokens import Tokens
 from freestep_service.coordination.store import Store
 from freestep_service.runs.registry import Registry
@@ -30,6 +31,7 @@ class ServiceContext:
     relay: Relay
     registry: Registry
     tokens: Tokens
+    links: SignInLinks
     audit: AuditLog
     metrics: Metrics
     json_bodies: JsonBodies

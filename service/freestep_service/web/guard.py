@@ -19,6 +19,7 @@ from freestep.errors import CoordinatorUnavailable, Forbidden, IssuerUnavailable
 from freestep_service.access.audit import Deed
 from freestep_service.domain.run_names import LONGEST_NAME, is_run_name
 from freestep_service.domain.tokens import ANYBODY, Token
+from freestep_service.web.browser_session import session_credentials
 from freestep_service.web.certified import let_in_by_certificate, presented
 from freestep_service.web.connection import abort
 from freestep_service.web.context import ServiceContext
@@ -153,7 +154,10 @@ def _wanted(scope: Scope, run: str | None) -> str:
 
 
 async def _bearer(request: Request) -> Token:
-    """The token that a request carries, or that its certificate counts as. Raises what `Tokens.find` raises."""
+    """The token that a request carries, or that its certificate counts as. Raises what `Tokens.find` raises.
+
+    A browser's page sends halves of one in a cookie and a header: see `browser_session`.
+    """
     context = ServiceContext.of(request)
     if context.settings.insecure:
         return ANYBODY
@@ -162,6 +166,8 @@ async def _bearer(request: Request) -> Token:
         return context.tokens.known(values[0]) or await context.tokens.find(values[0])
     if values:
         raise Unauthenticated("the header Authorization stands more than once")
+    if (credentials := session_credentials(request)) is not None:
+        return context.tokens.known(credentials) or await context.tokens.find(credentials)
     token = presented(request.scope, context.settings) or await context.relay.caller(request)
     if token is None:
         raise Unauthenticated("the request carries no token")

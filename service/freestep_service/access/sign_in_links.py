@@ -1,0 +1,56 @@
+"""Links that sign a browser in: what stands in one is good once, for some minutes, for the token of whoever asked.
+
+They are kept in the memory of the process that was asked, so a link is for that process, and a restart ends it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+
+__all__ = ["SignInLinks"]
+
+_GOOD_S = 300
+_MOST = 256
+"""Links that are kept; the oldest goes when there are more."""
+_CODE_BYTES = 24
+
+
+class SignInLinks:
+    """The links that were made and not used. clock: seconds that only rise.
+
+    good_s: for how many seconds a link is good.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, good_s: int = _GOOD_S) -> None:
+        self._clock = clock
+        self.good_s = good_s
+        self._made: dict[str, tuple[float, str]] = {}
+        """When a link ends, and the token that it stands for, by the digest of its code; oldest first."""
+
+    def make(self, token: str) -> str:
+        """The code of a new link, which stands for the text of a token."""
+        code = secrets.token_urlsafe(_CODE_BYTES)
+        self._forget_old()
+        while len(self._made) >= _MOST:
+            del self._made[next(iter(self._made))]
+        self._made[_digest(code)] = self._clock() + self.good_s, token
+        return code
+
+    def use(self, code: str) -> str | None:
+        """The token that a code stands for, this once; None if the code is none, was used, or has ended."""
+        self._forget_old()
+        # Looked up by digest: no time that this takes says anything of codes that would be found.
+        _, token = self._made.pop(_digest(code), (0.0, None))
+        return token
+
+    def _forget_old(self) -> None:
+        now = self._clock()
+        for digest in [each for each, (ends, _) in self._made.items() if ends <= now]:
+            del self._made[digest]
+
+
+def _digest(code: str) -> str:
+    return hashlib.sha256(code.encode()).hexdigest()

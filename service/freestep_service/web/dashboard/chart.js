@@ -1,0 +1,242 @@
+// A curve on the page, drawn by uPlot, with what happened to the run laid over it.
+
+import uPlot from "/dashboard/files/vendor/uplot/uPlot.esm.js";
+import { el, setText } from "./dom.js";
+import { clock, count, number } from "./format.js";
+
+const HEIGHT = 190;
+/** The colours of marks over curves, by their kind: names of variables of the style sheet. */
+export const MARKS = {
+  join: ["--good", "joins"],
+  leave: ["--muted", "leaves"],
+  kill: ["--bad", "kills"],
+  epoch: ["--series-4", "epochs"],
+  checkpoint: ["--series-3", "checkpoints"],
+  control: ["--series-2", "control"],
+  shards: ["--series-5", "shards"],
+  data: ["--muted", "data sets"],
+  gap: ["--muted", "gaps"],
+};
+
+const all = new Set();
+/** The value of a variable of the style sheet. */
+function colour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+/** Draws all charts anew, in other colours. */
+export function recolour() {
+  for (const chart of all) chart.rebuild();
+}
+
+export class Chart {
+  constructor(title, { unit = "", format = number, isLogarithmic = true } = {}) {
+    this.title = title;
+    this.unit = unit;
+    this.format = format;
+    this.isLogarithmic = isLogarithmic;
+    this.readout = el("output", { class: "readout" });
+    this.key = el("ul", { class: "key", "aria-label": "Lines" });
+    this.plot = el("div", { class: "plot", role: "img" });
+    this.empty = el("p", { class: "empty" }, "Nothing yet.");
+    this.element = el(
+      "figure", { class: "chart card" },
+      el("figcaption", {}, el("h2", {}, title), this.readout), this.plot, this.empty, this.key,
+    );
+    this.shown = null;
+    this.shape = "";
+    this.sizes = new ResizeObserver(() => this.resize());
+    this.sizes.observe(this.plot);
+    all.add(this);
+  }
+
+  close() {
+    all.delete(this);
+    this.sizes.disconnect();
+    this.uplot?.destroy();
+  }
+
+  /** Shows lines {label, points, colour, isFaint, isStepped}, against `x`: "step" or "time".
+   *
+   * marks: what happened. range: the least extent of x, as [from, to]. isLog: whether values are on a log scale.
+   */
+  show({ x, lines, marks = [], range = null, isLog = false }) {
+    this.shown = { x, lines: lines.filter((line) => line.points.length > 0), marks, range, isLog };
+    this.element.classList.toggle("is-empty", this.shown.lines.length === 0);
+    this.draw();
+  }
+
+  draw() {
+    const { x, lines, isLog } = this.shown;
+    this.describe();
+    if (lines.length === 0) return;
+    const shape = JSON.stringify([x, isLog, lines.map((line) => [line.label, line.colour, line.isFaint])]);
+    const data = this.data();
+    if (this.uplot === undefined || shape !== this.shape) {
+      this.shape = shape;
+      this.uplot?.destroy();
+      this.uplot = new uPlot(this.options(), data, this.plot);
+    } else {
+      this.uplot.setData(data);
+    }
+  }
+
+  rebuild() {
+    this.shape = "";
+    if (this.shown !== null) this.draw();
+  }
+
+  resize() {
+    const width = this.plot.clientWidth;
+    if (this.uplot !== undefined && width > 0) this.uplot.setSize({ width, height: HEIGHT });
+  }
+
+  data() {
+    const { x, lines, isLog } = this.shown;
+    const tables = lines.map(({ points }) => {
+      const ordered = x === "time" ? points : inOrder(points);
+      const xs = ordered.map((point) => (x === "time" ? point.time / 1000 : point.step));
+      const ys = ordered.map((point) => (isLog && point.value <= 0 ? null : point.value));
+      return [xs, ys];
+    });
+    return uPlot.join(tables.map(([xs, ys]) => lastOfEach(xs, ys)));
+  }
+
+  options() {
+    const { x, lines, isLog } = this.shown;
+    const [ink, line] = [colour("--muted"), colour("--line")];
+    const axis = { stroke: ink, grid: { stroke: line, width: 1 }, ticks: { show: false }, font: "12px system-ui" };
+    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : this.format(tick)));
+    return {
+      width: Math.max(200, this.plot.clientWidth),
+      height: HEIGHT,
+      legend: { show: false },
+      cursor: { sync: { key: `freestep-${x}` }, drag: { x: true, y: false }, points: { size: 6 } },
+      scales: {
+        x: { time: x === "time", range: (_, low, high) => this.extent(low, high) },
+        y: isLog ? { distr: 3 } : { range: (_, low, high) => padded(low, high) },
+      },
+      axes: [
+        { ...axis, size: 28, values: x === "step" ? (_, ticks) => ticks.map(count) : undefined, space: 70 },
+        { ...axis, size: 56, values, space: 36 },
+      ],
+      series: [
+        {},
+        ...lines.map((each) => ({
+          label: each.label,
+          stroke: colour(each.colour) + (each.isFaint ? "55" : ""),
+          width: each.isFaint ? 1 : 2,
+          spanGaps: true,
+          points: { show: each.points.length < 2 },
+        })),
+      ],
+      hooks: { draw: [(plot) => this.drawMarks(plot)], setCursor: [(plot) => this.read(plot)] },
+    };
+  }
+
+  extent(low, high) {
+    const scale = this.shown.x === "time" ? 1000 : 1;
+    const [from, to] = this.shown.range ?? [low * scale, high * scale];
+    const [begin, end] = [Math.min(low, from / scale), Math.max(high, to / scale)];
+    return end > begin ? [begin, end] : [begin, begin + 1];
+  }
+
+  /** Draws a line for each mark, with a head on it; of marks that would lie on each other, one. */
+  drawMarks(plot) {
+    const { ctx, bbox } = plot;
+    const { x, marks } = this.shown;
+    const ratio = window.devicePixelRatio || 1;
+    const drawn = new Set();
+    ctx.save();
+    for (const mark of marks) {
+      const at = plot.valToPos(x === "time" ? mark.time / 1000 : mark.step, "x", true);
+      if (!(at >= bbox.left && at <= bbox.left + bbox.width)) continue;
+      const place = `${mark.kind} ${Math.round(at / (3 * ratio))}`;
+      if (drawn.has(place)) continue;
+      drawn.add(place);
+      ctx.strokeStyle = ctx.fillStyle = colour(MARKS[mark.kind][0]);
+      ctx.globalAlpha = 0.55;
+      ctx.lineWidth = ratio;
+      ctx.setLineDash(mark.kind === "kill" ? [] : [3 * ratio, 3 * ratio]);
+      ctx.beginPath();
+      ctx.moveTo(at, bbox.top);
+      ctx.lineTo(at, bbox.top + bbox.height);
+      ctx.stroke();
+      ctx.globalAlpha = 1;
+      ctx.beginPath();
+      ctx.arc(at, bbox.top + 3 * ratio, 3 * ratio, 0, 2 * Math.PI);
+      ctx.fill();
+    }
+    ctx.restore();
+  }
+
+  /** Says the values under the cursor, or the newest. */
+  read(plot) {
+    const { x, lines } = this.shown;
+    const index = plot.cursor.idx;
+    if (index === null || index === undefined || plot.cursor.left < 0) {
+      setText(this.readout, this.newest());
+      return;
+    }
+    const at = plot.data[0][index];
+    const place = x === "time" ? clock(at * 1000) : `step ${count(at)}`;
+    const parts = lines.map((line, row) => [line, plot.data[row + 1][index]]);
+    const found = parts.filter(([line, value]) => !line.isRaw && value !== null && value !== undefined);
+    const values = found.map(([line, value]) => (found.length > 1 ? `${line.label} ` : "") + this.format(value));
+    setText(this.readout, values.length === 0 ? place : `${values.join(" · ")} at ${place}`);
+  }
+
+  newest() {
+    const line = this.shown.lines.find((each) => !each.isRaw);
+    return line === undefined ? "" : this.format(line.points.at(-1).value) + this.unit;
+  }
+
+  /** Says in words what is drawn. */
+  describe() {
+    const { lines, x } = this.shown;
+    const told = lines.filter((line) => !line.isRaw).map((line) => {
+      const [first, last] = [line.points[0], line.points.at(-1)];
+      const from = x === "time" ? clock(first.time) : `step ${count(first.step)}`;
+      const to = x === "time" ? clock(last.time) : `step ${count(last.step)}`;
+      return `${line.label}: ${this.format(first.value)} at ${from}, ${this.format(last.value)} at ${to}`;
+    });
+    this.plot.setAttribute("aria-label", `${this.title}. ${told.join(". ") || "Nothing yet"}.`);
+    if (!this.element.matches(":hover")) setText(this.readout, this.newest());
+    const named = lines.filter((line) => !line.isRaw);
+    const key = named.length > 1 ? named.map((line) => `${line.label} ${line.colour}`).join("\n") : "";
+    if (this.key.dataset.shown === key) return;
+    this.key.dataset.shown = key;
+    this.key.replaceChildren(...(named.length > 1 ? named.map(entry) : []));
+  }
+}
+
+function entry(line) {
+  const swatch = el("span", { class: "swatch", "aria-hidden": "true" });
+  swatch.style.setProperty("--colour", `var(${line.colour})`);
+  return el("li", {}, swatch, line.label);
+}
+
+/** Metrics may be reported of earlier steps. */
+function inOrder(points) {
+  const isInOrder = points.every((point, index) => index === 0 || points[index - 1].step <= point.step);
+  return isInOrder ? points : [...points].sort((one, other) => one.step - other.step);
+}
+
+/** The last value of each x: uPlot joins lines by their x. */
+function lastOfEach(xs, ys) {
+  const [keptX, keptY] = [[], []];
+  xs.forEach((value, index) => {
+    if (keptX.at(-1) === value) keptY[keptY.length - 1] = ys[index];
+    else {
+      keptX.push(value);
+      keptY.push(ys[index]);
+    }
+  });
+  return [keptX, keptY];
+}
+
+function padded(low, high) {
+  if (low === null || high === null) return [0, 1];
+  const room = (high - low || Math.abs(high) || 1) * 0.08;
+  return [low >= 0 && low - room < 0 ? 0 : low - room, high + room];
+}

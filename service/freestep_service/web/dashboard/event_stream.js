@@ -1,0 +1,104 @@
+// The events of a run, from one stream after the other: what has happened, then what happens.
+
+import { Refused, ask, runPath } from "./session.js";
+
+const LONGEST_PAUSE_MS = 5000;
+const HIDDEN_MS = 60000;
+
+/** Reads events until `stop`.
+ *
+ * heard(events, isLive): some more; events that happened before they were asked for are not live.
+ * changed(state, error): "following", "away" (it goes on trying), "lost" (all is told again), or "refused".
+ */
+export class EventStream {
+  constructor(run, { heard, changed }) {
+    this.path = runPath(run, "/events");
+    this.heard = heard;
+    this.changed = changed;
+    this.last = null;
+    this.abort = new AbortController();
+    this.onVisible = () => this.seen();
+  }
+
+  start() {
+    document.addEventListener("visibilitychange", this.onVisible);
+    this.follow();
+    return this;
+  }
+
+  stop() {
+    document.removeEventListener("visibilitychange", this.onVisible);
+    clearTimeout(this.hiding);
+    this.abort.abort();
+  }
+
+  /** A page that nobody looks at holds no connection: browsers have few for each host. */
+  seen() {
+    clearTimeout(this.hiding);
+    if (document.hidden) {
+      this.hiding = setTimeout(() => this.abort.abort(), HIDDEN_MS);
+    } else if (this.abort.signal.aborted) {
+      this.abort = new AbortController();
+      this.follow();
+    }
+  }
+
+  async follow() {
+    const signal = this.abort.signal;
+    let pause = 250;
+    while (!signal.aborted) {
+      try {
+        await this.read(false, signal);
+        this.changed("following");
+        pause = 250;
+        await this.read(true, signal);
+      } catch (error) {
+        if (signal.aborted) return;
+        if (error instanceof Refused && error.status === 400 && this.last !== null) {
+          // The run is not where it was: another one of this name, or one that has lost its past.
+          this.last = null;
+          this.changed("lost");
+        } else if (error instanceof Refused && error.status < 429 && error.status !== 408) {
+          this.changed("refused", error);
+          pause = LONGEST_PAUSE_MS;
+        } else {
+          this.changed("away", error);
+        }
+      }
+      await sleep(pause, signal);
+      pause = Math.min(2 * pause, LONGEST_PAUSE_MS);
+    }
+  }
+
+  async read(isLive, signal) {
+    const headers = this.last === null ? {} : { "Last-Event-ID": this.last };
+    const answer = await ask("GET", `${this.path}?follow=${isLive}`, { headers, signal });
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      text += value;
+      const end = text.lastIndexOf("\n\n");
+      if (end < 0) continue;
+      const events = text.slice(0, end).split("\n\n").map(eventOf).filter((event) => event !== null);
+      text = text.slice(end + 2);
+      if (events.length === 0) continue;
+      this.last = events.at(-1).id;
+      this.heard(events, isLive);
+    }
+  }
+}
+
+/** The event of a block of lines; null for a comment. */
+function eventOf(block) {
+  const data = block.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim());
+  return data.length === 0 ? null : JSON.parse(data.join("\n"));
+}
+
+function sleep(ms, signal) {
+  return new Promise((done) => {
+    const timer = setTimeout(done, ms);
+    signal.addEventListener("abort", () => { clearTimeout(timer); done(); }, { once: true });
+  });
+}

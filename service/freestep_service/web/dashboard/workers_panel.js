@@ -1,0 +1,143 @@
+// The workers of a run in rows, coloured by how long they have been silent.
+
+import { Rows, card, el, setText } from "./dom.js";
+import { twice } from "./acts.js";
+import { count, duration, number, rate } from "./format.js";
+import { call, runPath } from "./session.js";
+
+const MOST_GONE = 10;
+const BAN_S = 3600;
+/** What a worker is called whose lease has ended, by how it has. */
+const GONE = { released: "left", expired: "expired", ended: "ended" };
+const COLUMNS = [
+  ["Worker", ""], ["State", ""], ["Silent for", "Since its last push or renewal, of the time after which its lease ends"],
+  ["Last push", ""], ["Pushes", ""], ["Dropped", ""], ["Staleness", "Of its last push, in steps"],
+  ["Steps/s", "Its local steps a second, where its pushes say"], ["Samples", ""], ["Units", "Units of data that have counted with its pushes"],
+];
+
+export class WorkersPanel {
+  constructor(run, { isAdmin, onAct }) {
+    this.run = run;
+    this.isAdmin = isAdmin;
+    this.onAct = onAct;
+    /** Whether the service can end leases. */
+    this.canEnd = false;
+    this.leases = [];
+    this.readAt = 0;
+    this.body = el("tbody");
+    this.rows = new Rows(this.body, (item) => this.row(item));
+    this.empty = el("p", { class: "empty" }, "No worker has a lease.");
+    const head = COLUMNS.map(([name, title]) => el("th", { scope: "col", title: title || null }, name));
+    if (isAdmin) head.push(el("th", { scope: "col" }, "Acts"));
+    this.summary = el("p", { class: "note" });
+    this.element = card(
+      "Workers", this.summary,
+      el(
+        "div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Workers, a row each" },
+        el("table", { class: "workers" }, el("thead", {}, el("tr", {}, head)), this.body),
+      ),
+      this.empty,
+    );
+  }
+
+  /** Takes over which leases there are. */
+  read(leases) {
+    this.leases = leases;
+    this.readAt = performance.now();
+  }
+
+  /** Shows live workers and those that went last. at: null for now, else the time that is replayed. */
+  show(record, at) {
+    const items = at === null ? this.now(record) : replayedWorkers(record, at);
+    this.rows.show(items, (item) => item.worker, (row, item) => fill(row, item, at ?? Date.now(), this.canEnd));
+    const live = items.filter((item) => !isGone(item)).length;
+    setText(this.summary, `${count(live)} live` + (items.length > live ? `, and ${items.length - live} that went last` : ""));
+    this.empty.hidden = items.length > 0;
+  }
+
+  now(record) {
+    const since = performance.now() - this.readAt;
+    const live = this.leases.map((lease) => {
+      const silent = Math.max(0, lease.ttl_ms - lease.expires_in_ms) + since;
+      return { ...told(record, lease.worker), ...lease, silent, ttl: lease.ttl_ms, state: stateOf(silent / lease.ttl_ms) };
+    });
+    const names = new Set(live.map((item) => item.worker));
+    const gone = [...record.workers.values()].filter((worker) => worker.ended !== null && !names.has(worker.worker));
+    gone.sort((one, other) => other.endedAt - one.endedAt);
+    return [...live, ...gone.slice(0, MOST_GONE).map((worker) => goneWorker(worker, Date.now()))];
+  }
+
+  row(item) {
+    const cells = COLUMNS.map((_, index) => el(index === 0 ? "th" : "td", index === 0 ? { scope: "row" } : {}));
+    const bar = el("span", { class: "fill" });
+    const silence = el("span", { class: "figure" });
+    cells[2].append(el("span", { class: "meter", "aria-hidden": "true" }, bar), silence);
+    const badge = el("span", { class: "badge" });
+    cells[1].append(badge);
+    const element = el("tr", {}, cells);
+    const row = { element, cells, bar, silence, badge };
+    if (this.isAdmin) {
+      row.acts = el("td", { class: "acts" }, this.end(item.worker, 0), this.end(item.worker, BAN_S));
+      element.append(row.acts);
+    }
+    return row;
+  }
+
+  end(worker, ban) {
+    const path = runPath(this.run, `/workers/${encodeURIComponent(worker)}`) + (ban ? `?ban=${ban}` : "");
+    const act = async () => {
+      await call("DELETE", path);
+      this.onAct();
+      return ban ? `${worker} gets no lease for an hour` : `the lease of ${worker} has ended`;
+    };
+    const [label, question] = ban ? ["Ban 1 h", "Ban it for an hour?"] : ["End", "End its lease?"];
+    const button = twice(label, question, act, { isGrave: ban > 0 });
+    button.setAttribute("aria-label", `${label}: ${worker}`);
+    return button;
+  }
+}
+
+function told(record, name) {
+  return record.workers.get(name) ?? { worker: name, pushes: 0, dropped: 0, staleness: null, samples: 0, units: 0, pushedAt: null };
+}
+
+function goneWorker(worker, now) {
+  const state = GONE[worker.ended] ?? "left";
+  return { ...worker, state, silent: now - worker.endedAt, ttl: null, speed: null };
+}
+
+function replayedWorkers(record, at) {
+  const workers = [...record.workers.values()].filter((worker) => worker.since !== null || worker.pushedAt !== null);
+  return workers.map((worker) => {
+    if (worker.ended !== null) return goneWorker(worker, at);
+    const silent = at - Math.max(worker.pushedAt ?? 0, worker.since ?? 0);
+    return { ...worker, state: "live", silent, ttl: null, speed: null };
+  });
+}
+
+/** What a worker is that has been silent for a part of its lease. */
+export function stateOf(part) {
+  return part < 0.5 ? "live" : part < 0.8 ? "quiet" : "late";
+}
+
+function fill(row, item, now, canEnd) {
+  const { cells } = row;
+  row.element.dataset.state = item.state;
+  setText(cells[0], item.worker);
+  setText(row.badge, item.state);
+  const hasGone = isGone(item);
+  setText(row.silence, hasGone ? `${duration(item.silent)} ago` : duration(item.silent) + (item.ttl ? ` of ${duration(item.ttl)}` : ""));
+  row.bar.style.setProperty("width", `${hasGone ? 100 : Math.min(100, (100 * item.silent) / (item.ttl ?? Infinity))}%`);
+  setText(cells[3], item.pushedAt === null ? "–" : `${duration(now - item.pushedAt)} ago`);
+  setText(cells[4], count(item.pushes));
+  setText(cells[5], count(item.dropped));
+  setText(cells[6], count(item.staleness));
+  setText(cells[7], rate(item.speed));
+  setText(cells[8], item.samples ? number(item.samples) : "–");
+  setText(cells[9], item.units ? count(item.units) : "–");
+  if (row.acts) row.acts.classList.toggle("none", hasGone || !canEnd);
+}
+
+function isGone({ state }) {
+  return Object.values(GONE).includes(state);
+}
