@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest evidence check fuzz chaos audit sbom bench lab clean
+.PHONY: demo screenshots test test-oldest evidence check fuzz chaos audit sbom bench lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,6 +12,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/freestep demo
+
+# The pictures of docs/dashboard.md, taken with Debian's chromium of a run that trains meanwhile.
+screenshots: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m dashboard docs/dashboard
 
 # Many tests wait more than they compute, so there are more processes than cores. Times are measured with nothing beside.
 test: $(VENV)/installed

@@ -1,0 +1,355 @@
+"""The dashboard in a real browser, while real runs train."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Locator, Page, expect
+
+from forked import Script
+from freestep import Client
+from harness import TOKEN, ProcessService, ThreadService
+from meanwhile import DEADLINE_S, wait_until
+from plain_calls import Api
+
+pytestmark = pytest.mark.slow
+
+OpenPage = Callable[..., Page]
+Train = Callable[..., Script]
+PHONE = {"width": 390, "height": 844}
+
+expect.set_options(timeout=1000 * DEADLINE_S)
+
+
+@pytest.fixture
+def run() -> str:
+    """The name of a run of the test's own."""
+    return f"run-{uuid.uuid4().hex[:8]}"
+
+
+def tile(page: Page, name: str) -> str:
+    """The text of a tile of a run's page."""
+    return page.locator(f".tile:has(dt:text-is('{name}')) dd").inner_text()
+
+
+def step_of(page: Page) -> int:
+    """The step that a run's page shows; 0 until it shows one."""
+    text = tile(page, "Step").replace(",", "")
+    return int(text) if text.isdigit() else 0
+
+
+def reaches(page: Page, step: int) -> None:
+    """Waits until a run's page shows a step, or a later one."""
+    wait_until(lambda: step_of(page) >= step, pause_s=0.1)
+
+
+def last_step(chart: Locator) -> int:
+    """The step of the newest point of a chart, as it is told to screen readers."""
+    label = chart.get_by_role("img").get_attribute("aria-label") or ""
+    found = re.findall(r"at step ([\d,]+)", label)
+    return int(found[-1].replace(",", "")) if found else 0
+
+
+def chart(page: Page, title: str) -> Locator:
+    return page.locator("figure", has=page.get_by_role("heading", name=title, exact=True))
+
+
+def inked(drawn: Locator) -> int:
+    """How many pixels of a chart's curve area have been drawn on."""
+    count = drawn.locator("canvas").evaluate(
+        "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data"
+        ".reduce((sum, value, index) => sum + (index % 4 === 3 && value > 0 ? 1 : 0), 0)"
+    )
+    return int(count)
+
+
+def row_of(page: Page, worker: str) -> Locator:
+    return page.locator("table.workers tbody tr", has_text=worker)
+
+
+def violations(page: Page) -> list[Any]:
+    """What axe finds, by rule and element."""
+    found = Axe().run(page).response["violations"]
+    return [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
+
+
+# A run trains
+
+
+def test_curves_grow_while_a_run_trains(service: ThreadService, open_page: OpenPage, train: Train, run: str) -> None:
+    train(service, run)
+    page = open_page(service.url)
+    page.get_by_role("link", name=run).click()
+    expect(page.get_by_role("heading", name=run)).to_be_visible()
+    loss = chart(page, "Loss")
+    wait_until(lambda: last_step(loss) > 0, pause_s=0.1)
+    seen = last_step(loss)
+    wait_until(lambda: last_step(loss) > seen + 10, pause_s=0.1)
+    assert inked(loss) > 1000
+    for title in ("Steps a second", "Staleness of pushes", "Pushes a second"):
+        expect(chart(page, title).locator("canvas")).to_be_visible()
+    page.get_by_label("Time").check()
+    expect(loss.get_by_role("img")).to_have_attribute("aria-label", re.compile(r"at \d\d:\d\d:\d\d"))
+    page.get_by_label("Log scale").check()
+    assert inked(loss) > 1000
+    with Client(service.url) as client:
+        client.run(run).report("accuracy", 0.5, 1)
+        expect(chart(page, "accuracy")).to_be_visible()
+
+
+def test_the_row_of_a_killed_worker_changes_with_its_lease(
+    service: ThreadService, open_page: OpenPage, train: Train, run: str
+) -> None:
+    train(service, run, "stays")
+    killed = train(service, run, "dies")
+    page = open_page(service.url, f"#/runs/{run}")
+    for worker in ("stays", "dies"):
+        expect(row_of(page, worker)).to_have_attribute("data-state", "live")
+    killed.kill()
+    # Its lease is for two seconds: it is coloured before that has ended, and then it is gone.
+    expect(row_of(page, "dies")).to_have_attribute("data-state", re.compile("quiet|late|expired"))
+    expect(row_of(page, "dies")).to_have_attribute("data-state", "expired")
+    expect(row_of(page, "dies")).to_contain_text("expired")
+    expect(row_of(page, "stays")).to_have_attribute("data-state", "live")
+    expect(page.locator(".events")).to_contain_text("dies fell silent: its lease expired")
+
+
+def test_the_page_goes_on_when_the_service_restarts(
+    start_process: Callable[..., ProcessService], open_page: OpenPage, train: Train, run: str
+) -> None:
+    service = start_process()
+    train(service, run, durability="journal", lease_ttl_ms=30_000)
+    page = open_page(service.url, f"#/runs/{run}")
+    reaches(page, 5)
+    page.evaluate("window.stays = true")
+    service.kill()
+    expect(page.get_by_text("The service does not answer")).to_be_visible()
+    seen = step_of(page)
+    service.start()
+    expect(page.get_by_text("The service does not answer")).to_be_hidden()
+    reaches(page, seen + 10)
+    loss = chart(page, "Loss")
+    wait_until(lambda: last_step(loss) > seen + 10, pause_s=0.1)
+    assert page.evaluate("window.stays")
+    expect(page.get_by_text("Nothing: every push is on disk")).to_be_visible()
+
+
+# Names
+
+
+ATTACKS = ("<img src=x onerror=alert(1)>", '"><script>alert(2)</script>', "__proto__", "constructor", "${alert(3)}")
+
+
+def test_names_are_text(api: Api, open_page: OpenPage) -> None:
+    api.run = f"{api.run}--script.alert_1_.__proto__"
+    api.create()
+    for name in ATTACKS:
+        lease = api.lease(name)
+        assert api.push(lease, api.status()["step"], Freestep_Loss="1.0").status_code == 200
+        report = {"name": name, "value": 1.0, "step": 0}
+        assert api.http.post(api.path("/metrics"), json=report).status_code == 200
+    page = open_page(api.url)
+    page.get_by_role("link", name=api.run).click()
+    for name in ATTACKS:
+        expect(page.locator("table.workers tbody th", has_text=name)).to_have_text(name)
+        expect(chart(page, name).locator("canvas")).to_be_visible()
+        expect(page.locator(".events")).to_contain_text(f"{name} joined")
+    assert page.locator("main img, main script, main svg image").count() == 0
+    api.http.delete(api.path())
+
+
+# Who may do what
+
+
+def test_an_act_takes_a_second_click(api: Api, open_page: OpenPage) -> None:
+    api.create()
+    page = open_page(api.url, f"#/runs/{api.run}")
+    checkpoints = page.get_by_role("region", name="Checkpoints").locator("tbody tr")
+    expect(checkpoints).to_have_count(1)
+    api.push(api.lease(), 0)
+    asked: list[str] = []
+    page.on("request", lambda request: request.method == "GET" or asked.append(request.url))
+    page.get_by_role("button", name="Write a checkpoint").click()
+    armed = page.get_by_role("button", name="Write one now?")
+    expect(armed).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Write a checkpoint")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(armed).to_be_visible()
+    assert not asked
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("checkpoint of step 1 written")).to_be_visible()
+    expect(checkpoints).to_have_count(2)
+    # Back to the oldest.
+    restore = checkpoints.last.get_by_role("button")
+    restore.click()
+    restore.click()
+    expect(page.get_by_text("the run is back at step 0")).to_be_visible()
+    expect(page.locator(".facts").first).to_contain_text("epoch 2")
+    assert api.status()["epoch"] == 2
+
+
+def test_what_is_refused_is_said(api: Api, open_page: OpenPage) -> None:
+    api.create()
+    page = open_page(api.url, f"#/runs/{api.run}")
+    page.get_by_label("Number of shards").fill("300")
+    shards = page.locator("section", has=page.get_by_role("heading", name="Shards and their owners"))
+    shards.get_by_role("button").click()
+    shards.get_by_role("button").click()
+    expect(page.get_by_role("alert").filter(has_text="shards")).to_be_visible()
+    assert api.status()["shards"] == 1
+
+
+def test_a_run_is_deleted_and_its_page_left(api: Api, open_page: OpenPage) -> None:
+    api.create()
+    page = open_page(api.url, f"#/runs/{api.run}")
+    page.get_by_role("button", name="Delete the run").click()
+    page.get_by_role("button", name=f"Delete {api.run}").click()
+    expect(page.get_by_role("heading", name="Runs")).to_be_visible()
+    expect(page.get_by_role("link", name=api.run)).to_have_count(0)
+
+
+def test_who_may_only_read_is_offered_no_acts(api: Api, open_page: OpenPage) -> None:
+    api.create()
+    api.lease()
+    made = api.http.post("/v1/tokens", json={"name": "reader", "scope": "read", "runs": api.run}).json()
+    page = open_page(api.url, signs_in=False)
+    page.get_by_label("Token").fill("nonsense")
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("alert")).to_contain_text("a token is fst_")
+    page.get_by_label("Token").fill(made["token"])
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_role("link", name=api.run).click()
+    expect(row_of(page, "worker")).to_be_visible()
+    expect(page.locator("button.act")).to_have_count(0)
+    # And not even this, once the token is revoked.
+    api.http.delete(f"/v1/tokens/{made['id']}")
+    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+    expect(page.get_by_role("alert")).to_contain_text("its token is good no more")
+
+
+def test_a_link_leaves_the_address_and_signs_in_once(service: ThreadService, open_page: OpenPage) -> None:
+    with Client(service.url) as client:
+        link = client.dashboard_link()
+    page = open_page(service.url, signs_in=False)
+    page.goto(link)
+    page.reload()
+    expect(page.get_by_role("heading", name="Runs")).to_be_visible()
+    assert "sign-in" not in page.url
+    again = open_page(service.url, signs_in=False)
+    again.goto(link)
+    again.reload()
+    expect(again.get_by_role("heading", name="Sign in")).to_be_visible()
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+    assert page.evaluate("localStorage.getItem('freestep-session')") is None
+
+
+def test_scripts_see_half_of_a_session(service: ThreadService, open_page: OpenPage) -> None:
+    page = open_page(service.url)
+    assert page.evaluate("document.cookie") == ""
+    kept = page.evaluate("JSON.stringify(localStorage)")
+    assert TOKEN not in kept
+    (cookie,) = page.context.cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+
+
+# Replays and comparisons
+
+
+def test_a_run_is_replayed_from_its_events(service: ThreadService, open_page: OpenPage, train: Train, run: str) -> None:
+    train(service, run)
+    page = open_page(service.url, f"#/runs/{run}")
+    reaches(page, 30)
+    page.get_by_label("Moment").focus()
+    page.keyboard.press("Home")
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    expect(page.locator(".place")).to_contain_text("Event 5 of")
+    wait_until(lambda: step_of(page) < 6, pause_s=0.1)
+    loss = chart(page, "Loss")
+    wait_until(lambda: last_step(loss) < 6, pause_s=0.1)
+    # It plays to its end, and is live again.
+    page.get_by_role("button", name="Replay").click()
+    reaches(page, 10)
+    page.get_by_role("button", name="Live").click()
+    expect(page.locator(".place")).to_have_text("Live")
+    reaches(page, 30)
+
+
+def test_runs_are_compared(service: ThreadService, open_page: OpenPage, train: Train, run: str) -> None:
+    train(service, run)
+    train(service, f"{run}-other")
+    page = open_page(service.url, f"#/runs/{run}")
+    page.get_by_text("Compare").click()
+    page.get_by_label(f"{run}-other").check()
+    key = chart(page, "Loss").get_by_role("list", name="Lines")
+    expect(key.get_by_role("listitem")).to_have_text([run, f"{run}-other"])
+
+
+# Everybody
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 900}, PHONE], ids=["wide", "phone"])
+def test_pages_are_accessible(api: Api, open_page: OpenPage, scheme: str, viewport: dict[str, int]) -> None:
+    api.create(lease_ttl_ms=60_000)
+    api.http.put(api.path("/data/train"), json={"length": 100, "unit": 10})
+    lease = api.lease("gpu-1")
+    for step in range(3):
+        api.push(lease, step, Freestep_Loss=str(1 / (1 + step)))
+    api.http.post(api.path("/metrics"), json={"name": "accuracy", "value": 0.5, "step": 2})
+    api.http.delete(api.path(f"/leases/{api.lease('gpu-2')['lease']}"))
+    signed_out = open_page(api.url, signs_in=False, color_scheme=scheme, viewport=viewport)
+    signed_out.get_by_label("Token").wait_for()
+    assert violations(signed_out) == []
+    page = open_page(api.url, color_scheme=scheme, viewport=viewport)
+    page.get_by_role("link", name=api.run).wait_for()
+    assert violations(page) == []
+    page.get_by_role("link", name=api.run).click()
+    expect(row_of(page, "gpu-1")).to_be_visible()
+    expect(row_of(page, "gpu-2")).to_contain_text("left")
+    expect(chart(page, "accuracy")).to_be_visible()
+    expect(page.get_by_role("heading", name="Data units")).to_be_visible()
+    assert violations(page) == []
+    # Nothing is wider than the screen.
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
+
+def test_the_keyboard_reaches_everything(api: Api, open_page: OpenPage) -> None:
+    api.create()
+    page = open_page(api.url)
+    page.get_by_role("link", name=api.run).wait_for()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.get_by_role("link", name=api.run).focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name=api.run)).to_be_visible()
+    wanted = page.locator("main").locator("button:visible:enabled, input:visible, summary:visible").count()
+    reached = page.evaluate(
+        "[...document.querySelectorAll('main button, main input, main summary')]"
+        ".filter(each => each.checkVisibility() && !each.disabled && each.tabIndex >= 0).length"
+    )
+    assert wanted == reached > 5
+
+
+def test_the_theme_is_chosen_and_kept(service: ThreadService, open_page: OpenPage) -> None:
+    page = open_page(service.url, color_scheme="light")
+
+    def ground() -> str:
+        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    light = ground()
+    page.get_by_role("button", name="Theme: auto").click()
+    page.get_by_role("button", name="Theme: light").click()
+    page.get_by_role("button", name="Theme: dark").wait_for()
+    dark = ground()
+    assert dark != light
+    page.reload()
+    page.get_by_role("button", name="Theme: dark").wait_for()
+    assert ground() == dark
