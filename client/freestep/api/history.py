@@ -103,7 +103,7 @@ class History(_Answer):
     """Its epoch."""
     step: int
     """Its step."""
-    curves: dict[CurveName, Curve]
+    curves: dict[str, Curve]
     """Those that were asked for, of the names that every run has."""
     metrics: dict[str, Curve]
     """Reported metrics by name; of more than 64 those that were reported last."""

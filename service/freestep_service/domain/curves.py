@@ -19,7 +19,6 @@ from freestep.api.history import MOST_POINTS
 __all__ = ["Curve", "Moment"]
 
 _COLUMNS = ("step", "epoch", "time", "count", "mean", "min", "max")
-_TYPES = "qqdqddd"
 
 
 class Moment(NamedTuple):
@@ -36,7 +35,8 @@ class Curve:
     def __init__(self, most: int = MOST_POINTS) -> None:
         self.per_point = 1
         self._most = most
-        self._set([array(kind) for kind in _TYPES])
+        self._steps, self._epochs, self._times = array("q"), array("q"), array("d")
+        self._counts, self._means, self._lows, self._highs = array("q"), array("d"), array("d"), array("d")
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -83,26 +83,18 @@ class Curve:
         """Of what `to_document` has made. Raises ValueError, KeyError and TypeError for anything else."""
         curve = cls()
         curve.per_point = int(document["per_point"])
-        read = [array(kind) for kind in _TYPES]
-        for name, column in zip(_COLUMNS, read, strict=True):
+        columns = curve._all()
+        for name, column in zip(_COLUMNS, columns, strict=True):
             column.frombytes(b64decode(document[name], validate=True))
-        is_whole = len({len(column) for column in read}) == 1 and len(read[0]) <= MOST_POINTS and curve.per_point > 0
-        if not is_whole or not all(isfinite(number) for column in read for number in column):
+        is_whole = len(set(map(len, columns))) == 1 and len(curve) <= MOST_POINTS and curve.per_point > 0
+        if not is_whole or not all(isfinite(number) for column in columns for number in column):
             raise ValueError("its columns are no curve's")
-        curve._set(read)
         return curve
 
     def _all(self) -> tuple[array[Any], ...]:
         return self._steps, self._epochs, self._times, self._counts, self._means, self._lows, self._highs
 
     def _set(self, columns: list[array[Any]]) -> None:
-        self._steps: array[int]
-        self._epochs: array[int]
-        self._times: array[float]
-        self._counts: array[int]
-        self._means: array[float]
-        self._lows: array[float]
-        self._highs: array[float]
         self._steps, self._epochs, self._times, self._counts, self._means, self._lows, self._highs = columns
 
     def _extend(self, at: Moment, value: float) -> None:
