@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,10 +24,14 @@ class FailingStorage(LocalStorage):
     """A directory that cannot be read or written for as long as `fails`."""
 
     fails = False
+    answers: threading.Event | None = None
+    """Before it is set, nothing can be read."""
 
     def _read(self, path: str) -> bytes:
         if self.fails:
             raise OSError(5, "out of order")
+        if self.answers is not None:
+            assert self.answers.wait(60)
         return super()._read(path)
 
     def _write(self, path: str, pieces: Iterable[bytes | memoryview]) -> None:
@@ -44,11 +49,14 @@ class Scene:
         self.disk = Disk()
         self.now = 1000.0
         self.seq = 0
+        self.patience_s = 60.0
 
     @asynccontextmanager
     async def owner(self) -> AsyncIterator[RunHistory]:
         """A process that owns the first shard, and is killed."""
-        history = RunHistory(self.storage, self.disk, "run", Origin(1, "id"), lambda: self.now, lambda: self.now)
+        history = RunHistory(
+            self.storage, self.disk, "run", Origin(1, "id"), lambda: self.now, lambda: self.now, self.patience_s
+        )
         await history.begin()
         yield history
 
@@ -147,6 +155,24 @@ def test_what_cannot_be_read_is_read_later_and_not_written_over(scene: Scene, ca
             assert steps(history) == [1]
             scene.push(history)
             assert steps(history) == [1, 3]
+
+    run_it(work)
+    assert caplog.text.count("it is not read") == 1
+
+
+def test_an_opening_does_not_wait_for_storage_that_hangs(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        async with scene.owner() as history:
+            scene.push(history)
+            await history.save()
+        scene.storage.answers, scene.patience_s = threading.Event(), 0.05
+        async with scene.owner() as history:
+            with pytest.raises(StorageUnavailable, match=r"has not answered for 0\.05 s"):
+                _ = history.curves
+            scene.storage.answers.set()
+            while history.failure is not None:
+                await history.save()
+            assert steps(history) == [1]
 
     run_it(work)
     assert caplog.text.count("it is not read") == 1

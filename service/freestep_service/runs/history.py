@@ -30,12 +30,15 @@ logger = logging.getLogger("freestep")
 
 _SAVED_EVERY_S = 30.0
 """Seconds from one writing of it to the next, and from one attempt to read it to the next."""
+_PATIENCE_S = 10.0
+"""Seconds for which an opening waits for it to be read."""
 
 
 class RunHistory:
     """The history of one run.
 
     origin: where the run began. now: the time, in seconds since 1970. clock: one that never goes back, in seconds.
+    patience_s: for how long an opening waits for it to be read.
     """
 
     def __init__(
@@ -46,17 +49,19 @@ class RunHistory:
         origin: Origin,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
+        patience_s: float = _PATIENCE_S,
     ) -> None:
+        self.failure: str | None = None
+        """What it could not be read or written for, until it can be again."""
         self._file = HistoryFile(storage, run, origin)
         self._disk = disk
         self._run = run
         self._now = now
         self._clock = clock
+        self._patience_s = patience_s
         self._curves: HistoryCurves | None = None
         """None where the first shard is another's, and where what is in storage cannot be read."""
         self._is_kept = self._has_changed = self._is_replaying = False
-        self._failure: str | None = None
-        """What it could not be read or written for, until it can be again."""
         self._next_save = -inf
         self._lock = asyncio.Lock()
         """Held while it is read or written."""
@@ -92,7 +97,7 @@ class RunHistory:
     def curves(self) -> HistoryCurves:
         """Raises StorageUnavailable where it could not be read yet."""
         if self._curves is None:
-            raise StorageUnavailable(self._failure or f"the history of {self._run!r} is not read yet")
+            raise StorageUnavailable(self.failure or f"the history of {self._run!r} is not read yet")
         return self._curves
 
     # In storage
@@ -110,7 +115,7 @@ class RunHistory:
     def end(self) -> None:
         """The first shard is this process's no more."""
         self._is_kept = self._has_changed = False
-        self._curves = self._failure = None
+        self._curves = self.failure = None
 
     def is_due(self) -> bool:
         """Whether it is time to save it."""
@@ -136,7 +141,7 @@ class RunHistory:
                 self._has_changed = True
                 self._note(f"it is not written, and is tried again: {error}")
             else:
-                self._failure = None
+                self.failure = None
 
     async def forget(self) -> None:
         """Removes it from storage, should it have been written after the run was deleted."""
@@ -146,20 +151,22 @@ class RunHistory:
     async def _read(self) -> None:
         self._next_save = self._clock() + _SAVED_EVERY_S
         try:
-            found = await self._disk.run(self._file.read)
-        except StorageUnavailable as error:
-            self._note(f"it is not read, and nothing is added to it until it is: {error}")
+            async with asyncio.timeout(self._patience_s):
+                found = await self._disk.run(self._file.read)
+        except (StorageUnavailable, TimeoutError) as error:
+            reason = str(error) or f"the storage has not answered for {self._patience_s:g} s"
+            self._note(f"it is not read, and nothing is added to it until it is: {reason}")
             return
         except Damaged as error:
             logger.error("run %s: its history is damaged, and begins anew: %s", self._run, error)
             # So that it is said once.
             self._has_changed = True
             found = None
-        self._failure = None
+        self.failure = None
         if self._is_kept:
             self._curves = found or HistoryCurves()
 
     def _note(self, failure: str) -> None:
-        if failure != self._failure:
-            self._failure = failure
+        if failure != self.failure:
+            self.failure = failure
             logger.warning("run %s: its history: %s", self._run, failure)
