@@ -353,3 +353,21 @@ def test_the_theme_is_chosen_and_kept(service: ThreadService, open_page: OpenPag
     page.reload()
     page.get_by_role("button", name="Theme: dark").wait_for()
     assert ground() == dark
+
+
+# Several processes
+
+
+def test_each_process_shows_runs_of_all(
+    shared_nodes: Callable[..., list[ThreadService]], connect: Callable[..., Api], open_page: OpenPage
+) -> None:
+    first, second = shared_nodes(2)
+    api = connect(first.url)
+    api.create()
+    lease = api.lease("gpu-1")
+    for service in (first, second):
+        page = open_page(service.url, f"#/runs/{api.run}")
+        api.push(lease, api.status()["step"], Freestep_Loss="0.5")
+        expect(row_of(page, "gpu-1")).to_be_visible()
+        expect(page.locator(".events")).to_contain_text("gpu-1 joined")
+        expect(chart(page, "Loss").locator("canvas")).to_be_visible()

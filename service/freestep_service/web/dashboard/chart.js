@@ -117,8 +117,8 @@ export class Chart {
         y: isLog ? { distr: 3 } : { range: (_, low, high) => padded(low, high) },
       },
       axes: [
-        { ...axis, size: 28, values: x === "step" ? (_, ticks) => ticks.map(count) : undefined, space: 70 },
-        { ...axis, size: 56, values, space: 36 },
+        { ...axis, size: 28, values: (_, ticks) => ticks.map(x === "step" ? count : clockOver(ticks)), space: 76 },
+        { ...axis, size: 56, values, space: 36, grid: { ...axis.grid, filter: isLog ? decades : (_, splits) => splits } },
       ],
       series: [
         {},
@@ -233,6 +233,18 @@ function lastOfEach(xs, ys) {
     }
   });
   return [keptX, keptY];
+}
+
+/** Writes times, in seconds, as short as their distances allow. */
+function clockOver(ticks) {
+  const apart = ticks.length < 2 ? 0 : ticks[1] - ticks[0];
+  if (apart >= 86400) return (tick) => new Date(1000 * tick).toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+  return (tick) => clock(1000 * tick).slice(0, apart >= 60 ? 5 : 8);
+}
+
+/** Of the lines of a logarithmic grid, those of powers of ten. */
+function decades(_, splits) {
+  return splits.map((split) => (split > 0 && Math.abs(Math.log10(split) - Math.round(Math.log10(split))) < 1e-6 ? split : null));
 }
 
 function padded(low, high) {

@@ -83,7 +83,8 @@ export class CurvesPanel {
     const speeds = (each) => rates(each.steps.points, stretch);
     draw(this.rate, this.lines("steps a second", record, others, speeds, 0));
     draw(this.staleness, this.lines("staleness", record, others, (each) => each.staleness.points, Math.max(0.9, smoothing)));
-    const decisions = Object.entries(record.decided).map(([label, series]) => {
+    const made = Object.entries(record.decided).filter(([, series]) => series.last?.value > 0);
+    const decisions = made.map(([label, series]) => {
       return { label, colour: DECISION_COLOURS[label], points: rates(series.points, stretch) };
     });
     draw(this.decided, decisions);

@@ -5,28 +5,30 @@ import { twice, setting } from "./acts.js";
 import { bytes, count, duration, plural } from "./format.js";
 import { call, runPath } from "./session.js";
 
-/** What would be lost if the service's processes were killed now: {steps, text, isBad}. */
-export function crashCost(status, topology, stepsASecond) {
+/** What would be lost if the service's processes were killed now: {short, text, isBad}.
+ *
+ * checkpoints: those that are kept, where they are known: until it has written one, a service that was started again does
+ * not say which is the newest.
+ */
+export function crashCost(status, stepsASecond, topology = null, checkpoints = []) {
   const { durability } = status.spec;
-  if (!status.initialized) return { steps: 0, short: "nothing", text: "Nothing: the run has no weights yet." };
+  if (!status.initialized) return { short: "nothing", text: "Nothing: the run has no weights yet." };
   if (durability === "journal") {
-    const away = (topology?.missing ?? []).length;
     const text = "Nothing: every push is on disk before it is answered. A restart goes on at the same step.";
-    return { steps: 0, short: "nothing", text: away ? `${text} Shards without an owner wait for their host.` : text };
+    const isAway = (topology?.missing ?? []).length > 0;
+    return { short: "nothing", text: isAway ? `${text} Shards without an owner wait for their host.` : text };
   }
-  const kept = topology === null ? status.checkpoint_step : durableStep(topology);
+  const kept = durableStep(topology) ?? status.checkpoint_step ?? checkpoints.at(-1)?.step ?? null;
   if (kept === null) {
-    const text = `All of it, ${plural(status.step, "step")}: there is no checkpoint.`;
-    return { steps: status.step, short: "everything", text, isBad: status.step > 0 };
+    return { short: "–", text: "Not known: the service says of no checkpoint.", isBad: status.step > 0 };
   }
   const steps = Math.max(0, status.step - kept);
   const time = stepsASecond ? `, about ${duration((1000 * steps) / stepsASecond)} of training` : "";
-  const back = durability === "none" ? "" : ` The run would go on at step ${count(kept)}, in a new epoch.`;
-  return { steps, short: plural(steps, "step"), text: `${plural(steps, "step")}${time}.${back}` };
+  return { short: plural(steps, "step"), text: `${plural(steps, "step")}${time}. The run would go on at step ${count(kept)}, in a new epoch.` };
 }
 
 function durableStep(topology) {
-  const steps = topology.shards.map((shard) => shard.durable_step ?? null);
+  const steps = (topology?.shards ?? []).map((shard) => shard.durable_step ?? null);
   return steps.length === 0 || steps.includes(null) ? null : Math.min(...steps);
 }
 

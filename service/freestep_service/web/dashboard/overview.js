@@ -5,10 +5,13 @@ import { crashCost } from "./durability_panel.js";
 import { Rows, el, setText } from "./dom.js";
 import { count, number, plural, rate, short } from "./format.js";
 import { Poll } from "./polling.js";
+import { readHistory } from "./run_history.js";
 import { call } from "./session.js";
 
 const EVERY_MS = 2000;
 const MOST_KEPT = 150;
+const MOST_WITH_PAST = 50;
+const PAST_POINTS = 60;
 const SVG = "http://www.w3.org/2000/svg";
 const FIGURES = ["Step", "Steps/s", "Loss", "Staleness", "Crash cost"];
 
@@ -17,6 +20,8 @@ export class Overview {
     this.shell = shell;
     /** What was seen of each run since the page was opened, by its name. */
     this.seen = new Map();
+    /** The losses of runs before that. */
+    this.past = new Map();
     this.total = el("p", { class: "facts" });
     this.problems = el("div", { class: "problems" });
     this.list = el("ul", { class: "runs" });
@@ -44,6 +49,9 @@ export class Overview {
     this.shell.answered();
     this.show(runs);
     await this.readProblems(signal);
+    for (const { run } of runs.slice(0, MOST_WITH_PAST)) {
+      if (!this.past.has(run)) this.past.set(run, await pastLosses(run, signal));
+    }
   }
 
   /** What the service says is wrong with runs. */
@@ -67,7 +75,7 @@ export class Overview {
     const live = runs.reduce((sum, status) => sum + status.workers.length, 0);
     setText(this.total, `${plural(runs.length, "run")} · ${plural(live, "live worker")}`);
     this.empty.hidden = runs.length > 0;
-    this.rows.show(runs, (status) => status.run, (row, status) => fill(row, status, this.seen.get(status.run)));
+    this.rows.show(runs, (status) => status.run, (row, status) => fill(row, status, this.seen.get(status.run), this.past.get(status.run) ?? []));
   }
 }
 
@@ -92,12 +100,12 @@ function makeCard({ run }) {
   return { element, facts, workers, line, values: values.map(([value]) => value) };
 }
 
-function fill(row, status, seen) {
+function fill(row, status, seen, past) {
   const { spec } = status;
   const paused = status.control?.paused ? "paused · " : "";
   setText(row.facts, `${paused}${spec.optimizer.algorithm} · ${spec.aggregation.policy} · ${spec.durability} · ${short(status.parameter_count)} parameters · epoch ${status.epoch}`);
   const speed = speedOf(seen);
-  const figures = [count(status.step), rate(speed), number(status.loss), number(status.staleness), crashCost(status, null, speed).short];
+  const figures = [count(status.step), rate(speed), number(status.loss), number(status.staleness), crashCost(status, speed).short];
   row.values.forEach((value, index) => setText(value, figures[index]));
   const states = status.workers.map((each) => stateOf(1 - each.expires_in_ms / each.ttl_ms));
   const key = states.join(" ");
@@ -108,7 +116,7 @@ function fill(row, status, seen) {
     const text = states.length === 0 ? "no live worker" : plural(states.length, "live worker") + (silent ? `, ${silent} of them silent` : "");
     row.workers.replaceChildren(...dots, el("span", {}, text));
   }
-  const losses = seen.map((each) => each.loss).filter((loss) => loss !== null && loss !== undefined);
+  const losses = [...past, ...seen.map((each) => each.loss)].filter((loss) => loss !== null && loss !== undefined);
   row.line.setAttribute("points", sparkline(losses));
 }
 
@@ -123,4 +131,10 @@ function sparkline(values) {
   const [low, high] = [Math.min(...values), Math.max(...values)];
   const tall = high - low || 1;
   return values.map((value, index) => `${((100 * index) / (values.length - 1)).toFixed(2)},${(26 - (24 * (value - low)) / tall).toFixed(2)}`).join(" ");
+}
+
+/** The losses of a run's whole life, in few points. */
+async function pastLosses(run, signal) {
+  const history = await readHistory(run, signal, `?curves=loss&points=${PAST_POINTS}`);
+  return history?.curves.loss.mean ?? [];
 }

@@ -4,10 +4,10 @@ import { Refused, call, runPath } from "./session.js";
 
 const DECISIONS = ["applied", "accumulated", "dropped"];
 
-/** The history of a run; null where the service keeps none. */
-export async function readHistory(run, signal) {
+/** The history of a run; null where the service keeps none. query: which curves are wanted, and how fine. */
+export async function readHistory(run, signal, query = "") {
   try {
-    return await call("GET", runPath(run, "/history"), { signal });
+    return await call("GET", runPath(run, `/history${query}`), { signal });
   } catch (error) {
     if (error instanceof Refused && error.status === 404) return null;
     throw error;

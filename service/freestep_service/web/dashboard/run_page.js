@@ -160,7 +160,7 @@ export class RunPage {
     this.showFacts();
     const speed = speedOf(record, isNow ? Date.now() : record.time);
     const step = isNow ? Math.max(this.status.step, this.status.epoch === record.epoch ? record.step : 0) : record.step;
-    const cost = crashCost({ ...this.status, step: isNow ? step : this.status.step }, this.topology, speed);
+    const cost = crashCost({ ...this.status, step: isNow ? step : this.status.step }, speed, this.topology, this.checkpoints);
     const live = isNow ? this.status.workers.length : [...record.workers.values()].filter((each) => each.ended === null).length;
     this.tell("Step", count(step));
     this.tell("Steps a second", rate(speed));
