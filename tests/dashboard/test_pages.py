@@ -136,6 +136,10 @@ def test_the_page_goes_on_when_the_service_restarts(
     loss = chart(page, "Loss")
     wait_until(lambda: last_step(loss) > seen + 10, pause_s=0.1)
     assert page.evaluate("window.stays")
+    # One that is opened now has curves from the beginning, though the service has forgotten the events of then.
+    again = open_page(service.url, f"#/runs/{run}")
+    plot = chart(again, "Loss").get_by_role("img")
+    expect(plot).to_have_attribute("aria-label", re.compile(r"^Loss. loss: \S+ at step 1,"))
     expect(page.get_by_text("Nothing: every push is on disk")).to_be_visible()
 
 

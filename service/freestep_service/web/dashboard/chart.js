@@ -30,11 +30,10 @@ export function recolour() {
 }
 
 export class Chart {
-  constructor(title, { unit = "", format = number, isLogarithmic = true } = {}) {
+  constructor(title, { unit = "", format = number } = {}) {
     this.title = title;
     this.unit = unit;
     this.format = format;
-    this.isLogarithmic = isLogarithmic;
     this.readout = el("output", { class: "readout" });
     this.key = el("ul", { class: "key", "aria-label": "Lines" });
     this.plot = el("div", { class: "plot", role: "img" });
@@ -56,7 +55,7 @@ export class Chart {
     this.uplot?.destroy();
   }
 
-  /** Shows lines {label, points, colour, isFaint, isStepped}, against `x`: "step" or "time".
+  /** Shows lines {label, points, colour, isFaint, isRaw}, against `x`: "step" or "time".
    *
    * marks: what happened. range: the least extent of x, as [from, to]. isLog: whether values are on a log scale.
    */

@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.js";
 import { el } from "./dom.js";
-import { number, rate } from "./format.js";
+import { rate, steps } from "./format.js";
 import { rates, smoothed } from "./series.js";
 
 const KEPT = "freestep-view";
@@ -41,9 +41,9 @@ export class CurvesPanel {
     );
     this.loss = new Chart("Loss");
     this.metrics = new Map();
-    this.rate = new Chart("Steps a second", { format: rate, isLogarithmic: false });
-    this.staleness = new Chart("Staleness of pushes", { isLogarithmic: false, unit: " steps" });
-    this.decided = new Chart("Pushes a second", { format: rate, isLogarithmic: false });
+    this.rate = new Chart("Steps a second", { format: rate });
+    this.staleness = new Chart("Staleness of pushes", { format: steps, unit: " steps" });
+    this.decided = new Chart("Pushes a second", { format: rate });
     this.grid = el("div", { class: "charts" }, this.loss.element, this.rate.element, this.staleness.element, this.decided.element);
   }
 

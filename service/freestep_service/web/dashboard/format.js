@@ -24,6 +24,11 @@ export function number(value) {
   return String(Number(value.toPrecision(4)));
 }
 
+/** A mean number of steps: 2.34. */
+export function steps(value) {
+  return value === null || value === undefined ? "–" : String(Number(value.toFixed(2)));
+}
+
 /** Something a second. */
 export function rate(value) {
   return value === null || value === undefined ? "–" : value >= 100 ? count(value) : String(Number(value.toPrecision(3)));

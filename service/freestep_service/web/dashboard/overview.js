@@ -3,7 +3,7 @@
 import { stateOf } from "./workers_panel.js";
 import { crashCost } from "./durability_panel.js";
 import { Rows, el, setText } from "./dom.js";
-import { count, number, plural, rate, short } from "./format.js";
+import { count, number, plural, rate, short, steps } from "./format.js";
 import { Poll } from "./polling.js";
 import { readHistory } from "./run_history.js";
 import { call } from "./session.js";
@@ -105,7 +105,7 @@ function fill(row, status, seen, past) {
   const paused = status.control?.paused ? "paused · " : "";
   setText(row.facts, `${paused}${spec.optimizer.algorithm} · ${spec.aggregation.policy} · ${spec.durability} · ${short(status.parameter_count)} parameters · epoch ${status.epoch}`);
   const speed = speedOf(seen);
-  const figures = [count(status.step), rate(speed), number(status.loss), number(status.staleness), crashCost(status, speed).short];
+  const figures = [count(status.step), rate(speed), number(status.loss), steps(status.staleness), crashCost(status, speed).short];
   row.values.forEach((value, index) => setText(value, figures[index]));
   const states = status.workers.map((each) => stateOf(1 - each.expires_in_ms / each.ttl_ms));
   const key = states.join(" ");

@@ -8,7 +8,7 @@ import { SteerPanel, pauseNote } from "./steer_panel.js";
 import { Timeline } from "./timeline.js";
 import { WorkersPanel } from "./workers_panel.js";
 import { el, setText } from "./dom.js";
-import { count, number, rate, short } from "./format.js";
+import { count, number, rate, short, steps } from "./format.js";
 import { Poll } from "./polling.js";
 import { RunFeed } from "./run_feed.js";
 import { call, runPath } from "./session.js";
@@ -165,7 +165,7 @@ export class RunPage {
     this.tell("Step", count(step));
     this.tell("Steps a second", rate(speed));
     this.tell("Loss", number(isNow ? this.status.loss : record.loss.last?.value));
-    this.tell("Staleness", number(isNow ? this.status.staleness : record.staleness.last?.value));
+    this.tell("Staleness", steps(isNow ? this.status.staleness : record.staleness.last?.value));
     this.tell("Live workers", count(live));
     this.tell("A crash now would cost", cost.short);
     this.durability.show(cost, this.checkpoints);

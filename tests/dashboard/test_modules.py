@@ -1,0 +1,145 @@
+"""The dashboard's modules, each by itself in a browser: what they make of events, curves and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page
+
+from harness import ThreadService
+
+pytestmark = pytest.mark.slow
+
+Run = Callable[..., Any]
+NOW = 1_800_000_000_000
+
+
+@pytest.fixture
+def run(service: ThreadService, open_page: Callable[..., Page]) -> Run:
+    """Runs statements with a module's names; they return what is asked."""
+    page = open_page(service.url, signs_in=False)
+
+    def run_in_browser(module: str, statements: str, given: Any = None) -> Any:
+        source = (
+            f"async (given) => {{ const module = await import('/dashboard/files/{module}.js');"
+            f" Date.now = () => {NOW}; {statements} }}"
+        )
+        return page.evaluate(source, given)
+
+    return run_in_browser
+
+
+def push(step: int, *, epoch: int = 1, time: int = NOW, **more: Any) -> dict[str, Any]:
+    return {
+        "kind": "push", "id": f"{epoch}-{step}", "epoch": epoch, "step": step, "time": time, "worker": "w",
+        "decision": "applied", "reason": None, "staleness": 0, "loss": 1.0, "samples": 8, "units": {}, **more,
+    }  # fmt: skip
+
+
+def lease(number: int, change: str = "granted") -> dict[str, Any]:
+    return {"kind": "lease", "id": f"1-0.{number}", "epoch": 1, "step": 0, "change": change, "worker": "w"}
+
+
+@pytest.mark.parametrize(
+    ("events", "is_live", "newest", "expected"),
+    [
+        ([push(1), push(2)], True, None, [NOW, NOW]),
+        # Between a lease that says when, and now.
+        ([lease(NOW - 4000), push(1), push(2)], False, None, [NOW - 4000, NOW - 2000, NOW]),
+        ([push(1), lease(NOW - 50)], False, None, [NOW - 50, NOW - 50]),
+        # Behind what was seen before an outage.
+        ([push(1), push(2)], False, NOW - 1000, [NOW - 500, NOW]),
+        # The service's clock is ahead, or its numbers fall.
+        ([lease(NOW + 9000), push(1)], False, None, [NOW, NOW]),
+        ([lease(NOW - 10), lease(NOW - 20)], False, None, [NOW - 10, NOW - 10]),
+    ],
+)
+def test_events_are_dated_by_those_that_say_when(
+    run: Run, events: list[Any], is_live: bool, newest: int | None, expected: list[int]
+) -> None:
+    statements = "module.dateEvents(...given); return given[0].map((event) => event.time);"
+    assert run("event_times", statements, [events, is_live, newest]) == expected
+
+
+def test_events_are_dated_by_the_history(run: Run) -> None:
+    history = [{"epoch": 1, "step": 1, "time": NOW - 9000}, {"epoch": 1, "step": 3, "time": NOW - 1000}]
+    statements = "module.dateEvents(given[0], false, null, given[1]); return given[0].map((event) => event.time);"
+    events = [push(1), push(2), push(3), push(4)]
+    assert run("event_times", statements, [events, history]) == [NOW - 9000, NOW - 5000, NOW - 1000, NOW]
+
+
+def test_an_average_is_right_from_its_beginning(run: Run) -> None:
+    assert run("series", "return module.smoothed([4, 4, 4], 0.9);") == pytest.approx([4, 4, 4])
+    assert run("series", "return module.smoothed([1, 2, 3], 0);") == [1, 2, 3]
+
+
+def test_rates_are_over_stretches(run: Run) -> None:
+    points = [{"step": step, "time": 400 * step, "value": step} for step in range(11)]
+    found = run("series", "return module.rates(given, 1000);", points)
+    assert {point["value"] for point in found} == {2.5} and len(found) == 3
+    # A run that goes back is no negative rate.
+    back = [*points, {"step": 2, "time": 9000, "value": 2}, {"step": 6, "time": 11000, "value": 6}]
+    assert [point["value"] for point in run("series", "return module.rates(given, 1000);", back)][-1] == 2
+
+
+def test_a_series_is_bounded_and_keeps_its_ends(run: Run) -> None:
+    statements = (
+        "const series = new module.Series();"
+        " for (let step = 0; step < 50000; step += 1) series.add(step, step, 1);"
+        " return [series.points.length, series.last.step, series.points.every((point) => point.value === 1)];"
+    )
+    length, last, is_flat = run("series", statements)
+    assert length <= 20000 and last == 49999 and is_flat
+
+
+def test_a_record_goes_back_with_its_run(run: Run) -> None:
+    events = [
+        *(push(step) for step in range(1, 6)),
+        push(5, decision="dropped", reason="stale", staleness=9),
+        {"kind": "epoch", "id": "2-5", "epoch": 2, "step": 2, "time": NOW},
+        push(3, epoch=2, coalesced=4),
+    ]
+    statements = (
+        "const record = module.replayed(given, given.length, null);"
+        " return [record.step, record.loss.points.map((point) => point.step), record.decisions,"
+        " [...record.reasons], record.workers.get('w').pushes, record.marks.map((mark) => mark.kind)];"
+    )
+    step, steps, decisions, reasons, pushes, marks = run("run_record", statements, events)
+    assert (step, steps) == (3, [1, 2, 3])
+    assert decisions == {"applied": 9, "accumulated": 0, "dropped": 1}
+    assert (reasons, pushes, marks) == ([["dropped: stale", 1]], 10, ["epoch"])
+
+
+def test_a_history_goes_before_the_first_event(run: Run) -> None:
+    def curve(steps: list[int], epochs: list[int], means: list[float]) -> dict[str, Any]:
+        times = [NOW / 1000 + number for number in range(len(steps))]
+        return {"step": steps, "epoch": epochs, "time": times, "count": [2] * len(steps), "mean": means}
+
+    names = ("loss", "staleness", "applied", "accumulated", "dropped")
+    history = {
+        # Steps 4 and 6 were given up when epoch 2 began with step 2.
+        "curves": {name: curve([2, 4, 6, 3, 8], [1, 1, 1, 2, 2], [1, 0.5, 1, 1, 1]) for name in names},
+        "metrics": {"accuracy": curve([2, 8], [1, 2], [0.1, 0.2])},
+        "epochs": [{"epoch": 1, "step": 0}, {"epoch": 2, "step": 2}],
+    }
+    statements = (
+        "const curves = module.curvesBefore(given[0], given[1]);"
+        " const steps = (points) => points.map((each) => each.step);"
+        " return [steps(curves.loss), curves.decided.applied.map((each) => each.value), steps(curves.metrics[0][1])];"
+    )
+    assert run("run_history", statements, [history, push(8, epoch=2)]) == [[2, 3], [2, 4], [2]]
+    assert run("run_history", "return module.curvesBefore(null, given);", push(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("count", 1234567, "1,234,567"), ("count", None, "–"), ("short", 25_000_000, "25 M"), ("short", 804, "804"),
+        ("number", 0.00012345, "1.23e-4"), ("number", 0.123456, "0.1235"), ("number", 0, "0"), ("steps", 6.5e-24, "0"),
+        ("duration", 1500, "1.5 s"), ("duration", 250_000, "4 min 10 s"), ("bytes", 9848, "9.85 kB"),
+    ],
+)  # fmt: skip
+def test_numbers_are_for_people(run: Run, name: str, value: float | None, expected: str) -> None:
+    assert run("format", f"return module.{name}(given);", value) == expected
