@@ -34,7 +34,7 @@ export class Chart {
     this.title = title;
     this.unit = unit;
     this.format = format;
-    this.readout = el("output", { class: "readout" });
+    this.readout = el("span", { class: "readout" });
     this.key = el("ul", { class: "key", "aria-label": "Lines" });
     this.plot = el("div", { class: "plot", role: "img" });
     this.empty = el("p", { class: "empty" }, "Nothing yet.");

@@ -24,7 +24,11 @@ class Shell {
     document.getElementById("bar").append(this.trail, this.who, this.themeButton, this.outButton);
     this.setTheme(localStorage.getItem(THEME) ?? "auto");
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
-    addEventListener("hashchange", () => this.route());
+    addEventListener("hashchange", () => {
+      this.route();
+      // Who listens hears that it is another page.
+      this.main.focus();
+    });
   }
 
   async start() {

@@ -16,11 +16,11 @@ export class Timeline {
     this.events = [];
     this.hiddenKinds = new Set();
     this.playing = null;
-    this.slider = el("input", { type: "range", min: "0", max: "0", step: "1", value: "0", id: "scrubber", "aria-describedby": "scrubber-place" });
+    this.slider = el("input", { type: "range", min: "0", max: "0", step: "1", value: "0", id: "scrubber" });
     this.slider.addEventListener("input", () => { this.pause(); this.move(Number(this.slider.value)); });
     this.playButton = el("button", { type: "button", onclick: () => this.toggle() }, "Replay");
     this.liveButton = el("button", { type: "button", onclick: () => { this.pause(); this.move(null); } }, "Live");
-    this.place = el("output", { class: "place", id: "scrubber-place" });
+    this.place = el("span", { class: "place" });
     this.kinds = el("fieldset", { class: "kinds" }, el("legend", {}, "Shown over curves"));
     for (const [kind, [colour, name]] of Object.entries(MARKS)) {
       const swatch = el("span", { class: "swatch", "aria-hidden": "true" });
