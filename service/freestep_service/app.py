@@ -170,6 +170,7 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     url, directory = _redis_url(settings, stack)
     store = await _store(url)
     stack.push_async_callback(store.close)
+    store.on_answer, store.on_failure = metrics.redis_answered, metrics.redis_failures.inc
     channels, disk = Channels(store), Disk()
     node = Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds))
     tokens = Tokens(SharedTokens(store), TokenFiles(storage), disk, channels, issuer=await _issuer(settings, stack))

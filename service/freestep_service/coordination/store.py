@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
+from time import monotonic
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,6 +64,10 @@ class Store:
 
     def __init__(self, client: Redis | RedisCluster, url: str, pipeline: RedisPipeline | None) -> None:
         self.client: Any = client
+        self.on_answer: Callable[[str, float], None] = lambda script, seconds: None
+        """Told how long each script took to be answered ..."""
+        self.on_failure: Callable[[], None] = lambda: None
+        """... and of each that was not, or was refused."""
         self._url = url
         self._execute = client.execute_command if pipeline is None else pipeline.execute
         self._pipeline = pipeline
@@ -116,11 +121,18 @@ class Store:
     async def run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
         """Runs a script of lua/, by the name of its file, and returns its answer."""
         digest, source = self._scripts[script]
-        with reachable():
-            try:
-                return await self._execute("EVALSHA", digest, len(keys), *keys, *arguments)
-            except NoScriptError:
-                return await self._execute("EVAL", source, len(keys), *keys, *arguments)
+        began = monotonic()
+        try:
+            with reachable():
+                try:
+                    answer = await self._execute("EVALSHA", digest, len(keys), *keys, *arguments)
+                except NoScriptError:
+                    answer = await self._execute("EVAL", source, len(keys), *keys, *arguments)
+        except CoordinatorUnavailable:
+            self.on_failure()
+            raise
+        self.on_answer(script, monotonic() - began)
+        return answer
 
     def listener(self) -> Redis:
         """A client of its own for channels: any one server of a cluster passes on what is published on the others.

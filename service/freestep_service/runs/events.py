@@ -167,6 +167,11 @@ class RunEvents:
         """The newest that is known."""
         return self._place
 
+    @property
+    def readers(self) -> int:
+        """How many read."""
+        return self._readers
+
     def reader(self, after: Place | None = None, from_step: int | None = None) -> EventReader:
         """Reads the events behind a place; None reads all that are kept.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from freestep.errors import ProblemError
 from freestep_service.domain.records import Claim, Record
+from freestep_service.runs.phases import Phases
 from freestep_service.state.staging import Staged
 
 __all__ = ["Decision", "Flight"]
@@ -29,6 +30,7 @@ class Flight:
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
         self.fingerprint = claim.fingerprint()
+        self.phases = Phases()
         self.landed = asyncio.Event()
         self.granted = asyncio.Event()
         """Set when its turn has come to send its body."""

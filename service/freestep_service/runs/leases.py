@@ -44,6 +44,7 @@ class Leases:
         """Grants a lease, for the run's time to live unless another is given; the worker's older one is fenced off."""
         lease, evicted = await self._recovery.call(lambda: self._coordinator.grant(worker, ttl_ms or self._ttl_ms))
         self._receipts.forget(evicted)
+        self._telemetry.leased("granted")
         if not self._shards.is_sharded:
             # With several shards, whoever grants it sends a message.
             self._events.lease("granted", worker)
@@ -69,6 +70,7 @@ class Leases:
             # The update that waited for it may be closed by an entry that Redis could not answer with.
             self._recovery.catch_up()
             raise
+        self._telemetry.leased("released")
         if not self._shards.is_sharded:
             self._events.lease("released", worker)
         self._on_ended(ended, era)
@@ -113,6 +115,7 @@ class Leases:
             if ended:
                 for worker in ended.workers:
                     self._events.lease("expired", worker)
+                    self._telemetry.leased("expired")
                 self._on_ended(ended, era)
             self._telemetry.live(live)
             self._history.live(live)

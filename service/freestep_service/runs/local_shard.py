@@ -88,6 +88,7 @@ class LocalShard:
         if core.journal is not None:
             # If that is because another process has taken it over, there is nothing to open again.
             core.journal.watch(recovery.look)
+            core.journal.time_flushes(context.telemetry.flushed)
 
     @property
     def index(self) -> int:
@@ -151,6 +152,10 @@ class LocalShard:
         if self.core.index == 0:
             self._telemetry.pushed(record, claim.loss, seconds)
         self._telemetry.at(self.core.writer.epoch, self.core.writer.applied_step)
+
+    def answered(self, seconds: float) -> None:
+        """The answer to a push was sent, with y."""
+        self._telemetry.answered(seconds)
 
     @asynccontextmanager
     async def read(self, reading: Reading) -> AsyncIterator[PointBody]:

@@ -72,6 +72,7 @@ class Pushes:
         self._coordinator = context.coordinator.pushes
         self._receipts = context.receipts
         self._events = context.events
+        self._telemetry = context.telemetry
         self._background = context.background
         self._recovery = recovery
         self._core = core
@@ -97,6 +98,7 @@ class Pushes:
         commit = None
         try:
             admission = await self._admit(claim)
+            flight.phases.ended("admit")
             if admission.record is not None:
                 return await self._answer(admission, admission.record, body)
             flight.staged = await self._stage(claim, flight, body, queued=admission.queued)
@@ -258,10 +260,12 @@ class Pushes:
                     vector = await self._turn(claim, flight, began, queued=queued)
                 encodings = accepted_encodings(self._spec.aggregation)
                 copy = await self._journaled(claim, body, vector)
+                flight.phases.ended("queue")
                 staged = await staging.receive(body, vector, encodings, lambda: self._yield_slot(claim), copy)
             finally:
                 lanes.leave(claim.lease)
             require_usable(self._spec, staged.norm)
+            flight.phases.ended("receive")
             return staged
         except BaseException as error:
             if staged is not None:
@@ -325,11 +329,14 @@ class Pushes:
                 await self._core.journal.flush()
             decision = await self._decide(claim, flight, options)
             record = decision.record
+            flight.phases.ended("commit")
             if decision.applied is not None:
                 await asyncio.shield(decision.applied)
+                flight.phases.ended("update")
             elif not record.seq:
                 self._forget_part(claim)
                 self._tell_dropped(record, claim)
+            self._telemetry.passed(flight.phases)
             return record
         except Lost:
             self._forget(claim, record)

@@ -36,6 +36,7 @@ from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.quotas import Quotas
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
+from freestep_service.runs.run_gauges import RunHere
 from freestep_service.runs.state_imports import receive_state
 from freestep_service.runs.store_watch import StoreWatch
 from freestep_service.state.memory_budget import run_bytes
@@ -96,6 +97,11 @@ class Registry:
     def problems(self) -> dict[str, str]:
         """What is wrong with runs, by name: those that cannot be opened, and those whose checkpoints fail."""
         return {**self._set_aside, **{run.name: run.problem for run in self.all() if run.problem}}
+
+    def _here(self) -> list[RunHere]:
+        """How runs stand in this process, for /metrics."""
+        aside = [RunHere(name, has_problem=True) for name in self._set_aside if name not in self._runs]
+        return aside + [run.here() for run in self._runs.values()]
 
     @property
     def lost(self) -> list[str]:
@@ -184,6 +190,7 @@ class Registry:
     async def start(self) -> None:
         """Opens every run that storage or Redis knows, as far as it is for this process to."""
         resources = self._resources
+        resources.metrics.runs.standings = self._here
         await resources.node.heartbeat(resources.store)
         await resources.channels.start(self._on_message)
         self._opening = [asyncio.create_task(self._try_to_open(name)) for name in sorted(await self._names())]

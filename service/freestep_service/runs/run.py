@@ -50,6 +50,7 @@ from freestep_service.runs.ownership import Ownership
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.reports import MetricReports
 from freestep_service.runs.resources import Resources
+from freestep_service.runs.run_gauges import RunHere
 from freestep_service.runs.shard_core import ShardCore
 from freestep_service.runs.standing import Standing
 from freestep_service.runs.state_imports import StateImports
@@ -155,6 +156,18 @@ class Run:
     def owns_any(self) -> bool:
         """Whether a shard is this process's."""
         return len(self._shards) > 0
+
+    def here(self) -> RunHere:
+        """How it stands in this process, for /metrics."""
+        journals = [shard.core.journal for shard in self._shards if shard.core.journal is not None]
+        return RunHere(
+            self.name,
+            has_problem=self.problem is not None,
+            shards=len(self._shards),
+            event_readers=self._context.events.readers,
+            journal_bytes=sum(each.size for each in journals) if journals else None,
+            journal_lag_bytes=sum(each.lag for each in journals) if journals else None,
+        )
 
     def owns(self, index: int) -> bool:
         """Whether a shard is this process's."""

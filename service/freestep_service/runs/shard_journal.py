@@ -114,6 +114,10 @@ class ShardJournal:
         """Has a function called whenever it fails."""
         self._journal.watch(on_failure)
 
+    def time_flushes(self, on_flush: Callable[[float], None]) -> None:
+        """Has a function called with the seconds that each flush took."""
+        self._journal.time_flushes(on_flush)
+
     @property
     def epoch(self) -> int:
         """Whose entries are written; 0 before the first."""
@@ -186,6 +190,11 @@ class ShardJournal:
     def size(self) -> int:
         """Bytes on disk."""
         return self._journal.size
+
+    @property
+    def lag(self) -> int:
+        """Bytes that are not known to be on disk yet."""
+        return self._journal.lag
 
     async def close(self) -> None:
         """Ends its thread once it has done what it was given."""

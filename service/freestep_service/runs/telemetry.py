@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 
 from freestep_service.domain.data_progress import UnitCounts
 from freestep_service.domain.records import Record
 from freestep_service.domain.reports import Reported
 from freestep_service.domain.run_view import RunView
 from freestep_service.domain.tally import DECISIONS, NOTHING_COUNTED, Tally
+from freestep_service.runs.histograms import SECONDS, Histogram
+from freestep_service.runs.phases import PHASES, Phases
+from freestep_service.runs.run_gauges import RunGauges
 
 __all__ = ["Metrics", "RunMetrics"]
 
 _SMOOTHING = 0.1
 """Weight of the newest push in the moving averages."""
+_REASONS = ("stale", "duplicate-worker", "norms-unknown")
+"""Why pushes are dropped; the label of any other is `other`."""
+_CHANGES = ("granted", "released", "expired")
+"""What happens to leases."""
 
 
 class Metrics:
@@ -25,6 +33,9 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.runs = RunGauges(registry)
+        Gauge("freestep_info", "Always 1.", ["version"], registry=registry).labels(version("freestep")).set(1)
         self._exposing: asyncio.Future[bytes] | None = None
         self.problems = Counter("freestep_problems", "Refused requests.", ["slug"], registry=registry)
         self.pushes = Counter("freestep_pushes", "Pushes decided.", ["run", "decision"], registry=registry)
@@ -33,15 +44,41 @@ class Metrics:
             "freestep_staleness_steps",
             "Staleness of the pushes that were not dropped.",
             ["run"],
-            buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128),
-            registry=registry,
+            (0, 1, 2, 4, 8, 16, 32, 64, 128),
+            registry,
         )
         self.push_seconds = Histogram(
             "freestep_push_seconds",
             "Time from a push's claim to its being applied.",
             ["run"],
-            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
-            registry=registry,
+            SECONDS,
+            registry,
+        )
+        self.phase_seconds = Histogram(
+            "freestep_push_phase_seconds",
+            "Time of each phase of a shard's part of a push.",
+            ["run", "phase"],
+            SECONDS,
+            registry,
+        )
+        self.dropped = Counter(
+            "freestep_dropped_pushes", "Pushes that were dropped, by why.", ["run", "reason"], registry=registry
+        )
+        self.leases = Counter(
+            "freestep_leases", "Leases granted, released and expired.", ["run", "change"], registry=registry
+        )
+        self.flush_seconds = Histogram(
+            "freestep_journal_flush_seconds",
+            "Time that the disk took to make a piece of a journal durable.",
+            ["run"],
+            SECONDS,
+            registry,
+        )
+        self.redis_seconds = Histogram(
+            "freestep_redis_seconds", "Time until Redis has answered a script.", ["script"], SECONDS, registry
+        )
+        self.redis_failures = Counter(
+            "freestep_redis_failures", "Calls of scripts that Redis has not answered, or refused.", registry=registry
         )
         self.received = Counter("freestep_received_bytes", "Bytes of gradients.", ["run"], registry=registry)
         self.sent = Counter("freestep_sent_bytes", "Bytes of parameters.", ["run"], registry=registry)
@@ -63,24 +100,44 @@ class Metrics:
             "freestep_checkpoint_failures", "Checkpoints that could not be written.", ["run"], registry=registry
         )
         self.checkpoint_seconds = Histogram(
-            "freestep_checkpoint_seconds", "Time to write a checkpoint.", ["run"], registry=registry
+            "freestep_checkpoint_seconds", "Time to write a checkpoint.", ["run"], SECONDS, registry
         )
 
     async def expose(self) -> bytes:
         """All of them, in Prometheus's text format; written in a thread, and once for all who ask meanwhile."""
         if self._exposing is None or self._exposing.done():
-            self._exposing = asyncio.ensure_future(asyncio.to_thread(generate_latest, self._registry))
+            self.runs.look()
+            self._exposing = asyncio.ensure_future(asyncio.to_thread(self.text))
         return await asyncio.shield(self._exposing)
+
+    def text(self) -> bytes:
+        """All of them, as runs stood when they were looked at last."""
+        return generate_latest(self._registry)
+
+    def redis_answered(self, script: str, seconds: float) -> None:
+        """Redis has answered a script."""
+        self.redis_seconds.labels(script).observe(seconds)
 
     def forget(self, run: str) -> None:
         """Removes every series of a run."""
-        for decision in DECISIONS:
-            with suppress(KeyError):
-                self.pushes.remove(run, decision)
-        for metric in (
-            self.replays,
+        for counter, values in (
+            (self.pushes, DECISIONS),
+            (self.dropped, (*_REASONS, "other")),
+            (self.leases, _CHANGES),
+        ):
+            for value in values:
+                with suppress(KeyError):
+                    counter.remove(run, value)
+        for histogram in (
             self.staleness,
             self.push_seconds,
+            self.phase_seconds,
+            self.flush_seconds,
+            self.checkpoint_seconds,
+        ):
+            histogram.remove(run)
+        for metric in (
+            self.replays,
             self.received,
             self.sent,
             self.step,
@@ -89,7 +146,6 @@ class Metrics:
             self.loss,
             self.checkpoint_step,
             self.checkpoint_failures,
-            self.checkpoint_seconds,
         ):
             with suppress(KeyError):
                 metric.remove(run)
@@ -114,6 +170,8 @@ class RunMetrics:
         self._received, self._sent = metrics.received.labels(run), metrics.sent.labels(run)
         self._pushes = {decision: metrics.pushes.labels(run, decision) for decision in DECISIONS}
         self._push_seconds, self._staleness = metrics.push_seconds.labels(run), metrics.staleness.labels(run)
+        self._phases = {phase: metrics.phase_seconds.labels(run, phase) for phase in PHASES}
+        self._leases = {change: metrics.leases.labels(run, change) for change in _CHANGES}
 
     def at(self, epoch: int, step: int) -> None:
         self._epoch.set(epoch)
@@ -125,12 +183,33 @@ class RunMetrics:
     def pushed(self, record: Record, loss: float | None, seconds: float) -> None:
         self._pushes[record.decision].inc()
         self._push_seconds.observe(seconds)
-        if record.decision != "dropped":
+        if record.decision == "dropped":
+            reason = record.reason if record.reason in _REASONS else "other"
+            self._metrics.dropped.labels(self._run, reason).inc()
+        else:
             self._staleness.observe(record.staleness)
             self.staleness = _smooth(self.staleness, record.staleness)
             if loss is not None:
                 self.loss = _smooth(self.loss, loss)
                 self._metrics.loss.labels(self._run).set(self.loss)
+
+    def passed(self, phases: Phases) -> None:
+        """A shard's part of a push has come to the end of its way."""
+        for phase, began, ended in phases.ends:
+            self._phases[phase].observe(ended - began)
+
+    def answered(self, seconds: float) -> None:
+        """The answer to a push was sent, with y."""
+        self._phases["answer"].observe(seconds)
+
+    def leased(self, change: str) -> None:
+        """A lease was granted, released, or has expired."""
+        self._leases[change].inc()
+
+    def flushed(self, seconds: float) -> None:
+        """A piece of a journal was made durable."""
+        if not self._forgotten:
+            self._metrics.flush_seconds.labels(self._run).observe(seconds)
 
     def note(self, view: RunView) -> None:
         """Notes what Redis has counted, unless it has lost that."""

@@ -118,6 +118,10 @@ class Journal:
         """Has a function called whenever it fails."""
         self._thread.on_failure = on_failure
 
+    def time_flushes(self, on_flush: Callable[[float], None]) -> None:
+        """Has a function called with the seconds that each flush took."""
+        self._thread.on_flush = on_flush
+
     @property
     def word(self) -> str:
         """Under which it is written; empty before `take_over`."""
@@ -145,6 +149,11 @@ class Journal:
     def size(self) -> int:
         """Bytes on disk."""
         return sum(segment.size for segment in self._segments)
+
+    @property
+    def lag(self) -> int:
+        """Bytes that are not known to be on disk yet."""
+        return sum(max(0, segment.size - segment.durable) for segment in self._segments)
 
     # Pushes
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 from freestep.errors import StorageUnavailable
 from freestep_service.domain.records import Fenced
@@ -83,6 +84,8 @@ class JournalThread:
         """What writing was told to have failed with; nothing is made durable until an epoch begins."""
         self.on_failure: Callable[[], None] = lambda: None
         """Called once for each, where work is told of."""
+        self.on_flush: Callable[[float], None] = lambda seconds: None
+        """Called with the seconds that each flush took, where work is told of."""
         self._name = name
         self._post = post
         self._condition = threading.Condition()
@@ -155,12 +158,15 @@ class JournalThread:
                 # A body that broke off may have been written to it since the last flush.
                 dirty.pop(path, None)
             failures.append(failure)
+        flush_s: float | None = None
         if self._failure is None and any(work.flush for work in works):
+            began = monotonic()
             try:
                 for segment in sorted(dirty.values(), key=lambda segment: segment.number):
                     os.fdatasync(self._files[segment.path])
                 dirty.clear()
                 self._require_ownership()
+                flush_s = monotonic() - began
             except (OSError, Fenced) as error:
                 self._failure = error
         failure = self._failure
@@ -177,6 +183,8 @@ class JournalThread:
                     work.done(unavailable(directory, error) if isinstance(error, OSError) else error)
             if is_new:
                 self.on_failure()
+            if flush_s is not None:
+                self.on_flush(flush_s)
 
         self._post(tell)
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import pairwise
+from time import monotonic
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -45,7 +46,8 @@ class SnapshotResponse(Response):
 
     The snapshot is taken when the answer begins and released when the transport refers to it no more. `lines(step)` are
     further headers of an answer of that step. The connection is aborted if the client reads nothing for `stall_s`
-    seconds. `otherwise`: the answer if there is no memory for the snapshot. `spend` is told how many bytes are sent.
+    seconds. `otherwise`: the answer if there is no memory for the snapshot. `spend` is told how many bytes are sent,
+    `answered` how many seconds it took once all are.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class SnapshotResponse(Response):
         lines: Callable[[int], Mapping[str, str]] | None = None,
         otherwise: Callable[[], Response] | None = None,
         spend: Callable[[int], None] = lambda size: None,
+        answered: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         super().__init__(media_type=MEDIA_TYPE)
         self._shard = shard
@@ -67,8 +70,10 @@ class SnapshotResponse(Response):
         self._lines_of = lines or (lambda _: {})
         self._otherwise = otherwise
         self._spend = spend
+        self._answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = monotonic()
         async with AsyncExitStack() as stack:
             try:
                 snapshot = await stack.enter_async_context(self._read(scope))
@@ -104,6 +109,7 @@ class SnapshotResponse(Response):
             if end - begin > _SMALL:
                 with _aborted_on_failure(scope, self._stall_s):
                     await _send(scope, send, start, snapshot, begin, end, self._stall_s)
+                    self._answered(monotonic() - began)
                 return
             await snapshot.reach(end - len(snapshot.header))
             if is_early := takes_more(scope):
@@ -114,6 +120,7 @@ class SnapshotResponse(Response):
         if not is_early:
             await send(start)
         await send({"type": "http.response.body", "body": body, "more_body": False})
+        self._answered(monotonic() - began)
 
     def _read(self, scope: Scope) -> AbstractAsyncContextManager[PointBody]:
         reading = self._shard.read(self._reading)

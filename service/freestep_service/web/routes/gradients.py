@@ -98,7 +98,9 @@ async def push(request: Request) -> Response:
     # A push does not wait for those who read: if no memory is free for y, its sender pulls it.
     stall_s = await parsed.relay.stall_seconds(request)
     spend = partial(spend_bytes, request)
-    return SnapshotResponse(shard, outcome.reading, stall_s, lines=lines, otherwise=receipt_only, spend=spend)
+    return SnapshotResponse(
+        shard, outcome.reading, stall_s, lines=lines, otherwise=receipt_only, spend=spend, answered=shard.answered
+    )
 
 
 def _receipt(receipt: Receipt, wishes: Preferences) -> Response:

@@ -1,0 +1,63 @@
+"""What /metrics has of how runs stand at the moment: asked for when it is exposed, so that it costs nothing before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+__all__ = ["RunGauges", "RunHere"]
+
+
+class RunHere(NamedTuple):
+    """How a run stands in this process, or what cannot be opened of it.
+
+    journal_bytes, journal_lag_bytes: None where there is no journal here.
+    """
+
+    run: str
+    has_problem: bool
+    shards: int = 0
+    event_readers: int = 0
+    journal_bytes: int | None = None
+    journal_lag_bytes: int | None = None
+
+
+_GAUGES: Sequence[tuple[str, str, Callable[[RunHere], float | None]]] = (
+    ("freestep_run_problem", "1 where something is wrong with a run, as /readyz says it.", lambda run: run.has_problem),
+    ("freestep_shards", "Shards of a run that this process owns.", lambda run: run.shards),
+    ("freestep_event_readers", "Connections that read a run's events.", lambda run: run.event_readers),
+    ("freestep_journal_bytes", "Bytes of the journals of a run's shards here.", lambda run: run.journal_bytes),
+    (
+        "freestep_journal_lag_bytes",
+        "Bytes of those that are not known to be on disk yet.",
+        lambda run: run.journal_lag_bytes,
+    ),
+)
+
+
+class RunGauges(Collector):
+    """The gauges of runs, as `standings` was when `look` was called last."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.standings: Callable[[], Iterable[RunHere]] = lambda: ()
+        """How the runs stand; to be called on the event loop."""
+        self._seen: list[RunHere] = []
+        registry.register(self)
+
+    def look(self) -> None:
+        """Looks how runs stand."""
+        self._seen = list(self.standings())
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The gauges."""
+        seen = self._seen
+        for name, documentation, value_of in _GAUGES:
+            family = GaugeMetricFamily(name, documentation, labels=["run"])
+            for run in seen:
+                if (value := value_of(run)) is not None:
+                    family.add_metric([run.run], value)
+            yield family
