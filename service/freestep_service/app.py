@@ -210,6 +210,10 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
         raise CannotStart(
             f"the checkpoints in {place} cannot be read, name another place with checkpoint_url: {error}"
         ) from error
+    logger.info(
+        "freestep %s is %s: device %s, data in %s, checkpoints in %s, Redis at %s",
+        *(version("freestep"), node.url, device, settings.data_dir, storage, _place(url)),
+    )
     relay = Relay(http, secret, settings.stall_seconds)
     audit = AuditLog(settings.data_dir)
     stack.callback(audit.close)

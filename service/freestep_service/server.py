@@ -12,8 +12,10 @@ from typing import Any
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
+from uvicorn.config import LOGGING_CONFIG
 
 from freestep_service.app import Startup, create_app
+from freestep_service.log_lines import set_up_logging
 from freestep_service.settings import BadSetting, CannotStart, Settings
 from freestep_service.tls import uvicorn_options
 from freestep_service.web.connection import Connection
@@ -57,9 +59,7 @@ def serve(settings: Settings) -> None:
 
     Prints the URL as soon as requests are answered.
     """
-    # It logs every request that is relayed.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings.log_level, settings.log_format)
     tls = uvicorn_options(settings)
     places = places_for(settings)
     listener = _listener(settings)
@@ -74,6 +74,8 @@ def serve(settings: Settings) -> None:
         lifespan="on",
         log_level=settings.log_level,
         access_log=settings.access_log,
+        # Its own lines are for people.
+        log_config=None if settings.log_format == "json" else LOGGING_CONFIG,
         # The app has those that it trusts: uvicorn would believe every process of this machine.
         proxy_headers=False,
         timeout_graceful_shutdown=5,

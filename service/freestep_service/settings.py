@@ -198,6 +198,8 @@ class Settings(BaseSettings):
     """Seconds that a push waits for Redis before it is refused with coordinator-unavailable."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level of the log lines that are printed."""
+    log_format: Literal["text", "json"] = "text"
+    """Log lines for people, or JSON objects with run, worker, step and push key as fields."""
     access_log: bool = False
     """Logs a line for every request."""
 

@@ -107,7 +107,13 @@ class Checkpointing:
             self.failure = None
             self._last = (identity.step, time.monotonic())
             self._not_before = 0.0
-            self._context.telemetry.checkpointed(identity.step, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self._context.telemetry.checkpointed(identity.step, seconds)
+            logger.info(
+                "run %s: a checkpoint of step %d was written in %.3g s",
+                *(self._context.name, identity.step, seconds),
+                extra={"step": identity.step, "epoch": identity.epoch, "seconds": seconds},
+            )
             self._context.events.checkpoint(identity)
         return await self._disk.run(self._checkpoints.describe, identity)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from freestep.api.models import Lease, WorkerStatus
 from freestep.errors import CoordinatorUnavailable
@@ -13,6 +14,8 @@ from freestep_service.runs.recovery import Recovery
 from freestep_service.state.log import Entry
 
 __all__ = ["Leases"]
+
+logger = logging.getLogger("freestep")
 
 _LONGEST_LOOK_S = 0.5
 """Seconds between two looks, at the most: another process may grant a short lease and send no message of it."""
@@ -27,6 +30,7 @@ class Leases:
         self._telemetry = context.telemetry
         self._events = context.events
         self._history = context.history
+        self._name = context.name
         self._ttl_ms = context.spec.lease_ttl_ms
         self._patience_ms = int(1000 * context.settings.stall_seconds)
         self._recovery = recovery
@@ -44,7 +48,7 @@ class Leases:
         """Grants a lease, for the run's time to live unless another is given; the worker's older one is fenced off."""
         lease, evicted = await self._recovery.call(lambda: self._coordinator.grant(worker, ttl_ms or self._ttl_ms))
         self._receipts.forget(evicted)
-        self._telemetry.leased("granted")
+        self._note("granted", worker, lease.step)
         if not self._shards.is_sharded:
             # With several shards, whoever grants it sends a message.
             self._events.lease("granted", worker)
@@ -70,11 +74,16 @@ class Leases:
             # The update that waited for it may be closed by an entry that Redis could not answer with.
             self._recovery.catch_up()
             raise
-        self._telemetry.leased("released")
+        self._note("released", worker)
         if not self._shards.is_sharded:
             self._events.lease("released", worker)
         self._on_ended(ended, era)
         return worker
+
+    def _note(self, change: str, worker: str, step: int | None = None) -> None:
+        self._telemetry.leased(change)
+        fields = {"worker": worker, "change": change} | ({} if step is None else {"step": step})
+        logger.info("run %s: the lease of worker %s is %s", self._name, worker, change, extra=fields)
 
     async def workers(self, holder_of: str | None = None) -> list[WorkerStatus]:
         """The live workers, by name. Their leases, with which anybody could push, are shown to their holders alone.
@@ -115,7 +124,7 @@ class Leases:
             if ended:
                 for worker in ended.workers:
                     self._events.lease("expired", worker)
-                    self._telemetry.leased("expired")
+                    self._note("expired", worker)
                 self._on_ended(ended, era)
             self._telemetry.live(live)
             self._history.live(live)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -35,6 +36,8 @@ from freestep_service.state.staging import Body
 from freestep_service.storage.journal_reader import JournaledPart
 
 __all__ = ["LocalShard", "Outcome"]
+
+logger = logging.getLogger("freestep")
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,25 @@ class LocalShard:
         self._telemetry.received(body.length)
         if self.core.index == 0:
             self._telemetry.pushed(record, claim.loss, seconds)
+            if logger.isEnabledFor(logging.DEBUG):
+                self._log_push(record, claim, seconds)
         self._telemetry.at(self.core.writer.epoch, self.core.writer.applied_step)
+
+    def _log_push(self, record: Record, claim: Claim, seconds: float) -> None:
+        decision = f"{record.decision} ({record.reason})" if record.reason else record.decision
+        logger.debug(
+            "run %s: push %s of worker %s is %s at step %d, staleness %d, after %.3g s",
+            *(self._context.name, claim.key, record.worker, decision, record.step, record.staleness, seconds),
+            extra={
+                "worker": record.worker,
+                "step": record.step,
+                "key": claim.key,
+                "decision": record.decision,
+                "reason": record.reason,
+                "staleness": record.staleness,
+                "seconds": seconds,
+            },
+        )
 
     def answered(self, seconds: float) -> None:
         """The answer to a push was sent, with y."""

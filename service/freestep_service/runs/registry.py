@@ -156,6 +156,17 @@ class Registry:
                 raise
             self._runs[name] = run
             self._set_aside.pop(name, None)
+            logger.info(
+                "run %s is created: %s, %s, durability %s, %d parameters in %d shards",
+                *(
+                    name,
+                    spec.optimizer.algorithm,
+                    spec.aggregation.policy,
+                    spec.durability,
+                    manifest.numel,
+                    spec.shards,
+                ),
+            )
             await run.start()
             if resources.node.live_peers:
                 await resources.channels.publish({"kind": "created", "run": name})
@@ -175,6 +186,7 @@ class Registry:
         async with self._change(name):
             run = self.get(name)
             await run.delete()
+            logger.info("run %s is deleted", name)
             if run.origin.creator:
                 with suppress(CoordinatorUnavailable):
                     # Else it is found to be no more.

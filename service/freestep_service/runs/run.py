@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
@@ -64,6 +65,8 @@ from freestep_service.storage.journal_files import remove_journals
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Run"]
+
+logger = logging.getLogger("freestep")
 
 
 class Run:
@@ -384,6 +387,7 @@ class Run:
             await self._restore(identity)
         finally:
             self._loading.forget_prefetched()
+        logger.info("run %s went back to the checkpoint of step %d", self.name, step, extra={"step": step})
         # So that a crash from here on returns to this state and not to one that was given up.
         if self._context.keeps_checkpoints:
             await self._checkpointing.write_or_retry()

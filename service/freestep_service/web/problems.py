@@ -133,9 +133,13 @@ def _plain_response(status: int, detail: str, headers: Mapping[str, str] | None 
 def install(app: FastAPI, observe: Callable[[str], None]) -> None:
     """Makes every refusal of an app a problem document; `observe` is called with the slug of each."""
 
-    async def on_problem(_: Request, error: Exception) -> JSONResponse:
+    async def on_problem(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ProblemError)
         observe(error.slug)
+        if logger.isEnabledFor(logging.DEBUG):
+            fields = {"slug": error.slug, "key": request.headers.get("idempotency-key")}
+            told = {name: value for name, value in fields.items() if value is not None}
+            logger.debug("%s %s is refused: %s", request.method, request.url.path, error, extra=told)
         return problem_response(error)
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
