@@ -134,6 +134,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(ErrorBoundary, observe=count_problem)
     if proxies := settings.proxy_addresses():
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)
+    if settings.traces:
+        _trace(app, settings)
     problems.install(app, count_problem)
     pages = len(app.router.routes)
     # Hot endpoints first, and the documentation last: routes are matched one after another.
@@ -222,6 +224,15 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     return ServiceContext(
         settings, store, claims, relay, registry, tokens, SignInLinks(), audit, metrics, json_bodies, device
     )
+
+
+def _trace(app: FastAPI, settings: Settings) -> None:
+    """Traces pushes. Raises BadSetting."""
+    try:
+        from freestep_service.web.tracing import Traces
+    except ImportError as error:
+        raise BadSetting(f"traces: a package is missing, pip install 'freestep[otel]': {error}") from error
+    app.add_middleware(Traces, version=version("freestep"), url=settings.own_url())
 
 
 async def _start_tokens(tokens: Tokens, settings: Settings, stack: AsyncExitStack) -> None:

@@ -200,6 +200,8 @@ class Settings(BaseSettings):
     """Lowest level of the log lines that are printed."""
     log_format: Literal["text", "json"] = "text"
     """Log lines for people, or JSON objects with run, worker, step and push key as fields."""
+    traces: bool = False
+    """Sends OpenTelemetry traces of pushes, to where OTEL_EXPORTER_OTLP_ENDPOINT says. Needs freestep[otel]."""
     access_log: bool = False
     """Logs a line for every request."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,8 @@ def opened(place: str, run: str, key: str) -> Iterator[Trackio]:
     begun = trackio.init(
         project=place, name=f"{run}-{key}", resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
     )
+    finish: Callable[[], None] = trackio.finish
     try:
         yield Trackio(begun)
     finally:
-        trackio.finish()
+        finish()

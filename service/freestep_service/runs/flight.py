@@ -27,10 +27,10 @@ class Decision:
 class Flight:
     """A key that is on its way; requests that send it again wait until it has landed."""
 
-    def __init__(self, claim: Claim) -> None:
+    def __init__(self, claim: Claim, phases: Phases | None = None) -> None:
         self.claim = claim
         self.fingerprint = claim.fingerprint()
-        self.phases = Phases()
+        self.phases = phases or Phases()
         self.landed = asyncio.Event()
         self.granted = asyncio.Event()
         """Set when its turn has come to send its body."""

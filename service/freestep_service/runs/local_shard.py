@@ -23,6 +23,7 @@ from freestep_service.runs.consistent_reads import ConsistentReads, Reading
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.distance_reports import DistanceReports
 from freestep_service.runs.initial_weights import InitialWeights
+from freestep_service.runs.phases import Phases
 from freestep_service.runs.pushes import Pushes, PushOptions
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
@@ -110,11 +111,19 @@ class LocalShard:
         with self._recovery.unless_deleted():
             await self._weights.receive(body, upload)
 
-    async def push(self, claim: Claim, body: Body, answer: PointDtype | None = None, wait: float = 0.0) -> Outcome:
+    async def push(
+        self,
+        claim: Claim,
+        body: Body,
+        answer: PointDtype | None = None,
+        wait: float = 0.0,
+        phases: Phases | None = None,
+    ) -> Outcome:
         """Carries a push to its decision, and applies it.
 
         answer: the dtype of the y to answer with, None for a receipt. wait: seconds for which the update of the push's
-        group is to be waited for, by `settle` or by the reading of y. Raises what pushes.py says, InvalidSpec and
+        group is to be waited for, by `settle` or by the reading of y. phases: takes when it went from one to the next.
+        Raises what pushes.py says, InvalidSpec and
         RunNotInitialized.
         """
         spec, core = self._context.spec, self.core
@@ -126,7 +135,7 @@ class LocalShard:
         # With several shards, the commit asks for a place at which all of them read y.
         wanted = f"y {answer}" if answer is not None and core.is_sharded else ""
         with self._recovery.unless_deleted():
-            record, replayed = await self._pushes.push(claim, body, PushOptions(wanted, after_update=wait > 0))
+            record, replayed = await self._pushes.push(claim, body, PushOptions(wanted, after_update=wait > 0), phases)
         self._observe(record, claim, body, replayed=replayed, seconds=time.monotonic() - began)
         if answer is None:
             return Outcome(record, replayed)

@@ -35,6 +35,7 @@ from freestep_service.domain.records import Admission, Ahead, Claim, Lost, Pendi
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.flight import Decision, Flight
 from freestep_service.runs.lanes import Lanes
+from freestep_service.runs.phases import Phases
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
 from freestep_service.state.buffers import Vector
@@ -84,17 +85,19 @@ class Pushes:
         """Set, and replaced, when the slowest worker has moved on."""
         self._closed = False
 
-    async def push(self, claim: Claim, body: Body, options: PushOptions = PushOptions()) -> tuple[Record, bool]:
+    async def push(
+        self, claim: Claim, body: Body, options: PushOptions = PushOptions(), phases: Phases | None = None
+    ) -> tuple[Record, bool]:
         """The decision on a push, applied, and whether it had been decided before.
 
-        Under durability `journal`, both are on disk by then.
+        phases: takes when it went from one to the next. Under durability `journal`, both are on disk by then.
         """
         self._require_sound()
         while (earlier := self._flights.get(claim.key)) is not None:
             if earlier.fingerprint != claim.fingerprint():
                 raise IdempotencyConflict
             await self._landed(earlier)
-        flight = self._flights[claim.key] = Flight(claim)
+        flight = self._flights[claim.key] = Flight(claim, phases)
         commit = None
         try:
             admission = await self._admit(claim)

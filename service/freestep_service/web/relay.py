@@ -25,6 +25,7 @@ from freestep_service.runs.run import Run
 from freestep_service.web.body import SLOWEST, stalled
 from freestep_service.web.certified import CALLER, caller_line, named_caller
 from freestep_service.web.connection import may_stall
+from freestep_service.web.push_traces import relaying
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.waiting import while_connected
 
@@ -215,7 +216,8 @@ class Relay:
             made.headers[CALLER] = line
         made.headers[RELAYED] = self._secret.sign(_message(made.method, target, line))
         try:
-            return await self._http.send(made, stream=True)
+            with relaying(request, owner, made.headers):
+                return await self._http.send(made, stream=True)
         except httpx.TransportError as error:
             raise ShardUnavailable(f"the shard's owner does not answer: {type(error).__name__}") from error
         except ClientDisconnect:

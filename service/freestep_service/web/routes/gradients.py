@@ -22,6 +22,7 @@ from freestep.errors import (
 )
 from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Claim
+from freestep_service.runs.phases import Phases
 from freestep_service.runs.run import Run
 from freestep_service.web.answer_headers import POINT_HEADERS, PREFERENCE_APPLIED, RECEIPT_HEADERS, optional
 from freestep_service.web.body import Body
@@ -29,6 +30,7 @@ from freestep_service.web.guard import needs
 from freestep_service.web.headers import PUSH_HEADERS, Preferences, body_length, claim, preferences, receipt_headers
 from freestep_service.web.metering import admit_bytes, spend_answer, spend_bytes
 from freestep_service.web.problem_documents import refuses
+from freestep_service.web.push_traces import trace_of
 from freestep_service.web.relay import Relay
 from freestep_service.web.responses import SnapshotResponse
 from freestep_service.web.routes.data_request import DTYPE, OF, RUN, SHARD, DataRequest, DataRoute
@@ -81,8 +83,15 @@ async def push(request: Request) -> Response:
         return await _push_whole(run, request, parsed.relay, body, claimed, wishes, dtype)
     if not run.owns(parsed.shard):
         return spend_answer(request, await parsed.relay.forward(request, run, parsed.shard))
-    shard = run.shard(parsed.shard)
-    outcome = await shard.push(claimed, body, dtype if wishes.representation else None, wishes.wait)
+    shard, trace = run.shard(parsed.shard), trace_of(request)
+    phases = Phases()
+    if trace is not None:
+        trace.phases = phases
+        trace.note(shard=parsed.shard)
+    outcome = await shard.push(claimed, body, dtype if wishes.representation else None, wishes.wait, phases)
+    if trace is not None:
+        record = outcome.record
+        trace.note(worker=record.worker, decision=record.decision, staleness=record.staleness, receipt_step=record.step)
     if wishes.wait and outcome.is_open:
         async with while_connected(request.scope, is_waiting=True):
             outcome = await shard.settle(outcome, wishes.wait)
