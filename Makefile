@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo screenshots test test-oldest evidence check fuzz chaos audit sbom bench lab clean
+.PHONY: demo screenshots test test-oldest evidence check docs reference pictures fuzz chaos audit sbom bench lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,18 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -m 'not slow'
+
+# The documents as a site, in build/docs/site; what is wrong with them ends it. Pages in docs/reference are made of the
+# code, and pictures of the concepts are computed.
+docs: $(VENV)/installed
+	$(BIN)/python -m documents reference
+	$(BIN)/python -m documents site
+
+reference: $(VENV)/installed
+	$(BIN)/python -m documents reference
+
+pictures: $(VENV)/installed
+	$(BIN)/python -m documents pictures
 
 # The targets in tests/fuzz (all, unless FUZZ names some), so many seconds for each; what they find is kept in a folder.
 FUZZ ?=
