@@ -17,7 +17,7 @@ ELSEWHERE = {
 }
 """Pages of the site that are kept elsewhere in the repository than in docs/."""
 
-OPTIONAL = {"dashboard.md", "events.md", "control.md"}
+OPTIONAL = {"control.md"}
 """Pages that stand in the navigation as soon as they are there."""
 
 NAVIGATION: Entries = [
@@ -42,6 +42,7 @@ NAVIGATION: Entries = [
                 ("Looking at a run", "guides/looking.md"),
                 ("The dashboard", "dashboard.md"),
                 ("Events and history", "events.md"),
+                ("Curves in trackers", "follow.md"),
                 ("Live control", "control.md"),
                 ("Slow links", "guides/slow-links.md"),
                 ("Data that counts once", "data-units.md"),
@@ -73,7 +74,7 @@ NAVIGATION: Entries = [
             ("Python", "reference/python.md"),
             ("Command", "reference/commands.md"),
             ("Settings", "reference/settings.md"),
-            ("Metrics", "reference/metrics.md"),
+            ("Metrics, alerts, traces, logs", "metrics.md"),
             ("Algorithms", "algorithms.md"),
             ("Hyperparameters", "reference/hyperparameters.md"),
         ],

@@ -1,4 +1,4 @@
-"""The page of the service's settings, of their declarations; and that of its metrics."""
+"""The page of the service's settings, of their declarations."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from typing import Any
 
 from documents.markdown import code, made_by, table
 from documents.schemas import kind
-from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import Settings
 
 __all__ = ["pages"]
 
 
 def pages() -> Iterator[tuple[str, str]]:
-    """The pages by their names."""
+    """The page by its name."""
     yield "settings.md", _settings()
-    yield "metrics.md", _metrics()
 
 
 def _settings() -> str:
@@ -51,22 +49,3 @@ def _default(field: Any) -> str:
     if field.is_required() or field.default is None or field.default == "":
         return ""
     return code(str(field.default).lower() if isinstance(field.default, bool) else field.default)
-
-
-def _metrics() -> str:
-    rows = []
-    for metric in vars(Metrics()).values():
-        for family in metric.describe() if hasattr(metric, "describe") else ():
-            # The names of labels are nowhere else while a metric has no series.
-            labels = ", ".join(map(code, metric._labelnames))
-            name = family.name + ("_total" if family.type == "counter" else "")
-            rows.append((code(name), family.type, labels, family.documentation))
-    return "\n".join(
-        (
-            made_by("make reference", "Of the metrics' declarations"),
-            "# Metrics\n\n`/metrics` has these in Prometheus's text format, to who has a token of scope `read`; of"
-            " runs that the token is for.\nA histogram has the series `_bucket`, `_sum` and `_count`. Names and labels"
-            " stay as they are in a version of the API.\n",
-            table(("name", "type", "labels", ""), sorted(rows)),
-        )
-    )
