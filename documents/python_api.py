@@ -85,13 +85,24 @@ def _kinds(info: Any) -> str:
 def _members(owner: type) -> Iterator[tuple[str, type, Any]]:
     """The public methods and properties of a class that are freestep's own, with the class that defines each."""
     for name in sorted(dir(owner)):
-        definer = next((each for each in owner.__mro__ if name in vars(each)), owner)
+        definer = next((each for each in owner.__mro__ if _defines(each, name)), owner)
         if name.startswith("_") or not definer.__module__.startswith("freestep"):
             continue
         member = vars(definer)[name]
         member = member.__func__ if isinstance(member, classmethod | staticmethod) else member
         if inspect.isfunction(member) or isinstance(member, property):
             yield name, definer, member
+
+
+def _defines(owner: type, name: str) -> bool:
+    """Whether a class has a member of its own: torch gives a class of which one is made a wrapper of its base's step."""
+    value = _unwrapped(owner, name)
+    return name in vars(owner) and not any(_unwrapped(base, name) is value for base in owner.__mro__[1:])
+
+
+def _unwrapped(owner: type, name: str) -> Any:
+    value = vars(owner).get(name)
+    return inspect.unwrap(value) if inspect.isfunction(value) else value
 
 
 def _callable(name: str, value: Any, level: str) -> str:

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from documents import llms
+import freestep
+from documents import llms, python_api
 from documents.commands import commands
 from documents.markdown import cell, code, docstring
 from documents.reference import FOLDER, made
@@ -23,6 +25,13 @@ def test_pages_are_current() -> None:
     kept = {str(file.relative_to(FOLDER)) for file in FOLDER.rglob("*") if file.is_file()}
     stale = {name for name, text in pages.items() if name not in kept or (FOLDER / name).read_text() != text}
     assert not stale | (kept - pages.keys()), "run `make reference`, and commit what it writes"
+
+
+def test_the_page_of_python_is_the_same_once_an_optimizer_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = list(python_api.pages())
+    wrapped = torch.optim.Optimizer.profile_hook_step(freestep.AdamCScheduleFreePlus.step)  # type: ignore[arg-type]
+    monkeypatch.setattr(freestep.AdamCScheduleFreePlus, "step", wrapped)
+    assert list(python_api.pages()) == before
 
 
 def test_programs_find_every_page() -> None:
