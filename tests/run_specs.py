@@ -7,8 +7,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from forms import own
+from freestep.api.hyperparameters import AdamWScheduleFree, ScheduleFree
+from freestep.api.models import RunSpec
 
-__all__ = ["HYPERPARAMETERS", "POLICIES", "run_specs"]
+__all__ = ["HYPERPARAMETERS", "POLICIES", "run_specs", "wishes_for"]
 
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "sgd_schedule_free": {"lr": 0.3, "weight_decay": 0.01, "warmup_steps": 3, "r": 1.0},
@@ -88,3 +90,28 @@ def run_specs(draw: st.DrawFn, algorithm: str, policy: str, *, most_pushes: int 
         "groups": {"own": own(algorithm, lr=0.02, weight_decay=0.0)},
         "durability": "none",
     }
+
+
+def wishes_for(spec: RunSpec) -> list[dict[str, Any]]:
+    """Changes that a run of this spec may be asked for."""
+    rate = {"base": {"lr": 0.2}} if spec.optimizer.algorithm == "schedule_free_wrapper" else {"lr": 0.2}
+    wishes: list[dict[str, Any]] = [
+        {"optimizer": rate},
+        {"optimizer": {**rate, "max_grad_norm": 0.7}},
+        {"optimizer": {"max_grad_norm": None}},
+        {"groups": {"own": rate}},
+        {"aggregation": {"staleness_damping": "inverse_sqrt", "staleness_threshold": None}},
+        {"aggregation": {"max_staleness": 3}},
+    ]
+    if isinstance(spec.optimizer, ScheduleFree):
+        wishes += [{"optimizer": {"r": 2.0}}, {"optimizer": {"delay_correction": {"name": "auto"}}}]
+    if isinstance(spec.optimizer, AdamWScheduleFree):
+        wishes += [{"optimizer": {"betas": [0.8, 0.9]}}, {"optimizer": {"weight_decay": 0.0, "warmup_steps": 0}}]
+    if not spec.aggregation.compares:
+        policies = [{"policy": name, **own} for name, own in POLICIES.items()]
+        wishes += [
+            {"aggregation": {**policy, "robust": "none", "clip_factor": None, "outlier_factor": None}}
+            for policy in policies
+        ]
+        wishes += [{"aggregation": {"robust": "clip", "clip_factor": 0.5}}]
+    return wishes

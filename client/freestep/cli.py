@@ -18,13 +18,15 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport, RunStatus
+from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport
 from freestep.client import DEFAULT_URL
+from freestep.commands.control import end_worker, pause, resume, set_run
 from freestep.commands.dashboard import dashboard
 from freestep.commands.data import data
 from freestep.commands.doctor import doctor
 from freestep.commands.evaluate import evaluate
 from freestep.commands.events import events
+from freestep.commands.facts import facts, policy_of
 from freestep.commands.follow import follow
 from freestep.commands.history import history
 from freestep.commands.pull import pull
@@ -113,7 +115,7 @@ def list_runs(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False
     with connect(url, token) as client:
         found = client.runs()
     rows = [
-        (status.run, status.spec.optimizer.algorithm, status.spec.aggregation.policy, status.step, status.epoch,
+        (status.run, status.spec.optimizer.algorithm, policy_of(status), status.step, status.epoch,
          len(status.workers), status.parameter_count)
         for status in found
     ]  # fmt: skip
@@ -127,7 +129,7 @@ def show_run(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json:
         remote = client.run(run)
         status = remote.status()
         missing = [] if as_json else remote.topology().missing
-    print_result(status, as_json, ("", ""), _facts(status, missing))
+    print_result(status, as_json, ("", ""), facts(status, missing))
 
 
 @runs.command("topology")
@@ -154,7 +156,7 @@ def reshard_run(
     """Divide a run into another number of shards; its workers go on."""
     with connect(url, token) as client:
         status = client.run(run).reshard(shards)
-    print_result(status, as_json, ("", ""), _facts(status))
+    print_result(status, as_json, ("", ""), facts(status))
 
 
 @runs.command("export")
@@ -199,7 +201,7 @@ def import_run(
         fail(2, f"{file} holds no state of a run: {error}")
     with connect(url, token) as client:
         status = client.run(run).import_state(state, replace=replace)
-    print_result(status, as_json, ("", ""), _facts(status))
+    print_result(status, as_json, ("", ""), facts(status))
 
 
 @runs.command("delete")
@@ -222,6 +224,10 @@ app.command()(events)
 app.command()(history)
 app.command()(top)
 app.command()(follow)
+app.command("set")(set_run)
+app.command()(pause)
+app.command()(resume)
+app.command("end-worker")(end_worker)
 
 
 @app.command()
@@ -267,7 +273,7 @@ def checkpoint(
         remote = client.run(run)
         if restore is not None:
             status = remote.restore(restore)
-            print_result(status, as_json, ("", ""), _facts(status))
+            print_result(status, as_json, ("", ""), facts(status))
             return
         found: Sequence[Checkpoint] = remote.checkpoints() if show else [remote.checkpoint()]
     rows = [(each.step, each.epoch, each.created_at, each.bytes) for each in found]
@@ -286,31 +292,6 @@ def demo(
     except ImportError as error:
         fail(2, f"the demo is not installed ({error}): pip install 'freestep[demo]'")
     raise typer.Exit(run_demo(output, plain=plain))
-
-
-def _facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, str]]:
-    settings = status.spec.optimizer.model_dump(exclude={"algorithm"}, exclude_none=True)
-    without_owner = f"; without an owner: {', '.join(map(str, missing))}" if missing else ""
-    metrics = (f"{name} {metric.value:.4g} at step {metric.step}" for name, metric in status.metrics.items())
-    return [
-        ("run", status.run),
-        ("step", str(status.step)),
-        ("epoch", str(status.epoch)),
-        ("initialized", "yes" if status.initialized else "no"),
-        ("algorithm", status.spec.optimizer.algorithm),
-        ("", " ".join(f"{name}={value}" for name, value in settings.items())),
-        ("policy", status.spec.aggregation.policy),
-        ("parameters", f"{status.parameter_count:,} in {len(status.spec.parameters)} tensors"),
-        ("shards", f"{status.shards}{without_owner}"),
-        ("workers", ", ".join(worker.worker for worker in status.workers) or "-"),
-        ("pushes", ", ".join(f"{count} {decision}" for decision, count in status.pushes.items())),
-        ("outliers", ", ".join(f"{count} of {worker}" for worker, count in status.outliers.items()) or "-"),
-        ("banned", ", ".join(status.banned) or "-"),
-        ("loss", or_dash(status.loss)),
-        ("staleness", or_dash(status.staleness)),
-        ("metrics", ", ".join(metrics) or "-"),
-        ("checkpoint", or_dash(status.checkpoint_step)),
-    ]
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@
     │   ├── Unauthenticated       unauthenticated
     │   ├── Forbidden             forbidden
     │   ├── WorkerBanned          worker-banned
+    │   ├── WorkerSuspended       worker-suspended
     │   ├── RunNotFound           run-not-found
     │   ├── CheckpointNotFound    checkpoint-not-found
     │   ├── TokenNotFound         token-not-found
     │   ├── DataNotFound          data-not-found
     │   ├── RunExists             run-exists
     │   ├── RunNotInitialized     run-not-initialized
+    │   ├── RunPaused             run-paused
     │   ├── EpochChanged          epoch-changed
     │   ├── IdempotencyConflict   idempotency-conflict
     │   ├── DataExists            data-exists
@@ -85,6 +87,7 @@ __all__ = [
     "RunExists",
     "RunNotFound",
     "RunNotInitialized",
+    "RunPaused",
     "ServiceUnreachable",
     "ShardUnavailable",
     "StateMismatch",
@@ -97,6 +100,7 @@ __all__ = [
     "UnsupportedMediaType",
     "WorkerBanned",
     "WorkerNameTaken",
+    "WorkerSuspended",
 ]
 
 URN = "urn:freestep:problem:"
@@ -187,6 +191,16 @@ class WorkerBanned(ProblemError):
     title = "Too many of the worker's pushes were outliers"
 
 
+class WorkerSuspended(ProblemError):
+    """The worker gets no lease in this run for some time: an operator has ended its lease and said so.
+
+    `retry_after` is how long that is, in seconds. Clients do not wait for it: their process ends.
+    """
+
+    slug = "worker-suspended"
+    title = "The worker gets no lease for some time"
+
+
 class RunNotFound(ProblemError):
     """The service has no run of this name: it was not created yet, or was deleted."""
 
@@ -249,6 +263,16 @@ class RunNotInitialized(ProblemError):
 
     slug = "run-not-initialized"
     title = "The run has no parameters yet"
+
+
+class RunPaused(ProblemError):
+    """The run takes no pushes until it is resumed; this one was not applied. Points can be pulled meanwhile.
+
+    Clients repeat the push until it is taken, however long that is.
+    """
+
+    slug = "run-paused"
+    title = "The run is paused"
 
 
 class EpochChanged(ProblemError):

@@ -130,6 +130,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
                 self._prepare(frozen)
             status = found or self._membership.create(spec)
             self.spec, self._progress.run_id = status.spec, status.id
+            self._progress.aggregation = status.in_force.aggregation
             self._adopt(asked, parameters, completed)
             self._share_step()
             self._join()

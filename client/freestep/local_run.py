@@ -45,9 +45,10 @@ __all__ = ["LocalLease", "LocalRun"]
 
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-12, 1e12
 """As a service takes."""
-_SAVED = [field.name for field in fields(StateCopy) if field.name not in ("data", "norm_history", "tally")]
+_SAVED = [field.name for field in fields(StateCopy) if field.name not in ("control", "data", "norm_history", "tally")]
 """What of a copy is the run's state: numbers, texts and tensors, which torch loads with weights_only. Norms are for
-robust rules, which compare workers, and units of data sets are handed out by services only."""
+robust rules, which compare workers, and units of data sets are handed out by services only,
+and so are changes of a run while it trains."""
 
 
 class LocalLease:
@@ -229,7 +230,6 @@ class LocalRun:
         pushed, norm = decode_and_measure(self._vector, self._manifest, receiver)
         advance = sum(shard.group.values()) + 1 >= self._batch
         entry = push_entry(
-            spec,
             pushed,
             require_usable(spec, norm),
             staleness=staleness,

@@ -1,4 +1,7 @@
-"""What a client logs while a service is away: one line at once, one every 10 seconds, and one when it is back."""
+"""What a client logs while a service is away: one line at once, one every 10 seconds, and one when it is back.
+
+While a run is paused it logs one line, and one when a push is taken again.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,8 @@ class Outages:
         self._lock = ForkLock()
         self._open: dict[str, _Outage] = {}
         """By URL."""
+        self._paused: dict[str, float] = {}
+        """By path of a request that a paused run refuses, since when."""
 
     def failed(self, url: str, error: Exception, left: float) -> None:
         """Notes a failed attempt of a request to a URL, which is repeated for `left` seconds more."""
@@ -64,6 +69,23 @@ class Outages:
             outage = self._open.pop(url, None)
         if outage is not None and outage.is_logged:
             logger.warning("%s answers again, after %.0f s", url, self._clock() - outage.began)
+
+    def paused(self, path: str) -> None:
+        """Notes that a paused run has refused a request."""
+        with self._lock:
+            if path in self._paused:
+                return
+            self._paused[path] = self._clock()
+        logger.warning("%s is refused, since the run is paused: it waits until the run is resumed", path)
+
+    def resumed(self, path: str) -> None:
+        """Notes that a request was answered, which a paused run may have refused before."""
+        if path not in self._paused:
+            return
+        with self._lock:
+            began = self._paused.pop(path, None)
+        if began is not None:
+            logger.warning("%s goes on, after a pause of %.0f s", path, self._clock() - began)
 
     def given_up(self, url: str) -> None:
         """Notes that a request is not repeated any more, and raises the last error: the next outage is a new one."""

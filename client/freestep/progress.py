@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from freestep.answers import Pulled
-from freestep.api.models import Receipt
+from freestep.api.models import AggregationSpec, Receipt
 from freestep.inflight_push import InflightPush
 from freestep.taken_units import TakenUnits
 
@@ -24,6 +24,8 @@ class Progress:
 
     run_id: str | None = None
     """What tells the run from others of its name; None where the service does not say."""
+    aggregation: AggregationSpec | None = None
+    """The policy in force, as far as is known; None before the run was joined."""
     receipt: Receipt | None = None
     """Of the last push that was answered."""
     loaded: Pulled | None = None

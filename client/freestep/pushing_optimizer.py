@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freestep.answers import Pulled
-from freestep.api.models import Receipt
+from freestep.api.models import AggregationSpec, Receipt
 from freestep.errors import (
     EpochChanged,
     LeaseExpired,
@@ -108,7 +108,7 @@ class PushingOptimizer(JoinedOptimizer):
         self._cautions.before_step(self.param_groups)
         self._warn_of_changed_weights()
         if overlap:
-            require_stale_gradients_accepted(self.spec.aggregation)
+            require_stale_gradients_accepted(self._aggregation)
         taken_at, result, had_closure = self.loaded, None, closure is not None
 
         def evaluate() -> None:
@@ -229,18 +229,26 @@ class PushingOptimizer(JoinedOptimizer):
             else:
                 self._progress.receipt = receipt
                 self._load_received(pulled, came_with_push=True)
+                if receipt.reason == "duplicate-worker" and not self._waits:
+                    # The policy was changed meanwhile.
+                    self._progress.aggregation = self._run.status().in_force.aggregation
                 if self._waits and (receipt.decision == "accumulated" or receipt.reason == "duplicate-worker"):
                     self._await_update(receipt.step + 1)
             return
 
     @property
     def _waits(self) -> float:
-        return FIRST_WAIT_S if self.spec.aggregation.takes_one_each else 0.0
+        return FIRST_WAIT_S if self._aggregation.takes_one_each else 0.0
+
+    @property
+    def _aggregation(self) -> AggregationSpec:
+        """The policy in force."""
+        return self._progress.aggregation or self.spec.aggregation
 
     def _await_update(self, step: int) -> None:
         while True:
             if self._worker_group.rank == 0:
-                log_update_wait(self._run.name, step, self.spec.aggregation, self._run.workers)
+                log_update_wait(self._run.name, step, self._aggregation, self._run.workers)
             try:
                 self._load("y", min_step=step)
                 return

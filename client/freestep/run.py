@@ -26,6 +26,7 @@ from freestep.api.models import (
     RunSpec,
     RunStatus,
     Topology,
+    WorkerEnd,
     WorkerStatus,
 )
 from freestep.bulk_exchange import Body
@@ -176,6 +177,66 @@ class Run:
         report = MetricReport(name=name, value=float(value), step=step, epoch=epoch)
         document = report.model_dump(exclude_none=True)
         return parse(MetricReceipt, self._transport.request("POST", f"{self._path}/metrics", json=document))
+
+    def set(
+        self,
+        *,
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
+        aggregation: Mapping[str, Any] | None = None,
+        paused: bool | None = None,
+        **optimizer: Any,
+    ) -> RunStatus:
+        """Changes the run while it trains, from the next entry of its log on; what is not named stays as it is.
+
+        Needs a token of scope admin. Returns when the change is on disk, as far as the run's durability goes.
+
+        Example:
+            >>> run.set(lr=1e-3, weight_decay=0.01)
+            >>> run.set(groups={"bias": {"lr": 1e-2}})
+            >>> run.set(aggregation={"policy": "buffered", "batch": 4})
+
+        Args:
+            groups: Hyperparameters of param groups, by the group's name.
+            aggregation: Fields of the aggregation; another policy begins with its own values.
+            paused: Whether pushes are refused until the run is resumed, see `pause`.
+            **optimizer: Hyperparameters of the run's algorithm. Of documents such as `schedule` or `base` the members
+                that are named change.
+
+        Raises:
+            InvalidSpec: A field is unknown, out of range or cannot be changed; nothing was changed.
+            RunNotInitialized: The run has no weights yet.
+            StorageUnavailable: The change has counted, and could not be written.
+        """
+        document: dict[str, Any] = {"optimizer": optimizer, "groups": groups, "aggregation": aggregation}
+        document = {name: value for name, value in document.items() if value}
+        if paused is not None:
+            document["paused"] = paused
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        return self._noted(
+            self._transport.request("PATCH", self._path, json=document, headers=headers, wait=_OPENING_S)
+        )
+
+    def pause(self) -> RunStatus:
+        """Has the run refuse pushes until `resume`; their workers wait. Points can be pulled, and leases go on."""
+        return self.set(paused=True)
+
+    def resume(self) -> RunStatus:
+        """Has a paused run take pushes again."""
+        return self.set(paused=False)
+
+    def end_worker(self, worker: str, *, ban: float | None = None) -> WorkerEnd:
+        """Ends a worker's lease: pushes under it are refused, and the units of data that it holds are handed out again.
+
+        Needs a token of scope admin.
+
+        Args:
+            worker: The worker's name.
+            ban: Seconds for which the worker gets no other lease, whole ones; 0 lifts that. None: it may take another
+                at once, as a worker does that finds its lease ended.
+        """
+        params = {} if ban is None else {"ban": int(ban)}
+        path = f"{self._path}/workers/{quote(worker, safe='')}"
+        return parse(WorkerEnd, self._transport.request("DELETE", path, params=params, wait=_OPENING_S))
 
     def data(self, name: str = "train") -> DataSet:
         """A data set of the run, whose units are handed out to workers; it need not exist yet.

@@ -9,6 +9,7 @@ from typing import BinaryIO, Self
 
 from torch import Tensor
 
+from freestep.api.control import RunControl
 from freestep.api.models import RunSpec
 from freestep.api.run_state import StateDocument
 from freestep.errors import MalformedTensors, ManifestMismatch
@@ -27,7 +28,8 @@ class RunState:
     which may be replaced by one with another number of shards, aggregation or durability; `step`, the number of updates
     in the state; `epoch`, the epoch that it was read in; `buffers`, by name of a state vector (`y`, `z`, `exp_avg_sq`,
     ...) the tensors by name, fp32 in host memory; `scalars`, by param group the optimizer's scalars (`k`, `weight_sum`,
-    `lr_max`, ...); `expected_staleness`, in steps; `metrics`, what evaluators have reported, by metric and step.
+    `lr_max`, ...); `expected_staleness`, in steps; `metrics`, what evaluators have reported, by metric and step;
+    `control`, what was changed of `spec` while the run trained.
 
     Example:
         >>> state = run.export_state()
@@ -42,6 +44,7 @@ class RunState:
         epoch: The epoch that the state was read in, 0 if it is of no run.
         expected_staleness: The staleness, in steps, that the run's delay correction expects.
         metrics: Metric -> step -> value.
+        control: What has been changed of the spec while the run trained; None for nothing.
 
     Raises:
         ManifestMismatch: Names or shapes of a buffer's tensors are not the spec's.
@@ -57,6 +60,7 @@ class RunState:
         epoch: int = 0,
         expected_staleness: float = 0.0,
         metrics: Mapping[str, Mapping[int, float]] | None = None,
+        control: RunControl | None = None,
     ) -> None:
         manifest = Manifest.of(spec)
         flats = {name: Flat(manifest) for name in buffers}
@@ -70,6 +74,7 @@ class RunState:
             scalars={group: dict(each) for group, each in scalars.items()},
             expected_staleness=expected_staleness,
             metrics={name: dict(steps) for name, steps in (metrics or {}).items()},
+            control=control or RunControl(),
         )
         self._assemble(document, flats)
 
@@ -80,6 +85,7 @@ class RunState:
         self.scalars = document.scalars
         self.expected_staleness = document.expected_staleness
         self.metrics = document.metrics
+        self.control = document.control
         self.buffers: dict[str, dict[str, Tensor]] = {name: flat.views for name, flat in flats.items()}
         self._flats = flats
 
@@ -107,6 +113,7 @@ class RunState:
             scalars=self.scalars,
             expected_staleness=self.expected_staleness,
             metrics=self.metrics,
+            control=self.control,
         )
         header = memoryview(encode_state_header(manifest, document))
         return [header, *(flat.bytes for flat in self._flats.values())]

@@ -2,7 +2,8 @@
 
 Requests are repeated after a lost connection, and after 408, 429, 502, 503 and 504, of the service or of a gateway
 before it, when their Retry-After has passed; but not if the certificate of either side is not trusted. Every request
-that is repeated is idempotent, a push by its idempotency key.
+that is repeated is idempotent, a push by its idempotency key. A push to a paused run is repeated until the run is
+resumed, however long that takes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from freestep.errors import (
     ProblemError,
     RequestTimeout,
     RunNotFound,
+    RunPaused,
     ServiceUnreachable,
     ShardUnavailable,
     Unauthenticated,
@@ -48,6 +50,8 @@ __all__ = ["Answer", "Route", "Transport", "run_in_background"]
 T = TypeVar("T")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 3.0
+_PAUSED_S = 5.0
+"""Seconds until a push to a paused run is repeated, where the service does not say."""
 _CONNECT_S = 3.0
 """Connection timeout for shard owners' URLs: these may be addresses that drop packets, such as a container's."""
 _MOST_THREADS = 1 << 16
@@ -202,7 +206,9 @@ class Transport:
             finally:
                 response.close()
 
-        return self._with_retries(send, route, self._retry_for if retry else 0.0)
+        answer = self._with_retries(send, route, self._retry_for if retry else 0.0, path)
+        self._outages.resumed(path)
+        return answer
 
     def open(
         self, path: str, *, headers: Mapping[str, str], params: Mapping[str, str | int], wait: float
@@ -255,8 +261,8 @@ class Transport:
             request.stream = body
         return self._http.send(request, stream=True)
 
-    def _with_retries(self, send: Callable[[str], T], route: Route | None, seconds: float) -> T:
-        """What a request was answered with. send: sends it once, to a URL as of a Route."""
+    def _with_retries(self, send: Callable[[str], T], route: Route | None, seconds: float, path: str = "") -> T:
+        """What a request was answered with. send: sends it once, to a URL as of a Route. path: as it is logged."""
 
         def attempt(url: str) -> T:
             try:
@@ -290,6 +296,14 @@ class Transport:
                     self._require_service(error)
                     raise
                 failure: Exception = error
+            except RunPaused as error:
+                self._has_answered = True
+                if not seconds:
+                    raise
+                self._outages.paused(path)
+                self._sleep(random.uniform(0.5, 1.0) * (error.retry_after or _PAUSED_S))
+                deadline, longest = self._clock() + seconds, _FIRST_PAUSE_S
+                continue
             except _TRANSIENT as error:
                 if isinstance(error, ProblemError) and error.extensions.get("quota") in _LASTING_QUOTAS:
                     raise

@@ -47,8 +47,7 @@ class UnitSource:
         self.data = optimizer._run.data(name)
         self.spec = self.data.create(asked).spec
         self._optimizer = optimizer
-        self._waits_apart = optimizer.spec.aggregation.takes_one_each
-        self._stock = UnitStock(self._claim, ahead=not self._waits_apart)
+        self._stock = UnitStock(self._claim, ahead=not self._optimizer._aggregation.takes_one_each)
         self._has_taken = False
         """Whether the current loop has taken a unit."""
         self._warned = False
@@ -105,7 +104,7 @@ class UnitSource:
             self._warn_of_own()
             return False
         units.settle()
-        if self._waits_apart:
+        if self._optimizer._aggregation.takes_one_each:
             self._wait_apart()
         while not self._with_lease(lambda lease: self._stock.claim(lease, _WAIT_S)):
             if self.exhausted:

@@ -57,6 +57,7 @@ from freestep_service.web.openapi import DESCRIPTION, TAGS, document_problems
 from freestep_service.web.relay import Relay, relay_client
 from freestep_service.web.routes import (
     checkpoints,
+    control,
     dashboard,
     data,
     events,
@@ -145,6 +146,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         parameters.router,
         leases.router,
         runs.router,
+        control.router,
         state.router,
         checkpoints.router,
         reports.router,

@@ -59,6 +59,6 @@ def test_an_event_is_what_its_model_reads() -> None:
 
 
 def test_kinds_to_come_are_read_too() -> None:
-    event = event_of({"kind": "control", "id": "1-2", "epoch": 1, "step": 2, "by": "me"})
+    event = event_of({"kind": "later", "id": "1-2", "epoch": 1, "step": 2, "by": "me"})
     assert isinstance(event, OtherEvent)
     assert event.model_dump()["by"] == "me"

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from redis import Redis
 from torch import Tensor
 
+from freestep.api.models import RunSpec
 from harness import ThreadService
 from meanwhile import at_once, under_way, wait_until
 from plain_calls import ShardedApi, persistently
-from run_specs import HYPERPARAMETERS, POLICIES, run_specs
+from run_specs import HYPERPARAMETERS, POLICIES, run_specs, wishes_for
 from shards.runs import NONE_LEFT, leftovers, sharded, staged, wholly
 
 STEADY = settings(derandomize=True, deadline=None, max_examples=4, suppress_health_check=list(HealthCheck))
@@ -47,10 +48,16 @@ class Push:
 
 @dataclass(frozen=True)
 class Round:
-    """Pushes under way at once, committed in their order; before them a worker may leave and come back."""
+    """Pushes under way at once, committed in their order; before them a worker may leave and come back.
+
+    wish: a change of the run that is made while they are under way, a number for one of `wishes_for`.
+    """
 
     pushes: list[Push]
     leaver: int | None
+    wish: int | None
+    changed_after: int = 0
+    """How many of the pushes were decided before the run was changed."""
 
 
 WORKERS = 3
@@ -68,6 +75,7 @@ rounds = st.lists(
         Round,
         pushes=st.lists(pushes, min_size=1, max_size=3),
         leaver=st.one_of(st.none(), st.none(), st.integers(0, WORKERS - 1)),
+        wish=st.one_of(st.none(), st.integers(0, 100)),
     ),
     min_size=4,
     max_size=6,
@@ -90,6 +98,7 @@ class Player:
         self.chance = random.Random(0)
         self.leases = [self.lease(number) for number in range(WORKERS)]
         self.receipts: list[str] = []
+        self.wishes = wishes_for(RunSpec.model_validate(spec))
 
     def lease(self, number: int) -> dict[str, Any]:
         return self.api.lease(f"worker-{number}", ttl_ms=600_000)
@@ -101,6 +110,13 @@ class Player:
             assert self.api.http.delete(self.api.path(f"/leases/{lease['lease']}")).status_code == 204
             self.leases[played.leaver] = self.lease(played.leaver)
         return int(self.redis.hget(self.api.redis_key("run"), "step") or 0)
+
+    def change(self, played: Round) -> None:
+        if played.wish is not None:
+            url = self.chance.choice(self.urls) or self.api.url
+            wish = self.wishes[played.wish % len(self.wishes)]
+            answer = persistently(lambda: self.api.http.patch(f"{url}{self.api.path()}", json=wish))
+            assert answer.status_code == 200, answer.text
 
     def sender(self, push: Push, step: int, key: str) -> Callable[[int], httpx.Response]:
         """A function that sends a part of a push: to its owner, or through another service."""
@@ -139,15 +155,21 @@ class Player:
                 decided.append(push)
             else:
                 begun.append((push, partial(send, last), waiting))
+        changed_after = len(decided)
+        self.change(played)
         for push, send_last, waiting in begun:
             self.receive([send_last(), *(each.result() for each in waiting)])
             decided.append(push)
-        return replace(played, pushes=decided)
+        return replace(played, pushes=decided, changed_after=changed_after)
 
     def in_turn(self, played: Round) -> None:
         """Plays a round one push after another."""
         step = self.begin(played)
-        for push in played.pushes:
+        for number, push in enumerate([*played.pushes, None]):
+            if number == played.changed_after:
+                self.change(played)
+            if push is None:
+                return
             send = self.sender(push, step, uuid.uuid4().hex)
             self.receive(at_once(*(partial(send, shard) for shard in range(len(self.api.shards)))))
 

@@ -1,13 +1,15 @@
 """Shards over the parts of a model hold what one shard over the whole holds, to the last bit.
 
 A shard's state is a function of the log alone, so the shards are given the entries of a log directly, without a
-service: every policy's kind of log, for every algorithm that a run of several shards may have. Between two entries
-the shards may be replaced by another number of shards that load copies of their state, as `reshard` does.
+service: every policy's kind of log, for every algorithm that a run of several shards may have. Hyperparameters and the
+policy change on the way. Between two entries the shards may be replaced by another number of shards that load copies of
+their state, as `reshard` does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,15 +19,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from freestep.api.control import ControlRequest
 from freestep.api.hyperparameters import ALGORITHMS
 from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
-from freestep_service.domain.aggregation import FRESH, LIVE, Policy, damping, lateness
+from freestep_service.domain.aggregation import FRESH, LIVE, Policy
+from freestep_service.domain.control import Control, ControlChange
 from freestep_service.domain.distances import part_of, summed
 from freestep_service.domain.reports import Measured
 from freestep_service.state.compute import HOST
 from freestep_service.state.shard import Entry, Shard, StateCopy
-from run_specs import HYPERPARAMETERS, POLICIES, run_specs
+from run_specs import HYPERPARAMETERS, POLICIES, run_specs, wishes_for
 
 STEADY = settings(
     derandomize=True, deadline=None, database=None, max_examples=10, suppress_health_check=list(HealthCheck)
@@ -50,19 +54,24 @@ class Logged:
 @st.composite
 def logs(draw: st.DrawFn, spec: RunSpec) -> list[Logged]:
     """Logs such as the run's policy brings about."""
-    policy, aggregation = Policy.of(spec.aggregation), spec.aggregation
-    is_clipped = spec.optimizer.max_grad_norm is not None or aggregation.robust == "clip"
-    waits_for_live = policy.batch == LIVE
-    log: list[Logged] = []
-    gathered = 0
+    control, log, gathered = Control(), [], 0
+    wishes = wishes_for(spec)
     for _ in range(draw(st.integers(6, 24))):
         reshard_to = draw(st.sampled_from([0] * 9 + [1, 2, 3, 5]))
-        kind = draw(st.sampled_from(["push"] * 8 + ["mark", "metric"]))
+        kind = draw(st.sampled_from(["push"] * 8 + ["mark", "metric", "change", "change"]))
+        policy = Policy.of(control.in_force(spec).aggregation)
+        waits_for_live = policy.batch == LIVE
         if kind == "mark":
             log.append(Logged(False, fields={"checkpoint": True}, reshard_to=reshard_to))
         elif kind == "metric":
             measured = Measured("loss", len(log), draw(st.floats(0, 4)))
             log.append(Logged(False, fields={"measured": measured}, reshard_to=reshard_to))
+        elif kind == "change":
+            control = control.after(spec, ControlRequest(**draw(st.sampled_from(wishes))), f"key-{len(log)}")
+            batch = Policy.of(control.in_force(spec).aggregation).batch
+            is_last = batch != LIVE and gathered >= int(batch)
+            log.append(Logged(is_last, fields={"control": ControlChange(control, "{}", "me")}, reshard_to=reshard_to))
+            gathered = 0 if is_last else gathered
         elif gathered and waits_for_live and draw(st.integers(0, 3)) == 0:
             # The lease of the one worker that was waited for ends.
             log.append(Logged(True, reshard_to=reshard_to))
@@ -70,15 +79,14 @@ def logs(draw: st.DrawFn, spec: RunSpec) -> list[Logged]:
         else:
             live = draw(st.integers(1, 5))
             gathered += 1
-            is_last = draw(st.booleans()) if waits_for_live else gathered == int(policy.batch)
+            is_last = draw(st.booleans()) if waits_for_live else gathered >= int(policy.batch)
             is_last = is_last or gathered == policy.kept
             staleness = 0 if policy.max_staleness == FRESH else draw(st.integers(0, 6))
             fields = {
                 "worker": f"worker-{draw(st.integers(0, 2))}",
-                "weight": draw(st.sampled_from([1.0, 3.0, 0.25])),
-                "scale": draw(st.floats(0.01, 1.0)) if is_clipped else 1.0,
-                "damping": damping(aggregation, staleness, live),
-                "lateness": lateness(aggregation, staleness),
+                "is_weighed": False,
+                "samples": draw(st.sampled_from([None, 3.0, 0.25])),
+                "bound": draw(st.floats(0.1, 50)) if policy.bounds else None,
                 "staleness": staleness,
                 "live": live,
                 "loss": draw(st.floats(0, 4)),
@@ -133,6 +141,9 @@ class Shards:
     def reshard(self, count: int) -> None:
         """Has other shards take over, from copies of these ones' state."""
         whole = self.copy_state()
+        # As a checkpoint's manifest has it.
+        written = json.loads(json.dumps(whole.control.members()))
+        whole = dataclasses.replace(whole, control=Control.of_member(written.get("control", {})))
         self.shards = self._made(count)
         for shard in self.shards:
             stretch = slice(shard.manifest.begin, shard.manifest.end)

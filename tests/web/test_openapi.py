@@ -5,6 +5,7 @@ That answers are as documented is checked in every test (documented.py); here re
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def parts(value: Any, name: str) -> Iterator[Any]:
 def test_operations_are_named_by_their_handlers() -> None:
     assert set(OPERATIONS) == {
         *("create_run", "list_runs", "get_run", "delete_run", "get_topology", "reshard_run"),
+        *("change_run", "end_worker"),
         *("initialize_run", "pull", "push", "export_state", "import_state", "report_metric"),
         *("grant_lease", "renew_lease", "release_lease", "list_leases"),
         *("read_events", "read_history"),
@@ -104,8 +106,11 @@ def test_statuses_are_those_of_what_is_declared() -> None:
 def test_headers_of_refusals_are_those_that_they_have() -> None:
     for problem in RETRY_AFTER_S:
         assert "Retry-After" in problem_response(problem()).headers
-        responses = [each["responses"].get(str(STATUSES[problem])) for each in OPERATIONS.values()]
-        assert all(response["headers"]["Retry-After"]["required"] for response in responses if response)
+        status = STATUSES[problem]
+        is_always = all(each in RETRY_AFTER_S for each in PROBLEMS.values() if STATUSES[each] == status)
+        responses = [each["responses"].get(str(status), {}) for each in OPERATIONS.values()]
+        found = [each["headers"]["Retry-After"] for each in responses if problem.__name__ in json.dumps(each)]
+        assert found and all(each["required"] is is_always for each in found)
 
 
 def test_what_a_function_refuses_with_is_what_it_and_its_callees_declare() -> None:

@@ -56,6 +56,8 @@ SCOPE_OF = {
     ("POST", "/v1/runs/{run}/data/{name}/units"): "push",
     ("DELETE", "/v1/runs/{run}/data/{name}/units"): "push",
     ("DELETE", "/v1/runs/{run}"): "admin",
+    ("PATCH", "/v1/runs/{run}"): "admin",
+    ("DELETE", "/v1/runs/{run}/workers/{worker}"): "admin",
     ("POST", "/v1/runs/{run}/reshard"): "admin",
     ("PUT", "/v1/runs/{run}/state"): "admin",
     ("POST", "/v1/runs/{run}/checkpoints"): "admin",
@@ -142,7 +144,7 @@ def test_every_route_lets_in_whom_its_scope_admits(
     needed = SCOPE_OF[method, path]
     is_of_a_run = "{run}" in path
     # A run that nobody has: who is let in is told so.
-    asked = path.format(run="mine-1", lease="none", step=1, id="none", name="train")
+    asked = path.format(run="mine-1", lease="none", step=1, id="none", name="train", worker="none")
 
     def ask(headers: dict[str, str], path: str = asked) -> httpx.Response:
         return plain.request(method, path, headers=headers)
@@ -175,7 +177,10 @@ def test_every_route_lets_in_whom_its_scope_admits(
             # Whether there is such a run is not told.
             for run in ("yours", "mine", "Mine-1", "xmine-1", "%2e%2e"):
                 assert (
-                    ask(headers, path.format(run=run, lease="none", step=1, id="none", name="train")).status_code == 403
+                    ask(
+                        headers, path.format(run=run, lease="none", step=1, id="none", name="train", worker="none")
+                    ).status_code
+                    == 403
                 )
 
 

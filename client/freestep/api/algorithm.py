@@ -37,6 +37,11 @@ class Hyperparameters(StrictModel):
         """By hyperparameter, what decides which vectors the optimizer keeps."""
         return {}
 
+    def fixed(self) -> dict[str, tuple[Any, str]]:
+        """By hyperparameter, what of it cannot change while a run trains, and why."""
+        why = "changes which state the optimizer keeps: create another run"
+        return {name: (kept, why) for name, kept in self._state().items()}
+
     @property
     def takes_matrices(self) -> bool:
         """True if a step takes each parameter whole, as a matrix."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from freestep.api.algorithm import Hyperparameters
 from freestep.api.schedules import Constant, Schedule
@@ -18,6 +18,8 @@ from freestep.api.validation import (
 )
 
 __all__ = ["GPASGD", "AdamCScheduleFreePlus", "GPAAdamW"]
+
+_MU_Y = "x is made of y and z with it, and would jump: create another run, from this one's state"
 
 
 class AdamCScheduleFreePlus(Hyperparameters):
@@ -73,6 +75,9 @@ class GPAAdamW(Hyperparameters):
     schedule: Schedule = Constant()
     """The learning-rate schedule, `constant` by default."""
 
+    def fixed(self) -> dict[str, tuple[Any, str]]:
+        return {"mu_y": (self.mu_y, _MU_Y)}
+
 
 class GPASGD(Hyperparameters):
     """Generalized primal averaging over SGD without momentum (arXiv 2512.17131), also for pseudo-gradients.
@@ -91,3 +96,6 @@ class GPASGD(Hyperparameters):
     """Weight decay, at z."""
     schedule: Schedule = Constant()
     """The learning-rate schedule, `constant` by default."""
+
+    def fixed(self) -> dict[str, tuple[Any, str]]:
+        return {"mu_y": (self.mu_y, _MU_Y)}

@@ -20,6 +20,10 @@ class _Baseline(Hyperparameters):
     averaging: Averaging = NoAveraging()
     """The average that x is: `none` (x is y), `polyak` or `ema`."""
 
+    def fixed(self) -> dict[str, tuple[Any, str]]:
+        why = "the average that has begun is of this kind, and only the decay of `ema` can change: create another run"
+        return {**super().fixed(), "averaging": (self.averaging.model_dump(exclude={"decay"}), why)}
+
     def _state(self) -> dict[str, Any]:
         return {"averaging": self.averaging.name != "none"}
 
@@ -64,6 +68,9 @@ class DiLoCo(Hyperparameters):
         if self.momentum_activation * self.momentum_period > 1:
             raise fault(("momentum_activation",), "must be at most 1 / momentum_period")
         return self
+
+    def fixed(self) -> dict[str, tuple[Any, str]]:
+        return {"momentum_period": (self.momentum_period, "the gradients of a period are being gathered: it stays")}
 
     def _state(self) -> dict[str, Any]:
         return {"momentum_period": self.momentum_period > 1}

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 __all__ = [
     "TOLD",
     "CheckpointEvent",
+    "ControlEvent",
     "DataEvent",
     "EpochEvent",
     "GapEvent",
@@ -84,13 +85,23 @@ class DataEvent(_Event):
 
 
 class LeaseEvent(_Event):
-    """A lease was granted, released, or has expired; renewals are not told."""
+    """A lease was granted, released, ended by an operator, or has expired; renewals are not told."""
 
     kind: Literal["lease"]
-    change: Literal["granted", "released", "expired"]
+    change: Literal["granted", "released", "ended", "expired"]
     """What has happened."""
     worker: str
     """Whose lease it is."""
+
+
+class ControlEvent(_Event):
+    """The run was changed, paused or resumed, or a worker suspended."""
+
+    kind: Literal["control"]
+    by: str
+    """The name of the token that asked for it."""
+    changes: dict[str, Any]
+    """What was asked for: `optimizer`, `groups`, `aggregation` and `paused`, or `worker` and `ban` in seconds."""
 
 
 class EpochEvent(_Event):
@@ -138,6 +149,7 @@ ToldEvent: TypeAlias = (
     | MetricEvent
     | DataEvent
     | LeaseEvent
+    | ControlEvent
     | EpochEvent
     | CheckpointEvent
     | ShardsEvent
@@ -159,7 +171,7 @@ RunEvent: TypeAlias = ToldEvent | OtherEvent
 """What happened to a run, by its `kind`."""
 
 _KINDS = {
-    "push", "update", "metric", "data", "lease", "epoch", "checkpoint", "shards", "gap",
+    "push", "update", "metric", "data", "lease", "control", "epoch", "checkpoint", "shards", "gap",
 }  # fmt: skip
 TOLD: TypeAdapter[ToldEvent] = TypeAdapter(Annotated[ToldEvent, Field(discriminator="kind")])
 """Reads events, and has their schema."""

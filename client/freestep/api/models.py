@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from freestep.api.aggregation import AggregationSpec
+from freestep.api.control import RunControl, in_force
 from freestep.api.data import DataProgress
 from freestep.api.spec import DEFAULT_GROUP, MOST_SHARDS, GroupOverrides, ParameterSpec, RunSpec
 from freestep.api.validation import Count, MetricName, StrictModel
@@ -31,12 +32,14 @@ __all__ = [
     "PointDtype",
     "Receipt",
     "ReshardRequest",
+    "RunControl",
     "RunList",
     "RunSpec",
     "RunStatus",
     "ShardStatus",
     "Slice",
     "Topology",
+    "WorkerEnd",
     "WorkerStatus",
 ]
 
@@ -114,6 +117,17 @@ class WorkerStatus(_Answer):
     """Its local steps a second, as its pushes have reported; null if none has."""
     outliers: int = 0
     """How many of its pushes were outliers, under whatever lease; 0 if the run's `aggregation.robust` is `none`."""
+
+
+class WorkerEnd(_Answer):
+    """What became of a worker whose lease was to end."""
+
+    worker: str
+    """The worker's name."""
+    ended: bool
+    """Whether it had a lease, which has ended."""
+    suspended_ms: int | None = None
+    """Milliseconds for which it gets no other; null where that was not asked for."""
 
 
 class MetricReport(StrictModel):
@@ -212,6 +226,8 @@ class RunStatus(_Answer):
     """How many pushes of a worker were outliers, by the worker's name, of workers with one at least."""
     banned: list[str] = []
     """The workers that get no lease any more (`aggregation.ban_after`)."""
+    control: RunControl = RunControl()
+    """What has been changed of the run since it was created, and whether it is paused."""
     metrics: dict[str, Metric] = {}
     """The metrics that evaluators have reported, by name."""
     data: dict[str, DataProgress] = {}
@@ -225,6 +241,11 @@ class RunStatus(_Answer):
     """The number of elements of all parameters."""
     shards: int = 1
     """The current number of shards."""
+
+    @property
+    def in_force(self) -> RunSpec:
+        """The spec with what has been changed since: the hyperparameters and the policy of the next push."""
+        return in_force(self.spec, self.control)
 
 
 class RunList(_Answer):

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from freestep.api.control import RunControl
 from freestep.api.data import MOST_DATA_SETS, DataName, DataState
 from freestep.api.spec import RunSpec
 from freestep.api.validation import Count, MetricName, NonNegative, StrictModel
@@ -36,3 +37,6 @@ class StateDocument(StrictModel):
     """Metric -> step -> value, as evaluators have reported them."""
     data: Annotated[dict[DataName, DataState], Field(max_length=MOST_DATA_SETS)] = Field(default_factory=dict)
     """Name -> how much of a data set has counted."""
+    control: RunControl = RunControl()
+    """What has been changed of the run since it was created. Whether it is paused, and who is suspended, is no part of
+    its state."""

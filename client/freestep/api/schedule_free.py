@@ -169,6 +169,10 @@ class ScheduleFreeWrapper(ScheduleFree):
                 raise fault(("base", "algorithm"), "the base's algorithm belongs to the run, and cannot differ")
         return super().overruled(overrides)
 
+    def fixed(self) -> dict[str, tuple[Any, str]]:
+        why = "the base's algorithm belongs to the run, with the state that it keeps: create another run"
+        return {**super().fixed(), "base": ((self.base.algorithm, self._state()), why)}
+
     def _state(self) -> dict[str, Any]:
         if self.takes_matrices or (isinstance(self.base, BaseAdamW) and not self.base.amsgrad):
             return {"base": ("exp_avg", "exp_avg_sq")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from freestep.api.events import (
     CheckpointEvent,
+    ControlEvent,
     DataEvent,
     GapEvent,
     LeaseEvent,
@@ -67,6 +69,8 @@ def told(event: RunEvent) -> str:
                 if event.change == "granted"
                 else f"{event.change} of {event.worker}"
             )
+        case ControlEvent():
+            return f"{json.dumps(event.changes)} by {event.by or 'nobody known'}"
         case CheckpointEvent():
             return f"of step {event.written_step}, epoch {event.written_epoch}"
         case ShardsEvent():

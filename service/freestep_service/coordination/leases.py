@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import secrets
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from freestep.api.models import Lease, WorkerStatus
+from freestep.errors import MalformedRequest
 from freestep_service.coordination.run_scripts import RunScripts
 from freestep_service.coordination.store import reachable
-from freestep_service.domain.records import Ended, LogPosition
+from freestep_service.domain.records import Ended, LogPosition, Owner
 
-__all__ = ["Expired", "RunLeases"]
+__all__ = ["EndedWorker", "Expired", "RunLeases"]
 
 
 class Expired(NamedTuple):
@@ -26,6 +27,16 @@ class Expired(NamedTuple):
     """None if there was nothing to end."""
 
 
+class EndedWorker(NamedTuple):
+    """What became of a worker's lease; newer_lease: the one to name instead, with which nothing was done yet."""
+
+    had_lease: bool = False
+    entry: dict[str, Any] | None = None
+    """The entry of the log, if there is one."""
+    evicted: tuple[str, ...] = ()
+    newer_lease: str | None = None
+
+
 class RunLeases:
     """The leases of one run."""
 
@@ -35,10 +46,10 @@ class RunLeases:
     async def grant(self, worker: str, ttl_ms: int) -> tuple[Lease, list[str]]:
         """A new lease, and the idempotency keys whose receipts were dropped with the worker's older lease.
 
-        Raises Behind, ShardUnavailable and WorkerBanned.
+        Raises Behind, ShardUnavailable, WorkerBanned and WorkerSuspended.
         """
         scripts = self._scripts
-        lease, older = secrets.token_hex(16), await self._newest_lease(worker)
+        lease, older = secrets.token_hex(16), await self.newest_lease(worker)
         while True:
             keys = [scripts.lease_key(lease), scripts.window_key(older), scripts.lease_key(older)]
             status, *rest = await scripts.call("lease_grant", worker, lease, ttl_ms, older, keys=keys)
@@ -66,6 +77,28 @@ class RunLeases:
             self._scripts.refuse(status, rest)
         worker, seq, step, epoch, *evicted = rest
         return worker, Ended(seq, step, epoch, evicted, [worker])
+
+    async def end_worker(
+        self, owner: Owner, worker: str, lease: str, ban_s: int | None, asked: str, by: str
+    ) -> EndedWorker:
+        """Ends a worker's lease and refuses it others for `ban_s` seconds; 0 lifts that, None leaves it.
+
+        lease: its newest, empty if it has none. asked: the request, JSON. by: the name of who asks. Raises Behind,
+        Fenced, ShardUnavailable, RunNotInitialized and MalformedRequest.
+        """
+        keys = [self._scripts.lease_key(lease), self._scripts.window_key(lease)]
+        ban_ms = "" if ban_s is None else 1000 * ban_s
+        status, *rest = await self._scripts.call(
+            "end_worker", *owner.position, owner.shard, owner.token, worker, lease, ban_ms, asked, by, keys=keys
+        )
+        match [status, *rest]:
+            case ["ended", had_lease, entry, *evicted]:
+                return EndedWorker(bool(had_lease), json.loads(entry) if entry else None, tuple(evicted))
+            case ["lease", newer]:
+                return EndedWorker(newer_lease=newer)
+            case ["crowded", most]:
+                raise MalformedRequest(f"the run refuses leases to {most} workers already, which is the most")
+        self._scripts.refuse(status, rest)
 
     async def expire(self, position: LogPosition, patience_ms: int) -> Expired:
         """Ends the leases that have run out.
@@ -103,6 +136,7 @@ class RunLeases:
                 live.append(WorkerStatus.model_validate({**status, **counted}))
         return sorted(live, key=lambda status: status.worker)
 
-    async def _newest_lease(self, worker: str) -> str:
+    async def newest_lease(self, worker: str) -> str:
+        """A worker's, empty if it has none."""
         with reachable():
             return await self._scripts.store.client.hget(self._scripts.key("workers"), worker) or ""

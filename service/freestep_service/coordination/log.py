@@ -1,4 +1,4 @@
-"""The commit log of a run, and what takes a place in it beside pushes: reports of metrics, reads, checkpoints."""
+"""The commit log of a run, and what takes a place in it beside pushes: reports, changes, reads, checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from freestep.api.models import Metric
 from freestep.errors import IdempotencyConflict, MalformedRequest
 from freestep_service.coordination.run_scripts import RunScripts
 from freestep_service.coordination.store import reachable
+from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.control import Control
 from freestep_service.domain.distances import part_of, summed
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated, Owner
 from freestep_service.domain.reports import Measured
@@ -62,6 +64,23 @@ class RunLog:
             case ["crowded", most]:
                 raise MalformedRequest(f"the run has {most} metrics already, which is the most", field="name")
         self._scripts.refuse(status, rest)
+
+    async def change_run(
+        self, owner: Owner, before: Control, after: Control, policy: Policy, asked: str, by: str
+    ) -> dict[str, Any] | None:
+        """The log entry of a change of the run; None where something else was changed than `before` has.
+
+        policy: the one in force after it. asked: the request, JSON. by: the name of who asks. Raises RunNotInitialized.
+        """
+        states = [text for each in (before, after) for text in (each.text, int(each.orders.paused))]
+        status, *rest = await self._scripts.call(
+            "change_run", *owner.position, owner.shard, owner.token, *states, *policy.values(), asked, by
+        )
+        if status == "changed":
+            return None
+        if status != "noted":
+            self._scripts.refuse(status, rest)
+        return dict(json.loads(rest[1]))
 
     async def metrics(self) -> dict[str, Metric]:
         """Each metric at its newest step, by name."""

@@ -25,7 +25,11 @@ class RunOpening:
     def __init__(self, scripts: RunScripts, spec: str, policy: Policy, origin: Origin) -> None:
         self._scripts = scripts
         self._origin = origin
-        self._rules = (spec, policy.batch, policy.max_staleness, int(policy.distinct), policy.slack, policy.bounds)
+        self._spec = spec
+        self._rules = self._rules_of(policy)
+
+    def _rules_of(self, policy: Policy | None) -> tuple[str | int, ...]:
+        return self._rules if policy is None else (self._spec, *policy.values())
 
     async def create(self, epoch: int, shards: int) -> str:
         """Returns created, or same or different for a run that exists with this or with another spec."""
@@ -100,11 +104,19 @@ class RunOpening:
             raise Fenced
         return reports if status == "gathered" else None
 
-    async def open(self, state: RunState, shards: int, generation: int, target: Mapping[str, Any]) -> bool:
+    async def open(
+        self,
+        state: RunState,
+        shards: int,
+        generation: int,
+        target: Mapping[str, Any],
+        policy: Policy | None = None,
+    ) -> bool:
         """Writes a state into Redis and has the shards load it; False where another generation has begun.
 
-        target: what shards load, see `Decision.target`.
+        target: what shards load, see `Decision.target`. policy: the one in force; None is that of the spec.
         """
+        orders = state.control.orders
         receipts = [text for key, record in state.receipts.items() for text in (key, record.to_json())]
         group = json.dumps(dict(state.group))
         metrics = {
@@ -123,9 +135,10 @@ class RunOpening:
         await self._list_run()
         leases = await self._newest_leases()
         (status,) = await self._scripts.call(
-            "open", *self._rules, shards, state.epoch, state.step, state.seq, int(state.initialized), group,
+            "open", *self._rules_of(policy), shards, state.epoch, state.step, state.seq, int(state.initialized), group,
             json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics),
-            json.dumps(dict(state.pushes)), *state.norm_history.texts(), json.dumps(data), *receipts,
+            json.dumps(dict(state.pushes)), *state.norm_history.texts(), json.dumps(data),
+            state.control.text, int(orders.paused), json.dumps(dict(orders.suspended)), *receipts,
             keys=[
                 self._scripts.key("distances"),
                 *map(self._scripts.window_key, leases),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -16,9 +17,11 @@ from freestep.errors import (
     MalformedRequest,
     NonFiniteGradient,
     RunNotInitialized,
+    RunPaused,
     ShardUnavailable,
     UnitNotHeld,
     WorkerBanned,
+    WorkerSuspended,
 )
 from freestep_service.coordination.store import Store
 from freestep_service.domain.records import Ahead, Behind, Fenced, Lost, Pending
@@ -89,6 +92,10 @@ class RunScripts:
                 raise EpochChanged(f"the run is in epoch {epoch} now", epoch=epoch)
             case ["worker-banned", outliers]:
                 raise WorkerBanned(f"{outliers} pushes of the worker were outliers", outliers=outliers)
+            case ["worker-suspended", left_ms]:
+                raise suspended(left_ms)
+            case ["run-paused"]:
+                raise RunPaused
             case ["step-ahead", step]:
                 raise MalformedRequest(f"the step is ahead of the run's step {step}", step=step)
             case ["run-not-initialized"]:
@@ -104,6 +111,15 @@ class RunScripts:
             case ["refused"]:
                 raise NonFiniteGradient("the gradient's norm is so large that its square overflows fp32")
         raise CoordinatorUnavailable(f"unexpected answer of a script: {status}")
+
+
+def suspended(left_ms: int) -> WorkerSuspended:
+    """The refusal of a lease for so many ms more."""
+    refusal = WorkerSuspended(
+        f"an operator has ended the worker's lease: it may have another in {left_ms / 1000:.0f} s"
+    )
+    refusal.retry_after = max(1, math.ceil(left_ms / 1000))
+    return refusal
 
 
 def not_open(run: str, missing: Sequence[int], reason: str | None = None) -> ShardUnavailable:

@@ -64,6 +64,10 @@ class Policy(NamedTuple):
         kept = spec.most_pushes or 0 if spec.compares else 0
         return cls(batch, max_staleness, distinct or spec.compares, slack, _bounds(spec), kept)
 
+    def values(self) -> tuple[str | int, ...]:
+        """What scripts need of it, in the order in which they take it."""
+        return self.batch, self.max_staleness, int(self.distinct), self.slack, self.bounds
+
     @property
     def groups(self) -> bool:
         """Whether an update may be made of more than one push."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from freestep.api.models import Receipt
+from freestep_service.domain.control import Control
 from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.marks import Marks, marks_text, parse_marks
 from freestep_service.domain.norm_history import NormHistory
@@ -261,6 +262,7 @@ class RunState:
     """Decision -> number of pushes, for a Redis that has lost its counts."""
     norm_history: NormHistory = field(default_factory=NormHistory)
     data: DataSets = field(default_factory=DataSets)
+    control: Control = field(default_factory=Control)
 
 
 @dataclass(frozen=True)

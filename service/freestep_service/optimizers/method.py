@@ -23,6 +23,7 @@ __all__ = [
     "Method",
     "Scalars",
     "ignore_metrics",
+    "keep_scalars",
     "map_numbers",
 ]
 
@@ -77,6 +78,11 @@ def ignore_metrics(hyperparameters: Any, scalars: Scalars, name: str, value: flo
     return scalars
 
 
+def keep_scalars(before: Any, after: Any, scalars: Scalars) -> Scalars:
+    """The `retune` of methods whose scalars hold nothing of their hyperparameters."""
+    return scalars
+
+
 @dataclass(frozen=True, eq=False)
 class Method:
     """An optimization method.
@@ -94,6 +100,7 @@ class Method:
     direction: hyperparameters -> the function that replaces a matrix's gradient before `rule` gets it, or None for
         param groups without one. It is given the state vectors after y and z.
     observe: (hyperparameters, scalars, metric, value) -> next scalars, for a metric that is reported between two steps.
+    retune: (hyperparameters before, hyperparameters after, scalars) -> next scalars, for a change between two steps.
     needs_sums: whether `advance` needs `grad_l1` and `grad_dot`; then x and z are among the buffers.
     """
 
@@ -104,6 +111,7 @@ class Method:
     interpolation: Callable[[Any, Scalars], float] | None = None
     direction: Callable[[Any], Direction | None] | None = None
     observe: Callable[[Any, Scalars, str, float], Scalars] = ignore_metrics
+    retune: Callable[[Any, Any, Scalars], Scalars] = keep_scalars
     needs_sums: bool = False
 
 

@@ -7,6 +7,7 @@ and come for what is new when they have sent what they had. One who comes too la
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -91,6 +92,9 @@ class RunEvents:
         elif entry.measured is not None:
             name, at, value = entry.measured
             self._put(Event("metric", self._place, self._step, {"name": name, "value": value, "measured_at": at}))
+        elif entry.control is not None:
+            changes = json.loads(entry.control.asked)
+            self._put(Event("control", self._place, self._step, {"by": entry.control.by, "changes": changes}))
         elif entry.data is not None:
             self._put(Event("data", self._place, self._step, {"name": entry.data.name}))
         elif entry.advance:
@@ -101,7 +105,7 @@ class RunEvents:
         self._add("push", _of_push(record, claim))
 
     def lease(self, change: str, worker: str) -> None:
-        """A lease was granted, released, or has expired."""
+        """A lease was granted, released, ended by an operator, or has expired."""
         self._add("lease", {"change": change, "worker": worker})
 
     def checkpoint(self, written: CheckpointId) -> None:

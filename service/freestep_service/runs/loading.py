@@ -10,6 +10,8 @@ import logging
 from collections.abc import Sequence
 
 from freestep.errors import CheckpointNotFound, ShardUnavailable
+from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.control import Control, Orders
 from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.norm_history import NormHistory
 from freestep_service.domain.opening import Decision
@@ -68,6 +70,7 @@ class Loading:
         reported: Reported = {}
         norm_history = NormHistory()
         data = DataSets()
+        control = Control()
         receipts: dict[str, Record] = {}
         tally = self._context.telemetry.tally
         if decision.live:
@@ -77,13 +80,14 @@ class Loading:
                 reported = await held.writer.run(held.shard.reported)
                 norm_history = await held.writer.run(held.shard.norm_history)
                 data = await held.writer.run(held.shard.data)
+                control = await held.writer.run(held.shard.control)
                 receipts = self._context.receipts.until(checkpoint.seq if checkpoint else 0)
         if decision.upload:
             held_state = self._held.find(decision.upload)
             if held_state is None:
                 raise ShardUnavailable("the state was held for too long")
-            reported, data = held_state.reported, held_state.data
-        elif decision.initialized and checkpoint is not None and not (receipts or group or reported or data):
+            reported, data, control = held_state.reported, held_state.data, held_state.control
+        elif decision.initialized and checkpoint is not None and not (receipts or group or reported or data or control):
             loaded = await self._load(checkpoint, 0, 0)
             if loaded is None and not decision.live:
                 await opening.gather(self._shards.count, view.generation)
@@ -91,9 +95,12 @@ class Loading:
             if loaded is not None:
                 state, receipts = loaded
                 group, reported, norm_history = state.group, state.reported, state.norm_history
-                data = state.data
+                data, control = state.data, state.control
                 # Where nothing has been counted here, the checkpoint's writer has.
                 tally = max(tally, state.tally, key=lambda each: sum(each.pushes.values()))
+        if _knows_later(view, decision):
+            # Going back undoes what was computed, and not what an operator has said of the run.
+            control = control.under(Orders.of(view.run))
         place = checkpoint or CheckpointId(decision.epoch, 0, 0)
         opened = RunState(
             decision.epoch,
@@ -106,14 +113,18 @@ class Loading:
             pushes=tally.pushes,
             norm_history=norm_history,
             data=data,
+            control=control,
         )
-        return await opening.open(opened, self._shards.count, view.generation, decision.target())
+        target = {**decision.target(), "orders": control.orders.to_json()}
+        policy = Policy.of(control.in_force(self._context.spec).aggregation)
+        return await opening.open(opened, self._shards.count, view.generation, target, policy)
 
     async def load(self, view: RunView, mine: Sequence[LocalShard]) -> bool:
         """Takes the state that was decided on; whether the run goes on to the next phase with that."""
         target, generation, opening = view.target(), view.generation, self._coordinator.opening
         checkpoint = None if target["cut"] is None else CheckpointId(*target["cut"])
         upload = target.get("upload", "")
+        orders = Orders(**target["orders"]) if "orders" in target else None
         epoch = view.number("epoch")
         initialized = view.number("initialized") == 1
         opened = has_taken = has_loaded = False
@@ -124,7 +135,7 @@ class Loading:
                 continue
             holds = target["live"] and core.loaded is not None
             source = None if holds else checkpoint
-            if not await self._take(shard, source, epoch, upload, initialized=initialized, holds=holds):
+            if not await self._take(shard, source, epoch, upload, orders, initialized=initialized, holds=holds):
                 await opening.gather(self._shards.count, generation)
                 return True
             core.loaded, has_taken = generation, True
@@ -142,6 +153,9 @@ class Loading:
         self._stored.newest_epoch = max(self._stored.newest_epoch, epoch)
         step = self._shards.lowest.core.writer.applied_step if self._shards.lowest else view.number("step")
         self._context.telemetry.at(epoch, step)
+        if has_loaded and (lowest := self._shards.lowest) is not None:
+            # What was changed of the run may take more memory than what it was created with.
+            await self._context.resources.count_anew(self._context.name, lowest.core.shard.spec, self._shards.count)
         if has_taken:
             # Whoever asked for an opening while this one was under way has it.
             self._recovery.reopened()
@@ -155,11 +169,14 @@ class Loading:
         checkpoint: CheckpointId | None,
         epoch: int,
         upload: str,
+        orders: Orders | None,
         *,
         initialized: bool,
         holds: bool,
     ) -> bool:
         """Brings a shard to a checkpoint, to its part of an upload, to the state it holds or to none.
+
+        orders: what an operator has said of the run; None where an older version has decided on the opening.
 
         False where the checkpoint is damaged, or the part is not held here.
         """
@@ -191,6 +208,8 @@ class Loading:
             journal.back_to(seq)
         elif journal is not None:
             await journal.begin(epoch, base, seq)
+        if orders is not None:
+            await writer.run(core.shard.operate, orders)
         core.closed = None
         core.is_repaired = False
         core.initialized = initialized
@@ -234,3 +253,11 @@ class Loading:
     def _uploaded(self, upload: str, index: int) -> LoadedState | None:
         part = self._held.take(upload, index)
         return None if part is None else LoadedState(part, {})
+
+
+def _knows_later(view: RunView, decision: Decision) -> bool:
+    """Whether Redis has what was said of a run after the state that it goes back to."""
+    if decision.live or "lost" in view.run:
+        return False
+    place = (view.number("epoch"), view.number("seq"))
+    return decision.upload != "" or decision.cut is None or place >= (decision.cut.epoch, decision.cut.seq)

@@ -16,6 +16,7 @@ from freestep.api.data import DataSpec
 from freestep.api.models import PointDtype, Receipt
 from freestep.errors import FreestepError, InvalidSpec, StepNotReached
 from freestep_service.domain.aggregation import accepted_encodings
+from freestep_service.domain.control import ControlChange
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.records import Claim, Record
 from freestep_service.domain.reports import Measured
@@ -224,7 +225,7 @@ class LocalShard:
         if "key" in entry:
             record = Record.from_json(entry["record"])
             return self._pushes.committed(entry["key"], record, reads, entry) or self._find(entry)
-        measured, data = entry.get("measured"), entry.get("data")
+        measured, data, control = entry.get("measured"), entry.get("data"), entry.get("control")
         writer.submit(
             Entry(
                 seq,
@@ -235,6 +236,7 @@ class LocalShard:
                 members=entry,
                 measured=measured and Measured(measured["name"], measured["step"], float(measured["value"])),
                 data=data and NewDataSet(data["name"], DataSpec.model_validate_json(data["spec"])),
+                control=control and ControlChange.of(control),
             )
         )
         return True
@@ -279,14 +281,14 @@ class LocalShard:
         distances = (
             torch.tensor(entry["distances"], dtype=torch.float64, device="cpu") if "distances" in entry else None
         )
-        self.core.writer.submit(
-            committed_push(context.spec, claim, staged, record, {}, members=entry, distances=distances)
-        )
+        self.core.writer.submit(committed_push(claim, staged, record, {}, members=entry, distances=distances))
 
     def _on_taken(self, entry: Entry) -> None:
         """The next work of the writer sees the state that the entry leaves."""
         if self.core.index == 0:
             self._context.events.took(entry)
+        if entry.control is not None:
+            self._on_changed(entry.control)
         if entry.reads:
             self._reads.take(entry)
             self._exports.take(entry)
@@ -294,6 +296,15 @@ class LocalShard:
             if self.core.journal is not None:
                 self.core.journal.mark()
             self._on_mark(self, self.core.writer.call(self.core.shard.copy_state))
+
+    def _on_changed(self, change: ControlChange) -> None:
+        """The memory that the run takes from here on is counted, where another process has not asked for it here."""
+        if change.control is not None:
+            context = self._context
+            spec = change.control.in_force(context.spec)
+            context.background.spawn(
+                context.resources.count_anew(context.name, spec, self.core.count), "its memory was not counted"
+            )
 
     def on_dropped(self, key: str, record: Record) -> None:
         """A push was decided without a place in the log."""

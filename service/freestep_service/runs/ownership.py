@@ -262,7 +262,7 @@ class Ownership:
 
     async def _subscribe(self) -> None:
         """Listens to the run's channel where what other processes do for it concerns its pushes here."""
-        needs_messages = self._shards.is_sharded or self._context.spec.aggregation.slack is not None
+        needs_messages = self._shards.is_sharded or (self.view is not None and self.view.run.get("slack", "") != "")
         if len(self._shards) and needs_messages:
             await self._channels.subscribe(self._channel, self._dispatch.on_message)
         else:

@@ -68,7 +68,6 @@ class Pushes:
     def __init__(
         self, context: RunContext, recovery: Recovery, core: ShardCore, take_sent: Callable[[], Sequence[str]]
     ) -> None:
-        self._spec = context.spec
         self._settings = context.settings
         self._coordinator = context.coordinator.pushes
         self._receipts = context.receipts
@@ -189,7 +188,7 @@ class Pushes:
         if flight is None or flight.staged is None:
             return False
         staged, flight.staged = flight.staged, None
-        entry = committed_push(self._spec, flight.claim, staged, record, reads, members)
+        entry = committed_push(flight.claim, staged, record, reads, members)
         flight.decide(record, self._core.writer.submit(entry))
         return True
 
@@ -261,13 +260,13 @@ class Pushes:
                 vector = None if queued else staging.pool.try_acquire()
                 if vector is None:
                     vector = await self._turn(claim, flight, began, queued=queued)
-                encodings = accepted_encodings(self._spec.aggregation)
+                encodings = accepted_encodings(self._core.shard.spec.aggregation)
                 copy = await self._journaled(claim, body, vector)
                 flight.phases.ended("queue")
                 staged = await staging.receive(body, vector, encodings, lambda: self._yield_slot(claim), copy)
             finally:
                 lanes.leave(claim.lease)
-            require_usable(self._spec, staged.norm)
+            require_usable(self._core.shard.spec, staged.norm)
             flight.phases.ended("receive")
             return staged
         except BaseException as error:
@@ -365,7 +364,7 @@ class Pushes:
         writer, staged = self._core.writer, flight.staged
         begin, end = self._core.manifest.begin, self._core.manifest.end
         assert staged is not None
-        largest = largest_norm(self._spec)
+        largest = largest_norm(self._core.shard.spec)
         while True:
             if self._closed:
                 raise asyncio.CancelledError

@@ -39,7 +39,6 @@ from freestep_service.runs.run import Run
 from freestep_service.runs.run_gauges import RunHere
 from freestep_service.runs.state_imports import receive_state
 from freestep_service.runs.store_watch import StoreWatch
-from freestep_service.state.memory_budget import run_bytes
 from freestep_service.state.received_state import ReceivedState
 from freestep_service.state.staging import Body
 from freestep_service.storage.checksummed import Damaged
@@ -129,7 +128,7 @@ class Registry:
                 return self._same(self._runs[name], spec), False
             await resources.disk.run(resources.storage.require_writable)
             await resources.node.heartbeat(resources.store)
-            resources.memory.reserve(name, await self._bytes_of(spec, spec.shards))
+            resources.memory.reserve(name, await resources.bytes_of(spec, spec.shards))
             is_counted = False
             try:
                 is_counted = await self.quotas.take_run(creator, name, manifest.numel)
@@ -269,11 +268,8 @@ class Registry:
             self._put_aside(name, f"its spec is not valid: {error}")
             return
         shards = view.count if view else file.shards if file else spec.shards
-        try:
-            self._resources.memory.reserve(name, await self._bytes_of(spec, shards))
-        except InvalidSpec as error:
-            # It was there before: it is opened all the same, and this is logged.
-            logger.error("run %s: %s", name, error)
+        # It was there before: it is opened all the same.
+        await self._resources.count_anew(name, spec, shards)
         manifest = await asyncio.to_thread(Manifest.of, spec)
         run = Run(name, spec, manifest, shards, self._resources, origin)
         self._runs[name] = run
@@ -281,11 +277,6 @@ class Registry:
         if origin.creator:
             await self.quotas.settle_run(origin.creator, name, "kept", origin.id, manifest.numel)
         await run.start()
-
-    async def _bytes_of(self, spec: RunSpec, shards: int) -> int:
-        """The most memory that this process's share of a run takes."""
-        share = self._resources.node.share(shards)
-        return await asyncio.to_thread(run_bytes, spec, share, shards, self._resources.device)
 
     def _put_aside(self, name: str, reason: str, error: Exception | None = None) -> None:
         if self._set_aside.get(name) != reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from freestep.api.models import RunSpec
+from freestep.errors import InvalidSpec
 from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.store import Store
@@ -17,13 +20,15 @@ from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import Settings
 from freestep_service.state.buffers import Reserve
 from freestep_service.state.compute import DeviceLocks
-from freestep_service.state.memory_budget import MemoryBudget
+from freestep_service.state.memory_budget import MemoryBudget, run_bytes
 from freestep_service.storage.media import Storage
 
 __all__ = ["Disk", "Resources"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+logger = logging.getLogger("freestep")
 
 _DISK_THREADS = 16
 
@@ -61,3 +66,14 @@ class Resources:
     memory: MemoryBudget
     reserve: Reserve
     disk: Disk = field(default_factory=Disk)
+
+    async def bytes_of(self, spec: RunSpec, shards: int) -> int:
+        """The most memory that this process's share of a run takes."""
+        return await asyncio.to_thread(run_bytes, spec, self.node.share(shards), shards, self.device)
+
+    async def count_anew(self, name: str, spec: RunSpec, shards: int) -> None:
+        """Counts the memory of a run that is there already; where it is not free, that is logged."""
+        try:
+            self.memory.reserve(name, await self.bytes_of(spec, shards))
+        except InvalidSpec as error:
+            logger.error("run %s: %s", name, error)

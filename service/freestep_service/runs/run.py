@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 
@@ -23,6 +24,7 @@ from freestep.wire.manifest import Manifest
 from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.control import Control
 from freestep_service.domain.data_progress import progress_of
 from freestep_service.domain.history import HistoryCurves
 from freestep_service.domain.opening import Decision
@@ -34,6 +36,7 @@ from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.controls import Controls
 from freestep_service.runs.data_units import DataUnits
 from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.dispatch import Dispatch
@@ -121,6 +124,7 @@ class Run:
         self.leases = Leases(context, recovery, owned)
         appends = LogAppends(recovery, owned, dispatch)
         self.reports = MetricReports(context, appends)
+        self.controls = Controls(context, owned, appends, self._checkpointing)
         self.data = DataUnits(context, recovery, owned, dispatch, appends)
         self.imports = StateImports(context, owned, self._ownership, stored, loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing, self.data)
@@ -335,6 +339,7 @@ class Run:
             staleness=tally.staleness,
             outliers=json.loads(fields.get("outliers", "{}")),
             banned=sorted(json.loads(fields.get("banned", "{}"))),
+            control=Control.of(fields).as_seen(time.time_ns() // 1_000_000),
             metrics=metrics,
             data=progress_of(fields),
             scheduled_lr=dict(zip(self.spec.group_names(), rates or (), strict=False)),

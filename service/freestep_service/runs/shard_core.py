@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from freestep.api.models import RunSpec
 from freestep.errors import RunNotInitialized
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import Policy
@@ -85,9 +86,12 @@ class ShardCore:
         if not self.initialized:
             raise RunNotInitialized
 
-    async def prepare(self) -> None:
-        """Compiles what updates need. Until then the shard is given no state, and the run takes no uploads."""
-        await asyncio.get_running_loop().run_in_executor(self._compiler, self.shard.prepare)
+    async def prepare(self, spec: RunSpec | None = None) -> None:
+        """Compiles what updates need. Until then the shard is given no state, and the run takes no uploads.
+
+        spec: the one that will be in force; None for the one that is.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._compiler, self.shard.prepare, spec)
 
 
 def _device(device: torch.device, index: int) -> torch.device:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from freestep_service.domain.control import ControlChange
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.marks import Marks
 from freestep_service.domain.records import Claim, LogPosition, Record
@@ -37,6 +38,9 @@ class Entry:
     weight: the push's share in the mean, in samples. scale: what clipping leaves of the gradient, in (0, 1].
     damping: what staleness leaves of the learning rate, in (0, 1].
     lateness: the staleness τ that bounds the learning rate, to 1/τ; 0 where none does.
+    is_weighed: whether these four are known: they are the spec's that is in force where the entry is taken, so where
+        they are not, the shard finds them (`weighing.weighed`), from `samples` and `bound` among others.
+    samples: as the push gives them. bound: the norm that it is clipped to beside `max_grad_norm`; None where none is.
     staleness: the push's, in steps. live: the live workers when it was committed.
     loss: the push's training loss; 0 where it gives none.
     norm: the push's, over all shards, before clipping; None where the entry is no push. A push whose norm alone counts
@@ -53,6 +57,9 @@ class Entry:
     scale: float = 1.0
     damping: float = 1.0
     lateness: int = 0
+    is_weighed: bool = True
+    samples: float | None = None
+    bound: float | None = None
     staleness: int = 0
     live: int = 1
     loss: float = 0.0
@@ -72,6 +79,8 @@ class Entry:
     """A metric that was reported."""
     data: NewDataSet | None = None
     """A data set that was added."""
+    control: ControlChange | None = None
+    """A change of the run."""
     units: Marks = field(default_factory=dict)
     """The units of data sets that count with the push."""
     distances: Tensor | None = None

@@ -1,4 +1,4 @@
-"""A push as an entry of the log: whether its gradient can be taken, and what its norm and its staleness leave of it.
+"""A push as an entry of the log, and whether its gradient can be taken.
 
 The law of this file: no IO, no clock, no lock.
 """
@@ -10,21 +10,18 @@ from typing import Any
 
 from freestep.api.models import RunSpec
 from freestep.errors import NonFiniteGradient
-from freestep_service.domain.aggregation import damping, lateness
 from freestep_service.domain.records import Claim, Record
 from freestep_service.optimizers import Pushed
 from freestep_service.state.log import Entry
 from freestep_service.state.staging import Staged
+from freestep_service.state.weighing import LARGEST_NORM
 
 __all__ = ["committed_push", "largest_norm", "push_entry", "require_usable"]
-
-_LARGEST_NORM = 2.0**63
-"""A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
 
 
 def largest_norm(spec: RunSpec) -> float | None:
     """The largest norm of a gradient that the run takes; None takes any, since longer ones are clipped."""
-    return _LARGEST_NORM if spec.optimizer.max_grad_norm is None else None
+    return LARGEST_NORM if spec.optimizer.max_grad_norm is None else None
 
 
 def require_usable(spec: RunSpec, norm: float | None) -> float:
@@ -38,7 +35,6 @@ def require_usable(spec: RunSpec, norm: float | None) -> float:
 
 
 def push_entry(
-    spec: RunSpec,
     gradient: Pushed | None,
     norm: float,
     *,
@@ -55,16 +51,11 @@ def push_entry(
     clipped to beside `max_grad_norm`, None where there is none. samples, loss: as the push gives them. others: as
     `Entry` has them.
     """
-    limit = spec.optimizer.max_grad_norm
-    # As torch.nn.utils.clip_grad_norm_.
-    scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
     return Entry(
         gradient=gradient,
-        # Under a robust rule nobody weighs more because he says so.
-        weight=1.0 if samples is None or spec.aggregation.robust != "none" else samples,
-        scale=scale if bound is None or norm <= bound else min(scale, bound / norm),
-        damping=damping(spec.aggregation, staleness, live),
-        lateness=lateness(spec.aggregation, staleness),
+        is_weighed=False,
+        samples=samples,
+        bound=bound,
         staleness=staleness,
         live=live,
         loss=loss or 0.0,
@@ -74,7 +65,6 @@ def push_entry(
 
 
 def committed_push(
-    spec: RunSpec,
     claim: Claim,
     staged: Staged | None,
     record: Record,
@@ -87,7 +77,6 @@ def committed_push(
     staged: None where the push was dropped. members: the entry as Redis has it. others: as `Entry` has them.
     """
     return push_entry(
-        spec,
         None if staged is None or record.decision == "dropped" else staged.tensors,
         float(record.norm),
         bound=None if record.bound is None else float(record.bound),

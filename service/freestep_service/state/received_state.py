@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from freestep.api.control import ControlRequest, RunControl, changed, in_force
 from freestep.api.models import RunSpec
 from freestep.api.run_state import StateDocument
 from freestep.errors import MalformedTensors, Overloaded
 from freestep.wire.manifest import Manifest
 from freestep.wire.state import StateReceiver
+from freestep_service.domain.control import Control
 from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.reports import KEPT, MOST_METRICS
 from freestep_service.optimizers import NEVER_NEGATIVE, fault_of, method_of
@@ -88,6 +91,7 @@ class ReceivedState:
             reported={name: dict(sorted(steps.items())) for name, steps in document.metrics.items()},
             expected_staleness=document.expected_staleness,
             data=DataSets.of(document.data),
+            control=Control.seen(document.control),
         )
 
     def release(self) -> None:
@@ -106,6 +110,7 @@ def _require_sound(document: StateDocument) -> None:
             f"the state has the vectors {', '.join(document.buffers)}, and {spec.optimizer.algorithm} keeps "
             f"{', '.join(method.buffers)}"
         )
+    spec = _in_force(document)
     groups = {parameter.group for parameter in spec.parameters}
     if groups != document.scalars.keys():
         raise MalformedTensors(f"the scalars are not those of the param groups {', '.join(sorted(groups))}")
@@ -119,6 +124,18 @@ def _require_sound(document: StateDocument) -> None:
         raise MalformedTensors("a metric was reported for a step that the state has not reached")
 
 
+def _in_force(document: StateDocument) -> RunSpec:
+    """The document's spec with what was changed of it. Raises MalformedTensors for what cannot have been changed."""
+    control = document.control
+    wish = ControlRequest(optimizer=control.optimizer, groups=control.groups, aggregation=control.aggregation)
+    try:
+        changed(document.spec, RunControl(), wish)
+        return in_force(document.spec, control)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise MalformedTensors(f"control: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+
+
 def document_of(spec: RunSpec, copy: StateCopy) -> StateDocument:
     """The document of a copy's state, without the update that is being gathered in it."""
     return StateDocument(
@@ -130,4 +147,5 @@ def document_of(spec: RunSpec, copy: StateCopy) -> StateDocument:
         expected_staleness=copy.expected_staleness,
         metrics={name: dict(steps) for name, steps in copy.reported.items()},
         data=copy.data.without_gathered().states(),
+        control=Control.seen(copy.control.as_seen()).as_seen(),
     )

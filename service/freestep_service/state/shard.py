@@ -17,6 +17,7 @@ from torch import Tensor
 from freestep.api.models import Point, RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.control import Control, ControlChange, Orders
 from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.delay import Expectation
 from freestep_service.domain.norm_history import Norm, NormHistory
@@ -44,6 +45,7 @@ from freestep_service.state.compute import HOST
 from freestep_service.state.kept_pushes import KeptPushes
 from freestep_service.state.log import Entry
 from freestep_service.state.views import Copying, PointView
+from freestep_service.state.weighing import weighed
 
 __all__ = ["DTYPES", "Shard", "StateCopy"]
 
@@ -73,6 +75,7 @@ class StateCopy:
     """What had been counted when it was written, which is no part of the state."""
     norm_history: NormHistory = field(default_factory=NormHistory)
     data: DataSets = field(default_factory=DataSets)
+    control: Control = field(default_factory=Control)
 
 
 class Shard:
@@ -92,17 +95,15 @@ class Shard:
         self._layout = segments(self.manifest.slots)
         # All of the run's groups, so that the scalars of any one shard are those of every other.
         self._groups = spec.group_names()
-        self._hyperparameters: dict[str, Any] = {group: spec.hyperparameters(group) for group in sorted(self._groups)}
         policy = Policy.of(spec.aggregation)
-        self._gathers = policy.groups and not policy.kept
         self._kept = KeptPushes(spec.aggregation, policy.kept, manifest.numel, device) if policy.kept else None
-        self._gathered_vectors = policy.gathered_vectors
         self.needs_distances = is_part and spec.aggregation.robust == "krum"
         """Whether an entry that makes an update has to hold the distances between its pushes over all shards."""
-        self._is_robust, self._ban_after = spec.aggregation.robust != "none", spec.aggregation.ban_after
+        self._sealed = spec
+        self._control = Control()
+        self._follow(spec)
         self._norm_history = NormHistory()
         self._data = DataSets()
-        self._expectation = Expectation.of(spec)
         self._expected_staleness = 0.0
         self._buffers: dict[str, Tensor] = {}
         self._room = room
@@ -114,15 +115,30 @@ class Shard:
         self._accumulated: Tensor | None = None
         self._clear_group()
 
-    def prepare(self) -> None:
-        """Has ready what a step takes, so that no entry waits for it. The first time on a machine it takes seconds."""
+    def _follow(self, spec: RunSpec) -> None:
+        """From here on, this spec is in force."""
+        self.spec = spec
+        """The one in force: as the run was created, with what was changed since."""
+        self._hyperparameters = _hyperparameters(spec)
+        policy = Policy.of(spec.aggregation)
+        self._gathers = policy.groups and not policy.kept
+        self._gathered_vectors = policy.gathered_vectors
+        self._is_robust, self._ban_after = spec.aggregation.robust != "none", spec.aggregation.ban_after
+        self._expectation = Expectation.of(spec)
+
+    def prepare(self, spec: RunSpec | None = None) -> None:
+        """Has ready what a step takes, so that no entry waits for it. The first time on a machine it takes seconds.
+
+        spec: the one that will be in force; None for the one that is.
+        """
+        spec = spec or self.spec
+        hyperparameters, gathers = _hyperparameters(spec), Policy.of(spec.aggregation).groups
         if self.device == HOST:
-            compile_rule(next(iter(self._hyperparameters.values())), gathers=self._gathers)
+            compile_rule(next(iter(hyperparameters.values())), gathers=gathers and self._kept is None)
             if self._kept is not None:
                 compile_robust()
         else:
-            gathers = self._gathers or self._kept is not None
-            compile_kernels(self._method, self._layout, self._hyperparameters, self.device, gathers=gathers)
+            compile_kernels(self._method, self._layout, hyperparameters, self.device, gathers=gathers)
 
     def _clear_group(self) -> None:
         self.group: dict[str, int] = {}
@@ -141,6 +157,7 @@ class Shard:
         self._reported = {}
         self._norm_history = NormHistory()
         self._data = DataSets()
+        self._take_control(Control())
         self._expected_staleness = 0.0
         self._clear_group()
         settle(self.device)
@@ -153,6 +170,7 @@ class Shard:
         self._reported = {}
         self._norm_history = NormHistory()
         self._data = DataSets()
+        self._take_control(Control())
         self._accumulated = None
         self._expected_staleness = 0.0
         self._clear_group()
@@ -161,10 +179,15 @@ class Shard:
         """Applies the log's next entry.
 
         A group's gradient is the mean of its pushes weighted by their samples, and its damping and loss likewise; it
-        is as late as the latest of them. A robust rule takes its place where there is one.
+        is as late as the latest of them. A robust rule takes its place where there is one. An entry that changes the
+        run does so before the update that it may make.
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
+        if entry.control is not None:
+            self._change(entry.control)
+        if not entry.is_weighed:
+            entry = weighed(self.spec, entry)
         if entry.data is not None:
             self._data.add(entry.data)
         self._data.count(entry.units, advance=entry.advance)
@@ -198,12 +221,34 @@ class Shard:
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         assert self._kept is not None
+        entry = entry if entry.is_weighed else weighed(self.spec, entry)
         return self._kept.square_distances(self._pushed(entry), entry.scale)
 
     def _pushed(self, entry: Entry) -> Pushed | None:
         """The gradient of an entry where the shard takes it from."""
         pushed = entry.gradient
         return pushed if pushed is None or isinstance(pushed, Quantized) else pushed.to(self.device)
+
+    def _change(self, change: ControlChange) -> None:
+        before = self._hyperparameters
+        self._take_control(change.after(self._control))
+        self._scalars = {
+            group: self._method.retune(before[group], self._hyperparameters[group], scalars)
+            for group, scalars in self._scalars.items()
+        }
+
+    def _take_control(self, control: Control) -> None:
+        if control != self._control:
+            self._control = control
+            self._follow(control.in_force(self._sealed))
+
+    def operate(self, orders: Orders) -> None:
+        """Has other orders hold, where the run goes back to an earlier state."""
+        self._control = self._control.under(orders)
+
+    def control(self) -> Control:
+        """What is changed of the run up to here."""
+        return self._control
 
     def _observe(self, measured: Measured) -> None:
         self._reported = with_measured(self._reported, measured)
@@ -233,7 +278,7 @@ class Shard:
             taken = _conditions(self._damping / self._weight, self._lateness, self._loss / self._weight)
             assert not self.needs_distances or entry.distances is not None
             return self._kept.combine(entry.distances), taken
-        if not self._gathers:
+        if not self._gathers and not self._weight:
             assert pushed is not None
             return Gradient(pushed, entry.scale), _conditions(entry.damping, entry.lateness, entry.loss)
         if pushed is None:
@@ -345,6 +390,7 @@ class Shard:
             self._loss,
             norm_history=self._norm_history,
             data=self._data.copy(),
+            control=self._control,
         )
 
     def load(self, cut: StateCopy, epoch: int) -> None:
@@ -364,6 +410,12 @@ class Shard:
         self._reported = cut.reported
         self._norm_history = cut.norm_history
         self._data = cut.data.copy()
+        self._take_control(cut.control)
+
+
+def _hyperparameters(spec: RunSpec) -> dict[str, Any]:
+    """By param group, in the order of names."""
+    return {group: spec.hyperparameters(group) for group in sorted(spec.group_names())}
 
 
 def _conditions(damping: float, lateness: int, loss: float) -> Conditions:

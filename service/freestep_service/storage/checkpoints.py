@@ -186,13 +186,15 @@ class Checkpoints:
         return f"{self._run}/closed/{part_name(begin, end)}.json"
 
     def _drop_old(self) -> None:
+        """Keeps the newest complete checkpoint of each of the newest steps that have one."""
         checkpoint_ids = self._inventory.all_ids()
-        kept: list[CheckpointId] = []
+        kept: dict[tuple[int, int], CheckpointId] = {}
         for checkpoint_id in reversed(self._inventory.ids()):
-            if len(kept) < self._keep and self._inventory.is_complete(checkpoint_id):
-                kept.append(checkpoint_id)
+            place = checkpoint_id[:2]
+            if place not in kept and len(kept) < self._keep and self._inventory.is_complete(checkpoint_id):
+                kept[place] = checkpoint_id
         for checkpoint_id in checkpoint_ids:
-            if kept and checkpoint_id < kept[-1]:
+            if kept and checkpoint_id < kept.get(checkpoint_id[:2], min(kept.values())):
                 try:
                     self._inventory.drop(checkpoint_id)
                 except StorageUnavailable as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from freestep.api.models import ParameterSpec
 from freestep.wire.header import encode_header
 from freestep.wire.manifest import Manifest
+from freestep_service.domain.control import Control
 from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.norm_history import NormHistory
 from freestep_service.domain.records import CheckpointId, Record
@@ -66,6 +67,8 @@ class PartManifest(BaseModel):
     """Name -> how much of a data set has counted, as a DataState."""
     gathered_units: list[list[str | int]] = []
     """Name and number of the units in the unfinished update."""
+    control: dict[str, Any] = {}
+    """What is changed of the run, as of domain/control.py."""
     receipts: dict[str, dict[str, Any]]
     tally: dict[str, int | float | None] = {}
     """What had been counted of the run's pushes, as the part's writer knew it."""
@@ -90,6 +93,7 @@ class PartManifest(BaseModel):
             tally=Tally(**self.tally),  # type: ignore[arg-type]
             norm_history=NormHistory.of(self.norms, self.outliers, self.banned),
             data=DataSets.of(self.data, self.gathered_units),
+            control=Control.of_member(self.control),
         )
 
 
@@ -142,6 +146,7 @@ def manifest_members(
         "expected_staleness": copy.expected_staleness,
         **copy.norm_history.members(),
         **copy.data.manifest_members(),
+        **copy.control.members(),
         "receipts": {key: _kept(record) for key, record in receipts.items()},
         "tensors": tensors,
         **({"tally": copy.tally._asdict()} if copy.tally != NOTHING_COUNTED else {}),

@@ -20,6 +20,7 @@ from freestep_service.web.problem_documents import refuses
 
 __all__ = [
     "CLAIM_HEADERS",
+    "CONTROL_HEADERS",
     "IMPORT_HEADERS",
     "LEASE_ID",
     "LEASE_KIND",
@@ -31,6 +32,7 @@ __all__ = [
     "body_length",
     "claim",
     "claim_key",
+    "control_key",
     "holder",
     "place",
     "preferences",
@@ -131,6 +133,9 @@ _PREFER = Header(
 _UPLOAD = Header("Idempotency-Key", _TOKEN, "With several shards: the parts of one upload have one key.")
 _IMPORT = Header("Idempotency-Key", _TOKEN, "Makes this one import, however often it is sent.")
 _CLAIM = Header("Idempotency-Key", _TOKEN, "A claim that comes again, with no other between, is given the same units.")
+_CHANGE = Header(
+    "Idempotency-Key", _TOKEN, "Makes this one change: where it comes again, nothing that was changed since is undone."
+)
 _PLACE = Header(
     "If-Match",
     Kind({"type": "string", "pattern": f"^{_ETAG}$"}, _parse_place, "an ETag of the run's state or of its points"),
@@ -140,6 +145,7 @@ _PLACE = Header(
 _LENGTH = Header("Content-Length", integer(0))
 
 PUSH_HEADERS = (_LEASE, _FENCE, _STEP, _KEY, _SAMPLES, _LOSS, _SPEED, _UNITS, _PREFER)
+CONTROL_HEADERS = (_CHANGE,)
 CLAIM_HEADERS = (_LEASE, _FENCE, _CLAIM, _PREFER)
 RETURN_HEADERS = (_LEASE, _FENCE)
 UPLOAD_HEADERS = (_UPLOAD,)
@@ -206,6 +212,11 @@ def holder(request: Request) -> tuple[str, int]:
 def claim_key(request: Request) -> str:
     """The key of a claim of units; empty where it has none. Raises MalformedRequest."""
     return _CLAIM.find(request) or ""
+
+
+def control_key(request: Request) -> str:
+    """The key of a change of a run; empty where it has none. Raises MalformedRequest."""
+    return _CHANGE.find(request) or ""
 
 
 def receipt_headers(receipt: Receipt) -> dict[str, str]:

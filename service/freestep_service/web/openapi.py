@@ -25,6 +25,7 @@ TAGS = [
     {"name": "leases", "description": "What admits a worker to a run for a while, with a fencing token."},
     {"name": "parameters", "description": "Initial weights in, points out: x averaged, y to train at, z the base."},
     {"name": "runs", "description": "Runs: create, list, status, shards, delete."},
+    {"name": "control", "description": "Changes of a run while it trains."},
     {"name": "state", "description": "The whole state of a run: out of one service, into another."},
     {"name": "checkpoints", "description": "What a run returns to after a crash, or when it is restored."},
     {"name": "metrics", "description": "What evaluators have measured at x."},

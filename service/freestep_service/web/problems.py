@@ -38,6 +38,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.WorkerBanned: 403,
+    errors.WorkerSuspended: 403,
     errors.RunNotFound: 404,
     errors.CheckpointNotFound: 404,
     errors.TokenNotFound: 404,
@@ -62,6 +63,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.HeadersTooLarge: 431,
     errors.CoordinatorUnavailable: 503,
     errors.IssuerUnavailable: 503,
+    errors.RunPaused: 503,
     errors.ShardUnavailable: 503,
     errors.StepNotReached: 504,
     errors.StorageUnavailable: 507,
@@ -83,7 +85,9 @@ RETRY_AFTER_S = {
     errors.Overloaded: 1,
     errors.CoordinatorUnavailable: 1,
     errors.IssuerUnavailable: 5,
+    errors.RunPaused: 5,
     errors.ShardUnavailable: 1,
+    errors.WorkerSuspended: 1,
 }
 
 
@@ -185,7 +189,7 @@ def _from_validation(error: RequestValidationError, route: str) -> ProblemError:
     """invalid-spec where a run's spec is wrong, malformed-request for everything else."""
     faults = [{"field": _field(detail), "message": detail["msg"][:_LONGEST_SHOWN]} for detail in error.errors()[:20]]
     summary = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults[:5])
-    is_spec = route == "create_run" and all(
+    is_spec = route in ("create_run", "change_run") and all(
         detail["loc"][0] == "body" and detail["type"] != "json_invalid" for detail in error.errors()
     )
     problem = InvalidSpec if is_spec else MalformedRequest

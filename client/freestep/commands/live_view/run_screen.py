@@ -15,6 +15,7 @@ from freestep.api.events import RunEvent
 from freestep.api.history import Curve, History
 from freestep.api.models import RunStatus, WorkerStatus
 from freestep.commands.events import told
+from freestep.commands.facts import policy_of
 from freestep.commands.live_view.looking import LookingScreen, fill, new_table
 from freestep.commands.live_view.worker_screen import WorkerScreen
 from freestep.commands.shared import or_dash
@@ -109,7 +110,7 @@ class RunScreen(LookingScreen[RunLook]):
 def _facts(status: RunStatus, problem: str) -> str:
     pushes = ", ".join(f"{count} {decision}" for decision, count in status.pushes.items())
     facts = (
-        f"{status.spec.optimizer.algorithm}, {status.spec.aggregation.policy}",
+        f"{status.spec.optimizer.algorithm}, {policy_of(status)}",
         f"epoch {status.epoch}, step {status.step}",
         f"{status.shards} shard{'s' if status.shards > 1 else ''}",
         f"checkpoint {or_dash(status.checkpoint_step)}",

@@ -11,6 +11,7 @@ from textual.widgets import DataTable, Footer, Header, Static
 
 from freestep.api.models import RunStatus
 from freestep.client import Client
+from freestep.commands.facts import policy_of
 from freestep.commands.live_view.looking import LookingScreen, fill, new_table
 from freestep.commands.live_view.run_screen import RunScreen
 from freestep.commands.rates import Rates
@@ -53,7 +54,7 @@ class RunsScreen(LookingScreen[list[RunStatus]]):
         return (
             status.run,
             status.spec.optimizer.algorithm,
-            status.spec.aggregation.policy,
+            policy_of(status),
             status.epoch,
             status.step,
             or_dash(self._rates.measure(status.run, status.step, now)),

@@ -16,7 +16,9 @@
 --                     ms), datasets (names of data sets, with spaces between them), and of data set NAME: data:NAME (its
 --                     spec, JSON), total:NAME (units of all passes, or an empty string), cursor:NAME (the next unit that
 --                     was never handed out) and done:NAME (units that have counted). What is below the cursor, not out and
---                     not given back has.
+--                     not given back has; and control (what was changed of the run, JSON, see domain/control.py), paused
+--                     (1 while pushes are refused until the run is resumed) and suspended (JSON: worker -> when it may
+--                     have a lease again, in ms since 1970), each once something was changed.
 --                     A run exists if this hash has a spec.
 --   leases    zset    worker -> the time at which its lease ends, in ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
@@ -138,15 +140,15 @@ local function run_number(field)
   return tonumber(redis.call('HGET', RUN, field) or 0)
 end
 
--- A value of the run's policy, or its number of shards. All are read at once: scripts that change them do so before they
+-- A value of the run's policy, its number of shards, or whether it is paused. All are read at once: scripts that change them do so before they
 -- first need one.
 local known_rules
 local function rule(name)
   if not known_rules then
-    local read = redis.call('HMGET', RUN, 'shards', 'batch', 'max_staleness', 'distinct', 'slack', 'bounds')
+    local read = redis.call('HMGET', RUN, 'shards', 'batch', 'max_staleness', 'distinct', 'slack', 'bounds', 'paused')
     local bounds = read[6] and read[6] ~= '' and cjson.decode(read[6]) or nil
     known_rules = {shards = tonumber(read[1] or 1), batch = read[2], max_staleness = read[3], distinct = read[4] == '1',
-      slack = tonumber(read[5] or ''), bounds = bounds}
+      slack = tonumber(read[5] or ''), bounds = bounds, paused = read[7] == '1'}
   end
   return known_rules[name]
 end
@@ -496,10 +498,10 @@ local function publish_evicted(keys)
 end
 
 -- Whether the gathered pushes make an update: `batch` pushes, or one of every live worker, or as many as may be kept.
--- `joining`: a worker whose push is to be counted too, or nil.
+-- None is made while the run is paused. `joining`: a worker whose push is to be counted too, or nil.
 local function is_complete(now, joining)
   local grouped, batch = run_number('grouped') + (joining and 1 or 0), rule('batch')
-  if grouped == 0 then return false end
+  if grouped == 0 or rule('paused') then return false end
   if batch ~= 'live' then return grouped >= tonumber(batch) end
   local bounds = rule('bounds')
   if bounds and bounds.max_batch and grouped >= bounds.max_batch then return true end

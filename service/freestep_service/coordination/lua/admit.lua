@@ -11,6 +11,7 @@
 --          {run-not-initialized}, {lease-expired}, {epoch-changed, epoch}, {step-ahead, step}
 --          {unit-not-held, units}   the lease does not have these units that the claim names
 --          {refused-before, slug, detail}   the body of another part was refused
+--          {run-paused}             pushes are refused until the run is resumed; the lease is renewed
 --          {dropped, record, evicted idempotency keys ...}   the push is too stale already
 --          {ahead}                  the worker is too far ahead of the slowest one and has to wait
 --          {admitted}, or {queued}: a message {granted} follows when the body may be sent
@@ -57,6 +58,7 @@ if pending then
   redis.call('HSET', STAGED, key, cjson.encode(staged))
   return {staged.queued and 'queued' or 'admitted'}
 end
+if rule('paused') then return {'run-paused'} end
 local unheld = unheld_units(claim)
 if unheld then return unheld end
 local live = live_workers(now)

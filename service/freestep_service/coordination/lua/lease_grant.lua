@@ -3,6 +3,7 @@
 -- KEYS     the run's, 13 lease:ID of the new lease, 14 window:ID and 15 lease:ID of the worker's older lease
 -- ARGV     1 worker, 2 lease, 3 time to live in ms, 4 the older lease, or an empty string
 -- returns  {behind} (Redis has lost the run), {not-open, missing shards (JSON)}, {worker-banned, number of its outliers},
+--          {worker-suspended, ms until it may have one},
 --          {changed, older lease} (call again with that one), or {granted, token, epoch, step, evicted idempotency keys
 --          ...}
 
@@ -11,6 +12,8 @@ if not run_exists() or redis.call('HGET', RUN, 'lost') then return {'behind'} en
 -- The epoch of a lease is known only once the run is open.
 if redis.call('HGET', RUN, 'phase') ~= 'open' then return {'not-open', missing_shards(clock())} end
 if worker_counts('banned')[worker] then return {'worker-banned', worker_counts('outliers')[worker]} end
+local left = tonumber(worker_counts('suspended')[worker] or 0) - clock()
+if left > 0 then return {'worker-suspended', left} end
 local actual = redis.call('HGET', WORKERS, worker) or ''
 if actual ~= older then return {'changed', actual} end
 

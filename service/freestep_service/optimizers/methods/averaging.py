@@ -41,7 +41,7 @@ def averaged(method: Method) -> Method:
 
     first, *others = method.buffers
     rule = _with_average(method.rule)
-    return Method((first, "x", *others), method.initial, advance, rule, observe=method.observe)
+    return Method((first, "x", *others), method.initial, advance, rule, observe=method.observe, retune=method.retune)
 
 
 def _with_average(method: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

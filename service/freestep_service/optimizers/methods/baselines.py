@@ -14,7 +14,7 @@ from freestep.api.hyperparameters import SGD as SGDSpec
 from freestep.api.hyperparameters import AdamW as AdamWSpec
 from freestep_service.optimizers.method import Conditions, Method, Scalars
 from freestep_service.optimizers.methods.averaging import averaged
-from freestep_service.optimizers.methods.plateau import observe, remaining
+from freestep_service.optimizers.methods.plateau import observe, remaining, retune
 from freestep_service.optimizers.methods.schedules import scheduled
 
 __all__ = ["ADAMW", "AVERAGED_ADAMW", "AVERAGED_SGD", "SGD", "SGDCoefficients"]
@@ -87,7 +87,7 @@ def _adamw(g: Tensor, y: Tensor, m: Tensor, v: Tensor, s: _AdamWCoefficients) ->
     return s.shrink * y - s.step_size * (m / (torch.sqrt(v) * s.correction + s.eps)), m, v
 
 
-SGD = Method(("y", "momentum_buffer"), {"k": 0}, _advance_sgd, _sgd, observe=observe)
-ADAMW = Method(("y", "exp_avg", "exp_avg_sq"), {"k": 0}, _advance_adamw, _adamw, observe=observe)
+SGD = Method(("y", "momentum_buffer"), {"k": 0}, _advance_sgd, _sgd, observe=observe, retune=retune)
+ADAMW = Method(("y", "exp_avg", "exp_avg_sq"), {"k": 0}, _advance_adamw, _adamw, observe=observe, retune=retune)
 AVERAGED_SGD = averaged(SGD)
 AVERAGED_ADAMW = averaged(ADAMW)

@@ -12,7 +12,7 @@ from typing import Any
 from freestep.api.schedules import Plateau
 from freestep_service.optimizers.method import Scalars
 
-__all__ = ["observe", "remaining"]
+__all__ = ["observe", "remaining", "retune"]
 
 _MIN_CHANGE = 1e-8
 """torch's eps: smaller changes of the learning rate are not made."""
@@ -41,6 +41,24 @@ def observe(h: Any, scalars: Scalars, name: str, value: float) -> Scalars:
         lr = reduced if lr - reduced > _MIN_CHANGE else lr
         cooldown, bad = schedule.cooldown, 0
     return {**scalars, "lr": lr, "best": best, "num_bad_epochs": bad, "cooldown_counter": cooldown}
+
+
+def retune(before: Any, after: Any, scalars: Scalars) -> Scalars:
+    """A param group's scalars after a change of its hyperparameters: another rate, or schedule, begins anew.
+
+    As where `lr` of a group of torch's is set: its scheduler reduces that from then on.
+    """
+    forgotten: set[str] = set()
+    if after.lr != before.lr:
+        forgotten = {"lr"}
+    if _followed(after) != _followed(before):
+        forgotten = {"lr", "best", "num_bad_epochs", "cooldown_counter"}
+    return {name: value for name, value in scalars.items() if name not in forgotten}
+
+
+def _followed(h: Any) -> tuple[str, ...]:
+    """The schedule's name, and the metric that it follows."""
+    return h.schedule.name, getattr(h.schedule, "metric", ""), getattr(h.schedule, "mode", "")
 
 
 def _is_better(schedule: Plateau, value: float, best: float) -> bool:

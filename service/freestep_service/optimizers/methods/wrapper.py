@@ -28,7 +28,7 @@ from freestep_service.optimizers.method import Base, Conditions, Method, Scalars
 from freestep_service.optimizers.methods.averages import INITIAL, averaged, interpolation
 from freestep_service.optimizers.methods.bases import SGD, base_of
 from freestep_service.optimizers.methods.moments import ADAMW
-from freestep_service.optimizers.methods.plateau import observe, remaining
+from freestep_service.optimizers.methods.plateau import observe, remaining, retune
 from freestep_service.optimizers.methods.schedules import scheduled, warmup
 
 __all__ = ["GPA_ADAMW", "GPA_SGD", "wrapper_of"]
@@ -114,6 +114,7 @@ def _gpa(base: Base, base_hyperparameters: Callable[[Any], Any]) -> Method:
         _averaged_rule(base.rule),
         lambda h, _: float(h.mu_y),
         observe=observe,
+        retune=retune,
     )
 
 

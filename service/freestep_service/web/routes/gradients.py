@@ -18,6 +18,7 @@ from freestep.errors import (
     NonFiniteGradient,
     Overloaded,
     RunNotInitialized,
+    RunPaused,
     UnitNotHeld,
 )
 from freestep_service.domain.aggregation import accepted_encodings
@@ -62,7 +63,7 @@ router = APIRouter(tags=["gradients"], route_class=DataRoute)
 )
 @needs("push")
 @refuses(DataRequest.of, body_length, RunNotInitialized, EpochChanged, IdempotencyConflict, LeaseExpired)
-@refuses(InvalidSpec, MalformedTensors, NonFiniteGradient, Overloaded, UnitNotHeld)
+@refuses(InvalidSpec, MalformedTensors, NonFiniteGradient, Overloaded, RunPaused, UnitNotHeld)
 async def push(request: Request) -> Response:
     """Pushes a gradient.
 

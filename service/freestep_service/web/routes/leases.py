@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request, Response
 
 from freestep.api.models import Lease, LeaseList, LeaseRequest
-from freestep.errors import EpochChanged, LeaseExpired, Overloaded, WorkerBanned
+from freestep.errors import EpochChanged, LeaseExpired, Overloaded, WorkerBanned, WorkerSuspended
 from freestep_service.web.guard import caller, needs, require_worker
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
@@ -37,7 +37,7 @@ _LINKS = {
 
 @router.post("/v1/runs/{run}/leases", status_code=201, response_model=Lease, responses={201: answer(links=_LINKS)})
 @needs("push")
-@refuses(WorkerBanned, Overloaded)
+@refuses(WorkerBanned, WorkerSuspended, Overloaded)
 async def grant_lease(run: AnyRun, wish: LeaseRequest, request: Request, relay: AnyRelay, registry: AnyRegistry) -> Any:
     """Grants a lease with a new fencing token; the worker's older lease is fenced off."""
     require_worker(request, wish.worker)

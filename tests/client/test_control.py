@@ -1,0 +1,157 @@
+"""Workers of runs that are changed, paused and resumed while they train, and the calls that do so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from freestep import InvalidSpec, RemoteOptimizer, Run, RunPaused, WorkerSuspended
+from freestep.transport import Transport
+from meanwhile import under_way, wait_until
+from trained import network, step
+
+
+class Clock:
+    """Seconds, which pass while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def pausing(times: int, asked: list[str], clock: Clock, retry_for: float) -> Transport:
+    """A transport to a run that refuses so many requests, since it is paused."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        if len(asked) <= times:
+            return httpx.Response(503, json=RunPaused().to_document(503), headers={"Retry-After": "5"})
+        return httpx.Response(200, json={})
+
+    http = httpx.Client(base_url="http://service.test", transport=httpx.MockTransport(answer))
+    return Transport(http, retry_for, clock=clock, sleep=clock.sleep)
+
+
+def test_a_pause_is_waited_out_however_long_it_takes_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[str] = []
+    clock = Clock()
+    caplog.set_level(logging.WARNING, "freestep")
+    assert pausing(1000, asked, clock, 30.0).request("POST", "/v1/runs/r/gradients").status == 200
+    assert len(asked) == 1001
+    # Not all of those who wait come at once.
+    assert 2500 <= clock.now <= 5000
+    assert [record.getMessage() for record in caplog.records] == [
+        "/v1/runs/r/gradients is refused, since the run is paused: it waits until the run is resumed",
+        f"/v1/runs/r/gradients goes on, after a pause of {clock.now:.0f} s",
+    ]
+
+
+def test_who_repeats_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[str] = []
+    with pytest.raises(RunPaused) as refusal:
+        pausing(1, asked, Clock(), 0.0).request("POST", "/v1/runs/r/gradients")
+    assert (refusal.value.retry_after, len(asked)) == (5.0, 1)
+    with pytest.raises(RunPaused):
+        pausing(1, [], Clock(), 30.0).request("POST", "/v1/runs/r/gradients", retry=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_worker_waits_until_its_run_is_resumed(
+    remotely: Callable[..., RemoteOptimizer], run: Run, shards: int, overlap: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    optimizer = remotely(model, aggregation={"policy": "async"}, shards=shards)
+    step(model, optimizer, 0)
+    assert run.pause().control.paused
+    caplog.set_level(logging.WARNING, "freestep")
+
+    def steps() -> int:
+        for number in (1, 2):
+            step(model, optimizer, number, overlap=overlap)
+        optimizer.flush()
+        return optimizer.loaded.step
+
+    working = under_way(steps)
+    wait_until(lambda: any("is paused" in record.getMessage() for record in caplog.records))
+    assert run.pull("x")[1] == run.status().step == 1
+    assert not run.resume().control.paused
+    assert working.result() == 3
+    told = [record.getMessage() for record in caplog.records if "paused" in record.getMessage()]
+    assert len(told) == 1
+
+
+def test_a_worker_sees_the_rate_that_was_set(remotely: Callable[..., RemoteOptimizer], run: Run) -> None:
+    model = network()
+    optimizer = remotely(model, algorithm="sgd", lr=0.5, aggregation={"policy": "async"})
+    step(model, optimizer, 0)
+    assert optimizer.param_groups[0]["scheduled_lr"] == 0.5
+    status = run.set(lr=0.125, momentum=0.9, aggregation={"max_staleness": 7})
+    assert status.in_force.optimizer.model_dump()["lr"] == 0.125
+    assert status.in_force.aggregation.max_staleness == 7
+    assert status.spec.optimizer.model_dump()["lr"] == 0.5
+    step(model, optimizer, 1)
+    assert optimizer.param_groups[0]["scheduled_lr"] == 0.125
+    # A worker that is started as the others were joins them.
+    other = network()
+    joined = remotely(other, algorithm="sgd", lr=0.5, aggregation={"policy": "async"}, worker="another")
+    step(other, joined, 2)
+    assert joined.param_groups[0]["scheduled_lr"] == 0.125
+    with pytest.raises(InvalidSpec, match="belongs to the run"):
+        run.set(algorithm="adamw")
+
+
+def test_a_worker_waits_for_updates_once_its_policy_has_them_wait(
+    remotely: Callable[..., RemoteOptimizer], run: Run
+) -> None:
+    models = [network(), network()]
+    first, second = (
+        remotely(model, aggregation={"policy": "async"}, worker=worker)
+        for model, worker in zip(models, ["first", "second"], strict=True)
+    )
+    step(models[0], first, 0)
+    run.set(aggregation={"policy": "sync"})
+    step(models[0], first, 1)
+    assert first.receipt is not None and first.receipt.decision == "accumulated"
+    # The service tells it that it has given its push, and it waits for the other's.
+    waiting = under_way(lambda: step(models[0], first, 2))
+    wait_until(lambda: run.status().pushes["dropped"] == 1)
+    step(models[1], second, 2)
+    if second.receipt is not None and second.receipt.decision == "dropped":
+        # Its gradient was of the step before the policy changed.
+        step(models[1], second, 3)
+    waiting.result()
+    assert run.status().step == first.loaded.step == 2
+
+
+def test_a_worker_whose_lease_is_ended_takes_another(remotely: Callable[..., RemoteOptimizer], run: Run) -> None:
+    model = network()
+    optimizer = remotely(model, aggregation={"policy": "async"}, worker="me/too")
+    step(model, optimizer, 0)
+    assert run.end_worker("me/too").ended
+    step(model, optimizer, 1)
+    assert optimizer.loaded.step == 2
+
+
+def test_a_worker_that_is_suspended_ends(remotely: Callable[..., RemoteOptimizer], run: Run) -> None:
+    model = network()
+    optimizer = remotely(model, aggregation={"policy": "async"}, worker="me")
+    step(model, optimizer, 0)
+    assert run.end_worker("me", ban=3600).suspended_ms == 3_600_000
+    with pytest.raises(WorkerSuspended, match="an operator has ended") as refusal:
+        step(model, optimizer, 1)
+    assert refusal.value.retry_after is not None and refusal.value.retry_after > 3500
+    with pytest.raises(WorkerSuspended):
+        remotely(network(), worker="me")
+    assert not run.end_worker("me", ban=0).ended
+    step(model, optimizer, 2)
+    assert run.status().step == 2
