@@ -21,8 +21,8 @@ LANGUAGES = {"python", "bash", "text", "pycon", "nginx", "caddy"}
 _BLOCK = re.compile(r"(?:^<!-- (.*?) -->\n)?^( *)```([^\n]*)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
 _MADE = "docs/reference/"
 _ASSIGNMENT = re.compile(r"\w+=")
-_OTHERS = {"docker", "pip", "export", "torchrun", "make"}
-"""Programs that blocks that are not run may call beside freestep and Python."""
+_OTHERS = {"apt-get", "cd", "curl", "docker", "export", "pip", "promtool", "torchrun"}
+"""Programs that blocks that are not run may call beside freestep, Python and make."""
 
 
 class Block(NamedTuple):
@@ -43,7 +43,7 @@ def documents() -> list[str]:
     """The documents with blocks, by their paths in the repository; those that are made of the code have none of use."""
     found = [*ROOT.glob("*.md"), ROOT / "docker" / "README.md", *ROOT.glob("docs/**/*.md")]
     paths = sorted(str(file.relative_to(ROOT)) for file in found)
-    return [path for path in paths if not path.startswith(_MADE) and blocks_of(path)]
+    return [path for path in paths if not path.startswith(_MADE) and (blocks_of(path) or indented_blocks(path))]
 
 
 def blocks_of(document: str) -> list[Block]:
@@ -73,6 +73,7 @@ def unknown_in(text: str) -> Iterator[str]:
         if not words:
             continue
         program, *rest = words
+        program = Path(program).name
         if program == "freestep":
             yield from _unknown_of_freestep(rest, known)
         elif program == "make":

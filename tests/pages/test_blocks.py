@@ -27,7 +27,10 @@ TESTED_ELSEWHERE = {
 }
 TRAINS = "docs/guides/worker.md"
 """The document whose blocks train the run `readme` ..."""
-AFTER_TRAINING = {f"docs/guides/{name}.md" for name in ("backup", "evaluators", "looking")}
+AFTER_TRAINING = {
+    *(f"docs/guides/{name}.md" for name in ("backup", "evaluators", "looking")),
+    *(f"docs/{name}.md" for name in ("dashboard", "events", "follow")),
+}
 """... which these look at."""
 NOT_RUN = [
     pytest.param(block, id=f"{block.document}:{block.line}")
