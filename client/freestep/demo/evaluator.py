@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from freestep.demo.options import NOT_NOW, await_run, end_on_signals, parser
 from freestep.errors import EpochChanged, IdempotencyConflict
 from freestep.run import Run
 
-__all__ = ["Evaluation", "evaluate", "main"]
+__all__ = ["Evaluation", "evaluate", "main", "tested"]
 
 _PATIENCE_S = 5.0
 
@@ -59,8 +60,8 @@ def evaluate(run: Run, model: SmallConvNet, digits: Digits) -> Evaluation:
     """Pulls x and y, and evaluates the model with each."""
     status = run.status()
     (x, x_step), (y, y_step) = run.pull("x"), run.pull("y")
-    x_accuracy, x_loss = _test(model, x, digits)
-    y_accuracy, y_loss = _test(model, y, digits)
+    x_accuracy, x_loss = tested(model, x, digits)
+    y_accuracy, y_loss = tested(model, y, digits)
     return Evaluation(
         time=time.time(),
         epoch=status.epoch,
@@ -78,8 +79,9 @@ def evaluate(run: Run, model: SmallConvNet, digits: Digits) -> Evaluation:
 
 
 @torch.no_grad()
-def _test(model: SmallConvNet, parameters: dict[str, Tensor], digits: Digits) -> tuple[float, float]:
-    logits = functional_call(model, parameters, (digits.test_images,))
+def tested(model: SmallConvNet, parameters: Mapping[str, Tensor], digits: Digits) -> tuple[float, float]:
+    """Accuracy and mean cross entropy of the model with these parameters, on the test images."""
+    logits = functional_call(model, dict(parameters), (digits.test_images,))
     accuracy = (logits.argmax(1) == digits.test_labels).float().mean()
     return float(accuracy), float(cross_entropy(logits, digits.test_labels))
 

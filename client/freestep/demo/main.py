@@ -1,10 +1,15 @@
-"""`freestep demo`: a service, four workers and an evaluator; one worker is killed, and another one joins."""
+"""`freestep demo`: a service, four workers and an evaluator; one worker is killed, and another one joins.
+
+Then the pushes that were acknowledged are counted and compared with those in the weights, and the same budget is spent
+in one process, with a constant rate and with a cosine schedule.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -12,8 +17,11 @@ from shlex import quote
 
 from rich.console import Console
 
+from freestep.client import Client
+from freestep.demo.baselines import LEARNING_RATES, Tested
 from freestep.demo.data import load
 from freestep.demo.evaluator import Evaluation
+from freestep.demo.exactly_once import Count, counted
 from freestep.demo.plot import draw
 from freestep.demo.processes import Processes
 from freestep.demo.show import Show
@@ -21,14 +29,17 @@ from freestep.terminal import print_line
 
 __all__ = ["progress", "run_demo"]
 
-WORKERS = 4
+WORKERS = tuple(f"worker-{number}" for number in range(1, 5))
+KILLED, JOINING = "worker-2", "worker-5"
 STEPS = 6000
 SHORTEST_S, LONGEST_S = 20.0, 120.0
 """Seconds: fast machines train for at least the shortest time, slow ones end after the longest with fewer steps."""
 KILL_AT, JOIN_AT = 1 / 3, 1 / 2
-"""The progress at which worker-2 is killed, and at which worker-5 joins."""
+"""The progress at which a worker is killed, and at which another one joins."""
 TARGET = 0.95
 """The test accuracy of x at the end for which the demo succeeds."""
+DIGITS, TOLD = "digits.pt", "acknowledged"
+"""Beside the plot: the data, and a folder with a file for each worker."""
 _SILENCE_S = 60.0
 """Seconds without a line of output after which the demo is given up."""
 
@@ -39,47 +50,61 @@ def progress(step: int, seconds: float) -> float:
 
 
 def run_demo(output: Path, *, plain: bool) -> int:
-    """Runs the demo; its files go to `output`. Returns 0 if x ended with the target accuracy, else 1."""
+    """Runs the demo; its files go to `output`.
+
+    Returns 0 if x ended with the target accuracy, and if the weights have each acknowledged push once; else 1.
+    """
     console = Console()
     plot, figures, log = output / "plot.png", output / "history.jsonl", output / "processes.log"
     data_dir = _fresh(output)
     for earlier in (plot, figures):
         earlier.unlink(missing_ok=True)
-    load(output / "digits.pt")
+    load(output / DIGITS)
     history: list[Evaluation] = []
     events: list[tuple[float, str]] = []
+    baselines: list[Tested] = []
+    count = None
     with Processes(log) as processes:
         try:
-            finished = _train(console, processes, output / "digits.pt", data_dir, history, events, plain=plain)
+            url = _start_service(processes, data_dir)
+            if url is not None and _train(console, processes, url, output, history, events, plain=plain):
+                count = _count(processes, url, output)
+                baselines = _spend_again(processes, output, history[-1].step)
         except KeyboardInterrupt:
             console.print("\ninterrupted")
             return 130
-    if history:
-        figures.write_text("".join(json.dumps(asdict(each)) + "\n" for each in history))
-    if not finished:
+    lines = [*(json.dumps(asdict(each)) for each in history), *(json.dumps(asdict(each)) for each in baselines)]
+    if lines:
+        figures.write_text("\n".join(lines) + "\n")
+    if count is None or len({each.kind for each in baselines if each.step == history[-1].step}) < len(LEARNING_RATES):
         print_line(f"the demo ended early: see {log}")
         return 1
-    draw(history, events, history[0].time, plot)
-    return _conclude(console, history[-1], output, data_dir)
+    draw(history, events, baselines, plot)
+    return _conclude(console, history[-1], baselines, count, output, data_dir)
 
 
 def _train(
     console: Console,
     processes: Processes,
-    data: Path,
-    data_dir: Path,
+    url: str,
+    output: Path,
     history: list[Evaluation],
     events: list[tuple[float, str]],
     *,
     plain: bool,
 ) -> bool:
     """Trains, and appends to history and events; False if the demo ended early."""
-    url = _start_service(processes, data_dir)
-    if url is None:
-        return False
-    place = ("--url", url, "--data", str(data))
-    for number in range(1, WORKERS + 1):
-        processes.start(f"worker-{number}", "freestep.demo.worker", *place, "--worker", f"worker-{number}")
+    print_line(f"the service is at {url}, and its dashboard at {url}/")
+    told = output / TOLD
+    shutil.rmtree(told, ignore_errors=True)
+    told.mkdir()
+    place = ("--url", url, "--data", str(output / DIGITS))
+
+    def start(worker: str) -> None:
+        processes.start(worker, "freestep.demo.worker", *place, "--worker", worker, "--told", str(told / worker))
+
+    for worker in WORKERS:
+        start(worker)
     processes.start("evaluator", "freestep.demo.evaluator", *place, "--json", is_read=True)
     with Show(console, url, plain=plain or not console.is_terminal) as show:
         for evaluation in _evaluations(processes):
@@ -87,13 +112,13 @@ def _train(
             done = progress(evaluation.step, evaluation.time - history[0].time)
             show.update(evaluation, done)
             if not events and done >= KILL_AT:
-                processes.kill("worker-2")
-                events.append((time.time(), "worker-2 killed"))
-                show.show_event("worker-2 killed")
+                processes.kill(KILLED)
+                events.append((time.time(), f"{KILLED} killed"))
+                show.show_event(f"{KILLED} killed")
             elif len(events) == 1 and done >= JOIN_AT:
-                processes.start("worker-5", "freestep.demo.worker", *place, "--worker", "worker-5")
-                events.append((time.time(), "worker-5 joined"))
-                show.show_event("worker-5 joined")
+                start(JOINING)
+                events.append((time.time(), f"{JOINING} joined"))
+                show.show_event(f"{JOINING} joined")
             elif done >= 1:
                 return True
     return False
@@ -135,11 +160,44 @@ def _evaluations(processes: Processes) -> Iterator[Evaluation]:
             yield Evaluation(**json.loads(line))
 
 
-def _conclude(console: Console, last: Evaluation, output: Path, data_dir: Path) -> int:
+def _count(processes: Processes, url: str, output: Path) -> Count:
+    """Ends the workers and the evaluator, and counts their pushes."""
+    processes.end(*(worker for worker in (*WORKERS, JOINING) if worker != KILLED), "evaluator")
+    with Client(url) as client:
+        return counted(client, "digits", output / TOLD, killed=1)
+
+
+def _spend_again(processes: Processes, output: Path, steps: int) -> list[Tested]:
+    """What the same number of steps gives in one process, by each baseline; less if one of them fails."""
+    print_line(f"the same {steps:,} steps in one process, with a constant rate and with a cosine schedule ...")
+    for kind in LEARNING_RATES:
+        given = (kind, "--steps", str(steps), "--data", str(output / DIGITS))
+        processes.start(kind, "freestep.demo.baselines", *given, is_read=True)
+    found: list[Tested] = []
+    under_way: set[str] = set(LEARNING_RATES)
+    while under_way:
+        try:
+            name, line = processes.read_line(_SILENCE_S)
+        except TimeoutError:
+            return found
+        if line is None:
+            under_way.discard(name)
+        elif name in LEARNING_RATES:
+            found.append(Tested(**json.loads(line)))
+    return found
+
+
+def _conclude(
+    console: Console, last: Evaluation, baselines: Sequence[Tested], count: Count, output: Path, data_dir: Path
+) -> int:
     reached = last.x_accuracy >= TARGET
+    missed = "" if reached else f": less than the {TARGET:.0%} that this demo should end with"
+    ends = {each.kind: each for each in baselines}
     console.print(
-        f"\nx has {last.x_accuracy:.1%} test accuracy after {last.step:,} steps, y {last.y_accuracy:.1%}"
-        f"{'' if reached else f': less than the {TARGET:.0%} that this demo should end with'}.\n\n"
+        f"\nx has {last.x_accuracy:.1%} test accuracy and loss {last.x_loss:.4f} after {last.step:,} steps, y"
+        f" {last.y_accuracy:.1%} and {last.y_loss:.4f}{missed}.\n"
+        f"In one process a constant rate has {ends['constant'].accuracy:.1%} and {ends['constant'].loss:.4f}, a cosine"
+        f" schedule for this length {ends['cosine'].accuracy:.1%} and {ends['cosine'].loss:.4f}.\n\n"
         f"  the plot      {output / 'plot.png'}\n"
         f"  its figures   {output / 'history.jsonl'}\n"
         f"  the weights   {data_dir} (checkpoints)\n\n"
@@ -150,10 +208,11 @@ def _conclude(console: Console, last: Evaluation, output: Path, data_dir: Path) 
         "  python -m freestep.demo.evaluator           what x and y are worth, every second\n"
         "  freestep runs show digits\n"
         "  freestep pull digits --point x -o digits.safetensors\n"
-        "  docker compose up --build                   the same as containers, over several shards",
+        "  docker compose up --build                   the same as containers, over several shards\n\n"
+        f"Exactly once, of {len(WORKERS) + 1} workers and a kill:\n{count}",
         soft_wrap=True,
         highlight=False,
         markup=False,
         emoji=False,
     )
-    return 0 if reached else 1
+    return 0 if reached and count.agrees else 1

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -21,9 +22,10 @@ from freestep.errors import (
     ShardUnavailable,
 )
 
-__all__ = ["NOT_NOW", "await_run", "end_on_signals", "parser"]
+__all__ = ["NOT_NOW", "await_run", "end_between_steps", "end_on_signals", "parser"]
 
 _PAUSE_S = 0.5
+_LAST_STEP_S = 5
 
 NOT_NOW = (CoordinatorUnavailable, Overloaded, RunNotFound, RunNotInitialized, ServiceUnreachable, ShardUnavailable)
 """Errors after which it helps to wait."""
@@ -46,6 +48,27 @@ def end_on_signals() -> None:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
+
+
+def end_between_steps() -> threading.Event:
+    """An event that SIGTERM and SIGINT set, for a loop that ends when it has taken its step.
+
+    Where it does not come to that in a few seconds, since the service is away, the process ends as by `end_on_signals`.
+    """
+    ending = threading.Event()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if not ending.is_set():
+            ending.set()
+            signal.alarm(_LAST_STEP_S)
+
+    signal.signal(signal.SIGALRM, leave)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    return ending
 
 
 def await_run(client: Client, name: str) -> RunStatus:

@@ -1,4 +1,4 @@
-"""The demo's plot: loss and accuracy of x and y over time."""
+"""The demo's plot: loss and accuracy over time, of x, of y and of the baselines."""
 
 from __future__ import annotations
 
@@ -6,25 +6,44 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from freestep.demo.baselines import Tested
 from freestep.demo.evaluator import Evaluation
 
 __all__ = ["draw"]
 
-_COLOURS = {"x": "#1f5fbf", "y": "#d9822b"}
-_LABELS = {"x": "x, the average", "y": "y, where gradients are taken"}
+_COLOURS = {"x": "#1f5fbf", "y": "#d9822b", "constant": "#2e8b57", "cosine": "#7a4fa3"}
+_LABELS = {
+    "x": "x, the average: the service's model at every moment",
+    "y": "y, where its workers take gradients",
+    "constant": "one process, constant rate",
+    "cosine": "one process, cosine for just this length",
+}
 
 
-def draw(history: Sequence[Evaluation], events: Sequence[tuple[float, str]], began: float, file: Path) -> None:
-    """Writes the plot; `events` are times and texts, `began` the start, in seconds since 1970."""
+def draw(
+    history: Sequence[Evaluation], events: Sequence[tuple[float, str]], baselines: Sequence[Tested], file: Path
+) -> None:
+    """Writes the plot; `events` are times, in seconds since 1970, and texts.
+
+    A baseline of a step is drawn at the time at which the run was at that step: equal budgets stand above each other.
+    """
+    began = history[0].time
     times = [each.time - began for each in history]
-    figure, (losses, accuracies) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7), layout="constrained")
-    for point in ("x", "y"):
-        options = {"color": _COLOURS[point], "label": _LABELS[point], "linewidth": 2 if point == "x" else 1.2}
+    figure, (losses, accuracies) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7.5), layout="constrained")
+    for kind in ("constant", "cosine"):
+        found = [each for each in baselines if each.kind == kind and each.step >= history[0].step]
+        at = numpy.interp([each.step for each in found], [each.step for each in history], times)
+        options = {"color": _COLOURS[kind], "label": _LABELS[kind], "linewidth": 1.2, "linestyle": "-."}
+        losses.plot(at, [each.loss for each in found], **options)
+        accuracies.plot(at, [100 * each.accuracy for each in found], **options)
+    for point in ("y", "x"):
+        options = {"color": _COLOURS[point], "label": _LABELS[point], "linewidth": 2.2 if point == "x" else 1.2}
         losses.plot(times, [getattr(each, f"{point}_loss") for each in history], **options)
         accuracies.plot(times, [100 * getattr(each, f"{point}_accuracy") for each in history], **options)
     losses.set_yscale("log")

@@ -68,6 +68,10 @@ class Processes:
         process.kill()
         process.wait()
 
+    def end(self, *names: str) -> None:
+        """Ends processes in order, by SIGTERM."""
+        _end([self._running.pop(name) for name in names])
+
     def _read_output(self, name: str, output: IO[str]) -> None:
         with output:
             for line in output:

@@ -71,8 +71,6 @@ class Show:
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
-        else:
-            print_line(f"the service is at {self._url}")
         return self
 
     def __exit__(
