@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import threading
 import uuid
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
@@ -15,7 +18,7 @@ from forked import Script
 from freestep import Client
 from harness import TOKEN, ProcessService, ThreadService
 from meanwhile import DEADLINE_S, wait_until
-from plain_calls import Api
+from plain_calls import Api, slug
 
 pytestmark = pytest.mark.slow
 
@@ -261,6 +264,33 @@ def test_scripts_see_half_of_a_session(service: ThreadService, open_page: OpenPa
     assert TOKEN not in kept
     (cookie,) = page.context.cookies()
     assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+
+
+def test_a_page_of_another_port_learns_no_token_and_does_nothing(api: Api, open_page: OpenPage) -> None:
+    """Browsers take it for the same site, and send it the cookies of this host."""
+    api.create()
+    heard: list[str] = []
+
+    class Evil(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append(self.headers.get("Cookie", ""))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Evil) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = open_page(api.url).context.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        how = {"method": "POST", "credentials": "include", "mode": "no-cors"}
+        page.evaluate("([url, how]) => fetch(url, how).then(() => null)", [api.url + api.path("/checkpoints"), how])
+        server.shutdown()
+    cookie = next(each for each in heard if each)
+    assert cookie.startswith("freestep-") and TOKEN not in cookie
+    assert slug(httpx.get(f"{api.url}/v1/runs", headers={"Cookie": cookie})) == "unauthenticated"
+    assert len(api.http.get(api.path("/checkpoints")).json()["checkpoints"]) == 1
 
 
 # Replays and comparisons
