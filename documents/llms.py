@@ -46,7 +46,7 @@ def _page(title: str, page: str) -> Iterator[str]:
 
 def _first_sentence(text: str) -> str:
     """The first sentence of a page, without links; no text where it begins with something else than prose."""
-    below = re.search(r"^# .*\n\n(.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    below = re.search(r"^# [^\n]*\n\n(.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
     if below is None or _NO_PROSE.match(below[1]):
         return ""
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(below[1].split()).replace("**", ""))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-__all__ = ["ELSEWHERE", "NAVIGATION", "OPTIONAL", "Entries", "paths"]
+__all__ = ["ELSEWHERE", "NAVIGATION", "Entries", "paths"]
 
 Entries = list[tuple[str, "str | Entries"]]
 
@@ -16,9 +16,6 @@ ELSEWHERE = {
     "README.md": "readme.md",
 }
 """Pages of the site that are kept elsewhere in the repository than in docs/."""
-
-OPTIONAL = {"control.md"}
-"""Pages that stand in the navigation as soon as they are there."""
 
 NAVIGATION: Entries = [
     ("Start", [("Where to read", "index.md"), ("Five minutes", "start.md")]),

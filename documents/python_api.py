@@ -95,7 +95,7 @@ def _members(owner: type) -> Iterator[tuple[str, type, Any]]:
 
 
 def _defines(owner: type, name: str) -> bool:
-    """Whether a class has a member of its own: torch gives a class of which one is made a wrapper of its base's step."""
+    """Whether a class has a member of its own: torch gives a class that is used a wrapper of its base's step."""
     value = _unwrapped(owner, name)
     return name in vars(owner) and not any(_unwrapped(base, name) is value for base in owner.__mro__[1:])
 

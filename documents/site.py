@@ -17,7 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-from documents.navigation import ELSEWHERE, NAVIGATION, OPTIONAL, Entries, paths
+from documents.navigation import ELSEWHERE, NAVIGATION, Entries, paths
 from documents.reference import ROOT
 
 __all__ = ["SITE", "build"]
@@ -64,7 +64,7 @@ def _gather() -> list[str]:
     for file in sorted(DOCS.rglob("*")):
         if file.is_file() and file not in left_out:
             places[file] = str(file.relative_to(DOCS))
-    missing = set(paths(NAVIGATION)) - set(places.values()) - OPTIONAL
+    missing = set(paths(NAVIGATION)) - set(places.values())
     faults += [f"the navigation names {page}, which does not exist" for page in sorted(missing)]
     for file, page in list(places.items()):
         if file.suffix in (".md", ".txt"):
