@@ -112,7 +112,8 @@ def test_the_history_goes_on_with_who_takes_over_from_a_killed_owner(
     create(run, 1)
     push(run, 3)
     assert run.checkpoint().step == 3
-    wait_until(lambda: json.loads((tmp_path / "kept/runs" / name / "history.json").read_text())["now"][0] == 3)
+    file = tmp_path / f"kept/histories/{name}.json"
+    wait_until(lambda: file.exists() and json.loads(file.read_text())["now"][0] == 3)
     push(run, 1)
     other = start_service(**shared)
     owner.kill()

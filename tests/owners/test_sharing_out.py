@@ -40,6 +40,7 @@ def test_two_services_share_runs_of_one_shard(
         path = f"{node.url}/v1/runs/{name}"
         wait_until(lambda path=path: httpx.get(path, headers=AUTHORIZED).status_code == 404)  # type: ignore[misc]
     assert not (tmp_path / "data" / "runs" / name).exists()
+    wait_until(lambda: not (tmp_path / "data" / "histories" / f"{name}.json").exists())
 
 
 def test_leases_of_one_shard_may_come_and_go_through_any_service(

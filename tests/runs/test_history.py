@@ -17,7 +17,7 @@ from freestep_service.runs.history import RunHistory
 from freestep_service.runs.resources import Disk
 from freestep_service.storage.local import LocalStorage
 
-FILE = Path("runs/run/history.json")
+FILE = Path("histories/run.json")
 
 
 class FailingStorage(LocalStorage):

@@ -13,7 +13,7 @@ from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.history_file import HistoryFile
 from freestep_service.storage.media import Storage
 
-PATH = "runs/run/history.json"
+PATH = "histories/run.json"
 
 
 def history() -> HistoryCurves:
@@ -35,14 +35,14 @@ def test_it_is_read_back(storage: Storage, file: HistoryFile) -> None:
     assert read is not None
     assert json.dumps(read.to_document()) == json.dumps(history().to_document())
     file.remove()
-    assert storage.names("runs/run") == []
+    assert storage.names("histories") == []
 
 
 def test_that_of_a_deleted_run_of_the_name_is_another_s(storage: Storage, file: HistoryFile) -> None:
     HistoryFile(storage, "run", Origin(1, "other")).write(history().to_document())
     assert file.read() is None
     file.remove()
-    assert storage.names("runs/run") == ["history.json"]
+    assert storage.names("histories") == ["run.json"]
 
 
 def test_any_bit_that_flips_is_noticed(storage: Storage, file: HistoryFile) -> None:
@@ -65,4 +65,4 @@ def test_what_is_no_history_is_damaged(storage: Storage, file: HistoryFile) -> N
     with pytest.raises(Damaged, match="no history"):
         file.read()
     file.remove()
-    assert storage.names("runs/run") == []
+    assert storage.names("histories") == []

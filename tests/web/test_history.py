@@ -154,7 +154,7 @@ def test_a_damaged_history_keeps_no_run_closed(
     api.create()
     pushes(api, api.lease(), 0, 2)
     first.stop()
-    (tmp_path / "kept/runs" / api.run / "history.json").write_text("{")
+    (tmp_path / f"kept/histories/{api.run}.json").write_text("{")
     for step in (2, 3):
         service = start_service(**where)
         again = connect(service.url, api.run)

@@ -144,7 +144,7 @@ class RunHistory:
                 self.failure = None
 
     async def forget(self) -> None:
-        """Removes it from storage, should it have been written after the run was deleted."""
+        """Removes it from storage: the run is no more. Raises StorageUnavailable."""
         async with self._lock:
             await self._disk.run(self._file.remove)
 

@@ -486,6 +486,7 @@ class Run:
             with suppress(StorageUnavailable):
                 await self._deletions.note_here(last)
                 await self._context.resources.disk.run(self._checkpoints.remove_until, last)
-                await self._context.history.forget()
+        with suppress(StorageUnavailable):
+            await self._context.history.forget()
         await self._context.resources.disk.run(remove_journals, self._context.settings.journals() / self.name)
         self._context.telemetry.forget()

@@ -1,4 +1,7 @@
-"""The history of a run in storage: runs/RUN/history.json, with a checksum and with the run that it is of."""
+"""The history of a run in storage: histories/RUN.json, with a checksum and with the run that it is of.
+
+It is not in the run's directory: whoever writes it while another process deletes the run must not make that anew.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class HistoryFile:
 
     def __init__(self, storage: Storage, run: str, origin: Origin) -> None:
         self._storage = storage
-        self._path = f"runs/{run}/history.json"
+        self._path = f"histories/{run}.json"
         self._of = [origin.first_epoch, origin.id]
 
     def read(self) -> HistoryCurves | None:
