@@ -61,19 +61,23 @@ async def until(pilot: Pilot[None], condition: Callable[[], Any]) -> None:
 
 
 def table(app: LiveView, name: str) -> dict[str, list[str]]:
-    """The cells of a table's rows by the first of them."""
-    found = app.screen.query_one(f"#{name}", DataTable)
-    rows = [[str(cell) for cell in found.get_row_at(number)] for number in range(found.row_count)]
+    """The cells of a table's rows by the first of them; none while its screen is being made."""
+    rows = [
+        [str(cell) for cell in found.get_row_at(number)]
+        for found in app.screen.query(f"#{name}").results(DataTable)
+        for number in range(found.row_count)
+    ]
     return {row[0]: row for row in rows}
 
 
 def text(app: LiveView, name: str) -> str:
-    found = app.screen.query_one(f"#{name}", Static)
-    return str(found.content)
+    """What a line shows, likewise."""
+    return "".join(str(found.content) for found in app.screen.query(f"#{name}").results(Static))
 
 
 def lines(app: LiveView, name: str) -> list[str]:
-    return [strip.text for strip in app.screen.query_one(f"#{name}", RichLog).lines]
+    """What a log shows, likewise."""
+    return [strip.text for found in app.screen.query(f"#{name}").results(RichLog) for strip in found.lines]
 
 
 async def choose(app: LiveView, pilot: Pilot[None], name: str, row: str) -> None:

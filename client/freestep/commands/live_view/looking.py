@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar, cast
 
 from rich.text import Text
 from textual import work
@@ -58,11 +58,16 @@ class LookingScreen(Screen[None], Generic[T]):
     async def _keep_looking(self) -> None:
         while True:
             began = time.monotonic()
-            problem = ""
+            problem, found = "", None
             try:
-                self.show(await asyncio.to_thread(self.look))
+                found = await asyncio.to_thread(self.look)
             except FreestepError as error:
                 problem = str(error)
+            if not self.app.is_running or self not in self.app.screen_stack:
+                # It has been left meanwhile.
+                return
+            if not problem:
+                self.show(cast(T, found))
             self._show_problem(problem)
             await asyncio.sleep(max(self._every_s, 9 * (time.monotonic() - began)))
 
