@@ -275,6 +275,8 @@ def test_health_and_documents(api: Api) -> None:
         "/v1/runs/{run}/reshard",
         "/v1/runs/{run}/state",
         "/v1/runs/{run}/metrics",
+        "/v1/runs/{run}/events",
+        "/v1/runs/{run}/history",
         "/v1/runs/{run}/parameters",
         "/v1/runs/{run}/leases",
         "/v1/runs/{run}/leases/{lease}",
