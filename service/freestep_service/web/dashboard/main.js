@@ -10,12 +10,14 @@ import { SignIn } from "./sign_in.js";
 const THEME = "freestep-theme";
 const THEMES = ["auto", "light", "dark"];
 const AGAIN_MS = 2000;
+const LINK = "#sign-in=";
 
 class Shell {
   constructor() {
     this.main = document.getElementById("main");
     this.banner = document.getElementById("banner");
     this.session = null;
+    this.attempts = 0;
     this.page = null;
     this.trail = el("nav", { class: "trail", "aria-label": "Where you are" });
     this.who = el("span", { class: "who" });
@@ -24,31 +26,42 @@ class Shell {
     document.getElementById("bar").append(this.trail, this.who, this.themeButton, this.outButton);
     this.setTheme(localStorage.getItem(THEME) ?? "auto");
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
-    addEventListener("hashchange", () => {
+    addEventListener("hashchange", () => this.onHash());
+  }
+
+  /** Another page, or a link that signs in. */
+  onHash() {
+    if (location.hash.startsWith(LINK)) {
+      this.start();
+    } else if (this.session !== null) {
       this.route();
       // Who listens hears that it is another page.
       this.main.focus();
-    });
+    }
   }
 
+  /** Finds out who this browser is, by a link's code if it was opened with one. */
   async start() {
     const code = takeLinkCode();
+    const attempt = ++this.attempts;
     let reason = "";
-    for (;;) {
+    let session = null;
+    while (session === null) {
       try {
-        this.session = code === null ? await whoAmI() : await signIn({ code });
-        break;
+        session = code === null ? await whoAmI() : await signIn({ code });
       } catch (error) {
         if (error instanceof Away) {
           this.failed(error);
           await new Promise((done) => setTimeout(done, AGAIN_MS));
-          continue;
+        } else {
+          reason = error.message;
+          session = { scope: null };
         }
-        reason = error.message;
-        this.session = { scope: null };
-        break;
       }
     }
+    // A link that came meanwhile knows better.
+    if (attempt !== this.attempts) return;
+    this.session = session;
     this.answered();
     this.route(reason);
   }
@@ -86,7 +99,7 @@ class Shell {
       // No name of a run.
     }
     const compared = new URLSearchParams(query ?? "").getAll("with");
-    if (!isIn) this.page = new SignIn({ shell: this, reason: typeof reason === "string" ? reason : "" });
+    if (!isIn) this.page = new SignIn({ shell: this, reason });
     else if (run !== null) this.page = new RunPage(run, { session: this.session, shell: this, compared });
     else this.page = new Overview({ shell: this });
     document.title = run === null ? "freestep" : `${run} · freestep`;
