@@ -201,6 +201,59 @@ def test_an_act_takes_a_second_click(api: Api, open_page: OpenPage) -> None:
     assert api.status()["epoch"] == 2
 
 
+def twice(button: Locator) -> None:
+    """Presses a button that asks, and then answers it."""
+    made = button.element_handle()
+    assert made is not None
+    made.click()
+    made.click()
+
+
+def test_a_run_is_paused_and_goes_on(service: ThreadService, open_page: OpenPage, train: Train, run: str) -> None:
+    train(service, run)
+    page = open_page(service.url, f"#/runs/{run}")
+    reaches(page, 3)
+    twice(page.get_by_role("button", name="Pause", exact=True))
+    expect(page.get_by_text("Paused: pushes are refused")).to_be_visible()
+    expect(page.locator(".events")).to_contain_text("paused = true, by admin-token")
+    with Client(service.url) as client:
+        step = client.run(run).status().step
+        twice(page.get_by_role("button", name="Resume"))
+        expect(page.get_by_text("Paused: pushes are refused")).to_be_hidden()
+        wait_until(lambda: client.run(run).status().step > step + 3)
+
+
+def test_a_learning_rate_is_set(api: Api, open_page: OpenPage) -> None:
+    api.create()
+    page = open_page(api.url, f"#/runs/{api.run}")
+    setting = page.locator(".setting", has=page.get_by_label("lr", exact=True))
+    expect(setting.get_by_role("textbox")).to_have_value("0.5")
+    for given in ("-1", "much"):
+        setting.get_by_role("textbox").fill(given)
+        twice(setting.get_by_role("button"))
+        expect(page.get_by_role("alert").filter(has_text="lr" if given == "-1" else "is no value")).to_be_visible()
+    assert api.status()["control"]["optimizer"] == {}
+    setting.get_by_role("textbox").fill("0.25")
+    twice(setting.get_by_role("button"))
+    expect(page.locator(".events")).to_contain_text("optimizer.lr = 0.25, by admin-token")
+    assert api.status()["control"]["optimizer"]["lr"] == 0.25
+
+
+def test_a_workers_lease_is_ended(api: Api, open_page: OpenPage) -> None:
+    api.create()
+    for worker in ("<b>one</b>/x", "two"):
+        api.lease(worker)
+    page = open_page(api.url, f"#/runs/{api.run}")
+    twice(page.get_by_role("button", name="End: <b>one</b>/x"))
+    expect(row_of(page, "<b>one</b>/x")).to_have_attribute("data-state", "ended")
+    assert [worker["worker"] for worker in api.status()["workers"]] == ["two"]
+    api.lease("<b>one</b>/x")
+    twice(page.get_by_role("button", name="Ban 1 h: two"))
+    expect(row_of(page, "two")).to_have_attribute("data-state", "ended")
+    answer = api.http.post(api.path("/leases"), json={"worker": "two"})
+    assert answer.status_code == 403
+
+
 def test_what_is_refused_is_said(api: Api, open_page: OpenPage) -> None:
     api.create()
     page = open_page(api.url, f"#/runs/{api.run}")

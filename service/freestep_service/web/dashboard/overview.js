@@ -102,7 +102,7 @@ function makeCard({ run }) {
 
 function fill(row, status, seen, past) {
   const { spec } = status;
-  const paused = status.control?.paused ? "paused · " : "";
+  const paused = status.control.paused ? "paused · " : "";
   setText(row.facts, `${paused}${spec.optimizer.algorithm} · ${spec.aggregation.policy} · ${spec.durability} · ${short(status.parameter_count)} parameters · epoch ${status.epoch}`);
   const speed = speedOf(seen);
   const figures = [count(status.step), rate(speed), number(status.loss), steps(status.staleness), crashCost(status, speed).short];

@@ -169,7 +169,6 @@ export class RunPage {
     this.tell("Live workers", count(live));
     this.tell("A crash now would cost", cost.short);
     this.durability.show(cost, this.checkpoints);
-    this.workers.canEnd = this.status.control !== undefined;
     if (this.topology !== null) this.shards.show(this.topology);
     this.data.show(this.sets);
     this.pause.show(this.status);

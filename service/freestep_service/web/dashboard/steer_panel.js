@@ -29,9 +29,8 @@ export class SteerPanel {
     return told;
   }
 
-  /** Shows what is in force; a service that can change nothing says nothing of `control`. */
+  /** Shows what is in force. */
   show(status) {
-    if (status.control === undefined) return;
     this.showPause(status.control.paused);
     for (const name of OFFERED) {
       const own = status.control.optimizer[name];
@@ -74,5 +73,5 @@ function valueOf(text) {
 /** A line that says that the run takes no pushes. */
 export function pauseNote() {
   const element = el("p", { class: "paused" });
-  return { element, show(status) { setText(element, status.control?.paused ? "Paused: pushes are refused until the run is resumed." : ""); } };
+  return { element, show(status) { setText(element, status.control.paused ? "Paused: pushes are refused until the run is resumed." : ""); } };
 }

@@ -20,8 +20,6 @@ export class WorkersPanel {
     this.run = run;
     this.isAdmin = isAdmin;
     this.onAct = onAct;
-    /** Whether the service can end leases. */
-    this.canEnd = false;
     this.leases = [];
     this.readAt = 0;
     this.body = el("tbody");
@@ -49,7 +47,7 @@ export class WorkersPanel {
   /** Shows live workers and those that went last. at: null for now, else the time that is replayed. */
   show(record, at) {
     const items = at === null ? this.now(record) : replayedWorkers(record, at);
-    this.rows.show(items, (item) => item.worker, (row, item) => fill(row, item, at ?? Date.now(), this.canEnd));
+    this.rows.show(items, (item) => item.worker, (row, item) => fill(row, item, at ?? Date.now()));
     const live = items.filter((item) => !isGone(item)).length;
     setText(this.summary, `${count(live)} live` + (items.length > live ? `, and ${items.length - live} that went last` : ""));
     this.empty.hidden = items.length > 0;
@@ -120,7 +118,7 @@ export function stateOf(part) {
   return part < 0.5 ? "live" : part < 0.8 ? "quiet" : "late";
 }
 
-function fill(row, item, now, canEnd) {
+function fill(row, item, now) {
   const { cells } = row;
   row.element.dataset.state = item.state;
   setText(cells[0], item.worker);
@@ -135,7 +133,7 @@ function fill(row, item, now, canEnd) {
   setText(cells[7], rate(item.speed));
   setText(cells[8], item.samples ? number(item.samples) : "–");
   setText(cells[9], item.units ? count(item.units) : "–");
-  if (row.acts) row.acts.classList.toggle("none", hasGone || !canEnd);
+  if (row.acts) row.acts.classList.toggle("none", hasGone);
 }
 
 function isGone({ state }) {
