@@ -12,9 +12,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ALLOWED = {
-    "0BSD", "3-Clause BSD License", "Apache-2.0", "Apache Software License", "Apache 2.0 License", "BSD License", "BSD-2-Clause",
-    "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC License (ISCL)", "MIT", "MIT License", "MIT-0", "MIT-CMU",
-    "MPL-2.0", "Mozilla Public License 2.0 (MPL 2.0)", "PSF-2.0", "Python Software Foundation License", "Zlib",
+    "0BSD", "3-Clause BSD License", "Apache-2.0", "Apache Software License", "Apache 2.0 License", "BSD License",
+    "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC License (ISCL)", "MIT", "MIT License",
+    "MIT-0", "MIT-CMU", "MPL-2.0", "Mozilla Public License 2.0 (MPL 2.0)", "PSF-2.0",
+    "Python Software Foundation License", "Zlib",
 }  # fmt: skip
 """SPDX identifiers, and the names that older packages have for the same. MPL-2.0 concerns changed files alone."""
 CUDA = re.compile(r"(nvidia|cuda)-.*")

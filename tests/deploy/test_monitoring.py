@@ -107,6 +107,23 @@ def test_prometheus_takes_the_rules(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_prometheus_takes_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool, of Debian's package prometheus, is not installed")
+    rules = []
+    for number, (place, query) in enumerate(queries().items()):
+        if not place.startswith("variable"):
+            filled = query.replace("$__rate_interval", "5m").replace("$run", ".*").replace("$job", ".*")
+            rules.append({"record": f"query:{number}", "expr": filled})
+    # YAML has all of JSON.
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    command = [promtool, "check", "rules", str(tmp_path / "rules.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(rules)} rules found" in done.stdout
+
+
 def test_prometheus_takes_the_configuration(tmp_path: Path) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:

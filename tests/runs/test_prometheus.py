@@ -99,6 +99,24 @@ def test_a_push_is_measured_by_phase(lived: Api) -> None:
     assert value(lived, "freestep_run_problem") == 0
 
 
+def test_what_is_counted_later_begins_at_0(api: Api) -> None:
+    """Prometheus sees no rise in a series that begins at 1."""
+    api.create()
+    zeros = {line.rpartition(" ")[0] for line in api.http.get("/metrics").text.splitlines() if line.endswith(" 0.0")}
+    run = f'run="{api.run}"'
+    assert zeros >= {
+        f"freestep_checkpoint_failures_total{{{run}}}",
+        f"freestep_replays_total{{{run}}}",
+        *(f'freestep_leases_total{{change="{change}",{run}}}' for change in ("granted", "released", "expired")),
+        *(f'freestep_pushes_total{{decision="{each}",{run}}}' for each in ("applied", "accumulated", "dropped")),
+        *(
+            f'freestep_dropped_pushes_total{{reason="{reason}",{run}}}'
+            for reason in ("stale", "duplicate-worker", "norms-unknown", "other")
+        ),
+        "freestep_redis_failures_total",
+    }
+
+
 def test_each_shard_measures_its_part(
     shared_nodes: Callable[..., list[ThreadService]], connect: Callable[..., Api]
 ) -> None:

@@ -171,6 +171,9 @@ class RunMetrics:
         self._pushes = {decision: metrics.pushes.labels(run, decision) for decision in DECISIONS}
         self._push_seconds, self._staleness = metrics.push_seconds.labels(run), metrics.staleness.labels(run)
         self._phases = {phase: metrics.phase_seconds.labels(run, phase) for phase in PHASES}
+        self._dropped = {reason: metrics.dropped.labels(run, reason) for reason in (*_REASONS, "other")}
+        # Made before they count, since Prometheus sees no rise in a series that begins at 1.
+        self._replays, self._failures = metrics.replays.labels(run), metrics.checkpoint_failures.labels(run)
         self._leases = {change: metrics.leases.labels(run, change) for change in _CHANGES}
 
     def at(self, epoch: int, step: int) -> None:
@@ -184,8 +187,7 @@ class RunMetrics:
         self._pushes[record.decision].inc()
         self._push_seconds.observe(seconds)
         if record.decision == "dropped":
-            reason = record.reason if record.reason in _REASONS else "other"
-            self._metrics.dropped.labels(self._run, reason).inc()
+            self._dropped[record.reason if record.reason in _REASONS else "other"].inc()
         else:
             self._staleness.observe(record.staleness)
             self.staleness = _smooth(self.staleness, record.staleness)
@@ -223,7 +225,7 @@ class RunMetrics:
             self._metrics.loss.labels(self._run).set(self.loss)
 
     def replayed(self) -> None:
-        self._metrics.replays.labels(self._run).inc()
+        self._replays.inc()
 
     def sent(self, size: int) -> None:
         self._sent.inc(size)
@@ -267,7 +269,7 @@ class RunMetrics:
         self._metrics.forget(self._run)
 
     def checkpoint_failed(self) -> None:
-        self._metrics.checkpoint_failures.labels(self._run).inc()
+        self._failures.inc()
 
     def checkpointed(self, step: int, seconds: float) -> None:
         self._metrics.checkpoint_step.labels(self._run).set(step)
