@@ -274,6 +274,8 @@ def test_health_and_documents(api: Api) -> None:
         "/v1/runs/{run}/data/{name}/units",
         "/v1/runs/{run}/reshard",
         "/v1/runs/{run}/state",
+        "/v1/runs/{run}/events",
+        "/v1/runs/{run}/history",
         "/v1/runs/{run}/metrics",
         "/v1/runs/{run}/events",
         "/v1/runs/{run}/history",
