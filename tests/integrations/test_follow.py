@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import forked
-from freestep import InvalidSetting, Run
+from freestep import Client, InvalidSetting, Run
 from freestep.integrations.follow import follow
 from freestep.integrations.trackers import KINDS, Target, TrackerFailed
-from harness import ThreadService
+from harness import ProcessService, ThreadService
 from meanwhile import wait_until
 
 SPEC = {
@@ -194,6 +194,27 @@ def test_a_killed_one_leaves_no_gap(trained: Run, service: ThreadService, tmp_pa
         forked.join(process)
         push(trained, steps, 1)
     assert sorted(set(steps_in(folder))) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_it_goes_on_when_the_service_has_crashed(
+    start_process: Callable[..., ProcessService], name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    service = start_process()
+    with Client(service.url, retry_for=60) as client:
+        run = client.run(name)
+        run.create({**SPEC, "durability": "journal"})
+        run.initialize({"w": torch.zeros(2)})
+        push(run, 0, 2)
+        process, streams = following(run, service.url, tmp_path)
+        wait_until(lambda: steps_in(tmp_path / name) == [1, 2], deadline_s=60)
+        service.kill()
+        service.start()
+        push(run, 2, 2)
+        wait_until(lambda: steps_in(tmp_path / name) == [1, 2, 3, 4], deadline_s=60)
+        process.terminate()
+        assert forked.join(process) == 0, streams[2].read_text()
 
 
 def test_two_do_not_follow_by_one_file(trained: Run, tmp_path: Path) -> None:
