@@ -276,6 +276,7 @@ def test_health_and_documents(api: Api) -> None:
         "/v1/runs/{run}/state",
         "/v1/runs/{run}/events",
         "/v1/runs/{run}/history",
+        "/v1/runs/{run}/workers/{worker}",
         "/v1/runs/{run}/metrics",
         "/v1/runs/{run}/events",
         "/v1/runs/{run}/history",
@@ -294,7 +295,7 @@ def test_health_and_documents(api: Api) -> None:
 
 
 def test_an_unknown_path_is_a_problem_too(api: Api) -> None:
-    for answer, status in ((api.http.get("/v2"), 404), (api.http.patch(api.path()), 405)):
+    for answer, status in ((api.http.get("/v2"), 404), (api.http.post(api.path()), 405)):
         assert answer.status_code == status
         assert answer.headers["Content-Type"] == "application/problem+json"
         assert answer.json()["type"] == "about:blank"
