@@ -6,7 +6,16 @@ from collections.abc import Mapping
 
 import pytest
 
-from freestep.api.events import CheckpointEvent, EpochEvent, LeaseEvent, MetricEvent, PushEvent, RunEvent, UpdateEvent
+from freestep.api.events import (
+    CheckpointEvent,
+    ControlEvent,
+    EpochEvent,
+    LeaseEvent,
+    MetricEvent,
+    PushEvent,
+    RunEvent,
+    UpdateEvent,
+)
 from freestep.integrations.curves import Curves
 
 
@@ -66,6 +75,21 @@ def test_what_is_no_push_is_a_point_of_its_own() -> None:
         other(LeaseEvent, 4, "lease", change="granted", worker="w"),
     )
     assert points == [(3, {"run/epoch": 1}), (2, {"eval/acc": 0.5}), (4, {"run/checkpoint_step": 3})]
+
+
+def test_what_was_changed_is_a_point_of_its_numbers() -> None:
+    changes = {
+        "optimizer": {"lr": 0.25, "schedule": {"name": "linear"}},
+        "paused": True,
+        "aggregation": {"policy": "sync"},
+    }
+    worker = {"worker": "w", "ban": 60}
+    points = made(
+        Curves(),
+        other(ControlEvent, 3, "control", by="me", changes=changes),
+        other(ControlEvent, 4, "control", by="me", changes=worker),
+    )
+    assert points == [(3, {"control/optimizer/lr": 0.25, "control/paused": 1.0})]
 
 
 def test_an_epoch_voids_what_was_gathered() -> None:

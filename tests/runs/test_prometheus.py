@@ -107,7 +107,10 @@ def test_what_is_counted_later_begins_at_0(api: Api) -> None:
     assert zeros >= {
         f"freestep_checkpoint_failures_total{{{run}}}",
         f"freestep_replays_total{{{run}}}",
-        *(f'freestep_leases_total{{change="{change}",{run}}}' for change in ("granted", "released", "expired")),
+        *(
+            f'freestep_leases_total{{change="{change}",{run}}}'
+            for change in ("granted", "released", "ended", "expired")
+        ),
         *(f'freestep_pushes_total{{decision="{each}",{run}}}' for each in ("applied", "accumulated", "dropped")),
         *(
             f'freestep_dropped_pushes_total{{reason="{reason}",{run}}}'

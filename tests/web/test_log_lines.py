@@ -67,6 +67,9 @@ def lived(api: Api, worker: str) -> str:
     assert api.http.post(api.path("/checkpoints")).status_code == 201
     assert api.http.post(api.path("/checkpoints/1/restore")).status_code == 200
     api.lease("brief", ttl_ms=100)
+    assert api.http.patch(api.path(), json={"optimizer": {"lr": 0.125}}).status_code == 200
+    api.lease("unwanted")
+    assert api.http.delete(api.path("/workers/unwanted")).status_code == 200
     return "a-key"
 
 
@@ -87,6 +90,9 @@ def test_what_operators_ask_has_a_line(api: Api, service: ThreadService, caplog:
     assert f"run {api.run} went back to the checkpoint of step 1" in lines(step=1)
     assert [line for line in lines() if line.startswith(f"run {api.run} is created: sgd")]
     assert [line for line in lines() if line == f"run {api.run} is open: epoch 2, step 1"]
+    (changed,) = [line for line in lines() if " is changed by " in line]
+    assert changed.endswith(': {"optimizer":{"lr":0.125}}')
+    assert lines(worker="unwanted", change="ended")
     (refused,) = [each for each in caplog.records if vars(each).get("key") == "another"]
     assert vars(refused)["slug"] == "malformed-request"
     api.http.delete(api.path())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from freestep.api.events import CheckpointEvent, EpochEvent, MetricEvent, PushEvent, RunEvent, UpdateEvent
+from freestep.api.events import CheckpointEvent, ControlEvent, EpochEvent, MetricEvent, PushEvent, RunEvent, UpdateEvent
 
 __all__ = ["Curves", "Point"]
 
@@ -79,7 +79,7 @@ class Curves:
         return asdict(self._gathered)
 
     def points(self, event: RunEvent) -> Iterator[Point]:
-        """The points that an event leads to: of what pushes told, of a metric, of an epoch or of a checkpoint."""
+        """The points that an event leads to: of what pushes told, a metric, an epoch, a checkpoint or a change."""
         match event:
             case PushEvent():
                 self._gathered.add(event)
@@ -95,6 +95,9 @@ class Curves:
                 yield Point(event.step, {"run/epoch": event.epoch})
             case CheckpointEvent():
                 yield Point(event.step, {"run/checkpoint_step": event.written_step})
+            case ControlEvent() if "worker" not in event.changes:
+                if changed := dict(_numbers("control", event.changes)):
+                    yield Point(event.step, changed)
 
     def _made(self, step: int) -> Iterator[Point]:
         made_at = self._gathered.made_at
@@ -102,3 +105,12 @@ class Curves:
             metrics = self._gathered.metrics()
             self._gathered = _Gathered(step)
             yield Point(step, metrics)
+
+
+def _numbers(name: str, value: object) -> Iterator[tuple[str, float]]:
+    """The numbers in a document, by the names that lead to them."""
+    if isinstance(value, bool | int | float):
+        yield name, float(value)
+    elif isinstance(value, dict):
+        for key, member in value.items():
+            yield from _numbers(f"{name}/{key}", member)

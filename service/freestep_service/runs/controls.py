@@ -7,6 +7,7 @@ weights that came before it. What is refused has changed nothing.
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,6 +25,8 @@ from freestep_service.runs.log_appends import LogAppends
 from freestep_service.runs.owned_shards import OwnedShards
 
 __all__ = ["Controls"]
+
+logger = logging.getLogger("freestep")
 
 
 class Controls:
@@ -71,6 +74,7 @@ class Controls:
                 await self._count_memory(before)
                 raise
             if is_made:
+                logger.info("run %s is changed by %s: %s", self._context.name, by, asked, extra={"by": by})
                 self._is_unsaved = True
                 break
         await self._save()
@@ -120,6 +124,10 @@ class Controls:
                 break
             lease = found.newer_lease
         self._context.receipts.forget(found.evicted)
+        if found.had_lease:
+            self._context.telemetry.leased("ended")
+            fields = {"worker": worker, "change": "ended", "by": by}
+            logger.info("run %s: the lease of worker %s is ended by %s", self._context.name, worker, by, extra=fields)
         if found.had_lease and not self._shards.is_sharded:
             self._context.events.lease("ended", worker)
         if ban_s is not None:

@@ -24,7 +24,7 @@ _SMOOTHING = 0.1
 """Weight of the newest push in the moving averages."""
 _REASONS = ("stale", "duplicate-worker", "norms-unknown")
 """Why pushes are dropped; the label of any other is `other`."""
-_CHANGES = ("granted", "released", "expired")
+_CHANGES = ("granted", "released", "ended", "expired")
 """What happens to leases."""
 
 
