@@ -278,8 +278,6 @@ def test_health_and_documents(api: Api) -> None:
         "/v1/runs/{run}/history",
         "/v1/runs/{run}/workers/{worker}",
         "/v1/runs/{run}/metrics",
-        "/v1/runs/{run}/events",
-        "/v1/runs/{run}/history",
         "/v1/runs/{run}/parameters",
         "/v1/runs/{run}/leases",
         "/v1/runs/{run}/leases/{lease}",
