@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,16 +21,22 @@ from rich.console import Console
 
 from freestep import Client
 from freestep.api.models import Metric
+from freestep.demo.baselines import LEARNING_RATES, Baseline, Kind, train
 from freestep.demo.data import load
 from freestep.demo.evaluator import Evaluation
+from freestep.demo.exactly_once import Count, Told
 from freestep.demo.main import progress
 from freestep.demo.model import SmallConvNet
+from freestep.demo.options import end_between_steps
 from freestep.demo.plot import draw
 from freestep.demo.processes import Processes
 from freestep.demo.show import Show
 from freestep.demo.worker import shifted
 from harness import ProcessService
 from meanwhile import wait_until
+
+DEMO_S = 600
+"""Seconds for a whole demo on a busy machine: its run ends after two minutes, the rest takes what it takes."""
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +71,9 @@ def test_names_are_displayed_as_they_are(plain: bool, capsys: pytest.CaptureFixt
         show.update(evaluation, 0.5)
         show.show_event("gpu[/0] killed")
     text = file.getvalue() + capsys.readouterr().out
-    expected = ["http://[/x]:8000", "gpu[/0] killed"] + ([] if plain else ["gpu[/0] (7 pushes)  [red]:x: (8 pushes)"])
+    expected = ["gpu[/0] killed"]
+    if not plain:
+        expected += ["http://[/x]:8000", "gpu[/0] (7 pushes)  [red]:x: (8 pushes)"]
     assert [each for each in expected if each not in text] == []
 
 
@@ -85,20 +94,23 @@ def evaluation(number: int) -> Evaluation:
         x_step=100 * number,
         x_accuracy=1 - 0.5 / (1 + number),
         x_loss=1 / (1 + number),
+        x_training_loss=0.5 / (1 + number),
         y_step=100 * number,
         y_accuracy=1 - 0.6 / (1 + number),
         y_loss=2 / (1 + number),
+        y_training_loss=1 / (1 + number),
     )
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
-    draw([evaluation(number) for number in range(5)], [(1002.0, "killed")], 1000.0, tmp_path / "plot.png")
+    baselines = [Baseline(kind, 40 * each, 0.9, 0.3, 0.2) for kind in LEARNING_RATES for each in range(10)]
+    draw([evaluation(number) for number in range(5)], [(1002.0, "killed")], baselines, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("step", "seconds", "expected"),
-    [(0, 0.0, 0.0), (3000, 30.0, 0.5), (6500, 30.0, 1.0), (6500, 10.0, 0.5), (100, 60.0, 0.5), (100, 130.0, 1.0)],
+    [(0, 0.0, 0.0), (2000, 30.0, 0.5), (4500, 30.0, 1.0), (4500, 10.0, 0.5), (100, 60.0, 0.5), (100, 130.0, 1.0)],
 )
 def test_progress_goes_by_steps_within_bounds_of_time(step: int, seconds: float, expected: float) -> None:
     assert progress(step, seconds) == pytest.approx(expected)
@@ -197,18 +209,73 @@ def test_a_worker_and_an_evaluator_ride_out_a_restart(
     assert evaluator.poll() is None
 
 
+@pytest.mark.parametrize("kind", LEARNING_RATES)
+def test_a_baseline_spends_its_budget(kind: Kind, digits_file: Path) -> None:
+    found = list(train(kind, load(digits_file), 4, lr=0.001))
+    assert [each.step for each in found] == [0, 1, 2, 3, 4]
+    assert {each.kind for each in found} == {kind}
+    assert found[-1].training_loss != found[0].training_loss
+    assert found == list(train(kind, load(digits_file), 4, lr=0.001))
+
+
+def test_acknowledged_pushes_are_told_one_by_one(tmp_path: Path) -> None:
+    for _ in range(2):
+        with Told(tmp_path / "worker") as told:
+            told.note()
+            assert (tmp_path / "worker").read_bytes()[-1:] == b"."
+    assert (tmp_path / "worker").stat().st_size == 2
+
+
+@pytest.mark.parametrize(
+    ("acknowledged", "weights", "text"),
+    [
+        (1200, 1200, "pushes acknowledged     1,200\npushes in the weights   1,200: equal"),
+        (1200, 1201, "pushes acknowledged     1,200\nunder way at the kill   1\npushes in the weights   1,201: equal"),
+        (1200, 1202, "pushes acknowledged     1,200\npushes in the weights   1,202: NOT EQUAL"),
+        (1200, 1199, "pushes acknowledged     1,200\npushes in the weights   1,199: NOT EQUAL"),
+    ],
+    ids=["equal", "one that nobody was told of", "one too many", "one is lost"],
+)
+def test_pushes_have_to_be_in_the_weights_once(acknowledged: int, weights: int, text: str) -> None:
+    count = Count(acknowledged, weights, killed=1)
+    assert str(count) == text
+    assert count.agrees == ("NOT" not in text)
+
+
+def test_a_worker_that_is_told_to_end_takes_its_step() -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    try:
+        ending = end_between_steps()
+        signal.raise_signal(signal.SIGTERM)
+        assert ending.is_set()
+        # And where the service is away for longer, it ends all the same.
+        assert signal.alarm(0) > 0
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGALRM)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.evidence
 @pytest.mark.slow
+@pytest.mark.timeout(DEMO_S + 30)
 def test_the_demo_from_beginning_to_end(tmp_path: Path) -> None:
     (tmp_path / "out" / "service").mkdir(parents=True)
     (tmp_path / "out" / "service" / "mine").touch()
     command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEMO_S)
     assert done.returncode == 0, done.stdout + (tmp_path / "out" / "processes.log").read_text()
     for event in ("worker-2 killed", "worker-5 joined"):
         assert event in done.stdout
-    history = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    first, *_, last = done.stdout.splitlines()
+    assert re.fullmatch(r"the service is at (http://127\.0\.0\.1:\d+), and its dashboard at \1/", first)
+    assert re.fullmatch(r"pushes in the weights   [\d,]+: equal", last)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    history = [line for line in lines if "kind" not in line]
     assert history[-1]["x_accuracy"] >= 0.95
+    ends = {line["kind"]: line for line in lines if "kind" in line and line["step"] == history[-1]["step"]}
+    assert sorted(ends) == ["constant", "cosine"] and all(end["accuracy"] >= 0.95 for end in ends.values())
     assert (tmp_path / "out" / "plot.png").exists()
     assert (tmp_path / "out" / "service" / "mine").exists(), "the demo removed what is not its own"
     assert "Traceback" not in (tmp_path / "out" / "processes.log").read_text()

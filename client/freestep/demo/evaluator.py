@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +23,19 @@ from freestep.demo.options import NOT_NOW, await_run, end_on_signals, parser
 from freestep.errors import EpochChanged, IdempotencyConflict
 from freestep.run import Run
 
-__all__ = ["Evaluation", "evaluate", "main", "tested"]
+__all__ = ["Evaluation", "Worth", "evaluate", "main", "worth"]
 
 _PATIENCE_S = 5.0
+_TRAINED_ON = 1000
+"""So many of the images that are trained on are evaluated, as they are: workers shift them."""
+
+
+class Worth(NamedTuple):
+    """What a model is worth: accuracy and loss on the test images, and loss on images that are trained on."""
+
+    accuracy: float
+    loss: float
+    training_loss: float
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class Evaluation:
     """The result of one evaluation.
 
     time: seconds since 1970. workers: pushes by worker. x_accuracy, y_accuracy: on the test images, from 0 to 1.
-    x_loss, y_loss: mean cross entropy on the test images. train_loss, staleness: the service's moving averages.
+    x_loss, y_loss: mean cross entropy on the test images. x_training_loss, y_training_loss: the same on images that
+    are trained on. train_loss, staleness: the service's moving averages.
     """
 
     time: float
@@ -44,9 +56,11 @@ class Evaluation:
     x_step: int
     x_accuracy: float
     x_loss: float
+    x_training_loss: float
     y_step: int
     y_accuracy: float
     y_loss: float
+    y_training_loss: float
 
     def __str__(self) -> str:
         loss = "-" if self.train_loss is None else f"{self.train_loss:.3f}"
@@ -60,8 +74,7 @@ def evaluate(run: Run, model: SmallConvNet, digits: Digits) -> Evaluation:
     """Pulls x and y, and evaluates the model with each."""
     status = run.status()
     (x, x_step), (y, y_step) = run.pull("x"), run.pull("y")
-    x_accuracy, x_loss = tested(model, x, digits)
-    y_accuracy, y_loss = tested(model, y, digits)
+    of_x, of_y = worth(model, x, digits), worth(model, y, digits)
     return Evaluation(
         time=time.time(),
         epoch=status.epoch,
@@ -70,20 +83,24 @@ def evaluate(run: Run, model: SmallConvNet, digits: Digits) -> Evaluation:
         staleness=status.staleness,
         train_loss=status.loss,
         x_step=x_step,
-        x_accuracy=x_accuracy,
-        x_loss=x_loss,
+        x_accuracy=of_x.accuracy,
+        x_loss=of_x.loss,
+        x_training_loss=of_x.training_loss,
         y_step=y_step,
-        y_accuracy=y_accuracy,
-        y_loss=y_loss,
+        y_accuracy=of_y.accuracy,
+        y_loss=of_y.loss,
+        y_training_loss=of_y.training_loss,
     )
 
 
 @torch.no_grad()
-def tested(model: SmallConvNet, parameters: Mapping[str, Tensor], digits: Digits) -> tuple[float, float]:
-    """Accuracy and mean cross entropy of the model with these parameters, on the test images."""
+def worth(model: SmallConvNet, parameters: Mapping[str, Tensor], digits: Digits) -> Worth:
+    """What the model is worth with these parameters."""
     logits = functional_call(model, dict(parameters), (digits.test_images,))
     accuracy = (logits.argmax(1) == digits.test_labels).float().mean()
-    return float(accuracy), float(cross_entropy(logits, digits.test_labels))
+    trained_on = functional_call(model, dict(parameters), (digits.train_images[:_TRAINED_ON],))
+    training_loss = cross_entropy(trained_on, digits.train_labels[:_TRAINED_ON])
+    return Worth(float(accuracy), float(cross_entropy(logits, digits.test_labels)), float(training_loss))
 
 
 def main() -> None:

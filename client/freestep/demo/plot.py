@@ -12,13 +12,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from freestep.demo.baselines import Tested
+from freestep.demo.baselines import Baseline
 from freestep.demo.evaluator import Evaluation
 
-__all__ = ["draw"]
+__all__ = ["LABELS", "draw"]
 
 _COLOURS = {"x": "#1f5fbf", "y": "#d9822b", "constant": "#2e8b57", "cosine": "#7a4fa3"}
-_LABELS = {
+LABELS = {
     "x": "x, the average: the service's model at every moment",
     "y": "y, where its workers take gradients",
     "constant": "one process, constant rate",
@@ -27,7 +27,7 @@ _LABELS = {
 
 
 def draw(
-    history: Sequence[Evaluation], events: Sequence[tuple[float, str]], baselines: Sequence[Tested], file: Path
+    history: Sequence[Evaluation], events: Sequence[tuple[float, str]], baselines: Sequence[Baseline], file: Path
 ) -> None:
     """Writes the plot; `events` are times, in seconds since 1970, and texts.
 
@@ -35,32 +35,35 @@ def draw(
     """
     began = history[0].time
     times = [each.time - began for each in history]
-    figure, (losses, accuracies) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7.5), layout="constrained")
+    figure, (trained, losses, accuracies) = pyplot.subplots(3, 1, sharex=True, figsize=(9, 10), layout="constrained")
     for kind in ("constant", "cosine"):
         found = [each for each in baselines if each.kind == kind and each.step >= history[0].step]
         at = numpy.interp([each.step for each in found], [each.step for each in history], times)
-        options = {"color": _COLOURS[kind], "label": _LABELS[kind], "linewidth": 1.2, "linestyle": "-."}
+        options = {"color": _COLOURS[kind], "label": LABELS[kind], "linewidth": 1.2, "linestyle": "-."}
+        trained.plot(at, [each.training_loss for each in found], **options)
         losses.plot(at, [each.loss for each in found], **options)
         accuracies.plot(at, [100 * each.accuracy for each in found], **options)
     for point in ("y", "x"):
-        options = {"color": _COLOURS[point], "label": _LABELS[point], "linewidth": 2.2 if point == "x" else 1.2}
+        options = {"color": _COLOURS[point], "label": LABELS[point], "linewidth": 2.2 if point == "x" else 1.2}
+        trained.plot(times, [getattr(each, f"{point}_training_loss") for each in history], **options)
         losses.plot(times, [getattr(each, f"{point}_loss") for each in history], **options)
         accuracies.plot(times, [100 * getattr(each, f"{point}_accuracy") for each in history], **options)
-    losses.set_yscale("log")
-    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    losses.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-    losses.yaxis.set_minor_formatter(NullFormatter())
-    losses.set_ylabel("test loss")
-    losses.set_title(f"Schedule-Free over HTTP: {history[-1].step:,} steps by several workers")
+    for axes, what in ((trained, "training loss"), (losses, "test loss")):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel(what)
+    trained.set_title(f"Schedule-Free over HTTP: {history[-1].step:,} steps by several workers")
     accuracies.set_ylabel("test accuracy, %")
     accuracies.set_xlabel("seconds since the first evaluation")
     accuracies.set_ylim(max(0.0, 100 * min(each.x_accuracy for each in history[1:] or history) - 5), 100)
-    for axes in (losses, accuracies):
+    for axes in (trained, losses, accuracies):
         axes.grid(alpha=0.3, which="both")
         for when, _ in events:
             axes.axvline(when - began, color="#555555", linestyle="--", linewidth=1)
     for when, what in events:
-        losses.annotate(
+        trained.annotate(
             what,
             (when - began, 0.98),
             xycoords=("data", "axes fraction"),
