@@ -1,8 +1,8 @@
 """Judges the history of a run under faults: pure functions of what clients know and of the weights that were served.
 
-The run is plain SGD with learning rate 1, and every push moves a coordinate of its own from 0 to `scale`, by numbers
-that floats hold exactly. So the weights say which pushes moved them, and how often: what a receipt promised is compared
-with what the weights have.
+The run is plain SGD, and every push moves a coordinate of its own from 0 to `scale` times the rate in force, by
+numbers that floats hold exactly, and of which none is the sum of others. So the weights say which pushes moved them,
+how often, and by which rate: what a receipt promised is compared with what the weights have.
 
 A run under durability `checkpoint` or `none` may go back, in a new epoch, to a step that nobody tells clients. But what
 is lost must be the end of what there was: if a push of an epoch survives, so do all before it. `_Restores` draws that
@@ -44,16 +44,30 @@ def check(history: History, rules: Rules) -> list[str]:
 
 
 def every_push_counts_once(history: History, rules: Rules) -> Iterator[str]:
-    """No coordinate has another value than 0 or `scale`, on any shard; and what moved the weights was sent before."""
+    """A coordinate is 0, or moved once, by one rate on all shards; and what moved the weights was sent before."""
+    moves = [{rules.scale * change.lr} for change in history.changes]
     for pull in history.pulls:
         for coordinate, values in pull.values.items():
-            if set(values) != {rules.scale}:
+            if set(values) not in moves:
                 yield f"{_named(pull)}: push {coordinate} counts {[each / rules.scale for each in values]} times"
             push = history.pushes.get(coordinate)
             if push is None:
                 yield f"{_named(pull)}: nobody sent push {coordinate}, which is in the weights"
             elif push.began > pull.answered:
                 yield f"{_named(pull)}: push {coordinate} is in weights that were served before it was sent"
+
+
+def pushes_move_by_the_rate_in_force(history: History, rules: Rules) -> Iterator[str]:
+    """A push moves the weights by a rate that was in force after it was sent and before it was seen.
+
+    A rate that the service has said to be in force is so from then on, whatever dies, until another is.
+    """
+    for pull in history.pulls:
+        for coordinate, values in pull.values.items():
+            push = history.pushes.get(coordinate)
+            rates = history.rates(push.began, pull.answered) if push is not None else set()
+            if rates and not {value / rules.scale for value in values} <= rates:
+                yield f"{_named(pull)}: push {coordinate} moved the weights by {values}, and the rate was of {rates}"
 
 
 def steps_count_pushes(history: History, rules: Rules) -> Iterator[str]:
@@ -255,6 +269,7 @@ def data_tells_the_weights(history: History, rules: Rules) -> Iterator[str]:
 
 _LAWS: list[Callable[[History, Rules], Iterable[str]]] = [
     every_push_counts_once,
+    pushes_move_by_the_rate_in_force,
     steps_count_pushes,
     receipts_tell_the_weights,
     refused_pushes_change_nothing,

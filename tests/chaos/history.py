@@ -18,6 +18,7 @@ from typing import Any
 __all__ = [
     "Admitted",
     "Attempt",
+    "Change",
     "Claimed",
     "DataLook",
     "Grant",
@@ -142,6 +143,15 @@ class Admitted:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A learning rate that was set. answered: when the service had said that it is in force; else it may come yet."""
+
+    lr: float
+    asked: int
+    answered: int = NEVER
+
+
+@dataclass(frozen=True)
 class Claimed:
     """Units that a lease was handed out."""
 
@@ -197,6 +207,17 @@ class History:
     looks: list[DataLook] = field(default_factory=list)
     admissions: list[Admitted] = field(default_factory=list)
     taken_back: list[tuple[int, int]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=lambda: [Change(1.0, -2, -1)])
+    """The rates that were set, and before them the one that the run began with."""
+
+    def rates(self, began: int, ended: int) -> set[float]:
+        """The learning rates that may have been in force between two moments."""
+        return {
+            each.lr
+            for each in self.changes
+            if each.asked < ended
+            and not any(each.answered < later.asked and later.answered < began for later in self.changes)
+        }
 
     def may_be_forgotten(self, call: Grant | Claimed) -> bool:
         """Whether Redis may have lost what a call changed: leases, and who has which units, are kept there alone."""
@@ -206,9 +227,10 @@ class History:
     def of(cls, lines: Iterable[Line]) -> History:
         """The history that lines in any order tell."""
         history, begun, attempts = cls(), {}, {}
+        changed: dict[str, int] = {}
         for line in sorted(lines, key=lambda line: line["at"]):
             match line["kind"]:
-                case "ask" | "pulling" | "claiming" | "admitting" | "taking-back":
+                case "ask" | "pulling" | "claiming" | "admitting" | "taking-back" | "changing":
                     begun[line["id"]] = line
                 case "send":
                     attempts[line["id"]] = history._sent(line)
@@ -231,6 +253,8 @@ class History:
                     history.seen.append(line)
                 case "taken-back":
                     history.taken_back.append((begun[line["id"]]["at"], line["at"]))
+                case "changed":
+                    changed[line["id"]] = line["at"]
                 case "stuck":
                     history.stuck.append(line["what"])
                 case "admitted":
@@ -242,6 +266,9 @@ class History:
                 case "data":
                     place = line["epoch"], line["step"], line["units"], line["passes_done"]
                     history.looks.append(DataLook(*place, {of_pass: done for of_pass, done in line["passes"]}))
+        for call, asked in begun.items():
+            if asked["kind"] == "changing":
+                history.changes.append(Change(asked["lr"], asked["at"], changed.get(call, NEVER)))
         return history
 
     def _sent(self, line: Line) -> Attempt:

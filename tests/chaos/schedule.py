@@ -8,7 +8,7 @@ from typing import Any
 
 from chaos.service import BETWEEN, POINTS
 
-__all__ = ["Fault", "Schedule", "scheduled"]
+__all__ = ["RATES", "Fault", "Schedule", "scheduled"]
 
 _SECONDS = 3.0
 """For which faults begin."""
@@ -18,6 +18,8 @@ _POLICIES: list[tuple[dict[str, Any], int]] = [
     ({"policy": "buffered", "batch": 2}, 2),
 ]
 """Policies, and how many pushes are in an update."""
+RATES = (0.75, 0.875, 1.0)
+"""Learning rates that are set: floats hold them exactly, and none is twice another, nor the sum of two."""
 _STORES = ("embedded", "valkey", "appending")
 """Where Redis is: the service's own; another that keeps nothing on disk; one that keeps every command."""
 
@@ -80,6 +82,12 @@ def scheduled(seed: int) -> Schedule:
             point = "flushing"
         point = f"{point} {chance.randrange(1, 6)} {action}"
         faults.append(Fault(round(chance.uniform(0.1, 1.0), 2), "point", chance.randrange(processes), detail=point))
+    if durability != "none":
+        # Without checkpoints a change is lost with the weights. Its own chance: else every seed were another schedule.
+        changing = random.Random(f"changes {seed}")
+        for rate in changing.sample(RATES, changing.randrange(1, 4)):
+            at_s = round(changing.uniform(0.1, _SECONDS), 2)
+            faults.append(Fault(at_s, "change", changing.randrange(processes), detail=str(rate)))
     faults.sort(key=lambda fault: fault.at_s)
     ending = "restart" if seed % 3 == 0 else "none"
     return Schedule(

@@ -24,6 +24,7 @@ from chaos.history import Recorder
 from freestep.cli import main as freestep
 from freestep_service.coordination.pushes import RunPushes
 from freestep_service.coordination.store import Store
+from freestep_service.domain.control import ControlChange
 from freestep_service.domain.data_sets import DataSets
 from freestep_service.domain.records import Admission, Behind, Claim, Owner
 from freestep_service.runs.local_shard import LocalShard
@@ -255,12 +256,24 @@ def make_nothing_durable(disk: Disk) -> None:
     disk.honest_calls = 5
 
 
+def miss_changes(disk: Disk) -> None:
+    """The first shard goes on as if nothing had been changed."""
+    change = Shard._change
+
+    def changed(self: Shard, made: ControlChange) -> None:
+        if self.manifest.begin:
+            change(self, made)
+
+    Shard._change = changed  # type: ignore[method-assign]
+
+
 BUGS: dict[str, Callable[[Disk], None]] = {
     "deduplication": forget_receipts,
     "fencing": fence_nobody,
     "release": release_early,
     "units": repeat_units,
     "fsync": make_nothing_durable,
+    "changes": miss_changes,
 }
 
 

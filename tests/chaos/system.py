@@ -21,7 +21,7 @@ from chaos.store import LEASE_MS, PATIENCE_S, Store
 from chaos.worker import NAMES, Clients
 from forked import Script
 from freestep.api.token_form import make_token
-from meanwhile import wait_until
+from meanwhile import under_way, wait_until
 from ports import free_port
 
 __all__ = ["System"]
@@ -202,6 +202,9 @@ class System:
                 self.relays[fault.where].delay_s = 0.1
             case "disk":
                 self._fill()
+            case "change":
+                # The service may be away, and other faults do not wait for it.
+                under_way(lambda: self.clients.change(float(fault.detail)))
             case _:
                 self.store.inject(fault)
 

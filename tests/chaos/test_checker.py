@@ -12,6 +12,7 @@ from chaos.checker import Rules, check
 from chaos.history import (
     Admitted,
     Attempt,
+    Change,
     Claimed,
     DataLook,
     Grant,
@@ -44,6 +45,15 @@ def pull(at: int, step: int, *coordinates: int, epoch: int = 1, reader: str = "r
     return Pull(reader, epoch, step, {each: (value,) * 3 for each in coordinates}, at, at + 1)
 
 
+def moved(at: int, values: dict[int, float]) -> Pull:
+    """Weights with coordinates that rates have moved by different values."""
+    return Pull("r", 1, len(values), {each: (value,) * 3 for each, value in values.items()}, at, at + 1)
+
+
+FIRST = Change(1.0, -2, -1)
+"""The rate that a run begins with."""
+
+
 def history(pushes: list[Push], *pulls: Pull) -> History:
     made = History({each.coordinate: each for each in pushes}, [Grant("w", 1, 1, 0, 0, 1)], list(pulls))
     made.grants += [Grant("w", 2, 2, 0, 500, 501)] if any(each.epoch == 2 for each in [*pushes, *pulls]) else []
@@ -69,6 +79,12 @@ SOUND: dict[str, Callable[[], History]] = {
     ),
     "units that count once": lambda: with_units({1: (0, 1), 2: (2,)}, BOTH, look=DataLook(1, 2, 2, 1, {1: 1})),
     "units that others had before": lambda: with_units({1: (0,)}, Claimed(2, (0,), 2, 3), Claimed(1, (0,), 4, 5)),
+    "rates that were set": lambda: replace(
+        history([push(1, 1, 10), push(2, 2, 20)], moved(30, {1: 1.0, 2: 0.75})), changes=[FIRST, Change(0.75, 12, 14)]
+    ),
+    "a rate that may have been set": lambda: replace(
+        history([push(1, 1, 10), push(2, 2, 20)], moved(30, {1: 1.0, 2: 0.75})), changes=[FIRST, Change(0.75, 12)]
+    ),
     "a dropped push": lambda: history([push(1, 0, 10, decision="dropped")], pull(30, 0)),
     "a newer lease that Redis has lost": lambda: replace(
         history([push(1, 1, 10)], pull(30, 1, 1)),
@@ -102,6 +118,29 @@ UNSOUND: dict[str, tuple[Callable[[], History], Rules, str]] = {
         lambda: history([push(1, 1, 10)], replace(pull(30, 1), values={1: (1.0, 0.0, 1.0)})),
         CHECKPOINT,
         "push 1 counts [1.0, 0.0, 1.0] times",
+    ),
+    "a rate that nobody set": (
+        lambda: history([push(1, 1, 10)], moved(30, {1: 0.75})),
+        CHECKPOINT,
+        "push 1 counts [0.75, 0.75, 0.75] times",
+    ),
+    "a rate that was lost": (
+        lambda: replace(history([push(1, 1, 10)], pull(30, 1, 1)), changes=[FIRST, Change(0.75, 2, 4)]),
+        CHECKPOINT,
+        "moved the weights by (1.0, 1.0, 1.0), and the rate was of {0.75}",
+    ),
+    "a rate before it was set": (
+        lambda: replace(history([push(1, 1, 10)], moved(30, {1: 0.75})), changes=[FIRST, Change(0.75, 40, 41)]),
+        CHECKPOINT,
+        "moved the weights by (0.75, 0.75, 0.75), and the rate was of {1.0}",
+    ),
+    "a rate of some shards": (
+        lambda: replace(
+            history([push(1, 1, 10)], Pull("r", 1, 1, {1: (1.0, 0.75, 1.0)}, 30, 31)),
+            changes=[FIRST, Change(0.75, 11, 12)],
+        ),
+        CHECKPOINT,
+        "push 1 counts [1.0, 0.75, 1.0] times",
     ),
     "from nowhere": (lambda: history([], pull(30, 1, 7)), CHECKPOINT, "nobody sent push 7"),
     "before it was sent": (

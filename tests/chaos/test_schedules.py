@@ -27,6 +27,7 @@ OBJECTIONS = {
     "release": ("counts [", "is missing"),
     "units": ("counts 2 times",),
     "fsync": ("is missing", "is lost"),
+    "changes": ("counts [", "and the rate was of"),
 }
 """What tells of a bug."""
 
@@ -52,6 +53,7 @@ def fit_for(bug: str) -> Iterator[Schedule]:
         made = scheduled(seed)
         meets = {
             "fencing": any(fault.kind == "worker-twin" for fault in made.faults),
+            "changes": any(fault.kind == "change" for fault in made.faults),
             # Another store would know that something is lost, and the service would refuse to go on without it.
             "fsync": made.durability == "journal"
             and made.store == "embedded"

@@ -91,6 +91,16 @@ class Clients:
         self.recorder.write("pulled", id=call, **place, whole=as_ranges(whole), value=value, odd=odd)
         return place["epoch"], place["step"]
 
+    def change(self, lr: float) -> None:
+        """Sets the learning rate; its answer promises that it is in force, and stays so."""
+        call = self.recorder.begin("changing", lr=lr)
+        try:
+            answer = self.http.patch(self.url(), json={"optimizer": {"lr": lr}})
+        except httpx.TransportError:
+            return
+        if answer.status_code == 200:
+            self.recorder.write("changed", id=call)
+
     def create_data(self) -> None:
         with suppress(httpx.TransportError):
             self.http.put(f"{self.url()}/data/{_DATA}", json={"length": _UNITS, "unit": 1, "passes": None})
