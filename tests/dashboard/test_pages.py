@@ -237,6 +237,18 @@ def test_a_learning_rate_is_set(api: Api, open_page: OpenPage) -> None:
     twice(setting.get_by_role("button"))
     expect(page.locator(".events")).to_contain_text("optimizer.lr = 0.25, by admin-token")
     assert api.status()["control"]["optimizer"]["lr"] == 0.25
+    api.http.patch(api.path(), json={"aggregation": {"policy": "ringmaster"}})
+    expect(page.locator(".facts").first).to_contain_text("ringmaster")
+
+
+def test_the_rate_of_a_wrapped_optimizer_is_set(api: Api, open_page: OpenPage) -> None:
+    api.create(optimizer={"algorithm": "schedule_free_wrapper", "base": {"algorithm": "sgd", "lr": 0.5}})
+    page = open_page(api.url, f"#/runs/{api.run}")
+    setting = page.locator(".setting", has=page.get_by_label("base.lr"))
+    setting.get_by_role("textbox").fill("0.25")
+    twice(setting.get_by_role("button"))
+    expect(page.locator(".events")).to_contain_text("optimizer.base.lr = 0.25")
+    assert api.status()["control"]["optimizer"]["base"]["lr"] == 0.25
 
 
 def test_a_workers_lease_is_ended(api: Api, open_page: OpenPage) -> None:
@@ -250,8 +262,11 @@ def test_a_workers_lease_is_ended(api: Api, open_page: OpenPage) -> None:
     api.lease("<b>one</b>/x")
     twice(page.get_by_role("button", name="Ban 1 h: two"))
     expect(row_of(page, "two")).to_have_attribute("data-state", "ended")
-    answer = api.http.post(api.path("/leases"), json={"worker": "two"})
-    assert answer.status_code == 403
+    assert slug(api.http.post(api.path("/leases"), json={"worker": "two"})) == "worker-suspended"
+    expect(page.locator(".refused")).to_contain_text("two gets no lease, for 59 min")
+    twice(page.get_by_role("button", name="Lift: two"))
+    expect(page.locator(".refused")).not_to_contain_text("two")
+    api.lease("two")
 
 
 def test_what_is_refused_is_said(api: Api, open_page: OpenPage) -> None:

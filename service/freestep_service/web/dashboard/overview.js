@@ -5,6 +5,7 @@ import { crashCost } from "./durability_panel.js";
 import { Rows, el, setText } from "./dom.js";
 import { count, number, plural, rate, short, steps } from "./format.js";
 import { Poll } from "./polling.js";
+import { inForce } from "./steer_panel.js";
 import { readHistory } from "./run_history.js";
 import { call } from "./session.js";
 
@@ -101,7 +102,7 @@ function makeCard({ run }) {
 }
 
 function fill(row, status, seen, past) {
-  const { spec } = status;
+  const spec = inForce(status);
   const paused = status.control.paused ? "paused · " : "";
   setText(row.facts, `${paused}${spec.optimizer.algorithm} · ${spec.aggregation.policy} · ${spec.durability} · ${short(status.parameter_count)} parameters · epoch ${status.epoch}`);
   const speed = speedOf(seen);

@@ -4,7 +4,7 @@ import { CurvesPanel } from "./curves_panel.js";
 import { DataPanel } from "./data_panel.js";
 import { DecisionsPanel, StalenessPanel } from "./decisions_panel.js";
 import { DurabilityPanel, ShardsPanel, crashCost } from "./durability_panel.js";
-import { SteerPanel, pauseNote } from "./steer_panel.js";
+import { SteerPanel, inForce, pauseNote } from "./steer_panel.js";
 import { Timeline } from "./timeline.js";
 import { WorkersPanel } from "./workers_panel.js";
 import { el, setText } from "./dom.js";
@@ -172,6 +172,7 @@ export class RunPage {
     if (this.topology !== null) this.shards.show(this.topology);
     this.data.show(this.sets);
     this.pause.show(this.status);
+    this.workers.showRefused(this.status);
     this.steer?.show(this.status);
   }
 
@@ -180,7 +181,8 @@ export class RunPage {
   }
 
   showFacts() {
-    const { spec, parameter_count, epoch, shards, scheduled_lr } = this.status;
+    const { parameter_count, epoch, shards, scheduled_lr } = this.status;
+    const spec = inForce(this.status);
     const learning = Object.entries(scheduled_lr).map(([group, lr]) => (group === "default" ? number(lr) : `${group} ${number(lr)}`));
     const facts = [
       spec.optimizer.algorithm, spec.aggregation.policy, `durability ${spec.durability}`, `${short(parameter_count)} parameters`,

@@ -4,7 +4,14 @@ import { card, el, setText } from "./dom.js";
 import { setting, twice } from "./acts.js";
 import { call, runPath } from "./session.js";
 
-const OFFERED = ["lr", "weight_decay", "momentum", "betas", "max_grad_norm"];
+const OFFERED = ["lr", "base.lr", "weight_decay", "momentum", "betas", "max_grad_norm"];
+
+/** What a run's spec is with what has been changed since. */
+export function inForce({ spec, control }) {
+  return {
+    ...spec, optimizer: { ...spec.optimizer, ...control.optimizer }, aggregation: { ...spec.aggregation, ...control.aggregation },
+  };
+}
 
 export class SteerPanel {
   constructor(run, { onAct, onDeleted }) {
@@ -33,8 +40,7 @@ export class SteerPanel {
   show(status) {
     this.showPause(status.control.paused);
     for (const name of OFFERED) {
-      const own = status.control.optimizer[name];
-      const value = own === undefined ? status.spec.optimizer[name] : own;
+      const value = name.split(".").reduce((document, member) => document?.[member], inForce(status).optimizer);
       if (value !== undefined) this.showSetting(name, JSON.stringify(value));
     }
   }
@@ -49,7 +55,7 @@ export class SteerPanel {
 
   showSetting(name, text) {
     if (!this.settings.has(name)) {
-      const act = (given) => this.change({ optimizer: { [name]: valueOf(given) } }, `${name} is ${given} now`);
+      const act = (given) => this.change({ optimizer: nested(name, valueOf(given)) }, `${name} is ${given} now`);
       const made = setting(name, { value: text }, `Set ${name}?`, act);
       made.shown = text;
       this.settings.set(name, made);
@@ -60,6 +66,11 @@ export class SteerPanel {
     if (made.shown !== text && made.input.value === made.shown) made.input.value = text;
     made.shown = text;
   }
+}
+
+/** {base: {lr: value}} for base.lr. */
+function nested(name, value) {
+  return name.split(".").reduceRight((inner, member) => ({ [member]: inner }), value);
 }
 
 function valueOf(text) {

@@ -28,13 +28,15 @@ export class WorkersPanel {
     const head = COLUMNS.map(([name, title]) => el("th", { scope: "col", title: title || null }, name));
     if (isAdmin) head.push(el("th", { scope: "col" }, "Acts"));
     this.summary = el("p", { class: "note" });
+    this.refused = el("ul", { class: "refused" });
+    this.refusedRows = new Rows(this.refused, ({ worker, isLifted }) => this.refusedRow(worker, isLifted));
     this.element = card(
       "Workers", this.summary,
       el(
         "div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Workers, a row each" },
         el("table", { class: "workers" }, el("thead", {}, el("tr", {}, head)), this.body),
       ),
-      this.empty,
+      this.empty, this.refused,
     );
   }
 
@@ -51,6 +53,26 @@ export class WorkersPanel {
     const live = items.filter((item) => !isGone(item)).length;
     setText(this.summary, `${count(live)} live` + (items.length > live ? `, and ${items.length - live} that went last` : ""));
     this.empty.hidden = items.length > 0;
+  }
+
+  /** Shows who gets no lease: for a time, by an act here, or for good, by the run's rule against outliers. */
+  showRefused({ control, banned }) {
+    const suspended = Object.entries(control.suspended).map(([worker, ms]) => ({ worker, isLifted: true, told: `for ${duration(ms)}` }));
+    const ruled = banned.map((worker) => ({ worker, isLifted: false, told: "for its outliers" }));
+    this.refusedRows.show([...suspended, ...ruled], (each) => `${each.isLifted} ${each.worker}`, ({ text }, { worker, told }) => {
+      setText(text, `${worker} gets no lease, ${told}. `);
+    });
+  }
+
+  refusedRow(worker, isLifted) {
+    const text = el("span");
+    const lift = twice("Lift", "Let it come back?", async () => {
+      await call("DELETE", runPath(this.run, `/workers/${encodeURIComponent(worker)}?ban=0`));
+      this.onAct();
+      return `${worker} may have a lease again`;
+    });
+    lift.setAttribute("aria-label", `Lift: ${worker}`);
+    return { element: el("li", {}, text, this.isAdmin && isLifted ? lift : null), text };
   }
 
   now(record) {
