@@ -387,7 +387,7 @@ def test_runs_are_compared(service: ThreadService, open_page: OpenPage, train: T
     train(service, f"{run}-other")
     page = open_page(service.url, f"#/runs/{run}")
     page.get_by_text("Compare").click()
-    page.get_by_label(f"{run}-other").check()
+    page.get_by_label(f"{run}-other").click()
     key = chart(page, "Loss").get_by_role("list", name="Lines")
     expect(key.get_by_role("listitem")).to_have_text([run, f"{run}-other"])
 
