@@ -71,7 +71,9 @@ SHOTS = {"1280": (_WIDE, "light"), "1280-dark": (_WIDE, "dark"), "390": (_PHONE,
 
 def save(picture: bytes, file: Path) -> None:
     """Writes a picture with 256 colours, which is all that it has but for the edges of letters."""
-    Image.open(BytesIO(picture)).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4).save(file, optimize=True)
+    Image.open(BytesIO(picture)).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4).save(
+        file, optimize=True
+    )
 
 
 def prepare(place: Path) -> None:
