@@ -10,6 +10,7 @@ from typing import BinaryIO, Self
 from torch import Tensor
 
 from freestep.api.control import RunControl
+from freestep.api.data import DataState
 from freestep.api.models import RunSpec
 from freestep.api.run_state import StateDocument
 from freestep.errors import MalformedTensors, ManifestMismatch
@@ -29,7 +30,7 @@ class RunState:
     in the state; `epoch`, the epoch that it was read in; `buffers`, by name of a state vector (`y`, `z`, `exp_avg_sq`,
     ...) the tensors by name, fp32 in host memory; `scalars`, by param group the optimizer's scalars (`k`, `weight_sum`,
     `lr_max`, ...); `expected_staleness`, in steps; `metrics`, what evaluators have reported, by metric and step;
-    `control`, what was changed of `spec` while the run trained.
+    `control`, what was changed of `spec` while the run trained; `data`, how much of each data set has counted.
 
     Example:
         >>> state = run.export_state()
@@ -45,6 +46,7 @@ class RunState:
         expected_staleness: The staleness, in steps, that the run's delay correction expects.
         metrics: Metric -> step -> value.
         control: What has been changed of the spec while the run trained; None for nothing.
+        data: Name of a data set -> how much of it has counted.
 
     Raises:
         ManifestMismatch: Names or shapes of a buffer's tensors are not the spec's.
@@ -61,6 +63,7 @@ class RunState:
         expected_staleness: float = 0.0,
         metrics: Mapping[str, Mapping[int, float]] | None = None,
         control: RunControl | None = None,
+        data: Mapping[str, DataState] | None = None,
     ) -> None:
         manifest = Manifest.of(spec)
         flats = {name: Flat(manifest) for name in buffers}
@@ -75,6 +78,7 @@ class RunState:
             expected_staleness=expected_staleness,
             metrics={name: dict(steps) for name, steps in (metrics or {}).items()},
             control=control or RunControl(),
+            data=dict(data or {}),
         )
         self._assemble(document, flats)
 
@@ -86,6 +90,7 @@ class RunState:
         self.expected_staleness = document.expected_staleness
         self.metrics = document.metrics
         self.control = document.control
+        self.data = document.data
         self.buffers: dict[str, dict[str, Tensor]] = {name: flat.views for name, flat in flats.items()}
         self._flats = flats
 
@@ -114,6 +119,7 @@ class RunState:
             expected_staleness=self.expected_staleness,
             metrics=self.metrics,
             control=self.control,
+            data=self.data,
         )
         header = memoryview(encode_state_header(manifest, document))
         return [header, *(flat.bytes for flat in self._flats.values())]

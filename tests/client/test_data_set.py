@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from freestep import DataExists, DataNotFound, HeldLease, MalformedRequest, Run, RunNotInitialized, UnitNotHeld
+from freestep import (
+    Client,
+    DataExists,
+    DataNotFound,
+    HeldLease,
+    MalformedRequest,
+    Run,
+    RunNotInitialized,
+    RunState,
+    UnitNotHeld,
+)
+from harness import ThreadService
 
 SPEC = {
     "optimizer": {"algorithm": "sgd", "lr": 1.0},
@@ -55,6 +67,22 @@ def test_units_that_are_given_back_are_others(run: Run, lease: HeldLease) -> Non
         with pytest.raises(UnitNotHeld):
             run.push(GRADIENT, lease.claim(0, units={"train": [1]}))
     assert run.status().step == 0
+
+
+def test_what_has_counted_goes_with_the_state(
+    service: ThreadService, run: Run, lease: HeldLease, tmp_path: Path
+) -> None:
+    data = run.data("train")
+    data.create(DATA)
+    data.claim(lease.granted, 1)
+    run.push(GRADIENT, lease.claim(0, units={"train": [0]}))
+    run.export_state().save(tmp_path / "state")
+    run.overwrite({"w": torch.ones(2)})
+    assert data.status().done == 1
+    with Client(service.url) as client:
+        other = client.run(f"{run.name}-other")
+        other.import_state(RunState.load(tmp_path / "state"))
+        assert other.data("train").status().done == 1
 
 
 def test_a_claim_says_when_all_has_counted(run: Run, lease: HeldLease) -> None:

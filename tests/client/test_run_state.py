@@ -28,6 +28,7 @@ from freestep import (
     RunSpec,
     RunState,
 )
+from freestep.api.run_state import StateDocument
 from harness import ThreadService
 from plain_calls import TENSORS
 from trained import network, step
@@ -67,9 +68,10 @@ def same(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 def equal(state: RunState, other: RunState) -> bool:
     """Whether states are the same, but for their epochs."""
-    scalars = (state.step, state.spec, state.scalars, state.expected_staleness, state.metrics)
-    return scalars == (other.step, other.spec, other.scalars, other.expected_staleness, other.metrics) and (
-        state.buffers.keys() == other.buffers.keys()
+    scalars = StateDocument.model_fields.keys() - {"buffers", "epoch"}
+    return (
+        all(getattr(state, name) == getattr(other, name) for name in scalars)
+        and state.buffers.keys() == other.buffers.keys()
         and all(same(state.buffers[name], other.buffers[name]) for name in state.buffers)
     )
 
