@@ -179,7 +179,7 @@ def test_survival_knows_the_containers_and_reads_the_evaluator() -> None:
     services = compose()["services"]
     assert set(survive["KINDS"]) == set(services)
     assert services["worker"]["environment"]["FREESTEP_RUN"] == survive["RUN"]
-    said = Evaluation(0.0, 1, 1234, {"w": 3}, 0.5, 0.25, 1230, 0.9512, 0.2, 1234, 0.9, 0.3)
+    said = Evaluation(0.0, 1, 1234, {"w": 3}, 0.5, 0.25, 1230, 0.9512, 0.2, 0.1, 1234, 0.9, 0.3, 0.2)
     assert survive["EVALUATION"].findall(f"{said}\n") == [("1234", "95.1")]
     assert set(survive["SETTINGS"]) <= set(re.findall(r"\${(\w+)", (ROOT / "docker-compose.yml").read_text()))
 

@@ -247,15 +247,15 @@ def test_no_update_is_made_while_the_run_is_paused(api: Api) -> None:
 
 def test_a_lease_is_ended_by_an_operator(api: Api) -> None:
     api.create(optimizer=SGD)
-    lease = api.lease("bad/worker ?")
-    assert end_worker(api, "bad/worker ?").json() == {
-        "worker": "bad/worker ?", "ended": True, "suspended_ms": None,
+    lease = api.lease("bad/worker ?\n")
+    assert end_worker(api, "bad/worker ?\n").json() == {
+        "worker": "bad/worker ?\n", "ended": True, "suspended_ms": None,
     }  # fmt: skip
     assert slug(api.push(lease, 0)) == "lease-expired"
     assert api.status()["workers"] == []
-    assert events_of(api, "lease")[-1] == {"step": 0, "change": "ended", "worker": "bad/worker ?"}
-    assert end_worker(api, "bad/worker ?").json()["ended"] is False
-    assert api.push(api.lease("bad/worker ?"), 0).json()["step"] == 1
+    assert events_of(api, "lease")[-1] == {"step": 0, "change": "ended", "worker": "bad/worker ?\n"}
+    assert end_worker(api, "bad/worker ?\n").json()["ended"] is False
+    assert api.push(api.lease("bad/worker ?\n"), 0).json()["step"] == 1
 
 
 def test_a_worker_is_refused_leases_for_a_time(api: Api) -> None:

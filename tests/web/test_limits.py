@@ -41,7 +41,7 @@ def app() -> FastAPI:
 def operations() -> Iterator[tuple[str, str]]:
     for path, methods in create_app(Settings()).openapi()["paths"].items():
         for method in methods:
-            yield method.upper(), path.format(run="r", lease="l", step=1, id="i", name="train")
+            yield method.upper(), path.format(run="r", lease="l", step=1, id="i", name="train", worker="w")
 
 
 @pytest.mark.parametrize("media_type", ["application/json", MEDIA_TYPE, "text/plain", None])

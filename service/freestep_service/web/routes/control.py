@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from freestep.api.control import LONGEST_BAN_S, ControlRequest
 from freestep.api.models import RunStatus, WorkerEnd
@@ -17,6 +18,15 @@ from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.dependencies import AnyRelay, AnyRun
 from freestep_service.web.routes.documents import documented
+
+
+class _TextConvertor(StringConvertor):
+    """The rest of a path, whatever characters it has: workers choose their names."""
+
+    regex = r"[\s\S]*"
+
+
+register_url_convertor("text", _TextConvertor())
 
 router = APIRouter(tags=["control"], route_class=JsonRoute)
 
@@ -43,7 +53,7 @@ async def change_run(run: AnyRun, wish: ControlRequest, request: Request, relay:
     return await status_response(run)
 
 
-@router.delete("/v1/runs/{run}/workers/{worker:path}", response_model=WorkerEnd, openapi_extra=documented(_BAN))
+@router.delete("/v1/runs/{run}/workers/{worker:text}", response_model=WorkerEnd, openapi_extra=documented(_BAN))
 @needs("admin")
 @refuses(RunNotInitialized, MalformedRequest, StorageUnavailable)
 async def end_worker(run: AnyRun, worker: WorkerName, request: Request, relay: AnyRelay) -> Any:
