@@ -112,6 +112,13 @@ class ThreadService:
             for run in self.registry.all():
                 http.delete(f"/v1/runs/{run.name}")
 
+    def revoke_tokens(self) -> None:
+        """Revokes all tokens but the one that tests have."""
+        with httpx.Client(base_url=self.url, verify=self.trusted, headers=AUTHORIZED) as http:
+            for token in http.get("/v1/tokens").json()["tokens"]:
+                if token["name"] != "admin-token":
+                    http.delete(f"/v1/tokens/{token['id']}")
+
     def stop(self) -> None:
         """Shuts down in order; may be called again."""
         self._server.should_exit = True
