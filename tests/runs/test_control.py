@@ -365,7 +365,8 @@ def test_a_store_that_lost_its_data_is_told_again(
     change(api, paused=True)
     with service.redis() as redis:
         redis.flushall()
-    wait_until(lambda: api.status()["control"]["paused"])
+    # Until the run is open again, all are refused.
+    wait_until(lambda: slug(api.http.post(api.path("/leases"), json={"worker": "bad"})) == "worker-suspended")
     assert_steered(api)
     wait_until(lambda: slug(api.push(api.lease(), 3)) == "run-paused")
     change(api, paused=False)
