@@ -154,8 +154,8 @@ class DrivenRun:
         return Claim(lease.lease, lease.token, step, key)
 
     def part(self, shard: int = 0, digest: str = "", norm: float = 1.0) -> StagedPart:
-        """Ten elements a shard."""
-        return StagedPart(10 * shard, 10 * shard + 10, digest or f"digest-{shard}", norm)
+        """Ten elements a shard, of four bytes."""
+        return StagedPart(10 * shard, 10 * shard + 10, digest or f"digest-{shard}", norm, 40)
 
     def admit(self, claim: Claim, shard: int = 0) -> Any:
         return self.do(self.pushes.admit(claim, self.owner(shard)))

@@ -64,7 +64,7 @@ class Pusher:
         for shard in range(run.shards):
             run.admit(claim, shard)
         for shard in range(run.shards):
-            part = StagedPart(10 * shard, 10 * shard + 10, "digest", share)
+            part = StagedPart(10 * shard, 10 * shard + 10, "digest", share, 40)
             answer = run.do(run.pushes.commit(claim, run.owner(shard), part, None))
         assert answer is not None
         return answer[0]

@@ -196,6 +196,6 @@ def test_a_shard_whose_owner_changed_has_to_stage_its_part_again(make_run: Make)
     assert run.commit(claim, 0) is None
     run.redis.hset(run.key("shards"), "0:token", "99")
     assert run.commit(claim, 1) is None
-    record = run.do(run.pushes.commit(claim, run.owner(0), StagedPart(0, 10, "again", 1.0), None))
+    record = run.do(run.pushes.commit(claim, run.owner(0), StagedPart(0, 10, "again", 1.0, 40), None))
     assert record is not None
     assert record[0].digests == {"0-10": "again", "10-20": "digest-1"}

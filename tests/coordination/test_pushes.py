@@ -32,7 +32,7 @@ def test_a_push_is_committed_once_all_shards_have_staged_it(run: DrivenRun) -> N
     assert (entry["key"], entry["seq"], entry["step"], entry["advance"]) == ("key", 1, 1, True)
     assert (run.number("seq"), run.number("step"), run.number("applied")) == (1, 1, 1)
     [worker] = run.do(run.leases.workers())
-    assert (worker.pushes, worker.speed) == (1, 2.5)
+    assert (worker.pushes, worker.speed, worker.received_bytes) == (1, 2.5, 40 * run.shards)
     # Every shard gets the same answer, and so does a repeated call.
     before_again = run.dump()
     assert [run.commit(claim, shard) for shard in shards] == [record] * run.shards

@@ -8,7 +8,7 @@ import pytest
 
 from harness import ThreadService
 from meanwhile import wait_until
-from plain_calls import Api, slug
+from plain_calls import BODY, Api, slug
 
 
 def test_a_lease_is_granted_renewed_and_released(api: Api) -> None:
@@ -44,6 +44,7 @@ def test_live_leases_are_listed_by_worker(api: Api) -> None:
     listed = api.http.get(api.path("/leases")).json()["leases"]
     assert [each["worker"] for each in listed] == ["a", "b"]
     assert (listed[1]["pushes"], listed[1]["step"], listed[1]["staleness"]) == (1, 0, 0)
+    assert listed[1]["received_bytes"] == len(BODY)
     assert 0 < listed[0]["expires_in_ms"] <= 30_000
 
 

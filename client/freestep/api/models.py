@@ -107,6 +107,8 @@ class WorkerStatus(_Answer):
     """Milliseconds that are left."""
     pushes: int = 0
     """How many pushes the worker has made under this lease."""
+    received_bytes: int = 0
+    """Bytes of the bodies of these pushes."""
     gathered: int = 0
     """How many pushes of its are in the update that is being gathered."""
     step: int | None = None

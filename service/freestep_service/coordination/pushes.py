@@ -66,7 +66,7 @@ class RunPushes:
         speed = "" if claim.speed is None else repr(claim.speed)
         status, *rest = await self._call(
             "commit", claim, owner, f"{part.begin}-{part.end}", part.digest, repr(part.norm), largest, wanted,
-            int(after_update), speed,
+            int(after_update), speed, part.length,
         )  # fmt: skip
         if status == "staged":
             return None

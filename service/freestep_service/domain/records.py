@@ -148,12 +148,16 @@ class Claim:
 
 
 class StagedPart(NamedTuple):
-    """A shard's part of a push: elements [begin, end) of the flat gradient, the digest of their bytes, their norm."""
+    """A shard's part of a push: elements [begin, end) of the flat gradient, the digest of their bytes, their norm.
+
+    length: of their bytes, as they came.
+    """
 
     begin: int
     end: int
     digest: str
     norm: float
+    length: int
 
 
 @dataclass(frozen=True)

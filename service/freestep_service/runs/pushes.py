@@ -374,7 +374,7 @@ class Pushes:
                     lambda: self._coordinator.commit(
                         claim,
                         self._core.owner(),
-                        StagedPart(begin, end, staged.digest, staged.norm or 0.0),
+                        StagedPart(begin, end, staged.digest, staged.norm or 0.0, staged.length),
                         largest,
                         options.wanted,
                         after_update=options.after_update,

@@ -75,12 +75,13 @@ class Staged:
     """A body that was received, in the memory of a vector.
 
     tensors: flat [numel], as `decode_and_measure` returns them. norm: their 2-norm, None where it is not finite.
-    digest: of the body's bytes.
+    digest: of the body's bytes. length: how many these are.
     """
 
     tensors: Pushed
     norm: float | None
     digest: str
+    length: int
     hold: Hold = field(repr=False)
     """The memory; its owner gives it back."""
 
@@ -153,7 +154,7 @@ class Staging:
             raise
         finally:
             transfer.end = lambda: None
-        return Staged(tensors, norm, digest, hold)
+        return Staged(tensors, norm, digest, body.length, hold)
 
     async def _decode(self, vector: Vector, receiver: Receiver) -> tuple[Pushed, float | None]:
         if self._locks.runs_inline(vector.device, self._manifest.numel):

@@ -60,7 +60,7 @@ def _facts(worker: WorkerStatus | None) -> str:
         return "it holds no lease: it has ended, or has not been heard of for as long as its lease lasts"
     facts = (
         f"lease ends in {worker.expires_in_ms / 1000:.1f} s of {worker.ttl_ms / 1000:.1f} s",
-        f"{worker.pushes} pushes under it",
+        f"{worker.pushes} pushes under it, of {worker.received_bytes:,} bytes",
         f"{worker.gathered} of them in the update that is being gathered",
         f"last push taken at step {or_dash(worker.step)}, staleness {or_dash(worker.staleness)}",
         f"{or_dash(worker.speed)} steps/s",

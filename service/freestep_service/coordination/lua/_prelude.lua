@@ -35,7 +35,7 @@
 --                     K:report, K:loaded (see open.lua), K:written (its newest part of a checkpoint), K:applied_seq
 --                     (the newest entry of this epoch's log that it has applied), K:journal (the word of who writes its
 --                     journal, in the file `owner` beside that), and other fields of heartbeats
---   staged    hash    idempotency key -> JSON {at, queued, lease, parts: {K: {digest, norm}}} of a pending push, where
+--   staged    hash    idempotency key -> JSON {at, queued, lease, parts: {K: {digest, norm, bytes}}} of a pending push, where
 --                     there are several shards; or {at, claim, slug, detail, parts} of one that was refused before all of
 --                     its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first

@@ -6,7 +6,7 @@
 --          7 newest seq that the shard knows, 8 shard, 9 its owner's token, 10 elements of its part (BEGIN-END), 11 digest
 --          of that part of the body, 12 norm of that part of the gradient, 13 largest norm allowed or an empty string,
 --          14 the point to answer with ("y F32") or an empty string, 15 1 if that point is to be read after the group's
---          update, else 0, 16 the worker's speed or an empty string
+--          update, else 0, 16 the worker's speed or an empty string, 17 bytes of that part of the body
 -- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {lost} (the run was opened again, or the push refused,
 --          since it was admitted), {lease-expired}, {epoch-changed, epoch}, {unit-not-held, units}, {run-paused}, {staged} (other shards have not staged their
 --          parts; a message with the decision follows), {refused} (the norm is too large), or
@@ -71,7 +71,8 @@ local is_pending = redis.call('HEXISTS', PENDING, key) == 1
 if (is_pending and count > 1 and not staged) or (staged and not is_pending and not staged.slug) then return {'behind'} end
 if not is_pending then return {'lost'} end
 
-local parts = {[shard] = {range = ARGV[10], digest = ARGV[11], norm = ARGV[12], token = ARGV[9]}}
+local parts = {[shard] = {range = ARGV[10], digest = ARGV[11], norm = ARGV[12], token = ARGV[9],
+  bytes = ARGV[17]}}
 if count > 1 then
   staged.parts[shard] = parts[shard]
   parts = staged.parts
@@ -102,8 +103,12 @@ if rule('paused') then
 end
 local worker = found.worker
 -- Receipts outlive the shards, so their digests are named by elements. A part without a range is of an older version.
-local squares, digests = 0, {}
-for index, part in pairs(parts) do digests[part.range or index] = part.digest end
+local squares, digests, bytes = 0, {}, 0
+for index, part in pairs(parts) do
+  digests[part.range or index] = part.digest
+  -- Older versions wrote none.
+  bytes = bytes + tonumber(part.bytes or 0)
+end
 for index = 0, count - 1 do squares = squares + tonumber(parts[tostring(index)].norm) ^ 2 end
 local norm = math.sqrt(squares)
 if ARGV[13] ~= '' and norm > tonumber(ARGV[13]) then
@@ -167,6 +172,7 @@ if decision == 'accumulated' then
 end
 redis.call('HINCRBY', RUN, decision, 1)
 redis.call('HINCRBY', KEYS[13], 'pushes', 1)
+redis.call('HINCRBY', KEYS[13], 'received_bytes', text(bytes))
 redis.call('HSET', KEYS[13], 'step', taken_at, 'staleness', staleness)
 if ARGV[16] ~= '' then redis.call('HSET', KEYS[13], 'speed', ARGV[16]) end
 if bounds and is_logged then
