@@ -275,7 +275,7 @@ class Run:
         return EventSource(self._transport, f"{self._path}/events").events(after, from_step, follow=follow)
 
     def history(
-        self, curves: Sequence[CurveName | Literal["metrics"]] | None = None, *, points: int | None = None
+        self, curves: Sequence[CurveName | Literal["metrics", "milestones"]] | None = None, *, points: int | None = None
     ) -> History:
         """The run's curves from its creation on, over restarts and new owners.
 
@@ -283,7 +283,8 @@ class Run:
         least and the largest. Points of later steps in earlier epochs are of weights that the run has given up.
 
         Args:
-            curves: Names of those that are wanted; "metrics" are all reported metrics. None takes all.
+            curves: Names of those that are wanted; "metrics" are all reported metrics, "milestones" what else has
+                happened (leases, changes, checkpoints, shards, data sets). None takes all.
             points: The most points of a curve, 1 to 512; None takes all.
 
         Raises:

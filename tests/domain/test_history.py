@@ -207,6 +207,12 @@ def test_a_history_comes_back_as_it_was_and_nothing_else_does(told: Told) -> Non
         {**document, "curves": {"loss": {**loss, "per_point": 0}}},
         {**document, "curves": {"loss": {**loss, "step": ""}}},
         {**document, "metrics": {"acc": {**loss, "time": loss["time"][:-12] + "AAAAAADwfw=="}}},
+        {**document, "milestones": []},
+        {**document, "milestones": {"lease": [[1.0]]}},
+        {**document, "milestones": {"lease": [[1.0, "{}"]]}},
+        {**document, "milestones": {"lease": [["x", '{"kind": "lease"}']]}},
+        {**document, "milestones": {"lease": [[1.0, '{"kind": "data"}']]}},
+        {**document, "milestones": {"lease": [[float("nan"), '{"kind": "lease"}']]}},
     ):
         with pytest.raises(ValueError):
             HistoryCurves.from_document(wrong)

@@ -19,7 +19,7 @@ from meanwhile import wait_until
 from plain_calls import Api, slug
 
 
-def history(api: Api, *curves: CurveName | Literal["metrics"], **how: Any) -> History:
+def history(api: Api, *curves: CurveName | Literal["metrics", "milestones"], **how: Any) -> History:
     with Client(api.url, retry_for=60) as client:
         return client.run(api.run).history(curves or None, **how)
 
@@ -64,11 +64,13 @@ def test_some_curves_and_fewer_points(api: Api) -> None:
     pushes(api, api.lease(), 0, 5)
     report(api, "acc", 0.5, 2)
     found = history(api, "loss", points=3)
-    assert (set(found.curves), found.metrics) == ({"loss"}, {})
+    assert (set(found.curves), found.metrics, found.milestones) == ({"loss"}, {}, [])
     assert found.curves["loss"].per_point == 2
     assert loss(found) == [(2, 0.5), (4, 2.5), (5, 4.0)]
     assert set(history(api, "metrics").metrics) == {"acc"}
     assert history(api, "metrics").curves == {}
+    [joined] = [each for each in history(api, "milestones").milestones if each.event.kind == "lease"]
+    assert (joined.event.model_dump()["change"], 0 <= time.time() - joined.time < 3600) == ("granted", True)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,10 @@ def test_it_is_there_after_a_restart_and_gone_with_the_run(
     again = connect(start_service(redis_url=redis_url, **where).url, api.run)
     assert loss(history(again)) == loss(before)
     assert history(again).metrics == before.metrics
+    # Those of before, and of who owns the shards since.
+    milestones = history(again, "milestones").milestones
+    assert milestones[: len(before.milestones)] == before.milestones
+    assert {"lease", "shards"} <= {each.event.kind for each in before.milestones}
     pushes(again, again.lease("another"), 3, 1)
     assert loss(history(again))[-1] == (4, 3.0)
     assert again.http.delete(again.path()).status_code == 204

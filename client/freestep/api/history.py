@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-__all__ = ["CURVES", "MOST_POINTS", "Curve", "CurveName", "CurvePoint", "EpochBegun", "History"]
+from freestep.api.events import RunEvent, event_of
+
+__all__ = ["CURVES", "MOST_POINTS", "Curve", "CurveName", "CurvePoint", "EpochBegun", "History", "Milestone"]
 
 MOST_POINTS = 512
 """Points of a curve."""
@@ -94,6 +96,15 @@ class EpochBegun(_Answer):
     """Seconds since 1970."""
 
 
+class Milestone(_Answer):
+    """An event that no curve tells of: of leases, changes, checkpoints, shards and data sets."""
+
+    time: float
+    """When it happened, or was replayed from a journal; seconds since 1970."""
+    event: Annotated[RunEvent, BeforeValidator(event_of)]
+    """The event, as `events` tells of it."""
+
+
 class History(_Answer):
     """The curves of a run from its creation on, over restarts and new owners."""
 
@@ -109,3 +120,5 @@ class History(_Answer):
     """Reported metrics by name; of more than 64 those that were reported last."""
     epochs: list[EpochBegun]
     """Where its epochs began, the newest 256."""
+    milestones: list[Milestone] = []
+    """What else has happened, in the order of time: of each kind of event the newest 256, or fewer if they are long."""

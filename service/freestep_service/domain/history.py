@@ -1,4 +1,4 @@
-"""The curves of a run, made of its events.
+"""The curves of a run, and what has happened to it, made of its events.
 
 The law of this file: an event costs a few numbers, and what is kept is bounded, whatever happens. An entry of the log
 counts once: one that a journal's replay tells of again is known by its place.
@@ -12,6 +12,7 @@ from typing import Any
 from freestep.api.history import CURVES
 from freestep_service.domain.curves import Curve, Moment
 from freestep_service.domain.events import Event
+from freestep_service.domain.milestones import Milestones
 from freestep_service.domain.reports import MOST_METRICS
 from freestep_service.domain.tally import DECISIONS
 
@@ -30,6 +31,7 @@ class HistoryCurves:
         self.metrics: dict[str, Curve] = {}
         self.epochs: list[Moment] = []
         """The newest, by their beginnings."""
+        self.milestones = Milestones()
         self._place = (0, 0)
         """The epoch and seq of the newest entry that has counted."""
         self._now = Moment(0, 0, 0.0)
@@ -54,6 +56,7 @@ class HistoryCurves:
                 return
             self._place = event.place[:2]
         self._now = now = Moment(event.step, event.place.epoch, time)
+        self.milestones.add(event, time)
         if event.kind == "push":
             self._push(event.members, now)
         elif event.kind == "metric":
@@ -115,6 +118,7 @@ class HistoryCurves:
             "epochs": self.epochs,
             "curves": {name: curve.to_document() for name, curve in self.curves.items()},
             "metrics": {name: curve.to_document() for name, curve in self.metrics.items()},
+            "milestones": self.milestones.to_document(),
         }
 
     @classmethod
@@ -130,6 +134,8 @@ class HistoryCurves:
             # A version that has other curves may have written it.
             made.curves |= {name: curve for name, curve in read.items() if name in made.curves}
             made.metrics = {name: Curve.from_document(each) for name, each in document["metrics"].items()}
+            # A version that had none may have written it.
+            made.milestones = Milestones.from_document(document.get("milestones", {}))
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"it is no history ({type(error).__name__})") from error
         return made

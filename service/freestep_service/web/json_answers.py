@@ -42,15 +42,18 @@ def topology_response(topology: Topology, layout: Layout) -> Response:
 
 
 async def history_response(run: str, history: HistoryCurves, curves: Iterable[str], points: int) -> Response:
-    """A run's history as an answer: some of its curves, and metrics if `metrics` is among them."""
+    """A run's history as an answer: some of its curves, and metrics and milestones if those are among them."""
     wanted = set(curves)
     # Copied at once: all are of the same moment.
     shown = {name: curve.thinned(points) for name, curve in history.curves.items() if name in wanted}
     metrics = {name: curve.thinned(points) for name, curve in history.metrics.items()} if "metrics" in wanted else {}
     epochs = [each._asdict() for each in history.epochs]
+    kept = history.milestones.all() if "milestones" in wanted else []
+    milestones = ",".join(f'{{"time":{each.time!r},"event":{each.event}}}' for each in kept)
     head = {"run": run, "epoch": history.epoch, "step": history.step, "epochs": epochs}
     return json_response(
-        f'{json.dumps(head)[:-1]},"curves":{await _curves_json(shown)},"metrics":{await _curves_json(metrics)}}}'
+        f'{json.dumps(head)[:-1]},"curves":{await _curves_json(shown)},"metrics":{await _curves_json(metrics)},'
+        f'"milestones":[{milestones}]}}'
     )
 
 

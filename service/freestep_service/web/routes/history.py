@@ -18,7 +18,7 @@ __all__ = ["POINTS", "SHOWN", "router"]
 
 router = APIRouter(tags=["events"], route_class=JsonRoute)
 
-_NAMES = (*CURVES, "metrics")
+_NAMES = (*CURVES, "metrics", "milestones")
 _NAME = f"(?:{'|'.join(_NAMES)})"
 
 
@@ -35,7 +35,11 @@ def _names() -> Kind[tuple[str, ...]]:
     return Kind(schema, parse, f"names of curves, separated by commas: any of {', '.join(_NAMES)}")
 
 
-SHOWN = Query("curves", _names(), "The curves that are wanted; `metrics` are all reported metrics. Without it, all.")
+SHOWN = Query(
+    "curves",
+    _names(),
+    "The curves that are wanted; `metrics` are all that were reported, `milestones` what else has happened. Without it, all.",
+)
 POINTS = Query("points", integer(1, MOST_POINTS), "The most points of a curve.", default=MOST_POINTS)
 
 
