@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,24 @@ async def opened(registry: Registry) -> tuple[Run, Lease]:
 @asynccontextmanager
 async def crashed(tmp_path: Path, data_dir: Path, **settings: Any) -> AsyncIterator[Registry]:
     """A process on an image of another's directory, with a Redis that knows nothing."""
-    image = Path(shutil.copytree(data_dir, tmp_path / f"image-{random.randrange(10**9)}"))
+    image = _image_of(data_dir, tmp_path)
     (image / "redis").mkdir()
     with own_store("valkey", image / "redis") as url:
         async with process(url, image, **settings) as registry:
             yield registry
+
+
+def _image_of(data_dir: Path, tmp_path: Path) -> Path:
+    """A copy of a directory that a process may be writing in, of a moment in which no file came or went."""
+    while True:
+        image = tmp_path / f"image-{random.randrange(10**9)}"
+        names = _names(data_dir)
+        # A file that is deleted meanwhile cannot be copied.
+        with suppress(shutil.Error):
+            shutil.copytree(data_dir, image)
+            if _names(data_dir) == names:
+                return image
+
+
+def _names(folder: Path) -> set[str]:
+    return {os.path.join(place, name) for place, _, files in os.walk(folder) for name in files}

@@ -53,7 +53,7 @@ class Milestones:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Milestones:
-        """Of what `to_document` has made, in any version. Raises ValueError, KeyError and TypeError for anything else."""
+        """Of what `to_document` has made. Raises ValueError, KeyError and TypeError for anything else."""
         made = cls()
         for kind in KINDS:
             for time, event in document.get(kind, ()):

@@ -38,7 +38,8 @@ def _names() -> Kind[tuple[str, ...]]:
 SHOWN = Query(
     "curves",
     _names(),
-    "The curves that are wanted; `metrics` are all that were reported, `milestones` what else has happened. Without it, all.",
+    "The curves that are wanted; `metrics` are all that were reported, `milestones` what else has happened. "
+    "Without it, all.",
 )
 POINTS = Query("points", integer(1, MOST_POINTS), "The most points of a curve.", default=MOST_POINTS)
 
