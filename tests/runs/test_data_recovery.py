@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from redis import Redis
 
 from data_calls import ask, claim, counted, create, give_back, push, show
 from harness import ProcessService, ThreadService
 from plain_calls import Api, persistently, slug
+from rolled_back import copied, roll_back
 from states import changed, document_of, export, import_
 
 
@@ -93,10 +93,6 @@ def test_after_a_kill_units_are_those_of_the_last_checkpoint(
     assert claim(api, fresh, 4) == [1, 4, 5, 6]
 
 
-def copied(client: Redis) -> dict[bytes, bytes]:
-    return {key: client.dump(key) for key in client.keys()}
-
-
 @pytest.mark.parametrize("loss", ["wiped", "rolled back"])
 def test_a_store_that_lost_its_data_hands_out_no_unit_twice(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api], redis_url: str, loss: str
@@ -108,11 +104,7 @@ def test_a_store_that_lost_its_data_hands_out_no_unit_twice(
         older = copied(client) if loss == "rolled back" else {}
         assert claim(api, lease, 2) == [5, 6]
         counted(api, lease, 2, "train=1,6")
-        with client.pipeline(transaction=True) as stroke:
-            stroke.flushall()
-            for key, value in older.items():
-                stroke.restore(key, 60_000 if b"lease:" in key else 0, value)
-            stroke.execute()
+        roll_back(client, older)
     # Its claims may be asked of the store before anybody has noticed.
     if loss == "wiped":
         assert persistently(lambda: ask(api, lease)).status_code == 410

@@ -42,6 +42,7 @@ from freestep_service.storage.local import LocalStorage
 from in_process import NUMEL, claim_of, part_of, resources_of, spec_of
 from in_process import initialize as upload
 from machines import run_machine
+from rolled_back import copied, roll_back
 
 T = TypeVar("T")
 
@@ -305,6 +306,18 @@ class Owners(RuleBasedStateMachine):
         self.redis.flushall()
         # What silent ones hold others may have to do without.
         self.may_go_back |= len(self.heard()) < len(self.live) or not self.live
+
+    @precondition(lambda self: self.heard())
+    @rule(which=WHICH, gathers=st.booleans())
+    def take_the_store_back(self, which: int, gathers: bool) -> None:
+        """It fails over to a replica that lags by the heartbeats of a process, or of all; in an opening, too."""
+        with Redis.from_url(self.url) as client:
+            if gathers and self.do(self.owners()):
+                self.do(self.heard()[0].run.coordinator.opening.gather(self.shards))
+            older = copied(client)
+            processes = self.heard()
+            self.do(self.beats(processes[: 1 + which % len(processes)]))
+            roll_back(client, older)
 
     # What is asked of the run
 

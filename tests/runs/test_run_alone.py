@@ -35,6 +35,7 @@ from in_process import (
     spec_of,
     until,
 )
+from rolled_back import copied, roll_back
 
 
 def run_of(groups: dict[str, Any], resources: Resources) -> Run:
@@ -71,6 +72,36 @@ def test_a_retry_after_a_reshard_gets_its_receipt(store: str, tmp_path: Path, sh
             again = await push(run, claim_of(lease, "once"))
             assert [(outcome.replayed, outcome.record.step) for outcome in again] == [(True, 1)] * 2
             assert [await pull(run.shard(index)) for index in range(2)] == [(1, 1.0)] * 2
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("pushes", [0, 2])
+@pytest.mark.parametrize("durability", ["checkpoint", "journal"])
+def test_a_run_opens_whose_store_goes_back_into_an_opening(
+    store: str, tmp_path: Path, shards: int, pushes: int, durability: str
+) -> None:
+    """Its shards have loaded what was decided on, and the store does not know that any more."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data", owner_ttl_seconds=1.0) as registry:
+            run = await new_run(registry, shards=shards, durability=durability)
+            lease = await run.leases.grant("worker", None)
+            first = claim_of(lease, "first")
+            await push(run, first)
+            key = "freestep:{run}:"
+            opening = [("HSET", key + "run", "phase", "load")]
+            opening += [("HDEL", key + "shards", f"{index}:loaded") for index in range(shards)]
+            with Redis.from_url(store) as client:
+                older = copied(client)
+                for number in range(pushes):
+                    await push(run, claim_of(lease, f"after-{number}", 1 + number))
+                roll_back(client, older, *opening)
+                await until(lambda: client.hget(key + "run", "phase") == b"open", "the end of the opening")
+            again = await push(run, first)
+            assert {(outcome.replayed, outcome.record.step) for outcome in again} == {(True, 1)}
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(1 + pushes, 1.0 + pushes)] * shards
 
     run_async(work)
 

@@ -25,22 +25,7 @@ from meanwhile import under_way, wait_for, wait_until
 from plain_calls import BODY, SGD, TENSORS, Api, persistently, slug
 from proxies import Delay
 from raw_pushes import connected, half_of_a_push, is_pending
-
-
-def copied(client: Redis) -> dict[bytes, bytes]:
-    return {key: client.dump(key) for key in client.keys()}
-
-
-def roll_back(client: Redis, older: dict[bytes, bytes], *more: tuple[str, ...]) -> None:
-    """Restores copied keys and runs more commands, in one transaction: services poll their store, and write
-    missing data anew."""
-    with client.pipeline(transaction=True) as stroke:
-        stroke.flushall()
-        for key, value in older.items():
-            stroke.restore(key, 60_000 if b"lease:" in key else 0, value)
-        for command in more:
-            stroke.execute_command(*command)
-        stroke.execute()
+from rolled_back import copied, roll_back
 
 
 @pytest.mark.parametrize("loss", ["wiped", "rolled back"])

@@ -131,15 +131,17 @@ class Loading:
         await self._stored.note_epoch(epoch)
         for shard in mine:
             core = shard.core
-            if core.loaded == generation:
+            if core.loaded != generation:
+                holds = target["live"] and core.loaded is not None
+                source = None if holds else checkpoint
+                if not await self._take(shard, source, epoch, upload, orders, initialized=initialized, holds=holds):
+                    await opening.gather(self._shards.count, generation)
+                    return True
+                core.loaded, has_taken = generation, True
+                has_loaded |= source is not None and initialized
+            elif view.field(core.index, "loaded") == str(generation):
                 continue
-            holds = target["live"] and core.loaded is not None
-            source = None if holds else checkpoint
-            if not await self._take(shard, source, epoch, upload, orders, initialized=initialized, holds=holds):
-                await opening.gather(self._shards.count, generation)
-                return True
-            core.loaded, has_taken = generation, True
-            has_loaded |= source is not None and initialized
+            # Else Redis went back to before it was told.
             word = core.journal.word if core.journal is not None else ""
             if await opening.loaded(core.owner(), generation, word) == "open":
                 opened = True
