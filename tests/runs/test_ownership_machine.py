@@ -307,18 +307,6 @@ class Owners(RuleBasedStateMachine):
         # What silent ones hold others may have to do without.
         self.may_go_back |= len(self.heard()) < len(self.live) or not self.live
 
-    @precondition(lambda self: self.heard())
-    @rule(which=WHICH, gathers=st.booleans())
-    def take_the_store_back(self, which: int, gathers: bool) -> None:
-        """It fails over to a replica that lags by the heartbeats of a process, or of all; in an opening, too."""
-        with Redis.from_url(self.url) as client:
-            if gathers and self.do(self.owners()):
-                self.do(self.heard()[0].run.coordinator.opening.gather(self.shards))
-            older = copied(client)
-            processes = self.heard()
-            self.do(self.beats(processes[: 1 + which % len(processes)]))
-            roll_back(client, older)
-
     # What is asked of the run
 
     async def push(self, owners: Sequence[Process]) -> None:
@@ -347,12 +335,12 @@ class Owners(RuleBasedStateMachine):
     @rule(which=WHICH)
     def take_over(self, which: int) -> None:
         """Others take what a silent process owns. It is asked for pushes before it hears of that."""
-        owners = [process for process in self.heard() if process.run.owns_any]
-        if not owners or self.redis.hget("freestep:{run}:run", "phase") != "open":
-            return
-        process = chosen(owners, which)
+        # Who takes part must not depend on who owns what: that may depend on timing.
+        process = chosen(self.heard(), which)
         process.is_silent = True
         self.may_go_back = True
+        if not process.run.owns_any or self.redis.hget("freestep:{run}:run", "phase") != "open":
+            return
         for _ in range(8):
             self._pass_time(2)
             self.beat_at_once()
@@ -407,6 +395,20 @@ class Owners(RuleBasedStateMachine):
         owners = self.do(self.owners())
         assert owners, "the run does not open"
         assert max(owners.count(process) for process in owners) <= -(-len(owners) // len(self.live))
+
+    @rule(first=WHICH, before=st.integers(0, 4), since=st.integers(1, 4))
+    def take_the_store_back(self, first: int, before: int, since: int) -> None:
+        """It fails over to a replica that lags by some heartbeats, within which an opening may have ended."""
+        self.start(len(URLS))
+        self.settle()
+        self.do(self.heard()[0].run.coordinator.opening.gather(self.shards))
+        with Redis.from_url(self.url) as client:
+            for which in range(first, first + before):
+                self.beat(which)
+            older = copied(client)
+            for which in range(first + before, first + before + since):
+                self.beat(which)
+            roll_back(client, older)
 
     # What holds
 
