@@ -1,9 +1,10 @@
 // A curve on the page, drawn by uPlot, with what happened to the run laid over it.
 
-import uPlot from "/dashboard/files/vendor/uplot/uPlot.esm.js";
 import { el, setText } from "./dom.js";
 import { clock, count, number } from "./format.js";
 
+/** Of the script that the page loads before its modules: uPlot is released minified in this form alone. */
+const { uPlot } = window;
 const HEIGHT = 190;
 /** The colours of marks over curves, by their kind: names of variables of the style sheet. */
 export const MARKS = {
