@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Generic, TypeVar, cast
 
 from rich.text import Text
@@ -25,6 +25,9 @@ class LookingScreen(Screen[None], Generic[T]):
     """A screen that shows what it finds. Looks take a tenth of the time at the most, however slow the service is.
 
     What a look fails with is shown in the line `#problem`, and what was found before stays.
+
+    every_s: seconds between two looks, at least. look: asks the service, in a thread, and may raise FreestepError.
+    show: shows what was found.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "back", "back")]
@@ -34,17 +37,11 @@ class LookingScreen(Screen[None], Generic[T]):
     LookingScreen DataTable { height: 1fr; }
     """
 
-    def __init__(self, every_s: float) -> None:
+    def __init__(self, every_s: float, look: Callable[[], T], show: Callable[[T], None]) -> None:
         super().__init__()
         self._every_s = every_s
-
-    def look(self) -> T:
-        """Asks the service, in a thread. Raises FreestepError."""
-        raise NotImplementedError
-
-    def show(self, found: T) -> None:
-        """Shows what was found."""
-        raise NotImplementedError
+        self._look = look
+        self._show = show
 
     def on_mount(self) -> None:
         self._keep_looking()
@@ -60,14 +57,14 @@ class LookingScreen(Screen[None], Generic[T]):
             began = time.monotonic()
             problem, found = "", None
             try:
-                found = await asyncio.to_thread(self.look)
+                found = await asyncio.to_thread(self._look)
             except FreestepError as error:
                 problem = str(error)
             if not self.app.is_running or self not in self.app.screen_stack:
                 # It has been left meanwhile.
                 return
             if not problem:
-                self.show(cast(T, found))
+                self._show(cast(T, found))
             self._show_problem(problem)
             await asyncio.sleep(max(self._every_s, 9 * (time.monotonic() - began)))
 

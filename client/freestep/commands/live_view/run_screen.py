@@ -53,7 +53,7 @@ class RunScreen(LookingScreen[RunLook]):
     """
 
     def __init__(self, run: Run, every_s: float) -> None:
-        super().__init__(every_s)
+        super().__init__(every_s, self._ask, self._lay_out)
         self._run = run
         self._speeds = Speeds()
         self._after: str | None = None
@@ -74,7 +74,7 @@ class RunScreen(LookingScreen[RunLook]):
         yield RichLog(id="events", max_lines=_KEPT, markup=False, highlight=False)
         yield Footer()
 
-    def look(self) -> RunLook:
+    def _ask(self) -> RunLook:
         status, history, events, problem = self._run.status(), None, [], ""
         try:
             history = self._run.history(["loss", "steps_per_second"], points=_POINTS)
@@ -86,7 +86,7 @@ class RunScreen(LookingScreen[RunLook]):
             problem = str(error)
         return RunLook(status, history, events, problem)
 
-    def show(self, found: RunLook) -> None:
+    def _lay_out(self, found: RunLook) -> None:
         status = found.status
         self.sub_title = f"run {printable(status.run)}"
         self.query_one("#facts", Static).update(literal(_facts(status, found.problem)))

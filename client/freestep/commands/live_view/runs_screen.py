@@ -31,7 +31,7 @@ class RunsScreen(LookingScreen[list[RunStatus]]):
     BINDINGS: ClassVar[list[BindingType]] = []
 
     def __init__(self, client: Client, every_s: float) -> None:
-        super().__init__(every_s)
+        super().__init__(every_s, self._ask, self._lay_out)
         self._client = client
         self._rates = Rates()
 
@@ -41,10 +41,10 @@ class RunsScreen(LookingScreen[list[RunStatus]]):
         yield new_table(_COLUMNS, "runs")
         yield Footer()
 
-    def look(self) -> list[RunStatus]:
+    def _ask(self) -> list[RunStatus]:
         return self._client.runs()
 
-    def show(self, found: list[RunStatus]) -> None:
+    def _lay_out(self, found: list[RunStatus]) -> None:
         now = time.monotonic()
         self._rates.keep(each.run for each in found)
         self.sub_title = f"{len(found)} runs"

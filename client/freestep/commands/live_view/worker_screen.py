@@ -17,7 +17,7 @@ from freestep.terminal import literal, printable
 __all__ = ["WorkerScreen"]
 
 
-class WorkerScreen(LookingScreen[None]):
+class WorkerScreen(LookingScreen[WorkerStatus | None]):
     """What the screen of its run has found of a worker; that screen goes on looking.
 
     find: the worker as it was found last, None where it holds no lease. events: the newest of the run.
@@ -26,9 +26,8 @@ class WorkerScreen(LookingScreen[None]):
     def __init__(
         self, worker: str, find: Callable[[], WorkerStatus | None], events: Iterable[RunEvent], every_s: float
     ) -> None:
-        super().__init__(every_s)
+        super().__init__(every_s, find, self._lay_out)
         self._worker = worker
-        self._find = find
         self._events = events
         self._last: str | None = None
         """The newest event that is shown."""
@@ -40,12 +39,9 @@ class WorkerScreen(LookingScreen[None]):
         yield RichLog(id="worker-events", markup=False, highlight=False)
         yield Footer()
 
-    def look(self) -> None:
-        """Asks nobody."""
-
-    def show(self, found: None) -> None:
+    def _lay_out(self, found: WorkerStatus | None) -> None:
         self.sub_title = f"worker {printable(self._worker)}"
-        self.query_one("#worker-facts", Static).update(literal(_facts(self._find())))
+        self.query_one("#worker-facts", Static).update(literal(_facts(found)))
         log = self.query_one("#worker-events", RichLog)
         events = list(self._events)
         known = next((number for number, event in enumerate(events) if event.id == self._last), -1)
