@@ -106,6 +106,49 @@ def test_a_run_opens_whose_store_goes_back_into_an_opening(
     run_async(work)
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("durability", ["checkpoint", "journal"])
+def test_no_opening_is_carried_out_again_that_was_before_another(
+    store: str, tmp_path: Path, shards: int, durability: str
+) -> None:
+    """The store goes back into one that loaded a checkpoint: what its shards have taken since stays."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data", owner_ttl_seconds=1.0) as registry:
+            run = await new_run(registry, shards=shards, durability=durability)
+            await run.checkpoint()
+            await run.restore(0)
+            key = "freestep:{run}:"
+            opening = [("HSET", key + "run", "phase", "load")]
+            opening += [("HDEL", key + "shards", f"{index}:loaded") for index in range(shards)]
+            lease = await run.leases.grant("worker", None)
+            with Redis.from_url(store) as client:
+
+                def generation() -> int:
+                    return int(client.hget(key + "run", "generation") or 0)
+
+                def is_open() -> bool:
+                    return client.hget(key + "run", "phase") == b"open"
+
+                older = copied(client)
+                await push(run, claim_of(lease, "first"))
+                await run.coordinator.opening.gather(shards)
+                await until(is_open, "the second opening")
+                await push(run, claim_of(lease, "second", 1))
+                # However far the store's clock is behind.
+                newest = generation() + 10**9
+                for index in range(shards):
+                    run.shard(index).core.loaded = newest
+                roll_back(client, older, *opening)
+                await until(is_open, "the end of the opening")
+                assert generation() > newest
+            again = await push(run, claim_of(lease, "second", 1))
+            assert {(outcome.replayed, outcome.record.step) for outcome in again} == {(True, 2)}
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(2, 2.0)] * shards
+
+    run_async(work)
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_an_update_that_fails_takes_the_run_back_to_its_checkpoint(store: str, tmp_path: Path, shards: int) -> None:
     async def work() -> None:

@@ -78,11 +78,13 @@ class RunOpening:
         generation: int | None = None,
         resharding: int | None = None,
         exchange: tuple[int, int] | None = None,
+        above: int = 0,
     ) -> int:
         """Closes the run to pushes until its shards have reported; returns the generation of the opening.
 
         generation: the one that is to end; where another has begun since, nothing is changed.
         exchange: a round, and the entry behind which shards are to report what their journals have.
+        above: a generation that a shard has loaded; the new one is newer, also where Redis has gone back behind it.
         """
         await self._list_run()
         arguments = (
@@ -92,6 +94,7 @@ class RunOpening:
             _or_empty(resharding),
             *self._origin,
             " ".join(map(str, exchange or ())),
+            above,
         )
         (begun,) = await self._scripts.call("gather", *arguments)
         return int(begun)

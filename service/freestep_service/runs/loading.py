@@ -128,6 +128,11 @@ class Loading:
         epoch = view.number("epoch")
         initialized = view.number("initialized") == 1
         opened = has_taken = has_loaded = False
+        newest = max([shard.core.loaded or 0 for shard in mine], default=0)
+        if newest > generation:
+            # Redis went back behind an opening that has ended: what it decided on is behind what shards have since.
+            await opening.gather(self._shards.count, generation, above=newest)
+            return True
         await self._stored.note_epoch(epoch)
         for shard in mine:
             core = shard.core

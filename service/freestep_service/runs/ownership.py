@@ -179,8 +179,7 @@ class Ownership:
             is_behind = (view.number("epoch"), view.number("seq")) < position
             mine = self._mine(view)
             has_failed = any(shard.has_failed for shard in self._shards if shard.index in mine)
-            # An opening decides on no place behind its shards': one that has is of an older Redis.
-            if (view.phase == "load" and is_behind) or (view.phase == "open" and (is_behind or has_failed)):
+            if view.phase == "open" and (is_behind or has_failed):
                 await self._opening.gather(self._shards.count, view.generation)
                 continue
             if len(self._shards) and self._expected_seq > position.seq:

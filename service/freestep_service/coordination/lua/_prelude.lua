@@ -198,16 +198,16 @@ local function missing_shards(now)
 end
 
 -- Begins a phase of the run's opening, under a new generation. Generations are at least the time in ms, so that they
--- go on rising after Redis has lost the last one.
-local function enter(phase)
-  local generation = math.max(run_number('generation') + 1, clock())
+-- go on rising after Redis has lost the last one. above: one that a shard knows, if that may be newer than Redis's.
+local function enter(phase, above)
+  local generation = math.max(run_number('generation') + 1, clock(), (above or 0) + 1)
   redis.call('HSET', RUN, 'phase', phase, 'generation', text(generation))
   return generation
 end
 
 -- Closes the run to pushes until every shard has reported where it stands, see open.lua.
-local function begin_gathering()
-  local generation = enter('gather')
+local function begin_gathering(above)
+  local generation = enter('gather', above)
   if shard_count() > 1 then publish({kind = 'phase', phase = 'gather', generation = generation}) end
   return generation
 end

@@ -4,7 +4,8 @@
 --          lost), 8 the generation that is to end (nothing is changed if another has begun since), or an empty string,
 --          9 the number of shards to divide the run into, 0 to give that up, or an empty string, 10 the epoch in which
 --          the run was created, 0 if that is not known, 11 its id and 12 its creator, or empty strings (for a run that is
---          lost), 13 what shards are to report of their journals (ROUND SEQ: the entries behind SEQ), or an empty string
+--          lost), 13 what shards are to report of their journals (ROUND SEQ: the entries behind SEQ), or an empty string,
+--          14 a generation that the new one is to be above, 0 if none is known
 -- returns  {generation}
 
 if not run_exists() then
@@ -21,4 +22,4 @@ elseif ARGV[9] ~= '' then
   redis.call('HSET', RUN, 'resharding', ARGV[9])
 end
 if ARGV[13] ~= '' then redis.call('HSET', RUN, 'exchange', ARGV[13]) end
-return {begin_gathering()}
+return {begin_gathering(tonumber(ARGV[14]))}
