@@ -107,6 +107,23 @@ def test_a_run_opens_whose_store_goes_back_into_an_opening(
 
 
 @pytest.mark.parametrize("shards", [1, 3])
+def test_weights_are_there_whose_upload_the_store_has_forgotten(store: str, tmp_path: Path, shards: int) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data", owner_ttl_seconds=1.0) as registry:
+            run, _ = await registry.create("run", spec_of(shards), ANYBODY)
+            with Redis.from_url(store) as client:
+                older = copied(client)
+                await initialize(run)
+                roll_back(client, older)
+                await until(lambda: client.hget("freestep:{run}:run", "initialized") == b"1", "the weights")
+            claim = claim_of(await lease_of(run), "first")
+            assert {outcome.record.step for outcome in await push(run, claim)} == {1}
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(1, 1.0)] * shards
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("durability", ["checkpoint", "journal"])
 def test_no_opening_is_carried_out_again_that_was_before_another(
     store: str, tmp_path: Path, shards: int, durability: str

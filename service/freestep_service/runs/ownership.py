@@ -159,6 +159,7 @@ class Ownership:
         wanted = list(wanted)
         while True:
             position = max((shard.core.writer.position for shard in self._shards), default=LogPosition(0, 0))
+            is_initialized = any(shard.core.initialized for shard in self._shards)
             view = await self._opening.heartbeat(self._node, wanted, self._fields(), self._applied())
             if view is None:
                 last = await self._deletions.last_epoch()
@@ -177,6 +178,8 @@ class Ownership:
             if view.has_lost_key and len(self._shards):
                 self._recovery.reopen("Redis has lost what its shards have seen")
             is_behind = (view.number("epoch"), view.number("seq")) < position
+            # Initial weights are no entry of the log.
+            is_behind |= is_initialized and not view.number("initialized")
             mine = self._mine(view)
             has_failed = any(shard.has_failed for shard in self._shards if shard.index in mine)
             if view.phase == "open" and (is_behind or has_failed):
