@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
+from queue import Full, Queue
 
 import pytest
 
@@ -194,18 +196,25 @@ def test_what_another_look_does_not_find_is_no_damage_of_a_journal_that_is_writt
 def test_a_journal_is_examined_beside_its_writer(tmp_path: Path) -> None:
     writing = Writing(tmp_path / ELEMENTS)
     journal = writing.journal
-    examined = threading.Event()
+    # A writer that cuts in every look has none come to an end, however few looks one process has meanwhile.
+    turns: Queue[bool] = Queue(maxsize=4)
     found: list[Examination] = []
 
     def examine_often() -> None:
-        found.extend(examine(journal.directory) for _ in range(100))
-        examined.set()
+        try:
+            for _ in range(100):
+                with suppress(Full):
+                    while True:
+                        turns.put_nowait(True)
+                found.append(examine(journal.directory))
+        finally:
+            turns.put(False)
 
     writing.begin(1, CheckpointId(1, 0, 0), 0)
     thread = threading.Thread(target=examine_often)
     thread.start()
     seq = 0
-    while not examined.is_set() and thread.is_alive():
+    while turns.get():
         for _ in range(3):
             seq += 1
             journal.entry({"epoch": 1, "seq": seq}, lambda error: None)
