@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
@@ -19,7 +20,6 @@ EACH = LENGTH // FILES
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_datasets_of_hugging_face_are_handed_out(remotely: Make, run: Run, workers: int) -> None:
-    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
     numbers = datasets.Dataset.from_dict({"number": range(LENGTH)}).with_format("torch")
     model = Counts()
     optimizer = remotely(model)
