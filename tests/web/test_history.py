@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -199,3 +200,12 @@ def test_the_command_shows_it(api: Api) -> None:
     assert document["curves"]["loss"]["count"] == [2, 1]
     shown = forked.freestep("history", api.run, "--curve", "luck", FREESTEP_URL=api.url)
     assert (shown.returncode, "there is no luck" in shown.stderr) == (2, True)
+    shown = forked.freestep("history", api.run, "--milestones", FREESTEP_URL=api.url, COLUMNS="120")
+    [granted] = [line for line in shown.stdout.splitlines() if " lease " in line]
+    date, clock, *rest = granted.split()
+    assert datetime.now() - datetime.fromisoformat(f"{date} {clock}") < timedelta(hours=1)
+    assert rest == ["1", "0", "lease", "granted", "to", "worker"]
+    shown = forked.freestep("history", api.run, "--milestones", "--json", FREESTEP_URL=api.url)
+    assert "lease" in {each["event"]["kind"] for each in json.loads(shown.stdout)["milestones"]}
+    shown = forked.freestep("history", api.run, "--milestones", "--points", "5", FREESTEP_URL=api.url)
+    assert (shown.returncode, "goes without" in shown.stderr) == (2, True)
