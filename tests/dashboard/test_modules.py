@@ -65,9 +65,12 @@ def test_events_are_dated_by_those_that_say_when(
 
 def test_events_are_dated_by_the_history(run: Run) -> None:
     history = [{"epoch": 1, "step": 1, "time": NOW - 9000}, {"epoch": 1, "step": 3, "time": NOW - 1000}]
-    statements = "module.dateEvents(given[0], false, null, given[1]); return given[0].map((event) => event.time);"
+    statements = (
+        "module.dateEvents(given[0], false, null, given[1], given[2]); return given[0].map((event) => event.time);"
+    )
     events = [push(1), push(2), push(3), push(4)]
-    assert run("event_times", statements, [events, history]) == [NOW - 9000, NOW - 5000, NOW - 1000, NOW]
+    assert run("event_times", statements, [events, history, []]) == [NOW - 9000, NOW - 5000, NOW - 1000, NOW]
+    assert run("event_times", statements, [events, history, [push(2, time=NOW - 8000)]])[1] == NOW - 8000
 
 
 def test_an_average_is_right_from_its_beginning(run: Run) -> None:
@@ -122,15 +125,50 @@ def test_a_history_goes_before_the_first_event(run: Run) -> None:
         # Steps 4 and 6 were given up when epoch 2 began with step 2.
         "curves": {name: curve([2, 4, 6, 3, 8], [1, 1, 1, 2, 2], [1, 0.5, 1, 1, 1]) for name in names},
         "metrics": {"accuracy": curve([2, 8], [1, 2], [0.1, 0.2])},
-        "epochs": [{"epoch": 1, "step": 0}, {"epoch": 2, "step": 2}],
+        "epochs": [{"epoch": 1, "step": 0, "time": 0}, {"epoch": 2, "step": 2, "time": 0}],
     }
     statements = (
-        "const curves = module.curvesBefore(given[0], given[1]);"
+        "const past = module.historyBefore(given[0], given[1], []);"
         " const steps = (points) => points.map((each) => each.step);"
-        " return [steps(curves.loss), curves.decided.applied.map((each) => each.value), steps(curves.metrics[0][1])];"
+        " return [steps(past.loss), past.decided.applied.map((each) => each.value), steps(past.metrics[0][1])];"
     )
     assert run("run_history", statements, [history, push(8, epoch=2)]) == [[2, 3], [2, 4], [2]]
-    assert run("run_history", "return module.curvesBefore(null, given);", push(1)) is None
+    assert run("run_history", "return module.historyBefore(null, given, []);", push(1)) is None
+
+
+def test_milestones_count_once_beside_the_events(run: Run) -> None:
+    """A journal tells again of entries behind the checkpoint, and not of what had no entry."""
+    begun, changed = {"kind": "epoch", "id": f"1-2.{NOW}"}, {"kind": "control", "id": "1-4"}
+    lost = [lease(NOW - 9000), {**lease(NOW - 8000, "expired"), "id": f"1-3.{NOW - 8000}", "worker": "other"}]
+    # In the order of their times, by a clock that went back.
+    kept = [{"time": 1.5, "event": each} for each in (changed, *reversed(lost))]
+    events = [begun, push(3), {**changed, "step": 3}, push(5)]
+    statements = (
+        "const milestones = module.milestonesOf({ milestones: given[0] });"
+        " const told = given[1].map((each) => [...module.takeBefore(milestones, each), each]);"
+        " return [told.flat().map((each) => each.id), told[0][0].time, milestones];"
+    )
+    ids, time, left = run("run_history", statements, [kept, events])
+    assert ids == [lost[0]["id"], begun["id"], "1-3", lost[1]["id"], "1-4", "1-5"]
+    assert (time, left) == (1500, [])
+
+
+def test_a_record_begins_with_what_was_before_its_first_event(run: Run) -> None:
+    nothing: dict[str, Any] = {"step": [], "epoch": [], "time": [], "count": [], "mean": []}
+    curves = dict.fromkeys(("loss", "staleness", "applied", "accumulated", "dropped"), nothing)
+    at = {"step": [4, 9], "epoch": [2, 2], "time": [1, 2], "count": [1, 1], "mean": [1, 1]}
+    epochs = [{"epoch": 1, "step": 0, "time": 0}, {"epoch": 2, "step": 3, "time": 0.5}]
+    history = {"curves": {**curves, "loss": at}, "metrics": {}, "epochs": epochs}
+    milestones = [{**lease(NOW), "id": f"1-7.{NOW}", "step": 7, "time": NOW}]
+    statements = (
+        "const { historyBefore } = await import('/dashboard/files/run_history.js');"
+        " const record = module.replayed([given[1]], 1, historyBefore(...given));"
+        " return [record.marks.map((mark) => mark.text), record.loss.points.map((point) => point.step)];"
+    )
+    marks, steps = run("run_record", statements, [history, push(9, epoch=2, loss=None), milestones])
+    assert marks == ["epoch 1 goes on at step 0", "w joined", "epoch 2 goes on at step 3"]
+    # Nothing of epoch 2 is lost by its beginning, and the event's own step is the event's.
+    assert steps == [4]
 
 
 @pytest.mark.parametrize(

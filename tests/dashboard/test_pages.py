@@ -71,6 +71,23 @@ def inked(drawn: Locator) -> int:
     return int(count)
 
 
+def painted(drawn: Locator, colour: str) -> bool:
+    """Whether a chart has pixels of just this colour, #rrggbb."""
+    return bool(
+        drawn.locator("canvas").evaluate(
+            """(canvas, wanted) => {
+                const { width, height } = canvas;
+                // Of a canvas that is read often, Chromium warns.
+                const copy = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+                copy.drawImage(canvas, 0, 0);
+                const { data } = copy.getImageData(0, 0, width, height);
+                return data.some((_, at) => at % 4 === 0 && wanted.every((part, index) => data[at + index] === part));
+            }""",
+            [*bytes.fromhex(colour.removeprefix("#")), 255],
+        )
+    )
+
+
 def row_of(page: Page, worker: str) -> Locator:
     return page.locator("table.workers tbody tr", has_text=worker)
 
@@ -144,6 +161,48 @@ def test_the_page_goes_on_when_the_service_restarts(
     plot = chart(again, "Loss").get_by_role("img")
     expect(plot).to_have_attribute("aria-label", re.compile(r"^Loss. loss: \S+ at step 1,"))
     expect(page.get_by_text("Nothing: every push is on disk")).to_be_visible()
+
+
+def test_what_happened_before_the_events_is_shown_once(
+    start_process: Callable[..., ProcessService], connect: Callable[..., Api], open_page: OpenPage
+) -> None:
+    service = start_process()
+    api = connect(service.url)
+    api.create(lease_ttl_ms=3_600_000)
+    lease = api.lease("gpu-1")
+    api.http.delete(api.path(f"/leases/{api.lease('gpu-2')['lease']}"))
+    for step in range(6):
+        api.push(lease, step, Freestep_Loss="0.5")
+        if step == 2:
+            assert api.http.patch(api.path(), json={"optimizer": {"lr": 0.25}}).status_code == 200
+    told = ("epoch 1 goes on at step 0", "gpu-1 joined", "gpu-2 left", "optimizer.lr = 0.25, by admin-token")
+    before = open_page(service.url, f"#/runs/{api.run}")
+    for text in told:
+        expect(before.locator(".events")).to_contain_text(text)
+    service.stop()
+    service.start()
+    # The service has forgotten the events of before.
+    events = connect(service.url, api.run).http.get(api.path("/events"), params={"follow": "false"}).text
+    assert "event: epoch" in events and "granted" not in events and "control" not in events
+    after = open_page(service.url)
+    # The history is asked for again where there is no answer.
+    after.route("**/history", lambda route: route.abort(), times=1)
+    after.get_by_role("link", name=api.run).click()
+    for page in (before, after):
+        expect(page.locator(".events")).to_contain_text("epoch 1 goes on at step 6")
+        for text in told:
+            expect(page.locator(".events li", has_text=text)).to_have_count(1)
+    # Of a worker that has gone the end is known, and not its pushes.
+    expect(row_of(after, "gpu-2")).to_have_attribute("data-state", "left")
+    expect(row_of(after, "gpu-2").locator("td").nth(3)).to_have_text("–")
+    expect(row_of(after, "gpu-1")).to_have_count(0)
+    # They lie over curves, but for those that are hidden.
+    control, loss = "#b8560b", chart(after, "Loss")
+    # One was written for the change, and is drawn over it.
+    after.get_by_role("checkbox", name="checkpoints").uncheck()
+    wait_until(lambda: painted(loss, control), pause_s=0.1)
+    after.get_by_role("checkbox", name="control").uncheck()
+    wait_until(lambda: not painted(loss, control), pause_s=0.1)
 
 
 # Names

@@ -96,7 +96,8 @@ function eventOf(block) {
   return data.length === 0 ? null : JSON.parse(data.join("\n"));
 }
 
-function sleep(ms, signal) {
+/** Ends after a time, or when the signal is given. */
+export function sleep(ms, signal) {
   return new Promise((done) => {
     const timer = setTimeout(done, ms);
     signal.addEventListener("abort", () => { clearTimeout(timer); done(); }, { once: true });

@@ -1,11 +1,13 @@
 // All that is known of a run's past and present from its events: followed by one page at a time.
 
 import { dateEvents } from "./event_times.js";
-import { EventStream } from "./event_stream.js";
-import { curvesBefore, readHistory, timesOfSteps } from "./run_history.js";
+import { EventStream, sleep } from "./event_stream.js";
+import { historyBefore, milestonesOf, readHistory, takeBefore, timesOfSteps } from "./run_history.js";
 import { RunRecord, replayed } from "./run_record.js";
+import { Away } from "./session.js";
 
 const MOST_EVENTS = 20000;
+const AGAIN_MS = 1000;
 
 /** Follows a run's events. changed(): there is more. told(state, error): how the stream is. */
 export class RunFeed {
@@ -24,12 +26,19 @@ export class RunFeed {
   }
 
   async begin() {
-    try {
-      this.history = await readHistory(this.run, this.abort.signal);
-    } catch {
-      // Whatever is wrong, the stream of events says so, too.
+    const signal = this.abort.signal;
+    for (let isAway = true; isAway && !signal.aborted;) {
+      try {
+        this.history = await readHistory(this.run, signal);
+        isAway = false;
+      } catch (error) {
+        // Why it is refused, the stream of events says, too.
+        isAway = error instanceof Away;
+        if (isAway) await sleep(AGAIN_MS, signal);
+      }
     }
-    if (!this.abort.signal.aborted) this.stream.start();
+    this.milestones = milestonesOf(this.history);
+    if (!signal.aborted) this.stream.start();
   }
 
   /** The run is not the one that it was. */
@@ -46,27 +55,29 @@ export class RunFeed {
 
   clear() {
     this.history = null;
+    /** Those of the history that are neither among the events yet nor before them. */
+    this.milestones = [];
     this.stream = new EventStream(this.run, {
       heard: (events, isLive) => this.hear(events, isLive),
       changed: (state, error) => (state === "lost" ? this.beginAgain() : this.told(state, error)),
     });
     this.record = new RunRecord();
     this.events = [];
-    this.curves = null;
+    this.past = null;
   }
 
   /** The run as it stood after so many of the kept events. */
   replayed(count) {
-    return replayed(this.events, count, this.curves);
+    return replayed(this.events, count, this.past);
   }
 
   hear(events, isLive) {
-    dateEvents(events, isLive, this.record.time, timesOfSteps(this.history));
-    if (this.events.length === 0 && this.curves === null) {
-      this.curves = curvesBefore(this.history, events[0]);
-      this.record.begin(this.curves);
+    dateEvents(events, isLive, this.record.time, timesOfSteps(this.history), this.milestones);
+    if (this.events.length === 0 && this.past === null) {
+      this.past = historyBefore(this.history, events[0], takeBefore(this.milestones, events[0]));
+      this.record.begin(this.past);
     }
-    for (const event of events) {
+    for (const event of events.flatMap((each) => [...takeBefore(this.milestones, each), each])) {
       this.events.push(event);
       this.record.take(event);
     }

@@ -1,5 +1,6 @@
-// A run's curves over its whole life, where the service keeps them.
+// A run's curves and milestones over its whole life, where the service keeps them.
 
+import { placeOf } from "./event_times.js";
 import { Refused, call, runPath } from "./session.js";
 
 const DECISIONS = ["applied", "accumulated", "dropped"];
@@ -19,13 +20,31 @@ export function timesOfSteps(history) {
   return pointsOf(history?.curves.applied, []).filter((point, index, all) => index === 0 || isAfter(point, all[index - 1]));
 }
 
-/** The curves before an event, as `RunRecord.begin` takes them. */
-export function curvesBefore(history, first) {
+/** What has happened beside pushes, as events with their times, in the order of their places. */
+export function milestonesOf(history) {
+  const events = (history?.milestones ?? []).map(({ time, event }) => ({ ...event, time: 1000 * time }));
+  return events.sort(compare);
+}
+
+/** Takes out of milestones those before an event, and the event itself, which is told of by itself. */
+export function takeBefore(milestones, event) {
+  const taken = [];
+  while (milestones.length > 0 && compare(milestones[0], event) <= 0) taken.push(milestones.shift());
+  return taken.filter((each) => each.id !== event.id);
+}
+
+/** What was before an event, with these milestones, as `RunRecord.begin` takes it. */
+export function historyBefore(history, first, milestones) {
   if (history === null) return null;
   const before = (curve) => pointsOf(curve, history.epochs).filter((point) => isAfter(first, point));
   const applied = before(history.curves.applied);
   const metrics = Object.entries(history.metrics).map(([name, curve]) => [name, before(curve)]);
+  const epochs = history.epochs.filter((begun) => isAfter(first, begun)).map((begun) => {
+    // Nothing of an epoch comes before it.
+    return { kind: "epoch", id: `${begun.epoch}-0`, epoch: begun.epoch, step: begun.step, time: 1000 * begun.time };
+  });
   return {
+    milestones: [...epochs, ...milestones].sort(compare),
     loss: before(history.curves.loss),
     staleness: before(history.curves.staleness),
     steps: applied.map((point) => ({ ...point, value: point.step })),
@@ -50,6 +69,13 @@ function totals(points) {
     total += Math.round(point.value * point.count);
     return { ...point, value: total };
   });
+}
+
+/** Below 0 where the place of one event is before that of the other, 0 where it is the same. */
+function compare(one, other) {
+  const [place, against] = [placeOf(one), placeOf(other)];
+  const index = place.findIndex((part, at) => part !== against[at]);
+  return index < 0 ? 0 : place[index] - against[index];
 }
 
 function isAfter(one, other) {

@@ -24,20 +24,23 @@ export class RunRecord {
     this.reasons = new Map();
     this.workers = new Map();
     this.marks = [];
-    this.checkpoint = null;
   }
 
-  /** Begins with curves from before the first event. */
-  begin(curves) {
-    if (curves === null) return;
+  /** Begins with what was before the first event. */
+  begin(past) {
+    if (past === null) return;
+    // Before the curves, which are without what the run has gone back behind.
+    for (const event of past.milestones) this.take(event);
+    // Who was there is perhaps gone, with a store that was lost; leases say who is there now.
+    for (const { worker, ended } of [...this.workers.values()]) if (ended === null) this.workers.delete(worker);
     for (const name of ["loss", "staleness", "steps"]) {
-      for (const { step, time, value } of curves[name]) this[name].add(step, time, value);
+      for (const { step, time, value } of past[name]) this[name].add(step, time, value);
     }
-    for (const [decision, points] of Object.entries(curves.decided)) {
+    for (const [decision, points] of Object.entries(past.decided)) {
       for (const { step, time, value } of points) this.decided[decision].add(step, time, value);
       this.decisions[decision] = points.at(-1)?.value ?? 0;
     }
-    for (const [name, points] of curves.metrics) {
+    for (const [name, points] of past.metrics) {
       for (const { step, time, value } of points) this.metric(name).add(step, time, value);
     }
   }
@@ -122,7 +125,6 @@ export class RunRecord {
   }
 
   on_checkpoint(event) {
-    this.checkpoint = { epoch: event.written_epoch, step: event.written_step, time: event.time };
     this.mark(event, "checkpoint", `checkpoint of step ${event.written_step}`);
   }
 
@@ -167,9 +169,9 @@ function controlText({ by, changes }) {
 }
 
 /** A run as it stood after the first `count` events. */
-export function replayed(events, count, curves) {
+export function replayed(events, count, past) {
   const record = new RunRecord();
-  record.begin(curves);
+  record.begin(past);
   for (let index = 0; index < count; index += 1) record.take(events[index]);
   return record;
 }

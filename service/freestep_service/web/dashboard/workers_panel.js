@@ -123,7 +123,9 @@ function told(record, name) {
 
 function goneWorker(worker, now) {
   const state = GONE[worker.ended] ?? "left";
-  return { ...worker, state, silent: now - worker.endedAt, ttl: null, speed: null };
+  // Of one that went before the first event, pushes are not known.
+  const { pushes, dropped } = worker.pushedAt === null ? { pushes: null, dropped: null } : worker;
+  return { ...worker, pushes, dropped, state, silent: now - worker.endedAt, ttl: null, speed: null };
 }
 
 function replayedWorkers(record, at) {
