@@ -177,6 +177,7 @@ def test_a_record_begins_with_what_was_before_its_first_event(run: Run) -> None:
         ("count", 1234567, "1,234,567"), ("count", None, "–"), ("short", 25_000_000, "25 M"), ("short", 804, "804"),
         ("number", 0.00012345, "1.23e-4"), ("number", 0.123456, "0.1235"), ("number", 0, "0"), ("steps", 6.5e-24, "0"),
         ("duration", 1500, "1.5 s"), ("duration", 250_000, "4 min 10 s"), ("bytes", 9848, "9.85 kB"),
+        ("bytes", None, "–"),
     ],
 )  # fmt: skip
 def test_numbers_are_for_people(run: Run, name: str, value: float | None, expected: str) -> None:

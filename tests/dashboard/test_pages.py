@@ -18,7 +18,7 @@ from forked import Script
 from freestep import Client
 from harness import TOKEN, ProcessService, ThreadService
 from meanwhile import DEADLINE_S, wait_until
-from plain_calls import Api, slug
+from plain_calls import BODY, Api, slug
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +92,12 @@ def row_of(page: Page, worker: str) -> Locator:
     return page.locator("table.workers tbody tr", has_text=worker)
 
 
+def cell_of(page: Page, worker: str, column: str) -> Locator:
+    """A worker's cell in a column."""
+    names = page.locator("table.workers thead th").all_inner_texts()
+    return row_of(page, worker).locator("th, td").nth(names.index(column))
+
+
 def violations(page: Page) -> list[Any]:
     """What axe finds, by rule and element."""
     found = Axe().run(page).response["violations"]
@@ -137,6 +143,25 @@ def test_the_row_of_a_killed_worker_changes_with_its_lease(
     expect(row_of(page, "dies")).to_contain_text("expired")
     expect(row_of(page, "stays")).to_have_attribute("data-state", "live")
     expect(page.locator(".events")).to_contain_text("dies fell silent: its lease expired")
+
+
+def test_a_workers_row_says_what_it_sends(
+    service: ThreadService, connect: Callable[..., Api], open_page: OpenPage, train: Train, run: str
+) -> None:
+    train(service, run, "gpu-1", lease_ttl_ms=60_000)
+    page = open_page(service.url, f"#/runs/{run}")
+    expect(row_of(page, "gpu-1")).to_be_visible()
+    # It says of no speed, and so it is that of its pushes.
+    expect(cell_of(page, "gpu-1", "Steps/s")).to_have_text(re.compile(r"^(?!0$)[\d.,]+$"))
+    expect(cell_of(page, "gpu-1", "Received")).to_have_text(re.compile(r"^[\d.]+ [kM]B$"))
+    api = connect(service.url)
+    api.create(lease_ttl_ms=60_000)
+    lease = api.lease("gpu-2")
+    for step in range(2):
+        api.push(lease, step, Freestep_Speed="2.5")
+    page = open_page(service.url, f"#/runs/{api.run}")
+    expect(cell_of(page, "gpu-2", "Steps/s")).to_have_text("2.5")
+    expect(cell_of(page, "gpu-2", "Received")).to_have_text(f"{2 * len(BODY)} B")
 
 
 def test_the_page_goes_on_when_the_service_restarts(
@@ -194,7 +219,7 @@ def test_what_happened_before_the_events_is_shown_once(
             expect(page.locator(".events li", has_text=text)).to_have_count(1)
     # Of a worker that has gone the end is known, and not its pushes.
     expect(row_of(after, "gpu-2")).to_have_attribute("data-state", "left")
-    expect(row_of(after, "gpu-2").locator("td").nth(3)).to_have_text("–")
+    expect(cell_of(after, "gpu-2", "Pushes")).to_have_text("–")
     expect(row_of(after, "gpu-1")).to_have_count(0)
     # They lie over curves, but for those that are hidden.
     control, loss = "#b8560b", chart(after, "Loss")

@@ -52,6 +52,7 @@ export function clock(ms) {
 
 /** A size in bytes. */
 export function bytes(value) {
+  if (value === null || value === undefined) return "–";
   for (const [size, unit] of [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) {
     if (value >= size) return `${Number((value / size).toPrecision(3))} ${unit}`;
   }

@@ -2,17 +2,19 @@
 
 import { Rows, card, el, setText } from "./dom.js";
 import { twice } from "./acts.js";
-import { count, duration, number, rate } from "./format.js";
+import { bytes, count, duration, number, rate } from "./format.js";
 import { call, runPath } from "./session.js";
 
 const MOST_GONE = 10;
+const RATE_MS = 10000;
 const BAN_S = 3600;
 /** What a worker is called whose lease has ended, by how it has. */
 const GONE = { released: "left", expired: "expired", ended: "ended" };
 const COLUMNS = [
   ["Worker", ""], ["State", ""], ["Silent for", "Since its last push or renewal, of the time after which its lease ends"],
-  ["Last push", ""], ["Pushes", ""], ["Dropped", ""], ["Staleness", "Of its last push, in steps"],
-  ["Steps/s", "Its local steps a second, where its pushes say"], ["Samples", ""], ["Units", "Units of data that have counted with its pushes"],
+  ["Last push", ""], ["Pushes", ""], ["Received", "Bytes of the bodies of these pushes"], ["Dropped", ""],
+  ["Staleness", "Of its last push, in steps"],
+  ["Steps/s", "Its local steps a second, where its pushes say, else its pushes a second"], ["Samples", ""], ["Units", "Units of data that have counted with its pushes"],
 ];
 
 export class WorkersPanel {
@@ -22,6 +24,8 @@ export class WorkersPanel {
     this.onAct = onAct;
     this.leases = [];
     this.readAt = 0;
+    /** How many pushes of each worker were seen at what times. */
+    this.looks = new Map();
     this.body = el("tbody");
     this.rows = new Rows(this.body, (item) => this.row(item));
     this.empty = el("p", { class: "empty" }, "No worker has a lease.");
@@ -42,8 +46,9 @@ export class WorkersPanel {
 
   /** Takes over which leases there are. */
   read(leases) {
-    this.leases = leases;
     this.readAt = performance.now();
+    this.looks = new Map(leases.map(({ worker, pushes }) => [worker, looksWith(this.looks.get(worker) ?? [], pushes, this.readAt)]));
+    this.leases = leases.map((lease) => ({ ...lease, speed: lease.speed ?? speedOf(this.looks.get(lease.worker)) }));
   }
 
   /** Shows live workers and those that went last. at: null for now, else the time that is replayed. */
@@ -125,7 +130,7 @@ function goneWorker(worker, now) {
   const state = GONE[worker.ended] ?? "left";
   // Of one that went before the first event, pushes are not known.
   const { pushes, dropped } = worker.pushedAt === null ? { pushes: null, dropped: null } : worker;
-  return { ...worker, pushes, dropped, state, silent: now - worker.endedAt, ttl: null, speed: null };
+  return { ...worker, pushes, dropped, state, silent: now - worker.endedAt, ttl: null };
 }
 
 function replayedWorkers(record, at) {
@@ -133,8 +138,21 @@ function replayedWorkers(record, at) {
   return workers.map((worker) => {
     if (worker.ended !== null) return goneWorker(worker, at);
     const silent = at - Math.max(worker.pushedAt ?? 0, worker.since ?? 0);
-    return { ...worker, state: "live", silent, ttl: null, speed: null };
+    return { ...worker, state: "live", silent, ttl: null };
   });
+}
+
+/** Looks {time, pushes} of the last seconds with one more; a lease that was granted since begins anew. */
+function looksWith(looks, pushes, time) {
+  const since = pushes < (looks.at(-1)?.pushes ?? 0) ? [] : looks;
+  const first = since.findLastIndex((each) => each.time <= time - RATE_MS);
+  return [...since.slice(Math.max(0, first)), { time, pushes }];
+}
+
+/** Pushes a second; null of one look. */
+function speedOf(looks) {
+  const [from, to] = [looks[0], looks.at(-1)];
+  return to.time > from.time ? (1000 * (to.pushes - from.pushes)) / (to.time - from.time) : null;
 }
 
 /** What a worker is that has been silent for a part of its lease. */
@@ -152,11 +170,12 @@ function fill(row, item, now) {
   row.bar.style.setProperty("width", `${hasGone ? 100 : Math.min(100, (100 * item.silent) / (item.ttl ?? Infinity))}%`);
   setText(cells[3], item.pushedAt === null ? "–" : `${duration(now - item.pushedAt)} ago`);
   setText(cells[4], count(item.pushes));
-  setText(cells[5], count(item.dropped));
-  setText(cells[6], count(item.staleness));
-  setText(cells[7], rate(item.speed));
-  setText(cells[8], item.samples ? number(item.samples) : "–");
-  setText(cells[9], item.units ? count(item.units) : "–");
+  setText(cells[5], bytes(item.received_bytes));
+  setText(cells[6], count(item.dropped));
+  setText(cells[7], count(item.staleness));
+  setText(cells[8], rate(item.speed));
+  setText(cells[9], item.samples ? number(item.samples) : "–");
+  setText(cells[10], item.units ? count(item.units) : "–");
   if (row.acts) row.acts.classList.toggle("none", hasGone);
 }
 
