@@ -325,6 +325,44 @@ def test_a_learning_rate_is_set(api: Api, open_page: OpenPage) -> None:
     expect(page.locator(".facts").first).to_contain_text("ringmaster")
 
 
+def test_a_policy_is_set(api: Api, open_page: OpenPage) -> None:
+    api.create(aggregation={"policy": "buffered", "batch": 5})
+    page = open_page(api.url, f"#/runs/{api.run}")
+    fields = page.get_by_role("group", name="Aggregation")
+    policy, batch = fields.get_by_label("policy", exact=True), fields.get_by_label("batch")
+    expect(policy).to_have_value("buffered")
+    expect(batch).to_have_value("5")
+    policy.select_option("quorum")
+    for given, refusal in (("", "needs a batch"), ("many", "is no value"), ("0", "batch")):
+        batch.fill(given)
+        twice(fields.get_by_role("button"))
+        expect(page.get_by_role("alert").filter(has_text=refusal)).not_to_have_count(0)
+    assert api.status()["control"]["aggregation"] == {}
+    batch.fill("2")
+    twice(fields.get_by_role("button"))
+    expect(page.locator(".events")).to_contain_text(
+        'aggregation.policy = "quorum", aggregation.batch = 2, by admin-token'
+    )
+    expect(page.locator(".facts").first).to_contain_text("quorum")
+    assert api.status()["control"]["aggregation"] == {"policy": "quorum", "batch": 2}
+    # Another one begins with its own values; what is chosen and not set stays as it is chosen.
+    policy.select_option("ssp")
+    expect(batch).to_have_value("")
+    api.http.patch(api.path(), json={"aggregation": {"batch": 3}})
+    expect(page.locator(".events")).to_contain_text("aggregation.batch = 3")
+    policy.select_option("quorum")
+    expect(batch).to_have_value("3")
+    policy.select_option("ssp")
+    fields.get_by_label("slack").fill("4")
+    twice(fields.get_by_role("button"))
+    expect(page.locator(".facts").first).to_contain_text("ssp")
+    assert api.status()["control"]["aggregation"] == {"policy": "ssp", "batch": None, "slack": 4}
+    # What somebody else sets is shown.
+    api.http.patch(api.path(), json={"aggregation": {"policy": "ringmaster", "max_staleness": 8}})
+    expect(policy).to_have_value("ringmaster")
+    expect(fields.get_by_label("max_staleness")).to_have_value("8")
+
+
 def test_the_rate_of_a_wrapped_optimizer_is_set(api: Api, open_page: OpenPage) -> None:
     api.create(optimizer={"algorithm": "schedule_free_wrapper", "base": {"algorithm": "sgd", "lr": 0.5}})
     page = open_page(api.url, f"#/runs/{api.run}")

@@ -5,6 +5,8 @@ import { setting, twice } from "./acts.js";
 import { call, runPath } from "./session.js";
 
 const OFFERED = ["lr", "base.lr", "weight_decay", "momentum", "betas", "max_grad_norm"];
+const POLICIES = ["async", "ringmaster", "sync", "quorum", "buffered", "rennala", "ssp"];
+const OF_POLICY = ["batch", "max_staleness", "slack"];
 
 /** What a run's spec is with what has been changed since. */
 export function inForce({ spec, control }) {
@@ -21,13 +23,14 @@ export class SteerPanel {
     this.settings = new Map();
     this.fields = el("div", { class: "settings" });
     this.pausing = el("p", { class: "acts" });
+    this.policy = new PolicyFields((aggregation) => this.change({ aggregation }, `the policy is ${aggregation.policy} now`));
     const remove = async () => {
       await call("DELETE", runPath(run));
       onDeleted();
       return `the run ${run} is deleted`;
     };
     const deletion = twice("Delete the run", `Delete ${run} and its checkpoints?`, remove, { isGrave: true });
-    this.element = card("Steer", this.pausing, this.fields, el("p", { class: "acts" }, deletion));
+    this.element = card("Steer", this.pausing, this.fields, this.policy.element, el("p", { class: "acts" }, deletion));
   }
 
   async change(body, told) {
@@ -43,6 +46,7 @@ export class SteerPanel {
       const value = name.split(".").reduce((document, member) => document?.[member], inForce(status).optimizer);
       if (value !== undefined) this.showSetting(name, JSON.stringify(value));
     }
+    this.policy.show(inForce(status).aggregation);
   }
 
   showPause(isPaused) {
@@ -66,6 +70,54 @@ export class SteerPanel {
     if (made.shown !== text && made.input.value === made.shown) made.input.value = text;
     made.shown = text;
   }
+}
+
+/** The aggregation policy and the values that replace its own, which are set together. */
+class PolicyFields {
+  /** act(aggregation): sets these fields. */
+  constructor(act) {
+    this.inForce = null;
+    this.choice = el("select", { id: "policy" }, POLICIES.map((name) => el("option", { value: name }, name)));
+    this.choice.addEventListener("change", () => this.fill(this.choice.value));
+    const button = twice("Set", "Change the policy?", () => act(this.given()));
+    const row = (name, field, more) => el("div", { class: "setting" }, el("label", { for: field.id }, name), field, more);
+    this.inputs = new Map(OF_POLICY.map((name) => {
+      return [name, el("input", { id: `policy-${name}`, type: "text", inputmode: "numeric", autocomplete: "off" })];
+    }));
+    this.element = el(
+      "fieldset", { class: "settings", hidden: true }, el("legend", { class: "hidden" }, "Aggregation"), row("policy", this.choice, button),
+      [...this.inputs].map(([name, input]) => row(name, input)),
+      el("p", { class: "note" }, "What is left empty is the policy's own."),
+    );
+  }
+
+  /** Shows what is in force, unless somebody has begun to change it. */
+  show(inForce) {
+    const isUntouched = this.inForce === null || this.isAsIn(this.inForce);
+    this.inForce = inForce;
+    this.element.hidden = false;
+    if (isUntouched && !this.isAsIn(inForce)) this.fill(inForce.policy);
+  }
+
+  /** Another policy than that in force begins with its own values. */
+  fill(policy) {
+    this.choice.value = policy;
+    for (const [name, input] of this.inputs) input.value = policy === this.inForce.policy ? textOf(this.inForce[name]) : "";
+  }
+
+  isAsIn(aggregation) {
+    return this.choice.value === aggregation.policy
+      && [...this.inputs].every(([name, input]) => input.value === textOf(aggregation[name]));
+  }
+
+  given() {
+    const values = [...this.inputs].map(([name, input]) => [name, valueOf(input.value.trim() || "none")]);
+    return { policy: this.choice.value, ...Object.fromEntries(values) };
+  }
+}
+
+function textOf(value) {
+  return value === null || value === undefined ? "" : String(value);
 }
 
 /** {base: {lr: value}} for base.lr. */
