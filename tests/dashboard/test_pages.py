@@ -560,18 +560,34 @@ def test_the_keyboard_reaches_everything(api: Api, open_page: OpenPage) -> None:
     assert wanted == reached > 5
 
 
-def test_the_theme_is_chosen_and_kept(service: ThreadService, open_page: OpenPage) -> None:
-    page = open_page(service.url, color_scheme="light")
+def test_the_theme_is_chosen_and_kept(api: Api, open_page: OpenPage) -> None:
+    api.create()
+    lease = api.lease()
+    for step in range(3):
+        api.push(lease, step, Freestep_Loss=str(1 / (1 + step)))
+    page = open_page(api.url, f"#/runs/{api.run}", color_scheme="light")
+    loss = chart(page, "Loss")
 
     def ground() -> str:
         return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
+    def has_curves(colour: str) -> None:
+        wait_until(lambda: loss.locator("canvas").count() > 0 and painted(loss, colour), pause_s=0.1)
+
     light = ground()
+    has_curves("#2b5bd7")
+    # Without a choice the system's changes are followed.
+    page.emulate_media(color_scheme="dark")
+    has_curves("#8fb0ff")
+    assert ground() != light
+    page.emulate_media(color_scheme="light")
+    has_curves("#2b5bd7")
     page.get_by_role("button", name="Theme: auto").click()
     page.get_by_role("button", name="Theme: light").click()
     page.get_by_role("button", name="Theme: dark").wait_for()
     dark = ground()
     assert dark != light
+    has_curves("#8fb0ff")
     page.reload()
     page.get_by_role("button", name="Theme: dark").wait_for()
     assert ground() == dark

@@ -20,13 +20,21 @@ export const MARKS = {
 };
 
 const all = new Set();
-/** The value of a variable of the style sheet. */
+const probe = document.body.appendChild(el("span", { hidden: true }));
+const colours = new Map();
+
+/** The colour that a variable of the style sheet is in the theme of now: a canvas takes no variables. */
 function colour(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  if (!colours.has(name)) {
+    probe.style.setProperty("color", `var(${name})`);
+    colours.set(name, getComputedStyle(probe).color);
+  }
+  return colours.get(name);
 }
 
 /** Draws all charts anew, in other colours. */
 export function recolour() {
+  colours.clear();
   for (const chart of all) chart.rebuild();
 }
 
@@ -124,7 +132,8 @@ export class Chart {
         {},
         ...lines.map((each) => ({
           label: each.label,
-          stroke: colour(each.colour) + (each.isFaint ? "55" : ""),
+          stroke: colour(each.colour),
+          alpha: each.isFaint ? 0.33 : 1,
           width: each.isFaint ? 1 : 2,
           spanGaps: true,
           points: { show: each.points.length < 2 },
