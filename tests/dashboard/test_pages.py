@@ -222,9 +222,11 @@ def test_what_happened_before_the_events_is_shown_once(
     expect(cell_of(after, "gpu-2", "Pushes")).to_have_text("–")
     expect(row_of(after, "gpu-1")).to_have_count(0)
     # They lie over curves, but for those that are hidden.
-    control, loss = "#b8560b", chart(after, "Loss")
-    # One was written for the change, and is drawn over it.
-    after.get_by_role("checkbox", name="checkpoints").uncheck()
+    join, control, loss = "#1a7a4c", "#b8560b", chart(after, "Loss")
+    # These are drawn over them: a checkpoint was written for the change.
+    for kind in ("checkpoints", "leaves"):
+        after.get_by_role("checkbox", name=kind).uncheck()
+    wait_until(lambda: painted(loss, join), pause_s=0.1)
     wait_until(lambda: painted(loss, control), pause_s=0.1)
     after.get_by_role("checkbox", name="control").uncheck()
     wait_until(lambda: not painted(loss, control), pause_s=0.1)

@@ -122,7 +122,9 @@ function kept() {
 
 /** From the first to the last of what is known of a run. */
 function extentOf(record, x) {
-  const points = [record.steps, record.loss].flatMap((series) => [series.points[0], series.last]).filter(Boolean);
+  const ends = [record.steps, record.loss].flatMap((series) => [series.points[0], series.last]);
+  // An epoch begins before its first push, and workers join then.
+  const points = [...ends, ...record.marks.filter((mark) => mark.kind === "epoch")].filter(Boolean);
   if (points.length === 0) return null;
   const values = points.map((point) => (x === "time" ? point.time : point.step));
   return [Math.min(...values), Math.max(...values)];
