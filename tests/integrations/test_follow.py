@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import struct
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -101,6 +103,27 @@ def test_what_a_tracker_did_not_take_comes_again(trained: Run, tmp_path: Path) -
     follow(trained, [kept], state, is_live=False)
     assert kept.steps() == [1, 2, 3]
     assert kept.steps("run/epoch") == []
+
+
+def test_trackers_of_one_class_all_have_the_curves(trained: Run, tmp_path: Path) -> None:
+    first, second = Kept(), Kept()
+    follow(trained, [first, second], tmp_path / "state.json", is_live=False)
+    assert first.points == second.points
+    assert first.steps() == [1, 2, 3]
+
+
+def test_a_state_file_that_cannot_be_written_is_no_failure_of_a_tracker(trained: Run, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    folder = tmp_path / "states"
+    folder.mkdir()
+
+    class Remover:
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            shutil.rmtree(folder)
+
+    to = [Target("tensorboard", str(tmp_path / "logs")), Remover()]
+    with pytest.raises(FileNotFoundError, match="state"):
+        follow(trained, to, folder / "state.json", is_live=False)
 
 
 def test_state_of_another_run_is_refused(trained: Run, tmp_path: Path) -> None:
@@ -265,45 +288,49 @@ def leveldb_records(log: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.slow
-def test_curves_are_in_wandb(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_are_in_projects_of_wandb(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     from wandb.proto.wandb_internal_pb2 import Record
 
     for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     for _ in range(2):
-        follow(trained, [Target("wandb", "mine")], tmp_path / "state", is_live=False)
+        to = [Target("wandb", "mine"), Target("wandb", "ours")]
+        follow(trained, to, tmp_path / "state", is_live=False)
         push(trained, trained.status().step, 1)
-    losses, runs = [], set()
+    losses, runs = defaultdict(list), set()
     for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
         for data in leveldb_records(file.read_bytes()):
             record = Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "run":
-                runs.add((record.run.project, record.run.display_name, record.run.run_id))
+                project = record.run.project
+                runs.add((project, record.run.display_name, record.run.run_id))
             items = {"/".join(each.nested_key) or each.key: each.value_json for each in record.history.item}
             if "train/loss" in items:
-                losses.append((int(items["freestep_step"]), float(items["train/loss"])))
-    assert losses == [(1, 0.0), (2, 0.25), (3, 0.5), (4, 0.75)]
+                losses[project].append((int(items["freestep_step"]), float(items["train/loss"])))
+    assert losses == {project: [(1, 0.0), (2, 0.25), (3, 0.5), (4, 0.75)] for project in ("mine", "ours")}
     key = json.loads((tmp_path / "state").read_text())["key"]
-    assert runs == {("mine", trained.name, key)}
+    assert runs == {(project, trained.name, f"{key}-{project}") for project in ("mine", "ours")}
 
 
 @pytest.mark.slow
-def test_curves_are_in_trackio(trained: Run, service: ThreadService, tmp_path: Path) -> None:
+def test_curves_are_in_projects_of_trackio(trained: Run, service: ThreadService, tmp_path: Path) -> None:
     pytest.importorskip("trackio", reason="trackio is not installed")
     for _ in range(2):
         done = forked.freestep(
-            *("follow", trained.name, "--to", "trackio:mine", "--state", str(tmp_path / "state"), "--once"),
+            *("follow", trained.name, "--to", "trackio:mine", "--to", "trackio:ours", "--once"),
+            *("--state", str(tmp_path / "state")),
             FREESTEP_URL=service.url,
             TRACKIO_DIR=str(tmp_path),
         )
         assert done.returncode == 0, done.stderr
         push(trained, trained.status().step, 1)
-    with sqlite3.connect(tmp_path / "mine.db") as database:
-        rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
-    points = [(step, json.loads(metrics)) for _, step, metrics in rows]
-    losses = [(step, metrics["train/loss"]) for step, metrics in points if "train/loss" in metrics]
-    assert losses == [(1, 0.0), (2, 0.25), (3, 0.5), (4, 0.75)]
     key = json.loads((tmp_path / "state").read_text())["key"]
-    assert {name for name, _, _ in rows} == {f"{trained.name}-{key}"}
+    for project in ("mine", "ours"):
+        with sqlite3.connect(tmp_path / f"{project}.db") as database:
+            rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
+        points = [(step, json.loads(metrics)) for _, step, metrics in rows]
+        losses = [(step, metrics["train/loss"]) for step, metrics in points if "train/loss" in metrics]
+        assert losses == [(1, 0.0), (2, 0.25), (3, 0.5), (4, 0.75)]
+        assert {name for name, _, _ in rows} == {f"{trained.name}-{key}"}

@@ -45,7 +45,7 @@ def follow(
 
     file = state or Path(f"follow-{run}.json")
     with connect(url, token, patient=True) as client, Ending() as ending:
-        targets = [Target.parse(each) for each in to]
+        targets = [Target.parse(each) for each in dict.fromkeys(to)]
         try:
             logged = follow_run(client.run(run), targets, file, every=every, is_live=not once, ending=ending, say=_say)
         except OSError as error:

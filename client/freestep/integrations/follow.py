@@ -145,17 +145,18 @@ def follow(
     with ExitStack() as stack:
         stack.enter_context(_alone(state))
         followed = Followed.load(state, run.name, run.status().id)
-        trackers = {_name(each): _opened(each, followed, stack) for each in to}
+        trackers = [(_name(each), _opened(each, followed, stack)) for each in to]
         followed.save(state)
         say(f"{run.name} is followed {f'behind {followed.after}' if followed.after else 'from what is known'}")
         curves, logged = Curves(every, followed.gathered), 0
         events = stack.enter_context(closing(run.events(followed.after, follow=is_live)))  # type: ignore[type-var]
-        while (event := (ending or Ending()).next_of(events)) is not None:
+        ending = ending or Ending()
+        while (event := ending.next_of(events)) is not None:
             if isinstance(event, GapEvent):
                 say(f"there is a gap in the curves behind {event.after or 'the beginning'}: {_missing(event)}")
             for point in curves.points(event):
                 logged += 1
-                for name, tracker in trackers.items():
+                for name, tracker in trackers:
                     with _reported(name):
                         tracker.log(point.step, point.metrics)
             followed.after, followed.gathered = event.id, curves.gathered
@@ -182,11 +183,17 @@ def _opened(each: Target | Tracker, followed: Followed, stack: ExitStack) -> Tra
     """A tracker, which `stack` closes if it was only named. Raises TrackerFailed and InvalidSetting."""
     if not isinstance(each, Target):
         return each
+    own = ExitStack()
     with _reported(str(each)):
-        opening = open_tracker(each, followed.run, followed.key)
-        # What it raises while it is closed is its failure, too.
-        stack.enter_context(_reported(str(each)))
-        return stack.enter_context(opening)
+        tracker = own.enter_context(open_tracker(each, followed.run, followed.key))
+    stack.callback(_close, str(each), own)
+    return tracker
+
+
+def _close(name: str, own: ExitStack) -> None:
+    """Closes a tracker: what it raises then is its failure, and what has ended the block is not."""
+    with _reported(name):
+        own.close()
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any
 
 import trackio
@@ -29,12 +30,18 @@ class Trackio:
 @contextmanager
 def opened(place: str, run: str, key: str) -> Iterator[Trackio]:
     """Begins a run of trackio's in a project, or goes on with it; waits in the end until all is stored."""
-    # What the machine does that follows a run says nothing of those that train.
-    begun = trackio.init(
-        project=place, name=f"{run}-{key}", resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
+    # In a context of its own, since trackio ends the run before in one that has another. What the machine does that
+    # follows a run says nothing of those that train.
+    begun: Any = Context().run(
+        trackio.init,
+        project=place,
+        name=f"{run}-{key}",
+        resume="allow",
+        embed=False,
+        auto_log_gpu=False,
+        auto_log_cpu=False,
     )
-    finish: Callable[[], None] = trackio.finish
     try:
         yield Trackio(begun)
     finally:
-        finish()
+        begun.finish()

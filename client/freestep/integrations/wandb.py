@@ -36,7 +36,11 @@ def opened(place: str, run: str, key: str) -> Iterator[WeightsAndBiases]:
     """Begins a run of W&B's in a project, or goes on with it; waits in the end until all is sent."""
     # What the machine does that follows a run says nothing of those that train.
     quiet = wandb.Settings(console="off", x_disable_stats=True, disable_git=True, save_code=False)
-    begun = wandb.init(project=place, name=run, id=key, resume="allow", settings=quiet)
+    # A process may have runs in several projects: without create_new the second is the first one again, and two of one
+    # ID are refused.
+    begun = wandb.init(
+        project=place, name=run, id=f"{key}-{place}", resume="allow", reinit="create_new", settings=quiet
+    )
     try:
         yield WeightsAndBiases(begun)
     finally:
