@@ -180,6 +180,7 @@ class Run:
 
     def set(
         self,
+        /,
         *,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         aggregation: Mapping[str, Any] | None = None,

@@ -63,6 +63,10 @@ def test_a_run_is_changed_and_shown(service: ThreadService, run: Run) -> None:
         ("=1", "'=1' is not NAME=VALUE"),
         ("a..b=1", "is not NAME=VALUE"),
         ("aggregation=async", "is not NAME=VALUE"),
+        ("lr=0.5", "'lr=0.5' sets what another change sets, too"),
+        ("lr.name=x", "names a member of what another change sets as a whole"),
+        ("paused=true", "'paused=true' names no hyperparameter: freestep pause"),
+        ("optimizer.groups={}", "names no hyperparameter: name those of a group"),
     ],
 )
 def test_what_is_no_change_is_used_wrongly(service: ThreadService, run: Run, change: str, message: str) -> None:
@@ -72,10 +76,19 @@ def test_what_is_no_change_is_used_wrongly(service: ThreadService, run: Run, cha
     assert run.status().control.optimizer == {}
 
 
-def test_what_cannot_be_changed_says_why(service: ThreadService, run: Run) -> None:
-    done = freestep(service, "set", run.name, "algorithm=sgd")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("algorithm=sgd", "optimizer.algorithm: belongs to the run"),
+        ("weight_decay=NaN", "optimizer.weight_decay: Input should be a valid number"),
+        ("weight_decay=1e999", "optimizer.weight_decay: Input should be a valid number"),
+        ("self=1", "optimizer.self: "),
+    ],
+)
+def test_what_cannot_be_changed_says_why(service: ThreadService, run: Run, change: str, message: str) -> None:
+    done = freestep(service, "set", run.name, change)
     assert done.returncode == 1
-    assert "optimizer.algorithm: belongs to the run" in done.stderr
+    assert message in done.stderr
 
 
 def test_a_worker_is_ended(service: ThreadService, run: Run) -> None:

@@ -17,6 +17,12 @@ from freestep.terminal import print_json, print_line, print_result
 __all__ = ["end_worker", "pause", "resume", "set_run"]
 
 _SECTIONS = ("aggregation", "groups", "optimizer")
+_NO_HYPERPARAMETERS = {
+    "aggregation": "name its fields, such as aggregation.batch=4",
+    "groups": "name those of a group, such as groups.bias.lr=0.01",
+    "paused": "freestep pause and freestep resume are for that",
+}
+"""Arguments of `Run.set` beside hyperparameters, and what is to be given instead."""
 
 
 def set_run(
@@ -82,18 +88,31 @@ def _parsed(changes: list[str]) -> dict[str, Any]:
     for change in changes:
         name, separator, text = change.partition("=")
         path = name.split(".")
-        if not separator or not all(path) or (path[0] in _SECTIONS and len(path) < 2):
+        if path[0] not in _SECTIONS:
+            path = ["optimizer", *path]
+        if not separator or not all(path) or len(path) < 2:
             fail(2, f"{change!r} is not NAME=VALUE, such as lr=0.001")
+        if path[0] == "optimizer" and path[1] in _NO_HYPERPARAMETERS:
+            fail(2, f"{change!r} names no hyperparameter: {_NO_HYPERPARAMETERS[path[1]]}")
         place = asked
-        for part in path[:-1] if path[0] in _SECTIONS else ["optimizer", *path[:-1]]:
+        for part in path[:-1]:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 fail(2, f"{change!r} names a member of what another change sets as a whole")
-        try:
-            place[path[-1]] = json.loads(text)
-        except ValueError:
-            place[path[-1]] = text
+        if path[-1] in place:
+            fail(2, f"{change!r} sets what another change sets, too")
+        place[path[-1]] = _value(text)
     return asked
+
+
+def _value(text: str) -> object:
+    """What a text is as JSON, or the text itself: JSON has neither NaN nor infinity."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return text
+    return value
 
 
 def _show(status: RunStatus, as_json: bool) -> None:
