@@ -225,17 +225,21 @@ class Run:
         """Has a paused run take pushes again."""
         return self.set(paused=False)
 
-    def end_worker(self, worker: str, *, ban: float | None = None) -> WorkerEnd:
+    def end_worker(self, worker: str, *, ban: int | None = None) -> WorkerEnd:
         """Ends a worker's lease: pushes under it are refused, and the units of data that it holds are handed out again.
 
         Needs a token of scope admin.
 
         Args:
             worker: The worker's name.
-            ban: Seconds for which the worker gets no other lease, whole ones; 0 lifts that. None: it may take another
-                at once, as a worker does that finds its lease ended.
+            ban: Whole seconds for which the worker gets no other lease; 0 lifts that. None: it may take another at
+                once, as a worker does that finds its lease ended.
+
+        Raises:
+            MalformedRequest: `ban` is no whole number, or is out of range; nothing was changed.
+            RunNotInitialized: The run has no weights yet, and cannot keep a ban.
         """
-        params = {} if ban is None else {"ban": int(ban)}
+        params = {} if ban is None else {"ban": ban}
         path = f"{self._path}/workers/{quote(worker, safe='')}"
         return parse(WorkerEnd, self._transport.request("DELETE", path, params=params, wait=_OPENING_S))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from freestep import InvalidSpec, RemoteOptimizer, Run, RunPaused, WorkerSuspended
+from freestep import InvalidSpec, MalformedRequest, RemoteOptimizer, Run, RunPaused, WorkerSuspended
 from freestep.transport import Transport
 from meanwhile import under_way, wait_until
 from trained import network, step
@@ -150,6 +150,10 @@ def test_a_worker_that_is_suspended_ends(remotely: Callable[..., RemoteOptimizer
     with pytest.raises(WorkerSuspended, match="an operator has ended") as refusal:
         step(model, optimizer, 1)
     assert refusal.value.retry_after is not None and refusal.value.retry_after > 3500
+    with pytest.raises(WorkerSuspended):
+        remotely(network(), worker="me")
+    with pytest.raises(MalformedRequest, match="ban"):
+        run.end_worker("me", ban=0.5)  # type: ignore[arg-type]
     with pytest.raises(WorkerSuspended):
         remotely(network(), worker="me")
     assert not run.end_worker("me", ban=0).ended
