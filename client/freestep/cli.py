@@ -269,6 +269,8 @@ def checkpoint(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint now, list those that are kept, or return to one."""
+    if show and restore is not None:
+        fail(2, "--list and --restore are two things to do: give one of them")
     with connect(url, token) as client:
         remote = client.run(run)
         if restore is not None:

@@ -119,6 +119,7 @@ def test_checkpoints_are_written_listed_and_gone_back_to(service: ThreadService,
     listed = json.loads(freestep(service, "checkpoint", run.name, "--list", "--json").stdout)
     assert [each["step"] for each in listed] == [0, 1]
     assert freestep(service, "checkpoint", run.name, "--list").stdout.count("\n") == 3
+    assert freestep(service, "checkpoint", run.name, "--list", "--restore", "0").returncode == 2
     assert json.loads(freestep(service, "checkpoint", run.name, "--restore", "0", "--json").stdout)["epoch"] == 2
     assert run.status().step == 0
 

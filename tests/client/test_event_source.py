@@ -45,3 +45,9 @@ def test_a_place_that_is_none_is_refused(run: Run, service: ThreadService) -> No
     shown = forked.freestep("events", run.name, "--after", "yesterday", FREESTEP_URL=service.url)
     assert (shown.returncode, shown.stdout) == (1, "")
     assert "Last-Event-ID" in shown.stderr
+
+
+def test_two_places_to_begin_at_are_used_wrongly(service: ThreadService) -> None:
+    shown = forked.freestep("events", "none", "--after", "1-2", "--from", "3", FREESTEP_URL=service.url)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert "give one of them" in shown.stderr

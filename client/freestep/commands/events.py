@@ -20,7 +20,7 @@ from freestep.api.events import (
     ShardsEvent,
 )
 from freestep.client import DEFAULT_URL
-from freestep.commands.shared import Json, RunName, Token, Url, connect
+from freestep.commands.shared import Json, RunName, Token, Url, connect, fail
 from freestep.terminal import print_line
 
 __all__ = ["events", "told"]
@@ -41,6 +41,8 @@ def events(
 
     Lines of JSON with --json; an event's `id` is its place, from which --after goes on.
     """
+    if after is not None and from_step is not None:
+        fail(2, "--after and --from both say where to begin: give one of them")
     with connect(url, token, patient=follow) as client:
         for event in client.run(run).events(after, from_step=from_step, follow=follow):
             if as_json:
