@@ -24,7 +24,7 @@ from freestep.api.models import Metric
 from freestep.demo.baselines import LEARNING_RATES, Baseline, Kind, train
 from freestep.demo.data import load
 from freestep.demo.evaluator import Evaluation
-from freestep.demo.exactly_once import Count, Told
+from freestep.demo.exactly_once import Count, counted
 from freestep.demo.main import progress
 from freestep.demo.model import SmallConvNet
 from freestep.demo.options import end_between_steps
@@ -218,12 +218,21 @@ def test_a_baseline_spends_its_budget(kind: Kind, digits_file: Path) -> None:
     assert found == list(train(kind, load(digits_file), 4, lr=0.001))
 
 
-def test_acknowledged_pushes_are_told_one_by_one(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_worker_tells_of_each_push_that_was_applied(
+    start_process: Callable[..., ProcessService],
+    spawn: Callable[..., subprocess.Popen[str]],
+    digits_file: Path,
+    tmp_path: Path,
+) -> None:
+    service, told = start_process(), tmp_path / "told"
+    told.mkdir()
     for _ in range(2):
-        with Told(tmp_path / "worker") as told:
-            told.note()
-            assert (tmp_path / "worker").read_bytes()[-1:] == b"."
-    assert (tmp_path / "worker").stat().st_size == 2
+        worker = spawn("worker", "--url", service.url, "--data", digits_file, "--steps", 3, "--told", told / "worker")
+        assert worker.wait(60) == 0
+    with Client(service.url) as client:
+        count = counted(client, "digits", told, killed=0)
+    assert (count.acknowledged, count.weights) == (6, 6)
 
 
 @pytest.mark.parametrize(

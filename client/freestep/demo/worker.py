@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 from freestep.client import Client
 from freestep.demo.data import Digits, load
-from freestep.demo.exactly_once import Told
 from freestep.demo.model import SmallConvNet
 from freestep.demo.options import end_between_steps, parser
 from freestep.errors import RunNotFound
@@ -72,7 +71,7 @@ def main() -> None:
     else:
         generator.manual_seed(chosen.seed)
     with (
-        Told(chosen.told) if chosen.told else nullcontext() as told,
+        chosen.told.open("ab", buffering=0) if chosen.told else nullcontext() as told,
         Client(chosen.url, retry_for=_PATIENCE_S) as client,
         RemoteOptimizer(
             model,
@@ -98,7 +97,7 @@ def main() -> None:
                 logger.info("%s ends: the run %s is gone", chosen.worker, chosen.run)
                 return
             if told is not None and optimizer.receipt is not None and optimizer.receipt.decision == "applied":
-                told.note()
+                told.write(b".")
             if (pushes + 1) % 100 == 0:
                 logger.info(
                     "%s pushed %d, loss %.3f, %s", chosen.worker, pushes + 1, float(loss.detach()), optimizer.receipt
