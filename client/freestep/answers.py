@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from freestep.api.models import Point, Receipt
 from freestep.errors import UnexpectedResponse
-from freestep.transport import Answer
+from freestep.responses import Answer
 
 if TYPE_CHECKING:
     from torch import Tensor

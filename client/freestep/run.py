@@ -33,8 +33,9 @@ from freestep.bulk_exchange import Body
 from freestep.data_set import DataSet
 from freestep.event_source import EventSource
 from freestep.lease import Claim, HeldLease, worker_name
+from freestep.responses import Answer
 from freestep.sharding import ShardClient
-from freestep.transport import Answer, Transport
+from freestep.transport import Transport
 from freestep.watch import watch
 from freestep.wire.manifest import Manifest
 from freestep.worker_group import SINGLE_PROCESS, WorkerGroup

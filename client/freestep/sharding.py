@@ -31,7 +31,9 @@ from freestep.errors import (
     UnexpectedResponse,
 )
 from freestep.forks import ForkLock
-from freestep.transport import Answer, Transport, run_in_background
+from freestep.responses import Answer
+from freestep.threads import run_in_background
+from freestep.transport import Transport
 from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
 
 if TYPE_CHECKING:
@@ -249,7 +251,7 @@ class _ShardRequests:
         functions = [partial(self._outcome, shard) for shard in self._own]
         try:
             if len(functions) > 1:
-                outcomes = self._transport.run_parallel(functions)
+                outcomes = self._transport.threads.run_all(functions)
             else:
                 outcomes = [function() for function in functions]
         finally:

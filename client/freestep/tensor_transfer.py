@@ -14,8 +14,8 @@ from freestep.errors import ProblemError, UnexpectedResponse
 from freestep.flat import Flat
 from freestep.in_place_gradient import InPlaceGradient
 from freestep.lease import Claim
+from freestep.responses import Answer
 from freestep.sharding import TRANSIENT, PendingCall, ShardClient, ShardedCall
-from freestep.transport import Answer
 from freestep.wire.manifest import Manifest
 from freestep.worker_group import WorkerGroup
 

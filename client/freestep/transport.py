@@ -1,4 +1,4 @@
-"""HTTP requests with retries; bodies of tensors are sent and received without copying them as a whole.
+"""HTTP requests with retries; bodies of tensors are sent without copying them as a whole.
 
 Requests are repeated after a lost connection, and after 408, 429, 502, 503 and 504, of the service or of a gateway
 before it, when their Retry-After has passed; but not if the certificate of either side is not trusted. Every request
@@ -8,27 +8,21 @@ resumed, however long that takes.
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import httpx
 
-from freestep.bulk import pour
 from freestep.bulk_exchange import Body
 from freestep.credentials import NO_CREDENTIALS, Credentials
 from freestep.errors import (
     CoordinatorUnavailable,
     Forbidden,
     IssuerUnavailable,
-    MalformedTensors,
     Overloaded,
     ProblemError,
     RequestTimeout,
@@ -39,13 +33,13 @@ from freestep.errors import (
     Unauthenticated,
     UnexpectedResponse,
 )
-from freestep.forks import ForkLock
 from freestep.outages import Outages, cause_of
-from freestep.proxies import PROXY
+from freestep.responses import Answer, Destination, GatewayError, read
 from freestep.service_url import without_password
-from freestep.wire.receiver import MEDIA_TYPE, Receiver
+from freestep.threads import Threads
+from freestep.wire.receiver import MEDIA_TYPE
 
-__all__ = ["Answer", "Route", "Transport", "run_in_background"]
+__all__ = ["Route", "Transport"]
 
 T = TypeVar("T")
 
@@ -54,24 +48,12 @@ _PAUSED_S = 5.0
 """Seconds until a push to a paused run is repeated, where the service does not say."""
 _CONNECT_S = 3.0
 """Connection timeout for shard owners' URLs: these may be addresses that drop packets, such as a container's."""
-_MOST_THREADS = 1 << 16
-"""Effectively no limit: requests that wait for each other must all be sent; idle threads are reused."""
 
 _UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
 """OpenSSL's reason in a ConnectError's text; such a request is not repeated."""
 _NOT_ACCEPTED = re.compile("ALERT_(UNKNOWN_CA|[A-Z_]*CERTIFICATE[A-Z_]*)")
 """OpenSSL's reason in an error's text, where the server has refused this side's certificate: that may be noticed when
 its first answer is read. Such a request is not repeated either."""
-
-_GATEWAY_STATUS = (429, 502, 503, 504)
-"""With these a gateway answers while the service behind it is away or busy."""
-
-
-class _GatewayError(UnexpectedResponse):
-    """A gateway's answer that the service was not reached. Every request that is repeated is idempotent."""
-
-    retry_after: float | None = None
-
 
 _LASTING_QUOTAS = ("runs", "parameters")
 """Quotas that stay used up until somebody deletes a run: an Overloaded that names one does not pass by waiting."""
@@ -82,7 +64,7 @@ _TRANSIENT = (
     Overloaded,
     RequestTimeout,
     ShardUnavailable,
-    _GatewayError,
+    GatewayError,
     httpx.TransportError,
 )
 _UNREACHABLE = (
@@ -101,23 +83,6 @@ _UNREACHABLE = (
 def _address(url: str, *params: tuple[str, str | int]) -> httpx.URL:
     """A URL with its query, parsed once: httpx takes about 60 µs for it, at every step."""
     return httpx.URL(url).copy_merge_params(dict(params)) if params else httpx.URL(url)
-
-
-class _Destination(Protocol):
-    def receiver(self, length: int) -> Receiver:
-        """A receiver for a body of `length` bytes."""
-
-    def decode(self, receiver: Receiver) -> None:
-        """Decodes a body that was received as a whole."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer: its status, its headers by names in lower case, and its JSON document, None if it has none."""
-
-    status: int
-    headers: Mapping[str, str]
-    document: Any = None
 
 
 class Route(Protocol):
@@ -159,9 +124,8 @@ class Transport:
         self._sleep = sleep
         self._outages = Outages(clock)
         self._has_answered = False
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_lock = ForkLock()
-        self._process = os.getpid()
+        self.threads = Threads()
+        """For requests that are sent at the same time."""
 
     @property
     def base_url(self) -> httpx.URL:
@@ -181,7 +145,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str | int] | None = None,
         body: Body | None = None,
-        into: _Destination | None = None,
+        into: Destination | None = None,
         wait: float = 0.0,
         retry: bool = True,
         route: Route | None = None,
@@ -202,7 +166,7 @@ class Transport:
         def send(url: str) -> Answer:
             response = self._send(method, url, path, json=json, headers=lines, params=params, body=body, wait=wait)
             try:
-                return _read(response, into)
+                return read(response, into)
             finally:
                 response.close()
 
@@ -222,7 +186,7 @@ class Transport:
             response = self._send("GET", url, path, headers=headers, params=params, wait=wait)
             if not response.is_success:
                 try:
-                    _read(response, None)
+                    read(response, None)
                 finally:
                     response.close()
             return response
@@ -343,82 +307,6 @@ class Transport:
         if (reason := self._explain(error)) is not None:
             raise ServiceUnreachable(reason) from error
 
-    def run_parallel(self, functions: Sequence[Callable[[], T]]) -> list[T]:
-        """Runs functions at the same time, each on a thread of its own; returns when the last one has ended."""
-        if self._process != os.getpid():
-            # A forked child has none of the parent's threads.
-            self._pool, self._process = None, os.getpid()
-        with self._pool_lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="freestep-shard")
-            futures = [self._pool.submit(function) for function in functions]
-        wait(futures)
-        return [future.result() for future in futures]
-
     def close(self) -> None:
         self._http.close()
-        if self._pool is not None and self._process == os.getpid():
-            # After an interrupt, requests may still be waiting for their answers; these are not needed.
-            self._pool.shutdown(wait=False)
-
-
-def run_in_background(function: Callable[[], T]) -> Future[T]:
-    """Runs a function on a daemon thread, which does not keep the process alive."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="freestep-push", daemon=True).start()
-    return future
-
-
-def _read(response: httpx.Response, into: _Destination | None) -> Answer:
-    # Converted once: httpx goes through all headers for each look-up.
-    headers = dict(response.headers.items())
-    if into is not None and headers.get("content-type") == MEDIA_TYPE and response.is_success:
-        _receive(response, headers, into)
-        return Answer(response.status_code, headers)
-    response.read()
-    document = _document(response)
-    if not response.is_success:
-        refusal: ProblemError | UnexpectedResponse | None = None
-        if isinstance(document, dict):
-            refusal = ProblemError.from_document(document)
-        if refusal is None:
-            kind = _GatewayError if response.status_code in _GATEWAY_STATUS else UnexpectedResponse
-            way = f" through {response.extensions[PROXY]}" if PROXY in response.extensions else ""
-            place = without_password(str(response.request.url))
-            refusal = kind(f"{place} answered {response.status_code}{way}: {response.text[:200]!r}")
-        if isinstance(refusal, ProblemError | _GatewayError) and headers.get("retry-after", "").isdecimal():
-            refusal.retry_after = float(headers["retry-after"])
-        raise refusal
-    return Answer(response.status_code, headers, document)
-
-
-def _receive(response: httpx.Response, headers: Mapping[str, str], into: _Destination) -> None:
-    """Receives an answer's body into the flat vector, straight from the socket where the transport can."""
-    try:
-        receiver = into.receiver(int(headers["content-length"]))
-        pour(response, receiver)
-    except (MalformedTensors, KeyError, ValueError) as error:
-        raise UnexpectedResponse(
-            f"{without_password(str(response.request.url))} did not answer with the run's tensors: {error}"
-        ) from error
-    if not receiver.complete:
-        raise httpx.RemoteProtocolError("the body ended before its Content-Length", request=response.request)
-    into.decode(receiver)
-
-
-def _document(response: httpx.Response) -> Any:
-    if not response.content:
-        return None
-    try:
-        return response.json()
-    except ValueError:
-        if not response.is_success:
-            return None
-        raise UnexpectedResponse(f"{without_password(str(response.request.url))} did not answer with JSON") from None
+        self.threads.close()

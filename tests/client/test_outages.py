@@ -183,7 +183,7 @@ def test_requests_of_several_threads_are_logged_as_one_outage(
         return httpx.Response(200, json={})
 
     asked = transport(answer, clock, 3600)
-    asked.run_parallel([lambda: asked.request("GET", "/v1/runs")] * 8)
+    asked.threads.run_all([lambda: asked.request("GET", "/v1/runs")] * 8)
     asked.close()
     begun = [line for _, line in lines() if "is away or busy" in line]
     assert len(begun) == 1

@@ -21,10 +21,11 @@ from freestep.client import DEFAULT_URL
 from freestep.commands.shared import Token, Url
 from freestep.errors import CoordinatorUnavailable, Forbidden, FreestepError, ServiceUnreachable, Unauthenticated
 from freestep.proxies import Proxies
+from freestep.responses import Answer
 from freestep.service_transport import open_transport, retry_seconds, ssl_context
 from freestep.service_url import check_url
 from freestep.terminal import print_line
-from freestep.transport import Answer, Transport
+from freestep.transport import Transport
 
 __all__ = ["doctor"]
 
