@@ -23,6 +23,17 @@ def owner_first(nodes: list[ThreadService], run: Run) -> list[ThreadService]:
     return sorted(nodes, key=lambda node: node.url != owners(run)[0])
 
 
+def run_at_the_other(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
+) -> tuple[ThreadService, ThreadService, Run]:
+    """The owner of a run's first shard, another service, and the run of two shards as that one is asked for it."""
+    nodes = [start_service(redis_url=url_of(store), owner_ttl_seconds=2) for _ in range(2)]
+    run = run_of(nodes[0].url)
+    create(run, 2)
+    owner, other = owner_first(nodes, run)
+    return owner, other, run_of(other.url)
+
+
 def until(events: Iterator[RunEvent], step: int) -> list[RunEvent]:
     """Events up to the first of a step."""
     found: list[RunEvent] = []
@@ -57,11 +68,7 @@ def test_a_relayed_stream_follows_and_ends_in_order_with_the_relaying_process(
 def test_events_go_on_with_the_next_owner(
     store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run], name: str
 ) -> None:
-    nodes = [start_service(redis_url=url_of(store), owner_ttl_seconds=2) for _ in range(2)]
-    run = run_of(nodes[0].url)
-    create(run, 2)
-    owner, other = owner_first(nodes, run)
-    run = run_of(other.url)
+    owner, other, run = run_at_the_other(store, start_service, run_of)
     push(run, 3)
     with Client(other.url, retry_for=60) as client, closing(client.run(name).events()) as events:  # type: ignore[type-var]
         seen = until(events, 3)
@@ -75,13 +82,9 @@ def test_events_go_on_with_the_next_owner(
 
 @pytest.mark.slow
 def test_the_history_goes_on_with_the_next_owner_and_over_a_division(
-    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run], name: str
+    store: ValkeyServer, start_service: Callable[..., ThreadService], run_of: Callable[..., Run]
 ) -> None:
-    nodes = [start_service(redis_url=url_of(store), owner_ttl_seconds=2) for _ in range(2)]
-    run = run_of(nodes[0].url)
-    create(run, 2)
-    owner, other = owner_first(nodes, run)
-    run = run_of(other.url)
+    owner, _, run = run_at_the_other(store, start_service, run_of)
 
     def applied() -> list[int]:
         curve = run.history(["applied"]).curves["applied"]

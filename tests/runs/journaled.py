@@ -19,7 +19,7 @@ from freestep_service.state.shard import StateCopy
 from freestep_service.storage.journal_files import segment_paths
 from freestep_service.storage.journal_format import Frame, Kind
 from harness import store as own_store
-from in_process import lease_of, process
+from in_process import claim_of, lease_of, new_run, process, push
 from storage.journals import frame_places
 
 __all__ = [
@@ -28,10 +28,20 @@ __all__ = [
     "crashed",
     "is_same",
     "journal_dirs",
+    "journaled_run",
     "last_entry",
     "opened",
     "states",
 ]
+
+
+async def journaled_run(registry: Registry, pushes: int, shards: int = 1) -> tuple[Run, Lease]:
+    """A run of durability `journal` after pushes of one worker; and its lease."""
+    run = await new_run(registry, shards=shards, durability="journal")
+    lease = await run.leases.grant("worker", None)
+    for step in range(pushes):
+        await push(run, claim_of(lease, f"key-{step}", step), -1.0 - step)
+    return run, lease
 
 
 def journal_dirs(data_dir: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from in_process import Bytes, claim_of, new_run, process, push, run_async, until
 from meanwhile import wait_until
 from plain_calls import SGD, TENSORS, Api
 from run_specs import POLICIES
-from runs.journaled import crashed, is_same, journal_dirs, last_entry, opened, states
+from runs.journaled import crashed, is_same, journal_dirs, journaled_run, last_entry, opened, states
 from storage.journals import frame_places
 
 SHAPES = {"a": [3, 5], "b": [], "c": [700]}
@@ -43,10 +43,7 @@ def test_after_a_crash_that_took_redis_too_it_goes_on_from_the_very_bits(
 ) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:
-            run = await new_run(registry, shards=shards, durability="journal")
-            lease = await run.leases.grant("worker", None)
-            for step in range(5):
-                await push(run, claim_of(lease, f"key-{step}", step), -1.0 - step)
+            run, lease = await journaled_run(registry, 5, shards)
             await run.reports.report(MetricReport(name="loss", step=4, value=0.25))
             assert await run.data.create(NewDataSet("train", DataSpec(length=100, unit=10)))
             # What is acknowledged is in the image, and so is what was there before.

@@ -22,17 +22,24 @@ from harness import ProcessService
 from harness import store as own_store
 from in_process import claim_of, lease_of, new_run, process, push, run_async, until
 from plain_calls import SGD, Api
-from runs.journaled import DAMAGE, break_frame, crashed, is_same, journal_dirs, last_entry, opened, states
+from runs.journaled import (
+    DAMAGE,
+    break_frame,
+    crashed,
+    is_same,
+    journal_dirs,
+    journaled_run,
+    last_entry,
+    opened,
+    states,
+)
 from storage.journals import frame_places, journal_command
 
 
 def test_damage_is_refused_until_it_is_repaired(store: str, tmp_path: Path) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:
-            run = await new_run(registry, durability="journal")
-            lease = await run.leases.grant("worker", None)
-            for step in range(3):
-                await push(run, claim_of(lease, f"key-{step}", step))
+            await journaled_run(registry, 3)
             (directory,) = journal_dirs(tmp_path / "data")
             path, newest = last_entry(directory)
             whole = path.read_bytes()
@@ -66,10 +73,7 @@ def test_a_refused_journal_is_not_read_again_until_it_changes(
 
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:
-            run = await new_run(registry, durability="journal")
-            lease = await run.leases.grant("worker", None)
-            for step in range(3):
-                await push(run, claim_of(lease, f"key-{step}", step))
+            await journaled_run(registry, 3)
             image = shutil.copytree(tmp_path / "data", tmp_path / "image")
         (directory,) = journal_dirs(image)
         break_frame(directory, damage, 1)
@@ -85,7 +89,7 @@ def test_a_refused_journal_is_not_read_again_until_it_changes(
                 assert opened_segments == []
                 assert len(segment_paths(directory)) <= 2
                 await asyncio.to_thread(repair, directory)
-                _, lease = await opened(registry)
+                await opened(registry)
                 assert (await again.status()).step == 1
                 assert opened_segments
 
@@ -96,9 +100,7 @@ def test_a_refused_journal_is_not_read_again_until_it_changes(
 def test_a_running_service_goes_on_with_what_a_repair_has_kept(store: str, tmp_path: Path, damage: str) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:
-            run = await new_run(registry, durability="journal")
-            lease = await run.leases.grant("worker", None)
-            await push(run, claim_of(lease, "key-0", 0))
+            run, lease = await journaled_run(registry, 1)
             before = await states(run)
             for step in (1, 2):
                 await push(run, claim_of(lease, f"key-{step}", step))
@@ -186,10 +188,7 @@ def test_journals_that_are_given_up_beside_their_service_bring_it_back_to_its_ch
 ) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:
-            run = await new_run(registry, shards=shards, durability="journal")
-            lease = await run.leases.grant("worker", None)
-            for step in range(3):
-                await push(run, claim_of(lease, f"key-{step}", step))
+            run, lease = await journaled_run(registry, 3, shards)
             for directory in journal_dirs(tmp_path / "data"):
                 assert discard(directory) is not None
             with pytest.raises(FreestepError):
@@ -217,10 +216,7 @@ def test_journals_that_are_given_up_beside_their_service_bring_it_back_to_its_ch
 def test_a_journal_that_goes_beside_its_service_is_waited_for(store: str, tmp_path: Path, shards: int) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data") as registry:
-            run = await new_run(registry, shards=shards, durability="journal")
-            lease = await run.leases.grant("worker", None)
-            for step in range(3):
-                await push(run, claim_of(lease, f"key-{step}", step))
+            run, lease = await journaled_run(registry, 3, shards)
             before = await states(run)
             # As a disk that is not mounted any more.
             journals, elsewhere = tmp_path / "data" / "journal", tmp_path / "elsewhere"
