@@ -8,10 +8,18 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+import torch
 
-from plain_calls import Api
+from plain_calls import TENSORS, Api
 
-__all__ = ["change", "end_worker", "events_of", "patch"]
+__all__ = ["ONES", "change", "end_worker", "events_of", "patch", "w"]
+
+ONES = {name: torch.ones_like(tensor) for name, tensor in TENSORS.items()}
+
+
+def w(api: Api) -> float:
+    """An element of y, which a push of ones moves by the learning rate, where the algorithm is SGD."""
+    return float(api.pull("y")[0]["w"][0, 0])
 
 
 def patch(api: Api, key: str | None = None, **wish: Any) -> httpx.Response:
