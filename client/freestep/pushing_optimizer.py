@@ -231,7 +231,7 @@ class PushingOptimizer(JoinedOptimizer):
                 self._load_received(pulled, came_with_push=True)
                 if receipt.reason == "duplicate-worker" and not self._waits:
                     # The policy was changed meanwhile.
-                    self._progress.aggregation = self._run.status().in_force.aggregation
+                    self._read_policy()
                 if self._waits and (receipt.decision == "accumulated" or receipt.reason == "duplicate-worker"):
                     self._await_update(receipt.step + 1)
             return
@@ -245,6 +245,9 @@ class PushingOptimizer(JoinedOptimizer):
         """The policy in force."""
         return self._progress.aggregation or self.spec.aggregation
 
+    def _read_policy(self) -> None:
+        self._progress.aggregation = self._worker_group.run_on_first(lambda: self._run.status().in_force.aggregation)
+
     def _await_update(self, step: int) -> None:
         while True:
             if self._worker_group.rank == 0:
@@ -255,6 +258,11 @@ class PushingOptimizer(JoinedOptimizer):
             except StepNotReached:
                 if self._membership.is_lost():
                     self._rejoin("lease-expired")
+                    return
+                # It may have been changed to one that has nobody wait.
+                self._read_policy()
+                if not self._waits:
+                    self._load("y")
                     return
 
     def _rejoin(self, reason: str) -> None:

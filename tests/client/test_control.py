@@ -8,7 +8,16 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from freestep import InvalidSpec, MalformedRequest, RemoteOptimizer, Run, RunPaused, WorkerSuspended
+from freestep import (
+    InvalidSpec,
+    MalformedRequest,
+    RemoteOptimizer,
+    Run,
+    RunPaused,
+    WorkerSuspended,
+    joined_optimizer,
+    pushing_optimizer,
+)
 from freestep.transport import Transport
 from meanwhile import under_way, wait_until
 from trained import network, step
@@ -131,6 +140,24 @@ def test_a_worker_waits_for_updates_once_its_policy_has_them_wait(
         step(models[1], second, 3)
     waiting.result()
     assert run.status().step == first.loaded.step == 2
+
+
+def test_a_worker_waits_no_longer_once_its_policy_has_nobody_wait(
+    remotely: Callable[..., RemoteOptimizer], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined_optimizer, "_WAIT_S", 0.25)
+    monkeypatch.setattr(pushing_optimizer, "FIRST_WAIT_S", 0.25)
+    model = network()
+    optimizer = remotely(model, aggregation={"policy": "quorum", "batch": 2})
+    waiting = under_way(lambda: step(model, optimizer, 0))
+    wait_until(lambda: run.status().pushes["accumulated"] == 1)
+    run.set(aggregation={"policy": "buffered", "batch": 3})
+    waiting.result(30)
+    assert optimizer.receipt is not None and optimizer.receipt.decision == "accumulated"
+    step(model, optimizer, 1)
+    assert run.status().step == optimizer.loaded.step == 0
+    step(model, optimizer, 2)
+    assert run.status().step == optimizer.loaded.step == 1
 
 
 def test_a_worker_whose_lease_is_ended_takes_another(remotely: Callable[..., RemoteOptimizer], run: Run) -> None:
