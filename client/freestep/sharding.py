@@ -134,7 +134,7 @@ class ShardClient:
         Collective. The call's body must not change, and `into` must not be used, until then.
         """
         requests = self._requests(call, self._worker_group)
-        return PendingCall(requests, run_in_background(requests.send))
+        return PendingCall(requests, run_in_background("freestep-push", requests.send))
 
     def request_all(
         self, call: ShardedCall, *, by_this_rank: bool = False, pending: PendingCall | None = None

@@ -45,8 +45,8 @@ class Threads:
             self._pool.shutdown(wait=False)
 
 
-def run_in_background(function: Callable[[], T]) -> Future[T]:
-    """Runs a function on a daemon thread, which does not keep the process alive."""
+def run_in_background(name: str, function: Callable[[], T]) -> Future[T]:
+    """Runs a function on a daemon thread of this name, which does not keep the process alive."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -55,5 +55,5 @@ def run_in_background(function: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="freestep-push", daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     return future

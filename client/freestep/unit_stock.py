@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 
 from freestep.api.data import Claimed, Unit
 from freestep.api.models import Lease
+from freestep.threads import run_in_background
 
 __all__ = ["StockedUnit", "UnitStock"]
 
@@ -107,16 +107,8 @@ class UnitStock:
         return self._count
 
     def _begin(self, lease: Lease) -> None:
-        count, future = self._fitted_count(), Future[Claimed]()
-
-        def make() -> None:
-            try:
-                future.set_result(self._claim(lease, count, 0.0))
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._under_way = lease, future
-        threading.Thread(target=make, name="freestep-units", daemon=True).start()
+        count = self._fitted_count()
+        self._under_way = lease, run_in_background("freestep-units", lambda: self._claim(lease, count, 0.0))
 
     def _collect(self) -> None:
         if self._under_way is None:
