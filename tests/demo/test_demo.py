@@ -19,8 +19,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from freestep import Client
+from freestep import Client, ServiceUnreachable
 from freestep.api.models import Metric
+from freestep.demo import main as the_demo
 from freestep.demo.baselines import LEARNING_RATES, Baseline, Kind, train
 from freestep.demo.data import load
 from freestep.demo.evaluator import Evaluation
@@ -106,6 +107,28 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     baselines = [Baseline(kind, 40 * each, 0.9, 0.3, 0.2) for kind in LEARNING_RATES for each in range(10)]
     draw([evaluation(number) for number in range(5)], [(1002.0, "killed")], baselines, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_are_kept_where_pushes_cannot_be_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trained(*given: Any, plain: bool) -> bool:
+        history = given[4]
+        history.append(evaluation(1))
+        return True
+
+    def count(*given: Any) -> Count:
+        raise ServiceUnreachable("it did not answer")
+
+    monkeypatch.setattr(the_demo, "_start_service", lambda *_: "http://127.0.0.1:1")
+    monkeypatch.setattr(the_demo, "_train", trained)
+    monkeypatch.setattr(the_demo, "_count", count)
+    assert the_demo.run_demo(tmp_path, plain=True) == 1
+    (line,) = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 100
+    shown = capsys.readouterr().out
+    assert "it did not answer" in shown
+    assert "the demo ended early" in shown
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from freestep.demo.exactly_once import Count, counted
 from freestep.demo.plot import LABELS, draw
 from freestep.demo.processes import Processes
 from freestep.demo.show import Show
+from freestep.errors import FreestepError
 from freestep.terminal import print_line
 
 __all__ = ["progress", "run_demo"]
@@ -70,6 +71,9 @@ def run_demo(output: Path, *, plain: bool) -> int:
             if url is not None and _train(console, processes, url, output, history, events, plain=plain):
                 count = _count(processes, url, output)
                 baselines = _spend_again(processes, output, history[-1].step)
+        except FreestepError as error:
+            # What was measured until then is written all the same.
+            print_line(f"the service fails: {error}")
         except KeyboardInterrupt:
             console.print("\ninterrupted")
             return 130
