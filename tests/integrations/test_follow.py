@@ -19,7 +19,7 @@ import torch
 
 import forked
 from freestep import Client, InvalidSetting, Run
-from freestep.integrations.follow import follow
+from freestep.integrations.follow import Ending, follow
 from freestep.integrations.trackers import KINDS, Target, TrackerFailed
 from harness import ProcessService, ThreadService
 from meanwhile import wait_until
@@ -204,6 +204,19 @@ def test_a_signal_ends_it_and_the_next_goes_on(
         assert "has where to go on" in streams[1].read_text()
         push(trained, steps, 1)
     assert steps_in(folder) == [1, 2, 3, 4, 5]
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Ending() as ending:
+            signal.raise_signal(signal.SIGINT)
+            assert not ending.is_due
+            signal.raise_signal(signal.SIGTERM)
+            assert ending.is_due
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

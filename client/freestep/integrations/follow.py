@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from freestep.api.events import GapEvent, RunEvent
 from freestep.errors import FreestepError, InvalidSetting
@@ -76,15 +77,18 @@ class Ending:
     def __init__(self) -> None:
         self.is_due = False
         self._waits = False
-        self._before: list[object] = []
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Ending:
-        self._before = [signal.signal(each, self._note) for each in _SIGNALS]
+        for each in _SIGNALS:
+            # A signal that is ignored, as nohup does, stays ignored.
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                self._before[each] = signal.signal(each, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each, before in zip(_SIGNALS, self._before, strict=True):
-            signal.signal(each, before)  # type: ignore[arg-type]
+        for each, before in self._before.items():
+            signal.signal(each, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_due = True
