@@ -11,7 +11,7 @@ from coordination.driven import DrivenRun
 from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import Record, RunState
+from freestep_service.domain.records import CheckpointId, Record, RunState
 from freestep_service.domain.run_view import DamagedRun
 
 Make = Callable[..., DrivenRun]
@@ -125,6 +125,22 @@ def test_a_state_is_written_with_its_receipts_group_and_metrics(run: DrivenRun) 
     assert (run.entries(), run.redis.hlen(run.key("pending"))) == ([], 0)
     metrics = run.do(run.log.metrics())
     assert (metrics["loss"].value, metrics["loss"].step) == (0.1, 4)
+
+
+def test_a_checkpoint_is_noted_as_durable_where_redis_knows_of_none(run: DrivenRun) -> None:
+    def noted() -> tuple[str | None, str | None]:
+        return run.field("durable"), run.field("durable_step")
+
+    def opened(durable: CheckpointId | None) -> None:
+        generation = run.do(run.opening.gather(run.shards))
+        assert run.do(run.opening.open(RunState(1, initialized=True), run.shards, generation, {}, None, durable))
+
+    opened(None)
+    assert noted() == (None, None)
+    opened(CheckpointId(1, 5, 6))
+    assert noted() == ("1-5-6", "5")
+    opened(CheckpointId(1, 3, 3))
+    assert noted() == ("1-5-6", "5")
 
 
 def test_a_run_is_divided_into_another_number_of_shards(make_run: Make) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from freestep_service.domain.opening import Decision, Exchange, Report, Waiting, decide, exchange
+from freestep_service.domain.opening import Decision, Exchange, Report, Waiting, common_checkpoint, decide, exchange
 from freestep_service.domain.records import CheckpointId, LogPosition
 from freestep_service.domain.run_view import RunView
 
@@ -90,6 +90,23 @@ def test_a_shard_stands_where_it_is_live_or_was_left(report: Report, place: Chec
 def test_a_decision_says_what_to_load() -> None:
     assert Decision(2, AT_7, initialized=True, live=True).target() == {"cut": AT_7, "live": True}
     assert Decision(1, None, initialized=False).target() == {"cut": None, "live": False}
+
+
+@pytest.mark.parametrize(
+    ("reports", "common"),
+    [
+        ([stored()], None),
+        ([live(AT_7)], None),
+        ([live(AT_7, AT_3, AT_5)], AT_5),
+        ([stored(AT_3, AT_5), live(AT_7, AT_3)], AT_3),
+        ([stored(AT_5), stored(AT_3)], None),
+        ([closed(), closed()], AT_7),
+    ],
+)
+def test_a_checkpoint_is_common_where_every_shard_can_be_loaded_from_it(
+    reports: list[Report], common: CheckpointId | None
+) -> None:
+    assert common_checkpoint(reports) == common
 
 
 # All shards at one place

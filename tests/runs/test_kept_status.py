@@ -100,3 +100,33 @@ def test_it_is_kept_by_runs_of_several_shards_and_where_redis_has_lost_it(
             assert status.checkpoint_step == 2
 
     run_async(work)
+
+
+@pytest.mark.parametrize("durability", ["checkpoint", "journal"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_what_is_durable_is_known_where_redis_has_lost_it(
+    store: str, tmp_path: Path, shards: int, durability: str
+) -> None:
+    """With a journal, all that is applied is; without, what a checkpoint has."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards, durability=durability)
+            lease = await lease_of(run)
+            await push(run, claim_of(lease, "first", 0))
+            await run.checkpoint()
+            await push(run, claim_of(lease, "second", 1))
+            with Redis.from_url(store) as client:
+                client.flushall()
+            # Its shards hold more than their newest checkpoint has.
+            await push(run, claim_of(lease, "second", 1))
+            expected = 2 if durability == "journal" else 1
+            assert [shard.durable_step for shard in (await run.topology()).shards] == [expected] * shards
+        with Redis.from_url(store) as client:
+            client.flushall()
+        async with process(store, tmp_path / "data") as registry:
+            run = await registry.find("run")
+            await lease_of(run)
+            assert [shard.durable_step for shard in (await run.topology()).shards] == [2] * shards
+
+    run_async(work)

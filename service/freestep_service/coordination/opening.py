@@ -10,7 +10,7 @@ from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.run_scripts import DELETED_KEY, DELETION_TIMES_KEY, RUNS_KEY, RunScripts
 from freestep_service.coordination.store import Store, reachable
 from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import Fenced, LogPosition, Origin, Owner, RunState
+from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, Origin, Owner, RunState
 from freestep_service.domain.run_view import RunView
 
 __all__ = ["RunOpening", "list_again", "note_deletion", "read_deletion", "read_run"]
@@ -114,10 +114,12 @@ class RunOpening:
         generation: int,
         target: Mapping[str, Any],
         policy: Policy | None = None,
+        durable: CheckpointId | None = None,
     ) -> bool:
         """Writes a state into Redis and has the shards load it; False where another generation has begun.
 
         target: what shards load, see `Decision.target`. policy: the one in force; None is that of the spec.
+        durable: a checkpoint on disk, which is noted where Redis knows of none.
         """
         orders = state.control.orders
         receipts = [text for key, record in state.receipts.items() for text in (key, record.to_json())]
@@ -141,7 +143,8 @@ class RunOpening:
             "open", *self._rules_of(policy), shards, state.epoch, state.step, state.seq, int(state.initialized), group,
             json.dumps(leases), generation, json.dumps(dict(target)), json.dumps(metrics),
             json.dumps(dict(state.pushes)), *state.norm_history.texts(), json.dumps(data),
-            state.control.text, int(orders.paused), json.dumps(dict(orders.suspended)), *receipts,
+            state.control.text, int(orders.paused), json.dumps(dict(orders.suspended)),
+            "" if durable is None else str(durable), "" if durable is None else durable.step, *receipts,
             keys=[
                 self._scripts.key("distances"),
                 *map(self._scripts.window_key, leases),

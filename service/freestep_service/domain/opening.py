@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from freestep_service.domain.records import CheckpointId, LogPosition
 from freestep_service.domain.run_view import RunView
 
-__all__ = ["Decision", "Exchange", "Report", "Waiting", "decide", "exchange"]
+__all__ = ["Decision", "Exchange", "Report", "Waiting", "common_checkpoint", "decide", "exchange"]
 
 _ROUNDS = 2
 """How often shards report their journals' entries: once for the others to take them, and once with those taken."""
@@ -130,6 +130,12 @@ class Waiting(Exception):
     """The run cannot be opened until more is reported; the message says what is missing."""
 
 
+def common_checkpoint(reports: Sequence[Report]) -> CheckpointId | None:
+    """The newest checkpoint that all shards can be loaded from; None where there is none."""
+    common = set(reports[0].offers).intersection(*(report.offers for report in reports[1:]))
+    return max(common, default=None)
+
+
 def decide(standing: RunView, reports: Sequence[Report]) -> Decision:
     """Decides what a run goes on from. The epoch changes unless nothing can have been lost. Raises Waiting."""
     known = CheckpointId(standing.number("epoch"), standing.number("step"), standing.number("seq"))
@@ -153,9 +159,8 @@ def decide(standing: RunView, reports: Sequence[Report]) -> Decision:
         is_new = not is_lost and not standing.number("initialized") and known.epoch == newest
         return Decision(newest if is_new else newest + 1, None, initialized=False)
     # Shards differ, or what Redis knows of is lost: back to the newest checkpoint that all can load.
-    common = set(reports[0].offers).intersection(*(report.offers for report in reports[1:]))
-    if common:
-        return Decision(newest + 1, max(common), initialized=True)
+    if (checkpoint := common_checkpoint(reports)) is not None:
+        return Decision(newest + 1, checkpoint, initialized=True)
     if any(report.offers for report in reports) or "durable" in standing.run:
         raise Waiting("no checkpoint can be read that has all shards in it")
     return Decision(newest + 1, None, initialized=False)

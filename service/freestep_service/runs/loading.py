@@ -63,8 +63,11 @@ class Loading:
         """Notes the newest checkpoint that Redis knows to be on disk."""
         self._checkpointing.note_durable(view)
 
-    async def open(self, view: RunView, decision: Decision) -> bool:
-        """Has all shards load what was decided; whether that is what they now do."""
+    async def open(self, view: RunView, decision: Decision, durable: CheckpointId | None = None) -> bool:
+        """Has all shards load what was decided; whether that is what they now do.
+
+        durable: a checkpoint that all of them can be loaded from, for a Redis that knows of none.
+        """
         checkpoint, opening = decision.cut, self._coordinator.opening
         group: dict[str, int] = {}
         reported: Reported = {}
@@ -117,7 +120,7 @@ class Loading:
         )
         target = {**decision.target(), "orders": control.orders.to_json()}
         policy = Policy.of(control.in_force(self._context.spec).aggregation)
-        return await opening.open(opened, self._shards.count, view.generation, target, policy)
+        return await opening.open(opened, self._shards.count, view.generation, target, policy, durable)
 
     async def load(self, view: RunView, mine: Sequence[LocalShard]) -> bool:
         """Takes the state that was decided on; whether the run goes on to the next phase with that."""

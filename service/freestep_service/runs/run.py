@@ -405,7 +405,7 @@ class Run:
             # Beyond a restore that failed halfway too: Redis may have granted leases in its epoch.
             last = max(await self._stored.last_epoch(), view.number("epoch") if view else 0)
             decision = Decision(last + 1, identity, initialized=True)
-            if view is None or not await self._loading.open(view.of_generation(generation), decision):
+            if view is None or not await self._loading.open(view.of_generation(generation), decision, identity):
                 raise ShardUnavailable("the run was opened otherwise in the meantime")
         if self.epoch < decision.epoch:
             raise CheckpointNotFound(f"the checkpoint of step {identity.step} is damaged", step=identity.step)

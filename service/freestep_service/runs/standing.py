@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from freestep.errors import CoordinatorUnavailable, FreestepError, StorageUnavailable
-from freestep_service.domain.opening import Exchange, Report, Waiting, decide, exchange
+from freestep_service.domain.opening import Exchange, Report, Waiting, common_checkpoint, decide, exchange
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, LogTruncated
 from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
@@ -89,7 +89,7 @@ class Standing:
         except Waiting as reason:
             logger.error("run %s cannot be opened: %s", self._context.name, reason)
             return False
-        return await self._loading.open(view, decision)
+        return await self._loading.open(view, decision, common_checkpoint(parsed))
 
     async def _stand(self, shard: LocalShard, view: RunView) -> Report:
         """Where a shard stands, once it has taken what there is of the log."""

@@ -10,7 +10,9 @@
 --          that}), 16 metrics (JSON: name -> value as in report_metric.lua), 17 numbers of pushes (JSON: decision ->
 --          number) for a Redis that has lost them, 18 norms, 19 outliers and 20 banned (JSON, as the run's hash has
 --          them), 21 data sets (JSON: name -> {spec (text), total (text), reached, open}, see domain/data_sets.py),
---          22 control, 23 paused and 24 suspended (as the run's hash has them), then idempotency key and record, in turn, oldest first
+--          22 control, 23 paused and 24 suspended (as the run's hash has them), 25 a checkpoint that is on disk (EPOCH-STEP-SEQ)
+--          and 26 its step, for a Redis that knows of none, or empty strings, then idempotency key and record, in turn,
+--          oldest first
 -- returns  {late} (another generation has begun), or {load}, which begins a generation too
 
 if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[14] then return {'late'} end
@@ -52,12 +54,16 @@ redis.call('HDEL', RUN, 'lost', 'initializing', 'resharding', 'recut', 'exchange
 redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
   'slack', ARGV[5], 'bounds', ARGV[6], 'shards', ARGV[7], 'epoch', ARGV[8], 'step', ARGV[9], 'seq', ARGV[10],
   'initialized', ARGV[11], 'grouped', grouped, 'in_flight', 0, 'target', ARGV[15], 'norms', ARGV[18],
-  'outliers', ARGV[19], 'banned', ARGV[20], 'control', ARGV[22], 'paused', ARGV[23], 'suspended', ARGV[24], 'measured', next(metrics) and 1 or 0)
+  'outliers', ARGV[19], 'banned', ARGV[20], 'control', ARGV[22], 'paused', ARGV[23], 'suspended', ARGV[24],
+  'measured', next(metrics) and 1 or 0)
 -- The log begins anew, so what was applied of the old one says nothing about it.
 for shard = 0, tonumber(ARGV[7]) - 1 do
   redis.call('HDEL', SHARDS, shard .. ':applied_seq', shard .. ':report')
 end
 redis.call('HSETNX', RUN, 'created_ms', text(clock()))
+if ARGV[25] ~= '' and redis.call('HSETNX', RUN, 'durable', ARGV[25]) == 1 then
+  redis.call('HSET', RUN, 'durable_step', ARGV[26])
+end
 local upload = cjson.decode(ARGV[15]).upload
 if upload then redis.call('HSET', RUN, 'upload', upload) end
 for decision, pushes in pairs(cjson.decode(ARGV[17])) do redis.call('HSETNX', RUN, decision, text(pushes)) end
@@ -100,7 +106,7 @@ for number, lease in ipairs(cjson.decode(ARGV[13])) do
   redis.call('DEL', KEYS[13 + number])
   if granted[lease] then windows[lease] = KEYS[13 + number] end
 end
-for index = 25, #ARGV, 2 do
+for index = 27, #ARGV, 2 do
   redis.call('HSET', RECEIPTS, ARGV[index], ARGV[index + 1])
   local lease = string.match(cjson.decode(ARGV[index + 1]).claim, '^%S+')
   redis.call('RPUSH', windows[lease] or ENDED, ARGV[index])
