@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from coordination.driven import HOUR, DrivenRun
+from coordination.driven import ASYNC, HOUR, DrivenRun
 from freestep.api.data import DataSpec
 from freestep.errors import CoordinatorUnavailable, FreestepError
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.control import Control, Orders
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.records import (
     Behind,
@@ -33,6 +34,7 @@ KEYS = (
     "metrics", "distances", "out", "held", "back",
 )  # fmt: skip
 SPEC = DataSpec(length=10, unit=2)
+PAUSED = Control(orders=Orders(paused=True))
 REFUSALS = (FreestepError, Behind, Fenced, LogTruncated, Pending)
 
 
@@ -54,6 +56,8 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
         "renew": lambda: run.do(leases.renew(lease)),
         "release": lambda: run.do(leases.release(lease, run.position)),
         "expire": lambda: run.do(leases.expire(run.position, 0)),
+        "end_worker": lambda: run.do(leases.end_worker(owner, "w", lease, 60, "{}", "me")),
+        "change_run": lambda: run.do(log.change_run(owner, Control(), PAUSED, ASYNC, "{}", "me")),
         "admit": lambda: run.do(pushes.admit(claim, owner, ["ticket"])),
         "precheck": lambda: run.do(pushes.precheck(claim)),
         "commit": lambda: run.do(pushes.commit(claim, owner, run.part(), None, "y F32")),
@@ -76,9 +80,9 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
 
 NAMES = (
     "heartbeat", "report_shard", "open", "loaded", "give_up", "reshard", "initial_weights", "grant", "grant again",
-    "renew", "release", "expire", "admit", "precheck", "commit", "discard", "refuse", "report_metric", "request_read",
-    "reads_sent", "report_distances", "mark_checkpoint", "part_written", "entries", "create_data", "claim_units",
-    "give_back", "read_data", "count_units",
+    "renew", "release", "expire", "end_worker", "change_run", "admit", "precheck", "commit", "discard", "refuse",
+    "report_metric", "request_read", "reads_sent", "report_distances", "mark_checkpoint", "part_written", "entries",
+    "create_data", "claim_units", "give_back", "read_data", "count_units",
 )  # fmt: skip
 
 

@@ -103,7 +103,9 @@ def test_a_new_policy_begins_with_its_own_values() -> None:
 def test_how_a_run_is_operated_is_no_part_of_what_it_computes() -> None:
     paused = after(Control(), paused=True)
     assert paused.text == "" and paused.orders.paused and paused.members()
-    change = ControlChange.of({"worker": "w", "until": "1700000000000", "asked": "{}", "by": "me"})
+    change = ControlChange.of(
+        {"worker": "w", "until": "1700000000000", "at": "1600000000000", "asked": "{}", "by": "me"}
+    )
     suspended = change.after(paused)
     assert suspended.orders == Orders(True, {"w": 1_700_000_000_000})
     seen = suspended.as_seen(1_699_999_999_000)
@@ -114,3 +116,18 @@ def test_how_a_run_is_operated_is_no_part_of_what_it_computes() -> None:
     entry = ControlChange.of({"text": lr.text, "paused": "1", "asked": "{}", "by": "me"})
     assert entry.after(suspended) == lr
     assert Orders.of({}) == Orders.of({"paused": "0", "suspended": ""}) == Orders()
+
+
+def test_nobody_is_remembered_whose_time_is_over() -> None:
+    """Else a run whose workers have ever new names would remember them all."""
+
+    def told(control: Control, worker: str, at: int, until: int) -> Control:
+        member = {"worker": worker, "until": str(until), "at": str(at), "asked": "{}", "by": "me"}
+        return ControlChange.of(member).after(control)
+
+    control = told(told(Control(), "short", 1000, 2000), "long", 1500, 9000)
+    assert control.orders.suspended == {"short": 2000, "long": 9000}
+    control = told(control, "other", 2000, 3000)
+    assert control.orders.suspended == {"long": 9000, "other": 3000}
+    # A refusal that is lifted is over at once.
+    assert told(control, "long", 2500, 2500).orders.suspended == {"other": 3000}

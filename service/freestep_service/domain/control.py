@@ -1,8 +1,9 @@
 """What has been changed of a run while it trains, as a function of its log: as shards, checkpoints and Redis hold it.
 
-An entry of the log that changes something holds all that is changed from there on, and not the difference: what is in
+An entry of the log that changes the spec holds all that is changed from there on, and not the difference: what is in
 force is what the newest of them says. Beside it stands how the run is operated, whether it is paused and who gets no
-lease, which a run keeps that goes back to a checkpoint.
+lease, which a run keeps that goes back to a checkpoint. An entry that refuses a worker leases names that worker, and
+the time by which it is told who is refused none any more: so nobody is remembered for longer.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ class ControlChange:
     """A change as an entry of the log has it: of the spec and of whether the run is paused, or of a worker.
 
     control: what is changed from here on; None where a worker is suspended. worker, until_ms: who gets no lease, and
-    until when. asked: the request, JSON. by: the name of the token that asked for it.
+    until when. at_ms: when that was said; both in ms since 1970 by Redis's clock. asked: the request, JSON. by: the
+    name of the token that asked for it.
     """
 
     control: Control | None
@@ -155,12 +157,14 @@ class ControlChange:
     by: str
     worker: str = ""
     until_ms: int = 0
+    at_ms: int = 0
 
     @classmethod
     def of(cls, member: Mapping[str, Any]) -> ControlChange:
         """Of the entry's member, as lua/change_run.lua and lua/end_worker.lua write it."""
         if "worker" in member:
-            return cls(None, member["asked"], member["by"], member["worker"], int(member["until"]))
+            until, at = int(member["until"]), int(member["at"])
+            return cls(None, member["asked"], member["by"], member["worker"], until, at)
         control = Control.parse(member["text"], Orders(member["paused"] == "1"))
         return cls(control, member["asked"], member["by"])
 
@@ -168,5 +172,7 @@ class ControlChange:
         """What is changed of the run once the entry is taken."""
         orders = before.orders
         if self.control is None:
-            return before.under(replace(orders, suspended={**orders.suspended, self.worker: self.until_ms}))
+            named = {**orders.suspended, self.worker: self.until_ms}
+            left = {worker: until for worker, until in named.items() if until > self.at_ms}
+            return before.under(replace(orders, suspended=left))
         return self.control.under(replace(orders, paused=self.control.orders.paused))

@@ -30,7 +30,7 @@ local evicted, entry, control = {}, nil, nil
 if ends then
   suspended[worker] = ends > now and ends or nil
   redis.call('HSET', RUN, 'suspended', cjson.encode(suspended))
-  control = {worker = worker, ['until'] = text(ends), asked = ARGV[8], by = ARGV[9]}
+  control = {worker = worker, ['until'] = text(ends), at = text(now), asked = ARGV[8], by = ARGV[9]}
 end
 if lease ~= '' then
   end_lease(worker, now)
