@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from freestep.api.models import Checkpoint
 from freestep.errors import CoordinatorUnavailable, FreestepError, RunNotInitialized, ShardUnavailable
+from freestep_service.domain.control import Control
 from freestep_service.domain.records import CheckpointId, Fenced
 from freestep_service.domain.run_view import RunView
 from freestep_service.domain.tally import Tally
@@ -40,6 +41,8 @@ class Checkpointing:
         """Held while one is being written."""
         self.failure: str | None = None
         """What the newest checkpoint could not be written for; None once one has been."""
+        self.control: Control | None = None
+        """What is changed of the run in the newest checkpoint; None where this process has not written of it."""
         self._context = context
         self._coordinator = context.coordinator
         self._disk = context.resources.disk
@@ -49,6 +52,8 @@ class Checkpointing:
         self._last: tuple[int | None, float] = (None, time.monotonic())
         self._not_before = 0.0
         self._durable: dict[CheckpointId, asyncio.Future[None]] = {}
+        self._written: tuple[CheckpointId, Control] | None = None
+        """The newest that this process has written, or a part of it, and what is changed of the run in it."""
 
     @property
     def step(self) -> int | None:
@@ -58,6 +63,13 @@ class Checkpointing:
     def went_back_to(self, checkpoint: CheckpointId | None) -> None:
         """The run goes on from a checkpoint, or from a state that has none yet."""
         self._last = (checkpoint.step if checkpoint else None, time.monotonic())
+        self.control = self._written = None
+
+    def _note(self, written: CheckpointId) -> None:
+        """A checkpoint is complete."""
+        self._last = (written.step, time.monotonic())
+        if self._written is not None and self._written[0] == written:
+            self.control = self._written[1]
 
     def is_due(self) -> bool:
         """Whether it is for this process to have a checkpoint written, and time.
@@ -105,7 +117,7 @@ class Checkpointing:
                 self._context.telemetry.checkpoint_failed()
                 raise
             self.failure = None
-            self._last = (identity.step, time.monotonic())
+            self._note(identity)
             self._not_before = 0.0
             seconds = time.monotonic() - began
             self._context.telemetry.checkpointed(identity.step, seconds)
@@ -191,7 +203,9 @@ class Checkpointing:
         copy = replace(copy, tally=await self._tally())
         begin, end = shard.core.manifest.begin, shard.core.manifest.end
         numel = self._context.manifest.numel
-        return await self._disk.run(self._checkpoints.write, copy, begin, end, numel, receipts)
+        size = await self._disk.run(self._checkpoints.write, copy, begin, end, numel, receipts)
+        self._written = CheckpointId(copy.epoch, copy.step, copy.seq), copy.control
+        return size
 
     async def _tally(self) -> Tally:
         """What is counted of the run's pushes by now; where Redis is away, by the last heartbeat."""
@@ -218,7 +232,7 @@ class Checkpointing:
         """All parts of a checkpoint are on disk."""
         await self._disk.run(self._checkpoints.complete, identity)
         self._cut_journals(identity)
-        self._last = (identity.step, time.monotonic())
+        self._note(identity)
         self._context.events.checkpoint(identity)
         if (waiter := self._durable.get(identity)) is not None and not waiter.done():
             waiter.set_result(None)

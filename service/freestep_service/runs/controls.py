@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from freestep.api.control import ControlRequest
 from freestep.api.models import RunSpec, WorkerEnd
-from freestep.errors import FreestepError, InvalidSpec, ShardUnavailable
+from freestep.errors import InvalidSpec, ShardUnavailable
 from freestep_service.coordination.leases import EndedWorker
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.control import Control
@@ -42,15 +42,13 @@ class Controls:
         self._shards = shards
         self._appends = appends
         self._checkpointing = checkpointing
-        self._is_unsaved = False
-        """Whether a change has counted that no checkpoint has."""
 
     async def change(self, wish: ControlRequest, key: str, by: str) -> None:
         """Makes a change, unless there is nothing to change or it was made before under this key.
 
         key: the request's idempotency key, empty if it has none. by: the name of the token that asks for it. Raises
-        InvalidSpec, IdempotencyConflict, RunNotInitialized, as `LogAppends.append`, and StorageUnavailable where it has
-        counted and is not in a checkpoint.
+        InvalidSpec, IdempotencyConflict, RunNotInitialized, as `LogAppends.append`, and as `Checkpointing.write_now`
+        where it has counted and is not in a checkpoint: a repetition then writes that.
         """
         asked = wish.model_dump_json(exclude_defaults=True)
         while True:
@@ -58,58 +56,65 @@ class Controls:
             if view is None:
                 raise ShardUnavailable("the run is being opened")
             before = Control.of(view.run)
-            after, spec = await self._after(before, wish, key)
+            after = self._after(before, wish, key)
             if after == before:
-                break
-            policy = Policy.of(spec.aggregation)
-
-            async def ask(
-                owner: Owner, before: Control = before, after: Control = after, policy: Policy = policy
-            ) -> tuple[None, dict[str, Any] | None]:
-                return None, await self._log.change_run(owner, before, after, policy, asked, by)
-
-            try:
-                _, is_made = await self._appends.append(ask)
-            except FreestepError:
-                await self._count_memory(before)
-                raise
-            if is_made:
+                # It may have counted, here or at another process, and have come into no checkpoint.
+                if after != self._checkpointing.control:
+                    await self._save()
+                return
+            if await self._make(before, after, asked, by):
                 logger.info("run %s is changed by %s: %s", self._context.name, by, asked, extra={"by": by})
-                self._is_unsaved = True
-                break
-        await self._save()
+                await self._save()
+                return
 
-    async def _after(self, before: Control, wish: ControlRequest, key: str) -> tuple[Control, RunSpec]:
-        """What is changed after a request, and the spec that is then in force; memory and kernels are ready for it."""
+    def _after(self, before: Control, wish: ControlRequest, key: str) -> Control:
+        """What is changed after a request. Raises InvalidSpec and IdempotencyConflict."""
         try:
-            after = before.after(self._context.spec, wish, key)
+            return before.after(self._context.spec, wish, key)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
             raise InvalidSpec(f"{field}: {first['msg']}", field=field) from None
-        spec = after.in_force(self._context.spec)
-        if after != before and spec != before.in_force(self._context.spec):
-            resources = self._context.resources
-            resources.memory.reserve(self._context.name, await resources.bytes_of(spec, self._shards.count))
-            for shard in self._shards:
-                await shard.core.prepare(spec)
-        return after, spec
 
-    async def _count_memory(self, control: Control) -> None:
-        resources, spec = self._context.resources, control.in_force(self._context.spec)
-        await resources.count_anew(self._context.name, spec, self._shards.count)
+    async def _make(self, before: Control, after: Control, asked: str, by: str) -> bool:
+        """Has a change in the log, with memory and kernels ready for it; False if something was changed meanwhile."""
+        spec = after.in_force(self._context.spec)
+
+        async def ask(owner: Owner) -> tuple[None, dict[str, Any] | None]:
+            return None, await self._log.change_run(owner, before, after, Policy.of(spec.aggregation), asked, by)
+
+        is_made = False
+        try:
+            if spec != before.in_force(self._context.spec):
+                await self._prepare(spec)
+            _, is_made = await self._appends.append(ask)
+        finally:
+            if not is_made:
+                await self._count_memory()
+        return is_made
+
+    async def _prepare(self, spec: RunSpec) -> None:
+        """Takes memory and compiles kernels for a spec that is to be in force. Raises InvalidSpec."""
+        resources = self._context.resources
+        resources.memory.reserve(self._context.name, await resources.bytes_of(spec, self._shards.count))
+        for shard in self._shards:
+            await shard.core.prepare(spec)
+
+    async def _count_memory(self) -> None:
+        """Counts what the run takes as it is in force here; a change that is yet to come is counted when it does."""
+        if (lowest := self._shards.lowest) is not None:
+            spec = lowest.core.shard.spec
+            await self._context.resources.count_anew(self._context.name, spec, self._shards.count)
 
     async def _save(self) -> None:
         """Has what has changed in a checkpoint, or in a journal, where it is already."""
-        if not self._is_unsaved or self._context.keeps_journal or not self._context.keeps_checkpoints:
-            return
-        await self._checkpointing.write_now()
-        self._is_unsaved = False
+        if self._context.keeps_checkpoints and not self._context.keeps_journal:
+            await self._checkpointing.write_now()
 
     async def end_worker(self, worker: str, ban_s: int | None, by: str) -> WorkerEnd:
         """Ends a worker's lease, if it has one, and refuses it another for so long, if that is given; 0 lifts that.
 
-        Raises RunNotInitialized, MalformedRequest, as `LogAppends.append`, and StorageUnavailable as `change`.
+        Raises RunNotInitialized, MalformedRequest, as `LogAppends.append`, and what `change` does.
         """
         asked = json.dumps({"worker": worker, "ban": ban_s})
         lease = await self._leases.newest_lease(worker)
@@ -131,6 +136,5 @@ class Controls:
         if found.had_lease and not self._shards.is_sharded:
             self._context.events.lease("ended", worker)
         if ban_s is not None:
-            self._is_unsaved = True
             await self._save()
         return WorkerEnd(worker=worker, ended=found.had_lease, suspended_ms=None if ban_s is None else 1000 * ban_s)
