@@ -60,6 +60,8 @@ class Ownership:
     ) -> None:
         self.view: RunView | None = None
         """How the run stood at the last heartbeat."""
+        self._heard = 0.0
+        """When the heartbeat that has read it began, by the node's clock."""
         self.lock = WatchedLock(f"run {context.name}")
         """Held by a heartbeat, and by whatever changes what there is to keep."""
         self.is_closed = False
@@ -87,7 +89,7 @@ class Ownership:
         self._standing = standing
         self._loading = loading
         self._make_shard = make_shard
-        clock = context.resources.node.clock
+        self._clock = clock = context.resources.node.clock
         self._missing_since = Stopwatch(clock)
         self._surplus_since = Stopwatch(clock)
         self._gap_since = Stopwatch(clock)
@@ -104,6 +106,11 @@ class Ownership:
     def missing(self) -> list[int]:
         """The shards that nobody owned at the last heartbeat."""
         return self.view.missing() if self.view else []
+
+    @property
+    def redis_ms(self) -> int:
+        """The time by Redis's clock, in ms since 1970, or a little later; 0 before the first heartbeat."""
+        return self.view.now_ms + int(1000 * (self._clock() - self._heard)) if self.view else 0
 
     def require_open(self) -> None:
         """Raises RunNotFound."""
@@ -160,6 +167,7 @@ class Ownership:
         while True:
             position = max((shard.core.writer.position for shard in self._shards), default=LogPosition(0, 0))
             is_initialized = any(shard.core.initialized for shard in self._shards)
+            began = self._clock()
             view = await self._opening.heartbeat(self._node, wanted, self._fields(), self._applied())
             if view is None:
                 last = await self._deletions.last_epoch()
@@ -172,7 +180,7 @@ class Ownership:
                 # It was deleted, and another run of its name was created.
                 await self._end(view.origin.first_epoch - 1)
                 return None
-            self.view = view
+            self.view, self._heard = view, began
             self._context.telemetry.note(view)
             self._note_wrong(view)
             if view.has_lost_key and len(self._shards):

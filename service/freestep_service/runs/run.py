@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import secrets
-import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 
@@ -339,7 +338,7 @@ class Run:
             staleness=tally.staleness,
             outliers=json.loads(fields.get("outliers", "{}")),
             banned=sorted(json.loads(fields.get("banned", "{}"))),
-            control=Control.of(fields).as_seen(time.time_ns() // 1_000_000),
+            control=Control.of(fields).as_seen(self._ownership.redis_ms),
             metrics=metrics,
             data=progress_of(fields),
             scheduled_lr=dict(zip(self.spec.group_names(), rates or (), strict=False)),
