@@ -59,14 +59,17 @@ class Curve:
         for column, number in zip(self._all(), (*at, 1, value, value, value), strict=True):
             column.append(number)
 
-    def thinned(self, most: int) -> Curve:
-        """A copy of it with at most so many points."""
+    def copy(self) -> Curve:
+        """A copy of it, at the cost of its bytes."""
         copy = Curve(self._most)
         copy.per_point = self.per_point
         copy._set([column[:] for column in self._all()])
-        while len(copy) > most:
-            copy._halve()
         return copy
+
+    def thin(self, most: int) -> None:
+        """Leaves at most so many points."""
+        while len(self) > most:
+            self._halve()
 
     def columns(self) -> dict[str, list[float]]:
         """Its points by what they have, as `api/history.py` names that."""

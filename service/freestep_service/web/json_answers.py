@@ -45,21 +45,24 @@ async def history_response(run: str, history: HistoryCurves, curves: Iterable[st
     """A run's history as an answer: some of its curves, and metrics and milestones if those are among them."""
     wanted = set(curves)
     # Copied at once: all are of the same moment.
-    shown = {name: curve.thinned(points) for name, curve in history.curves.items() if name in wanted}
-    metrics = {name: curve.thinned(points) for name, curve in history.metrics.items()} if "metrics" in wanted else {}
+    shown = {name: curve.copy() for name, curve in history.curves.items() if name in wanted}
+    metrics = {name: curve.copy() for name, curve in history.metrics.items()} if "metrics" in wanted else {}
     epochs = [each._asdict() for each in history.epochs]
     kept = history.milestones.all() if "milestones" in wanted else []
     milestones = ",".join(f'{{"time":{each.time!r},"event":{each.event}}}' for each in kept)
     head = {"run": run, "epoch": history.epoch, "step": history.step, "epochs": epochs}
     return json_response(
-        f'{json.dumps(head)[:-1]},"curves":{await _curves_json(shown)},"metrics":{await _curves_json(metrics)},'
+        f'{json.dumps(head)[:-1]},"curves":{await _curves_json(shown, points)},'
+        f'"metrics":{await _curves_json(metrics, points)},'
         f'"milestones":[{milestones}]}}'
     )
 
 
-async def _curves_json(curves: Mapping[str, Curve]) -> str:
+async def _curves_json(curves: Mapping[str, Curve], points: int) -> str:
+    """Curves as JSON, thinned to so many points."""
     pieces: list[str] = []
     for name, curve in curves.items():
+        curve.thin(points)
         pieces.append(f"{json.dumps(name)}:{to_json({'per_point': curve.per_point, **curve.columns()}).decode()}")
         # Others have their turn.
         await asyncio.sleep(0)
