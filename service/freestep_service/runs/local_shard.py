@@ -124,8 +124,7 @@ class LocalShard:
 
         answer: the dtype of the y to answer with, None for a receipt. wait: seconds for which the update of the push's
         group is to be waited for, by `settle` or by the reading of y. phases: takes when it went from one to the next.
-        Raises what pushes.py says, InvalidSpec and
-        RunNotInitialized.
+        Raises what pushes.py says, InvalidSpec and RunNotInitialized.
         """
         spec, core = self._context.spec, self.core
         if spec.optimizer.needs_loss and claim.loss is None:

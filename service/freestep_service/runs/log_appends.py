@@ -1,4 +1,4 @@
-"""Entries of the log that no push makes: reports of metrics, and new data sets.
+"""Entries of the log that no push makes: reports of metrics, new data sets, changes of the run.
 
 The law of this file: what is acknowledged, now or again, is in the log of a Redis that still has it, and in a journaled
 run on disk.

@@ -65,7 +65,10 @@ class Metrics:
             "freestep_dropped_pushes", "Pushes that were dropped, by why.", ["run", "reason"], registry=registry
         )
         self.leases = Counter(
-            "freestep_leases", "Leases granted, released and expired.", ["run", "change"], registry=registry
+            "freestep_leases",
+            "Leases granted, released, ended by an operator and expired.",
+            ["run", "change"],
+            registry=registry,
         )
         self.flush_seconds = Histogram(
             "freestep_journal_flush_seconds",
@@ -205,7 +208,7 @@ class RunMetrics:
         self._phases["answer"].observe(seconds)
 
     def leased(self, change: str) -> None:
-        """A lease was granted, released, or has expired."""
+        """A lease was granted, released, ended by an operator, or has expired."""
         self._leases[change].inc()
 
     def flushed(self, seconds: float) -> None:

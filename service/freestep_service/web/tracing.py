@@ -38,7 +38,7 @@ _ATTRIBUTES = {
 
 
 class Traces:
-    """ASGI middleware that traces pushes. url: of the process; None where the service has none yet."""
+    """ASGI middleware that traces pushes. url: of the process."""
 
     def __init__(self, app: ASGIApp, version: str, url: str) -> None:
         self._app = app

@@ -35,8 +35,8 @@
 --                     K:report, K:loaded (see open.lua), K:written (its newest part of a checkpoint), K:applied_seq
 --                     (the newest entry of this epoch's log that it has applied), K:journal (the word of who writes its
 --                     journal, in the file `owner` beside that), and other fields of heartbeats
---   staged    hash    idempotency key -> JSON {at, queued, lease, parts: {K: {digest, norm, bytes}}} of a pending push, where
---                     there are several shards; or {at, claim, slug, detail, parts} of one that was refused before all of
+--   staged    hash    idempotency key -> JSON {at, queued, lease, parts: {K: {digest, norm, bytes}}} of a pending push,
+--                     where there are several shards; or {at, claim, slug, detail, parts} of one that was refused before all of
 --                     its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
@@ -140,8 +140,8 @@ local function run_number(field)
   return tonumber(redis.call('HGET', RUN, field) or 0)
 end
 
--- A value of the run's policy, its number of shards, or whether it is paused. All are read at once: scripts that change them do so before they
--- first need one.
+-- A value of the run's policy, its number of shards, or whether it is paused. All are read at once: scripts that change
+-- them do so before they first need one.
 local known_rules
 local function rule(name)
   if not known_rules then

@@ -8,8 +8,8 @@
 --          14 the point to answer with ("y F32") or an empty string, 15 1 if that point is to be read after the group's
 --          update, else 0, 16 the worker's speed or an empty string, 17 bytes of that part of the body
 -- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {lost} (the run was opened again, or the push refused,
---          since it was admitted), {lease-expired}, {epoch-changed, epoch}, {unit-not-held, units}, {run-paused}, {staged} (other shards have not staged their
---          parts; a message with the decision follows), {refused} (the norm is too large), or
+--          since it was admitted), {lease-expired}, {epoch-changed, epoch}, {unit-not-held, units}, {run-paused},
+--          {staged} (other shards have not staged their parts; a message with the decision follows), {refused} (the norm is too large), or
 --          {committed, record, evicted idempotency keys ...}; the record's seq is 0 if the push was dropped, unless that
 --          was for want of norms to compare its own with: then the log tells of it
 

@@ -10,9 +10,9 @@
 --          that}), 16 metrics (JSON: name -> value as in report_metric.lua), 17 numbers of pushes (JSON: decision ->
 --          number) for a Redis that has lost them, 18 norms, 19 outliers and 20 banned (JSON, as the run's hash has
 --          them), 21 data sets (JSON: name -> {spec (text), total (text), reached, open}, see domain/data_sets.py),
---          22 control, 23 paused and 24 suspended (as the run's hash has them), 25 a checkpoint that is on disk (EPOCH-STEP-SEQ)
---          and 26 its step, for a Redis that knows of none, or empty strings, then idempotency key and record, in turn,
---          oldest first
+--          22 control, 23 paused and 24 suspended (as the run's hash has them), 25 a checkpoint that is on disk
+--          (EPOCH-STEP-SEQ) and 26 its step, for a Redis that knows of none, or empty strings, then idempotency key and
+--          record, in turn, oldest first
 -- returns  {late} (another generation has begun), or {load}, which begins a generation too
 
 if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[14] then return {'late'} end
