@@ -205,6 +205,8 @@ class Loading:
                 if loaded is None:
                     return False
                 state, receipts = loaded
+                if state.control:
+                    await core.prepare(state.control.in_force(self._context.spec))
                 await writer.load(core.shard.load, state, epoch)
                 self._keep_receipts(receipts)
                 seq, step = state.seq, state.step

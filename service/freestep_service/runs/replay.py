@@ -46,7 +46,7 @@ async def recover(
             loaded = await disk.run(checkpoints.load, checkpoint, begin, end)
         except Damaged:
             continue
-        await core.prepare()
+        await core.prepare(loaded.state.control.in_force(context.spec))
         core.writer.pause()
         await core.writer.load(core.shard.load, loaded.state, contents.epoch)
         context.receipts.clear()
