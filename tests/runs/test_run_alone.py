@@ -379,13 +379,13 @@ def test_no_wait_for_memory_is_longer_than_queue_seconds(store: str, tmp_path: P
             if what != "upload":
                 await initialize(run)
             core = run.shard(0).core
-            pools = {"push": core.staging.pool, "upload": core.staging.pool, "whole": run._whole.pool}
+            pools = {"push": core.staging.pool, "upload": core.staging.pool, "whole": run.whole_bodies.pool}
             pool = pools.get(what, core.snapshots.pool)
             taken = [pool.try_acquire() for _ in range(pool.capacity)]
             zeros = part_of(run, 0, torch.zeros(NUMEL))
 
             async def whole() -> None:
-                async with run.staged(zeros):
+                async with run.whole_bodies.staged(zeros):
                     pass
 
             calls: dict[str, Callable[[], Awaitable[object]]] = {

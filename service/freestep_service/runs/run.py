@@ -6,10 +6,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager, suppress
-
-from torch import Tensor
+from contextlib import suppress
 
 from freestep.api.models import Checkpoint, RunSpec, RunStatus, Topology
 from freestep.errors import (
@@ -31,7 +28,6 @@ from freestep_service.domain.records import UNKNOWN_ORIGIN, CheckpointId, Origin
 from freestep_service.domain.specs import require_same_spec
 from freestep_service.domain.tally import Tally
 from freestep_service.domain.topology import Layout, topology
-from freestep_service.optimizers import Quantized
 from freestep_service.runs.background import Background
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
@@ -43,7 +39,6 @@ from freestep_service.runs.events import RunEvents
 from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.history import RunHistory
 from freestep_service.runs.keeper import Keeper
-from freestep_service.runs.lanes import Lanes
 from freestep_service.runs.leases import Leases
 from freestep_service.runs.loading import Loading
 from freestep_service.runs.local_shard import LocalShard
@@ -59,9 +54,8 @@ from freestep_service.runs.standing import Standing
 from freestep_service.runs.state_imports import StateImports
 from freestep_service.runs.stored_states import StoredStates
 from freestep_service.runs.telemetry import RunMetrics
-from freestep_service.state.buffers import VectorPool
-from freestep_service.state.compute import uninterrupted
-from freestep_service.state.staging import Body, Staging
+from freestep_service.runs.whole_bodies import WholeBodies
+from freestep_service.state.staging import Body
 from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.journal_files import remove_journals
 from freestep_service.storage.run_files import RunFile
@@ -127,10 +121,8 @@ class Run:
         self.data = DataUnits(context, recovery, owned, dispatch, appends)
         self.imports = StateImports(context, owned, self._ownership, stored, loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing, self.data)
-        pool = VectorPool(self.manifest.numel, 1, reserve=resources.reserve)
-        self._senders = Lanes(1)
+        self.whole_bodies = WholeBodies(context)
         self._layout: Layout | None = None
-        self._whole = Staging(self.manifest, pool, resources.locks, settings.slow_bytes_per_second)
 
     def _make_shard(self, index: int, token: str) -> LocalShard:
         core = ShardCore(self._context, index, self._shards.count, token)
@@ -280,31 +272,6 @@ class Run:
             await self._checkpointing.write_now()
         elif shard.index == 0 and self._context.keeps_checkpoints:
             await self._checkpointing.write_or_retry()
-
-    @asynccontextmanager
-    async def staged(
-        self, body: Body, encodings: Collection[str] = ("dense",), lease: str = ""
-    ) -> AsyncIterator[Tensor]:
-        """A body of the whole model, flat [numel], fp32, or BF16 or F16 as it came; one at a time.
-
-        lease: of whoever sends it; of those with the same, one waits for its turn among the others. Raises
-        MalformedTensors, and Overloaded when others had their turns for too long.
-        """
-        seconds = self._context.settings.queue_seconds
-        await self._senders.enter(lease, seconds)
-        try:
-            vector = await self._whole.pool.acquire(seconds)
-            staged = await self._whole.receive(body, vector, encodings)
-        finally:
-            self._senders.leave(lease)
-        try:
-            whole = staged.tensors
-            if isinstance(whole, Quantized):
-                locks = self._context.resources.locks
-                whole = await uninterrupted(locks.decoding(whole.decoded, 0, whole.numel(), vector.tensor()))
-            yield whole
-        finally:
-            staged.hold.release()
 
     # Status
 

@@ -123,7 +123,8 @@ async def _push_whole(
     """The slow path: this process receives the whole gradient and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}
     await run.coordinator.pushes.precheck(claimed)
-    async with run.staged(body, accepted_encodings(run.spec.aggregation), claimed.lease) as whole:
+    encodings = accepted_encodings(run.spec.aggregation)
+    async with run.whole_bodies.staged(body, encodings, claimed.lease) as whole:
         receipt = await push_whole(relay, request, run, whole, {"Idempotency-Key": claimed.key, **wait})
     if not wishes.representation:
         return _receipt(receipt, wishes)

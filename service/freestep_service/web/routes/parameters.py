@@ -64,7 +64,7 @@ async def initialize_run(request: Request) -> Response:
     body = Body(request, length, parsed.settings.stall_seconds)
     key = upload(request, required=run.is_sharded and parsed.shard is not None)
     if parsed.shard is None:
-        async with run.staged(body) as whole:
+        async with run.whole_bodies.staged(body) as whole:
             await initialize_whole(relay, request, run, whole)
     elif not run.owns(parsed.shard):
         return await relay.forward(request, run, parsed.shard)
