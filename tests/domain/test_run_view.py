@@ -23,6 +23,8 @@ def test_a_view_is_read_by_name() -> None:
     assert (view.number("seq"), view.number("applied"), view.field(1, "url")) == (9, 0, "http://b:1")
     assert (view.is_owned(0), view.is_owned(1), view.missing()) == (False, True, [0])
     assert RunView(RUN, {}, 0).missing() == [0, 1]
+    # By their owners, whether these have let them lapse or not.
+    assert (view.owned_by("n0"), view.owned_by("n1"), view.owned_by("n2")) == ({0: "5"}, {1: "6"}, {})
     # Before there were shards.
     assert RunView({name: value for name, value in RUN.items() if name != "shards"}, {}, 0).count == 1
 

@@ -106,6 +106,12 @@ class RunView:
         ends = self.field(shard, "ends")
         return ends is not None and int(ends) > self.now_ms
 
+    def owned_by(self, node: str) -> dict[int, str]:
+        """The shards that a process owns, by its id, and their tokens."""
+        return {
+            shard: self.shards[f"{shard}:token"] for shard in range(self.count) if self.field(shard, "node") == node
+        }
+
     def missing(self) -> list[int]:
         """The shards without an owner."""
         return [shard for shard in range(self.count) if not self.is_owned(shard)]

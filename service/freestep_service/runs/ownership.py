@@ -25,6 +25,7 @@ from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.loading import Loading
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
+from freestep_service.runs.placement import Placement
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.standing import Standing
 from freestep_service.runs.stored_states import StoredStates
@@ -54,6 +55,7 @@ class Ownership:
         shards: OwnedShards,
         dispatch: Dispatch,
         stored: StoredStates,
+        placement: Placement,
         standing: Standing,
         loading: Loading,
         make_shard: Callable[[int, str], LocalShard],
@@ -68,12 +70,8 @@ class Ownership:
         """Whether nothing is kept any more."""
         self.is_gone = False
         """Whether another process has deleted the run."""
-        self.problem: str | None = None
-        """Why shards without an owner cannot be taken here."""
         self.wrong: str | None = None
         """What is wrong with keys of the run in Redis that hold another type."""
-        self.has_lost_state = False
-        """Whether a process with this one's URL was their owner: no other is then expected to have their state."""
         self.ended_in = 0
         """Its last epoch, where it is gone."""
         self._context = context
@@ -86,19 +84,12 @@ class Ownership:
         self._shards = shards
         self._dispatch = dispatch
         self._stored = stored
+        self._placement = placement
         self._standing = standing
         self._loading = loading
         self._make_shard = make_shard
-        self._clock = clock = context.resources.node.clock
-        self._missing_since = Stopwatch(clock)
-        self._surplus_since = Stopwatch(clock)
-        self._gap_since = Stopwatch(clock)
-        self._is_alone = not context.settings.redis_url
-        self._unknown_s = 0.0 if self._is_alone else 2 * self._node.heartbeat_s
-        """Seconds after which a Redis that has lost its data knows of all who live: they have had their heartbeats.
-
-        The embedded store has nobody else.
-        """
+        self._clock = context.resources.node.clock
+        self._gap_since = Stopwatch(self._clock)
         self._expected_seq = 0
         """The newest entry of the log at the last heartbeat."""
 
@@ -145,10 +136,10 @@ class Ownership:
         view = await self._heartbeat()
         while view is not None:
             await self._change_owned(view)
-            if wanted := await self._wanted(view):
+            if wanted := await self._placement.wanted(view):
                 view = await self._heartbeat(wanted)
                 continue
-            mine = [self._shards[index] for index in sorted(self._mine(view))]
+            mine = [self._shards[index] for index in sorted(view.owned_by(self._node.id))]
             if view.phase == "gather" and mine and await self._standing.report(view, mine):
                 view = await self._heartbeat()
                 continue
@@ -188,7 +179,7 @@ class Ownership:
             is_behind = (view.number("epoch"), view.number("seq")) < position
             # Initial weights are no entry of the log.
             is_behind |= is_initialized and not view.number("initialized")
-            mine = self._mine(view)
+            mine = view.owned_by(self._node.id)
             has_failed = any(shard.has_failed for shard in self._shards if shard.index in mine)
             if view.phase == "open" and (is_behind or has_failed):
                 await self._opening.gather(self._shards.count, view.generation)
@@ -249,7 +240,7 @@ class Ownership:
         """Lets go the shards that are another's by now, and begins with those that are this process's."""
         is_resharded = view.count != self._shards.count
         owners = {index: view.field(index, "node") for index in range(view.count)}
-        mine = self._mine(view)
+        mine = view.owned_by(self._node.id)
         # A shard without an owner in Redis may be kept: no entry can have been committed without its owner.
         lost = [
             index
@@ -279,76 +270,12 @@ class Ownership:
         else:
             await self._channels.unsubscribe(self._channel, self._dispatch.on_message)
 
-    def _mine(self, view: RunView) -> dict[int, str]:
-        """The shards that this process owns, as Redis has it, and their tokens."""
-        return {
-            index: view.shards[f"{index}:token"]
-            for index in range(view.count)
-            if view.field(index, "node") == self._node.id
-        }
-
-    async def _wanted(self, view: RunView) -> list[int]:
-        """The shards to take: free ones, up to this process's share, or more if others leave them.
-
-        Not those whose checkpoint, or whose journal, is where this process cannot read it.
-        """
-        free = {
-            index
-            for index in range(view.count)
-            if not view.is_owned(index)
-            or (
-                view.field(index, "node") != self._node.id
-                and view.was_owned_by_predecessor(index, self._node.url, self._node.host)
-            )
-        }
-        self._missing_since.note(set(free))
-        if free:
-            await self._node.heartbeat(self._context.resources.store)
-        left = self._node.share(view.count) - len(self._mine(view))
-        wanted: list[int] = []
-        unreadable: dict[int, str] = {}
-        # Those whose state is still here come first.
-        for index in sorted(free, key=lambda index: (index not in self._shards, index)):
-            was_mine = index in self._shards or view.was_owned_by_predecessor(index, self._node.url, self._node.host)
-            missing_s = self._missing_since.age(index)
-            is_left = was_mine or missing_s > self._node.ttl_ms / 1000
-            # Where Redis has lost its data, others hold the state of what seems free.
-            waits = "lost" in view.run and (self._node.live_peers > 0 or missing_s < self._unknown_s)
-            if not ((left > 0 and not waits) or is_left):
-                continue
-            reason = None
-            if index not in self._shards and "durable" in view.run:
-                reason = await self._stored.why_unreadable(index, view.count)
-            if index not in self._shards and reason is None:
-                reason = await self._stored.why_without_journal(index, view, missing_s)
-            if reason is None:
-                wanted.append(index)
-                left -= 1
-            elif is_left or self._is_alone or view.was_owned_at(index, self._node.url):
-                unreadable[index] = reason
-        self._note_unreadable(view, unreadable)
-        return wanted
-
-    def _note_unreadable(self, view: RunView, unreadable: Mapping[int, str]) -> None:
-        """Notes and logs which shards without an owner cannot be taken, and why."""
-        shards: dict[str, list[str]] = {}
-        for index, reason in unreadable.items():
-            shards.setdefault(reason, []).append(str(index))
-        problem = "; ".join(f"shard {', '.join(listed)} has no owner: {reason}" for reason, listed in shards.items())
-        if problem and problem != self.problem:
-            logger.error("run %s: %s", self._context.name, problem)
-        self.problem = problem or None
-        self.has_lost_state = any(self._is_alone or view.was_owned_at(index, self._node.url) for index in unreadable)
-
     # Giving up
 
     async def _even_out(self, view: RunView) -> None:
         """Hands over what this process owns beyond its share, once others have long had room for it."""
-        mine = sorted(self._mine(view))
-        surplus = mine[self._node.share(view.count) :] if self._context.keeps_checkpoints else []
-        self._surplus_since.note({"surplus"} if surplus else set())
-        # Beyond the time for which a process that is gone is counted.
-        if self._surplus_since.age("surplus") <= 3 * self._node.ttl_ms / 1000:
+        surplus = self._placement.surplus(view)
+        if not surplus:
             return
         logger.info("run %s: shard %s is handed over", self._context.name, ", ".join(map(str, surplus)))
         await self._give_up([self._shards[index] for index in surplus])

@@ -45,6 +45,7 @@ from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.log_appends import LogAppends
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.ownership import Ownership
+from freestep_service.runs.placement import Placement
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.reports import MetricReports
 from freestep_service.runs.resources import Resources
@@ -113,7 +114,10 @@ class Run:
             context, recovery, owned, stored, self._checkpoints, self._checkpointing, held
         )
         self._standing = standing = Standing(context, owned, stored, loading, self._checkpoints, self._checkpointing)
-        self._ownership = Ownership(context, recovery, owned, dispatch, stored, standing, loading, self._make_shard)
+        self._placement = placement = Placement(context, owned, stored)
+        self._ownership = Ownership(
+            context, recovery, owned, dispatch, stored, placement, standing, loading, self._make_shard
+        )
         self.leases = Leases(context, recovery, owned)
         appends = LogAppends(recovery, owned, dispatch)
         self.reports = MetricReports(context, appends)
@@ -187,7 +191,7 @@ class Run:
             return self._shards.require(index)
         except ShardUnavailable:
             self._ownership.require_open()
-            raise not_open(self.name, self._ownership.missing, self._ownership.problem) from None
+            raise not_open(self.name, self._ownership.missing, self._placement.problem) from None
 
     @property
     def events(self) -> RunEvents:
@@ -217,13 +221,12 @@ class Run:
     @property
     def problem(self) -> str | None:
         """What is wrong with it here: its shards cannot be taken, its checkpoints cannot be written, or any other."""
-        ownership = self._ownership
-        return ownership.problem or ownership.wrong or self._checkpointing.failure or self._keeper.problem
+        return self._placement.problem or self._ownership.wrong or self._checkpointing.failure or self._keeper.problem
 
     @property
     def has_lost_state(self) -> bool:
         """Whether the state of shards that were this process's, or its predecessor's, is in its storage no more."""
-        return self._ownership.has_lost_state
+        return self._placement.has_lost_state
 
     # Its beginning
 
