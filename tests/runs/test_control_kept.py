@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from freestep.api.control import ControlRequest
-from freestep.errors import StorageUnavailable
+from freestep.errors import ShardUnavailable, StorageUnavailable
 from freestep_service.domain.tokens import ANYBODY
 from in_process import NUMEL, Medium, lease_of, new_run, part_of, process, run_async, spec_of, until
+from losing_disk import LosingDisk
 
-SLOWER = ControlRequest(optimizer={"lr": 0.5})
+SLOWER, FASTER = ControlRequest(optimizer={"lr": 0.5}), ControlRequest(optimizer={"lr": 2.0})
 GATHERING = ControlRequest(aggregation={"policy": "buffered", "batch": 4})
 
 
@@ -60,6 +62,31 @@ def test_a_repetition_at_another_owner_is_not_answered_before_it_is_on_disk(
             # It is known to be there now.
             await two.controls.change(SLOWER, key, "me")
             assert complete(data) == kept
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_repetition_is_not_answered_before_it_is_in_a_journal(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    disk = LosingDisk(monkeypatch)
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards, durability="journal")
+            await run.controls.change(SLOWER, "", "me")
+            disk.failures = 10**9
+            for _ in range(3):
+                with pytest.raises((StorageUnavailable, ShardUnavailable)):
+                    await run.controls.change(FASTER, "", "me")
+            disk.failures = 0
+            while True:
+                with suppress(StorageUnavailable, ShardUnavailable):
+                    await run.controls.change(FASTER, "", "me")
+                    break
+                await asyncio.sleep(0.01)
+            assert (await run.status()).control.optimizer == {"lr": 2.0}
 
     run_async(work)
 

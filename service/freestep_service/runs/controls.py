@@ -18,7 +18,8 @@ from freestep.errors import InvalidSpec, ShardUnavailable
 from freestep_service.coordination.leases import EndedWorker
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.control import Control
-from freestep_service.domain.records import Owner
+from freestep_service.domain.records import LogPosition, Owner
+from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.log_appends import LogAppends
@@ -48,7 +49,7 @@ class Controls:
 
         key: the request's idempotency key, empty if it has none. by: the name of the token that asks for it. Raises
         InvalidSpec, IdempotencyConflict, RunNotInitialized, as `LogAppends.append`, and as `Checkpointing.write_now`
-        where it has counted and is not in a checkpoint: a repetition then writes that.
+        where it has counted and is not in a checkpoint. A repetition is answered once it is on disk, too.
         """
         asked = wish.model_dump_json(exclude_defaults=True)
         while True:
@@ -58,9 +59,7 @@ class Controls:
             before = Control.of(view.run)
             after = self._after(before, wish, key)
             if after == before:
-                # It may have counted, here or at another process, and have come into no checkpoint.
-                if after != self._checkpointing.control:
-                    await self._save()
+                await self._require_kept(view)
                 return
             if await self._make(before, after, asked, by):
                 logger.info("run %s is changed by %s: %s", self._context.name, by, asked, extra={"by": by})
@@ -105,6 +104,13 @@ class Controls:
         if (lowest := self._shards.lowest) is not None:
             spec = lowest.core.shard.spec
             await self._context.resources.count_anew(self._context.name, spec, self._shards.count)
+
+    async def _require_kept(self, view: RunView) -> None:
+        """Has on disk what has counted before, here or at another process, and may not have come there."""
+        if self._context.keeps_journal:
+            await self._appends.on_disk(LogPosition(view.number("epoch"), view.number("seq")))
+        elif Control.of(view.run) != self._checkpointing.control:
+            await self._save()
 
     async def _save(self) -> None:
         """Has what has changed in a checkpoint, or in a journal, where it is already."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from freestep.errors import CoordinatorUnavailable
-from freestep_service.domain.records import Owner
+from freestep_service.domain.records import LogPosition, Owner
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
@@ -21,6 +21,7 @@ __all__ = ["LogAppends"]
 T = TypeVar("T")
 
 _POLL_S = 0.01
+_BEGINNING = LogPosition(0, 0)
 
 
 class LogAppends:
@@ -55,16 +56,19 @@ class LogAppends:
                 break
         if entry is not None:
             self._dispatch.on_entry(entry)
-        await self._on_disk()
+        await self.on_disk()
         return answer, entry is not None
 
-    async def _on_disk(self) -> None:
-        """Returns when what is known of the log is in the journals here; other shards have it then, or learn of it."""
+    async def on_disk(self, place: LogPosition = _BEGINNING) -> None:
+        """Returns when the log up to a place, and what else is known of it, is in the journals here.
+
+        Other shards have it then, or learn of it. Raises StorageUnavailable.
+        """
         for shard in self._shards:
             journal, writer = shard.core.journal, shard.core.writer
             if journal is None:
                 continue
-            known = writer.position
+            known = max(writer.position, place)
             while writer.epoch == known.epoch and writer.taken_seq < known.seq:
                 await journal.flush()
                 # An entry before it may be on its way.
