@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from freestep.api.control import RunControl
 from freestep.api.run_state import StateDocument
-from freestep.errors import ShardUnavailable, StorageUnavailable
+from freestep.errors import InvalidSpec, ShardUnavailable, StorageUnavailable
 from freestep.wire.state import encode_state_header
 from freestep_service.runs.run import Run
 from freestep_service.runs.state_imports import ImportTerms
@@ -18,10 +20,14 @@ TERMS = ImportTerms("an-import", replaces=True)
 STEP = 7
 
 
-async def hold(run: Run, value: float = 5.0) -> list[str]:
+async def hold(run: Run, value: float = 5.0, **changed: Any) -> list[str]:
     """Has the owned shards hold their parts of a state of equal elements; their tokens."""
     document = StateDocument(
-        spec=run.spec, step=STEP, buffers=("y", "momentum_buffer"), scalars={"default": {"k": STEP}}
+        spec=run.spec,
+        step=STEP,
+        buffers=("y", "momentum_buffer"),
+        scalars={"default": {"k": STEP}},
+        control=RunControl(**changed),
     )
     tokens = []
     for index in range(run.count):
@@ -118,5 +124,28 @@ def test_a_state_that_failed_to_load_does_not_outlive_the_failure(store: str, tm
             with pytest.raises(ShardUnavailable):
                 await run.imports.adopt(TERMS, STEP, tokens)
             assert [await pull(run.shard(index)) for index in range(shards)] == [(1, 1.0)] * shards
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_state_whose_changes_take_more_memory_than_is_free_is_refused(
+    store: str, tmp_path: Path, shards: int
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=shards)
+            memory, gathering = run._context.resources.memory, {"policy": "buffered", "batch": 4}
+            free = memory.free
+            tokens = await hold(run, aggregation=gathering)
+            left = memory.free
+            memory.total -= left
+            with pytest.raises(InvalidSpec):
+                await run.imports.adopt(TERMS, STEP, tokens)
+            memory.total += left
+            assert (run.epoch, await pull(run.shard(0)), memory.free) == (1, (0, 0.0), free)
+            await run.imports.adopt(TERMS, STEP, await hold(run, aggregation=gathering))
+            assert (await run.status()).control.aggregation == gathering
+            assert memory.free < free
 
     run_async(work)

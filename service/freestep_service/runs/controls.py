@@ -23,7 +23,7 @@ from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.log_appends import LogAppends
-from freestep_service.runs.owned_shards import OwnedShards
+from freestep_service.runs.owned_shards import OwnedShards, count_memory
 
 __all__ = ["Controls"]
 
@@ -89,7 +89,7 @@ class Controls:
             _, is_made = await self._appends.append(ask)
         finally:
             if not is_made:
-                await self._count_memory()
+                await count_memory(self._context, self._shards)
         return is_made
 
     async def _prepare(self, spec: RunSpec) -> None:
@@ -98,12 +98,6 @@ class Controls:
         resources.memory.reserve(self._context.name, await resources.bytes_of(spec, self._shards.count))
         for shard in self._shards:
             await shard.core.prepare(spec)
-
-    async def _count_memory(self) -> None:
-        """Counts what the run takes as it is in force here; a change that is yet to come is counted when it does."""
-        if (lowest := self._shards.lowest) is not None:
-            spec = lowest.core.shard.spec
-            await self._context.resources.count_anew(self._context.name, spec, self._shards.count)
 
     async def _require_kept(self, view: RunView) -> None:
         """Has on disk what has counted before, here or at another process, and may not have come there."""

@@ -22,7 +22,7 @@ from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.local_shard import LocalShard
-from freestep_service.runs.owned_shards import OwnedShards
+from freestep_service.runs.owned_shards import OwnedShards, count_memory
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.stored_states import StoredStates
 from freestep_service.storage.checkpoints import Checkpoints, LoadedState
@@ -163,9 +163,9 @@ class Loading:
         self._stored.newest_epoch = max(self._stored.newest_epoch, epoch)
         step = self._shards.lowest.core.writer.applied_step if self._shards.lowest else view.number("step")
         self._context.telemetry.at(epoch, step)
-        if has_loaded and (lowest := self._shards.lowest) is not None:
+        if has_loaded:
             # What was changed of the run may take more memory than what it was created with.
-            await self._context.resources.count_anew(self._context.name, lowest.core.shard.spec, self._shards.count)
+            await count_memory(self._context, self._shards)
         if has_taken:
             # Whoever asked for an opening while this one was under way has it.
             self._recovery.reopened()

@@ -27,7 +27,7 @@ from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.loading import Loading
-from freestep_service.runs.owned_shards import OwnedShards
+from freestep_service.runs.owned_shards import OwnedShards, count_memory
 from freestep_service.runs.ownership import Ownership
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.stored_states import StoredStates
@@ -150,14 +150,16 @@ class StateImports:
         """Has the run opened, in a new epoch, with the state that the shards' owners hold; returns when it is durable.
 
         tokens: by shard, those under which the owners hold their parts. Raises what `ImportTerms.is_met` does,
-        ShardUnavailable, and StorageUnavailable before anything is changed, or where the run has the state and its
-        checkpoint cannot be written.
+        ShardUnavailable, InvalidSpec where there is no memory for what is changed of the state's run, and
+        StorageUnavailable before anything is changed, or where the run has the state and its checkpoint cannot be
+        written.
         """
         context = self._context
         if context.keeps_checkpoints:
             await context.resources.disk.run(context.resources.storage.require_writable)
         refusal: FreestepError | None = None
         try:
+            await self._take_memory(terms.upload)
             async with self._ownership.opening("an import"):
                 try:
                     epoch = await self._decide(terms, step, tokens)
@@ -166,11 +168,19 @@ class StateImports:
                     refusal = error
         finally:
             self._held.drop(terms.upload)
+            await count_memory(context, self._shards)
         if refusal is not None:
             raise refusal
         if epoch and self._shards.epoch != epoch:
             raise ShardUnavailable("a shard was lost while the run took the state")
         await self.require_durable()
+
+    async def _take_memory(self, upload: str) -> None:
+        """Has the memory for the spec that is in force with a state. Raises InvalidSpec."""
+        context, resources = self._context, self._context.resources
+        if (held := self._held.find(upload)) is not None:
+            spec = held.control.in_force(context.spec)
+            resources.memory.reserve(context.name, await resources.bytes_of(spec, self._shards.count))
 
     async def require_durable(self) -> None:
         """Writes a checkpoint, where the run keeps any."""
