@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from freestep.errors import CoordinatorUnavailable
+from freestep.errors import CoordinatorUnavailable, ShardUnavailable
 from freestep_service.domain.records import LogPosition, Owner
 from freestep_service.runs.dispatch import Dispatch
 from freestep_service.runs.owned_shards import OwnedShards
@@ -62,14 +62,17 @@ class LogAppends:
     async def on_disk(self, place: LogPosition = _BEGINNING) -> None:
         """Returns when the log up to a place, and what else is known of it, is in the journals here.
 
-        Other shards have it then, or learn of it. Raises StorageUnavailable.
+        Other shards have it then, or learn of it. Raises StorageUnavailable, and ShardUnavailable where the run has
+        been opened again without it.
         """
         for shard in self._shards:
             journal, writer = shard.core.journal, shard.core.writer
             if journal is None:
                 continue
-            known = max(writer.position, place)
+            known, generation = max(writer.position, place), shard.core.loaded
             while writer.epoch == known.epoch and writer.taken_seq < known.seq:
+                if shard.core.loaded != generation and writer.position < known:
+                    raise ShardUnavailable("the run was opened again before it was on disk")
                 await journal.flush()
                 # An entry before it may be on its way.
                 await asyncio.sleep(_POLL_S if writer.taken_seq < known.seq else 0)
