@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from freestep_service.domain.records import CheckpointId
 from harness import ProcessService, ThreadService
 from in_process import claim_of, lease_of, new_run, process, push, run_async
 from plain_calls import SGD, Api
+from rolled_back import copied, roll_back
+from runs.journaled import crashed, opened
 
 KEPT = ("step", "pushes", "loss", "staleness", "checkpoint_step", "scheduled_lr", "metrics")
 
@@ -128,5 +131,48 @@ def test_what_is_durable_is_known_where_redis_has_lost_it(
             run = await registry.find("run")
             await lease_of(run)
             assert [shard.durable_step for shard in (await run.topology()).shards] == [2] * shards
+
+    run_async(work)
+
+
+def test_pushes_are_counted_as_of_the_state_that_is_written(store: str, tmp_path: Path) -> None:
+    """Those that come while a checkpoint is written are in the journal behind it, and count once."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, durability="journal")
+            lease, shard = await lease_of(run), run.shard(0)
+            await push(run, claim_of(lease, "before"))
+            copy = await shard.core.writer.run(shard.core.shard.copy_state)
+            await push(run, claim_of(lease, "meanwhile", 1))
+            await run._checkpointing.write(shard, copy)
+            await run._checkpointing.complete(CheckpointId(copy.epoch, copy.step, copy.seq))
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again, _ = await opened(other)
+                status = await again.status()
+                assert (status.step, status.pushes["applied"]) == (2, 2)
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("loss", ["wiped", "rolled back"])
+def test_shards_know_what_has_counted_where_redis_does_not(store: str, tmp_path: Path, shards: int, loss: str) -> None:
+    async def work() -> None:
+        # No heartbeat hears of what Redis has counted.
+        async with process(store, tmp_path / "data", owner_ttl_seconds=600.0) as registry:
+            run = await new_run(registry, shards=shards, aggregation={"policy": "buffered", "batch": 2})
+            lease = await lease_of(run)
+            with Redis.from_url(store) as client:
+                older = copied(client) if loss == "rolled back" else {}
+                for number in range(3):
+                    await push(run, claim_of(lease, f"key-{number}"))
+                roll_back(client, older)
+            await push(run, claim_of(lease, "key-2"))
+            assert (await run.status()).pushes == {"applied": 1, "accumulated": 2, "dropped": 0}
+            # Of a state that is given up, too.
+            await run.checkpoint()
+            await run.restore(0)
+            assert (await run.status()).pushes == {"applied": 1, "accumulated": 2, "dropped": 0}
 
     run_async(work)

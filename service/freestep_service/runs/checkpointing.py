@@ -200,7 +200,10 @@ class Checkpointing:
     async def write(self, shard: LocalShard, copy: StateCopy) -> int:
         """Writes a shard's state with the receipts that are in it; returns the bytes of its tensors."""
         receipts = self._context.receipts.until(copy.seq)
-        copy = replace(copy, tally=await self._tally())
+        counted = copy.tally
+        copy = replace(
+            copy, tally=(await self._tally())._replace(applied=counted.applied, accumulated=counted.accumulated)
+        )
         begin, end = shard.core.manifest.begin, shard.core.manifest.end
         numel = self._context.manifest.numel
         size = await self._disk.run(self._checkpoints.write, copy, begin, end, numel, receipts)
@@ -208,7 +211,10 @@ class Checkpointing:
         return size
 
     async def _tally(self) -> Tally:
-        """What is counted of the run's pushes by now; where Redis is away, by the last heartbeat."""
+        """What is counted of the run's pushes by now; where Redis is away, by the last heartbeat.
+
+        Of it a checkpoint has the dropped ones, which are in no log, and the averages.
+        """
         telemetry = self._context.telemetry
         with suppress(CoordinatorUnavailable):
             view = await self._coordinator.opening.read()

@@ -18,6 +18,7 @@ from freestep_service.domain.opening import Decision
 from freestep_service.domain.records import CheckpointId, Record, RunState
 from freestep_service.domain.reports import Reported
 from freestep_service.domain.run_view import RunView
+from freestep_service.domain.tally import Tally
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.held_states import HeldStates
@@ -85,6 +86,8 @@ class Loading:
                 data = await held.writer.run(held.shard.data)
                 control = await held.writer.run(held.shard.control)
                 receipts = self._context.receipts.until(checkpoint.seq if checkpoint else 0)
+                counted = await held.writer.run(held.shard.tally)
+                tally = counted._replace(dropped=max(counted.dropped, tally.dropped))
         if decision.upload:
             held_state = self._held.find(decision.upload)
             if held_state is None:
@@ -99,8 +102,9 @@ class Loading:
                 state, receipts = loaded
                 group, reported, norm_history = state.group, state.reported, state.norm_history
                 data, control = state.data, state.control
-                # Where nothing has been counted here, the checkpoint's writer has.
-                tally = max(tally, state.tally, key=lambda each: sum(each.pushes.values()))
+                # Where nothing has been counted here, the checkpoint's writer has; of what was given up it knows less.
+                decided = [state.tally] if decision.live else [state.tally, tally]
+                tally = max(decided, key=lambda each: each.applied + each.accumulated)
         if _knows_later(view, decision):
             # Going back undoes what was computed, and not what an operator has said of the run.
             control = control.under(Orders.of(view.run))
@@ -130,6 +134,7 @@ class Loading:
         orders = Orders(**target["orders"]) if "orders" in target else None
         epoch = view.number("epoch")
         initialized = view.number("initialized") == 1
+        tally = Tally.of(view)
         opened = has_taken = has_loaded = False
         newest = max([shard.core.loaded or 0 for shard in mine], default=0)
         if newest > generation:
@@ -145,6 +150,7 @@ class Loading:
                 if not await self._take(shard, source, epoch, upload, orders, initialized=initialized, holds=holds):
                     await opening.gather(self._shards.count, generation)
                     return True
+                await core.writer.run(core.shard.count_on, tally)
                 core.loaded, has_taken = generation, True
                 has_loaded |= source is not None and initialized
             elif view.field(core.index, "loaded") == str(generation):

@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 
 from freestep.errors import ShardUnavailable
-from freestep_service.domain.records import CheckpointId, Record
-from freestep_service.domain.tally import Tally
+from freestep_service.domain.records import CheckpointId
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.storage.checkpoints import Checkpoints
@@ -64,10 +63,10 @@ async def recover(
             context.events.begin(contents.epoch, checkpoint.seq, checkpoint.step)
         core.writer.resume(contents.epoch, checkpoint.seq, checkpoint.step, newest)
         with context.history.replaying():
-            tally = await _replay(context, shard, contents, checkpoint, loaded.state.tally, last)
-        context.telemetry.tally = tally
+            await _replay(context, shard, contents, checkpoint, last)
+        context.telemetry.tally = await core.writer.run(core.shard.tally)
         if core.index == 0:
-            context.telemetry.resumed(tally)
+            context.telemetry.resumed(context.telemetry.tally)
         return True
     if until is None and (contents.entries or contents.start > 0):
         first = contents.entries[0].seq if contents.entries else contents.start + 1
@@ -84,16 +83,13 @@ async def _replay(
     shard: LocalShard,
     contents: JournalContents,
     checkpoint: CheckpointId,
-    tally: Tally,
     last: int,
-) -> Tally:
-    """Applies the entries behind a checkpoint up to the `last` one; what is counted of the run's pushes with them."""
+) -> None:
+    """Applies the entries behind a checkpoint up to the `last` one."""
     writer = shard.core.writer
     entries = [entry for entry in contents.after(checkpoint.seq) if entry.seq <= last]
     for entry in entries:
         context.receipts.take(entry.members)
-        if "key" in entry.members:
-            tally = tally.counting(Record.from_json(entry.members["record"]).decision)
         await shard.restore(entry.members, entry.part)
         if writer.failure is not None:
             raise ShardUnavailable(f"entry {entry.seq} of the journal cannot be applied: {writer.failure}")
@@ -103,4 +99,3 @@ async def _replay(
             "run %s: shard %d has replayed %d entries behind its checkpoint of step %d",
             context.name, shard.index, len(entries), checkpoint.step,
         )  # fmt: skip
-    return tally

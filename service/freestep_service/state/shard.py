@@ -72,7 +72,7 @@ class StateCopy:
     expected_staleness: float = 0.0
     loss: float = 0.0
     tally: Tally = NOTHING_COUNTED
-    """What had been counted when it was written, which is no part of the state."""
+    """What had been counted of the run's pushes: applied and accumulated ones in this state and in those before it."""
     norm_history: NormHistory = field(default_factory=NormHistory)
     data: DataSets = field(default_factory=DataSets)
     control: Control = field(default_factory=Control)
@@ -105,6 +105,7 @@ class Shard:
         self._norm_history = NormHistory()
         self._data = DataSets()
         self._expected_staleness = 0.0
+        self._tally = NOTHING_COUNTED
         self._buffers: dict[str, Tensor] = {}
         self._room = room
         self._home: Vector | None = None
@@ -184,6 +185,8 @@ class Shard:
         """
         assert (entry.epoch, entry.seq) == (self.epoch, self.seq + 1), "entries come in the order of the log"
         self.seq = entry.seq
+        if entry.record is not None:
+            self._tally = self._tally.counting(entry.record.decision)
         if entry.control is not None:
             self._change(entry.control)
         if not entry.is_weighed:
@@ -359,6 +362,14 @@ class Shard:
         """What is remembered of the pushes up to here, under a robust rule."""
         return self._norm_history
 
+    def tally(self) -> Tally:
+        """What is counted of the run's pushes up to here."""
+        return self._tally
+
+    def count_on(self, tally: Tally) -> None:
+        """Counts from here on to what the run has counted before, of states that it has given up too."""
+        self._tally = tally
+
     def data(self) -> DataSets:
         """How much of the run's data sets has counted up to here."""
         return self._data.copy()
@@ -388,6 +399,7 @@ class Shard:
             self._lateness,
             self._expected_staleness,
             self._loss,
+            self._tally,
             norm_history=self._norm_history,
             data=self._data.copy(),
             control=self._control,
@@ -408,6 +420,7 @@ class Shard:
         self._lateness, self._loss = cut.lateness, cut.loss
         self._expected_staleness = cut.expected_staleness
         self._reported = cut.reported
+        self._tally = cut.tally
         self._norm_history = cut.norm_history
         self._data = cut.data.copy()
         self._take_control(cut.control)
