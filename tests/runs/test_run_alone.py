@@ -12,6 +12,7 @@ import pytest
 import torch
 from redis import Redis
 
+from freestep.api.control import ControlRequest
 from freestep.errors import CoordinatorUnavailable, InvalidSpec, Overloaded, ProblemError, RunExists
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.records import Origin
@@ -119,6 +120,28 @@ def test_weights_are_there_whose_upload_the_store_has_forgotten(store: str, tmp_
             claim = claim_of(await lease_of(run), "first")
             assert {outcome.record.step for outcome in await push(run, claim)} == {1}
             assert [await pull(run.shard(index)) for index in range(shards)] == [(1, 1.0)] * shards
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_redis_that_has_lost_a_change_does_not_say_that_there_is_nothing_to_change(
+    store: str, tmp_path: Path, shards: int
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data", owner_ttl_seconds=600.0) as registry:
+            run = await new_run(registry, shards=shards)
+            lease = await run.leases.grant("worker", None)
+            await run.controls.change(ControlRequest(optimizer={"lr": 0.5}), "", "tests")
+            await push(run, claim_of(lease, "first"))
+            with Redis.from_url(store) as client:
+                client.flushall()
+            # As an owner does that sees it first. Redis has the run again, as it was created: with this rate.
+            await run.coordinator.opening.gather(shards)
+            await run.controls.change(ControlRequest(optimizer={"lr": 1.0}), "", "tests")
+            lease = await lease_of(run)
+            await push(run, claim_of(lease, "second", 1))
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(2, 1.5)] * shards
 
     run_async(work)
 

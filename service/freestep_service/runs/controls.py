@@ -14,16 +14,18 @@ from pydantic import ValidationError
 
 from freestep.api.control import ControlRequest
 from freestep.api.models import RunSpec, WorkerEnd
-from freestep.errors import InvalidSpec, ShardUnavailable
+from freestep.errors import InvalidSpec
 from freestep_service.coordination.leases import EndedWorker
+from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.control import Control
-from freestep_service.domain.records import LogPosition, Owner
+from freestep_service.domain.records import Behind, LogPosition, Owner
 from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.log_appends import LogAppends
 from freestep_service.runs.owned_shards import OwnedShards, count_memory
+from freestep_service.runs.recovery import Recovery
 
 __all__ = ["Controls"]
 
@@ -34,9 +36,15 @@ class Controls:
     """The changes of one run, as the owner of a shard of it takes them."""
 
     def __init__(
-        self, context: RunContext, shards: OwnedShards, appends: LogAppends, checkpointing: Checkpointing
+        self,
+        context: RunContext,
+        recovery: Recovery,
+        shards: OwnedShards,
+        appends: LogAppends,
+        checkpointing: Checkpointing,
     ) -> None:
         self._context = context
+        self._recovery = recovery
         self._opening = context.coordinator.opening
         self._log = context.coordinator.log
         self._leases = context.coordinator.leases
@@ -53,9 +61,7 @@ class Controls:
         """
         asked = wish.model_dump_json(exclude_defaults=True)
         while True:
-            view = await self._opening.read()
-            if view is None:
-                raise ShardUnavailable("the run is being opened")
+            view = await self._recovery.call(self._standing)
             before = Control.of(view.run)
             after = self._after(before, wish, key)
             if after == before:
@@ -65,6 +71,19 @@ class Controls:
                 logger.info("run %s is changed by %s: %s", self._context.name, by, asked, extra={"by": by})
                 await self._save()
                 return
+
+    async def _standing(self) -> RunView:
+        """How the run stands in a Redis that has all that its shards have: else it may have lost what was changed.
+
+        Raises Behind, and ShardUnavailable where the run is not open.
+        """
+        known = self._shards.require_any().core.writer.position
+        view = await self._opening.read()
+        if view is None or (view.number("epoch"), view.number("seq")) < known:
+            raise Behind
+        if view.phase != "open":
+            raise not_open(self._context.name, view.missing())
+        return view
 
     def _after(self, before: Control, wish: ControlRequest, key: str) -> Control:
         """What is changed after a request. Raises InvalidSpec and IdempotencyConflict."""

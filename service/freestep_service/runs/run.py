@@ -121,7 +121,7 @@ class Run:
         self.leases = Leases(context, recovery, owned)
         appends = LogAppends(recovery, owned, dispatch)
         self.reports = MetricReports(context, appends)
-        self.controls = Controls(context, owned, appends, self._checkpointing)
+        self.controls = Controls(context, recovery, owned, appends, self._checkpointing)
         self.data = DataUnits(context, recovery, owned, dispatch, appends)
         self.imports = StateImports(context, owned, self._ownership, stored, loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing, self.data)
