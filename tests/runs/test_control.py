@@ -145,7 +145,18 @@ def test_what_cannot_be_changed_is_refused_with_why(
 
 @pytest.mark.parametrize(
     "body",
-    ["[]", '{"lr": 1.0}', '{"paused": 1}', '{"optimizer": null}', '{"durability": "journal"}', '{"shards": 2}', "{"],
+    [
+        "[]",
+        '{"lr": 1.0}',
+        '{"paused": 1}',
+        '{"optimizer": null}',
+        '{"durability": "journal"}',
+        '{"shards": 2}',
+        "{",
+        r'{"optimizer": {"lr": "\ud800"}}',
+        r'{"groups": {"default": {"lr": ["\udfff"]}}}',
+        r'{"aggregation": {"policy": {"\ud800": 1}}}',
+    ],
 )
 def test_what_is_no_change_is_refused(api: Api, service: ThreadService, body: str) -> None:
     api.create()
@@ -213,7 +224,8 @@ def test_a_run_that_gathers_after_all_takes_the_memory_for_it(
 
 def test_a_deep_document_is_refused(api: Api) -> None:
     api.create()
-    for deep in ("[" * 20_000 + "]" * 20_000, '{"a":' * 9_000 + "1" + "}" * 9_000):
+    for depth in (100, 245, 255, 265, 500, 9_000):
+        deep = '{"a":' * depth + "[1]" + "}" * depth
         body = f'{{"optimizer": {{"lr": {deep}}}}}'
         answer = api.http.patch(api.path(), content=body, headers={"Content-Type": "application/json"})
         assert slug(answer) in ("malformed-request", "invalid-spec")

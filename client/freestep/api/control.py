@@ -7,9 +7,9 @@ is a function of both.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from freestep.api.aggregation import AggregationSpec
 from freestep.api.hyperparameters import OptimizerSpec
@@ -44,6 +44,15 @@ class ControlRequest(StrictModel):
     names none."""
     paused: Flag | None = None
     """Whether pushes are refused until the run is resumed; null leaves that as it is."""
+
+    @model_validator(mode="after")
+    def _can_be_told(self) -> Self:
+        # The run's log, its events and its history say what was asked for.
+        try:
+            self.model_dump_json()
+        except ValueError:
+            raise ValueError("it has half of a surrogate pair, or is nested too deeply") from None
+        return self
 
 
 class RunControl(BaseModel):
