@@ -26,10 +26,11 @@ from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.tokens import ANYBODY
 from freestep_service.storage.journal_files import segment_paths
 from freestep_service.storage.journal_format import Kind
-from harness import ProcessService
+from harness import ProcessService, ThreadService
 from in_process import Bytes, claim_of, new_run, process, push, run_async, until
 from meanwhile import wait_until
 from plain_calls import SGD, TENSORS, Api
+from raw_pushes import answered, connected, head_of_a_push, is_pending
 from run_specs import POLICIES
 from runs.journaled import crashed, is_same, journal_dirs, journaled_run, last_entry, opened, states
 from storage.journals import frame_places
@@ -283,3 +284,18 @@ def test_after_a_kill_every_push_has_moved_it_once(
     assert moved(api) == 4
     assert api.push(lease, 4, "key-4").json()["step"] == 5
     assert moved(api) == 5
+
+
+def test_a_push_that_comes_while_its_run_is_deleted_is_answered(api: Api, service: ThreadService) -> None:
+    tensors = {"w": torch.zeros(500_000)}
+    spec = api.spec(durability="journal", parameters=[{"name": "w", "shape": [500_000]}])
+    assert api.http.put(api.path(), json=spec).status_code == 201
+    assert api.initialize(tensors).status_code == 201
+    body, middle = safetensors.torch.save(tensors), 1_000_000
+    head = head_of_a_push(api.path("/gradients"), api.headers(api.lease(), 0, "late"), len(body))
+    with connected(api.url) as connection:
+        connection.sendall(head + body[:middle])
+        wait_until(lambda: is_pending(service, api, "late"))
+        assert api.http.delete(api.path()).status_code == 204
+        connection.sendall(body[middle:])
+        assert b"urn:freestep:problem:run-not-found" in answered(connection)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from freestep.errors import ShardUnavailable
 from freestep_service.domain.records import CheckpointId
 from freestep_service.storage.journal_files import remove_journals, remove_other_journals, segment_paths
 from freestep_service.storage.journal_format import Kind
@@ -181,6 +182,16 @@ def test_a_journal_that_was_cut_does_not_follow_an_older_checkpoint(writing: Wri
     # Should the newest checkpoint be damaged, what was acknowledged since the one before it is nowhere.
     assert not contents.follows(CheckpointId(1, 11, 101))
     assert not contents.follows(BASE)
+
+
+def test_what_comes_after_its_end_is_told_of(writing: Writing) -> None:
+    writing.begin()
+    part = writing.journal.part(claim("late"), LARGE)
+    part.write(memoryview(body(LARGE)))
+    writing.journal.close()
+    for act in (part.written, writing.journal.flush, lambda done: writing.journal.make_room(LARGE, done)):
+        with pytest.raises(ShardUnavailable):
+            writing.wait(act)
 
 
 def test_its_space_is_given_back(writing: Writing) -> None:

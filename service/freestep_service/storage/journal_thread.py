@@ -1,7 +1,7 @@
 """The thread that writes a journal: what it is told in order, made durable by one fdatasync for all who wait.
 
-The law of this file: what is told of work comes in the order of the work, by `post`. Nothing is told to be durable
-after another process has taken the journal over.
+The law of this file: of all work is told, in the order of the work, by `post`. Nothing is told to be durable after
+another process has taken the journal over, and of what comes after the end it is told that it was not done.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from freestep.errors import StorageUnavailable
+from freestep.errors import ShardUnavailable, StorageUnavailable
 from freestep_service.domain.records import Fenced
 from freestep_service.storage.durable import flush
 from freestep_service.storage.journal_files import Ownership
@@ -90,7 +90,7 @@ class JournalThread:
         self._post = post
         self._condition = threading.Condition()
         self._queue: list[Work] = []
-        self._is_wanted = self._is_closed = False
+        self._is_wanted = self._is_closed = self._has_ended = False
         self._thread: threading.Thread | None = None
         # The thread's own.
         self._failure: Exception | None = None
@@ -106,10 +106,15 @@ class JournalThread:
             self._thread = threading.Thread(target=self._run, name=f"freestep-{self._name}", daemon=True)
             self._thread.start()
         with self._condition:
-            self._queue.append(work)
-            if wake:
-                self._is_wanted = True
-                self._condition.notify()
+            if not self._has_ended:
+                self._queue.append(work)
+                if wake:
+                    self._is_wanted = True
+                    self._condition.notify()
+                return
+        # A body may still be coming when its shard is given up.
+        if (done := work.done) is not None:
+            self._post(lambda: done(ShardUnavailable("the shard is being given up")))
 
     def _run(self) -> None:
         dirty: dict[Path, Segment] = {}
@@ -119,6 +124,7 @@ class JournalThread:
                     self._condition.wait()
                 works, self._queue, self._is_wanted = self._queue, [], False
                 if not works and self._is_closed:
+                    self._has_ended = True
                     break
             begin = 0
             for index, work in enumerate(works):
