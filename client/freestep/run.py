@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from freestep.api.models import (
 )
 from freestep.bulk_exchange import Body
 from freestep.data_set import DataSet
+from freestep.errors import InvalidSpec
 from freestep.event_source import EventSource
 from freestep.lease import Claim, HeldLease, worker_name
 from freestep.responses import Answer
@@ -211,6 +213,7 @@ class Run:
         """
         document: dict[str, Any] = {"optimizer": optimizer, "groups": groups, "aggregation": aggregation}
         document = {name: value for name, value in document.items() if value}
+        _require_finite(document)
         if paused is not None:
             document["paused"] = paused
         headers = {"Idempotency-Key": uuid.uuid4().hex}
@@ -558,3 +561,14 @@ class Run:
 
     def _read_topology(self, retry: bool) -> Topology:
         return parse(Topology, self._transport.request("GET", f"{self._path}/topology", retry=retry))
+
+
+def _require_finite(document: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises InvalidSpec for what JSON has no number for."""
+    for section, changes in document.items():
+        for name, value in changes.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError:
+                field = f"{section}.{name}"
+                raise InvalidSpec(f"{field}: must be finite", field=field) from None

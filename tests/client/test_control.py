@@ -117,6 +117,8 @@ def test_a_worker_sees_the_rate_that_was_set(remotely: Callable[..., RemoteOptim
     assert joined.param_groups[0]["scheduled_lr"] == 0.125
     with pytest.raises(InvalidSpec, match="belongs to the run"):
         run.set(algorithm="adamw")
+    with pytest.raises(InvalidSpec, match="optimizer.lr: must be finite"):
+        run.set(lr=float("nan"))
 
 
 def test_a_worker_waits_for_updates_once_its_policy_has_them_wait(
