@@ -87,6 +87,20 @@ def test_a_call_that_is_fenced_has_the_keeper_look() -> None:
     run_async(work)
 
 
+def test_a_call_about_a_run_that_is_deleted_waits_for_no_opening() -> None:
+    async def ask() -> None:
+        raise Behind
+
+    async def work() -> None:
+        recovery = Recovery("run", 30)
+        recovery.is_deleted = True
+        with pytest.raises(ShardUnavailable, match="is being deleted"):
+            await recovery.call(ask)
+        assert not recovery.must_reopen
+
+    run_async(work)
+
+
 def test_a_lock_that_is_held_for_long_says_by_whom(caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         lock = WatchedLock("run one", bound_s=0.01)

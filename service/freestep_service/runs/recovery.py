@@ -91,14 +91,17 @@ class Recovery:
     async def call(self, ask: Callable[[], Awaitable[T]]) -> T:
         """What Redis answers; asked again once the run has been opened again, where Redis has lost data.
 
-        Raises ShardUnavailable where another process owns the shard, or the run does not open in time, and whatever
-        `ask` raises.
+        Raises ShardUnavailable where another process owns the shard, or the run does not open in time or is deleted,
+        and whatever `ask` raises.
         """
         while True:
             openings = self._openings
             try:
                 return await ask()
             except Behind:
+                if self.is_deleted:
+                    # Nobody opens it again.
+                    raise ShardUnavailable("the run is being deleted") from None
                 if openings == self._openings:
                     self.reopen("Redis has lost what its shards have seen")
                     await self._wait()
