@@ -17,6 +17,7 @@ from freestep.api.tokens import NewToken, SignInLink, TokenList, TokenStatus
 from freestep.credentials import own_credentials
 from freestep.run import Run
 from freestep.service_transport import open_transport, retry_seconds
+from freestep.service_url import in_path
 from freestep.transport import Transport
 from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
 
@@ -147,7 +148,7 @@ class Client:
         Raises:
             TokenNotFound: There is no token of this ID that is good.
         """
-        self._transport.request("DELETE", f"/v1/tokens/{quote(id, safe='')}")
+        self._transport.request("DELETE", f"/v1/tokens/{in_path(id)}")
 
     def dashboard_link(self, run: str | None = None) -> str:
         """The address of the service's dashboard, which signs a browser in with this client's token: once, for minutes.

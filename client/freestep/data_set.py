@@ -5,11 +5,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import quote
 
 from freestep.answers import parse
 from freestep.api.data import Claimed, DataSpec, DataStatus, Returned
 from freestep.api.models import Lease
+from freestep.service_url import in_path
 from freestep.transport import Transport
 
 __all__ = ["DataSet"]
@@ -36,7 +36,7 @@ class DataSet:
     def __init__(self, transport: Transport, path: str, name: str) -> None:
         self.name = name
         self._transport = transport
-        self._path = f"{path}/{quote(name, safe='')}"
+        self._path = f"{path}/{in_path(name)}"
 
     def create(self, spec: DataSpec | Mapping[str, Any]) -> DataStatus:
         """Creates the data set, or finds it if it exists with the same spec.

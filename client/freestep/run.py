@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
-from urllib.parse import quote
 
 from freestep.answers import Pulled, Snapshot, parse
 from freestep.api.data import DataList, DataStatus
@@ -36,6 +35,7 @@ from freestep.errors import InvalidSpec
 from freestep.event_source import EventSource
 from freestep.lease import Claim, HeldLease, worker_name
 from freestep.responses import Answer
+from freestep.service_url import in_path
 from freestep.sharding import ShardClient
 from freestep.transport import Transport
 from freestep.watch import watch
@@ -81,7 +81,7 @@ class Run:
     def __init__(self, transport: Transport, name: str, ranks: WorkerGroup = SINGLE_PROCESS) -> None:
         self.name = name
         self._transport = transport
-        self._path = f"/v1/runs/{quote(name, safe='')}"
+        self._path = f"/v1/runs/{in_path(name)}"
         self._manifest: Manifest | None = None
         self._worker_group = ranks
         self._shards = ShardClient(transport, self._read_status, self._read_topology, ranks)
@@ -244,7 +244,7 @@ class Run:
             RunNotInitialized: The run has no weights yet, and cannot keep a ban.
         """
         params = {} if ban is None else {"ban": ban}
-        path = f"{self._path}/workers/{quote(worker, safe='')}"
+        path = f"{self._path}/workers/{in_path(worker)}"
         return parse(WorkerEnd, self._transport.request("DELETE", path, params=params, wait=_OPENING_S))
 
     def data(self, name: str = "train") -> DataSet:

@@ -1,16 +1,17 @@
-"""The service's URL: what it lacks, and whether the server at it speaks the other one of http and https."""
+"""The service's URL: what it lacks, whether the server at it speaks the other one of http and https, names in paths."""
 
 from __future__ import annotations
 
 import re
 import socket
 import ssl
+from urllib.parse import quote
 
 import httpx
 
 from freestep.errors import InvalidSetting
 
-__all__ = ["LOCAL", "check_url", "other_scheme", "without_password"]
+__all__ = ["LOCAL", "check_url", "in_path", "other_scheme", "without_password"]
 
 LOCAL = "local"
 """The URL of an optimizer whose run is in its process."""
@@ -103,3 +104,9 @@ def _speaks_http(url: httpx.URL) -> bool:
     except httpx.HTTPError:
         return False
     return True
+
+
+def in_path(name: str) -> str:
+    """A name as a segment of a path, in which `.` and `..` stand for themselves."""
+    segment = quote(name, safe="")
+    return segment.replace(".", "%2E") if segment in (".", "..") else segment

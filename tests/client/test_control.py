@@ -117,7 +117,7 @@ def test_a_worker_sees_the_rate_that_was_set(remotely: Callable[..., RemoteOptim
     assert joined.param_groups[0]["scheduled_lr"] == 0.125
     with pytest.raises(InvalidSpec, match="belongs to the run"):
         run.set(algorithm="adamw")
-    with pytest.raises(InvalidSpec, match="optimizer.lr: must be finite"):
+    with pytest.raises(InvalidSpec, match=r"optimizer\.lr: must be finite"):
         run.set(lr=float("nan"))
 
 
@@ -188,3 +188,15 @@ def test_a_worker_that_is_suspended_ends(remotely: Callable[..., RemoteOptimizer
     assert not run.end_worker("me", ban=0).ended
     step(model, optimizer, 2)
     assert run.status().step == 2
+
+
+def test_names_that_paths_resolve_lead_to_nothing_else(remotely: Callable[..., RemoteOptimizer], run: Run) -> None:
+    model = network()
+    step(model, remotely(model), 0)
+    for name in (".", ".."):
+        assert not run.end_worker(name).ended
+        with pytest.raises(MalformedRequest):
+            run.lease(name)
+        with pytest.raises(MalformedRequest):
+            run.data(name).create({"length": 1, "unit": 1})
+    assert run.status().step == 1

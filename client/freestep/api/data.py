@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from freestep.api.validation import LARGEST_INTEGER, Count, Steps, StrictModel
+from freestep.api.validation import LARGEST_INTEGER, Count, InPath, Steps, StrictModel
 
 __all__ = [
     "DATA_NAME",
@@ -30,7 +30,7 @@ __all__ = [
 
 DATA_NAME = r"[A-Za-z0-9_.-]{1,64}"
 """What the name of a data set matches; it stands in paths and headers, too."""
-DataName = Annotated[str, Field(pattern=f"^{DATA_NAME}$")]
+DataName = Annotated[str, Field(pattern=f"^{DATA_NAME}$"), InPath]
 MOST_DATA_SETS = 16
 """Data sets of a run."""
 MOST_CLAIMED = 1024

@@ -11,7 +11,7 @@ from freestep.api.aggregation import AggregationSpec
 from freestep.api.control import RunControl, in_force
 from freestep.api.data import DataProgress
 from freestep.api.spec import DEFAULT_GROUP, MOST_SHARDS, GroupOverrides, ParameterSpec, RunSpec
-from freestep.api.validation import Count, MetricName, StrictModel
+from freestep.api.validation import Count, InPath, MetricName, StrictModel
 
 __all__ = [
     "DEFAULT_GROUP",
@@ -56,8 +56,8 @@ class LeaseRequest(StrictModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"worker": "gpu-7"}]})
 
-    worker: Annotated[str, Field(min_length=1, max_length=200)]
-    """The worker's name."""
+    worker: Annotated[str, Field(min_length=1, max_length=200), InPath]
+    """The worker's name, which is not `.` or `..`."""
     ttl_ms: Annotated[int, Field(strict=True, ge=100, le=3_600_000)] | None = None
     """Milliseconds after which the lease ends if it is not renewed; null takes the run's `lease_ttl_ms`."""
 

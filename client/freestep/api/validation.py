@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Count",
     "Epsilon",
     "Flag",
+    "InPath",
     "Interpolation",
     "LearningRate",
     "MetricName",
@@ -55,6 +56,16 @@ LearningRate = Annotated[NonNegative, Field(description="The learning rate γ; 0
 WarmupSteps = Annotated[
     Count, Field(description="Steps of linear warmup: at step k, counted from 0, lr · min(1, (k+1) / warmup_steps).")
 ]
+
+
+def _in_path(name: str) -> str:
+    if name in (".", ".."):
+        raise ValueError("'.' and '..' are no names, since they say something else in a path")
+    return name
+
+
+InPath = AfterValidator(_in_path)
+"""Of a name that stands in paths: clients and proxies would take `/workers/..` for another path."""
 
 
 class StrictModel(BaseModel):

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 
 from freestep.api.data import DATA_NAME, Claimed, ClaimRequest, DataList, DataSpec, DataStatus, Returned
+from freestep.api.validation import InPath
 from freestep.errors import (
     DataExists,
     DataNotFound,
@@ -27,7 +28,9 @@ from freestep_service.web.waiting import while_connected
 
 router = APIRouter(tags=["data"], route_class=JsonRoute)
 
-DataName = Annotated[str, Path(pattern=f"^{DATA_NAME}$", description="The data set's name.", examples=["train"])]
+DataName = Annotated[
+    str, Path(pattern=f"^{DATA_NAME}$", description="The data set's name.", examples=["train"]), InPath
+]
 _UNITS = Query(
     "units",
     Kind(
