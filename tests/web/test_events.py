@@ -148,6 +148,18 @@ def test_a_wrong_place_is_refused(api: Api, headers: dict[str, str], query: dict
     assert (answer.status_code, slug(answer), answer.json()["field"]) == (400, "malformed-request", field)
 
 
+def test_a_place_in_a_run_that_was_deleted_is_refused(api: Api) -> None:
+    api.create()
+    pushes(api, api.lease(), 0, 2)
+    last = so_far(api)[-1].id
+    assert api.http.delete(api.path()).status_code == 204
+    api.create()
+    answer = api.http.get(api.path("/events"), headers={"Last-Event-ID": last})
+    assert (answer.status_code, answer.json()["field"]) == (400, "Last-Event-ID")
+    assert "of an earlier run of this name" in answer.json()["detail"]
+    assert {event.epoch for event in so_far(api)} == {2}
+
+
 def test_events_from_a_step_on(api: Api) -> None:
     api.create()
     lease = api.lease()

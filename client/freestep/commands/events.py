@@ -79,7 +79,7 @@ def told(event: RunEvent) -> str:
             return f"{event.shards}: {', '.join(owner or 'no owner' for owner in event.owners)}"
         case GapEvent():
             missing = (
-                "entries of the log, it is not known how many"
+                "entries of the log, it is not known how many,"
                 if event.entries is None
                 else f"{event.entries} entries of the log"
             )

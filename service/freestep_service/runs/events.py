@@ -36,7 +36,7 @@ class RunEvents:
     """The events of one run from the moment that this process owns its first shard.
 
     now_ms: a clock. What has no entry in the log is numbered by it, so that numbers rise over processes too. hears: is
-    told of every event, at once.
+    told of every event, at once. first_epoch: of the run; what was told of earlier ones is of another run of its name.
     """
 
     def __init__(
@@ -44,9 +44,11 @@ class RunEvents:
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         kept: int = _KEPT,
         hears: Callable[[Event], None] = lambda _: None,
+        first_epoch: int = 0,
     ) -> None:
         self._now_ms = now_ms
         self._hears = hears
+        self._first_epoch = first_epoch
         self._kept = kept
         self._spare = min(_SPARE, kept)
         self._events: list[Event] = []
@@ -180,10 +182,16 @@ class RunEvents:
         """Reads the events behind a place; None reads all that are kept.
 
         from_step: where no place is given, of the newest epoch's events those from a step on. Raises MalformedRequest
-        for a place that the run has not reached, and Overloaded.
+        for a place that the run has not reached, or that is of another run of its name, and Overloaded.
         """
         if self._readers >= _MOST_READERS:
             raise Overloaded(f"the run's events are read by {_MOST_READERS} already")
+        if after is not None and after.epoch < self._first_epoch:
+            raise MalformedRequest(
+                f"Last-Event-ID: {after} is of an earlier run of this name, which was deleted: this one began with "
+                f"epoch {self._first_epoch}",
+                field="Last-Event-ID",
+            )
         if after is not None and after[:2] > self._place[:2]:
             raise MalformedRequest(
                 f"Last-Event-ID: the run is at {self._place}, and has not reached {after}", field="Last-Event-ID"

@@ -96,7 +96,7 @@ class Run:
             Coordinator(resources.store, name, canonical, Policy.of(spec.aggregation), origin),
             Receipts(),
             RunMetrics(resources.metrics, name),
-            RunEvents(hears=history.take),
+            RunEvents(hears=history.take, first_epoch=origin.first_epoch),
             history,
             Background(f"run {name}"),
             resources,
