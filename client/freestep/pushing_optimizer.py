@@ -295,7 +295,7 @@ class PushingOptimizer(JoinedOptimizer):
         """Drops a gradient some of whose units others have by now, and have perhaps counted."""
         logger.warning(
             "a push to the run %s is dropped, since the lease of this worker has lost units of data that its gradient "
-            "was taken on: they are others' now",
+            "was taken on: they are handed out again",
             self._run.name,
         )
         self._progress.units.give_back(unit for unit in units if unit.lease.lease == self._membership.granted.lease)

@@ -79,7 +79,7 @@ def test_a_push_whose_units_are_lost_is_dropped(remotely: Make, run: Run, caplog
         if number in (2, 5):
             assert optimizer.receipt is not None and optimizer.receipt.reason == "unit-not-held"
     assert counted(run) == {1.0} and units.exhausted
-    assert "others' now" in caplog.text
+    assert "handed out again" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
