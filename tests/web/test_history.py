@@ -83,9 +83,10 @@ def test_some_curves_and_fewer_points(api: Api) -> None:
         ({"points": "0"}, "points"),
         ({"points": "513"}, "points"),
         ({"points": "1_0"}, "points"),
+        ({"points": ["5", "6"]}, "points"),
     ],
 )
-def test_what_there_is_not_is_refused(api: Api, query: dict[str, str], field: str) -> None:
+def test_what_there_is_not_is_refused(api: Api, query: dict[str, Any], field: str) -> None:
     api.create()
     answer = api.http.get(api.path("/history"), params=query)
     assert (answer.status_code, slug(answer), answer.json()["field"]) == (400, "malformed-request", field)

@@ -89,14 +89,16 @@ class PathField(Field[T]):
 
 
 class Query(Field[T]):
-    """A query parameter."""
+    """A query parameter. It may stand once."""
 
     place = "query"
 
     def find(self, request: Request) -> T | None:
         """The value; where it is absent, the default, or None. Raises MalformedRequest."""
-        found = request.query_params.get(self.name)
-        return self.default if found is None else self.parse(found)
+        values = request.query_params.getlist(self.name)
+        if len(values) > 1:
+            raise MalformedRequest(f"the query parameter {self.name} stands more than once", field=self.name)
+        return self.parse(values[0]) if values else self.default
 
     def read(self, request: Request) -> T:
         """As `find`, of a field with a default."""
