@@ -19,6 +19,7 @@ import typer
 from pydantic import ValidationError
 
 from freestep.api.models import MOST_SHARDS, Checkpoint, MetricReport
+from freestep.api.validation import first_fault
 from freestep.client import DEFAULT_URL
 from freestep.commands.control import end_worker, pause, resume, set_run
 from freestep.commands.dashboard import dashboard
@@ -245,7 +246,8 @@ def report(
     try:
         made = MetricReport(name=name, value=value, step=step, epoch=epoch)
     except ValidationError as error:
-        fail(2, f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}")
+        (field, *_), why = first_fault(error)
+        fail(2, f"{field}: {why}")
     with connect(url, token) as client:
         receipt = client.run(run).report(made.name, made.value, made.step, epoch=made.epoch)
     if as_json:

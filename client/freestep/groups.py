@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from freestep.api.hyperparameters import ALGORITHMS
 from freestep.api.models import RunSpec
+from freestep.api.validation import first_fault
 from freestep.errors import InvalidSpec, ManifestMismatch
 from freestep.names import fitted_names, numbered_names, plain_names
 
@@ -116,9 +117,9 @@ def validated(model: type[Model], value: Any) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InvalidSpec(f"{field}: {first['msg']}", field=field) from None
+        place, why = first_fault(error)
+        field = ".".join(map(str, place))
+        raise InvalidSpec(f"{field}: {why}", field=field) from None
 
 
 def split_frozen(params: nn.Module | Iterable[Any]) -> tuple[list[Any], list[tuple[str, Tensor]]]:

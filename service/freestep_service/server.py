@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 from uvicorn.config import LOGGING_CONFIG
 
+from freestep.api.validation import reason
 from freestep_service.app import Startup, create_app
 from freestep_service.log_lines import set_up_logging
 from freestep_service.settings import BadSetting, CannotStart, Settings
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
     except ValidationError as error:
         for fault in error.errors():
             name = ".".join(str(part) for part in fault["loc"])
-            sys.stderr.write(f"freestep serve: {name + ': ' if name else ''}{fault['msg']}\n")
+            sys.stderr.write(f"freestep serve: {name + ': ' if name else ''}{reason(fault)}\n")
         sys.exit(2)
     except SettingsError as error:
         sys.stderr.write(f"freestep serve: {error}\n")

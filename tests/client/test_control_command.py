@@ -83,6 +83,15 @@ def test_what_is_no_change_is_used_wrongly(service: ThreadService, run: Run, cha
         ("weight_decay=NaN", "optimizer.weight_decay: Input should be a valid number"),
         ("weight_decay=1e999", "optimizer.weight_decay: Input should be a valid number"),
         ("self=1", "optimizer.self: "),
+        ("lrr=1", "there is no hyperparameter 'lrr' to set; adamw_schedule_free has lr, betas, "),
+        ("schedule.name=cosine", "there is no hyperparameter 'schedule' to set"),
+        ("groups.all.lrr=1", "groups.all.lrr: there is no hyperparameter 'lrr' to set"),
+        ("aggregation.size=1", "there is no field 'size' to set; an aggregation has policy, "),
+        ("betas=0.9", "optimizer.betas: must be a list of 2 numbers, as [0.9, 0.999]"),
+        ("groups.all.betas=[0.9]", "groups.all.betas: must be a list of 2 numbers, as [0.9, 0.999]"),
+        ("delay_correction=none", "optimizer.delay_correction: must be a JSON object"),
+        ("durability=none", "optimizer.durability: durability is fixed when a run is created"),
+        ("shards=2", "a call of its own: freestep runs reshard"),
     ],
 )
 def test_what_cannot_be_changed_says_why(service: ThreadService, run: Run, change: str, message: str) -> None:

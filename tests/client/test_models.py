@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from forms import FORMS, own
 from freestep.api.hyperparameters import ALGORITHMS
 from freestep.api.models import LeaseRequest, RunSpec
+from freestep.api.validation import first_fault
 from freestep.errors import PROBLEMS, ProblemError
 
 
@@ -298,6 +299,12 @@ def test_a_groups_schedule_takes_the_place_of_the_runs() -> None:
     }
     slow = RunSpec.model_validate(document).hyperparameters("slow").model_dump()
     assert slow["schedule"] == {"name": "constant", "warmup_steps": 3}
+
+
+def test_a_name_that_a_document_has_no_field_of_is_told_in_plain_words() -> None:
+    with pytest.raises(ValidationError) as refusal:
+        LeaseRequest.model_validate({"worker": "w", "ttl": 3})
+    assert first_fault(refusal.value) == (("ttl",), "there is no such field")
 
 
 @pytest.mark.parametrize("wish", [{}, {"worker": ""}, {"worker": "w" * 201}, {"worker": "w", "ttl_ms": 1}])

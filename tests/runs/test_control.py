@@ -124,7 +124,7 @@ def test_a_clip_of_norms_is_turned_on_and_off(api: Api) -> None:
             "optimizer.momentum_period",
         ),
         ({"algorithm": "adamw_schedule_free"}, {"optimizer": {"inner_momentum": 0.9}}, "optimizer.inner_momentum"),
-        ({"algorithm": "adamw_schedule_free"}, {"optimizer": {"betas": [0.9]}}, "optimizer.betas.1"),
+        ({"algorithm": "adamw_schedule_free"}, {"optimizer": {"betas": [0.9]}}, "optimizer.betas"),
         (
             {"algorithm": "schedule_free_wrapper", "base": {"algorithm": "sgd"}},
             {"optimizer": {"base": {"algorithm": "adam"}}},

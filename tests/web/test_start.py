@@ -62,7 +62,7 @@ def test_a_redis_that_removes_keys_is_refused(redis_url: str, tmp_path: Path) ->
         (["--data-dir", "{tmp}/file"], 1, "the data directory {tmp}/file cannot be used, name another with data_dir: "),
         (["--ssl-certfile", "{tmp}/none.pem"], 1, "{tmp}/none.pem cannot be read: No such file or directory"),
         (["--ca-certs", "{tmp}/file"], 1, "there are no CA certificates in {tmp}/file, as PEM"),
-        (["--ssl-keyfile", "{tmp}/file"], 2, "Value error, a key needs its certificate: set ssl_certfile too"),
+        (["--ssl-keyfile", "{tmp}/file"], 2, "a key needs its certificate: set ssl_certfile too"),
         (["--redis-url", "http://127.0.0.1:{free}"], 2, "redis_url: "),
         (["--checkpoint-url", "nowhere://bucket"], 2, "checkpoint_url: "),
         (["--device", "abacus"], 2, "device: 'abacus' is none: cpu, cuda, cuda:N or auto"),

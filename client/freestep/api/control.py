@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from freestep.api.aggregation import AggregationSpec
 from freestep.api.hyperparameters import OptimizerSpec
 from freestep.api.spec import DEFAULT_GROUP, RunSpec
-from freestep.api.validation import Flag, StrictModel, fault
+from freestep.api.validation import Flag, StrictModel, fault, first_fault
 
 __all__ = ["LONGEST_BAN_S", "ControlRequest", "RunControl", "changed", "in_force"]
 
@@ -116,11 +116,36 @@ def _with(model: Any, fields: Mapping[str, Any]) -> Any:
 
 def _at(place: tuple[str, ...], model: Any, asked: Mapping[str, Any]) -> Any:
     """A model with fields changed; its faults are named from the request's beginning."""
+    _require_known(place, model, asked)
     try:
         return _with(model, _merged(model.model_dump(mode="json"), asked)) if asked else model
     except ValidationError as error:
-        first = error.errors()[0]
-        raise fault((*place, *first["loc"]), first["msg"]) from None
+        field, why = first_fault(error)
+        raise fault((*place, *field), why) from None
+
+
+def _require_known(place: tuple[str, ...], model: Any, asked: Mapping[str, Any]) -> None:
+    """Raises ValidationError for a name that a model has no field of, and for what is no list where it has one."""
+    for name, value in asked.items():
+        if name not in type(model).model_fields:
+            raise fault((*place, name), _why_unknown(model, name))
+        now = getattr(model, name)
+        if isinstance(now, tuple) and not (isinstance(value, list | tuple) and len(value) == len(now)):
+            raise fault((*place, name), f"must be a list of {len(now)} numbers, as {list(now)}")
+
+
+def _why_unknown(model: Any, name: str) -> str:
+    if name == "shards":
+        return "the number of shards has a call of its own: freestep runs reshard"
+    if name in RunSpec.model_fields:
+        return f"{name} is fixed when a run is created"
+    own = type(model).__annotations__
+    # The algorithm's own first, then those that others have too.
+    fields = sorted(type(model).model_fields, key=lambda field: field not in own)
+    fields = [field for field in fields if field != "algorithm"]
+    if isinstance(model, AggregationSpec):
+        return f"there is no field {name!r} to set; an aggregation has {', '.join(fields)}"
+    return f"there is no hyperparameter {name!r} to set; {model.algorithm} has {', '.join(fields)}"
 
 
 def _merged(document: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,6 +165,7 @@ def _groups(now: RunSpec, asked: Mapping[str, Mapping[str, Any]]) -> dict[str, d
     for name, own in asked.items():
         if name not in groups and name != DEFAULT_GROUP:
             raise fault(("groups", name), "there is no such param group")
+        _require_known(("groups", name), now.optimizer, own)
         groups[name] = _merged(groups.get(name, {}), own)
     return groups
 

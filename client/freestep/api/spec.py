@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from freestep.api.aggregation import AggregationSpec
 from freestep.api.hyperparameters import OptimizerSpec, ScheduleFreeWrapper
-from freestep.api.validation import StrictModel, fault
+from freestep.api.validation import StrictModel, fault, first_fault
 
 __all__ = [
     "DEFAULT_GROUP",
@@ -155,5 +155,5 @@ class RunSpec(StrictModel):
         try:
             return self.optimizer.overruled(self.groups.get(group, {}))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise fault(("groups", group, *first["loc"]), first["msg"]) from None
+            place, why = first_fault(error)
+            raise fault(("groups", group, *place), why) from None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 __all__ = [
     "LARGEST_INTEGER",
@@ -25,12 +25,21 @@ __all__ = [
     "StrictModel",
     "WarmupSteps",
     "fault",
+    "first_fault",
     "kinds_of",
+    "reason",
     "told_by",
 ]
 
 LARGEST_INTEGER = 2**53 - 1
 """The largest integer that JSON readers and Lua, which use doubles, represent exactly."""
+_REASONS = {
+    "extra_forbidden": "there is no such field",
+    "model_attributes_type": "must be a JSON object",
+    "model_type": "must be a JSON object",
+    "tuple_type": "must be a list",
+}
+"""What is said in place of pydantic's words, which name its own terms, by the type of its error."""
 
 Flag = Annotated[bool, Field(strict=True)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, le=1e12)]
@@ -99,6 +108,17 @@ def told_by(tag: str, union: Any, default: str | None = None) -> BeforeValidator
 
 def fault(field: tuple[str | int, ...], message: str) -> ValidationError:
     """A validation error of a field below the model that is being validated."""
-    reason = PydanticCustomError("invalid", "{message}", {"message": message})
-    detail = InitErrorDetails(type=reason, loc=field, input=None)
+    kind = PydanticCustomError("invalid", "{message}", {"message": message})
+    detail = InitErrorDetails(type=kind, loc=field, input=None)
     return ValidationError.from_exception_data("freestep", [detail])
+
+
+def first_fault(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
+    """The field that a validation error names first, and what is wrong with it."""
+    detail = error.errors(include_url=False)[0]
+    return detail["loc"], reason(detail)
+
+
+def reason(detail: Mapping[str, Any] | ErrorDetails) -> str:
+    """What is wrong with a field, of one of the details of a validation error."""
+    return _REASONS.get(detail["type"]) or str(detail["msg"]).removeprefix("Value error, ")

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from freestep.answers import Snapshot
 from freestep.api.models import MetricReport
+from freestep.api.validation import first_fault
 from freestep.client import DEFAULT_URL
 from freestep.commands.shared import Json, RunName, Token, Url, connect, fail, slow_imports
 from freestep.commands.user_function import UserFunction
@@ -80,7 +81,7 @@ def _require_reportable(function: str, metrics: Mapping[str, float], x: Snapshot
         try:
             MetricReport(name=name, value=value, step=x.step)
         except ValidationError as error:
-            fail(1, f"{function} returned {name}={value:g} at step {x.step}: {error.errors()[0]['msg']}")
+            fail(1, f"{function} returned {name}={value:g} at step {x.step}: {first_fault(error)[1]}")
     if best is not None and best.metric not in metrics:
         fail(
             1, f"{function} returned no {best.metric!r}, which --keep-best names, but {', '.join(metrics) or 'nothing'}"

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from freestep.api.token_form import Scope
 from freestep.api.tokens import TokenRequest, TokenStatus
+from freestep.api.validation import first_fault
 from freestep.client import DEFAULT_URL
 from freestep.commands.shared import Json, Token, Url, connect, fail
 from freestep.terminal import print_error, print_json, print_line, print_result
@@ -55,7 +56,8 @@ def create_token(
             max_bytes_per_minute=max_bytes_per_minute,
         )
     except ValidationError as error:
-        fail(2, f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}")
+        (field, *_), why = first_fault(error)
+        fail(2, f"{field}: {why}")
     with connect(url, token) as client:
         made = client.create_token(**wish.model_dump())
     if as_json:

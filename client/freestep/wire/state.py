@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from freestep.api.models import ParameterSpec
 from freestep.api.run_state import StateDocument
+from freestep.api.validation import first_fault
 from freestep.errors import InvalidSpec, MalformedTensors
 from freestep.wire.encoding import SIZES, Encoding
 from freestep.wire.header import encode_header, parse_entries, parse_header
@@ -44,12 +45,12 @@ def parse_document(metadata: Mapping[str, str]) -> StateDocument:
     except KeyError:
         raise MalformedTensors(f"the header's metadata lack {_METADATA}: the body is no run's state") from None
     except ValidationError as error:
-        fault = error.errors()[0]
-        field = ".".join(map(str, fault["loc"]))
+        place, why = first_fault(error)
+        field = ".".join(map(str, place))
         if field.startswith("spec."):
             field = field.removeprefix("spec.")
-            raise InvalidSpec(f"{field}: {fault['msg']}", field=field) from None
-        raise MalformedTensors(": ".join(filter(None, (_METADATA, field, fault["msg"])))) from None
+            raise InvalidSpec(f"{field}: {why}", field=field) from None
+        raise MalformedTensors(": ".join(filter(None, (_METADATA, field, why)))) from None
     if len(set(document.buffers)) != len(document.buffers) or any(_MARK in name for name in document.buffers):
         raise MalformedTensors(f"{_METADATA}: buffers: the names must differ, and not contain {_MARK!r}")
     return document

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from freestep.api.control import ControlRequest
 from freestep.api.models import RunSpec, WorkerEnd
+from freestep.api.validation import first_fault
 from freestep.errors import InvalidSpec
 from freestep_service.coordination.leases import EndedWorker
 from freestep_service.coordination.run_scripts import not_open
@@ -90,9 +91,9 @@ class Controls:
         try:
             return before.after(self._context.spec, wish, key)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise InvalidSpec(f"{field}: {first['msg']}", field=field) from None
+            place, why = first_fault(error)
+            field = ".".join(map(str, place))
+            raise InvalidSpec(f"{field}: {why}", field=field) from None
 
     async def _make(self, before: Control, after: Control, asked: str, by: str) -> bool:
         """Has a change in the log, with memory and kernels ready for it; False if something was changed meanwhile."""

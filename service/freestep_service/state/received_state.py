@@ -12,6 +12,7 @@ from torch import Tensor
 from freestep.api.control import ControlRequest, RunControl, changed, in_force
 from freestep.api.models import RunSpec
 from freestep.api.run_state import StateDocument
+from freestep.api.validation import first_fault
 from freestep.errors import MalformedTensors, Overloaded
 from freestep.wire.manifest import Manifest
 from freestep.wire.state import StateReceiver
@@ -132,8 +133,8 @@ def _in_force(document: StateDocument) -> RunSpec:
         changed(document.spec, RunControl(), wish)
         return in_force(document.spec, control)
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise MalformedTensors(f"control: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        place, why = first_fault(error)
+        raise MalformedTensors(f"control: {'.'.join(map(str, place))}: {why}") from None
 
 
 def document_of(spec: RunSpec, copy: StateCopy) -> StateDocument:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from freestep import errors
+from freestep.api.validation import reason
 from freestep.errors import InvalidSpec, MalformedRequest, ProblemError, StorageUnavailable
 
 __all__ = [
@@ -187,7 +188,7 @@ def _allowed(request: Request) -> str:
 
 def _from_validation(error: RequestValidationError, route: str) -> ProblemError:
     """invalid-spec where a run's spec is wrong, malformed-request for everything else."""
-    faults = [{"field": _field(detail), "message": detail["msg"][:_LONGEST_SHOWN]} for detail in error.errors()[:20]]
+    faults = [{"field": _field(detail), "message": reason(detail)[:_LONGEST_SHOWN]} for detail in error.errors()[:20]]
     summary = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults[:5])
     is_spec = route in ("create_run", "change_run") and all(
         detail["loc"][0] == "body" and detail["type"] != "json_invalid" for detail in error.errors()
