@@ -51,7 +51,7 @@ def _watch(run: Run, as_json: bool) -> NoReturn:
         while True:
             found = speeds.complete(run.workers(), time.monotonic())
             if live is not None:
-                live.update(table(COLUMNS, rows(found)), refresh=True)
+                live.update(table(COLUMNS, rows(found), console.width), refresh=True)
             elif as_json:
                 sys.stdout.write(json.dumps([each.model_dump(mode="json") for each in found]) + "\n")
                 sys.stdout.flush()
