@@ -72,7 +72,7 @@ def test_workers_are_watched_until_it_is_interrupted(
         text = streams[1].read_text()
         if options:
             return [each["speed"] for line in text.splitlines() for each in json.loads(line)]
-        return [line.split()[4] for line in text.splitlines() if line.startswith(" gpu[/0]")]
+        return [line.split()[4] for line in text.splitlines() if line.startswith("gpu[/0]")]
 
     with Client(service.url) as client:
         run = client.run(api.run)

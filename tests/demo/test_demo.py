@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from freestep.demo.baselines import LEARNING_RATES, Baseline, Kind, train
 from freestep.demo.data import load
 from freestep.demo.evaluator import Evaluation
 from freestep.demo.exactly_once import Count, counted
-from freestep.demo.main import progress
+from freestep.demo.main import progress, to_try
 from freestep.demo.model import SmallConvNet
 from freestep.demo.options import end_between_steps
 from freestep.demo.plot import draw
@@ -289,6 +290,29 @@ def test_a_worker_that_is_told_to_end_takes_its_step() -> None:
             signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("place", [".", "bin", "elsewhere"])
+def test_what_to_try_next_needs_no_active_environment(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "of the user" / "bin"
+    programs.mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("python", "freestep"):
+        (programs / name).touch()
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.chdir({".": tmp_path, "bin": programs, "elsewhere": tmp_path / "elsewhere"}[place])
+    commands = [shlex.split(line) for line in to_try(Path("o u t")).splitlines() if not line.startswith("  #")]
+    *ours, compose = commands
+    assert compose[0] == "docker"
+    assert ours[0][1:] == ["serve", "--data-dir", "o u t"]
+    for program, *_ in ours:
+        assert (
+            program.startswith(("./", "/")) and Path(program).is_file() and Path(program).resolve().parent == programs
+        )
+    (programs / "freestep").unlink()
+    assert shlex.split(to_try(Path("out")).splitlines()[1])[1:4] == ["-m", "freestep.cli", "serve"]
+
+
 @pytest.mark.evidence
 @pytest.mark.slow
 @pytest.mark.timeout(DEMO_S + 30)
@@ -298,7 +322,7 @@ def test_the_demo_from_beginning_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "freestep.cli", "demo", "--plain", "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEMO_S)
     assert done.returncode == 0, done.stdout + (tmp_path / "out" / "processes.log").read_text()
-    for event in ("worker-2 killed", "worker-5 joined"):
+    for event in ("worker-2 killed", "worker-5 started"):
         assert event in done.stdout
     first, *_, last = done.stdout.splitlines()
     assert re.fullmatch(r"the service is at (http://127\.0\.0\.1:\d+), and its dashboard at \1/", first)

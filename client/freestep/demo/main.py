@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from freestep.demo.show import Show
 from freestep.errors import FreestepError
 from freestep.terminal import print_line
 
-__all__ = ["progress", "run_demo"]
+__all__ = ["progress", "run_demo", "to_try"]
 
 WORKERS = tuple(f"worker-{number}" for number in range(1, 5))
 KILLED, JOINING = "worker-2", "worker-5"
@@ -121,8 +122,8 @@ def _train(
                 show.show_event(f"{KILLED} killed")
             elif len(events) == 1 and done >= JOIN_AT:
                 start(JOINING)
-                events.append((time.time(), f"{JOINING} joined"))
-                show.show_event(f"{JOINING} joined")
+                events.append((time.time(), f"{JOINING} started"))
+                show.show_event(f"{JOINING} started")
             elif done >= 1:
                 return True
     return False
@@ -198,7 +199,8 @@ def _conclude(
     missed = "" if reached else f": less than the {TARGET:.0%} that this demo should end with"
     ends = {each.kind: each for each in baselines}
     console.print(
-        f"\nx has {last.x_accuracy:.1%} test accuracy after {last.step:,} steps, y {last.y_accuracy:.1%}{missed}.\n\n"
+        f"\nx has {last.x_accuracy:.1%} test accuracy after {last.step:,} steps, y {last.y_accuracy:.1%}{missed}.\n"
+        "That was the last evaluation, with which the plot ends; the workers made further steps until they were ended.\n\n"
         "                                                  training loss   test loss   test accuracy\n"
         f"{_row('x', last.x_training_loss, last.x_loss, last.x_accuracy)}"
         f"{_row('y', last.y_training_loss, last.y_loss, last.y_accuracy)}"
@@ -206,14 +208,7 @@ def _conclude(
         f"  the plot      {output / 'plot.png'}\n"
         f"  its figures   {output / 'history.jsonl'}\n"
         f"  the weights   {data_dir} (checkpoints)\n\n"
-        "What to try next:\n"
-        f"  freestep serve --data-dir {quote(str(data_dir))}\n"
-        "                                              the same run, where it ended\n"
-        "  python -m freestep.demo.worker              a worker for it; start several, kill some\n"
-        "  python -m freestep.demo.evaluator           what x and y are worth, every second\n"
-        "  freestep runs show digits\n"
-        "  freestep pull digits --point x -o digits.safetensors\n"
-        "  docker compose up --build                   the same as containers, over several shards\n\n"
+        f"What to try next:\n{to_try(data_dir)}\n"
         f"Exactly once, of {len(WORKERS) + 1} workers and a kill:\n{count}",
         soft_wrap=True,
         highlight=False,
@@ -221,6 +216,31 @@ def _conclude(
         emoji=False,
     )
     return 0 if reached and count.agrees else 1
+
+
+def to_try(data_dir: Path) -> str:
+    """Commands that work where the demo was started, also while no environment is active."""
+    python = Path(sys.executable)
+    script = python.with_name("freestep")
+    freestep = _from_here(script) if script.exists() else f"{_from_here(python)} -m freestep.cli"
+    return (
+        "  # the same run, where it ended\n"
+        f"  {freestep} serve --data-dir {quote(str(data_dir))}\n"
+        "  # a worker for it; start several, kill some\n"
+        f"  {_from_here(python)} -m freestep.demo.worker\n"
+        "  # what x and y are worth, every second\n"
+        f"  {_from_here(python)} -m freestep.demo.evaluator\n"
+        f"  {freestep} runs show digits\n"
+        f"  {freestep} pull digits --point x -o digits.safetensors\n"
+        "  # the same as containers, over several shards, in a clone of the repository\n"
+        "  docker compose up --build\n"
+    )
+
+
+def _from_here(program: Path) -> str:
+    """A program's path as it is typed, from the working directory where it is below that."""
+    here = Path.cwd()
+    return quote(f"./{program.relative_to(here)}" if program.is_relative_to(here) else str(program))
 
 
 def _row(name: str, training_loss: float, loss: float, accuracy: float) -> str:

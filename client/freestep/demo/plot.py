@@ -54,7 +54,9 @@ def draw(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel(what)
-    trained.set_title(f"Schedule-Free over HTTP: {history[-1].step:,} steps by several workers")
+    trained.set_title(
+        f"Schedule-Free over HTTP: {history[-1].step:,} steps by several workers, until the last evaluation"
+    )
     accuracies.set_ylabel("test accuracy, %")
     accuracies.set_xlabel("seconds since the first evaluation")
     accuracies.set_ylim(max(0.0, 100 * min(each.x_accuracy for each in history[1:] or history) - 5), 100)
