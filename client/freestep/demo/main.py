@@ -200,7 +200,7 @@ def _conclude(
     ends = {each.kind: each for each in baselines}
     console.print(
         f"\nx has {last.x_accuracy:.1%} test accuracy after {last.step:,} steps, y {last.y_accuracy:.1%}{missed}.\n"
-        "That was the last evaluation, with which the plot ends; the workers made further steps until they were ended.\n\n"
+        "That was the last evaluation, with which the plot ends; the workers went on until they were ended.\n\n"
         "                                                  training loss   test loss   test accuracy\n"
         f"{_row('x', last.x_training_loss, last.x_loss, last.x_accuracy)}"
         f"{_row('y', last.y_training_loss, last.y_loss, last.y_accuracy)}"
