@@ -32,8 +32,8 @@ def test_a_runs_data_is_shown(begun: Run, service: ThreadService) -> None:
     shown = forked.freestep("data", "show", begun.name, FREESTEP_URL=service.url)
     assert shown.returncode == 0, shown.stderr
     rows = [line.split() for line in shown.stdout.splitlines()]
-    assert ["train", "10", "4", "0", "of", "2", "4", "1", "1", "4"] in rows
-    assert ["endless", "3", "1", "0", "of", "no", "end", "-", "0", "0", "0"] in rows
+    assert ["train", "10", "4", "0", "of", "2", "done", "4", "1", "1", "4"] in rows
+    assert ["endless", "3", "1", "0", "done", "-", "0", "0", "0"] in rows
     assert ["train", "0", "1", "1", "1"] in rows
     assert any(row[:3] == ["train", "worker-1", "1"] for row in rows)
 

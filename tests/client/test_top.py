@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,7 +14,7 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable, RichLog, Sparkline, Static
 
 import forked
-from freestep import Client, Run
+from freestep import Client, Run, RunNotFound
 from freestep.commands.live_view.app import LiveView
 from freestep.commands.live_view.run_screen import RunScreen
 from freestep.commands.live_view.runs_screen import RunsScreen
@@ -107,7 +108,7 @@ def test_all_runs_one_of_them_and_a_worker(client: Client, run: Run) -> None:
         shown = "gpu[/0]\\x1b[1m"
         await until(pilot, lambda: table(app, "workers").get(shown, ["", ""])[1] == "3")
         await until(pilot, lambda: list(app.screen.query_one("#loss", Sparkline).data or []) == [0.0, 1.0, 2.0])
-        assert "2 now, 0 to 2, from step 1" in text(app, "loss-ends")
+        assert "2 now, 0 to 2, to step 3" in text(app, "loss-ends")
         await until(pilot, lambda: sum("push" in line for line in lines(app, "events")) == 3)
         await choose(app, pilot, "workers", shown)
         await until(pilot, lambda: isinstance(app.screen, WorkerScreen))
@@ -121,6 +122,36 @@ def test_all_runs_one_of_them_and_a_worker(client: Client, run: Run) -> None:
         assert table(app, "runs")[run.name][4] == "3"
 
     use(client, work)
+
+
+def test_a_loss_above_0_is_drawn_by_its_logarithm(client: Client, run: Run) -> None:
+    async def work(app: LiveView, pilot: Pilot[None]) -> None:
+        lease = await asyncio.to_thread(run.lease, "w")
+        for step, loss in enumerate((1.0, math.e)):
+            await asyncio.to_thread(run.push, TENSORS, lease.claim(step, loss=loss))
+        await until(pilot, lambda: len(app.screen.query_one("#loss", Sparkline).data or []) == 2)
+        assert list(app.screen.query_one("#loss", Sparkline).data or []) == pytest.approx([0.0, 1.0])
+        assert "loss (log): 2.718 now, 1 to 2.718, to step 2" in text(app, "loss-ends")
+
+    use(client, work, run.name)
+
+
+def test_the_footer_says_how_a_row_is_chosen(client: Client, run: Run) -> None:
+    async def work(app: LiveView, pilot: Pilot[None]) -> None:
+        await choose(app, pilot, "runs", run.name)
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(app.screen, RunsScreen))
+        shown = {key: each.binding.description for key, each in app.screen.active_bindings.items() if each.binding.show}
+        assert (shown["enter"], shown["up"], shown["q"]) == ("look into", "choose", "quit")
+
+    use(client, work)
+
+
+def test_a_run_that_does_not_exist_is_refused(service: ThreadService, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    with pytest.raises(RunNotFound, match="nowhere"):
+        top("nowhere", url=service.url)
 
 
 def test_the_chosen_row_stays_chosen(client: Client, run: Run) -> None:

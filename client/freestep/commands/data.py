@@ -47,6 +47,6 @@ def show_data(run: RunName, url: Url = DEFAULT_URL, token: Token = None, as_json
 
 
 def _facts(status: DataStatus) -> Sequence[object]:
-    passes = "no end" if status.spec.passes is None else status.spec.passes
-    return (status.name, status.spec.length, status.spec.unit, f"{status.passes_done} of {passes}",
+    of_all = "" if status.spec.passes is None else f" of {status.spec.passes}"
+    return (status.name, status.spec.length, status.spec.unit, f"{status.passes_done}{of_all} done",
             or_dash(status.open), status.out, status.done, status.examples_done)  # fmt: skip

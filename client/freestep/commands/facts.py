@@ -27,6 +27,7 @@ def facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, str
         ("policy", policy_of(status)),
         *([("changed since", _changes(control))] if _changes(control) else []),
         ("parameters", f"{status.parameter_count:,} in {len(status.spec.parameters)} tensors"),
+        ("durability", spec.durability),
         ("shards", f"{status.shards}{without_owner}"),
         ("workers", ", ".join(worker.worker for worker in status.workers) or "-"),
         ("pushes", ", ".join(f"{count} {decision}" for decision, count in status.pushes.items())),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from freestep.client import DEFAULT_URL
 from freestep.commands.shared import Token, Url, connect, fail
+from freestep.errors import ServiceUnreachable
 
 __all__ = ["top"]
 
@@ -29,4 +31,8 @@ def top(
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         fail(2, "freestep top needs a terminal; for programs there are runs list --json, history and events --json")
     with connect(url, token, timeout=_TIMEOUT_S) as client:
+        if run is not None:
+            # The view shows what else fails, until it is well again.
+            with suppress(ServiceUnreachable):
+                client.run(run).status()
         LiveView(client, run).run()

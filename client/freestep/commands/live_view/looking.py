@@ -74,9 +74,18 @@ class LookingScreen(Screen[None], Generic[T]):
         line.display = bool(problem)
 
 
-def new_table(columns: Sequence[str], name: str) -> DataTable[Text]:
-    """A table in which a row can be chosen."""
-    made: DataTable[Text] = DataTable(cursor_type="row", zebra_stripes=True, id=name)
+class ChoiceTable(DataTable[Text]):
+    """A table in which a row can be chosen; the footer says by which keys."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "cursor_up", "choose", key_display="↑↓"),
+        Binding("enter", "select_cursor", "look into"),
+    ]
+
+
+def new_table(columns: Sequence[str], name: str) -> ChoiceTable:
+    """A table with these columns."""
+    made = ChoiceTable(cursor_type="row", zebra_stripes=True, id=name)
     for column in columns:
         made.add_column(Text(column), key=column)
     return made

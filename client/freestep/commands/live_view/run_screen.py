@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ class RunScreen(LookingScreen[RunLook]):
         fill(self.query_one("#workers", DataTable), rows(workers))
         if found.history is not None:
             for name, curve in found.history.curves.items():
-                self.query_one(f"#{name}", Sparkline).data = curve.mean
+                self.query_one(f"#{name}", Sparkline).data = _heights(name, curve)
                 self.query_one(f"#{name}-ends", Static).update(literal(_ends(name, curve)))
         log = self.query_one("#events", RichLog)
         for event in found.events[-_KEPT:]:
@@ -122,8 +123,19 @@ def _facts(status: RunStatus, problem: str) -> str:
     return " | ".join(facts)
 
 
+def _is_log(name: str, curve: Curve) -> bool:
+    return name == "loss" and min(curve.mean, default=0.0) > 0
+
+
+def _heights(name: str, curve: Curve) -> list[float]:
+    """A curve as it is drawn: a loss by its logarithm, since else nothing is seen of it after the first steps."""
+    return [math.log(value) for value in curve.mean] if _is_log(name, curve) else list(curve.mean)
+
+
 def _ends(name: str, curve: Curve) -> str:
     """What a curve is of, and where it stands."""
     if not curve.step:
         return f"{name}: nothing yet"
-    return f"{name}: {curve.mean[-1]:.4g} now, {min(curve.min):.4g} to {max(curve.max):.4g}, from step {curve.step[0]}"
+    scale = " (log)" * _is_log(name, curve)
+    least, largest = min(curve.min), max(curve.max)
+    return f"{name}{scale}: {curve.mean[-1]:.4g} now, {least:.4g} to {largest:.4g}, to step {curve.step[-1]}"

@@ -47,7 +47,7 @@ class RunsScreen(LookingScreen[list[RunStatus]]):
     def _lay_out(self, found: list[RunStatus]) -> None:
         now = time.monotonic()
         self._rates.keep(each.run for each in found)
-        self.sub_title = f"{len(found)} runs"
+        self.sub_title = f"{len(found)} run{'s' * (len(found) != 1)}"
         fill(self.query_one("#runs", DataTable), [self._row(each, now) for each in found])
 
     def _row(self, status: RunStatus, now: float) -> tuple[object, ...]:
