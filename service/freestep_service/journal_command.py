@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from freestep_service.settings import Settings
 from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.journal_reader import JournalContents
 from freestep_service.storage.journal_repair import (
     Examination,
     Repair,
@@ -38,6 +39,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 _COLUMNS = ("segment", "byte", "kind", "epoch", "seq", "step", "lease", "worker", "decision", "staleness",
             "body_bytes", "key")  # fmt: skip
+
+_BLOCK = 2**20
+_BEHIND = {
+    "torn": "behind its end that are no whole frame, as a crash or a write under way leaves them",
+    "allocated": "of room allocated in advance",
+}
+"""What may be behind the last frame of a journal."""
 
 
 def main(arguments: list[str]) -> None:
@@ -180,7 +188,7 @@ def _verdict(found: Examination) -> dict[str, Any]:
     verdict = {"run": found.directory.parent.name, "elements": found.directory.name, "bytes": found.bytes}
     if found.contents is None:
         return {**verdict, "damage": str(found.damage)}
-    entries = found.contents.entries
+    entries, is_room = found.contents.entries, _is_room(found.contents)
     return {
         **verdict,
         "epoch": found.contents.epoch,
@@ -188,20 +196,36 @@ def _verdict(found: Examination) -> dict[str, Any]:
         "entries": f"{entries[0].seq}-{entries[-1].seq}" if entries else "none",
         "undecided": len(found.contents.parts),
         "unsound": found.unsound or None,
-        "torn": found.contents.torn,
+        "torn": 0 if is_room else found.contents.torn,
+        "allocated": found.contents.torn if is_room else 0,
     }
 
 
+def _is_room(contents: JournalContents) -> bool:
+    """Whether what is behind the last frame is zeros: room that was allocated ahead, as a journal in use has it."""
+    if not contents.segments:
+        return False
+    last, count = contents.segments[-1], 0
+    with last.path.open("rb") as file:
+        file.seek(last.size)
+        while block := file.read(_BLOCK):
+            if block.count(0) < len(block):
+                return False
+            count += len(block)
+    return count == contents.torn
+
+
 def _sentence(verdict: dict[str, Any]) -> str:
-    """A verdict in one line. Behind the last frame is space that was allocated ahead, or a torn tail: no loss."""
+    """A verdict in one line."""
     names = {"unsound": "of which not whole"}
     members = [
-        f"{names.get(name, name)} {value}" for name, value in verdict.items() if value is not None and name != "torn"
+        f"{names.get(name, name)} {value}"
+        for name, value in verdict.items()
+        if value is not None and name not in _BEHIND
     ]
     if "damage" not in verdict:
         members = ["sound", *members]
-    if verdict.get("torn"):
-        members.append(f"and {verdict['torn']} bytes behind its end, of nothing that was acknowledged")
+    members += [f"{verdict[name]} bytes {what}" for name, what in _BEHIND.items() if verdict.get(name)]
     return ", ".join(members)
 
 

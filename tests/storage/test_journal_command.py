@@ -64,6 +64,23 @@ def test_a_sound_journal_is_verified_and_shown(
     assert "no journal of run other" in capsys.readouterr().err
 
 
+def test_room_behind_a_journal_is_told_from_what_is_no_frame(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = chain(directory)[-1][1].stat().st_size - read_journal(directory).segments[-1].size
+    assert journal_command(tmp_path, "verify") == 0
+    assert f", {room} bytes of room allocated in advance" in (line := capsys.readouterr().out)
+    assert "behind its end" not in line
+    with chain(directory)[-1][1].open("ab") as file:
+        file.write(b"torn")
+    assert journal_command(tmp_path, "verify") == 0
+    assert f", {room + 4} bytes behind its end that are no whole frame" in (line := capsys.readouterr().out)
+    assert "allocated" not in line
+    assert journal_command(tmp_path, "verify", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["torn"], found["allocated"]) == (room + 4, 0)
+
+
 def test_a_damaged_journal_is_repaired(tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(directory, 3)
     assert journal_command(tmp_path, "verify", "run") == 1
