@@ -79,7 +79,7 @@ def end_worker(
         print_json(ended)
         return
     banned = "" if ban is None else f", and it gets no other for {ban} s" if ban else ", and it may have one"
-    print_line((f"the lease of {worker} has ended" if ended.ended else f"{worker} has no lease") + banned)
+    print_line((f"the lease of {worker} has ended" if ended.ended else f"{worker} held no lease") + banned)
 
 
 def _parsed(changes: list[str]) -> dict[str, Any]:

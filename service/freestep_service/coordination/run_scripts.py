@@ -115,10 +115,9 @@ class RunScripts:
 
 def suspended(left_ms: int) -> WorkerSuspended:
     """The refusal of a lease for so many ms more."""
-    refusal = WorkerSuspended(
-        f"an operator has ended the worker's lease: it may have another in {left_ms / 1000:.0f} s"
-    )
-    refusal.retry_after = max(1, math.ceil(left_ms / 1000))
+    left_s = max(1, math.ceil(left_ms / 1000))
+    refusal = WorkerSuspended(f"an operator has ended the worker's lease: it may have another in {left_s} s")
+    refusal.retry_after = left_s
     return refusal
 
 
