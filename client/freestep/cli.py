@@ -31,11 +31,22 @@ from freestep.commands.facts import facts, policy_of
 from freestep.commands.follow import follow
 from freestep.commands.history import history
 from freestep.commands.pull import pull
-from freestep.commands.shared import INTERRUPTED, Json, RunName, Token, Url, connect, fail, or_dash, slow_imports
+from freestep.commands.shared import (
+    INTERRUPTED,
+    WHERE_TOKENS_ARE_GIVEN,
+    Json,
+    RunName,
+    Token,
+    Url,
+    connect,
+    fail,
+    or_dash,
+    slow_imports,
+)
 from freestep.commands.tokens import tokens
 from freestep.commands.top import top
 from freestep.commands.workers import workers
-from freestep.errors import FreestepError, InvalidSetting, ProblemError, ServiceUnreachable
+from freestep.errors import FreestepError, InvalidSetting, ProblemError, ServiceUnreachable, Unauthenticated
 from freestep.files import is_stdout
 from freestep.terminal import print_json, print_line, print_result, printable
 
@@ -76,6 +87,8 @@ def main() -> None:
         fail(2, str(error))
     except ServiceUnreachable as error:
         fail(3, str(error))
+    except Unauthenticated as error:
+        fail(1, f"{error}: {WHERE_TOKENS_ARE_GIVEN}")
     except FreestepError as error:
         fail(1, str(error))
     except KeyboardInterrupt:

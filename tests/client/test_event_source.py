@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import pytest
 import torch
 
 import forked
 from freestep import Run
+from freestep.api.events import event_of
+from freestep.commands.events import told
 from freestep.event_source import Message, messages
 from harness import ThreadService
 
@@ -44,7 +48,30 @@ def test_a_place_that_is_none_is_refused(run: Run, service: ThreadService) -> No
     run.create(SPEC)
     shown = forked.freestep("events", run.name, "--after", "yesterday", FREESTEP_URL=service.url)
     assert (shown.returncode, shown.stdout) == (1, "")
-    assert "Last-Event-ID" in shown.stderr
+    assert "--after" in shown.stderr and "Last-Event-ID" not in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        ({"kind": "epoch"}, "the run goes on in epoch 2 at step 7"),
+        ({"kind": "update"}, "made without a push: a lease has ended that it waited for"),
+        (
+            {"kind": "gap", "after": "1-2", "entries": 3},
+            "the service keeps those behind 1-2 no more: 3 entries of the log are missing here",
+        ),
+        (
+            {"kind": "gap", "after": None, "entries": None},
+            "the service keeps the oldest no more: some entries of the log are missing here",
+        ),
+        (
+            {"kind": "gap", "after": "1-2", "entries": 0},
+            "the service keeps those behind 1-2 no more: no entries of the log are missing here",
+        ),
+    ],
+)
+def test_every_event_tells_what_it_is(event: dict[str, Any], text: str) -> None:
+    assert told(event_of({"id": "2-9", "epoch": 2, "step": 7, **event})) == text
 
 
 def test_two_places_to_begin_at_are_used_wrongly(service: ThreadService) -> None:

@@ -94,6 +94,7 @@ def test_nobody_on_the_same_machine_has_to_speak_of_tokens(tmp_path: Path, monke
             client.runs()
         refused = forked.freestep("runs", "list", "--url", url)
         assert (refused.returncode, "a token of scope read" in refused.stderr) == (1, True)
+        assert "see --token, FREESTEP_TOKEN or FREESTEP_TOKEN_FILE" in refused.stderr
     finally:
         process.terminate()
         _, stderr = process.communicate(timeout=60)

@@ -47,9 +47,9 @@ def scope_of(token: str) -> Scope:
     """
     match = _FORM.fullmatch(token)
     if match is None:
-        length = len(_BEGIN) + 2 + _RANDOM + _CHECK
+        *others, last = (f"{_BEGIN}{letter}_" for letter in _LETTERS)
         raise ValueError(
-            f"a token is {_BEGIN}, one of {', '.join(_LETTERS)}, _ and letters and digits, {length} in all"
+            f"a token is {', '.join(others)} or {last} and {_RANDOM + _CHECK} letters and digits, with nothing else"
         )
     if _checksum(match[1]) != match[3]:
         raise ValueError("the token is mistyped: its last characters do not fit the others")

@@ -18,7 +18,7 @@ import httpx
 import typer
 
 from freestep.client import DEFAULT_URL
-from freestep.commands.shared import Token, Url
+from freestep.commands.shared import WHERE_TOKENS_ARE_GIVEN, Token, Url
 from freestep.errors import CoordinatorUnavailable, Forbidden, FreestepError, ServiceUnreachable, Unauthenticated
 from freestep.proxies import Proxies
 from freestep.responses import Answer
@@ -189,7 +189,7 @@ def _token(transport: Transport) -> str:
         # That is another check's.
         return "not refused"
     except Unauthenticated as error:
-        raise _Wrong(f"{error}: see --token, FREESTEP_TOKEN or FREESTEP_TOKEN_FILE") from error
+        raise _Wrong(f"{error}: {WHERE_TOKENS_ARE_GIVEN}") from error
     except Forbidden as error:
         raise _Wrong(f"{error}: see the service's settings") from error
     if transport.has_token:

@@ -12,15 +12,18 @@ from freestep.api.events import (
     CheckpointEvent,
     ControlEvent,
     DataEvent,
+    EpochEvent,
     GapEvent,
     LeaseEvent,
     MetricEvent,
     PushEvent,
     RunEvent,
     ShardsEvent,
+    UpdateEvent,
 )
 from freestep.client import DEFAULT_URL
 from freestep.commands.shared import Json, RunName, Token, Url, connect, fail
+from freestep.errors import MalformedRequest
 from freestep.terminal import print_line
 
 __all__ = ["events", "told"]
@@ -44,12 +47,16 @@ def events(
     if after is not None and from_step is not None:
         fail(2, "--after and --from both say where to begin: give one of them")
     with connect(url, token, patient=follow) as client:
-        for event in client.run(run).events(after, from_step=from_step, follow=follow):
-            if as_json:
-                sys.stdout.write(event.model_dump_json() + "\n")
-                sys.stdout.flush()
-            else:
-                print_line(f"{event.id:<12} step {event.step:<8} {event.kind:<10} {told(event)}".rstrip())
+        try:
+            for event in client.run(run).events(after, from_step=from_step, follow=follow):
+                if as_json:
+                    sys.stdout.write(event.model_dump_json() + "\n")
+                    sys.stdout.flush()
+                else:
+                    print_line(f"{event.id:<12} step {event.step:<8} {event.kind:<10} {told(event)}".rstrip())
+        except MalformedRequest as error:
+            # The header is what the option is sent in.
+            fail(1, str(error).replace("Last-Event-ID", "--after"))
 
 
 def told(event: RunEvent) -> str:
@@ -78,10 +85,11 @@ def told(event: RunEvent) -> str:
         case ShardsEvent():
             return f"{event.shards}: {', '.join(owner or 'no owner' for owner in event.owners)}"
         case GapEvent():
-            missing = (
-                "entries of the log, it is not known how many,"
-                if event.entries is None
-                else f"{event.entries} entries of the log"
-            )
-            return f"{missing} are not known any more" + (f" behind {event.after}" if event.after else "")
+            count = "some" if event.entries is None else event.entries or "no"
+            after = f"those behind {event.after}" if event.after else "the oldest"
+            return f"the service keeps {after} no more: {count} entries of the log are missing here"
+        case EpochEvent():
+            return f"the run goes on in epoch {event.epoch} at step {event.step}"
+        case UpdateEvent():
+            return "made without a push: a lease has ended that it waited for"
     return ""

@@ -14,13 +14,25 @@ import typer
 from freestep.client import Client
 from freestep.terminal import print_error
 
-__all__ = ["INTERRUPTED", "Json", "RunName", "Token", "Url", "connect", "fail", "or_dash", "slow_imports"]
+__all__ = [
+    "INTERRUPTED",
+    "WHERE_TOKENS_ARE_GIVEN",
+    "Json",
+    "RunName",
+    "Token",
+    "Url",
+    "connect",
+    "fail",
+    "or_dash",
+    "slow_imports",
+]
 
 Url = Annotated[str, typer.Option(envvar="FREESTEP_URL", help="The service's URL.")]
 Token = Annotated[str | None, typer.Option(envvar="FREESTEP_TOKEN", help="A bearer token.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 RunName = Annotated[str, typer.Argument(help="The run's name.")]
 
+WHERE_TOKENS_ARE_GIVEN = "see --token, FREESTEP_TOKEN or FREESTEP_TOKEN_FILE"
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 _RETRY_FOR_S = 3.0

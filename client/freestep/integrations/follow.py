@@ -151,7 +151,8 @@ def follow(
         followed = Followed.load(state, run.name, run.status().id)
         trackers = [(_name(each), _opened(each, followed, stack)) for each in to]
         followed.save(state)
-        say(f"{run.name} is followed {f'behind {followed.after}' if followed.after else 'from what is known'}")
+        begin = f"behind {followed.after}" if followed.after else "from the oldest event that its service still has"
+        say(f"{run.name} is followed {begin}")
         curves, logged = Curves(every, followed.gathered), 0
         events = stack.enter_context(closing(run.events(followed.after, follow=is_live)))  # type: ignore[type-var]
         ending = ending or Ending()
