@@ -114,6 +114,8 @@ def test_a_clip_of_norms_is_turned_on_and_off(api: Api) -> None:
         (SGD, {"optimizer": {"averaging": {"name": "ema"}}}, "optimizer.averaging"),
         (SGD, {"optimizer": {"schedule": {"name": "linear"}}}, "optimizer.schedule.total_steps"),
         (SGD, {"groups": {"other": {"lr": 1.0}}}, "groups.other"),
+        (SGD, {"durability": "none"}, "durability"),
+        (SGD, {"shards": 2}, "shards"),
         (SGD, {"groups": {"default": {"max_grad_norm": 1.0}}}, "groups.default.max_grad_norm"),
         (SGD, {"aggregation": {"policy": "quorum"}}, "aggregation.batch"),
         (SGD, {"aggregation": {"robust": "krum", "f": 1, "batch": 7, "policy": "quorum"}}, "aggregation.policy"),
@@ -141,6 +143,13 @@ def test_what_cannot_be_changed_is_refused_with_why(
     answer = patch(api, **wish)
     assert (slug(answer), answer.json()["field"]) == ("invalid-spec", field)
     assert api.state(service) == before
+
+
+def test_what_belongs_to_a_run_for_good_is_named(api: Api) -> None:
+    api.create(optimizer=SGD)
+    assert patch(api, durability="none").json()["detail"] == "durability: durability is fixed when a run is created"
+    assert "freestep runs reshard" in patch(api, shards=2).json()["detail"]
+    assert patch(api, lr=1.0).json()["detail"] == "lr: there is no such field"
 
 
 @pytest.mark.parametrize(

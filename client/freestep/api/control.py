@@ -45,6 +45,14 @@ class ControlRequest(StrictModel):
     paused: Flag | None = None
     """Whether pushes are refused until the run is resumed; null leaves that as it is."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_what_can_change(cls, document: Any) -> Any:
+        for name in document if isinstance(document, Mapping) else ():
+            if name in RunSpec.model_fields and name not in cls.model_fields:
+                raise fault((name,), _why_fixed(name))
+        return document
+
     @model_validator(mode="after")
     def _can_be_told(self) -> Self:
         # The run's log, its events and its history say what was asked for.
@@ -134,11 +142,16 @@ def _require_known(place: tuple[str, ...], model: Any, asked: Mapping[str, Any])
             raise fault((*place, name), f"must be a list of {len(now)} numbers, as {list(now)}")
 
 
-def _why_unknown(model: Any, name: str) -> str:
+def _why_fixed(name: str) -> str:
+    """Why a member of a run's spec is no part of a change."""
     if name == "shards":
         return "the number of shards has a call of its own: freestep runs reshard"
+    return f"{name} is fixed when a run is created"
+
+
+def _why_unknown(model: Any, name: str) -> str:
     if name in RunSpec.model_fields:
-        return f"{name} is fixed when a run is created"
+        return _why_fixed(name)
     own = type(model).__annotations__
     # The algorithm's own first, then those that others have too.
     fields = sorted(type(model).model_fields, key=lambda field: field not in own)
