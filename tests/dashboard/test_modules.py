@@ -51,9 +51,11 @@ def lease(number: int, change: str = "granted") -> dict[str, Any]:
         ([push(1), lease(NOW - 50)], False, None, [NOW - 50, NOW - 50]),
         # Behind what was seen before an outage.
         ([push(1), push(2)], False, NOW - 1000, [NOW - 500, NOW]),
-        # The service's clock is ahead, or its numbers fall.
-        ([lease(NOW + 9000), push(1)], False, None, [NOW, NOW]),
-        ([lease(NOW - 10), lease(NOW - 20)], False, None, [NOW - 10, NOW - 10]),
+        # Pushes that came as one count as so many.
+        ([lease(NOW - 4000), push(3, coalesced=3), push(4)], False, None, [NOW - 4000, NOW - 1000, NOW]),
+        # The service's clock is ahead, or has gone back: what an id says is never moved.
+        ([lease(NOW + 9000), push(1)], False, None, [NOW + 9000, NOW + 9000]),
+        ([lease(NOW - 10), push(1), lease(NOW - 20)], False, None, [NOW - 10, NOW - 15, NOW - 20]),
     ],
 )
 def test_events_are_dated_by_those_that_say_when(
@@ -64,13 +66,54 @@ def test_events_are_dated_by_those_that_say_when(
 
 
 def test_events_are_dated_by_the_history(run: Run) -> None:
-    history = [{"epoch": 1, "step": 1, "time": NOW - 9000}, {"epoch": 1, "step": 3, "time": NOW - 1000}]
+    steps = [{"epoch": 1, "step": 1, "time": NOW - 9000}, {"epoch": 1, "step": 3, "time": NOW - 1000}]
     statements = (
-        "module.dateEvents(given[0], false, null, given[1], given[2]); return given[0].map((event) => event.time);"
+        "module.dateEvents(given[0], false, null, { steps: given[1] }, given[2]);"
+        " return given[0].map((event) => event.time);"
     )
     events = [push(1), push(2), push(3), push(4)]
-    assert run("event_times", statements, [events, history, []]) == [NOW - 9000, NOW - 5000, NOW - 1000, NOW]
-    assert run("event_times", statements, [events, history, [push(2, time=NOW - 8000)]])[1] == NOW - 8000
+    assert run("event_times", statements, [events, steps, []]) == [NOW - 9000, NOW - 5000, NOW - 1000, NOW]
+    assert run("event_times", statements, [events, steps, [push(2, time=NOW - 8000)]])[1] == NOW - 8000
+    # The first one is between points, too, and one of many at a step is between steps.
+    events = [push(2), push(2), push(2), push(3)]
+    assert run("event_times", statements, [events, steps, []])[:2] == [NOW - 5000, pytest.approx(NOW - 11000 / 3)]
+    # A point does not move an event behind one whose time is known.
+    events = [push(1), push(2), {**lease(NOW - 6000), "id": f"1-2.{NOW - 6000}", "step": 2}, push(3)]
+    assert run("event_times", statements, [events, steps, []]) == [NOW - 9000, NOW - 7500, NOW - 6000, NOW - 1000]
+
+
+def test_many_old_events_are_dated_by_a_thinned_history(run: Run) -> None:
+    """Of a point that stands for several observations, most have no event of just its step."""
+
+    def time_of(step: int) -> int:
+        # Slow, then fast, then slow again; the newest a minute ago.
+        return NOW - 60_000 - 100 * (1200 - step) + (40 * (step - 300) if 300 < step < 900 else 24_000 * (step >= 900))
+
+    shown = range(8, 1201, 8)
+    nothing: dict[str, Any] = {"step": [], "epoch": [], "time": [], "count": [], "mean": []}
+    applied = {
+        "step": [*shown], "epoch": [1] * len(shown), "count": [8] * len(shown), "mean": [1] * len(shown),
+        "time": [time_of(step) / 1000 for step in shown],
+    }  # fmt: skip
+    metric = {**nothing, "step": [1190], "epoch": [1], "time": [NOW / 1000 - 30], "count": [1], "mean": [1]}
+    begun = {"epoch": 1, "step": 0, "time": time_of(0) / 1000}
+    history = {"curves": {"applied": applied}, "metrics": {"accuracy": metric}, "epochs": [begun]}
+    report = {"kind": "metric", "id": "1-2000", "epoch": 1, "step": 1200, "name": "accuracy", "measured_at": 1190}
+    # The page is told of the last 1,000 steps, and its history ends a minute before it is opened.
+    events = [*map(push, range(203, 1201)), report]
+    statements = (
+        "const { timesOf } = await import('/dashboard/files/run_history.js');"
+        " module.dateEvents(given[1], false, null, timesOf(given[0])); return given[1].map((event) => event.time);"
+    )
+    *times, reported = run("event_times", statements, [history, events])
+    assert reported == NOW - 30_000
+    assert times == sorted(times)
+    # Between two points they are spread evenly, so that nothing is faster than the history.
+    for step, time in zip(range(203, 1201), times, strict=True):
+        begin = step - step % 8
+        share = (step - begin) / 8
+        expected = time_of(begin) + share * (time_of(min(1200, begin + 8)) - time_of(begin))
+        assert time == pytest.approx(expected, abs=1)
 
 
 def test_an_average_is_right_from_its_beginning(run: Run) -> None:

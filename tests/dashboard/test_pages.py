@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -230,6 +231,53 @@ def test_what_happened_before_the_events_is_shown_once(
     wait_until(lambda: painted(loss, control), pause_s=0.1)
     after.get_by_role("checkbox", name="control").uncheck()
     wait_until(lambda: not painted(loss, control), pause_s=0.1)
+
+
+def test_what_is_old_is_dated_by_the_history(api: Api, open_page: OpenPage) -> None:
+    """A page that is opened late, into a run that was never started again: of its events, few say when they were."""
+    api.create(lease_ttl_ms=3_600_000)
+    lease, sent = api.lease("gpu-1"), [time.time()]
+    # So many that a point of the history stands for several pushes.
+    for step in range(1100):
+        assert api.push(lease, step, body=BODY, Freestep_Loss="0.5").status_code == 200
+        sent.append(time.time())
+        if step == 500:
+            assert api.http.patch(api.path(), json={"paused": False, "optimizer": {"lr": 0.25}}).status_code == 200
+    history = api.http.get(api.path("/history")).json()
+    per_point = max(history["curves"]["applied"]["count"])
+    assert per_point > 1
+    page = open_page(api.url, f"#/runs/{api.run}")
+    expect(page.locator(".events")).to_contain_text("optimizer.lr = 0.25")
+    changed = next(each["time"] for each in history["milestones"] if each["event"]["kind"] == "control")
+    told = page.evaluate("(time) => new Date(1000 * time).toLocaleTimeString('en-GB')", changed)
+    expect(page.locator(".events li", has_text="optimizer.lr = 0.25")).to_contain_text(told)
+    found = page.evaluate(
+        """async (run) => {
+            const { RunFeed } = await import("/dashboard/files/run_feed.js");
+            // A network that brings little at a time.
+            const whole = window.fetch;
+            window.fetch = async (path, how) => {
+                const answer = await whole(path, how);
+                if (!path.includes("follow=false")) return answer;
+                return new Response(answer.body.pipeThrough(new TransformStream({
+                    transform(bytes, to) {
+                        for (let at = 0; at < bytes.length; at += 10000) to.enqueue(bytes.slice(at, at + 10000));
+                    },
+                })));
+            };
+            const feed = await new Promise((done) => {
+                const made = new RunFeed(run, { changed: () => done(made) }).start();
+            });
+            feed.stop();
+            return feed.events.filter((each) => each.kind === "push").map(({ step, time }) => [step, time / 1000]);
+        }""",
+        api.run,
+    )
+    assert [step for step, _ in found] == [*range(1, 1101)]
+    # No push is further from its time than the points around it.
+    for step, at in found:
+        assert sent[max(0, step - 1 - per_point)] <= at + 0.002
+        assert at - 0.002 <= sent[min(1100, step + per_point)]
 
 
 # Names

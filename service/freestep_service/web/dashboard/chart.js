@@ -102,7 +102,7 @@ export class Chart {
   data() {
     const { x, lines, isLog } = this.shown;
     const tables = lines.map(({ points }) => {
-      const ordered = x === "time" ? points : inOrder(points);
+      const ordered = inOrder(points, x);
       const xs = ordered.map((point) => (x === "time" ? point.time / 1000 : point.step));
       const ys = ordered.map((point) => (isLog && point.value <= 0 ? null : point.value));
       return [xs, ys];
@@ -225,10 +225,10 @@ function entry(line) {
   return el("li", {}, swatch, line.label);
 }
 
-/** Metrics may be reported of earlier steps. */
-function inOrder(points) {
-  const isInOrder = points.every((point, index) => index === 0 || points[index - 1].step <= point.step);
-  return isInOrder ? points : [...points].sort((one, other) => one.step - other.step);
+/** Metrics may be reported of earlier steps, and clocks go back, or are not those of the service. */
+function inOrder(points, x) {
+  const isInOrder = points.every((point, index) => index === 0 || points[index - 1][x] <= point[x]);
+  return isInOrder ? points : [...points].sort((one, other) => one[x] - other[x]);
 }
 
 /** The last value of each x: uPlot joins lines by their x. */

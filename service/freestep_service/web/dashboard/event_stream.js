@@ -7,7 +7,7 @@ const HIDDEN_MS = 60000;
 
 /** Reads events until `stop`.
  *
- * heard(events, isLive): some more; events that happened before they were asked for are not live.
+ * heard(events, isLive): some more; events that happened before they were asked for are not live, and come all at once.
  * changed(state, error): "following", "away" (it goes on trying), "lost" (all is told again), or "refused".
  */
 export class EventStream {
@@ -74,19 +74,25 @@ export class EventStream {
     const headers = this.last === null ? {} : { "Last-Event-ID": this.last };
     const answer = await ask("GET", `${this.path}?follow=${isLive}`, { headers, signal });
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-    let text = "";
+    let [text, old] = ["", []];
     for (;;) {
       const { value, done } = await reader.read();
-      if (done) return;
+      if (done) break;
       text += value;
       const end = text.lastIndexOf("\n\n");
       if (end < 0) continue;
       const events = text.slice(0, end).split("\n\n").map(eventOf).filter((event) => event !== null);
       text = text.slice(end + 2);
-      if (events.length === 0) continue;
-      this.last = events.at(-1).id;
-      this.heard(events, isLive);
+      if (isLive) this.hear(events, true);
+      else old = old.concat(events);
     }
+    this.hear(old, false);
+  }
+
+  hear(events, isLive) {
+    if (events.length === 0) return;
+    this.last = events.at(-1).id;
+    this.heard(events, isLive);
   }
 }
 

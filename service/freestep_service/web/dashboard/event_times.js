@@ -1,6 +1,6 @@
 // When events happened. An event says so only if it has no entry in the log: its place ends in milliseconds since 1970.
 // Others happened between those; where the service keeps a run's history, it says when steps were made, and when what else
-// has happened.
+// has happened. What is known exactly is never moved by what is not.
 
 const FIRST_MS = 1e12;
 
@@ -10,48 +10,89 @@ export function placeOf({ id }) {
   return [...entry.split("-"), number].map(Number);
 }
 
+/** The time that an event's own place says, in milliseconds; null where it says none. */
+export function ownTime(event) {
+  const number = placeOf(event)[2];
+  return number > FIRST_MS ? number : null;
+}
+
+/** By what the time of a report of a metric is found. */
+export function reportKey({ epoch, name, measured_at }) {
+  return JSON.stringify([epoch, name, measured_at]);
+}
+
 /** Gives each event a `time`: of live ones now, of others as near as it can be told.
  *
- * newest: the time of the last event before them, or null. history: {epoch, step, time} of steps, in their order.
- * milestones: events whose times are known.
+ * Those that are not live are to be given together, up to the newest that there is: behind what is known there is only now.
+ * newest: the time of the last event before them, or null. steps: {epoch, step, time}, rising. reports: times by
+ * `reportKey`. milestones: events whose times are known.
  */
-export function dateEvents(events, isLive, newest, history = [], milestones = []) {
+export function dateEvents(events, isLive, newest, { steps = [], reports = new Map() } = {}, milestones = []) {
   const now = Date.now();
   if (isLive) {
     for (const event of events) event.time = now;
     return;
   }
-  const known = newest === null ? [] : [[-1, newest]];
   const told = new Map(milestones.map(({ id, time }) => [id, time]));
-  let next = 0;
+  const exact = events.map((event) => ownTime(event) ?? told.get(event.id) ?? (event.kind === "metric" ? reports.get(reportKey(event)) : null) ?? null);
+  const places = placesAlong(events);
+  const known = newest === null ? [] : [[0, newest]];
+  const bounds = soonest(exact);
   events.forEach((event, index) => {
-    const number = placeOf(event)[2];
-    while (next < history.length && isBefore(history[next], event)) next += 1;
-    if (number > FIRST_MS) known.push([index, number]);
-    else if (told.has(event.id)) known.push([index, told.get(event.id)]);
-    else if (history[next]?.step === event.step && history[next].epoch === event.epoch) known.push([index, history[next].time]);
+    const latest = known.at(-1)?.[1] ?? -Infinity;
+    if (exact[index] !== null) {
+      known.push([places[index], exact[index]]);
+    } else if (index === 0 || isBefore(events[index - 1], event)) {
+      const time = timeAt(steps, event);
+      if (time !== null && time >= latest && time <= bounds[index]) known.push([places[index], time]);
+    }
   });
-  // What has no number at the end has just happened: a run that nobody trains ends with its leases.
-  if (known.length === 0 || known.at(-1)[0] < events.length - 1) known.push([events.length - 1, now]);
-  let latest = 0;
-  for (const anchor of known) {
-    latest = Math.max(latest, anchor[1]);
-    anchor[1] = Math.min(latest, now);
+  // What is behind all that is known has just happened: a run that nobody trains ends with its leases.
+  const end = places.at(-1);
+  if (known.length === 0 || known.at(-1)[0] < end) known.push([end, Math.max(now, known.at(-1)?.[1] ?? now)]);
+  spread(events, places, known);
+}
+
+/** How many events there have been with each: pushes that came as one count as so many. */
+function placesAlong(events) {
+  let place = 0;
+  return events.map((event) => (place += event.coalesced ?? 1));
+}
+
+/** At each index, the next time that is known there or behind it. */
+function soonest(times) {
+  let next = Infinity;
+  return times.map((_, index) => (next = times[times.length - 1 - index] ?? next)).reverse();
+}
+
+/** When a step was made, by those before and behind it in its epoch; null where there are none. */
+function timeAt(steps, event) {
+  let [from, to] = [0, steps.length];
+  while (from < to) {
+    const middle = (from + to) >> 1;
+    if (isBefore(steps[middle], event)) from = middle + 1;
+    else to = middle;
   }
-  spread(events, known);
+  const [before, after] = [steps[from - 1], steps[from]];
+  if (after?.epoch !== event.epoch) return null;
+  if (after.step === event.step) return after.time;
+  if (before?.epoch !== event.epoch) return null;
+  return before.time + ((after.time - before.time) * (event.step - before.step)) / (after.step - before.step);
 }
 
-function isBefore(point, event) {
-  return point.epoch < event.epoch || (point.epoch === event.epoch && point.step < event.step);
+/** Whether one was of an earlier step than another. */
+export function isBefore(one, other) {
+  return one.epoch < other.epoch || (one.epoch === other.epoch && one.step < other.step);
 }
 
-/** Times between those of anchors [index, time]; before the first, its own. */
-function spread(events, anchors) {
+/** Times between those of anchors [place, time]; before the first, its own. */
+function spread(events, places, anchors) {
   let next = 0;
   events.forEach((event, index) => {
-    while (anchors[next][0] < index) next += 1;
+    const place = places[index];
+    while (anchors[next][0] < place) next += 1;
     const [to, end] = anchors[next];
-    const [from, begin] = anchors[next - 1] ?? [index, end];
-    event.time = to === from ? end : begin + ((end - begin) * (index - from)) / (to - from);
+    const [from, begin] = anchors[next - 1] ?? [place, end];
+    event.time = to === from ? end : begin + ((end - begin) * (place - from)) / (to - from);
   });
 }

@@ -2,7 +2,7 @@
 
 import { dateEvents } from "./event_times.js";
 import { EventStream, sleep } from "./event_stream.js";
-import { historyBefore, milestonesOf, readHistory, takeBefore, timesOfSteps } from "./run_history.js";
+import { historyBefore, milestonesOf, readHistory, takeBefore, timesOf } from "./run_history.js";
 import { RunRecord, replayed } from "./run_record.js";
 import { Away } from "./session.js";
 
@@ -38,6 +38,7 @@ export class RunFeed {
       }
     }
     this.milestones = milestonesOf(this.history);
+    this.times = timesOf(this.history);
     if (!signal.aborted) this.stream.start();
   }
 
@@ -57,6 +58,7 @@ export class RunFeed {
     this.history = null;
     /** Those of the history that are neither among the events yet nor before them. */
     this.milestones = [];
+    this.times = timesOf(null);
     this.stream = new EventStream(this.run, {
       heard: (events, isLive) => this.hear(events, isLive),
       changed: (state, error) => (state === "lost" ? this.beginAgain() : this.told(state, error)),
@@ -72,7 +74,7 @@ export class RunFeed {
   }
 
   hear(events, isLive) {
-    dateEvents(events, isLive, this.record.time, timesOfSteps(this.history), this.milestones);
+    dateEvents(events, isLive, this.record.time, this.times, this.milestones);
     if (this.events.length === 0 && this.past === null) {
       this.past = historyBefore(this.history, events[0], takeBefore(this.milestones, events[0]));
       this.record.begin(this.past);

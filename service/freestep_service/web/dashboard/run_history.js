@@ -1,6 +1,6 @@
 // A run's curves and milestones over its whole life, where the service keeps them.
 
-import { placeOf } from "./event_times.js";
+import { isBefore, placeOf, reportKey } from "./event_times.js";
 import { Refused, call, runPath } from "./session.js";
 
 const DECISIONS = ["applied", "accumulated", "dropped"];
@@ -15,9 +15,14 @@ export async function readHistory(run, signal, query = "") {
   }
 }
 
-/** When steps were made: {epoch, step, time}, in their order. */
-export function timesOfSteps(history) {
-  return pointsOf(history?.curves.applied, []).filter((point, index, all) => index === 0 || isAfter(point, all[index - 1]));
+/** When steps were made and metrics reported, as `dateEvents` takes it. */
+export function timesOf(history) {
+  const begun = (history?.epochs ?? []).map((each) => ({ ...each, time: 1000 * each.time }));
+  const points = [...begun, ...pointsOf(history?.curves.applied, [])].sort((one, other) => one.epoch - other.epoch || one.step - other.step);
+  const reports = Object.entries(history?.metrics ?? {}).flatMap(([name, curve]) => {
+    return pointsOf(curve, []).map(({ epoch, step, time }) => [reportKey({ epoch, name, measured_at: step }), time]);
+  });
+  return { steps: points.filter((point, index) => index === 0 || isBefore(points[index - 1], point)), reports: new Map(reports) };
 }
 
 /** What has happened beside pushes, as events with their times, in the order of their places. */
@@ -36,10 +41,10 @@ export function takeBefore(milestones, event) {
 /** What was before an event, with these milestones, as `RunRecord.begin` takes it. */
 export function historyBefore(history, first, milestones) {
   if (history === null) return null;
-  const before = (curve) => pointsOf(curve, history.epochs).filter((point) => isAfter(first, point));
+  const before = (curve) => pointsOf(curve, history.epochs).filter((point) => isBefore(point, first));
   const applied = before(history.curves.applied);
   const metrics = Object.entries(history.metrics).map(([name, curve]) => [name, before(curve)]);
-  const epochs = history.epochs.filter((begun) => isAfter(first, begun)).map((begun) => {
+  const epochs = history.epochs.filter((begun) => isBefore(begun, first)).map((begun) => {
     // Nothing of an epoch comes before it.
     return { kind: "epoch", id: `${begun.epoch}-0`, epoch: begun.epoch, step: begun.step, time: 1000 * begun.time };
   });
@@ -76,8 +81,4 @@ function compare(one, other) {
   const [place, against] = [placeOf(one), placeOf(other)];
   const index = place.findIndex((part, at) => part !== against[at]);
   return index < 0 ? 0 : place[index] - against[index];
-}
-
-function isAfter(one, other) {
-  return one.epoch > other.epoch || (one.epoch === other.epoch && one.step > other.step);
 }
