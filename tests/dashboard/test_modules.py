@@ -140,6 +140,29 @@ def test_a_series_is_bounded_and_keeps_its_ends(run: Run) -> None:
     assert length <= 20000 and last == 49999 and is_flat
 
 
+def test_a_thinned_past_and_what_is_new_have_the_same_noise(run: Run) -> None:
+    statements = (
+        "const record = new module.RunRecord(); record.begin(given[0]);"
+        " given[1].forEach((event) => record.take(event));"
+        " const { evened } = await import('/dashboard/files/series.js');"
+        " return [record.loss, record.metric('m')]"
+        ".map((each) => evened(each.points).map(({ step, value, count }) => [step, value, count]));"
+    )
+    past = {
+        "loss": [
+            {"step": step, "time": NOW, "value": 2, "count": count} for step, count in ((4, 4), (5, 1), (9, 4), (10, 1))
+        ],
+        "milestones": [], "staleness": [], "steps": [], "decided": {}, "metrics": [["m", [
+            {"step": 3, "time": NOW, "value": 1, "count": 1}
+        ]]],
+    }  # fmt: skip
+    # A loss of 0 and 8 by turns is one of 4 in groups of four.
+    events = [push(step, loss=8 * (step % 2)) for step in range(11, 19)]
+    loss, metric = run("run_record", statements, [past, events])
+    assert loss == [[4, 2, 4], [9, 2, 5], [13, pytest.approx(4.5), 4], [17, 4, 4], [18, 0, 1]]
+    assert metric == [[3, 1, 1]]
+
+
 def test_a_record_goes_back_with_its_run(run: Run) -> None:
     events = [
         *(push(step) for step in range(1, 6)),

@@ -3,7 +3,7 @@
 import { Chart } from "./chart.js";
 import { el } from "./dom.js";
 import { rate, steps } from "./format.js";
-import { rates, smoothed } from "./series.js";
+import { evened, rates, smoothed } from "./series.js";
 
 const KEPT = "freestep-view";
 const STRETCHES = 150;
@@ -74,15 +74,15 @@ export class CurvesPanel {
     const range = extentOf(whole, x);
     const options = { x, marks, range };
     const draw = (chart, lines, how = {}) => chart.show({ ...options, ...how, lines });
-    draw(this.loss, this.lines("loss", record, others, (each) => each.loss.points, smoothing), { isLog });
+    draw(this.loss, this.lines("loss", record, others, (each) => evened(each.loss.points), smoothing), { isLog });
     for (const name of record.metrics.keys()) this.metric(name);
     for (const [name, chart] of this.metrics) {
-      draw(chart, this.lines(name, record, others, (each) => each.metrics.get(name)?.points ?? [], 0), { isLog });
+      draw(chart, this.lines(name, record, others, (each) => evened(each.metrics.get(name)?.points ?? []), 0), { isLog });
     }
     const stretch = stretchOf(whole);
     const speeds = (each) => rates(each.steps.points, stretch);
     draw(this.rate, this.lines("steps a second", record, others, speeds, 0));
-    draw(this.staleness, this.lines("staleness", record, others, (each) => each.staleness.points, Math.max(0.9, smoothing)));
+    draw(this.staleness, this.lines("staleness", record, others, (each) => evened(each.staleness.points), Math.max(0.9, smoothing)));
     const made = Object.entries(record.decided).filter(([, series]) => series.last?.value > 0);
     const decisions = made.map(([label, series]) => {
       return { label, colour: DECISION_COLOURS[label], points: rates(series.points, stretch) };

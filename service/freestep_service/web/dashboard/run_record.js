@@ -33,15 +33,16 @@ export class RunRecord {
     for (const event of past.milestones) this.take(event);
     // Who was there is perhaps gone, with a store that was lost; leases say who is there now.
     for (const { worker, ended } of [...this.workers.values()]) if (ended === null) this.workers.delete(worker);
-    for (const name of ["loss", "staleness", "steps"]) {
-      for (const { step, time, value } of past[name]) this[name].add(step, time, value);
+    for (const name of ["loss", "staleness"]) {
+      for (const { step, time, value, count } of past[name]) this[name].add(step, time, value, count);
     }
+    for (const { step, time, value } of past.steps) this.steps.add(step, time, value);
     for (const [decision, points] of Object.entries(past.decided)) {
       for (const { step, time, value } of points) this.decided[decision].add(step, time, value);
       this.decisions[decision] = points.at(-1)?.value ?? 0;
     }
     for (const [name, points] of past.metrics) {
-      for (const { step, time, value } of points) this.metric(name).add(step, time, value);
+      for (const { step, time, value, count } of points) this.metric(name).add(step, time, value, count);
     }
   }
 

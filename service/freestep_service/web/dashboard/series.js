@@ -2,15 +2,15 @@
 
 const MOST = 20000;
 
-/** Points (step, time, value), in the order of their steps. */
+/** Points (step, time, value, count), in the order of their steps: `count` observations have this mean. */
 export class Series {
   constructor() {
     this.points = [];
   }
 
-  add(step, time, value) {
+  add(step, time, value, count = 1) {
     if (!Number.isFinite(value)) return;
-    this.points.push({ step, time, value });
+    this.points.push({ step, time, value, count });
     if (this.points.length > MOST) this.points = thinned(this.points);
   }
 
@@ -29,8 +29,24 @@ export class Series {
 function thinned(points) {
   const made = [];
   for (let index = 0; index + 1 < points.length; index += 2) {
-    const [one, other] = [points[index], points[index + 1]];
-    made.push({ ...other, value: (one.value + other.value) / 2 });
+    made.push(merged(points[index], points[index + 1]));
+  }
+  return made;
+}
+
+/** A point for both of two neighbours. */
+function merged(one, other) {
+  const count = one.count + other.count;
+  return { ...other, count, value: one.value + (other.value - one.value) * (other.count / count) };
+}
+
+/** Points that each stand for at least as many observations as the coarsest, but for the last: all have the same noise. */
+export function evened(points) {
+  const most = points.reduce((so, point) => Math.max(so, point.count), 1);
+  const made = [];
+  for (const point of points) {
+    if (made.length > 0 && made.at(-1).count < most) made.push(merged(made.pop(), point));
+    else made.push(point);
   }
   return made;
 }
