@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -591,6 +592,44 @@ def test_pages_are_accessible(api: Api, open_page: OpenPage, scheme: str, viewpo
     assert violations(page) == []
     # Nothing is wider than the screen.
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
+
+def test_a_phone_shows_all_that_tables_have(api: Api, open_page: OpenPage) -> None:
+    api.create(lease_ttl_ms=60_000)
+    api.push(api.lease("a-worker-with-a-name-longer-than-a-phone-is-wide-0123456789"), 0)
+    page = open_page(api.url, f"#/runs/{api.run}", viewport=PHONE)
+    expect(page.get_by_role("button", name="Ban 1 h")).to_be_visible()
+    expect(page.get_by_role("button", name="Restore step 0")).to_be_visible()
+    expect(page.locator("table.shards")).to_contain_text("Applied")
+    # Nothing has to be scrolled sideways, and no cell is cut.
+    cut = page.evaluate(
+        "[...document.querySelectorAll('.scroll, tbody th, tbody td, tbody button')].filter((each) => {"
+        "  const { left, right } = each.getBoundingClientRect();"
+        "  return left < 0 || right > innerWidth || each.scrollWidth > each.clientWidth + 1;"
+        "}).map((each) => each.outerHTML)"
+    )
+    assert cut == []
+    # Each number has its column's name above it.
+    label = page.locator("table.shards tbody td").nth(1)
+    assert label.evaluate("cell => getComputedStyle(cell, '::before').content") == '"Elements"'
+
+
+def test_ticks_of_stalenesses_lie_beside_each_other(api: Api, open_page: OpenPage) -> None:
+    api.create(lease_ttl_ms=60_000)
+    lease = api.lease()
+    for step in range(30):
+        api.push(lease, 0 if step % 2 else step)
+    page = open_page(api.url, f"#/runs/{api.run}", viewport=PHONE)
+    expect(page.locator(".histogram .bin")).not_to_have_count(0)
+    wait_until(lambda: page.locator(".histogram .bin").count() >= 10, pause_s=0.1)
+    boxes = page.locator(".tick").evaluate_all(
+        "ticks => ticks.filter((each) => each.textContent).map((each) => {"
+        "  const range = document.createRange(); range.selectNodeContents(each);"
+        "  const { left, right } = range.getBoundingClientRect(); return [left, right];"
+        "})"
+    )
+    assert 2 < len(boxes) <= 8
+    assert all(right < left for (_, right), (left, _) in pairwise(boxes))
 
 
 def test_the_keyboard_reaches_everything(api: Api, open_page: OpenPage) -> None:

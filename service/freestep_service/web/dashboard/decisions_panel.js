@@ -5,6 +5,8 @@ import { count, number, plural } from "./format.js";
 
 const DECISIONS = [["applied", "--good"], ["accumulated", "--series-1"], ["dropped", "--bad"]];
 const MOST_BARS = 24;
+/** More would lie on each other on a phone. */
+const MOST_TICKS = 8;
 
 export class DecisionsPanel {
   constructor() {
@@ -73,9 +75,10 @@ export class StalenessPanel {
     const pushes = found.reduce((sum, [, each]) => sum + each, 0);
     const bins = binned(found);
     const most = Math.max(1, ...bins.map((bin) => bin.pushes));
+    const every = Math.ceil(bins.length / MOST_TICKS);
     this.rows.show(bins, (bin) => bin.label, ({ bar, label, element }, bin) => {
       bar.style.setProperty("height", `${(100 * bin.pushes) / most}%`);
-      setText(label, bin.label);
+      setText(label, bin.index % every === 0 ? count(bin.from) : "");
       element.title = `${bin.label} steps behind: ${plural(bin.pushes, "push").replace("pushs", "pushes")}`;
     });
     const mean = found.reduce((sum, [steps, each]) => sum + steps * each, 0) / Math.max(1, pushes);
@@ -92,7 +95,7 @@ function binned(found) {
   const width = Math.ceil((most + 1) / MOST_BARS);
   const bins = Array.from({ length: Math.floor(most / width) + 1 }, (_, index) => {
     const [from, to] = [index * width, (index + 1) * width - 1];
-    return { label: from === to ? String(from) : `${from}–${to}`, pushes: 0 };
+    return { index, from, label: from === to ? String(from) : `${from}–${to}`, pushes: 0 };
   });
   for (const [steps, pushes] of found) bins[Math.floor(steps / width)].pushes += pushes;
   return bins;

@@ -33,6 +33,11 @@ export function card(title, ...children) {
 
 let cards = 0;
 
+/** The cells of a table's row, the first its heading; a narrow page stacks them, each below the name of its column. */
+export function cellsOf(names) {
+  return names.map((name, index) => el(index === 0 ? "th" : "td", { scope: index === 0 ? "row" : null, "data-column": name }));
+}
+
 /** A row for each key, made once and updated in place: what has the focus keeps it. */
 export class Rows {
   constructor(parent, make) {

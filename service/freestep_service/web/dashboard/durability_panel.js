@@ -1,9 +1,12 @@
 // Where a run's state is: its shards and their owners, its checkpoints and journal, and what a crash now would cost.
 
-import { Rows, card, el, setText } from "./dom.js";
+import { Rows, card, cellsOf, el, setText } from "./dom.js";
 import { twice, setting } from "./acts.js";
 import { bytes, count, duration, plural } from "./format.js";
 import { call, runPath } from "./session.js";
+
+const OF_CHECKPOINT = ["Step", "Epoch", "Written", "Size"];
+const OF_SHARD = ["Shard", "Owner", "Elements", "Applied", "Durable", "Journal"];
 
 /** What would be lost if the service's processes were killed now: {short, text, isBad}.
  *
@@ -41,9 +44,9 @@ export class DurabilityPanel {
     this.body = el("tbody");
     this.rows = new Rows(this.body, (item) => this.row(item));
     this.empty = el("p", { class: "empty" }, "There is no checkpoint.");
-    const head = ["Step", "Epoch", "Written", "Size", ...(isAdmin ? ["Acts"] : [])];
+    const head = [...OF_CHECKPOINT, ...(isAdmin ? ["Acts"] : [])];
     this.table = el(
-      "table", {}, el("thead", {}, el("tr", {}, head.map((name) => el("th", { scope: "col" }, name)))), this.body,
+      "table", { class: "stacks" }, el("thead", {}, el("tr", {}, head.map((name) => el("th", { scope: "col" }, name)))), this.body,
     );
     const write = async () => {
       const { step } = await call("POST", runPath(run, "/checkpoints"));
@@ -58,7 +61,7 @@ export class DurabilityPanel {
   }
 
   row({ step }) {
-    const cells = ["th", "td", "td", "td"].map((tag) => el(tag, tag === "th" ? { scope: "row" } : {}));
+    const cells = cellsOf(OF_CHECKPOINT);
     const element = el("tr", {}, cells);
     if (this.isAdmin) {
       const act = async () => {
@@ -92,15 +95,14 @@ export class ShardsPanel {
   constructor(run, { isAdmin, onAct }) {
     this.body = el("tbody");
     this.rows = new Rows(this.body, () => {
-      const cells = ["th", "td", "td", "td", "td", "td"].map((tag) => el(tag, tag === "th" ? { scope: "row" } : {}));
+      const cells = cellsOf(OF_SHARD);
       return { element: el("tr", {}, cells), cells };
     });
-    const head = ["Shard", "Owner", "Elements", "Applied", "Durable", "Journal"];
     this.element = card(
       "Shards and their owners",
       el(
         "div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Shards, a row each" },
-        el("table", {}, el("thead", {}, el("tr", {}, head.map((name) => el("th", { scope: "col" }, name)))), this.body),
+        el("table", { class: "shards stacks" }, el("thead", {}, el("tr", {}, OF_SHARD.map((name) => el("th", { scope: "col" }, name)))), this.body),
       ),
     );
     if (isAdmin) {

@@ -1,6 +1,6 @@
 // The workers of a run in rows, coloured by how long they have been silent.
 
-import { Rows, card, el, setText } from "./dom.js";
+import { Rows, card, cellsOf, el, setText } from "./dom.js";
 import { twice } from "./acts.js";
 import { bytes, count, duration, number, rate } from "./format.js";
 import { call, runPath } from "./session.js";
@@ -38,7 +38,7 @@ export class WorkersPanel {
       "Workers", this.summary,
       el(
         "div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Workers, a row each" },
-        el("table", { class: "workers" }, el("thead", {}, el("tr", {}, head)), this.body),
+        el("table", { class: "workers stacks" }, el("thead", {}, el("tr", {}, head)), this.body),
       ),
       this.empty, this.refused,
     );
@@ -93,7 +93,7 @@ export class WorkersPanel {
   }
 
   row(item) {
-    const cells = COLUMNS.map((_, index) => el(index === 0 ? "th" : "td", index === 0 ? { scope: "row" } : {}));
+    const cells = cellsOf(COLUMNS.map(([name]) => name));
     const bar = el("span", { class: "fill" });
     const silence = el("span", { class: "figure" });
     cells[2].append(el("span", { class: "meter", "aria-hidden": "true" }, bar), silence);
