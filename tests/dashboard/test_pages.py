@@ -281,6 +281,23 @@ def test_what_is_old_is_dated_by_the_history(api: Api, open_page: OpenPage) -> N
         assert at - 0.002 <= sent[min(1100, step + per_point)]
 
 
+def test_a_run_that_does_not_exist_is_said_and_not_asked_for(service: ThreadService, open_page: OpenPage) -> None:
+    page = open_page(service.url)
+    page.clock.install()
+    page.goto(f"{service.url}/#/runs/none-such")
+    page.reload()
+    expect(page.get_by_text("There is no run of this name")).to_be_visible()
+    expect(page.get_by_role("button", name="Delete the run")).to_have_count(0)
+    page.wait_for_load_state("networkidle")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.clock.run_for(60_000)
+    page.wait_for_load_state("networkidle")
+    assert asked == []
+    page.get_by_role("link", name="All runs").click()
+    expect(page.get_by_role("heading", name="Runs")).to_be_visible()
+
+
 # Names
 
 

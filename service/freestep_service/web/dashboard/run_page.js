@@ -128,11 +128,23 @@ export class RunPage {
   }
 
   onError(error) {
-    if (error.status === 404 && this.status !== null) {
-      setText(this.facts, "This run is not there any more.");
-      return;
-    }
-    this.shell.failed(error);
+    if (error.slug === "run-not-found" && this.status === null) this.showNone();
+    else if (error.status === 404 && this.status !== null) setText(this.facts, "This run is not there any more.");
+    else this.shell.failed(error);
+  }
+
+  /** There is no such run, and nothing to ask for. */
+  showNone() {
+    if (this.isClosed) return;
+    this.close();
+    this.shell.answered();
+    this.element.replaceChildren(
+      el("div", { class: "title" }, el("h1", {}, this.run)),
+      el(
+        "p", { class: "card" }, "There is no run of this name: it was deleted, or no worker has begun it yet. ",
+        el("a", { href: "#/" }, "All runs"),
+      ),
+    );
   }
 
   /** Shows the page anew, a few times a second at the most. */
