@@ -121,6 +121,24 @@ def test_an_average_is_right_from_its_beginning(run: Run) -> None:
     assert run("series", "return module.smoothed([1, 2, 3], 0);") == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([], None),
+        ([0.5] * 10 + [1e23] * 300, {"newest": pytest.approx(1e23), "best": 0.5}),
+        # One push alone, one that was lucky, and one that began worse.
+        ([0.5] * 300 + [5.0], None),
+        ([2.0] * 50 + [0.00001] + [2.0] * 50, None),
+        ([1e9] * 5 + [0.5] * 300 + [1e3] * 300, None),
+        # Losses may be below 0.
+        ([-1.0] * 50 + [-0.5] * 300, None),
+    ],
+)
+def test_a_loss_runs_away(run: Run, losses: list[float], expected: dict[str, float] | None) -> None:
+    points = [{"step": step, "time": step, "value": loss, "count": 1} for step, loss in enumerate(losses)]
+    assert run("series", "return module.runaway(given);", points) == expected
+
+
 def test_rates_are_over_stretches(run: Run) -> None:
     points = [{"step": step, "time": 400 * step, "value": step} for step in range(11)]
     found = run("series", "return module.rates(given, 1000);", points)

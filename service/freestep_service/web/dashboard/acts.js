@@ -4,8 +4,11 @@ import { el, say } from "./dom.js";
 
 const ARMED_MS = 5000;
 
-/** A button that acts on its second click: the first has it ask. `act` may raise, and the button says why. */
-export function twice(label, question, act, { isGrave = false, title = null } = {}) {
+/** A button that acts on its second click: the first has it ask. `act` may raise, and the button says why.
+ *
+ * given(): what is acted with. It may raise, too, and then nothing is asked.
+ */
+export function twice(label, question, act, { isGrave = false, title = null, given = () => null } = {}) {
   const button = el("button", { type: "button", class: isGrave ? "act grave" : "act", title }, label);
   let timer = null;
 
@@ -19,6 +22,12 @@ export function twice(label, question, act, { isGrave = false, title = null } = 
   button.addEventListener("click", async () => {
     if (button.getAttribute("aria-disabled") === "true") return;
     if (timer === null) {
+      try {
+        given();
+      } catch (error) {
+        notify(`${label}: ${error.message}`, true);
+        return;
+      }
       button.classList.add("armed");
       button.textContent = question;
       say(`${question} Press again to do it, Escape to leave it.`);
@@ -28,7 +37,7 @@ export function twice(label, question, act, { isGrave = false, title = null } = 
     disarm();
     button.setAttribute("aria-disabled", "true");
     try {
-      notify(await act() ?? `${label}: done`);
+      notify(await act(given()) ?? `${label}: done`);
     } catch (error) {
       notify(`${label}: ${error.message}`, true);
     }
@@ -47,11 +56,11 @@ export function notify(text, isError = false) {
   setTimeout(() => toast.remove(), isError ? 12000 : 5000);
 }
 
-/** A field with a button that sets it, on the second click. */
-export function setting(label, { value, type = "text", inputmode = "decimal" }, question, act) {
+/** A field with a button that sets it, on the second click, to what `valueOf` makes of its text. */
+export function setting(label, { value, type = "text", inputmode = "decimal" }, question, act, valueOf) {
   const id = `setting-${++settings}`;
   const input = el("input", { id, type, inputmode, value, autocomplete: "off", spellcheck: "false" });
-  const button = twice("Set", question, () => act(input.value.trim()));
+  const button = twice("Set", question, act, { given: () => valueOf(input.value.trim()) });
   input.addEventListener("keydown", (event) => { if (event.key === "Enter") button.focus(); });
   return { element: el("div", { class: "setting" }, el("label", { for: id }, label), input, button), input };
 }

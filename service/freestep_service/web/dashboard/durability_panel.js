@@ -91,6 +91,11 @@ export class DurabilityPanel {
   }
 }
 
+function shardsOf(text) {
+  if (!/^[1-9][0-9]{0,2}$/.test(text)) throw new Error("the number of shards is a whole number");
+  return Number(text);
+}
+
 export class ShardsPanel {
   constructor(run, { isAdmin, onAct }) {
     this.body = el("tbody");
@@ -106,13 +111,12 @@ export class ShardsPanel {
       ),
     );
     if (isAdmin) {
-      const act = async (text) => {
-        if (!/^[1-9][0-9]{0,2}$/.test(text)) throw new Error("the number of shards is a whole number");
-        await call("POST", runPath(run, "/reshard"), { body: { shards: Number(text) } });
+      const act = async (shards) => {
+        await call("POST", runPath(run, "/reshard"), { body: { shards } });
         onAct();
-        return `the run has ${text} shards`;
+        return `the run has ${shards} shards`;
       };
-      const { element } = setting("Number of shards", { value: "", inputmode: "numeric" }, "Reshard the run?", act);
+      const { element } = setting("Number of shards", { value: "", inputmode: "numeric" }, "Reshard the run?", act, shardsOf);
       this.element.append(element);
     }
   }

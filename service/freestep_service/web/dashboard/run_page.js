@@ -4,7 +4,7 @@ import { CurvesPanel } from "./curves_panel.js";
 import { DataPanel } from "./data_panel.js";
 import { DecisionsPanel, StalenessPanel } from "./decisions_panel.js";
 import { DurabilityPanel, ShardsPanel, crashCost } from "./durability_panel.js";
-import { SteerPanel, inForce, pauseNote } from "./steer_panel.js";
+import { SteerPanel, inForce, lossNote, pauseNote } from "./steer_panel.js";
 import { Timeline } from "./timeline.js";
 import { WorkersPanel } from "./workers_panel.js";
 import { el, setText } from "./dom.js";
@@ -85,6 +85,7 @@ export class RunPage {
     const acting = { isAdmin: this.isAdmin, onAct: () => this.refresh() };
     this.facts = el("p", { class: "facts" });
     this.pause = pauseNote();
+    this.lossNote = lossNote();
     this.tiles = new Map(["Step", "Steps a second", "Loss", "Staleness", "Live workers", "A crash now would cost"].map((name) => {
       const value = el("dd");
       return [name, { value, element: el("div", { class: "tile" }, el("dt", {}, name), value) }];
@@ -101,7 +102,7 @@ export class RunPage {
     this.note = el("p", { class: "note replay-note" }, "What is shown of shards, checkpoints, data units and settings is of now.");
     this.element = el(
       "div", { class: "run-page" },
-      el("div", { class: "title" }, el("h1", {}, this.run), this.facts, this.pause.element),
+      el("div", { class: "title" }, el("h1", {}, this.run), this.facts, this.pause.element, this.lossNote.element),
       el("dl", { class: "tiles" }, [...this.tiles.values()].map((tile) => tile.element)),
       el("div", { class: "strip card" }, this.curves.controls, this.timeline.scrub, this.note),
       this.curves.grid,
@@ -167,6 +168,7 @@ export class RunPage {
     this.curves.show(record, others, this.timeline.shown(record.marks), whole);
     this.workers.show(record, isNow ? null : record.time ?? Date.now());
     this.staleness.show(record.stalenesses);
+    this.lossNote.show(record.loss.points);
     if (this.status === null) return;
     this.decisions.show(isNow ? this.status.pushes : record.decisions, record.reasons);
     this.showFacts();

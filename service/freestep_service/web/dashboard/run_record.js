@@ -132,7 +132,7 @@ export class RunRecord {
   on_shards(event) {
     const lost = event.owners.filter((owner) => owner === null).length;
     const all = event.shards === 1 ? "1 shard" : `${event.shards} shards`;
-    this.mark(event, "shards", all + (lost ? `, ${lost} without an owner` : ", none without an owner"));
+    this.mark(event, "shards", all + (lost ? `, ${lost} without an owner` : ""));
   }
 
   on_data(event) {

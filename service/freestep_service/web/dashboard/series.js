@@ -1,6 +1,9 @@
 // Numbers over steps and time, with a bound on how many are kept; and what is drawn of them.
 
 const MOST = 20000;
+/** The weight of the past in a loss that is compared with what it was, and how many times the best it may be. */
+const STEADY = 0.9;
+const MOST_TIMES = 100;
 
 /** Points (step, time, value, count), in the order of their steps: `count` observations have this mean. */
 export class Series {
@@ -60,6 +63,15 @@ export function smoothed(values, weight) {
     total = weight * total + (1 - weight);
     return average / total;
   });
+}
+
+/** {newest, best} of losses, smoothed, that have run away: to a hundred times the best, and above the first; else null. */
+export function runaway(points) {
+  if (points.length === 0) return null;
+  const losses = smoothed(evened(points).map((point) => point.value), STEADY);
+  const [first, newest] = [losses[0], losses.at(-1)];
+  const best = losses.reduce((least, loss) => Math.min(least, loss));
+  return newest > first && newest - best > (MOST_TIMES - 1) * Math.abs(best) ? { newest, best } : null;
 }
 
 /** How fast a count has grown, a second: points over stretches of at least `stretchMs`. */

@@ -2,6 +2,8 @@
 
 import { card, el, setText } from "./dom.js";
 import { setting, twice } from "./acts.js";
+import { number } from "./format.js";
+import { runaway } from "./series.js";
 import { call, runPath } from "./session.js";
 
 const OFFERED = ["lr", "base.lr", "weight_decay", "momentum", "betas", "max_grad_norm"];
@@ -59,8 +61,8 @@ export class SteerPanel {
 
   showSetting(name, text) {
     if (!this.settings.has(name)) {
-      const act = (given) => this.change({ optimizer: nested(name, valueOf(given)) }, `${name} is ${given} now`);
-      const made = setting(name, { value: text }, `Set ${name}?`, act);
+      const act = (value) => this.change({ optimizer: nested(name, value) }, `${name} is ${JSON.stringify(value)} now`);
+      const made = setting(name, { value: text }, `Set ${name}?`, act, valueOf);
       made.shown = text;
       this.settings.set(name, made);
       this.fields.append(made.element);
@@ -79,7 +81,7 @@ class PolicyFields {
     this.inForce = null;
     this.choice = el("select", { id: "policy" }, POLICIES.map((name) => el("option", { value: name }, name)));
     this.choice.addEventListener("change", () => this.fill(this.choice.value));
-    const button = twice("Set", "Change the policy?", () => act(this.given()));
+    const button = twice("Set", "Change the policy?", act, { given: () => this.given() });
     const row = (name, field, more) => el("div", { class: "setting" }, el("label", { for: field.id }, name), field, more);
     this.inputs = new Map(OF_POLICY.map((name) => {
       return [name, el("input", { id: `policy-${name}`, type: "text", inputmode: "numeric", autocomplete: "off" })];
@@ -131,6 +133,19 @@ function valueOf(text) {
   } catch {
     throw new Error(`${text || "nothing"} is no value: a number, a list of numbers such as [0.9, 0.999], or none`);
   }
+}
+
+/** A line that says that the loss has run away, and what helps. */
+export function lossNote() {
+  const element = el("p", { class: "bad" });
+  return {
+    element,
+    show(points) {
+      const found = runaway(points);
+      const told = found && `The loss is ${number(found.newest)}, and was ${number(found.best)} at its best. To go back, restore a checkpoint.`;
+      setText(element, told ?? "");
+    },
+  };
 }
 
 /** A line that says that the run takes no pushes. */

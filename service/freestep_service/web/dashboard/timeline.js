@@ -57,10 +57,12 @@ export class Timeline {
     this.slider.max = String(events.length);
     if (this.index === null) this.slider.value = String(events.length);
     const event = this.index === null ? null : events[Math.max(0, this.index - 1)];
-    const text = event === null || event === undefined
+    const isNow = event === null || event === undefined;
+    const text = isNow
       ? "Live"
       : `Event ${count(this.index)} of ${count(events.length)}: step ${count(event.step)}, ${clock(event.time)}`;
-    setText(this.place, text);
+    // The button beside it says the same of now.
+    setText(this.place, isNow ? "" : text);
     this.slider.setAttribute("aria-valuetext", text);
     this.liveButton.disabled = this.index === null;
     const marks = this.shown(record.marks).slice(-MOST_LISTED).reverse();
