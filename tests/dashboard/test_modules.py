@@ -185,18 +185,23 @@ def test_a_record_goes_back_with_its_run(run: Run) -> None:
     events = [
         *(push(step) for step in range(1, 6)),
         push(5, decision="dropped", reason="stale", staleness=9),
+        {**lease(1), "step": 2, "time": NOW},
+        {**lease(2, "expired"), "step": 5, "time": NOW},
         {"kind": "epoch", "id": "2-5", "epoch": 2, "step": 2, "time": NOW},
         push(3, epoch=2, coalesced=4),
     ]
     statements = (
         "const record = module.replayed(given, given.length, null);"
         " return [record.step, record.loss.points.map((point) => point.step), record.decisions,"
-        " [...record.reasons], record.workers.get('w').pushes, record.marks.map((mark) => mark.kind)];"
+        " [...record.reasons], record.workers.get('w').pushes,"
+        " record.marks.map((mark) => [mark.kind, mark.isGivenUp ?? false])];"
     )
     step, steps, decisions, reasons, pushes, marks = run("run_record", statements, events)
     assert (step, steps) == (3, [1, 2, 3])
     assert decisions == {"applied": 9, "accumulated": 0, "dropped": 1}
-    assert (reasons, pushes, marks) == ([["dropped: stale", 1]], 10, ["epoch"])
+    assert (reasons, pushes) == ([["dropped: stale", 1]], 10)
+    # What happened at steps that it gave up stays known, and lies over no step.
+    assert marks == [["join", False], ["kill", True], ["epoch", False]]
 
 
 def test_a_history_goes_before_the_first_event(run: Run) -> None:
@@ -218,6 +223,10 @@ def test_a_history_goes_before_the_first_event(run: Run) -> None:
     )
     assert run("run_history", statements, [history, push(8, epoch=2)]) == [[2, 3], [2, 4], [2]]
     assert run("run_history", "return module.historyBefore(null, given, []);", push(1)) is None
+    # One that says when it was is behind a push of its own step.
+    opened = {"kind": "epoch", "id": f"2-9.{NOW + 9000}", "epoch": 2, "step": 8}
+    assert run("run_history", statements, [history, opened])[0] == [2, 3, 8]
+    assert run("run_history", statements, [history, {**opened, "id": f"2-9.{NOW}"}])[0] == [2, 3]
 
 
 def test_milestones_count_once_beside_the_events(run: Run) -> None:

@@ -298,6 +298,36 @@ def test_a_run_that_does_not_exist_is_said_and_not_asked_for(service: ThreadServ
     expect(page.get_by_role("heading", name="Runs")).to_be_visible()
 
 
+def test_what_lies_in_a_gap_comes_from_the_history(api: Api, open_page: OpenPage) -> None:
+    """A page that was away for longer than the service keeps events."""
+    api.create(lease_ttl_ms=60_000)
+    lease = api.lease("gpu-1")
+    for step in range(20):
+        api.push(lease, step, Freestep_Loss="0.5")
+    page = open_page(api.url, f"#/runs/{api.run}")
+    reaches(page, 20)
+    found = page.evaluate(
+        """async (run) => {
+            const { RunFeed } = await import("/dashboard/files/run_feed.js");
+            let changed;
+            const next = () => new Promise((done) => { changed = done; });
+            const feed = new RunFeed(run, { changed: () => changed() });
+            const first = next();
+            feed.start();
+            await first;
+            const again = next();
+            feed.hear([{ kind: "gap", id: "1-9", epoch: 1, step: 5000, after: null, entries: null }], true);
+            const isEmpty = feed.events.length === 0;
+            await again;
+            feed.stop();
+            return [isEmpty, feed.record.marks.map((mark) => mark.kind), feed.record.step, feed.replayed(99).step];
+        }""",
+        api.run,
+    )
+    is_empty, kinds, *steps = found
+    assert is_empty and "join" in kinds and "gap" not in kinds and steps == [20, 20]
+
+
 # Names
 
 

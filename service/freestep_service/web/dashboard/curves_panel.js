@@ -72,7 +72,7 @@ export class CurvesPanel {
   show(record, others, marks, whole) {
     const { x, isLog, smoothing } = this.view;
     const range = extentOf(whole, x);
-    const options = { x, marks, range };
+    const options = { x, marks: marks.filter((mark) => isOn(x, mark)), range };
     const draw = (chart, lines, how = {}) => chart.show({ ...options, ...how, lines });
     draw(this.loss, this.lines("loss", record, others, (each) => evened(each.loss.points), smoothing), { isLog });
     for (const name of record.metrics.keys()) this.metric(name);
@@ -120,11 +120,16 @@ function kept() {
   }
 }
 
+/** Whether a mark lies on an axis: of steps that a run has given up, there are others by now. */
+function isOn(x, mark) {
+  return x === "time" || !mark.isGivenUp;
+}
+
 /** From the first to the last of what is known of a run. */
 function extentOf(record, x) {
   const ends = [record.steps, record.loss].flatMap((series) => [series.points[0], series.last]);
   // An epoch begins before its first push, and workers join then.
-  const points = [...ends, ...record.marks.filter((mark) => mark.kind === "epoch")].filter(Boolean);
+  const points = [...ends, ...record.marks.filter((mark) => mark.kind === "epoch" && isOn(x, mark))].filter(Boolean);
   if (points.length === 0) return null;
   const values = points.map((point) => (x === "time" ? point.time : point.step));
   return [Math.min(...values), Math.max(...values)];

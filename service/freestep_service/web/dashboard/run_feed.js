@@ -70,10 +70,15 @@ export class RunFeed {
 
   /** The run as it stood after so many of the kept events. */
   replayed(count) {
-    return replayed(this.events, count, this.past);
+    return replayed(this.events, Math.min(count, this.events.length), this.past);
   }
 
   hear(events, isLive) {
+    // What lies in a gap, the history knows.
+    if (this.history !== null && this.record.time !== null && events.some((event) => event.kind === "gap")) {
+      this.beginAgain();
+      return;
+    }
     dateEvents(events, isLive, this.record.time, this.times, this.milestones);
     if (this.events.length === 0 && this.past === null) {
       this.past = historyBefore(this.history, events[0], takeBefore(this.milestones, events[0]));

@@ -1,6 +1,6 @@
 // A run's curves and milestones over its whole life, where the service keeps them.
 
-import { isBefore, placeOf, reportKey } from "./event_times.js";
+import { isBefore, ownTime, placeOf, reportKey } from "./event_times.js";
 import { Refused, call, runPath } from "./session.js";
 
 const DECISIONS = ["applied", "accumulated", "dropped"];
@@ -41,7 +41,10 @@ export function takeBefore(milestones, event) {
 /** What was before an event, with these milestones, as `RunRecord.begin` takes it. */
 export function historyBefore(history, first, milestones) {
   if (history === null) return null;
-  const before = (curve) => pointsOf(curve, history.epochs).filter((point) => isBefore(point, first));
+  // A point of just its step may be a push that is told of behind it, unless it says when it was.
+  const time = ownTime(first);
+  const isPast = (point) => isBefore(point, first) || (time !== null && !isBefore(first, point) && point.time <= time);
+  const before = (curve) => pointsOf(curve, history.epochs).filter(isPast);
   const applied = before(history.curves.applied);
   const metrics = Object.entries(history.metrics).map(([name, curve]) => [name, before(curve)]);
   const epochs = history.epochs.filter((begun) => isBefore(begun, first)).map((begun) => {

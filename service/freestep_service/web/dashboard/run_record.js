@@ -57,6 +57,7 @@ export class RunRecord {
   }
 
   goBack(step) {
+    for (const mark of this.marks) if (mark.step > step) mark.isGivenUp = true;
     for (const series of [this.loss, this.staleness, this.steps, ...this.metrics.values()]) series.goBack(step);
   }
 

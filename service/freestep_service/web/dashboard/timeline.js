@@ -69,7 +69,7 @@ export class Timeline {
     this.empty.hidden = marks.length > 0;
     this.rows.show(marks, (mark) => `${mark.id} ${mark.kind}`, (row, mark) => {
       setText(row.when, `${clock(mark.time)} · step ${count(mark.step)}`);
-      setText(row.text, mark.text);
+      setText(row.text, mark.text + (mark.isGivenUp ? " (this step was given up)" : ""));
     });
   }
 
