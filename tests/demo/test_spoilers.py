@@ -26,7 +26,7 @@ from harness import ThreadService
 
 pytestmark = [pytest.mark.slow, pytest.mark.evidence]
 
-STEPS, WORKERS, BATCH = 300, 5, 32
+STEPS, WORKERS, BATCH = 600, 5, 32
 SGD: dict[str, Any] = {"algorithm": "sgd_schedule_free", "lr": 0.5, "warmup_steps": 20}
 
 Gradients = dict[str, Tensor]
@@ -45,6 +45,8 @@ RULES: dict[str, dict[str, Any]] = {
 }
 LOST = 0.5
 """An accuracy that the demo's model passes within some twenty steps."""
+NEAR = 0.02
+"""More than two standard errors of an accuracy of 0.965 on 500 images: another processor's floats move it as well."""
 
 
 class Trainer:
@@ -112,5 +114,5 @@ def test_the_mean_is_lost(trainer: Trainer, spoiler: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("spoiler", SPOILERS)
-def test_x_is_within_a_point_of_the_run_without_the_worker(trainer: Trainer, spoiler: str, rule: str) -> None:
-    assert trainer.accuracy(WORKERS, SPOILERS[spoiler], **RULES[rule]) > trainer.clean() - 0.01
+def test_x_is_near_that_of_the_run_without_the_worker(trainer: Trainer, spoiler: str, rule: str) -> None:
+    assert trainer.accuracy(WORKERS, SPOILERS[spoiler], **RULES[rule]) > trainer.clean() - NEAR
