@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -62,6 +63,12 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
 
         yield open_
         assert not wrong
+
+
+@pytest.fixture
+def run() -> str:
+    """The name of a run of the test's own."""
+    return f"run-{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture
