@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from freestep_service.settings import Settings
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal_reader import JournalContents
 from freestep_service.storage.journal_repair import (
     Examination,
     Repair,
@@ -40,7 +39,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 _COLUMNS = ("segment", "byte", "kind", "epoch", "seq", "step", "lease", "worker", "decision", "staleness",
             "body_bytes", "key")  # fmt: skip
 
-_BLOCK = 2**20
 _BEHIND = {
     "torn": "behind its end that are no whole frame, as a crash or a write under way leaves them",
     "allocated": "of room allocated in advance",
@@ -188,7 +186,7 @@ def _verdict(found: Examination) -> dict[str, Any]:
     verdict = {"run": found.directory.parent.name, "elements": found.directory.name, "bytes": found.bytes}
     if found.contents is None:
         return {**verdict, "damage": str(found.damage)}
-    entries, is_room = found.contents.entries, _is_room(found.contents)
+    entries = found.contents.entries
     return {
         **verdict,
         "epoch": found.contents.epoch,
@@ -196,23 +194,9 @@ def _verdict(found: Examination) -> dict[str, Any]:
         "entries": f"{entries[0].seq}-{entries[-1].seq}" if entries else "none",
         "undecided": len(found.contents.parts),
         "unsound": found.unsound or None,
-        "torn": 0 if is_room else found.contents.torn,
-        "allocated": found.contents.torn if is_room else 0,
+        "torn": found.contents.torn - found.allocated,
+        "allocated": found.allocated,
     }
-
-
-def _is_room(contents: JournalContents) -> bool:
-    """Whether what is behind the last frame is zeros: room that was allocated ahead, as a journal in use has it."""
-    if not contents.segments:
-        return False
-    last, count = contents.segments[-1], 0
-    with last.path.open("rb") as file:
-        file.seek(last.size)
-        while block := file.read(_BLOCK):
-            if block.count(0) < len(block):
-                return False
-            count += len(block)
-    return count == contents.torn
 
 
 def _sentence(verdict: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ __all__ = ["Examination", "Repair", "discard", "examine", "journal_directories",
 T = TypeVar("T")
 
 _ASIDE = ".damaged"
+_BLOCK = 2**20
 _MOST_LOOKS = 10
 """At a journal of which each shows another fault."""
 
@@ -47,12 +48,14 @@ class Examination:
     """A shard's journal, read wholly. contents: None where it is damaged. damage: what is lost, from where on.
 
     bytes: of its segments. unsound: undecided parts whose bodies are not whole, which nobody was answered for.
+    allocated: bytes behind its last frame that are zeros, as room that was allocated ahead is: they are no torn tail.
     """
 
     directory: Path
     bytes: int
     contents: JournalContents | None = None
     unsound: int = 0
+    allocated: int = 0
     damage: Damaged | None = None
 
 
@@ -131,7 +134,20 @@ def _examine(directory: Path) -> Examination:
             part.check()
         except Damaged:
             unsound += 1
-    return Examination(directory, size, contents, unsound)
+    return Examination(directory, size, contents, unsound, _allocated(contents))
+
+
+def _allocated(contents: JournalContents) -> int:
+    if not contents.segments:
+        return 0
+    last, count = contents.segments[-1], 0
+    with last.path.open("rb") as file:
+        file.seek(last.size)
+        while block := file.read(_BLOCK):
+            if block.count(0) < len(block):
+                return 0
+            count += len(block)
+    return count if count == contents.torn else 0
 
 
 def _read_bodies(contents: JournalContents) -> None:
