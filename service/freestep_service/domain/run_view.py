@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from freestep_service.domain.records import Origin
+from freestep_service.domain.records import LogPosition, Origin
 
 __all__ = ["DamagedRun", "RunView"]
 
@@ -105,6 +105,11 @@ class RunView:
     def is_owned(self, shard: int) -> bool:
         ends = self.field(shard, "ends")
         return ends is not None and int(ends) > self.now_ms
+
+    @property
+    def position(self) -> LogPosition:
+        """How much of the log Redis knows."""
+        return LogPosition(self.number("epoch"), self.number("seq"))
 
     def owned_by(self, node: str) -> dict[int, str]:
         """The shards that a process owns, by its id, and their tokens."""

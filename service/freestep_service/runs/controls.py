@@ -20,7 +20,7 @@ from freestep_service.coordination.leases import EndedWorker
 from freestep_service.coordination.run_scripts import not_open
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.control import Control
-from freestep_service.domain.records import Behind, LogPosition, Owner
+from freestep_service.domain.records import Behind, Owner
 from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
@@ -80,7 +80,7 @@ class Controls:
         """
         known = self._shards.require_any().core.writer.position
         view = await self._opening.read()
-        if view is None or (view.number("epoch"), view.number("seq")) < known:
+        if view is None or view.position < known:
             raise Behind
         if view.phase != "open":
             raise not_open(self._context.name, view.missing())
@@ -122,7 +122,7 @@ class Controls:
     async def _require_kept(self, view: RunView) -> None:
         """Has on disk what has counted before, here or at another process, and may not have come there."""
         if self._context.keeps_journal:
-            await self._appends.on_disk(LogPosition(view.number("epoch"), view.number("seq")))
+            await self._appends.on_disk(view.position)
         elif Control.of(view.run) != self._checkpointing.control:
             await self._save()
 

@@ -277,5 +277,4 @@ def _knows_later(view: RunView, decision: Decision) -> bool:
     """Whether Redis has what was said of a run after the state that it goes back to."""
     if decision.live or "lost" in view.run:
         return False
-    place = (view.number("epoch"), view.number("seq"))
-    return decision.upload != "" or decision.cut is None or place >= (decision.cut.epoch, decision.cut.seq)
+    return decision.upload != "" or decision.cut is None or view.position >= (decision.cut.epoch, decision.cut.seq)

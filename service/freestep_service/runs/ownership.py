@@ -176,7 +176,7 @@ class Ownership:
             self._note_wrong(view)
             if view.has_lost_key and len(self._shards):
                 self._recovery.reopen("Redis has lost what its shards have seen")
-            is_behind = (view.number("epoch"), view.number("seq")) < position
+            is_behind = view.position < position
             # Initial weights are no entry of the log.
             is_behind |= is_initialized and not view.number("initialized")
             mine = view.owned_by(self._node.id)

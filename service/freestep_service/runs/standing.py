@@ -108,7 +108,7 @@ class Standing:
                 return Report(
                     newest, core.initialized, offers=await self._stored.offers(core.index, self._shards.count)
                 )
-        is_lost = "lost" in view.run or (view.number("epoch"), view.number("seq")) < writer.position
+        is_lost = "lost" in view.run or view.position < writer.position
         if core.loaded is not None:
             if is_lost:
                 writer.pause(forget=True)
@@ -118,7 +118,7 @@ class Standing:
             live = CheckpointId(writer.epoch, step, seq)
             if asked is not None:
                 live, entries = await exchange_entries(self._context, shard, view, is_paused=is_lost)
-            is_there = is_lost or (live.epoch, live.seq) == (view.number("epoch"), view.number("seq"))
+            is_there = is_lost or (live.epoch, live.seq) == view.position
             if not is_there and (core.journal is None or live.epoch != view.number("epoch")):
                 # Entries of the log are missing here: from there it cannot go on.
                 live = core.loaded = None

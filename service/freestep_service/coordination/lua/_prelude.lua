@@ -36,8 +36,8 @@
 --                     (the newest entry of this epoch's log that it has applied), K:journal (the word of who writes its
 --                     journal, in the file `owner` beside that), and other fields of heartbeats
 --   staged    hash    idempotency key -> JSON {at, queued, lease, parts: {K: {digest, norm, bytes}}} of a pending push,
---                     where there are several shards; or {at, claim, slug, detail, parts} of one that was refused before all of
---                     its parts had come
+--                     where there are several shards; or {at, claim, slug, detail, parts} of one that was refused
+--                     before all of its parts had come
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
 --                     kind (push, pull or state; older versions wrote none)}
@@ -45,8 +45,9 @@
 --   out       hash    NAME UNIT -> lease that has this unit, and since when (ms since 1970)
 --   held      zset    LEASE NAME UNIT of the same units, with sixteen digits
 --   back      zset    NAME UNIT, with sixteen digits, of the units that were handed out and given back
--- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease) or distances (hash, see report_distances.lua: shard -> EPOCH-SEQ and its part of the
--- distances between the pushes of an update; all -> EPOCH-SEQ and the parts of the newest update that has them all).
+-- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease) or distances
+-- (hash, see report_distances.lua: shard -> EPOCH-SEQ and its part of the distances between the pushes of an update;
+-- all -> EPOCH-SEQ and the parts of the newest update that has them all).
 --
 -- Scripts publish what they change as JSON on the channel freestep:{run}:messages, to the owners of other shards. Runs
 -- of one shard need no messages, except that the slowest worker has moved. An owner that misses messages reads the log.

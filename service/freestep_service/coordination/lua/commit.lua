@@ -9,9 +9,9 @@
 --          update, else 0, 16 the worker's speed or an empty string, 17 bytes of that part of the body
 -- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {lost} (the run was opened again, or the push refused,
 --          since it was admitted), {lease-expired}, {epoch-changed, epoch}, {unit-not-held, units}, {run-paused},
---          {staged} (other shards have not staged their parts; a message with the decision follows), {refused} (the norm is too large), or
---          {committed, record, evicted idempotency keys ...}; the record's seq is 0 if the push was dropped, unless that
---          was for want of norms to compare its own with: then the log tells of it
+--          {staged} (other shards have not staged their parts; a message with the decision follows), {refused} (the norm
+--          is too large), or {committed, record, evicted idempotency keys ...}; the record's seq is 0 if the push was
+--          dropped, unless that was for want of norms to compare its own with: then the log tells of it
 
 -- Pushes that are remembered, how many of one worker count for its median, and of how many workers outliers are counted.
 local KEPT_NORMS, NEWEST, MOST_NAMED = 128, 5, 1024

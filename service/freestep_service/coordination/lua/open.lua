@@ -8,11 +8,11 @@
 --          windows), 14 generation that was gathered, 15 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live:
 --          true if the state that a shard holds is that cut, upload: the import whose parts shards hold, if it is
 --          that}), 16 metrics (JSON: name -> value as in report_metric.lua), 17 numbers of pushes (JSON: decision ->
---          number) as shards have counted them, or for a Redis that has lost them, 18 norms, 19 outliers and 20 banned (JSON, as the run's hash has
---          them), 21 data sets (JSON: name -> {spec (text), total (text), reached, open}, see domain/data_sets.py),
---          22 control, 23 paused and 24 suspended (as the run's hash has them), 25 a checkpoint that is on disk
---          (EPOCH-STEP-SEQ) and 26 its step, for a Redis that knows of none, or empty strings, then idempotency key and
---          record, in turn, oldest first
+--          number) as shards have counted them, or for a Redis that has lost them, 18 norms, 19 outliers and 20 banned
+--          (JSON, as the run's hash has them), 21 data sets (JSON: name -> {spec (text), total (text), reached, open},
+--          see domain/data_sets.py), 22 control, 23 paused and 24 suspended (as the run's hash has them), 25 a
+--          checkpoint that is on disk (EPOCH-STEP-SEQ) and 26 its step, for a Redis that knows of none, or empty
+--          strings, then idempotency key and record, in turn, oldest first
 -- returns  {late} (another generation has begun), or {load}, which begins a generation too
 
 if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[14] then return {'late'} end
@@ -64,13 +64,12 @@ redis.call('HSETNX', RUN, 'created_ms', text(clock()))
 if ARGV[25] ~= '' and redis.call('HSETNX', RUN, 'durable', ARGV[25]) == 1 then
   redis.call('HSET', RUN, 'durable_step', ARGV[26])
 end
-local upload = cjson.decode(ARGV[15]).upload
-if upload then redis.call('HSET', RUN, 'upload', upload) end
-local live = cjson.decode(ARGV[15]).live
+local target = cjson.decode(ARGV[15])
+if target.upload then redis.call('HSET', RUN, 'upload', target.upload) end
 for decision, pushes in pairs(cjson.decode(ARGV[17])) do
   -- Shards that go on with what they hold know what has counted, and Redis may be ahead of them or behind. Dropped pushes
   -- are in no log.
-  redis.call(live and decision ~= 'dropped' and 'HSET' or 'HSETNX', RUN, decision, text(pushes))
+  redis.call(target.live and decision ~= 'dropped' and 'HSET' or 'HSETNX', RUN, decision, text(pushes))
 end
 
 for name in string.gmatch(redis.call('HGET', RUN, 'datasets') or '', '%S+') do
