@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,22 @@ def test_near_the_end_of_a_disk_journals_leave_room_for_each_other(tmp_path: Pat
         for each in journals:
             each.push("two", body())
             each.entry(101, "two")
+
+
+def test_no_byte_is_allocated_twice(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, ranges = os.posix_fallocate, []
+
+    def record(descriptor: int, begin: int, length: int) -> None:
+        ranges.append((begin, begin + length))
+        allocate(descriptor, begin, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", record)
+    writing.begin()
+    for seq in range(101, 141):
+        writing.push(str(seq), body(400_000))
+        writing.entry(seq, str(seq))
+    assert len(ranges) > 3
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))
 
 
 @pytest.fixture

@@ -250,12 +250,16 @@ def _allocate(descriptor: int, size: int, ahead: int) -> int:
     """Gives a file its size, and more as the disk has room; returns what it has. Raises OSError.
 
     A system may take all that is left before it finds that this is not enough, and other journals would be refused
-    meanwhile. So no more than a share of what is free is taken ahead.
+    meanwhile. So no more than a share of what is free is taken ahead. What the file has is not asked for again: a file
+    system in memory goes through every page that it is asked for.
     """
+    has = os.fstat(descriptor).st_size
     disk = os.fstatvfs(descriptor)
     ahead = min(ahead, disk.f_bavail * disk.f_frsize // _SHARE)
+    if size + ahead <= has:
+        return has
     try:
-        os.posix_fallocate(descriptor, 0, size + ahead)
+        os.posix_fallocate(descriptor, has, size + ahead - has)
     except OSError as error:
         # Such a file system tells in a write that it is full.
         if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
@@ -263,6 +267,7 @@ def _allocate(descriptor: int, size: int, ahead: int) -> int:
         # A quota may leave less than the disk.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        os.posix_fallocate(descriptor, 0, size)
-        return size
+        if size > has:
+            os.posix_fallocate(descriptor, has, size - has)
+        return max(size, has)
     return size + ahead
