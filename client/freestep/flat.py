@@ -12,6 +12,7 @@ from torch import Tensor
 
 from freestep.api.models import PointDtype
 from freestep.errors import DtypeOverflow, FreestepError, ManifestMismatch
+from freestep.host_copies import copy_on_host
 from freestep.wire.encoding import SCALE
 from freestep.wire.header import encode_header
 from freestep.wire.manifest import Manifest, Slot
@@ -237,8 +238,9 @@ def is_beyond_f16(tensor: Tensor) -> bool:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor], outside: list[Tensor]) -> None:
-    """Copies each source to its target and waits for it; `outside` are those that may be on CUDA devices."""
-    if not targets:
+    """Copies each source to its target and waits for it; `outside` are those that may be on other devices."""
+    if all(each.device.type == "cpu" for each in outside):
+        copy_on_host(targets, sources)
         return
     devices = {each.device for each in outside if each.is_cuda}
     torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
