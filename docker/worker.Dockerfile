@@ -42,6 +42,8 @@ ENV PATH=/opt/freestep/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     OMP_NUM_THREADS=1 \
     MPLCONFIGDIR=/tmp/matplotlib
+# `docker stop` has a script of your own release its lease.
+ENV FREESTEP_LEAVE_ON_SIGTERM=1
 # A number, so that Kubernetes can tell that it is not root.
 USER 10001:10001
 WORKDIR /tmp

@@ -9,6 +9,7 @@ from freestep.client import Client
 from freestep.errors import *  # noqa: F403
 from freestep.errors import __all__ as _errors
 from freestep.lease import Claim, HeldLease
+from freestep.leaving import leave_on_sigterm
 from freestep.run import Run
 
 if TYPE_CHECKING:
@@ -93,5 +94,6 @@ __all__ = [
     "reestimate_batchnorm",
     "export_state",
     "import_state",
+    "leave_on_sigterm",
     *_errors,
 ]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
 from freestep.api.models import Lease
 from freestep.errors import EpochChanged, FreestepError, LeaseExpired, RunNotFound
+from freestep.leaving import PATIENCE_S
 from freestep.transport import Transport
 
 __all__ = ["Claim", "HeldLease", "worker_name"]
@@ -75,10 +79,10 @@ class Claim:
 class HeldLease:
     """A worker's lease, from `Run.lease`; a daemon thread renews it every third of its time to live.
 
-    Use it as a context manager, or call `release`. Attributes: `granted`, the lease as the service granted it (ID,
-    token, worker, `ttl_ms`, epoch, step); `lost`, None while the lease is good as far as is known, else the error that
-    ended it (LeaseExpired, EpochChanged or RunNotFound). A lost lease is not replaced: take a new one, and pull y,
-    since the run may have gone back to an earlier step.
+    Use it as a context manager, or call `release`; one that is left is released when the process exits. Attributes:
+    `granted`, the lease as the service granted it (ID, token, worker, `ttl_ms`, epoch, step); `lost`, None while the
+    lease is good as far as is known, else the error that ended it (LeaseExpired, EpochChanged or RunNotFound). A lost
+    lease is not replaced: take a new one, and pull y, since the run may have gone back to an earlier step.
 
     Safe to use from several threads. In a forked child it is the parent's: there it is neither renewed nor released.
 
@@ -99,8 +103,9 @@ class HeldLease:
         self._path = f"{path}/{lease.lease}"
         self._released = threading.Event()
         self._process = os.getpid()
-        self._thread = threading.Thread(target=self._renew, name=f"freestep-lease-{lease.worker}", daemon=True)
+        self._thread = threading.Thread(target=self._hold, name=f"freestep-lease-{lease.worker}", daemon=True)
         self._thread.start()
+        _leases.add(self)
 
     def claim(
         self,
@@ -122,7 +127,7 @@ class HeldLease:
         """
         return Claim(self.granted.lease, self.granted.token, step, samples, loss, speed, units or {})
 
-    def _renew(self) -> None:
+    def _hold(self) -> None:
         while not self._released.wait(self.granted.ttl_ms / 3000):
             try:
                 self._transport.request("PUT", self._path, retry=False)
@@ -132,17 +137,17 @@ class HeldLease:
             except Exception as error:
                 # The next renewal, or the next push, will show whether the lease has ended meanwhile.
                 logger.debug("the lease of %s could not be renewed: %s", self.granted.worker, error)
+        try:
+            self._transport.request("DELETE", self._path, retry=False)
+        except Exception as error:
+            logger.debug("the lease of %s could not be released: %s", self.granted.worker, error)
 
     def release(self) -> None:
-        """Ends the lease, so that groups do not wait for this worker; sends one request at most, and never raises."""
-        if self._process != os.getpid() or self._released.is_set():
-            return
-        self._released.set()
-        if self.lost is None:
-            try:
-                self._transport.request("DELETE", self._path, retry=False)
-            except Exception as error:
-                logger.debug("the lease of %s could not be released: %s", self.granted.worker, error)
+        """Ends the lease, so that groups do not wait for this worker, and its units of data are others'.
+
+        Sends one request at most, waits for it for 5 seconds at most, and never raises.
+        """
+        _release([self])
 
     def __enter__(self) -> Self:
         return self
@@ -151,3 +156,22 @@ class HeldLease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+_leases: WeakSet[HeldLease] = WeakSet()
+"""Those that have not been collected: a lease's thread keeps it until it has ended."""
+
+
+def _release(leases: Iterable[HeldLease]) -> None:
+    own = [lease for lease in leases if lease._process == os.getpid()]
+    deadline = time.monotonic() + PATIENCE_S
+    for lease in own:
+        # Its thread sends the request, so that a signal which breaks the wait for it off does not break that off.
+        lease._released.set()
+    for lease in own:
+        # A thread that collects garbage may release the lease that it holds.
+        if lease._thread is not threading.current_thread():
+            lease._thread.join(max(deadline - time.monotonic(), 0.0))
+
+
+atexit.register(lambda: _release(list(_leases)))

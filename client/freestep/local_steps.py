@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from freestep.answers import Pulled
 from freestep.errors import DtypeOverflow, FreestepError, ManifestMismatch, NonFiniteGradient
 from freestep.inflight_push import require_stale_gradients_accepted
+from freestep.leaving import raise_if_leaving
 from freestep.optimizer import RemoteOptimizer
 from freestep.rounds import LocalRound
 from freestep.taken_units import by_name
@@ -169,6 +170,7 @@ class LocalSteps(RemoteOptimizer):
             ManifestMismatch: A parameter of the run was frozen, or a frozen one has a gradient; no step was taken.
             FreestepError: As for `push`, after the step was taken.
         """
+        raise_if_leaving()
         self._require_open()
         self._cautions.before_step(self.param_groups)
         self._require_y("step")

@@ -25,6 +25,7 @@ from freestep.flat import Flat
 from freestep.gradients import PushFormat
 from freestep.groups import split_frozen
 from freestep.lease import worker_name
+from freestep.leaving import leave_if_asked
 from freestep.process_group import worker_group
 from freestep.pushing_optimizer import PushingOptimizer
 from freestep.resume import OnMissing, way_to_resume
@@ -66,7 +67,8 @@ class RemoteOptimizer(PushingOptimizer):
     residual before and after a push, and the encoded bytes: 14 bytes a parameter for BF16, instead of 2. Large fp32
     gradients in host memory are sent without a copy.
 
-    Not safe to use from several threads. Use it as a context manager, or call `close`.
+    Not safe to use from several threads. Use it as a context manager, or call `close`. With FREESTEP_LEAVE_ON_SIGTERM=1
+    in the environment, it calls `leave_on_sigterm`.
 
     Example:
         >>> with freestep.RemoteOptimizer(model, url="http://127.0.0.1:8000", run="mnist", lr=2.5e-3) as opt:
@@ -170,6 +172,8 @@ class RemoteOptimizer(PushingOptimizer):
         self._on_missing = on_missing
         ranks = worker_group(process_group)
         with ranks.raise_on_all():
+            # Before there is a lease.
+            leave_if_asked()
             kept, frozen = split_frozen(params)
             push_format = PushFormat(
                 push_dtype,

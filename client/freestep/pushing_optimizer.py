@@ -29,6 +29,7 @@ from freestep.errors import (
 )
 from freestep.inflight_push import InflightPush, require_stale_gradients_accepted
 from freestep.joined_optimizer import JoinedOptimizer
+from freestep.leaving import is_leaving, raise_if_leaving
 from freestep.taken_units import TakenUnit, by_name
 from freestep.uncompiled import uncompiled
 from freestep.update_wait import FIRST_WAIT_S, log_update_wait
@@ -104,6 +105,7 @@ class PushingOptimizer(JoinedOptimizer):
             ValueError: `overlap` is set, and the run's policy drops gradients that are one step stale.
             ServiceUnreachable: The service did not answer in time; it is unknown whether the push counted.
         """
+        raise_if_leaving()
         self._require_open()
         self._cautions.before_step(self.param_groups)
         self._warn_of_changed_weights()
@@ -328,7 +330,12 @@ class PushingOptimizer(JoinedOptimizer):
     # Until when it is open
 
     def close(self) -> None:
-        """Waits for a push in flight, as `flush` does, and releases the lease; the model is not changed."""
+        """Waits for a push in flight, as `flush` does, and releases the lease; the model is not changed.
+
+        After SIGTERM, where `leave_on_sigterm` says so, it does not wait.
+        """
+        if is_leaving():
+            self._abandon_push()
         try:
             if self._process == os.getpid():
                 self.flush()
@@ -340,7 +347,11 @@ class PushingOptimizer(JoinedOptimizer):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes the optimizer; after an error in the block, without waiting for a push in flight."""
-        if error is not None and self._progress.inflight is not None:
+        if error is not None:
+            self._abandon_push()
+        super().__exit__(kind, error, trace)
+
+    def _abandon_push(self) -> None:
+        if self._progress.inflight is not None:
             self._progress.inflight.abandon()
             self._progress.inflight = None
-        super().__exit__(kind, error, trace)

@@ -33,6 +33,7 @@ from freestep.errors import (
     Unauthenticated,
     UnexpectedResponse,
 )
+from freestep.leaving import PATIENCE_S, is_leaving
 from freestep.outages import Outages, cause_of
 from freestep.responses import Answer, Destination, GatewayError, read
 from freestep.service_url import without_password
@@ -207,6 +208,8 @@ class Transport:
     ) -> httpx.Response:
         """Sends a request once, as `request` has it; the answer, with its body unread. url: as of a Route."""
         patience = self._http.timeout.read or 30.0
+        if is_leaving():
+            patience, wait = min(patience, PATIENCE_S), 0.0
         connect = min(patience, _CONNECT_S) if url else patience
         timeout = httpx.Timeout(patience, connect=connect, read=patience + wait)
         base = url or str(self.base_url).rstrip("/")
@@ -237,6 +240,8 @@ class Transport:
                     raise
                 return send(url)
 
+        if is_leaving():
+            seconds = 0.0
         deadline = self._clock() + seconds
         longest = _FIRST_PAUSE_S
         failed: set[str] = set()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from freestep.api.data import Claimed
 from freestep.api.models import Lease
 from freestep.errors import DataNotFound, EpochChanged, FreestepError, LeaseExpired, RunNotInitialized
+from freestep.leaving import is_leaving
 from freestep.optimizer import RemoteOptimizer
 from freestep.run import Run
 from freestep.taken_units import TakenUnit
@@ -79,8 +80,8 @@ class UnitSource:
 
     def give_back(self, begun: Sequence[StockedUnit] = ()) -> None:
         """Gives back what is in stock, and units that never got to the training loop."""
-        if not self._optimizer._is_open:
-            # A loop that outlives the optimizer, whose lease has given all back, or one in a fork.
+        if is_leaving() or not self._optimizer._is_open:
+            # A loop that outlives the optimizer, whose lease has given all back, or will, or one in a fork.
             return
         left = [*begun, *self._stock.empty()]
         self._optimizer._progress.units.give_back(self._taken(each) for each in left if each.lease.lease == self.lease)

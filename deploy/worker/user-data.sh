@@ -36,8 +36,11 @@ Environment=FREESTEP_URL=$URL FREESTEP_RUN=$RUN FREESTEP_TOKEN_FILE=/etc/freeste
 # For so long the service may be away.
 Environment=FREESTEP_RETRY_SECONDS=600
 ExecStart=/opt/freestep/bin/python /etc/freestep/train.py
-# KeyboardInterrupt in Python: the script leaves its with block, and so gives its lease back.
-KillSignal=SIGINT
+# SIGTERM has the script leave its with block, and so give its lease back; with or without one it ends with 143. Only the
+# script gets the signal, not a DataLoader's workers, whose end it would take for an error.
+Environment=FREESTEP_LEAVE_ON_SIGTERM=1
+KillMode=mixed
+SuccessExitStatus=143
 TimeoutStopSec=20
 Restart=on-failure
 RestartSec=5

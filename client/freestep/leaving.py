@@ -1,0 +1,97 @@
+"""How SIGTERM ends a worker's script: as Ctrl-C does, but without a traceback, and with exit code 143.
+
+The law of this file: the first SIGTERM raises SystemExit in the main thread, so that `with` and `finally` blocks run,
+and later ones do nothing, so that these run to their end. From then on no request is repeated, and none waits for long.
+An action that SIGTERM has already is never replaced, and a forked child has the default one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType
+
+from freestep.errors import InvalidSetting
+
+__all__ = ["PATIENCE_S", "is_leaving", "leave_if_asked", "leave_on_sigterm", "raise_if_leaving"]
+
+logger = logging.getLogger("freestep")
+
+PATIENCE_S = 5.0
+"""Seconds for which a process that leaves waits for a request. Docker kills it 10 s after SIGTERM, Kubernetes 30 s."""
+
+_VARIABLE = "FREESTEP_LEAVE_ON_SIGTERM"
+_EXIT_CODE = 128 + signal.SIGTERM
+
+_is_leaving = False
+_is_told = False
+
+
+def leave_on_sigterm() -> None:
+    """Has SIGTERM end this process as Ctrl-C does, but without a traceback, and with exit code 143.
+
+    SystemExit is raised in the main thread: `with` and `finally` blocks run, and leases are released, those of
+    optimizers that no `with` block closes too; units of data that are out are given back with them. A push under way is
+    abandoned: it counts once or not at all. Once the signal has come, requests are not repeated, and wait for 5 seconds
+    at most. If something catches the exception, the next `step` raises it again. Later SIGTERMs change nothing.
+
+    Call it in the main thread, as early as you like: process 1 of a container ignores SIGTERM until then. With
+    FREESTEP_LEAVE_ON_SIGTERM=1 in the environment, an optimizer calls it when it is made. It does nothing, and the log
+    says so once, in other threads, and where SIGTERM has another than its default action: a handler of your own, or of
+    a library that stops training by it. Forked children, as a DataLoader's workers are, have the default action.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        _tell(logging.WARNING, "SIGTERM will not end this process in order: leave_on_sigterm() needs the main thread")
+        return
+    present = signal.getsignal(signal.SIGTERM)
+    if present is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _leave)
+    elif present is not _leave:
+        _tell(logging.INFO, f"SIGTERM is handled already, and leave_on_sigterm() does not replace that: {present}")
+
+
+def leave_if_asked() -> None:
+    """Calls `leave_on_sigterm` if the environment says so. Raises InvalidSetting if it says neither 0 nor 1."""
+    value = os.environ.get(_VARIABLE) or "0"
+    if value not in ("0", "1"):
+        raise InvalidSetting(f"{_VARIABLE} must be 0 or 1, not {value!r}")
+    if value == "1":
+        leave_on_sigterm()
+
+
+def is_leaving() -> bool:
+    """Whether SIGTERM has come."""
+    return _is_leaving
+
+
+def raise_if_leaving() -> None:
+    """Raises SystemExit again, where SIGTERM has come and something has caught it: a `__del__`, for example."""
+    if _is_leaving:
+        raise SystemExit(_EXIT_CODE)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    global _is_leaving
+    if not _is_leaving:
+        _is_leaving = True
+        raise SystemExit(_EXIT_CODE)
+
+
+def _tell(level: int, message: str) -> None:
+    global _is_told
+    if not _is_told:
+        _is_told = True
+        logger.log(level, message)
+
+
+def _stay() -> None:
+    """Called in a forked child."""
+    global _is_leaving
+    _is_leaving = False
+    if signal.getsignal(signal.SIGTERM) is _leave:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_stay)

@@ -1,0 +1,217 @@
+"""A worker that works until it is ended, in a process of its own; test_leaving.py sends it signals.
+
+python tests/client/leaving_worker.py URL RUN FORM
+
+FORM is a function below. It says a line when it has begun, and what is left of it says more as it ends. Its lease lasts
+for an hour unless it is released.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import freestep
+
+torch.set_num_threads(1)
+url, name, form = sys.argv[1:]
+LENGTH = 4000
+
+
+def say(line: object) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def options(**others: Any) -> dict[str, Any]:
+    # No attempt at a request ends by itself while a test lasts.
+    client = freestep.Client(url, timeout=600, retry_for=600)
+    return {"client": client, "run": name, "lease_ttl_ms": 3_600_000, "shards": 2, "aggregation": "async", **others}
+
+
+def optimizer(**others: Any) -> freestep.RemoteOptimizer:
+    return freestep.RemoteOptimizer(model, algorithm="sgd", lr=1.0, **options(**others))
+
+
+def step(opt: Any, **how: Any) -> None:
+    opt.zero_grad()
+    model(torch.ones(1, 4)).sum().backward()
+    opt.step(**how)
+
+
+def work(opt: Any, **how: Any) -> None:
+    """Takes steps without end; says one line after the second, and at the end of which step it has been told."""
+    try:
+        step(opt, **how)
+        step(opt, **how)
+        say("begun")
+        while True:
+            step(opt, **how)
+    finally:
+        say(opt.loaded.step)
+
+
+def block() -> None:
+    with optimizer() as opt:
+        work(opt)
+
+
+def loose() -> None:
+    work(optimizer())
+
+
+def closed() -> None:
+    with closing(optimizer()) as opt:
+        work(opt, overlap=True)
+
+
+def dropped_in() -> None:
+    work(freestep.AdamWScheduleFree(model, lr=0.01, **options()))
+
+
+def closure_form() -> None:
+    opt = freestep.AdamWScheduleFreeClosure(model, lr=0.01, **options())
+
+    def closure() -> Any:
+        opt.zero_grad()
+        loss = model(torch.ones(1, 4)).sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    say("begun")
+    while True:
+        opt.step(closure)
+
+
+def local_steps() -> freestep.LocalSteps:
+    return freestep.LocalSteps(model, torch.optim.SGD(model.parameters(), lr=0.1), every=10**9, **options())
+
+
+def rounds() -> None:
+    work(local_steps())
+
+
+def pushed_round() -> None:
+    opt = local_steps()
+    try:
+        work(opt)
+    finally:
+        opt.push()
+        say(opt.receipt.decision if opt.receipt else None)
+
+
+def units() -> None:
+    opt = optimizer()
+    for number, _ in enumerate(freestep.Units(opt, LENGTH, unit=1, passes=None)):
+        step(opt)
+        if number == 20:
+            say("begun")
+
+
+def loader() -> None:
+    opt = optimizer()
+    batches = freestep.Units(opt, LENGTH, unit=4, passes=None).loader(range(LENGTH), batch_size=4, num_workers=2)
+    for number, _ in enumerate(batches):
+        step(opt)
+        if number == 20:
+            say("begun")
+
+
+def pull() -> None:
+    opt = optimizer()
+    step(opt)
+    say("begun")
+    opt._run.pull("y", min_step=10**6, wait=600)
+
+
+def lease() -> None:
+    optimizer().close()
+    freestep.leave_on_sigterm()
+    held = freestep.Client(url).run(name).lease("by hand", ttl_ms=3_600_000)
+    say("begun")
+    while held:
+        signal.pause()
+
+
+def slow_end() -> None:
+    with optimizer():
+        try:
+            say("begun")
+            signal.pause()
+        finally:
+            say("leaving")
+            sys.stdin.readline()
+            say("finished")
+
+
+def swallowed() -> None:
+    class Kept:
+        def __del__(self) -> None:
+            say("begun")
+            signal.pause()
+
+    with optimizer() as opt:
+        kept = Kept()
+        del kept
+        say("goes on")
+        step(opt)
+        say("has gone on")
+
+
+def handled() -> None:
+    ended = threading.Event()
+
+    def end(*_: object) -> None:
+        ended.set()
+
+    signal.signal(signal.SIGTERM, end)
+    with optimizer() as opt:
+        say("begun")
+        while not ended.wait(0.01):
+            step(opt)
+        say(signal.getsignal(signal.SIGTERM) is end)
+
+
+def forked() -> None:
+    opt = optimizer()
+    child = os.fork()
+    if not child:
+        signal.pause()
+    say(child)
+    say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    work(opt)
+
+
+def ranks() -> None:
+    dist.init_process_group("gloo")
+    with optimizer(process_group=True) as opt:
+        step(opt)
+        step(opt)
+        if dist.get_rank() == 0:
+            say("begun")
+        while True:
+            step(opt)
+
+
+forms: dict[str, Callable[[], None]] = {
+    each.__name__: each
+    for each in (
+        block, loose, closed, dropped_in, closure_form, rounds, pushed_round, units, loader, pull, lease, slow_end,
+        swallowed, handled, forked, ranks,
+    )
+}  # fmt: skip
+model = nn.Linear(4, 3)
+if __name__ == "__main__":
+    multiprocessing.set_start_method("fork")
+    forms[form]()

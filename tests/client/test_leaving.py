@@ -1,0 +1,235 @@
+"""Workers that are sent SIGTERM, each a process of its own: their leases and their units are free when they have ended.
+
+Their leases last for an hour, and no request of theirs is given up while a test lasts, so nothing but the signal frees
+them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from freestep import InvalidSetting, Run, leave_on_sigterm
+from freestep.leaving import leave_if_asked
+from harness import ProcessService, ThreadService
+from meanwhile import DEADLINE_S, wait_until
+
+WORKER = Path(__file__).with_name("leaving_worker.py")
+LEFT = 128 + signal.SIGTERM
+
+
+class Worker:
+    """A worker's process, which has begun."""
+
+    def __init__(self, folder: Path, url: str, run: str, form: str, *prefix: str, **environment: str) -> None:
+        self._errors = folder / "stderr"
+        with self._errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [*(prefix or (sys.executable,)), WORKER, url, run, form],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "FREESTEP_LEAVE_ON_SIGTERM": "1", **environment},
+                # What a worker has started is killed with it.
+                start_new_session=True,
+            )
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().rstrip("\n")
+
+    def write_line(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def end(self) -> tuple[int, list[str], str]:
+        """Sends SIGTERM and waits for the end: the exit code, the lines that were left, and what is on stderr."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.ended()
+
+    def ended(self) -> tuple[int, list[str], str]:
+        lines, _ = self.process.communicate(timeout=DEADLINE_S)
+        return self.process.returncode, lines.splitlines(), self._errors.read_text()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()
+
+
+Start = Callable[..., Worker]
+
+
+@pytest.fixture
+def start(service: ThreadService, name: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts a worker of a form; it is killed with the test, if it has not ended."""
+    made: list[Worker] = []
+
+    def worker(form: str, *prefix: str, url: str = service.url, begins: bool = True, **environment: str) -> Worker:
+        made.append(Worker(tmp_path, url, name, form, *prefix, **environment))
+        if begins:
+            assert made[-1].line() == "begun", made[-1]._errors.read_text()
+        return made[-1]
+
+    yield worker
+    for each in made:
+        each.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["block", "loose", "closed", "dropped_in"])
+def test_the_lease_is_released_and_no_push_counts_twice(start: Start, run: Run, form: str) -> None:
+    worker = start(form)
+    assert len(run.workers()) == 1
+    code, (told,), errors = worker.end()
+    assert (code, errors) == (LEFT, "")
+    assert run.workers() == []
+    # One push may have been under way, and with overlap the one before it too.
+    assert 0 <= run.status().step - int(told) <= (2 if form == "closed" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["closure_form", "rounds", "pull", "lease"])
+def test_the_lease_is_released_whatever_the_worker_does(start: Start, run: Run, form: str) -> None:
+    worker = start(form)
+    assert len(run.workers()) == 1
+    code, _, errors = worker.end()
+    assert (code, errors) == (LEFT, "")
+    assert run.workers() == []
+
+
+@pytest.mark.slow
+def test_a_round_can_be_pushed_on_the_way_out(start: Start, run: Run) -> None:
+    # The line before is that of the run's step.
+    assert start("pushed_round").end() == (LEFT, ["0", "applied"], "")
+    assert run.workers() == []
+    assert run.status().step == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["units", "loader"])
+def test_units_are_free_at_once(start: Start, run: Run, form: str) -> None:
+    worker = start(form)
+    wait_until(lambda: bool(run.data().status().holders))
+    code, _, errors = worker.end()
+    assert (code, errors) == (LEFT, "")
+    assert run.workers() == []
+    status = run.data().status()
+    assert (status.out, status.holders) == (0, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["loose", "closed", "units"])
+def test_a_service_that_does_not_answer_holds_nobody_up(
+    start_process: Callable[..., ProcessService], start: Start, form: str
+) -> None:
+    service = start_process()
+    worker = start(form, url=service.url)
+    service.send_signal(signal.SIGSTOP)
+    code, _, errors = worker.end()
+    assert (code, errors) == (LEFT, "")
+
+
+@pytest.mark.slow
+def test_a_second_signal_changes_nothing(start: Start, run: Run) -> None:
+    worker = start("slow_end")
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.line() == "leaving"
+    worker.process.send_signal(signal.SIGTERM)
+    worker.write_line()
+    assert worker.ended() == (LEFT, ["finished"], "")
+    assert run.workers() == []
+
+
+@pytest.mark.slow
+def test_a_signal_that_something_catches_is_raised_by_the_next_step(start: Start, run: Run) -> None:
+    code, lines, errors = start("swallowed").end()
+    assert (code, lines) == (LEFT, ["goes on"])
+    assert "Exception ignored" in errors
+    assert run.workers() == []
+
+
+@pytest.mark.slow
+def test_a_handler_of_the_users_own_stays(start: Start, run: Run) -> None:
+    assert start("handled").end() == (0, ["True"], "")
+    assert run.workers() == []
+
+
+@pytest.mark.slow
+def test_a_forked_child_ends_as_by_default_and_leaves_the_lease(start: Start, run: Run) -> None:
+    worker = start("forked", begins=False)
+    os.kill(int(worker.line()), signal.SIGTERM)
+    assert worker.line() == str(-signal.SIGTERM)
+    assert worker.line() == "begun"
+    assert len(run.workers()) == 1
+    assert worker.end()[0] == LEFT
+    assert run.workers() == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root makes PID namespaces")
+def test_process_1_of_a_container_leaves_too(start: Start, run: Run) -> None:
+    worker = start("loose", "unshare", "--pid", "--fork", "--kill-child", sys.executable)
+    parent = worker.process.pid
+    (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+    assert worker.ended()[0] == LEFT
+    assert run.workers() == []
+
+
+@pytest.mark.slow
+def test_of_a_group_of_torchruns_the_one_lease_is_released(start: Start, run: Run) -> None:
+    # It sends SIGTERM on to both.
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    worker = start("ranks", *launcher)
+    assert len(run.workers()) == 1
+    worker.end()
+    assert run.workers() == []
+
+
+def test_the_variable_is_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    for value in ("", "0"):
+        monkeypatch.setenv("FREESTEP_LEAVE_ON_SIGTERM", value)
+        leave_if_asked()
+    monkeypatch.setenv("FREESTEP_LEAVE_ON_SIGTERM", "yes")
+    with pytest.raises(InvalidSetting, match="FREESTEP_LEAVE_ON_SIGTERM must be 0 or 1, not 'yes'"):
+        leave_if_asked()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_cannot_be_done_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("freestep.leaving._is_told", False)
+    before = signal.getsignal(signal.SIGTERM)
+    for _ in range(2):
+        thread = threading.Thread(target=leave_on_sigterm)
+        thread.start()
+        thread.join(DEADLINE_S)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "needs the main thread" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_action_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("freestep.leaving._is_told", False)
+    caplog.set_level(logging.INFO, "freestep")
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        leave_on_sigterm()
+        leave_on_sigterm()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (record,) = caplog.records
+    assert "is handled already" in record.getMessage()
