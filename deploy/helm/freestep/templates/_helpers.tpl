@@ -1,0 +1,182 @@
+{{- define "freestep.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride -}}
+{{- else if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" (.Release.Name | trunc 30) .Chart.Name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "freestep.selector" -}}
+app.kubernetes.io/name: freestep
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "freestep.labels" -}}
+{{ include "freestep.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "freestep.image" -}}
+{{- $tag := .Values.image.tag | default .Chart.AppVersion -}}
+{{- with .Values.shards.gpu -}}
+{{- if .count -}}
+{{- .image.repository | default $.Values.image.repository }}:{{ .image.tag | default (printf "%s-cuda" $tag) -}}
+{{- else -}}
+{{- $.Values.image.repository }}:{{ $tag -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "freestep.scheme" -}}
+{{- if .Values.tls.enabled }}https{{ else }}http{{ end -}}
+{{- end -}}
+
+{{- define "freestep.url" -}}
+{{ include "freestep.scheme" . }}://{{ include "freestep.fullname" . }}.{{ .Release.Namespace }}.svc:{{ .Values.service.port }}
+{{- end -}}
+
+{{- define "freestep.tokens" -}}
+{{- .Values.tokens.existingSecret | default (printf "%s-tokens" (include "freestep.fullname" .)) -}}
+{{- end -}}
+
+{{- define "freestep.redisSecret" -}}
+{{- .Values.redis.passwordSecret.name | default (printf "%s-redis" (include "freestep.fullname" .)) -}}
+{{- end -}}
+
+{{- define "freestep.tlsSecret" -}}
+{{- .Values.tls.secretName | default (printf "%s-tls" (include "freestep.fullname" .)) -}}
+{{- end -}}
+
+{{- define "freestep.hasRedis" -}}
+{{- if or .Values.redis.builtin.enabled .Values.redis.url }}yes{{ end -}}
+{{- end -}}
+
+{{- define "freestep.redisUrl" -}}
+{{- if .Values.redis.builtin.enabled -}}
+redis://:$(REDIS_PASSWORD)@{{ include "freestep.fullname" . }}-redis.{{ .Release.Namespace }}.svc:6379/0
+{{- else -}}
+{{- $url := .Values.redis.url -}}
+{{- $url -}}
+{{- if .Values.redis.caSecret.name }}{{ contains "?" $url | ternary "&" "?" }}ssl_ca_certs=/etc/freestep/redis/ca.crt{{ end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What every pod has: no privilege, and none of the variables that Kubernetes makes of Services, among which
+FREESTEP_PORT would be that of a Service named freestep. */}}
+{{- define "freestep.pod" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets: {{ toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: {{ .user | default 10001 }}
+  runAsGroup: {{ .user | default 10001 }}
+  fsGroup: {{ .user | default 10001 }}
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile:
+    type: RuntimeDefault
+{{- end -}}
+
+{{- define "freestep.container" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/* Variables of a client: where the service is, and who asks. */}}
+{{- define "freestep.clientEnv" -}}
+- name: FREESTEP_URL
+  value: {{ include "freestep.url" . }}
+- name: FREESTEP_TOKEN_FILE
+  value: /var/run/freestep/token
+{{- if .Values.tls.enabled }}
+- name: FREESTEP_CA_CERTS
+  value: /etc/freestep/tls/ca.crt
+{{- end }}
+{{- end -}}
+
+{{- define "freestep.clientMounts" -}}
+- name: tmp
+  mountPath: /tmp
+- name: token
+  mountPath: /var/run/freestep
+  readOnly: true
+{{- if .Values.tls.enabled }}
+- name: tls
+  mountPath: /etc/freestep/tls
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{/* root; key: the token in the Secret; account: whether the pod's own account may be used instead. */}}
+{{- define "freestep.clientVolumes" -}}
+- name: tmp
+  emptyDir: {}
+- name: token
+{{- if and .account .root.Values.oidc.enabled }}
+  projected:
+    defaultMode: 0440
+    sources:
+      - serviceAccountToken:
+          path: token
+          audience: {{ .root.Values.oidc.audience }}
+          expirationSeconds: 3600
+{{- else }}
+  secret:
+    secretName: {{ include "freestep.tokens" .root }}
+    defaultMode: 0440
+    items:
+      - key: {{ .key }}
+        path: token
+{{- end }}
+{{- if .root.Values.tls.enabled }}
+- name: tls
+  secret:
+    secretName: {{ include "freestep.tlsSecret" .root }}
+    defaultMode: 0440
+    items:
+      - key: ca.crt
+        path: ca.crt
+{{- end }}
+{{- end -}}
+
+{{/* A token of the pod's account for the API server, and the CA of that. */}}
+{{- define "freestep.accountVolume" -}}
+- name: account
+  projected:
+    defaultMode: 0440
+    sources:
+      - serviceAccountToken:
+          path: token
+          expirationSeconds: 3600
+      - configMap:
+          name: kube-root-ca.crt
+          items:
+            - key: ca.crt
+              path: ca.crt
+{{- end -}}
+
+{{- define "freestep.claim" -}}
+accessModes: [{{ .mode | default "ReadWriteOnce" }}]
+{{- with .storageClass }}
+storageClassName: {{ . | quote }}
+{{- end }}
+resources:
+  requests:
+    storage: {{ .size }}
+{{- end -}}
+
+{{/* Annotations of what exists before the release does; the weight says in which order. */}}
+{{- define "freestep.hook" -}}
+annotations:
+  helm.sh/hook: pre-install,pre-upgrade
+  helm.sh/hook-weight: {{ . | quote }}
+  helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end -}}
