@@ -1,0 +1,266 @@
+"""What Helm makes of the chart is what Kubernetes takes, in several versions of it; values that cannot work are refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from chart.custom_resources import SCHEMAS
+from chart.rendered import CHART, MATRIX, NAMESPACE, RELEASE, ROOT, Manifest, containers, helm, manifests, notes, only
+
+VERSIONS = ("1.29", "1.32", "1.34", "1.37")
+"""Of Kubernetes: the oldest that Chart.yaml allows, and newer ones."""
+VALUES = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "several without Redis": ({"shards": {"replicas": 2}, "checkpoints": {"kind": "shared"}}, "share a Redis"),
+    "several with checkpoints of their own": (
+        {"shards": {"replicas": 2}, "redis": {"builtin": {"enabled": True}}},
+        "set checkpoints.kind to shared or object",
+    ),
+    "two Redis": ({"redis": {"builtin": {"enabled": True}, "url": "redis://r:6379"}}, "are both set"),
+    "a journal without a claim": (
+        {
+            "shards": {"durability": "journal"},
+            "persistence": {"enabled": False},
+            "checkpoints": {"kind": "object", "object": {"url": "s3://b/f"}},
+        },
+        "has to come back with its pod",
+    ),
+    "checkpoints that go with the pod": ({"persistence": {"enabled": False}}, "would go with the pod"),
+    "an object store without a place": ({"checkpoints": {"kind": "object"}}, "set checkpoints.object.url"),
+    "a place that is not used": ({"checkpoints": {"object": {"url": "s3://b/f"}}}, "has to be object"),
+    "a password in values": ({"redis": {"url": "redis://:secret@r:6379"}}, "would stand in manifests"),
+    "a password for nobody": ({"redis": {"url": "redis://r:6379", "passwordSecret": {"name": "r"}}}, "and only then"),
+    "a password from nowhere": ({"redis": {"url": "redis://:$(REDIS_PASSWORD)@r:6379"}}, "and only then"),
+    "a CA without TLS": ({"redis": {"url": "redis://r:6379", "caSecret": {"name": "ca"}}}, "begin with rediss://"),
+    "TLS without a certificate": ({"tls": {"enabled": True}}, "set tls.secretName"),
+    "a certificate without TLS": ({"tls": {"secretName": "certificate"}}, "set tls.enabled"),
+    "workers without an image": ({"workers": {"enabled": True, "run": "r"}}, "set workers.image"),
+    "an evaluator without an image": (
+        {"evaluator": {"enabled": True}, "workers": {"run": "r"}},
+        "set evaluator.image",
+    ),
+    "workers without a run": ({"workers": {"enabled": True, "image": "w"}}, "workers.run is empty"),
+    "scaling without workers": ({"workers": {"autoscaling": {"enabled": True}}}, "set workers.enabled"),
+    "scaling of a Job": (
+        {"workers": {"enabled": True, "image": "w", "run": "r", "kind": "Job", "autoscaling": {"enabled": True}}},
+        "has to be Deployment",
+    ),
+    "scaling without a Prometheus": (
+        {"workers": {"enabled": True, "image": "w", "run": "r", "autoscaling": {"enabled": True}}},
+        "set workers.autoscaling.prometheus",
+    ),
+    "scaling between nothing": (
+        {
+            "workers": {
+                "enabled": True,
+                "image": "w",
+                "run": "r",
+                "autoscaling": {"enabled": True, "prometheus": "http://p", "minReplicas": 9},
+            }
+        },
+        "minReplicas is above maxReplicas",
+    ),
+    "half of a resharding": ({"reshard": {"run": "r"}}, "both run and shards"),
+    "the other half": ({"reshard": {"shards": 3}}, "both run and shards"),
+    "metrics without a token": ({"monitoring": {"serviceMonitor": {"enabled": True}}}, "a token of scope read"),
+    "a setting of the chart's": ({"shards": {"settings": {"redis-url": "redis://r"}}}, "is set by the chart"),
+    "a name that is mistyped": ({"shards": {"replcas": 2}}, "replcas"),
+    "no replica": ({"shards": {"replicas": 0}}, "replicas"),
+    "a flag that is none": ({"shards": {"settings": {"CHECKPOINT_SECONDS": 3}}}, "CHECKPOINT_SECONDS"),
+    "an issuer without TLS": ({"oidc": {"issuer": "http://issuer"}}, "issuer"),
+    "too little time to end": ({"shards": {"terminationGracePeriodSeconds": 1}}, "terminationGracePeriodSeconds"),
+}
+
+
+@VALUES
+def test_helm_finds_nothing_to_object(values: dict[str, Any]) -> None:
+    helm()
+    from helm_python.chart import lint
+
+    found = lint(CHART, values, strict=True, namespace=NAMESPACE)
+    assert not found["errors"]
+    assert [each["error"] for each in found["messages"]] == ["icon is recommended"]
+
+
+@VALUES
+def test_kubernetes_takes_what_is_rendered(values: dict[str, Any]) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed: `make chart`")
+    jsonschema = pytest.importorskip("jsonschema")
+    found = manifests(values)
+    assert len(found) > 5
+    for manifest in found:
+        schema = SCHEMAS.get(manifest["kind"])
+        if schema is not None:
+            jsonschema.validate(manifest, schema)
+            continue
+        for version in VERSIONS:
+            assert version in {each.rpartition(".")[0] for each in validate.utils.all_versions()}
+            validate.validate(manifest, version, strict=True)
+
+
+def test_kubeflow_takes_the_runtime_and_its_job() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed: `make chart`")
+    jsonschema = pytest.importorskip("jsonschema")
+    yaml = pytest.importorskip("yaml")
+    runtime, job = yaml.safe_load_all((ROOT / "deploy" / "kubeflow" / "runtime.yaml").read_text())
+    for manifest in (runtime, job):
+        jsonschema.validate(manifest, SCHEMAS[manifest["kind"]])
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, **replicated["template"]["spec"]["template"]}
+    for version in VERSIONS:
+        validate.validate(pod, version, strict=True)
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    script = pod["spec"]["containers"][0]["command"][-1]
+    assert "process_group=True" in (ROOT / script).read_text(), "the group would be as many workers as processes"
+
+
+@pytest.mark.parametrize(("values", "reason"), REFUSED.values(), ids=REFUSED)
+def test_values_that_cannot_work_are_refused_with_a_reason(values: dict[str, Any], reason: str) -> None:
+    helm_error = helm().HelmError
+    with pytest.raises(helm_error, match=re.escape(reason)):
+        manifests(values)
+
+
+@VALUES
+def test_names_fit_together(values: dict[str, Any]) -> None:
+    """Selectors select what they are for, claims, accounts and Secrets that are named exist or are asked for, once."""
+    found = manifests(values)
+    names = [(each["kind"], each["metadata"]["name"]) for each in found]
+    assert len(names) == len(set(names))
+    assert {each["metadata"].get("namespace") for each in found} == {NAMESPACE}
+    made = set(names)
+    labelled = [each.labels for each in containers(found)]
+
+    def selects(selector: dict[str, str], component: str) -> bool:
+        hit = {each["app.kubernetes.io/component"] for each in labelled if selector.items() <= each.items()}
+        return hit == {component}
+
+    for manifest in found:
+        spec = manifest.get("spec", {})
+        if manifest["kind"] in ("StatefulSet", "Deployment"):
+            component = spec["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
+            assert selects(spec["selector"]["matchLabels"], component)
+        if manifest["kind"] == "StatefulSet":
+            assert ("Service", spec["serviceName"]) in made
+            volumes = {each["name"] for each in spec["template"]["spec"]["volumes"]} if "volumes" in spec[
+                "template"
+            ]["spec"] else set()
+            assert not volumes & {each["metadata"]["name"] for each in spec.get("volumeClaimTemplates", ())}
+        if manifest["kind"] == "Service":
+            component = manifest["metadata"]["labels"]["app.kubernetes.io/component"]
+            assert selects(spec["selector"], "redis" if component == "redis" else "shards")
+        if manifest["kind"] == "PodDisruptionBudget":
+            assert selects(spec["selector"]["matchLabels"], "shards") and spec["maxUnavailable"] == 1
+        if manifest["kind"] == "ScaledObject":
+            assert ("Deployment", spec["scaleTargetRef"]["name"]) in made
+    for each in containers(found):
+        account = each.pod.get("serviceAccountName")
+        assert account is None or ("ServiceAccount", account) in made
+        mounted = {mount["name"] for mount in each.spec["volumeMounts"]}
+        given = {volume["name"] for volume in each.pod.get("volumes", ())}
+        given |= {volume["metadata"]["name"] for volume in each.manifest["spec"].get("volumeClaimTemplates", ())}
+        assert mounted == given
+        for volume in each.pod.get("volumes", ()):
+            claim = volume.get("persistentVolumeClaim", {}).get("claimName", "")
+            assert not claim.startswith(RELEASE) or ("PersistentVolumeClaim", claim) in made
+
+
+@VALUES
+def test_no_pod_may_do_more_than_it_needs(values: dict[str, Any]) -> None:
+    for each in containers(manifests(values)):
+        own = each.spec["securityContext"]
+        assert each.pod["automountServiceAccountToken"] is False
+        # FREESTEP_PORT would be the URL of a Service that is named freestep.
+        assert each.pod["enableServiceLinks"] is False
+        assert each.pod["securityContext"]["runAsNonRoot"] is True and each.pod["securityContext"]["runAsUser"] > 0
+        assert each.pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert own["allowPrivilegeEscalation"] is False and own["capabilities"] == {"drop": ["ALL"]}
+        assert own["readOnlyRootFilesystem"] is (each.component != "workers" or values["workers"].get("kind") != "Job")
+        tokens = [
+            source["serviceAccountToken"]
+            for volume in each.pod.get("volumes", ())
+            for source in volume.get("projected", {}).get("sources", ())
+            if "serviceAccountToken" in source
+        ]
+        is_asking_api = each.component in ("secrets", "shards")
+        assert all(("audience" not in token) == is_asking_api for token in tokens)
+        assert bool(tokens) == (each.component == "secrets" or _by_account(values, each.component))
+
+
+def _by_account(values: dict[str, Any], component: str) -> bool:
+    return bool(values.get("oidc")) and component in ("shards", "workers", "evaluator")
+
+
+def test_workers_see_no_more_of_the_tokens_than_their_own() -> None:
+    found = manifests(MATRIX["several"])
+    seen = {
+        each.component: {
+            item["key"]
+            for volume in each.pod.get("volumes", ())
+            if volume.get("secret", {}).get("secretName", "").endswith("-tokens")
+            for item in volume["secret"]["items"]
+        }
+        for each in containers(found)
+    }
+    assert seen == {
+        "shards": {"admin-token", "push-token"},
+        "reshard": {"admin-token"},
+        "workers": {"push-token"},
+        "evaluator": {"push-token"},
+        "test": {"push-token"},
+        "redis": set(),
+        "secrets": set(),
+    }
+
+
+def test_a_job_of_workers_that_changes_is_another() -> None:
+    values = MATRIX["your own"]
+    changed = {**values, "workers": {**values["workers"], "image": "registry.example.org/worker:2"}}
+    more = {**values, "workers": {**values["workers"], "replicas": 5}}
+    first, other, wider = (only(manifests(each), "Job", _job(each))["metadata"]["name"] for each in (values, changed, more))
+    assert first != other and first == wider
+
+
+def _job(values: dict[str, Any]) -> str:
+    names = [each["metadata"]["name"] for each in manifests(values) if each["kind"] == "Job"]
+    (name,) = (each for each in names if "-workers-" in each)
+    return str(name)
+
+
+def test_each_value_is_in_the_schema_and_has_a_default() -> None:
+    import json
+
+    yaml = pytest.importorskip("yaml")
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def compare(given: Any, allowed: dict[str, Any], place: str) -> None:
+        allowed = schema["definitions"][allowed["$ref"].rpartition("/")[2]] if "$ref" in allowed else allowed
+        if "properties" in allowed and given:
+            assert given.keys() == allowed["properties"].keys() - {"global"}, place
+            assert allowed["additionalProperties"] is False, place
+            for name, each in given.items():
+                compare(each, allowed["properties"][name], f"{place}.{name}")
+
+    compare(values, schema, "values")
+
+
+def test_the_chart_is_of_this_version() -> None:
+    import freestep
+
+    yaml = pytest.importorskip("yaml")
+    chart: Manifest = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == freestep.__version__
+
+
+@VALUES
+def test_notes_name_what_there_is(values: dict[str, Any]) -> None:
+    text, found = notes(values), manifests(values)
+    shards = only(found, "StatefulSet", "-shards")["metadata"]["name"]
+    assert f"exec {shards}-0 -- freestep" in text
+    assert ("helm uninstall" in text) == ("tokens" not in values)
+    assert ("ca.crt" in text) == ("tls" in values)
+    assert "<no value>" not in text

