@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo screenshots test test-oldest evidence check docs reference pictures fuzz chaos audit sbom bench lab clean
+.PHONY: demo screenshots test test-oldest evidence check chart docs reference pictures fuzz chaos audit sbom bench lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,29 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -m 'not slow'
+
+# The Helm chart: a real Helm and Kubernetes' schemas, hundreds of megabytes that nothing else needs, in a folder before the
+# environment's packages, and Checkov in an environment of its own. What cannot be installed has its tests skipped.
+CHART := $(VENV)/chart
+POLICIES := $(VENV)/policies
+
+$(CHART)/installed: $(VENV)/installed docker/requirements.py
+	rm -rf $(CHART)
+	mkdir -p $(CHART)
+	$(PYTHON) docker/requirements.py chart >$(CHART)/requirements.txt
+	$(BIN)/python -m pip install --quiet --target $(CHART) --requirement $(CHART)/requirements.txt \
+		|| echo 'Helm cannot be installed here'
+	touch $@
+
+$(POLICIES)/installed: pyproject.toml docker/requirements.py
+	$(PYTHON) -m venv $(POLICIES)
+	$(PYTHON) docker/requirements.py policies >$(POLICIES)/requirements.txt
+	$(POLICIES)/bin/python -m pip install --quiet --requirement $(POLICIES)/requirements.txt \
+		|| echo 'Checkov cannot be installed here'
+	touch $@
+
+chart: $(CHART)/installed $(POLICIES)/installed
+	PYTHONPATH=$(CURDIR)/$(CHART) CHECKOV=$(POLICIES)/bin/checkov $(BIN)/python -m pytest tests/chart
 
 # The documents as a site, in build/docs/site; what is wrong with them ends it. Pages in docs/reference are made of the
 # code, and pictures of the concepts are computed.

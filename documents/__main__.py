@@ -14,12 +14,13 @@ def main() -> int:
     parser.add_argument("what", choices=("reference", "pictures", "site"))
     chosen = parser.parse_args().what
     if chosen == "reference":
-        from documents import llms
+        from documents import chart, llms
         from documents.reference import write
 
         for name in write():
             print(f"docs/reference/{name}")
         llms.FILE.write_text(llms.made())
+        chart.FILE.write_text(chart.made())
         return 0
     if chosen == "pictures":
         from documents.pictures import draw

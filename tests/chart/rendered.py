@@ -194,7 +194,9 @@ class Container:
 def containers(found: list[Manifest]) -> Iterator[Container]:
     """All containers of manifests."""
     for manifest in found:
-        spec = manifest["spec"] if manifest["kind"] == "Pod" else manifest.get("spec", {}).get("template", {}).get("spec")
+        spec = (
+            manifest["spec"] if manifest["kind"] == "Pod" else manifest.get("spec", {}).get("template", {}).get("spec")
+        )
         for each in (spec or {}).get("containers", ()):
             yield Container(manifest, spec, each)
 

@@ -145,9 +145,11 @@ def test_names_fit_together(values: dict[str, Any]) -> None:
             assert selects(spec["selector"]["matchLabels"], component)
         if manifest["kind"] == "StatefulSet":
             assert ("Service", spec["serviceName"]) in made
-            volumes = {each["name"] for each in spec["template"]["spec"]["volumes"]} if "volumes" in spec[
-                "template"
-            ]["spec"] else set()
+            volumes = (
+                {each["name"] for each in spec["template"]["spec"]["volumes"]}
+                if "volumes" in spec["template"]["spec"]
+                else set()
+            )
             assert not volumes & {each["metadata"]["name"] for each in spec.get("volumeClaimTemplates", ())}
         if manifest["kind"] == "Service":
             component = manifest["metadata"]["labels"]["app.kubernetes.io/component"]
@@ -220,7 +222,9 @@ def test_a_job_of_workers_that_changes_is_another() -> None:
     values = MATRIX["your own"]
     changed = {**values, "workers": {**values["workers"], "image": "registry.example.org/worker:2"}}
     more = {**values, "workers": {**values["workers"], "replicas": 5}}
-    first, other, wider = (only(manifests(each), "Job", _job(each))["metadata"]["name"] for each in (values, changed, more))
+    first, other, wider = (
+        only(manifests(each), "Job", _job(each))["metadata"]["name"] for each in (values, changed, more)
+    )
     assert first != other and first == wider
 
 
@@ -264,3 +268,18 @@ def test_notes_name_what_there_is(values: dict[str, Any]) -> None:
     assert ("helm uninstall" in text) == ("tokens" not in values)
     assert ("ca.crt" in text) == ("tls" in values)
     assert "<no value>" not in text
+
+
+def test_values_in_the_guide_work_with_each_other() -> None:
+    from pages.blocks import blocks_of
+
+    yaml = pytest.importorskip("yaml")
+    blocks = [yaml.safe_load(each.text) for each in blocks_of("docs/guides/kubernetes.md") if each.language == "yaml"]
+    assert len(blocks) == 6
+    merged: dict[str, Any] = {}
+    for block in blocks:
+        assert len(manifests(block)) > 10
+        for name, value in block.items():
+            merged[name] = {**merged.get(name, {}), **value}
+    kinds = {each["kind"] for each in manifests(merged)}
+    assert {"StatefulSet", "Deployment", "Job", "ScaledObject", "Certificate", "NetworkPolicy"} <= kinds

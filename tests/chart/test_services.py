@@ -46,7 +46,7 @@ def test_each_variable_and_argument_is_one_that_is_read(values: dict[str, Any]) 
         if each.component == "shards":
             assert each.spec["args"] == ["serve"]
             assert named <= SETTINGS
-            environment = each.environment("freestep-shards-0", SECRETS)
+            environment = each.environment("shard", SECRETS)
             # As the service would read it, but for the files that only a pod has.
             given = {name.removeprefix("FREESTEP_").lower(): environment[name] for name in named}
             assert Settings(**given).port == each.spec["ports"][0]["containerPort"]
@@ -87,7 +87,7 @@ class Pod:
             secret = folder / "tokens" / key
             secret.write_text(SECRETS[key])
             secret.chmod(0o440)
-        environment = rendered.environment("freestep-shards-0", SECRETS)
+        environment = rendered.environment(f"{rendered.manifest['metadata']['name']}-0", SECRETS)
         for name, value in environment.items():
             for old, new in replaced.items():
                 value = value.replace(old, new)
@@ -132,7 +132,7 @@ def unverified() -> ssl.SSLContext:
 def asked(pod: Pod, url: str, path: str, verify: Any, token: str = "", host: str = "") -> httpx.Response:
     """What a pod answers to one who has its name from a URL."""
     host = host or httpx.URL(url).host
-    headers = {"Host": f"{host}:{httpx.URL(url).port}"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    headers = {"Host": host} | ({"Authorization": f"Bearer {token}"} if token else {})
     with httpx.Client(verify=verify) as http:
         return http.get(pod.url + path, headers=headers, extensions={"sni_hostname": host})
 
@@ -166,7 +166,7 @@ def test_probes_and_names_are_answered(name: str, start: Callable[..., Pod], tmp
 
 
 def _given(values: dict[str, Any]) -> dict[str, str]:
-    environment = container(values, "shards").environment("freestep-shards-0", SECRETS)
+    environment = container(values, "shards").environment("shard", SECRETS)
     return {
         name.removeprefix("FREESTEP_").lower(): value
         for name, value in environment.items()
@@ -263,7 +263,7 @@ def test_accounts_of_workers_are_let_in_and_no_others(start: Callable[..., Pod],
     authority.cert_pem.write_to_path(certificates / "ca.crt")
     issuer = Issuer(tls)
     try:
-        rendered = container(values, "shards").environment("freestep-shards-0", SECRETS)
+        rendered = container(values, "shards").environment("shard", SECRETS)
         with valkey(tmp_path) as address:
             replaced = {
                 rendered["FREESTEP_OIDC_JWKS_URL"]: issuer.url + KEYS,

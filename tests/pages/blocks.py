@@ -16,12 +16,12 @@ __all__ = ["LANGUAGES", "ROOT", "Block", "blocks_of", "documents", "indented_blo
 
 ROOT = Path(__file__).parent.parent.parent
 
-LANGUAGES = {"python", "bash", "text", "pycon", "nginx", "caddy"}
+LANGUAGES = {"python", "bash", "text", "pycon", "nginx", "caddy", "yaml"}
 """`text` is for what nobody runs; examples of docstrings (`pycon`) have a test beside those of docstrings."""
 _BLOCK = re.compile(r"(?:^<!-- (.*?) -->\n)?^( *)```([^\n]*)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
 _MADE = "docs/reference/"
 _ASSIGNMENT = re.compile(r"\w+=")
-_OTHERS = {"apt-get", "cd", "curl", "docker", "export", "pip", "promtool", "torchrun"}
+_OTHERS = {"apt-get", "cd", "curl", "docker", "export", "helm", "kubectl", "pip", "promtool", "torchrun"}
 """Programs that blocks that are not run may call beside freestep, Python and make."""
 
 

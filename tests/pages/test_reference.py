@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import freestep
-from documents import llms, python_api
+from documents import chart, llms, python_api
 from documents.commands import commands
 from documents.markdown import cell, code, docstring
 from documents.reference import FOLDER, made
@@ -38,6 +38,15 @@ def test_programs_find_every_page() -> None:
     assert llms.FILE.read_text() == llms.made(), "run `make reference`, and commit what it writes"
     links = re.findall(r"\]\((.*?)\)", llms.made())
     assert len(links) > 40 and all((llms.FILE.parent / link).exists() for link in links)
+
+
+def test_the_charts_readme_is_current_and_describes_each_group() -> None:
+    assert chart.FILE.read_text() == chart.made(), "run `make reference`, and commit what it writes"
+    rows = re.findall(r"^\| `([^`]+)` \| (.*?) \| (.*) \|$", chart.made(), re.MULTILINE)
+    described = {name for name, _, text in rows if text}
+    assert len(rows) > 100 and len(described) >= 70
+    assert ("shards.replicas", "`1`") in {(name, default) for name, default, _ in rows}
+    assert ("networkPolicy.clients", '`[{"podSelector": {}}]`') in {(name, default) for name, default, _ in rows}
 
 
 def test_the_readme_is_short() -> None:
