@@ -17,9 +17,9 @@ CHART = Path(__file__).parent.parent / "deploy" / "helm" / "freestep"
 FILE = CHART / "README.md"
 _HEAD = """# The chart of freestep
 
-Shards as a StatefulSet, workers as a Deployment or a Job, an evaluator, and Redis from elsewhere or beside them. How it is
-used, what was tried and what was not is in [the guide](../../../docs/guides/kubernetes.md). Combinations of values that
-cannot work are refused when the chart is rendered.
+Shards as a StatefulSet, workers as a Deployment or a Job, an evaluator, and Redis from elsewhere or beside them. How it
+is used, what was tried and what was not is in [the guide](../../../docs/guides/kubernetes.md). Values that cannot work
+together are refused when the chart is rendered.
 
 ```bash
 helm install freestep deploy/helm/freestep --namespace train --create-namespace \\

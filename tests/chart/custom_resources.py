@@ -1,8 +1,8 @@
 """Schemas of the resources that are not Kubernetes' own, of the fields that this repository uses.
 
-They follow the definitions that KEDA, the Prometheus operator, cert-manager and Kubeflow's trainer publish. A field that
-is not here is refused, also where the project has it: whoever writes one adds it. What is an object here and nothing
-more is a template of pods, which Kubernetes' own schemas are for.
+They follow the definitions that KEDA, the Prometheus operator, cert-manager and Kubeflow's trainer publish. A field
+that is not here is refused, also where the project has it: whoever writes one adds it. What is an object here and
+nothing more is a template of pods, which Kubernetes' own schemas are for.
 """
 
 from __future__ import annotations

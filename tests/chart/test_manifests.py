@@ -1,14 +1,28 @@
-"""What Helm makes of the chart is what Kubernetes takes, in several versions of it; values that cannot work are refused."""
+"""What Helm makes of the chart is what several versions of Kubernetes take; values that cannot work are refused."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chart.custom_resources import SCHEMAS
-from chart.rendered import CHART, MATRIX, NAMESPACE, RELEASE, ROOT, Manifest, containers, helm, manifests, notes, only
+from chart.rendered import (
+    CHART,
+    MATRIX,
+    NAMESPACE,
+    RELEASE,
+    ROOT,
+    Manifest,
+    container,
+    containers,
+    helm,
+    manifests,
+    notes,
+    only,
+)
 
 VERSIONS = ("1.29", "1.32", "1.34", "1.37")
 """Of Kubernetes: the oldest that Chart.yaml allows, and newer ones."""
@@ -145,11 +159,7 @@ def test_names_fit_together(values: dict[str, Any]) -> None:
             assert selects(spec["selector"]["matchLabels"], component)
         if manifest["kind"] == "StatefulSet":
             assert ("Service", spec["serviceName"]) in made
-            volumes = (
-                {each["name"] for each in spec["template"]["spec"]["volumes"]}
-                if "volumes" in spec["template"]["spec"]
-                else set()
-            )
+            volumes = {each["name"] for each in spec["template"]["spec"].get("volumes", ())}
             assert not volumes & {each["metadata"]["name"] for each in spec.get("volumeClaimTemplates", ())}
         if manifest["kind"] == "Service":
             component = manifest["metadata"]["labels"]["app.kubernetes.io/component"]
@@ -250,6 +260,29 @@ def test_each_value_is_in_the_schema_and_has_a_default() -> None:
                 compare(each, allowed["properties"][name], f"{place}.{name}")
 
     compare(values, schema, "values")
+
+
+@VALUES
+def test_what_the_chart_sets_cannot_be_set_beside_it(values: dict[str, Any]) -> None:
+    own = {"journal-wait-seconds", "threads", *values.get("shards", {}).get("settings", {})}
+    names = container(values, "shards").variables()
+    flags = {name.removeprefix("FREESTEP_").lower().replace("_", "-") for name in names if name.startswith("FREESTEP_")}
+    helm_error = helm().HelmError
+    for flag in {*flags, "insecure"} - own:
+        with pytest.raises(helm_error, match=f"shards.settings.{flag} is set by the chart"):
+            manifests({**values, "shards": {**values.get("shards", {}), "settings": {flag: "x"}}})
+
+
+def test_a_package_of_the_chart_has_what_links_lead_to(tmp_path: Path) -> None:
+    values = MATRIX["accounts and monitoring"]
+    helm()
+    from helm_python.chart import Chart, package
+
+    with Chart.load(package(CHART, destination=tmp_path)) as chart:
+        files = chart.render(values, name=RELEASE, namespace=NAMESPACE)
+    with Chart.load(CHART) as chart:
+        assert files == chart.render(values, name=RELEASE, namespace=NAMESPACE)
+    assert "FreestepAway" in files["freestep/templates/monitoring.yaml"]
 
 
 def test_the_chart_is_of_this_version() -> None:

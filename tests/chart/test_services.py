@@ -1,4 +1,4 @@
-"""Services that are started with exactly the arguments and the environment that the chart renders do what it says of them.
+"""Services that are started with exactly the arguments and variables that the chart renders do what it says of them.
 
 Of what a cluster would give, folders stand for volumes, this machine's addresses for the names of pods, and free ports
 for those of pods. A Valkey runs with the arguments that the chart has for it.

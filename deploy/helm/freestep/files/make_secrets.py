@@ -1,8 +1,8 @@
 """Makes the Secrets that a release needs and that are not there: python make_secrets.py API NAMESPACE SECRETS.
 
-API: URL of the cluster's API server. SECRETS: a JSON list of {"name": NAME, "labels": {...}, "keys": {KEY: KIND}}, where
-KIND is `admin` or `push`, for a token of that scope, or `password`. A Secret that exists is left as it is, and is never
-read. The account's token and the CA are in the folder that FREESTEP_ACCOUNT names.
+API: URL of the cluster's API server. SECRETS: a JSON list of {"name": NAME, "labels": {...}, "keys": {KEY: KIND}}, in
+which KIND is `admin` or `push`, for a token of that scope, or `password`. A Secret that exists is left as it is, and is
+never read. The account's token and the CA are in the folder that FREESTEP_ACCOUNT names.
 """
 
 import json
