@@ -67,7 +67,7 @@ $(POLICIES)/installed: pyproject.toml docker/requirements.py
 	touch $@
 
 chart: $(CHART)/installed $(POLICIES)/installed
-	PYTHONPATH=$(CURDIR)/$(CHART) CHECKOV=$(POLICIES)/bin/checkov $(BIN)/python -m pytest tests/chart
+	PYTHONPATH=$(CURDIR)/$(CHART) $(BIN)/python -m pytest tests/chart
 
 # The documents as a site, in build/docs/site; what is wrong with them ends it. Pages in docs/reference are made of the
 # code, and pictures of the concepts are computed.
