@@ -180,6 +180,32 @@ def test_names_fit_together(values: dict[str, Any]) -> None:
             assert not claim.startswith(RELEASE) or ("PersistentVolumeClaim", claim) in made
 
 
+def test_each_pod_is_asked_by_whom_it_serves_and_by_nobody_else() -> None:
+    found = manifests({**MATRIX["several"], "networkPolicy": {"clients": []}})
+    pods = {each.component: each.labels for each in containers(found)}
+    policies = [each["spec"] for each in found if each["kind"] == "NetworkPolicy"]
+
+    def selected(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+        listed = all(labels.get(each["key"]) in each["values"] for each in selector.get("matchExpressions", ()))
+        return listed and selector["matchLabels"].items() <= labels.items()
+
+    reached: dict[str, set[str]] = {}
+    for component, labels in pods.items():
+        (policy,) = (each for each in policies if selected(each["podSelector"], labels))
+        peers = [peer["podSelector"] for rule in policy["ingress"] for peer in rule["from"]]
+        reached[component] = {name for name, own in pods.items() if any(selected(peer, own) for peer in peers)}
+        named = {
+            port["name"]
+            for each in containers(found)
+            if each.component == component
+            for port in each.spec.get("ports", ())
+        }
+        assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == named
+    assert reached.pop("shards") == pods.keys()
+    assert reached.pop("redis") == {"shards"}
+    assert not any(reached.values())
+
+
 @VALUES
 def test_no_pod_may_do_more_than_it_needs(values: dict[str, Any]) -> None:
     for each in containers(manifests(values)):
@@ -267,6 +293,8 @@ def test_what_the_chart_sets_cannot_be_set_beside_it(values: dict[str, Any]) -> 
     own = {"journal-wait-seconds", "threads", *values.get("shards", {}).get("settings", {})}
     names = container(values, "shards").variables()
     flags = {name.removeprefix("FREESTEP_").lower().replace("_", "-") for name in names if name.startswith("FREESTEP_")}
+    # Which no setting of the service is.
+    flags -= {"url", "token-file"}
     helm_error = helm().HelmError
     for flag in {*flags, "insecure"} - own:
         with pytest.raises(helm_error, match=f"shards.settings.{flag} is set by the chart"):

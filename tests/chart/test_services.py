@@ -34,6 +34,8 @@ from ports import free_port
 SECRETS = {"admin-token": make_token("admin"), "push-token": make_token("push"), "password": "0123456789abcdef"}
 SETTINGS = {f"FREESTEP_{name.upper()}" for name in Settings.model_fields}
 CLIENTS = Path(__file__).parents[2] / "docs" / "guides" / "worker.md"
+COMMANDS = {"FREESTEP_URL", "FREESTEP_TOKEN_FILE"}
+"""Variables of a shard's container that the command reads there."""
 OTHERS = {"POD_NAME", "REDIS_PASSWORD", "REDISCLI_AUTH", "OTEL_EXPORTER_OTLP_ENDPOINT", "FREESTEP_ACCOUNT"}
 """Variables that the chart itself reads, and those of other programs."""
 
@@ -45,10 +47,10 @@ def test_each_variable_and_argument_is_one_that_is_read(values: dict[str, Any]) 
         named = each.variables().keys() - OTHERS
         if each.component == "shards":
             assert each.spec["args"] == ["serve"]
-            assert named <= SETTINGS
+            assert named <= SETTINGS | COMMANDS
             environment = each.environment("shard", SECRETS)
             # As the service would read it, but for the files that only a pod has.
-            given = {name.removeprefix("FREESTEP_").lower(): environment[name] for name in named}
+            given = {name.removeprefix("FREESTEP_").lower(): environment[name] for name in named & SETTINGS}
             assert Settings(**given).port == each.spec["ports"][0]["containerPort"]
         else:
             assert named <= of_clients, each.component
@@ -97,6 +99,7 @@ class Pod:
         own = environment["FREESTEP_ADVERTISE_URL"]
         assert own.endswith(f":{port['containerPort']}") and environment["FREESTEP_PORT"] == str(port["containerPort"])
         environment |= {"FREESTEP_PORT": str(self.port)}
+        self.environment = environment
         self.scheme = self.probes["readiness"]["scheme"].lower()
         self.url = f"{self.scheme}://127.0.0.1:{self.port}"
         self.process = forked.start(*rendered.spec["args"], **environment)
@@ -148,7 +151,9 @@ def probe_all(pod: Pod) -> None:
 
 
 @pytest.mark.parametrize("name", ["defaults", "journal"])
-def test_probes_and_names_are_answered(name: str, start: Callable[..., Pod], tmp_path: Path) -> None:
+def test_probes_and_names_are_answered(
+    name: str, start: Callable[..., Pod], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = MATRIX[name]
     pod = start(values)
     probe_all(pod)
@@ -160,6 +165,10 @@ def test_probes_and_names_are_answered(name: str, start: Callable[..., Pod], tmp
     # As it calls itself, and as `helm test` calls it.
     for url in container(values, "test").spec["args"]:
         assert asked(pod, url, "/readyz", True).status_code == 200
+    monkeypatch.delenv("FREESTEP_TOKEN")
+    assert pod.environment["FREESTEP_URL"] == pod.environment["FREESTEP_ADVERTISE_URL"]
+    executed = forked.freestep("tokens", "list", **{**pod.environment, "FREESTEP_URL": pod.url})
+    assert executed.returncode == 0 and "admin-token" in executed.stdout, "the command is not the administrator's"
     wanted = tmp_path / ("journal" if name == "journal" else "data/journal")
     assert Settings(**_given(values)).journals() == Path("/journal" if name == "journal" else "/data/journal")
     assert wanted.parent.is_dir()
@@ -167,11 +176,7 @@ def test_probes_and_names_are_answered(name: str, start: Callable[..., Pod], tmp
 
 def _given(values: dict[str, Any]) -> dict[str, str]:
     environment = container(values, "shards").environment("shard", SECRETS)
-    return {
-        name.removeprefix("FREESTEP_").lower(): value
-        for name, value in environment.items()
-        if name.startswith("FREESTEP_")
-    }
+    return {name.removeprefix("FREESTEP_").lower(): value for name, value in environment.items() if name in SETTINGS}
 
 
 def test_a_certificate_for_the_names_of_the_chart_is_enough(start: Callable[..., Pod], tmp_path: Path) -> None:
