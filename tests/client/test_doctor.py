@@ -102,6 +102,22 @@ def test_the_other_scheme_is_said(service: ThreadService, tls_service: ThreadSer
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("apart", [-1, 1, 2])
+def test_versions_that_follow_each_other_work_together(serve: Callable[..., Server], apart: int) -> None:
+    own = version("freestep")
+    major, minor = own.split(".")[:2]
+    other = f"{major}.{int(minor) + apart}.3"
+    code, found = doctor(serve(answering(("200 OK", {"status": "ok", "version": other}), RUNS, READY)).url)
+    if apart == 2:
+        assert code == 1
+        assert found["version"] == (
+            "wrong", f"the service is freestep {other} and this is {own}: install the same on both"
+        )  # fmt: skip
+    else:
+        assert code == 0
+        assert found["version"] == ("ok", f"freestep {own} here and {other} there, which work together")
+
+
 def test_a_store_that_is_away_is_said(start_service: Callable[..., ThreadService], tmp_path: Path) -> None:
     with store("valkey", tmp_path) as url:
         service = start_service(redis_url=url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 import time
@@ -32,6 +33,8 @@ __all__ = ["doctor"]
 _TIMEOUT_S = 5.0
 _CLOCKS_S = 10.0
 """Seconds by which two clocks may differ; the service's is known to within a second."""
+_MINOR = re.compile(r"([0-9]+)\.([0-9]+)")
+"""A version's major and minor number."""
 _CERTIFICATES = {
     "self-signed": "let FREESTEP_CA_CERTS name the file of the certificate",
     "self signed": "let FREESTEP_CA_CERTS name the file of the certificate",
@@ -166,9 +169,17 @@ def _version(document: Mapping[str, Any]) -> str:
     own, other = version("freestep"), document.get("version")
     if other is None:
         raise _Wrong(f"the service does not say its version, and is older than this one, {own}: update it")
-    if other != own:
+    if other == own:
+        return f"freestep {own}, here and there"
+    if not _are_neighbours(own, str(other)):
         raise _Wrong(f"the service is freestep {other} and this is {own}: install the same on both")
-    return f"freestep {own}, here and there"
+    return f"freestep {own} here and {other} there, which work together"
+
+
+def _are_neighbours(own: str, other: str) -> bool:
+    """Whether two versions are at most one minor version apart."""
+    here, there = _MINOR.match(own), _MINOR.match(other)
+    return bool(here and there and here[1] == there[1] and abs(int(here[2]) - int(there[2])) <= 1)
 
 
 def _clock(headers: Mapping[str, str], now: float) -> str:
