@@ -412,7 +412,8 @@ class StepNotReached(ProblemError):
 
 
 class StorageUnavailable(ProblemError):
-    """The disk or object store that checkpoints are kept in is full, read-only or away. Nothing was changed."""
+    """The disk or object store that checkpoints are kept in is full, read-only or away, or a newer version has written
+    there. Nothing was changed."""
 
     slug = "storage-unavailable"
     title = "The storage cannot be read or written"

@@ -10,6 +10,7 @@ import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +34,7 @@ from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.secret import SharedSecret
 from freestep_service.coordination.store import Evicts, Store, Unusable
 from freestep_service.coordination.tokens import SharedTokens
+from freestep_service.domain.layout import LayoutInUse, NewerLayout
 from freestep_service.domain.records import UrlInUse
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.runs.registry import Registry
@@ -42,6 +44,7 @@ from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import BadSetting, CannotStart, Settings, shown
 from freestep_service.state.compute import HOST, DeviceLocks, arithmetic_threads
 from freestep_service.state.memory_budget import MemoryBudget, machine_memory
+from freestep_service.storage.checksummed import NewerFormat
 from freestep_service.storage.claims import Claim, DirectoryClaim, ObjectClaim, StorageInUse
 from freestep_service.storage.media import FsspecStorage, LocalStorage, Storage, open_storage
 from freestep_service.storage.token_files import TokenFiles
@@ -91,8 +94,8 @@ class Startup:
     error: Exception | None = None
     end: Callable[[], None] = lambda: None
 
-    def lose_storage(self, error: StorageInUse) -> None:
-        """Another service has taken this one's storage."""
+    def give_way(self, error: StorageInUse | NewerLayout) -> None:
+        """Another service has taken this one's storage, or a newer version its Redis."""
         self.error = CannotStart(str(error))
         self.end()
 
@@ -179,8 +182,8 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     node = Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds))
     tokens = Tokens(SharedTokens(store), TokenFiles(storage), disk, channels, issuer=await _issuer(settings, stack))
     try:
-        claims = _claims(settings, store, storage, node, directory, startup.lose_storage)
-        storage.guard = claims.require
+        claims = _claims(settings, store, storage, node, directory, startup.give_way)
+        storage.guard = partial(_require, claims, node)
         await stack.enter_async_context(claims)
         secret = await stack.enter_async_context(SharedSecret(store))
         http = await stack.enter_async_context(relay_client(trusted_by(settings)))
@@ -197,18 +200,22 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
                 MemoryBudget(settings.memory_bytes or machine_memory() // 8 * 7),
                 MemoryBudget(machine_memory() // 8 if settings.slow_peer_bytes is None else settings.slow_peer_bytes),
                 disk,
-            )
+            ),
+            startup.give_way,
         )
+        if not settings.insecure:
+            # Before anything is changed.
+            await disk.run(TokenFiles(storage).require_known)
         await registry.start()
         stack.push_async_callback(registry.close)
         if settings.insecure:
             logger.warning("insecure: there are no tokens, and everybody who reaches this service may do everything")
         else:
             await _start_tokens(tokens, settings, stack)
+    except (UrlInUse, StorageInUse, LayoutInUse, NewerLayout, NewerFormat) as error:
+        raise CannotStart(str(error)) from error
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
-    except (UrlInUse, StorageInUse) as error:
-        raise CannotStart(str(error)) from error
     except (OSError, StorageUnavailable) as error:
         place = shown(settings.checkpoint_url or settings.data_dir)
         raise CannotStart(
@@ -226,6 +233,13 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     return ServiceContext(
         settings, store, claims, relay, registry, tokens, SignInLinks(), audit, metrics, json_bodies, device
     )
+
+
+def _require(claims: StorageClaims, node: Node) -> None:
+    """Raises StorageUnavailable where this service is to write nothing: its storage or its Redis is others'."""
+    claims.require()
+    if node.newer is not None:
+        raise StorageUnavailable(str(node.newer))
 
 
 def _trace(app: FastAPI, settings: Settings) -> None:
@@ -350,6 +364,8 @@ async def _store(url: str) -> Store:
         if "+sentinel://" in url:
             cause += "; Sentinels cannot be named: name a proxy or a virtual address that follows the primary"
         raise BadSetting(f"redis_url: {shown(url)} is no URL of a Redis server: {cause}") from None
+    except NewerLayout as error:
+        raise CannotStart(str(error)) from None
     except CoordinatorUnavailable as error:
         raise _redis_is_away(url, error) from error
     except Unusable as error:

@@ -8,7 +8,7 @@ from freestep_service.coordination.identity import IDENTITY_KEY
 from freestep_service.coordination.nodes import NODE_HOSTS_KEY, NODES_KEY
 from freestep_service.coordination.run_scripts import DELETED_KEY, DELETION_TIMES_KEY, RUNS_KEY
 from freestep_service.coordination.secret import SECRET_KEY
-from freestep_service.coordination.store import Evicts, Store, reachable
+from freestep_service.coordination.store import LAYOUT_KEY, Evicts, Store, reachable
 from freestep_service.coordination.tokens import TOKEN_USES_KEY, TOKENS_KEY
 
 __all__ = ["SHARED_KEYS", "faults"]
@@ -17,6 +17,7 @@ SHARED_KEYS: Mapping[str, str] = {
     RUNS_KEY: "set",
     NODES_KEY: "zset",
     NODE_HOSTS_KEY: "hash",
+    LAYOUT_KEY: "string",
     DELETED_KEY: "hash",
     DELETION_TIMES_KEY: "zset",
     IDENTITY_KEY: "string",

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from freestep_service.coordination.store import Store, reachable
+from freestep_service.coordination.store import LAYOUT_KEY, Store, reachable
+from freestep_service.domain.layout import LayoutInUse, NewerLayout
 from freestep_service.domain.records import UrlInUse
 
 __all__ = ["NODES_KEY", "NODE_HOSTS_KEY", "Node", "Stopwatch", "host_identity"]
@@ -26,6 +27,10 @@ NODE_HOSTS_KEY = "{freestep:nodes}:hosts"
 """Their URLs and hosts. The hash tag keeps both keys on one server of a cluster."""
 _POLL_S = 0.25
 _SLOWEST_HEARTBEAT_S = 1.0
+_WAITING = {
+    "url": "%s was the URL of a service on the host %s until lately: waiting to see whether that is live",
+    "layout": "%s was a service of an older version until lately: waiting to see whether that is live",
+}
 
 
 def host_identity() -> str:
@@ -41,10 +46,14 @@ def host_identity() -> str:
 
 
 class _Rival(NamedTuple):
-    """A live process on another host with the same URL. `ends`: until when it counts as live, by Redis's clock."""
+    """A live process that is in the way. `ends`: until when it counts as live, by Redis's clock.
 
+    kind: `url`, on another host with the same URL, or `layout`, of an older layout. place: its host, or its URL.
+    """
+
+    kind: str
     id: str
-    host: str
+    place: str
     ends: str
 
 
@@ -59,6 +68,8 @@ class Node:
     host: str = field(default_factory=host_identity)
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    newer: NewerLayout | None = None
+    """Why this process is to write nothing any more: others have gone on with a newer layout."""
     live_peers: int = 0
     """Other processes that are live, or were until lately: they may come back, or Redis may have forgotten them."""
     _counted_at: float = 0.0
@@ -70,13 +81,14 @@ class Node:
     async def heartbeat(self, store: Store) -> None:
         """Registers this process as live, and counts the others.
 
-        The first heartbeat raises UrlInUse if a live process on another host has the same URL; it takes up to `ttl_ms`
-        to see whether such a process is still live. Later heartbeats log it.
+        The first heartbeat raises UrlInUse if a live process on another host has the same URL, and LayoutInUse if one
+        is of an older layout; it takes up to `ttl_ms` to see whether such a process is still live. Later heartbeats log
+        a rival for the URL. Raises NewerLayout where the processes on this Redis have a newer layout.
         """
         live, rival = await self._register(store) if self._is_registered else await self._join(store)
         if rival is not None and rival.id not in self._named:
             self._named.add(rival.id)
-            logger.error("%s", UrlInUse(self.url, self._name, _name(rival.host)))
+            logger.error("%s", self._refusal(rival))
         peers, now, ttl = live - 1, self.clock(), self.ttl_ms / 1000
         if now > self._answered_at + ttl:
             # Redis did not answer the others either, so it may count too few of them for now.
@@ -86,7 +98,7 @@ class Node:
             self.live_peers, self._counted_at = peers, now
 
     async def _join(self, store: Store) -> tuple[int, _Rival | None]:
-        """Registers this process once no process on another host has its URL. Raises UrlInUse if one is live."""
+        """Registers this process once no other is in its way. Raises UrlInUse or LayoutInUse if one is live."""
         seen: dict[str, str] = {}
         while True:
             live, rival = await self._register(store)
@@ -94,20 +106,28 @@ class Node:
                 self._is_registered = True
                 return live, None
             if seen.get(rival.id, rival.ends) != rival.ends:
-                raise UrlInUse(self.url, self._name, _name(rival.host))
+                raise self._refusal(rival)
             if rival.id not in seen:
-                logger.warning(
-                    "%s was the URL of a service on the host %s until lately: waiting to see whether that is live",
-                    self.url,
-                    _name(rival.host),
-                )
+                places = (self.url, _name(rival.place)) if rival.kind == "url" else (rival.place,)
+                logger.warning(_WAITING[rival.kind], *places)
             seen[rival.id] = rival.ends
             await self.sleep(_POLL_S)
 
     async def _register(self, store: Store) -> tuple[int, _Rival | None]:
         arguments = (self.id, self.ttl_ms, self.url, self.host, int(self._is_registered))
-        live, *rival = await store.run("node_heartbeat", [NODES_KEY, NODE_HOSTS_KEY], *arguments)
+        live, *rival = await store.run("node_heartbeat", [NODES_KEY, NODE_HOSTS_KEY, LAYOUT_KEY], *arguments)
+        if rival[0] == "newer":
+            newer = NewerLayout(int(rival[1]))
+            if self.newer is None:
+                logger.error("%s", newer)
+            self.newer = newer
+            raise newer
         return int(live), _Rival(*map(str, rival)) if rival[0] else None
+
+    def _refusal(self, rival: _Rival) -> UrlInUse | LayoutInUse:
+        if rival.kind == "layout":
+            return LayoutInUse(rival.place)
+        return UrlInUse(self.url, self._name, _name(rival.place))
 
     async def leave(self, store: Store) -> None:
         """Ends the registration, so that others need not wait until it runs out."""

@@ -32,12 +32,17 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from freestep.errors import CoordinatorUnavailable
 from freestep_service.coordination.pipeline import RedisPipeline
+from freestep_service.domain.layout import LAYOUT, NewerLayout
 
-__all__ = ["Evicts", "Store", "Unusable"]
+__all__ = ["LAYOUT_KEY", "Evicts", "Store", "Unusable"]
 
 logger = logging.getLogger("freestep")
 
 _LUA = files("freestep_service.coordination") / "lua"
+LAYOUT_KEY = "{freestep:nodes}:layout"
+"""Holds the layout of the processes on this Redis, see lua/node_heartbeat.lua; it belongs to no run."""
+_NEWER = "NEWERLAYOUT "
+"""What the refusal of a script begins with that finds a newer layout, which it ends with."""
 _TIMEOUT_S = 5.0
 _CONNECTIONS = 32
 _PROBE, _PROBE_MS = "freestep:writable", 1000
@@ -71,7 +76,7 @@ class Store:
         self._url = url
         self._execute = client.execute_command if pipeline is None else pipeline.execute
         self._pipeline = pipeline
-        prelude = (_LUA / "_prelude.lua").read_text()
+        prelude = f"local LAYOUT = {LAYOUT}\n" + (_LUA / "_prelude.lua").read_text()
         self._scripts: dict[str, tuple[str, str]] = {}
         for entry in _LUA.iterdir():
             if entry.name.endswith(".lua") and not entry.name.startswith("_"):
@@ -83,7 +88,7 @@ class Store:
     async def connect(cls, url: str) -> Store:
         """Connects to a server by its URL; recognizes a server in cluster mode.
 
-        Raises CoordinatorUnavailable, Unusable, Evicts, and ValueError for a URL that is not one of Redis.
+        Raises CoordinatorUnavailable, Unusable, Evicts, NewerLayout, and ValueError for a URL that is not one of Redis.
         """
         options: dict[str, Any] = {
             "decode_responses": True,
@@ -107,7 +112,12 @@ class Store:
                     await store.close()
                     store = cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url, None)
             await store.require_permanence()
+            # Before anything is written.
+            await store.require_layout()
             await store.require_writable()
+        except NewerLayout:
+            await store.close()
+            raise
         except CoordinatorUnavailable as error:
             await store.close()
             if (advice := _advice(error.__cause__)) is None:
@@ -151,6 +161,13 @@ class Store:
             retry=Retry(NoBackoff(), 0),
             **({} if self._url.startswith("unix:") else {"socket_keepalive": True}),
         )
+
+    async def require_layout(self) -> None:
+        """Raises NewerLayout where processes of a newer version have used this Redis, and CoordinatorUnavailable."""
+        with reachable():
+            found = await self.client.get(LAYOUT_KEY)
+        if found is not None and found.isdecimal() and int(found) > LAYOUT:
+            raise NewerLayout(int(found))
 
     async def require_writable(self) -> None:
         """Raises CoordinatorUnavailable, also where Redis refuses writes: as a replica, say, or for want of memory."""
@@ -262,4 +279,6 @@ class reachable:
         if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
             raise CoordinatorUnavailable(f"Redis does not answer: {type(error).__name__}") from error
         if isinstance(error, RedisError):
+            if str(error).startswith(_NEWER):
+                raise NewerLayout(int(str(error).removeprefix(_NEWER))) from error
             raise CoordinatorUnavailable(f"Redis refused a command: {error}") from error

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from freestep_service.domain.layout import LAYOUT, NewerLayout
 from freestep_service.domain.records import LogPosition, Origin
 
 __all__ = ["DamagedRun", "RunView"]
@@ -33,7 +34,9 @@ class DamagedRun(Exception):
 
 @dataclass(frozen=True)
 class RunView:
-    """The hash of a run and the hash of its shards, with the fields of lua/_prelude.lua. Raises DamagedRun.
+    """The hash of a run and the hash of its shards, with the fields of lua/_prelude.lua.
+
+    Raises DamagedRun and NewerLayout.
 
     now_ms: the time of the reading by Redis's clock, in ms since 1970; 0 where it was not read. has_lost_key:
     whether the run lacks one of its keys alone. wrong: what is wrong with keys of it that hold another type.
@@ -46,6 +49,9 @@ class RunView:
     wrong: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        # Older versions wrote no layout.
+        if (layout := self.run.get("layout", "1")).isdecimal() and int(layout) > LAYOUT:
+            raise NewerLayout(int(layout))
         if faults := list(self._faults()):
             raise DamagedRun(f"the run's part of Redis is damaged: {', '.join(faults)}")
 

@@ -290,6 +290,8 @@ class Ownership:
         for shard in given:
             try:
                 await self._standing.leave(shard, view)
+            except FreestepError as error:
+                logger.error("run %s: shard %d could not be written: %s", self._context.name, shard.index, error)
             except Exception:
                 logger.exception("run %s: shard %d could not be written", self._context.name, shard.index)
             if shard.index == 0:

@@ -27,6 +27,7 @@ from freestep_service.coordination.opening import list_again, read_run
 from freestep_service.coordination.quotas import Event, SharedQuotas
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import reachable
+from freestep_service.domain.layout import NewerLayout
 from freestep_service.domain.records import Origin
 from freestep_service.domain.run_view import DamagedRun
 from freestep_service.domain.specs import require_same_spec
@@ -41,7 +42,8 @@ from freestep_service.runs.state_imports import receive_state
 from freestep_service.runs.store_watch import StoreWatch
 from freestep_service.state.received_state import ReceivedState
 from freestep_service.state.staging import Body
-from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.checksummed import Damaged, NewerFormat
+from freestep_service.storage.newer_files import require_known_files
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Registry"]
@@ -53,10 +55,14 @@ _OPENING_S = 20.0
 
 
 class Registry:
-    """Every run by its name."""
+    """Every run by its name.
 
-    def __init__(self, resources: Resources) -> None:
+    on_newer: told that processes of a newer layout have the Redis, so that this one is to end.
+    """
+
+    def __init__(self, resources: Resources, on_newer: Callable[[NewerLayout], None] = lambda error: None) -> None:
         self._resources = resources
+        self._on_newer = on_newer
         self.watch = StoreWatch(resources.store)
         self.quotas = Quotas(SharedQuotas(resources.store), resources.settings)
         self._runs: dict[str, Run] = {}
@@ -77,15 +83,18 @@ class Registry:
             raise RunNotFound(f"there is no run {name!r}", run=name) from None
 
     async def find(self, name: str) -> Run:
-        """A run, which another process may have created. Raises RunNotFound and CoordinatorUnavailable."""
+        """A run, which another process may have created.
+
+        Raises RunNotFound, CoordinatorUnavailable, and ShardUnavailable where the run cannot be opened.
+        """
         if name not in self._runs:
             async with self._change(name):
                 if name not in self._runs:
                     try:
                         await self._open(name, is_from_elsewhere=True)
-                    except DamagedRun as error:
+                    except (DamagedRun, NewerFormat) as error:
                         self._put_aside(name, str(error))
-                        raise ShardUnavailable(f"the run {name!r} cannot be opened: {error}", missing=[]) from None
+                        raise _cannot_be_opened(name, error) from None
         return self.get(name)
 
     def all(self) -> list[Run]:
@@ -126,6 +135,10 @@ class Registry:
         async with self._change(name):
             if name in self._runs:
                 return self._same(self._runs[name], spec), False
+            try:
+                await self._require_known(name)
+            except NewerFormat as error:
+                raise _cannot_be_opened(name, error) from None
             await resources.disk.run(resources.storage.require_writable)
             await resources.node.heartbeat(resources.store)
             resources.memory.reserve(name, await resources.bytes_of(spec, spec.shards))
@@ -238,14 +251,19 @@ class Registry:
             async with self._change(name):
                 if name not in self._runs:
                     await self._open(name)
-        except CoordinatorUnavailable as error:
+        except (CoordinatorUnavailable, NewerFormat) as error:
             self._put_aside(name, f"{error}")
         except Exception as error:
             self._put_aside(name, f"{error}", error)
 
     async def _open(self, name: str, *, is_from_elsewhere: bool = False) -> None:
+        """Raises DamagedRun, NewerFormat and CoordinatorUnavailable."""
         view = await read_run(self._resources.store, name)
-        if view is None and is_from_elsewhere:
+        is_unknown = view is None and is_from_elsewhere
+        if is_unknown and name not in self._set_aside:
+            return
+        await self._require_known(name)
+        if is_unknown:
             return
         try:
             file = await self._resources.disk.run(RunFile.read, self._resources.storage, name)
@@ -278,6 +296,12 @@ class Registry:
             await self.quotas.settle_run(origin.creator, name, "kept", origin.id, manifest.numel)
         await run.start()
 
+    async def _require_known(self, name: str) -> None:
+        """Raises NewerFormat where a newer version has written what there is of a run."""
+        resources = self._resources
+        journals = resources.settings.journals() / name
+        await resources.disk.run(require_known_files, resources.storage, name, journals)
+
     def _put_aside(self, name: str, reason: str, error: Exception | None = None) -> None:
         if self._set_aside.get(name) != reason:
             self._set_aside[name] = reason
@@ -305,8 +329,9 @@ class Registry:
                 for name in sorted(self._set_aside):
                     await self._try_to_open(name)
             except (CoordinatorUnavailable, StorageUnavailable):
-                # The runs say in the log that Redis is away.
-                pass
+                # Where Redis is away, the runs say so in the log.
+                if resources.node.newer is not None:
+                    self._on_newer(resources.node.newer)
             except Exception:
                 logger.exception("other processes' runs could not be looked for")
             for run in self.all():
@@ -317,3 +342,7 @@ class Registry:
             with suppress(TimeoutError):
                 async with asyncio.timeout(resources.node.heartbeat_s):
                     await self._stopping.wait()
+
+
+def _cannot_be_opened(name: str, error: Exception) -> ShardUnavailable:
+    return ShardUnavailable(f"the run {name!r} cannot be opened: {error}", missing=[])

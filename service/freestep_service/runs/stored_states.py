@@ -15,7 +15,7 @@ from freestep_service.domain.run_view import RunView
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.storage.checkpoints import Checkpoints
-from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.checksummed import Damaged, NewerFormat
 from freestep_service.storage.journal_files import is_journal_here
 from freestep_service.storage.part_manifest import part_name
 from freestep_service.storage.run_files import RunFile
@@ -85,9 +85,12 @@ class StoredStates:
         return max(self._shards.epoch, self.newest_epoch, stored)
 
     async def recorded(self) -> tuple[int, int]:
-        """The epoch and the number of shards that storage knows of."""
+        """The epoch and the number of shards that storage knows of. Raises NewerFormat."""
         try:
             file = await self._disk.run(RunFile.read, self._context.resources.storage, self._context.name)
+        except NewerFormat:
+            # It is not to be replaced.
+            raise
         except (FileNotFoundError, Damaged, StorageUnavailable):
             return 0, 0
         return file.epoch, file.shards

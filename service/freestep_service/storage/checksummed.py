@@ -1,6 +1,11 @@
 """JSON documents in storage that name their format and their own checksum.
 
-Checksums are XXH3-128: they find damage, not forgery. A document that fails a check raises Damaged and nothing else.
+Checksums are XXH3-128: they find damage, not forgery. A document that fails a check raises Damaged and nothing else;
+one of a newer format raises NewerFormat.
+
+The law of formats: `format` and `checksum` are in all documents, for ever, so that each version tells a newer one from
+a damaged one. A member that a reader may do without is no new format. Another format is another layout too
+(domain/layout.py), since processes share storage.
 """
 
 from __future__ import annotations
@@ -11,15 +16,26 @@ from typing import Any
 
 import xxhash
 
+from freestep.errors import StorageUnavailable
 from freestep_service.storage.medium import Storage
 
-__all__ = ["Damaged", "parse_document", "read_document", "write_document"]
+__all__ = ["Damaged", "NewerFormat", "parse_document", "read_document", "write_document"]
 
 _FORMAT = 2
 
 
 class Damaged(ValueError):
     """A file was read and is not what was written; the message says what is wrong with it."""
+
+
+class NewerFormat(StorageUnavailable):
+    """A file is whole, and a newer version of freestep has written it: it is neither read nor replaced."""
+
+    def __init__(self, path: object, found: int, known: int = _FORMAT) -> None:
+        super().__init__(
+            f"{path} is of format {found}, and this version of freestep knows format {known}: "
+            "start the version that wrote it"
+        )
 
 
 def write_document(storage: Storage, path: str, document: Mapping[str, Any]) -> None:
@@ -29,15 +45,15 @@ def write_document(storage: Storage, path: str, document: Mapping[str, Any]) -> 
 
 
 def read_document(storage: Storage, path: str) -> dict[str, Any]:
-    """The document as it was written. Raises FileNotFoundError, Damaged, StorageUnavailable."""
+    """The document as it was written. Raises FileNotFoundError, Damaged, StorageUnavailable, NewerFormat of it."""
     try:
-        return parse_document(storage.read(path))
+        return parse_document(storage.read(path), f"{storage}/{path}")
     except IsADirectoryError as error:
         raise Damaged("it is a directory") from error
 
 
-def parse_document(text: bytes) -> dict[str, Any]:
-    """As `read_document`, of what was read. Raises Damaged."""
+def parse_document(text: bytes, path: str) -> dict[str, Any]:
+    """As `read_document`, of what was read there. Raises Damaged, NewerFormat."""
     try:
         content = json.loads(text)
         checksum = content.pop("checksum")
@@ -46,7 +62,10 @@ def parse_document(text: bytes) -> dict[str, Any]:
         raise Damaged(f"it is no document with a checksum ({type(error).__name__})") from error
     if checksum != expected:
         raise Damaged("it does not have the checksum that it names")
-    if content.pop("format", None) != _FORMAT:
+    found = content.pop("format", None)
+    if type(found) is int and found > _FORMAT:
+        raise NewerFormat(path, found)
+    if found != _FORMAT:
         raise Damaged(f"its format is not {_FORMAT}, the one that this version reads")
     return dict(content)
 

@@ -73,6 +73,10 @@ class Inventory:
         found = ((match.string, CheckpointId(*map(int, match.groups()))) for match in matches if match)
         return sorted(checkpoint_id for name, checkpoint_id in found if name == _name(checkpoint_id))
 
+    def marks(self) -> list[str]:
+        """Where the marks of all checkpoints are, or would be."""
+        return [f"{self.path(checkpoint_id)}/{_MARK}" for checkpoint_id in self.all_ids()]
+
     def contents(self, checkpoint_id: CheckpointId, begin: int = 0, end: int = 0) -> Contents:
         """Reads the manifests of the parts that overlap elements `begin` to `end`, or of all where that is no element.
 

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import xxhash
 
 from freestep_service.domain.records import Fenced
-from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.checksummed import Damaged, NewerFormat
 from freestep_service.storage.durable import flush
-from freestep_service.storage.journal_format import Frame, Tail, UnknownKind, scan
+from freestep_service.storage.journal_format import FORMAT, Frame, Tail, UnknownKind, scan
 from freestep_service.storage.segment_bytes import SegmentBytes
 
 __all__ = [
@@ -49,6 +49,8 @@ __all__ = [
     "remove_journals",
     "remove_other_journals",
     "repaired_epoch",
+    "require_known",
+    "require_known_run",
     "segment_path",
     "segment_paths",
 ]
@@ -88,7 +90,11 @@ class Ownership:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Fences off whoever wrote there before. To be taken before the journal is read. Raises DamagedJournal too."""
+        """Fences off whoever wrote there before. To be taken before the journal is read.
+
+        Raises DamagedJournal too, and NewerFormat before anything is changed.
+        """
+        require_known(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.word = secrets.token_hex(8)
         kept = {path.stem.partition("-")[2] for _, path in segment_paths(directory)}
@@ -109,6 +115,21 @@ class Ownership:
     def _present(self) -> tuple[int, int]:
         found = os.stat(self._path)
         return found.st_ino, found.st_mtime_ns
+
+
+def require_known(directory: Path) -> None:
+    """Raises NewerFormat where a segment of a newer version is in a directory, and OSError."""
+    for _, path in segment_paths(directory):
+        with suppress(Damaged):
+            first = next(frames(path))
+            if isinstance(first, Frame) and first.head["format"] > FORMAT:
+                raise NewerFormat(path, first.head["format"], FORMAT)
+
+
+def require_known_run(directory: Path) -> None:
+    """As `require_known`, of the journals of a run's shards, which are in a directory."""
+    for journal in _shards(directory):
+        require_known(journal)
 
 
 def is_segment(path: Path) -> bool:

@@ -16,6 +16,9 @@ of the others: a body that is made to look like frames does not know it.
 A frame that fails its checks is the end of a *torn tail*, which nobody was answered for, unless a frame behind it says
 that this place was on disk: then the segment is *damaged*.
 
+What a frame looks like, and that a BEGIN's head names its `format`, is for ever: so each version tells newer segments
+from damaged ones. All else may change with the format, and another kind of frame is another format.
+
 The law of this file: no IO. Whatever bytes it is given, it ends with frames, and says where they end and why.
 """
 

@@ -4,7 +4,8 @@ deleted/RUN          the last epoch of a run that was deleted
 deleted-before       the largest of those whose runs are forgotten
 runs/RUN/run.json    spec, epoch and number of shards; without this file there is no run
 
-Run files are sealed with a checksum. Each complete checkpoint has a copy in its mark, from which a damaged one is made
+The epochs are numbers as text, and will be nothing else: each version reads those of all others. Run files are sealed
+with a checksum. Each complete checkpoint has a copy in its mark, from which a damaged one is made
 anew.
 """
 
@@ -61,10 +62,10 @@ class RunFile:
     def read(cls, storage: Storage, run: str) -> RunFile:
         """The run's file. A damaged one is logged and made anew from the newest checkpoint that has a copy of it.
 
-        Raises FileNotFoundError, StorageUnavailable, and Damaged where no checkpoint has a copy.
+        Raises FileNotFoundError, StorageUnavailable, NewerFormat of it, and Damaged where no checkpoint has a copy.
         """
         try:
-            return _of(storage.read(_path(run)))
+            return _of(storage.read(_path(run)), f"{storage}/{_path(run)}")
         except (Damaged, IsADirectoryError) as error:
             copies = Inventory(storage, f"runs/{run}/checkpoints", 0).run_files()
             damage = Damaged(f"run.json is no run file: {error}")
@@ -94,12 +95,12 @@ def _validated(members: Any) -> RunFile:
     return _RUN_FILE.validate_json(json.dumps(members), strict=True)
 
 
-def _of(text: bytes) -> RunFile:
-    """Raises Damaged. Older versions wrote no checksum, and the members alone."""
+def _of(text: bytes, path: str) -> RunFile:
+    """Raises Damaged, NewerFormat. Older versions wrote no checksum, and the members alone."""
     try:
         found = json.loads(text)
         is_older = isinstance(found, dict) and found.keys() <= _MEMBERS
-        return _validated(found if is_older else parse_document(text))
+        return _validated(found if is_older else parse_document(text, path))
     except (ValueError, RecursionError) as error:
         raise Damaged(str(error)) from error
 

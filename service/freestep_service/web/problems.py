@@ -94,9 +94,11 @@ RETRY_AFTER_S = {
 
 def problem_response(problem: ProblemError) -> JSONResponse:
     """The answer to a refused request."""
-    status = STATUSES[type(problem)]
+    # Parts of the service have classes of their own for some.
+    kind = errors.PROBLEMS[problem.slug]
+    status = STATUSES[kind]
     headers = {}
-    if retry_after := problem.retry_after or RETRY_AFTER_S.get(type(problem)):
+    if retry_after := problem.retry_after or RETRY_AFTER_S.get(kind):
         headers["Retry-After"] = f"{retry_after:.0f}"
     if isinstance(problem, errors.RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{problem.extensions['size']}"

@@ -1,10 +1,13 @@
 -- This file is put before every other script: the names of the run's keys, the clock, and shared functions.
 --
+-- Before it stands `local LAYOUT = N`, of domain/layout.py.
+--
 -- KEYS 1-12 and the last four are the same for every script that is called for a run. Their hash tag is the same:
 -- freestep:{run}:...
 --   run       hash    spec, first_epoch and id (the epoch in which the run was created, and a random word: they tell
 --                     the run from others of its name; older versions wrote none), creator (the id of the token
---                     whose quota it counts against, or an empty string), epoch, step, seq, initialized, token, the policy's values, counts of
+--                     whose quota it counts against, or an empty string), layout (see domain/layout.py; older versions
+--                     wrote none), epoch, step, seq, initialized, token, the policy's values, counts of
 --                     pushes; shards (how many), phase and generation of the opening (see open.lua), durable (the
 --                     newest checkpoint), clocks (JSON: worker -> number of its pushes; only under a policy with a
 --                     slack), bounds (JSON {outlier, clip, ban_after, max_batch}, as far as there are any; only under
@@ -92,6 +95,14 @@ local SLOTS, MOST_CUTS = 4, {push = 4, pull = 2, state = 1}
 local SLOTS_OF_LEASE = 2
 -- How long a cut is kept for who does not come for it, in ms.
 local CUT_TTL = 30000
+
+-- A process that was stopped until others had gone on with a newer layout changes nothing of it.
+if string.sub(RUN, -5) == '}:run' then
+  -- An error where the key holds another type, which is the script's to tell.
+  local layout = redis.pcall('HGET', RUN, 'layout')
+  layout = type(layout) == 'string' and tonumber(layout) or 1
+  if layout > LAYOUT then return redis.error_reply(string.format('NEWERLAYOUT %.0f', layout)) end
+end
 
 local function clock()
   local time = redis.call('TIME')

@@ -8,7 +8,7 @@
 local existing = redis.call('HGET', RUN, 'spec')
 if existing then return {existing == ARGV[1] and 'same' or 'different'} end
 redis.call('DEL', RUN)
-redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
+redis.call('HSET', RUN, 'layout', LAYOUT, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
   'slack', ARGV[5], 'bounds', ARGV[6], 'first_epoch', ARGV[7], 'id', ARGV[8], 'creator', ARGV[9], 'epoch', ARGV[7], 'shards', ARGV[10],
   'step', 0, 'seq', 0, 'initialized', 0, 'token', 0, 'grouped', 0, 'applied', 0, 'accumulated', 0, 'dropped', 0, 'created_ms', text(clock()))
 begin_gathering()

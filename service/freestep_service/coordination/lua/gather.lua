@@ -10,7 +10,7 @@
 
 if not run_exists() then
   redis.call('DEL', RUN)
-  redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
+  redis.call('HSET', RUN, 'layout', LAYOUT, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
     'slack', ARGV[5], 'bounds', ARGV[6], 'shards', ARGV[7], 'first_epoch', ARGV[10], 'id', ARGV[11], 'creator', ARGV[12], 'lost', 1,
     'created_ms', text(clock()))
 elseif ARGV[8] ~= '' and redis.call('HGET', RUN, 'generation') ~= ARGV[8] then

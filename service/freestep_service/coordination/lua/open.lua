@@ -51,7 +51,7 @@ for worker, pushes in pairs(cjson.decode(ARGV[12])) do
   grouped = grouped + pushes
 end
 redis.call('HDEL', RUN, 'lost', 'initializing', 'resharding', 'recut', 'exchange', 'compared')
-redis.call('HSET', RUN, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
+redis.call('HSET', RUN, 'layout', LAYOUT, 'spec', ARGV[1], 'batch', ARGV[2], 'max_staleness', ARGV[3], 'distinct', ARGV[4],
   'slack', ARGV[5], 'bounds', ARGV[6], 'shards', ARGV[7], 'epoch', ARGV[8], 'step', ARGV[9], 'seq', ARGV[10],
   'initialized', ARGV[11], 'grouped', grouped, 'in_flight', 0, 'target', ARGV[15], 'norms', ARGV[18],
   'outliers', ARGV[19], 'banned', ARGV[20], 'control', ARGV[22], 'paused', ARGV[23], 'suspended', ARGV[24],
