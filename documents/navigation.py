@@ -42,6 +42,7 @@ NAVIGATION: Entries = [
                 ("Curves in trackers", "follow.md"),
                 ("Live control", "control.md"),
                 ("Slow links", "guides/slow-links.md"),
+                ("Regions", "guides/regions.md"),
                 ("Data that counts once", "data-units.md"),
                 ("Choosing a policy", "guides/policies.md"),
                 ("Tuning", "guides/tuning.md"),

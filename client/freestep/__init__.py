@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from freestep.local_steps import LocalSteps
     from freestep.optimizer import RemoteOptimizer
     from freestep.optimizer_states import export_state, import_state
+    from freestep.region import Region
     from freestep.run_state import RunState
     from freestep.units import Units
     from freestep.wrapped_base import ScheduleFreeWrapper
@@ -37,6 +38,7 @@ else:
         "LocalSteps": "freestep.local_steps",
         "RAdamScheduleFree": "freestep.drop_in",
         "RAdamScheduleFreeClosure": "freestep.closure_forms",
+        "Region": "freestep.region",
         "RemoteOptimizer": "freestep.optimizer",
         "Rounded": "freestep.encoders",
         "RunState": "freestep.run_state",
@@ -78,6 +80,7 @@ __all__ = [
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "Receipt",
+    "Region",
     "RemoteOptimizer",
     "Rounded",
     "Run",

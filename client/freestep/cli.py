@@ -31,6 +31,7 @@ from freestep.commands.facts import facts, policy_of
 from freestep.commands.follow import follow
 from freestep.commands.history import history
 from freestep.commands.pull import pull
+from freestep.commands.region import region
 from freestep.commands.shared import (
     INTERRUPTED,
     WHERE_TOKENS_ARE_GIVEN,
@@ -272,6 +273,7 @@ def report(
 app.command()(doctor)
 app.command()(pull)
 app.command()(evaluate)
+app.command()(region)
 
 
 @app.command()

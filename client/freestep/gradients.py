@@ -18,7 +18,7 @@ from freestep.wire.encoding import ENCODINGS, Encoding
 from freestep.wire.manifest import Manifest
 from freestep.worker_group import Batch, WorkerGroup
 
-__all__ = ["Gradients", "PushFormat"]
+__all__ = ["Gradients", "PushFormat", "push_body"]
 
 
 _COMPARED_EVERY = 16
@@ -57,6 +57,12 @@ class PushFormat:
         self.topk_fraction = topk_fraction
         self.int8_block = int8_block
         self.error_feedback = error_feedback
+
+    @property
+    def text(self) -> str:
+        """All of it, as a text that differs where bodies may."""
+        options = f"fraction {self.topk_fraction:g}, block {self.int8_block}, feedback {self.error_feedback}"
+        return f"{self.dtype} {self.encoding}, {options}"
 
     def is_lossy(self, tensors: Mapping[str, Tensor], worker_group: WorkerGroup) -> bool:
         """True if bodies contain less than the gradients of these parameters; a mean over ranks is always fp32."""
@@ -203,6 +209,19 @@ class Gradients:
         if self.encoder is not None:
             self.encoder.begin()
         return batch
+
+
+def push_body(manifest: Manifest, push_format: PushFormat) -> tuple[Flat, Flat | Encoder]:
+    """For gradients that are computed as fp32: the vector to compute them in, and what is then pushed.
+
+    Both are one where bodies are that vector. Raises FreestepError without error feedback.
+    """
+    gradient = Flat(manifest)
+    if (push_format.dtype, push_format.encoding) == ("F32", "dense"):
+        return gradient, gradient
+    if not push_format.error_feedback:
+        raise FreestepError("differences of a region are pushed as BF16 or F16 with error_feedback only")
+    return gradient, _encoder(gradient, push_format)
 
 
 def _encoder(gradient: Flat, push_format: PushFormat) -> Encoder:

@@ -151,6 +151,24 @@ class RunState:
             if name in self._flats:
                 self._flats[name].fill(tensors)
 
+    def translate(self, difference: Mapping[str, Tensor] | Flat) -> None:
+        """Adds a difference to the state's x, y and z, as far as it has them; moments and scalars stay.
+
+        A run trains on from such a state as one would whose gradients are taken that far away.
+
+        Args:
+            difference: One tensor for each parameter, of its shape, fp32; or a flat vector.
+
+        Raises:
+            ManifestMismatch: A tensor is missing.
+        """
+        tensors = difference.views if isinstance(difference, Flat) else difference
+        for name in ("x", "y", "z"):
+            for parameter, tensor in self.buffers.get(name, {}).items():
+                if parameter not in tensors:
+                    raise ManifestMismatch(f"the tensor {parameter!r} is missing")
+                tensor.add_(tensors[parameter])
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a state that `save` has written, or a service has answered.

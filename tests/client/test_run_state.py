@@ -6,6 +6,7 @@ import io
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -127,6 +128,39 @@ def test_a_worker_goes_on_from_a_state_that_was_replaced(service: ThreadService,
         assert worker.receipt is not None and worker.receipt.decision == "dropped"
         step(model, worker, 5)
         assert run.status().step == 4
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"algorithm": "sgd_schedule_free", "lr": 0.1},
+        {"algorithm": "adamw_schedule_free", "lr": 0.1},
+        {"algorithm": "schedule_free_wrapper", "base": {"algorithm": "adagrad", "lr": 0.1}},
+        {"algorithm": "gpa_adamw", "lr": 0.1, "weight_decay": 0.0},
+        {"algorithm": "adamw", "lr": 0.1, "weight_decay": 0.0, "averaging": {"name": "polyak"}},
+    ],
+    ids=lambda optimizer: optimizer["algorithm"],
+)
+def test_a_translated_state_trains_on_as_it_would_have_elsewhere(run: Run, other: Run, optimizer: Any) -> None:
+    run.create({**SPEC, "optimizer": optimizer})
+    run.initialize(TENSORS)
+    push(run, 0, 3)
+    state = run.export_state()
+    away = {name: torch.full(tensor.shape, 0.75) for name, tensor in TENSORS.items()}
+    state.translate(away)
+    other.import_state(state)
+    push(run, 3, 6)
+    push(other, 3, 6)
+    for point in ("x", "y"):
+        (here, _), (there, _) = run.pull(point), other.pull(point)  # type: ignore[arg-type]
+        for name, tensor in here.items():
+            torch.testing.assert_close(there[name], tensor + 0.75, rtol=1e-5, atol=1e-5)
+    moments = {name: buffer for name, buffer in run.export_state().buffers.items() if name not in "xyz"}
+    for name, buffer in moments.items():
+        assert same(buffer, other.export_state().buffers[name])
+    del away[next(iter(away))]
+    with pytest.raises(ManifestMismatch, match="missing"):
+        state.translate(away)
 
 
 def test_states_that_a_run_cannot_take_are_refused(trained: Run, other: Run) -> None:

@@ -14,7 +14,7 @@ from freestep.commands.facts import facts
 from freestep.commands.shared import Json, RunName, Token, Url, connect, fail
 from freestep.terminal import print_json, print_line, print_result
 
-__all__ = ["end_worker", "pause", "resume", "set_run"]
+__all__ = ["end_worker", "parsed_changes", "pause", "resume", "set_run"]
 
 _SECTIONS = ("aggregation", "groups", "optimizer")
 _NO_HYPERPARAMETERS = {
@@ -41,7 +41,7 @@ def set_run(
     as_json: Json = False,
 ) -> None:
     """Change a run while it trains, from its next push on."""
-    asked = _parsed(changes)
+    asked = parsed_changes(changes)
     with connect(url, token) as client:
         status = client.run(run).set(
             groups=asked.get("groups"), aggregation=asked.get("aggregation"), **asked.get("optimizer", {})
@@ -82,7 +82,7 @@ def end_worker(
     print_line((f"the lease of {worker} has ended" if ended.ended else f"{worker} held no lease") + banned)
 
 
-def _parsed(changes: list[str]) -> dict[str, Any]:
+def parsed_changes(changes: list[str]) -> dict[str, Any]:
     """Changes as the sections of a request; one that is no NAME=VALUE ends the command."""
     asked: dict[str, Any] = {}
     for change in changes:
