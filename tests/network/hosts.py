@@ -37,16 +37,18 @@ class Unavailable(Exception):
 class Network:
     """Hosts with these names, with the addresses 10.0.0.1 and so on, and one more to watch them from.
 
-    netem: whether the kernel impairs the cables; else the process does. Raises Unavailable.
+    loss: the share of frames that is lost. netem: whether the kernel impairs the cables; else the process does. Raises
+    Unavailable.
     """
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], loss: float = LOSS) -> None:
         if sys.platform != "linux" or os.geteuid() != 0:
             raise Unavailable("network namespaces need root on Linux")
         for tool in ("ip", "tc"):
             if shutil.which(tool) is None:
                 raise Unavailable(f"{tool} (iproute2) is not installed")
         self.addresses = {name: f"10.0.0.{number}" for number, name in enumerate([*names, "watcher"], 1)}
+        self._loss = loss
         self._namespaces: dict[str, int] = {}
         self._switch: subprocess.Popen[bytes] | None = None
         try:
@@ -69,7 +71,7 @@ class Network:
             self._do(name, "ip link set dev eth0 addrgenmode none up")
 
     def _impair(self, names: list[str]) -> bool:
-        netem = f"netem delay {DELAY_MS}ms loss {100 * LOSS:g}% rate {RATE_MBIT}mbit limit 10000"
+        netem = f"netem delay {DELAY_MS}ms loss {100 * self._loss:g}% rate {RATE_MBIT}mbit limit 10000"
         try:
             for name in names:
                 self._do(name, f"tc qdisc add dev eth0 root {netem}")
@@ -85,7 +87,8 @@ class Network:
                 self._do("switch", f"ip link set dev {name} master bridge")
             return
         program = str(Path(__file__).with_name("switch.py"))
-        command = [sys.executable, program, str(DELAY_MS / 1000), str(LOSS), str(RATE_MBIT * 1e6), "watcher", *names]
+        impaired = map(str, (DELAY_MS / 1000, self._loss, RATE_MBIT * 1e6))
+        command = [sys.executable, program, *impaired, "watcher", *names]
         self._switch = self.start("switch", command, stdout=subprocess.PIPE)
         assert self._switch.stdout is not None
         if self._switch.stdout.readline() != b"up\n":
@@ -109,6 +112,13 @@ class Network:
         """Starts a process on a host."""
         with self.inside(name):
             return subprocess.Popen(command, **options)  # type: ignore[call-overload, no-any-return]
+
+    def bytes_of(self, name: str) -> int:
+        """The bytes of all frames that a host has sent and received on its cable."""
+        with self.inside(name), open("/proc/thread-self/net/dev") as counters:
+            (line,) = [line for line in counters if line.strip().startswith("eth0:")]
+        fields = line.split(":")[1].split()
+        return int(fields[0]) + int(fields[8])
 
     def cut(self, name: str) -> None:
         """Unplugs a host at the switch: no frame goes to it or comes from it, and no connection is closed."""
