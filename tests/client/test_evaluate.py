@@ -222,3 +222,17 @@ def test_new_points_are_evaluated_until_it_is_interrupted(
     os.kill(process.pid, signal.SIGINT)
     assert forked.join(process) == 130
     assert "Traceback" not in streams[2].read_text()
+
+
+def test_sigterm_ends_it_in_order(run: Run, service: ThreadService, script: Path, tmp_path: Path) -> None:
+    streams = [tmp_path / name for name in ("stdin", "stdout", "stderr")]
+    for stream in streams:
+        stream.touch()
+    arguments = ("evaluate", run.name, f"{script}:accuracy")
+    process = forked.start(*arguments, streams=streams, FREESTEP_URL=service.url)
+    # It waits for the next step then.
+    wait_until(lambda: streams[1].read_text() == "step 0: accuracy 0.5\n")
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    assert forked.join(process) == 143
+    assert streams[2].read_text() == ""

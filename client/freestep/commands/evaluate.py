@@ -18,6 +18,7 @@ from freestep.client import DEFAULT_URL
 from freestep.commands.shared import Json, RunName, Token, Url, connect, fail, slow_imports
 from freestep.commands.user_function import UserFunction
 from freestep.errors import EpochChanged, FreestepError, IdempotencyConflict
+from freestep.leaving import leave_on_sigterm
 from freestep.run import Run
 from freestep.terminal import print_error, print_line
 
@@ -50,7 +51,9 @@ def evaluate(
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate each new x of a run with a function of yours, and report its metrics, until Ctrl-C."""
+    """Evaluate each new x of a run with a function of yours, and report its metrics, until Ctrl-C or SIGTERM."""
+    # As process 1 of a container it would ignore the signal.
+    leave_on_sigterm()
     if mode is not None and keep_best is None:
         fail(2, "--mode goes with --keep-best METRIC FILE")
     with slow_imports():
