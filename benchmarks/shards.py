@@ -31,9 +31,10 @@ from rich.table import Table
 
 from benchmarks.figures import Figure, Report, spread
 from benchmarks.options import Options, parser_of_sizes
+from benchmarks.placing import place
 from benchmarks.services import Service, cpu_seconds, running_service
-from benchmarks.worker import Worker, spec
-from freestep import Client, Flat, FreestepError, Run
+from benchmarks.worker import Worker
+from freestep import Client, FreestepError, Run
 from freestep_service.coordination.embedded import embedded_store
 
 SHARDS = (1, 2, 4)
@@ -147,26 +148,9 @@ def measure(services: Sequence[Service], store: Redis, placement: str, parameter
 
 
 def _subject(run: Run, services: Sequence[Service], store: Redis, parameters: int, shards: int) -> Subject:
-    _spread(run, services, parameters, shards)
-    run.initialize(Flat(run.manifest))
+    place(run, services, parameters, shards)
     pids = [service.pid for service in services]
     return Subject(Worker(run), shards, pids, store.info("server")["process_id"])
-
-
-def _spread(run: Run, services: Sequence[Service], parameters: int, shards: int) -> None:
-    """Creates a run whose shards are in as many processes as there are for them.
-
-    Processes that have not heard of each other yet take more than their share; then the run is created again.
-    """
-    while True:
-        run.create(spec(parameters, shards=shards))
-        while (topology := run.topology()).missing:
-            time.sleep(_SETTLED_S)
-        owners = {shard.url for shard in topology.shards if shard.url is not None}
-        if len(owners) == min(shards, len(services)):
-            return
-        run.delete()
-        time.sleep(1)
 
 
 def _calls(store: Redis, push: Callable[[], object]) -> dict[str, float]:
