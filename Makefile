@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo screenshots test test-oldest evidence check chart docs reference pictures fuzz chaos audit sbom bench lab clean
+.PHONY: demo screenshots test test-oldest evidence check chart docs reference pictures fuzz chaos audit sbom bench scale lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -125,10 +125,14 @@ sbom: $(TOOLS)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
+# Throughput on this machine, and simulations beyond it: docs/scale.md. SCALE=--simulate takes what was measured before.
+scale: $(VENV)/installed
+	$(BIN)/python -m benchmarks.scale $(SCALE)
+
 # Which experiments and how is said in LAB: make lab LAB='convex --quick'.
 lab: $(VENV)/installed
 	$(BIN)/python -m examples.lab $(LAB)
 
 clean:
-	rm -rf $(VENV) build dist sbom.cdx.json demo-out lab-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist sbom.cdx.json demo-out lab-out scale-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
