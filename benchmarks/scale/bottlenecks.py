@@ -12,7 +12,7 @@ from benchmarks.scale.setup import Setup
 __all__ = ["REMEDIES", "Remedy", "bottleneck"]
 
 _FULL, _COMPUTING = 0.85, 0.8
-_SLOW_LINK = 125e6
+_SLOW_LINK, _MOST_WAITING = 125e6, 1000
 
 
 def bottleneck(outcome: Outcome) -> str:
@@ -71,7 +71,9 @@ class Remedy:
     def helps(self, name: str, setup: Setup) -> bool:
         """Whether it is something to do about a bottleneck of this name."""
         is_slow = setup.link <= _SLOW_LINK or not self.as_slow_peers
-        return name in self.against and is_slow and (self.group == 1 or setup.workers > self.group)
+        # Of several shards, more who wait have Redis answer them alone.
+        is_heard = setup.workers <= _MOST_WAITING or self.more_shards == 1
+        return name in self.against and is_slow and is_heard and (self.group == 1 or setup.workers > self.group)
 
 
 _BODIES = ("link", "places", "points", "port", "event loop")

@@ -315,8 +315,8 @@ class Simulation:
         while not place.triggered:
             yield self.env.any_of([place, self.env.timeout(_ASKED_AGAIN_S)])
             if not place.triggered:
-                self.env.process(self._machines.loops(costs.loop_push * 0.25))
-                self.env.process(self._machines.redis.use(costs.redis_push / 2))
+                yield from self._machines.loops(costs.loop_push * 0.25)
+                yield from self._machines.redis.use(costs.redis_push / 2)
         yield place
 
     def _admitted(self, worker: _Worker, units: tuple[int, ...]) -> Steps:
