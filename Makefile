@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo screenshots test test-oldest evidence check chart docs reference pictures fuzz chaos audit sbom bench scale lab clean
+.PHONY: demo screenshots test test-oldest evidence check chart pods docs reference pictures fuzz chaos audit sbom bench scale lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,10 @@ $(POLICIES)/installed: pyproject.toml docker/requirements.py
 
 chart: $(CHART)/installed $(POLICIES)/installed
 	PYTHONPATH=$(CURDIR)/$(CHART) $(BIN)/python -m pytest tests/chart
+
+# What the chart renders, as containers of podman's: see docs/development.md.
+pods: $(CHART)/installed
+	PYTHONPATH=$(CURDIR)/$(CHART) $(BIN)/python -m pytest tests/pods
 
 # The documents as a site, in build/docs/site; what is wrong with them ends it. Pages in docs/reference are made of the
 # code, and pictures of the concepts are computed.
