@@ -62,17 +62,17 @@ class Images:
         self._loops = folder / "loops"
         self._made: dict[str, Image] = {}
 
-    def service(self, tag: str = "one") -> Image:
-        """The service's, under some tag."""
-        return self._of_file("service", tag)
+    def service(self, tag: str = "one", installed: Path | None = None) -> Image:
+        """The service's, under some tag. installed: the folder of another version, in a stand-in."""
+        return self._of_file("service", tag, installed)
 
     def worker(self, tag: str = "one") -> Image:
         """A worker's, which has the script that counts at WORK."""
         return self._of_file("worker", tag)
 
     def valkey(self) -> Image:
-        changes = [f"ENV PATH={_OWN}:{_PATH}", 'CMD ["valkey-server"]', "WORKDIR /data", "USER 0:0"]
         """Valkey's. Raises Unavailable where its client's program is missing, which probes run."""
+        changes = [f"ENV PATH={_OWN}:{_PATH}", 'CMD ["valkey-server"]', "WORKDIR /data", "USER 0:0"]
         cli = shutil.which("valkey-cli") or shutil.which("redis-cli")
         if cli is None:
             raise Unavailable("redis-cli is not installed")
@@ -87,7 +87,7 @@ class Images:
         for image in self._made.values():
             self._engine("image", "rm", "--force", image.name)
 
-    def _of_file(self, kind: str, tag: str) -> Image:
+    def _of_file(self, kind: str, tag: str, installed: Path | None = None) -> Image:
         script = (f"{_WORKER}:{WORK}:ro",) if kind == "worker" else ()
         if named := os.environ.get(f"FREESTEP_{kind.upper()}_IMAGE"):
             repository = f"localhost/{self._mark}-{kind}"
@@ -95,12 +95,15 @@ class Images:
             made = self._made[f"{repository}:{tag}"] = Image(repository, tag, script)
             return made
         text = (_ROOT / "docker" / f"{kind}.Dockerfile").read_text()
-        python = f'#!/bin/sh\nexport PYTHONPATH="{":".join(_packages())}"\nexec "{sys.executable}" "$@"\n'
+        packages = _packages() if installed is None else [str(installed)]
+        python = f'#!/bin/sh\nexport PYTHONPATH="{":".join(packages)}"\nexec "{sys.executable}" "$@"\n'
         programs = {
             "/opt/freestep/bin/python": python,
             "/opt/freestep/bin/freestep": '#!/bin/sh\nexec /opt/freestep/bin/python -m freestep.cli "$@"\n',
         }
         more = script if kind == "worker" else (self._compiled(),)
+        if installed is not None:
+            more = (*more, f"{installed}:{installed}:ro")
         return self._make(kind, tag, _last_stage(text), programs, more=more)
 
     def _compiled(self) -> str:
