@@ -1,6 +1,6 @@
 """What a client logs while a service is away: one line at once, one every 10 seconds, and one when it is back.
 
-While a run is paused it logs one line, and one when a push is taken again.
+While a run is paused for more than a second it logs one line, and one when a push is taken again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ logger = logging.getLogger("freestep")
 
 _INTERVAL_S = 10.0
 """Seconds between two lines on one outage. Attempts that take longer are logged when they have failed."""
+_PAUSED_S = 1.0
+"""Seconds after which a pause is logged: those for the moves of a region's run are shorter."""
 
 
 def cause_of(error: BaseException) -> str:
@@ -48,8 +50,8 @@ class Outages:
         self._lock = ForkLock()
         self._open: dict[str, _Outage] = {}
         """By URL."""
-        self._paused: dict[str, float] = {}
-        """By path of a request that a paused run refuses, since when."""
+        self._paused: dict[str, _Outage] = {}
+        """By path of a request that a paused run refuses."""
 
     def failed(self, url: str, error: Exception, left: float) -> None:
         """Notes a failed attempt of a request to a URL, which is repeated for `left` seconds more."""
@@ -73,9 +75,11 @@ class Outages:
     def paused(self, path: str) -> None:
         """Notes that a paused run has refused a request."""
         with self._lock:
-            if path in self._paused:
+            now = self._clock()
+            pause = self._paused.setdefault(path, _Outage(now, now + _PAUSED_S))
+            if pause.is_logged or now < pause.due:
                 return
-            self._paused[path] = self._clock()
+            pause.is_logged = True
         logger.warning("%s is refused, since the run is paused: it waits until the run is resumed", path)
 
     def resumed(self, path: str) -> None:
@@ -83,9 +87,9 @@ class Outages:
         if path not in self._paused:
             return
         with self._lock:
-            began = self._paused.pop(path, None)
-        if began is not None:
-            logger.warning("%s goes on, after a pause of %.0f s", path, self._clock() - began)
+            pause = self._paused.pop(path, None)
+        if pause is not None and pause.is_logged:
+            logger.warning("%s goes on, after a pause of %.0f s", path, self._clock() - pause.began)
 
     def given_up(self, url: str) -> None:
         """Notes that a request is not repeated any more, and raises the last error: the next outage is a new one."""

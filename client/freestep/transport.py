@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 3.0
 _PAUSED_S = 5.0
-"""Seconds until a push to a paused run is repeated, where the service does not say."""
+"""The most seconds until a push to a paused run is repeated, where the service does not say."""
 _CONNECT_S = 3.0
 """Connection timeout for shard owners' URLs: these may be addresses that drop packets, such as a container's."""
 
@@ -243,7 +243,7 @@ class Transport:
         if is_leaving():
             seconds = 0.0
         deadline = self._clock() + seconds
-        longest = _FIRST_PAUSE_S
+        longest, paused = _FIRST_PAUSE_S, _FIRST_PAUSE_S / 2
         failed: set[str] = set()
         while True:
             url = route.url() if route is not None else ""
@@ -270,7 +270,9 @@ class Transport:
                 if not seconds:
                     raise
                 self._outages.paused(path)
-                self._sleep(random.uniform(0.5, 1.0) * (error.retry_after or _PAUSED_S))
+                # A pause that ends at once, as when a region's run is moved, costs no seconds.
+                paused = min(2 * paused, error.retry_after or _PAUSED_S)
+                self._sleep(random.uniform(0.5, 1.0) * paused)
                 deadline, longest = self._clock() + seconds, _FIRST_PAUSE_S
                 continue
             except _TRANSIENT as error:
