@@ -1,7 +1,8 @@
 """A worker of a character model: region_worker.py URL RUN WORKER OF GROUP BATCHES WIDTH LAYERS
 
 It is number WORKER of OF workers in all, whose updates are of GROUP pushes each. A batch that is dropped, since the run
-was moved meanwhile, is taken again: each counts once. It prints how many were.
+was moved meanwhile, is taken again: each counts once. It prints a line when the run has weights, trains when it is
+given one, and prints how many batches were dropped.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def main() -> None:
         aggregation={"policy": "quorum", "batch": group},
         warmup_steps=batches // 10,
     ) as optimizer:
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        sys.stdin.readline()
         for number in range(batches):
             while True:
                 optimizer.zero_grad()

@@ -23,6 +23,7 @@ import pytest
 from examples.lab.characters import Text
 from freestep import Client
 from harness import TOKEN, wait_ready
+from meanwhile import wait_until
 from network.hosts import Network, Unavailable
 from network.region_worker import LENGTH, model_of
 
@@ -31,6 +32,8 @@ PARENT, REGIONS = "parent", ("region-0", "region-1")
 WORKERS, BATCHES, EVERY = 4, 320, 16
 WIDTH, LAYERS = 64, 2
 PORT, WATCHED_WINDOWS = 8000, 256
+DELAY_MS = 100
+"""Each way."""
 
 
 class Site:
@@ -69,6 +72,7 @@ class Site:
             url,
             "lm",
             *map(str, numbers),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
@@ -76,6 +80,12 @@ class Site:
         file = ["--file", str(self.folder / f"{host}.region")]
         given = ["lm", "--url", url, "--parent", parent, "--every", str(EVERY), *file, *options]
         return self.start(host, "-m", "freestep.cli", "region", *given)
+
+    def wait_joined(self, host: str, url: str) -> None:
+        """Returns when a region's run was moved to its parent's weights, which begins an epoch."""
+        with self.network.inside(host), Client(url) as client:
+            run = client.run("lm")
+            wait_until(lambda: run.status().epoch > 1 and not run.status().control.paused)
 
     def loss(self, url: str) -> float:
         """The validation loss at x of the run, as the watcher pulls it."""
@@ -103,7 +113,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     try:
-        network = Network([PARENT, *REGIONS], loss=0.0)
+        network = Network([PARENT, *REGIONS], loss=0.0, delay_ms=DELAY_MS)
     except Unavailable as reason:
         pytest.skip(str(reason))
     try:
@@ -113,26 +123,42 @@ def site(tmp_path: Path) -> Iterator[Site]:
         network.close()
 
 
-def _said(processes: list[subprocess.Popen[bytes]]) -> list[dict[str, Any]]:
-    return [json.loads(process.communicate()[0]) for process in processes]
+def _wait_ready(workers: list[subprocess.Popen[bytes]]) -> None:
+    """Returns when their runs have weights."""
+    for worker in workers:
+        assert worker.stdout is not None and worker.stdout.readline() == b"ready\n"
+
+
+def _train(workers: list[subprocess.Popen[bytes]]) -> list[dict[str, Any]]:
+    """Has them train at the same time; what they say at the end."""
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write(b"\n")
+        worker.stdin.flush()
+    return [json.loads(worker.communicate()[0]) for worker in workers]
 
 
 def _directly(site: Site) -> dict[str, float]:
     """All workers at the parent's service, two of them on each of the regions' hosts."""
-    url, before, began = site.serve(PARENT), site.sent(), time.monotonic()
+    url, before = site.serve(PARENT), site.sent()
     workers = [site.work(REGIONS[number % 2], url, number, WORKERS) for number in range(WORKERS)]
-    _said(workers)
+    _wait_ready(workers)
+    began = time.monotonic()
+    _train(workers)
     return {"loss": site.loss(url), "bytes": site.sent() - before, "seconds": time.monotonic() - began}
 
 
 def _by_regions(site: Site) -> dict[str, float]:
     """Two workers at each region's service."""
     parent, urls = site.serve(PARENT), [site.serve(host) for host in REGIONS]
-    before, began = site.sent(), time.monotonic()
-    own = list(zip(REGIONS, urls, strict=True))
-    regions = [site.region(host, url, parent) for host, url in own]
+    before, own = site.sent(), list(zip(REGIONS, urls, strict=True))
     workers = [site.work(*own[number % 2], number, WORKERS // 2) for number in range(WORKERS)]
-    said = _said(workers)
+    _wait_ready(workers)
+    regions = [site.region(host, url, parent) for host, url in own]
+    for host, url in own:
+        site.wait_joined(host, url)
+    began = time.monotonic()
+    said = _train(workers)
     for process in regions:
         process.terminate()
         process.wait()
