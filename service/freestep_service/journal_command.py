@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from freestep_service.settings import Settings
-from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.checksummed import Damaged, NewerFormat
 from freestep_service.storage.journal_repair import (
     Examination,
     Repair,
@@ -39,6 +39,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 _COLUMNS = ("segment", "byte", "kind", "epoch", "seq", "step", "lease", "worker", "decision", "staleness",
             "body_bytes", "key")  # fmt: skip
 
+_UNREADABLE = (Damaged, NewerFormat, OSError)
+"""What keeps a journal from being read, shown or repaired."""
+
 _BEHIND = {
     "torn": "behind its end that are no whole frame, as a crash or a write under way leaves them",
     "allocated": "of room allocated in advance",
@@ -50,7 +53,7 @@ def main(arguments: list[str]) -> None:
     """`freestep journal`. Exits with 1 where a journal is damaged or refused, and with 2 if it is used wrongly."""
     try:
         app(arguments, prog_name="freestep journal")
-    except (Damaged, OSError) as error:
+    except _UNREADABLE as error:
         _fail(1, str(error))
 
 
@@ -118,7 +121,7 @@ def _rows(directory: Path, limit: int | None, last: int | None) -> tuple[list[di
         for number, row in enumerate(rows(directory)):
             if limit is None or number < limit:
                 found.append(row)
-    except (Damaged, OSError) as error:
+    except _UNREADABLE as error:
         return list(found), error
     return list(found), None
 
@@ -137,7 +140,7 @@ def repair_run(
     for directory in _directories(run, data_dir, journal_dir):
         try:
             done = act(directory)
-        except (Damaged, OSError) as error:
+        except _UNREADABLE as error:
             problems.append(f"{run} {directory.name}: {error}")
             continue
         if done is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal_files import DamagedJournal, NewerJournal, segment_path
+from freestep_service.storage.checksummed import Damaged, NewerFormat
+from freestep_service.storage.journal_files import DamagedJournal, Ownership, require_known, segment_path
 from freestep_service.storage.journal_format import FORMAT, Kind, encode_frame
 from freestep_service.storage.journal_reader import read_journal
+from freestep_service.storage.journal_repair import discard, repair
 from freestep_service.storage.segment_bytes import SegmentBytes
 
 SALT = 7
@@ -152,15 +153,47 @@ def test_a_pattern_is_found_across_what_is_read_at_once(tmp_path: Path, gap: int
         assert content.find(b"fsj1", at + 5 + 1024**2) == -1
 
 
-def test_what_a_newer_version_wrote_is_refused(tmp_path: Path) -> None:
-    segment_path(tmp_path, 1, WORD).write_bytes(written(format=FORMAT + 1))
-    with pytest.raises(NewerJournal, match="its format is 2"):
+@pytest.mark.parametrize("act", [require_known, Ownership, read_journal, repair, discard])
+@pytest.mark.parametrize("head", [{"format": FORMAT + 1}, {**BEGIN, "format": FORMAT + 1, "salt": "x", "previous": 5}])
+def test_of_a_newer_segment_nothing_but_its_format_is_read(
+    tmp_path: Path, head: dict[str, Any], act: Callable[[Path], object]
+) -> None:
+    path = segment_path(tmp_path, 1, WORD)
+    path.write_bytes(before := encode_frame(Kind.BEGIN, head, 0, 0, 0) + b"of another form")
+    with pytest.raises(NewerFormat, match=f"{path} is of format 2, and this version of freestep knows format 1: start"):
+        act(tmp_path)
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {path.name: before}
+
+
+@pytest.mark.parametrize("name", ["no format", "a text", "a bool", "an older one", "no object", "no JSON"])
+def test_a_segment_without_a_format_that_is_known_is_damaged(tmp_path: Path, name: str) -> None:
+    begin: Any = {
+        "no format": {"salt": SALT, "previous": None},
+        "a text": {**BEGIN, "format": "2"},
+        "a bool": {**BEGIN, "format": True},
+        "an older one": {**BEGIN, "format": 0},
+    }.get(name, [])
+    frame = bytearray(encode_frame(Kind.BEGIN, begin, 0, 0, 0))
+    if name == "no JSON":
+        frame[40:] = b"[]"[::-1]
+        frame[32:40] = xxhash.xxh3_64(bytes(frame[:32] + frame[40:])).intdigest().to_bytes(8, "little")
+    path = segment_path(tmp_path, 1, WORD)
+    # Behind it is a frame that says that its beginning was on disk.
+    path.write_bytes(frame + encode_frame(Kind.BACK, {}, 0, len(frame), SALT))
+    require_known(tmp_path)
+    with pytest.raises(DamagedJournal):
         read_journal(tmp_path)
+    done = repair(tmp_path)
+    assert done is not None and [each.name for each in done.aside] == [f"{path.name}.damaged"]
+    assert read_journal(tmp_path).epoch == 0
+
+
+def test_a_frame_of_a_kind_that_a_newer_version_has_is_refused(tmp_path: Path) -> None:
     frame = bytearray(encode_frame(Kind.BACK, {}, 0, 0, SALT))
     frame[4] = 77
     frame[32:40] = xxhash.xxh3_64(bytes(frame[:32]) + b"{}", seed=SALT).intdigest().to_bytes(8, "little")
     segment_path(tmp_path, 1, WORD).write_bytes(WHOLE + frame)
-    with pytest.raises(NewerJournal, match="kind 77"):
+    with pytest.raises(NewerFormat, match="has a frame of kind 77 at byte"):
         read_journal(tmp_path)
 
 

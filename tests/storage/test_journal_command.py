@@ -160,7 +160,30 @@ def test_what_one_journal_refuses_is_said_beside_what_is_done_to_others(
     assert journal_command(tmp_path, "repair", "run") == 1
     shown = capsys.readouterr()
     assert f"run {ELEMENTS}: kept entries 1 to 2" in shown.out
-    assert "its format is 2" in shown.err
+    assert f"{path} is of format 2" in shown.err
+
+
+def test_a_newer_journal_is_not_given_up_and_those_behind_it_are(
+    tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = directory.with_name("000000000000008-000000000000016")
+    shutil.copytree(directory, other)
+    (path,) = directory.glob("*.journal")
+    path.write_bytes(encode_frame(Kind.BEGIN, {"format": 2}, 0, 0, 0))
+    before = {each.name: each.read_bytes() for each in directory.iterdir()}
+    assert journal_command(tmp_path, "repair", "run", "--discard") == 1
+    shown = capsys.readouterr()
+    assert f"run {other.name}: kept no entries; lost entries 1 to 4" in shown.out
+    assert "run: it goes on from the newest checkpoint that all its shards have, in a new epoch" in shown.out
+    assert shown.err == (
+        f"freestep journal: run {ELEMENTS}: {path} is of format 2, and this version of freestep knows format 1: "
+        "start the version that wrote it\n"
+    )
+    assert {each.name: each.read_bytes() for each in directory.iterdir()} == before
+    assert journal_command(tmp_path, "verify", "run") == 1
+    assert f"damage {path} is of format 2" in capsys.readouterr().out
+    assert journal_command(tmp_path, "show", "run") == 1
+    assert f"{path} is of format 2" in capsys.readouterr().err
 
 
 def test_a_note_of_a_repair_that_is_damaged_is_made_anew(

@@ -29,13 +29,18 @@ class Damaged(ValueError):
 
 
 class NewerFormat(StorageUnavailable):
-    """A file is whole, and a newer version of freestep has written it: it is neither read nor replaced."""
+    """A file is whole, and a newer version of freestep has written it: it is neither read nor replaced.
 
-    def __init__(self, path: object, found: int, known: int = _FORMAT) -> None:
-        super().__init__(
-            f"{path} is of format {found}, and this version of freestep knows format {known}: "
-            "start the version that wrote it"
-        )
+    what: of it this version does not know, as in "is of format 3, and this version of freestep knows format 2".
+    """
+
+    def __init__(self, path: object, what: str) -> None:
+        super().__init__(f"{path} {what}: start the version that wrote it")
+
+    @classmethod
+    def of(cls, path: object, found: int, known: int) -> NewerFormat:
+        """That of a file of a format beyond the newest that is known."""
+        return cls(path, f"is of format {found}, and this version of freestep knows format {known}")
 
 
 def write_document(storage: Storage, path: str, document: Mapping[str, Any]) -> None:
@@ -64,7 +69,7 @@ def parse_document(text: bytes, path: str) -> dict[str, Any]:
         raise Damaged("it does not have the checksum that it names")
     found = content.pop("format", None)
     if type(found) is int and found > _FORMAT:
-        raise NewerFormat(path, found)
+        raise NewerFormat.of(path, found, _FORMAT)
     if found != _FORMAT:
         raise Damaged(f"its format is not {_FORMAT}, the one that this version reads")
     return dict(content)

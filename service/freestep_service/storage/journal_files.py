@@ -27,13 +27,12 @@ import xxhash
 from freestep_service.domain.records import Fenced
 from freestep_service.storage.checksummed import Damaged, NewerFormat
 from freestep_service.storage.durable import flush
-from freestep_service.storage.journal_format import FORMAT, Frame, Tail, UnknownKind, scan
+from freestep_service.storage.journal_format import FORMAT, Frame, Tail, UnknownKind, format_of, scan
 from freestep_service.storage.segment_bytes import SegmentBytes
 
 __all__ = [
     "DamagedJournal",
     "Link",
-    "NewerJournal",
     "Ownership",
     "chain",
     "elements",
@@ -76,13 +75,6 @@ class DamagedJournal(Damaged):
         self.at = at
 
 
-class NewerJournal(Damaged):
-    """A segment is whole, and not of the format that this version reads."""
-
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}: start the version of freestep that wrote it")
-
-
 class Ownership:
     """The right to write a journal, from its taking until another process takes it. Raises OSError, as all calls here.
 
@@ -121,9 +113,7 @@ def require_known(directory: Path) -> None:
     """Raises NewerFormat where a segment of a newer version is in a directory, and OSError."""
     for _, path in segment_paths(directory):
         with suppress(Damaged):
-            first = next(frames(path))
-            if isinstance(first, Frame) and first.head["format"] > FORMAT:
-                raise NewerFormat(path, first.head["format"], FORMAT)
+            next(frames(path))
 
 
 def require_known_run(directory: Path) -> None:
@@ -217,7 +207,10 @@ class Link(NamedTuple):
 
 
 def chain(directory: Path) -> list[Link]:
-    """The segments that count, oldest first: the newest one of the newest owner that has any, and those before it."""
+    """The segments that count, oldest first: the newest one of the newest owner that has any, and those before it.
+
+    Raises DamagedJournal, NewerFormat, OSError.
+    """
     found = segment_paths(directory)
     numbers = {path.name: number for number, path in found}
     newest = [path for word in owners(directory) for _, path in reversed(found) if path.stem.endswith(word)]
@@ -236,19 +229,19 @@ def is_journal_here(directory: Path, word: str | None, epoch: int) -> bool:
     """Whether a directory has a shard's newest journal, or what a repair has left of it.
 
     word: of who has written it last; None where nobody knows. Then it is one that has come to the epoch. A damaged one
-    is here, too. Raises OSError.
+    is here, too, and so is one of a newer version. Raises OSError.
     """
     try:
         if repaired_epoch(directory) >= max(epoch, 1):
             return True
         present = newest_epoch(directory)
         return present > 0 and word in owners(directory) if word is not None else present >= max(epoch, 1)
-    except Damaged:
+    except (Damaged, NewerFormat):
         return True
 
 
 def newest_epoch(directory: Path) -> int:
-    """The epoch of the newest segment that counts; 0 where there is none. Raises OSError."""
+    """The epoch of the newest segment that counts; 0 where there is none. Raises as `chain`."""
     chained = chain(directory)
     first = next(frames(chained[-1].path)) if chained else Tail(0)
     return 0 if isinstance(first, Tail) else int(first.head["epoch"])
@@ -264,24 +257,30 @@ def _previous(path: Path) -> list[Any] | None:
         if first.is_damaged:
             raise DamagedJournal(path, 0, f"{path} is damaged at byte 0")
         return None
-    return first.head["previous"] or []
+    return first.head.get("previous") or []
 
 
 def frames(path: Path) -> Iterator[Frame | Tail]:
     """What `scan` finds in a segment.
 
-    Raises DamagedJournal where it is no file or the disk does not give its bytes, NewerJournal, OSError.
+    Raises NewerFormat, OSError, and DamagedJournal where it is no file, names no format that this version reads, or the
+    disk does not give its bytes.
     """
     if not stat.S_ISREG(path.lstat().st_mode):
         raise DamagedJournal(path, 0, f"{path} is no file of its own")
     at = 0
     with SegmentBytes(path) as content:
         try:
+            form = format_of(content)
+            if form is not None and form > FORMAT:
+                raise NewerFormat.of(path, form, FORMAT)
             for found in scan(content):
+                if isinstance(found, Frame) and form != FORMAT:
+                    raise DamagedJournal(path, 0, f"{path} names no format that this version reads")
                 yield found
                 at = found.end
         except UnknownKind as error:
-            raise NewerJournal(path, str(error)) from None
+            raise NewerFormat(path, f"has {error}") from None
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -326,7 +325,7 @@ def remove_other_journals(directory: Path, kept: Collection[str], epoch: int) ->
             continue
         try:
             is_older = newest_epoch(journal) < epoch
-        except (Damaged, OSError) as error:
+        except (Damaged, NewerFormat, OSError) as error:
             logger.warning("%s is not removed, though the run has other shards now: %s", journal, error)
             continue
         if is_older:

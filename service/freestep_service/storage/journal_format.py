@@ -33,7 +33,19 @@ from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
-__all__ = ["FORMAT", "HEADER", "MAGIC", "Content", "Frame", "Kind", "Tail", "UnknownKind", "encode_frame", "scan"]
+__all__ = [
+    "FORMAT",
+    "HEADER",
+    "MAGIC",
+    "Content",
+    "Frame",
+    "Kind",
+    "Tail",
+    "UnknownKind",
+    "encode_frame",
+    "format_of",
+    "scan",
+]
 
 MAGIC = b"fsj1"
 FORMAT = 1
@@ -64,7 +76,7 @@ class UnknownKind(ValueError):
     """A sound frame at byte `at` is of a kind that this version does not know."""
 
     def __init__(self, kind: int, at: int) -> None:
-        super().__init__(f"the frame at byte {at} is of kind {kind}, which this version does not know")
+        super().__init__(f"a frame of kind {kind} at byte {at}, which this version does not know")
         self.at = at
 
 
@@ -115,8 +127,18 @@ def encode_frame(kind: Kind, head: Mapping[str, Any], body_length: int, durable:
     return b"".join((fields, _CHECKSUM.pack(_checksum(fields, text, salt)), text))
 
 
+def format_of(memory: Content) -> int | None:
+    """What a segment's BEGIN names as its format; None where it has no sound one, or that names none.
+
+    Of the segments of other versions nothing else may be read.
+    """
+    frame = _frame_at(memory, 0, len(memory), 0)
+    found = frame.head.get("format") if frame is not None and frame.kind == Kind.BEGIN else None
+    return found if type(found) is int else None
+
+
 def scan(memory: Content) -> Iterator[Frame | Tail]:
-    """The sound frames of a segment, in order; the last item is the `Tail`. Raises UnknownKind."""
+    """The sound frames of a segment of this format, in order; the last item is the `Tail`. Raises UnknownKind."""
     size, at, salt, durable = len(memory), 0, 0, 0
     while (frame := _frame_at(memory, at, size, salt)) is not None:
         if (frame.kind == Kind.BEGIN) != (at == 0):
@@ -126,7 +148,9 @@ def scan(memory: Content) -> Iterator[Frame | Tail]:
             # A frame comes behind all that was on disk when it was written: something is missing before this one.
             break
         if at == 0:
-            salt = int(frame.head["salt"])
+            if type(frame.head.get("salt")) is not int:
+                break
+            salt = frame.head["salt"]
         yield frame
         at = frame.end
     for later in _candidates(memory, at + 1):
@@ -164,7 +188,11 @@ def _frame_at(memory: Content, at: int, size: int, salt: int) -> Frame | None:
         known = Kind(kind)
     except ValueError:
         raise UnknownKind(kind, at) from None
-    return Frame(known, at, body, body + body_length, json.loads(text), durable)
+    try:
+        head = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return Frame(known, at, body, body + body_length, head, durable) if isinstance(head, dict) else None
 
 
 def _noted_at(memory: Content, at: int, size: int) -> int:

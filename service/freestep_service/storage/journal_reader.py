@@ -16,8 +16,8 @@ import xxhash
 
 from freestep_service.domain.records import CheckpointId, Claim
 from freestep_service.storage.checksummed import Damaged
-from freestep_service.storage.journal_files import DamagedJournal, Link, NewerJournal, chain, frames, repaired_epoch
-from freestep_service.storage.journal_format import FORMAT, Frame, Kind, Tail
+from freestep_service.storage.journal_files import DamagedJournal, Link, chain, frames, repaired_epoch
+from freestep_service.storage.journal_format import Frame, Kind, Tail
 from freestep_service.storage.segment_bytes import SegmentBytes
 
 __all__ = ["JournalContents", "JournaledEntry", "JournaledPart", "SegmentContents", "read_journal"]
@@ -123,7 +123,7 @@ class JournalContents:
 
 
 def read_journal(directory: Path) -> JournalContents:
-    """Reads a shard's journal. Raises DamagedJournal, NewerJournal and OSError."""
+    """Reads a shard's journal. Raises DamagedJournal, NewerFormat and OSError."""
     contents = JournalContents(repaired=repaired_epoch(directory))
     chained = chain(directory)
     for index, link in enumerate(chained):
@@ -186,8 +186,6 @@ class _Reading:
 
     def _begin(self, frame: Frame, previous: SegmentContents | None) -> None:
         head, contents = frame.head, self._contents
-        if head["format"] != FORMAT:
-            raise NewerJournal(self._segment.path, f"its format is {head['format']}, and this version reads {FORMAT}")
         if head["segment"] != self._segment.number:
             path = self._segment.path
             raise DamagedJournal(path, 0, f"{path} has the name of another segment than number {head['segment']}")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from freestep_service.domain.records import Record
 from freestep_service.domain.run_names import is_run_name
-from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.checksummed import Damaged, NewerFormat
 from freestep_service.storage.durable import flush
 from freestep_service.storage.journal_files import (
     DamagedJournal,
@@ -45,8 +45,9 @@ _MOST_LOOKS = 10
 
 @dataclass(frozen=True)
 class Examination:
-    """A shard's journal, read wholly. contents: None where it is damaged. damage: what is lost, from where on.
+    """A shard's journal, read wholly.
 
+    contents: None where there is damage. damage: what is lost, from where on, or that a newer version has written it.
     bytes: of its segments. unsound: undecided parts whose bodies are not whole, which nobody was answered for.
     allocated: bytes behind its last frame that are zeros, as room that was allocated ahead is: they are no torn tail.
     """
@@ -56,7 +57,7 @@ class Examination:
     contents: JournalContents | None = None
     unsound: int = 0
     allocated: int = 0
-    damage: Damaged | None = None
+    damage: Damaged | NewerFormat | None = None
 
 
 @dataclass
@@ -126,7 +127,7 @@ def _examine(directory: Path) -> Examination:
     try:
         contents = read_journal(directory)
         _read_bodies(contents)
-    except Damaged as error:
+    except (Damaged, NewerFormat) as error:
         return Examination(directory, size, damage=error)
     unsound = 0
     for part in contents.parts.values():
@@ -162,7 +163,7 @@ def _read_bodies(contents: JournalContents) -> None:
 
 
 def repair(directory: Path) -> Repair | None:
-    """Keeps the entries before the damage; None where there is none. Raises NewerJournal and OSError.
+    """Keeps the entries before the damage; None where there is none. Raises NewerFormat and OSError.
 
     Whoever writes the journal is fenced off first, and it is noted that the run has to go on in a new epoch. A later
     segment is set aside before an earlier one is cut, so that a repair that breaks off leaves a journal to repair.
@@ -190,7 +191,10 @@ def repair(directory: Path) -> Repair | None:
 
 
 def discard(directory: Path) -> Repair | None:
-    """Sets all segments aside, so that the shard goes back to its checkpoint; None where there are none."""
+    """Sets all segments aside, so that the shard goes back to its checkpoint; None where there are none.
+
+    Raises NewerFormat and OSError.
+    """
     paths = segment_paths(directory)
     if not paths:
         return None
@@ -274,7 +278,10 @@ def _free_name(path: Path) -> Path:
 
 
 def rows(directory: Path) -> Iterator[dict[str, Any]]:
-    """A document for each frame, in order, for people and programs, up to damage. Raises Damaged and OSError."""
+    """A document for each frame, in order, for people and programs, up to damage.
+
+    Raises Damaged, NewerFormat and OSError.
+    """
     for link in chain(directory):
         for frame in frames(link.path):
             if link.limit is not None and frame.end > link.limit:
