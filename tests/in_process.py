@@ -205,7 +205,9 @@ class Medium(LocalStorage):
         self.keeps: str | None = None
         """What may not be removed: paths with this in them."""
         self.fails: str | None = None
-        """What cannot be listed: paths with this in them."""
+        """What cannot be listed or read: paths with this in them."""
+        self.reads: list[str] = []
+        """The files that were read, or were to be."""
         self.hangs: str | None = None
         self.may_go_on = threading.Event()
 
@@ -225,6 +227,9 @@ class Medium(LocalStorage):
         return super()._names(directory)
 
     def _read(self, path: str) -> bytes:
+        self.reads.append(path)
         if self.hangs is not None and self.hangs in path:
             assert self.may_go_on.wait(60)
+        if self.fails is not None and self.fails in path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         return super()._read(path)

@@ -17,6 +17,7 @@ from fastapi.routing import APIRoute
 from freestep.api.token_form import SCOPES, make_token
 from freestep_service.app import create_app
 from freestep_service.settings import Settings
+from freestep_service.storage.checksummed import Damaged
 from freestep_service.web.guard import GuardedRoute
 from freestep_service.web.routes.data_request import DataRoute
 from harness import AUTHORIZED, TOKEN, ThreadService
@@ -257,7 +258,7 @@ def test_readiness_names_runs_to_those_whose_they_are(
     plain: httpx.Client, api: Api, as_: Callable[..., Api], service: ThreadService
 ) -> None:
     api.create()
-    service.registry._set_aside[api.run] = "its spec is not valid"
+    service.registry._set_aside[api.run] = Damaged("its spec is not valid")
     try:
         shown = [
             each.get("/readyz").json()["problems"].get(api.run)

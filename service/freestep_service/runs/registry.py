@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -43,7 +44,8 @@ from freestep_service.runs.store_watch import StoreWatch
 from freestep_service.state.received_state import ReceivedState
 from freestep_service.state.staging import Body
 from freestep_service.storage.checksummed import Damaged, NewerFormat
-from freestep_service.storage.newer_files import require_known_files
+from freestep_service.storage.medium import Storage
+from freestep_service.storage.newer_files import require_known_beginnings, require_known_files
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Registry"]
@@ -68,8 +70,8 @@ class Registry:
         self._runs: dict[str, Run] = {}
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """By run: held while it is opened, created or deleted here. Any name may be asked for."""
-        self._set_aside: dict[str, str] = {}
-        """Runs that cannot be opened, and why; each is logged once."""
+        self._set_aside: dict[str, Exception] = {}
+        """Runs that cannot be opened, and why; each is logged once, and tried again in the background."""
         self._opening: list[asyncio.Task[None]] = []
         """Runs that were there when the service started."""
         self._stopping = asyncio.Event()
@@ -88,13 +90,20 @@ class Registry:
         Raises RunNotFound, CoordinatorUnavailable, and ShardUnavailable where the run cannot be opened.
         """
         if name not in self._runs:
+            aside = self._set_aside.get(name)
+            if isinstance(aside, StorageUnavailable):
+                # Storage is read again in the background, and not as often as anybody asks.
+                raise _cannot_be_opened(name, aside)
             async with self._change(name):
                 if name not in self._runs:
                     try:
-                        await self._open(name, is_from_elsewhere=True)
-                    except (DamagedRun, NewerFormat) as error:
-                        self._put_aside(name, str(error))
+                        # A new run may take the place of one that is damaged, and of no other.
+                        await self._open(name, is_from_elsewhere=aside is None or isinstance(aside, Damaged))
+                    except (DamagedRun, StorageUnavailable) as error:
+                        self._put_aside(name, error)
                         raise _cannot_be_opened(name, error) from None
+                    except Damaged as error:
+                        self._put_aside(name, error)
         return self.get(name)
 
     def all(self) -> list[Run]:
@@ -104,7 +113,8 @@ class Registry:
     @property
     def problems(self) -> dict[str, str]:
         """What is wrong with runs, by name: those that cannot be opened, and those whose checkpoints fail."""
-        return {**self._set_aside, **{run.name: run.problem for run in self.all() if run.problem}}
+        aside = {name: str(error) for name, error in self._set_aside.items()}
+        return {**aside, **{run.name: run.problem for run in self.all() if run.problem}}
 
     def _here(self) -> list[RunHere]:
         """How runs stand in this process, for /metrics."""
@@ -136,7 +146,7 @@ class Registry:
             if name in self._runs:
                 return self._same(self._runs[name], spec), False
             try:
-                await self._require_known(name)
+                await self._look_for_newer(require_known_files, name)
             except NewerFormat as error:
                 raise _cannot_be_opened(name, error) from None
             await resources.disk.run(resources.storage.require_writable)
@@ -221,6 +231,7 @@ class Registry:
         if self._opening:
             await asyncio.wait(self._opening, timeout=_OPENING_S)
         self._background.spawn(self._beat(), "runs of other processes are not looked for any more")
+        self._background.spawn(self._retry(), "runs that cannot be opened are not tried again any more")
 
     async def close(self) -> None:
         """Writes the last checkpoints."""
@@ -251,29 +262,39 @@ class Registry:
             async with self._change(name):
                 if name not in self._runs:
                     await self._open(name)
-        except (CoordinatorUnavailable, NewerFormat) as error:
-            self._put_aside(name, f"{error}")
+        except (CoordinatorUnavailable, StorageUnavailable, Damaged) as error:
+            self._put_aside(name, error)
         except Exception as error:
-            self._put_aside(name, f"{error}", error)
+            self._put_aside(name, error, is_expected=False)
 
     async def _open(self, name: str, *, is_from_elsewhere: bool = False) -> None:
-        """Raises DamagedRun, NewerFormat and CoordinatorUnavailable."""
+        """Opens a run that there is. is_from_elsewhere: not one that is in storage alone.
+
+        Raises DamagedRun, CoordinatorUnavailable, NewerFormat, and StorageUnavailable or Damaged where it is in storage
+        alone and cannot be read.
+        """
         view = await read_run(self._resources.store, name)
-        is_unknown = view is None and is_from_elsewhere
-        if is_unknown and name not in self._set_aside:
-            return
-        await self._require_known(name)
-        if is_unknown:
+        if view is None and is_from_elsewhere:
             return
         try:
+            await self._look_for_newer(require_known_beginnings, name)
+        except NewerFormat:
+            raise
+        except StorageUnavailable:
+            # Whoever needs what cannot be read says so.
+            pass
+        try:
             file = await self._resources.disk.run(RunFile.read, self._resources.storage, name)
-        except (FileNotFoundError, Damaged, StorageUnavailable) as error:
+        except NewerFormat:
+            raise
+        except FileNotFoundError:
             if view is None:
-                if isinstance(error, FileNotFoundError):
-                    self._set_aside.pop(name, None)
-                else:
-                    self._put_aside(name, str(error))
+                self._set_aside.pop(name, None)
                 return
+            file = None
+        except (Damaged, StorageUnavailable):
+            if view is None:
+                raise
             file = None
         origin = max(file.origin if file else Origin(), view.origin if view else Origin())
         if file and view and file.epoch < origin.first_epoch:
@@ -283,7 +304,7 @@ class Registry:
             text = file.spec if file else view.run["spec"] if view else ""
             spec = await asyncio.to_thread(RunSpec.model_validate_json, text)
         except ValidationError as error:
-            self._put_aside(name, f"its spec is not valid: {error}")
+            self._put_aside(name, Damaged(f"its spec is not valid: {error}"))
             return
         shards = view.count if view else file.shards if file else spec.shards
         # It was there before: it is opened all the same.
@@ -296,23 +317,23 @@ class Registry:
             await self.quotas.settle_run(origin.creator, name, "kept", origin.id, manifest.numel)
         await run.start()
 
-    async def _require_known(self, name: str) -> None:
-        """Raises NewerFormat where a newer version has written what there is of a run."""
+    async def _look_for_newer(self, look: Callable[[Storage, str, Path], None], name: str) -> None:
+        """Looks at a run's files with one of newer_files.py, and raises what that raises."""
         resources = self._resources
-        journals = resources.settings.journals() / name
-        await resources.disk.run(require_known_files, resources.storage, name, journals)
+        await resources.disk.run(look, resources.storage, name, resources.settings.journals() / name)
 
-    def _put_aside(self, name: str, reason: str, error: Exception | None = None) -> None:
-        if self._set_aside.get(name) != reason:
-            self._set_aside[name] = reason
-            logger.error("run %s cannot be opened: %s", name, reason, exc_info=error)
+    def _put_aside(self, name: str, error: Exception, *, is_expected: bool = True) -> None:
+        before, self._set_aside[name] = self._set_aside.get(name), error
+        if before is None or str(before) != str(error):
+            logger.error("run %s cannot be opened: %s", name, error, exc_info=None if is_expected else error)
 
     def _on_message(self, message: dict[str, Any] | None) -> None:
         if message is not None and message["kind"] == "created":
             self._background.spawn(self._look_at(message["run"]), f"run {message['run']} was not opened")
 
     async def _look_at(self, name: str) -> None:
-        with suppress(RunNotFound, CoordinatorUnavailable):
+        # Why one cannot be opened `find` has logged.
+        with suppress(RunNotFound, CoordinatorUnavailable, ShardUnavailable):
             await self.find(name)
 
     async def _beat(self) -> None:
@@ -324,10 +345,8 @@ class Registry:
                 await resources.node.heartbeat(resources.store)
                 await list_again(resources.store, [run.name for run in self.all() if not run.is_gone])
                 if resources.node.live_peers:
-                    for name in sorted(await self._names() - self._runs.keys()):
+                    for name in sorted(await self._names() - self._runs.keys() - self._set_aside.keys()):
                         await self._look_at(name)
-                for name in sorted(self._set_aside):
-                    await self._try_to_open(name)
             except (CoordinatorUnavailable, StorageUnavailable):
                 # Where Redis is away, the runs say so in the log.
                 if resources.node.newer is not None:
@@ -339,9 +358,24 @@ class Registry:
                     del self._runs[run.name]
                     resources.memory.cancel(run.name)
                     self._background.spawn(run.forget(), f"run {run.name} was not forgotten")
-            with suppress(TimeoutError):
-                async with asyncio.timeout(resources.node.heartbeat_s):
-                    await self._stopping.wait()
+            await self._stops(resources.node.heartbeat_s)
+
+    async def _retry(self) -> None:
+        """Tries again to open what is set aside, one run after another, and rests as long as that takes."""
+        clock = asyncio.get_running_loop().time
+        took_s = 0.0
+        while not await self._stops(max(self._resources.node.heartbeat_s, took_s)):
+            begun = clock()
+            for name in sorted(self._set_aside):
+                if not self._stopping.is_set():
+                    await self._try_to_open(name)
+            took_s = clock() - begun
+
+    async def _stops(self, pause_s: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._stopping.wait()
+        return self._stopping.is_set()
 
 
 def _cannot_be_opened(name: str, error: Exception) -> ShardUnavailable:

@@ -49,7 +49,6 @@ __all__ = [
     "remove_other_journals",
     "repaired_epoch",
     "require_known",
-    "require_known_run",
     "segment_path",
     "segment_paths",
 ]
@@ -114,12 +113,6 @@ def require_known(directory: Path) -> None:
     for _, path in segment_paths(directory):
         with suppress(Damaged):
             next(frames(path))
-
-
-def require_known_run(directory: Path) -> None:
-    """As `require_known`, of the journals of a run's shards, which are in a directory."""
-    for journal in _shards(directory):
-        require_known(journal)
 
 
 def is_segment(path: Path) -> bool:

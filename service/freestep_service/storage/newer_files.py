@@ -1,42 +1,79 @@
 """What a newer version has left of a run is found before anything of the run is changed.
 
-A version reads of it just what says so: the run's file, the marks of its checkpoints, and the beginnings of segments.
+The law of this file: it goes on behind what is missing, is damaged or cannot be read, so that no newer file is passed
+over.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from freestep.errors import StorageUnavailable
 from freestep_service.storage.checksummed import Damaged, NewerFormat, read_document
 from freestep_service.storage.inventory import Inventory
-from freestep_service.storage.journal_files import require_known_run
+from freestep_service.storage.journal_files import is_journal, require_known
 from freestep_service.storage.medium import Storage
 
-__all__ = ["require_known_files"]
+__all__ = ["require_known_beginnings", "require_known_files"]
+
+
+def require_known_beginnings(storage: Storage, run: str, journals: Path) -> None:
+    """Looks at the marks of a run's checkpoints, and at its journals, before its own file is read.
+
+    journals: where those of the run's shards are on this host. Raises NewerFormat, and StorageUnavailable where no file
+    is newer as far as they can be read.
+    """
+    look = _Look(storage)
+    with look.going_on():
+        look.at_documents(Inventory(storage, f"runs/{run}/checkpoints").marks())
+    look.at_journals(journals)
+    look.end()
 
 
 def require_known_files(storage: Storage, run: str, journals: Path) -> None:
-    """Raises NewerFormat. What is missing, damaged or cannot be read is told by whoever needs it.
-
-    journals: where those of the run's shards are on this host.
-    """
-    _require_known(storage, f"runs/{run}/run.json")
-    try:
-        marks = Inventory(storage, f"runs/{run}/checkpoints").marks()
-    except StorageUnavailable:
-        marks = []
-    for mark in marks:
-        _require_known(storage, mark)
-    with suppress(OSError):
-        require_known_run(journals)
+    """As `require_known_beginnings`, at all of a run's documents: before a run is made."""
+    look, place = _Look(storage), f"runs/{run}"
+    folders = [place, f"{place}/closed", *look.paths(f"{place}/checkpoints")]
+    look.at_documents(path for folder in folders for path in look.paths(folder) if path.endswith(".json"))
+    look.at_journals(journals)
+    look.end()
 
 
-def _require_known(storage: Storage, path: str) -> None:
-    try:
-        read_document(storage, path)
-    except NewerFormat:
-        raise
-    except (FileNotFoundError, Damaged, StorageUnavailable):
-        pass
+class _Look:
+    """A look at files; `end` raises what it could not read."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._unread: StorageUnavailable | None = None
+
+    def paths(self, folder: str) -> list[str]:
+        with self.going_on():
+            return [f"{folder}/{name}" for name in self._storage.names(folder)]
+        return []
+
+    def at_documents(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            with self.going_on(), suppress(FileNotFoundError, Damaged):
+                read_document(self._storage, path)
+
+    def at_journals(self, journals: Path) -> None:
+        for journal in filter(is_journal, journals.glob("*")):
+            try:
+                require_known(journal)
+            except OSError as error:
+                self._unread = StorageUnavailable(f"the journal {journal} cannot be read: {error.strerror or error}")
+
+    def end(self) -> None:
+        if self._unread is not None:
+            raise self._unread
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except NewerFormat:
+            raise
+        except StorageUnavailable as error:
+            self._unread = error
