@@ -84,6 +84,22 @@ def test_no_run_is_made_over_files_that_cannot_be_read(store: str, left: Path, t
     run_async(work)
 
 
+def test_a_run_some_of_whose_files_cannot_be_read_is_deleted(
+    store: str, left: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        medium = Medium(left)
+        async with process(store, left, storage=medium) as registry:
+            assert await is_open_at_step_1(registry)
+            medium.fails = "/complete.json"
+            await registry.delete("run")
+            assert registry.all() == []
+
+    run_async(work)
+    assert not (left / "runs" / "run").exists()
+    assert "run run: what is deleted of it cannot all be read: " in caplog.text
+
+
 def test_a_run_that_hangs_while_it_is_tried_again_holds_up_no_heartbeat_and_no_request(store: str, left: Path) -> None:
     async def work() -> None:
         medium = Medium(left)

@@ -68,8 +68,9 @@ def test_a_run_of_a_newer_format(
     why = f"{path} is of format 3, and this version of freestep knows format 2: start the version that wrote it"
     assert why in api.http.get("/readyz").json()["problems"]["orderly"]
     assert caplog.text.count(why) == 1
-    # A part, and where a shard was left, are looked at when the run has begun to open, which requests would wait for.
+    deleted = api.http.delete(api.path())
     if kind in ("run file", "mark"):
+        assert (deleted.status_code, slug(deleted)) == (503, "shard-unavailable")
         answers = [
             api.http.get(api.path("/parameters")),
             api.http.post(api.path("/leases"), json={"worker": "w"}),
@@ -77,6 +78,16 @@ def test_a_run_of_a_newer_format(
         ]
         assert {(answer.status_code, slug(answer)) for answer in answers} == {(503, "shard-unavailable")}
         assert {answer.json()["detail"] for answer in answers} == {f"the run 'orderly' cannot be opened: {why}"}
+    else:
+        # A part, and where a shard was left, are read when the run has begun to open: it is known, and has no step yet.
+        assert (api.status()["step"], api.status()["initialized"]) == (0, False)
+        for refused in (
+            api.http.get(api.path("/parameters")),
+            api.http.post(api.path("/leases"), json={"worker": "w"}),
+        ):
+            assert (refused.status_code, slug(refused)) == (503, "shard-unavailable")
+        assert (deleted.status_code, slug(deleted)) == (507, "storage-unavailable")
+        assert deleted.json()["detail"] == why
     service.stop()
     assert state(data_dir) == before
     # Nothing of it is lost to the version that wrote it.
@@ -115,9 +126,9 @@ def test_a_journal_of_a_newer_format(
     api = connect(service.url, "journaled")
     why = f"{path} is of format 2, and this version of freestep knows format 1: start the version that wrote it"
     assert api.http.get("/readyz").json()["problems"] == {"journaled": why}
-    answer = api.http.get(api.path())
-    assert (answer.status_code, slug(answer)) == (503, "shard-unavailable")
-    assert answer.json()["detail"] == f"the run 'journaled' cannot be opened: {why}"
+    for answer in (api.http.get(api.path()), api.http.delete(api.path())):
+        assert (answer.status_code, slug(answer)) == (503, "shard-unavailable")
+        assert answer.json()["detail"] == f"the run 'journaled' cannot be opened: {why}"
     service.stop()
     assert state(data_dir) == before
     path.write_bytes(original)
@@ -126,7 +137,7 @@ def test_a_journal_of_a_newer_format(
     assert (api.status()["epoch"], api.status()["step"]) == (1, 7)
 
 
-def test_a_history_of_a_newer_format_is_left_and_its_run_goes_on(
+def test_a_history_of_a_newer_format_is_left_and_its_run_goes_on_until_it_is_deleted(
     left: Left,
     start_service: Callable[..., ThreadService],
     connect: Callable[..., Api],
@@ -141,8 +152,10 @@ def test_a_history_of_a_newer_format_is_left_and_its_run_goes_on(
     assert (answer.status_code, slug(answer)) == (507, "storage-unavailable")
     assert f"{path} is of format 3" in answer.json()["detail"]
     assert api.push(api.lease(), 5).json()["step"] == 6
+    assert api.http.delete(api.path()).status_code == 204
     service.stop()
     assert path.read_bytes() == before
+    assert not (left / "stopped" / "runs" / "orderly").exists()
 
 
 def test_a_token_of_a_newer_format_keeps_a_service_from_starting(left: Left, monkeypatch: pytest.MonkeyPatch) -> None:

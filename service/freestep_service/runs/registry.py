@@ -203,10 +203,17 @@ class Registry:
         return run
 
     async def delete(self, name: str) -> None:
-        """Raises RunNotFound."""
+        """Raises RunNotFound, and StorageUnavailable, also where a newer version has written some of its files."""
         await self.find(name)
         async with self._change(name):
             run = self.get(name)
+            try:
+                await self._look_for_newer(require_known_files, name)
+            except NewerFormat:
+                raise
+            except StorageUnavailable as error:
+                # It is deleted all the same, as far as it can be.
+                logger.warning("run %s: what is deleted of it cannot all be read: %s", name, error)
             await run.delete()
             logger.info("run %s is deleted", name)
             if run.origin.creator:

@@ -33,7 +33,7 @@ def require_known_beginnings(storage: Storage, run: str, journals: Path) -> None
 
 
 def require_known_files(storage: Storage, run: str, journals: Path) -> None:
-    """As `require_known_beginnings`, at all of a run's documents: before a run is made."""
+    """As `require_known_beginnings`, at all of a run's documents: before a run is made or deleted."""
     look, place = _Look(storage), f"runs/{run}"
     folders = [place, f"{place}/closed", *look.paths(f"{place}/checkpoints")]
     look.at_documents(path for folder in folders for path in look.paths(folder) if path.endswith(".json"))
