@@ -197,8 +197,8 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
             startup.give_way,
         )
         if not settings.insecure:
-            # Before anything is changed.
-            await disk.run(TokenFiles(storage).require_known)
+            # Before a run is opened: one that a newer version has written ends the start.
+            await tokens.read()
         await registry.start()
         stack.push_async_callback(registry.close)
         if settings.insecure:
@@ -245,7 +245,7 @@ def _trace(app: FastAPI, settings: Settings) -> None:
 
 
 async def _start_tokens(tokens: Tokens, settings: Settings, stack: AsyncExitStack) -> None:
-    """Reads the tokens, and leaves the admin token for clients of the same user; `stack` takes it away."""
+    """Shares the tokens, and leaves the admin token for clients of the same user; `stack` takes it away."""
     if settings.ssl_certfile is None and not is_loopback(settings.host):
         logger.warning("tokens and weights travel unencrypted: set ssl_certfile, or have a proxy with TLS in front")
     await tokens.start()

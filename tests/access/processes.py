@@ -42,6 +42,7 @@ class Service:
         self.stack.push_async_callback(channels.close)
         files = TokenFiles(LocalStorage(self.folder / name))
         tokens = Tokens(SharedTokens(store), files, self.disk, channels, lambda: self.now)
+        await tokens.read()
         await tokens.start()
         self.stack.push_async_callback(tokens.close)
         return tokens

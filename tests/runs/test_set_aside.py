@@ -52,6 +52,9 @@ def test_a_run_that_cannot_be_read_is_not_made_anew(store: str, left: Path, capl
             with pytest.raises(ShardUnavailable, match="Input/output error"):
                 await registry.create("run", spec_of(), ANYBODY)
             assert path.read_bytes() == before
+            # Each try reads the marks, and then the run's file once.
+            mark = str(min(left.glob("runs/run/checkpoints/*/complete.json")).relative_to(left))
+            assert 0 < medium.reads.count("runs/run/run.json") <= medium.reads.count(mark)
             medium.fails = None
             await until(lambda: not registry.problems, "the run")
             assert await is_open_at_step_1(registry)

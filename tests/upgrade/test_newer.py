@@ -173,6 +173,25 @@ def test_a_token_of_a_newer_format_keeps_a_service_from_starting(left: Left, mon
     assert (state(data_dir), contents(data_dir / "tokens")) == before
 
 
+def test_a_start_reads_each_token_once_and_what_is_none_not_at_all(
+    left: Left, start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = left / "stopped" / "tokens"
+    tokens = sorted(f"tokens/{path.name}" for path in folder.iterdir())
+    (folder / "aside.json.newer").write_bytes((left / "stopped" / tokens[0]).read_bytes())
+    make_newer(folder / "aside.json.newer", monkeypatch)
+    read, paths = LocalStorage._read, list[str]()
+
+    def noted(storage: LocalStorage, path: str) -> bytes:
+        paths.append(path)
+        return read(storage, path)
+
+    monkeypatch.setattr(LocalStorage, "_read", noted)
+    service = start_service(left / "stopped")
+    assert sorted(path for path in paths if path.startswith("tokens/")) == tokens
+    service.stop()
+
+
 # Redis
 
 

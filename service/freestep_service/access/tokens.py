@@ -84,10 +84,13 @@ class Tokens:
         self._cannot_write = False
         self._refreshing: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Reads all tokens. Raises CoordinatorUnavailable and StorageUnavailable."""
+    async def read(self) -> None:
+        """Reads the tokens in storage, and changes nothing. Raises StorageUnavailable, NewerFormat of it."""
         for token in await self._disk.run(self._files.read):
             self._known[token.id] = self._filed[token.id] = token
+
+    async def start(self) -> None:
+        """Exchanges what was read with Redis, and goes on doing so. Raises CoordinatorUnavailable."""
         await self._share()
         await self._channels.subscribe(TOKENS_CHANNEL, self._on_message)
         self._refreshing = asyncio.create_task(self._refresh())

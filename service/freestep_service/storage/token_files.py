@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import suppress
 from dataclasses import asdict
 
 from freestep_service.domain.tokens import Token
@@ -28,15 +27,12 @@ class TokenFiles:
         self._storage = storage
 
     def read(self) -> list[Token]:
-        """All tokens, revoked ones among them; a damaged file is logged, and lets nobody in."""
+        """All tokens, revoked ones among them; a damaged file is logged, and lets nobody in.
+
+        Raises NewerFormat where a newer version has written one, which may be revoked.
+        """
         ids = [name.removesuffix(".json") for name in self._storage.names(_FOLDER) if name.endswith(".json")]
         return [token for token_id in ids if (token := self._read(token_id)) is not None]
-
-    def require_known(self) -> None:
-        """Raises NewerFormat where a token of a newer version is there, which might be revoked."""
-        for name in self._storage.names(_FOLDER):
-            with suppress(FileNotFoundError, Damaged):
-                read_document(self._storage, f"{_FOLDER}/{name}")
 
     def _read(self, token_id: str) -> Token | None:
         path = f"{_FOLDER}/{token_id}.json"
