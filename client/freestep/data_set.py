@@ -9,6 +9,7 @@ from typing import Any
 from freestep.answers import parse
 from freestep.api.data import Claimed, DataSpec, DataStatus, Returned
 from freestep.api.models import Lease
+from freestep.leaving import hold_s
 from freestep.service_url import in_path
 from freestep.transport import Transport
 
@@ -73,7 +74,7 @@ class DataSet:
         """
         headers = {**_holder(lease), "Idempotency-Key": uuid.uuid4().hex}
         if wait:
-            headers["Prefer"] = f"wait={wait:g}"
+            headers["Prefer"] = f"wait={hold_s(wait):g}"
         answer = self._transport.request(
             "POST", f"{self._path}/units", headers=headers, json={"count": count}, wait=wait
         )

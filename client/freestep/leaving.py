@@ -15,12 +15,15 @@ from types import FrameType
 
 from freestep.errors import InvalidSetting
 
-__all__ = ["PATIENCE_S", "is_leaving", "leave_if_asked", "leave_on_sigterm", "raise_if_leaving"]
+__all__ = ["PATIENCE_S", "hold_s", "is_leaving", "leave_if_asked", "leave_on_sigterm", "raise_if_leaving"]
 
 logger = logging.getLogger("freestep")
 
 PATIENCE_S = 5.0
 """Seconds for which a process that leaves waits for a request. Docker kills it 10 s after SIGTERM, Kubernetes 30 s."""
+
+_HOLD_S = 1.0
+"""The most seconds for which it asks the service to hold an answer: the answer has to come within PATIENCE_S."""
 
 _VARIABLE = "FREESTEP_LEAVE_ON_SIGTERM"
 _EXIT_CODE = 128 + signal.SIGTERM
@@ -64,6 +67,11 @@ def leave_if_asked() -> None:
 def is_leaving() -> bool:
     """Whether SIGTERM has come."""
     return _is_leaving
+
+
+def hold_s(wait: float) -> float:
+    """Seconds for which the service is asked to hold an answer, instead of `wait`: fewer once SIGTERM has come."""
+    return min(wait, _HOLD_S) if _is_leaving else wait
 
 
 def raise_if_leaving() -> None:

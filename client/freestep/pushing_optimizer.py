@@ -240,7 +240,8 @@ class PushingOptimizer(JoinedOptimizer):
 
     @property
     def _waits(self) -> float:
-        return FIRST_WAIT_S if self._aggregation.takes_one_each else 0.0
+        """Seconds for which a push waits for its update; 0 where none does, or the process leaves."""
+        return FIRST_WAIT_S if self._aggregation.takes_one_each and not is_leaving() else 0.0
 
     @property
     def _aggregation(self) -> AggregationSpec:

@@ -14,6 +14,7 @@ from freestep.errors import ProblemError, UnexpectedResponse
 from freestep.flat import Flat
 from freestep.in_place_gradient import InPlaceGradient
 from freestep.lease import Claim
+from freestep.leaving import hold_s
 from freestep.responses import Answer
 from freestep.sharding import TRANSIENT, PendingCall, ShardClient, ShardedCall
 from freestep.wire.manifest import Manifest
@@ -144,5 +145,5 @@ class TensorTransfer:
 def _prefer(wait: float, *, representation: bool = False) -> dict[str, str]:
     preferences = ["return=representation"] if representation else []
     if wait:
-        preferences.append(f"wait={wait:g}")
+        preferences.append(f"wait={hold_s(wait):g}")
     return {"Prefer": ", ".join(preferences)} if preferences else {}

@@ -94,21 +94,26 @@ def closure_form() -> None:
         opt.step(closure)
 
 
-def local_steps() -> freestep.LocalSteps:
-    return freestep.LocalSteps(model, torch.optim.SGD(model.parameters(), lr=0.1), every=10**9, **options())
+def local_steps(**others: Any) -> freestep.LocalSteps:
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    return freestep.LocalSteps(model, inner, every=10**9, **options(**others))
 
 
 def rounds() -> None:
     work(local_steps())
 
 
-def pushed_round() -> None:
-    opt = local_steps()
+def pushed_round(**others: Any) -> None:
+    opt = local_steps(**others)
     try:
         work(opt)
     finally:
         opt.push()
         say(opt.receipt.decision if opt.receipt else None)
+
+
+def gathered_round() -> None:
+    pushed_round(aggregation="sync")
 
 
 def units() -> None:
@@ -207,8 +212,8 @@ def ranks() -> None:
 forms: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
-        block, loose, closed, dropped_in, closure_form, rounds, pushed_round, units, loader, pull, lease, slow_end,
-        swallowed, handled, forked, ranks,
+        block, loose, closed, dropped_in, closure_form, rounds, pushed_round, gathered_round, units, loader, pull,
+        lease, slow_end, swallowed, handled, forked, ranks,
     )
 }  # fmt: skip
 model = nn.Linear(4, 3)

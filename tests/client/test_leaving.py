@@ -17,14 +17,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from freestep import InvalidSetting, Run, leave_on_sigterm
+from freestep import InvalidSetting, Run, StepNotReached, leave_on_sigterm
 from freestep.leaving import leave_if_asked
 from harness import ProcessService, ThreadService
 from meanwhile import DEADLINE_S, wait_until
 
 WORKER = Path(__file__).with_name("leaving_worker.py")
 LEFT = 128 + signal.SIGTERM
+SPEC = {
+    "optimizer": {"algorithm": "sgd", "lr": 1.0},
+    "aggregation": {"policy": "sync"},
+    "parameters": [{"name": "w", "shape": [4]}],
+    "lease_ttl_ms": 3_600_000,
+}
 
 
 class Worker:
@@ -87,6 +94,12 @@ def start(service: ThreadService, name: str, tmp_path: Path) -> Iterator[Start]:
         each.close()
 
 
+@pytest.fixture
+def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM has come to this process, and something has caught what it raised."""
+    monkeypatch.setattr("freestep.leaving._is_leaving", True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["block", "loose", "closed", "dropped_in"])
 def test_the_lease_is_released_and_no_push_counts_twice(start: Start, run: Run, form: str) -> None:
@@ -115,6 +128,26 @@ def test_a_round_can_be_pushed_on_the_way_out(start: Start, run: Run) -> None:
     assert start("pushed_round").end() == (LEFT, ["0", "applied"], "")
     assert run.workers() == []
     assert run.status().step == 1
+
+
+@pytest.mark.slow
+def test_a_round_that_is_pushed_on_the_way_out_waits_for_no_other_worker(start: Start, run: Run) -> None:
+    worker = start("gathered_round")
+    with run.lease():
+        assert worker.end() == (LEFT, ["0", "accumulated"], "")
+        assert len(run.workers()) == 1
+
+
+def test_the_service_holds_no_answer_for_longer_than_it_is_waited_for(run: Run, leaving: None) -> None:
+    run.create(SPEC)
+    run.initialize({"w": torch.zeros(4)})
+    run.data().create({"length": 1, "unit": 1})
+    with run.lease() as lease, run.lease() as other:
+        with pytest.raises(StepNotReached):
+            run.pull("y", min_step=1, wait=600)
+        assert run.push({"w": torch.ones(4)}, lease.claim(0), wait=600).decision == "accumulated"
+        assert run.data().claim(other.granted, 1).units
+        assert not run.data().claim(lease.granted, 1, wait=600).units
 
 
 @pytest.mark.slow
