@@ -240,8 +240,6 @@ class Transport:
                     raise
                 return send(url)
 
-        if is_leaving():
-            seconds = 0.0
         deadline = self._clock() + seconds
         longest, paused = _FIRST_PAUSE_S, _FIRST_PAUSE_S / 2
         failed: set[str] = set()
@@ -267,12 +265,14 @@ class Transport:
                 failure: Exception = error
             except RunPaused as error:
                 self._has_answered = True
-                if not seconds:
+                if not seconds or is_leaving():
                     raise
                 self._outages.paused(path)
                 # A pause that ends at once, as when a region's run is moved, costs no seconds.
                 paused = min(2 * paused, error.retry_after or _PAUSED_S)
                 self._sleep(random.uniform(0.5, 1.0) * paused)
+                if is_leaving():
+                    raise
                 deadline, longest = self._clock() + seconds, _FIRST_PAUSE_S
                 continue
             except _TRANSIENT as error:
@@ -296,16 +296,18 @@ class Transport:
                 route.failed(url, failure)
             pause = random.uniform(longest / 2, longest) + (getattr(failure, "retry_after", None) or 0.0)
             left = deadline - self._clock()
-            if pause > left:
-                self._outages.given_up(place)
-                if isinstance(failure, ProblemError):
-                    raise failure
-                tried = f" for {seconds:g} s" if seconds else ""
-                raise ServiceUnreachable(f"{place} did not answer{tried}: {cause_of(failure)}") from failure
-            failed.add(place)
-            self._outages.failed(place, failure, left)
-            self._sleep(pause)
-            longest = min(2 * longest, _LONGEST_PAUSE_S)
+            if pause <= left and not is_leaving():
+                failed.add(place)
+                self._outages.failed(place, failure, left)
+                self._sleep(pause)
+                longest = min(2 * longest, _LONGEST_PAUSE_S)
+                if not is_leaving():
+                    continue
+            self._outages.given_up(place)
+            if isinstance(failure, ProblemError):
+                raise failure
+            tried = f" for {seconds:g} s" if seconds and not is_leaving() else ""
+            raise ServiceUnreachable(f"{place} did not answer{tried}: {cause_of(failure)}") from failure
 
     def _require_service(self, error: Exception) -> None:
         """Raises ServiceUnreachable if the error, the first thing that is heard of the service, will not pass."""

@@ -80,6 +80,27 @@ def test_who_repeats_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
         pausing(1, [], Clock(), 30.0).request("POST", "/v1/runs/r/gradients", retry=False)
 
 
+@pytest.mark.parametrize("while_asked", [True, False])
+def test_once_sigterm_has_come_nobody_waits_for_a_paused_run(
+    monkeypatch: pytest.MonkeyPatch, while_asked: bool
+) -> None:
+    class Told(Clock):
+        def sleep(self, seconds: float) -> None:
+            super().sleep(seconds)
+            monkeypatch.setattr("freestep.leaving._is_leaving", True)
+
+    class Asked(list[str]):
+        def append(self, path: str) -> None:
+            super().append(path)
+            monkeypatch.setattr("freestep.leaving._is_leaving", while_asked)
+
+    asked, clock = Asked(), Told()
+    with pytest.raises(RunPaused):
+        pausing(2, asked, clock, 30.0).request("POST", "/v1/runs/r/gradients")
+    assert len(asked) == 1
+    assert (clock.now == 0) is while_asked
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("overlap", [False, True])

@@ -207,6 +207,32 @@ def test_what_is_asked_once_only_is_not_logged(clock: Clock, lines: Callable[[],
     assert lines() == []
 
 
+@pytest.mark.parametrize("while_asked", [True, False])
+def test_once_sigterm_has_come_nothing_is_repeated(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, while_asked: bool
+) -> None:
+    asked: list[str] = []
+
+    def come() -> None:
+        monkeypatch.setattr("freestep.leaving._is_leaving", True)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        if while_asked:
+            come()
+        raise httpx.ConnectError("refused")
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        come()
+
+    http = httpx.Client(base_url=URL, transport=httpx.MockTransport(answer))
+    with pytest.raises(ServiceUnreachable, match=r"did not answer: .*refused"):
+        Transport(http, 60, clock=clock, sleep=sleep).request("GET", "/v1/runs")
+    assert len(asked) == 1
+    assert (clock.now == 1000) is while_asked
+
+
 def test_a_request_that_cannot_be_sent_is_not_repeated(
     clock: Clock, lines: Callable[[], list[tuple[float, str]]]
 ) -> None:
