@@ -15,6 +15,7 @@ from freestep.api.models import RunList, RunStatus
 from freestep.api.token_form import Scope
 from freestep.api.tokens import NewToken, SignInLink, TokenList, TokenStatus
 from freestep.credentials import own_credentials
+from freestep.lease import release_leases
 from freestep.run import Run
 from freestep.service_transport import open_transport, retry_seconds
 from freestep.service_url import in_path
@@ -166,7 +167,9 @@ class Client:
         return f"{str(self._transport.base_url).rstrip('/')}/" + (fragment and f"#{fragment}")
 
     def close(self) -> None:
-        """Closes the connections, and the httpx client that the client was given."""
+        """Releases the leases that were taken through it and are held, and closes the connections, and the httpx client
+        that it was given."""
+        release_leases(self._transport)
         self._transport.close()
 
     def __enter__(self) -> Self:

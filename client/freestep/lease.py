@@ -13,14 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
-from weakref import WeakSet
 
 from freestep.api.models import Lease
 from freestep.errors import EpochChanged, FreestepError, LeaseExpired, RunNotFound
 from freestep.leaving import PATIENCE_S
 from freestep.transport import Transport
 
-__all__ = ["Claim", "HeldLease", "worker_name"]
+__all__ = ["Claim", "HeldLease", "release_leases", "worker_name"]
 
 logger = logging.getLogger("freestep")
 
@@ -79,7 +78,8 @@ class Claim:
 class HeldLease:
     """A worker's lease, from `Run.lease`; a daemon thread renews it every third of its time to live.
 
-    Use it as a context manager, or call `release`; one that is left is released when the process exits. Attributes:
+    Use it as a context manager, or call `release`; one that is left is released when its client is closed, or the
+    process exits. Attributes:
     `granted`, the lease as the service granted it (ID, token, worker, `ttl_ms`, epoch, step); `lost`, None while the
     lease is good as far as is known, else the error that ended it (LeaseExpired, EpochChanged or RunNotFound). A lost
     lease is not replaced: take a new one, and pull y, since the run may have gone back to an earlier step.
@@ -102,10 +102,10 @@ class HeldLease:
         self._transport = transport
         self._path = f"{path}/{lease.lease}"
         self._released = threading.Event()
-        self._process = os.getpid()
         self._thread = threading.Thread(target=self._hold, name=f"freestep-lease-{lease.worker}", daemon=True)
-        self._thread.start()
+        # First: it discards the lease as it ends.
         _leases.add(self)
+        self._thread.start()
 
     def claim(
         self,
@@ -128,6 +128,12 @@ class HeldLease:
         return Claim(self.granted.lease, self.granted.token, step, samples, loss, speed, units or {})
 
     def _hold(self) -> None:
+        try:
+            self._renew()
+        finally:
+            _leases.discard(self)
+
+    def _renew(self) -> None:
         while not self._released.wait(self.granted.ttl_ms / 3000):
             try:
                 self._transport.request("PUT", self._path, retry=False)
@@ -158,20 +164,27 @@ class HeldLease:
         self.release()
 
 
-_leases: WeakSet[HeldLease] = WeakSet()
-"""Those that have not been collected: a lease's thread keeps it until it has ended."""
+_leases: set[HeldLease] = set()
+"""Those whose threads have not ended."""
 
 
 def _release(leases: Iterable[HeldLease]) -> None:
-    own = [lease for lease in leases if lease._process == os.getpid()]
+    # A forked child has none of the threads.
+    held = [lease for lease in leases if lease._thread.is_alive()]
     deadline = time.monotonic() + PATIENCE_S
-    for lease in own:
+    for lease in held:
         # Its thread sends the request, so that a signal which breaks the wait for it off does not break that off.
         lease._released.set()
-    for lease in own:
+    for lease in held:
         # A thread that collects garbage may release the lease that it holds.
         if lease._thread is not threading.current_thread():
             lease._thread.join(max(deadline - time.monotonic(), 0.0))
 
 
-atexit.register(lambda: _release(list(_leases)))
+def release_leases(transport: Transport) -> None:
+    """Ends the leases whose requests a transport sends, as `HeldLease.release` does."""
+    _release(lease for lease in _leases.copy() if lease._transport is transport)
+
+
+atexit.register(lambda: _release(_leases.copy()))
+os.register_at_fork(after_in_child=_leases.clear)

@@ -66,6 +66,12 @@ def block() -> None:
         work(opt)
 
 
+def client_block() -> None:
+    chosen = options()
+    with chosen["client"]:
+        work(freestep.RemoteOptimizer(model, algorithm="sgd", lr=1.0, **chosen))
+
+
 def loose() -> None:
     work(optimizer())
 
@@ -212,8 +218,8 @@ def ranks() -> None:
 forms: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
-        block, loose, closed, dropped_in, closure_form, rounds, pushed_round, gathered_round, units, loader, pull,
-        lease, slow_end, swallowed, handled, forked, ranks,
+        block, client_block, loose, closed, dropped_in, closure_form, rounds, pushed_round, gathered_round, units,
+        loader, pull, lease, slow_end, swallowed, handled, forked, ranks,
     )
 }  # fmt: skip
 model = nn.Linear(4, 3)

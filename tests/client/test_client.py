@@ -370,6 +370,15 @@ def test_a_lease_is_renewed_while_it_is_held(run: Run, service: ThreadService) -
         assert lease.lost is None
 
 
+def test_a_client_that_is_closed_releases_its_own_leases(run: Run, service: ThreadService) -> None:
+    with run.lease("another"), Client(service.url) as closed:
+        for name in ("one", "two"):
+            closed.run(run.name).lease(name, ttl_ms=3_600_000)
+        assert [worker.worker for worker in run.workers()] == ["another", "one", "two"]
+        closed.close()
+        assert [worker.worker for worker in run.workers()] == ["another"]
+
+
 def test_a_lost_lease_says_why(run: Run) -> None:
     first = run.lease("me", ttl_ms=3000)
     second = run.lease("me", ttl_ms=3000)

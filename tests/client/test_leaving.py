@@ -101,7 +101,7 @@ def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["block", "loose", "closed", "dropped_in"])
+@pytest.mark.parametrize("form", ["block", "client_block", "loose", "closed", "dropped_in"])
 def test_the_lease_is_released_and_no_push_counts_twice(start: Start, run: Run, form: str) -> None:
     worker = start(form)
     assert len(run.workers()) == 1
