@@ -2,7 +2,7 @@
 
 The law of this file: the first SIGTERM raises SystemExit in the main thread, so that `with` and `finally` blocks run,
 and later ones do nothing, so that these run to their end. From then on no request is repeated, and none waits for long.
-An action that SIGTERM has already is never replaced, and a forked child has the default one.
+An action that SIGTERM has already is never replaced, and a forked child has the default one from its first moment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import logging
 import os
 import signal
 import threading
+from _thread import start_new_thread
 from types import FrameType
+from typing import NoReturn
 
 from freestep.errors import InvalidSetting
 
@@ -29,7 +31,19 @@ _VARIABLE = "FREESTEP_LEAVE_ON_SIGTERM"
 _EXIT_CODE = 128 + signal.SIGTERM
 
 _is_leaving = False
+_has_raised = False
+"""Whether SystemExit has been raised for it."""
 _is_told = False
+
+
+class _Fork(threading.local):
+    """A fork under way in this thread."""
+
+    blocks = False
+    """Whether SIGTERM is blocked for it."""
+
+
+_fork = _Fork()
 
 
 def leave_on_sigterm() -> None:
@@ -77,14 +91,21 @@ def hold_s(wait: float) -> float:
 def raise_if_leaving() -> None:
     """Raises SystemExit again, where SIGTERM has come and something has caught it: a `__del__`, for example."""
     if _is_leaving:
-        raise SystemExit(_EXIT_CODE)
+        _raise()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
     global _is_leaving
-    if not _is_leaving:
-        _is_leaving = True
-        raise SystemExit(_EXIT_CODE)
+    _is_leaving = True
+    # What is raised while Python forks is lost, and may leave logging's lock locked.
+    if not (_has_raised or _fork.blocks):
+        _raise()
+
+
+def _raise() -> NoReturn:
+    global _has_raised
+    _has_raised = True
+    raise SystemExit(_EXIT_CODE)
 
 
 def _tell(level: int, message: str) -> None:
@@ -94,12 +115,34 @@ def _tell(level: int, message: str) -> None:
         logger.log(level, message)
 
 
-def _stay() -> None:
-    """Called in a forked child."""
-    global _is_leaving
-    _is_leaving = False
+def _before_fork() -> None:
+    """Blocks SIGTERM: what a child notes of a signal is lost while it still has this file's handler."""
+    is_blocked = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    if signal.getsignal(signal.SIGTERM) is _leave and not is_blocked:
+        _fork.blocks = True
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    _fork.blocks = False
+
+
+def _after_fork_in_parent() -> None:
+    if _fork.blocks:
+        _unblock()
+        if _is_leaving and not _has_raised:
+            # It came while Python forked. `threading.Thread.start` would wait, and the signal would come here.
+            start_new_thread(os.kill, (os.getpid(), signal.SIGTERM))
+
+
+def _after_fork_in_child() -> None:
+    global _is_leaving, _has_raised
+    _is_leaving = _has_raised = False
     if signal.getsignal(signal.SIGTERM) is _leave:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if _fork.blocks:
+        _unblock()
 
 
-os.register_at_fork(after_in_child=_stay)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -13,15 +13,29 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-import freestep
+told = ""
+"""Which process is sent SIGTERM while it forks, or is forked: `parent` or `child`."""
+
+
+def tell(process: str) -> None:
+    if process == told:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+# In a child, hooks run in the order in which they were registered: this one before freestep's.
+os.register_at_fork(before=partial(tell, "parent"), after_in_child=partial(tell, "child"))
+
+import freestep  # noqa: E402
 
 torch.set_num_threads(1)
 url, name, form = sys.argv[1:]
@@ -31,6 +45,12 @@ LENGTH = 4000
 def say(line: object) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def await_signal() -> None:
+    """Returns only by what a handler raises. `signal.pause` would miss a signal that comes just before it."""
+    while True:
+        time.sleep(0.01)
 
 
 def options(**others: Any) -> dict[str, Any]:
@@ -149,17 +169,16 @@ def pull() -> None:
 def lease() -> None:
     optimizer().close()
     freestep.leave_on_sigterm()
-    held = freestep.Client(url).run(name).lease("by hand", ttl_ms=3_600_000)
+    freestep.Client(url).run(name).lease("by hand", ttl_ms=3_600_000)
     say("begun")
-    while held:
-        signal.pause()
+    await_signal()
 
 
 def slow_end() -> None:
     with optimizer():
         try:
             say("begun")
-            signal.pause()
+            await_signal()
         finally:
             say("leaving")
             sys.stdin.readline()
@@ -170,7 +189,7 @@ def swallowed() -> None:
     class Kept:
         def __del__(self) -> None:
             say("begun")
-            signal.pause()
+            await_signal()
 
     with optimizer() as opt:
         kept = Kept()
@@ -200,8 +219,63 @@ def forked() -> None:
     if not child:
         signal.pause()
     say(child)
-    say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    say(outcome(child))
     work(opt)
+
+
+def outcome(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def told_child() -> None:
+    global told
+    freestep.leave_on_sigterm()
+    told = "child"
+
+    def fork() -> None:
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        say(outcome(child))
+
+    fork()
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+
+
+def told_parent() -> None:
+    optimizer()
+    lone_told_parent()
+
+
+def lone_told_parent() -> None:
+    global told
+    client = freestep.Client(url)
+    freestep.leave_on_sigterm()
+    told = "parent"
+    if not os.fork():
+        os._exit(0)
+    while True:
+        client.runs()
+
+
+def masks() -> None:
+    """Says of each fork whether the parent's mask is as before, and whether the child's is, and its action."""
+
+    def own(*_: object) -> None:
+        raise AssertionError
+
+    freestep.leave_on_sigterm()
+    for action in (signal.SIG_DFL, own):
+        for mask in (set(), {signal.SIGTERM}, {signal.SIGUSR1}):
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            child = os.fork()
+            is_kept = signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+            if not child:
+                os._exit(is_kept and signal.getsignal(signal.SIGTERM) is action)
+            say(is_kept and outcome(child) == 1)
+        signal.signal(signal.SIGTERM, own)
 
 
 def ranks() -> None:
@@ -219,7 +293,8 @@ forms: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
         block, client_block, loose, closed, dropped_in, closure_form, rounds, pushed_round, gathered_round, units,
-        loader, pull, lease, slow_end, swallowed, handled, forked, ranks,
+        loader, pull, lease, slow_end, swallowed, handled, forked, told_child, told_parent, lone_told_parent, masks,
+        ranks,
     )
 }  # fmt: skip
 model = nn.Linear(4, 3)

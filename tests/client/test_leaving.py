@@ -211,6 +211,25 @@ def test_a_forked_child_ends_as_by_default_and_leaves_the_lease(start: Start, ru
 
 
 @pytest.mark.slow
+def test_a_forked_child_ends_by_a_signal_that_comes_before_it_has_begun(start: Start) -> None:
+    # Forked by the main thread, and by another.
+    assert start("told_child", begins=False).ended() == (0, 2 * [str(-signal.SIGTERM)], "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["told_parent", "lone_told_parent"])
+def test_a_signal_that_comes_while_a_worker_forks_is_not_lost(start: Start, run: Run, form: str) -> None:
+    assert start(form, begins=False).ended() == (LEFT, [], "")
+    if form == "told_parent":
+        assert run.workers() == []
+
+
+@pytest.mark.slow
+def test_a_fork_leaves_the_mask_of_signals_as_it_was(start: Start) -> None:
+    assert start("masks", begins=False).ended() == (0, 6 * ["True"], "")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root makes PID namespaces")
 def test_process_1_of_a_container_leaves_too(start: Start, run: Run) -> None:
     worker = start("loose", "unshare", "--pid", "--fork", "--kill-child", sys.executable)
