@@ -92,17 +92,17 @@ class BulkTransport(httpx.BaseTransport):
         connection = self._take(origin) or self._connect(origin, timeouts.get("connect"))
         exchange = Exchange(connection.socket, timeouts, partial(self._end, connection))
         try:
-            head = exchange.begin(request)
+            answer = exchange.begin(request)
         except BaseException:
             exchange.close()
             raise
         return httpx.Response(
-            head.status_code,
-            headers=head.headers.raw_items(),
+            answer.status,
+            headers=answer.headers,
             stream=exchange,
             extensions={
-                "http_version": b"HTTP/" + head.http_version,
-                "reason_phrase": head.reason,
+                "http_version": b"HTTP/" + answer.version,
+                "reason_phrase": answer.reason,
                 _EXCHANGE: exchange,
             },
         )

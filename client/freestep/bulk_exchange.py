@@ -1,6 +1,6 @@
 """One HTTP/1.1 request and its answer over one connection, with bodies that are not copied.
 
-h11 makes and reads everything but large bodies (RFC 9112); these go between memory and socket directly.
+Large bodies go between memory and socket directly; all else is `http_messages`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import h11
 import httpx
 
+from freestep.http_messages import AnswerReader, framed, request_head
 from freestep.wire.receiver import Sink, lay
 
 __all__ = ["Body", "Exchange", "poll_socket"]
@@ -30,8 +30,6 @@ _MOST_PIECES = 512
 """Most pieces in one sendmsg: Linux and macOS accept 1024."""
 _PIECE = 256 * 1024
 """Bytes given to other transports at a time: httpx's copies the rest of a piece after every partial write."""
-_LONGEST_HEAD = 100 * 1024
-"""As httpx's own limit."""
 
 _Bytes: TypeAlias = bytes | memoryview
 
@@ -66,44 +64,37 @@ class Exchange(httpx.SyncByteStream):
         self._socket = connected
         self._timeouts = timeouts
         self._end = end
-        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_LONGEST_HEAD)
-        self._method = b""
+        self._answer = AnswerReader("")
         self._is_sent = False
-        self._head: h11.Response | None = None
-        self._is_poured = False
+        self._is_read = False
+        """Whether all of the body has been handed on."""
         self._is_closed = False
 
-    def begin(self, request: httpx.Request) -> h11.Response:
-        """Sends the request and returns the head of its answer, which may come before all of the request is sent."""
-        try:
-            self._is_sent = self._send(request)
-            self._socket.settimeout(self._timeouts.get("read"))
-            while self._head is None and not self._read_head():
-                if not (data := self._receive(_HEAD)):
-                    raise httpx.RemoteProtocolError("the server closed the connection without an answer")
-                self._h11.receive_data(data)
-        except h11.LocalProtocolError as error:
-            raise httpx.LocalProtocolError(str(error)) from error
-        assert self._head is not None
-        return self._head
+    def begin(self, request: httpx.Request) -> AnswerReader:
+        """Sends the request and returns its answer once that has a head, perhaps before all of the request is sent."""
+        self._answer = answer = AnswerReader(request.method)
+        self._is_sent = self._send(request)
+        self._socket.settimeout(self._timeouts.get("read"))
+        while not answer.has_head:
+            self._feed(_HEAD)
+        return answer
 
     # The request
 
     def _send(self, request: httpx.Request) -> bool:
         """Sends the request; False if the server answered or closed the connection before it had all of it."""
-        head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
-        self._method = head.method
-        stream = request.stream
+        headers, stream = request.headers.raw, request.stream
         assert isinstance(stream, httpx.SyncByteStream)
-        # In one piece: with passthrough, h11 makes a piece of every header line.
-        gathered: list[_Bytes] = [self._h11.send(head) or b""]
-        for piece in stream.pieces if isinstance(stream, Body) else stream:
-            gathered += self._h11.send_with_data_passthrough(h11.Data(data=piece)) or ()  # type: ignore[arg-type]
-            if sum(map(len, gathered)) >= _GATHERED or len(gathered) >= _MOST_PIECES:
+        gathered: list[_Bytes] = [request_head(request.method.encode("ascii"), request.url.raw_path, headers)]
+        size = len(gathered[0])
+        for piece in framed(stream.pieces if isinstance(stream, Body) else stream, headers):
+            gathered.append(piece)
+            size += len(piece)
+            if size >= _GATHERED or len(gathered) >= _MOST_PIECES:
                 if not self._write(gathered):
                     return False
-                gathered = []
-        return self._write([*gathered, *(self._h11.send_with_data_passthrough(h11.EndOfMessage()) or ())])
+                gathered, size = [], 0
+        return self._write(gathered)
 
     def _write(self, pieces: list[_Bytes]) -> bool:
         """Writes the pieces; False if the server answered or closed the connection meanwhile.
@@ -142,30 +133,20 @@ class Exchange(httpx.SyncByteStream):
         except ssl.SSLWantReadError:
             # TLS's own data, such as a session ticket.
             return True
-        self._h11.receive_data(data)
-        return bool(data) and not self._read_head()
+        if data:
+            self._answer.feed(data)
+        return bool(data) and not self._answer.has_head
 
     # The answer
 
-    def _read_head(self) -> bool:
-        """True once the head of the answer has been read."""
-        while (event := self._next()) is not h11.NEED_DATA:
-            if isinstance(event, h11.Response):
-                self._head = event
-                return True
-            if not isinstance(event, h11.InformationalResponse):
-                raise httpx.RemoteProtocolError("the server changed to another protocol")
-        return False
-
-    def _next(self) -> Any:
-        try:
-            return self._h11.next_event()
-        except h11.RemoteProtocolError as error:
-            raise httpx.RemoteProtocolError(str(error)) from error
-
-    def _receive(self, most: int) -> bytes:
+    def _feed(self, most: int) -> None:
+        """Reads more of the answer, or its end."""
         with self._reading():
-            return self._socket.recv(most)
+            data = self._socket.recv(most)
+        if data:
+            self._answer.feed(data)
+        else:
+            self._answer.end()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -177,47 +158,38 @@ class Exchange(httpx.SyncByteStream):
             raise httpx.ReadError(str(error)) from error
 
     def __iter__(self) -> Iterator[bytes]:
-        while isinstance(event := self._next(), h11.Data) or event is h11.NEED_DATA:
-            if isinstance(event, h11.Data):
-                yield bytes(event.data)
-            else:
-                self._h11.receive_data(self._receive(_CHUNK))
+        answer = self._answer
+        yield from answer.take()
+        while not answer.is_complete:
+            self._feed(_CHUNK)
+            yield from answer.take()
+        self._is_read = True
 
     def pour(self, sink: Sink) -> None:
         """Receives the body into a sink, from the socket directly; as `freestep.bulk.pour`."""
-        length = self._length()
-        if length is None:
+        answer = self._answer
+        if answer.missing is None:
             for chunk in self:
                 lay(sink, chunk)
             return
-        # The rest of the body bypasses h11, whose state therefore stays at the body's beginning.
-        early, _ = self._h11.trailing_data
-        lay(sink, memoryview(early)[:length])
-        missing = length - len(early)
+        for piece in answer.take():
+            lay(sink, memoryview(piece))
         with self._reading():
-            while missing > 0:
+            while missing := answer.missing:
                 size = self._socket.recv_into(sink.get_buffer()[:missing])
                 if not size:
-                    raise httpx.RemoteProtocolError("the body ended before its Content-Length")
+                    answer.end()
                 sink.buffer_updated(size)
-                missing -= size
-        self._is_poured = missing == 0
-
-    def _length(self) -> int | None:
-        """The body's length, if Content-Length alone determines it (RFC 9112 section 6.3)."""
-        assert self._head is not None
-        headers = dict(self._head.headers)
-        if self._method == b"HEAD" or self._head.status_code in (204, 304) or b"transfer-encoding" in headers:
-            return None
-        return int(headers[b"content-length"]) if b"content-length" in headers else None
+                answer.received(size)
+        self._is_read = True
 
     def close(self) -> None:
         """Ends the exchange; the connection is kept if both messages are complete and neither side is closing."""
         if self._is_closed:
             return
         self._is_closed = True
-        is_received = self._is_poured or (self._h11.their_state is h11.DONE and not self._h11.trailing_data[0])
-        self._end(self._is_sent and is_received and self._h11.our_state is h11.DONE)
+        answer = self._answer
+        self._end(self._is_sent and answer.is_complete and self._is_read and not answer.is_last)
 
 
 def poll_socket(connected: socket.socket, events: int, timeout: float | None) -> int:

@@ -10,6 +10,7 @@ import httpx
 
 from freestep.api.models import MOST_SHARDS
 from freestep.bulk import BulkTransport
+from freestep.bulk_exchange import Body
 from freestep.client_certificate import is_open_without, shows_certificate, with_certificate
 from freestep.credentials import credentials
 from freestep.errors import InvalidSetting
@@ -115,6 +116,23 @@ class _Cookies(httpx.Cookies):
 
 
 class _HttpClient(httpx.Client):
+    """Makes requests of bodies from memory by itself: httpx takes a tenth of a millisecond to merge headers."""
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._cookies = _Cookies()
+
+    def build_request(self, method: str, url: Any, *, content: Any = None, headers: Any = None, **others: Any) -> Any:
+        timeout = others.get("timeout")
+        if not isinstance(content, Body) or not isinstance(timeout, httpx.Timeout) or len(self.cookies.jar):
+            return super().build_request(method, url, content=content, headers=headers, **others)
+        given = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
+        names = {name.lower() for name, _ in given}
+        own = [header for header in self.headers.raw if header[0].lower() not in names]
+        return httpx.Request(
+            method,
+            url,
+            headers=[(b"Host", url.netloc), *own, *given],
+            stream=content,
+            extensions={"timeout": timeout.as_dict()},
+        )

@@ -249,7 +249,7 @@ class Transport:
             try:
                 answer = attempt(url)
             except httpx.LocalProtocolError as error:
-                # What it quotes may be a token.
+                # What a proxy's transport quotes may be a token.
                 cause = str(error).partition(" b'")[0]
                 raise ServiceUnreachable(f"the request to {place} cannot be sent: {cause}") from None
             except _UNREACHABLE as error:
