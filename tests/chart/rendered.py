@@ -116,9 +116,9 @@ def helm() -> Any:
     return pytest.importorskip("helm_python", reason="Helm is not installed: `make chart` installs it and runs this")
 
 
-def render(values: Mapping[str, Any]) -> str:
-    """All documents that the chart makes of values, notes aside. Raises helm_python.HelmError."""
-    with helm().Chart.load(CHART) as chart:
+def render(values: Mapping[str, Any], folder: Path = CHART) -> str:
+    """All documents that a chart makes of values, notes aside. Raises helm_python.HelmError."""
+    with helm().Chart.load(folder) as chart:
         files = chart.render(dict(values), name=RELEASE, namespace=NAMESPACE)
     return "\n---\n".join(text for name, text in sorted(files.items()) if not name.endswith("NOTES.txt"))
 
@@ -129,11 +129,11 @@ def notes(values: Mapping[str, Any]) -> str:
         return str(chart.render(dict(values), name=RELEASE, namespace=NAMESPACE)["freestep/templates/NOTES.txt"])
 
 
-def manifests(values: Mapping[str, Any]) -> list[Manifest]:
-    """What the chart makes of values."""
+def manifests(values: Mapping[str, Any], folder: Path = CHART) -> list[Manifest]:
+    """What a chart makes of values."""
     import yaml
 
-    return [each for each in yaml.safe_load_all(render(values)) if each]
+    return [each for each in yaml.safe_load_all(render(values, folder)) if each]
 
 
 def only(found: list[Manifest], kind: str, name: str = "") -> Manifest:

@@ -20,6 +20,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
+{{/* Labels of pods, by their component: none that another version of the chart changes, by which pods that have not
+changed would be made anew, and a Job that has ended would be another. */}}
+{{- define "freestep.podLabels" -}}
+{{ include "freestep.selector" .root }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
 {{- define "freestep.image" -}}
 {{- $tag := .Values.image.tag | default .Chart.AppVersion -}}
 {{- with .Values.shards.gpu -}}
