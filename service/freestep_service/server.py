@@ -86,7 +86,7 @@ def serve(settings: Settings) -> None:
     # Before that, it logs tracebacks of the errors that are raised here.
     logging.getLogger("uvicorn.error").addFilter(lambda _: startup.is_complete)
     server = _Announced(config, settings, places, settings.url_of(host, port))
-    startup.end = server.end
+    startup.end, startup.is_ending = server.end, server.is_ending
     try:
         server.run(sockets=[listener])
     except SystemExit:
@@ -131,6 +131,10 @@ class _Announced(Server):
     def end(self) -> None:
         """Shuts down as a signal would have it."""
         self.should_exit = True
+
+    def is_ending(self) -> bool:
+        """Whether it was told to, also while it starts."""
+        return self.should_exit
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -141,6 +141,8 @@ class Settings(BaseSettings):
     """Place of checkpoints: a path, or an fsspec URL such as s3://bucket/folder."""
     redis_url: str | None = None
     """Redis-protocol server; by default the service starts its own. Services with the same Redis share their runs."""
+    redis_wait_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds for which a start waits for a Redis that does not answer; then the service ends."""
     advertise_url: str | None = None
     """URL at which clients and other services reach this service; by default made of host and port."""
     allowed_hosts: str = ""

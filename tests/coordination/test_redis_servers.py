@@ -175,9 +175,22 @@ def test_a_redis_that_still_loads(tmp_path: Path) -> None:
         client.mset({f"key-{number}": "x" * 4096 for number in range(1000)})
         client.save()
     slow = ("--key-load-delay", "100000", "--loading-process-events-interval-bytes", "1024", "--rdbcompression", "no")
-    with redis_server(tmp_path / "redis", *slow) as port:
-        line = refusal(f"redis://127.0.0.1:{port}", tmp_path)
+    streams = [tmp_path / name for name in ("stdin", "stdout", "stderr")]
+    for stream in streams:
+        stream.touch()
+    with redis_server(tmp_path / "redis", *slow) as port, Redis(port=port) as client:
+        url = f"redis://127.0.0.1:{port}"
+        line = refusal(url, tmp_path)
         assert "start the service again when it has loaded its data" in line
+        flags = ["--port", "0", "--data-dir", str(tmp_path / "data"), "--redis-url", url]
+        patient = forked.start("serve", *flags, "--redis-wait-seconds", "7200", streams=streams)
+        try:
+            wait_until(lambda: "waiting for at most 7200 s: " in streams[2].read_text())
+            client.config_set("key-load-delay", 0)
+            wait_until(lambda: "freestep listens on " in streams[1].read_text())
+        finally:
+            patient.terminate()
+            forked.join(patient)
 
 
 @pytest.fixture

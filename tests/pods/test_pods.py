@@ -34,6 +34,11 @@ def epochs(training: Training) -> dict[str, int]:
     return {end: training.status(end)["epoch"] for end in (JOURNAL, CHECKPOINT)}
 
 
+def test_a_first_installation_restarts_nothing(release: Release) -> None:
+    first = [pod for pod in release.cluster.every() if pod.owner in (("StatefulSet", SHARDS), ("StatefulSet", REDIS))]
+    assert [pod.restarts for pod in first] == [0] * 3, [pod.log() for pod in first]
+
+
 def test_pods_have_no_privileges_and_reach_each_other(release: Release) -> None:
     for pod in release.cluster.pods:
         assert pod.succeeds("sh", "-c", "test $(id -u) = 10001 && ! touch /probe")

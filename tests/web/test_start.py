@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,7 @@ import torch
 from redis import Redis
 
 import forked
+from coordination.servers import valkey_server
 from harness import ThreadService
 from meanwhile import wait_until
 from plain_calls import Api, slug
@@ -86,6 +88,47 @@ def test_what_keeps_it_from_starting_is_one_line(
     assert done.stdout == ""
     assert "secret" not in done.stderr
     assert not any(str(tmp_path) in " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True))
+
+
+@pytest.fixture
+def waiting(tmp_path: Path, free: str) -> Iterator[BaseProcess]:
+    """A service that has begun to wait for its Redis, at the port that is free."""
+    streams = [tmp_path / name for name in ("stdin", "stdout", "stderr")]
+    for stream in streams:
+        stream.touch()
+    flags = ["--port", "0", "--data-dir", str(tmp_path / "data"), "--redis-wait-seconds", "7200"]
+    process = forked.start("serve", *flags, "--redis-url", f"redis://127.0.0.1:{free}/0", streams=streams)
+    try:
+        said = f"waiting for at most 7200 s: Redis at 127.0.0.1:{free}/0 is needed, start it or name another"
+        wait_until(lambda: said in streams[2].read_text())
+        yield process
+    finally:
+        process.terminate()
+        forked.join(process)
+
+
+def test_a_redis_that_comes_late_is_waited_for(waiting: BaseProcess, free: str, tmp_path: Path) -> None:
+    with valkey_server(tmp_path / "valkey", port=int(free)):
+        wait_until(lambda: "freestep listens on http://" in (tmp_path / "stdout").read_text())
+        assert (tmp_path / "stderr").read_text().count("waiting for") == 1
+        url = (tmp_path / "stdout").read_text().split()[-1]
+        assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+def test_who_waits_for_redis_ends_when_told_to(waiting: BaseProcess, tmp_path: Path) -> None:
+    waiting.terminate()
+    assert forked.join(waiting) != 0
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    assert (tmp_path / "stdout").read_text() == ""
+
+
+def test_a_redis_that_does_not_come_ends_the_start(tmp_path: Path, free: str) -> None:
+    flags = ["--port", "0", "--data-dir", str(tmp_path / "data"), "--redis-wait-seconds", "0.1"]
+    done = forked.freestep("serve", *flags, "--redis-url", f"redis://127.0.0.1:{free}/0")
+    noted, complaint = done.stderr.strip().splitlines()
+    assert "waiting for at most 0.1 s" in noted
+    assert complaint.startswith(f"freestep serve: Redis at 127.0.0.1:{free}/0 is needed, ")
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_the_url_is_printed_when_requests_are_answered(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from freestep.errors import CoordinatorUnavailable
 from freestep_service.coordination.pipeline import RedisPipeline
 from freestep_service.domain.layout import LAYOUT, NewerLayout
 
-__all__ = ["LAYOUT_KEY", "Evicts", "Store", "Unusable"]
+__all__ = ["LAYOUT_KEY", "Evicts", "Loading", "Store", "Unusable"]
 
 logger = logging.getLogger("freestep")
 
@@ -62,6 +62,10 @@ class Evicts(Exception):
 
 class Unusable(Exception):
     """A server answers, and a service cannot work with it; the message says why, and what to do."""
+
+
+class Loading(Unusable):
+    """A server answers that it reads its data, and takes nothing before it has."""
 
 
 class Store:
@@ -122,7 +126,8 @@ class Store:
             await store.close()
             if (advice := _advice(error.__cause__)) is None:
                 raise
-            raise Unusable(f"{advice}: {error.__cause__}") from error
+            kind = Loading if isinstance(error.__cause__, BusyLoadingError) else Unusable
+            raise kind(f"{advice}: {error.__cause__}") from error
         except BaseException:
             await store.close()
             raise

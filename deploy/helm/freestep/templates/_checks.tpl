@@ -67,7 +67,7 @@
 {{- if and $v.monitoring.serviceMonitor.enabled (not $v.monitoring.serviceMonitor.tokenSecret.name) -}}
 {{- fail "monitoring.serviceMonitor.enabled is true: metrics need a token of scope read; keep one in a Secret that monitoring.serviceMonitor.tokenSecret names" -}}
 {{- end -}}
-{{- $set := list "admin-token-file" "advertise-url" "allowed-hosts" "ca-certs" "checkpoint-url" "data-dir" "device" "host" "insecure" "journal-dir" "oidc-audience" "oidc-ca-certs" "oidc-issuer" "oidc-jwks-url" "oidc-rules" "oidc-token-file" "port" "push-token-file" "redis-url" "ssl-certfile" "ssl-keyfile" "trusted-proxies" -}}
+{{- $set := list "admin-token-file" "advertise-url" "allowed-hosts" "ca-certs" "checkpoint-url" "data-dir" "device" "host" "insecure" "journal-dir" "oidc-audience" "oidc-ca-certs" "oidc-issuer" "oidc-jwks-url" "oidc-rules" "oidc-token-file" "port" "push-token-file" "redis-url" "redis-wait-seconds" "ssl-certfile" "ssl-keyfile" "trusted-proxies" -}}
 {{- range $name, $_ := $v.shards.settings -}}
 {{- if has $name $set -}}
 {{- fail (printf "shards.settings.%s is set by the chart: see the other values" $name) -}}
