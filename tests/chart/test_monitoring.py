@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from chart.rendered import CHART, MATRIX, ROOT, manifests, only
+from chart.rendered import CHART, MATRIX, NAMESPACE, ROOT, manifests, only
 from freestep_service.runs.telemetry import Metrics
 
 VALUES = MATRIX["accounts and monitoring"]
@@ -76,7 +76,8 @@ def test_the_number_of_workers_is_asked_of_metrics_that_there_are() -> None:
 
 
 def series(**rates: float) -> list[dict[str, str]]:
-    """Series of a run with these readings, of two processes; rates are a minute's."""
+    """Series of a run with these readings, of two processes, a minute; `pushes` of a minute are 60 unless given."""
+    pushes = rates.pop("pushes", 60)
     run = 'run="de\\"mo"'
     found = []
     for name, value in rates.items():
@@ -85,14 +86,15 @@ def series(**rates: float) -> list[dict[str, str]]:
         elif name == "workers":
             found.append({"series": f'freestep_workers{{{run}, instance="a"}}', "values": f"{value}x10"})
         elif name in ("busy", "busier"):
-            labels = f'{run}, phase="update", instance="{name}"'
+            labels = f'{run}, phase="update", instance="{name}", namespace="{NAMESPACE}"'
             found.append({"series": f"freestep_push_phase_seconds_sum{{{labels}}}", "values": f"0+{value}x10"})
         else:
             metric = {"staleness": "freestep_staleness_steps", "seconds": "freestep_push_seconds"}[name]
-            for part, each in (("sum", value * 60), ("count", 60)):
+            for part, each in (("sum", value * pushes), ("count", pushes)):
                 found.append({"series": f'{metric}_{part}{{{run}, instance="a"}}', "values": f"0+{each:g}x10"})
-    # Of another run, which is none of its business.
-    return [*found, {"series": 'freestep_workers{run="other", instance="a"}', "values": "100x10"}]
+    # Of another run, and of a run of that name elsewhere, which are none of its business.
+    others = ('run="other", instance="a"', f'{run}, instance="a", namespace="elsewhere"')
+    return [*found, *({"series": f"freestep_workers{{{labels}}}", "values": "100x10"} for labels in others)]
 
 
 WANTED: dict[str, tuple[dict[str, float], float | None]] = {
@@ -104,6 +106,7 @@ WANTED: dict[str, tuple[dict[str, float], float | None]] = {
     "pushes wait": ({"workers": 9, "busy": 1, "staleness": 1, "seconds": 3, "open": 99}, 6),
     "far too many": ({"workers": 40, "busy": 1, "staleness": 1000, "seconds": 30, "open": 99}, 20),
     "nobody has pushed yet": ({"workers": 4, "open": 99}, 4),
+    "the run is paused": ({"workers": 4, "busy": 0, "staleness": 3, "seconds": 0.1, "pushes": 0, "open": 99}, 4),
     "nobody is there": ({"workers": 0, "open": 99}, 1),
     "few units are left": ({"workers": 4, "busy": 1, "staleness": 3, "seconds": 0.1, "open": 2, "out": 3}, 5),
     "all units are done": ({"workers": 4, "busy": 1, "staleness": 3, "seconds": 0.1, "open": 0, "out": 0}, 0),
