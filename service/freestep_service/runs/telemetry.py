@@ -259,10 +259,13 @@ class RunMetrics:
             self._metrics.units.labels(self._run, name, state).set(count)
         self._counted = set(found)
 
-    def live(self, workers: int) -> None:
-        if self._forgotten:
-            return
-        self._metrics.workers.labels(self._run).set(workers)
+    def live(self, workers: int | None) -> None:
+        """Shows so many live workers, or with None no number of them."""
+        if workers is None:
+            with suppress(KeyError):
+                self._metrics.workers.remove(self._run)
+        elif not self._forgotten:
+            self._metrics.workers.labels(self._run).set(workers)
 
     def forget(self) -> None:
         """Ends the run's series, so that a deleted run is no longer exposed."""
