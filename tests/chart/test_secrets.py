@@ -134,6 +134,9 @@ def test_the_job_asks_for_what_pods_need(cluster: Cluster) -> None:
     api, namespace, wanted = job.spec["args"]
     assert (api, namespace) == ("https://kubernetes.default.svc", NAMESPACE)
     assert cluster.make(json.loads(wanted)).returncode == 0
+    for each in cluster.secrets.values():
+        # By that, whoever prunes takes them for what the release has left behind.
+        assert "app.kubernetes.io/instance" not in each["metadata"]["labels"]
     (rule,) = only(found, "Role", "-secrets")["rules"]
     assert rule == {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}
     needed = set()
