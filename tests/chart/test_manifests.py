@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import freestep
 from chart.custom_resources import SCHEMAS
 from chart.rendered import (
     CHART,
@@ -83,7 +84,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "metrics without a token": ({"monitoring": {"serviceMonitor": {"enabled": True}}}, "a token of scope read"),
     "a setting of the chart's": ({"shards": {"settings": {"redis-url": "redis://r"}}}, "is set by the chart"),
     "a name that is mistyped": ({"shards": {"replcas": 2}}, "replcas"),
-    "no replica": ({"shards": {"replicas": 0}}, "replicas"),
+    "less than nothing": ({"shards": {"replicas": -1}}, "replicas"),
     "a flag that is none": ({"shards": {"settings": {"CHECKPOINT_SECONDS": 3}}}, "CHECKPOINT_SECONDS"),
     "an issuer without TLS": ({"oidc": {"issuer": "http://issuer"}}, "issuer"),
     "too little time to end": ({"shards": {"terminationGracePeriodSeconds": 1}}, "terminationGracePeriodSeconds"),
@@ -363,8 +364,6 @@ def test_a_package_of_the_chart_has_what_links_lead_to(tmp_path: Path) -> None:
 
 
 def test_the_chart_is_of_this_version() -> None:
-    import freestep
-
     yaml = pytest.importorskip("yaml")
     chart: Manifest = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["version"] == chart["appVersion"] == freestep.__version__
@@ -393,3 +392,10 @@ def test_values_in_the_guide_work_with_each_other() -> None:
             merged[name] = {**merged.get(name, {}), **value}
     kinds = {each["kind"] for each in manifests(merged)}
     assert {"StatefulSet", "Deployment", "Job", "ScaledObject", "Certificate", "NetworkPolicy"} <= kinds
+
+
+def test_a_release_may_have_no_process_for_a_while() -> None:
+    values = {**MATRIX["several"], "shards": {**MATRIX["several"]["shards"], "replicas": 0}}
+    found = manifests(values)
+    assert only(found, "StatefulSet", "-shards")["spec"]["replicas"] == 0
+    assert f"{freestep.__version__}: 0 processes" in notes(values)
