@@ -380,12 +380,23 @@ def test_notes_name_what_there_is(values: dict[str, Any]) -> None:
     assert "<no value>" not in text
 
 
+def test_a_prometheus_of_another_namespace_is_let_in_or_missed() -> None:
+    reader = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    values = MATRIX["accounts and monitoring"]
+    named = {**values, "networkPolicy": {"clients": [reader]}}
+    (rule,) = only(manifests(named), "NetworkPolicy", "-shards")["spec"]["ingress"]
+    assert reader in rule["from"]
+    is_open = {**values, "networkPolicy": {"enabled": False}}
+    hints = ["A Prometheus of another namespace" in notes(each) for each in (values, named, is_open, {})]
+    assert hints == [True, False, False, False]
+
+
 def test_values_in_the_guide_work_with_each_other() -> None:
     from pages.blocks import blocks_of
 
     yaml = pytest.importorskip("yaml")
     blocks = [yaml.safe_load(each.text) for each in blocks_of("docs/guides/kubernetes.md") if each.language == "yaml"]
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     merged: dict[str, Any] = {}
     for block in blocks:
         assert len(manifests(block)) > 10
