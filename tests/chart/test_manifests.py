@@ -169,6 +169,7 @@ def test_names_fit_together(values: dict[str, Any]) -> None:
             assert selects(spec["selector"], "redis" if component == "redis" else "shards")
         if manifest["kind"] == "PodDisruptionBudget":
             assert selects(spec["selector"]["matchLabels"], "shards") and spec["maxUnavailable"] == 1
+            assert spec["unhealthyPodEvictionPolicy"] == "IfHealthyBudget"
         if manifest["kind"] == "ScaledObject":
             assert ("Deployment", spec["scaleTargetRef"]["name"]) in made
     for each in containers(found):

@@ -293,14 +293,12 @@ class Cluster:
 
     def _allows(self, budget: Mapping[str, Any], pod: Pod) -> bool:
         spec = budget["spec"]
-        known(spec, "PodDisruptionBudget", "selector", "maxUnavailable", "minAvailable", "unhealthyPodEvictionPolicy")
-        if not pod.ready and spec.get("unhealthyPodEvictionPolicy") == "AlwaysAllow":
-            return True
+        known(spec, "PodDisruptionBudget", "selector", "maxUnavailable", "unhealthyPodEvictionPolicy")
+        assert spec["unhealthyPodEvictionPolicy"] == "IfHealthyBudget"
         (workload,) = {each.owner for each in self.pods if selected(each.labels, spec["selector"])}
         expected = self.objects[workload]["spec"].get("replicas", 1)
-        healthy = sum(each.ready for each in self.pods if selected(each.labels, spec["selector"]))
-        least = spec["minAvailable"] if "minAvailable" in spec else expected - spec["maxUnavailable"]
-        return bool(healthy > int(least))
+        healthy = sum(each.ready for each in self.pods if selected(each.labels, spec["selector"]) and each is not pod)
+        return bool(healthy >= expected - spec["maxUnavailable"])
 
     def _is_ready(self) -> bool:
         with self._lock:
