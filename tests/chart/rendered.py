@@ -68,7 +68,7 @@ MATRIX: dict[str, dict[str, Any]] = {
         "service": {
             "type": "LoadBalancer",
             "port": 443,
-            "allowedHosts": ["train.example.org"],
+            "allowedHosts": ["train.example.org", "192.0.2.7", "[2001:db8::7]", "*.example.net", "train-*.example.com"],
             "trustedProxies": ["10.0.0.0/8"],
             "annotations": {"a": "b"},
         },

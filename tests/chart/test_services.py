@@ -134,10 +134,10 @@ def unverified() -> ssl.SSLContext:
 
 def asked(pod: Pod, url: str, path: str, verify: Any, token: str = "", host: str = "") -> httpx.Response:
     """What a pod answers to one who has its name from a URL."""
-    host = host or httpx.URL(url).host
-    headers = {"Host": host} | ({"Authorization": f"Bearer {token}"} if token else {})
+    named = httpx.URL(url)
+    headers = {"Host": host or named.netloc.decode()} | ({"Authorization": f"Bearer {token}"} if token else {})
     with httpx.Client(verify=verify) as http:
-        return http.get(pod.url + path, headers=headers, extensions={"sni_hostname": host})
+        return http.get(pod.url + path, headers=headers, extensions={"sni_hostname": named.host})
 
 
 def probe_all(pod: Pod) -> None:
@@ -182,7 +182,10 @@ def _given(values: dict[str, Any]) -> dict[str, str]:
 def test_a_certificate_for_the_names_of_the_chart_is_enough(start: Callable[..., Pod], tmp_path: Path) -> None:
     values = MATRIX["your own"]
     found = manifests(values)
-    names = only(found, "Certificate")["spec"]["dnsNames"]
+    certified = only(found, "Certificate")["spec"]
+    names = [*certified["dnsNames"], *certified["ipAddresses"]]
+    # A pattern that no certificate can have.
+    assert not [each for each in names if "train-" in each]
     authority, folder = trustme.CA(), tmp_path / "tls"
     folder.mkdir()
     certificate = authority.issue_cert(*names)
@@ -202,7 +205,16 @@ def test_a_certificate_for_the_names_of_the_chart_is_enough(start: Callable[...,
         pod = start(values, replaced, unverified())
         probe_all(pod)
         client = container(values, "workers").environment("w", {})["FREESTEP_URL"]
-        urls = [client, *container(values, "test").spec["args"][:2], "https://train.example.org:443"]
+        hosts = [
+            "train.example.org",
+            "a.example.net",
+            "192.0.2.7",
+            "[2001:db8::7]",
+            "localhost",
+            "fs",
+            f"fs.{NAMESPACE}",
+        ]
+        urls = [client, *container(values, "test").spec["args"][:2], *(f"https://{host}:443" for host in hosts)]
         for url in urls:
             assert asked(pod, url, "/v1/runs", trusting, SECRETS["push-token"]).status_code == 200
         pod.stop()
