@@ -58,7 +58,14 @@ MATRIX: dict[str, dict[str, Any]] = {
         "fullnameOverride": "fs",
         "imagePullSecrets": [{"name": "registry"}],
         "image": {"repository": "registry.example.org/freestep-service"},
-        "shards": {"replicas": 2, "gpu": {"count": 4}, "tolerations": [{"operator": "Exists"}]},
+        "shards": {
+            "replicas": 2,
+            "gpu": {"count": 4},
+            "nodeSelector": {"accelerator": "yes"},
+            "tolerations": [{"operator": "Exists"}],
+            "affinity": {"nodeAffinity": {}},
+            "priorityClassName": "high",
+        },
         "checkpoints": {"kind": "shared", "shared": {"existingClaim": "there"}},
         "redis": {
             "url": "rediss://:$(REDIS_PASSWORD)@redis.example.org:6379/0",

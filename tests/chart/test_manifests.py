@@ -258,6 +258,31 @@ def test_workers_see_no_more_of_the_tokens_than_their_own() -> None:
     }
 
 
+def test_shards_alone_have_an_image_for_gpus() -> None:
+    values = MATRIX["your own"]
+    nodes = {"nodeSelector": {"accelerator": "yes"}, "tolerations": [{"operator": "Exists"}]}
+    images = {}
+    for each in containers(manifests({**values, "tokens": {}})):
+        if each.component != "workers":
+            images[each.component] = each.spec["image"].rpartition(":")[2]
+            assert nodes.items() <= each.pod.items(), each.component
+        assert ("priorityClassName" in each.pod) == ("affinity" in each.pod) == (each.component == "shards")
+    own = freestep.__version__
+    assert images == {"shards": f"{own}-cuda", "secrets": own, "reshard": own, "test": own}
+
+
+def test_the_valkey_goes_where_its_values_say() -> None:
+    places: dict[str, Any] = {
+        "nodeSelector": {"disk": "ssd"},
+        "tolerations": [{"key": "stores"}],
+        "affinity": {"podAffinity": {}},
+        "priorityClassName": "high",
+    }
+    pod = container({"redis": {"builtin": {"enabled": True, **places}}}, "redis").pod
+    assert places.items() <= pod.items()
+    assert not places.keys() & container(MATRIX["several"], "redis").pod.keys()
+
+
 def test_a_job_of_workers_that_changes_is_another() -> None:
     values = MATRIX["your own"]
     first = _job(values)

@@ -27,15 +27,36 @@ changed would be made anew, and a Job that has ended would be another. */}}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
+{{- define "freestep.tag" -}}
+{{- .Values.image.tag | default .Chart.AppVersion -}}
+{{- end -}}
+
 {{- define "freestep.image" -}}
-{{- $tag := .Values.image.tag | default .Chart.AppVersion -}}
-{{- with .Values.shards.gpu -}}
-{{- if .count -}}
-{{- .image.repository | default $.Values.image.repository }}:{{ .image.tag | default (printf "%s-cuda" $tag) -}}
-{{- else -}}
-{{- $.Values.image.repository }}:{{ $tag -}}
+{{- .Values.image.repository }}:{{ include "freestep.tag" . -}}
+{{- end -}}
+
+{{- define "freestep.cudaImage" -}}
+{{- with .Values.shards.gpu.image -}}
+{{- .repository | default $.Values.image.repository }}:{{ .tag | default (printf "%s-cuda" (include "freestep.tag" $)) -}}
 {{- end -}}
 {{- end -}}
+
+{{/* Where a pod may be, as far as its values say it. */}}
+{{- define "freestep.scheduling" -}}
+{{- $given := dict -}}
+{{- range $name, $value := pick . "affinity" "nodeSelector" "priorityClassName" "tolerations" -}}
+{{- if $value -}}
+{{- $_ := set $given $name $value -}}
+{{- end -}}
+{{- end -}}
+{{- with $given -}}
+{{- toYaml . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Where a pod may be that runs the service's image beside the shards, and needs none of their GPUs. */}}
+{{- define "freestep.besideShards" -}}
+{{- include "freestep.scheduling" (pick .Values.shards "nodeSelector" "tolerations") -}}
 {{- end -}}
 
 {{- define "freestep.scheme" -}}
