@@ -49,6 +49,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an object store without a place": ({"checkpoints": {"kind": "object"}}, "set checkpoints.object.url"),
     "a place that is not used": ({"checkpoints": {"object": {"url": "s3://b/f"}}}, "has to be object"),
     "a password in values": ({"redis": {"url": "redis://:secret@r:6379"}}, "would stand in manifests"),
+    "a password behind the URL": (
+        {"redis": {"url": "redis://r:6379/0?db=1&password=secret"}},
+        "would stand in manifests",
+    ),
+    "a password beside another": (
+        {"redis": {"url": "redis://:$(REDIS_PASSWORD)@r:6379?password=secret", "passwordSecret": {"name": "r"}}},
+        "would stand in manifests",
+    ),
     "a password for nobody": ({"redis": {"url": "redis://r:6379", "passwordSecret": {"name": "r"}}}, "and only then"),
     "a password from nowhere": ({"redis": {"url": "redis://:$(REDIS_PASSWORD)@r:6379"}}, "and only then"),
     "a CA without TLS": ({"redis": {"url": "redis://r:6379", "caSecret": {"name": "ca"}}}, "begin with rediss://"),
@@ -388,6 +396,19 @@ def test_a_package_of_the_chart_has_what_links_lead_to(tmp_path: Path) -> None:
     with Chart.load(CHART) as chart:
         assert files == chart.render(values, name=RELEASE, namespace=NAMESPACE)
     assert "FreestepAway" in files["freestep/templates/monitoring.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("file", "part"), [("alerts.yml", "prometheusRule"), ("dashboard.json", "dashboard")], ids=["rules", "dashboard"]
+)
+def test_a_copy_that_has_lost_its_links_is_refused(file: str, part: str, next_chart: Path) -> None:
+    """As Flux makes it of a repository."""
+    (next_chart / "files" / file).unlink()
+    values = {"monitoring": {part: {"enabled": True}}}
+    helm_error = helm().HelmError
+    with pytest.raises(helm_error, match=f"files/{file} is empty"):
+        manifests(values, next_chart)
+    assert manifests({}, next_chart)
 
 
 def test_the_chart_is_of_this_version() -> None:

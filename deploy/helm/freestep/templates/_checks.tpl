@@ -22,7 +22,7 @@
 {{- if and (ne $v.checkpoints.kind "object") $v.checkpoints.object.url -}}
 {{- fail "checkpoints.object.url is set: checkpoints.kind has to be object" -}}
 {{- end -}}
-{{- if and $v.redis.url (regexMatch "://[^/@]*:[^/@]*@" $v.redis.url) (not (contains "$(REDIS_PASSWORD)@" $v.redis.url)) -}}
+{{- if regexMatch "://[^/@]*:[^/@]+@|[?&]password=[^&]" ($v.redis.url | replace "$(REDIS_PASSWORD)" "") -}}
 {{- fail "redis.url holds a password, which would stand in manifests: put it into a Secret that redis.passwordSecret names, and write $(REDIS_PASSWORD) in its place" -}}
 {{- end -}}
 {{- if and $v.redis.url (ne (contains "$(REDIS_PASSWORD)" $v.redis.url) (not (empty $v.redis.passwordSecret.name))) -}}

@@ -201,6 +201,11 @@ resources:
     storage: {{ .size }}
 {{- end -}}
 
+{{/* root; name: of a file of the chart, which a copy of it has lost if links were left out. */}}
+{{- define "freestep.file" -}}
+{{- required (printf "files/%s is empty: it is a link, which a package of the chart (`helm package`) has the target of" .name) (.root.Files.Get (printf "files/%s" .name)) -}}
+{{- end -}}
+
 {{/* Annotations of what exists before the release does; the weight says in which order. */}}
 {{- define "freestep.hook" -}}
 annotations:
