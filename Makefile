@@ -47,7 +47,8 @@ check: $(VENV)/installed
 	$(BIN)/python -m pytest -m 'not slow'
 
 # The Helm chart: a real Helm and Kubernetes' schemas, hundreds of megabytes that nothing else needs, in a folder before the
-# environment's packages, and Checkov in an environment of its own. What cannot be installed has its tests skipped.
+# environment's packages, and Checkov in an environment of its own. What cannot be installed has its tests skipped, and is
+# tried again the next time.
 CHART := $(VENV)/chart
 POLICIES := $(VENV)/policies
 
@@ -56,15 +57,13 @@ $(CHART)/installed: $(VENV)/installed docker/requirements.py
 	mkdir -p $(CHART)
 	$(PYTHON) docker/requirements.py chart >$(CHART)/requirements.txt
 	$(BIN)/python -m pip install --quiet --target $(CHART) --requirement $(CHART)/requirements.txt \
-		|| echo 'Helm cannot be installed here'
-	touch $@
+		&& touch $@ || echo 'Helm cannot be installed here'
 
 $(POLICIES)/installed: pyproject.toml docker/requirements.py
 	$(PYTHON) -m venv $(POLICIES)
 	$(PYTHON) docker/requirements.py policies >$(POLICIES)/requirements.txt
 	$(POLICIES)/bin/python -m pip install --quiet --requirement $(POLICIES)/requirements.txt \
-		|| echo 'Checkov cannot be installed here'
-	touch $@
+		&& touch $@ || echo 'Checkov cannot be installed here'
 
 chart: $(CHART)/installed $(POLICIES)/installed
 	PYTHONPATH=$(CURDIR)/$(CHART) $(BIN)/python -m pytest tests/chart
@@ -92,8 +91,7 @@ FUZZ_CORPUS ?= fuzz-corpus
 
 $(VENV)/fuzz: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,fuzz]' \
-		|| echo 'atheris cannot be installed here'
-	touch $@
+		&& touch $@ || echo 'atheris cannot be installed here'
 
 fuzz: $(VENV)/fuzz
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) --corpus $(FUZZ_CORPUS) $(FUZZ)
