@@ -41,9 +41,8 @@ _FIRST_ADDRESS = 10
 _SHOWN = 12
 """Pods whose logs a failure shows."""
 _WORKLOADS = ("StatefulSet", "Deployment", "Job")
-_READ = ("Service", "Secret", "ConfigMap", "PersistentVolumeClaim", "PodDisruptionBudget", *_WORKLOADS)
-_KEPT = ("ServiceAccount", "Role", "RoleBinding", "NetworkPolicy", "HorizontalPodAutoscaler", "ScaledObject")
-_KEPT += ("ServiceMonitor", "PodMonitor", "PrometheusRule", "Ingress", "Certificate", "TriggerAuthentication")
+_READ = ("Service", "Secret", "PersistentVolumeClaim", "PodDisruptionBudget", *_WORKLOADS)
+_KEPT = ("ServiceAccount", "NetworkPolicy")
 """Kinds that nothing here acts upon."""
 
 
@@ -294,7 +293,8 @@ class Cluster:
     def _allows(self, budget: Mapping[str, Any], pod: Pod) -> bool:
         spec = budget["spec"]
         known(spec, "PodDisruptionBudget", "selector", "maxUnavailable", "unhealthyPodEvictionPolicy")
-        assert spec["unhealthyPodEvictionPolicy"] == "IfHealthyBudget"
+        if spec["unhealthyPodEvictionPolicy"] != "IfHealthyBudget":
+            raise Unsupported("evictions of pods that are not ready")
         (workload,) = {each.owner for each in self.pods if selected(each.labels, spec["selector"])}
         expected = self.objects[workload]["spec"].get("replicas", 1)
         healthy = sum(each.ready for each in self.pods if selected(each.labels, spec["selector"]) and each is not pod)

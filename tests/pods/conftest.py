@@ -38,5 +38,5 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
 
 @pytest.fixture
 def train(release: Release) -> Callable[..., Training]:
-    """Has workers train two runs of the test's own; their number, 2 unless it is given."""
-    return lambda workers=2: Training(release, f"run-{uuid.uuid4().hex[:8]}", workers)
+    """Has workers train two runs of the test's own; their number, 2 unless it is given, and more of `Training`."""
+    return lambda workers=2, **more: Training(release, f"run-{uuid.uuid4().hex[:8]}", workers, **more)

@@ -23,10 +23,8 @@ __all__ = ["Container"]
 _BACKOFF_S = 1.0
 """Before a container that has ended is started again; a kubelet waits for ten seconds and more."""
 _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
-_FIELDS = ("name", "image", "imagePullPolicy", "command", "args", "env", "envFrom", "ports", "resources", "workingDir")
-_FIELDS += ("securityContext", "volumeMounts", "lifecycle", "terminationMessagePolicy", *_PROBES)
-_PASSED_OVER = ("ephemeral-storage",)
-"""Resources that only a scheduler looks at."""
+_FIELDS = ("name", "image", "imagePullPolicy", "command", "args", "env", "ports", "resources")
+_FIELDS += ("securityContext", "volumeMounts", *_PROBES)
 
 
 class Container:
@@ -120,20 +118,12 @@ class Container:
         return self._again_at is None and len(self.codes) > self.restarts
 
     def succeeds(self, command: list[str], timeout_s: float) -> bool:
-        """Whether a program in it ends with 0 in time."""
+        """Whether a program in it ends with 0 in time, after which it is killed."""
         try:
-            self._engine("exec", self.name, *command, waits_s=timeout_s)
+            self._engine("exec", self.name, "timeout", "-s", "KILL", f"{timeout_s:g}", *command, waits_s=timeout_s)
         except (EngineError, TimeoutExpired):
             return False
         return True
-
-    def prepare_to_end(self) -> None:
-        """Its preStop hook."""
-        hook = self.spec.get("lifecycle", {})
-        known(hook, "lifecycle", "preStop")
-        if "preStop" in hook:
-            known(hook["preStop"], "preStop", "exec")
-            self.succeeds(hook["preStop"]["exec"]["command"], self._grace_s)
 
     def stop(self, grace_s: float) -> None:
         """SIGTERM, or the image's signal; then SIGKILL."""
@@ -176,7 +166,7 @@ class Container:
 
     def _give_up(self, kind: str, probe: Probe) -> None:
         self.reasons.append(f"{kind}: {probe.reason}")
-        self.stop(self.spec[kind].get("terminationGracePeriodSeconds", self._grace_s))
+        self.stop(self._grace_s)
         if self._policy != "Never":
             self._again_at = time.monotonic() + _BACKOFF_S
 
@@ -191,34 +181,30 @@ class Container:
             command += ["--env", f"{name}={value}"]
         for mount in self._mounts:
             command += ["--volume", mount]
-        if "workingDir" in spec:
-            command += ["--workdir", spec["workingDir"]]
         if "command" in spec:
             command += ["--entrypoint", json.dumps([expanded(each, self._variables) for each in spec["command"]])]
         return [*command, spec["image"], *(expanded(each, self._variables) for each in spec.get("args", []))]
 
     def _security_options(self) -> list[str]:
         given = self._security
-        whole_pods = ("fsGroup", "fsGroupChangePolicy", "supplementalGroups")
+        whole_pods = ("fsGroup", "fsGroupChangePolicy")
         user = ("runAsUser", "runAsGroup", "runAsNonRoot")
-        rest = ("readOnlyRootFilesystem", "allowPrivilegeEscalation", "privileged", "capabilities", "seccompProfile")
+        rest = ("readOnlyRootFilesystem", "allowPrivilegeEscalation", "capabilities", "seccompProfile")
         known(given, f"securityContext of {self.spec['name']}", *whole_pods, *user, *rest)
         options = []
         if "runAsUser" in given:
             options += ["--user", ":".join(str(given[each]) for each in user[:2] if each in given)]
         if given.get("runAsNonRoot") and self._user() in ("", "0", "root"):
             raise Unsupported(f"{self.spec['name']} is not to run as root, and does")
-        groups = [*given.get("supplementalGroups", []), *([given["fsGroup"]] if "fsGroup" in given else [])]
-        options += [option for group in groups for option in ("--group-add", str(group))]
+        if "fsGroup" in given:
+            options += ["--group-add", str(given["fsGroup"])]
         if given.get("readOnlyRootFilesystem"):
             options += ["--read-only", "--read-only-tmpfs=false"]
         if given.get("allowPrivilegeEscalation") is False:
             options += ["--security-opt", "no-new-privileges"]
-        if given.get("privileged"):
-            options.append("--privileged")
-        for option in ("drop", "add"):
-            for capability in given.get("capabilities", {}).get(option, []):
-                options += [f"--cap-{option}", capability]
+        known(given.get("capabilities", {}), "capabilities", "drop")
+        for capability in given.get("capabilities", {}).get("drop", []):
+            options += ["--cap-drop", capability]
         profile = given.get("seccompProfile", {"type": "Unconfined"})
         # Podman has RuntimeDefault unless it is told otherwise.
         if profile["type"] == "Unconfined":
@@ -240,6 +226,6 @@ class Container:
                 options += ["--memory", str(int(quantity(amount)))]
             elif name == "cpu":
                 options += ["--cpus", str(quantity(amount))]
-            elif name not in _PASSED_OVER:
+            else:
                 raise Unsupported(f"{self.spec['name']} asks for {name}")
         return options

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack
+from itertools import zip_longest
 
 import torch
 
@@ -28,8 +29,11 @@ with ExitStack() as stack:
         )
         optimizers[end] = stack.enter_context(made)
         units[end] = freestep.Units(made, length, unit=1)
-    for taken in zip(*units.values(), strict=True):
+    # Of one run's units a worker may get more than of another's.
+    for taken in zip_longest(*units.values()):
         for (end, optimizer), examples in zip(optimizers.items(), taken, strict=True):
+            if examples is None:
+                continue
             optimizer.zero_grad()
             (-models[end]["count"][list(examples)].sum()).backward()
             epoch = optimizer.loaded.epoch

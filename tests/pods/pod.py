@@ -23,9 +23,9 @@ _GRACE_S = 30.0
 _SHOWN = 40
 """Lines of each log that a failure shows."""
 _SCHEDULING = ("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName")
-_FIELDS = ("containers", "initContainers", "volumes", "hostname", "subdomain", "restartPolicy", "securityContext")
+_FIELDS = ("containers", "volumes", "hostname", "subdomain", "restartPolicy", "securityContext")
 _FIELDS += ("terminationGracePeriodSeconds", "serviceAccountName", "automountServiceAccountToken", "enableServiceLinks")
-_FIELDS += ("nodeName", "dnsPolicy", "imagePullSecrets", *_SCHEDULING)
+_FIELDS += ("nodeName", *_SCHEDULING)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class Pod:
         links: Mapping[str, str],
     ) -> None:
         known(manifest["spec"], f"the pod {manifest['metadata']['name']}", *_FIELDS)
-        status = {"podIP": address, "hostIP": node.resolver, "podIPs": address}
-        self.manifest = {**manifest, "status": status}
+        self.manifest = manifest
         self.owner = owner
         self.revision = revision
         self.address = address
@@ -175,21 +174,11 @@ class Pod:
             *("--network", self._node.mark, "--ip", self.address),
             *("--dns", self._node.resolver, *domains, "--dns-option", "ndots:5"),
         )
-        for each in spec.get("initContainers", []):
-            self._run_first(self._container(each, "OnFailure"))
-        if self._ending.is_set():
-            return
         policy = spec.get("restartPolicy", "Always")
         self._containers = [self._container(each, policy) for each in spec["containers"]]
         for container in self._containers:
             container.start()
         self._initialized = True
-
-    def _run_first(self, container: Container) -> None:
-        """Runs an init container until it succeeds, or until the pod is to end."""
-        container.start()
-        while not self._ending.wait(_LOOK_S) and not container.ended:
-            container.look()
 
     def _container(self, spec: Mapping[str, Any], policy: str) -> Container:
         security = self.manifest["spec"].get("securityContext", {})
@@ -200,9 +189,6 @@ class Pod:
         return Container(spec, engine, sandbox, *told)
 
     def _end(self) -> None:
-        if self._grace_s:
-            for each in self._containers:
-                each.prepare_to_end()
         threads = [threading.Thread(target=each.stop, args=[self._grace_s]) for each in self._containers]
         for thread in threads:
             thread.start()

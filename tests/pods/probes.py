@@ -29,21 +29,17 @@ class Probe:
         ask: Callable[[list[str], float], bool],
     ) -> None:
         ways = ("httpGet", "tcpSocket", "exec")
-        times = ("initialDelaySeconds", "periodSeconds", "timeoutSeconds", "successThreshold", "failureThreshold")
-        known(spec, "a probe", *ways, *times, "terminationGracePeriodSeconds")
+        known(spec, "a probe", *ways, "periodSeconds", "timeoutSeconds", "failureThreshold")
         self._spec = spec
         self._address = address
         self._port_of = port_of
         self._ask = ask
         self._period = spec.get("periodSeconds", 10)
         self._timeout = spec.get("timeoutSeconds", 1)
-        self._next = time.monotonic() + spec.get("initialDelaySeconds", 0)
-        self._successes = self._failures = 0
+        self._next = time.monotonic()
+        self._failures = 0
+        self.passed = False
         self.reason = ""
-
-    @property
-    def passed(self) -> bool:
-        return self._successes >= self._spec.get("successThreshold", 1)
 
     @property
     def failed(self) -> bool:
@@ -55,10 +51,8 @@ class Probe:
         if now < self._next:
             return False
         self._next = now + self._period
-        if self._succeeds():
-            self._successes, self._failures = self._successes + 1, 0
-        else:
-            self._successes, self._failures = 0, self._failures + 1
+        self.passed = self._succeeds()
+        self._failures = 0 if self.passed else self._failures + 1
         return True
 
     def _succeeds(self) -> bool:
@@ -73,14 +67,11 @@ class Probe:
                 self.reason = str(error)
                 return False
         get = self._spec["httpGet"]
-        known(get, "httpGet", "path", "port", "scheme", "httpHeaders")
-        url = (
-            f"{get.get('scheme', 'HTTP').lower()}://{self._address}:{self._port_of(get['port'])}{get.get('path', '/')}"
-        )
-        headers = {each["name"]: each["value"] for each in get.get("httpHeaders", [])}
+        known(get, "httpGet", "path", "port", "scheme")
+        url = f"{get['scheme'].lower()}://{self._address}:{self._port_of(get['port'])}{get['path']}"
         try:
             # A kubelet looks at no certificate.
-            answer = httpx.get(url, headers=headers, timeout=self._timeout, verify=False)
+            answer = httpx.get(url, timeout=self._timeout, verify=False)
         except httpx.TransportError as error:
             self.reason = f"{url}: {error}"
             return False

@@ -1,4 +1,4 @@
-"""What containers are told by reference: variables of the environment, from Secrets, ConfigMaps and the pod itself."""
+"""What containers are told by reference: variables of the environment, from Secrets and the pod itself."""
 
 from __future__ import annotations
 
@@ -11,60 +11,46 @@ from typing import Any
 
 from pods.fields import Unsupported, known
 
-__all__ = ["Objects", "data_of", "environment", "expanded", "field_of", "ports_of", "quantity", "selected"]
+__all__ = ["Objects", "data_of", "environment", "expanded", "ports_of", "quantity", "selected"]
 
 Objects = Mapping[tuple[str, str], Mapping[str, Any]]
 """A cluster's objects by kind and name."""
 
 _FACTORS = {"": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _FACTORS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_LABEL = re.compile(r"metadata\.(labels|annotations)\['(.+)'\]")
 
 
 def environment(container: Mapping[str, Any], pod: Mapping[str, Any], objects: Objects) -> dict[str, str]:
-    """A container's variables. Raises Unsupported, and KeyError for a reference that leads nowhere and may not.
+    """A container's variables. Raises Unsupported, and KeyError for a reference that leads nowhere.
 
-    pod: the manifest, with what is known of it before its containers run: name, namespace, labels, node, address.
+    pod: the manifest, with what is known of it before its containers run: name, namespace, labels, node.
     """
     found: dict[str, str] = {}
     where = f"env of {container['name']}"
-    for source in container.get("envFrom", []):
-        known(source, where, "prefix", "secretRef", "configMapRef")
-        for kind, reference in (("Secret", "secretRef"), ("ConfigMap", "configMapRef")):
-            if reference in source:
-                data = data_of(objects, kind, source[reference]) or {}
-                found |= {source.get("prefix", "") + name: value.decode() for name, value in data.items()}
     for variable in container.get("env", []):
         known(variable, where, "name", "value", "valueFrom")
-        if "valueFrom" not in variable:
-            found[variable["name"]] = expanded(str(variable.get("value") or ""), found)
-            continue
-        value = _referred(variable["valueFrom"], container, pod, objects, where)
-        if value is not None:
-            found[variable["name"]] = value
+        if "valueFrom" in variable:
+            found[variable["name"]] = _referred(variable["valueFrom"], container, pod, objects, where)
+        else:
+            found[variable["name"]] = expanded(variable["value"], found)
     return found
 
 
 def _referred(
     source: Mapping[str, Any], container: Mapping[str, Any], pod: Mapping[str, Any], objects: Objects, where: str
-) -> str | None:
-    known(source, where, "secretKeyRef", "configMapKeyRef", "fieldRef", "resourceFieldRef")
-    for kind, reference in (("Secret", "secretKeyRef"), ("ConfigMap", "configMapKeyRef")):
-        if reference in source:
-            data = data_of(objects, kind, source[reference])
-            key = source[reference]["key"]
-            if (data is None or key not in data) and source[reference].get("optional"):
-                return None
-            return (data or {})[key].decode()
+) -> str:
+    known(source, where, "secretKeyRef", "fieldRef", "resourceFieldRef")
+    if "secretKeyRef" in source:
+        known(source["secretKeyRef"], where, "name", "key")
+        return data_of(objects, source["secretKeyRef"]["name"])[source["secretKeyRef"]["key"]].decode()
     if "fieldRef" in source:
-        return field_of(pod, source["fieldRef"]["fieldPath"])
-    wanted = source["resourceFieldRef"]
-    amounts = container.get("resources", {})
-    kind, _, name = wanted["resource"].partition(".")
-    amount = amounts.get(kind, {}).get(name)
+        return _field_of(pod, source["fieldRef"]["fieldPath"])
+    known(source["resourceFieldRef"], where, "resource")
+    kind, _, name = source["resourceFieldRef"]["resource"].partition(".")
+    amount = container.get("resources", {}).get(kind, {}).get(name)
     if amount is None:
-        raise Unsupported(f"{where}: {wanted['resource']} is not set, and would be the node's")
-    return str(ceil(quantity(amount) / quantity(wanted.get("divisor") or "1")))
+        raise Unsupported(f"{where}: {kind}.{name} is not set, and would be the node's")
+    return str(ceil(quantity(amount)))
 
 
 def expanded(text: str, variables: Mapping[str, str]) -> str:
@@ -76,24 +62,14 @@ def expanded(text: str, variables: Mapping[str, str]) -> str:
     )
 
 
-def data_of(objects: Objects, kind: str, reference: Mapping[str, Any]) -> dict[str, bytes] | None:
-    """What a Secret or a ConfigMap has; None if it is optional and not there. Raises KeyError."""
-    found = objects.get((kind, reference.get("name") or reference["secretName"]))
-    if found is None:
-        if reference.get("optional"):
-            return None
-        raise KeyError(f"there is no {kind} {reference.get('name') or reference['secretName']}")
-    data = {name: base64.b64decode(value) for name, value in (found.get("data") or {}).items()}
-    if kind == "ConfigMap":
-        data = {name: value.encode() for name, value in (found.get("data") or {}).items()}
-        return data | {name: base64.b64decode(value) for name, value in (found.get("binaryData") or {}).items()}
-    return data | {name: value.encode() for name, value in (found.get("stringData") or {}).items()}
+def data_of(objects: Objects, name: str) -> dict[str, bytes]:
+    """What a Secret has. Raises KeyError."""
+    data = objects["Secret", name]["data"]
+    return {key: base64.b64decode(value) for key, value in data.items()}
 
 
-def field_of(pod: Mapping[str, Any], path: str) -> str:
+def _field_of(pod: Mapping[str, Any], path: str) -> str:
     """A field of a pod's as the downward API gives it. Raises Unsupported."""
-    if match := _LABEL.fullmatch(path):
-        return str(pod["metadata"].get(match[1], {}).get(match[2], ""))
     value: Any = pod
     for name in path.split("."):
         if name not in value:

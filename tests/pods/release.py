@@ -37,6 +37,7 @@ class Release:
         self.values: dict[str, Any] = {
             "image": {"repository": image.repository, "tag": image.tag},
             "shards": {"replicas": 2, "resources": _SMALL, **shards},
+            "persistence": {"journal": {"enabled": True}},
             "checkpoints": {"kind": "shared"},
             "redis": {
                 "builtin": {"enabled": True, "image": cluster.images.valkey().name},
@@ -59,13 +60,16 @@ class Release:
         (pod,) = (each for each in manifests(self.values) if _hook(each) == "test")
         return self.cluster.run(pod)
 
-    def train(self, run: str, workers: int, **runs: Mapping[str, Any]) -> None:
+    def train(self, run: str, workers: int, kind: str, length: int, runs: Mapping[str, Mapping[str, Any]]) -> None:
         """Has so many workers train runs that count: their names are `run`, a hyphen and an end.
 
+        kind: "Deployment", or "Job" for as many indices.
+        length: The examples of each run.
         runs: options of each for freestep.RemoteOptimizer, by these ends.
         """
-        told = {"name": "COUNTING", "value": json.dumps({"length": LENGTH, "runs": runs})}
-        self.upgrade({"workers": {"replicas": workers, "run": run, "extraEnv": [told]}})
+        told = {"name": "COUNTING", "value": json.dumps({"length": length, "runs": runs})}
+        job = {"completions": max(1, workers)}
+        self.upgrade({"workers": {"kind": kind, "replicas": workers, "job": job, "run": run, "extraEnv": [told]}})
 
 
 def _hook(document: Mapping[str, Any]) -> str | None:

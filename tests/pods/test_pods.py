@@ -16,14 +16,15 @@ from harness import AUTHORIZED
 from pods.pod import Pod
 from pods.release import REDIS, SHARDS, WORKERS, Release
 from pods.training import CHECKPOINT, JOURNAL, Told, Training
+from pods.workloads import index_of
 from upgrade.installed import RELEASED, install
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Train = Callable[..., Training]
 
-DATA = f"data-{SHARDS}-1"
-"""The claim of the second pod."""
+CLAIMS = [f"{volume}-{SHARDS}-1" for volume in ("data", "journal")]
+"""Those of the second pod."""
 
 
 def shards(release: Release) -> list[Pod]:
@@ -58,6 +59,34 @@ def test_workers_are_scaled_out_and_in(release: Release, train: Train) -> None:
             leases = [lease["worker"] for lease in training.status(end)["workers"]]
             assert {name for name in alive for lease in leases if lease.startswith(name)} == alive
             assert len(leases) == workers
+    training.finish()
+
+
+def test_a_job_ends_with_its_run(release: Release, train: Train) -> None:
+    training = train(kind="Job", length=300)
+    evicted = training.busy()[0]
+    assert release.cluster.evict(evicted)
+    # Another pod has its index, and all examples are taken.
+    release.cluster.wait_ready()
+    assert {end: training.counts(end)[1] for end in (JOURNAL, CHECKPOINT)} == {JOURNAL: 300, CHECKPOINT: 300}
+    indices = sorted((index_of(pod), list(pod.codes.values())) for pod in training.workers() if pod is not evicted)
+    assert indices == [(0, [[0]]), (1, [[0]])]
+    assert list(evicted.codes.values()) == [[143]]
+    release.upgrade({"workers": {"kind": "Deployment", "replicas": 0}})
+    training.finish()
+
+
+def test_a_job_cuts_a_run_anew(release: Release, train: Train) -> None:
+    training = train()
+    training.go_on()
+    release.upgrade({"reshard": {"run": f"{training.name}-{JOURNAL}", "shards": 3}})
+    release.cluster.wait_ready()
+    topology = training.ask(JOURNAL, lambda api: api.http.get(api.path("/topology"))).json()
+    assert len(topology["shards"]) == 3
+    training.go_on()
+    # In a new epoch, into which nothing is lost.
+    assert epochs(training) == {JOURNAL: 2, CHECKPOINT: 1}
+    release.upgrade({"reshard": {"run": "", "shards": 0}})
     training.finish()
 
 
@@ -153,7 +182,8 @@ def test_a_pod_that_is_evicted_needs_no_volume(release: Release, train: Train) -
     training = train()
     training.go_on()
     evicted = release.cluster.pod(f"{SHARDS}-1")
-    release.cluster.claims.lose(DATA)
+    for claim in CLAIMS:
+        release.cluster.claims.lose(claim)
     assert release.cluster.evict(evicted)
     # One at a time.
     assert not release.cluster.evict(release.cluster.pod(f"{SHARDS}-0"))
@@ -171,7 +201,8 @@ def test_a_pod_whose_node_dies_with_its_volume_goes_back_to_the_checkpoint(relea
     kept = {end: training.checkpoint(end) for end in (JOURNAL, CHECKPOINT)}
     training.go_on()
     lost = release.cluster.pod(f"{SHARDS}-1")
-    release.cluster.claims.lose(DATA)
+    for claim in CLAIMS:
+        release.cluster.claims.lose(claim)
     lost.delete(grace_s=0)
     lost.wait_gone()
     # A run that has lost nothing that was promised goes on by itself. The other one waits for the disk ...

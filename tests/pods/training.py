@@ -14,7 +14,7 @@ from torch import Tensor
 from plain_calls import Api, persistently
 from pods.cluster import Cluster
 from pods.pod import Pod
-from pods.release import SHARDS, WORKERS, Release
+from pods.release import LENGTH, SHARDS, WORKERS, Release
 
 __all__ = ["CHECKPOINT", "JOURNAL", "Told", "Training"]
 
@@ -34,15 +34,21 @@ class Told:
 
 
 class Training:
-    """Runs NAME-journal and NAME-checkpoint, of these durabilities, on all processes of the service."""
+    """Runs NAME-journal and NAME-checkpoint, of these durabilities, on all processes of the service.
 
-    def __init__(self, release: Release, name: str, workers: int) -> None:
+    kind: of what the workers belong to.
+    length: the examples of each.
+    """
+
+    def __init__(
+        self, release: Release, name: str, workers: int, kind: str = "Deployment", length: int = LENGTH
+    ) -> None:
         self.release = release
         self.name = name
         self._before = set(release.cluster.every())
         common = {"shards": 2, "aggregation": "async", "lease_ttl_ms": _LEASE_TTL_MS}
         self._runs = {each: {**common, "durability": each} for each in (JOURNAL, CHECKPOINT)}
-        release.train(name, workers, **self._runs)
+        release.train(name, workers, kind, length, self._runs)
         self.cluster.wait_until(lambda: len(self.busy()) == workers)
 
     @property
@@ -52,7 +58,7 @@ class Training:
     def workers(self) -> list[Pod]:
         """All workers' pods that there have been, and are."""
         every = [pod for pod in self.cluster.every() if pod not in self._before]
-        return [pod for pod in every if pod.owner == ("Deployment", WORKERS)]
+        return [pod for pod in every if pod.owner[1].startswith(WORKERS)]
 
     def busy(self) -> list[Pod]:
         """Those that stay and were told of a push."""

@@ -1,4 +1,4 @@
-"""A pod's volumes as folders of the node's: claims that outlive it, data of Secrets and ConfigMaps, scratch space.
+"""A pod's volumes as folders of the node's: claims that outlive it, data of Secrets, scratch space.
 
 A claim's folder is made as a provisioner makes it: it belongs to root, and only `fsGroup` opens it to others.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pods.fields import Unsupported, known
-from pods.references import Objects, data_of, field_of
+from pods.references import Objects, data_of
 
 __all__ = ["Claims", "Volumes"]
 
@@ -57,17 +57,13 @@ class Volumes:
         """A container's mounts as SOURCE:TARGET:OPTIONS."""
         found = []
         for mount in container.get("volumeMounts", []):
-            known(mount, f"a mount of {container['name']}", "name", "mountPath", "readOnly", "subPath")
-            source = self._places[mount["name"]] / mount.get("subPath", "")
-            if "subPath" in mount and not source.exists():
-                source.mkdir(parents=True)
-                self._open(source)
+            known(mount, f"a mount of {container['name']}", "name", "mountPath", "readOnly")
+            source = self._places[mount["name"]]
             found.append(f"{source}:{mount['mountPath']}:{'ro' if mount.get('readOnly') else 'rw'}")
         return found
 
     def _made(self, volume: Mapping[str, Any]) -> Path:
-        kinds = ("emptyDir", "persistentVolumeClaim", "secret", "configMap", "projected", "downwardAPI")
-        known(volume, "a volume", "name", *kinds)
+        known(volume, "a volume", "name", "emptyDir", "persistentVolumeClaim", "secret")
         place = self._folder / volume["name"]
         if "persistentVolumeClaim" in volume:
             place = self._claims.folder(volume["persistentVolumeClaim"]["claimName"])
@@ -76,33 +72,22 @@ class Volumes:
             place.mkdir(parents=True)
             os.chmod(place, 0o777)
             self._open(place)
-        elif "projected" in volume:
-            default = volume["projected"].get("defaultMode", 0o644)
-            for source in volume["projected"]["sources"]:
-                self._write(place, source, default)
         else:
-            source = {kind: volume[kind] for kind in kinds if kind in volume}
-            self._write(place, source, next(iter(source.values())).get("defaultMode", 0o644))
+            self._write(place, volume["secret"])
         return place
 
-    def _write(self, place: Path, source: Mapping[str, Any], mode: int) -> None:
-        """Writes what a source has, a file for each item."""
-        known(source, "a volume's source", "secret", "configMap", "downwardAPI")
-        place.mkdir(parents=True, exist_ok=True)
-        for kind, given in source.items():
-            items = given.get("items")
-            if kind == "downwardAPI":
-                files = {each["path"]: field_of(self._pod, each["fieldRef"]["fieldPath"]).encode() for each in items}
-            else:
-                data = data_of(self._objects, kind[0].upper() + kind[1:], given) or {}
-                files = data if items is None else {each["path"]: data[each["key"]] for each in items}
-            for name, content in files.items():
-                file = place / name
-                if file.parent != place:
-                    raise Unsupported(f"an item's path {name}")
-                file.write_bytes(content)
-                os.chmod(file, mode if self._group is None else mode | 0o040)
-                self._give(file)
+    def _write(self, place: Path, secret: Mapping[str, Any]) -> None:
+        """Writes what is asked for of a Secret, a file for each item."""
+        known(secret, "a Secret's volume", "secretName", "items", "defaultMode")
+        place.mkdir(parents=True)
+        data = data_of(self._objects, secret["secretName"])
+        for each in secret["items"]:
+            file = place / each["path"]
+            if file.parent != place:
+                raise Unsupported(f"an item's path {each['path']}")
+            file.write_bytes(data[each["key"]])
+            os.chmod(file, secret["defaultMode"] if self._group is None else secret["defaultMode"] | 0o040)
+            self._give(file)
 
     def _open(self, place: Path) -> None:
         """Lets the pod's group write, as the kubelet does."""

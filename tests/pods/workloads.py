@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pods.fields import known
+from pods.fields import Unsupported, known
 from pods.pod import Pod
 
 __all__ = ["Next", "index_of", "next_of", "ordinal_of", "revision_of"]
@@ -30,7 +30,7 @@ def revision_of(workload: Mapping[str, Any]) -> str:
 def next_of(workload: Mapping[str, Any], pods: Sequence[Pod]) -> Next:
     """What a workload does next. Raises Unsupported.
 
-    pods: its own, without those of which nothing is left.
+    pods: its own; those of which nothing is left are a Job's.
     """
     return {"StatefulSet": _of_stateful_set, "Deployment": _of_deployment, "Job": _of_job}[workload["kind"]](
         workload, pods
@@ -43,9 +43,11 @@ def _of_stateful_set(workload: Mapping[str, Any], pods: Sequence[Pod]) -> Next:
         spec,
         f"StatefulSet {workload['metadata']['name']}",
         *("replicas", "selector", "serviceName", "template", "volumeClaimTemplates", "podManagementPolicy"),
-        *("updateStrategy", "persistentVolumeClaimRetentionPolicy", "minReadySeconds", "revisionHistoryLimit"),
+        *("updateStrategy", "persistentVolumeClaimRetentionPolicy"),
     )
-    known(spec.get("updateStrategy", {}), "updateStrategy", "type", "rollingUpdate")
+    known(spec.get("updateStrategy", {}), "updateStrategy", "type")
+    if spec.get("updateStrategy", {}).get("type", "RollingUpdate") != "RollingUpdate":
+        raise Unsupported("a StatefulSet that is not updated by itself")
     count = spec.get("replicas", 1)
     by_ordinal = {ordinal_of(pod): pod for pod in pods}
     surplus = [pod for ordinal, pod in by_ordinal.items() if ordinal >= count and not pod.leaving]
@@ -57,7 +59,7 @@ def _of_stateful_set(workload: Mapping[str, Any], pods: Sequence[Pod]) -> Next:
     if in_order and not all(pod.ready for pod in pods):
         # A pod that never becomes ready has to be deleted by hand.
         return todo
-    if todo.make or todo.end or spec.get("updateStrategy", {}).get("type", "RollingUpdate") != "RollingUpdate":
+    if todo.make or todo.end:
         return todo
     # From the highest ordinal down, each when those above it are ready again.
     for ordinal in sorted(by_ordinal, reverse=True):
@@ -71,28 +73,17 @@ def _of_stateful_set(workload: Mapping[str, Any], pods: Sequence[Pod]) -> Next:
 
 def _of_deployment(workload: Mapping[str, Any], pods: Sequence[Pod]) -> Next:
     spec = workload["spec"]
-    known(
-        spec,
-        f"Deployment {workload['metadata']['name']}",
-        *("replicas", "selector", "template", "strategy", "minReadySeconds", "revisionHistoryLimit"),
-        "progressDeadlineSeconds",
-    )
-    count, strategy = spec.get("replicas", 1), spec.get("strategy", {})
+    known(spec, f"Deployment {workload['metadata']['name']}", "replicas", "selector", "template", "strategy")
+    if spec["strategy"]["type"] != "RollingUpdate":
+        raise Unsupported("a Deployment that is recreated")
+    count, rolling = spec.get("replicas", 1), spec["strategy"]["rollingUpdate"]
     staying = [pod for pod in pods if not pod.leaving]
     new = [pod for pod in staying if pod.revision == revision_of(workload)]
     old = [pod for pod in staying if pod not in new]
-    if strategy.get("type") == "Recreate":
-        if old:
-            return Next(end=old)
-        if any(pod.revision != revision_of(workload) for pod in pods):
-            return Next()
-        surge = unavailable = count
-    else:
-        rolling = strategy.get("rollingUpdate", {})
-        surge = _part(rolling.get("maxSurge", "25%"), count, up=True)
-        unavailable = _part(rolling.get("maxUnavailable", "25%"), count, up=False)
-        if surge == unavailable == 0:
-            unavailable = 1
+    surge = _part(rolling["maxSurge"], count, up=True)
+    unavailable = _part(rolling["maxUnavailable"], count, up=False)
+    if surge == unavailable == 0:
+        unavailable = 1
     todo = Next(make=[None] * max(0, min(count - len(new), count + surge - len(staying))))
     # Those that are not ready first, then the youngest.
     todo.end += sorted(new, key=lambda pod: pod.ready)[: max(0, len(new) - count)]
@@ -105,25 +96,22 @@ def _of_deployment(workload: Mapping[str, Any], pods: Sequence[Pod]) -> Next:
 
 
 def _of_job(workload: Mapping[str, Any], pods: Sequence[Pod]) -> Next:
+    """A pod that fails by itself is one too many: nothing is made any more. One that was evicted is made again."""
     spec = workload["spec"]
     known(
         spec,
         f"Job {workload['metadata']['name']}",
-        *("parallelism", "completions", "completionMode", "backoffLimit", "template", "ttlSecondsAfterFinished"),
-        *("activeDeadlineSeconds", "backoffLimitPerIndex", "maxFailedIndexes", "suspend", "podFailurePolicy"),
+        *("backoffLimit", "backoffLimitPerIndex", "completionMode", "completions", "parallelism", "podFailurePolicy"),
+        "template",
     )
-    done = [pod for pod in pods if pod.succeeded]
-    if sum(pod.failed for pod in pods) > spec.get("backoffLimit", 6) or spec.get("suspend"):
+    if any(pod.failed and not pod.leaving for pod in pods):
         return Next()
-    running = [pod for pod in pods if not (pod.succeeded or pod.failed or pod.gone.is_set())]
-    parallel = spec.get("parallelism", 1)
-    completions = spec.get("completions", 1 if "parallelism" not in spec else None)
-    if spec.get("completionMode") == "Indexed":
-        taken = {index_of(pod) for pod in [*done, *running]}
-        open_ = [index for index in range(completions) if index not in taken]
-        return Next(make=list(open_[: max(0, parallel - len(running))]))
-    wanted = parallel if completions is None and not done else (completions or 0) - len(done)
-    return Next(make=[None] * max(0, min(parallel, wanted) - len(running)))
+    running = [pod for pod in pods if not (pod.succeeded or pod.gone.is_set())]
+    taken = [pod for pod in pods if pod.succeeded or pod in running]
+    if spec.get("completionMode") != "Indexed":
+        return Next(make=[] if taken else [None])
+    missing = [index for index in range(spec["completions"]) if index not in map(index_of, taken)]
+    return Next(make=list(missing[: max(0, spec["parallelism"] - len(running))]))
 
 
 def ordinal_of(pod: Pod) -> int:
