@@ -15,13 +15,24 @@ from types import TracebackType
 from typing import Self
 
 from freestep.api.models import Lease
-from freestep.errors import EpochChanged, FreestepError, LeaseExpired, RunNotFound
-from freestep.leaving import PATIENCE_S
+from freestep.errors import (
+    CoordinatorUnavailable,
+    EpochChanged,
+    FreestepError,
+    LeaseExpired,
+    RunNotFound,
+    ServiceUnreachable,
+    ShardUnavailable,
+)
+from freestep.leaving import PATIENCE_S, is_leaving
 from freestep.transport import Transport
 
 __all__ = ["Claim", "HeldLease", "release_leases", "worker_name"]
 
 logger = logging.getLogger("freestep")
+
+_RELEASE_S, _AGAIN_S = 2.0, 0.2
+"""Seconds for which a process that leaves tries to release its lease where nobody answers, and between two attempts."""
 
 
 def worker_name() -> str:
@@ -143,15 +154,27 @@ class HeldLease:
             except Exception as error:
                 # The next renewal, or the next push, will show whether the lease has ended meanwhile.
                 logger.debug("the lease of %s could not be renewed: %s", self.granted.worker, error)
+        deadline = time.monotonic() + _RELEASE_S
+        while not self._is_ended():
+            # Where a node is drained, the service's process that was asked may be leaving with this one.
+            if not is_leaving() or time.monotonic() > deadline:
+                break
+            time.sleep(_AGAIN_S)
+
+    def _is_ended(self) -> bool:
+        """Asks for its end; False if no service has answered, so that another attempt may help."""
         try:
             self._transport.request("DELETE", self._path, retry=False)
         except Exception as error:
             logger.debug("the lease of %s could not be released: %s", self.granted.worker, error)
+            return not isinstance(error, CoordinatorUnavailable | ServiceUnreachable | ShardUnavailable)
+        return True
 
     def release(self) -> None:
         """Ends the lease, so that groups do not wait for this worker, and its units of data are others'.
 
-        Sends one request at most, waits for it for 5 seconds at most, and never raises.
+        Sends one request at most; once SIGTERM has come, more within 2 seconds if no service answers. Waits for 5
+        seconds at most, and never raises.
         """
         _release([self])
 

@@ -16,11 +16,15 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
-from freestep import InvalidSetting, Run, StepNotReached, leave_on_sigterm
+from freestep import InvalidSetting, LeaseExpired, Run, ShardUnavailable, StepNotReached, leave_on_sigterm
+from freestep.api.models import Lease
+from freestep.lease import HeldLease
 from freestep.leaving import leave_if_asked
+from freestep.transport import Transport
 from harness import ProcessService, ThreadService
 from meanwhile import DEADLINE_S, wait_until
 
@@ -110,6 +114,31 @@ def test_the_lease_is_released_and_no_push_counts_twice(start: Start, run: Run, 
     assert run.workers() == []
     # One push may have been under way, and with overlap the one before it too.
     assert 0 <= run.status().step - int(told) <= (2 if form == "closed" else 1)
+
+
+@pytest.mark.parametrize(
+    ("failure", "is_leaving", "attempts"),
+    [("refused", True, 2), ("away", True, 2), ("lost", True, 1), ("refused", False, 1)],
+)
+def test_a_lease_is_released_by_another_process_where_the_one_that_is_asked_leaves_too(
+    monkeypatch: pytest.MonkeyPatch, failure: str, is_leaving: bool, attempts: int
+) -> None:
+    monkeypatch.setattr("freestep.leaving._is_leaving", is_leaving)
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        if len(asked) > 1:
+            return httpx.Response(204)
+        if failure == "refused":
+            raise httpx.ConnectError("[Errno 111] Connection refused")
+        problem = ShardUnavailable("the service is shutting down") if failure == "away" else LeaseExpired()
+        return httpx.Response(503, json=problem.to_document(503))
+
+    transport = Transport(httpx.Client(base_url="http://service", transport=httpx.MockTransport(answer)), 60)
+    lease = Lease(lease="l", token=1, worker="w", ttl_ms=3_600_000, epoch=1, step=0)
+    HeldLease(transport, "/v1/runs/r/leases", lease).release()
+    assert asked == ["DELETE"] * attempts
 
 
 @pytest.mark.slow
