@@ -49,7 +49,6 @@ from torch import Tensor
 from freestep.answers import Pulled, Snapshot
 from freestep.api.models import Receipt, RunStatus
 from freestep.errors import (
-    DtypeOverflow,
     EpochChanged,
     FreestepError,
     NonFiniteGradient,
@@ -199,7 +198,8 @@ class Region:
 
         Raises:
             ManifestMismatch: The parent's run has other parameters.
-            DtypeOverflow: A round has a value that F16 cannot hold; nothing was pushed.
+            DtypeOverflow: A round has a value that F16 cannot hold, and nothing was pushed; or the parent's y has one,
+                and a region with another `pull_dtype` goes on.
             NonFiniteGradient: The region's y contains NaN or infinity; nothing was pushed.
             FreestepError: The file is of another run of the region's or the parent's name; and as for `Run`.
         """
@@ -332,10 +332,6 @@ class Region:
             self.receipt = None
             self._parent.join_again()
             return self._leave(place)
-        except DtypeOverflow:
-            # Nothing was sent. The round goes on, with an update at least, for a process that pushes another dtype.
-            self._save(place.after(stage="training", run_step=place.run_step - 1, sent=None))
-            raise
         self.receipt = receipt
         if receipt.decision == "dropped":
             logger.warning(

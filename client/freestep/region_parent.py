@@ -18,6 +18,7 @@ from freestep.api.models import Receipt, RunSpec, RunStatus
 from freestep.encoders import Encoder
 from freestep.errors import (
     AlreadyInitialized,
+    DtypeOverflow,
     EpochChanged,
     FreestepError,
     LeaseExpired,
@@ -168,10 +169,19 @@ class Parent:
         save: writes a place.
 
         Returns the receipt, the epoch and step of y, and what encodings have left out, None for none. Raises
-        EpochChanged where the run went back to an earlier step; then the push does not count.
+        EpochChanged where the run went back to an earlier step; then the push does not count. Raises DtypeOverflow
+        where the place has a value that F16 cannot hold, and is then one of before the push; and where y has one, which
+        leaves the place as it is: the push may have counted.
         """
         self._fill(place)
-        policy = self.run.status().in_force.aggregation
+        status = self.run.status()
+        try:
+            self._body.parts(status.shards)
+        except DtypeOverflow:
+            # Nothing was sent. The round goes on, with an update at least, for a process that pushes another dtype.
+            save(place.after(stage="training", run_step=place.run_step - 1, sent=None))
+            raise
+        policy = status.in_force.aggregation
         while True:
             claim = Claim(place.lease, place.token, place.oldest, loss=place.loss, key=place.key)
             try:

@@ -366,6 +366,22 @@ def test_a_round_that_is_too_large_for_f16_is_pushed_as_another_dtype(
     assert counted(far) == counted(here) == 2.0**17
 
 
+def test_a_round_whose_answer_is_too_large_for_f16_counts_once(
+    here: Run, far: Run, region: Callable[..., Region]
+) -> None:
+    begin(here)
+    works = joined(region(pull_dtype="F16"))
+    push(here, 2, value=2.0**16)
+    works.advance()
+    with pytest.raises(DtypeOverflow):
+        works.advance()
+    assert works.place is not None and works.place.stage == "sending"
+    works.close()
+    region(pull_dtype="BF16").finish()
+    assert counted(far) == counted(here) == 2.0**17
+    assert far.status().pushes["applied"] == 1
+
+
 def test_other_parameters_are_refused(here: Run, far: Run, region: Callable[..., Region]) -> None:
     begin(here)
     far.create({**OF_REGION, "optimizer": WHOLE, "parameters": [{"name": "count", "shape": [NUMEL + 1]}]})
