@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freestep import Client, Run
+from freestep import Client, HeldLease, Run
 
 NUMEL = 30
 WHOLE = {"algorithm": "diloco", "lr": 1.0, "momentum": 0.0}
@@ -29,9 +29,14 @@ def begin(run: Run, spec: dict[str, Any] = OF_REGION, value: float = 0.0) -> Non
 def push(run: Run, times: int = 1, value: float = 1.0) -> None:
     """Makes each parameter of a run larger by `value`, as often as this is asked for."""
     with run.lease() as lease:
-        for _ in range(times):
-            receipt = run.push({"count": torch.full((NUMEL,), -value)}, lease.claim(run.status().step))
-            assert receipt.decision == "applied"
+        count(run, lease, times, value)
+
+
+def count(run: Run, lease: HeldLease, times: int, value: float = 1.0) -> None:
+    """... under a lease."""
+    for _ in range(times):
+        receipt = run.push({"count": torch.full((NUMEL,), -value)}, lease.claim(run.status().step))
+        assert receipt.decision == "applied"
 
 
 def counted(run: Run, point: str = "y") -> float:

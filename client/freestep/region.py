@@ -37,6 +37,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,10 +84,10 @@ class Region:
     service, and one of scope push at the parent's. Not safe to use from several threads.
 
     While the parent is away the region trains on, and its round becomes longer. When the last of the region's workers
-    has left, a round ends with what there is, and the parent's lease is released until one comes back, so that others
-    do not wait. A push that the parent drops as too stale loses that round's progress. If the parent goes back to an
-    earlier step, all progress that it has not had is lost, as with LocalSteps. If the file is lost, so is the progress
-    since the last push.
+    has left, a round ends with what there is. Where the region has had no worker for the time of a lease of its run,
+    the parent's lease is released until one comes, so that others do not wait. A push that the parent drops as too
+    stale loses that round's progress. If the parent goes back to an earlier step, all progress that it has not had is
+    lost, as with LocalSteps. If the file is lost, so is the progress since the last push.
 
     Attributes: `place`, where the region stands, None before the first `advance`; `receipt`, that of the last push that
     was answered, None before it or where the parent had gone back.
@@ -142,8 +143,8 @@ class Region:
         self._parent = Parent(parent, optimizer or {}, aggregation, options or {}, push_format, pull_dtype)
         self._worker = worker
         self._own: Flat
-        self._is_idle = False
-        """Whether no worker of the region trained when it was looked at last."""
+        self._trained_at = 0.0
+        """When a worker of the region was seen last, or could have been: by the monotonic clock."""
         self._is_closing = threading.Event()
         self._file = PlaceFile(Path(file))
         try:
@@ -273,6 +274,7 @@ class Region:
                 )
         self._own = Flat(self._run.manifest)
         self._parent.join(place.worker)
+        self._trained_at = time.monotonic()
 
     # The acts
 
@@ -292,13 +294,13 @@ class Region:
             if pulled is not None and pulled.epoch == status.epoch:
                 return self._save(self._sending(place, pulled, status.loss))
             if status.workers:
-                self._is_idle = False
+                self._trained_at = time.monotonic()
                 self._parent.wake()
             elif status.step > place.run_step:
                 # Nobody trains on: the round ends with what there is.
-                self._is_idle, every = True, 1
-            elif self._is_idle:
-                # Else workers may have yet to see that the run was moved.
+                every = 1
+            elif time.monotonic() - self._trained_at > status.in_force.lease_ttl_ms / 1000:
+                # Sooner, workers may have yet to see that the run was moved.
                 self._parent.rest()
 
     def _sending(self, place: Place, pulled: Pulled, loss: float | None) -> Place:
@@ -373,6 +375,7 @@ class Region:
 
     def _move(self, place: Place) -> Place:
         epoch, moved_at = move(self._run, place, self._own, self._save)
+        self._trained_at = time.monotonic()
         is_fresh = place.whole or moved_at <= place.run_step
         return self._save(
             place.after(

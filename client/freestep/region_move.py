@@ -39,7 +39,7 @@ def move(run: Run, place: Place, scratch: Flat, save: Callable[[Place], Place]) 
     """Moves a run, unless it was, such that `place.sent` becomes `place.base`; its epoch, and the step of the move.
 
     Where the place says `whole`, or the run has gone back since `sent` was read, its y becomes `place.base`. A run that
-    somebody else has paused stays so.
+    somebody else has paused stays so. After an error the run is resumed as well, and moved by the next call.
 
     scratch: a vector of the run's, which is overwritten. save: writes a place.
     """

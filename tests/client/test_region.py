@@ -23,7 +23,7 @@ from freestep import (
 from freestep.region_move import ROUND_METRIC
 from harness import ThreadService
 from meanwhile import under_way, wait_until
-from region_sides import NUMEL, OF_REGION, WHOLE, begin, counted, push, sides
+from region_sides import NUMEL, OF_REGION, WHOLE, begin, count, counted, push, sides
 from trained import TOLERANCE, held, network, pulled, step
 
 
@@ -290,20 +290,40 @@ def test_a_lease_that_has_ended_is_replaced_and_the_round_counts_once(
     assert [each.worker for each in far.workers()] == ["north"]
 
 
-def test_others_do_not_wait_for_a_region_without_workers(here: Run, far: Run, region: Callable[..., Region]) -> None:
-    begin(here)
+@pytest.mark.parametrize("made", [0, 3, 5])
+def test_others_do_not_wait_for_a_region_without_workers(
+    here: Run, far: Run, region: Callable[..., Region], monkeypatch: pytest.MonkeyPatch, made: int
+) -> None:
+    monkeypatch.setattr("freestep.region._WAIT_S", 0.1)
+    begin(here, {**OF_REGION, "lease_ttl_ms": 100})
     works = joined(region(every=5, aggregation=None, worker="north"))
-    working = under_way(lambda: works.run_rounds(2))
-    # Its worker leaves after three updates of five, and is not waited for.
-    push(here, 3)
-    wait_until(lambda: counted(far) == 3.0)
+    assert [each.worker for each in far.workers()] == ["north"]
+    working = under_way(lambda: works.run_rounds(1 + bool(made)))
+    # Its workers leave in the middle of a round or at its end, or have never come.
+    with here.lease(ttl_ms=600_000) as lease:
+        count(here, lease, made)
+    wait_until(lambda: counted(far) == made)
     wait_until(lambda: not far.workers())
-    with here.lease() as lease:
+    with here.lease(ttl_ms=600_000) as lease:
         wait_until(lambda: [each.worker for each in far.workers()] == ["north"])
-        for _ in range(5):
-            here.push({"count": -torch.ones(NUMEL)}, lease.claim(here.status().step))
+        count(here, lease, 5)
         working.result()
-    assert counted(far) == counted(here) == 8.0
+    assert counted(far) == counted(here) == made + 5.0
+
+
+def test_others_do_not_wait_for_a_region_that_is_started_again_without_workers(
+    here: Run, far: Run, region: Callable[..., Region], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freestep.region._WAIT_S", 0.1)
+    begin(here, {**OF_REGION, "lease_ttl_ms": 100})
+    joined(region()).close()
+    works = region()
+    working = under_way(lambda: works.run_rounds(1))
+    wait_until(lambda: works._parent.lease is not None)
+    wait_until(lambda: not far.workers())
+    with here.lease(ttl_ms=600_000) as lease:
+        count(here, lease, 2)
+    working.result()
 
 
 def test_a_run_that_somebody_has_paused_stays_paused(here: Run, far: Run, region: Callable[..., Region]) -> None:
