@@ -43,17 +43,19 @@ def move(run: Run, place: Place, scratch: Flat, save: Callable[[Place], Place]) 
 
     scratch: a vector of the run's, which is overwritten. save: writes a place.
     """
-    while round_of(status := run.status()) != place.round:
-        if place.was_paused is None:
-            place = save(place.after(was_paused=status.control.paused))
-        _pause(run, scratch, is_for_good=bool(place.was_paused))
-        state = run.export_state()
-        _translate(state, place, scratch)
-        # Somebody may resume the run before it has the state: then this is done again.
-        with suppress(EpochChanged):
-            run.import_state(state, replace=True, at=Pulled(state.epoch, state.step))
-    if not place.was_paused:
-        run.resume()
+    try:
+        while round_of(status := run.status()) != place.round:
+            if place.was_paused is None:
+                place = save(place.after(was_paused=status.control.paused))
+            _pause(run, scratch, is_for_good=bool(place.was_paused))
+            state = run.export_state()
+            _translate(state, place, scratch)
+            # Somebody may resume the run before it has the state: then this is done again.
+            with suppress(EpochChanged):
+                run.import_state(state, replace=True, at=Pulled(state.epoch, state.step))
+    finally:
+        if place.was_paused is False:
+            run.resume()
     return status.epoch, status.metrics[ROUND_METRIC].step
 
 

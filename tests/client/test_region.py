@@ -19,6 +19,7 @@ from freestep import (
     RemoteOptimizer,
     Run,
     RunNotFound,
+    StorageUnavailable,
 )
 from freestep.region_move import ROUND_METRIC
 from harness import ThreadService
@@ -59,7 +60,7 @@ def region(here_and_far: tuple[Run, Run], tmp_path: Path) -> Iterator[Callable[.
 
 
 def joined(region: Region) -> Region:
-    """Moved to the parent's y for the first time."""
+    """Moved to where its round begins."""
     while region.place is None or region.place.stage != "training":
         region.advance()
     return region
@@ -335,6 +336,27 @@ def test_a_run_that_somebody_has_paused_stays_paused(here: Run, far: Run, region
     works.run_rounds(1)
     assert here.status().control.paused
     assert counted(far) == counted(here) == 2.0
+
+
+def test_a_run_whose_move_is_refused_trains_on_until_the_next_attempt(
+    here: Run, far: Run, region: Callable[..., Region], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise StorageUnavailable("the disk is full")
+
+    begin(here)
+    works = joined(region())
+    push(here, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "import_state", refuse)
+        with pytest.raises(StorageUnavailable):
+            works.run_rounds(1)
+    assert not here.status().control.paused
+    works.close()
+    push(here, 1)
+    joined(region())
+    assert (counted(far), counted(here)) == (2.0, 3.0)
+    assert not here.status().control.paused
 
 
 def test_a_region_waits_for_its_run(here: Run, far: Run, region: Callable[..., Region]) -> None:
