@@ -52,7 +52,8 @@ def leave_on_sigterm() -> None:
     SystemExit is raised in the main thread: `with` and `finally` blocks run, and leases are released, those of
     optimizers that no `with` block closes too; units of data that are out are given back with them. A push under way is
     abandoned: it counts once or not at all. Once the signal has come, requests are not repeated, and wait for 5 seconds
-    at most. If something catches the exception, the next `step` raises it again. Later SIGTERMs change nothing.
+    at most. If something catches the exception, the next `step` raises it again, and so does the next point of a
+    `watch`. Later SIGTERMs change nothing.
 
     Call it in the main thread, as early as you like: process 1 of a container ignores SIGTERM until then. With
     FREESTEP_LEAVE_ON_SIGTERM=1 in the environment, an optimizer calls it when it is made. It does nothing, and the log

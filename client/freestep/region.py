@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -60,6 +59,7 @@ from freestep.errors import (
 from freestep.flat import Flat
 from freestep.gradients import PushFormat
 from freestep.lease import worker_name
+from freestep.leaving import raise_if_leaving
 from freestep.region_move import move, round_of
 from freestep.region_parent import Parent
 from freestep.region_place import Place, PlaceFile
@@ -145,7 +145,6 @@ class Region:
         self._own: Flat
         self._trained_at = 0.0
         """When a worker of the region was seen last, or could have been: by the monotonic clock."""
-        self._is_closing = threading.Event()
         self._file = PlaceFile(Path(file))
         try:
             self.place = self._file.load()
@@ -175,7 +174,7 @@ class Region:
                 place = self.advance()
             except (ServiceUnreachable, *TRANSIENT) as error:
                 logger.warning("the region %s waits: %s", self._run.name, error)
-                self._is_closing.wait(_PAUSE_S)
+                time.sleep(_PAUSE_S)
                 continue
             moved += before is not None and before.stage == "moving" and place.stage == "training" and not before.joins
 
@@ -204,6 +203,7 @@ class Region:
             NonFiniteGradient: The region's y contains NaN or infinity; nothing was pushed.
             FreestepError: The file is of another run of the region's or the parent's name; and as for `Run`.
         """
+        raise_if_leaving()
         place = self.place
         if place is None:
             return self._join()
@@ -249,13 +249,14 @@ class Region:
         """The region's y; a run that has no weights yet, or that there is not yet, is waited for."""
         is_told = False
         while True:
+            raise_if_leaving()
             try:
                 return next(self._run.watch("y"))[1]
             except RunNotFound:
                 if not is_told:
                     logger.warning("the run %s is waited for, which there is not yet", self._run.name)
                 is_told = True
-                self._is_closing.wait(_PAUSE_S)
+                time.sleep(_PAUSE_S)
 
     def _prepare(self, place: Place) -> None:
         """Once in a process: sees that the runs are those of the place, and takes a lease at the parent."""
@@ -280,6 +281,7 @@ class Region:
 
     def _end_round(self, place: Place, every: int, *, is_awaited: bool) -> Place:
         while True:
+            raise_if_leaving()
             pulled = None
             try:
                 wait = _WAIT_S if is_awaited else 0.0
@@ -392,7 +394,6 @@ class Region:
 
     def close(self) -> None:
         """Releases the lease and the file; what is under way is gone on with by the next process."""
-        self._is_closing.set()
         self._parent.leave()
         self._file.close()
 

@@ -33,6 +33,7 @@ from freestep.flat import Flat
 from freestep.gradients import PushFormat, push_body
 from freestep.groups import validated
 from freestep.lease import Claim, HeldLease
+from freestep.leaving import raise_if_leaving
 from freestep.region_place import Place
 from freestep.run import Run
 from freestep.update_wait import FIRST_WAIT_S, log_update_wait
@@ -183,6 +184,7 @@ class Parent:
             raise
         policy = status.in_force.aggregation
         while True:
+            raise_if_leaving()
             claim = Claim(place.lease, place.token, place.oldest, loss=place.loss, key=place.key)
             try:
                 wait = FIRST_WAIT_S if policy.takes_one_each else 0.0
@@ -234,6 +236,7 @@ class Parent:
     def _await_update(self, epoch: int, step: int) -> Pulled:
         """Pulls y of the update that a push is part of."""
         while True:
+            raise_if_leaving()
             try:
                 return self.run.pull_into(self._received, "y", min_step=step, wait=_WAIT_S)
             except StepNotReached:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from freestep.answers import Snapshot
 from freestep.errors import RunNotFound, RunNotInitialized, StepNotReached
+from freestep.leaving import raise_if_leaving
 
 if TYPE_CHECKING:
     from freestep.flat import Flat
@@ -38,6 +39,7 @@ def watch(
     """
     flat, epoch, run_id, wait = new_flat(), None, read_id(), 0.0
     while True:
+        raise_if_leaving()
         try:
             x = pull_into(flat, min_step, wait)
         except RunNotInitialized:

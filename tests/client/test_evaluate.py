@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import beside
+import time
 from dataclasses import dataclass
 
 def accuracy(x):
@@ -55,6 +56,16 @@ def inner(x):
     return x["there is none"]
 
 def needs_two(x, at):
+    return 0.0
+
+class Swallowing:
+    def __del__(self):
+        print("begun", flush=True)
+        while True:
+            time.sleep(0.01)
+
+def swallowing(x):
+    Swallowing()
     return 0.0
 
 DATA = 3
@@ -189,6 +200,21 @@ def test_what_the_service_does_not_take_is_said_and_left(run: Run, service: Thre
     done = evaluate(run, service, f"{script}:accuracy")
     assert (done.returncode, done.stdout) == (0, "step 0: accuracy 0.5\n")
     assert done.stderr.startswith("freestep: accuracy 0.5 at step 0 is not reported: ")
+
+
+def test_a_signal_that_the_function_swallows_ends_it_all_the_same(
+    run: Run, service: ThreadService, script: Path, tmp_path: Path
+) -> None:
+    streams = [tmp_path / name for name in ("stdin", "stdout", "stderr")]
+    for stream in streams:
+        stream.touch()
+    function = f"{script}:swallowing"
+    process = forked.start("evaluate", run.name, function, streams=streams, FREESTEP_URL=service.url)
+    wait_until(lambda: streams[1].read_text() == "begun\n")
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    assert forked.join(process) == 128 + signal.SIGTERM
+    assert streams[1].read_text() == "begun\nstep 0: swallowing 0\n"
 
 
 def test_new_points_are_evaluated_until_it_is_interrupted(

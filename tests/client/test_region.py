@@ -359,6 +359,27 @@ def test_a_run_whose_move_is_refused_trains_on_until_the_next_attempt(
     assert not here.status().control.paused
 
 
+@pytest.mark.parametrize("made", [0, 2])
+def test_a_region_that_waits_ends_by_a_signal_that_something_has_swallowed(
+    here: Run, far: Run, region: Callable[..., Region], monkeypatch: pytest.MonkeyPatch, made: int
+) -> None:
+    for name in ("region._WAIT_S", "region_parent._WAIT_S", "region_parent.FIRST_WAIT_S"):
+        monkeypatch.setattr(f"freestep.{name}", 0.1)
+    begin(here)
+    works = joined(region(aggregation={"policy": "sync"}))
+    push(here, made)
+    # For its workers, or for another one of the parent's.
+    with far.lease("other"):
+        working = under_way(lambda: works.run_rounds(1))
+        wait_until(lambda: far.status().pushes["accumulated"] == made // 2)
+        monkeypatch.setattr("freestep.leaving._is_leaving", True)
+        with pytest.raises(SystemExit):
+            working.result()
+        with pytest.raises(SystemExit):
+            works.advance()
+        monkeypatch.setattr("freestep.leaving._is_leaving", False)
+
+
 def test_a_region_waits_for_its_run(here: Run, far: Run, region: Callable[..., Region]) -> None:
     works = region()
     joining = under_way(works.advance)
