@@ -376,21 +376,9 @@ class Region:
         )
 
     def _move(self, place: Place) -> Place:
-        epoch, moved_at = move(self._run, place, self._own, self._save)
+        place = move(self._run, place, self._own, self._save)
         self._trained_at = time.monotonic()
-        is_fresh = place.whole or moved_at <= place.run_step
-        return self._save(
-            place.after(
-                stage="training",
-                oldest=place.step if is_fresh else place.oldest,
-                run_epoch=epoch,
-                run_step=moved_at if is_fresh else place.run_step,
-                sent=None,
-                whole=False,
-                joins=False,
-                was_paused=None,
-            )
-        )
+        return self._save(place)
 
     def close(self) -> None:
         """Releases the lease and the file; what is under way is gone on with by the next process."""

@@ -35,8 +35,8 @@ def round_of(status: RunStatus) -> int:
     return 0 if metric is None else int(metric.value)
 
 
-def move(run: Run, place: Place, scratch: Flat, save: Callable[[Place], Place]) -> tuple[int, int]:
-    """Moves a run, unless it was, such that `place.sent` becomes `place.base`; its epoch, and the step of the move.
+def move(run: Run, place: Place, scratch: Flat, save: Callable[[Place], Place]) -> Place:
+    """Moves a run, unless it was, such that `place.sent` becomes `place.base`; the place where its round begins.
 
     Where the place says `whole`, or the run has gone back since `sent` was read, its y becomes `place.base`. A run that
     somebody else has paused stays so. After an error the run is resumed as well, and moved by the next call.
@@ -49,6 +49,8 @@ def move(run: Run, place: Place, scratch: Flat, save: Callable[[Place], Place]) 
                 place = save(place.after(was_paused=status.control.paused))
             _pause(run, scratch, is_for_good=bool(place.was_paused))
             state = run.export_state()
+            if state.epoch != place.run_epoch and not place.whole:
+                place = save(place.after(whole=True))
             _translate(state, place, scratch)
             # Somebody may resume the run before it has the state: then this is done again.
             with suppress(EpochChanged):
@@ -56,11 +58,11 @@ def move(run: Run, place: Place, scratch: Flat, save: Callable[[Place], Place]) 
     finally:
         if place.was_paused is False:
             run.resume()
-    return status.epoch, status.metrics[ROUND_METRIC].step
+    return place.moved(status.epoch, status.metrics[ROUND_METRIC].step)
 
 
 def _translate(state: RunState, place: Place, scratch: Flat) -> None:
-    if place.sent is None or place.whole or state.epoch != place.run_epoch:
+    if place.sent is None or place.whole:
         scratch.fill(state.buffers["y"])
     else:
         scratch.vector.copy_(place.sent)

@@ -71,6 +71,21 @@ class Place:
         """The place with some members changed."""
         return replace(self, **changes)
 
+    def moved(self, run_epoch: int, run_step: int) -> Place:
+        """Behind the move of the region's run, which began an epoch at a step."""
+        # Else the run is ahead of the base by what it has trained since `sent`, and the round has begun there.
+        is_fresh = self.whole or run_step <= self.run_step
+        return self.after(
+            stage="training",
+            oldest=self.step if is_fresh else self.oldest,
+            run_epoch=run_epoch,
+            run_step=run_step if is_fresh else self.run_step,
+            sent=None,
+            whole=False,
+            joins=False,
+            was_paused=None,
+        )
+
 
 class PlaceFile:
     """The file of one region's place, which one process has at a time.

@@ -262,8 +262,9 @@ def test_a_region_that_went_back_behind_its_move_is_moved_again_as_a_whole(
     assert counted(far) == counted(here) == 14.0
 
 
+@pytest.mark.parametrize("since", [0, 4])
 def test_a_region_that_went_back_while_a_push_travelled_keeps_what_the_parent_has(
-    here: Run, far: Run, region: Callable[..., Region]
+    here: Run, far: Run, region: Callable[..., Region], since: int
 ) -> None:
     begin(here)
     works = joined(region())
@@ -272,9 +273,15 @@ def test_a_region_that_went_back_while_a_push_travelled_keeps_what_the_parent_ha
     push(here, 1)
     works.advance()
     here.restore(kept)
+    push(here, since)
     works.advance()
     works.advance()
     assert counted(far) == counted(here) == 2.0
+    # A round of nothing is not pushed, however far the run has come since it went back.
+    assert works.advance(at_once=True).stage == "training"
+    push(here, 2)
+    works.run_rounds(1)
+    assert counted(far) == counted(here) == 4.0
 
 
 def test_a_lease_that_has_ended_is_replaced_and_the_round_counts_once(
