@@ -259,20 +259,11 @@ class Region:
                 time.sleep(_PAUSE_S)
 
     def _prepare(self, place: Place) -> None:
-        """Once in a process: sees that the runs are those of the place, and takes a lease at the parent."""
+        """Once in a process: takes a lease at the parent, of the runs that the place is of."""
         if self._parent.lease is not None:
             return
         status = self._run.status()
-        its = self._parent.find(status.spec, creates=False)
-        for name, known, found in (
-            (self._run.name, place.run_id, status.id),
-            (self._parent.run.name, place.parent_id, its.id),
-        ):
-            if known != found:
-                raise FreestepError(
-                    f"the run {name!r} was deleted, and another has its name: the place in {self._file.path} is not of "
-                    "that one; remove the file to join it"
-                )
+        place.require_runs(run=status, parent=self._parent.find(status.spec, creates=False))
         self._own = Flat(self._run.manifest)
         self._parent.join(place.worker)
         self._trained_at = time.monotonic()
@@ -290,6 +281,7 @@ class Region:
                 if not is_awaited:
                     return place
             status = self._run.status()
+            place.require_runs(run=status)
             if round_of(status) != place.round:
                 return self._restart(place, status)
             # The point is of the round that the status tells, if they are of one epoch.

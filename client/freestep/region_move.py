@@ -44,7 +44,7 @@ def move(run: Run, place: Place, scratch: Flat, save: Callable[[Place], Place]) 
     scratch: a vector of the run's, which is overwritten. save: writes a place.
     """
     try:
-        while round_of(status := run.status()) != place.round:
+        while round_of(status := _status(run, place)) != place.round:
             if place.was_paused is None:
                 place = save(place.after(was_paused=status.control.paused))
             _pause(run, scratch, is_for_good=bool(place.was_paused))
@@ -59,6 +59,12 @@ def move(run: Run, place: Place, scratch: Flat, save: Callable[[Place], Place]) 
         if place.was_paused is False:
             run.resume()
     return place.moved(status.epoch, status.metrics[ROUND_METRIC].step)
+
+
+def _status(run: Run, place: Place) -> RunStatus:
+    status = run.status()
+    place.require_runs(run=status)
+    return status
 
 
 def _translate(state: RunState, place: Place, scratch: Flat) -> None:

@@ -176,6 +176,7 @@ class Parent:
         """
         self._fill(place)
         status = self.run.status()
+        place.require_runs(parent=status)
         try:
             self._body.parts(status.shards)
         except DtypeOverflow:

@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
+from freestep.api.models import RunStatus
 from freestep.errors import FreestepError, MalformedTensors
 from freestep.files import writing
 from freestep.tensor_file import content, read_tensors, stored
@@ -70,6 +71,15 @@ class Place:
     def after(self, **changes: Any) -> Place:
         """The place with some members changed."""
         return replace(self, **changes)
+
+    def require_runs(self, *, run: RunStatus | None = None, parent: RunStatus | None = None) -> None:
+        """Raises FreestepError where the region's run or the parent's is another one than the place is of."""
+        for known, found in ((self.run_id, run), (self.parent_id, parent)):
+            if found is not None and found.id != known:
+                raise FreestepError(
+                    f"the run {found.run!r} was deleted, and another has its name, which is not that of the region's "
+                    "place: remove its file to join the new one"
+                )
 
     def moved(self, run_epoch: int, run_step: int) -> Place:
         """Behind the move of the region's run, which began an epoch at a step."""

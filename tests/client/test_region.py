@@ -476,6 +476,28 @@ def test_a_place_is_of_its_runs_and_of_one_process(here: Run, far: Run, region: 
         works.advance()
 
 
+@pytest.mark.parametrize("stage", ["training", "sending", "moving"])
+def test_a_run_that_was_made_anew_meanwhile_is_left_as_it_is(
+    here: Run, far: Run, region: Callable[..., Region], stage: str
+) -> None:
+    begin(here)
+    works = joined(region())
+    push(here, 2)
+    while works.place is not None and works.place.stage != stage:
+        works.advance()
+    made_anew = far if stage == "sending" else here
+    made_anew.delete()
+    begin(made_anew)
+    push(made_anew, 2, value=100.0)
+    epoch = made_anew.status().epoch
+    for _ in range(2):
+        with pytest.raises(FreestepError, match="another has its name"):
+            works.advance()
+    assert counted(made_anew) == 200.0
+    assert made_anew.status().epoch == epoch
+    assert works.place is not None and works.place.stage == stage
+
+
 def test_a_file_that_is_no_place_is_refused(region: Callable[..., Region], tmp_path: Path) -> None:
     (tmp_path / "place").write_text("something else")
     with pytest.raises(FreestepError, match="no region's place"):
