@@ -39,12 +39,10 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-import torch
-from torch import Tensor
 
 from freestep.answers import Pulled, Snapshot
 from freestep.api.models import Receipt, RunStatus
@@ -162,7 +160,7 @@ class Region:
         """Works until `count` more rounds have been pushed and answered, and waits while a service is away.
 
         Args:
-            count: How many rounds; None goes on for ever.
+            count: How many rounds, of which each ends with the move to the parent's answer; None goes on for ever.
 
         Raises:
             FreestepError: As for `advance`, but for outages.
@@ -179,7 +177,9 @@ class Region:
             moved += before is not None and before.stage == "moving" and place.stage == "training" and not before.joins
 
     def finish(self) -> None:
-        """Pushes what the region has made since its last push, if that is an update at least, and takes the parent's y.
+        """Pushes what the region has made since its last push, and moves its run to the y that comes back.
+
+        Without an update since then nothing is pushed, and the run is moved to the parent's newest y.
 
         Raises:
             FreestepError: As for `advance`.
@@ -187,6 +187,8 @@ class Region:
         while self.place is None or self.place.stage != "training":
             self.advance()
         place = self.advance(at_once=True)
+        if place.stage == "training":
+            place = self._follow(place)
         while place.stage != "training":
             place = self.advance()
 
@@ -194,7 +196,8 @@ class Region:
         """The next act, and the place behind it.
 
         Args:
-            at_once: Ends a round now, if it has an update; else it waits for `every` of them.
+            at_once: Ends a round now, if it has an update, and does nothing if it has none; else it waits for `every`
+                of them.
 
         Raises:
             ManifestMismatch: The parent's run has other parameters.
@@ -273,20 +276,18 @@ class Region:
     def _end_round(self, place: Place, every: int, *, is_awaited: bool) -> Place:
         while True:
             raise_if_leaving()
-            pulled = None
-            try:
-                wait = _WAIT_S if is_awaited else 0.0
+            pulled, wait = None, _WAIT_S if is_awaited else 0.0
+            with suppress(StepNotReached):
                 pulled = self._run.pull_into(self._own, "y", min_step=place.run_step + every, wait=wait)
-            except StepNotReached:
-                if not is_awaited:
-                    return place
             status = self._run.status()
             place.require_runs(run=status)
             if round_of(status) != place.round:
                 return self._restart(place, status)
             # The point is of the round that the status tells, if they are of one epoch.
             if pulled is not None and pulled.epoch == status.epoch:
-                return self._save(self._sending(place, pulled, status.loss))
+                return self._begin_to_send(place, pulled, status.loss)
+            if pulled is None and not is_awaited:
+                return place
             if status.workers:
                 self._trained_at = time.monotonic()
                 self._parent.wake()
@@ -297,44 +298,48 @@ class Region:
                 # Sooner, workers may have yet to see that the run was moved.
                 self._parent.rest()
 
-    def _sending(self, place: Place, pulled: Pulled, loss: float | None) -> Place:
-        sent, lease = self._own.vector.clone(), self._parent.held.granted
-        if not bool(sent.isfinite().all()):
+    def _begin_to_send(self, place: Place, pulled: Pulled, loss: float | None) -> Place:
+        lease = self._parent.held.granted
+        if not bool(self._own.vector.isfinite().all()):
             raise NonFiniteGradient(
                 f"y of the region's run {self._run.name!r} contains NaN or infinity at step {pulled.step}, and is not "
                 "pushed: return the run to an earlier checkpoint"
             )
-        return place.after(
-            stage="sending",
-            run_epoch=pulled.epoch,
-            run_step=pulled.step,
-            sent=sent,
-            lease=lease.lease,
-            token=lease.token,
-            key=uuid.uuid4().hex,
-            loss=loss,
-            push_format=self._parent.push_format.text,
+        return self._save(
+            place.after(
+                stage="sending",
+                run_epoch=pulled.epoch,
+                run_step=pulled.step,
+                sent=self._own.vector.clone(),
+                lease=lease.lease,
+                token=lease.token,
+                key=uuid.uuid4().hex,
+                loss=loss,
+                push_format=self._parent.push_format.text,
+            )
         )
 
     def _send(self, place: Place) -> Place:
         try:
             receipt, pulled, residual = self._parent.push(place, self._save)
         except EpochChanged:
-            # A run that went back takes no progress from the state that it has given up.
-            logger.warning(
-                "the parent's run %s is in another epoch: the region %s begins at its newest y",
-                self._parent.run.name, place.worker,
-            )  # fmt: skip
-            self.receipt = None
-            self._parent.join_again()
-            return self._leave(place)
+            return self._give_up(place)
         self.receipt = receipt
         if receipt.decision == "dropped":
             logger.warning(
                 "the parent's run %s dropped a round of the region %s (%s)",
                 self._parent.run.name, place.worker, receipt.reason,
             )  # fmt: skip
-        return self._save(self._moving(place, pulled, residual))
+        return self._save(place.to_move(pulled, self._parent.y).after(residual=residual))
+
+    def _give_up(self, place: Place) -> Place:
+        """The parent's run went back, and takes no progress from the state that it has given up."""
+        logger.warning(
+            "the parent's run %s is in another epoch: the region %s begins at its newest y",
+            self._parent.run.name, place.worker,
+        )  # fmt: skip
+        self.receipt = None
+        return self._leave(place)
 
     def _restart(self, place: Place, status: RunStatus) -> Place:
         """The region's run is not where the place has moved it: it is moved to the parent's y as a whole."""
@@ -348,24 +353,15 @@ class Region:
 
     def _leave(self, place: Place) -> Place:
         """The region's run is to be moved to the parent's newest y, without what it is ahead of that."""
-        pulled, residual = self._parent.pull(), place.residual
-        if pulled.epoch != place.epoch and residual is not None:
-            # The parent has lost the pushes that left the residual, perhaps on purpose.
-            residual = torch.zeros_like(residual)
-        return self._save(self._moving(place, pulled, residual).after(whole=True))
+        pulled = self._parent.pull_newest()
+        return self._save(place.to_move(pulled, self._parent.y).after(whole=True, joins=True))
 
-    def _moving(self, place: Place, pulled: Pulled, residual: Tensor | None) -> Place:
-        return place.after(
-            stage="moving",
-            round=place.round + 1,
-            epoch=pulled.epoch,
-            step=pulled.step,
-            # What is trained before the move begins at the base so far.
-            oldest=place.step,
-            base=self._parent.y,
-            residual=residual,
-            was_paused=None,
-        )
+    def _follow(self, place: Place) -> Place:
+        """A run that has not trained since its move is to be moved to the parent's newest y, if that is another."""
+        pulled = self._parent.pull_newest()
+        if (pulled.epoch, pulled.step) == (place.epoch, place.step):
+            return place
+        return self._save(place.to_move(pulled, self._parent.y).after(sent=place.base, joins=True))
 
     def _move(self, place: Place) -> Place:
         place = move(self._run, place, self._own, self._save)

@@ -151,7 +151,15 @@ class Parent:
             self.lease = self.run.lease(self.lease.granted.worker)
             self._is_resting = False
 
-    def join_again(self) -> None:
+    def pull_newest(self) -> Pulled:
+        """Pulls y as `pull` does, and has a lease of its epoch then."""
+        pulled = self.pull()
+        while pulled.epoch != self.held.granted.epoch:
+            self._join_again()
+            pulled = self.pull()
+        return pulled
+
+    def _join_again(self) -> None:
         """Takes a lease in the run's epoch, in place of one that may be of an earlier."""
         before = self.held
         self.lease = self.run.lease(before.granted.worker)
@@ -219,7 +227,7 @@ class Parent:
         """A push was not applied and will not be under its lease; in the same epoch its round is still good."""
         if self.held.granted.lease == place.lease:
             self._require_own_name()
-            self.join_again()
+            self._join_again()
         granted = self.held.granted
         if granted.epoch != place.epoch:
             raise EpochChanged("the parent's run went back to an earlier step")

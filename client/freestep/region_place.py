@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
+from freestep.answers import Pulled
 from freestep.api.models import RunStatus
 from freestep.errors import FreestepError, MalformedTensors
 from freestep.files import writing
@@ -80,6 +81,21 @@ class Place:
                     f"the run {found.run!r} was deleted, and another has its name, which is not that of the region's "
                     "place: remove its file to join the new one"
                 )
+
+    def to_move(self, pulled: Pulled, base: Tensor) -> Place:
+        """Before the move of the region's run to a y of the parent's, of an epoch and step: `base`."""
+        return self.after(
+            stage="moving",
+            round=self.round + 1,
+            epoch=pulled.epoch,
+            step=pulled.step,
+            # What is trained before the move begins at the base so far.
+            oldest=self.step,
+            base=base,
+            # In another epoch the parent has lost the pushes that left the residual, perhaps on purpose.
+            residual=self.residual if pulled.epoch == self.epoch else None,
+            was_paused=None,
+        )
 
     def moved(self, run_epoch: int, run_step: int) -> Place:
         """Behind the move of the region's run, which began an epoch at a step."""

@@ -19,6 +19,7 @@ from freestep import (
     RemoteOptimizer,
     Run,
     RunNotFound,
+    RunState,
     StorageUnavailable,
 )
 from freestep.region_move import ROUND_METRIC
@@ -120,6 +121,31 @@ def test_what_the_region_makes_while_a_push_travels_is_of_the_next_round(
     assert works.receipt is not None and works.receipt.staleness == 2
 
 
+def test_a_round_that_the_parent_has_not_had_is_none_of_those_asked_for(
+    here: Run, far: Run, region: Callable[..., Region], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freestep.region._WAIT_S", 0.1)
+    begin(here)
+    works = joined(region())
+    kept, at_far = here.checkpoint().step, far.checkpoint().step
+    push(here, 2)
+    works.run_rounds(1)
+    # First the region's run goes back behind its move, then the parent's.
+    here.restore(kept)
+    working = under_way(lambda: works.run_rounds(1))
+    wait_until(lambda: counted(here) == 2.0)
+    wait_until(lambda: works.place is not None and works.place.stage == "training")
+    with here.lease(ttl_ms=600_000) as lease:
+        count(here, lease, 1)
+        far.restore(at_far)
+        count(here, lease, 1)
+    wait_until(lambda: counted(here) == 0.0)
+    wait_until(lambda: works.place is not None and works.place.stage == "training")
+    push(here, 2, value=5.0)
+    working.result()
+    assert counted(far) == counted(here) == 10.0
+
+
 def test_two_regions_go_round_by_round(service: ThreadService, name: str, far: Run, tmp_path: Path, here: Run) -> None:
     with sides(service.url, f"{name}-other") as (there, _):
         begin(here)
@@ -190,6 +216,62 @@ def test_what_an_encoded_push_leaves_out_comes_later(
         torch.testing.assert_close(y["count"] - works.place.residual, torch.full((NUMEL,), 6.4), **TOLERANCE)
 
 
+def test_a_region_that_finishes_has_the_parents_newest_y(
+    here: Run, far: Run, region: Callable[..., Region], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(here)
+    works = region(every=5)
+    works.finish()
+    push(here, 3)
+    works.finish()
+    assert counted(far) == counted(here) == 3.0
+    epoch = here.status().epoch
+    works.finish()
+    assert here.status().epoch == epoch
+    push(far, 1, value=10.0)
+    works.finish()
+    assert counted(here) == 13.0
+    assert far.status().pushes["applied"] == 2
+    # A step of the region's that comes while it is moved is of its next round.
+    push(far, 1, value=10.0)
+    export = Run.export_state
+
+    def exported_late(run: Run) -> RunState:
+        monkeypatch.undo()
+        run.resume()
+        push(run, 1)
+        run.pause()
+        return export(run)
+
+    monkeypatch.setattr(Run, "export_state", exported_late)
+    works.finish()
+    assert (counted(far), counted(here)) == (23.0, 24.0)
+    works.finish()
+    assert counted(far) == counted(here) == 24.0
+
+
+def test_a_region_that_finishes_follows_runs_that_went_back(here: Run, far: Run, region: Callable[..., Region]) -> None:
+    begin(here)
+    works = region(every=5)
+    works.finish()
+    at_far = far.checkpoint().step
+    push(here, 2)
+    works.finish()
+    far.restore(at_far)
+    works.finish()
+    assert counted(far) == counted(here) == 0.0
+    kept = here.checkpoint().step
+    push(here, 2)
+    works.finish()
+    assert counted(far) == counted(here) == 2.0
+    here.restore(kept)
+    far.restore(at_far)
+    works.finish()
+    push(here, 1)
+    works.finish()
+    assert counted(far) == counted(here) == 1.0
+
+
 def test_a_round_that_is_dropped_is_lost_and_the_steps_since_then_are_not(
     here: Run, far: Run, region: Callable[..., Region]
 ) -> None:
@@ -218,7 +300,8 @@ def test_a_parent_that_went_back_takes_no_progress_from_what_it_has_given_up(
     push(here, 2)
     far.restore(kept)
     with caplog.at_level(logging.WARNING, "freestep"):
-        works.run_rounds(1)
+        for stage in ("sending", "moving", "training"):
+            assert works.advance().stage == stage
     assert "is in another epoch" in caplog.text
     assert counted(far) == counted(here) == 2.0
     push(here, 2)

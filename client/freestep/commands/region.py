@@ -52,7 +52,8 @@ def region(
     topk_fraction: Annotated[float, typer.Option(help="For topk: the share of each tensor that is pushed.")] = 0.01,
     pull_dtype: Annotated[PointDtype, typer.Option(help="The dtype in which the parent's y comes.")] = "F32",
     once: Annotated[
-        bool, typer.Option("--once", help="Push what the run has made since the last round, take the answer, and end.")
+        bool,
+        typer.Option("--once", help="Push what the run has made since the last round, take the parent's y, and end."),
     ] = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
