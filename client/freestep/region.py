@@ -300,6 +300,8 @@ class Region:
 
     def _begin_to_send(self, place: Place, pulled: Pulled, loss: float | None) -> Place:
         lease = self._parent.held.granted
+        if lease.epoch != place.epoch:
+            return self._give_up(place)
         if not bool(self._own.vector.isfinite().all()):
             raise NonFiniteGradient(
                 f"y of the region's run {self._run.name!r} contains NaN or infinity at step {pulled.step}, and is not "

@@ -272,6 +272,24 @@ def test_a_region_that_finishes_follows_runs_that_went_back(here: Run, far: Run,
     assert counted(far) == counted(here) == 1.0
 
 
+def test_a_parent_that_went_back_while_no_process_worked_takes_no_progress_from_what_it_has_given_up(
+    here: Run, far: Run, region: Callable[..., Region]
+) -> None:
+    begin(here)
+    works = joined(region())
+    kept = far.checkpoint().step
+    push(here, 2)
+    works.run_rounds(1)
+    push(here, 2)
+    works.close()
+    far.restore(kept)
+    push(far, 1, value=10.0)
+    works = region()
+    works.finish()
+    assert counted(far) == counted(here) == 10.0
+    assert works.receipt is None
+
+
 def test_a_round_that_is_dropped_is_lost_and_the_steps_since_then_are_not(
     here: Run, far: Run, region: Callable[..., Region]
 ) -> None:
