@@ -67,6 +67,15 @@ def joined(region: Region) -> Region:
     return region
 
 
+def checkpointed_in_round(here: Run, region: Region) -> int:
+    """Has two updates made in a region's round, with a checkpoint between them; its step."""
+    joined(region)
+    push(here, 1)
+    kept = here.checkpoint().step
+    push(here, 1)
+    return kept
+
+
 def test_a_parent_is_created_with_the_regions_weights(here: Run, far: Run, region: Callable[..., Region]) -> None:
     begin(here, value=7.0)
     joined(region(optimizer={}, aggregation=None, options={"durability": "none"}))
@@ -331,11 +340,8 @@ def test_a_region_that_went_back_in_its_round_pushes_what_it_has(
     here: Run, far: Run, region: Callable[..., Region]
 ) -> None:
     begin(here)
-    works = joined(region())
-    push(here, 1)
-    kept = here.checkpoint().step
-    push(here, 1)
-    here.restore(kept)
+    works = region()
+    here.restore(checkpointed_in_round(here, works))
     push(here, 1, value=5.0)
     works.run_rounds(1)
     assert counted(far) == counted(here) == 6.0
@@ -368,10 +374,8 @@ def test_a_region_that_went_back_while_a_push_travelled_keeps_what_the_parent_ha
     here: Run, far: Run, region: Callable[..., Region], since: int
 ) -> None:
     begin(here)
-    works = joined(region())
-    push(here, 1)
-    kept = here.checkpoint().step
-    push(here, 1)
+    works = region()
+    kept = checkpointed_in_round(here, works)
     works.advance()
     here.restore(kept)
     push(here, since)
