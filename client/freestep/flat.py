@@ -133,7 +133,7 @@ class Flat(FlatPart):
         self.views: dict[str, Tensor] = {
             slot.name: self.vector[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in manifest.slots
         }
-        self._parts: tuple[FlatPart, ...] = (self,)
+        self._parts: tuple[FlatPart, ...] = ()
 
     def parts(self, count: int) -> tuple[FlatPart, ...]:
         """The parts of the vector that belong to each shard; for one shard, the vector itself.
@@ -141,8 +141,11 @@ class Flat(FlatPart):
         Args:
             count: The run's number of shards.
         """
+        if count == 1:
+            # Not kept: a vector that refers to itself would keep its memory until garbage is collected.
+            return (self,)
         if len(self._parts) != count:
-            self._parts = (self,) if count == 1 else tuple(self._part(index, count) for index in range(count))
+            self._parts = tuple(self._part(index, count) for index in range(count))
         return self._parts
 
     def _part(self, index: int, count: int) -> FlatPart:

@@ -59,18 +59,23 @@ def read(response: httpx.Response, into: Destination | None) -> Answer:
     response.read()
     document = _document(response)
     if not response.is_success:
-        refusal: ProblemError | UnexpectedResponse | None = None
-        if isinstance(document, dict):
-            refusal = ProblemError.from_document(document)
-        if refusal is None:
-            kind = GatewayError if response.status_code in _GATEWAY_STATUS else UnexpectedResponse
-            way = f" through {response.extensions[PROXY]}" if PROXY in response.extensions else ""
-            place = without_password(str(response.request.url))
-            refusal = kind(f"{place} answered {response.status_code}{way}: {response.text[:200]!r}")
-        if isinstance(refusal, ProblemError | GatewayError) and headers.get("retry-after", "").isdecimal():
-            refusal.retry_after = float(headers["retry-after"])
-        raise refusal
+        # No name here has the error: with one, its traceback would keep all callers' memory until garbage is collected.
+        raise _refusal(response, headers, document)
     return Answer(response.status_code, headers, document)
+
+
+def _refusal(response: httpx.Response, headers: Mapping[str, str], document: Any) -> ProblemError | UnexpectedResponse:
+    refusal: ProblemError | UnexpectedResponse | None = None
+    if isinstance(document, dict):
+        refusal = ProblemError.from_document(document)
+    if refusal is None:
+        kind = GatewayError if response.status_code in _GATEWAY_STATUS else UnexpectedResponse
+        way = f" through {response.extensions[PROXY]}" if PROXY in response.extensions else ""
+        place = without_password(str(response.request.url))
+        refusal = kind(f"{place} answered {response.status_code}{way}: {response.text[:200]!r}")
+    if isinstance(refusal, ProblemError | GatewayError) and headers.get("retry-after", "").isdecimal():
+        refusal.retry_after = float(headers["retry-after"])
+    return refusal
 
 
 def _receive(response: httpx.Response, headers: Mapping[str, str], into: Destination) -> None:

@@ -160,7 +160,11 @@ class ShardClient:
             failure = min(failures, key=_precedence)
             if not isinstance(failure, _Resharded):
                 self._outdated |= isinstance(failure, _SUGGEST_RESHARDING)
-                raise failure
+                try:
+                    raise failure
+                finally:
+                    # Its traceback has this frame: else both, and all callers' memory, wait until garbage is collected.
+                    del gathered, outcomes, failures, failure
             # The rank that noticed has the new map already.
             self._outdated |= len(self._map.urls) == requests.count
 
@@ -264,7 +268,8 @@ class _ShardRequests:
             return self._request(shard)
         except FreestepError as error:
             self.abandoned.set()
-            return error
+            # Where it is a value, frames that keep it would be kept by its traceback.
+            return error.with_traceback(None)
         except BaseException:
             self.abandoned.set()
             raise

@@ -170,6 +170,8 @@ class Transport:
                 return read(response, into)
             finally:
                 response.close()
+                # httpx's answer refers to itself and to its request: a body would wait until garbage is collected.
+                response.request.stream = httpx.ByteStream(b"")
 
         answer = self._with_retries(send, route, self._retry_for if retry else 0.0, path)
         self._outages.resumed(path)
