@@ -48,7 +48,7 @@ class Network:
             if shutil.which(tool) is None:
                 raise Unavailable(f"{tool} (iproute2) is not installed")
         self.addresses = {name: f"10.0.0.{number}" for number, name in enumerate([*names, "watcher"], 1)}
-        self._loss, self._delay_ms = loss, delay_ms
+        self._loss, self.delay_ms = loss, delay_ms
         self._namespaces: dict[str, int] = {}
         self._switch: subprocess.Popen[bytes] | None = None
         try:
@@ -71,7 +71,7 @@ class Network:
             self._do(name, "ip link set dev eth0 addrgenmode none up")
 
     def _impair(self, names: list[str]) -> bool:
-        netem = f"netem delay {self._delay_ms}ms loss {100 * self._loss:g}% rate {RATE_MBIT}mbit limit 10000"
+        netem = f"netem delay {self.delay_ms}ms loss {100 * self._loss:g}% rate {RATE_MBIT}mbit limit 10000"
         try:
             for name in names:
                 self._do(name, f"tc qdisc add dev eth0 root {netem}")
@@ -87,7 +87,7 @@ class Network:
                 self._do("switch", f"ip link set dev {name} master bridge")
             return
         program = str(Path(__file__).with_name("switch.py"))
-        impaired = map(str, (self._delay_ms / 1000, self._loss, RATE_MBIT * 1e6))
+        impaired = map(str, (self.delay_ms / 1000, self._loss, RATE_MBIT * 1e6))
         command = [sys.executable, program, *impaired, "watcher", *names]
         self._switch = self.start("switch", command, stdout=subprocess.PIPE)
         assert self._switch.stdout is not None

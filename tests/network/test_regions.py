@@ -1,9 +1,9 @@
-"""Two regions with two workers each, 100 ms and 100 Mbit/s from their parent, beside the four workers without regions.
+"""Two regions with two workers each, 50 or 100 ms and 100 Mbit/s from their parent, beside the workers without regions.
 
 All train the lab's character model on the same batches. Two regions that go round by round come within 2% of the
 validation loss, or below it, with less than a tenth of the bytes on the cables. docs/guides/regions.md has the figures:
 
-    python -m pytest -m evidence -s tests/network/test_regions.py
+    python -m pytest -m evidence -s tests/network/test_regions.py [-k 100ms]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARENT, REGIONS = "parent", ("region-0", "region-1")
 WORKERS, BATCHES, EVERY = 4, 320, 16
 WIDTH, LAYERS = 64, 2
 PORT, WATCHED_WINDOWS = 8000, 256
-DELAY_MS = 100
+DELAYS_MS = (50, 100)
 """Each way."""
 
 
@@ -110,10 +110,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+@pytest.fixture(params=DELAYS_MS, ids=lambda delay: f"{delay}ms")
+def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     try:
-        network = Network([PARENT, *REGIONS], loss=0.0, delay_ms=DELAY_MS)
+        network = Network([PARENT, *REGIONS], loss=0.0, delay_ms=request.param)
     except Unavailable as reason:
         pytest.skip(str(reason))
     try:
@@ -176,7 +176,8 @@ def test_two_regions_train_as_one_with_a_tenth_of_the_bytes(site: Site) -> None:
     regions = _by_regions(site)
     site.end()
     direct = _directly(site)
-    found = {"netem": site.network.netem, "batches": BATCHES, "regions": regions, "direct": direct}
+    network = site.network
+    found = {"netem": network.netem, "ms": network.delay_ms, "batches": BATCHES, "regions": regions, "direct": direct}
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
     assert regions["loss"] < 1.02 * direct["loss"]
     assert regions["bytes"] < direct["bytes"] / 10
