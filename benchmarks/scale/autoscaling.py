@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from math import ceil, inf
 
+from benchmarks.scale.costs import STARTING_S
 from benchmarks.scale.outcome import Outcome
 from benchmarks.scale.queues import Steps
 from benchmarks.scale.rules import Desk
@@ -47,7 +48,8 @@ class Observed:
 
 
 def wanted(observed: Observed, targets: Targets) -> int:
-    """How many workers the rule asks for."""
+    """How many workers the rule asks for: the chart's query (templates/autoscaling.yaml), and the rounding of what it
+    says."""
     rooms = [
         target / value
         for target, value in (
@@ -127,8 +129,6 @@ class Scaled:
 
 
 _RATE_S = 120.0
-_STARTING_S = 30.0
-"""Until a new pod pushes."""
 
 
 def scaled(setup: Setup, desk: Desk, seconds: float, targets: Targets | None = None) -> Scaled:
@@ -168,7 +168,7 @@ def scaled(setup: Setup, desk: Desk, seconds: float, targets: Targets | None = N
             if hpa is not None and targets is not None:
                 number = hpa.next(now, simulation.live, wanted(observed, targets))
                 if number > simulation.live:
-                    simulation.add(number - simulation.live, _STARTING_S)
+                    simulation.add(number - simulation.live, STARTING_S)
                 else:
                     simulation.retire(simulation.live - number)
 

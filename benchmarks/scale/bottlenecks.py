@@ -36,7 +36,7 @@ def bottleneck(outcome: Outcome) -> str:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Something to do about a bottleneck. is_built: whether freestep has it."""
+    """Something to do about a bottleneck."""
 
     name: str
     against: Sequence[str]
@@ -49,7 +49,6 @@ class Remedy:
     """Whether `slow_bytes_per_second` is set above the workers' links, so that what they hold is of the reserve."""
     group: int = 1
     """Workers behind a service of their own, which is a worker of the run."""
-    is_built: bool = True
 
     def applied_to(self, setup: Setup) -> Setup:
         """The setup with the remedy, but for `group`, which is more than one setup."""
@@ -66,7 +65,8 @@ class Remedy:
     def _more_places(self, setup: Setup) -> int:
         if not self.as_slow_peers:
             return 0
-        return min(setup.workers, int(RESERVE / (4 * setup.parameters / setup.shards)))
+        # A worker holds a body's memory, or a point's.
+        return min(2 * setup.workers, int(RESERVE / (4 * setup.parameters / setup.shards)))
 
     def helps(self, name: str, setup: Setup) -> bool:
         """Whether it is something to do about a bottleneck of this name."""
@@ -83,6 +83,6 @@ REMEDIES = (
     Remedy("4 times the shards", ("event loop", "port", "writer", "places", "points"), more_shards=4),
     Remedy("50 local steps", (*_BODIES, "Redis", "writer", "latency"), local_steps=50),
     Remedy("groups of 32, each with a service of its own, 50 steps", (*_BODIES, "Redis"), local_steps=50, group=32),
-    Remedy("commits in batches of 8", ("Redis",), redis_share=1 / 8, is_built=False),
+    Remedy("commits in batches of 8", ("Redis",), redis_share=1 / 8),
 )
-"""Redis Cluster is none: all keys of a run are on one of its nodes."""
+"""Commits in batches are not built. Redis Cluster is none of them: all keys of a run are on one of its nodes."""

@@ -2,7 +2,7 @@
 
 Each worker sends its gradient to all shards under one claim, and begins its next push when it has all answers. Bodies
 are sent from one vector and received into one scratch buffer, so that a push costs this process little beside what the
-kernel copies.
+kernel copies. Connections are made anew for each window, since a service closes those that are idle meanwhile.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
@@ -29,16 +30,17 @@ _BUFFER_BYTES = 4 << 20
 """Of a socket, so that a body of a few megabytes is written in few calls."""
 _TTL_MS = 3_600_000
 """Longer than a measurement, so that nobody has to renew a lease meanwhile."""
+_LEAST_EACH = 2
+"""Pushes of a worker that a window has, on average."""
 
 
 @dataclass
 class Taken:
-    """What the workers have done in a window: the seconds that each push took, and the staleness of each."""
+    """What the workers have done in a window: the seconds that each push took, and the staleness of each that was
+    answered with y, as all are for which the service has memory."""
 
     seconds: list[float] = field(default_factory=list)
     staleness: list[int] = field(default_factory=list)
-    without_y: int = 0
-    """Answers that were a receipt alone, since no memory was free for y."""
 
 
 class _Connection:
@@ -111,25 +113,25 @@ class _Connection:
 
 
 class _Worker:
-    """A lease as (lease, token), and a connection to the owner of each shard."""
+    """A lease as (lease, token), and, while it pushes, a connection to the owner of each shard."""
 
-    def __init__(self, lease: tuple[str, int], connections: Sequence[_Connection]) -> None:
+    def __init__(self, lease: tuple[str, int]) -> None:
         self.lease = lease
-        self.connections = connections
+        self.connections: list[_Connection] = []
         self.step = 0
         self.began = 0.0
         self.unanswered: set[_Connection] = set()
 
 
 class Generator:
-    """The workers of a run; a context manager, which holds their connections."""
+    """The workers of a run; a context manager, which closes what it has open."""
 
     def __init__(self, run: Run, service_url: str, shards: int) -> None:
         credit = credentials(None, httpx.URL(service_url)).headers()
         self._service = httpx.Client(base_url=service_url, headers=credit)
         self._run = run.name
         self._credit = credit
-        self._parts = Flat(run.manifest).parts(shards)
+        self._bodies = [part.body() for part in Flat(run.manifest).parts(shards)]
         urls = [shard.url or service_url for shard in run.topology().shards]
         path = f"/v1/runs/{run.name}/gradients?dtype=F32"
         self._owners = [
@@ -143,23 +145,30 @@ class Generator:
         while len(self._workers) < workers:
             wish = {"worker": f"worker-{len(self._workers)}", "ttl_ms": _TTL_MS}
             answer = self._service.post(f"/v1/runs/{self._run}/leases", json=wish).raise_for_status().json()
-            lease = answer["lease"], answer["token"]
-            connections = [
-                _Connection(url, target, self._credit, part.body())
-                for (url, target), part in zip(self._owners, self._parts, strict=True)
-            ]
-            self._workers.append(_Worker(lease, connections))
+            self._workers.append(_Worker((answer["lease"], answer["token"])))
 
     def push(self, workers: int, warmup: float, seconds: float, at_border: Callable[[], None]) -> tuple[Taken, float]:
         """Has so many workers push; what those did whose pushes ended in the window, and how long it was, in seconds.
 
-        warmup: seconds that do not count; it is longer where there are fewer answers than workers by then. at_border:
-            called as the window begins and as it ends.
+        warmup: seconds that do not count; it is longer where there are fewer answers than workers by then, so that the
+            kernel's buffers of each connection have been in use. seconds: of the window; it is longer where each worker
+            would not be answered twice in it. at_border: called as the window begins and as it ends.
         """
         self.join(workers)
-        taken, window_began, answers = Taken(), None, 0
-        began = time.perf_counter()
         busy = self._workers[:workers]
+        try:
+            for worker in busy:
+                for (url, target), body in zip(self._owners, self._bodies, strict=True):
+                    worker.connections.append(_Connection(url, target, self._credit, body))
+            return self._pushed(busy, warmup, seconds, at_border)
+        finally:
+            self._disconnect()
+
+    def _pushed(
+        self, busy: Sequence[_Worker], warmup: float, seconds: float, at_border: Callable[[], None]
+    ) -> tuple[Taken, float]:
+        taken, window_began, answers = Taken(), inf, 0
+        began = time.perf_counter()
         # Who had nothing to do while others pushed would otherwise begin with a gradient of long ago.
         newest = max(worker.step for worker in self._workers)
         for worker in busy:
@@ -179,11 +188,12 @@ class Generator:
                 if worker.unanswered:
                     continue
                 now, answers = time.perf_counter(), answers + 1
-                self._take(worker, taken if window_began is not None and not length else None, now)
-                if window_began is None and now - began >= warmup and answers >= workers:
-                    window_began = now
-                    at_border()
-                elif window_began is not None and not length and now - window_began >= seconds:
+                self._take(worker, taken if window_began < now and not length else None, now)
+                if window_began == inf:
+                    if now - began >= warmup and answers >= len(busy):
+                        window_began = now
+                        at_border()
+                elif not length and now - window_began >= seconds and len(taken.seconds) >= _LEAST_EACH * len(busy):
                     length = now - window_began
                     at_border()
                 if length:
@@ -212,8 +222,6 @@ class Generator:
             taken.seconds.append(now - worker.began)
             if staleness := first.header("freestep-staleness"):
                 taken.staleness.append(int(staleness))
-            else:
-                taken.without_y += 1
 
     def __enter__(self) -> Self:
         return self
@@ -221,11 +229,14 @@ class Generator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._selector.close()
+        self._service.close()
+
+    def _disconnect(self) -> None:
         for worker in self._workers:
             for connection in worker.connections:
                 connection.socket.close()
-        self._selector.close()
-        self._service.close()
+            worker.connections.clear()
 
 
 def _lines(headers: Mapping[str, str]) -> str:

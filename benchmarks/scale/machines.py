@@ -1,7 +1,8 @@
 """The machines of a simulated service, and what a push uses of them.
 
 Shards are alike: each has the same part of every push, so one stands for all unless they share cores. Its line carries
-a shard's bytes, and its loop a shard's requests; Redis and the workers' own lines carry what all shards do.
+a shard's bytes, and its loop a shard's requests; Redis and the workers' own lines carry what all shards do. On shared
+cores a shard is a process, whose threads take turns: what it does in its loop and in its writer is of one core.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from freestep_service.domain.aggregation import Policy
 from freestep_service.state.memory_budget import snapshot_vectors
 from freestep_service.state.staging import staging_vectors
 
-__all__ = ["Machines"]
+__all__ = ["MOST_PIECES", "MOST_PUSH_POINTS", "PIECE_S", "Machines"]
 
-_PIECE_S = 0.005
-_MOST_PIECES = 8
+PIECE_S, MOST_PIECES = 0.005, 8
 """A loop takes turns between bodies; what one of them takes of it is cut into a few pieces."""
+MOST_PUSH_POINTS = 4
+"""Points that may be sent at once of several shards, for the answers of pushes: as lua/_prelude.lua has it. A shard has
+more, which are kept for pulls."""
 
 
 class Machines:
@@ -31,19 +34,21 @@ class Machines:
     def __init__(self, env: Environment, setup: Setup, policy: Policy) -> None:
         self._env = env
         self._setup = setup
-        shared = None if setup.cores is None else Resource(env, capacity=max(1, round(setup.cores)))
+        shared = None if setup.cores is None else Resource(env, capacity=setup.cores)
         costs, shards = setup.costs, setup.shards if shared is not None else 1
         self._loops = [Thread(env, shared, costs.loop_wake) for _ in range(shards)]
-        self._writers = [Thread(env, shared) for _ in range(shards)]
+        self._writers = self._loops if shared is not None else [Thread(env) for _ in range(shards)]
         self.redis = Thread(env, shared, costs.redis_wake)
         self.sender = Thread(env, shared, costs.sender_wake)
         own = setup.link / setup.shards
         self._in, self._out = Line(env, setup.port, own), Line(env, setup.port, own)
-        self.places = Resource(env, staging_vectors(policy, setup.shards) + setup.more_places)
+        # Both are of one reserve, so each has half of it.
+        more = setup.more_places // 2
+        self.places = Resource(env, staging_vectors(policy, setup.shards) + more)
         """For bodies on their way."""
         self.place_s = 0.0
         """Seconds for which these were taken, summed over them."""
-        self.points = SharedPlaces(env, snapshot_vectors(setup.shards) + setup.more_places)
+        self.points = SharedPlaces(env, min(snapshot_vectors(setup.shards), MOST_PUSH_POINTS) + more)
         """For points that are being sent."""
 
     def used(self) -> dict[str, float]:
@@ -61,6 +66,11 @@ class Machines:
             "places": self.place_s / self.places.capacity,
             "points": self.points.busy,
         }
+
+    def woken(self) -> dict[str, float]:
+        """How often threads were idle before they did something, all shards' loops together."""
+        loops = sum(each.woken for each in self._loops)
+        return {"loop": loops, "Redis": self.redis.woken, "sender": self.sender.woken}
 
     def loops(self, seconds: float) -> Steps:
         """Has all event loops work for so long."""
@@ -98,6 +108,6 @@ class Machines:
 
     @staticmethod
     def _in_pieces(thread: Thread, seconds: float) -> Steps:
-        pieces = min(_MOST_PIECES, max(1, round(seconds / _PIECE_S)))
+        pieces = min(MOST_PIECES, max(1, round(seconds / PIECE_S)))
         for _ in range(pieces):
             yield from thread.use(seconds / pieces)

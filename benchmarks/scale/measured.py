@@ -1,15 +1,21 @@
 """Throughput and CPU of real services on this machine, under the load of one generator.
 
-For each number of shards there are as many service processes, with one Redis. A window of pushes is one point: pushes
-a second, the CPU that each of them cost generator, services (the event loop's thread apart from the others) and Redis,
-and Redis's own account of its commands. Windows of all points alternate over rounds, so that a slow moment of the
-machine is not one point's alone; a figure is the median over the rounds in which other programs took least.
+For each number of shards there are as many service processes, with one Redis. A window of pushes of one cell (a number
+of shards, a size, a number of workers) gives its pushes a second, the CPU that each of them cost generator, services
+(the event loop's thread apart from the others) and Redis, and Redis's own account of its commands. All services are up
+at once, and each round has a window of every cell, in an order of its own, so that a slow spell of the machine is not
+of one cell, nor of cells that are alike. The first round is thrown away. A figure is the median over the windows in
+which other programs took least.
+
+Each round also measures how much of the cores processes get that hand pushes on to each other (`handed_on`), as those
+of several shards do.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import random
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -25,39 +31,70 @@ from redis import Redis
 from benchmarks.figures import spread
 from benchmarks.placing import place
 from benchmarks.scale.generator import Generator
+from benchmarks.scale.handed_on import working
 from benchmarks.services import Service, cpu_seconds, running_service
 from freestep import Client
 from freestep_service.coordination.embedded import embedded_store
 
-__all__ = ["SHARDS", "SIZES", "WORKERS", "Point", "machine", "measure"]
+__all__ = [
+    "ALONE",
+    "BUSY",
+    "COSTS_ALONE",
+    "SHARDS",
+    "SIZES",
+    "WORKERS",
+    "Measured",
+    "Point",
+    "machine",
+    "measure",
+    "points_of",
+]
 
 SHARDS = (1, 2, 4)
 SIZES = (100_000, 300_000, 1_000_000)
 WORKERS = (1, 4, 16, 64, 256)
-ROUNDS, SECONDS, WARMUP_S = 3, 0.5, 0.2
-QUICK_SIZES, QUICK_WORKERS, QUICK_ROUNDS, QUICK_SECONDS = (100_000, 1_000_000), (1, 16), 1, 0.5
+ALONE, BUSY = 1, 16
+"""Workers of the points that costs are fitted on: of one, threads are idle before each thing they do."""
+COSTS_ALONE: dict[int, dict[int, Sequence[int]]] = {
+    min(SHARDS): {200_000: (ALONE, BUSY), 2_000_000: (ALONE, BUSY)},
+    3: {100_000: (ALONE, BUSY, 256), 1_000_000: (ALONE, BUSY)},
+    max(SHARDS): {50_000: (ALONE, BUSY, 256), 200_000: (ALONE, BUSY), 2_000_000: (ALONE, BUSY)},
+}
+"""What is measured for the costs alone, besides: workers by sizes, by numbers of shards. Of many workers, models are so
+small that pushes have their turn within the second after which they would ask for it again."""
+ROUNDS, SECONDS, WARMUP_S = 5, 0.6, 0.3
+QUICK_SIZES, QUICK_WORKERS, QUICK_ROUNDS = (100_000, 1_000_000), (ALONE, BUSY), 2
 
-_UNDISTURBED = 0.1
-"""Cores that other programs may have taken more than in the best round."""
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+_UNDISTURBED = 0.05
+"""Cores that other programs may have taken more than in the best window of a cell."""
+_LEAST_WINDOWS = 3
+"""That a figure is the median of, whatever other programs took."""
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What windows are of."""
+
+    shards: int
+    parameters: int
+    workers: int
 
 
 @dataclass(frozen=True)
 class Point:
-    """One number of shards, parameters and workers; all CPU is in seconds a push."""
+    """A cell's figures; all CPU is in seconds a push."""
 
     shards: int
     parameters: int
     workers: int
     pushes_per_s: float
     spread: float
-    """Half the distance between the quartiles of the rounds, in pushes a second."""
+    """Half the distance between the quartiles of the windows, in pushes a second."""
     push_s: float
     """The median of a push, as its worker waits for it."""
     staleness: float
     """The mean."""
-    without_y: float
-    """The share of pushes that were answered with a receipt alone."""
     generator_cpu: float
     loop_cpu: float
     """Of the services' threads that run event loops, summed over the services."""
@@ -74,9 +111,60 @@ class Point:
     """What Redis says that one took."""
 
 
-def measure(quick: bool) -> list[Point]:
-    """All points, shards by shards."""
-    return [point for shards in SHARDS for point in _measure(shards, quick)]
+@dataclass(frozen=True)
+class Measured:
+    """Points by shards, sizes and workers, and the windows that they are of, in the order in which they were taken, the
+    first round's too. A window also has `loop_queued`: how long event loops waited for a core, in seconds a push.
+
+    cores: how many processes got that hand pushes on to each other, by the number of services among them, if several.
+    """
+
+    cores: dict[int, float]
+    points: list[Point]
+    windows: list[dict[str, float]]
+
+
+def measure(quick: bool) -> Measured:
+    """The windows of all cells."""
+    with ExitStack() as stack:
+        numbers = sorted({*SHARDS, *COSTS_ALONE})
+        sites = [stack.enter_context(_Site(shards)) for shards in numbers]
+        cells = [(site, cell) for site in sites for cell in site.prepare(_sizes(site.shards, quick))]
+        order, windows = random.Random(_SEED), list[dict[str, float]]()
+        handed_on = {shards: list[float]() for shards in numbers if shards > 1}
+        for number in range(QUICK_ROUNDS if quick else ROUNDS):
+            order.shuffle(cells)
+            for site, cell in cells:
+                windows.append({"round": number, **asdict(cell), **site.window(cell)})
+            for shards, cores in handed_on.items():
+                cores.append(_handed_on(shards))
+    return Measured({shards: median(cores) for shards, cores in handed_on.items()}, points_of(windows), windows)
+
+
+def _sizes(shards: int, quick: bool) -> dict[int, Sequence[int]]:
+    """Numbers of workers by the size of a model."""
+    judged = dict.fromkeys(QUICK_SIZES, QUICK_WORKERS) if quick else dict.fromkeys(SIZES, WORKERS)
+    return (judged if shards in SHARDS else {}) | COSTS_ALONE.get(shards, {})
+
+
+def points_of(windows: Iterable[dict[str, float]]) -> list[Point]:
+    """The figures of each cell, by shards, sizes and workers."""
+    by_cell: dict[tuple[float, ...], list[dict[str, float]]] = {}
+    for window in windows:
+        if window["round"]:
+            cell = window["shards"], window["parameters"], window["workers"]
+            by_cell.setdefault(cell, []).append(window)
+    return [Point(**_figures(by_cell[cell])) for cell in sorted(by_cell)]
+
+
+def _figures(windows: Sequence[dict[str, float]]) -> dict[str, Any]:
+    by_others = sorted(windows, key=lambda each: each["other_cores"])
+    most = by_others[0]["other_cores"] + _UNDISTURBED
+    used = [each for number, each in enumerate(by_others) if number < _LEAST_WINDOWS or each["other_cores"] <= most]
+    names = Point.__dataclass_fields__.keys() & used[0].keys()
+    found: dict[str, Any] = {name: median(each[name] for each in used) for name in names}
+    cell = {name: int(found[name]) for name in ("shards", "parameters", "workers")}
+    return {**found, **cell, "spread": spread([each["pushes_per_s"] for each in used])}
 
 
 def machine() -> dict[str, Any]:
@@ -96,62 +184,70 @@ def _lines(file: str) -> Iterable[str]:
     return Path(file).read_text().splitlines() if Path(file).exists() else ()
 
 
-def _measure(shards: int, quick: bool) -> list[Point]:
-    sizes, numbers = (QUICK_SIZES, QUICK_WORKERS) if quick else (SIZES, WORKERS)
-    rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if quick else (ROUNDS, SECONDS)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="freestep-bench-"))
-        redis_url = stack.enter_context(embedded_store(Path(folder)))
-        store = stack.enter_context(Redis.from_url(redis_url, decode_responses=True))
-        shared = {"redis_url": redis_url, "checkpoint_url": f"{folder}/checkpoints"}
-        services = [stack.enter_context(running_service(**shared)) for _ in range(shards)]
-        client = stack.enter_context(Client(services[0].url))
-        windows: dict[tuple[int, int], list[dict[str, float]]] = {}
-        for parameters in sizes:
-            run = client.run(f"scale-{parameters}")
-            place(run, services, parameters, shards)
-            with Generator(run, services[0].url, shards) as generator:
-                generator.join(max(numbers))
-                for number in range(rounds):
-                    for workers in numbers if number % 2 == 0 else reversed(numbers):
-                        taken = _window(generator, services, store, workers, seconds)
-                        windows.setdefault((parameters, workers), []).append(taken)
-            run.delete()
-    return [Point(shards, *key, **_medians(taken)) for key, taken in windows.items()]
+class _Site:
+    """The services of one number of shards, their Redis, and a generator for each size; a context manager."""
+
+    def __init__(self, shards: int) -> None:
+        self.shards = shards
+        self._stack = ExitStack()
+        self._generators: dict[int, Generator] = {}
+
+    def __enter__(self) -> _Site:
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="freestep-bench-"))
+            redis_url = stack.enter_context(embedded_store(Path(folder)))
+            self._store = stack.enter_context(Redis.from_url(redis_url, decode_responses=True))
+            shared = {"redis_url": redis_url, "checkpoint_url": f"{folder}/checkpoints"}
+            self._services: list[Service] = [stack.enter_context(running_service(**shared)) for _ in range(self.shards)]
+            self._client = stack.enter_context(Client(self._services[0].url))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def prepare(self, sizes: dict[int, Sequence[int]]) -> list[Cell]:
+        """Makes a run of each size, whose workers hold their leases; its cells."""
+        for parameters, numbers in sizes.items():
+            run = self._client.run(f"scale-{parameters}")
+            place(run, self._services, parameters, self.shards)
+            generator = self._stack.enter_context(Generator(run, self._services[0].url, self.shards))
+            generator.join(max(numbers))
+            self._generators[parameters] = generator
+        return [Cell(self.shards, size, workers) for size, numbers in sizes.items() for workers in numbers]
+
+    def window(self, cell: Cell) -> dict[str, float]:
+        """What a window of pushes took."""
+        redis_pid = self._store.info("server")["process_id"]
+        borders: list[_Used] = []
+
+        def at_border() -> None:
+            borders.append(_used([service.pid for service in self._services], redis_pid, self._store))
+
+        taken, length = self._generators[cell.parameters].push(cell.workers, WARMUP_S, SECONDS, at_border)
+        before, after = borders
+        pushes = len(taken.seconds)
+        each = {name: (value - asdict(before)[name]) / pushes for name, value in asdict(after).items()}
+        parts = ("generator_cpu", "loop_cpu", "update_cpu", "redis_cpu")
+        return {
+            "pushes_per_s": pushes / length,
+            "push_s": median(taken.seconds),
+            "staleness": mean(taken.staleness) if taken.staleness else 0.0,
+            **{name: each[name] for name in (*parts, "loop_queued")},
+            "busy_cores": (own := sum(each[name] for name in parts) * pushes / length),
+            "other_cores": max(0.0, each["all_cpu"] * pushes / length - own),
+            "redis_calls": each["redis_calls"],
+            "redis_call_us": each["redis_us"] / max(each["redis_calls"], 1e-9),
+        }
 
 
-def _medians(windows: Sequence[dict[str, float]]) -> dict[str, float]:
-    least = min(each["other_cores"] for each in windows) + _UNDISTURBED
-    used = [each for each in windows if each["other_cores"] <= least]
-    found = {name: median(each[name] for each in used) for name in used[0]}
-    return {**found, "spread": spread([each["pushes_per_s"] for each in used])}
-
-
-def _window(
-    generator: Generator, services: Sequence[Service], store: Redis, workers: int, seconds: float
-) -> dict[str, float]:
-    redis_pid = store.info("server")["process_id"]
-    borders: list[_Used] = []
-
-    def at_border() -> None:
-        borders.append(_used([service.pid for service in services], redis_pid, store))
-
-    taken, length = generator.push(workers, WARMUP_S, seconds, at_border)
-    before, after = borders
-    pushes = len(taken.seconds)
-    each = {name: (value - asdict(before)[name]) / pushes for name, value in asdict(after).items()}
-    parts = ("generator_cpu", "loop_cpu", "update_cpu", "redis_cpu")
-    return {
-        "pushes_per_s": pushes / length,
-        "push_s": median(taken.seconds),
-        "staleness": mean(taken.staleness) if taken.staleness else 0.0,
-        "without_y": taken.without_y / pushes,
-        **{name: each[name] for name in parts},
-        "busy_cores": (own := sum(each[name] for name in parts) * pushes / length),
-        "other_cores": max(0.0, each["all_cpu"] * pushes / length - own),
-        "redis_calls": each["redis_calls"],
-        "redis_call_us": each["redis_us"] / max(each["redis_calls"], 1e-9),
-    }
+def _handed_on(services: int) -> float:
+    """The cores that so many services, a store and a generator get by handing pushes on, and others beside them."""
+    with working(services):
+        time.sleep(SECONDS)
+        began, before = time.perf_counter(), _all_cpu()
+        time.sleep(SECONDS)
+        return (_all_cpu() - before) / (time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -160,6 +256,7 @@ class _Used:
 
     generator_cpu: float
     loop_cpu: float
+    loop_queued: float
     update_cpu: float
     redis_cpu: float
     redis_calls: float
@@ -169,11 +266,12 @@ class _Used:
 
 
 def _used(pids: Sequence[int], redis_pid: int, store: Redis) -> _Used:
-    loops = sum(map(_first_thread_seconds, pids))
+    loops, queued = map(sum, zip(*map(_first_thread_seconds, pids), strict=True))
     called = store.info("commandstats").get("cmdstat_evalsha", {"calls": 0, "usec": 0})
     return _Used(
         time.process_time(),
         loops,
+        queued,
         sum(map(cpu_seconds, pids)) - loops,
         cpu_seconds(redis_pid),
         called["calls"],
@@ -187,7 +285,7 @@ def _all_cpu() -> float:
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
 
-def _first_thread_seconds(pid: int) -> float:
-    """What a process's first thread has used so far, to the kernel's tick."""
-    fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK_S
+def _first_thread_seconds(pid: int) -> tuple[float, float]:
+    """What a process's first thread has used so far, and how long it was ready and waited for a core."""
+    used, queued, _ = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()
+    return int(used) / 1e9, int(queued) / 1e9

@@ -32,12 +32,14 @@ class Thread:
         self._turn = None if cores is None else Resource(env)
         self._free_at = 0.0
         self.busy = 0.0
+        self.woken = 0
+        """How often it was idle before."""
 
     def use(self, seconds: float) -> Steps:
         """Waits for the thread and has it work for so long."""
         if self._turn is None:
             now = self._env.now
-            seconds += self._wake if self._free_at < now else 0.0
+            seconds += self._woken(self._free_at < now)
             self._free_at = max(now, self._free_at) + seconds
             self.busy += seconds
             yield self._env.timeout(self._free_at - now)
@@ -48,10 +50,14 @@ class Thread:
             yield turn
             with self._cores.request() as core:
                 yield core
-                seconds += self._wake if was_idle else 0.0
+                seconds += self._woken(was_idle)
                 self.busy += seconds
                 yield self._env.timeout(seconds)
             self._free_at = self._env.now
+
+    def _woken(self, was_idle: bool) -> float:
+        self.woken += was_idle
+        return self._wake if was_idle else 0.0
 
 
 class Line:
@@ -73,11 +79,6 @@ class Line:
         self._version = 0
         self.busy = 0.0
         """Seconds in which the line was full, counted in parts where it was in part."""
-
-    @property
-    def transfers(self) -> int:
-        """How many are under way."""
-        return len(self._ends)
 
     def transfer(self, size: float) -> Event:
         """What happens when so many bytes have passed."""

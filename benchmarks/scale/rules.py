@@ -269,7 +269,3 @@ class Rules:
     def units_done(self) -> int:
         """Units that have counted, as Redis has it."""
         return self._desk.do_at_once(self._coordinator.data.count())[0].done
-
-    def units_open(self) -> int:
-        """Units that nobody has and that have not counted, as Redis has it."""
-        return self._desk.do_at_once(self._coordinator.data.count())[0].open or 0

@@ -9,7 +9,19 @@ from typing import Any
 
 from benchmarks.scale.autoscaling import Targets, scaled
 from benchmarks.scale.bottlenecks import REMEDIES, Remedy, bottleneck
-from benchmarks.scale.costs import PRICES, fits, gpus_of, gradient_s, host_bytes
+from benchmarks.scale.costs import (
+    FAR_LINK,
+    FAR_S,
+    JITTER_SIGMA,
+    NEAR_S,
+    PORT,
+    PRICES,
+    SPEED_SIGMA,
+    fits,
+    gpus_of,
+    gradient_s,
+    host_bytes,
+)
 from benchmarks.scale.outcome import Outcome
 from benchmarks.scale.rules import Desk
 from benchmarks.scale.setup import Costs, Failures, Setup
@@ -24,8 +36,6 @@ LINKS = {
     "100 Gbit/s": 12.5e9,
     "400 Gbit/s": 50e9,
 }
-_PORT = 50e9
-_NEAR_S, _FAR_S, _FAR_LINK = 0.0005, 0.02, 125e6
 _SEED = 1
 
 CostsOf = Callable[[int], Costs]
@@ -81,12 +91,12 @@ def _setup(costs_of: CostsOf, regime: _Regime) -> Setup:
         shards=regime.shards,
         compute_s=gradient_s(regime.parameters),
         link=link,
-        port=_PORT,
-        latency_s=_FAR_S if link <= _FAR_LINK else _NEAR_S,
+        port=PORT,
+        latency_s=FAR_S if link <= FAR_LINK else NEAR_S,
         pushed_bytes=regime.bytes,
         pulled_bytes=regime.bytes,
-        speed_sigma=0.2,
-        jitter_sigma=0.1,
+        speed_sigma=SPEED_SIGMA,
+        jitter_sigma=JITTER_SIGMA,
         seed=_SEED,
     )
 
@@ -98,14 +108,16 @@ def _simulated(setup: Setup, desk: Desk, least: int = 300) -> Outcome:
     return outcome
 
 
+def _cents_per_1000(effective_per_s: float, gpus: int, shards: int, stores: int) -> float | None:
+    """Of gradients that count, for the machines; None where none does."""
+    dollars = gpus * PRICES["GPU hour"] + shards * PRICES["shard hour"] + stores * PRICES["Redis hour"]
+    return 1e5 * dollars / 3600 / effective_per_s if effective_per_s else None
+
+
 def _shown(setup: Setup, outcome: Outcome) -> dict[str, Any]:
     """What tables and plots show of an outcome."""
     ideal = setup.workers / setup.compute_s
-    dollars = (
-        setup.workers * gpus_of(setup.parameters) * PRICES["GPU hour"]
-        + setup.shards * PRICES["shard hour"]
-        + PRICES["Redis hour"]
-    ) / 3600
+    gpus = setup.workers * gpus_of(setup.parameters)
     return {
         "parameters": setup.parameters,
         "workers": setup.workers,
@@ -119,7 +131,7 @@ def _shown(setup: Setup, outcome: Outcome) -> dict[str, Any]:
         "computing": outcome.computing,
         "bottleneck": bottleneck(outcome),
         "gb_a_shard": host_bytes(setup) / 1e9,
-        "cents_per_1000": 1e5 * dollars / outcome.effective_per_s if outcome.effective_per_s else None,
+        "cents_per_1000": _cents_per_1000(outcome.effective_per_s, gpus, setup.shards, 1),
         "use": outcome.use,
         "waits": outcome.waits,
     }
@@ -143,7 +155,7 @@ def _with(remedy: Remedy, regime: _Regime, costs_of: CostsOf, desk: Desk) -> dic
         shards=inner_shards,
         costs=costs_of(inner_shards),
         link=max(near, LINKS[regime.link]),
-        latency_s=_NEAR_S,
+        latency_s=NEAR_S,
     )
     made = _simulated(inner, desk)
     steps = remedy.local_steps * size
@@ -152,13 +164,14 @@ def _with(remedy: Remedy, regime: _Regime, costs_of: CostsOf, desk: Desk) -> dic
     )
     shown = _shown(outer, _simulated(outer, desk, least=100))
     ideal = regime.workers / gradient_s(regime.parameters)
-    dollars = (
-        regime.workers * gpus_of(regime.parameters) * PRICES["GPU hour"]
-        + (setup.shards + outer.workers * inner_shards) * PRICES["shard hour"]
-        + (1 + outer.workers) * PRICES["Redis hour"]
-    ) / 3600
-    of_all = {"workers": regime.workers, "of_ideal": shown["effective_per_s"] / ideal}
-    return shown | of_all | {"cents_per_1000": 1e5 * dollars / shown["effective_per_s"], "inner": bottleneck(made)}
+    cents = _cents_per_1000(
+        shown["effective_per_s"],
+        regime.workers * gpus_of(regime.parameters),
+        setup.shards + outer.workers * inner_shards,
+        1 + outer.workers,
+    )
+    of_all = {"workers": regime.workers, "of_ideal": shown["effective_per_s"] / ideal, "cents_per_1000": cents}
+    return shown | of_all | {"inner": bottleneck(made)}
 
 
 def regimes(costs_of: CostsOf, desk: Desk, quick: bool) -> list[dict[str, Any]]:
@@ -258,7 +271,7 @@ def failures(costs_of: CostsOf, desk: Desk, quick: bool) -> list[dict[str, Any]]
                     "mtbf_s": mtbf_s,
                     "durability": durability,
                     "checkpoint_s": checkpoint_s,
-                    "computed": outcome.computed,
+                    "computed": outcome.sent,
                     "lost": outcome.lost,
                     "undone": outcome.undone,
                     "goodput": outcome.goodput,

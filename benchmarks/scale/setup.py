@@ -14,7 +14,7 @@ __all__ = ["Costs", "Failures", "Setup"]
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of threads. Where each is from is said in `costs.SOURCES`."""
+    """Seconds of threads. Where each is from is said by `costs.sources`."""
 
     loop_push: float
     """A shard's event loop, for its part of a push without its bytes."""
@@ -24,11 +24,19 @@ class Costs:
     """A shard's writer, for a parameter of an update."""
     redis_push: float
     """Redis, for a push with all its shards' calls."""
+    loop_hand_over: float = 0.0
+    """A shard's event loop, for giving its part of a push to the writer's thread, where that updates it."""
+    loop_waiting: float = 0.0
+    """... for its part of a push for each other push that waits for a place."""
+    redis_byte: float = 0.0
+    """Redis, for a byte of a body that passes the caches which it shares with others."""
     redis_waiting: float = 0.0
     """Redis, for a push for each other that waits for a place; only of several shards."""
     sender_push: float = 0.0
     """The thread that all workers share, where they do, for a push without its bytes."""
     sender_byte: float = 0.0
+    sender_waiting: float = 0.0
+    """... for a push for each other that waits for a place."""
     loop_wake: float = 0.0
     """What a loop takes more for each thing that it does where it was idle; and so the others."""
     redis_wake: float = 0.0
@@ -71,7 +79,7 @@ class Setup:
     """A parameter; so are the pulled ones."""
     pulled_bytes: float = 4.0
     more_places: int = 0
-    """For bodies and points, of the reserve that slow peers may hold, where the workers count as such."""
+    """For bodies and points together, of the reserve that slow peers may hold, where the workers count as such."""
     local_steps: int = 1
     """Gradients of a worker to each push."""
     speed_sigma: float = 0.0
@@ -83,8 +91,10 @@ class Setup:
     failures: Failures = Failures()
     units: int = 0
     """Of the run's data set; each push has one. 0 for none."""
-    cores: float | None = None
+    cores: int | None = None
     """That all threads share; None where each has one of its own."""
+    is_inline: bool = False
+    """Whether shards are so small that event loops update them, and hand nothing over."""
     seed: int = 0
 
     def spec(self) -> RunSpec:

@@ -3,8 +3,8 @@
 The law of this file: it knows when things happen, and decides nothing about pushes. `Rules` decides, which is the
 service's own code; how many bodies a shard receives at once, and how many points it holds, are the service's functions
 too. What is modelled and not run: who waits for a place goes first come, first served (as the queue of
-coordination/lua/_prelude.lua), and of several shards asks again each second (as runs/pushes.py); who waits for a point
-shares the next (as the cuts of _prelude.lua).
+coordination/lua/_prelude.lua), holds it until its push is applied (as the memory of state/staging.py), and of several
+shards asks again each second (as runs/pushes.py); who waits for a point shares the next (as the cuts of _prelude.lua).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from simpy import Environment, Event, Interrupt, Process
 
+from benchmarks.scale.failures import Crashes, death
 from benchmarks.scale.machines import Machines
 from benchmarks.scale.outcome import Outcome
 from benchmarks.scale.queues import Steps
@@ -26,11 +27,15 @@ from freestep.errors import EpochChanged, LeaseExpired
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import Ahead, Lost, Record
 
-__all__ = ["Simulation", "simulate"]
+__all__ = ["ANSWER", "ASKING", "CLAIM", "COMMIT", "GATHERED", "Simulation", "simulate"]
 
 _ASKED_AGAIN_S = 1.0
-_GATHERED = 12 / 28
+GATHERED = 12 / 28
 """Bytes of a pass that adds a push to a group, of those of an update."""
+CLAIM, COMMIT, ANSWER = 0.4, 0.2, 0.4
+"""Shares of what a push takes of an event loop beside its bytes: before its body comes, for the decision, and after."""
+ASKING = 0.25
+"""Of the same: what a push takes of it that asks again whether its turn has come."""
 
 
 class _Worker:
@@ -61,11 +66,10 @@ class Simulation:
         self._random = random.Random(setup.seed)
         self._waits_for_update = spec.aggregation.takes_one_each
         self._machines = Machines(self.env, setup, Policy.of(spec.aggregation))
-        self._open = self.env.event()
-        self._open.succeed()
+        self._crashes = Crashes(self.env, setup, self.rules, self.outcome, self._random, self._rolled_back)
         self._update = self.env.event()
         self._applied_step = 0
-        self._staleness = 0
+        self._staleness = self._waiting = 0
         self._computing = 0.0
         self._spent: Counter[str] = Counter()
         self._finished = self._served = 0
@@ -83,9 +87,9 @@ class Simulation:
         """
         self.add(self.setup.workers)
         if self.setup.failures.shard_mtbf_s < inf:
-            self.env.process(self._fail())
+            self.env.process(self._crashes.crash())
             if self.setup.durability == "checkpoint":
-                self.env.process(self._write_checkpoints())
+                self.env.process(self._crashes.write_checkpoints())
         if warmup:
             self._until(warmup, until_s, is_over)
         warm = self.totals()
@@ -116,30 +120,22 @@ class Simulation:
             "now": self.env.now,
             "decided": self._decided,
             "staleness": self._staleness,
+            "waiting": self._waiting,
             "effective": self.rules.effective * self.setup.local_steps,
             "computing": self._computing,
             "live": self._live_time,
             "finished": self._finished,
             "served": self._served,
             **{f"use {part}": seconds for part, seconds in self._machines.used().items()},
+            **{f"woken {part}": times for part, times in self._machines.woken().items()},
             **{f"in {what}": spent for what, spent in self._spent.items()},
         }
 
     def _result(self, warm: dict[str, float]) -> Outcome:
         outcome, end = self.outcome, self.totals()
-        past = Counter({name: value - warm.get(name, 0.0) for name, value in end.items()})
-        seconds = max(past["now"], 1e-12)
-        outcome.seconds = seconds
+        outcome.take(Counter({name: value - warm.get(name, 0.0) for name, value in end.items()}))
         outcome.under_way = sum(worker.undecided for worker in self.workers.values())
-        outcome.pushes_per_s = past["decided"] / seconds
-        outcome.effective_per_s = past["effective"] / seconds
-        outcome.staleness = past["staleness"] / max(past["decided"], 1)
         outcome.expected_staleness = self.rules.expected
-        outcome.live = past["live"] / seconds
-        outcome.computing = past["computing"] / max(past["live"], 1e-12)
-        outcome.use = {name[4:]: value / seconds for name, value in past.items() if name.startswith("use ")}
-        finished = max(past["finished"], 1)
-        outcome.waits = {name[3:]: value / finished for name, value in sorted(past.items()) if name.startswith("in ")}
         outcome.units_done = self.rules.units_done() if self.setup.units else 0
         return outcome
 
@@ -173,13 +169,15 @@ class Simulation:
         self._live_since = self.env.now
 
     def _live(self, worker: _Worker, delay_s: float) -> Steps:
-        mtbf = self.setup.failures.worker_mtbf_s
+        failures = self.setup.failures
         if delay_s:
             yield self.env.timeout(delay_s)
         elif self.setup.compute_s:
             yield self.env.timeout(self._random.random() * self.setup.compute_s * self.setup.local_steps)
         while True:
-            killer = self.env.process(self._kill(worker)) if mtbf < inf else None
+            killer = None
+            if failures.worker_mtbf_s < inf and worker.process is not None:
+                killer = self.env.process(death(self.env, failures, self._random, worker.process))
             try:
                 if not self.rules.has(worker.name):
                     self.rules.join([worker.name])
@@ -191,7 +189,7 @@ class Simulation:
                 self._lose(worker)
                 worker.generation += 1
                 self.env.process(self._expire(worker, worker.generation))
-                yield self.env.timeout(self.setup.failures.worker_restart_s)
+                yield self.env.timeout(failures.worker_restart_s)
             finally:
                 if killer is not None and killer.is_alive and killer is not self.env.active_process:
                     killer.interrupt()
@@ -199,14 +197,6 @@ class Simulation:
         del self.workers[worker.name]
         if self.rules.has(worker.name) and self.rules.leave(worker.name):
             self._updated()
-
-    def _kill(self, worker: _Worker) -> Steps:
-        try:
-            yield self.env.timeout(self._random.expovariate(1 / self.setup.failures.worker_mtbf_s))
-        except Interrupt:
-            return
-        if worker.process is not None and worker.process.is_alive:
-            worker.process.interrupt()
 
     def _expire(self, worker: _Worker, generation: int) -> Steps:
         """Ends the lease of a worker that died, unless it has another by then."""
@@ -238,7 +228,6 @@ class Simulation:
             if computing:
                 yield self.env.timeout(computing)
             self._computing += computing
-            self.outcome.computed += 1
             self.outcome.sent += 1
             worker.undecided = True
             began = self.env.now
@@ -251,7 +240,7 @@ class Simulation:
             self._finished += 1
 
     def _join_again(self, worker: _Worker) -> Steps:
-        yield self._open
+        yield self._crashes.open
         if not self.rules.has(worker.name):
             self.rules.join([worker.name])
         worker.step = self._applied_step
@@ -266,7 +255,7 @@ class Simulation:
         pushed, pulled = (setup.parameters * each for each in (setup.pushed_bytes, setup.pulled_bytes))
         yield from self._at("latency", self._sleep(setup.latency_s))
         claimed = self.env.now
-        yield from self._at("loop", machines.loops(costs.loop_push * 0.4))
+        yield from self._at("loop", machines.loops(costs.loop_push * CLAIM))
         yield from self._at("Redis", machines.redis.use(costs.redis_push / 2))
         record = yield from self._admitted(worker, units)
         if record is None:
@@ -276,14 +265,18 @@ class Simulation:
                 began = self.env.now
                 try:
                     yield from self._at("body in", machines.receive(pushed))
-                    waiting = costs.redis_waiting * len(machines.places.queue)
-                    yield from self._at("Redis", machines.redis.use(costs.redis_push / 2 + waiting))
-                    yield self._open
+                    waiting = len(machines.places.queue)
+                    calls = costs.redis_push / 2 + costs.redis_waiting * waiting + costs.redis_byte * (pushed + pulled)
+                    yield from self._at("Redis", machines.redis.use(calls))
+                    yield self._crashes.open
                     record = self.rules.commit(worker.name)
                     worker.undecided = worker.admitted = False
                     self._count(record)
-                    share = _GATHERED if record.decision == "accumulated" else 1.0
-                    yield from self._at("loop", machines.loops(costs.loop_push * 0.2))
+                    share = GATHERED if record.decision == "accumulated" else 1.0
+                    self._waiting += waiting
+                    deciding = costs.loop_push * COMMIT + costs.loop_waiting * waiting
+                    deciding += 0.0 if setup.is_inline else costs.loop_hand_over
+                    yield from self._at("loop", machines.loops(deciding))
                     if record.decision != "dropped":
                         yield from self._at("update", machines.writers(share * costs.update_parameter))
                 finally:
@@ -298,11 +291,12 @@ class Simulation:
         place = yield from self._at("point", machines.points.take())
         step = max(self._applied_step, record.step)
         try:
-            yield from self._at("loop", machines.loops(costs.loop_push * 0.4))
+            yield from self._at("loop", machines.loops(costs.loop_push * ANSWER))
             yield from self._at("body out", machines.send(pulled))
         finally:
             machines.points.leave(place)
-        yield from self._at("sender", machines.sender.use(costs.sender_push / 2))
+        others = costs.sender_waiting * len(machines.places.queue)
+        yield from self._at("sender", machines.sender.use(costs.sender_push / 2 + others))
         yield from self._at("latency", self._sleep(setup.latency_s))
         worker.step = step
 
@@ -315,13 +309,13 @@ class Simulation:
         while not place.triggered:
             yield self.env.any_of([place, self.env.timeout(_ASKED_AGAIN_S)])
             if not place.triggered:
-                yield from self._machines.loops(costs.loop_push * 0.25)
+                yield from self._machines.loops(costs.loop_push * ASKING)
                 yield from self._machines.redis.use(costs.redis_push / 2)
         yield place
 
     def _admitted(self, worker: _Worker, units: tuple[int, ...]) -> Steps:
         while True:
-            yield self._open
+            yield self._crashes.open
             if not self.rules.has(worker.name):
                 raise LeaseExpired
             try:
@@ -347,6 +341,10 @@ class Simulation:
         update, self._update = self._update, self.env.event()
         update.succeed()
 
+    def _rolled_back(self) -> None:
+        self._applied_step = self.rules.step
+        self._updated()
+
     # What a push uses
 
     def _at(self, what: str, steps: Steps) -> Steps:
@@ -358,27 +356,6 @@ class Simulation:
     def _sleep(self, seconds: float) -> Steps:
         if seconds:
             yield self.env.timeout(seconds)
-
-    # A service that fails
-
-    def _fail(self) -> Steps:
-        failures = self.setup.failures
-        while True:
-            yield self.env.timeout(self._random.expovariate(self.setup.shards / failures.shard_mtbf_s))
-            self.outcome.crashes += 1
-            self._open = self.env.event()
-            yield self.env.timeout(failures.recovery_s)
-            if self.setup.durability != "journal":
-                self.outcome.undone += self.rules.roll_back()
-                self._applied_step = self.rules.step
-                self._updated()
-            self._open.succeed()
-
-    def _write_checkpoints(self) -> Steps:
-        while True:
-            yield self.env.timeout(self.setup.failures.checkpoint_s)
-            if self._open.triggered:
-                self.rules.checkpoint()
 
 
 def _one(event: Event) -> Steps:

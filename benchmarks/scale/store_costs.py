@@ -7,18 +7,20 @@ listens to what they publish and each call comes alone, so services cost Redis m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 from benchmarks.scale.rules import Desk, Rules
 from benchmarks.scale.setup import Costs, Setup
 
-__all__ = ["StoreCost", "measure", "waiting_s"]
+__all__ = ["WAITING_SHARDS", "StoreCost", "measure", "over_shards", "waiting_s"]
 
 SHARDS = (1, 2, 4, 16, 64, 256)
 WORKERS = (10, 1000, 10_000)
-WAITING, WAITING_SHARDS = (16, 256, 1000), 4
+WAITING_SHARDS: dict[int, Sequence[int]] = {4: (16, 256, 1000), 64: (16, 256)}
+"""Of so many shards, how many workers wait at most."""
 POLICIES: dict[str, dict[str, Any]] = {
     "ringmaster": {"policy": "ringmaster"},
     "sync": {"policy": "sync"},
@@ -45,14 +47,30 @@ def measure(desk: Desk, quick: bool = False) -> list[StoreCost]:
     cells = [("ringmaster", shards, WORKERS[0]) for shards in (SHARDS[:3] if quick else SHARDS)]
     cells += [(policy, 1, workers) for policy in POLICIES for workers in (WORKERS[:1] if quick else WORKERS)]
     found = [_measure(desk, *cell) for cell in dict.fromkeys(cells)]
-    return found + [_measure(desk, "ringmaster", WAITING_SHARDS, workers, waiting=True) for workers in WAITING]
+    waiting = [(shards, workers) for shards, numbers in WAITING_SHARDS.items() for workers in numbers]
+    return found + [_measure(desk, "ringmaster", *cell, waiting=True) for cell in waiting]
 
 
-def waiting_s(store: Sequence[StoreCost]) -> float:
-    """Seconds that a push of several shards costs Redis for each other one that waits."""
-    rows = sorted((each.workers, each.ms) for each in store if each.waiting)
-    (few, less), (many, more) = rows[0], rows[-1]
-    return max(0.0, 1e-3 * (more - less) / (many - few))
+def over_shards(tried: Mapping[int, float], shards: int) -> float:
+    """What is between numbers of shards that were tried: a power of the number; beyond them it stays as it is."""
+    below = max((each for each in tried if each <= shards), default=min(tried))
+    above = min((each for each in tried if each >= shards), default=max(tried))
+    if above == below or not tried[below]:
+        return tried[below]
+    power = log(tried[above] / tried[below]) / log(above / below)
+    return tried[below] * (shards / below) ** power
+
+
+def waiting_s(store: Sequence[StoreCost], shards: int) -> float:
+    """Seconds that a push of so many shards costs Redis for each other that waits; of one shard, none asks."""
+    if shards == 1:
+        return 0.0
+    slopes: dict[int, float] = {}
+    for count in sorted({each.shards for each in store if each.waiting}):
+        rows = sorted((each.workers, each.ms) for each in store if each.waiting and each.shards == count)
+        (few, less), (many, more) = rows[0], rows[-1]
+        slopes[count] = max(1e-9, 1e-3 * (more - less) / (many - few))
+    return over_shards(slopes, shards)
 
 
 def _measure(desk: Desk, policy: str, shards: int, workers: int, *, waiting: bool = False) -> StoreCost:

@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.scale.costs import SOURCES
+from benchmarks.scale.costs import sources
+from benchmarks.scale.measured import SHARDS
+from benchmarks.scale.validation import WITHIN
 from examples.lab.figures import Table, digits
 
 __all__ = ["tables", "written"]
@@ -31,6 +33,8 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
     return {
         "machine": _machine(found),
         "measured": _measured(found),
+        "cores": _cores(found),
+        "fitted": _fitted(found),
         "compared": _compared(found),
         "compared-summary": _summary(found),
         "store": _store(found),
@@ -63,6 +67,36 @@ def _machine(found: Mapping[str, Any]) -> str:
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gb']} GB, Linux {machine['kernel']}, "
         f"Python {machine['python']}; the load before it was {machine['load_before']:.2f}."
     )
+
+
+def _cores(found: Mapping[str, Any]) -> str:
+    rows = [[shards, f"{cores:.2f}"] for shards, cores in found["cores"].items()]
+    return _table("cores that processes get which hand pushes on to each other", ["services among them", "cores"], rows)
+
+
+def _fitted(found: Mapping[str, Any]) -> str:
+    names = {
+        "loop_push": ("event loop, a shard's part of a push", 1e6),
+        "loop_hand_over": ("... that is updated by another thread", 1e6),
+        "loop_waiting": ("... for each push that waits", 1e6),
+        "loop_wake": ("event loop, each time that it was idle", 1e6),
+        "loop_byte": ("event loop, 1,000 bytes", 1e9),
+        "update_parameter": ("update, 1,000 parameters", 1e9),
+        "redis_push": ("Redis, a push", 1e6),
+        "redis_waiting": ("... for each that waits", 1e6),
+        "redis_wake": ("Redis, each time that it was idle", 1e6),
+        "redis_byte": ("Redis, 1,000 bytes that pass by", 1e9),
+        "sender_push": ("generator, a push", 1e6),
+        "sender_waiting": ("... for each that waits", 1e6),
+        "sender_wake": ("generator, each time that it was idle", 1e6),
+        "sender_byte": ("generator, 1,000 bytes", 1e9),
+    }
+    rows = [
+        [title, *(digits(factor * costs[name]) for costs in found["fitted"].values())]
+        for name, (title, factor) in names.items()
+    ]
+    heads = ["µs of CPU", *(f"{shards} shard{'s' if shards != '1' else ''}" for shards in found["fitted"])]
+    return _table("fitted costs", heads, rows)
 
 
 def _measured(found: Mapping[str, Any]) -> str:
@@ -112,11 +146,14 @@ def _compared(found: Mapping[str, Any]) -> str:
             f"{100 * row['error']:+.0f}%{'' if row['is_within'] else ' **over**'}",
             f"{row['measured_staleness']:.1f}",
             f"{row['simulated_staleness']:.1f}",
+            f"{row['measured_cores']:.2f}",
+            f"{row['simulated_cores']:.2f}",
             "fitted" if row["is_fitted"] else "judged",
         ]
         for row in found["compared"]
     ]
-    heads = ["shards", "parameters", "workers", "measured", "simulated", "error", "staleness", "simulated", "costs"]
+    heads = ["shards", "parameters", "workers", "measured", "simulated", "error"]
+    heads += ["staleness", "simulated", "cores in use", "simulated", "costs"]
     return _table("pushes a second", heads, rows)
 
 
@@ -124,10 +161,11 @@ def _summary(found: Mapping[str, Any]) -> str:
     judged = [row for row in found["compared"] if not row["is_fitted"]]
     within = sum(row["is_within"] for row in judged)
     worst = max(judged, key=lambda row: abs(row["error"]))
+    middle = median(abs(row["error"]) for row in judged)
     return (
-        f"Of {len(judged)} points that no cost was fitted on, {within} are within 15%; the median of the errors' sizes "
-        f"is {100 * median(abs(row['error']) for row in judged):.0f}%, and the largest is {100 * worst['error']:+.0f}% "
-        f"({worst['shards']} shards, {_size(worst['parameters'])}, {worst['workers']} workers)."
+        f"Of {len(judged)} points that no cost was fitted on, {within} are within {WITHIN:.0%}; the median of the "
+        f"errors' sizes is {middle:.0%}, and the largest is {worst['error']:+.0%} ({worst['shards']} shards, "
+        f"{_size(worst['parameters'])}, {worst['workers']} workers)."
     )
 
 
@@ -151,11 +189,12 @@ def _costs(found: Mapping[str, Any]) -> str:
     figures = found["costs"]
     values = {
         "event loop, a push": f"{1e3 * figures['loop_push']:.2f} ms",
+        "Redis, each that waits": f"{1e6 * figures['redis_waiting']:.2f} µs at {max(SHARDS)} shards",
         "event loop, a byte": f"{1e9 * figures['loop_byte']:.2f} ns",
         "update, a parameter": f"{1e12 * figures['update_parameter']:.1f} ps",
         "Redis, a push": f"the table above + {1e3 * figures['redis_call_more']:.3f} ms a call",
     }
-    rows = [[name, values.get(name, ""), source] for name, source in SOURCES.items()]
+    rows = [[name, values.get(name, ""), source] for name, source in sources().items()]
     lines = ["| cost | figure | source |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 

@@ -107,6 +107,11 @@ def test_the_rule_is_the_chart_s() -> None:
         f"stabilizationWindowSeconds: {Hpa.OUT_WINDOW_S:.0f}",
         f"value: {Hpa.OUT_PERCENT}, periodSeconds: {Hpa.STEP_S:.0f}",
         f"value: {Hpa.IN_PERCENT}, periodSeconds: {Hpa.STEP_S:.0f}",
+        "clamp_min(",
+        "{{ .targetBusy }} / max(sum by (instance) (rate(freestep_push_phase_seconds_sum",
+        "{{ .targetStaleness }} / (sum(rate(freestep_staleness_steps_sum",
+        "{{ .targetPushSeconds }} / (sum(rate(freestep_push_seconds_sum",
+        "> 0) or vector(1),",
         "0.5, 2\n",
         "[2m]",
     ):
