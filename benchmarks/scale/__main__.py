@@ -26,6 +26,7 @@ def main() -> None:
     command = ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     command.formatter_class = RawDescriptionHelpFormatter
     command.add_argument("--quick", action="store_true", help=f"less of all, to see that it works, to {TRIED}")
+    command.add_argument("--more", action="store_true", help="measures again, beside what was measured before")
     command.add_argument("--simulate", action="store_true", help="takes what was measured before")
     command.add_argument("--redraw", action="store_true", help="tables and plots alone, of what was found before")
     command.add_argument("--out", type=Path, help=f"where results go; else {PUBLISHED}, or {TRIED} of a quick run")
@@ -35,7 +36,8 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     if not (given.simulate or given.redraw):
-        _write(folder / "measured.json", measure(given.quick))
+        before = json.loads((folder / "measured.json").read_text()) if given.more else None
+        _write(folder / "measured.json", measure(given.quick, before))
         print(f"measured in {time.perf_counter() - began:.0f} s", file=sys.stderr)
         began = time.perf_counter()
     found: dict[str, Any] = json.loads((folder / "measured.json").read_text())
@@ -54,12 +56,17 @@ def main() -> None:
     sys.exit(0 if holds(found["compared"]) else 1)
 
 
-def measure(quick: bool) -> dict[str, Any]:
-    """Throughput and CPU under load, and what the scripts of a push cost Redis."""
+def measure(quick: bool, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Throughput and CPU under load, and what the scripts of a push cost Redis. before: what was measured earlier."""
     from benchmarks.scale import measured, store_costs
     from benchmarks.scale.rules import opened_desk
 
     machine, taken = measured.machine(), measured.measure(quick)
+    if before is not None:
+        # The first round of each time is thrown away.
+        last = max(window["round"] for window in before["windows"])
+        later = [window | {"round": window["round"] and window["round"] + last} for window in taken.windows]
+        taken = measured.Measured(measured.points_of([*before["windows"], *later]), [*before["windows"], *later])
     with opened_desk() as desk:
         store = store_costs.measure(desk, quick)
     return {"machine": machine, **asdict(taken), "store": [asdict(each) for each in store]}
@@ -74,10 +81,9 @@ def simulate(found: dict[str, Any], quick: bool) -> dict[str, Any]:
     points = [Point(**each) for each in found["points"]]
     store = [store_costs.StoreCost(**each) for each in found["store"]]
     machine_cores = found["machine"]["cores"]
-    cores = {int(shards): each for shards, each in found["cores"].items()}
     with opened_desk() as desk:
         fitted = fitting.fit(points, machine_cores, desk)
-        compared = validation.compare(points, fitted, cores, machine_cores, desk)
+        compared, busy = validation.compare(points, fitted, machine_cores, desk)
         more = costs.redis_call_more(points, store)
         costs_of = partial(costs.on_machines_of_their_own, fitted=fitted, store=store, call_more=more)
         return {
@@ -87,6 +93,7 @@ def simulate(found: dict[str, Any], quick: bool) -> dict[str, Any]:
                 "redis_call_more": more,
                 "redis_waiting": store_costs.waiting_s(store, max(SHARDS)),
             },
+            "busy": [asdict(each) for each in busy],
             "compared": [{**asdict(each), "error": each.error, "is_within": each.is_within} for each in compared],
             "simulated": scenarios.measure(costs_of, desk, quick),
         }

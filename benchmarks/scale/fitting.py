@@ -1,13 +1,13 @@
-"""The costs on the measuring machine, fitted on the CPU of a few points: no throughput is.
+"""The costs on the measuring machine, fitted on the CPU of a few points.
 
 Of each thread's CPU there is a row for each point, and the costs are those that leave the rows the least relative
 errors (least squares, none negative). How often a push wakes a thread, and how many others wait meanwhile, follows from
 the costs, so a simulation of each point counts both with the costs that were found before. What each that waits costs
 is the difference between points of many workers and of fewer.
 
-A run of one shard goes another way than one of several, with costs of its own. Of several, a part of a push costs more
-the more there are: its messages and calls have the parts of all, and processes that take turns on the same cores find
-their caches cold. That is taken to be as much for each more.
+A run of one shard goes another way than one of several, with costs of its own. Of several, a part of a push costs an
+event loop more the more there are: its messages have the parts of all, and processes that take turns on the same cores
+find their caches cold. So each number of shards has its own cost of a push.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def _found(fitted: Sequence[Point], outcomes: Sequence[Outcome], shards: Sequenc
         is_one = count == 1
         way = "one shard" if is_one else "several"
         return Costs(
-            loop_push=loop[f"push, {way}"] + (0.0 if is_one else count * loop["push, each more"]),
+            loop_push=loop[f"push, of {count}"],
             loop_byte=loop[f"byte, {way}"],
-            loop_hand_over=loop["hand over"],
+            loop_hand_over=loop[f"hand over, {way}"],
             loop_waiting=0.0 if is_one else loop_waiting / count,
-            loop_wake=loop["wake"],
+            loop_wake=loop[f"wake, {way}"],
             update_parameter=update,
             redis_push=count * redis[f"push, {way}"],
             redis_byte=redis["byte"],
@@ -119,11 +119,10 @@ def _each_waiting(fitted: Sequence[Point], cost: str) -> float:
 def _loop_row(point: Point, outcome: Outcome, waiting: float, update: float) -> Row:
     shards, is_inline = point.shards, _is_inline(point)
     row = {
-        **_by_way("push", shards, shards),
+        f"push, of {shards}": float(shards),
         **_by_way("byte", shards, _BYTES * point.parameters),
-        "wake": outcome.woken["loop"],
-        "hand over": 0.0 if is_inline else shards,
-        "push, each more": shards * shards if shards > 1 else 0.0,
+        **_by_way("wake", shards, outcome.woken["loop"]),
+        **_by_way("hand over", shards, 0.0 if is_inline else shards),
     }
     # The loop's thread does an inline update, too.
     known = update * point.parameters if is_inline else 0.0

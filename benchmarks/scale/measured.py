@@ -4,11 +4,8 @@ For each number of shards there are as many service processes, with one Redis. A
 of shards, a size, a number of workers) gives its pushes a second, the CPU that each of them cost generator, services
 (the event loop's thread apart from the others) and Redis, and Redis's own account of its commands. All services are up
 at once, and each round has a window of every cell, in an order of its own, so that a slow spell of the machine is not
-of one cell, nor of cells that are alike. The first round is thrown away. A figure is the median over the windows in
-which other programs took least.
-
-Each round also measures how much of the cores processes get that hand pushes on to each other (`handed_on`), as those
-of several shards do.
+of one cell, nor of cells that are alike. The first round is thrown away. A figure is the median over the windows of the
+others.
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ from redis import Redis
 from benchmarks.figures import spread
 from benchmarks.placing import place
 from benchmarks.scale.generator import Generator
-from benchmarks.scale.handed_on import working
 from benchmarks.services import Service, cpu_seconds, running_service
 from freestep import Client
 from freestep_service.coordination.embedded import embedded_store
@@ -57,18 +53,15 @@ ALONE, BUSY = 1, 16
 """Workers of the points that costs are fitted on: of one, threads are idle before each thing they do."""
 COSTS_ALONE: dict[int, dict[int, Sequence[int]]] = {
     min(SHARDS): {200_000: (ALONE, BUSY), 2_000_000: (ALONE, BUSY)},
+    2: {50_000: (ALONE, BUSY, 256), 200_000: (ALONE, BUSY), 2_000_000: (ALONE, BUSY)},
     3: {100_000: (ALONE, BUSY, 256), 1_000_000: (ALONE, BUSY)},
     max(SHARDS): {50_000: (ALONE, BUSY, 256), 200_000: (ALONE, BUSY), 2_000_000: (ALONE, BUSY)},
 }
 """What is measured for the costs alone, besides: workers by sizes, by numbers of shards. Of many workers, models are so
 small that pushes have their turn within the second after which they would ask for it again."""
-ROUNDS, SECONDS, WARMUP_S = 5, 0.6, 0.3
+ROUNDS, SECONDS, WARMUP_S = 7, 0.6, 0.3
 QUICK_SIZES, QUICK_WORKERS, QUICK_ROUNDS = (100_000, 1_000_000), (ALONE, BUSY), 2
 
-_UNDISTURBED = 0.05
-"""Cores that other programs may have taken more than in the best window of a cell."""
-_LEAST_WINDOWS = 3
-"""That a figure is the median of, whatever other programs took."""
 _SEED = 0
 
 
@@ -114,12 +107,8 @@ class Point:
 @dataclass(frozen=True)
 class Measured:
     """Points by shards, sizes and workers, and the windows that they are of, in the order in which they were taken, the
-    first round's too. A window also has `loop_queued`: how long event loops waited for a core, in seconds a push.
+    first round's too. A window also has `loop_queued`: how long event loops waited for a core, in seconds a push."""
 
-    cores: how many processes got that hand pushes on to each other, by the number of services among them, if several.
-    """
-
-    cores: dict[int, float]
     points: list[Point]
     windows: list[dict[str, float]]
 
@@ -131,14 +120,11 @@ def measure(quick: bool) -> Measured:
         sites = [stack.enter_context(_Site(shards)) for shards in numbers]
         cells = [(site, cell) for site in sites for cell in site.prepare(_sizes(site.shards, quick))]
         order, windows = random.Random(_SEED), list[dict[str, float]]()
-        handed_on = {shards: list[float]() for shards in numbers if shards > 1}
         for number in range(QUICK_ROUNDS if quick else ROUNDS):
             order.shuffle(cells)
             for site, cell in cells:
                 windows.append({"round": number, **asdict(cell), **site.window(cell)})
-            for shards, cores in handed_on.items():
-                cores.append(_handed_on(shards))
-    return Measured({shards: median(cores) for shards, cores in handed_on.items()}, points_of(windows), windows)
+    return Measured(points_of(windows), windows)
 
 
 def _sizes(shards: int, quick: bool) -> dict[int, Sequence[int]]:
@@ -158,13 +144,10 @@ def points_of(windows: Iterable[dict[str, float]]) -> list[Point]:
 
 
 def _figures(windows: Sequence[dict[str, float]]) -> dict[str, Any]:
-    by_others = sorted(windows, key=lambda each: each["other_cores"])
-    most = by_others[0]["other_cores"] + _UNDISTURBED
-    used = [each for number, each in enumerate(by_others) if number < _LEAST_WINDOWS or each["other_cores"] <= most]
-    names = Point.__dataclass_fields__.keys() & used[0].keys()
-    found: dict[str, Any] = {name: median(each[name] for each in used) for name in names}
+    names = Point.__dataclass_fields__.keys() & windows[0].keys()
+    found: dict[str, Any] = {name: median(each[name] for each in windows) for name in names}
     cell = {name: int(found[name]) for name in ("shards", "parameters", "workers")}
-    return {**found, **cell, "spread": spread([each["pushes_per_s"] for each in used])}
+    return {**found, **cell, "spread": spread([each["pushes_per_s"] for each in windows])}
 
 
 def machine() -> dict[str, Any]:
@@ -239,15 +222,6 @@ class _Site:
             "redis_calls": each["redis_calls"],
             "redis_call_us": each["redis_us"] / max(each["redis_calls"], 1e-9),
         }
-
-
-def _handed_on(services: int) -> float:
-    """The cores that so many services, a store and a generator get by handing pushes on, and others beside them."""
-    with working(services):
-        time.sleep(SECONDS)
-        began, before = time.perf_counter(), _all_cpu()
-        time.sleep(SECONDS)
-        return (_all_cpu() - before) / (time.perf_counter() - began)
 
 
 @dataclass(frozen=True)

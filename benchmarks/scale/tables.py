@@ -33,8 +33,8 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
     return {
         "machine": _machine(found),
         "measured": _measured(found),
-        "cores": _cores(found),
         "fitted": _fitted(found),
+        "busy": _busy(found),
         "compared": _compared(found),
         "compared-summary": _summary(found),
         "store": _store(found),
@@ -67,11 +67,6 @@ def _machine(found: Mapping[str, Any]) -> str:
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gb']} GB, Linux {machine['kernel']}, "
         f"Python {machine['python']}; the load before it was {machine['load_before']:.2f}."
     )
-
-
-def _cores(found: Mapping[str, Any]) -> str:
-    rows = [[shards, f"{cores:.2f}"] for shards, cores in found["cores"].items()]
-    return _table("cores that processes get which hand pushes on to each other", ["services among them", "cores"], rows)
 
 
 def _fitted(found: Mapping[str, Any]) -> str:
@@ -133,6 +128,13 @@ def _measured(found: Mapping[str, Any]) -> str:
         "µs of one",
     ]
     return _table("by shards, size and workers; CPU of the parts in ms a push", heads, rows)
+
+
+def _busy(found: Mapping[str, Any]) -> str:
+    rows = [
+        [str(each["shards"]), "1" if each["alone"] else "more", f"{100 * each['share']:.0f}%"] for each in found["busy"]
+    ]
+    return _table("how much threads do of what they are simulated to do", ["shards", "workers", "share"], rows)
 
 
 def _compared(found: Mapping[str, Any]) -> str:

@@ -1,23 +1,25 @@
-"""The simulation beside what was measured: throughput is predicted at all points, with costs of the CPU of a few.
+"""The simulation beside what was measured: throughput is predicted at all points, with costs of a few.
 
 What pushes wait for follows from the simulation, which shares the machine's cores out among the threads of generator,
-services and Redis. If these want more of the cores than is to be had, they do as much less: what other programs took is
-measured, and what processes get of all cores that hand pushes on to each other as those of several shards do
-(`handed_on`). One shard's have cores to spare.
+services and Redis. It has them busy whenever there is something to do. Real ones are not: a thread that is woken comes
+late, and a core idles while threads wait for the other. How much of what is simulated they do is measured at the points
+that costs are fitted on, apart for each number of shards, and for one worker and several.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from benchmarks.scale.fitting import is_fitted, simulated
-from benchmarks.scale.measured import Point
+from benchmarks.scale.measured import ALONE, Point
 from benchmarks.scale.rules import Desk
 from benchmarks.scale.setup import Costs
 
-__all__ = ["LEAST_WITHIN", "WITHIN", "Compared", "compare", "holds"]
+__all__ = ["LEAST_WITHIN", "WITHIN", "Busy", "Compared", "compare", "holds"]
 
 WITHIN = 0.15
 """How far a predicted throughput may be from the measured one."""
@@ -50,30 +52,51 @@ class Compared:
         return abs(self.error) <= WITHIN
 
 
+@dataclass(frozen=True)
+class Busy:
+    """The share of what threads are simulated to do that they do, of a number of shards and one worker or several."""
+
+    shards: int
+    alone: bool
+    share: float
+
+
 def compare(
-    points: Sequence[Point], costs: Mapping[int, Costs], cores: Mapping[int, float], machine_cores: int, desk: Desk
-) -> list[Compared]:
-    """Every point beside its simulation. costs: by the number of shards; cores: of several, see `handed_on`."""
+    points: Sequence[Point], costs: Mapping[int, Costs], cores: int, desk: Desk
+) -> tuple[list[Compared], list[Busy]]:
+    """Every point beside its simulation on so many cores, and how busy threads were. costs: by the number of shards."""
+    outcomes = [simulated(point, costs[point.shards], cores, desk) for point in points]
+    wanted = [
+        p.shards * each.use["loop"] + each.use["Redis"] + each.use["sender"]
+        for p, each in zip(points, outcomes, strict=True)
+    ]
+    by_kind: defaultdict[tuple[int, bool], list[float]] = defaultdict(list)
+    for point, simulated_cores in zip(points, wanted, strict=True):
+        if is_fitted(point):
+            by_kind[_kind(point)].append(point.busy_cores / simulated_cores)
+    busy = {kind: median(shares) for kind, shares in sorted(by_kind.items())}
     found = []
-    for point in points:
-        outcome = simulated(point, costs[point.shards], machine_cores, desk)
-        wanted = point.shards * outcome.use["loop"] + outcome.use["Redis"] + outcome.use["sender"]
-        left = min(1.0, (cores.get(point.shards, machine_cores) - point.other_cores) / wanted)
+    for point, outcome, simulated_cores in zip(points, outcomes, wanted, strict=True):
+        share = busy[_kind(point)]
         found.append(
             Compared(
                 point.shards,
                 point.parameters,
                 point.workers,
                 point.pushes_per_s,
-                outcome.pushes_per_s * left,
+                outcome.pushes_per_s * share,
                 point.staleness,
                 outcome.staleness,
                 point.busy_cores,
-                wanted * left,
+                simulated_cores * share,
                 is_fitted(point),
             )
         )
-    return found
+    return found, [Busy(*kind, share) for kind, share in busy.items()]
+
+
+def _kind(point: Point) -> tuple[int, bool]:
+    return point.shards, point.workers == ALONE
 
 
 def holds(compared: Sequence[Mapping[str, Any]]) -> bool:
