@@ -24,7 +24,8 @@ T = TypeVar("T")
 _LAST_S = 2.0
 """Seconds for which a process that ends waits for functions: one that takes longer waits for an answer."""
 
-_running: set[Future[Any]] = set()
+_busy: set[Future[None]] = set()
+"""Of each thread that has something to do: it is done when the thread has freed what that was given, too."""
 
 
 class Threads:
@@ -61,7 +62,7 @@ class _Idle:
     """The threads that have nothing to do, each by the queue of its tasks. No lock, which a fork would find taken."""
 
     def __init__(self) -> None:
-        self._queues: deque[SimpleQueue[Callable[[], None] | None]] = deque()
+        self._queues: deque[SimpleQueue[_Task | None]] = deque()
         self._has_ended = False
 
     def start(self, function: Callable[[], T]) -> Future[T]:
@@ -71,12 +72,13 @@ class _Idle:
         except IndexError:
             queue = SimpleQueue()
             threading.Thread(target=_work, args=(queue,), name="freestep-shard", daemon=True).start()
-        future = _begun()
         # Whoever waits for the outcome finds the thread idle.
-        queue.put(lambda: _run(function, future, lambda: self._add(queue)))
-        return future
+        task = _Task(function, lambda: self._add(queue))
+        outcome: Future[T] = task.outcome
+        queue.put(task)
+        return outcome
 
-    def _add(self, queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    def _add(self, queue: SimpleQueue[_Task | None]) -> None:
         self._queues.append(queue)
         if self._has_ended:
             self.end()
@@ -89,43 +91,52 @@ class _Idle:
                 self._queues.pop().put(None)
 
 
-def _work(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+class _Task:
+    """A function that a thread is to run. done: called just before the outcome is there."""
+
+    def __init__(self, function: Callable[[], Any], done: Callable[[], Any] = lambda: None) -> None:
+        self.outcome: Future[Any] = Future()
+        self._parts: tuple[Callable[[], Any], Callable[[], Any], Future[Any]] | None = function, done, self.outcome
+        self._end: Future[None] = Future()
+        _busy.add(self._end)
+        self._end.add_done_callback(_busy.discard)
+
+    def __call__(self) -> None:
+        self._run()
+        self._end.set_result(None)
+
+    def _run(self) -> None:
+        """What it has to do with the call is free when it returns."""
+        assert self._parts is not None
+        (function, done, outcome), self._parts = self._parts, None
+        del self.outcome
+        try:
+            result = function()
+        except BaseException as error:
+            done()
+            outcome.set_exception(error)
+        else:
+            done()
+            outcome.set_result(result)
+
+
+def _work(queue: SimpleQueue[_Task | None]) -> None:
     while (task := queue.get()) is not None:
         task()
-        # An idle thread keeps nothing of a call.
-        del task
-
-
-def _run(function: Callable[[], T], future: Future[T], done: Callable[[], Any] = lambda: None) -> None:
-    """Runs a function for a future; calls `done` just before this has the outcome."""
-    try:
-        result = function()
-    except BaseException as error:
-        done()
-        future.set_exception(error)
-    else:
-        done()
-        future.set_result(result)
 
 
 def run_in_background(name: str, function: Callable[[], T]) -> Future[T]:
     """Runs a function on a daemon thread of this name, which does not keep the process alive."""
-    future = _begun()
-    threading.Thread(target=_run, args=(function, future), name=name, daemon=True).start()
-    return future
+    task = _Task(function)
+    outcome: Future[T] = task.outcome
+    threading.Thread(target=task, name=name, daemon=True).start()
+    return outcome
 
 
-def _begun() -> Future[Any]:
-    future: Future[Any] = Future()
-    _running.add(future)
-    future.add_done_callback(_running.discard)
-    return future
+def _await_busy() -> None:
+    wait(list(_busy), _LAST_S)
 
 
-def _await_running() -> None:
-    wait(list(_running), _LAST_S)
-
-
-atexit.register(_await_running)
+atexit.register(_await_busy)
 # A forked child has none of the threads.
-os.register_at_fork(after_in_child=_running.clear)
+os.register_at_fork(after_in_child=_busy.clear)

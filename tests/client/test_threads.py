@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from freestep.threads import Threads
+from freestep.threads import Threads, _await_busy, run_in_background
 from meanwhile import DEADLINE_S, wait_until
 
 
@@ -63,3 +63,30 @@ def test_threads_end_when_they_are_closed_or_collected(is_closed: bool) -> None:
         del threads
         gc.collect()
     wait_until(lambda: not any(each.is_alive() for each in running))
+
+
+@pytest.mark.parametrize("is_background", [True, False])
+def test_a_process_that_ends_waits_until_threads_have_freed_what_they_were_given(is_background: bool) -> None:
+    begins, ends, freed = threading.Event(), threading.Event(), threading.Event()
+
+    class Given:
+        def __call__(self) -> None:
+            assert begins.wait(DEADLINE_S)
+
+        def __del__(self) -> None:
+            # As a tensor's memory: in code that aborts the process if the interpreter is gone when it comes back.
+            assert ends.wait(DEADLINE_S)
+            freed.set()
+
+    threads = Threads()
+    outcome = run_in_background("freestep-test", Given()) if is_background else threads._idle.start(Given())
+    # Now the thread alone has it.
+    begins.set()
+    outcome.result(DEADLINE_S)
+    assert not freed.is_set()
+    timer = threading.Timer(0.05, ends.set)
+    timer.start()
+    _await_busy()
+    assert freed.is_set()
+    timer.join()
+    threads.close()
