@@ -29,8 +29,9 @@ from network.region_worker import LENGTH, model_of
 
 ROOT = Path(__file__).parent.parent.parent
 PARENT, REGIONS = "parent", ("region-0", "region-1")
-WORKERS, BATCHES, EVERY = 4, 320, 16
+WORKERS, BATCHES, EVERY = 4, 320, 8
 WIDTH, LAYERS = 64, 2
+PACE_MS = 100
 PORT, WATCHED_WINDOWS = 8000, 256
 DELAYS_MS = (50, 100)
 """Each way."""
@@ -65,7 +66,7 @@ class Site:
         return url
 
     def work(self, host: str, url: str, worker: int, group: int) -> subprocess.Popen[bytes]:
-        numbers = (worker, WORKERS, group, BATCHES, WIDTH, LAYERS)
+        numbers = (worker, WORKERS, group, BATCHES, WIDTH, LAYERS, PACE_MS)
         return self.start(
             host,
             str(Path(__file__).with_name("region_worker.py")),
