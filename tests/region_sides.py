@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freestep import Client, HeldLease, Run
+from freestep import Client, HeldLease, Region, Run
 
 NUMEL = 30
 WHOLE = {"algorithm": "diloco", "lr": 1.0, "momentum": 0.0}
@@ -52,3 +52,19 @@ def sides(url: str, name: str) -> Iterator[tuple[Run, Run]]:
     """A region's run and its parent's, of other names so that one service can have both."""
     with Client(url) as client:
         yield client.run(f"{name}-here"), client.run(f"{name}-far")
+
+
+def joined(region: Region) -> Region:
+    """Moved to where its round begins."""
+    while region.place is None or region.place.stage != "training":
+        region.advance()
+    return region
+
+
+def checkpointed_in_round(here: Run, region: Region) -> int:
+    """Has two updates made in a region's round, with a checkpoint between them; its step."""
+    joined(region)
+    push(here, 1)
+    kept = here.checkpoint().step
+    push(here, 1)
+    return kept

@@ -1,4 +1,5 @@
-"""A run that optimizers make, and an onlooker's view of it; servers that answer as they are told, and who asks them."""
+"""A run that optimizers make, and an onlooker's view of it; servers that answer as they are told, and who asks them;
+a region's run and its parent's."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,9 +15,10 @@ import pytest
 import torch
 
 from beside_package import Home
-from freestep import Client, LocalSteps, RemoteOptimizer, Run
+from freestep import Client, LocalSteps, Region, RemoteOptimizer, Run
 from freestep.bulk import BulkTransport
 from harness import ThreadService
+from region_sides import WHOLE, sides
 from scripted import Script, Server
 from trained import ADAMW
 
@@ -106,3 +109,34 @@ def home(request: pytest.FixtureRequest, name: str) -> Iterator[Home]:
     made = Home(url, name)
     yield made
     made.close()
+
+
+@pytest.fixture
+def here_and_far(service: ThreadService, name: str) -> Iterator[tuple[Run, Run]]:
+    with sides(service.url, name) as both:
+        yield both
+
+
+@pytest.fixture
+def here(here_and_far: tuple[Run, Run]) -> Run:
+    return here_and_far[0]
+
+
+@pytest.fixture
+def far(here_and_far: tuple[Run, Run]) -> Run:
+    return here_and_far[1]
+
+
+@pytest.fixture
+def region(here_and_far: tuple[Run, Run], tmp_path: Path) -> Iterator[Callable[..., Region]]:
+    """Makes regions of the two runs, one after another over the same file; they are closed with the test."""
+    made: list[Region] = []
+
+    def make(**options: Any) -> Region:
+        given = {"every": 2, "optimizer": WHOLE, "aggregation": {"policy": "async"}, **options}
+        made.append(Region(*here_and_far, tmp_path / "place", **given))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
