@@ -115,6 +115,8 @@ MATRIX: dict[str, dict[str, Any]] = {
         },
     },
 }
+VALUES = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX)
+"""Has a test be of each of them."""
 """Values, by what they are about: between them every template, and both sides of every condition in one."""
 
 

