@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from freestep.wire.receiver import MEDIA_TYPE
+from freestep_service.state.memory_budget import MemoryBudget
+from meanwhile import wait_until
 from plain_calls import TENSORS, Api
 
-__all__ = ["body_of", "document_of", "export", "gradient", "import_", "points", "tensors_of", "train"]
+__all__ = ["body_of", "document_of", "export", "free_memory", "gradient", "import_", "points", "tensors_of", "train"]
 
 
 def export(api: Api) -> bytes:
@@ -22,6 +24,12 @@ def export(api: Api) -> bytes:
     answer = api.http.get(api.path("/state"))
     assert answer.status_code == 200, answer.text
     return answer.content
+
+
+def free_memory(memory: MemoryBudget) -> int:
+    """What is free once no buffer is reserved: an answer's is given back after who asked has all of it."""
+    wait_until(lambda: memory._amounts == 0)
+    return memory.free
 
 
 def import_(api: Api, body: bytes, *, headers: Mapping[str, str] | None = None, **query: Any) -> httpx.Response:

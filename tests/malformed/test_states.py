@@ -12,7 +12,7 @@ import torch
 from harness import ThreadService
 from malformed.bodies import BODIES, KINDS
 from plain_calls import Api, slug
-from states import body_of, document_of, export, import_, points, tensors_of, train
+from states import body_of, document_of, export, free_memory, import_, points, tensors_of, train
 
 Parts = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
@@ -181,6 +181,7 @@ def test_shapes_that_are_only_claimed_cost_no_memory(
     def enlarge(parts: Parts) -> None:
         parts[1]["spec"]["parameters"][0]["shape"] = [2**40, 2**20]
 
-    free = service.registry.get(api.run)._context.resources.memory.free
+    memory = service.registry.get(api.run)._context.resources.memory
+    free = free_memory(memory)
     refused(spoilt(state, enlarge), "malformed-tensors")
-    assert service.registry.get(api.run)._context.resources.memory.free == free
+    assert free_memory(memory) == free

@@ -15,7 +15,7 @@ from harness import OWN_HEAD, ProcessService, ThreadService
 from meanwhile import at_once, wait_until
 from plain_calls import TENSORS, Api, persistently, slug
 from raw_pushes import connected
-from states import body_of, changed, document_of, export, import_, points, tensors_of, train
+from states import body_of, changed, document_of, export, free_memory, import_, points, tensors_of, train
 
 PARAMETERS = [
     {"name": name, "shape": list(tensor.shape), "group": "own" if name == "b" else "default"}
@@ -256,7 +256,7 @@ def test_a_body_without_its_length_or_of_another_type_is_refused(moved: bytes, o
 
 def test_what_there_is_no_memory_for_is_refused(moved: bytes, other: Api, service: ThreadService) -> None:
     memory = service.registry.get(other.run)._context.resources.memory
-    before, taken = other.state(service), memory.free - 10
+    before, taken = other.state(service), free_memory(memory) - 10
     assert memory.try_reserve(taken)
     try:
         assert slug(other.http.get(other.path("/state"))) == "overloaded"
@@ -265,7 +265,7 @@ def test_what_there_is_no_memory_for_is_refused(moved: bytes, other: Api, servic
     finally:
         memory.release(taken)
     assert import_(other, export(other), replace="true").status_code == 200
-    assert memory.free == taken + 10
+    assert free_memory(memory) == taken + 10
 
 
 def test_a_reader_that_leaves_gives_its_memory_back(service: ThreadService, connect: Callable[..., Api]) -> None:
@@ -274,7 +274,7 @@ def test_a_reader_that_leaves_gives_its_memory_back(service: ThreadService, conn
     api.http.put(api.path(), json=api.spec(parameters=[{"name": "w", "shape": [8, 1024, 1024]}]))
     api.initialize(large)
     memory = service.registry.get(api.run)._context.resources.memory
-    free = memory.free
+    free = free_memory(memory)
     with connected(api.url) as connection:
         connection.sendall(f"GET {api.path('/state')} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
         assert connection.recv(1024).startswith(b"HTTP/1.1 200")
