@@ -9,7 +9,11 @@ A step may be told of an expected staleness τ̂. It then makes its y with a β 
     u = 1 - β₀ if τ̂ = 0 else min(0.3, max((1 - β₀) / (1 + τ̂), 2 τ̂ c_prev))
     y_{t+1} = u z_{t+1} + (1 - u) x_{t+1}        γ min(1, max(0.2, 1 - β₀) / ((1 + τ̂) u))
 
-with β₀ the user's, and c_prev the c of the step before, 1 until there was one. c is of the user's γ. Before a step with
+with β₀ the user's, and c_prev the c of the step before, 1 until there was one. c is of the user's γ. Ahead of x, it is
+
+    u = min(0.3, 1 - β₀ + 1.5 τ̂ c_prev)        γ min(1, 0.3 / ((1 + τ̂) u))
+
+Before a step with
 another τ̂ than the one before had, z goes from where it is along the line through x to where y, with the new u, stays.
 """
 
@@ -35,6 +39,7 @@ class Delayed:
     """The share of x in y, as steps leave it."""
 
     beta: float
+    is_ahead: bool = False
     share: float = field(init=False)
     """β of the y that there is."""
     c: float = 1.0
@@ -48,13 +53,16 @@ class Delayed:
     def u(self, staleness: float) -> float:
         if staleness == 0:
             return 1 - self.beta
+        if self.is_ahead:
+            return min(0.3, 1 - self.beta + 1.5 * staleness * self.c)
         return min(0.3, max((1 - self.beta) / (1 + staleness), 2 * staleness * self.c))
 
     def expect(self, staleness: float) -> tuple[float, float]:
         """Takes the next y's β; returns what is left of γ, and by how much z gets farther from x."""
         farther = self.u(self.staleness) / self.u(staleness)
         self.share, self.staleness = 1 - self.u(staleness), staleness
-        left = min(1.0, max(0.2, 1 - self.beta) / ((1 + staleness) * self.u(staleness)))
+        most = 0.3 if self.is_ahead else max(0.2, 1 - self.beta)
+        left = min(1.0, most / ((1 + staleness) * self.u(staleness))) if staleness else 1.0
         return left, farther
 
 

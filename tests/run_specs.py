@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from forms import own
+from freestep.api.delay import Ahead
 from freestep.api.hyperparameters import AdamWScheduleFree, ScheduleFree
 from freestep.api.models import RunSpec
 
@@ -72,7 +73,7 @@ def run_specs(draw: st.DrawFn, algorithm: str, policy: str, *, most_pushes: int 
     if draw(st.booleans()):
         optimizer["max_grad_norm"] = draw(st.sampled_from([0.5, 5.0]))
     if "schedule_free" in algorithm:
-        optimizer["delay_correction"] = {"name": draw(st.sampled_from(["none", "auto"]))}
+        optimizer["delay_correction"] = {"name": draw(st.sampled_from(["none", "auto", "ahead"]))}
     damping = draw(st.sampled_from(["none", "delay_adaptive", "inverse_sqrt", "fadas"]))
     threshold = {"staleness_threshold": 1} if damping == "fadas" else {}
     comparing = [*_COMPARING, *(_KRUM if most_pushes >= 5 else [])] if policy in _GATHERING else []
@@ -104,7 +105,9 @@ def wishes_for(spec: RunSpec) -> list[dict[str, Any]]:
         {"aggregation": {"max_staleness": 3}},
     ]
     if isinstance(spec.optimizer, ScheduleFree):
-        wishes += [{"optimizer": {"r": 2.0}}, {"optimizer": {"delay_correction": {"name": "auto"}}}]
+        wishes += [{"optimizer": {"r": 2.0}}]
+        if not isinstance(spec.optimizer.delay_correction, Ahead):
+            wishes += [{"optimizer": {"delay_correction": {"name": "auto"}}}]
     if isinstance(spec.optimizer, AdamWScheduleFree):
         wishes += [{"optimizer": {"betas": [0.8, 0.9]}}, {"optimizer": {"weight_decay": 0.0, "warmup_steps": 0}}]
     if not spec.aggregation.compares:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freestep.api.delay import Steady
+from freestep.api.delay import Ahead, Steady
 from freestep.api.hyperparameters import OptimizerSpec, ScheduleFree
 from freestep.errors import ManifestMismatch
 from freestep.local_optimizers import LocalOptimizer, Member
@@ -192,7 +192,8 @@ def _differences(theirs: OptimizerSpec, ours: OptimizerSpec) -> str:
     """What differs between a run's hyperparameters and an optimizer's, for a message."""
     if theirs.algorithm != ours.algorithm:
         return f"the algorithm is {theirs.algorithm} in the run, and {ours.algorithm} in the optimizer"
-    if isinstance(theirs, ScheduleFree) and isinstance(theirs.delay_correction, Steady):
+    correction = theirs.delay_correction if isinstance(theirs, ScheduleFree) else None
+    if isinstance(correction, Steady | Ahead) and correction.expected_staleness is not None:
         return "the run corrects for a constant staleness (delay_correction), which the optimizer does not"
     run, own = (each.model_dump(exclude=_OF_RUNS) for each in (theirs, ours))
     differing = [f"{name} is {run[name]} in the run, and {own[name]} in the optimizer" for name in run

@@ -147,11 +147,16 @@ INVALID = [
             ("constant", {"expected_staleness": -1}),
             ("constant", {"expected_staleness": float("nan")}),
             ("auto", {"expected_staleness": 3}),
+            ("ahead", {"expected_staleness": -1}),
         ]
     ),
     (
         "optimizer.delay_correction",
         optimizer("sgd_schedule_free", momentum=0.69, delay_correction={"name": "auto"}),
+    ),
+    (
+        "optimizer.delay_correction",
+        optimizer("sgd_schedule_free", momentum=0.69, delay_correction={"name": "ahead"}),
     ),
     (
         "groups.slow.delay_correction",

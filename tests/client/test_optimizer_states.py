@@ -246,10 +246,11 @@ def test_narrow_parameters_are_widened() -> None:
     assert optimizer.state[model[0].weight]["z"].dtype == torch.bfloat16
 
 
-def test_y_that_was_formed_with_another_beta_is_formed_anew(run: Run) -> None:
+@pytest.mark.parametrize("rule", ["constant", "ahead"])
+def test_y_that_was_formed_with_another_beta_is_formed_anew(run: Run, rule: str) -> None:
     """A run corrects for stale gradients by its β; the package's is constant."""
     model = network()
-    correction = {"name": "constant", "expected_staleness": 4.0}
+    correction = {"name": rule, "expected_staleness": 4.0}
     optimizer = schedulefree.SGDScheduleFree(model.parameters(), lr=0.1)
     state = import_state(optimizer, model)
     document = state.spec.model_dump(mode="json")

@@ -75,16 +75,31 @@ def both(optimizer: dict[str, Any], second: dict[str, Any]) -> tuple[Flat, Flat]
     return Flat(optimizer, second, weights), Flat(optimizer, second, {name: w.double() for name, w in weights.items()})
 
 
+RULES = pytest.mark.parametrize("is_ahead", [False, True], ids=["auto", "ahead"])
+
+
+def ruled(is_ahead: bool) -> dict[str, Any]:
+    return {"delay_correction": {"name": "ahead" if is_ahead else "auto"}}
+
+
+@RULES
 @pytest.mark.parametrize("algorithm", TWINS)
-def test_a_step_equals_the_corrected_rule(algorithm: str) -> None:
+def test_a_step_equals_the_corrected_rule(algorithm: str, is_ahead: bool) -> None:
     @STEADY
     @given(stretches, betas)
     def compared(played: list[tuple[int, float]], beta: float) -> None:
         options = TWINS[algorithm]
         hyperparameters = {key: value for key, value in options.items() if key not in ("adaptive", "rectified")}
+        hyperparameters |= ruled(is_ahead)
         hyperparameters |= {"momentum": beta} if algorithm == "sgd_schedule_free" else {"betas": [beta, 0.99]}
         twins = {
-            name: ScheduleFree(weight, beta=beta, beta2=0.99, **options | (SECOND if GROUPS[name] == "second" else {}))
+            name: ScheduleFree(
+                weight,
+                beta=beta,
+                is_ahead=is_ahead,
+                beta2=0.99,
+                **options | (SECOND if GROUPS[name] == "second" else {}),
+            )
             for name, weight in initial_weights().items()
         }
         play(*both({"algorithm": algorithm, **hyperparameters}, SECOND), twins, played)
@@ -92,8 +107,9 @@ def test_a_step_equals_the_corrected_rule(algorithm: str) -> None:
     compared()
 
 
+@RULES
 @pytest.mark.parametrize("base", ["sgd", "adam", "nadam", "rprop"])
-def test_a_step_of_the_wrapper_equals_the_corrected_rule(base: str) -> None:
+def test_a_step_of_the_wrapper_equals_the_corrected_rule(base: str, is_ahead: bool) -> None:
     make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "nadam": torch.optim.NAdam, "rprop": torch.optim.Rprop}
 
     @STEADY
@@ -104,6 +120,7 @@ def test_a_step_of_the_wrapper_equals_the_corrected_rule(base: str) -> None:
                 weight,
                 partial(make[base], lr=0.002 if GROUPS[name] == "second" else 0.01),
                 beta=beta,
+                is_ahead=is_ahead,
                 decay_at_y=0.05,
             )
             for name, weight in initial_weights().items()
@@ -113,26 +130,29 @@ def test_a_step_of_the_wrapper_equals_the_corrected_rule(base: str) -> None:
             "base": {"algorithm": base, "lr": 0.01},
             "momentum": beta,
             "weight_decay_at_y": 0.05,
+            **ruled(is_ahead),
         }
         play(*both(spec, {"base": {"lr": 0.002}}), twins, played)
 
     compared()
 
 
+@RULES
 @settings(STEADY, max_examples=200)
 @given(stretches, betas, st.sampled_from([0, 10]), st.sampled_from([0.0, 2.0]), st.sampled_from([None, 5.0]))
 def test_coefficients_stay_in_their_bounds(
-    played: list[tuple[int, float]], beta: float, warmup_steps: int, r: float, constant: float | None
+    is_ahead: bool, played: list[tuple[int, float]], beta: float, warmup_steps: int, r: float, constant: float | None
 ) -> None:
     """For any staleness, y is between x and z, nearer to x, and no learning rate is larger than the user's."""
-    h = SGDScheduleFree(momentum=beta, warmup_steps=warmup_steps, r=r, averaging_constant=constant)
+    h = SGDScheduleFree(momentum=beta, warmup_steps=warmup_steps, r=r, averaging_constant=constant, **ruled(is_ahead))
     scalars: Any = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
     for expected in each(played):
         made = averaged(h, scalars, h.lr, Conditions(0.5, expected_staleness=expected))
         assert 0.7 <= made.scalars["beta"] < 1
+        assert not is_ahead or made.scalars["beta"] <= beta
         assert 0 < made.conditions.damping <= 0.5
         moved = made.conditions.damping * (1 - made.scalars["beta"]) * (1 + expected)
-        most = 0.5 * max(0.2, 1 - beta)
+        most = 0.5 * (0.3 if is_ahead else max(0.2, 1 - beta))
         assert moved < most * (1 + 1e-12)
         assert made.conditions.damping == 0.5 or moved == pytest.approx(most)
         assert -1 <= made.y_share < 0
@@ -153,16 +173,29 @@ def test_without_staleness_the_coefficients_are_the_papers_to_the_bit() -> None:
             scalars = made.scalars
 
 
+@pytest.mark.parametrize("beta", [0.7, 0.9, 0.98])
+@pytest.mark.parametrize("expected", [0.5, 1.9, 2.1, 13.9, 14.1, 1000.0])
+def test_ahead_comes_to_the_users_beta(beta: float, expected: float) -> None:
+    """And to the user's learning rate up to a staleness of 0.3 / (1 - β) - 1, when x moves slowly."""
+    h = SGDScheduleFree(momentum=beta, **ruled(is_ahead=True))
+    late: Any = {"k": 10**9, "weight_sum": 1e9 * h.lr**2, "lr_max": h.lr, "c": 1e-9}
+    made = averaged(h, late, h.lr, Conditions(expected_staleness=expected))
+    assert made.scalars["beta"] == pytest.approx(beta, abs=1e-5)
+    is_short = expected < 0.3 / (1 - beta) - 1
+    assert made.conditions.damping == pytest.approx(1 if is_short else 0.3 / (1 - beta) / (1 + expected), rel=1e-3)
+
+
+@RULES
 @pytest.mark.parametrize("algorithm", ["sgd_schedule_free", "adamw_schedule_free"])
-def test_a_run_converges_while_the_staleness_rises_and_falls_tenfold(algorithm: str) -> None:
+def test_a_run_converges_while_the_staleness_rises_and_falls_tenfold(algorithm: str, is_ahead: bool) -> None:
     """On least squares, with gradients of the expected staleness, beside the reference."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(400, 20, generator=generator).double() * torch.linspace(0.1, 1.5, 20)
     targets = inputs @ torch.randn(20, generator=generator).double() + 0.1 * torch.randn(400, generator=generator)
     adaptive = algorithm == "adamw_schedule_free"
     lr = 0.2 if adaptive else 0.3
-    twin = ScheduleFree(torch.zeros(20), lr=lr, beta=0.9, adaptive=adaptive)
-    flat = Flat({"algorithm": algorithm, "lr": lr}, {}, {"vector": torch.zeros(20)})
+    twin = ScheduleFree(torch.zeros(20), lr=lr, beta=0.9, adaptive=adaptive, is_ahead=is_ahead)
+    flat = Flat({"algorithm": algorithm, "lr": lr, **ruled(is_ahead)}, {}, {"vector": torch.zeros(20)})
 
     def loss(point: Tensor) -> float:
         return float((inputs @ point.double() - targets).square().mean())
@@ -192,6 +225,7 @@ def expectation(correction: dict[str, Any] | None, **aggregation: Any) -> Expect
 
 
 AUTO = {"name": "auto"}
+AHEAD = {"name": "ahead"}
 LIVE = [
     ({"policy": "async"}, 8),
     ({"policy": "ringmaster"}, 8),
@@ -203,10 +237,13 @@ LIVE = [
 ]
 
 
+@pytest.mark.parametrize("correction", [AUTO, AHEAD], ids=["auto", "ahead"])
 @pytest.mark.parametrize(("aggregation", "steps"), LIVE)
-def test_nine_workers_raise_the_expected_staleness_at_once(aggregation: dict[str, Any], steps: int) -> None:
-    assert expectation(AUTO, **aggregation).after(0.0, 0, 9) == steps
-    assert expectation(AUTO, **aggregation).after(0.0, 0, 1) == 0
+def test_nine_workers_raise_the_expected_staleness_at_once(
+    aggregation: dict[str, Any], steps: int, correction: dict[str, Any]
+) -> None:
+    assert expectation(correction, **aggregation).after(0.0, 0, 9) == steps
+    assert expectation(correction, **aggregation).after(0.0, 0, 1) == 0
 
 
 @pytest.mark.parametrize(("aggregation", "steps"), LIVE)
@@ -229,9 +266,11 @@ def test_betas_that_do_not_allow_a_correction_default_to_none(optimizer: dict[st
     assert Expectation.of(RunSpec.model_validate(spec)).after(0.0, 5, 9) == 0
 
 
-@pytest.mark.parametrize("correction", [{"name": "none"}, {"name": "constant", "expected_staleness": 7.5}])
+@pytest.mark.parametrize(
+    "correction", [{"name": "none"}, *({"name": name, "expected_staleness": 7.5} for name in ("constant", "ahead"))]
+)
 def test_a_constant_correction_does_not_follow_the_staleness(correction: dict[str, Any]) -> None:
-    expected = 7.5 if correction["name"] == "constant" else 0.0
+    expected = correction.get("expected_staleness", 0.0)
     assert expectation(correction, policy="async").after(3.0, 40, 9) == expected
 
 
@@ -299,10 +338,12 @@ ALGORITHMS = ["sgd_schedule_free", "adamw_schedule_free", "radam_schedule_free",
 POLICIES = [({"policy": "async"}, 1), ({"policy": "buffered", "batch": 3}, 3)]
 
 
+@RULES
 @pytest.mark.parametrize(("policy", "batch"), POLICIES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_shards_apply_the_same_correction(algorithm: str, policy: dict[str, Any], batch: int) -> None:
-    whole, parts = shard(algorithm, policy), [shard(algorithm, policy, 3, index) for index in range(3)]
+def test_shards_apply_the_same_correction(algorithm: str, policy: dict[str, Any], batch: int, is_ahead: bool) -> None:
+    rule = ruled(is_ahead)
+    whole, parts = shard(algorithm, policy, **rule), [shard(algorithm, policy, 3, index, **rule) for index in range(3)]
     for made in (whole, *parts):
         advance(made, 100, batch)
     for one, many in zip(vectors(whole), vectors(*parts), strict=True):
@@ -312,18 +353,20 @@ def test_shards_apply_the_same_correction(algorithm: str, policy: dict[str, Any]
     }
 
 
+@RULES
 @pytest.mark.parametrize(("policy", "batch"), POLICIES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_checkpoint_in_the_middle_changes_nothing(
-    algorithm: str, policy: dict[str, Any], batch: int, tmp_path: Path
+    algorithm: str, policy: dict[str, Any], batch: int, is_ahead: bool, tmp_path: Path
 ) -> None:
-    through, first = shard(algorithm, policy), shard(algorithm, policy)
+    rule = ruled(is_ahead)
+    through, first = shard(algorithm, policy, **rule), shard(algorithm, policy, **rule)
     advance(through, 61, batch)
     advance(first, 40, batch)
     checkpoints = Checkpoints(open_storage(tmp_path), "run", keep=1)
     copy = first.copy_state()
     checkpoints.write(copy, 0, NUMEL, NUMEL, {})
-    parts = [shard(algorithm, policy, 2, index) for index in range(2)]
+    parts = [shard(algorithm, policy, 2, index, **rule) for index in range(2)]
     for made in parts:
         at = id_of(copy)
         made.load(checkpoints.load(at, made.manifest.begin, made.manifest.end)[0], 1)
@@ -361,7 +404,7 @@ def test_a_checkpoint_of_an_older_version_continues_without_correction(tmp_path:
     assert all(point.isfinite().all() for point in vectors(corrected))
 
 
-@pytest.mark.parametrize("correction", [{"name": "constant", "expected_staleness": 0.0}, AUTO])
+@pytest.mark.parametrize("correction", [{"name": "constant", "expected_staleness": 0.0}, AUTO, AHEAD])
 def test_fresh_gradients_are_not_corrected(correction: dict[str, Any]) -> None:
     plain, other = (
         shard("adamw_schedule_free", {"policy": "async"}, delay_correction=each_)
@@ -378,14 +421,14 @@ def test_fresh_gradients_are_not_corrected(correction: dict[str, Any]) -> None:
 # Over HTTP
 
 
-@pytest.mark.parametrize("correction", [AUTO, {"name": "constant", "expected_staleness": 3}])
+@pytest.mark.parametrize("correction", [AUTO, AHEAD, {"name": "constant", "expected_staleness": 3}])
 def test_the_service_corrects_for_the_staleness_of_its_leases(api: Api, correction: dict[str, Any]) -> None:
     api.create(
         optimizer={"algorithm": "sgd_schedule_free", "lr": 0.1, "delay_correction": correction},
         aggregation={"policy": "async"},
     )
     leases = [api.lease(f"worker-{number}") for number in range(3)]
-    twin, expected = ScheduleFree(TENSORS["w"], lr=0.1, beta=0.9), 0.0
+    twin, expected = ScheduleFree(TENSORS["w"], lr=0.1, beta=0.9, is_ahead=correction == AHEAD), 0.0
     generator = torch.Generator().manual_seed(0)
     for step in range(30):
         if step == 20:
@@ -395,6 +438,6 @@ def test_the_service_corrects_for_the_staleness_of_its_leases(api: Api, correcti
         receipt = api.push(leases[step % len(leases)], taken_at, tensors=pushed).json()
         assert receipt["staleness"] == step - taken_at
         expected = max(len(leases) - 1, expected + (receipt["staleness"] - expected) / (2 * (1 + expected)))
-        twin.step(pushed["w"], staleness=expected if correction == AUTO else 3)
+        twin.step(pushed["w"], staleness=3 if correction["name"] == "constant" else expected)
         for point in "xyz":
             torch.testing.assert_close(api.pull(point)[0]["w"], getattr(twin, point).float(), rtol=1e-4, atol=1e-5)

@@ -132,6 +132,14 @@ def test_a_clip_of_norms_is_turned_on_and_off(api: Api) -> None:
             {"optimizer": {"base": {"algorithm": "adam"}}},
             "optimizer.base",
         ),
+        *(
+            (
+                {"algorithm": "sgd_schedule_free", "delay_correction": {"name": before}},
+                {"optimizer": {"delay_correction": {"name": after}}},
+                "optimizer.delay_correction",
+            )
+            for before, after in (("ahead", "auto"), ("none", "ahead"))
+        ),
     ],
 )
 def test_what_cannot_be_changed_is_refused_with_why(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from freestep.api.validation import NonNegative, StrictModel, told_by
 
-__all__ = ["Auto", "DelayCorrection", "NoCorrection", "Steady"]
+__all__ = ["Ahead", "Auto", "DelayCorrection", "NoCorrection", "Steady"]
 
 
 class NoCorrection(StrictModel):
@@ -31,7 +31,19 @@ class Steady(StrictModel):
     """The staleness in steps; 0 is the method of the paper."""
 
 
-_Corrections = NoCorrection | Auto | Steady
+class Ahead(StrictModel):
+    """Takes gradients ahead of x, and shortens steps only where the method of the paper would be in danger.
+
+    It changes less than `auto`: with time it comes near the method of the paper, if the staleness is at most
+    0.3 / (1 - β) - 1 steps.
+    """
+
+    name: Literal["ahead"] = "ahead"
+    expected_staleness: NonNegative | None = None
+    """The staleness in steps; None is what the run expects, as under `auto`."""
+
+
+_Corrections = NoCorrection | Auto | Steady | Ahead
 DelayCorrection = Annotated[
     _Corrections, Field(discriminator="name", json_schema_extra={"required": ["name"]}), told_by("name", _Corrections)
 ]

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from freestep.api.algorithm import Hyperparameters
 from freestep.api.bases import Base, BaseAdamW, MatrixBase
-from freestep.api.delay import DelayCorrection, NoCorrection
+from freestep.api.delay import Ahead, DelayCorrection, NoCorrection
 from freestep.api.validation import (
     Coefficient,
     Epsilon,
@@ -59,13 +59,17 @@ class ScheduleFree(Hyperparameters):
     averaging_constant: Annotated[float, Field(strict=True, gt=0, le=1e12)] | None = None
     """C of arXiv 2507.09846: the newest z weighs min(c · (1 - β) · C, 1) in the average; None is c."""
     delay_correction: DelayCorrection | None = None
-    """The correction for stale gradients: `none`, `auto` or `constant`. None is `auto` if the run's policy admits stale
-    gradients and every group's β is at least 0.7, else `none`."""
+    """The correction for stale gradients: `none`, `auto`, `constant` or `ahead`. None is `auto` if the run's policy
+    admits stale gradients and every group's β is at least 0.7, else `none`."""
 
     @property
     @abstractmethod
     def beta(self) -> float:
         """β, the interpolation of x in y."""
+
+    def fixed(self) -> dict[str, tuple[Any, str]]:
+        why = "to or from 'ahead', y would jump: create another run"
+        return {**super().fixed(), "delay_correction": (isinstance(self.delay_correction, Ahead), why)}
 
     @model_validator(mode="after")
     def _corrects_large_betas_only(self) -> Self:

@@ -2,7 +2,7 @@
 
 It is a function of the log, so that all shards expect the same.
 
-Under `auto`, a push of staleness s moves the expectation τ̂ to
+Under `auto` and `ahead`, a push of staleness s moves the expectation τ̂ to
 
     max(f, τ̂ + (s - τ̂) / (2 (1 + τ̂)))
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from freestep.api.delay import Auto, DelayCorrection, NoCorrection, Steady
+from freestep.api.delay import Ahead, Auto, DelayCorrection, NoCorrection, Steady
 from freestep.api.hyperparameters import LEAST_CORRECTED, ScheduleFree
 from freestep.api.models import RunSpec
 from freestep_service.domain.aggregation import ADAPTIVE, FRESH, LIVE, NONE, Policy
@@ -44,11 +44,11 @@ class Expectation(NamedTuple):
     def after(self, expected: float, staleness: int, live: int) -> float:
         """The expectation, in steps, after a push of this staleness; `live`: the number of live workers then."""
         match self.correction:
-            case Auto():
+            case Auto() | Ahead(expected_staleness=None):
                 followed = expected + (staleness - expected) / (_MEMORY * (1 + expected))
                 return max(self._foreseen(live), followed)
-            case Steady():
-                return self.correction.expected_staleness
+            case Steady(expected_staleness=float(given)) | Ahead(expected_staleness=float(given)):
+                return given
             case _:
                 return 0.0
 

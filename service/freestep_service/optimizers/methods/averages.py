@@ -1,7 +1,8 @@
 """The averaging weights of the Schedule-Free methods, and their correction for stale gradients.
 
 In equations 9 to 11 of arXiv 2405.15682, β is constant. Gradients taken at the y of τ steps ago need another β, which
-changes during the run. With the expected staleness τ̂, S = 1 + τ̂, the user's β₀ and γ, and c as in the paper,
+changes during the run. With the expected staleness τ̂, S = 1 + τ̂, the user's β₀ and γ, and c as in the paper, `auto` and
+`constant` have
 
     u  = 1 - β₀ if τ̂ = 0 else min(u_max, max((1 - β₀)/S, κ τ̂ c_prev))        β' = 1 - u
     lr = γ min(1, max(a, 1 - β₀)/(S u))                                       from about γ a/u_max/S to γ
@@ -9,7 +10,14 @@ changes during the run. With the expected staleness τ̂, S = 1 + τ̂, the user
 and y = z + β' (x - z). A change of z appears u-fold in y at once, and z moves S times before a gradient reflects it, so
 lr · u · S must stay bounded: by γ a, twice the γ (1 - β) of β = 0.9 without delay. And since x takes up z with weight
 c, u must stay above τ̂ c, or early iterates grow. This is a heuristic argument and no proof; the rule was found by
-experiment.
+experiment. `ahead` keeps to the same bounds, and to the user's β₀ where they allow it:
+
+    u  = min(u_max, 1 - β₀ + κ_a τ̂ c_prev)                                    β' = 1 - u
+    lr = γ min(1, u_max/(S u))                                                from γ/S up
+
+For x moves by c (z - x) in a step, so this y lies, beside the user's share of z, about where x will be in κ_a τ̂ steps.
+A smaller u than the user's lets learning rates be larger, but where gradients are noisy, x and z then swing about the
+minimum for long.
 
 Where the expected staleness changes from τ̂_prev to τ̂, z moves before the step such that x and y stay:
 
@@ -31,6 +39,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from freestep.api.delay import Ahead
 from freestep.api.hyperparameters import LEAST_CORRECTED, ScheduleFree
 from freestep_service.optimizers.method import Conditions, Scalars
 
@@ -43,6 +52,8 @@ _LARGEST_SHARE = 1 - LEAST_CORRECTED
 _KAPPA = 2.0
 _LARGEST_MOVE = 0.2
 """a, chosen by experiment: between 1 - β₀ for the usual β₀ and u_max."""
+_KAPPA_AHEAD = 1.5
+"""κ_a, chosen by experiment."""
 
 
 class Average(NamedTuple):
@@ -79,10 +90,11 @@ def averaged(h: ScheduleFree, scalars: Scalars, lr: float, conditions: Condition
     if h.averaging_constant is not None:
         c = min(c * (1 - h.beta) * h.averaging_constant, 1.0)
     staleness, beta_prev, c_prev = conditions.expected_staleness, interpolation(h, scalars), scalars.get("c", 1.0)
-    u = _z_share_in_y(h.beta, staleness, c_prev)
-    q = _z_share_in_y(h.beta, scalars.get("staleness", 0.0), c_prev) / u
+    u = _z_share_in_y(h, staleness, c_prev)
+    q = _z_share_in_y(h, scalars.get("staleness", 0.0), c_prev) / u
     beta = 1 - u if staleness else h.beta
-    lr_factor = min(1.0, max(_LARGEST_MOVE, 1 - h.beta) / ((1 + staleness) * u))
+    largest_move = _LARGEST_SHARE if isinstance(h.delay_correction, Ahead) else _LARGEST_MOVE
+    lr_factor = min(1.0, max(largest_move, 1 - h.beta) / ((1 + staleness) * u))
     return Average(
         scalars={
             "k": k + 1,
@@ -100,8 +112,11 @@ def averaged(h: ScheduleFree, scalars: Scalars, lr: float, conditions: Condition
     )
 
 
-def _z_share_in_y(beta: float, staleness: float, c: float) -> float:
-    """u. beta: the user's. c: that of the previous step."""
+def _z_share_in_y(h: ScheduleFree, staleness: float, c: float) -> float:
+    """u. c: that of the previous step."""
+    share = 1 - h.beta
     if not staleness:
-        return 1 - beta
-    return min(_LARGEST_SHARE, max((1 - beta) / (1 + staleness), _KAPPA * staleness * c))
+        return share
+    if isinstance(h.delay_correction, Ahead):
+        return min(_LARGEST_SHARE, share + _KAPPA_AHEAD * staleness * c)
+    return min(_LARGEST_SHARE, max(share / (1 + staleness), _KAPPA * staleness * c))
