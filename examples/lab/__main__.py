@@ -25,7 +25,7 @@ import torch
 
 from examples.lab.figures import markdown
 
-NAMES = ("convex", "anytime", "theorem", "delay", "communication", "language", "units")
+NAMES = ("convex", "anytime", "theorem", "delay", "staleness", "communication", "language", "units")
 """Modules of this package, each an experiment."""
 
 PUBLISHED, TRIED = Path("docs/lab"), Path("lab-out")

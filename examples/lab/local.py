@@ -6,14 +6,14 @@ Where an experiment takes hundreds of runs, requests would take most of its time
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from freestep.api.models import Point, RunSpec
+from freestep.api.models import ParameterSpec, Point, RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.state.compute import HOST
 from freestep_service.state.log import Entry
@@ -27,19 +27,34 @@ class LocalRun:
 
     optimizer: `algorithm` and its hyperparameters, as clients name them. initial: the weights, flat fp32 [numel].
     aggregation: the policy, as in a run's spec; it decides only whether pushes gather, who pushes says when.
+    shapes: of the parameters that the weights are; None makes them one. groups: hyperparameters of each parameter's
+    own, in its group; None where all have the run's.
     """
 
     def __init__(
-        self, optimizer: Mapping[str, Any], initial: Tensor, aggregation: Mapping[str, Any] | None = None
+        self,
+        optimizer: Mapping[str, Any],
+        initial: Tensor,
+        aggregation: Mapping[str, Any] | None = None,
+        *,
+        shapes: Sequence[tuple[int, ...]] | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
+        parameters = [
+            {"name": f"w{number}", "shape": shape} for number, shape in enumerate(shapes or [(initial.numel(),)])
+        ]
+        named = {f"g{number}": dict(own) for number, own in enumerate(groups or ())}
+        for parameter, group in zip(parameters, named, strict=False):
+            parameter["group"] = group
         spec = RunSpec.model_validate(
             {
                 "optimizer": dict(optimizer),
                 "aggregation": dict(aggregation or {"policy": "async"}),
-                "parameters": [{"name": "w", "shape": (initial.numel(),)}],
+                "parameters": parameters,
+                "groups": named,
             }
         )
-        self._shard = Shard(spec, _manifest(initial.numel()), HOST)
+        self._shard = Shard(spec, _manifest(spec.parameters), HOST)
         self._shard.initialize(initial, epoch=1)
 
     @property
@@ -63,9 +78,5 @@ class LocalRun:
 
 
 @cache
-def _manifest(numel: int) -> Manifest:
-    return Manifest(
-        RunSpec.model_validate(
-            {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": "w", "shape": (numel,)}]}
-        ).parameters
-    )
+def _manifest(parameters: tuple[ParameterSpec, ...]) -> Manifest:
+    return Manifest(parameters)

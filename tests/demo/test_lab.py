@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib import import_module
+from itertools import cycle, islice
 from math import inf
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples.lab.__main__ import NAMES, PUBLISHED, run
 from examples.lab.figures import markdown, plus_minus
+from examples.lab.local import LocalRun
+from examples.lab.small_problems import PROBLEMS
+from examples.lab.staleness import AHEAD, Lanes, arrivals, optimizer, train
 from examples.lab.tuning import Trial, tune
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,6 +65,59 @@ def test_runs_that_come_to_nothing_are_never_the_best() -> None:
 )
 def test_means_have_the_digits_that_count(average: float, spread: float, expected: str) -> None:
     assert plus_minus(average, spread) == expected
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gradients_of_many_runs_are_those_of_each(name: str) -> None:
+    problem = PROBLEMS[name]()
+    weights = torch.stack([problem.initial(seed) for seed in range(4)]).view(2, 2, -1)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.stack(parts) for parts in zip(*(problem.batch(generator, 3) for _ in range(2)), strict=True)]
+    found = problem.gradients(weights, *batches)
+    for rate in range(2):
+        for seed in range(2):
+            leaf = weights[rate, seed].clone().requires_grad_()
+            (wanted,) = torch.autograd.grad(problem.loss(leaf, *(each[seed] for each in batches)), leaf)
+            torch.testing.assert_close(found[rate, seed], wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["SGD", "AdamW", "NorMuon"])
+def test_runs_side_by_side_are_the_runs_alone(form: str) -> None:
+    problem, rates = PROBLEMS["network"](), (0.02, 0.1)
+    made_with = optimizer(form, AHEAD, 0, 0)
+    lanes = Lanes(problem, made_with, rates, seeds=2)
+    alone = {}
+    for rate in rates:
+        own = {"base": made_with["base"] | {"lr": rate}} if "base" in made_with else {"lr": rate}
+        for seed in range(2):
+            alone[rate, seed] = LocalRun(made_with | own, problem.initial(seed), shapes=problem.shapes)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(12):
+        gradients = torch.randn(2, 2, problem.numel, generator=generator)
+        lanes.push(gradients, staleness=min(step, 3), live=4)
+        for place, run_ in enumerate(alone.values()):
+            run_.push(gradients.view(4, -1)[place], staleness=min(step, 3), live=4)
+    for place, run_ in enumerate(alone.values()):
+        for point in ("x", "y", "z"):
+            assert torch.equal(lanes.point(point).view(4, -1)[place], run_.point(point))
+
+
+def test_workers_in_turn_push_gradients_that_are_as_stale_as_the_others_are_many() -> None:
+    problem = PROBLEMS["quadratic"]()
+    lanes = Lanes(problem, optimizer("SGD", AHEAD, 0, 0), [0.1], seeds=1)
+    staleness, workers = train([problem] * 4, lanes, islice(cycle(range(4)), 10), seeds=1, batch=1)
+    assert staleness == [0, 1, 2, 3, 3, 3, 3, 3, 3, 3]
+    assert workers == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    lanes = Lanes(problem, optimizer("SGD", AHEAD, 0, 0), [0.1], seeds=1)
+    staleness, _ = train([problem] * 4, lanes, islice(cycle(range(4)), 10), seeds=1, batch=1, most_stale=1)
+    assert max(staleness) == 1
+    assert lanes.step == len(staleness) < 10
+
+
+def test_workers_come_as_often_as_they_are_fast() -> None:
+    come = Counter(arrivals([1.0, 1.0, 8.0], 1700))
+    assert come[0] == pytest.approx(800, rel=0.05)
+    assert come[2] == pytest.approx(100, rel=0.1)
 
 
 @pytest.mark.parametrize(
