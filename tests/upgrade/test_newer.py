@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -96,19 +97,38 @@ def test_a_run_of_a_newer_format(
     assert (api.status()["epoch"], api.status()["step"]) == (1, 5)
 
 
-def test_a_run_with_an_algorithm_of_a_newer_version(
-    left: Left, start_service: Callable[..., ThreadService], connect: Callable[..., Api]
+@pytest.mark.parametrize("is_algorithm", [True, False], ids=["algorithm", "delay correction"])
+def test_a_run_with_something_of_a_newer_version(
+    left: Left, start_service: Callable[..., ThreadService], connect: Callable[..., Api], is_algorithm: bool
 ) -> None:
     data_dir, path = left / "stopped", left / "stopped" / KINDS["run file"]
     document = parse_document(path.read_bytes(), str(path))
-    spec = document["spec"].replace("adamw_schedule_free", "yet_to_come")
-    write_document(LocalStorage(path.parent), path.name, {**document, "spec": spec})
+    spec = json.loads(document["spec"])
+    spec["optimizer"] |= {"algorithm": "yet_to_come"} if is_algorithm else {"delay_correction": {"name": "yet_to_come"}}
+    write_document(LocalStorage(path.parent), path.name, {**document, "spec": json.dumps(spec)})
     before = state(data_dir)
     service = start_service(data_dir)
     api = connect(service.url, "orderly")
-    assert api.http.get("/readyz").json()["problems"]["orderly"].startswith("its spec is not valid")
+    why = api.http.get("/readyz").json()["problems"]["orderly"]
+    field = "optimizer.algorithm" if is_algorithm else "optimizer.delay_correction.name"
+    assert why.startswith(f"its spec is not valid in this version of freestep: {field}: must be one of ")
+    assert why.endswith(": start the version that wrote it")
+    assert is_algorithm or "none, auto, constant, ahead" in why
+    for answer in (
+        api.http.get(api.path()),
+        # A worker's, whose spec this version knows: the run does not become that one.
+        api.http.put(api.path(), json=api.spec(optimizer={"algorithm": "adamw_schedule_free", "lr": 0.1})),
+        api.http.post(api.path("/leases"), json={"worker": "w"}),
+        api.http.delete(api.path()),
+    ):
+        assert (answer.status_code, slug(answer)) == (503, "shard-unavailable")
+        assert answer.json()["detail"] == f"the run 'orderly' cannot be opened: {why}"
     service.stop()
     assert state(data_dir) == before
+    # Nothing of it is lost to the version that wrote it.
+    write_document(LocalStorage(path.parent), path.name, document)
+    api = connect(start_service(data_dir).url, "orderly")
+    assert (api.status()["epoch"], api.status()["step"]) == (1, 5)
 
 
 def test_a_journal_of_a_newer_format(

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from freestep.api.models import RunSpec
 from freestep.api.run_state import StateDocument
+from freestep.api.validation import first_fault
 from freestep.errors import (
     CoordinatorUnavailable,
     InvalidSpec,
@@ -277,8 +278,8 @@ class Registry:
     async def _open(self, name: str, *, is_from_elsewhere: bool = False) -> None:
         """Opens a run that there is. is_from_elsewhere: not one that is in storage alone.
 
-        Raises DamagedRun, CoordinatorUnavailable, NewerFormat, and StorageUnavailable or Damaged where it is in storage
-        alone and cannot be read.
+        Raises DamagedRun, CoordinatorUnavailable, NewerFormat, also where this version does not know what the spec
+        names, and StorageUnavailable or Damaged where it is in storage alone and cannot be read.
         """
         view = await read_run(self._resources.store, name)
         if view is None and is_from_elsewhere:
@@ -311,8 +312,9 @@ class Registry:
             text = file.spec if file else view.run["spec"] if view else ""
             spec = await asyncio.to_thread(RunSpec.model_validate_json, text)
         except ValidationError as error:
-            self._put_aside(name, Damaged(f"its spec is not valid: {error}"))
-            return
+            place, why = first_fault(error)
+            field = ".".join(map(str, place))
+            raise NewerFormat("its spec", f"is not valid in this version of freestep: {field}: {why}") from None
         shards = view.count if view else file.shards if file else spec.shards
         # It was there before: it is opened all the same.
         await self._resources.count_anew(name, spec, shards)
