@@ -54,6 +54,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "ssp": {"aggregation": {"policy": "ssp", "slack": 1}},
     "damped": {"aggregation": {"policy": "async", "staleness_damping": "inverse_sqrt"}},
     "corrected": {"delay_correction": {"name": "constant", "expected_staleness": 2.0}},
+    "ahead": {"delay_correction": {"name": "ahead", "expected_staleness": 2.0}},
 }
 
 

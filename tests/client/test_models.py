@@ -147,7 +147,7 @@ INVALID = [
             ("constant", {"expected_staleness": -1}),
             ("constant", {"expected_staleness": float("nan")}),
             ("auto", {"expected_staleness": 3}),
-            ("ahead", {"expected_staleness": -1}),
+            *(("ahead", {"expected_staleness": value}) for value in (-1, float("nan"), float("inf"), 2e12, "4", True)),
         ]
     ),
     (
@@ -162,6 +162,15 @@ INVALID = [
         "groups.slow.delay_correction",
         optimizer("adamw_schedule_free", delay_correction={"name": "auto"})
         | {"groups": {"slow": {"betas": [0.5, 0.9]}}},
+    ),
+    (
+        "groups.slow.delay_correction",
+        optimizer("adamw_schedule_free", delay_correction={"name": "ahead"})
+        | {"groups": {"slow": {"betas": [0.5, 0.9]}}},
+    ),
+    (
+        "optimizer.delay_correction.lookahead",
+        optimizer("sgd_schedule_free", delay_correction={"name": "ahead", "lookahead": 2}),
     ),
     ("groups.slow.delay_correction", spec(groups={"slow": {"delay_correction": {"name": "auto"}}})),
     ("optimizer.delay_correction", optimizer("gpa_adamw", delay_correction={"name": "auto"})),

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from flats import random_gradients
 from freestep.api.control import ControlRequest
+from freestep.api.models import RunSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.control import Control, ControlChange
 from freestep_service.state.log import Entry
@@ -68,6 +70,73 @@ def test_points_and_weights_equal_the_packages_when_the_rate_changes(algorithm: 
         own_error = (peer.point(point).double() - expected).abs().max()
         allowed = torch.clamp(BOUNDS["atol"] + BOUNDS["rtol"] * expected.abs(), min=float(2 * own_error))
         assert ((out.double() - expected).abs() <= allowed).all()
+
+
+def advanced(spec: RunSpec, steps: int) -> Shard:
+    """A shard after some steps, of gradients that are as stale as those of five workers."""
+    made = Shard(spec, Manifest.of(spec), torch.device("cpu"))
+    made.initialize(torch.cat([weight.reshape(-1) for weight in weights().values()]), epoch=1)
+    for gradients in random_gradients(steps):
+        push(made, torch.cat([gradients[name].reshape(-1) for name in weights()]))
+    return made
+
+
+def push(made: Shard, gradient: Tensor) -> None:
+    made.apply(Entry(made.seq + 1, made.epoch, advance=True, gradient=gradient, staleness=4, live=5))
+
+
+def stand_still(made: Shard, spec: RunSpec, **optimizer: Any) -> None:
+    """Changes a shard's hyperparameters, and takes a step of length 0."""
+    control = Control().after(spec, ControlRequest(optimizer={"lr": 0.0, **optimizer}), "")
+    made.apply(Entry(made.seq + 1, made.epoch, advance=False, control=ControlChange(control, "{}", "me")))
+    push(made, torch.ones(made.manifest.numel))
+
+
+def point(made: Shard, name: Any) -> Tensor:
+    out = torch.empty(made.manifest.numel)
+    made.copy_point(name, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("rule", "wish"),
+    [
+        ("auto", {"name": "none"}),
+        ("auto", {"name": "constant", "expected_staleness": 40}),
+        ("ahead", {"expected_staleness": 40}),
+        ("ahead", {"expected_staleness": 0}),
+    ],
+)
+def test_y_stays_where_it_is_when_the_delay_correction_changes(rule: str, wish: dict[str, Any]) -> None:
+    spec = document("adamw_schedule_free", {"lr": 0.01, "delay_correction": {"name": rule}}, {})
+    made = advanced(spec, 60)
+    kept, x = through_a_checkpoint(made, spec), point(made, "x")
+    stand_still(made, spec, delay_correction=wish)
+    stand_still(kept, spec)
+    (changed, y), (as_before, expected) = (
+        # As y is made, but of the x from before the step, which takes up some of z however long it is.
+        (scalars["staleness"], x + (1 - scalars["beta"]) * (point(each, "z") - x))
+        for each in (made, kept)
+        for scalars in [each.copy_state().scalars["default"]]
+    )
+    assert changed != as_before == 4
+    assert not torch.allclose(point(made, "z"), point(kept, "z"), rtol=0.01)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_goes_on_under_another_rule_with_the_x_that_it_has() -> None:
+    """As one that is imported with another spec: y follows with the next step, as where β changes."""
+    spec, other = (
+        document("adamw_schedule_free", {"lr": 0.01, "delay_correction": {"name": name}}, {})
+        for name in ("auto", "ahead")
+    )
+    made = advanced(spec, 60)
+    x, made = point(made, "x"), through_a_checkpoint(made, other)
+    assert torch.equal(point(made, "x"), x)
+    stand_still(made, other)
+    scalars, z = made.copy_state().scalars["default"], point(made, "z")
+    torch.testing.assert_close(point(made, "x"), x + scalars["c"] * (z - x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(point(made, "y"), z + scalars["beta"] * (point(made, "x") - z), rtol=1e-5, atol=1e-6)
 
 
 def test_x_stays_where_it_is_when_beta_changes() -> None:

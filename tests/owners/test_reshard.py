@@ -18,8 +18,8 @@ def test_another_number_of_shards_is_the_same_run(
 ) -> None:
     url = shared_nodes(2)[0].url
     run, straight = run_of(url), run_of(url, "-straight")
-    # It would follow the number of live workers, of which one of the runs has one more.
-    correction = {} if algorithm == "sgd" else {"delay_correction": {"name": "none"}}
+    # Others would follow the number of live workers, of which one of the runs has one more.
+    correction = {} if algorithm == "sgd" else {"delay_correction": {"name": "ahead", "expected_staleness": 3}}
     for each in (run, straight):
         create(each, 1, optimizer={"algorithm": algorithm, **correction})
         push(each, 3)

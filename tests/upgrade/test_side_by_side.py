@@ -11,10 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from freestep import Client
+from freestep import Client, InvalidSpec
+from harness import AUTHORIZED
 from harness import store as started
 from meanwhile import at_once, wait_until
-from owners.counted import count, create, owners
+from owners.counted import count, create, equal, owners, points, push
 from upgrade.installed import Installed, Served, Started, end_all
 
 HERE = Path(__file__).parent
@@ -139,6 +140,40 @@ def test_a_client_works_with_the_version_before_and_after_its_own(
     wrong = [line.split()[1] for line in examined.stdout.splitlines() if line.startswith("wrong")]
     # Version 0.1.0 wants its own version, and says so.
     assert (examined.returncode, wrong) == ((0, []) if newer == "client" else (1, ["version"])), examined.stdout
+
+
+@pytest.mark.slow
+def test_an_older_service_leaves_a_run_with_a_newer_rule_to_the_others(
+    released: Installed, present: Installed, fleet: list[Served], stack: ExitStack
+) -> None:
+    old, new, _ = fleet
+    optimizer = {"algorithm": "sgd_schedule_free", "lr": 1.0, "delay_correction": {"name": "ahead"}}
+
+    def problems(service: Served) -> dict[str, str]:
+        return dict(httpx.get(f"{service.url}/readyz", headers=AUTHORIZED).json()["problems"])
+
+    old.start(released)
+    with pytest.raises(InvalidSpec, match=r"delay_correction\.name: must be one of none, auto, constant"):
+        create(stack.enter_context(Client(old.url)).run("refused"), 1, optimizer=optimizer)
+    new.start(present)
+    run = stack.enter_context(Client(new.url, retry_for=60)).run("corrected")
+    create(run, 2, optimizer=optimizer)
+    assert push(run, 3).step == 3
+    wait_until(lambda: problems(old).get("corrected", "").startswith("its spec is not valid"))
+    assert push(run, 3).step == 6
+    before = points(run)
+    # On the way back too: what it finds when it starts, it leaves as it is.
+    new.end()
+    old.end()
+    old.start(released)
+    assert problems(old)["corrected"].startswith("its spec is not valid")
+    new.start(present)
+    wait_until(lambda: None not in owners(run))
+    assert equal(points(run), before)
+    assert push(run).step == 7
+    old.end()
+    old.start(present)
+    assert problems(old) == {}
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 It is a function of the log, so that all shards expect the same.
 
-Under `auto` and `ahead`, a push of staleness s moves the expectation τ̂ to
+Under `auto`, and under `ahead` without a staleness of its own, a push of staleness s moves the expectation τ̂ to
 
     max(f, τ̂ + (s - τ̂) / (2 (1 + τ̂)))
 
@@ -43,14 +43,13 @@ class Expectation(NamedTuple):
 
     def after(self, expected: float, staleness: int, live: int) -> float:
         """The expectation, in steps, after a push of this staleness; `live`: the number of live workers then."""
-        match self.correction:
-            case Auto() | Ahead(expected_staleness=None):
-                followed = expected + (staleness - expected) / (_MEMORY * (1 + expected))
-                return max(self._foreseen(live), followed)
-            case Steady(expected_staleness=float(given)) | Ahead(expected_staleness=float(given)):
-                return given
-            case _:
-                return 0.0
+        correction = self.correction
+        if isinstance(correction, NoCorrection):
+            return 0.0
+        if isinstance(correction, Steady | Ahead) and correction.expected_staleness is not None:
+            return correction.expected_staleness
+        followed = expected + (staleness - expected) / (_MEMORY * (1 + expected))
+        return max(self._foreseen(live), followed)
 
     def _foreseen(self, live: int) -> float:
         """The staleness, in steps, of so many equally fast workers."""

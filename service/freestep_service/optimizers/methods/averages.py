@@ -10,7 +10,7 @@ changes during the run. With the expected staleness τ̂, S = 1 + τ̂, the user
 and y = z + β' (x - z). A change of z appears u-fold in y at once, and z moves S times before a gradient reflects it, so
 lr · u · S must stay bounded: by γ a, twice the γ (1 - β) of β = 0.9 without delay. And since x takes up z with weight
 c, u must stay above τ̂ c, or early iterates grow. This is a heuristic argument and no proof; the rule was found by
-experiment. `ahead` keeps to the same bounds, and to the user's β₀ where they allow it:
+experiment. `ahead` lets lr · u · S be up to γ u_max, and keeps to the user's β₀ where that allows it:
 
     u  = min(u_max, 1 - β₀ + κ_a τ̂ c_prev)                                    β' = 1 - u
     lr = γ min(1, u_max/(S u))                                                from γ/S up
