@@ -157,9 +157,10 @@ class Settings(BaseSettings):
     """Device of parameters and optimizer state: cpu, cuda, cuda:N, or auto (cuda if there is a GPU)."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads for tensor arithmetic; 0 is half the cores, at least one."""
-    inline_elements: Annotated[int, Field(ge=0)] = 128 * 1024
-    """Shards of at most this many elements are updated on the event loop's thread, in about 0.1 ms: another thread
-    would start later. 0 is none."""
+    inline_elements: Annotated[int, Field(ge=0)] = 1024 * 1024
+    """Shards of at most this many elements are updated on the event loop's thread, in about 1 ms, which is less than it
+    costs to have another thread do it; an eighth of that where updates take more than one pass over the elements, as
+    Muon's do, and robust means of several pushes. 0 is none."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
     """Longest request body that is accepted, in bytes."""
     head_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024

@@ -164,6 +164,6 @@ class Waiting(RuleBasedStateMachine):
         self.runner.close()
 
 
-@pytest.mark.parametrize("inline", [0, 1], ids=["thread", "inline"])
+@pytest.mark.parametrize("inline", [0, 8], ids=["thread", "inline"])
 def test_updates_that_wait_are_taken_in_order_or_lost(inline: int) -> None:
     run_machine(Waiting, examples=60, steps=25, inline=inline)

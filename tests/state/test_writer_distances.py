@@ -33,7 +33,7 @@ class Measured:
         return entry.seq, square
 
 
-@pytest.fixture(params=[0, 1], ids=["thread", "inline"])
+@pytest.fixture(params=[0, 8], ids=["thread", "inline"])
 def comparing(request: pytest.FixtureRequest) -> Iterator[Writer]:
     made = Writer(comparing_shard(), "test", DeviceLocks(request.param))
     made.resume(1, 0, 0)

@@ -28,7 +28,7 @@ HOST = torch.device("cpu")
 class DeviceLocks:
     """One lock per device, for one process; safe to use from several threads.
 
-    inline_elements: a shard of no more elements is computed inline, faster than a thread would begin.
+    inline_elements: work on no more elements is done inline: handing it to a thread costs more.
     """
 
     def __init__(self, inline_elements: int = 0) -> None:
@@ -39,9 +39,9 @@ class DeviceLocks:
         self.compiler = arithmetic_threads("compiler", 1)
         """The thread that compiles kernels; one at a time: the next request may find its kernel made."""
 
-    def runs_inline(self, device: torch.device, numel: int) -> bool:
+    def runs_inline(self, device: torch.device, elements: int) -> bool:
         """True if the work is small enough to run inline on the event loop, without the device lock."""
-        return device == HOST and numel <= self._inline_elements
+        return device == HOST and elements <= self._inline_elements
 
     def decoding(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> asyncio.Future[T]:
         """Runs a function in one of the threads that decode bodies."""

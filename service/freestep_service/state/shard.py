@@ -121,7 +121,8 @@ class Shard:
         self.spec = spec
         """The one in force: as the run was created, with what was changed since."""
         self._hyperparameters = _hyperparameters(spec)
-        policy = Policy.of(spec.aggregation)
+        self.policy = policy = Policy.of(spec.aggregation)
+        """That of the spec in force."""
         self._gathers = policy.groups and not policy.kept
         self._gathered_vectors = policy.gathered_vectors
         self._is_robust, self._ban_after = spec.aggregation.robust != "none", spec.aggregation.ban_after
@@ -373,6 +374,11 @@ class Shard:
     def data(self) -> DataSets:
         """How much of the run's data sets has counted up to here."""
         return self._data.copy()
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether an update takes a few operations an element: no direction of matrices, no comparison of pushes."""
+        return self._method.direction is None and self._kept is None
 
     @property
     def state_bytes(self) -> int:

@@ -31,6 +31,9 @@ logger = logging.getLogger("freestep")
 
 T = TypeVar("T")
 
+_SLOWER = 8
+"""What an element of an update counts that is more than a pass over the elements."""
+
 
 class Writer:
     """Applies log entries to a shard, in order, on one thread.
@@ -70,7 +73,8 @@ class Writer:
         self._under_way: set[asyncio.Future[Any]] = set()
         self._measured: tuple[Entry, asyncio.Future[Tensor]] | None = None
         """The entry whose distances are needed, until it is applied or lost, and this shard's part of them."""
-        inline = locks.runs_inline(shard.device, shard.manifest.numel)
+        work = shard.manifest.numel * (1 if shard.is_elementwise else _SLOWER)
+        inline = locks.runs_inline(shard.device, work)
         self._thread = None if inline else arithmetic_threads(f"writer-{name}", 1)
         self._waiters: set[tuple[int, asyncio.Future[None]]] = set()
 
