@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +35,7 @@ from benchmarks.services import Service, cpu_seconds, running_service
 from benchmarks.worker import Worker
 from freestep import Client, FreestepError, Run
 from freestep_service.coordination.embedded import embedded_store
+from freestep_service.coordination.store import scripts
 
 SHARDS = (1, 2, 4)
 SIZES = {5_000_000: 40, 25_000_000: 20}
@@ -60,13 +60,7 @@ _HEARTBEATS = {"node_heartbeat", "run_heartbeat", "leases_due", "leases_expire",
 
 def _script_names() -> dict[str, str]:
     """What the service's scripts are called, by the digests that EVALSHA names them by."""
-    folder = files("freestep_service.coordination") / "lua"
-    prelude = (folder / "_prelude.lua").read_text()
-    scripts = [entry for entry in folder.iterdir() if entry.name.endswith(".lua") and not entry.name.startswith("_")]
-    return {
-        hashlib.sha1((prelude + script.read_text()).encode()).hexdigest(): script.name.removesuffix(".lua")
-        for script in scripts
-    }
+    return {hashlib.sha1(text.encode()).hexdigest(): name for name, text in scripts().items()}
 
 
 # Before the services read them, since a script that is edited meanwhile has another digest.

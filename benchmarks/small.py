@@ -1,7 +1,7 @@
 """A small model, whose push + pull is all fixed cost: one worker, in runs of many steps each.
 
 Beside it, in the same runs, exchanges by FastAPI, uvicorn and httpx that nothing is done with: of the same bytes, and
-of none. To that freestep adds two calls of Redis, the checks and the update, and saves some of the bodies' way.
+of none. To that freestep adds a call of Redis, the checks and the update, and saves some of the bodies' way.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ class Schedule:
     policy: dict[str, Any]
     batch: int
     workers: int
+    is_inline: bool
+    """Whether shards are updated on the event loop, and pushes without units are one call of Redis."""
     faults: tuple[Fault, ...]
     ending: str
     """What is done to the service before the last look at the weights: `none`, or `restart` (in order)."""
@@ -90,8 +92,9 @@ def scheduled(seed: int) -> Schedule:
             faults.append(Fault(at_s, "change", changing.randrange(processes), detail=str(rate)))
     faults.sort(key=lambda fault: fault.at_s)
     ending = "restart" if seed % 3 == 0 else "none"
+    shards, is_inline = 3 if is_sharded else 1, seed // 4 % 2 == 1
     return Schedule(
-        seed, 3 if is_sharded else 1, processes, store, durability, policy, batch, workers, tuple(faults), ending
+        seed, shards, processes, store, durability, policy, batch, workers, is_inline, tuple(faults), ending
     )
 
 

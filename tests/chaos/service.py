@@ -26,7 +26,7 @@ from freestep_service.coordination.pushes import RunPushes
 from freestep_service.coordination.store import Store
 from freestep_service.domain.control import ControlChange
 from freestep_service.domain.data_sets import DataSets
-from freestep_service.domain.records import Admission, Behind, Claim, Owner
+from freestep_service.domain.records import Admission, Behind, Claim, Owner, Record, StagedPart
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.state.buffers import Hold
 from freestep_service.state.shard import Shard
@@ -179,6 +179,7 @@ def put_points(points: FailPoints, disk: Disk) -> None:
     points.around(RunPushes, "admit", after="admitted")
     points.around(Staging, "receive", after="staged")
     points.around(RunPushes, "commit", before="committing", after="committed")
+    points.around(RunPushes, "push", before="committing", after="committed")
     points.around_call(Shard, "apply", before="applying", after="applied")
     points.around(LocalShard, "push", after="answering")
     points.around_call(LocalStorage, "_write", before="writing", after="written")
@@ -188,7 +189,7 @@ def put_points(points: FailPoints, disk: Disk) -> None:
 
 def watch_owners(recorder: Recorder) -> None:
     """Writes down which owners admit pushes. Receipts that are repeated say nothing: any process may."""
-    admit = RunPushes.admit
+    admit, push = RunPushes.admit, RunPushes.push
 
     async def admitted(self: RunPushes, claim: Claim, owner: Owner, sent: Sequence[str] = ()) -> Admission:
         call = recorder.begin("admitting", shard=owner.shard, token=int(owner.token))
@@ -197,7 +198,17 @@ def watch_owners(recorder: Recorder) -> None:
             recorder.write("admitted", id=call)
         return found
 
+    async def pushed(
+        self: RunPushes, claim: Claim, owner: Owner, part: StagedPart, largest_norm: float | None
+    ) -> tuple[Record, list[str], bool]:
+        call = recorder.begin("admitting", shard=owner.shard, token=int(owner.token))
+        record, evicted, replayed = await push(self, claim, owner, part, largest_norm)
+        if not replayed:
+            recorder.write("admitted", id=call)
+        return record, evicted, replayed
+
     RunPushes.admit = admitted  # type: ignore[method-assign]
+    RunPushes.push = pushed  # type: ignore[method-assign]
 
 
 def _edit_scripts(edits: dict[str, list[tuple[str, str]]]) -> None:
@@ -222,7 +233,7 @@ def forget_receipts(disk: Disk) -> None:
     """A push that comes again is taken for a new one."""
     lookup = ("local record = redis.call('HGET', RECEIPTS, key)", "local record = false")
     pending = ("local pending = redis.call('HGET', PENDING, key)", "local pending = false")
-    _edit_scripts({"admit": [lookup, pending], "commit": [lookup]})
+    _edit_scripts({"admit": [lookup, pending], "commit": [lookup], "push": [lookup, pending]})
 
 
 def fence_nobody(disk: Disk) -> None:
@@ -247,7 +258,7 @@ def release_early(disk: Disk) -> None:
 def repeat_units(disk: Disk) -> None:
     """The units of a push that counts are handed out again, and no shard notices."""
     counted = ("  take_units(lease, units)\n  local counts", "  give_back(lease, units)\n  units = {}\n  local counts")
-    _edit_scripts({"commit": [counted]})
+    _edit_scripts({"commit": [counted], "push": [counted]})
     DataSets.count = lambda self, marks, *, advance: None  # type: ignore[method-assign]
 
 

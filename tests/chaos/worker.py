@@ -230,7 +230,7 @@ class Worker(Clients):
 
     def choose_units(self, lease: dict[str, Any]) -> tuple[list[int], bool]:
         """Units for the next push, and whether the lease is still good; some are given back, some pushes have none."""
-        if self.chance.random() < 0.1:
+        if self.chance.random() < self.given["without_units"]:
             return [], True
         units, is_good = self.claim(lease, self.chance.randrange(1, 4))
         if units and self.chance.random() < 0.1:

@@ -167,6 +167,11 @@ class DrivenRun:
         answer = self.do(self.pushes.commit(claim, self.owner(shard), part, largest_norm))
         return None if answer is None else answer[0]
 
+    def push_at_once(self, claim: Claim, largest_norm: float | None = None, norm: float = 1.0) -> Record:
+        """Admits and commits a push of the only shard in one call."""
+        record, _, _ = self.do(self.pushes.push(claim, self.owner(), self.part(norm=norm), largest_norm))
+        return record
+
     def push(self, claim: Claim) -> Record:
         """Admits and commits a push on all shards."""
         for shard in range(self.shards):

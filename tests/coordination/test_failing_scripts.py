@@ -61,6 +61,7 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
         "admit": lambda: run.do(pushes.admit(claim, owner, ["ticket"])),
         "precheck": lambda: run.do(pushes.precheck(claim)),
         "commit": lambda: run.do(pushes.commit(claim, owner, run.part(), None, "y F32")),
+        "push": lambda: run.do(pushes.push(claim, owner, run.part(), None)),
         "discard": lambda: run.do(pushes.discard(claim, 0)),
         "refuse": lambda: run.do(pushes.discard(claim, 0, "malformed-tensors", "why")),
         "report_metric": lambda: run.do(log.report_metric(owner, Measured("accuracy", 0, 1.0), None)),
@@ -80,9 +81,9 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
 
 NAMES = (
     "heartbeat", "report_shard", "open", "loaded", "give_up", "reshard", "initial_weights", "grant", "grant again",
-    "renew", "release", "expire", "end_worker", "change_run", "admit", "precheck", "commit", "discard", "refuse",
-    "report_metric", "request_read", "reads_sent", "report_distances", "mark_checkpoint", "part_written", "entries",
-    "create_data", "claim_units", "give_back", "read_data", "count_units",
+    "renew", "release", "expire", "end_worker", "change_run", "admit", "precheck", "commit", "push", "discard",
+    "refuse", "report_metric", "request_read", "reads_sent", "report_distances", "mark_checkpoint", "part_written",
+    "entries", "create_data", "claim_units", "give_back", "read_data", "count_units",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     multiple,
+    precondition,
     rule,
 )
 
@@ -108,6 +109,18 @@ class Pushes(RuleBasedStateMachine):
                 # An answer may be lost, and the call repeated.
                 assert self.run.commit(claim, shard) == record
                 self.carried.discard((claim, shard))
+
+    @precondition(lambda self: self.shards == 1)
+    @rule(claim=pushes, too_large=st.booleans())
+    def push_at_once(self, claim: Claim, too_large: bool) -> None:
+        """Both calls as one, which may find the push admitted already."""
+        bound = -1.0 if too_large else None
+        try:
+            record = self.run.push_at_once(claim, bound, self.norms[claim.key])
+        except (LeaseExpired, EpochChanged, NonFiniteGradient):
+            assert claim.key not in self.records
+        else:
+            self.decided(claim, record)
 
     @rule(claim=pushes, order=st.permutations(range(3)), again=st.booleans())
     def deliver(self, claim: Claim, order: list[int], again: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -67,16 +68,19 @@ def test_what_could_be_admitted_passes_the_check(run: DrivenRun) -> None:
     assert run.dump() == before
 
 
-@pytest.mark.parametrize("call", ["admit", "commit"])
+@pytest.mark.parametrize("call", ["admit", "commit", "push"])
 def test_calls_for_a_shard_are_refused_without_its_token(run: DrivenRun, call: str) -> None:
     claim, owner = run.claim(run.grant(), "key"), run.owner()
     run.admit(claim)
 
     def called(position: LogPosition, token: str) -> None:
         changed = owner._replace(position=position, token=token)
-        run.do(
-            run.pushes.admit(claim, changed) if call == "admit" else run.pushes.commit(claim, changed, run.part(), None)  # type: ignore[arg-type]
-        )
+        calls: dict[str, Callable[[], Any]] = {
+            "admit": lambda: run.pushes.admit(claim, changed),
+            "commit": lambda: run.pushes.commit(claim, changed, run.part(), None),
+            "push": lambda: run.pushes.push(claim, changed, run.part(), None),
+        }
+        run.do(calls[call]())
 
     before = run.dump()
     with pytest.raises(Behind):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from coordination.driven import DrivenRun
+import pytest
+
+from coordination.driven import ASYNC, DrivenRun
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import (
     Admission,
@@ -39,6 +41,39 @@ def test_a_push_is_committed_once_all_shards_have_staged_it(run: DrivenRun) -> N
     assert run.admit(claim).record == record
     assert run.admit(claim).replayed
     assert run.dump() == before_again
+
+
+@pytest.mark.parametrize("outcome", ["applied", "accumulated", "stale", "duplicate-worker", "replay", "pending"])
+def test_one_call_does_what_admission_and_commit_do(make_run: Make, outcome: str) -> None:
+    policy = {
+        "accumulated": Policy("2", "none", distinct=False),
+        "stale": Policy("1", "0", distinct=False),
+        "duplicate-worker": Policy("2", "none", distinct=True),
+    }.get(outcome, ASYNC)
+    records, left = [], []
+    for at_once in (False, True):
+        run = DrivenRun(make_run().driver, 1, policy).open()
+        lease = run.grant()
+        run.grant("another")
+        earlier = "key" if outcome == "replay" else "earlier"
+        if outcome in ("stale", "duplicate-worker", "replay"):
+            run.push(run.claim(lease, earlier))
+        claim = run.claim(lease, "key")
+        if outcome == "pending":
+            run.admit(claim)
+        if at_once:
+            records.append(run.push_at_once(claim))
+        else:
+            admission = Admission() if outcome == "pending" else run.admit(claim)
+            records.append(admission.record or run.commit(claim))
+        counted = ("seq", "step", "applied", "accumulated", "dropped", "grouped", "in_flight")
+        left.append({name: run.number(name) for name in counted})
+        left[-1]["pending"] = run.redis.hlen(run.key("pending"))
+        left[-1]["receipts"] = sorted(run.redis.hkeys(run.key("receipts")))
+    plain = [replace(record, claim="") for record in records]
+    assert plain[0] == plain[1]
+    assert left[0] == left[1]
+    assert outcome in (plain[0].decision, plain[0].reason, "replay", "pending")
 
 
 def test_a_digest_is_found_whatever_the_run_was_divided_into_since(make_run: Make) -> None:

@@ -62,17 +62,26 @@ class RunPushes:
         wanted: the point and dtype to answer with, as of the push's place in the log, or of its group's update.
         Raises Lost, LeaseExpired, EpochChanged and NonFiniteGradient (the norm over all shards is too large).
         """
-        largest = "" if largest_norm is None else repr(largest_norm)
-        speed = "" if claim.speed is None else repr(claim.speed)
         status, *rest = await self._call(
-            "commit", claim, owner, f"{part.begin}-{part.end}", part.digest, repr(part.norm), largest, wanted,
-            int(after_update), speed, part.length,
-        )  # fmt: skip
+            "commit", claim, owner, *_staged(claim, part, largest_norm, wanted, after_update)
+        )
         if status == "staged":
             return None
         if status != "committed":
             self._scripts.refuse(status, rest)
         return Record.from_json(rest[0]), rest[1:]
+
+    async def push(
+        self, claim: Claim, owner: Owner, part: StagedPart, largest_norm: float | None
+    ) -> tuple[Record, list[str], bool]:
+        """`admit` and `commit` in one call, for a run of one shard.
+
+        The decision, the evicted idempotency keys, and whether it was made before. Raises as both do, but for Pending.
+        """
+        status, *rest = await self._call("push", claim, owner, *_staged(claim, part, largest_norm))
+        if status not in ("committed", "dropped", "replay"):
+            self._scripts.refuse(status, rest)
+        return Record.from_json(rest[0]), rest[1:], status == "replay"
 
     async def discard(self, claim: Claim, shard: int, slug: str = "", detail: str = "") -> None:
         """Forgets a shard's part of an admitted push; with a slug, all shards refuse the push."""
@@ -96,3 +105,13 @@ class RunPushes:
             *more,
             keys=[self._scripts.lease_key(claim.lease), self._scripts.window_key(claim.lease)],
         )
+
+
+def _staged(
+    claim: Claim, part: StagedPart, largest_norm: float | None, wanted: str = "", after_update: bool = False
+) -> tuple[str | int, ...]:
+    """What a call says of a part that is there, see lua/commit.lua."""
+    largest = "" if largest_norm is None else repr(largest_norm)
+    speed = "" if claim.speed is None else repr(claim.speed)
+    elements = f"{part.begin}-{part.end}"
+    return elements, part.digest, repr(part.norm), largest, wanted, int(after_update), speed, part.length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -34,13 +35,15 @@ from freestep.errors import CoordinatorUnavailable
 from freestep_service.coordination.pipeline import RedisPipeline
 from freestep_service.domain.layout import LAYOUT, NewerLayout
 
-__all__ = ["LAYOUT_KEY", "Evicts", "Loading", "Store", "Unusable"]
+__all__ = ["LAYOUT_KEY", "Evicts", "Loading", "Store", "Unusable", "scripts"]
 
 logger = logging.getLogger("freestep")
 
 _LUA = files("freestep_service.coordination") / "lua"
 LAYOUT_KEY = "{freestep:nodes}:layout"
 """Holds the layout of the processes on this Redis, see lua/node_heartbeat.lua; it belongs to no run."""
+_INCLUDES = re.compile("^-- INCLUDES (.+)$", re.MULTILINE)
+"""Names scripts that a script calls: each becomes a function of its arguments before it."""
 _NEWER = "NEWERLAYOUT "
 """What the refusal of a script begins with that finds a newer layout, which it ends with."""
 _TIMEOUT_S = 5.0
@@ -80,13 +83,10 @@ class Store:
         self._url = url
         self._execute = client.execute_command if pipeline is None else pipeline.execute
         self._pipeline = pipeline
-        prelude = f"local LAYOUT = {LAYOUT}\n" + (_LUA / "_prelude.lua").read_text()
-        self._scripts: dict[str, tuple[str, str]] = {}
-        for entry in _LUA.iterdir():
-            if entry.name.endswith(".lua") and not entry.name.startswith("_"):
-                source = prelude + entry.read_text()
-                digest = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-                self._scripts[entry.name.removesuffix(".lua")] = (digest, source)
+        self._scripts = {
+            name: (hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(), source)
+            for name, source in scripts().items()
+        }
 
     @classmethod
     async def connect(cls, url: str) -> Store:
@@ -210,6 +210,21 @@ class Store:
         if self._pipeline is not None:
             await self._pipeline.close()
         await self.client.aclose()
+
+
+def scripts() -> dict[str, str]:
+    """The text of each script of lua/, by the name of its file, behind the prelude and the scripts that it includes."""
+    texts = {
+        entry.name.removesuffix(".lua"): entry.read_text() for entry in _LUA.iterdir() if entry.name.endswith(".lua")
+    }
+    prelude = f"local LAYOUT = {LAYOUT}\n" + texts.pop("_prelude")
+
+    def whole(text: str) -> str:
+        included = _INCLUDES.search(text)
+        names = included[1].split(", ") if included is not None else ()
+        return "".join(f"local function {name}(ARGV)\n{texts[name]}end\n" for name in names) + text
+
+    return {name: prelude + whole(text) for name, text in texts.items()}
 
 
 def _url_at(url: str, host: str, port: int) -> str:

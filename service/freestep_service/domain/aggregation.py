@@ -9,6 +9,7 @@ read them. A robust rule that compares the pushes of an update keeps them apart,
 from __future__ import annotations
 
 import json
+import math
 from typing import NamedTuple
 
 from freestep.api.models import AggregationSpec
@@ -67,6 +68,12 @@ class Policy(NamedTuple):
     def values(self) -> tuple[str | int, ...]:
         """What scripts need of it, in the order in which they take it."""
         return self.batch, self.max_staleness, int(self.distinct), self.slack, self.bounds
+
+    def staleness_bound(self, live: int) -> float:
+        """How stale a push may be that is admitted, in steps, with so many live workers; see lua/_prelude.lua."""
+        if self.max_staleness == NONE:
+            return math.inf
+        return 4 * max(live, 1) if self.max_staleness == ADAPTIVE else int(self.max_staleness)
 
     @property
     def groups(self) -> bool:

@@ -11,6 +11,7 @@ from freestep_service.domain.records import Origin, Receipts
 from freestep_service.runs.background import Background
 from freestep_service.runs.events import RunEvents
 from freestep_service.runs.history import RunHistory
+from freestep_service.runs.known_leases import KnownLeases
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.telemetry import RunMetrics
 from freestep_service.settings import Settings
@@ -23,8 +24,8 @@ class RunContext:
     """A run's name and spec, its part of Redis, and what this process keeps and has for it.
 
     canonical_spec: the spec as JSON, by which specs are compared. origin: where the run began. manifest: of the whole
-    model. receipts: the decided pushes, as Redis has them. events: told by whoever sees them happen. history: hears of
-    all events.
+    model. receipts: the decided pushes, as Redis has them. known_leases: whose claims are likely to be admitted.
+    events: told by whoever sees them happen. history: hears of all events.
     """
 
     name: str
@@ -34,6 +35,7 @@ class RunContext:
     manifest: Manifest
     coordinator: Coordinator
     receipts: Receipts
+    known_leases: KnownLeases
     telemetry: RunMetrics
     events: RunEvents
     history: RunHistory

@@ -108,6 +108,7 @@ class Controls:
                 await self._prepare(spec)
             _, is_made = await self._appends.append(ask)
         finally:
+            self._context.known_leases.forget()
             if not is_made:
                 await count_memory(self._context, self._shards)
         return is_made
@@ -144,7 +145,10 @@ class Controls:
                 found = await self._leases.end_worker(owner, worker, lease, ban_s, asked, by)
                 return found, found.entry
 
-            found, _ = await self._appends.append(ask)
+            try:
+                found, _ = await self._appends.append(ask)
+            finally:
+                self._context.known_leases.forget()
             if found.newer_lease is None:
                 break
             lease = found.newer_lease

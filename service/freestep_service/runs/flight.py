@@ -18,14 +18,21 @@ __all__ = ["Decision", "Flight"]
 
 @dataclass(frozen=True)
 class Decision:
-    """A decided push; applied: the outcome of its entry on this shard, None where it has none."""
+    """A decided push.
+
+    applied: the outcome of its entry on this shard, None where it has none. replayed: the push was decided before.
+    """
 
     record: Record
     applied: asyncio.Future[None] | None
+    replayed: bool = False
 
 
 class Flight:
     """A key that is on its way; requests that send it again wait until it has landed."""
+
+    is_admitted = True
+    """Whether its claim was looked at before its body came: otherwise its commit does that."""
 
     def __init__(self, claim: Claim, phases: Phases | None = None) -> None:
         self.claim = claim
@@ -38,7 +45,7 @@ class Flight:
         """The decision, or the refusal of another shard."""
         self.staged: Staged | None = None
         """The body, until the log's entry takes it."""
-        self.commit: asyncio.Task[Record] | None = None
+        self.commit: asyncio.Task[Decision] | None = None
 
     def decide(self, record: Record, applied: asyncio.Future[None] | None) -> None:
         if not self.decided.done():

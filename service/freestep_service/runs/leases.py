@@ -27,6 +27,7 @@ class Leases:
     def __init__(self, context: RunContext, recovery: Recovery, shards: OwnedShards) -> None:
         self._coordinator = context.coordinator.leases
         self._receipts = context.receipts
+        self._known = context.known_leases
         self._telemetry = context.telemetry
         self._events = context.events
         self._history = context.history
@@ -46,7 +47,10 @@ class Leases:
 
     async def grant(self, worker: str, ttl_ms: int | None) -> Lease:
         """Grants a lease, for the run's time to live unless another is given; the worker's older one is fenced off."""
-        lease, evicted = await self._recovery.call(lambda: self._coordinator.grant(worker, ttl_ms or self._ttl_ms))
+        try:
+            lease, evicted = await self._recovery.call(lambda: self._coordinator.grant(worker, ttl_ms or self._ttl_ms))
+        finally:
+            self._known.forget()
         self._receipts.forget(evicted)
         self._note("granted", worker, lease.step)
         if not self._shards.is_sharded:
@@ -74,6 +78,8 @@ class Leases:
             # The update that waited for it may be closed by an entry that Redis could not answer with.
             self._recovery.catch_up()
             raise
+        finally:
+            self._known.forget()
         self._note("released", worker)
         if not self._shards.is_sharded:
             self._events.lease("released", worker)
@@ -124,6 +130,7 @@ class Leases:
             if live:
                 self._next_look = min(self._next_look, now + left_ms / 1000)
             if ended:
+                self._known.forget()
                 for worker in ended.workers:
                     self._events.lease("expired", worker)
                     self._note("expired", worker)

@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -31,7 +32,8 @@ from freestep.errors import (
     ShardUnavailable,
 )
 from freestep_service.domain.aggregation import accepted_encodings
-from freestep_service.domain.records import Admission, Ahead, Claim, Lost, Pending, Record, StagedPart
+from freestep_service.domain.records import Ahead, Claim, Lost, Record, StagedPart
+from freestep_service.runs.admissions import Admissions
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.flight import Decision, Flight
 from freestep_service.runs.lanes import Lanes
@@ -71,17 +73,14 @@ class Pushes:
         self._settings = context.settings
         self._coordinator = context.coordinator.pushes
         self._receipts = context.receipts
-        self._events = context.events
         self._telemetry = context.telemetry
         self._background = context.background
         self._recovery = recovery
         self._core = core
-        self._take_sent = take_sent
+        self._admissions = Admissions(context, recovery, core, take_sent)
         # With several shards, Redis gives the turns: pushes that took them here would wait for each other.
         self._lanes = Lanes(inf if core.is_sharded else max(1, core.staging.pool.capacity // 2))
         self._flights: dict[str, Flight] = {}
-        self._moved = asyncio.Event()
-        """Set, and replaced, when the slowest worker has moved on."""
         self._closed = False
 
     async def push(
@@ -99,11 +98,20 @@ class Pushes:
         flight = self._flights[claim.key] = Flight(claim, phases)
         commit = None
         try:
-            admission = await self._admit(claim)
-            flight.phases.ended("admit")
-            if admission.record is not None:
-                return await self._answer(admission, admission.record, body)
-            flight.staged = await self._stage(claim, flight, body, queued=admission.queued)
+            vector = self._memory_at_once(claim)
+            refusal = None if vector is None else await self._receive_at_once(claim, flight, body, vector)
+            if vector is None or refusal is not None:
+                # What the claim decides comes before what the body is refused for.
+                admission = await self._admissions.admit(claim)
+                flight.phases.ended("admit")
+                if (record := admission.record) is not None:
+                    if admission.replayed and self._digest(record) is not None:
+                        self._require_same(record, "" if refusal is not None else await body.receive_digest())
+                    return record, admission.replayed
+                if refusal is not None:
+                    await self._discard(claim, refusal)
+                    raise refusal
+                flight.staged = await self._stage(claim, flight, body, queued=admission.queued)
             commit = flight.commit = asyncio.create_task(self._commit(claim, flight, options))
             commit.add_done_callback(lambda commit: self._end(claim, flight, commit))
         finally:
@@ -116,7 +124,8 @@ class Pushes:
         if commit.cancelled():
             raise ShardUnavailable("the shard is being given up")
         if commit.done():
-            return commit.result(), False
+            decision = commit.result()
+            return decision.record, decision.replayed
         if flight.decided.done():
             raise ShardUnavailable("an update waits for what the other shards have of it")
         if self._core.is_sharded:
@@ -142,7 +151,7 @@ class Pushes:
         """
         # A cancellation that meets a timeout of Redis's is lost.
         self._closed = True
-        self.moved()
+        self._admissions.close()
         for flight in self._flights.values():
             flight.granted.set()
         undecided = [
@@ -164,8 +173,7 @@ class Pushes:
 
     def moved(self) -> None:
         """The slowest worker has moved on, or left: workers that wait for it may go on."""
-        self._moved.set()
-        self._moved = asyncio.Event()
+        self._admissions.moved()
 
     def refused(self, key: str, slug: str, detail: str) -> None:
         """Another shard refused a push, or its lease has ended."""
@@ -211,55 +219,82 @@ class Pushes:
         del self._flights[claim.key]
         flight.landed.set()
 
-    def _end(self, claim: Claim, flight: Flight, commit: asyncio.Task[Record]) -> None:
+    def _end(self, claim: Claim, flight: Flight, commit: asyncio.Task[Decision]) -> None:
         self._land(claim, flight)
         if not commit.cancelled():
             # The request may have left.
             commit.exception()
 
-    async def _admit(self, claim: Claim) -> Admission:
-        deadline = asyncio.get_running_loop().time() + self._settings.queue_seconds
-        while True:
-            moved = self._moved
-            try:
-                admission = await self._recovery.call(
-                    lambda: self._coordinator.admit(claim, self._core.owner(), self._take_sent())
-                )
-            except Ahead:
-                await self._wait_for_the_slowest(moved, deadline)
-            except Pending:
-                # Admitted before, but by no request that is still here: its answer or its body was lost.
-                return Admission()
-            else:
-                if admission.record is not None and not admission.replayed:
-                    self._receipts.remember(claim.key, admission.record, admission.evicted)
-                    self._tell_dropped(admission.record, claim)
-                return admission
+    def _memory_at_once(self, claim: Claim) -> Vector | None:
+        """Memory for a body that comes before its claim is looked at, so that Redis is called once for both; or None.
 
-    async def _wait_for_the_slowest(self, moved: asyncio.Event, deadline: float) -> None:
-        """Returns when it has moved, or may have unheard. Raises Overloaded past the deadline."""
-        now = asyncio.get_running_loop().time()
-        if self._closed or now >= deadline:
-            raise Overloaded("the worker is too far ahead of the slowest one, and has waited for it")
-        await _comes(moved, min(deadline - now, _SILENCE_S))
+        That is for small bodies, where memory is free, of claims that are expected to be admitted; a journal would have
+        the body written before.
+        """
+        core = self._core
+        if (
+            core.is_sharded
+            or core.journal is not None
+            or not core.staging.is_inline
+            or not self._admissions.expects(claim)
+        ):
+            return None
+        if not self._lanes.try_enter(claim.lease):
+            return None
+        try:
+            vector = core.staging.pool.try_acquire()
+        except Overloaded:
+            vector = None
+        if vector is None:
+            self._lanes.leave(claim.lease)
+        return vector
 
-    async def _answer(self, admission: Admission, record: Record, body: Body) -> tuple[Record, bool]:
-        # A push that was dropped on its claim alone has no digest, since its body was never read; and that of other
-        # elements than this shard's cannot be compared.
-        digest = record.digest_of(self._core.manifest.begin, self._core.manifest.end)
-        if admission.replayed and digest and digest != await body.receive_digest():
+    async def _receive_at_once(self, claim: Claim, flight: Flight, body: Body, vector: Vector) -> ProblemError | None:
+        """Receives a body, which leaves its sender's lane; returns what the tensors are refused for, if they are."""
+        spec = self._core.shard.spec
+        try:
+            staged = await self._core.staging.receive(body, vector, accepted_encodings(spec.aggregation))
+        except MalformedTensors as error:
+            return error
+        finally:
+            self._lanes.leave(claim.lease)
+        try:
+            require_usable(spec, staged.norm)
+        except NonFiniteGradient as error:
+            staged.hold.release()
+            return error
+        flight.staged, flight.is_admitted = staged, False
+        flight.phases.ended("receive")
+        return None
+
+    def _digest(self, record: Record) -> str | None:
+        """That of this shard's part of a push that was decided.
+
+        None for one that was dropped on its claim alone, since its body was never read, and for one of other elements,
+        which cannot be compared.
+        """
+        return record.digest_of(self._core.manifest.begin, self._core.manifest.end)
+
+    def _require_same(self, record: Record, digest: str) -> None:
+        """Raises IdempotencyConflict where a push that was decided before has come with another body."""
+        if self._digest(record) not in (None, digest):
             raise IdempotencyConflict("the idempotency key came before with another body")
-        return record, admission.replayed
 
     async def _stage(self, claim: Claim, flight: Flight, body: Body, *, queued: bool) -> Staged:
         staging, staged, lanes = self._core.staging, None, self._lanes
-        began = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             await lanes.enter(claim.lease, self._settings.queue_seconds)
             try:
                 vector = None if queued else staging.pool.try_acquire()
                 if vector is None:
-                    vector = await self._turn(claim, flight, began, queued=queued)
+                    deadline = began + self._settings.queue_seconds
+                    if queued:
+                        await self._admissions.turn(claim, flight.granted, deadline)
+                    if self._closed:
+                        raise ShardUnavailable("the shard is being given up")
+                    vector = await staging.pool.acquire(max(deadline - loop.time(), 0.0))
                 encodings = accepted_encodings(self._core.shard.spec.aggregation)
                 copy = await self._journaled(claim, body, vector)
                 flight.phases.ended("queue")
@@ -273,12 +308,16 @@ class Pushes:
             if staged is not None:
                 staged.hold.release()
                 self._forget_part(claim)
-            with suppress(CoordinatorUnavailable):
-                if isinstance(error, MalformedTensors | NonFiniteGradient):
-                    await self._coordinator.discard(claim, self._core.index, error.slug, error.detail)
-                else:
-                    await self._coordinator.discard(claim, self._core.index)
+            await self._discard(claim, error)
             raise
+
+    async def _discard(self, claim: Claim, error: BaseException) -> None:
+        """Has Redis forget an admitted push whose body has not come, or was refused."""
+        with suppress(CoordinatorUnavailable):
+            if isinstance(error, MalformedTensors | NonFiniteGradient):
+                await self._coordinator.discard(claim, self._core.index, error.slug, error.detail)
+            else:
+                await self._coordinator.discard(claim, self._core.index)
 
     async def _journaled(self, claim: Claim, body: Body, vector: Vector) -> PartWriter | None:
         """Where a body is copied to while it comes. Raises StorageUnavailable, with the vector given back."""
@@ -290,11 +329,6 @@ class Pushes:
             self._core.staging.pool.release(vector)
             raise
 
-    def _tell_dropped(self, record: Record, claim: Claim) -> None:
-        """Tells of a push that was dropped without a place in the log; with several shards, its message does."""
-        if not self._core.is_sharded:
-            self._events.dropped(record, claim)
-
     def _forget_part(self, claim: Claim) -> None:
         """Forgets a push that has not counted."""
         if self._core.journal is not None:
@@ -304,25 +338,7 @@ class Pushes:
         """The push's sender is slow, and its memory is counted apart: another push may have its slot."""
         self._background.spawn(self._coordinator.yield_slot(claim), "a slow push's slot was not given on")
 
-    async def _turn(self, claim: Claim, flight: Flight, began: float, *, queued: bool) -> Vector:
-        """Memory for a body that has waited since `began`, when its turn has come.
-
-        Raises Overloaded, and what `_admit` raises.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = began + self._settings.queue_seconds
-        try:
-            async with asyncio.timeout_at(deadline):
-                while queued and not await _comes(flight.granted):
-                    # It may have come unheard; or the run was opened anew, and there is no queue any more.
-                    queued = (await self._admit(claim)).queued
-        except TimeoutError:
-            raise Overloaded from None
-        if self._closed:
-            raise ShardUnavailable("the shard is being given up")
-        return await self._core.staging.pool.acquire(max(deadline - loop.time(), 0.0))
-
-    async def _commit(self, claim: Claim, flight: Flight, options: PushOptions) -> Record:
+    async def _commit(self, claim: Claim, flight: Flight, options: PushOptions) -> Decision:
         """Commits and applies. Redis is asked until it answers: what it decided must not stay unknown."""
         record = None
         try:
@@ -335,11 +351,11 @@ class Pushes:
             if decision.applied is not None:
                 await asyncio.shield(decision.applied)
                 flight.phases.ended("update")
-            elif not record.seq:
+            elif not record.seq and not decision.replayed:
                 self._forget_part(claim)
-                self._tell_dropped(record, claim)
+                self._admissions.tell_dropped(record, claim)
             self._telemetry.passed(flight.phases)
-            return record
+            return decision
         except Lost:
             self._forget(claim, record)
             detail = "the run was opened again before the push was applied"
@@ -364,34 +380,41 @@ class Pushes:
         writer, staged = self._core.writer, flight.staged
         begin, end = self._core.manifest.begin, self._core.manifest.end
         assert staged is not None
-        largest = largest_norm(self._core.shard.spec)
+        part = StagedPart(begin, end, staged.digest, staged.norm or 0.0, staged.length)
+        may_be_decided = flight.is_admitted
         while True:
             if self._closed:
                 raise asyncio.CancelledError
             era = writer.era
             try:
-                answer = await self._recovery.call(
-                    lambda: self._coordinator.commit(
-                        claim,
-                        self._core.owner(),
-                        StagedPart(begin, end, staged.digest, staged.norm or 0.0, staged.length),
-                        largest,
-                        options.wanted,
-                        after_update=options.after_update,
-                    )
-                )
-            except (CoordinatorUnavailable, ShardUnavailable):
+                answer = await self._recovery.call(partial(self._ask, claim, flight, part, options))
+            except ShardUnavailable:
+                if not may_be_decided:
+                    raise
                 await asyncio.sleep(_RETRY_S)
                 continue
+            except CoordinatorUnavailable:
+                may_be_decided = True
+                await asyncio.sleep(_RETRY_S)
+                continue
+            except Ahead:
+                # Since a moment ago the policy has a slack: the push that is sent again waits.
+                raise Overloaded("the worker is too far ahead of the slowest one") from None
             except Lost:
                 # Where another shard refused the push meanwhile, that is on its way.
                 if await self._hears(flight, _SILENCE_S):
                     return flight.decided.result()
                 raise
             if answer is not None and not self._core.is_sharded:
-                record, evicted = answer
+                record, evicted, replayed = answer
                 if era != writer.era:
                     raise Lost
+                if replayed and (
+                    record.epoch != writer.epoch or not record.seq or writer.has(record.epoch, record.seq)
+                ):
+                    # Its entry came with another request. Else it is this one's, from a call without an answer.
+                    self._require_same(record, part.digest)
+                    return Decision(record, None, replayed=True)
                 self._receipts.remember(claim.key, record, evicted)
                 if not record.seq:
                     return Decision(record, None)
@@ -404,6 +427,22 @@ class Pushes:
                 return Decision(answer[0], None)
             # Other shards may still commit it, so this part is kept, even without Redis.
             self._recovery.catch_up()
+
+    async def _ask(
+        self, claim: Claim, flight: Flight, part: StagedPart, options: PushOptions
+    ) -> tuple[Record, Sequence[str], bool] | None:
+        """What Redis decides, the idempotency keys that it evicts, and whether it had decided that before."""
+        owner, largest = self._core.owner(), largest_norm(self._core.shard.spec)
+        if not flight.is_admitted:
+            try:
+                return await self._coordinator.push(claim, owner, part, largest)
+            except ProblemError:
+                self._admissions.mistook()
+                raise
+        answer = await self._coordinator.commit(
+            claim, owner, part, largest, options.wanted, after_update=options.after_update
+        )
+        return None if answer is None else (*answer, False)
 
     @staticmethod
     async def _hears(flight: Flight, seconds: float) -> bool:
@@ -424,11 +463,3 @@ class Pushes:
             "record": record.to_json(),
             "evicted": list(evicted),
         }
-
-
-async def _comes(event: asyncio.Event, seconds: float = _SILENCE_S) -> bool:
-    """Waits for an event, for at most that long; whether it has come."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    return event.is_set()

@@ -39,6 +39,7 @@ from freestep_service.runs.events import RunEvents
 from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.history import RunHistory
 from freestep_service.runs.keeper import Keeper
+from freestep_service.runs.known_leases import KnownLeases
 from freestep_service.runs.leases import Leases
 from freestep_service.runs.loading import Loading
 from freestep_service.runs.local_shard import LocalShard
@@ -95,6 +96,7 @@ class Run:
             self.manifest,
             Coordinator(resources.store, name, canonical, Policy.of(spec.aggregation), origin),
             Receipts(),
+            KnownLeases(),
             RunMetrics(resources.metrics, name),
             RunEvents(hears=history.take, first_epoch=origin.first_epoch),
             history,

@@ -106,6 +106,11 @@ class Staging:
         self._locks = locks
         self._floor = floor
 
+    @property
+    def is_inline(self) -> bool:
+        """Whether bodies are so small that they are decoded on the event loop, at once."""
+        return self._locks.runs_inline(self.pool.device, self._manifest.numel)
+
     async def receive(
         self,
         body: Body,
