@@ -44,6 +44,7 @@ from freestep_service.storage.token_files import TokenFiles
 from freestep_service.tls import trusted_by, trusting
 from freestep_service.web import problems
 from freestep_service.web.context import ServiceContext
+from freestep_service.web.direct_routes import direct_routes
 from freestep_service.web.error_boundary import ErrorBoundary
 from freestep_service.web.guard import document_tokens
 from freestep_service.web.hosts import OwnHosts
@@ -156,6 +157,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ):
         app.include_router(router)
     app.router.routes[:] = app.router.routes[pages:] + app.router.routes[:pages]
+    hot = (gradients.router, leases.renewals, parameters.router)
+    app.router.routes[:0] = [route for router in hot for route in direct_routes(router.routes)]
     document_tokens(app)
     document_problems(app)
     return app
