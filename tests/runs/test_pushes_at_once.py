@@ -24,6 +24,7 @@ from freestep.errors import (
     ProblemError,
 )
 from freestep_service.domain.records import Ahead
+from freestep_service.runs import pushes
 from freestep_service.runs.run import Run
 from in_process import (
     NUMEL,
@@ -48,17 +49,23 @@ async def known(run: Run, worker: str = "worker") -> Lease:
     return lease
 
 
+def is_journaled(run: Run, key: str) -> bool:
+    """Whether the journal has the body of a push that has not counted."""
+    journal = run.shard(0).core.journal
+    return journal is not None and journal.find(key) is not None
+
+
 def in_order(run: Run) -> list[str]:
     """The calls of pushes to Redis, as they come."""
-    pushes, seen = run.coordinator.pushes, []
+    coordinator, seen = run.coordinator.pushes, []
     for name in ("admit", "commit", "push", "discard"):
-        call = getattr(pushes, name)
+        call = getattr(coordinator, name)
 
         async def noting(*args: Any, name: str = name, call: Any = call, **options: Any) -> Any:
             seen.append(name)
             return await call(*args, **options)
 
-        setattr(pushes, name, noting)
+        setattr(coordinator, name, noting)
     return seen
 
 
@@ -68,7 +75,7 @@ def in_order(run: Run) -> list[str]:
         ({}, INLINE, ["push"]),
         ({}, {"inline_elements": NUMEL - 1}, ["admit", "commit"]),
         ({"aggregation": {"policy": "ssp", "slack": 3}}, INLINE, ["admit", "commit"]),
-        ({"durability": "journal"}, INLINE, ["admit", "commit"]),
+        ({"durability": "journal"}, INLINE, ["push"]),
         ({"shards": 2}, INLINE, ["admit", "admit", "commit", "commit"]),
     ],
     ids=["small", "large", "slack", "journal", "shards"],
@@ -144,12 +151,15 @@ def test_a_push_that_is_too_stale_has_its_claim_looked_at_first(store: str, tmp_
     run_async(work)
 
 
-def test_who_is_mistaken_for_admitted_is_looked_at_first_from_then_on(store: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("durability", ["checkpoint", "journal"])
+def test_who_is_mistaken_for_admitted_is_looked_at_first_from_then_on(
+    store: str, tmp_path: Path, durability: str
+) -> None:
     """Redis may know better: another process, or an operator, has changed it."""
 
     async def work() -> None:
         async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry)
+            run = await new_run(registry, durability=durability)
             lease = await known(run)
             with Redis.from_url(store) as client:
                 client.delete(f"freestep:{{run}}:lease:{lease.lease}")
@@ -157,26 +167,62 @@ def test_who_is_mistaken_for_admitted_is_looked_at_first_from_then_on(store: str
             for key in ("one", "two"):
                 with pytest.raises(LeaseExpired):
                     await push(run, claim_of(lease, key, 1))
+                assert not is_journaled(run, key)
             assert seen == ["push", "admit"]
             assert await pull(run.shard(0)) == (1, 1.0)
 
     run_async(work)
 
 
-def test_redis_is_called_twice_where_no_memory_is_free(store: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("soon_s", "change", "calls"),
+    [(60.0, False, ["push"]), (60.0, True, ["admit", "commit"]), (0.05, False, ["admit", "commit"])],
+    ids=["free soon", "changed meanwhile", "free late"],
+)
+def test_a_push_waits_a_moment_for_memory_before_its_claim_is_looked_at(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, soon_s: float, change: bool, calls: list[str]
+) -> None:
+    monkeypatch.setattr(pushes, "_SOON_S", soon_s)
+
     async def work() -> None:
         async with process(store, tmp_path / "data", **INLINE) as registry:
             run = await new_run(registry)
             lease = await known(run)
             pool, seen = run.shard(0).core.staging.pool, in_order(run)
             taken = [pool.try_acquire() for _ in range(pool.capacity)]
-            pushing = asyncio.create_task(push(run, claim_of(lease, "one")))
-            await until(lambda: seen == ["admit"], "the admission")
+            pushing = asyncio.create_task(push(run, claim_of(lease, "one", 1)))
+            await until(lambda: pool.contended, "the wait")
+            if change:
+                await run.leases.grant("another", None)
+            if soon_s < 1.0:
+                await until(lambda: seen == ["admit"], "the admission")
             for vector in taken:
                 assert vector is not None
                 pool.release(vector)
             await pushing
-            assert seen == ["admit", "commit"]
+            assert seen == calls
+            assert await pull(run.shard(0)) == (2, 2.0)
+
+    run_async(work)
+
+
+def test_a_push_that_is_given_up_while_it_waits_for_memory_leaves_it(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data", **INLINE) as registry:
+            run = await new_run(registry)
+            lease = await known(run)
+            pool = run.shard(0).core.staging.pool
+            taken = [pool.try_acquire() for _ in range(pool.capacity)]
+            pushing = asyncio.create_task(push(run, claim_of(lease, "one", 1)))
+            await until(lambda: pool.contended, "the wait")
+            pushing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await pushing
+            for vector in taken:
+                assert vector is not None
+                pool.release(vector)
+            (outcome,) = await push(run, claim_of(lease, "one", 1))
+            assert (outcome.record.step, outcome.replayed) == (2, False)
 
     run_async(work)
 
@@ -231,11 +277,14 @@ def test_a_push_that_redis_answers_late_counts_once(store: str, tmp_path: Path) 
     run_async(work)
 
 
+@pytest.mark.parametrize("durability", ["checkpoint", "journal"])
 @pytest.mark.parametrize("kind", ["malformed", "not finite"])
-def test_a_refused_body_leaves_nothing_and_comes_after_its_claim(store: str, tmp_path: Path, kind: str) -> None:
+def test_a_refused_body_leaves_nothing_and_comes_after_its_claim(
+    store: str, tmp_path: Path, kind: str, durability: str
+) -> None:
     async def work() -> None:
         async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry)
+            run = await new_run(registry, durability=durability)
             lease = await known(run)
             seen, shard = in_order(run), run.shard(0)
             nan = part_of(run, 0, torch.full((NUMEL,), float("nan")))
@@ -248,6 +297,7 @@ def test_a_refused_body_leaves_nothing_and_comes_after_its_claim(store: str, tmp
             assert seen == ["admit", "discard"]
             with Redis.from_url(store) as client:
                 assert client.hlen("freestep:{run}:pending") == 0
+            assert not is_journaled(run, "one")
             await run.leases.release(lease.lease)
             with pytest.raises(LeaseExpired):
                 await shard.push(claim_of(lease, "one"), body)

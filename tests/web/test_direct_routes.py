@@ -31,6 +31,7 @@ def calls(api: Api) -> Iterator[httpx.Response]:
     lease = api.lease()
     yield api.push(lease, 0, "one")
     yield api.push(lease, 0, "one")
+    yield http.post(gradients, content=BODY[:-1] + b"\x01", headers=api.headers(lease, 0, "one"))
     yield api.push(lease, 1, "two", Prefer="return=representation")
     yield http.post(f"{gradients}?shard=0&of=2", content=BODY, headers=api.headers(lease, 2, "three"))
     yield http.post(f"{gradients}?shard=x", content=BODY, headers=api.headers(lease, 2, "three"))

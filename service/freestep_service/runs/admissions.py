@@ -54,6 +54,7 @@ class Admissions:
         return (
             not claim.units
             and not policy.slack
+            and claim.key not in self._receipts
             and self._known.has(claim, writer.epoch)
             and 0 <= staleness <= policy.staleness_bound(len(self._known))
         )

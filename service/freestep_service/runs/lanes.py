@@ -28,19 +28,12 @@ class Lanes:
         self.most = most
         self._lanes: dict[str, _Lane] = {}
 
-    def try_enter(self, sender: str) -> bool:
-        """Whether a body of the sender may come now, which `leave` is called for then."""
-        lane = self._lanes.setdefault(sender, _Lane())
-        if lane.taken >= self.most:
-            return False
-        lane.taken += 1
-        return True
-
     async def enter(self, sender: str, timeout_s: float) -> None:
         """Returns when a body of the sender may come, which `leave` is called for. Raises Overloaded after the time."""
-        if self.try_enter(sender):
+        lane = self._lanes.setdefault(sender, _Lane())
+        if lane.taken < self.most:
+            lane.taken += 1
             return
-        lane = self._lanes[sender]
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         lane.waiting.append(turn)
         try:

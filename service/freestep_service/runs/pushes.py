@@ -30,6 +30,7 @@ from freestep.errors import (
     Overloaded,
     ProblemError,
     ShardUnavailable,
+    StorageUnavailable,
 )
 from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Ahead, Claim, Lost, Record, StagedPart
@@ -49,6 +50,8 @@ __all__ = ["PushOptions", "Pushes"]
 
 _RETRY_S = 0.2
 """Seconds before Redis is asked again for a commit whose answer was lost."""
+_SOON_S = 1.0
+"""Seconds for which a push waits for memory before its claim is looked at, which renews its lease."""
 _SILENCE_S = 1.0
 """Seconds for which a message is listened for before Redis is asked for what it would say."""
 
@@ -98,9 +101,9 @@ class Pushes:
         flight = self._flights[claim.key] = Flight(claim, phases)
         commit = None
         try:
-            vector = self._memory_at_once(claim)
-            refusal = None if vector is None else await self._receive_at_once(claim, flight, body, vector)
-            if vector is None or refusal is not None:
+            room = await self._room_first(claim, body)
+            refusal = None if room is None else await self._receive_first(claim, flight, body, *room)
+            if room is None or refusal is not None:
                 # What the claim decides comes before what the body is refused for.
                 admission = await self._admissions.admit(claim)
                 flight.phases.ended("admit")
@@ -225,35 +228,48 @@ class Pushes:
             # The request may have left.
             commit.exception()
 
-    def _memory_at_once(self, claim: Claim) -> Vector | None:
-        """Memory for a body that comes before its claim is looked at, so that Redis is called once for both; or None.
+    def _comes_first(self, claim: Claim) -> bool:
+        """Whether a body is received before its claim is looked at, so that Redis is called once for both.
 
-        That is for small bodies, where memory is free, of claims that are expected to be admitted; a journal would have
-        the body written before.
+        That is for small bodies of claims that are expected to be admitted.
         """
-        core = self._core
-        if (
-            core.is_sharded
-            or core.journal is not None
-            or not core.staging.is_inline
-            or not self._admissions.expects(claim)
-        ):
-            return None
-        if not self._lanes.try_enter(claim.lease):
+        return not self._core.is_sharded and self._core.staging.is_inline and self._admissions.expects(claim)
+
+    async def _room_first(self, claim: Claim, body: Body) -> tuple[Vector, PartWriter | None] | None:
+        """Memory for a body that comes first, which then is in its sender's lane, and where it is copied to.
+
+        None where there is none soon: what a push is refused for then comes behind what its claim is refused for.
+        """
+        if not self._comes_first(claim):
             return None
         try:
-            vector = core.staging.pool.try_acquire()
+            await self._lanes.enter(claim.lease, _SOON_S)
         except Overloaded:
-            vector = None
-        if vector is None:
-            self._lanes.leave(claim.lease)
-        return vector
+            return None
+        room, pool = None, self._core.staging.pool
+        try:
+            vector = await pool.acquire(_SOON_S)
+            if self._comes_first(claim):
+                room = vector, await self._journaled(claim, body, vector)
+            else:
+                # Things have changed meanwhile.
+                pool.release(vector)
+        except (Overloaded, StorageUnavailable):
+            room = None
+        finally:
+            if room is None:
+                self._lanes.leave(claim.lease)
+        return room
 
-    async def _receive_at_once(self, claim: Claim, flight: Flight, body: Body, vector: Vector) -> ProblemError | None:
+    async def _receive_first(
+        self, claim: Claim, flight: Flight, body: Body, vector: Vector, copy: PartWriter | None
+    ) -> ProblemError | None:
         """Receives a body, which leaves its sender's lane; returns what the tensors are refused for, if they are."""
         spec = self._core.shard.spec
+        flight.phases.ended("queue")
         try:
-            staged = await self._core.staging.receive(body, vector, accepted_encodings(spec.aggregation))
+            encodings = accepted_encodings(spec.aggregation)
+            staged = await self._core.staging.receive(body, vector, encodings, copy=copy)
         except MalformedTensors as error:
             return error
         finally:
@@ -262,6 +278,7 @@ class Pushes:
             require_usable(spec, staged.norm)
         except NonFiniteGradient as error:
             staged.hold.release()
+            self._forget_part(claim)
             return error
         flight.staged, flight.is_admitted = staged, False
         flight.phases.ended("receive")
@@ -351,9 +368,10 @@ class Pushes:
             if decision.applied is not None:
                 await asyncio.shield(decision.applied)
                 flight.phases.ended("update")
-            elif not record.seq and not decision.replayed:
+            else:
                 self._forget_part(claim)
-                self._admissions.tell_dropped(record, claim)
+                if not decision.replayed:
+                    self._admissions.tell_dropped(record, claim)
             self._telemetry.passed(flight.phases)
             return decision
         except Lost:
@@ -390,6 +408,7 @@ class Pushes:
                 answer = await self._recovery.call(partial(self._ask, claim, flight, part, options))
             except ShardUnavailable:
                 if not may_be_decided:
+                    self._forget_part(claim)
                     raise
                 await asyncio.sleep(_RETRY_S)
                 continue
