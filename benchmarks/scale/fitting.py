@@ -23,6 +23,8 @@ from benchmarks.scale.rules import Desk
 from benchmarks.scale.setup import Costs, Setup
 from benchmarks.scale.simulation import simulate
 from freestep_service.settings import Settings
+from freestep_service.web.head import Bounds
+from freestep_service.web.responses import SHORT
 
 __all__ = ["fit", "is_fitted", "least_squares", "simulated"]
 
@@ -88,10 +90,13 @@ def _found(fitted: Sequence[Point], outcomes: Sequence[Outcome], shards: Sequenc
             loop_push=loop[f"push, of {count}"],
             loop_byte=loop[f"byte, {way}"],
             loop_hand_over=loop[f"hand over, {way}"],
+            loop_long_body=loop[f"long body, {way}"],
+            loop_long_answer=loop[f"long answer, {way}"],
             loop_waiting=0.0 if is_one else loop_waiting / count,
             loop_wake=loop[f"wake, {way}"],
             update_parameter=update,
             redis_push=count * redis[f"push, {way}"],
+            redis_one_call=redis["push, one call"] if is_one else 0.0,
             redis_byte=redis["byte"],
             redis_waiting=0.0 if is_one else redis_waiting,
             redis_wake=redis["wake"],
@@ -118,11 +123,14 @@ def _each_waiting(fitted: Sequence[Point], cost: str) -> float:
 
 def _loop_row(point: Point, outcome: Outcome, waiting: float, update: float) -> Row:
     shards, is_inline = point.shards, _is_inline(point)
+    part = _BYTES / 2 * point.parameters / shards
     row = {
         f"push, of {shards}": float(shards),
         **_by_way("byte", shards, _BYTES * point.parameters),
         **_by_way("wake", shards, outcome.woken["loop"]),
         **_by_way("hand over", shards, 0.0 if is_inline else shards),
+        **_by_way("long body", shards, shards if part > Bounds.small_bytes else 0.0),
+        **_by_way("long answer", shards, shards if part > SHORT else 0.0),
     }
     # The loop's thread does an inline update, too.
     known = update * point.parameters if is_inline else 0.0
@@ -130,8 +138,9 @@ def _loop_row(point: Point, outcome: Outcome, waiting: float, update: float) -> 
 
 
 def _redis_row(point: Point, outcome: Outcome, waiting: float) -> Row:
+    is_one_call = point.shards == 1 and _is_inline(point)
     row = {
-        **_by_way("push", point.shards, point.shards),
+        **({"push, one call": 1.0} if is_one_call else _by_way("push", point.shards, point.shards)),
         "byte": _BYTES * point.parameters,
         "wake": outcome.woken["Redis"],
     }

@@ -203,11 +203,7 @@ class Rules:
 
     def admit(self, worker: str, taken_at: int, units: Sequence[int] = ()) -> Record | None:
         """The decision on a push, where its claim alone decides it. Raises Ahead and the refusals of lua/admit.lua."""
-        lease = self._leases[worker]
-        self._pushes += 1
-        marks = {DATA: tuple(units)} if units else {}
-        claim = Claim(lease.lease, lease.token, taken_at, f"push-{self._pushes}", units=marks)
-        self._claims[worker] = claim
+        claim = self._claim(worker, taken_at, units)
 
         async def admitted() -> Record | None:
             # As the owners of all shards do, one after the other.
@@ -217,18 +213,33 @@ class Rules:
 
         return self._desk.do_at_once(admitted())
 
+    def push(self, worker: str, taken_at: int) -> Record:
+        """The decision on a push whose claim and body are one call, counted. Raises the refusals of lua/push.lua."""
+        claim = self._claim(worker, taken_at)
+        pushed = self._coordinator.pushes.push(claim, self._owner(), _part(0), None)
+        return self._counted(self._desk.do_at_once(pushed)[0])
+
+    def _claim(self, worker: str, taken_at: int, units: Sequence[int] = ()) -> Claim:
+        lease = self._leases[worker]
+        self._pushes += 1
+        marks = {DATA: tuple(units)} if units else {}
+        claim = Claim(lease.lease, lease.token, taken_at, f"push-{self._pushes}", units=marks)
+        self._claims[worker] = claim
+        return claim
+
     def commit(self, worker: str) -> Record:
         """The decision on a push that was admitted, counted. Raises the refusals of lua/commit.lua."""
         claim = self._claims[worker]
 
         async def committed() -> Record:
             for shard in range(self.shards):
-                part = StagedPart(10 * shard, 10 * shard + 10, "digest", 1.0, 40)
-                answer = await self._coordinator.pushes.commit(claim, self._owner(shard), part, None)
+                answer = await self._coordinator.pushes.commit(claim, self._owner(shard), _part(shard), None)
             assert answer is not None
             return answer[0]
 
-        record = self._desk.do_at_once(committed())
+        return self._counted(self._desk.do_at_once(committed()))
+
+    def _counted(self, record: Record) -> Record:
         if record.seq:
             self._position = self._position._replace(seq=record.seq)
             self.step = record.step
@@ -269,3 +280,7 @@ class Rules:
     def units_done(self) -> int:
         """Units that have counted, as Redis has it."""
         return self._desk.do_at_once(self._coordinator.data.count())[0].done
+
+
+def _part(shard: int) -> StagedPart:
+    return StagedPart(10 * shard, 10 * shard + 10, "digest", 1.0, 40)

@@ -8,6 +8,9 @@ from math import inf
 from typing import Any
 
 from freestep.api.models import RunSpec
+from freestep_service.domain.aggregation import Policy
+from freestep_service.web.head import Bounds
+from freestep_service.web.responses import SHORT
 
 __all__ = ["Costs", "Failures", "Setup"]
 
@@ -24,8 +27,14 @@ class Costs:
     """A shard's writer, for a parameter of an update."""
     redis_push: float
     """Redis, for a push with all its shards' calls."""
+    redis_one_call: float = 0.0
+    """... for one whose claim and body are one call."""
     loop_hand_over: float = 0.0
     """A shard's event loop, for giving its part of a push to the writer's thread, where that updates it."""
+    loop_long_body: float = 0.0
+    """... for receiving its part of a body in place, where that does not come with the head."""
+    loop_long_answer: float = 0.0
+    """... for sending its part of a point in pieces."""
     loop_waiting: float = 0.0
     """... for its part of a push for each other push that waits for a place."""
     redis_byte: float = 0.0
@@ -96,6 +105,23 @@ class Setup:
     is_inline: bool = False
     """Whether shards are so small that event loops update them, and hand nothing over."""
     seed: int = 0
+
+    @property
+    def loop_more(self) -> float:
+        """What a push costs each event loop for its size, beside what it costs for each byte, in seconds."""
+        body, answer = (self.parameters * each / self.shards for each in (self.pushed_bytes, self.pulled_bytes))
+        costs = self.costs
+        return (
+            (0.0 if self.is_inline else costs.loop_hand_over)
+            + (costs.loop_long_body if body > Bounds.small_bytes else 0.0)
+            + (costs.loop_long_answer if answer > SHORT else 0.0)
+        )
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether claim and body of a push go to Redis in one call, as in runs/pushes.py."""
+        is_plain = self.shards == 1 and self.durability != "journal" and not self.units
+        return self.is_inline and is_plain and not Policy.of(self.spec().aggregation).slack
 
     def spec(self) -> RunSpec:
         """The run's, as a client would create it."""

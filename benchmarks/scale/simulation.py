@@ -64,6 +64,8 @@ class Simulation:
         self.on_decided: Callable[[], None] = lambda: None
         self.workers: dict[str, _Worker] = {}
         self._random = random.Random(setup.seed)
+        self._is_one_call = setup.is_one_call
+        self._loop_more = setup.loop_more
         self._waits_for_update = spec.aggregation.takes_one_each
         self._machines = Machines(self.env, setup, Policy.of(spec.aggregation))
         self._crashes = Crashes(self.env, setup, self.rules, self.outcome, self._random, self._rolled_back)
@@ -256,8 +258,11 @@ class Simulation:
         yield from self._at("latency", self._sleep(setup.latency_s))
         claimed = self.env.now
         yield from self._at("loop", machines.loops(costs.loop_push * CLAIM))
-        yield from self._at("Redis", machines.redis.use(costs.redis_push / 2))
-        record = yield from self._admitted(worker, units)
+        is_one_call = self._is_one_call
+        record = None
+        if not is_one_call:
+            yield from self._at("Redis", machines.redis.use(costs.redis_push / 2))
+            record = yield from self._admitted(worker, units)
         if record is None:
             yield from self._at("sender", machines.sender.use(costs.sender_push / 2))
             with machines.places.request() as place:
@@ -266,16 +271,17 @@ class Simulation:
                 try:
                     yield from self._at("body in", machines.receive(pushed))
                     waiting = len(machines.places.queue)
-                    calls = costs.redis_push / 2 + costs.redis_waiting * waiting + costs.redis_byte * (pushed + pulled)
+                    calls = costs.redis_one_call if is_one_call else costs.redis_push / 2
+                    calls += costs.redis_waiting * waiting + costs.redis_byte * (pushed + pulled)
                     yield from self._at("Redis", machines.redis.use(calls))
                     yield self._crashes.open
-                    record = self.rules.commit(worker.name)
+                    record = self._decided_now(worker) if is_one_call else self.rules.commit(worker.name)
                     worker.undecided = worker.admitted = False
                     self._count(record)
                     share = GATHERED if record.decision == "accumulated" else 1.0
                     self._waiting += waiting
                     deciding = costs.loop_push * COMMIT + costs.loop_waiting * waiting
-                    deciding += 0.0 if setup.is_inline else costs.loop_hand_over
+                    deciding += self._loop_more
                     yield from self._at("loop", machines.loops(deciding))
                     if record.decision != "dropped":
                         yield from self._at("update", machines.writers(share * costs.update_parameter))
@@ -299,6 +305,11 @@ class Simulation:
         yield from self._at("sender", machines.sender.use(costs.sender_push / 2 + others))
         yield from self._at("latency", self._sleep(setup.latency_s))
         worker.step = step
+
+    def _decided_now(self, worker: _Worker) -> Record:
+        if not self.rules.has(worker.name):
+            raise LeaseExpired
+        return self.rules.push(worker.name, min(worker.step, self.rules.step))
 
     def _turn(self, place: Event) -> Steps:
         """Waits for a place. Shards of several ask Redis whether they have missed their turn, as in runs/pushes.py."""

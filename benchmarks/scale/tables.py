@@ -78,6 +78,7 @@ def _fitted(found: Mapping[str, Any]) -> str:
         "loop_byte": ("event loop, 1,000 bytes", 1e9),
         "update_parameter": ("update, 1,000 parameters", 1e9),
         "redis_push": ("Redis, a push", 1e6),
+        "redis_one_call": ("... that is one call", 1e6),
         "redis_waiting": ("... for each that waits", 1e6),
         "redis_wake": ("Redis, each time that it was idle", 1e6),
         "redis_byte": ("Redis, 1,000 bytes that pass by", 1e9),

@@ -26,7 +26,7 @@ __all__ = ["SnapshotResponse", "etag", "is_known", "parse_range", "requested_spa
 _SLICE = 1024 * 1024
 _TAIL = 256 * 1024
 """More than a transport buffers (64 KiB by default), see `_send`."""
-_SMALL = 512 * 1024
+SHORT = 512 * 1024
 """Bytes of a body that is faster to copy than to send in pieces."""
 
 
@@ -106,7 +106,7 @@ class SnapshotResponse(Response):
                 await send({"type": "http.response.body"})
                 return
             self._spend(end - begin)
-            if end - begin > _SMALL:
+            if end - begin > SHORT:
                 with _aborted_on_failure(scope, self._stall_s):
                     await _send(scope, send, start, snapshot, begin, end, self._stall_s)
                     self._answered(monotonic() - began)
@@ -155,7 +155,7 @@ def _aborted_on_failure(scope: Scope, stall_s: float) -> Iterator[None]:
 async def _send(
     scope: Scope, send: Send, start: Message, snapshot: PointBody, begin: int, end: int, stall_s: float
 ) -> None:
-    """Sends bytes `begin` to `end` of a snapshot's body, more than _SMALL.
+    """Sends bytes `begin` to `end` of a snapshot's body, more than SHORT.
 
     When this returns, nothing refers to the snapshot's memory any more: the last bytes are sent as a copy that is
     longer than what a transport may still buffer. Raises TimeoutError if the client reads nothing for `stall_s`
