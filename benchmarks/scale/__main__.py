@@ -63,9 +63,8 @@ def measure(quick: bool, before: dict[str, Any] | None = None) -> dict[str, Any]
 
     machine, taken = measured.machine(), measured.measure(quick)
     if before is not None:
-        # The first round of each time is thrown away.
-        last = max(window["round"] for window in before["windows"])
-        later = [window | {"round": window["round"] and window["round"] + last} for window in taken.windows]
+        rounds = 1 + max(window["round"] for window in before["windows"])
+        later = [window | {"round": rounds + window["round"]} for window in taken.windows]
         taken = measured.Measured(measured.points_of([*before["windows"], *later]), [*before["windows"], *later])
     with opened_desk() as desk:
         store = store_costs.measure(desk, quick)

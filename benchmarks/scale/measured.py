@@ -2,10 +2,10 @@
 
 For each number of shards there are as many service processes, with one Redis. A window of pushes of one cell (a number
 of shards, a size, a number of workers) gives its pushes a second, the CPU that each of them cost generator, services
-(the event loop's thread apart from the others) and Redis, and Redis's own account of its commands. All services are up
-at once, and each round has a window of every cell, in an order of its own, so that a slow spell of the machine is not
-of one cell, nor of cells that are alike. The first round is thrown away. A figure is the median over the windows of the
-others.
+(the event loop's thread apart from the others) and Redis, and Redis's own account of its commands. Each round has a
+window of every cell, in an order of its own, so that a slow spell of the machine is not of one cell, nor of cells that
+are alike. All services are up at once, and are started anew for each round, since those of one start may all be a fifth
+faster or slower than those of another. A figure is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,10 +55,16 @@ COSTS_ALONE: dict[int, dict[int, Sequence[int]]] = {
     min(SHARDS): {200_000: (ALONE, BUSY), 2_000_000: (ALONE, BUSY)},
     2: {50_000: (ALONE, BUSY, 256), 200_000: (ALONE, BUSY), 2_000_000: (ALONE, BUSY)},
     3: {100_000: (ALONE, BUSY, 256), 1_000_000: (ALONE, BUSY)},
-    max(SHARDS): {50_000: (ALONE, BUSY, 256), 200_000: (ALONE, BUSY), 2_000_000: (ALONE, BUSY)},
+    max(SHARDS): {
+        50_000: (ALONE, BUSY, 256),
+        200_000: (ALONE, BUSY),
+        2_000_000: (ALONE, BUSY),
+        5_000_000: (ALONE, BUSY),
+    },
 }
 """What is measured for the costs alone, besides: workers by sizes, by numbers of shards. Of many workers, models are so
-small that pushes have their turn within the second after which they would ask for it again."""
+small that pushes have their turn within the second after which they would ask for it again. One size of a shard and one
+of the most are so large that updates have a thread of their own."""
 ROUNDS, SECONDS, WARMUP_S = 7, 0.6, 0.3
 QUICK_SIZES, QUICK_WORKERS, QUICK_ROUNDS = (100_000, 1_000_000), (ALONE, BUSY), 2
 
@@ -106,8 +112,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Measured:
-    """Points by shards, sizes and workers, and the windows that they are of, in the order in which they were taken, the
-    first round's too. A window also has `loop_queued`: how long event loops waited for a core, in seconds a push."""
+    """Points by shards, sizes and workers, and the windows that they are of, in the order in which they were taken.
+
+    A window also has `loop_queued`: how long event loops waited for a core, in seconds a push.
+    """
 
     points: list[Point]
     windows: list[dict[str, float]]
@@ -115,16 +123,20 @@ class Measured:
 
 def measure(quick: bool) -> Measured:
     """The windows of all cells."""
-    with ExitStack() as stack:
-        numbers = sorted({*SHARDS, *COSTS_ALONE})
-        sites = [stack.enter_context(_Site(shards)) for shards in numbers]
-        cells = [(site, cell) for site in sites for cell in site.prepare(_sizes(site.shards, quick))]
-        order, windows = random.Random(_SEED), list[dict[str, float]]()
-        for number in range(QUICK_ROUNDS if quick else ROUNDS):
-            order.shuffle(cells)
-            for site, cell in cells:
-                windows.append({"round": number, **asdict(cell), **site.window(cell)})
+    order, windows = random.Random(_SEED), list[dict[str, float]]()
+    for number in range(QUICK_ROUNDS if quick else ROUNDS):
+        windows += [{"round": number, **window} for window in _round(order, quick)]
     return Measured(points_of(windows), windows)
+
+
+def _round(order: random.Random, quick: bool) -> Iterator[dict[str, float]]:
+    """A window of each cell, of services that are started for them."""
+    with ExitStack() as stack:
+        sites = [stack.enter_context(_Site(shards)) for shards in sorted({*SHARDS, *COSTS_ALONE})]
+        cells = [(site, cell) for site in sites for cell in site.prepare(_sizes(site.shards, quick))]
+        order.shuffle(cells)
+        for site, cell in cells:
+            yield {**asdict(cell), **site.window(cell)}
 
 
 def _sizes(shards: int, quick: bool) -> dict[int, Sequence[int]]:
@@ -137,9 +149,8 @@ def points_of(windows: Iterable[dict[str, float]]) -> list[Point]:
     """The figures of each cell, by shards, sizes and workers."""
     by_cell: dict[tuple[float, ...], list[dict[str, float]]] = {}
     for window in windows:
-        if window["round"]:
-            cell = window["shards"], window["parameters"], window["workers"]
-            by_cell.setdefault(cell, []).append(window)
+        cell = window["shards"], window["parameters"], window["workers"]
+        by_cell.setdefault(cell, []).append(window)
     return [Point(**_figures(by_cell[cell])) for cell in sorted(by_cell)]
 
 
@@ -190,12 +201,13 @@ class _Site:
         self._stack.close()
 
     def prepare(self, sizes: dict[int, Sequence[int]]) -> list[Cell]:
-        """Makes a run of each size, whose workers hold their leases; its cells."""
+        """Makes a run of each size, whose workers hold their leases and some have pushed; the cells of all."""
         for parameters, numbers in sizes.items():
             run = self._client.run(f"scale-{parameters}")
             place(run, self._services, parameters, self.shards)
             generator = self._stack.enter_context(Generator(run, self._services[0].url, self.shards))
             generator.join(max(numbers))
+            generator.push(min(BUSY, max(numbers)), WARMUP_S, WARMUP_S, lambda: None)
             self._generators[parameters] = generator
         return [Cell(self.shards, size, workers) for size, numbers in sizes.items() for workers in numbers]
 
