@@ -17,7 +17,7 @@ from freestep.api.tokens import NewToken, SignInLink, TokenList, TokenStatus
 from freestep.credentials import own_credentials
 from freestep.lease import release_leases
 from freestep.run import Run
-from freestep.service_transport import open_transport, retry_seconds
+from freestep.service_transport import open_transport, retry_seconds, shares_memory
 from freestep.service_url import in_path
 from freestep.transport import Transport
 from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
@@ -50,13 +50,17 @@ class Client:
         timeout: Seconds without progress after which an attempt fails.
         retry_for: Seconds for which a request is repeated while the service is away or busy; 0 sends each request once.
             None takes FREESTEP_RETRY_SECONDS from the environment, or 60.
+        shared_memory: Whether large bodies of pushes and pulls go through memory that a service of the same user on
+            this machine shares, and not through its connections; None takes FREESTEP_SHARED_MEMORY from the
+            environment, or True.
         http: An httpx client to use instead, for a proxy or hooks for example; url, verify and timeout are then
             ignored, and so is the token if it has an Authorization header. It needs a connection for each shard of a
             run. It is fastest over a `freestep.bulk.BulkTransport`.
 
     Raises:
         InvalidSetting: The URL has no scheme or is none, the token cannot be one, the environment's proxy for the URL
-            cannot be used, the environment's certificate is none, or `retry_for` is not a number of seconds.
+            cannot be used, the environment's certificate is none, `retry_for` is not a number of seconds, or
+            FREESTEP_SHARED_MEMORY is neither true nor false.
         OSError: A file of certificates cannot be read.
     """
 
@@ -68,14 +72,15 @@ class Client:
         verify: ssl.SSLContext | str | os.PathLike[str] | bool = True,
         timeout: float = 30.0,
         retry_for: float | None = None,
+        shared_memory: bool | None = None,
         http: httpx.Client | None = None,
     ) -> None:
-        seconds = retry_seconds(retry_for)
-        self._transport = (
-            open_transport(url or os.environ.get("FREESTEP_URL") or DEFAULT_URL, token, verify, timeout, seconds)
-            if http is None
-            else Transport(http, seconds, credentials=own_credentials(http, token))
-        )
+        seconds, shares = retry_seconds(retry_for), shares_memory(shared_memory)
+        if http is None:
+            place = url or os.environ.get("FREESTEP_URL") or DEFAULT_URL
+            self._transport = open_transport(place, token, verify, timeout, seconds, shared_memory=shares)
+        else:
+            self._transport = Transport(http, seconds, credentials=own_credentials(http, token), shares_memory=shares)
 
     def run(self, name: str, *, ranks: WorkerGroup = SINGLE_PROCESS) -> Run:
         """One run of the service, which need not exist yet; sends no request.

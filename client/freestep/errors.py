@@ -18,6 +18,7 @@
     │   ├── IdempotencyConflict   idempotency-conflict
     │   ├── DataExists            data-exists
     │   ├── UnitNotHeld           unit-not-held
+    │   ├── MemoryNotShared       memory-not-shared
     │   ├── RequestTimeout        request-timeout
     │   ├── LeaseExpired          lease-expired
     │   ├── LengthRequired        length-required
@@ -78,6 +79,7 @@ __all__ = [
     "MalformedRequest",
     "MalformedTensors",
     "ManifestMismatch",
+    "MemoryNotShared",
     "NoGradients",
     "NonFiniteGradient",
     "Overloaded",
@@ -237,6 +239,16 @@ class UnitNotHeld(ProblemError):
 
     slug = "unit-not-held"
     title = "The lease does not hold the unit"
+
+
+class MemoryNotShared(ProblemError):
+    """The service shares no such memory with the client, or none at all: the detail says why. Nothing was changed.
+
+    The client then sends bodies over the connection, by itself.
+    """
+
+    slug = "memory-not-shared"
+    title = "The memory is not shared"
 
 
 class TokenNotFound(ProblemError):

@@ -149,6 +149,11 @@ class JoinedOptimizer(torch.optim.Optimizer):
         assert self._progress.loaded is not None
         return self._progress.loaded
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether large bodies go through memory that is shared with the service, as for `Run`."""
+        return isinstance(self._run, Run) and self._run.shares_memory
+
     def _prepare(self, frozen: Sequence[tuple[str, Tensor]]) -> None:
         """Called before the run is joined; `frozen` are the parameters that were left out."""
 

@@ -150,10 +150,12 @@ class HeldLease:
                 self._transport.request("PUT", self._path, retry=False)
             except (LeaseExpired, EpochChanged, RunNotFound) as error:
                 self.lost = error
+                self._transport.memories.forget(self.granted.lease)
                 return
             except Exception as error:
                 # The next renewal, or the next push, will show whether the lease has ended meanwhile.
                 logger.debug("the lease of %s could not be renewed: %s", self.granted.worker, error)
+        self._transport.memories.forget(self.granted.lease)
         deadline = time.monotonic() + _RELEASE_S
         while not self._is_ended():
             # Where a node is drained, the service's process that was asked may be leaving with this one.

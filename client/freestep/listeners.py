@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["is_users_own"]
+__all__ = ["is_users_own", "leads_here"]
 
 logger = logging.getLogger("freestep")
 
@@ -50,6 +50,16 @@ def is_users_own(host: str, port: int) -> bool:
             ", ".join(map(str, sorted(others))),
         )
     return bool(owners) and not others
+
+
+def leads_here(host: str) -> bool:
+    """Whether connections to a host stay on this machine, as far as can be told from its addresses.
+
+    Args:
+        host: The host of a URL, without brackets.
+    """
+    addresses = list(_addresses(host))
+    return bool(addresses) and all(map(_is_of_this_machine, addresses))
 
 
 def _addresses(host: str) -> Iterator[_Address]:

@@ -12,7 +12,9 @@ from freestep.bulk import pour
 from freestep.errors import MalformedTensors, ProblemError, UnexpectedResponse
 from freestep.proxies import PROXY
 from freestep.service_url import without_password
+from freestep.shared_memory import SharedMemory
 from freestep.wire.receiver import MEDIA_TYPE, Receiver
+from freestep.wire.spans import Span
 
 __all__ = ["Answer", "Destination", "GatewayError", "read"]
 
@@ -45,8 +47,9 @@ class Destination(Protocol):
         """Decodes a body that was received as a whole."""
 
 
-def read(response: httpx.Response, into: Destination | None) -> Answer:
+def read(response: httpx.Response, into: Destination | None, memory: SharedMemory | None = None) -> Answer:
     """Reads a response whose body is unread. into: where its tensors are put; it may be a JSON document instead.
+    memory: where they may lie.
 
     Raises the ProblemError that it names, GatewayError, UnexpectedResponse if it is not freestep's, and TransportError
     where the connection ends too early.
@@ -54,7 +57,7 @@ def read(response: httpx.Response, into: Destination | None) -> Answer:
     # Converted once: httpx goes through all headers for each look-up.
     headers = dict(response.headers.items())
     if into is not None and headers.get("content-type") == MEDIA_TYPE and response.is_success:
-        _receive(response, headers, into)
+        _receive(response, headers, into, memory)
         return Answer(response.status_code, headers)
     response.read()
     document = _document(response)
@@ -78,11 +81,19 @@ def _refusal(response: httpx.Response, headers: Mapping[str, str], document: Any
     return refusal
 
 
-def _receive(response: httpx.Response, headers: Mapping[str, str], into: Destination) -> None:
+def _receive(
+    response: httpx.Response, headers: Mapping[str, str], into: Destination, memory: SharedMemory | None
+) -> None:
     """Receives an answer's body into the flat vector, straight from the socket where the transport can."""
     try:
-        receiver = into.receiver(int(headers["content-length"]))
-        pour(response, receiver)
+        if memory is not None and (text := headers.get("freestep-span")) is not None:
+            response.read()
+            span = Span.parse(text)
+            receiver = into.receiver(span.length)
+            memory.pour(span, receiver)
+        else:
+            receiver = into.receiver(int(headers["content-length"]))
+            pour(response, receiver)
     except (MalformedTensors, KeyError, ValueError) as error:
         raise UnexpectedResponse(
             f"{without_password(str(response.request.url))} did not answer with the run's tensors: {error}"

@@ -96,6 +96,15 @@ class Run:
     # Control plane
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether large bodies of pushes, and of pulls beside them, go through memory that is shared with the service.
+
+        It is False before the first large push, where the service is on another machine or of another user, and where
+        either side has that turned off (`FREESTEP_SHARED_MEMORY`).
+        """
+        return self._transport.memories.has(self._path)
+
+    @property
     def manifest(self) -> Manifest:
         """The run's tensors in order, with names, shapes and groups; read from the service once."""
         if self._manifest is None:

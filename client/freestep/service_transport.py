@@ -18,17 +18,21 @@ from freestep.proxies import EnvironmentTransport
 from freestep.service_url import check_url, other_scheme
 from freestep.transport import Transport
 
-__all__ = ["Verify", "open_transport", "retry_seconds", "ssl_context"]
+__all__ = ["Verify", "open_transport", "retry_seconds", "shares_memory", "ssl_context"]
 
 Verify = ssl.SSLContext | str | os.PathLike[str] | bool
 """The certificates that are trusted, as for `Client`."""
 
 _RETRY_S = 60.0
+_SWITCHES = {word: on for on, words in ((True, "1 true yes on"), (False, "0 false no off")) for word in words.split()}
+"""What a switch of the environment may say; the service takes the same words."""
 _KEEPALIVE_S = 50.0
 """Less than the 60 s after which the service closes an idle connection."""
 
 
-def open_transport(url: str, token: str | None, verify: Verify, timeout: float, seconds: float) -> Transport:
+def open_transport(
+    url: str, token: str | None, verify: Verify, timeout: float, seconds: float, *, shared_memory: bool = True
+) -> Transport:
     """The transport to a service.
 
     Args:
@@ -37,6 +41,7 @@ def open_transport(url: str, token: str | None, verify: Verify, timeout: float, 
         verify: As for `Client`.
         timeout: Seconds without progress after which an attempt fails.
         seconds: Seconds for which requests are repeated.
+        shared_memory: Whether large bodies may go through memory that a service on this machine shares.
 
     Raises:
         InvalidSetting: The URL, the token, the environment's certificate or its proxy cannot be used.
@@ -68,7 +73,7 @@ def open_transport(url: str, token: str | None, verify: Verify, timeout: float, 
         timeout=timeout,
         transport=transport,
     )
-    return Transport(http, seconds, explain=explain, credentials=bearer)
+    return Transport(http, seconds, explain=explain, credentials=bearer, shares_memory=shared_memory)
 
 
 def retry_seconds(given: float | None) -> float:
@@ -85,6 +90,19 @@ def retry_seconds(given: float | None) -> float:
     except (TypeError, ValueError):
         pass
     raise InvalidSetting(f"{name} must be a number of seconds, at least 0, not {value!r}")
+
+
+def shares_memory(given: bool | None) -> bool:
+    """Whether large bodies may go through shared memory: as given, or as FREESTEP_SHARED_MEMORY says, or True.
+
+    Raises InvalidSetting, which names the variable.
+    """
+    text = os.environ.get("FREESTEP_SHARED_MEMORY", "").lower() if given is None else ""
+    if not text:
+        return given is not False
+    if text not in _SWITCHES:
+        raise InvalidSetting(f"FREESTEP_SHARED_MEMORY must be true or false, not {text!r}")
+    return _SWITCHES[text]
 
 
 def ssl_context(verify: Verify) -> ssl.SSLContext:

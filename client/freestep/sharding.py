@@ -32,8 +32,10 @@ from freestep.errors import (
 )
 from freestep.forks import ForkLock
 from freestep.responses import Answer
+from freestep.shared_memory import Bodies
 from freestep.threads import run_in_background
 from freestep.transport import Transport
+from freestep.wire.header import data_length
 from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
 
 if TYPE_CHECKING:
@@ -295,7 +297,18 @@ class _ShardRequests:
             into=None if call.into is None else call.into.parts(self.count)[shard],
             wait=call.wait,
             route=_ShardRoute(self, shard) if is_named else None,
+            bodies=self._moved(shard),
         )
+
+    def _moved(self, shard: int) -> Bodies | None:
+        """What a request moves, where it may lie in memory: a push and its answer, or a point."""
+        call = self._call
+        if call.method == "PUT":
+            return None
+        part = None if call.into is None else call.into.parts(self.count)[shard]
+        size = 0 if part is None else data_length(part.manifest, part.arrives)
+        lease, token = call.headers.get("Freestep-Lease", ""), int(call.headers.get("Freestep-Token", 0))
+        return Bodies(call.path.rpartition("/")[0], shard, size, lease, token)
 
 
 class _ShardRoute:

@@ -23,6 +23,7 @@ from freestep.errors import (
     CoordinatorUnavailable,
     Forbidden,
     IssuerUnavailable,
+    MemoryNotShared,
     Overloaded,
     ProblemError,
     RequestTimeout,
@@ -37,6 +38,7 @@ from freestep.leaving import PATIENCE_S, is_leaving
 from freestep.outages import Outages, cause_of
 from freestep.responses import Answer, Destination, GatewayError, read
 from freestep.service_url import without_password
+from freestep.shared_memory import Bodies, SharedMemories, SharedMemory
 from freestep.threads import Threads
 from freestep.wire.receiver import MEDIA_TYPE
 
@@ -103,8 +105,9 @@ class Transport:
     """Requests to one service. Safe to use from several threads, as `httpx.Client` is.
 
     retry_for: seconds for which requests are repeated. explain: is asked about errors before the service's first
-    answer, and says why a repetition cannot help, if it can not. credentials: the token that requests carry. clock,
-    sleep: for tests.
+    answer, and says why a repetition cannot help, if it can not. credentials: the token that requests carry.
+    shares_memory: whether large bodies may go through memory that a service on this machine shares. clock, sleep: for
+    tests.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Transport:
         *,
         explain: Callable[[Exception], str | None] = lambda error: None,
         credentials: Credentials = NO_CREDENTIALS,
+        shares_memory: bool = True,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -127,6 +131,8 @@ class Transport:
         self._has_answered = False
         self.threads = Threads()
         """For requests that are sent at the same time."""
+        self.memories = SharedMemories(is_wanted=shares_memory)
+        """In which large bodies may lie."""
 
     @property
     def base_url(self) -> httpx.URL:
@@ -150,32 +156,50 @@ class Transport:
         wait: float = 0.0,
         retry: bool = True,
         route: Route | None = None,
+        bodies: Bodies | None = None,
     ) -> Answer:
         """Sends a request, and repeats it after transient errors.
 
         body: a safetensors body. into: where an answer's tensors are put; an answer may be a JSON document instead.
         wait: seconds for which the service may hold the answer. retry: False sends the request once. route: the server
-        to ask, if it is not the service's own URL.
+        to ask, if it is not the service's own URL. bodies: what body and answer are, if they may lie in shared memory.
 
         Raises the ProblemError that the service named, ServiceUnreachable if nothing answered in time, and
         UnexpectedResponse if the answer is not freestep's.
         """
-        lines = dict(headers or {})
-        if body is not None:
-            lines |= {"Content-Type": MEDIA_TYPE, "Content-Length": str(body.length)}
 
-        def send(url: str) -> Answer:
-            response = self._send(method, url, path, json=json, headers=lines, params=params, body=body, wait=wait)
+        def send_with(url: str, memory: SharedMemory | None) -> Answer:
+            lines, sent = dict(headers or {}), body
+            if memory is not None:
+                lines |= memory.headers(None if body is None else body.pieces)
+                sent = None if body is None else Body([])
+            if sent is not None:
+                lines |= {"Content-Type": MEDIA_TYPE, "Content-Length": str(sent.length)}
+            response = self._send(method, url, path, json=json, headers=lines, params=params, body=sent, wait=wait)
             try:
-                return read(response, into)
+                return read(response, into, memory)
             finally:
                 response.close()
                 # httpx's answer refers to itself and to its request: a body would wait until garbage is collected.
                 response.request.stream = httpx.ByteStream(b"")
 
+        def send(url: str) -> Answer:
+            place = url or str(self.base_url).rstrip("/")
+            with self.memories.lent(place, bodies, 0 if body is None else body.length, self._ask_for_memory) as memory:
+                try:
+                    return send_with(url, memory)
+                except MemoryNotShared:
+                    if memory is None:
+                        raise
+                    memory.close()
+            return send_with(url, None)
+
         answer = self._with_retries(send, route, self._retry_for if retry else 0.0, path)
         self._outages.resumed(path)
         return answer
+
+    def _ask_for_memory(self, url: str, path: str, wish: dict[str, Any]) -> Any:
+        return self.request("POST", path, json=wish, retry=False, route=_Only(url)).document
 
     def open(
         self, path: str, *, headers: Mapping[str, str], params: Mapping[str, str | int], wait: float
@@ -321,3 +345,22 @@ class Transport:
     def close(self) -> None:
         self._http.close()
         self.threads.close()
+        self.memories.close()
+
+
+class _Only:
+    """The way to one URL, and to no other."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def url(self) -> str:
+        if not self._url:
+            raise ServiceUnreachable("the service cannot be reached there")
+        return self._url
+
+    def failed(self, url: str, error: Exception) -> None:
+        pass
+
+    def unreachable(self, url: str) -> None:
+        self._url = ""

@@ -50,6 +50,7 @@ from freestep_service.web.guard import document_tokens
 from freestep_service.web.hosts import OwnHosts
 from freestep_service.web.issuer_documents import IssuerDocuments, issuer_client
 from freestep_service.web.json_bodies import JsonBodies
+from freestep_service.web.memories import Memories
 from freestep_service.web.openapi import DESCRIPTION, TAGS, document_problems
 from freestep_service.web.relay import Relay, relay_client
 from freestep_service.web.routes import (
@@ -184,22 +185,20 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
         await stack.enter_async_context(claims)
         secret = await stack.enter_async_context(SharedSecret(store))
         http = await stack.enter_async_context(relay_client(trusted_by(settings)))
-        registry = Registry(
-            Resources(
-                settings,
-                store,
-                storage,
-                channels,
-                node,
-                device,
-                DeviceLocks(settings.inline_elements),
-                metrics,
-                MemoryBudget(settings.memory_bytes or machine_memory() // 8 * 7),
-                MemoryBudget(machine_memory() // 8 if settings.slow_peer_bytes is None else settings.slow_peer_bytes),
-                disk,
-            ),
-            startup.give_way,
+        resources = Resources(
+            settings,
+            store,
+            storage,
+            channels,
+            node,
+            device,
+            DeviceLocks(settings.inline_elements),
+            metrics,
+            MemoryBudget(settings.memory_bytes or machine_memory() // 8 * 7),
+            MemoryBudget(machine_memory() // 8 if settings.slow_peer_bytes is None else settings.slow_peer_bytes),
+            disk,
         )
+        registry = Registry(resources, startup.give_way)
         if not settings.insecure:
             # Before a run is opened: one that a newer version has written ends the start.
             await tokens.read()
@@ -227,8 +226,9 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     stack.callback(audit.close)
     json_bodies = JsonBodies(settings.queue_seconds)
     stack.callback(json_bodies.close)
+    memories = await stack.enter_async_context(Memories(resources))
     return ServiceContext(
-        settings, store, claims, relay, registry, tokens, SignInLinks(), audit, metrics, json_bodies, device
+        settings, store, claims, relay, registry, tokens, SignInLinks(), audit, metrics, json_bodies, device, memories
     )
 
 

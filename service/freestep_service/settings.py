@@ -205,6 +205,8 @@ class Settings(BaseSettings):
     """Log lines for people, or JSON objects with run, worker, step and push key as fields."""
     traces: bool = False
     """Sends OpenTelemetry traces of pushes, to where OTEL_EXPORTER_OTLP_ENDPOINT says. Needs freestep[otel]."""
+    shared_memory: bool = True
+    """Shares memory for large bodies with clients of the same user on this machine; Linux only."""
     access_log: bool = False
     """Logs a line for every request."""
 

@@ -119,6 +119,7 @@ ALLOWED = {
     "/state": "GET, PUT, HEAD",
     "/leases": "GET, POST, HEAD",
     "/leases/l": "DELETE, PUT",
+    "/leases/l/memory": "POST",
     "/gradients": "POST",
     "/checkpoints": "GET, POST, HEAD",
     "/checkpoints/1/restore": "POST",

@@ -281,6 +281,7 @@ def test_health_and_documents(api: Api) -> None:
         "/v1/runs/{run}/parameters",
         "/v1/runs/{run}/leases",
         "/v1/runs/{run}/leases/{lease}",
+        "/v1/runs/{run}/leases/{lease}/memory",
         "/v1/runs/{run}/gradients",
         "/v1/runs/{run}/checkpoints",
         "/v1/runs/{run}/checkpoints/{step}/restore",

@@ -58,7 +58,7 @@ def test_operations_are_named_by_their_handlers() -> None:
         *("create_run", "list_runs", "get_run", "delete_run", "get_topology", "reshard_run"),
         *("change_run", "end_worker"),
         *("initialize_run", "pull", "push", "export_state", "import_state", "report_metric"),
-        *("grant_lease", "renew_lease", "release_lease", "list_leases"),
+        *("grant_lease", "renew_lease", "release_lease", "list_leases", "share_memory"),
         *("read_events", "read_history"),
         *("create_data", "list_data", "show_data", "claim_units", "return_units"),
         *("write_checkpoint", "list_checkpoints", "restore_checkpoint"),

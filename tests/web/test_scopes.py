@@ -50,6 +50,7 @@ SCOPE_OF = {
     ("PUT", "/v1/runs/{run}/parameters"): "push",
     ("POST", "/v1/runs/{run}/leases"): "push",
     ("PUT", "/v1/runs/{run}/leases/{lease}"): "push",
+    ("POST", "/v1/runs/{run}/leases/{lease}/memory"): "push",
     ("DELETE", "/v1/runs/{run}/leases/{lease}"): "push",
     ("POST", "/v1/runs/{run}/gradients"): "push",
     ("GET", "/v1/runs/{run}/data"): "read",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from freestep.api.models import Receipt
+from freestep.wire.spans import SPAN
 from freestep_service.web.fields import Kind, choice, flag, integer, pattern, text
 
 __all__ = [
@@ -59,7 +60,12 @@ _RATES = AnswerHeader(
 )
 _RANGES = AnswerHeader("Accept-Ranges", choice(("bytes",)), "That Range is honoured.")
 NEXT_PAGE = AnswerHeader("Link", text(1), "The next page, with the relation `next`: RFC 8288.", is_optional=True)
-POINT_HEADERS = (ETAG, _EPOCH, _STEP, _RANGES, _RATES, *optional(_CUT))
+_SPAN = AnswerHeader(
+    "Freestep-Span",
+    pattern(SPAN, "BEGIN-END"),
+    "Where in the request's memory the answer's body lies; Content-Length is then 0.",
+)
+POINT_HEADERS = (ETAG, _EPOCH, _STEP, _RANGES, _RATES, *optional(_CUT, _SPAN))
 STATE_HEADERS = (ETAG, _EPOCH, _STEP, _CUT)
 CONTENT_RANGE = AnswerHeader(
     "Content-Range", pattern("bytes [0-9]+-[0-9]+/[0-9]+", "a range of bytes"), "The bytes of the whole that follow."

@@ -16,6 +16,7 @@ from freestep_service.runs.storage_claims import StorageClaims
 from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import Settings
 from freestep_service.web.json_bodies import JsonBodies
+from freestep_service.web.memories import Memories
 from freestep_service.web.relay import Relay
 
 __all__ = ["ServiceContext"]
@@ -36,6 +37,7 @@ class ServiceContext:
     metrics: Metrics
     json_bodies: JsonBodies
     device: torch.device
+    memories: Memories
 
     @staticmethod
     def of(request: Request) -> ServiceContext:

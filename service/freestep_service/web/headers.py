@@ -13,6 +13,7 @@ from freestep.api.data import MOST_PUSHED
 from freestep.api.models import Receipt
 from freestep.errors import BodyTooLarge, LengthRequired, MalformedRequest, UnsupportedMediaType
 from freestep.wire.receiver import MEDIA_TYPE
+from freestep.wire.spans import SPAN, Span
 from freestep_service.domain.marks import LONGEST_MARKS, MARKS_PATTERN, parse_marks
 from freestep_service.domain.records import Claim
 from freestep_service.web.fields import Header, Kind, decimal, integer, number, pattern, text
@@ -34,10 +35,12 @@ __all__ = [
     "claim_key",
     "control_key",
     "holder",
+    "memory",
     "place",
     "preferences",
     "receipt_headers",
     "scheduled_lr",
+    "span",
     "upload",
 ]
 
@@ -143,8 +146,18 @@ _PLACE = Header(
     example='"e1-s40-state-F32"',
 )
 _LENGTH = Header("Content-Length", integer(0))
+_MEMORY = Header(
+    "Freestep-Memory",
+    pattern("[0-9a-f]{32}", "the name of a memory, 32 hexadecimal digits"),
+    "The memory that the client shares with the service; an answer with tensors may be written into it.",
+)
+_SPAN = Header(
+    "Freestep-Span",
+    Kind({"type": "string", "pattern": f"^{SPAN}$"}, Span.parse, "BEGIN-END, of which the first is not larger"),
+    "Where in that memory the body lies: from byte BEGIN to END, that one excluded. Content-Length is then 0.",
+)
 
-PUSH_HEADERS = (_LEASE, _FENCE, _STEP, _KEY, _SAMPLES, _LOSS, _SPEED, _UNITS, _PREFER)
+PUSH_HEADERS = (_LEASE, _FENCE, _STEP, _KEY, _SAMPLES, _LOSS, _SPEED, _UNITS, _PREFER, _MEMORY, _SPAN)
 CONTROL_HEADERS = (_CHANGE,)
 CLAIM_HEADERS = (_LEASE, _FENCE, _CLAIM, _PREFER)
 RETURN_HEADERS = (_LEASE, _FENCE)
@@ -155,6 +168,7 @@ PULL_HEADERS = (
     Header("If-None-Match", text(), "Answers 304 while the point's ETag is the one named."),
     Header("Range", text(), "Bytes of the body to answer with, as after a cut download.", example="bytes=0-99"),
     Header("If-Range", text(), "Honours Range only while the point's ETag is the one named."),
+    _MEMORY,
 )
 
 
@@ -164,8 +178,8 @@ def preferences(request: Request) -> Preferences:
 
 
 @refuses(UnsupportedMediaType, LengthRequired, MalformedRequest, BodyTooLarge)
-def body_length(request: Request, limit: int) -> int:
-    """The Content-Length of a body of tensors, in bytes.
+def body_length(request: Request, limit: int, span: Span | None = None) -> int:
+    """The Content-Length of a body of tensors, in bytes; where it lies in memory, that of its span.
 
     Raises UnsupportedMediaType, LengthRequired, MalformedRequest, and BodyTooLarge past `limit` bytes.
     """
@@ -175,9 +189,26 @@ def body_length(request: Request, limit: int) -> int:
     length = _LENGTH.find(request)
     if length is None or "transfer-encoding" in request.headers:
         raise LengthRequired
+    if span is not None:
+        if length:
+            raise MalformedRequest(f"the body lies in {_MEMORY.name}, and Content-Length is not 0", field=_SPAN.name)
+        length = span.length
     if length > limit:
         raise BodyTooLarge(f"the body has {length} bytes, and {limit} are accepted", limit=limit)
     return length
+
+
+def memory(request: Request) -> str | None:
+    """The name of the memory that the client shares. Raises MalformedRequest."""
+    return _MEMORY.find(request)
+
+
+def span(request: Request) -> Span | None:
+    """Where in that memory a push's body lies, if it does. Raises MalformedRequest."""
+    found = _SPAN.find(request)
+    if found is not None and memory(request) is None:
+        raise MalformedRequest(f"{_SPAN.name} needs {_MEMORY.name}, the memory that the body lies in", field=_SPAN.name)
+    return found
 
 
 def place(request: Request) -> tuple[int, int] | None:

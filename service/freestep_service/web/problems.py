@@ -50,6 +50,7 @@ STATUSES: dict[type[ProblemError], int] = {
     errors.IdempotencyConflict: 409,
     errors.DataExists: 409,
     errors.UnitNotHeld: 409,
+    errors.MemoryNotShared: 409,
     errors.RequestTimeout: 408,
     errors.LeaseExpired: 410,
     errors.LengthRequired: 411,

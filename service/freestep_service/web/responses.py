@@ -16,6 +16,7 @@ from freestep.errors import Overloaded, RangeNotSatisfiable
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.runs.local_shard import LocalShard
+from freestep_service.state.shared_memory import SharedMemory
 from freestep_service.state.snapshots import PointBody
 from freestep_service.web.connection import CONNECTION, abort, takes_more, wants_head_only
 from freestep_service.web.headers import scheduled_lr
@@ -47,7 +48,8 @@ class SnapshotResponse(Response):
     The snapshot is taken when the answer begins and released when the transport refers to it no more. `lines(step)` are
     further headers of an answer of that step. The connection is aborted if the client reads nothing for `stall_s`
     seconds. `otherwise`: the answer if there is no memory for the snapshot. `spend` is told how many bytes are sent,
-    `answered` how many seconds it took once all are.
+    `answered` how many seconds it took once all are. `memory`: shared with the client, who finds the whole there if it
+    has room.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class SnapshotResponse(Response):
         otherwise: Callable[[], Response] | None = None,
         spend: Callable[[int], None] = lambda size: None,
         answered: Callable[[float], None] = lambda seconds: None,
+        memory: SharedMemory | None = None,
     ) -> None:
         super().__init__(media_type=MEDIA_TYPE)
         self._shard = shard
@@ -71,6 +74,7 @@ class SnapshotResponse(Response):
         self._otherwise = otherwise
         self._spend = spend
         self._answered = answered
+        self._memory = memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = monotonic()
@@ -99,13 +103,23 @@ class SnapshotResponse(Response):
             lines["Content-Length"] = str(end - begin)
             if span:
                 lines["Content-Range"] = f"bytes {begin}-{end - 1}/{snapshot.size}"
+            is_head_only = wants_head_only(scope)
+            if self._memory is not None and not span and not is_head_only:
+                laid = await self._memory.lay(snapshot)
+                if laid is not None:
+                    lines |= {"Content-Length": "0", "Freestep-Span": str(laid)}
             raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
             start: Message = {"type": "http.response.start", "status": 206 if span else 200, "headers": raw}
-            if wants_head_only(scope):
+            if is_head_only:
                 await send(start)
                 await send({"type": "http.response.body"})
                 return
             self._spend(end - begin)
+            if "Freestep-Span" in lines:
+                await send(start)
+                await send({"type": "http.response.body"})
+                self._answered(monotonic() - began)
+                return
             if end - begin > SHORT:
                 with _aborted_on_failure(scope, self._stall_s):
                     await _send(scope, send, start, snapshot, begin, end, self._stall_s)

@@ -12,15 +12,22 @@ from typing import Any, Self, get_args
 from fastapi import Request, Response
 
 from freestep.api.models import MOST_SHARDS, Point, PointDtype
-from freestep.errors import CoordinatorUnavailable, MalformedRequest, RunNotFound, ShardUnavailable
+from freestep.errors import (
+    CoordinatorUnavailable,
+    MalformedRequest,
+    RunNotFound,
+    ShardUnavailable,
+)
 from freestep.wire.encoding import INT8
+from freestep.wire.spans import Span
 from freestep_service.domain.run_names import RUN_NAME
 from freestep_service.runs.run import Run
 from freestep_service.settings import Settings
+from freestep_service.state.shared_memory import SharedMemory
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.fields import PathField, Query, choice, flag, integer, pattern
 from freestep_service.web.guard import GuardedRoute
-from freestep_service.web.headers import LEASE_KIND
+from freestep_service.web.headers import LEASE_KIND, memory
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
 
@@ -111,6 +118,19 @@ class DataRequest:
         if shard is not None and shard >= run.count:
             raise MalformedRequest(f"shard: the run has {run.count} shards", field="shard")
         return cls(run, 0 if run.count == 1 else shard, context.settings, context.relay, request)
+
+    def memory(self, lease: str | None = None, span: Span | None = None) -> SharedMemory | None:
+        """The memory that the request names, if it names one. lease: that it has to be of, of a push. span: of a body.
+
+        Raises MemoryNotShared, and MalformedRequest where no body can lie there.
+        """
+        name = memory(self._request)
+        if name is None:
+            return None
+        found = ServiceContext.of(self._request).memories.find(name, self.run, self.shard, lease)
+        if span is not None and span.end > (most := found.layout.body):
+            raise MalformedRequest(f"bodies lie within the first {most} bytes of the memory", field="Freestep-Span")
+        return found
 
     @property
     def point(self) -> Point:

@@ -14,10 +14,11 @@ from freestep_service.runs.run import Run
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.fields import PathField, integer
 from freestep_service.web.headers import LEASE_ID
+from freestep_service.web.memories import Memories
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
 
-__all__ = ["AnyRegistry", "AnyRelay", "AnyRun", "LeaseId", "RunName", "Step"]
+__all__ = ["AnyMemories", "AnyRegistry", "AnyRelay", "AnyRun", "LeaseId", "RunName", "Step"]
 
 RunName = Annotated[str, Path(pattern=f"^{RUN_NAME}$", description="The run's name.", examples=["mnist"])]
 LeaseId = Annotated[str, Path(pattern=f"^{LEASE_ID}$", description="The lease's ID.")]
@@ -42,6 +43,13 @@ async def _relay(request: Request) -> Relay:
 
 
 AnyRelay = Annotated[Relay, Depends(_relay)]
+
+
+async def _memories(request: Request) -> Memories:
+    return ServiceContext.of(request).memories
+
+
+AnyMemories = Annotated[Memories, Depends(_memories)]
 
 
 @refuses(RunNotFound, CoordinatorUnavailable, ShardUnavailable)

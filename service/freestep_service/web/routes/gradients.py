@@ -15,6 +15,7 @@ from freestep.errors import (
     InvalidSpec,
     LeaseExpired,
     MalformedTensors,
+    MemoryNotShared,
     NonFiniteGradient,
     Overloaded,
     RunNotInitialized,
@@ -25,10 +26,20 @@ from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Claim
 from freestep_service.runs.phases import Phases
 from freestep_service.runs.run import Run
+from freestep_service.state.shared_memory import SharedBody
+from freestep_service.state.staging import Body as AnyBody
 from freestep_service.web.answer_headers import POINT_HEADERS, PREFERENCE_APPLIED, RECEIPT_HEADERS, optional
 from freestep_service.web.body import Body
 from freestep_service.web.guard import needs
-from freestep_service.web.headers import PUSH_HEADERS, Preferences, body_length, claim, preferences, receipt_headers
+from freestep_service.web.headers import (
+    PUSH_HEADERS,
+    Preferences,
+    body_length,
+    claim,
+    preferences,
+    receipt_headers,
+    span,
+)
 from freestep_service.web.metering import admit_bytes, spend_answer, spend_bytes
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.push_traces import trace_of
@@ -63,7 +74,7 @@ router = APIRouter(tags=["gradients"], route_class=DataRoute)
 )
 @needs("push")
 @refuses(DataRequest.of, body_length, RunNotInitialized, EpochChanged, IdempotencyConflict, LeaseExpired)
-@refuses(InvalidSpec, MalformedTensors, NonFiniteGradient, Overloaded, RunPaused, UnitNotHeld)
+@refuses(InvalidSpec, MalformedTensors, MemoryNotShared, NonFiniteGradient, Overloaded, RunPaused, UnitNotHeld)
 async def push(request: Request) -> Response:
     """Pushes a gradient.
 
@@ -72,14 +83,21 @@ async def push(request: Request) -> Response:
 
     With `shard`, the body is that shard's part, and the push is decided when all shards have theirs, under one claim;
     the answers' parts of y are of one step.
+
+    With `Freestep-Memory`, which needs `shard` where there are several, the body may lie in memory that the client
+    shares, and y be written into it.
     """
     parsed = await DataRequest.of(request)
     run, dtype = parsed.run, parsed.dtype
-    length = body_length(request, parsed.settings.max_body_bytes)
+    at = span(request)
+    length = body_length(request, parsed.settings.max_body_bytes, at)
     await admit_bytes(request, length)
     wishes = preferences(request)
-    body = Body(request, length, parsed.settings.stall_seconds)
     claimed = claim(request)
+    memory = parsed.memory(claimed.lease, at)
+    body: AnyBody = Body(request, length, parsed.settings.stall_seconds)
+    if memory is not None and at is not None:
+        body = SharedBody(memory, at)
     if parsed.shard is None:
         return await _push_whole(run, request, parsed.relay, body, claimed, wishes, dtype)
     if not run.owns(parsed.shard):
@@ -109,7 +127,14 @@ async def push(request: Request) -> Response:
     stall_s = await parsed.relay.stall_seconds(request)
     spend = partial(spend_bytes, request)
     return SnapshotResponse(
-        shard, outcome.reading, stall_s, lines=lines, otherwise=receipt_only, spend=spend, answered=shard.answered
+        shard,
+        outcome.reading,
+        stall_s,
+        lines=lines,
+        otherwise=receipt_only,
+        spend=spend,
+        answered=shard.answered,
+        memory=memory,
     )
 
 
@@ -118,7 +143,7 @@ def _receipt(receipt: Receipt, wishes: Preferences) -> Response:
 
 
 async def _push_whole(
-    run: Run, request: Request, relay: Relay, body: Body, claimed: Claim, wishes: Preferences, dtype: PointDtype
+    run: Run, request: Request, relay: Relay, body: AnyBody, claimed: Claim, wishes: Preferences, dtype: PointDtype
 ) -> Response:
     """The slow path: this process receives the whole gradient and sends every shard its part."""
     wait = {"Prefer": f"wait={wishes.wait:g}"} if wishes.wait else {}

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 
+from freestep.api.memory import MemoryOffer, MemoryRequest
 from freestep.api.models import Lease, LeaseList, LeaseRequest
-from freestep.errors import EpochChanged, LeaseExpired, Overloaded, WorkerBanned, WorkerSuspended
+from freestep.errors import EpochChanged, LeaseExpired, MemoryNotShared, Overloaded, WorkerBanned, WorkerSuspended
 from freestep_service.web.guard import caller, needs, require_worker
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.data_request import LEASE, RUN, DataRoute, run_of
-from freestep_service.web.routes.dependencies import AnyRegistry, AnyRelay, AnyRun, LeaseId
+from freestep_service.web.routes.dependencies import AnyMemories, AnyRegistry, AnyRelay, AnyRun, LeaseId
 from freestep_service.web.routes.documents import answer, documented, link
 
 router = APIRouter(tags=["leases"], route_class=JsonRoute)
@@ -66,14 +67,30 @@ async def renew_lease(request: Request) -> Response:
 @needs("push")
 @refuses(LeaseExpired)
 async def release_lease(
-    run: AnyRun, lease: LeaseId, request: Request, relay: AnyRelay, registry: AnyRegistry
+    run: AnyRun, lease: LeaseId, request: Request, relay: AnyRelay, registry: AnyRegistry, memories: AnyMemories
 ) -> Response:
     """Ends a lease; an update that waits for its worker only is then applied."""
     if run.leases_are_elsewhere:
         return await relay.forward(request, run)
     worker = await run.leases.release(lease)
+    memories.end_lease(run, lease)
     await registry.quotas.release_lease(caller(request), run.name, worker, lease)
     return Response(status_code=204)
+
+
+@router.post("/v1/runs/{run}/leases/{lease}/memory", status_code=201, response_model=MemoryOffer)
+@needs("push")
+@refuses(LeaseExpired, EpochChanged, MemoryNotShared)
+async def share_memory(run: AnyRun, lease: LeaseId, wish: MemoryRequest, memories: AnyMemories) -> MemoryOffer:
+    """Offers a client on this machine memory for the bodies of a lease, in place of what that has for the shard.
+
+    Renews the lease. The client fetches the memory from a Unix socket with the ticket, within five seconds, and has it
+    for as long as it keeps that connection open and the lease is good.
+    """
+    held = await run.leases.renew(lease)
+    if held.token != wish.token:
+        raise LeaseExpired
+    return memories.offer(run, lease, wish)
 
 
 @router.get("/v1/runs/{run}/leases")

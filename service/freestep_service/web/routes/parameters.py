@@ -10,6 +10,7 @@ from freestep.api.models import RunStatus
 from freestep.errors import (
     AlreadyInitialized,
     MalformedTensors,
+    MemoryNotShared,
     Overloaded,
     RangeNotSatisfiable,
     RunNotInitialized,
@@ -84,7 +85,8 @@ async def initialize_run(request: Request) -> Response:
     openapi_extra=documented(RUN, SHARD, OF, POINT, DTYPE, MIN_STEP, CUT, *PULL_HEADERS),
 )
 @needs("read")
-@refuses(DataRequest.of, RunNotInitialized, MalformedTensors, RangeNotSatisfiable, Overloaded, StepNotReached)
+@refuses(DataRequest.of, RunNotInitialized, MalformedTensors, MemoryNotShared, RangeNotSatisfiable, Overloaded)
+@refuses(StepNotReached)
 async def pull(request: Request) -> Response:
     """A point of the run's newest step, or of a step not before `min_step` (`Prefer: wait=S`).
 
@@ -94,6 +96,7 @@ async def pull(request: Request) -> Response:
     parsed = await DataRequest.of(request)
     await admit_bytes(request)
     run, point, dtype, min_step, cut = parsed.run, parsed.point, parsed.dtype, parsed.min_step, parsed.cut
+    memory = parsed.memory()
     if parsed.shard is None:
         prefer = request.headers.get("prefer", "")
         return spend_answer(request, await pull_whole(parsed.relay, request, run, point, dtype, min_step, prefer))
@@ -110,4 +113,4 @@ async def pull(request: Request) -> Response:
         return Response(status_code=304, headers={"ETag": tag})
     reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
     stall_s, spend = await parsed.relay.stall_seconds(request), partial(spend_bytes, request)
-    return SnapshotResponse(shard, reading, stall_s, request.headers, spend=spend)
+    return SnapshotResponse(shard, reading, stall_s, request.headers, spend=spend, memory=memory)

@@ -1,0 +1,283 @@
+"""Memory that a client shares with a service on the same machine, so that large bodies cross no socket.
+
+It is had under a lease, for one shard: offered over HTTP, fetched from a Unix socket of the service's, whose process
+has to be the user's own, as the service asks of this one. Pushes and pulls are the same requests as ever; but their
+bodies are where a header says. Whatever goes wrong, bodies go over the connection.
+
+The law of this file: a memory belongs to one request at a time, from when its body is copied in until its answer is
+copied out. Where no answer has come, the service may still be using it, and it is not used again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakSet
+
+from freestep.api.memory import MemoryGrant, MemoryOffer, MemoryRequest
+from freestep.bulk_exchange import poll_socket
+from freestep.errors import FreestepError, ProblemError
+from freestep.forks import ForkLock
+from freestep.listeners import leads_here
+from freestep.wire.receiver import Sink, lay
+from freestep.wire.spans import Span, copy_bytes
+
+__all__ = ["Bodies", "SharedMemories", "SharedMemory"]
+
+logger = logging.getLogger("freestep")
+
+_IS_POSSIBLE = sys.platform == "linux"
+_SMALLEST = 128 * 1024
+"""Bytes of a body that is sent through memory: smaller ones would gain nothing."""
+_CONNECT_S = 5.0
+"""Seconds for the service to hand the memory over: it makes its pages first."""
+_AGAIN_S = 60.0
+"""Seconds until memory is asked for again, where there was none."""
+_LONGEST_GRANT = 4096
+_STRIDE = 16 * 1024**2
+"""Bytes that are copied at once, between which the interpreter hears of signals."""
+
+Ask = Callable[[str, str, dict[str, Any]], Any]
+"""Asks a service, by its URL, for memory: a path and a document, for that of the answer. Raises FreestepError."""
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """What a request moves: the tensors of which run, by its path, and shard.
+
+    answer_bytes: of the answer's tensors. lease, token: under which it pushes; without them, it takes what memory there
+    is.
+    """
+
+    path: str
+    shard: int
+    answer_bytes: int
+    lease: str = ""
+    token: int = 0
+
+
+class SharedMemory:
+    """A memory, and the connection that it lasts as long as.
+
+    connection: to the service. memory: mapped, all of it. grant: what lies where in it.
+    """
+
+    def __init__(self, connection: socket.socket, memory: mmap.mmap, grant: MemoryGrant) -> None:
+        self._connection = connection
+        self._bytes = memoryview(memory)
+        self._grant = grant
+        self.is_lent = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the service has it too, as far as can be seen."""
+        return self._connection.fileno() >= 0 and not poll_socket(self._connection, select.POLLIN | select.POLLHUP, 0.0)
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """Bytes of the longest body, and of the tensors of the longest answer, that it has room for."""
+        return self._grant.body, self._grant.size - self._grant.tensors
+
+    def headers(self, body: Sequence[memoryview] | None) -> Mapping[str, str]:
+        """Copies a body in, if there is one; the headers that say where it is, and which memory."""
+        headers = {"Freestep-Memory": self._grant.memory}
+        if body is None:
+            return headers
+        at = 0
+        for piece in body:
+            for begin in range(0, len(piece), _STRIDE):
+                part = piece[begin : begin + _STRIDE]
+                copy_bytes(self._bytes[at : at + len(part)], part)
+                at += len(part)
+        return {**headers, "Freestep-Span": str(Span(0, at))}
+
+    def pour(self, span: Span, sink: Sink) -> None:
+        """Copies an answer out, into a sink. Raises what the sink raises, and ValueError where it cannot lie there."""
+        if span.end > len(self._bytes):
+            raise ValueError(f"the memory has no bytes {span}")
+        source = self._bytes[span.begin : span.end]
+        while source:
+            buffer = sink.get_buffer()
+            if not buffer:
+                # Refuses what is left over.
+                lay(sink, source)
+            size = min(len(buffer), len(source), _STRIDE)
+            copy_bytes(buffer[:size], source[:size])
+            sink.buffer_updated(size)
+            source = source[size:]
+
+    def close(self) -> None:
+        """Gives it up, and so does the service; its pages are there until the last request that uses it has ended."""
+        self._connection.close()
+
+
+_Key = tuple[str, str, int, str]
+"""The URL of a service, the path of a run, a shard, and a lease."""
+
+
+class SharedMemories:
+    """The memories of one client. Safe to use from several threads; a forked child begins with none.
+
+    is_wanted: False uses none.
+    """
+
+    def __init__(self, *, is_wanted: bool = True) -> None:
+        self._is_wanted = is_wanted and _IS_POSSIBLE
+        self._lock = ForkLock()
+        self._held: dict[_Key, SharedMemory] = {}
+        self._asking: set[_Key] = set()
+        self._again_at: dict[_Key, float] = {}
+        """When to ask again where there was none, by the monotonic clock."""
+        self._are_here: dict[str, bool] = {}
+        """By a service's URL, whether it leads to this machine."""
+        _all.add(self)
+
+    def has(self, path: str) -> bool:
+        """Whether there is memory for bodies of a run, by its path."""
+        with self._lock:
+            return any(held == path and memory.is_open for (_, held, *_), memory in self._held.items())
+
+    @contextmanager
+    def lent(self, url: str, bodies: Bodies | None, body_bytes: int, ask: Ask) -> Iterator[SharedMemory | None]:
+        """The memory for one request, which has ended when the block does; None to send bodies over the connection.
+
+        url: of the service that is to get the request. ask: asks it for memory.
+        """
+        memory = self._lend(url, bodies, body_bytes, ask) if bodies is not None and self._is_wanted else None
+        if memory is None:
+            yield None
+            return
+        try:
+            yield memory
+        except ProblemError:
+            # An answer has come.
+            raise
+        except BaseException:
+            memory.close()
+            raise
+        finally:
+            memory.is_lent = False
+
+    def _lend(self, url: str, bodies: Bodies, body_bytes: int, ask: Ask) -> SharedMemory | None:
+        if max(body_bytes, bodies.answer_bytes) < _SMALLEST or not self._is_here(url):
+            return None
+        key = url, bodies.path, bodies.shard, bodies.lease
+        with self._lock:
+            self._let_go(lambda _, memory: not memory.is_lent and not memory.is_open)
+            found = self._find(key)
+            if found is not None:
+                if found.is_lent:
+                    return None
+                room = found.room
+                if body_bytes <= room[0] and bodies.answer_bytes <= room[1]:
+                    found.is_lent = True
+                    return found
+            if not bodies.lease or key in self._asking or time.monotonic() < self._again_at.get(key, 0.0):
+                return None
+            self._asking.add(key)
+            self._held.pop(key, None)
+        body, answer = found.room if found is not None else (0, 0)
+        memory = None
+        try:
+            memory = _fetch(url, bodies, max(body, body_bytes), max(answer, bodies.answer_bytes), ask)
+        except (FreestepError, OSError, ValueError) as error:
+            logger.debug("bodies for %s%s go over connections: %s", url, bodies.path, error)
+        finally:
+            if found is not None:
+                found.close()
+            with self._lock:
+                self._asking.discard(key)
+                if memory is None:
+                    self._again_at[key] = time.monotonic() + _AGAIN_S
+                else:
+                    self._again_at.pop(key, None)
+                    self._held[key] = memory
+                    memory.is_lent = True
+        return memory
+
+    def _find(self, key: _Key) -> SharedMemory | None:
+        """The memory of a lease; without one, any for the shard."""
+        *place, lease = key
+        if lease:
+            return self._held.get(key)
+        return next((memory for (*held, _), memory in self._held.items() if held == place), None)
+
+    def _is_here(self, url: str) -> bool:
+        if url not in self._are_here:
+            self._are_here[url] = leads_here(urlsplit(url).hostname or "")
+        return self._are_here[url]
+
+    def forget(self, lease: str) -> None:
+        """Gives up the memories of a lease that has ended."""
+        with self._lock:
+            self._let_go(lambda key, _: key[-1] == lease)
+
+    def close(self) -> None:
+        """Gives up all."""
+        with self._lock:
+            self._let_go(lambda *_: True)
+
+    def _let_go(self, is_over: Callable[[_Key, SharedMemory], bool]) -> None:
+        for key, memory in list(self._held.items()):
+            if is_over(key, memory):
+                del self._held[key]
+                memory.close()
+
+
+def _fetch(url: str, bodies: Bodies, body_bytes: int, answer_bytes: int, ask: Ask) -> SharedMemory:
+    """Asks for a memory and fetches it. Raises FreestepError, OSError and ValueError where there is none to be had."""
+    wish = MemoryRequest(token=bodies.token, shard=bodies.shard, body_bytes=body_bytes, answer_bytes=answer_bytes)
+    offer = MemoryOffer.model_validate(ask(url, f"{bodies.path}/leases/{bodies.lease}/memory", wish.model_dump()))
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(_CONNECT_S)
+        connection.connect(f"\0{offer.socket}")
+        if (user := _user_of(connection)) != os.geteuid():
+            raise OSError(f"what listens at the Unix socket is of the user with ID {user}")
+        connection.sendall(offer.ticket.encode() + b"\n")
+        line, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_GRANT, 1)
+        try:
+            if not descriptors:
+                raise OSError("the service has handed over no memory")
+            grant = MemoryGrant.model_validate_json(line)
+            if not fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise OSError("the memory might shrink under whoever uses it")
+            memory = mmap.mmap(descriptors[0], grant.size)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return SharedMemory(connection, memory, grant)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _user_of(connection: socket.socket) -> int:
+    """The user of the process at the other end: unix(7)."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", found)
+    return int(user)
+
+
+_all: WeakSet[SharedMemories] = WeakSet()
+
+
+def _leave_all_to_parent() -> None:
+    # Else a child that outlives its parent would keep the connections open, and with them the memory.
+    for memories in _all:
+        memories.close()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)
