@@ -39,8 +39,8 @@ __all__ = ["Bodies", "SharedMemories", "SharedMemory"]
 logger = logging.getLogger("freestep")
 
 _IS_POSSIBLE = sys.platform == "linux"
-_SMALLEST = 128 * 1024
-"""Bytes of a body that is sent through memory: smaller ones would gain nothing."""
+_SMALLEST = 1024 * 1024
+"""Bytes of a body, or of an answer's tensors, that gains by it."""
 _CONNECT_S = 5.0
 """Seconds for the service to hand the memory over: it makes its pages first."""
 _AGAIN_S = 60.0
@@ -83,7 +83,11 @@ class SharedMemory:
     @property
     def is_open(self) -> bool:
         """Whether the service has it too, as far as can be seen."""
-        return self._connection.fileno() >= 0 and not poll_socket(self._connection, select.POLLIN | select.POLLHUP, 0.0)
+        try:
+            return not poll_socket(self._connection, select.POLLIN | select.POLLHUP, 0.0)
+        except ValueError:
+            # This side has closed it.
+            return False
 
     @property
     def room(self) -> tuple[int, int]:
@@ -223,6 +227,7 @@ class SharedMemories:
         """Gives up the memories of a lease that has ended."""
         with self._lock:
             self._let_go(lambda key, _: key[-1] == lease)
+            self._again_at = {key: then for key, then in self._again_at.items() if key[-1] != lease}
 
     def close(self) -> None:
         """Gives up all."""
@@ -252,6 +257,8 @@ def _fetch(url: str, bodies: Bodies, body_bytes: int, answer_bytes: int, ask: As
             if not descriptors:
                 raise OSError("the service has handed over no memory")
             grant = MemoryGrant.model_validate_json(line)
+            if not grant.body <= grant.tensors <= grant.size:
+                raise ValueError(f"a memory of {grant.size} bytes has no such places in it")
             if not fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 raise OSError("the memory might shrink under whoever uses it")
             memory = mmap.mmap(descriptors[0], grant.size)

@@ -34,7 +34,7 @@ from proxies import Cutter
 
 pytestmark = pytest.mark.skipif(not freestep.shared_memory._IS_POSSIBLE, reason="there is no such memory here")
 
-SHAPES = {"w": (300, 200), "b": (7,), "e": (0, 4), "m": (200_000,)}
+SHAPES = {"w": (300, 200), "b": (7,), "e": (0, 4), "m": (300_000,)}
 MANIFEST = Manifest([ParameterSpec(name=name, shape=shape) for name, shape in SHAPES.items()])
 PUSHER = Path(__file__).with_name("sharing_worker.py")
 
@@ -134,13 +134,13 @@ def test_encoded_pushes_are_the_same_to_the_bit(
 
 
 def test_an_optimizer_shares_memory_by_itself(service: ThreadService, name: str) -> None:
-    model = torch.nn.Linear(300, 300)
+    model = torch.nn.Linear(600, 600)
     free = budget_free(service)
     with RemoteOptimizer(model, url=service.url, run=name) as optimizer:
         assert not optimizer.shares_memory
         for number in range(3):
             optimizer.zero_grad()
-            model(torch.full((4, 300), float(number))).square().mean().backward()
+            model(torch.full((4, 600), float(number))).square().mean().backward()
             optimizer.step(overlap=number == 1)
         assert optimizer.shares_memory
         optimizer.eval()
@@ -256,8 +256,12 @@ def test_refusals_are_those_of_connections(service: ThreadService, new: Callable
 
 
 def test_several_shards_share_a_memory_each(
-    shared_nodes: Callable[..., list[ThreadService]], new: Callable[..., Run], name: str
+    shared_nodes: Callable[..., list[ThreadService]],
+    new: Callable[..., Run],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("freestep.shared_memory._SMALLEST", 0)
     nodes = shared_nodes(2)
     here = new(nodes[0], name, spec(shards=3))
     there = new(nodes[0], f"{name}-there", spec(shards=3), shared_memory=False)

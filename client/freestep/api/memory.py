@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from freestep.api.spec import MOST_SHARDS
-from freestep.api.validation import Count, StrictModel
+from freestep.api.validation import LARGEST_INTEGER, Count, StrictModel
 
 __all__ = ["MemoryGrant", "MemoryOffer", "MemoryRequest"]
 
@@ -47,9 +47,9 @@ class MemoryGrant(_Answer):
 
     memory: str
     """The memory's name in the header `Freestep-Memory`."""
-    size: int
+    size: Annotated[int, Field(gt=0, le=LARGEST_INTEGER)]
     """Bytes of the memory."""
-    body: int
+    body: Count
     """Bodies of pushes lie within the first so many bytes."""
-    tensors: int
+    tensors: Count
     """The byte at which the tensors of every answer begin; their header ends there."""
