@@ -48,6 +48,8 @@ def running_service(**settings: str) -> Iterator[Service]:
 def service_in(data_dir: str, **settings: str) -> Iterator[Service]:
     """... with its data in a directory, where it goes on from what another has left."""
     command = [sys.executable, "-m", "freestep.cli", "serve", "--port", "0", "--data-dir", data_dir]
+    # What is measured is how services serve workers elsewhere, unless it says otherwise.
+    settings = {"shared_memory": "false", **settings}
     variables = {f"FREESTEP_{name.upper()}": value for name, value in settings.items()}
     environment = {**os.environ, "FREESTEP_LOG_LEVEL": "warning", "PYTHONUNBUFFERED": "1", **variables}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
