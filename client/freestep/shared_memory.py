@@ -14,11 +14,12 @@ import fcntl
 import logging
 import mmap
 import os
+import re
 import select
 import socket
-import struct
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,15 +27,16 @@ from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
-from freestep.api.memory import MemoryGrant, MemoryOffer, MemoryRequest
+from freestep.api.memory import SOCKET_NAME, MemoryGrant, MemoryOffer, MemoryRequest
 from freestep.bulk_exchange import poll_socket
-from freestep.errors import FreestepError, ProblemError
+from freestep.errors import FreestepError, MemoryNotShared, ProblemError
 from freestep.forks import ForkLock
 from freestep.listeners import leads_here
 from freestep.wire.receiver import Sink, lay
 from freestep.wire.spans import Span, copy_bytes
+from freestep.wire.unix_peers import is_of_this_user
 
-__all__ = ["Bodies", "SharedMemories", "SharedMemory"]
+__all__ = ["Bodies", "SharedMemories", "SharedMemory", "obstacle"]
 
 logger = logging.getLogger("freestep")
 
@@ -42,7 +44,9 @@ _IS_POSSIBLE = sys.platform == "linux"
 _SMALLEST = 1024 * 1024
 """Bytes of a body, or of an answer's tensors, that gains by it."""
 _CONNECT_S = 5.0
-"""Seconds for the service to hand the memory over: it makes its pages first."""
+"""Seconds for the service to hand the memory over, beside those in which it makes the pages."""
+_SLOWEST_PAGES = 128 * 1024**2
+"""Bytes a second at which pages are made, at the least."""
 _AGAIN_S = 60.0
 """Seconds until memory is asked for again, where there was none."""
 _LONGEST_GRANT = 4096
@@ -165,6 +169,9 @@ class SharedMemories:
             return
         try:
             yield memory
+        except MemoryNotShared:
+            self._put_off(memory)
+            raise
         except ProblemError:
             # An answer has come.
             raise
@@ -211,6 +218,17 @@ class SharedMemories:
                     memory.is_lent = True
         return memory
 
+    def _put_off(self, memory: SharedMemory) -> None:
+        """Gives up a memory that the service has not, or no more, and asks for none in its place for a while.
+
+        It may be another of the service's processes that got the request, as behind a load balancer.
+        """
+        with self._lock:
+            for key in [key for key, held in self._held.items() if held is memory]:
+                del self._held[key]
+                self._again_at[key] = time.monotonic() + _AGAIN_S
+        memory.close()
+
     def _find(self, key: _Key) -> SharedMemory | None:
         """The memory of a lease; without one, any for the shard."""
         *place, lease = key
@@ -245,14 +263,11 @@ def _fetch(url: str, bodies: Bodies, body_bytes: int, answer_bytes: int, ask: As
     """Asks for a memory and fetches it. Raises FreestepError, OSError and ValueError where there is none to be had."""
     wish = MemoryRequest(token=bodies.token, shard=bodies.shard, body_bytes=body_bytes, answer_bytes=answer_bytes)
     offer = MemoryOffer.model_validate(ask(url, f"{bodies.path}/leases/{bodies.lease}/memory", wish.model_dump()))
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection = _connected(offer.socket)
     try:
-        connection.settimeout(_CONNECT_S)
-        connection.connect(f"\0{offer.socket}")
-        if (user := _user_of(connection)) != os.geteuid():
-            raise OSError(f"what listens at the Unix socket is of the user with ID {user}")
+        connection.settimeout(_CONNECT_S + (body_bytes + answer_bytes) / _SLOWEST_PAGES)
         connection.sendall(offer.ticket.encode() + b"\n")
-        line, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_GRANT, 1)
+        line, descriptors = _received(connection)
         try:
             if not descriptors:
                 raise OSError("the service has handed over no memory")
@@ -271,11 +286,52 @@ def _fetch(url: str, bodies: Bodies, body_bytes: int, answer_bytes: int, ask: As
         raise
 
 
-def _user_of(connection: socket.socket) -> int:
-    """The user of the process at the other end: unix(7)."""
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, user, _ = struct.unpack("3i", found)
-    return int(user)
+def _connected(name: str) -> socket.socket:
+    """A connection to a service's Unix socket. Raises OSError where it is not here, or not of this user."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(_CONNECT_S)
+        connection.connect(f"\0{name}")
+        if not is_of_this_user(connection):
+            raise OSError("the service is not of this user")
+    except ConnectionRefusedError:
+        connection.close()
+        raise OSError("the service's Unix socket is not in this network namespace") from None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _received(connection: socket.socket) -> tuple[bytes, Sequence[int]]:
+    """What comes next, and the descriptors beside it, at most one, which no process inherits that is started."""
+    # socket.recv_fds has no flags in Python 3.11, though it takes them.
+    descriptors = array("i")
+    line, beside, _, _ = connection.recvmsg(
+        _LONGEST_GRANT, socket.CMSG_LEN(descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, data in beside:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data)
+    return line, descriptors
+
+
+def obstacle(url: str, name: str | None) -> str | None:
+    """Why bodies for a service go over connections; None if they may go through memory.
+
+    url: the service's. name: of its Unix socket, as it says; None if it shares no memory.
+    """
+    if not _IS_POSSIBLE:
+        return "this system is not Linux"
+    if not leads_here(urlsplit(url).hostname or ""):
+        return "the service is on another machine"
+    if name is None or re.fullmatch(SOCKET_NAME, name) is None:
+        return "the service shares no memory"
+    try:
+        _connected(name).close()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 _all: WeakSet[SharedMemories] = WeakSet()

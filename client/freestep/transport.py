@@ -185,13 +185,14 @@ class Transport:
 
         def send(url: str) -> Answer:
             place = url or str(self.base_url).rstrip("/")
-            with self.memories.lent(place, bodies, 0 if body is None else body.length, self._ask_for_memory) as memory:
-                try:
+            size = 0 if body is None else body.length
+            memory = None
+            try:
+                with self.memories.lent(place, bodies, size, self._ask_for_memory) as memory:
                     return send_with(url, memory)
-                except MemoryNotShared:
-                    if memory is None:
-                        raise
-                    memory.close()
+            except MemoryNotShared:
+                if memory is None:
+                    raise
             return send_with(url, None)
 
         answer = self._with_retries(send, route, self._retry_for if retry else 0.0, path)

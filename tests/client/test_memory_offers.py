@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
 import socket
 import uuid
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import freestep.shared_memory
-from freestep.errors import MalformedTensors, MemoryNotShared, UnexpectedResponse
+from freestep.errors import MalformedTensors, MemoryNotShared, Overloaded, UnexpectedResponse
 from freestep.shared_memory import Bodies, SharedMemories
 from freestep.wire.spans import Span
 from meanwhile import under_way
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(not freestep.shared_memory._IS_POSSIBLE, reason=
 URL = "http://127.0.0.1:1"
 BODIES = Bodies("/v1/runs/r", 0, 0, "lease", 1)
 SIZE = 4 * 1024 * 1024
+TICKET = "0123456789abcdef" * 2
 
 
 def grant(**changes: Any) -> bytes:
@@ -47,7 +49,7 @@ class Offering:
         self.asked: list[tuple[str, str, dict[str, Any]]] = []
         self.connections: list[socket.socket] = []
         self._hands_over = line, descriptors
-        self._name = f"freestep-test-{uuid.uuid4().hex}"
+        self._name = f"freestep-{uuid.uuid4().hex}"
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.bind(f"\0{self._name}")
         self._listening.listen()
@@ -59,7 +61,7 @@ class Offering:
             while True:
                 connection, _ = self._listening.accept()
                 self.connections.append(connection)
-                assert connection.recv(100) == b"ticket\n"
+                assert connection.recv(100) == TICKET.encode() + b"\n"
                 line, descriptors = self._hands_over
                 if line:
                     socket.send_fds(connection, [line], descriptors)
@@ -68,7 +70,7 @@ class Offering:
 
     def ask(self, url: str, path: str, wish: dict[str, Any]) -> dict[str, str]:
         self.asked.append((url, path, wish))
-        return {"socket": self._name, "ticket": "ticket", "more": "of a newer service"}
+        return {"socket": self._name, "ticket": TICKET, "more": "of a newer service"}
 
     def close(self) -> None:
         self._listening.shutdown(socket.SHUT_RDWR)
@@ -152,13 +154,30 @@ def test_after_a_request_without_an_answer_it_is_given_up(
     memories: SharedMemories, offer: Callable[..., Offering], is_answered: bool
 ) -> None:
     offering = offer()
-    error = MemoryNotShared() if is_answered else UnexpectedResponse("the connection was cut")
+    error = Overloaded() if is_answered else UnexpectedResponse("the connection was cut")
     with pytest.raises(type(error)), memories.lent(URL, BODIES, SIZE // 2, offering.ask) as memory:
         assert memory is not None
         raise error
     assert memories.has("/v1/runs/r") == is_answered
     assert is_lent(memories, offering.ask)
     assert len(offering.asked) == (1 if is_answered else 2)
+
+
+def test_a_memory_that_the_service_does_not_know_is_given_up_for_a_while(
+    memories: SharedMemories, offer: Callable[..., Offering], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offering, pull = offer(), Bodies("/v1/runs/r", 0, SIZE // 2)
+    assert is_lent(memories, offering.ask)
+    with pytest.raises(MemoryNotShared), memories.lent(URL, pull, 0, offering.ask) as memory:
+        assert memory is not None
+        raise MemoryNotShared
+    assert offering.connections[0].recv(1) == b""
+    # Behind a load balancer the next one might be of the wrong process as well.
+    assert not is_lent(memories, offering.ask)
+    assert len(offering.asked) == 1
+    monkeypatch.setattr("freestep.shared_memory._AGAIN_S", 0.0)
+    memories.forget("lease")
+    assert is_lent(memories, offering.ask)
 
 
 def test_a_memory_that_the_service_has_given_up_is_replaced(
@@ -196,6 +215,48 @@ def test_what_cannot_be_used_safely_is_not(memories: SharedMemories, offer: Call
     assert len(offering.asked) == 1
     offering.connections[0].close()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"socket": "/tmp/.X11-unix/X0"},
+        {"socket": f"freestep-{'0' * 31}g"},
+        {"socket": f"freestep-{'0' * 32}\n"},
+        {"ticket": "AUTH EXTERNAL\r\n"},
+        {"ticket": f"{TICKET}\n"},
+        {"ticket": ""},
+    ],
+)
+def test_a_service_elsewhere_can_not_choose_who_is_sent_what(
+    memories: SharedMemories, offer: Callable[..., Offering], change: dict[str, str]
+) -> None:
+    offering = offer()
+    assert not is_lent(memories, lambda *question: {**offering.ask(*question), **change})
+    assert offering.asked and not offering.connections
+
+
+def test_no_process_that_is_started_meanwhile_gets_the_descriptor(
+    memories: SharedMemories, offer: Callable[..., Offering], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inheritable, mapped = [], mmap.mmap
+
+    def noted(descriptor: int, size: int) -> mmap.mmap:
+        inheritable.append(os.get_inheritable(descriptor))
+        return mapped(descriptor, size)
+
+    monkeypatch.setattr("freestep.shared_memory.mmap.mmap", noted)
+    assert is_lent(memories, offer().ask)
+    assert inheritable == [False]
+
+
+def test_a_large_memory_is_waited_for_as_long_as_its_pages_take(
+    memories: SharedMemories, offer: Callable[..., Offering], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freestep.shared_memory._SLOWEST_PAGES", SIZE // 32)
+    with memories.lent(URL, BODIES, SIZE, offer().ask) as memory:
+        assert memory is not None
+        assert memory._connection.gettimeout() == 5 + 32
 
 
 def test_a_refusal_is_believed_for_a_while(memories: SharedMemories, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -192,8 +193,8 @@ def test_where_a_service_gives_none_bodies_go_over_connections(
 def test_another_users_socket_is_not_spoken_to(
     service: ThreadService, new: Callable[..., Run], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Who listens is of this user: so the client is given to believe that it is another.
-    monkeypatch.setattr("freestep.shared_memory._user_of", lambda connection: os.geteuid() + 1)
+    # tests/client/test_unix_peers.py has real users.
+    monkeypatch.setattr("freestep.shared_memory.is_of_this_user", lambda connection: False)
     run = new(service, name)
     exchanged(run)
     assert not run.shares_memory
@@ -232,6 +233,29 @@ def test_an_answer_that_is_lost_is_had_with_the_next_attempt(
             # The service might have been writing into the first one still.
             assert next(iter(run._transport.memories._held.values())) is not first
             assert torch.equal(into.views["m"], run.pull("y")[0]["m"])
+        run.delete()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_push_counts_once_whatever_becomes_of_its_answers(
+    service: ThreadService, new: Callable[..., Run], name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freestep.shared_memory._AGAIN_S", 0.0)
+    chance = random.Random(seed)
+    with Cutter(service.url, []) as cutter:
+        run, into = new(service, name, spec(durability="journal"), url=cutter.url), Flat(MANIFEST)
+        free = budget_free(service)
+        with run.lease() as lease:
+            # Also answers to who asks for memory are cut, and those in which y is said to lie in it.
+            cutter._cuts[:] = [chance.randrange(2500) for _ in range(10)]
+            run._transport._http._transport.close()  # type: ignore[attr-defined]
+            steps = [run.exchange(filled(step), lease.claim(step), into)[0].step for step in range(15)]
+            assert run.shares_memory
+        assert steps == list(range(1, 16))
+        assert not cutter._cuts and run.status().step == 15
+        now = run.pull("y")[0]
+        assert all(torch.equal(into.views[tensor], now[tensor]) for tensor in SHAPES)
+        wait_until(lambda: budget_free(service) == free)
         run.delete()
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -61,11 +64,12 @@ class Ready:
 
 @dataclass
 class Shared:
-    """A memory, as both sides have it, and how often it was freed."""
+    """A memory, as both sides have it, and how often it was freed; `gone` is set then."""
 
     memory: SharedMemory
     theirs: memoryview
     freed: list[None]
+    gone: asyncio.Event
 
 
 @pytest.fixture
@@ -78,10 +82,15 @@ def locks() -> Iterator[DeviceLocks]:
 @pytest.fixture
 def share(locks: DeviceLocks) -> Callable[..., Shared]:
     def make(body: int = BODY, answer: int = BODY) -> Shared:
-        layout, freed = Layout.of(MANIFEST, body, answer), list[None]()
-        memory = SharedMemory(layout, locks, lambda: freed.append(None))
+        layout, freed, gone = Layout.of(MANIFEST, body, answer), list[None](), asyncio.Event()
+
+        def note() -> None:
+            freed.append(None)
+            gone.set()
+
+        memory = SharedMemory(layout, locks, note)
         with memory.handing_over() as descriptor:
-            return Shared(memory, memoryview(mmap.mmap(descriptor, layout.size)), freed)
+            return Shared(memory, memoryview(mmap.mmap(descriptor, layout.size)), freed, gone)
 
     return make
 
@@ -142,7 +151,7 @@ def test_it_is_free_when_it_is_closed_and_nobody_uses_it(share: Callable[..., Sh
         shared.memory.close()
         assert not shared.freed
         await use
-        assert shared.freed == [None]
+        await asyncio.wait_for(shared.gone.wait(), 60)
         shared.memory.close()
         assert shared.freed == [None]
         with pytest.raises(MemoryNotShared, match="given up"):
@@ -187,7 +196,7 @@ def test_an_answer_without_room_is_not_laid(share: Callable[..., Shared], header
     assert shared.theirs[:BODY] == body
 
 
-def test_nobody_can_take_its_pages_away(locks: DeviceLocks) -> None:
+def test_nobody_can_change_its_size(locks: DeviceLocks) -> None:
     layout = Layout.of(MANIFEST, BODY, BODY)
     with SharedMemory(layout, locks, lambda: None).handing_over() as descriptor:
         for size in (0, 2 * layout.size):
@@ -196,15 +205,54 @@ def test_nobody_can_take_its_pages_away(locks: DeviceLocks) -> None:
 
 
 def test_when_it_was_handed_over_or_closed_no_descriptor_is_left(locks: DeviceLocks) -> None:
-    before, freed = len(os.listdir("/proc/self/fd")), list[None]()
-    memory = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, lambda: freed.append(None))
-    with memory.handing_over():
-        pass
-    memory.close()
-    never = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, lambda: freed.append(None))
-    never.close()
-    assert freed == [None, None]
+    before, freed = len(os.listdir("/proc/self/fd")), asyncio.Semaphore(0)
+
+    async def main() -> None:
+        memory = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, freed.release)
+        with memory.handing_over():
+            pass
+        memory.close()
+        await freed.acquire()
+        never = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, freed.release)
+        never.close()
+        await freed.acquire()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_its_pages_are_given_back_by_a_thread(locks: DeviceLocks) -> None:
+    async def main() -> None:
+        freed = asyncio.Event()
+        memory = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, freed.set)
+        place = newest_mapping()
+        with ThreadPoolExecutor(1) as busy:
+            asyncio.get_running_loop().set_default_executor(busy)
+            held = threading.Event()
+            busy.submit(held.wait)
+            memory.close()
+            assert place in Path("/proc/self/maps").read_text() and not freed.is_set()
+            held.set()
+            await freed.wait()
+        assert place not in Path("/proc/self/maps").read_text()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def newest_mapping() -> str:
+    """The line of a memory among this process's mappings: proc_pid_maps(5)."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:freestep" in line][-1]
+
+
+def test_pages_that_the_client_takes_away_are_empty_ones(share: Callable[..., Shared]) -> None:
+    shared = share()
+    shared.theirs[:BODY] = os.urandom(BODY)
+    pages = shared.theirs.obj
+    assert isinstance(pages, mmap.mmap)
+    pages.madvise(mmap.MADV_REMOVE)
+    sink = Kept(BODY)
+    asyncio.run(shared.memory.take(Span(0, BODY), sink))
+    assert sink.data == bytes(BODY)
 
 
 def test_what_cannot_be_made_leaves_no_descriptor(locks: DeviceLocks) -> None:

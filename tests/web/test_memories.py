@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,10 +18,11 @@ import safetensors.torch
 import torch
 
 from freestep.api.token_form import make_token
+from freestep.errors import MemoryNotShared
 from freestep_service.state.memory_budget import MemoryBudget
-from freestep_service.state.shared_memory import IS_POSSIBLE
+from freestep_service.state.shared_memory import IS_POSSIBLE, SharedMemory
 from harness import AUTHORIZED, ThreadService
-from meanwhile import wait_until
+from meanwhile import under_way, wait_until
 from plain_calls import BODY, TENSORS, Api, slug
 from shared_bodies import Handed, fetch, offered, show
 
@@ -26,6 +30,7 @@ pytestmark = pytest.mark.skipif(not IS_POSSIBLE, reason="there is no such memory
 
 UNKNOWN = "0" * 32
 _NOBODY = 65534
+_CLONE_NEWNET = 0x40000000
 
 
 @pytest.fixture
@@ -56,7 +61,8 @@ def test_a_push_and_its_answer_are_those_of_a_connection(api: Api, share: Callab
         assert (here.status_code, there.status_code) == (200, 200)
         mine, its = safetensors.torch.load(handed.body(here)), safetensors.torch.load(there.content)
         assert mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in its)
-        differing = {"content-length", "date", "freestep-span"}
+        assert here.headers["Cache-Control"] == "no-store"
+        differing = {"cache-control", "content-length", "date", "freestep-span"}
         assert {name: here.headers[name] for name in here.headers if name not in differing} == {
             name: there.headers[name] for name in there.headers if name not in differing
         }
@@ -274,15 +280,96 @@ def test_a_wrong_ticket_gets_nothing(api: Api, ticket: str) -> None:
     connection.close()
 
 
-def test_a_ticket_that_nobody_shows_runs_out(api: Api, service: ThreadService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ticket_that_nobody_shows_runs_out(watched: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("freestep_service.web.memories._TICKET_S", 0.05)
-    api.create()
-    free = budget(service).free
-    offer = offered(api, api.lease()).json()
-    wait_until(lambda: budget(service).free == free)
+    monkeypatch.setattr("freestep_service.web.memories._MOST", 1)
+    lease, other = watched.lease(), watched.lease("other")
+    offer = offered(watched, lease).json()
+    # Another has its place when it has run out.
+    wait_until(lambda: offered(watched, other).status_code == 201)
     connection, line, descriptors = show(offer)
     assert (line, descriptors) == (b"", [])
     connection.close()
+
+
+def test_an_offer_takes_no_memory_before_its_ticket_is_shown(
+    api: Api, service: ThreadService, share: Callable[..., Handed]
+) -> None:
+    api.create()
+    free = budget(service).free
+    assert shared_bytes(api) == 0
+    assert offered(api, api.lease()).status_code == 201
+    assert budget(service).free == free
+    handed = share()
+    assert free - budget(service).free == shared_bytes(api) == handed.grant["size"]
+    handed.close()
+    wait_until(lambda: shared_bytes(api) == 0)
+
+
+def shared_bytes(api: Api) -> float:
+    """What the metrics have of it."""
+    lines = api.http.get("/metrics").text.splitlines()
+    (value,) = [line.split()[1] for line in lines if line.startswith("freestep_shared_memory_bytes ")]
+    return float(value)
+
+
+def test_memory_that_was_taken_after_the_offer_is_not_given(api: Api, service: ThreadService) -> None:
+    api.create()
+    offer, free = offered(api, api.lease()).json(), budget(service).free
+    assert budget(service).try_reserve(free)
+    try:
+        connection, line, descriptors = show(offer)
+        assert (line, descriptors) == (b"", [])
+        assert budget(service).free == 0
+    finally:
+        budget(service).release(free)
+    connection.close()
+
+
+def test_a_lease_that_ends_while_its_memory_is_made_leaves_nothing(
+    api: Api, service: ThreadService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    class Slow(SharedMemory):
+        def __init__(self, *arguments: Any) -> None:
+            begun.set()
+            assert goes_on.wait(60)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("freestep_service.web.memories.SharedMemory", Slow)
+    api.create()
+    lease, free = api.lease(), budget(service).free
+    showing = under_way(lambda: show(offered(api, lease).json()))
+    assert begun.wait(60)
+    with httpx.Client(base_url=api.url, headers=AUTHORIZED) as http:
+        assert http.delete(api.path(f"/leases/{lease['lease']}")).status_code == 204
+    goes_on.set()
+    connection, line, descriptors = showing.result()
+    assert (line, descriptors) == (b"", [])
+    wait_until(lambda: budget(service).free == free)
+    assert "memfd:freestep" not in Path("/proc/self/maps").read_text()
+    connection.close()
+
+
+def _from_another_network(offer: dict[str, str], said: Any) -> None:
+    assert ctypes.CDLL(None).unshare(_CLONE_NEWNET) == 0
+    try:
+        show(offer)
+    except ConnectionRefusedError:
+        said.send("refused")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can leave its network namespace")
+def test_another_network_namespace_has_no_such_socket(api: Api) -> None:
+    api.create()
+    ours, theirs = get_context("fork").Pipe()
+    offer = offered(api, api.lease()).json()
+    child = get_context("fork").Process(target=_from_another_network, args=(offer, theirs))
+    child.start()
+    theirs.close()
+    assert ours.recv() == "refused"
+    child.join()
 
 
 def _as_nobody(offer: dict[str, str], said: Any) -> None:
@@ -362,6 +449,18 @@ def test_it_counts_against_the_memory_of_runs(start_service: Callable[..., Threa
     api.http.close()
 
 
+def test_as_much_is_left_for_runs(api: Api, service: ThreadService, share: Callable[..., Handed]) -> None:
+    size = share().grant["size"]
+    taken = budget(service).free - 2 * size + 1
+    assert budget(service).try_reserve(taken)
+    other = api.lease("other")
+    try:
+        assert slug(offered(api, other)) == "memory-not-shared"
+    finally:
+        budget(service).release(taken)
+    assert offered(api, other).status_code == 201
+
+
 def test_nothing_is_left_of_a_service(start_service: Callable[..., ThreadService]) -> None:
     service = start_service()
     api = Api(service.url)
@@ -412,3 +511,29 @@ def test_the_answer_is_counted_as_any(api: Api, share: Callable[..., Handed]) ->
         assert bound.post(api.path("/gradients"), headers=headers).status_code == 200
         refused = bound.post(api.path("/gradients"), headers=handed.headers(0, len(BODY), 1))
         assert (slug(refused), refused.json()["quota"]) == ("overloaded", "bytes_per_minute")
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_body_that_was_not_had_is_not_counted(
+    api: Api, share: Callable[..., Handed], is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed = share()
+    made = api.http.post(
+        "/v1/tokens", json={"name": "t", "scope": "push", "max_bytes_per_minute": len(BODY) // 2}
+    ).json()
+
+    async def take(self: SharedMemory, *_: object) -> str:
+        raise MemoryNotShared("another request is using the memory")
+
+    headers = handed.headers(0, len(BODY), 0)
+    if is_known:
+        monkeypatch.setattr(SharedMemory, "take", take)
+    else:
+        headers["Freestep-Memory"] = UNKNOWN
+    with httpx.Client(base_url=api.url, headers={"Authorization": f"Bearer {made['token']}"}) as bound:
+        for _ in range(3):
+            assert slug(bound.post(api.path("/gradients"), headers=headers)) == "memory-not-shared"
+        # All of it comes over the connection then, and uses the quota up.
+        headers = api.headers(handed.lease, 0)
+        assert bound.post(api.path("/gradients"), headers=headers, content=BODY).status_code == 200
+        assert slug(bound.post(api.path("/gradients"), headers=headers, content=BODY)) == "overloaded"

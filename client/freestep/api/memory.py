@@ -9,7 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from freestep.api.spec import MOST_SHARDS
 from freestep.api.validation import LARGEST_INTEGER, Count, StrictModel
 
-__all__ = ["MemoryGrant", "MemoryOffer", "MemoryRequest"]
+__all__ = ["SOCKET_NAME", "MemoryGrant", "MemoryOffer", "MemoryRequest"]
+
+_DIGITS = "[0-9a-f]{32}"
+SOCKET_NAME = f"freestep-{_DIGITS}"
+"""What the name of the Unix socket matches that memory is to be had from."""
 
 
 class MemoryRequest(StrictModel):
@@ -34,11 +38,14 @@ class _Answer(BaseModel):
 
 
 class MemoryOffer(_Answer):
-    """Where the memory is to be had, within seconds, by a process of the service's user on its machine."""
+    """Where the memory is to be had, within seconds, by a process of the service's user on its machine.
 
-    socket: str
+    Neither text can be another: a service elsewhere must not have its clients send anything to any socket of theirs.
+    """
+
+    socket: Annotated[str, Field(pattern=f"^{SOCKET_NAME}$")]
     """The name of an abstract Unix socket, without the zero byte that it begins with."""
-    ticket: str
+    ticket: Annotated[str, Field(pattern=f"^{_DIGITS}$")]
     """What is to be sent to that socket, followed by a line feed."""
 
 

@@ -85,6 +85,9 @@ class Metrics:
         )
         self.received = Counter("freestep_received_bytes", "Bytes of gradients.", ["run"], registry=registry)
         self.sent = Counter("freestep_sent_bytes", "Bytes of parameters.", ["run"], registry=registry)
+        self.shared = Gauge(
+            "freestep_shared_memory_bytes", "Memory that workers on this machine have mapped too.", registry=registry
+        )
         self.step = Gauge("freestep_step", "The newest step.", ["run"], registry=registry)
         self.epoch = Gauge("freestep_epoch", "The epoch.", ["run"], registry=registry)
         self.workers = Gauge("freestep_workers", "Live workers.", ["run"], registry=registry)

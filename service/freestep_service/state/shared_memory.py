@@ -7,6 +7,7 @@ service's lies in the memory but answers. Its size is sealed, so that no access 
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import mmap
 import os
@@ -68,7 +69,7 @@ class Answer(Protocol):
 
 
 class SharedMemory:
-    """One memory, from when it is made until it is closed and nobody uses it; then `freed` is called.
+    """One memory, from when it is made until it is closed and nobody uses it; `freed` is called when it is gone then.
 
     Its pages are there when it has been made, which takes a moment: call it in a thread. Raises OSError.
     """
@@ -112,8 +113,10 @@ class SharedMemory:
 
     def _free(self) -> None:
         if self._is_closed and not self._is_used:
-            self._bytes = memoryview(b"")
-            self._freed()
+            pages, self._bytes = self._bytes, memoryview(b"")
+            # A gigabyte takes the system the better part of a second.
+            gone = asyncio.get_running_loop().run_in_executor(None, pages.release)
+            gone.add_done_callback(lambda _: self._freed())
 
     @contextmanager
     def _used(self) -> Iterator[memoryview]:

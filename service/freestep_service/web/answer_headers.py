@@ -65,7 +65,8 @@ _SPAN = AnswerHeader(
     pattern(SPAN, "BEGIN-END"),
     "Where in the request's memory the answer's body lies; Content-Length is then 0.",
 )
-POINT_HEADERS = (ETAG, _EPOCH, _STEP, _RANGES, _RATES, *optional(_CUT, _SPAN))
+_UNCACHED = AnswerHeader("Cache-Control", choice(("no-store",)), "That no cache may keep an answer with a span.")
+POINT_HEADERS = (ETAG, _EPOCH, _STEP, _RANGES, _RATES, *optional(_CUT, _SPAN, _UNCACHED))
 STATE_HEADERS = (ETAG, _EPOCH, _STEP, _CUT)
 CONTENT_RANGE = AnswerHeader(
     "Content-Range", pattern("bytes [0-9]+-[0-9]+/[0-9]+", "a range of bytes"), "The bytes of the whole that follow."

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import socket
-import struct
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from freestep.api.memory import MemoryGrant, MemoryOffer, MemoryRequest
 from freestep.errors import EpochChanged, LeaseExpired, MemoryNotShared, ProblemError, RunNotFound
 from freestep.wire.header import encoded_limit
+from freestep.wire.unix_peers import is_of_this_user
 from freestep_service.domain.records import Claim
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
 from freestep_service.state.bodies import room
+from freestep_service.state.compute import uninterrupted
 from freestep_service.state.shared_memory import IS_POSSIBLE, Layout, SharedMemory
 
 __all__ = ["Memories"]
@@ -71,8 +72,9 @@ class Memories:
     def __init__(self, resources: Resources) -> None:
         self._budget = resources.memory
         self._locks = resources.locks
+        self._shared = resources.metrics.shared
         self._offers = resources.settings.shared_memory and IS_POSSIBLE
-        self._name = f"freestep-{secrets.token_hex(8)}"
+        self._name = f"freestep-{secrets.token_hex(_TICKET_BYTES)}"
         self._tickets: dict[str, _Place] = {}
         self._places: dict[tuple[str, int, str], _Place] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,12 +102,17 @@ class Memories:
         if self._socket is not None:
             self._socket.close()
 
+    @property
+    def socket_name(self) -> str | None:
+        """The name of the abstract Unix socket; None where no memory is offered."""
+        return self._name if self._offers else None
+
     # What requests ask of it
 
     def offer(self, run: Run, lease: str, wish: MemoryRequest) -> MemoryOffer:
-        """Memory for a lease that is good, in place of what it has for this shard; counted from here on.
+        """Memory for a lease that is good, in place of what it has for this shard. Raises MemoryNotShared.
 
-        Raises MemoryNotShared.
+        It is counted when the ticket is shown: who is not on this machine keeps none from others.
         """
         if not self._offers:
             raise MemoryNotShared("the service shares no memory")
@@ -119,12 +126,16 @@ class Memories:
             self._end(earlier)
         if len(self._places) >= _MOST:
             raise MemoryNotShared(f"the service shares {_MOST} memories already, which is the most")
-        if not self._budget.try_reserve(place.layout.size):
-            raise MemoryNotShared(f"{place.layout.size} bytes are not free of what memory_bytes allows")
+        if not self._is_spare(place.layout.size):
+            raise MemoryNotShared(f"{place.layout.size} bytes are not to spare of what memory_bytes allows")
         ticket = secrets.token_hex(_TICKET_BYTES)
         self._tickets[ticket] = self._places[place.holder] = place
         place.expiry = asyncio.get_running_loop().call_later(_TICKET_S, self._end, place)
         return MemoryOffer(socket=self._name, ticket=ticket)
+
+    def _is_spare(self, size: int) -> bool:
+        """Whether there is as much again for runs and states, which cannot do without."""
+        return 2 * size <= self._budget.free
 
     def find(self, name: str, run: Run, shard: int | None, lease: str | None = None) -> SharedMemory:
         """A memory for a shard's bodies, by its name; for pushes, of their lease. Raises MemoryNotShared."""
@@ -150,15 +161,18 @@ class Memories:
             place.expiry.cancel()
         if place.serving is not None:
             place.serving.cancel()
-        else:
-            self._budget.release(place.layout.size)
 
     # The Unix socket
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("memory is not shared any more as it was", exc_info=error)
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -170,7 +184,7 @@ class Memories:
                 await asyncio.sleep(_PAUSE_S)
                 continue
             accepted.setblocking(False)
-            if self._waiting >= _MOST_WAITING or _user_of(accepted) != os.geteuid():
+            if self._waiting >= _MOST_WAITING or not is_of_this_user(accepted):
                 accepted.close()
                 continue
             self._waiting += 1
@@ -206,19 +220,13 @@ class Memories:
         return place
 
     async def _hold(self, place: _Place, connection: socket.socket) -> None:
-        layout, loop, memory = place.layout, asyncio.get_running_loop(), None
-
-        def freed() -> None:
-            self._budget.release(layout.size)
-
+        layout, loop, making = place.layout, asyncio.get_running_loop(), None
         try:
-            making = loop.run_in_executor(None, SharedMemory, layout, self._locks, freed)
-            try:
-                memory = await asyncio.shield(making)
-            except asyncio.CancelledError:
-                memory = await making
-                raise
-            place.memory = memory
+            if not (self._is_spare(layout.size) and self._budget.try_reserve(layout.size)):
+                raise OSError("there is no memory to spare any more")
+            self._shared.inc(layout.size)
+            making = loop.run_in_executor(None, SharedMemory, layout, self._locks, partial(self._freed, layout.size))
+            place.memory = memory = await uninterrupted(making)
             grant = MemoryGrant(memory=place.name, size=layout.size, body=layout.body, tensors=layout.tensors)
             line = grant.model_dump_json().encode() + b"\n"
             with memory.handing_over() as descriptor:
@@ -226,13 +234,18 @@ class Memories:
             # The client has nothing more to say: this ends with the connection.
             await loop.sock_recv(connection, 1)
         finally:
-            if memory is not None:
-                memory.close()
-            else:
-                freed()
+            if making is not None:
+                if making.exception() is None:
+                    making.result().close()
+                else:
+                    self._freed(layout.size)
             place.serving = None
             if self._places.get(place.holder) is place:
                 del self._places[place.holder]
+
+    def _freed(self, size: int) -> None:
+        self._budget.release(size)
+        self._shared.dec(size)
 
     # Leases that end
 
@@ -257,10 +270,3 @@ async def _is_good(place: _Place) -> bool:
     except ProblemError as error:
         logger.debug("a lease of run %s cannot be looked at: %s", run.name, error)
     return True
-
-
-def _user_of(connection: socket.socket) -> int:
-    """The user of the process at the other end: unix(7)."""
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, user, _ = struct.unpack("3i", found)
-    return int(user)

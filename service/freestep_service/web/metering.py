@@ -37,7 +37,7 @@ async def admit_bytes(request: Request, size: int = 0) -> None:
 
 
 def spend_bytes(request: Request, size: int) -> None:
-    """Counts bytes that are received or sent, of a request that `admit_bytes` has admitted."""
+    """Counts bytes that are received or sent, of a request that `admit_bytes` has admitted; below 0, no longer."""
     if _COUNTED not in request.scope:
         ServiceContext.of(request).registry.quotas.spend_bytes(caller(request), size)
 

@@ -103,23 +103,21 @@ class SnapshotResponse(Response):
             lines["Content-Length"] = str(end - begin)
             if span:
                 lines["Content-Range"] = f"bytes {begin}-{end - 1}/{snapshot.size}"
-            is_head_only = wants_head_only(scope)
+            is_head_only, laid = wants_head_only(scope), None
             if self._memory is not None and not span and not is_head_only:
                 laid = await self._memory.lay(snapshot)
-                if laid is not None:
-                    lines |= {"Content-Length": "0", "Freestep-Span": str(laid)}
+            if laid is not None:
+                lines |= {"Content-Length": "0", "Freestep-Span": str(laid), "Cache-Control": "no-store"}
             raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
             start: Message = {"type": "http.response.start", "status": 206 if span else 200, "headers": raw}
-            if is_head_only:
+            if is_head_only or laid is not None:
                 await send(start)
                 await send({"type": "http.response.body"})
+                if laid is not None:
+                    self._spend(end - begin)
+                    self._answered(monotonic() - began)
                 return
             self._spend(end - begin)
-            if "Freestep-Span" in lines:
-                await send(start)
-                await send({"type": "http.response.body"})
-                self._answered(monotonic() - began)
-                return
             if end - begin > SHORT:
                 with _aborted_on_failure(scope, self._stall_s):
                     await _send(scope, send, start, snapshot, begin, end, self._stall_s)

@@ -91,10 +91,10 @@ async def push(request: Request) -> Response:
     run, dtype = parsed.run, parsed.dtype
     at = span(request)
     length = body_length(request, parsed.settings.max_body_bytes, at)
-    await admit_bytes(request, length)
     wishes = preferences(request)
     claimed = claim(request)
     memory = parsed.memory(claimed.lease, at)
+    await admit_bytes(request, length)
     body: AnyBody = Body(request, length, parsed.settings.stall_seconds)
     if memory is not None and at is not None:
         body = SharedBody(memory, at)
@@ -107,7 +107,12 @@ async def push(request: Request) -> Response:
     if trace is not None:
         trace.phases = phases
         trace.note(shard=parsed.shard)
-    outcome = await shard.push(claimed, body, dtype if wishes.representation else None, wishes.wait, phases)
+    try:
+        outcome = await shard.push(claimed, body, dtype if wishes.representation else None, wishes.wait, phases)
+    except MemoryNotShared:
+        # The body was not had, and comes again over the connection.
+        spend_bytes(request, -length)
+        raise
     if trace is not None:
         record = outcome.record
         trace.note(worker=record.worker, decision=record.decision, staleness=record.staleness, receipt_step=record.step)
