@@ -14,6 +14,7 @@ import pytest
 import forked
 from freestep import CoordinatorUnavailable, Unauthenticated
 from freestep.api.token_form import make_token
+from freestep_service.state.shared_memory import IS_POSSIBLE
 from harness import ThreadService, store
 from scripted import Peer, Server
 
@@ -51,6 +52,7 @@ def test_all_is_well(service: ThreadService) -> None:
         "token": ("ok", "accepted"),
         "redis": ("ok", "answers the service"),
         "device": ("ok", f"the service computes on {service.app.state.context.device}"),
+        "memory": ("ok", "large bodies go through memory that is shared"),
         "runs": ("ok", "no run has a problem"),
     }
 
@@ -183,6 +185,22 @@ def test_a_token_that_is_accepted_is_said(serve: Callable[..., Server]) -> None:
     assert found["token"] == ("ok", "accepted")
     assert found["clock"] == ("ok", "the service does not say its time")
     assert found["device"] == ("ok", "the service computes on cuda:0")
+
+
+@pytest.mark.skipif(not IS_POSSIBLE, reason="there is no such memory on this system")
+def test_why_memory_is_not_shared_is_said(
+    start_service: Callable[..., ThreadService], service: ThreadService, serve: Callable[..., Server]
+) -> None:
+    def said(url: str, **environment: str) -> str:
+        verdict, text = doctor(url, **environment)[1]["memory"]
+        assert verdict == "ok"
+        return text.removeprefix("bodies go over connections: ")
+
+    assert said(start_service(shared_memory=False).url) == "the service shares no memory"
+    assert said(service.url, FREESTEP_SHARED_MEMORY="false") == "FREESTEP_SHARED_MEMORY turns memory off"
+    for name, text in ((f"freestep-{'0' * 32}", "not in this network namespace"), ("/x", "shares no memory")):
+        ready = ("200 OK", {**READY[1], "shared_memory": name})
+        assert text in said(serve(answering(HEALTHY, RUNS, ready)).url)
 
 
 def test_a_service_without_tokens_needs_none(start_service: Callable[..., ThreadService]) -> None:

@@ -23,8 +23,9 @@ from freestep.commands.shared import WHERE_TOKENS_ARE_GIVEN, Token, Url
 from freestep.errors import CoordinatorUnavailable, Forbidden, FreestepError, ServiceUnreachable, Unauthenticated
 from freestep.proxies import Proxies
 from freestep.responses import Answer
-from freestep.service_transport import open_transport, retry_seconds, ssl_context
+from freestep.service_transport import open_transport, retry_seconds, shares_memory, ssl_context
 from freestep.service_url import check_url
+from freestep.shared_memory import obstacle
 from freestep.terminal import print_line
 from freestep.transport import Transport
 
@@ -52,7 +53,7 @@ class _Wrong(Exception):
 
 
 def doctor(url: Url = DEFAULT_URL, token: Token = None) -> None:
-    """Check URL, proxies, TLS, token, versions, Redis, device and clocks, and say what to do."""
+    """Check URL, proxies, TLS, token, versions, Redis, device, shared memory and clocks, and say what to do."""
     if not _Examination(url, token).run():
         raise typer.Exit(1)
 
@@ -100,6 +101,7 @@ class _Examination:
         self._check("redis", lambda: _redis(transport, answers))
         if len(answers) > 1:
             self._check("device", lambda: f"the service computes on {answers[1].document['device']}")
+            self._check("memory", lambda: _memory(self.url, answers[1].document.get("shared_memory")))
             self._check("runs", lambda: _runs(answers[1].document.get("problems") or {}))
 
     def _url(self) -> str:
@@ -215,6 +217,11 @@ def _redis(transport: Transport, answers: list[Answer]) -> str:
     except CoordinatorUnavailable as error:
         raise _Wrong(f"{error}: see that the service's Redis runs, and its setting redis_url") from error
     return "answers the service"
+
+
+def _memory(url: str, name: str | None) -> str:
+    why_not = obstacle(url, name) if shares_memory(None) else "FREESTEP_SHARED_MEMORY turns memory off"
+    return f"bodies go over connections: {why_not}" if why_not else "large bodies go through memory that is shared"
 
 
 def _runs(problems: Mapping[str, Any]) -> str:

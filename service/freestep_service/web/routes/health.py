@@ -33,6 +33,8 @@ class Readiness(BaseModel):
     status: Literal["ready"] = "ready"
     device: str
     problems: dict[str, str]
+    shared_memory: str | None = None
+    """The Unix socket at which clients on this machine get shared memory; none where no memory is shared."""
 
 
 @router.get("/healthz")
@@ -66,7 +68,7 @@ async def readyz(request: Request) -> Readiness:
     device = context.device
     # In a thread: a GPU finishes the work that is queued first.
     await asyncio.to_thread(lambda: torch.zeros(1, dtype=torch.float32, device=device).add_(1).item())
-    return Readiness(device=str(device), problems=problems)
+    return Readiness(device=str(device), problems=problems, shared_memory=context.memories.socket_name)
 
 
 @router.get(
