@@ -19,6 +19,7 @@ from freestep.errors import MalformedTensors, MemoryNotShared, Overloaded, Unexp
 from freestep.shared_memory import Bodies, SharedMemories
 from freestep.wire.spans import Span
 from meanwhile import under_way
+from shared_bodies import memory_files
 
 pytestmark = pytest.mark.skipif(not freestep.shared_memory._IS_POSSIBLE, reason="there is no such memory here")
 
@@ -208,13 +209,13 @@ UNSAFE: dict[str, Callable[[], tuple[bytes, list[int]]]] = {
 
 @pytest.mark.parametrize("name", UNSAFE)
 def test_what_cannot_be_used_safely_is_not(memories: SharedMemories, offer: Callable[..., Offering], name: str) -> None:
-    offering, before = offer(*UNSAFE[name]()), len(os.listdir("/proc/self/fd"))
+    offering, before = offer(*UNSAFE[name]()), memory_files()
     for _ in range(2):
         assert not is_lent(memories, offering.ask)
     # Once, for the time being.
     assert len(offering.asked) == 1
     offering.connections[0].close()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert memory_files() <= before
 
 
 @pytest.mark.parametrize(
