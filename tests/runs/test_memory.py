@@ -1,4 +1,4 @@
-"""The service's memory does not grow with the number of its workers."""
+"""The service's memory does not grow with the number of its workers, but for what they share with it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 
 from freestep import Client, Flat, HeldLease
-from harness import ProcessService
+from harness import AUTHORIZED, ProcessService
 from meanwhile import under_way
 
 PARAMETERS = 25_000_000
@@ -26,14 +27,20 @@ def peak_rss(pid: int) -> int:
     raise AssertionError("the kernel does not say")
 
 
+def shared_bytes(service: ProcessService) -> int:
+    """What the service says that it shares with workers, in bytes."""
+    text = httpx.get(f"{service.url}/metrics", headers=AUTHORIZED).text
+    return int(next(float(line.split()[1]) for line in text.splitlines() if line.startswith("freestep_shared_memory")))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["async", "sync"])
+@pytest.mark.parametrize(("policy", "shares"), [("async", False), ("async", True), ("sync", True)])
 def test_eight_workers_on_25m_parameters_stay_under_the_bound(
-    start_process: Callable[..., ProcessService], policy: str
+    start_process: Callable[..., ProcessService], policy: str, shares: bool
 ) -> None:
     service = start_process()
     assert service.process is not None
-    with Client(service.url, retry_for=120) as client:
+    with Client(service.url, retry_for=120, shared_memory=shares) as client:
         run = client.run("large")
         run.create(
             {
@@ -58,6 +65,8 @@ def test_eight_workers_on_25m_parameters_stay_under_the_bound(
         run.pull_into(Flat(run.manifest), "x")
         for worker in workers:
             worker.result()
+        shared = shared_bytes(service)
+        assert (shared >= 2 * 4 * PARAMETERS) == shares
         for lease in leases:
             lease.release()
-    assert peak_rss(service.process.pid) < 1.6 * GIB
+    assert peak_rss(service.process.pid) - shared < 1.6 * GIB
