@@ -134,6 +134,7 @@ class Rules:
         self._leases: dict[str, Lease] = {}
         self._claims: dict[str, Claim] = {}
         self._position = LogPosition(1, 0)
+        self._generation = 0
         self._pushes = 0
         desk.do(self._coordinator.opening.create(1, shards))
         desk.do(self._coordinator.opening.heartbeat(_NODE, tuple(range(shards)), {}))
@@ -162,6 +163,7 @@ class Rules:
         assert view is not None
         for owner in self._owners:
             do(opening.loaded(owner, view.number("generation")))
+        self._generation = view.number("generation")
 
     def _owner(self, shard: int = 0) -> Owner:
         return self._owners[shard]._replace(position=self._position)
@@ -216,7 +218,7 @@ class Rules:
     def push(self, worker: str, taken_at: int) -> Record:
         """The decision on a push whose claim and body are one call, counted. Raises the refusals of lua/push.lua."""
         claim = self._claim(worker, taken_at)
-        pushed = self._coordinator.pushes.push(claim, self._owner(), _part(0), None)
+        pushed = self._coordinator.pushes.push(claim, self._owner(), _part(0), None, self._generation)
         return self._counted(self._desk.do_at_once(pushed)[0])
 
     def _claim(self, worker: str, taken_at: int, units: Sequence[int] = ()) -> Claim:

@@ -120,7 +120,7 @@ class Setup:
     @property
     def is_one_call(self) -> bool:
         """Whether claim and body of a push go to Redis in one call, as in runs/pushes.py."""
-        is_plain = self.shards == 1 and self.durability != "journal" and not self.units
+        is_plain = self.shards == 1 and not self.units
         return self.is_inline and is_plain and not Policy.of(self.spec().aggregation).slack
 
     def spec(self) -> RunSpec:

@@ -74,3 +74,9 @@ def test_no_answer_differs(service: ThreadService, framework: ThreadService, con
     for one, other in zip(direct, through, strict=True):
         assert one[2:] == other[2:], one[:2]
     assert {status for _, _, status, _, _ in direct} >= {200, 206, 400, 401, 403, 404, 405, 409, 410, 412, 415, 416}
+
+
+def test_paths_are_made_by_the_routes_behind_them(service: ThreadService) -> None:
+    route = next(route for route in service.app.router.routes if isinstance(route, DirectRoute))._route
+    made = dict.fromkeys(route.param_convertors, "x")
+    assert service.app.url_path_for(route.name, **made) == route.path_format.format(**made)

@@ -8,9 +8,11 @@ behind, for the OpenAPI document, for other methods of its path, and for an appl
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+from starlette.datastructures import URLPath
 from starlette.requests import Request
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute, Match, NoMatchFound
 from starlette.types import Receive, Scope, Send
 
 from freestep_service.web.routes.data_request import DataRoute
@@ -35,6 +37,10 @@ class DirectRoute(BaseRoute):
         if found is None:
             return Match.NONE, {}
         return Match.FULL, {"path_params": found.groupdict(), "route": self._route, "endpoint": self._route.endpoint}
+
+    def url_path_for(self, name: str, /, **path_params: Any) -> URLPath:
+        """The path is the route's own to make."""
+        raise NoMatchFound(name, path_params)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = await self._handler(Request(scope, receive, send))
