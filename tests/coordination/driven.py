@@ -169,7 +169,8 @@ class DrivenRun:
 
     def push_at_once(self, claim: Claim, largest_norm: float | None = None, norm: float = 1.0) -> Record:
         """Admits and commits a push of the only shard in one call."""
-        record, _, _ = self.do(self.pushes.push(claim, self.owner(), self.part(norm=norm), largest_norm))
+        generation = self.number("generation")
+        record, _, _ = self.do(self.pushes.push(claim, self.owner(), self.part(norm=norm), largest_norm, generation))
         return record
 
     def push(self, claim: Claim) -> Record:

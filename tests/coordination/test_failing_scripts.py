@@ -61,7 +61,7 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
         "admit": lambda: run.do(pushes.admit(claim, owner, ["ticket"])),
         "precheck": lambda: run.do(pushes.precheck(claim)),
         "commit": lambda: run.do(pushes.commit(claim, owner, run.part(), None, "y F32")),
-        "push": lambda: run.do(pushes.push(claim, owner, run.part(), None)),
+        "push": lambda: run.do(pushes.push(claim, owner, run.part(), None, generation)),
         "discard": lambda: run.do(pushes.discard(claim, 0)),
         "refuse": lambda: run.do(pushes.discard(claim, 0, "malformed-tensors", "why")),
         "report_metric": lambda: run.do(log.report_metric(owner, Measured("accuracy", 0, 1.0), None)),

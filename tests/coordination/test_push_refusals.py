@@ -78,7 +78,7 @@ def test_calls_for_a_shard_are_refused_without_its_token(run: DrivenRun, call: s
         calls: dict[str, Callable[[], Any]] = {
             "admit": lambda: run.pushes.admit(claim, changed),
             "commit": lambda: run.pushes.commit(claim, changed, run.part(), None),
-            "push": lambda: run.pushes.push(claim, changed, run.part(), None),
+            "push": lambda: run.pushes.push(claim, changed, run.part(), None, run.number("generation")),
         }
         run.do(calls[call]())
 

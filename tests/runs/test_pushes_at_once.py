@@ -22,9 +22,11 @@ from freestep.errors import (
     NonFiniteGradient,
     Overloaded,
     ProblemError,
+    ShardUnavailable,
 )
-from freestep_service.domain.records import Ahead
+from freestep_service.domain.records import Ahead, Claim
 from freestep_service.runs import pushes
+from freestep_service.runs.known_leases import KnownLeases
 from freestep_service.runs.run import Run
 from in_process import (
     NUMEL,
@@ -225,6 +227,110 @@ def test_a_push_that_is_given_up_while_it_waits_for_memory_leaves_it(store: str,
             assert (outcome.record.step, outcome.replayed) == (2, False)
 
     run_async(work)
+
+
+@pytest.mark.parametrize("durability", ["none", "checkpoint", "journal"])
+@pytest.mark.parametrize("key", ["run", "receipts"])
+def test_a_body_does_not_count_in_a_later_opening_of_the_run(
+    store: str, tmp_path: Path, durability: str, key: str
+) -> None:
+    """Redis loses a key, which the push's own call finds: the run is opened where it stands, and has no such body."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data", **INLINE) as registry:
+            run = await new_run(registry, durability=durability)
+            lease = await known(run)
+            with Redis.from_url(store) as client:
+                client.delete(f"freestep:{{run}}:{key}")
+            with pytest.raises((LeaseExpired, ShardUnavailable)):
+                await push(run, claim_of(lease, "one", 1))
+            assert not is_journaled(run, "one")
+            lease = await run.leases.grant("worker", None)
+            (outcome,) = await push(run, claim_of(lease, "one", 1))
+            assert (outcome.record.epoch, outcome.record.step, outcome.replayed) == (1, 2, False)
+            assert await pull(run.shard(0)) == (2, 2.0)
+
+    run_async(work)
+
+
+@pytest.mark.parametrize("durability", ["checkpoint", "journal"])
+def test_a_push_whose_entry_comes_by_the_log_before_its_answer_is_its_own(
+    store: str, tmp_path: Path, durability: str
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data", **INLINE) as registry:
+            run = await new_run(registry, durability=durability)
+            lease = await known(run)
+            ask, calls = run.coordinator.pushes.push, []
+
+            async def losing(*args: Any) -> Any:
+                calls.append(args)
+                answer = await ask(*args)
+                if len(calls) == 1:
+                    run._recovery.catch_up()
+                    await until(lambda: run.shard(0).core.writer.applied_step == 2, "the update")
+                    raise CoordinatorUnavailable("the answer was lost")
+                return answer
+
+            run.coordinator.pushes.push = losing  # type: ignore[method-assign]
+            (outcome,) = await push(run, claim_of(lease, "one", 1))
+            assert (outcome.record.step, outcome.replayed, len(calls)) == (2, False, 1)
+            assert await pull(run.shard(0)) == (2, 2.0)
+
+    run_async(work)
+
+
+def test_a_dropped_push_whose_answer_is_lost_is_no_replay(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data", **INLINE) as registry:
+            run = await new_run(registry, aggregation={"policy": "sync"})
+            await run.leases.grant("another", None)
+            lease = await known(run)
+            ask, calls, told = run.coordinator.pushes.push, [], []
+
+            async def losing(*args: Any) -> Any:
+                calls.append(args)
+                answer = await ask(*args)
+                if len(calls) == 1:
+                    raise CoordinatorUnavailable("the answer was lost")
+                return answer
+
+            run.coordinator.pushes.push = losing  # type: ignore[method-assign]
+            run._context.events.dropped = lambda record, claim: told.append(claim.key)  # type: ignore[method-assign]
+            for is_replayed in (False, True):
+                (outcome,) = await push(run, claim_of(lease, "one"))
+                assert (outcome.record.decision, outcome.record.reason) == ("dropped", "duplicate-worker")
+                assert outcome.replayed == is_replayed
+            assert (len(calls), told) == (2, ["one"])
+
+    run_async(work)
+
+
+def test_a_push_waits_no_longer_than_for_its_turn(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data", queue_seconds=0.05, **INLINE) as registry:
+            run = await new_run(registry)
+            lease = await known(run)
+            pool, seen = run.shard(0).core.staging.pool, in_order(run)
+            taken = [pool.try_acquire() for _ in range(pool.capacity)]
+            with pytest.raises(Overloaded):
+                await push(run, claim_of(lease, "one", 1))
+            assert seen == ["admit", "discard"]
+            for vector in taken:
+                assert vector is not None
+                pool.release(vector)
+
+    run_async(work)
+
+
+def test_a_lease_is_not_known_by_an_answer_from_before_it_was_forgotten() -> None:
+    leases, claim = KnownLeases(), Claim("lease", 1, 0, "key")
+    asked = leases.forgotten
+    leases.forget()
+    leases.note(claim, 1, asked)
+    assert not leases.has(claim, 1)
+    leases.note(claim, 1, leases.forgotten)
+    assert leases.has(claim, 1)
 
 
 @pytest.mark.parametrize("lost", ["call", "answer"])

@@ -72,13 +72,14 @@ class RunPushes:
         return Record.from_json(rest[0]), rest[1:]
 
     async def push(
-        self, claim: Claim, owner: Owner, part: StagedPart, largest_norm: float | None
+        self, claim: Claim, owner: Owner, part: StagedPart, largest_norm: float | None, generation: int
     ) -> tuple[Record, list[str], bool]:
         """`admit` and `commit` in one call, for a run of one shard.
 
-        The decision, the evicted idempotency keys, and whether it was made before. Raises as both do, but for Pending.
+        generation: of the run's opening in which the body came. The decision, the evicted idempotency keys, and whether
+        it was made before. Raises as both do, but for Pending.
         """
-        status, *rest = await self._call("push", claim, owner, *_staged(claim, part, largest_norm))
+        status, *rest = await self._call("push", claim, owner, *_staged(claim, part, largest_norm), generation)
         if status not in ("committed", "dropped", "replay"):
             self._scripts.refuse(status, rest)
         return Record.from_json(rest[0]), rest[1:], status == "replay"

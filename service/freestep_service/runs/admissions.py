@@ -15,9 +15,9 @@ from freestep_service.runs.context import RunContext
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
 
-__all__ = ["Admissions"]
+__all__ = ["SILENCE_S", "Admissions"]
 
-_SILENCE_S = 1.0
+SILENCE_S = 1.0
 """Seconds for which a message is listened for before Redis is asked for what it would say."""
 
 
@@ -60,14 +60,14 @@ class Admissions:
         )
 
     def mistook(self) -> None:
-        """A claim that was expected to be admitted is refused."""
+        """A claim that was expected to be admitted was not, or Redis did not say: claims are looked at first again."""
         self._known.forget()
 
     async def admit(self, claim: Claim) -> Admission:
         """Raises what `RunPushes.admit` raises but for Ahead and Pending, and Overloaded."""
         deadline = asyncio.get_running_loop().time() + self._patience_s
         while True:
-            moved = self._moved
+            moved, forgotten = self._moved, self._known.forgotten
             try:
                 admission = await self._recovery.call(
                     lambda: self._coordinator.admit(claim, self._core.owner(), self._take_sent())
@@ -76,14 +76,14 @@ class Admissions:
                 await self._wait_for_the_slowest(moved, deadline)
             except Pending:
                 # Admitted before, but by no request that is still here: its answer or its body was lost.
-                self._known.note(claim, self._core.writer.epoch)
+                self._known.note(claim, self._core.writer.epoch, forgotten)
                 return Admission()
             else:
                 if admission.record is not None and not admission.replayed:
                     self._receipts.remember(claim.key, admission.record, admission.evicted)
                     self.tell_dropped(admission.record, claim)
                 elif admission.record is None:
-                    self._known.note(claim, self._core.writer.epoch)
+                    self._known.note(claim, self._core.writer.epoch, forgotten)
                 return admission
 
     async def turn(self, claim: Claim, granted: asyncio.Event, deadline: float) -> None:
@@ -117,10 +117,10 @@ class Admissions:
         now = asyncio.get_running_loop().time()
         if self._closed or now >= deadline:
             raise Overloaded("the worker is too far ahead of the slowest one, and has waited for it")
-        await _comes(moved, min(deadline - now, _SILENCE_S))
+        await _comes(moved, min(deadline - now, SILENCE_S))
 
 
-async def _comes(event: asyncio.Event, seconds: float = _SILENCE_S) -> bool:
+async def _comes(event: asyncio.Event, seconds: float = SILENCE_S) -> bool:
     """Waits for an event, for at most that long; whether it has come."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):

@@ -31,8 +31,9 @@ class Decision:
 class Flight:
     """A key that is on its way; requests that send it again wait until it has landed."""
 
-    is_admitted = True
-    """Whether its claim was looked at before its body came: otherwise its commit does that."""
+    came_in: int | None = None
+    """The generation of the run's opening in which its body came, where that was before its claim was looked at: its
+    commit does that then, and counts in no other. None of an admitted push."""
 
     def __init__(self, claim: Claim, phases: Phases | None = None) -> None:
         self.claim = claim

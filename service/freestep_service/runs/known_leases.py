@@ -15,14 +15,18 @@ class KnownLeases:
     """Those of one run, until anything happens here that may end one, or have a push refused: then none is known."""
 
     def __init__(self) -> None:
+        self.forgotten = 0
+        """How often they were forgotten."""
         self._epoch = 0
         self._tokens: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def note(self, claim: Claim, epoch: int) -> None:
-        """A push was admitted in an epoch."""
+    def note(self, claim: Claim, epoch: int, forgotten: int) -> None:
+        """A push was admitted in an epoch, by an answer of Redis that was asked for when `forgotten` was as given."""
+        if forgotten != self.forgotten:
+            return
         if epoch != self._epoch:
             self._epoch, self._tokens = epoch, {}
         self._tokens[claim.lease] = claim.token
@@ -33,4 +37,5 @@ class KnownLeases:
 
     def forget(self) -> None:
         """A lease was granted or has ended, or what pushes are admitted by was changed."""
+        self.forgotten += 1
         self._tokens.clear()

@@ -2,8 +2,10 @@
 
 admit (Redis: lease, token, epoch, key, staleness) decides what the claim can decide. stage receives the body into a
 vector and checks it. commit (Redis), by the last shard to stage its part, is the policy's decision, the step and a
-place in the log; the other shards hear of it. apply is each shard's, in the order of the log. Until a push is committed
-it has changed nothing; once it is, it will be applied on all shards, whatever becomes of the requests that carried it.
+place in the log; the other shards hear of it. A small body of a run of one shard, whose claim is expected to be
+admitted, is staged first, and admitted with its commit. apply is each shard's, in the order of the log. Until a push is
+committed it has changed nothing; once it is, it will be applied on all shards, whatever becomes of the requests that
+carried it.
 
 The law of this file: memory has one owner. A staged vector is the flight's until the log's entry is heard, and the
 entry's from then on.
@@ -34,7 +36,7 @@ from freestep.errors import (
 )
 from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Ahead, Claim, Lost, Record, StagedPart
-from freestep_service.runs.admissions import Admissions
+from freestep_service.runs.admissions import SILENCE_S, Admissions
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.flight import Decision, Flight
 from freestep_service.runs.lanes import Lanes
@@ -51,9 +53,7 @@ __all__ = ["PushOptions", "Pushes"]
 _RETRY_S = 0.2
 """Seconds before Redis is asked again for a commit whose answer was lost."""
 _SOON_S = 1.0
-"""Seconds for which a push waits for memory before its claim is looked at, which renews its lease."""
-_SILENCE_S = 1.0
-"""Seconds for which a message is listened for before Redis is asked for what it would say."""
+"""Seconds for which a push waits for its turn and memory before its claim is looked at, which renews its lease."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Pushes:
         flight = self._flights[claim.key] = Flight(claim, phases)
         commit = None
         try:
-            room = await self._room_first(claim, body)
+            room = await self._room_first(claim, flight, body)
             refusal = None if room is None else await self._receive_first(claim, flight, body, *room)
             if room is None or refusal is not None:
                 # What the claim decides comes before what the body is refused for.
@@ -109,6 +109,7 @@ class Pushes:
                 flight.phases.ended("admit")
                 if (record := admission.record) is not None:
                     if admission.replayed and self._digest(record) is not None:
+                        # A body that is refused is another one than that which counted.
                         self._require_same(record, "" if refusal is not None else await body.receive_digest())
                     return record, admission.replayed
                 if refusal is not None:
@@ -235,54 +236,51 @@ class Pushes:
         """
         return not self._core.is_sharded and self._core.staging.is_inline and self._admissions.expects(claim)
 
-    async def _room_first(self, claim: Claim, body: Body) -> tuple[Vector, PartWriter | None] | None:
+    async def _room_first(self, claim: Claim, flight: Flight, body: Body) -> tuple[Vector, PartWriter | None] | None:
         """Memory for a body that comes first, which then is in its sender's lane, and where it is copied to.
 
         None where there is none soon: what a push is refused for then comes behind what its claim is refused for.
         """
         if not self._comes_first(claim):
             return None
-        try:
-            await self._lanes.enter(claim.lease, _SOON_S)
-        except Overloaded:
-            return None
-        room, pool = None, self._core.staging.pool
-        try:
-            vector = await pool.acquire(_SOON_S)
-            if self._comes_first(claim):
-                room = vector, await self._journaled(claim, body, vector)
-            else:
-                # Things have changed meanwhile.
-                pool.release(vector)
-        except (Overloaded, StorageUnavailable):
-            room = None
-        finally:
-            if room is None:
-                self._lanes.leave(claim.lease)
+        loop, pool = asyncio.get_running_loop(), self._core.staging.pool
+        deadline = loop.time() + min(_SOON_S, self._settings.queue_seconds)
+        room = None
+        with suppress(Overloaded, StorageUnavailable):
+            await self._lanes.enter(claim.lease, deadline - loop.time())
+            try:
+                vector = await pool.acquire(max(deadline - loop.time(), 0.0))
+                if self._comes_first(claim):
+                    flight.came_in = self._core.loaded
+                    room = vector, await self._journaled(claim, body, vector, max(deadline - loop.time(), 0.0))
+                else:
+                    # Things have changed meanwhile.
+                    pool.release(vector)
+            finally:
+                if room is None:
+                    flight.came_in = None
+                    self._lanes.leave(claim.lease)
+        flight.phases.ended("queue")
         return room
 
     async def _receive_first(
         self, claim: Claim, flight: Flight, body: Body, vector: Vector, copy: PartWriter | None
     ) -> ProblemError | None:
         """Receives a body, which leaves its sender's lane; returns what the tensors are refused for, if they are."""
-        spec = self._core.shard.spec
-        flight.phases.ended("queue")
+        spec, refusal = self._core.shard.spec, None
         try:
             encodings = accepted_encodings(spec.aggregation)
-            staged = await self._core.staging.receive(body, vector, encodings, copy=copy)
-        except MalformedTensors as error:
-            return error
+            flight.staged = staged = await self._core.staging.receive(body, vector, encodings, copy=copy)
+            require_usable(spec, staged.norm)
+        except (MalformedTensors, NonFiniteGradient) as error:
+            refusal, flight.came_in = error, None
+            if flight.staged is not None:
+                flight.give_back()
+                self._forget_part(claim)
         finally:
             self._lanes.leave(claim.lease)
-        try:
-            require_usable(spec, staged.norm)
-        except NonFiniteGradient as error:
-            staged.hold.release()
-            self._forget_part(claim)
-            return error
-        flight.staged, flight.is_admitted = staged, False
         flight.phases.ended("receive")
-        return None
+        return refusal
 
     def _digest(self, record: Record) -> str | None:
         """That of this shard's part of a push that was decided.
@@ -313,7 +311,7 @@ class Pushes:
                         raise ShardUnavailable("the shard is being given up")
                     vector = await staging.pool.acquire(max(deadline - loop.time(), 0.0))
                 encodings = accepted_encodings(self._core.shard.spec.aggregation)
-                copy = await self._journaled(claim, body, vector)
+                copy = await self._journaled(claim, body, vector, self._settings.queue_seconds)
                 flight.phases.ended("queue")
                 staged = await staging.receive(body, vector, encodings, lambda: self._yield_slot(claim), copy)
             finally:
@@ -336,12 +334,15 @@ class Pushes:
             else:
                 await self._coordinator.discard(claim, self._core.index)
 
-    async def _journaled(self, claim: Claim, body: Body, vector: Vector) -> PartWriter | None:
-        """Where a body is copied to while it comes. Raises StorageUnavailable, with the vector given back."""
+    async def _journaled(self, claim: Claim, body: Body, vector: Vector, seconds: float) -> PartWriter | None:
+        """Where a body is copied to while it comes, within `seconds` where the journal has to have a base first.
+
+        Raises StorageUnavailable, with the vector given back.
+        """
         if (journal := self._core.journal) is None:
             return None
         try:
-            return await journal.part(claim, body.length, self._settings.queue_seconds)
+            return await journal.part(claim, body.length, seconds)
         except BaseException:
             self._core.staging.pool.release(vector)
             raise
@@ -399,8 +400,11 @@ class Pushes:
         begin, end = self._core.manifest.begin, self._core.manifest.end
         assert staged is not None
         part = StagedPart(begin, end, staged.digest, staged.norm or 0.0, staged.length)
-        may_be_decided = flight.is_admitted
+        may_be_decided = flight.came_in is None
         while True:
+            if flight.decided.done():
+                # Its entry came by the log, while Redis was asked in vain.
+                return flight.decided.result()
             if self._closed:
                 raise asyncio.CancelledError
             era = writer.era
@@ -420,18 +424,21 @@ class Pushes:
                 # Since a moment ago the policy has a slack: the push that is sent again waits.
                 raise Overloaded("the worker is too far ahead of the slowest one") from None
             except Lost:
+                if not self._core.is_sharded:
+                    # It has not counted, or this would be a replay.
+                    self._forget_part(claim)
+                    raise
                 # Where another shard refused the push meanwhile, that is on its way.
-                if await self._hears(flight, _SILENCE_S):
+                if await self._hears(flight, SILENCE_S):
                     return flight.decided.result()
                 raise
             if answer is not None and not self._core.is_sharded:
                 record, evicted, replayed = answer
+                if flight.decided.done():
+                    return flight.decided.result()
                 if era != writer.era:
                     raise Lost
-                if replayed and (
-                    record.epoch != writer.epoch or not record.seq or writer.has(record.epoch, record.seq)
-                ):
-                    # Its entry came with another request. Else it is this one's, from a call without an answer.
+                if replayed and not self._is_own(record, claim, is_asked_again=may_be_decided):
                     self._require_same(record, part.digest)
                     return Decision(record, None, replayed=True)
                 self._receipts.remember(claim.key, record, evicted)
@@ -440,7 +447,7 @@ class Pushes:
                 self.committed(claim.key, record, {}, self._members(claim.key, record, evicted))
                 return flight.decided.result()
             # The order of several shards' decisions, and the reads that go with them, are in the log.
-            if await self._hears(flight, _SILENCE_S):
+            if await self._hears(flight, SILENCE_S):
                 return flight.decided.result()
             if answer is not None and not answer[0].seq:
                 return Decision(answer[0], None)
@@ -452,9 +459,9 @@ class Pushes:
     ) -> tuple[Record, Sequence[str], bool] | None:
         """What Redis decides, the idempotency keys that it evicts, and whether it had decided that before."""
         owner, largest = self._core.owner(), largest_norm(self._core.shard.spec)
-        if not flight.is_admitted:
+        if (generation := flight.came_in) is not None:
             try:
-                return await self._coordinator.push(claim, owner, part, largest)
+                return await self._coordinator.push(claim, owner, part, largest, generation)
             except ProblemError:
                 self._admissions.mistook()
                 raise
@@ -462,6 +469,18 @@ class Pushes:
             claim, owner, part, largest, options.wanted, after_update=options.after_update
         )
         return None if answer is None else (*answer, False)
+
+    def _is_own(self, record: Record, claim: Claim, *, is_asked_again: bool) -> bool:
+        """Whether a decision that Redis had made before was made for a call of this request that had no answer.
+
+        What was decided for another request has come here: its entry, or the receipt of a push that has none.
+        """
+        writer = self._core.writer
+        if record.epoch != writer.epoch:
+            return False
+        if record.seq:
+            return not writer.has(record.epoch, record.seq)
+        return is_asked_again and claim.key not in self._receipts
 
     @staticmethod
     async def _hears(flight: Flight, seconds: float) -> bool:
