@@ -1,7 +1,8 @@
-"""freestep beside its peers: what each takes for the same exchange.
+"""freestep beside its peers: what each takes for the same exchange, at several sizes, as their users have them.
 
-Each peer that is installed runs alone with freestep, and their rounds alternate; a peer's ratio is the median of each
-round's ratio of the peer's time to freestep's. Peers run in processes of their own, by benchmarks.peers.host.
+A peer's rounds, or the floor's, alternate with freestep's, and a ratio is the median of each round's ratio to
+freestep's time. Each runs in a process of its own (benchmarks.peers.host) with torch's default number of threads;
+freestep's worker is a `RemoteOptimizer`, compared as it is over TCP, and as it is by default on one machine.
 """
 
 from __future__ import annotations
@@ -11,27 +12,38 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-from benchmarks.figures import Figure, Report
-from benchmarks.options import Options
-from benchmarks.peers import PEERS
-from benchmarks.services import running_service
-from benchmarks.worker import Worker, new_run
-from freestep import Client
+import torch
 
-PARAMETERS, ROUNDS, WARMUP = 25_000_000, 9, 12
+from benchmarks.figures import Figure, Report
+from benchmarks.floor import CopyPass, raw_echo
+from benchmarks.options import Options
+from benchmarks.peers import OURS, PEERS
+
+ROUNDS = {100_000: 300, 1_000_000: 60, 5_000_000: 15, 25_000_000: 9}
+"""How many are counted, by the number of parameters."""
+QUICK_ROUNDS = {100_000: 20, 1_000_000: 3}
+WARMUP = 12
 """Ray's object store is slow until all of its memory has been in use once, which takes ten rounds or so."""
-QUICK_PARAMETERS, QUICK_ROUNDS, QUICK_WARMUP = 1_000_000, 3, 2
-LEAST = 1.5
-"""How many times as long as freestep each peer is to take."""
+
+LEAST: dict[int, dict[str, float]] = {
+    100_000: {"grpc": 1.0, "rpc-tcp": 1.0},
+    1_000_000: {"grpc": 1.0, "rpc-tcp": 1.0, "torchft": 1.0},
+    25_000_000: dict.fromkeys(PEERS, 1.5),
+}
+"""How many times as long as freestep a peer is to take."""
+MOST_OF_FLOOR = {5_000_000: 1.35}
 
 _STARTED_S, _EXCHANGED_S = 120.0, 60.0
 """After which a peer is given up."""
+_PAIR_S, _LEAST_ROUNDS = 15.0, 3
+"""Seconds after which no more rounds are begun with a peer that is warm and has had so many."""
 
 
 class PeerFailed(Exception):
@@ -81,7 +93,7 @@ def _hosted(name: str, python: str, parameters: int) -> Iterator[_Host]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **quiet},
+            env={**os.environ, **quiet},
             start_new_session=True,
         )
         try:
@@ -121,38 +133,71 @@ def _python_with(needs: Sequence[str], pythons: Sequence[str]) -> str | None:
     return None
 
 
-def measure(worker: Worker, name: str, python: str, options: Options) -> list[tuple[float, float]]:
-    """Seconds of a peer's and of freestep's exchange, by round. Raises PeerFailed."""
-    warmup, rounds = (QUICK_WARMUP, QUICK_ROUNDS) if options.quick else (WARMUP, ROUNDS)
-    with _hosted(name, python, worker.gradient.manifest.numel) as host:
-        taken = [(host.exchange(), worker.push()) for _ in range(warmup + rounds)]
-    return taken[warmup:]
+def _rounds(theirs: Callable[[], float], ours: Callable[[], float], most: int) -> list[tuple[float, float]]:
+    """Seconds of both, by round."""
+    for _ in range(WARMUP):
+        theirs()
+        ours()
+    taken, end = list[tuple[float, float]](), time.perf_counter() + _PAIR_S
+    while len(taken) < most and (len(taken) < _LEAST_ROUNDS or time.perf_counter() < end):
+        taken.append((theirs(), ours()))
+    return taken
+
+
+def _beside_floor(ours: _Host, parameters: int, most: int) -> list[tuple[float, float]]:
+    """... of the floor and of freestep."""
+    vector, memory = torch.zeros(parameters), CopyPass(parameters)
+    outgoing, incoming = (memoryview(each.numpy()).cast("B") for each in (vector, vector.clone()))
+    with raw_echo(len(outgoing)) as echo:
+        return _rounds(lambda: (echo.once(outgoing, incoming) + memory.once()).seconds, ours.exchange, most)
+
+
+def _beside(name: str, python: str, ours: _Host, parameters: int, most: int) -> list[tuple[float, float]]:
+    """... of a peer and of freestep. Raises PeerFailed."""
+    with _hosted(name, python, parameters) as theirs:
+        return _rounds(theirs.exchange, ours.exchange, most)
+
+
+def _measured(parameters: int, most: int, found: Mapping[str, str], options: Options) -> Report:
+    """One size. found: the interpreters of the peers that are installed."""
+    size, made = f"{parameters / 1e6:g}M", Report(details={})
+    floor_bound = None if options.quick else MOST_OF_FLOOR.get(parameters)
+    bounds = {} if options.quick else LEAST.get(parameters, {})
+    with _hosted("tcp", sys.executable, parameters) as ours:
+        taken = made.details["floor"] = _beside_floor(ours, parameters, most)
+        made.figures += [
+            Figure.of(f"{size}, the floor", (1e3 * floor for floor, _ in taken), "ms"),
+            Figure.of(f"{size}, freestep, TCP", (1e3 * own for _, own in taken), "ms"),
+            Figure.of(
+                f"{size}, freestep, TCP, of the floor", (own / floor for floor, own in taken), "×", most=floor_bound
+            ),
+        ]
+        for name, python in ({"shm": sys.executable} | found).items():
+            title = f"{size}, {(OURS | PEERS)[name].title}"
+            try:
+                taken = made.details[name] = _beside(name, python, ours, parameters, most)
+            except PeerFailed as error:
+                made.notes.append(f"{title} was not measured: {error}")
+                continue
+            ratios = (its / own for its, own in taken)
+            made.figures += [
+                Figure.of(title, (1e3 * its for its, _ in taken), "ms"),
+                Figure.of(f"{title}, of freestep's time over TCP", ratios, "×", least=bounds.get(name)),
+            ]
+    return made
 
 
 def report(options: Options) -> Report:
-    parameters = QUICK_PARAMETERS if options.quick else PARAMETERS
     pythons = [sys.executable, *options.peers_python]
+    pairs = ((name, _python_with(("torch", "schedulefree", *entry.needs), pythons)) for name, entry in PEERS.items())
+    found = {name: python for name, python in pairs if python is not None}
     made = Report(details={})
-    with running_service() as service, Client(service.url) as client:
-        with Worker(new_run(client, "rivals", parameters)) as worker:
-            for name, entry in PEERS.items():
-                python = _python_with(("torch", "schedulefree", *entry.needs), pythons)
-                if python is None:
-                    made.notes.append(f"without {entry.title}: not installed (benchmarks/peers.txt)")
-                    continue
-                try:
-                    taken = measure(worker, name, python, options)
-                except PeerFailed as error:
-                    made.notes.append(f"without {entry.title}: {error}")
-                    continue
-                title = f"{parameters / 1e6:g}M, {entry.title}"
-                least = None if options.quick else LEAST
-                made.figures += [
-                    Figure.of(title, (1e3 * theirs for theirs, _ in taken), "ms"),
-                    Figure.of(
-                        f"{title}, of freestep's time", (theirs / ours for theirs, ours in taken), "×", least=least
-                    ),
-                ]
-                made.details[name] = taken
-    made.notes.append(f"peers apply schedulefree {version('schedulefree')}'s AdamW, foreach, with one thread")
+    for parameters, most in (QUICK_ROUNDS if options.quick else ROUNDS).items():
+        each = _measured(parameters, most, found, options)
+        made.figures += each.figures
+        made.notes += each.notes
+        made.details[parameters] = each.details
+    for name in PEERS.keys() - found.keys():
+        made.notes.append(f"without {PEERS[name].title}: not installed (benchmarks/peers.txt)")
+    made.notes.append(f"peers apply schedulefree {version('schedulefree')}'s AdamW, foreach; all have torch's threads")
     return made

@@ -3,6 +3,7 @@
 A peer's worker sends a fp32 gradient, its server has the schedulefree package's AdamW applied to the parameters that
 it holds, and the worker receives y. Peers need torch, schedulefree and their own packages, and nothing of freestep, so
 that they run in an environment of their own where their requirements are not freestep's: see benchmarks/peers.txt.
+freestep is measured through the same seam.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["PEERS", "Entry", "Peer"]
+__all__ = ["OURS", "PEERS", "Entry", "Peer"]
 
 
 class Peer(Protocol):
@@ -43,6 +44,11 @@ class Entry:
         return peer
 
 
+OURS = {
+    "tcp": Entry("freestep, TCP", ("freestep",), "benchmarks.peers.freestep", "TcpFreestep"),
+    "shm": Entry("freestep, shared memory", ("freestep",), "benchmarks.peers.freestep", "SharedFreestep"),
+}
+"""freestep's two ways; it takes the second by itself where there is one, for bodies that gain by it."""
 PEERS = {
     "torchft": Entry("torchft ParameterServer, Gloo", ("torchft",), "benchmarks.peers.torchft", "Torchft"),
     "rpc-tcp": Entry("torch RPC, TCP", (), "benchmarks.peers.rpc", "TcpRpc"),

@@ -36,7 +36,7 @@ def _serve(connection: Connection, parameters: int) -> None:
 class Grpc:
     def setup(self, parameters: int) -> None:
         self._server = Server(_serve, parameters)
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{self._server.field()}", options=_UNBOUNDED)
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{self._server.said()}", options=_UNBOUNDED)
         self._step = self._channel.unary_unary("/Parameters/Step")
 
     def exchange(self, gradient: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ __all__ = ["Held"]
 
 
 class Held:
-    """Parameters, zeros at first, and their optimizer, with one thread; foreach is no slower than its other setting."""
+    """Parameters, zeros at first, and their optimizer; foreach is no slower than its other setting."""
 
     def __init__(self, parameters: int) -> None:
-        torch.set_num_threads(1)
         self._parameter = nn.Parameter(torch.zeros(parameters))
         self._optimizer = AdamWScheduleFree([self._parameter], foreach=True)
         self._optimizer.train()

@@ -70,7 +70,7 @@ def _serve(connection: Connection, parameters: int) -> None:
 class Hivemind:
     def setup(self, parameters: int) -> None:
         self._server = Server(_serve, parameters)
-        self._member = _Member(parameters, self._server.field(), weight=1.0, share=0.0)
+        self._member = _Member(parameters, self._server.said(), weight=1.0, share=0.0)
 
     def exchange(self, gradient: Tensor) -> Tensor:
         return self._member.round(gradient)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from multiprocessing.connection import Connection
 
-import torch
 from torch import Tensor
 from torch.distributed import rpc
 
@@ -42,7 +41,6 @@ class _Rpc:
     """TensorPipe's transports, for messages, and channels, for tensors."""
 
     def setup(self, parameters: int) -> None:
-        torch.set_num_threads(1)
         port = free_port()
         self._server = Server(_serve, parameters, port, self.ways)
         _join("worker", 0, port, self.ways)

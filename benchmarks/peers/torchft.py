@@ -44,7 +44,7 @@ def _serve(connection: Connection, parameters: int) -> None:
 class Torchft:
     def setup(self, parameters: int) -> None:
         self._server = Server(_serve, parameters)
-        self._group = _Parameters.new_session(self._server.field())
+        self._group = _Parameters.new_session(self._server.said())
         self._y = torch.empty(parameters)
 
     def exchange(self, gradient: Tensor) -> Tensor:
