@@ -159,8 +159,8 @@ class Settings(BaseSettings):
     """Threads for tensor arithmetic; 0 is half the cores, at least one."""
     inline_elements: Annotated[int, Field(ge=0)] = 1024 * 1024
     """Shards of at most this many elements are updated on the event loop's thread, in about 1 ms, which is less than it
-    costs to have another thread do it; an eighth of that where updates take more than one pass over the elements, as
-    Muon's do, and robust means of several pushes. 0 is none."""
+    costs to have another thread do it, and their bodies decoded there; an eighth of that where it takes more than one
+    pass over the elements, as for Muon, robust means of several pushes, and bodies encoded as topk. 0 is none."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
     """Longest request body that is accepted, in bytes."""
     head_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024

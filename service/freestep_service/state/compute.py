@@ -16,13 +16,17 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["HOST", "DeviceLocks", "arithmetic_threads", "uninterrupted"]
+__all__ = ["HOST", "SLOWER", "DeviceLocks", "arithmetic_threads", "uninterrupted"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 HOST = torch.device("cpu")
 """Where bodies are received and decoded."""
+
+
+SLOWER = 8
+"""What an element counts, beside `inline_elements`, of work that is more than a pass over the elements."""
 
 
 class DeviceLocks:

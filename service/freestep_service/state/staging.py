@@ -13,7 +13,7 @@ from freestep.wire.receiver import Receiver, Sink
 from freestep_service.domain.aggregation import Policy
 from freestep_service.optimizers import Pushed
 from freestep_service.state.buffers import Hold, Vector, VectorPool
-from freestep_service.state.compute import HOST, DeviceLocks, uninterrupted
+from freestep_service.state.compute import HOST, SLOWER, DeviceLocks, uninterrupted
 from freestep_service.state.decode import decode_and_measure
 from freestep_service.state.transfers import Transfer
 
@@ -162,7 +162,9 @@ class Staging:
         return Staged(tensors, norm, digest, body.length, hold)
 
     async def _decode(self, vector: Vector, receiver: Receiver) -> tuple[Pushed, float | None]:
-        if self._locks.runs_inline(vector.device, self._manifest.numel):
+        # Its indices are sorted, which may be as many as the elements.
+        slower = SLOWER if receiver.encoding.name == "topk" else 1
+        if self._locks.runs_inline(vector.device, slower * self._manifest.numel):
             return decode_and_measure(vector, self._manifest, receiver)
         # What a GPU decodes has a stream of its own there, and need not wait until others have computed.
         decode = self._locks.exclusive(HOST, decode_and_measure) if vector.device == HOST else decode_and_measure

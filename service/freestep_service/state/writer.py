@@ -21,7 +21,7 @@ from torch import Tensor
 
 from freestep.errors import ShardUnavailable
 from freestep_service.domain.records import LogPosition, Lost
-from freestep_service.state.compute import DeviceLocks, arithmetic_threads
+from freestep_service.state.compute import SLOWER, DeviceLocks, arithmetic_threads
 from freestep_service.state.log import Entry, Log
 from freestep_service.state.shard import Shard
 
@@ -30,9 +30,6 @@ __all__ = ["Writer"]
 logger = logging.getLogger("freestep")
 
 T = TypeVar("T")
-
-_SLOWER = 8
-"""What an element of an update counts that is more than a pass over the elements."""
 
 
 class Writer:
@@ -73,7 +70,7 @@ class Writer:
         self._under_way: set[asyncio.Future[Any]] = set()
         self._measured: tuple[Entry, asyncio.Future[Tensor]] | None = None
         """The entry whose distances are needed, until it is applied or lost, and this shard's part of them."""
-        work = shard.manifest.numel * (1 if shard.is_elementwise else _SLOWER)
+        work = shard.manifest.numel * (1 if shard.is_elementwise else SLOWER)
         inline = locks.runs_inline(shard.device, work)
         self._thread = None if inline else arithmetic_threads(f"writer-{name}", 1)
         self._waiters: set[tuple[int, asyncio.Future[None]]] = set()
