@@ -136,5 +136,5 @@ lab: $(VENV)/installed
 	$(BIN)/python -m examples.lab $(LAB)
 
 clean:
-	rm -rf $(VENV) build dist sbom.cdx.json demo-out lab-out scale-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist sbom.cdx.json demo-out lab-out race-out scale-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

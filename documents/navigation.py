@@ -78,7 +78,7 @@ NAVIGATION: Entries = [
         ],
     ),
     ("The lab", [("Evidence", "lab.md")]),
-    ("Speed", [("Figures", "speed.md"), ("How far a service goes", "scale.md")]),
+    ("Speed", [("Figures", "speed.md"), ("How far a service goes", "scale.md"), ("The race against DDP", "race.md")]),
     (
         "Reliability",
         [("Promises", "reliability.md"), ("The journal", "journal.md"), ("Runs under faults", "chaos.md")],

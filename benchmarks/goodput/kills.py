@@ -19,12 +19,12 @@ class Kill:
     victim: int
 
 
-def schedule(seed: int, mean: float, seconds: float, workers: int) -> list[Kill]:
+def schedule(seed: int, mean: float, seconds: float, workers: int, *, spares_service: bool = False) -> list[Kill]:
     """Kills with exponential times between them, `mean` seconds on average, each of any process alike."""
     chance = random.Random(f"{seed}/{mean}")
     kills: list[Kill] = []
     at = chance.expovariate(1 / mean)
     while at < seconds:
-        kills.append(Kill(at, chance.randrange(SERVICE, workers)))
+        kills.append(Kill(at, chance.randrange(0 if spares_service else SERVICE, workers)))
         at += chance.expovariate(1 / mean)
     return kills

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,19 +30,20 @@ class Supervisor:
         self.failures: list[str] = []
         """Processes that ended by themselves: whoever reads a run's figures has to know of them."""
 
-    def keep(self, number: int, arguments: Sequence[str]) -> None:
-        """Starts a command, and again whenever it ends."""
-        self._start(number, arguments)
-        keeper = threading.Thread(target=self._keep, args=(number, arguments), daemon=True)
+    def keep(self, number: int, arguments: Sequence[str], before: Sequence[str] = ()) -> None:
+        """Starts a command, and again whenever it ends. before: a command that starts the interpreter, if any."""
+        command = [*before, sys.executable, *arguments]
+        self._start(number, command)
+        keeper = threading.Thread(target=self._keep, args=(number, command), daemon=True)
         self._keepers.append(keeper)
         keeper.start()
 
-    def _start(self, number: int, arguments: Sequence[str]) -> bool:
+    def _start(self, number: int, command: Sequence[str]) -> bool:
         with self._lock:
             if self._is_ending:
                 return False
             self._running[number] = subprocess.Popen(
-                [sys.executable, *arguments],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -51,14 +52,14 @@ class Supervisor:
             )
             return True
 
-    def _keep(self, number: int, arguments: Sequence[str]) -> None:
+    def _keep(self, number: int, command: Sequence[str]) -> None:
         while True:
             code = self._running[number].wait()
             if code != -signal.SIGKILL and not self._is_ending:
                 self.failures.append(f"process {number} ended with {code}")
                 # Not as fast as it fails, which would leave the others no time.
                 time.sleep(1.0)
-            if not self._start(number, arguments):
+            if not self._start(number, command):
                 return
 
     def kill(self, number: int) -> None:
@@ -72,12 +73,15 @@ class Supervisor:
         with suppress(subprocess.TimeoutExpired):
             self._running[number].wait(_GRACE_S)
 
-    def end(self, numbers: Sequence[int]) -> None:
-        """SIGTERM, and SIGKILL to what is left of their sessions after a while."""
+    def end(self, numbers: Sequence[int], at_once: Collection[int] = ()) -> None:
+        """SIGTERM, and SIGKILL to what is left of their sessions after a while; `at_once` get SIGKILL alone."""
         with self._lock:
             self._is_ending = True
         for number in numbers:
-            self._running[number].terminate()
+            if number in at_once:
+                self._running[number].kill()
+            else:
+                self._running[number].terminate()
         for number in numbers:
             with suppress(subprocess.TimeoutExpired):
                 self._running[number].wait(_GRACE_S)
