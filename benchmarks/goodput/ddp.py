@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.goodput.ledger import APPLIED, COMPUTED, Ledger
+from benchmarks.goodput.torchrun import write_rank
 from benchmarks.goodput.training import LR, batches, model
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -41,8 +42,7 @@ def load_checkpoint(file: Path, net: nn.Module, optimizer: Any) -> int:
 
 
 def main(data: str, ledger_file: str, checkpoint: str, seconds: float, stop: str) -> None:
-    rank, file = int(os.environ["RANK"]), Path(checkpoint)
-    (Path(stop).parent / f"rank-{rank}.pid").write_text(str(os.getpid()))
+    rank, file = write_rank(Path(stop).parent), Path(checkpoint)
     distributed.init_process_group("gloo")
     net, ledger = model(), Ledger(Path(ledger_file))
     optimizer = AdamWScheduleFree(net.parameters(), lr=LR)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from benchmarks.goodput import torchrun
 from benchmarks.goodput.accounting import Outcome, account, pushes_behind
 from benchmarks.goodput.kills import SERVICE, Kill
 from benchmarks.goodput.ledger import APPLIED, entries
@@ -104,19 +103,15 @@ def run_ddp(
 ) -> Outcome:
     """A DDP job under torchrun. It has no service: the kills of that hit rank 0."""
     load(folder / "digits.pt")
-    supervisor = Supervisor(folder / "log", {"OMP_NUM_THREADS": "1"})
+    supervisor = Supervisor(folder / "log", torchrun.ENVIRONMENT)
     checkpoint, stop = folder / "checkpoint.pt", folder / "stop"
     script = [str(folder / "digits.pt"), str(folder / "ledger"), str(checkpoint), str(checkpoint_seconds), str(stop)]
-    launch = ["--standalone", "--nproc-per-node", str(workers), "--max-restarts", "100000", "--monitor-interval", "0.1"]
 
     def kill(victim: int) -> None:
-        rank = max(victim, 0)
-        # Between two starts of the job there is no such process, and the kill finds none.
-        with suppress(ProcessLookupError):
-            os.kill(int((folder / f"rank-{rank}.pid").read_text()), signal.SIGKILL)
+        torchrun.kill_rank(folder, max(victim, 0))
 
     try:
-        supervisor.keep(0, ["-m", "torch.distributed.run", *launch, "-m", "benchmarks.goodput.ddp", *script])
+        supervisor.keep(0, torchrun.arguments(workers, "benchmarks.goodput.ddp", script))
         took, sent = _run_schedule(supervisor, folder, kills, seconds, workers, kill)
         _checked(supervisor, folder)
         stop.touch()

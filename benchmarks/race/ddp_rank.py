@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.goodput.ddp import load_checkpoint, save_checkpoint
 from benchmarks.goodput.ledger import APPLIED, COMPUTED, Ledger
+from benchmarks.goodput.torchrun import write_rank
 from benchmarks.race.device import Device
 from benchmarks.race.looks import Album, moments, x_of
 from benchmarks.race.told import Told
@@ -29,9 +30,8 @@ def main() -> None:
         host, port = told.meeting.split(":")
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
         os.environ |= {"RANK": str(told.number), "WORLD_SIZE": str(told.workers)}
-    rank = int(os.environ["RANK"])
+    rank = write_rank(told.place)
     told = replace(told, number=rank)
-    (told.place / f"rank-{rank}.pid").write_text(str(os.getpid()))
     distributed.init_process_group("gloo")
     task, ledger, checkpoint = told.opened_task(), Ledger(told.place / "ledger"), told.place / "checkpoint.pt"
     net = task.model(told.seed)
@@ -45,7 +45,8 @@ def main() -> None:
     task.loss(replicas, next(task.batches(told.seed, rank, step))).backward()  # type: ignore[no-untyped-call]
     began = told.wait_for_begin()
     rhythm.device, rhythm.counts = told.device(task, began), True
-    album = Album(told.place, began, moments(told.seconds, told.look_s) if rank == 0 else [])
+    looked = moments(told.seconds, told.look_s) if rank == 0 else []
+    album = Album(told.place, began, looked, since=time.monotonic() - began)
     saved = time.monotonic()
     for pair in batches:
         optimizer.zero_grad()

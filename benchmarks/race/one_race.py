@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from benchmarks.goodput import torchrun
 from benchmarks.goodput.kills import SERVICE, Kill
 from benchmarks.goodput.ledger import APPLIED, COMPUTED, Entry, entries
 from benchmarks.goodput.supervisor import Supervisor
@@ -104,7 +104,7 @@ Parts = tuple[Supervisor, Sight | None, Callable[[int], None]]
 
 @contextmanager
 def _processes(race: Race, at: Place, folder: Path, data: Path) -> Iterator[Parts]:
-    supervisor = Supervisor(folder / "log", {"OMP_NUM_THREADS": "1", **at.environment})
+    supervisor = Supervisor(folder / "log", {**torchrun.ENVIRONMENT, **at.environment})
     started: list[int] = []
 
     def start(number: int, arguments: Sequence[str], where: int | None) -> None:
@@ -122,11 +122,9 @@ def _processes(race: Race, at: Place, folder: Path, data: Path) -> Iterator[Part
             start_workers("benchmarks.race.ddp_rank", f"{at.address(0)}:{at.port(0)}")
             yield supervisor, None, supervisor.kill
         elif kind == "torchrun":
-            launch = ["--standalone", "--nproc-per-node", str(race.workers), "--max-restarts", "100000"]
             told = _told(race, at, folder, data, 0, "").text()
-            script = ["--monitor-interval", "0.1", "-m", "benchmarks.race.ddp_rank", told]
-            start(0, ["-m", "torch.distributed.run", *launch, *script], None)
-            yield supervisor, None, lambda rank: _kill_rank(folder, rank)
+            start(0, torchrun.arguments(race.workers, "benchmarks.race.ddp_rank", [told]), None)
+            yield supervisor, None, lambda rank: torchrun.kill_rank(folder, rank)
         elif kind == "torchft":
             port = at.port(None)
             start(SERVICE, ["-m", "benchmarks.race.lighthouse", str(port)], None)
@@ -161,12 +159,6 @@ def _told(race: Race, at: Place, folder: Path, data: Path, number: int, meeting:
         at.address(number),
         meeting,
     )
-
-
-def _kill_rank(folder: Path, rank: int) -> None:
-    # Between two starts of the job there is no such process, and the kill finds none.
-    with suppress(ProcessLookupError):
-        os.kill(int((folder / f"rank-{rank}.pid").read_text()), signal.SIGKILL)
 
 
 def _follow(

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from schedulefree import AdamWScheduleFree
 
+from benchmarks.goodput import torchrun
 from benchmarks.goodput.accounting import Outcome, account, pushes_behind
 from benchmarks.goodput.ddp import load_checkpoint, save_checkpoint
 from benchmarks.goodput.kills import SERVICE, Kill, schedule
 from benchmarks.goodput.ledger import APPLIED, COMPUTED, SEEDED, Entry, Ledger, entries
 from benchmarks.goodput.plot import draw
+from benchmarks.goodput.supervisor import Supervisor
+from freestep.demo.data import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +92,34 @@ def test_a_ddp_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 def test_runs_are_drawn_whatever_the_waits_after_kills(tmp_path: Path, waits: list[float | None]) -> None:
     draw([Outcome("freestep, journal", mean, 10.0, 5, 4, waits, []) for mean in (5.0, 15.0)], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_ranks_of_a_ddp_job_come_back_after_one_was_killed(tmp_path: Path) -> None:
+    load(tmp_path / "digits.pt")
+    given = [str(tmp_path / name) for name in ("digits.pt", "ledger", "checkpoint.pt")]
+    supervisor = Supervisor(tmp_path / "log", torchrun.ENVIRONMENT)
+
+    def all_step(since: float) -> bool:
+        found = entries(tmp_path / "ledger")
+        return {each.worker for each in found if each.kind == APPLIED and each.computed > since} == {0, 1}
+
+    try:
+        supervisor.keep(0, torchrun.arguments(2, "benchmarks.goodput.ddp", [*given, "1000", str(tmp_path / "stop")]))
+        for killed in (1, 0):
+            began = time.monotonic()
+            while not all_step(began):
+                assert supervisor.failures == []
+                time.sleep(0.05)
+            torchrun.kill_rank(tmp_path, killed)
+        ended = time.monotonic()
+        while not all_step(ended):
+            time.sleep(0.05)
+    finally:
+        supervisor.end([0])
+    # At its first start and after each kill, and at no other time.
+    assert (tmp_path / "log").read_text().count("failed (exitcode") == 2
 
 
 @pytest.mark.slow
