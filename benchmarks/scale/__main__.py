@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.marked import fill
+
 PUBLISHED, TRIED, PAGE = Path("docs/scale"), Path("scale-out"), Path("docs/scale.md")
 
 
@@ -49,9 +51,9 @@ def main() -> None:
     from benchmarks.scale.validation import holds
 
     plots.draw(found, folder)
-    if folder == PUBLISHED:
-        tables.written(PAGE, found)
     made = tables.tables(found)
+    if folder == PUBLISHED:
+        fill(PAGE, made)
     print("\n\n".join(made.values()))
     sys.exit(0 if holds(found["compared"]) else 1)
 

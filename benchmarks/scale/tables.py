@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,18 +11,9 @@ from benchmarks.scale.measured import SHARDS
 from benchmarks.scale.validation import WITHIN
 from examples.lab.figures import Table, digits
 
-__all__ = ["tables", "written"]
+__all__ = ["tables"]
 
 _OUTCOME = ("gradients a second", "of what workers can", "staleness", "cents for 1,000")
-_MARKED = re.compile(r"<!-- made: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-
-
-def written(page: Path, found: Mapping[str, Any]) -> None:
-    """Puts the tables between the markers of a page. Raises KeyError for a marker that no table has."""
-    made = tables(found)
-    page.write_text(
-        _MARKED.sub(lambda match: f"<!-- made: {match[1]} -->\n{made[match[1]]}\n<!-- end -->", page.read_text())
-    )
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, str]:
