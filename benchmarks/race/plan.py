@@ -1,4 +1,4 @@
-"""Which races there are, which of them a command runs, and how long that takes."""
+"""Which races there are, in which order, which of them a command runs, and how long that takes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 
-from benchmarks.race.methods import METHODS
+from benchmarks.race.methods import METHODS, TRIES
 from benchmarks.race.tasks import TASKS
 from benchmarks.race.worlds import WORLDS
 
-__all__ = ["FULL", "QUICK", "Entrant", "Plan", "chosen", "estimated_s", "tuned"]
+__all__ = ["AROUND_S", "FULL", "QUICK", "Entrant", "Plan", "chosen", "estimated_s", "in_order", "tuned"]
 
-_AROUND_S = 7.0
-"""Around a race: processes start, and what was seen is evaluated."""
+AROUND_S = 7.0
+"""Around a race, with nothing beside it: processes start, and what was seen is evaluated."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,26 @@ class Entrant:
     def name(self) -> str:
         return f"{self.world}/{self.method}/{self.task}"
 
+    @property
+    def tuned_as(self) -> tuple[str, str]:
+        """The task and the method whose learning rate it takes."""
+        return self.task, METHODS[self.method].tuned_as or self.method
+
 
 @dataclass(frozen=True)
 class Plan:
     """How races are run.
 
-    names: patterns of those that run where none is asked for. seeds: of the races. tuning_seed: of the races that
-    learning rates are chosen by, none of the others. rates: of a method's grid, how many; of one alone nothing is
-    tried. share: of the worlds' seconds. look_s: between two looks.
+    names: patterns of those that run where none is asked for, first what says most. seeds: of the races; a world takes
+    as many of them as it says. tuning_seed: of the races that learning rates are chosen by, none of the others. tunes:
+    whether rates are tried, or the middle of each grid is taken. share: of the worlds' seconds. look_s: between two
+    looks.
     """
 
     names: tuple[str, ...]
     seeds: tuple[int, ...]
     tuning_seed: int
-    rates: int
+    tunes: bool
     workers: int
     share: float
     look_s: float
@@ -50,14 +56,20 @@ class Plan:
 
 FULL = Plan(
     (
-        *(f"{world.name}/*/digits" for world in WORLDS.values() if world.kill_mean is None),
+        "equal/*/*",
+        "slow-6/*/*",
         # The digits are learned before somebody is killed.
-        *(f"{world}/*/characters" for world in ("equal", "slow-6", "kills")),
+        "kills/*/characters",
+        "drawn/*/digits",
+        "slow-2/*/digits",
+        "slow-20/*/digits",
+        "link/*/digits",
+        "fast/*/digits",
     ),
     # The first by which somebody is killed in every race of that world; the other worlds have no use for that.
     seeds=(0, 2, 3),
     tuning_seed=1,
-    rates=4,
+    tunes=True,
     workers=4,
     share=1.0,
     look_s=0.5,
@@ -66,7 +78,7 @@ QUICK = Plan(
     ("equal/ddp/digits", "slow-6/ringmaster/digits"),
     seeds=(0,),
     tuning_seed=1,
-    rates=1,
+    tunes=False,
     workers=2,
     share=0.1,
     look_s=0.2,
@@ -74,12 +86,21 @@ QUICK = Plan(
 
 
 def chosen(plan: Plan, only: Sequence[str] = ()) -> list[Entrant]:
-    """What fits one of the patterns WORLD/METHOD/TASK, where * stands for any. Raises ValueError if nothing does."""
-    patterns = only or plan.names
-    for pattern in patterns:
-        if not any(fnmatchcase(each.name, pattern) for each in _all()):
-            raise ValueError(f"nothing that can be raced is {pattern}: WORLD/METHOD/TASK, such as slow-6/*/digits")
-    return [each for each in _all() if any(fnmatchcase(each.name, pattern) for pattern in patterns)]
+    """What is named: by WORLD what the plan has of it, by WORLD/METHOD/TASK, where * stands for any, all that there is.
+
+    In the order of the names. Raises ValueError for a name that nothing has.
+    """
+    found: dict[Entrant, None] = {}
+    for name in only or plan.names:
+        named = [each for each in _known(plan, name) if fnmatchcase(each.name, name if "/" in name else f"{name}/*/*")]
+        if not named:
+            raise ValueError(f"nothing that can be raced is {name}: WORLD, or WORLD/METHOD/TASK as in slow-6/*/digits")
+        found |= dict.fromkeys(named)
+    return list(found)
+
+
+def _known(plan: Plan, name: str) -> Iterable[Entrant]:
+    return _all() if "/" in name else chosen(plan)
 
 
 def _all() -> Iterator[Entrant]:
@@ -88,13 +109,20 @@ def _all() -> Iterator[Entrant]:
             yield Entrant(world.name, method.name, task)
 
 
+def in_order(plan: Plan, entrants: Sequence[Entrant]) -> list[tuple[Entrant, int]]:
+    """Entrants with their seeds: all with the first, then all with the next, so that a part says something of all."""
+    return [
+        (each, seed) for number, seed in enumerate(plan.seeds) for each in entrants if number < WORLDS[each.world].seeds
+    ]
+
+
 def tuned(entrants: Iterable[Entrant]) -> list[tuple[str, str]]:
     """The tasks and methods that need a learning rate."""
-    return list(dict.fromkeys((each.task, METHODS[each.method].tuned_as or each.method) for each in entrants))
+    return list(dict.fromkeys(each.tuned_as for each in entrants))
 
 
 def estimated_s(plan: Plan, entrants: Sequence[Entrant]) -> float:
-    """Seconds for all of it; one learning rate beyond each grid is counted."""
-    races = sum(len(plan.seeds) * (_AROUND_S + plan.share * WORLDS[each.world].seconds) for each in entrants)
-    trials = (plan.rates + 1) * len(tuned(entrants)) if plan.rates > 1 else 0
-    return races + trials * (_AROUND_S + plan.share * WORLDS["equal"].seconds)
+    """Seconds for all of it, with nothing beside it."""
+    races = sum(AROUND_S + plan.share * WORLDS[each.world].seconds for each, _ in in_order(plan, entrants))
+    tries = TRIES * len(tuned(entrants)) if plan.tunes else 0
+    return races + tries * (AROUND_S + plan.share * WORLDS["equal"].seconds)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Any
 
-from benchmarks.marked import fill
 from benchmarks.race.curves import gradients_to, loss_after, mean_and_spread, seconds_to
 from benchmarks.race.methods import METHODS, Method
-from benchmarks.race.plan import FULL, chosen
+from benchmarks.race.plan import FULL, chosen, in_order
 from benchmarks.race.results import Results
 from benchmarks.race.tasks import TASKS
 from benchmarks.race.tuning import best_rate
 from benchmarks.race.worlds import WORLDS, World
 from examples.lab.figures import Table, digits, plus_minus
 
-__all__ = ["tables", "write"]
+__all__ = ["tables"]
 
 Races = Sequence[Mapping[str, Any]]
 Cell = Callable[[Races], str]
@@ -26,14 +25,10 @@ Column = tuple[str, Callable[[World], str]]
 _NOT_RUN, _NOT_RACED = "", "–"
 
 
-def write(page: Path, results: Results) -> None:
-    """Puts the tables between the markers of the page."""
-    fill(page, tables(results))
-
-
 def tables(results: Results) -> dict[str, str]:
     """Markdown by marker."""
     made = {"machine": _machine(results), "complete": _complete(results), "rates": _rates(results)}
+    made |= {"short": _short(results), "plots": _plots(results)}
     for name, task in TASKS.items():
         made[f"seconds-{name}"] = "\n\n".join(
             _by_world(
@@ -69,7 +64,7 @@ def _machine(results: Results) -> str:
 
 def _complete(results: Results) -> str:
     """What of all that there is to run was run."""
-    wanted = [f"{each.name}/{seed}" for each in chosen(FULL) for seed in FULL.seeds]
+    wanted = [f"{each.name}/{seed}" for each, seed in in_order(FULL, chosen(FULL))]
     has = sum(name in results.races for name in wanted)
     lines = [f"Of {len(wanted)} races, {has} were run."]
     if has < len(wanted):
@@ -78,12 +73,46 @@ def _complete(results: Results) -> str:
     return " ".join(lines)
 
 
+def _short(results: Results) -> str:
+    """Seconds to a loss by DDP, by freestep's default, and by the first of all.
+
+    The loss is the task's first; where somebody is killed, the last, since the others are reached before that.
+    """
+    rows = []
+    for (task, of), world in product(TASKS.items(), WORLDS.values()):
+        target = of.targets[-1 if world.kill_mean else 0]
+        raced = {each.name: races for each in METHODS.values() if (races := _of(results, world.name, each.name, task))}
+        if raced:
+            shown = ["torchrun" if world.kill_mean else "ddp", "ringmaster"]
+            cells = [_seconds(raced[name], target) if name in raced else _NOT_RUN for name in shown]
+            rows.append([f"{task} to {target:g}, {world.says}", *cells, _first(raced, target)])
+    return Table("seconds to a loss", ["", "DDP", "freestep `ringmaster`", "first of all"], rows).markdown()
+
+
+def _plots(results: Results) -> str:
+    tasks = [name for name in TASKS if any(race["task"] == name for race in results.races.values())]
+    return "\n\n".join(f"![The loss over time on {name}, by world](race/{name}.png)" for name in tasks)
+
+
+def _first(raced: Mapping[str, Races], target: float) -> str:
+    """The method with the most seeds that came to the loss; of several, that with the least mean of their seconds."""
+    arrivals = []
+    for name, races in raced.items():
+        reached = [each for each in (seconds_to(race["curve"], target) for race in races) if each is not None]
+        if reached:
+            arrivals.append((1 - len(reached) / len(races), mean_and_spread(reached)[0], name))
+    if not arrivals:
+        return "none"
+    _, _, name = min(arrivals)
+    return f"{METHODS[name].says}: {_seconds(raced[name], target)}"
+
+
 def _rates(results: Results) -> str:
     rows = []
     for task in TASKS:
         for method in METHODS.values():
             losses = results.losses(task, method.name)
-            if losses is not None:
+            if losses:
                 tried = ", ".join(f"{rate:g}: {digits(loss)}" for rate, loss in losses.items())
                 rows.append([f"{task}, {method.says}", f"{best_rate(losses):g}", tried])
     return Table("learning rates, and the losses that they came to", ["", "chosen", "tried"], rows).markdown()
@@ -125,7 +154,7 @@ def _seconds(races: Races, target: float) -> str:
     found = [seconds_to(race["curve"], target) for race in races]
     reached = [each for each in found if each is not None]
     if not reached:
-        return "not reached"
+        return f"not in {races[0]['seconds']:g} s"
     average, spread = mean_and_spread(reached)
     of = f" ({len(reached)} of {len(found)})" if len(reached) < len(found) else ""
     return f"{average:.1f} ± {spread:.1f}{of}"

@@ -48,7 +48,7 @@ class Task(Protocol):
 
 class _Digits(Task):
     says = "the demo's network (52,138 parameters), 32 of 4,000 digits to a gradient; 1,000 digits are held out"
-    device_s, targets = 0.02, (0.2, 0.1)
+    device_s, targets = 0.03, (0.3, 0.12)
     _BATCH = 32
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +77,7 @@ class _Digits(Task):
 
 class _Characters(Task):
     says = "a transformer (78,000 parameters) on Python's language reference, 16 windows of 32 characters to a gradient"
-    device_s, targets = 0.02, (2.3, 2.0)
+    device_s, targets = 0.03, (2.5, 2.2, 2.0)
     _BATCH, _LENGTH, _WIDTH, _LAYERS, _HELD_OUT = 16, 32, 64, 1, 256
 
     def __init__(self, folder: Path) -> None:

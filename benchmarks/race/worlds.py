@@ -18,7 +18,7 @@ class World:
     slow: times that the last worker takes for a gradient. drawn: the most that a worker takes, drawn anew each second.
     kill_mean: mean seconds between kills of workers, None for no kills. is_linked: whether each worker, and the
     service, is a host of its own. device: of the task's seconds for a gradient, the share that this world's take.
-    seconds: how long a run lasts.
+    seconds: how long a run lasts. seeds: how many of the plan's it is raced with.
     """
 
     name: str
@@ -29,6 +29,7 @@ class World:
     is_linked: bool = False
     device: float = 1.0
     seconds: float = 8.0
+    seeds: int = 1
 
     def slowness(self, seed: int, worker: int, workers: int, at: float) -> float:
         """Times that a worker takes for a gradient that it begins `at` seconds after the start."""
@@ -47,12 +48,12 @@ class World:
 WORLDS = {
     world.name: world
     for world in (
-        World("equal", "equal workers"),
+        World("equal", "equal workers", seeds=3),
         World("slow-2", "one of four 2 times slower", slow=2.0),
-        World("slow-6", "one of four 6 times slower", slow=6.0),
+        World("slow-6", "one of four 6 times slower", slow=6.0, seeds=3),
         World("slow-20", "one of four 20 times slower", slow=20.0),
-        World("drawn", "1 to 6 times slower, drawn each second", drawn=6.0),
-        World("kills", "a kill every 15 s", kill_mean=15.0, seconds=30.0),
+        World("drawn", "1 to 6 times slower, drawn each second", drawn=6.0, seeds=3),
+        World("kills", "a kill every 15 s", kill_mean=15.0, seconds=30.0, seeds=3),
         World("link", "100 Mbit/s, 50 ms", is_linked=True),
         World("fast", "equal workers, a tenth of the time", device=0.1),
     )

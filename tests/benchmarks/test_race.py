@@ -1,10 +1,12 @@
-"""The race: its worlds, its device, its tasks, its looks, how rates are tuned, and what is planned."""
+"""The race: its worlds, its device, its tasks, its looks, how rates are tuned, and what is planned and run."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from schedulefree import AdamWScheduleFree
 from benchmarks.goodput.kills import SERVICE, schedule
 from benchmarks.race.device import Device
 from benchmarks.race.looks import Album, looks, moments, x_of
-from benchmarks.race.methods import METHODS
-from benchmarks.race.plan import FULL, QUICK, chosen, estimated_s, tuned
+from benchmarks.race.methods import METHODS, TRIES
+from benchmarks.race.one_race import Race
+from benchmarks.race.plan import AROUND_S, FULL, QUICK, chosen, estimated_s, in_order, tuned
+from benchmarks.race.results import Results
+from benchmarks.race.session import Session
 from benchmarks.race.tasks import TASKS, Task
 from benchmarks.race.told import Told
 from benchmarks.race.tuning import best_rate, tune
@@ -174,10 +179,15 @@ def valley(best: float) -> Callable[[float], float]:
 
 @pytest.mark.parametrize(
     ("best", "tried"),
-    [(2.0, [1.0, 2.0, 4.0]), (9.0, [1.0, 2.0, 4.0, 8.0]), (0.0, [0.5, 1.0, 2.0, 4.0])],
-    ids=["inside", "above", "below"],
+    [
+        (9.0, [1.0, 2.0, 4.0, 8.0]),
+        (0.0, [0.5, 1.0, 2.0, 4.0]),
+        (2.2, [1.0, 2.0, 2.8, 4.0]),
+        (1.7, [1.0, 1.4, 2.0, 4.0]),
+    ],
+    ids=["above", "below", "inside, above the middle", "inside, below the middle"],
 )
-def test_a_best_rate_at_the_edge_has_one_tried_beyond_it(best: float, tried: list[float]) -> None:
+def test_a_rate_more_is_tried_beside_the_best_of_the_grid(best: float, tried: list[float]) -> None:
     found = tune(valley(best), [1.0, 2.0, 4.0])
     assert list(found) == tried
     assert best_rate(found) == min(tried, key=valley(best))
@@ -194,17 +204,90 @@ def test_what_is_run_can_be_named() -> None:
     assert [each.name for each in chosen(FULL, ["slow-6/ddp/digits"])] == ["slow-6/ddp/digits"]
     assert {each.world for each in chosen(FULL, ["*/sync/characters"])} == set(WORLDS)
     assert {each.method for each in chosen(FULL, ["kills/*/digits"])} == set(METHODS) - {"ddp"}
-    with pytest.raises(ValueError, match=r"slow-7/\*/digits"):
-        chosen(FULL, ["slow-6/*/digits", "slow-7/*/digits"])
+    # Of a world that is named alone, what is planned.
+    assert {(each.world, each.task) for each in chosen(FULL, ["kills", "link"])} == {
+        ("kills", "characters"),
+        ("link", "digits"),
+    }
+    for unknown in ("slow-7/*/digits", "slow-7"):
+        with pytest.raises(ValueError, match=re.escape(unknown)):
+            chosen(FULL, ["slow-6/*/digits", unknown])
 
 
-def test_the_whole_takes_about_an_hour_and_the_quick_form_seconds() -> None:
-    assert 30 * 60 < estimated_s(FULL, chosen(FULL)) < 65 * 60
+def test_a_part_of_the_plan_says_something_of_all() -> None:
+    entrants = chosen(FULL)
+    races = in_order(FULL, entrants)
+    assert len(races) == len(set(races)) == sum(WORLDS[each.world].seeds for each in entrants)
+    assert races[: len(entrants)] == [(each, FULL.seeds[0]) for each in entrants]
+    assert {seed for each, seed in races if each.world == "kills"} == set(FULL.seeds)
+
+
+def test_the_whole_takes_three_quarters_of_an_hour_and_the_quick_form_seconds() -> None:
+    assert 30 * 60 < estimated_s(FULL, chosen(FULL)) <= 45 * 60
     assert estimated_s(QUICK, chosen(QUICK)) < 30
     assert FULL.tuning_seed not in FULL.seeds
 
 
 def test_each_method_has_a_rate_of_its_own_or_another_methods() -> None:
-    budgets = {len(METHODS[method].grid) for _, method in tuned(chosen(FULL))}
-    assert budgets == {FULL.rates}
+    assert {len(METHODS[method].grid) for _, method in tuned(chosen(FULL))} == {TRIES - 1}
     assert {method for _, method in tuned(chosen(FULL, ["kills/torch*/digits"]))} == {"ddp"}
+
+
+# A session
+
+
+class Raced:
+    """Runs races in no time; those of `broken` fail."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken = broken
+        self.races: list[Race] = []
+
+    def __call__(self, race: Race, data: Path) -> dict[str, Any]:
+        self.races.append(race)
+        if race.method == self.broken:
+            raise RuntimeError("process 2 ended with 1:\nits log")
+        return {"steps": 1, "curve": [[0.0, 0, 2.0, 0.1], [race.seconds, 9, abs(race.lr - 0.01), 0.9]]}
+
+
+def session(run: Raced, file: Path, seconds: float = inf) -> Session:
+    return Session(FULL, Results(file), file.parent, run, seconds)
+
+
+def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
+    entrants, first, second = chosen(FULL, ["slow-2"]), Raced(), Raced()
+    session(first, tmp_path / "results.json").race(entrants)
+    trials = [race for race in first.races if race.seed == FULL.tuning_seed]
+    assert len(trials) == TRIES * len(tuned(entrants)) and {race.world for race in trials} == {"equal"}
+    raced = [race for race in first.races if race.seed != FULL.tuning_seed]
+    assert [race.method for race in raced] == [each.method for each in entrants]
+    # What each is raced with is the best of what was tried of it.
+    assert {race.lr for race in raced if race.method in ("ddp", "sync", "ringmaster")} == {0.01}
+    session(second, tmp_path / "results.json").race(entrants)
+    assert second.races == []
+    results = Results(tmp_path / "results.json")
+    results.forget(chosen(FULL, ["slow-2/ringmaster/digits"]))
+    session(second, tmp_path / "results.json").race(entrants)
+    assert {race.method for race in second.races} == {"ringmaster"} and len(second.races) == TRIES + 1
+
+
+def test_no_race_begins_that_would_end_too_late(tmp_path: Path) -> None:
+    run = Raced()
+    # Long enough for a race of 8 s, not for one of 30.
+    short = session(run, tmp_path / "results.json", AROUND_S + 20.0)
+    short.race(chosen(FULL, ["equal/sync/characters", "kills/sync/characters"]))
+    assert not short.is_complete
+    assert {race.world for race in run.races} == {"equal"}
+    assert Results(tmp_path / "results.json").has(run.races[-1])
+
+
+def test_a_race_that_fails_keeps_no_other_from_being_run(tmp_path: Path) -> None:
+    run = Raced(broken="ringmaster")
+    failing = session(run, tmp_path / "results.json")
+    failing.race(chosen(FULL, ["slow-2"]))
+    assert failing.failures == ["slow-2/ringmaster/digits"]
+    results = Results(tmp_path / "results.json")
+    assert results.missing == {"slow-2/ringmaster/digits": "with seed 0, process 2 ended with 1"}
+    assert {race["method"] for race in results.races.values()} == {"ddp", "sync", "local", "diloco"}
+    session(Raced(), tmp_path / "results.json").race(chosen(FULL, ["slow-2"]))
+    assert Results(tmp_path / "results.json").missing == {}

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks.marked import fill
 from benchmarks.race.curves import gradients_to, loss_after, mean_and_spread, seconds_to
 from benchmarks.race.looks import moments
 from benchmarks.race.one_race import Race
-from benchmarks.race.plan import FULL, QUICK
+from benchmarks.race.plan import FULL, QUICK, chosen
 from benchmarks.race.plots import draw
 from benchmarks.race.results import Results
 from benchmarks.race.tables import tables
@@ -32,20 +33,31 @@ CURVE = [[0.0, 0, 2.0, 0.1], [1.0, 100, 1.0, 0.5], [2.0, 300, 0.5, 0.8], [3.0, 4
 
 def test_a_race_that_was_run_is_known_by_how_it_was_run(tmp_path: Path) -> None:
     race = Race("equal", "ddp", "digits", 0, 0.005, 4, 8.0, 0.5)
+    others = [replace(race, seed=1), replace(race, lr=0.01), replace(race, seconds=10.0)]
     results = Results(tmp_path / "new" / "results.json")
-    assert not results.has(race) and results.losses("digits", "ddp") is None
-    results.put_losses("digits", "ddp", {0.005: 0.25, 0.01: inf})
+    assert not results.has(race) and results.trial(race) is None and results.losses("digits", "ddp") == {}
+    results.put_trial(race, 0.25)
+    results.put_trial(replace(race, lr=0.0025), inf)
     results.put_missing("equal/ddp/digits", "a reason")
     results.put(race, {"curve": CURVE})
     again = Results(tmp_path / "new" / "results.json")
     assert again.has(race) and again.missing == {}
-    assert again.losses("digits", "ddp") == {0.005: 0.25, 0.01: inf}
-    for other in (
-        Race("equal", "ddp", "digits", 1, 0.005, 4, 8.0, 0.5),
-        Race("equal", "ddp", "digits", 0, 0.01, 4, 8.0, 0.5),
-        Race("equal", "ddp", "digits", 0, 0.005, 4, 10.0, 0.5),
-    ):
-        assert not again.has(other)
+    assert again.trial(race) == 0.25
+    assert again.losses("digits", "ddp") == {0.0025: inf, 0.005: 0.25}
+    assert not any(again.has(other) or again.trial(other) is not None for other in others)
+
+
+def test_what_is_forgotten_is_of_those_that_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    results = Results(file)
+    kept, gone = (Race("equal", method, "digits", 0, 0.005, 4, 8.0, 0.5) for method in ("ddp", "ringmaster"))
+    for race in (kept, gone):
+        results.put_trial(race, 0.25)
+        results.put(race, {"curve": CURVE})
+    results.forget(chosen(FULL, ["equal/ringmaster/digits"]))
+    again = Results(file)
+    assert again.has(kept) and again.trial(kept) == 0.25
+    assert not again.has(gone) and again.trial(gone) is None
 
 
 # Curves, tables, plots
@@ -107,6 +119,13 @@ def test_tables_show_what_was_run_and_leave_out_what_was_not(tmp_path: Path) -> 
     assert row["freestep `sync`"] == "1.0 ± 0.0"
     assert row["freestep DiLoCo"] == ""
     assert row["DDP at no cost"] == "not reached"
+    (short,) = [line for line in made["short"].splitlines() if "equal workers" in line]
+    assert [cell.strip() for cell in short.strip("|").split("|")] == [
+        f"digits to {target:g}, equal workers",
+        "1.0 ± 0.0 (1 of 2)",
+        "",
+        "freestep `sync`: 1.0 ± 0.0",
+    ]
     assert "no root" in made["complete"] and "3 were run" in made["complete"]
     assert "2 cores (P)" in made["machine"]
     assert cells(made["gradients-digits"], "equal workers")[1] == "133"
