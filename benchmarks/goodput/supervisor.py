@@ -21,7 +21,7 @@ class Supervisor:
     """Keeps commands of this interpreter running; their output goes to one file."""
 
     def __init__(self, log: Path, environment: dict[str, str]) -> None:
-        self._log = log.open("ab")
+        self._log = log
         self._environment = {**os.environ, **environment}
         self._lock = threading.Lock()
         self._running: dict[int, subprocess.Popen[bytes]] = {}
@@ -42,14 +42,15 @@ class Supervisor:
         with self._lock:
             if self._is_ending:
                 return False
-            self._running[number] = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                env=self._environment,
-                start_new_session=True,
-            )
+            with self._log.open("ab") as log:
+                self._running[number] = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._environment,
+                    start_new_session=True,
+                )
             return True
 
     def _keep(self, number: int, command: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 
+import torch
+
 from benchmarks.marked import fill
 from benchmarks.race.one_race import run
 from benchmarks.race.plan import FULL, QUICK, chosen, estimated_s
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(each.name for each in entrants))
         print(f"about {estimated_s(plan, entrants) / 60:.0f} minutes, if none of it was run before")
         return
+    # What was seen is evaluated on one thread: two wait for each other while the last race's processes end.
+    torch.set_num_threads(1)
     results, failures = Results(folder / "results.json"), []
     # Processes end with this one, also where a signal ends it.
     end_on_signals()

@@ -182,7 +182,7 @@ def valley(best: float) -> Callable[[float], float]:
     [
         (9.0, [1.0, 2.0, 4.0, 8.0]),
         (0.0, [0.5, 1.0, 2.0, 4.0]),
-        (2.2, [1.0, 2.0, 2.8, 4.0]),
+        (2.7, [1.0, 2.0, 2.8, 4.0]),
         (1.7, [1.0, 1.4, 2.0, 4.0]),
     ],
     ids=["above", "below", "inside, above the middle", "inside, below the middle"],
