@@ -13,6 +13,7 @@ import pytest
 from asgi_calls import Answer, call, scope_of
 from fake_transport import FakeTransport
 from freestep.errors import RangeNotSatisfiable, ShardUnavailable
+from freestep.wire.spans import Span
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.web.error_boundary import ErrorBoundary
 from freestep_service.web.responses import SnapshotResponse, is_known, parse_range, requested_span
@@ -96,6 +97,29 @@ def test_any_range_of_a_point(begin: int, end: int) -> None:
     assert (answer.status, answer.body) == (206, point.whole[begin:end])
     assert answer.headers["content-range"] == f"bytes {begin}-{end - 1}/{point.size}"
     assert answer.headers["content-length"] == str(end - begin)
+
+
+def test_an_answer_in_memory_is_counted_though_nobody_reads_its_head() -> None:
+    class Memory:
+        async def lay(self, point: Any) -> Span:
+            return Span(0, point.size)
+
+    async def gone(message: Any) -> None:
+        raise ConnectionResetError
+
+    async def work() -> None:
+        point: Any = Point(1000)
+        spent = list[int]()
+        shared: Any = {"spend": spent.append, "memory": Memory()}
+        answer = SnapshotResponse(point, Reading("y", "F32"), 30.0, **shared)
+        with pytest.raises(ConnectionResetError):
+            await answer(scope_of("GET", "/"), never, gone)
+        assert spent == [point.size]
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    run(work)
 
 
 @pytest.mark.parametrize("size", [400_000, SIZE])

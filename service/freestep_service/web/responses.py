@@ -110,14 +110,14 @@ class SnapshotResponse(Response):
                 lines |= {"Content-Length": "0", "Freestep-Span": str(laid), "Cache-Control": "no-store"}
             raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
             start: Message = {"type": "http.response.start", "status": 206 if span else 200, "headers": raw}
+            if not is_head_only:
+                self._spend(end - begin)
             if is_head_only or laid is not None:
                 await send(start)
                 await send({"type": "http.response.body"})
                 if laid is not None:
-                    self._spend(end - begin)
                     self._answered(monotonic() - began)
                 return
-            self._spend(end - begin)
             if end - begin > SHORT:
                 with _aborted_on_failure(scope, self._stall_s):
                     await _send(scope, send, start, snapshot, begin, end, self._stall_s)
