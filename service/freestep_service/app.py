@@ -227,6 +227,7 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     json_bodies = JsonBodies(settings.queue_seconds)
     stack.callback(json_bodies.close)
     memories = await stack.enter_async_context(Memories(resources))
+    resources.memory.recall = memories.give_back
     return ServiceContext(
         settings, store, claims, relay, registry, tokens, SignInLinks(), audit, metrics, json_bodies, device, memories
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import Policy
 from freestep_service.state.bodies import room
 from freestep_service.state.buffers import Vector
-from freestep_service.state.memory_budget import MemoryBudget, machine_memory, run_bytes, snapshot_vectors
+from freestep_service.state.memory_budget import (
+    MemoryBudget,
+    available_memory,
+    machine_memory,
+    run_bytes,
+    snapshot_vectors,
+)
 from freestep_service.state.shard import Entry, Shard
 from freestep_service.state.staging import staging_vectors
 from meanwhile import at_once
@@ -85,6 +92,24 @@ def test_threads_reserve_no_more_than_there_is() -> None:
     assert sum(at_once(*[take] * 4)) == 100
     budget.release(100)
     assert budget.free == 100
+
+
+def test_names_come_before_what_is_lent() -> None:
+    budget, missing = MemoryBudget(100), list[int]()
+    budget.recall = missing.append
+    # As much again has to be free.
+    assert not budget.lend(51)
+    assert budget.lend(50) and not budget.lend(26) and budget.lend(25)
+    assert budget.free == 25 and not budget.try_reserve(26)
+    budget.reserve("first", 25)
+    assert not missing
+    budget.reserve("second", 60)
+    assert missing == [60] and budget.free == -60
+    with pytest.raises(InvalidSpec):
+        budget.reserve("third", 16)
+    assert missing == [60]
+    budget.give_back(75)
+    assert budget.free == 15
 
 
 def machine(root: Path, cgroup: str, mountinfo: str, limits: dict[str, str]) -> Path:
@@ -158,6 +183,51 @@ def test_a_machine_without_cgroups_has_what_it_has(tmp_path: Path) -> None:
     assert machine_memory(tmp_path) == PHYSICAL
     assert machine_memory(machine(tmp_path, "", ELSE, {})) == PHYSICAL
     assert 0 < machine_memory() <= PHYSICAL
+
+
+MEMINFO = "MemTotal:       1000000 kB\nMemFree:          10000 kB\nMemAvailable:     {} kB\n"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 100 * MIB),
+        ({"a/memory.max": f"{64 * MIB}\n", "a/memory.current": f"{24 * MIB}\n"}, 40 * MIB),
+        ({"memory.max": f"{64 * MIB}\n", "memory.current": f"{24 * MIB}\n", "a/memory.max": "max\n"}, 40 * MIB),
+        ({"a/memory.max": f"{64 * MIB}\n", "a/memory.current": f"{65 * MIB}\n"}, 0),
+        # Pages of files are had back.
+        (
+            {
+                "a/memory.max": f"{64 * MIB}\n",
+                "a/memory.current": f"{60 * MIB}\n",
+                "a/memory.stat": f"anon 1\ninactive_file {30 * MIB}\nactive_file 7\n",
+            },
+            34 * MIB,
+        ),
+        ({"a/memory.max": f"{640 * MIB}\n", "a/memory.current": "0\n"}, 100 * MIB),
+    ],
+)
+def test_what_is_available_is_what_machine_and_cgroups_leave(
+    tmp_path: Path, limits: dict[str, str], expected: int
+) -> None:
+    files = {f"sys/fs/cgroup/{path}": text for path, text in limits.items()}
+    files["proc/meminfo"] = MEMINFO.format(100 * 1024)
+    assert available_memory(machine(tmp_path, "0::/a\n", V2.format(root="/"), files)) == expected
+
+
+def test_what_is_available_in_a_cgroup_of_version_1(tmp_path: Path) -> None:
+    limits = {"limit_in_bytes": 64 * MIB, "usage_in_bytes": 60 * MIB}
+    files = {f"sys/fs/cgroup/memory/memory.{name}": f"{size}\n" for name, size in limits.items()}
+    files["sys/fs/cgroup/memory/memory.stat"] = f"inactive_file 5\ntotal_inactive_file {MIB}\n"
+    files["proc/meminfo"] = MEMINFO.format(100 * 1024)
+    assert available_memory(machine(tmp_path, "4:memory:/\n", V1.format(root="/"), files)) == 5 * MIB
+
+
+def test_a_system_that_does_not_say_what_is_available(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        available_memory(machine(tmp_path, "", "", {"proc/meminfo": "MemTotal: 1 kB\n"}))
+    if sys.platform == "linux":
+        assert 0 < available_memory() < PHYSICAL
 
 
 def run_spec(form: str, **changes: Any) -> RunSpec:

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,7 +81,13 @@ def locks() -> Iterator[DeviceLocks]:
 
 
 @pytest.fixture
-def share(locks: DeviceLocks) -> Callable[..., Shared]:
+def threads() -> Iterator[Executor]:
+    with ThreadPoolExecutor(1) as made:
+        yield made
+
+
+@pytest.fixture
+def share(locks: DeviceLocks, threads: Executor) -> Callable[..., Shared]:
     def make(body: int = BODY, answer: int = BODY) -> Shared:
         layout, freed, gone = Layout.of(MANIFEST, body, answer), list[None](), asyncio.Event()
 
@@ -89,7 +95,7 @@ def share(locks: DeviceLocks) -> Callable[..., Shared]:
             freed.append(None)
             gone.set()
 
-        memory = SharedMemory(layout, locks, note)
+        memory = SharedMemory(layout, locks, threads, note)
         with memory.handing_over() as descriptor:
             return Shared(memory, memoryview(mmap.mmap(descriptor, layout.size)), freed, gone)
 
@@ -108,6 +114,18 @@ def test_a_body_is_copied_and_digested(share: Callable[..., Shared], size: int) 
     part = SharedBody(shared.memory, Span(7, 1000))
     assert part.length == 993
     assert asyncio.run(part.receive_digest()) == xxhash.xxh3_128(body[7:1000]).hexdigest()
+
+
+def test_others_go_on_while_a_body_is_digested(share: Callable[..., Shared]) -> None:
+    shared = share()
+
+    async def main() -> None:
+        digesting = asyncio.create_task(SharedBody(shared.memory, Span(0, BODY)).receive_digest())
+        await asyncio.sleep(0)
+        assert not digesting.done()
+        await digesting
+
+    asyncio.run(main())
 
 
 def test_what_the_client_writes_meanwhile_changes_no_copy(share: Callable[..., Shared]) -> None:
@@ -197,24 +215,24 @@ def test_an_answer_without_room_is_not_laid(share: Callable[..., Shared], header
     assert shared.theirs[:BODY] == body
 
 
-def test_nobody_can_change_its_size(locks: DeviceLocks) -> None:
+def test_nobody_can_change_its_size(locks: DeviceLocks, threads: Executor) -> None:
     layout = Layout.of(MANIFEST, BODY, BODY)
-    with SharedMemory(layout, locks, lambda: None).handing_over() as descriptor:
+    with SharedMemory(layout, locks, threads, lambda: None).handing_over() as descriptor:
         for size in (0, 2 * layout.size):
             with pytest.raises(PermissionError):
                 os.ftruncate(descriptor, size)
 
 
-def test_when_it_was_handed_over_or_closed_no_descriptor_is_left(locks: DeviceLocks) -> None:
+def test_when_it_was_handed_over_or_closed_no_descriptor_is_left(locks: DeviceLocks, threads: Executor) -> None:
     before, freed = memory_files(), asyncio.Semaphore(0)
 
     async def main() -> None:
-        memory = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, freed.release)
+        memory = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, threads, freed.release)
         with memory.handing_over():
             pass
         memory.close()
         await freed.acquire()
-        never = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, freed.release)
+        never = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, threads, freed.release)
         never.close()
         await freed.acquire()
 
@@ -222,19 +240,16 @@ def test_when_it_was_handed_over_or_closed_no_descriptor_is_left(locks: DeviceLo
     assert memory_files() <= before
 
 
-def test_its_pages_are_given_back_by_a_thread(locks: DeviceLocks) -> None:
+def test_its_pages_are_given_back_by_a_thread(locks: DeviceLocks, threads: Executor) -> None:
     async def main() -> None:
         freed = asyncio.Event()
-        memory = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, freed.set)
-        place = newest_mapping()
-        with ThreadPoolExecutor(1) as busy:
-            asyncio.get_running_loop().set_default_executor(busy)
-            held = threading.Event()
-            busy.submit(held.wait)
-            memory.close()
-            assert place in Path("/proc/self/maps").read_text() and not freed.is_set()
-            held.set()
-            await freed.wait()
+        memory = SharedMemory(Layout.of(MANIFEST, 1, 1), locks, threads, freed.set)
+        place, held = newest_mapping(), threading.Event()
+        threads.submit(held.wait)
+        memory.close()
+        assert place in Path("/proc/self/maps").read_text() and not freed.is_set()
+        held.set()
+        await freed.wait()
         assert place not in Path("/proc/self/maps").read_text()
 
     asyncio.run(asyncio.wait_for(main(), 60))
@@ -256,9 +271,9 @@ def test_pages_that_the_client_takes_away_are_empty_ones(share: Callable[..., Sh
     assert sink.data == bytes(BODY)
 
 
-def test_what_cannot_be_made_leaves_no_descriptor(locks: DeviceLocks) -> None:
+def test_what_cannot_be_made_leaves_no_descriptor(locks: DeviceLocks, threads: Executor) -> None:
     before = memory_files()
     with pytest.raises(OSError):
         # The system allocates no bytes.
-        SharedMemory(Layout(0, 0, 0), locks, lambda: None)
+        SharedMemory(Layout(0, 0, 0), locks, threads, lambda: None)
     assert memory_files() <= before

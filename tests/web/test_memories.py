@@ -179,10 +179,16 @@ def test_a_lease_that_ends_takes_its_memory_along(
 
 
 @pytest.fixture
-def watched(start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    """A run of a service that often looks whether leases have ended."""
+def watched_service(start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch) -> ThreadService:
+    """A service that often looks whether leases have ended."""
     monkeypatch.setattr("freestep_service.web.memories._LOOK_S", 0.02)
-    api = Api(start_service().url)
+    return start_service()
+
+
+@pytest.fixture
+def watched(watched_service: ThreadService) -> Iterator[Api]:
+    """A run of it."""
+    api = Api(watched_service.url)
     api.create()
     yield api
     api.http.close()
@@ -246,6 +252,18 @@ def test_a_lease_has_one_memory(api: Api, service: ThreadService, share: Callabl
     wait_until(lambda: budget(service).free == free)
 
 
+def test_offers_that_nobody_fetches_keep_no_memory_from_others(watched: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freestep_service.web.memories._MOST", 1)
+    offers = [offered(watched, watched.lease(worker)).json() for worker in "ab"]
+    handed = fetch(watched, watched.lease())
+    # There is one now.
+    for offer in offers:
+        connection, line, descriptors = show(offer)
+        assert (line, descriptors) == (b"", [])
+        connection.close()
+    handed.close()
+
+
 def test_there_are_so_many_memories(watched: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("freestep_service.web.memories._MOST", 1)
     first = fetch(watched, watched.lease())
@@ -280,13 +298,13 @@ def test_a_wrong_ticket_gets_nothing(api: Api, ticket: str) -> None:
     connection.close()
 
 
-def test_a_ticket_that_nobody_shows_runs_out(watched: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ticket_that_nobody_shows_runs_out(
+    watched: Api, watched_service: ThreadService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("freestep_service.web.memories._TICKET_S", 0.05)
-    monkeypatch.setattr("freestep_service.web.memories._MOST", 1)
-    lease, other = watched.lease(), watched.lease("other")
-    offer = offered(watched, lease).json()
-    # Another has its place when it has run out.
-    wait_until(lambda: offered(watched, other).status_code == 201)
+    offer = offered(watched, watched.lease()).json()
+    memories = watched_service.app.state.context.memories
+    wait_until(lambda: offer["ticket"] not in memories._tickets)
     connection, line, descriptors = show(offer)
     assert (line, descriptors) == (b"", [])
     connection.close()
@@ -324,6 +342,71 @@ def test_memory_that_was_taken_after_the_offer_is_not_given(api: Api, service: T
     finally:
         budget(service).release(free)
     connection.close()
+
+
+def test_memory_that_the_machine_has_not_is_not_given(
+    api: Api, service: ThreadService, share: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = share().grant["size"]
+    lease, free = api.lease("other"), budget(service).free
+    monkeypatch.setattr("freestep_service.web.memories.available_memory", lambda: 2 * size - 1)
+    connection, line, descriptors = show(offered(api, lease).json())
+    assert (line, descriptors) == (b"", [])
+    connection.close()
+    wait_until(lambda: budget(service).free == free)
+    monkeypatch.setattr("freestep_service.web.memories.available_memory", lambda: 2 * size)
+    fetch(api, lease).close()
+
+
+def test_memories_make_room_for_runs(api: Api, service: ThreadService, share: Callable[..., Handed]) -> None:
+    first, second = share("first"), share("second")
+    free, size = budget(service).free, first.grant["size"]
+    assert budget(service).try_reserve(free)
+    other = Api(api.url)
+    try:
+        other.create()
+        assert first.is_over
+        wait_until(lambda: budget(service).free >= 0)
+        assert slug(first.push(0)) == "memory-not-shared"
+        # As many as it takes.
+        assert second.push(0).json()["decision"] == "applied"
+        assert budget(service).free < size
+    finally:
+        budget(service).release(free)
+    other.http.delete(other.path())
+    other.http.close()
+
+
+def test_a_service_without_a_unix_socket_shares_none(
+    start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The name of the socket is too long for the system then.
+    monkeypatch.setattr("freestep_service.web.memories._TICKET_BYTES", 100)
+    api = Api(start_service().url)
+    api.create()
+    lease = api.lease()
+    assert slug(offered(api, lease)) == "memory-not-shared"
+    assert api.push(lease, 0).json()["decision"] == "applied"
+    assert api.http.get("/readyz").json()["shared_memory"] is None
+    assert sum("no memory is shared" in record.getMessage() for record in caplog.records) == 1
+    api.http.close()
+
+
+def test_threads_of_their_own_make_pages_and_free_them(
+    api: Api, share: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, freed = [], threading.Event()
+
+    class Noted(SharedMemory):
+        def __init__(self, layout: Any, locks: Any, threads: Any, done: Callable[[], None]) -> None:
+            made.append(threading.current_thread().name)
+            assert not threads.submit(lambda: made.append(threading.current_thread().name)).exception()
+            super().__init__(layout, locks, threads, lambda: (done(), freed.set()))
+
+    monkeypatch.setattr("freestep_service.web.memories.SharedMemory", Noted)
+    share().close()
+    assert freed.wait(60)
+    assert len(made) == 2 and all(name.startswith("freestep-pages") for name in made)
 
 
 def test_a_lease_that_ends_while_its_memory_is_made_leaves_nothing(

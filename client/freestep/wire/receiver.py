@@ -27,7 +27,7 @@ from freestep.wire.header import (
 )
 from freestep.wire.manifest import Manifest
 
-__all__ = ["MEDIA_TYPE", "Beside", "FramedReceiver", "Receiver", "Sink", "lay"]
+__all__ = ["MEDIA_TYPE", "Beside", "FramedReceiver", "Receiver", "Sink", "free_part", "lay"]
 
 MEDIA_TYPE = "application/vnd.safetensors"
 
@@ -50,6 +50,14 @@ class Sink(Protocol):
         """Called when `size` bytes are at the front of `get_buffer()`. May raise, and is not used after that."""
 
 
+def free_part(sink: Sink) -> memoryview:
+    """Where a sink's next bytes go. Raises what the sink raises, and MalformedTensors if it has no room for more."""
+    buffer = sink.get_buffer()
+    if not buffer:
+        raise MalformedTensors("there are bytes left over after the last tensor")
+    return buffer
+
+
 def lay(sink: Sink, data: bytes | bytearray | memoryview) -> None:
     """Copies bytes into a sink.
 
@@ -57,9 +65,7 @@ def lay(sink: Sink, data: bytes | bytearray | memoryview) -> None:
     """
     view = memoryview(data)
     while view:
-        buffer = sink.get_buffer()
-        if not buffer:
-            raise MalformedTensors("there are bytes left over after the last tensor")
+        buffer = free_part(sink)
         size = min(len(buffer), len(view))
         buffer[:size] = view[:size]
         view = view[size:]

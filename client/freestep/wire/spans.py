@@ -38,7 +38,7 @@ class Span(NamedTuple):
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:
-    """Copies all of `source` to `target`, of as many bytes; other threads may run meanwhile."""
+    """Copies all of `source` to `target`, of as many bytes. Other threads may run meanwhile, unless it is read-only."""
     if source.readonly:
         target[:] = source
     elif len(source) == len(target) > 0:

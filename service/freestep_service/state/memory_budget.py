@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -23,11 +23,13 @@ from freestep_service.state.bodies import room
 from freestep_service.state.compute import HOST
 from freestep_service.state.staging import staging_vectors
 
-__all__ = ["MemoryBudget", "machine_memory", "run_bytes", "snapshot_vectors"]
+__all__ = ["MemoryBudget", "available_memory", "machine_memory", "run_bytes", "snapshot_vectors"]
 
 
 class MemoryBudget:
     """`total` bytes of host memory, reserved under names, which stand for runs, or in amounts, which stand for buffers.
+
+    What is lent besides, names come before: they may be reserved in its place, and who lends it out gets it back then.
 
     It only counts. Safe to use from several threads.
     """
@@ -35,14 +37,16 @@ class MemoryBudget:
     def __init__(self, total: int) -> None:
         self.total = total
         self._named: dict[str, int] = {}
-        self._amounts = 0
+        self._amounts = self._lent = 0
         self._lock = threading.Lock()
+        self.recall: Callable[[int], None] = lambda size: None
+        """Is told how many lent bytes a name has been reserved in the place of; called by the thread that reserves."""
 
     @property
     def free(self) -> int:
-        """Bytes that are not reserved."""
+        """Bytes that are neither reserved nor lent; below 0, as many lent bytes are reserved too."""
         with self._lock:
-            return self._free()
+            return self._free() - self._lent
 
     def _free(self) -> int:
         return self.total - self._amounts - sum(self._named.values())
@@ -63,6 +67,9 @@ class MemoryBudget:
                     total_bytes=self.total,
                 )
             self._named[name] = size
+            missing = self._lent - self._free()
+        if missing > 0:
+            self.recall(missing)
 
     def cancel(self, name: str) -> None:
         """Gives back what is reserved under a name, if anything is."""
@@ -72,7 +79,7 @@ class MemoryBudget:
     def try_reserve(self, size: int) -> bool:
         """Reserves `size` bytes; False, and nothing has changed, where they are not free."""
         with self._lock:
-            if size > self._free():
+            if size > self._free() - self._lent:
                 return False
             self._amounts += size
             return True
@@ -82,6 +89,20 @@ class MemoryBudget:
         with self._lock:
             assert 0 <= size <= self._amounts, "more is released than was reserved"
             self._amounts -= size
+
+    def lend(self, size: int) -> bool:
+        """Lends `size` bytes, of which as many again are free; False, and nothing has changed, where they are not."""
+        with self._lock:
+            if 2 * size > self._free() - self._lent:
+                return False
+            self._lent += size
+            return True
+
+    def give_back(self, size: int) -> None:
+        """Ends a loan."""
+        with self._lock:
+            assert 0 <= size <= self._lent, "more is given back than was lent"
+            self._lent -= size
 
 
 def _gib(size: int) -> str:
@@ -124,11 +145,24 @@ def machine_memory(root: Path = Path("/")) -> int:
     root: where /proc and /sys are.
     """
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([physical, *_cgroup_limits(root)])
+    return min([physical, *(limit for limit, _ in _cgroups(root))])
 
 
-def _cgroup_limits(root: Path) -> Iterator[int]:
-    """The limits of the process's cgroups and of those above them, version 1 and version 2 (man 7 cgroups)."""
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process could take now: of the machine, and of each cgroup's limit what its processes leave.
+
+    What cgroups count as used has pages of files in it, of which those that are inactive can be had. Reads files;
+    raises OSError where there are none of Linux's.
+    """
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = 1024 * int(line.split()[1])
+            return min([available, *(max(limit - used, 0) for limit, used in _cgroups(root))])
+    raise OSError("the kernel does not say how much memory is available")
+
+
+def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use, of the process's cgroups and of those above them, version 1 and version 2 (man 7 cgroups)."""
     try:
         memberships = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
@@ -142,15 +176,15 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
         mount_root, mount_point = (field.replace("\\040", " ") for field in fields.split()[3:5])
         kind, _, options = system.split(maxsplit=2)
         if kind == "cgroup2":
-            path, file = paths.get(""), "memory.max"
+            path, files = paths.get(""), ("memory.max", "memory.current", "inactive_file")
         elif kind == "cgroup" and "memory" in options.split(","):
             path = next((path for controllers, path in paths.items() if "memory" in controllers.split(",")), None)
-            file = "memory.limit_in_bytes"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         if path is not None:
             top = root / mount_point.lstrip("/")
-            yield from _limits(top, _below(path, mount_root), file)
+            yield from _limits(top, _below(path, mount_root), *files)
 
 
 def _below(path: str, mount_root: str) -> PurePosixPath:
@@ -161,8 +195,13 @@ def _below(path: str, mount_root: str) -> PurePosixPath:
     return cgroup.relative_to(mount_root)
 
 
-def _limits(top: Path, below: PurePosixPath, file: str) -> Iterator[int]:
+def _limits(top: Path, below: PurePosixPath, limit: str, use: str, inactive: str) -> Iterator[tuple[int, int]]:
     for path in [below, *below.parents]:
         # The file is missing at the root, and "max" is no number.
         with suppress(OSError, ValueError):
-            yield int((top / path / file).read_text())
+            limited, used = int((top / path / limit).read_text()), 0
+            with suppress(OSError, ValueError):
+                used = int((top / path / use).read_text())
+                stat = dict(line.split() for line in (top / path / "memory.stat").read_text().splitlines())
+                used -= int(stat.get(inactive, 0))
+            yield limited, used

@@ -13,16 +13,17 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple, Protocol, Self
 
 import xxhash
 
-from freestep.errors import MalformedTensors, MemoryNotShared
+from freestep.errors import MemoryNotShared
 from freestep.wire.header import PREFIX, header_limit
 from freestep.wire.manifest import Manifest
-from freestep.wire.receiver import Sink
+from freestep.wire.receiver import Sink, free_part
 from freestep.wire.spans import Span, copy_bytes
 from freestep_service.state.compute import DeviceLocks, uninterrupted
 
@@ -36,7 +37,8 @@ _INLINE = 256 * 1024
 """Bytes that are copied faster than a thread would begin."""
 _PIECE = 256 * 1024
 """Bytes that are digested while they are in the processor's cache."""
-_SCRATCH = 256 * 1024
+_SCRATCH = 1024 * 1024
+"""Bytes of a body that are digested at once where it is not kept: more than inline, or the event loop would not run."""
 
 
 class Layout(NamedTuple):
@@ -71,18 +73,21 @@ class Answer(Protocol):
 class SharedMemory:
     """One memory, from when it is made until it is closed and nobody uses it; `freed` is called when it is gone then.
 
-    Its pages are there when it has been made, which takes a moment: call it in a thread. Raises OSError.
+    threads: give its pages back. These are there when it has been made, which takes a moment: call it in a thread.
+    Raises OSError.
     """
 
-    def __init__(self, layout: Layout, locks: DeviceLocks, freed: Callable[[], None]) -> None:
+    def __init__(self, layout: Layout, locks: DeviceLocks, threads: Executor, freed: Callable[[], None]) -> None:
         self.layout = layout
         self._locks = locks
+        self._threads = threads
         self._freed = freed
         self._is_used = self._is_closed = False
         self._descriptor = os.memfd_create("freestep", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._descriptor, layout.size)
-            # Where there is no memory, this tells; an access would end the process.
+            # Pages are made here, where want of them may be told, and not by an access, which would end the process.
+            # But the system may count on memory that it has not: who calls measures what is there before.
             os.posix_fallocate(self._descriptor, 0, layout.size)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, seals)
@@ -115,7 +120,7 @@ class SharedMemory:
         if self._is_closed and not self._is_used:
             pages, self._bytes = self._bytes, memoryview(b"")
             # A gigabyte takes the system the better part of a second.
-            gone = asyncio.get_running_loop().run_in_executor(None, pages.release)
+            gone = asyncio.get_running_loop().run_in_executor(self._threads, pages.release)
             gone.add_done_callback(lambda _: self._freed())
 
     @contextmanager
@@ -141,9 +146,7 @@ class SharedMemory:
         with self._used() as memory:
             at = span.begin
             while at < span.end:
-                buffer = sink.get_buffer()
-                if not buffer:
-                    raise MalformedTensors("there are bytes left over after the last tensor")
+                buffer = free_part(sink)
                 size = min(len(buffer), span.end - at, _STRIDE)
                 await self._run(size, _take, buffer[:size], memory[at : at + size], digest)
                 sink.buffer_updated(size)

@@ -13,6 +13,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
 from freestep_service.state.bodies import room
 from freestep_service.state.compute import uninterrupted
+from freestep_service.state.memory_budget import available_memory
 from freestep_service.state.shared_memory import IS_POSSIBLE, Layout, SharedMemory
 
 __all__ = ["Memories"]
@@ -43,6 +45,7 @@ _MOST_WAITING = 64
 """Connections that have not shown a ticket."""
 _MOST = 64
 """Memories at once: each takes two descriptors, of those that connections leave to others."""
+_THREADS = 2
 _TICKET_BYTES = 16
 
 
@@ -72,6 +75,8 @@ class Memories:
     def __init__(self, resources: Resources) -> None:
         self._budget = resources.memory
         self._locks = resources.locks
+        self._threads = ThreadPoolExecutor(_THREADS, "freestep-pages")
+        """Make pages and give them back, and hold up no others' work."""
         self._shared = resources.metrics.shared
         self._offers = resources.settings.shared_memory and IS_POSSIBLE
         self._name = f"freestep-{secrets.token_hex(_TICKET_BYTES)}"
@@ -83,13 +88,15 @@ class Memories:
 
     async def __aenter__(self) -> Self:
         if self._offers:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._socket.setblocking(False)
-            # No file: the name is gone with the process.
-            self._socket.bind(f"\0{self._name}")
-            self._socket.listen(_MOST_WAITING)
-            self._spawn(self._accept(self._socket))
-            self._spawn(self._watch())
+            try:
+                self._socket = _listening(self._name)
+            except OSError as error:
+                # Of no descriptor, say, or in a sandbox.
+                logger.warning("no memory is shared with workers here: there is no Unix socket: %s", error)
+                self._offers = False
+            else:
+                self._spawn(self._accept(self._socket))
+                self._spawn(self._watch())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -101,6 +108,7 @@ class Memories:
             self._end(place)
         if self._socket is not None:
             self._socket.close()
+        self._threads.shutdown(wait=False)
 
     @property
     def socket_name(self) -> str | None:
@@ -112,7 +120,8 @@ class Memories:
     def offer(self, run: Run, lease: str, wish: MemoryRequest) -> MemoryOffer:
         """Memory for a lease that is good, in place of what it has for this shard. Raises MemoryNotShared.
 
-        It is counted when the ticket is shown: who is not on this machine keeps none from others.
+        It is counted when the ticket is shown, to the bytes and to the memories that there may be: who is not on this
+        machine keeps none from others.
         """
         if not self._offers:
             raise MemoryNotShared("the service shares no memory")
@@ -124,18 +133,20 @@ class Memories:
         place = _Place(run, wish.shard, lease, wish.token, Layout.of(manifest, body, answer))
         if (earlier := self._places.get(place.holder)) is not None:
             self._end(earlier)
-        if len(self._places) >= _MOST:
+        if self._shown >= _MOST:
             raise MemoryNotShared(f"the service shares {_MOST} memories already, which is the most")
-        if not self._is_spare(place.layout.size):
+        # As much again is for runs and states, which cannot do without.
+        if 2 * place.layout.size > self._budget.free:
             raise MemoryNotShared(f"{place.layout.size} bytes are not to spare of what memory_bytes allows")
         ticket = secrets.token_hex(_TICKET_BYTES)
         self._tickets[ticket] = self._places[place.holder] = place
         place.expiry = asyncio.get_running_loop().call_later(_TICKET_S, self._end, place)
         return MemoryOffer(socket=self._name, ticket=ticket)
 
-    def _is_spare(self, size: int) -> bool:
-        """Whether there is as much again for runs and states, which cannot do without."""
-        return 2 * size <= self._budget.free
+    @property
+    def _shown(self) -> int:
+        """How many places have had their tickets shown: they have descriptors, or will."""
+        return sum(place.serving is not None for place in self._places.values())
 
     def find(self, name: str, run: Run, shard: int | None, lease: str | None = None) -> SharedMemory:
         """A memory for a shard's bodies, by its name; for pushes, of their lease. Raises MemoryNotShared."""
@@ -151,6 +162,14 @@ class Memories:
         for place in list(self._places.values()):
             if place.run is run and place.lease == lease:
                 self._end(place)
+
+    def give_back(self, size: int) -> None:
+        """Gives up memories of at least `size` bytes, the oldest first; their clients use connections."""
+        for place in [place for place in self._places.values() if place.serving is not None]:
+            if size <= 0:
+                break
+            size -= place.layout.size
+            self._end(place)
 
     def _end(self, place: _Place) -> None:
         if self._places.get(place.holder) is not place:
@@ -222,10 +241,10 @@ class Memories:
     async def _hold(self, place: _Place, connection: socket.socket) -> None:
         layout, loop, making = place.layout, asyncio.get_running_loop(), None
         try:
-            if not (self._is_spare(layout.size) and self._budget.try_reserve(layout.size)):
+            if self._shown > _MOST or not self._budget.lend(layout.size):
                 raise OSError("there is no memory to spare any more")
             self._shared.inc(layout.size)
-            making = loop.run_in_executor(None, SharedMemory, layout, self._locks, partial(self._freed, layout.size))
+            making = loop.run_in_executor(self._threads, self._made, layout)
             place.memory = memory = await uninterrupted(making)
             grant = MemoryGrant(memory=place.name, size=layout.size, body=layout.body, tensors=layout.tensors)
             line = grant.model_dump_json().encode() + b"\n"
@@ -243,8 +262,14 @@ class Memories:
             if self._places.get(place.holder) is place:
                 del self._places[place.holder]
 
+    def _made(self, layout: Layout) -> SharedMemory:
+        """Raises OSError where less than twice as much is there: what is counted may be in use by others."""
+        if 2 * layout.size > (available := available_memory()):
+            raise OSError(f"{available} bytes are available, and {layout.size} of them are not to spare")
+        return SharedMemory(layout, self._locks, self._threads, partial(self._freed, layout.size))
+
     def _freed(self, size: int) -> None:
-        self._budget.release(size)
+        self._budget.give_back(size)
         self._shared.dec(size)
 
     # Leases that end
@@ -255,6 +280,19 @@ class Memories:
             for place in list(self._places.values()):
                 if not await _is_good(place):
                     self._end(place)
+
+
+def _listening(name: str) -> socket.socket:
+    """A Unix socket without a file: its name is gone with the process. Raises OSError."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        made.bind(f"\0{name}")
+        made.listen(_MOST_WAITING)
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 async def _is_good(place: _Place) -> bool:
