@@ -52,7 +52,8 @@ class Client:
             None takes FREESTEP_RETRY_SECONDS from the environment, or 60.
         shared_memory: Whether large bodies of pushes and pulls go through memory that a service of the same user on
             this machine shares, and not through its connections; None takes FREESTEP_SHARED_MEMORY from the
-            environment, or True.
+            environment, or True; with `http`, False: bodies in memory pass by what that does to requests, such as
+            repeating or signing them.
         http: An httpx client to use instead, for a proxy or hooks for example; url, verify and timeout are then
             ignored, and so is the token if it has an Authorization header. It needs a connection for each shard of a
             run. It is fastest over a `freestep.bulk.BulkTransport`.
@@ -80,7 +81,9 @@ class Client:
             place = url or os.environ.get("FREESTEP_URL") or DEFAULT_URL
             self._transport = open_transport(place, token, verify, timeout, seconds, shared_memory=shares)
         else:
-            self._transport = Transport(http, seconds, credentials=own_credentials(http, token), shares_memory=shares)
+            self._transport = Transport(
+                http, seconds, credentials=own_credentials(http, token), shares_memory=bool(shared_memory)
+            )
 
     def run(self, name: str, *, ranks: WorkerGroup = SINGLE_PROCESS) -> Run:
         """One run of the service, which need not exist yet; sends no request.

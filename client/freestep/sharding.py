@@ -301,9 +301,12 @@ class _ShardRequests:
         )
 
     def _moved(self, shard: int) -> Bodies | None:
-        """What a request moves, where it may lie in memory: a push and its answer, or a point."""
+        """What a request moves, where it may lie in memory: a push and its answer, or a point that is not waited for.
+
+        Who waits, a watching thread say, would keep the memory from pushes.
+        """
         call = self._call
-        if call.method == "PUT":
+        if call.method == "PUT" or (call.method == "GET" and call.wait):
             return None
         part = None if call.into is None else call.into.parts(self.count)[shard]
         size = 0 if part is None else data_length(part.manifest, part.arrives)

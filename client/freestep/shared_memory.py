@@ -29,10 +29,11 @@ from weakref import WeakSet
 
 from freestep.api.memory import SOCKET_NAME, MemoryGrant, MemoryOffer, MemoryRequest
 from freestep.bulk_exchange import poll_socket
-from freestep.errors import FreestepError, MemoryNotShared, ProblemError
+from freestep.errors import FreestepError, MalformedTensors, MemoryNotShared, ProblemError
 from freestep.forks import ForkLock
 from freestep.listeners import leads_here
-from freestep.wire.receiver import Sink, lay
+from freestep.service_url import without_password
+from freestep.wire.receiver import Sink, free_part
 from freestep.wire.spans import Span, copy_bytes
 from freestep.wire.unix_peers import is_of_this_user
 
@@ -49,6 +50,7 @@ _SLOWEST_PAGES = 128 * 1024**2
 """Bytes a second at which pages are made, at the least."""
 _AGAIN_S = 60.0
 """Seconds until memory is asked for again, where there was none."""
+_LONGEST_PAUSE_S = 3600.0
 _LONGEST_GRANT = 4096
 _STRIDE = 16 * 1024**2
 """Bytes that are copied at once, between which the interpreter hears of signals."""
@@ -98,6 +100,11 @@ class SharedMemory:
         """Bytes of the longest body, and of the tensors of the longest answer, that it has room for."""
         return self._grant.body, self._grant.size - self._grant.tensors
 
+    def has_room(self, body_bytes: int, answer_bytes: int) -> bool:
+        """Whether such a body, and an answer with such tensors, fit."""
+        body, answer = self.room
+        return body_bytes <= body and answer_bytes <= answer
+
     def headers(self, body: Sequence[memoryview] | None) -> Mapping[str, str]:
         """Copies a body in, if there is one; the headers that say where it is, and which memory."""
         headers = {"Freestep-Memory": self._grant.memory}
@@ -117,10 +124,7 @@ class SharedMemory:
             raise ValueError(f"the memory has no bytes {span}")
         source = self._bytes[span.begin : span.end]
         while source:
-            buffer = sink.get_buffer()
-            if not buffer:
-                # Refuses what is left over.
-                lay(sink, source)
+            buffer = free_part(sink)
             size = min(len(buffer), len(source), _STRIDE)
             copy_bytes(buffer[:size], source[:size])
             sink.buffer_updated(size)
@@ -146,8 +150,11 @@ class SharedMemories:
         self._lock = ForkLock()
         self._held: dict[_Key, SharedMemory] = {}
         self._asking: set[_Key] = set()
+        """For whom memory is being fetched, and has not been given up meanwhile."""
         self._again_at: dict[_Key, float] = {}
         """When to ask again where there was none, by the monotonic clock."""
+        self._pauses: dict[_Key, float] = {}
+        """Seconds of the last pause, where the service did not find memory that it had given."""
         self._are_here: dict[str, bool] = {}
         """By a service's URL, whether it leads to this machine."""
         _all.add(self)
@@ -169,7 +176,8 @@ class SharedMemories:
             return
         try:
             yield memory
-        except MemoryNotShared:
+        except (MemoryNotShared, MalformedTensors):
+            # An older service, or one behind a proxy that drops headers, has found an empty body.
             self._put_off(memory)
             raise
         except ProblemError:
@@ -178,6 +186,8 @@ class SharedMemories:
         except BaseException:
             memory.close()
             raise
+        else:
+            self._served(memory)
         finally:
             memory.is_lent = False
 
@@ -191,8 +201,7 @@ class SharedMemories:
             if found is not None:
                 if found.is_lent:
                     return None
-                room = found.room
-                if body_bytes <= room[0] and bodies.answer_bytes <= room[1]:
+                if found.has_room(body_bytes, bodies.answer_bytes):
                     found.is_lent = True
                     return found
             if not bodies.lease or key in self._asking or time.monotonic() < self._again_at.get(key, 0.0):
@@ -202,32 +211,50 @@ class SharedMemories:
         body, answer = found.room if found is not None else (0, 0)
         memory = None
         try:
-            memory = _fetch(url, bodies, max(body, body_bytes), max(answer, bodies.answer_bytes), ask)
+            fetched = _fetch(url, bodies, max(body, body_bytes), max(answer, bodies.answer_bytes), ask)
+            if fetched.has_room(body_bytes, bodies.answer_bytes):
+                memory = fetched
+            else:
+                # The run may have been resharded meanwhile.
+                fetched.close()
+                raise ValueError("the memory is too small")
         except (FreestepError, OSError, ValueError) as error:
-            logger.debug("bodies for %s%s go over connections: %s", url, bodies.path, error)
+            logger.debug("bodies for %s%s go over connections: %s", without_password(url), bodies.path, error)
         finally:
             if found is not None:
                 found.close()
             with self._lock:
+                is_given_up = key not in self._asking
                 self._asking.discard(key)
-                if memory is None:
-                    self._again_at[key] = time.monotonic() + _AGAIN_S
-                else:
+                if memory is not None and not is_given_up:
                     self._again_at.pop(key, None)
                     self._held[key] = memory
                     memory.is_lent = True
+                elif memory is not None:
+                    memory.close()
+                    memory = None
+                elif not is_given_up:
+                    self._again_at[key] = time.monotonic() + _AGAIN_S
         return memory
 
     def _put_off(self, memory: SharedMemory) -> None:
         """Gives up a memory that the service has not, or no more, and asks for none in its place for a while.
 
-        It may be another of the service's processes that got the request, as behind a load balancer.
+        It may be another of the service's processes that got the request, as behind a load balancer: so the while is
+        twice as long each time, until a request finds its memory.
         """
         with self._lock:
             for key in [key for key, held in self._held.items() if held is memory]:
                 del self._held[key]
-                self._again_at[key] = time.monotonic() + _AGAIN_S
+                pause = min(2 * self._pauses[key], _LONGEST_PAUSE_S) if key in self._pauses else _AGAIN_S
+                self._pauses[key] = pause
+                self._again_at[key] = time.monotonic() + pause
         memory.close()
+
+    def _served(self, memory: SharedMemory) -> None:
+        with self._lock:
+            if self._pauses:
+                self._pauses = {key: pause for key, pause in self._pauses.items() if self._held.get(key) is not memory}
 
     def _find(self, key: _Key) -> SharedMemory | None:
         """The memory of a lease; without one, any for the shard."""
@@ -245,12 +272,15 @@ class SharedMemories:
         """Gives up the memories of a lease that has ended."""
         with self._lock:
             self._let_go(lambda key, _: key[-1] == lease)
+            self._asking = {key for key in self._asking if key[-1] != lease}
             self._again_at = {key: then for key, then in self._again_at.items() if key[-1] != lease}
+            self._pauses = {key: pause for key, pause in self._pauses.items() if key[-1] != lease}
 
     def close(self) -> None:
         """Gives up all."""
         with self._lock:
             self._let_go(lambda *_: True)
+            self._asking.clear()
 
     def _let_go(self, is_over: Callable[[_Key, SharedMemory], bool]) -> None:
         for key, memory in list(self._held.items()):

@@ -23,6 +23,7 @@ from freestep.errors import (
     CoordinatorUnavailable,
     Forbidden,
     IssuerUnavailable,
+    MalformedTensors,
     MemoryNotShared,
     Overloaded,
     ProblemError,
@@ -190,7 +191,7 @@ class Transport:
             try:
                 with self.memories.lent(place, bodies, size, self._ask_for_memory) as memory:
                     return send_with(url, memory)
-            except MemoryNotShared:
+            except (MemoryNotShared, MalformedTensors):
                 if memory is None:
                     raise
             return send_with(url, None)

@@ -52,7 +52,7 @@ def test_all_is_well(service: ThreadService) -> None:
         "token": ("ok", "accepted"),
         "redis": ("ok", "answers the service"),
         "device": ("ok", f"the service computes on {service.app.state.context.device}"),
-        "memory": ("ok", "large bodies go through memory that is shared"),
+        "memory": ("ok", "large bodies can go through memory that is shared"),
         "runs": ("ok", "no run has a problem"),
     }
 

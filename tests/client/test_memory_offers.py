@@ -10,12 +10,13 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import freestep.shared_memory
-from freestep.errors import MalformedTensors, MemoryNotShared, Overloaded, UnexpectedResponse
+from freestep.errors import MalformedTensors, MemoryNotShared, Overloaded, ProblemError, UnexpectedResponse
 from freestep.shared_memory import Bodies, SharedMemories
 from freestep.wire.spans import Span
 from meanwhile import under_way
@@ -41,6 +42,11 @@ def memfd(*, sealed: bool = True, size: int = SIZE) -> int:
     if sealed:
         fcntl.fcntl(made, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     return made
+
+
+def large_memory() -> tuple[bytes, list[int]]:
+    """For bodies, and for answers, of SIZE bytes."""
+    return grant(size=2 * SIZE, body=SIZE, tensors=SIZE), [memfd(size=2 * SIZE)]
 
 
 class Offering:
@@ -142,12 +148,51 @@ def test_a_pull_takes_what_there_is(memories: SharedMemories, offer: Callable[..
 
 
 def test_a_larger_body_is_given_a_larger_memory(memories: SharedMemories, offer: Callable[..., Offering]) -> None:
+    small, large = offer(), offer(*large_memory())
+    assert is_lent(memories, small.ask)
+    assert is_lent(memories, large.ask, size=SIZE)
+    assert [wish["body_bytes"] for _, _, wish in small.asked + large.asked] == [SIZE // 2, SIZE]
+    assert [wish["answer_bytes"] for _, _, wish in small.asked + large.asked] == [0, SIZE // 2]
+    assert small.connections[0].recv(1) == b""
+
+
+def test_a_memory_that_is_too_small_is_not_used(memories: SharedMemories, offer: Callable[..., Offering]) -> None:
+    offering, answer = offer(), Bodies("/v1/runs/r", 1, SIZE, "lease", 1)
+    for bodies, size in ((BODIES, SIZE), (answer, 0)):
+        for _ in range(2):
+            assert not is_lent(memories, offering.ask, bodies, size)
+        assert offering.connections[-1].recv(1) == b""
+    # Once, for the time being.
+    assert len(offering.asked) == 2
+
+
+def test_a_lease_that_ends_meanwhile_is_given_none(memories: SharedMemories, offer: Callable[..., Offering]) -> None:
     offering = offer()
-    assert is_lent(memories, offering.ask)
-    assert is_lent(memories, offering.ask, size=SIZE)
-    assert [wish["body_bytes"] for _, _, wish in offering.asked] == [SIZE // 2, SIZE]
-    assert [wish["answer_bytes"] for _, _, wish in offering.asked] == [0, SIZE // 2]
+
+    def ask(*question: Any) -> Any:
+        memories.forget("lease")
+        return offering.ask(*question)
+
+    assert not is_lent(memories, ask)
     assert offering.connections[0].recv(1) == b""
+    assert not memories.has("/v1/runs/r") and not memories._again_at
+
+    def refused(*question: Any) -> Any:
+        memories.forget("lease")
+        raise UnexpectedResponse("no")
+
+    assert not is_lent(memories, refused)
+    assert not memories._again_at
+
+
+def test_no_password_is_logged(memories: SharedMemories, caplog: pytest.LogCaptureFixture) -> None:
+    def ask(*question: Any) -> Any:
+        raise UnexpectedResponse("no")
+
+    caplog.set_level("DEBUG", "freestep")
+    with memories.lent("http://me:secret@127.0.0.1:1", BODIES, SIZE, ask) as memory:
+        assert memory is None
+    assert "127.0.0.1:1" in caplog.text and "secret" not in caplog.text
 
 
 @pytest.mark.parametrize("is_answered", [True, False])
@@ -179,6 +224,30 @@ def test_a_memory_that_the_service_does_not_know_is_given_up_for_a_while(
     monkeypatch.setattr("freestep.shared_memory._AGAIN_S", 0.0)
     memories.forget("lease")
     assert is_lent(memories, offering.ask)
+
+
+def test_who_meets_the_wrong_process_again_and_again_waits_longer(
+    memories: SharedMemories, offer: Callable[..., Offering], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offering, now = offer(), [0.0]
+    monkeypatch.setattr("freestep.shared_memory.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def paused(error: type[ProblemError]) -> float:
+        """Seconds until memory is asked for after a refusal."""
+        with pytest.raises(error), memories.lent(URL, BODIES, SIZE // 2, offering.ask) as memory:
+            assert memory is not None
+            raise error
+        (then,) = memories._again_at.values()
+        begun, now[0] = now[0], then - 1
+        assert not is_lent(memories, offering.ask)
+        now[0] = then
+        return then - begun
+
+    # An empty body is what a service finds that has not been told of the memory.
+    found = [paused(error) for error in [MemoryNotShared, MalformedTensors] * 4]
+    assert found == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+    assert is_lent(memories, offering.ask)
+    assert paused(MemoryNotShared) == 60
 
 
 def test_a_memory_that_the_service_has_given_up_is_replaced(
@@ -255,7 +324,7 @@ def test_a_large_memory_is_waited_for_as_long_as_its_pages_take(
     memories: SharedMemories, offer: Callable[..., Offering], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freestep.shared_memory._SLOWEST_PAGES", SIZE // 32)
-    with memories.lent(URL, BODIES, SIZE, offer().ask) as memory:
+    with memories.lent(URL, BODIES, SIZE, offer(*large_memory()).ask) as memory:
         assert memory is not None
         assert memory._connection.gettimeout() == 5 + 32
 

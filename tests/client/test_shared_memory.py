@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from freestep import (
 )
 from freestep.api.models import ParameterSpec
 from freestep.wire.manifest import Manifest
-from harness import ProcessService, ThreadService
+from harness import AUTHORIZED, ProcessService, ThreadService
 from meanwhile import wait_until
 from plain_calls import SGD
 from proxies import Cutter
@@ -188,6 +189,66 @@ def test_where_a_service_gives_none_bodies_go_over_connections(
         for step in range(2):
             assert run.push(filled(), lease.claim(step)).step == step + 1
         assert not run.shares_memory
+
+
+class Hooked:
+    """An HTTP client of the user's own, and whether its requests named a memory; it drops the headers that do so."""
+
+    def __init__(self, url: str) -> None:
+        self.named: list[tuple[str, bool]] = []
+        self.drops = False
+        self.http = httpx.Client(base_url=url, headers=AUTHORIZED, event_hooks={"request": [self._pass]})
+
+    def _pass(self, request: httpx.Request) -> None:
+        if request.url.path.endswith(("/gradients", "/parameters")):
+            self.named.append((request.method, "Freestep-Memory" in request.headers))
+        if self.drops:
+            for header in ("Freestep-Memory", "Freestep-Span"):
+                request.headers.pop(header, None)
+
+
+def test_an_http_client_of_the_users_own_shares_memory_if_it_is_told_to(
+    service: ThreadService, new: Callable[..., Run], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FREESTEP_SHARED_MEMORY", "true")
+    for given in (None, True):
+        hooked = Hooked(service.url)
+        run = new(service, f"{name}-{given}", http=hooked.http, shared_memory=given)
+        with run.lease() as lease:
+            run.push(filled(), lease.claim(0))
+            assert run.shares_memory == bool(given)
+            assert hooked.named[-1] == ("POST", bool(given))
+        run.delete()
+
+
+def test_where_headers_are_dropped_bodies_go_over_the_connection(
+    service: ThreadService, new: Callable[..., Run], name: str
+) -> None:
+    hooked = Hooked(service.url)
+    run = new(service, name, http=hooked.http, shared_memory=True)
+    with run.lease() as lease:
+        hooked.drops = True
+        hooked.named.clear()
+        for step in range(2):
+            assert run.push(filled(), lease.claim(step)).step == step + 1
+        # In memory once, and over the connection.
+        assert hooked.named == [("POST", True), ("POST", False), ("POST", False)]
+        assert not run.shares_memory
+    run.delete()
+
+
+def test_who_waits_for_a_point_keeps_no_memory_from_pushes(
+    service: ThreadService, new: Callable[..., Run], name: str
+) -> None:
+    hooked = Hooked(service.url)
+    run = new(service, name, http=hooked.http, shared_memory=True)
+    with run.lease() as lease:
+        run.exchange(filled(), lease.claim(0), Flat(MANIFEST))
+        hooked.named.clear()
+        run.pull("y")
+        run.pull("y", min_step=1, wait=1.0)
+        assert hooked.named == [("GET", True), ("GET", False)]
+    run.delete()
 
 
 def test_another_users_socket_is_not_spoken_to(

@@ -221,7 +221,7 @@ def _redis(transport: Transport, answers: list[Answer]) -> str:
 
 def _memory(url: str, name: str | None) -> str:
     why_not = obstacle(url, name) if shares_memory(None) else "FREESTEP_SHARED_MEMORY turns memory off"
-    return f"bodies go over connections: {why_not}" if why_not else "large bodies go through memory that is shared"
+    return f"bodies go over connections: {why_not}" if why_not else "large bodies can go through memory that is shared"
 
 
 def _runs(problems: Mapping[str, Any]) -> str:
