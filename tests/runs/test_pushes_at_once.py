@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,28 @@ def is_journaled(run: Run, key: str) -> bool:
     """Whether the journal has the body of a push that has not counted."""
     journal = run.shard(0).core.journal
     return journal is not None and journal.find(key) is not None
+
+
+def first_lost(
+    run: Run, *, is_made: bool = True, meanwhile: Callable[[], Awaitable[None]] | None = None
+) -> list[tuple[Any, ...]]:
+    """Has the first call of a small push be lost, or its answer if it is made; the calls, as they come.
+
+    meanwhile: what happens before it is noticed.
+    """
+    ask, calls = run.coordinator.pushes.push, list[tuple[Any, ...]]()
+
+    async def losing(*args: Any) -> Any:
+        calls.append(args)
+        answer = await ask(*args) if is_made or len(calls) > 1 else None
+        if len(calls) == 1:
+            if meanwhile is not None:
+                await meanwhile()
+            raise CoordinatorUnavailable("it was lost")
+        return answer
+
+    run.coordinator.pushes.push = losing  # type: ignore[method-assign]
+    return calls
 
 
 def in_order(run: Run) -> list[str]:
@@ -261,18 +284,12 @@ def test_a_push_whose_entry_comes_by_the_log_before_its_answer_is_its_own(
         async with process(store, tmp_path / "data", **INLINE) as registry:
             run = await new_run(registry, durability=durability)
             lease = await known(run)
-            ask, calls = run.coordinator.pushes.push, []
 
-            async def losing(*args: Any) -> Any:
-                calls.append(args)
-                answer = await ask(*args)
-                if len(calls) == 1:
-                    run._recovery.catch_up()
-                    await until(lambda: run.shard(0).core.writer.applied_step == 2, "the update")
-                    raise CoordinatorUnavailable("the answer was lost")
-                return answer
+            async def meanwhile() -> None:
+                run._recovery.catch_up()
+                await until(lambda: run.shard(0).core.writer.applied_step == 2, "the update")
 
-            run.coordinator.pushes.push = losing  # type: ignore[method-assign]
+            calls = first_lost(run, meanwhile=meanwhile)
             (outcome,) = await push(run, claim_of(lease, "one", 1))
             assert (outcome.record.step, outcome.replayed, len(calls)) == (2, False, 1)
             assert await pull(run.shard(0)) == (2, 2.0)
@@ -286,16 +303,8 @@ def test_a_dropped_push_whose_answer_is_lost_is_no_replay(store: str, tmp_path: 
             run = await new_run(registry, aggregation={"policy": "sync"})
             await run.leases.grant("another", None)
             lease = await known(run)
-            ask, calls, told = run.coordinator.pushes.push, [], []
-
-            async def losing(*args: Any) -> Any:
-                calls.append(args)
-                answer = await ask(*args)
-                if len(calls) == 1:
-                    raise CoordinatorUnavailable("the answer was lost")
-                return answer
-
-            run.coordinator.pushes.push = losing  # type: ignore[method-assign]
+            told: list[str] = []
+            calls = first_lost(run)
             run._context.events.dropped = lambda record, claim: told.append(claim.key)  # type: ignore[method-assign]
             for is_replayed in (False, True):
                 (outcome,) = await push(run, claim_of(lease, "one"))
@@ -339,16 +348,7 @@ def test_a_push_whose_call_or_answer_is_lost_counts_once(store: str, tmp_path: P
         async with process(store, tmp_path / "data", **INLINE) as registry:
             run = await new_run(registry)
             lease = await known(run)
-            ask, calls = run.coordinator.pushes.push, []
-
-            async def losing(*args: Any) -> Any:
-                calls.append(args)
-                answer = await ask(*args) if lost == "answer" or len(calls) > 1 else None
-                if len(calls) == 1:
-                    raise CoordinatorUnavailable("it was lost")
-                return answer
-
-            run.coordinator.pushes.push = losing  # type: ignore[method-assign]
+            calls = first_lost(run, is_made=lost == "answer")
             (outcome,) = await push(run, claim_of(lease, "one"))
             assert (outcome.record.decision, outcome.replayed, len(calls)) == ("applied", False, 2)
             assert await pull(run.shard(0)) == (2, 2.0)
