@@ -53,7 +53,8 @@ class PeerFailed(Exception):
 class _Host:
     """A peer's worker in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self._name = name
         self._process = process
         self._lines: SimpleQueue[str] = SimpleQueue()
         Thread(target=self._read, daemon=True).start()
@@ -61,7 +62,10 @@ class _Host:
     def exchange(self) -> float:
         """Seconds that the peer's own exchange took."""
         assert self._process.stdin is not None
-        print(file=self._process.stdin, flush=True)
+        try:
+            print(file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise PeerFailed(f"{self._name} has ended") from None
         return float(self.line(_EXCHANGED_S))
 
     def line(self, within: float) -> str:
@@ -69,9 +73,9 @@ class _Host:
         try:
             line = self._lines.get(timeout=within)
         except Empty:
-            raise PeerFailed(f"no answer for {within:g} s") from None
+            raise PeerFailed(f"{self._name} gives no answer for {within:g} s") from None
         if not line:
-            raise PeerFailed("it ended")
+            raise PeerFailed(f"{self._name} has ended")
         return line
 
     def _read(self) -> None:
@@ -97,7 +101,7 @@ def _hosted(name: str, python: str, parameters: int) -> Iterator[_Host]:
             start_new_session=True,
         )
         try:
-            host = _Host(process)
+            host = _Host((OURS | PEERS)[name].title, process)
             host.line(_STARTED_S)
             yield host
         except (PeerFailed, OSError) as error:

@@ -19,7 +19,7 @@ class _Freestep:
     def setup(self, parameters: int) -> None:
         self._parameter = nn.Parameter(torch.zeros(parameters))
         with ExitStack() as stack:
-            service = stack.enter_context(running_service())
+            service = stack.enter_context(running_service(shared_memory=str(self.shares_memory)))
             client = stack.enter_context(Client(service.url, shared_memory=self.shares_memory))
             self._optimizer = RemoteOptimizer([("w", self._parameter)], client=client, run="rivals")
             stack.callback(self._optimizer.close)
