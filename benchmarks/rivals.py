@@ -1,8 +1,9 @@
 """freestep beside its peers: what each takes for the same exchange, at several sizes, as their users have them.
 
-A peer's rounds, or the floor's, alternate with freestep's, and a ratio is the median of each round's ratio to
-freestep's time. Each runs in a process of its own (benchmarks.peers.host) with torch's default number of threads;
-freestep's worker is a `RemoteOptimizer`, compared as it is over TCP, and as it is by default on one machine.
+A peer's rounds, or the floor's, alternate with freestep's; a round is of several exchanges, one after another as in
+training, and counts as their median. A ratio is the median of each round's ratio to freestep's time. Each runs in a
+process of its own (benchmarks.peers.host) with torch's default number of threads; freestep's worker is a
+`RemoteOptimizer`, compared as it is over TCP, and as it is by default on one machine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from queue import Empty, SimpleQueue
+from statistics import median
 from threading import Thread
 
 import torch
@@ -26,11 +28,11 @@ from benchmarks.floor import CopyPass, raw_echo
 from benchmarks.options import Options
 from benchmarks.peers import OURS, PEERS
 
-ROUNDS = {100_000: 300, 1_000_000: 60, 5_000_000: 15, 25_000_000: 9}
-"""How many are counted, by the number of parameters."""
-QUICK_ROUNDS = {100_000: 20, 1_000_000: 3}
+SIZES = {100_000: (11, 50), 1_000_000: (11, 20), 5_000_000: (9, 5), 25_000_000: (9, 2)}
+"""How many rounds are counted, and exchanges are in one, by the number of parameters."""
+QUICK_SIZES = {100_000: (3, 10), 1_000_000: (3, 3)}
 WARMUP = 12
-"""Ray's object store is slow until all of its memory has been in use once, which takes ten rounds or so."""
+"""Exchanges. Ray's object store is slow until all of its memory has been in use once, which takes ten or so."""
 
 LEAST: dict[int, dict[str, float]] = {
     100_000: {"grpc": 1.0, "rpc-tcp": 1.0},
@@ -42,12 +44,13 @@ MOST_OF_FLOOR = {5_000_000: 1.35}
 
 _STARTED_S, _EXCHANGED_S = 120.0, 60.0
 """After which a peer is given up."""
+_Size = tuple[int, int]
 _PAIR_S, _LEAST_ROUNDS = 15.0, 3
 """Seconds after which no more rounds are begun with a peer that is warm and has had so many."""
 
 
 class PeerFailed(Exception):
-    """A peer that is installed does not run; the message is the last line that it printed."""
+    """A process that is measured does not run; the message has the last line that it printed."""
 
 
 class _Host:
@@ -137,49 +140,53 @@ def _python_with(needs: Sequence[str], pythons: Sequence[str]) -> str | None:
     return None
 
 
-def _rounds(theirs: Callable[[], float], ours: Callable[[], float], most: int) -> list[tuple[float, float]]:
-    """Seconds of both, by round."""
-    for _ in range(WARMUP):
-        theirs()
-        ours()
+def _rounds(theirs: Callable[[], float], ours: Callable[[], float], size: _Size) -> list[tuple[float, float]]:
+    """Seconds of an exchange of both, by round."""
+    rounds, exchanges = size
+    for subject in (theirs, ours):
+        _round(subject, WARMUP)
     taken, end = list[tuple[float, float]](), time.perf_counter() + _PAIR_S
-    while len(taken) < most and (len(taken) < _LEAST_ROUNDS or time.perf_counter() < end):
-        taken.append((theirs(), ours()))
+    while len(taken) < rounds and (len(taken) < _LEAST_ROUNDS or time.perf_counter() < end):
+        taken.append((_round(theirs, exchanges), _round(ours, exchanges)))
     return taken
 
 
-def _beside_floor(ours: _Host, parameters: int, most: int) -> list[tuple[float, float]]:
+def _round(subject: Callable[[], float], exchanges: int) -> float:
+    return median(subject() for _ in range(exchanges))
+
+
+def _beside_floor(ours: _Host, parameters: int, size: _Size) -> list[tuple[float, float]]:
     """... of the floor and of freestep."""
     vector, memory = torch.zeros(parameters), CopyPass(parameters)
     outgoing, incoming = (memoryview(each.numpy()).cast("B") for each in (vector, vector.clone()))
     with raw_echo(len(outgoing)) as echo:
-        return _rounds(lambda: (echo.once(outgoing, incoming) + memory.once()).seconds, ours.exchange, most)
+        return _rounds(lambda: (echo.once(outgoing, incoming) + memory.once()).seconds, ours.exchange, size)
 
 
-def _beside(name: str, python: str, ours: _Host, parameters: int, most: int) -> list[tuple[float, float]]:
+def _beside(name: str, python: str, ours: _Host, parameters: int, size: _Size) -> list[tuple[float, float]]:
     """... of a peer and of freestep. Raises PeerFailed."""
     with _hosted(name, python, parameters) as theirs:
-        return _rounds(theirs.exchange, ours.exchange, most)
+        return _rounds(theirs.exchange, ours.exchange, size)
 
 
-def _measured(parameters: int, most: int, found: Mapping[str, str], options: Options) -> Report:
+def _measured(parameters: int, size: _Size, found: Mapping[str, str], options: Options) -> Report:
     """One size. found: the interpreters of the peers that are installed."""
-    size, made = f"{parameters / 1e6:g}M", Report(details={})
+    millions, made = f"{parameters / 1e6:g}M", Report(details={})
     floor_bound = None if options.quick else MOST_OF_FLOOR.get(parameters)
     bounds = {} if options.quick else LEAST.get(parameters, {})
     with _hosted("tcp", sys.executable, parameters) as ours:
-        taken = made.details["floor"] = _beside_floor(ours, parameters, most)
+        taken = made.details["floor"] = _beside_floor(ours, parameters, size)
         made.figures += [
-            Figure.of(f"{size}, the floor", (1e3 * floor for floor, _ in taken), "ms"),
-            Figure.of(f"{size}, freestep, TCP", (1e3 * own for _, own in taken), "ms"),
+            Figure.of(f"{millions}, the floor", (1e3 * floor for floor, _ in taken), "ms"),
+            Figure.of(f"{millions}, freestep, TCP", (1e3 * own for _, own in taken), "ms"),
             Figure.of(
-                f"{size}, freestep, TCP, of the floor", (own / floor for floor, own in taken), "×", most=floor_bound
+                f"{millions}, freestep, TCP, of the floor", (own / floor for floor, own in taken), "×", most=floor_bound
             ),
         ]
         for name, python in ({"shm": sys.executable} | found).items():
-            title = f"{size}, {(OURS | PEERS)[name].title}"
+            title = f"{millions}, {(OURS | PEERS)[name].title}"
             try:
-                taken = made.details[name] = _beside(name, python, ours, parameters, most)
+                taken = made.details[name] = _beside(name, python, ours, parameters, size)
             except PeerFailed as error:
                 made.notes.append(f"{title} was not measured: {error}")
                 continue
@@ -196,8 +203,8 @@ def report(options: Options) -> Report:
     pairs = ((name, _python_with(("torch", "schedulefree", *entry.needs), pythons)) for name, entry in PEERS.items())
     found = {name: python for name, python in pairs if python is not None}
     made = Report(details={})
-    for parameters, most in (QUICK_ROUNDS if options.quick else ROUNDS).items():
-        each = _measured(parameters, most, found, options)
+    for parameters, size in (QUICK_SIZES if options.quick else SIZES).items():
+        each = _measured(parameters, size, found, options)
         made.figures += each.figures
         made.notes += each.notes
         made.details[parameters] = each.details
