@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,18 @@ async def known(run: Run, worker: str = "worker") -> Lease:
     lease = await run.leases.grant(worker, None)
     await push(run, claim_of(lease, "first"))
     return lease
+
+
+@asynccontextmanager
+async def joined(
+    store: str, tmp_path: Path, spec: Mapping[str, Any] | None = None, others: int = 0, **settings: Any
+) -> AsyncIterator[tuple[Run, Lease]]:
+    """A run whose bodies are small, and a lease that is known. others: how many have leases besides."""
+    async with process(store, tmp_path / "data", **settings, **INLINE) as registry:
+        run = await new_run(registry, **(spec or {}))
+        for number in range(others):
+            await run.leases.grant(f"other-{number}", None)
+        yield run, await known(run)
 
 
 def is_journaled(run: Run, key: str) -> bool:
@@ -164,9 +176,7 @@ def test_who_may_be_refused_by_his_claim_is_looked_at_before_his_body(store: str
 
 def test_a_push_that_is_too_stale_has_its_claim_looked_at_first(store: str, tmp_path: Path) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry, aggregation={"policy": "ringmaster"})
-            lease = await known(run)
+        async with joined(store, tmp_path, {"aggregation": {"policy": "ringmaster"}}) as (run, lease):
             for step in range(1, 5):
                 await push(run, claim_of(lease, f"{step}", step))
             seen = in_order(run)
@@ -183,9 +193,7 @@ def test_who_is_mistaken_for_admitted_is_looked_at_first_from_then_on(
     """Redis may know better: another process, or an operator, has changed it."""
 
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry, durability=durability)
-            lease = await known(run)
+        async with joined(store, tmp_path, {"durability": durability}) as (run, lease):
             with Redis.from_url(store) as client:
                 client.delete(f"freestep:{{run}}:lease:{lease.lease}")
             seen = in_order(run)
@@ -210,9 +218,7 @@ def test_a_push_waits_a_moment_for_memory_before_its_claim_is_looked_at(
     monkeypatch.setattr(pushes, "_SOON_S", soon_s)
 
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry)
-            lease = await known(run)
+        async with joined(store, tmp_path) as (run, lease):
             pool, seen = run.shard(0).core.staging.pool, in_order(run)
             taken = [pool.try_acquire() for _ in range(pool.capacity)]
             pushing = asyncio.create_task(push(run, claim_of(lease, "one", 1)))
@@ -233,9 +239,7 @@ def test_a_push_waits_a_moment_for_memory_before_its_claim_is_looked_at(
 
 def test_a_push_that_is_given_up_while_it_waits_for_memory_leaves_it(store: str, tmp_path: Path) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry)
-            lease = await known(run)
+        async with joined(store, tmp_path) as (run, lease):
             pool = run.shard(0).core.staging.pool
             taken = [pool.try_acquire() for _ in range(pool.capacity)]
             pushing = asyncio.create_task(push(run, claim_of(lease, "one", 1)))
@@ -260,9 +264,7 @@ def test_a_body_does_not_count_in_a_later_opening_of_the_run(
     """Redis loses a key, which the push's own call finds: the run is opened where it stands, and has no such body."""
 
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry, durability=durability)
-            lease = await known(run)
+        async with joined(store, tmp_path, {"durability": durability}) as (run, lease):
             with Redis.from_url(store) as client:
                 client.delete(f"freestep:{{run}}:{key}")
             with pytest.raises((LeaseExpired, ShardUnavailable)):
@@ -281,9 +283,7 @@ def test_a_push_whose_entry_comes_by_the_log_before_its_answer_is_its_own(
     store: str, tmp_path: Path, durability: str
 ) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry, durability=durability)
-            lease = await known(run)
+        async with joined(store, tmp_path, {"durability": durability}) as (run, lease):
 
             async def meanwhile() -> None:
                 run._recovery.catch_up()
@@ -299,10 +299,7 @@ def test_a_push_whose_entry_comes_by_the_log_before_its_answer_is_its_own(
 
 def test_a_dropped_push_whose_answer_is_lost_is_no_replay(store: str, tmp_path: Path) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry, aggregation={"policy": "sync"})
-            await run.leases.grant("another", None)
-            lease = await known(run)
+        async with joined(store, tmp_path, {"aggregation": {"policy": "sync"}}, others=1) as (run, lease):
             told: list[str] = []
             calls = first_lost(run)
             run._context.events.dropped = lambda record, claim: told.append(claim.key)  # type: ignore[method-assign]
@@ -317,9 +314,7 @@ def test_a_dropped_push_whose_answer_is_lost_is_no_replay(store: str, tmp_path: 
 
 def test_a_push_waits_no_longer_than_for_its_turn(store: str, tmp_path: Path) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", queue_seconds=0.05, **INLINE) as registry:
-            run = await new_run(registry)
-            lease = await known(run)
+        async with joined(store, tmp_path, queue_seconds=0.05) as (run, lease):
             pool, seen = run.shard(0).core.staging.pool, in_order(run)
             taken = [pool.try_acquire() for _ in range(pool.capacity)]
             with pytest.raises(Overloaded):
@@ -345,9 +340,7 @@ def test_a_lease_is_not_known_by_an_answer_from_before_it_was_forgotten() -> Non
 @pytest.mark.parametrize("lost", ["call", "answer"])
 def test_a_push_whose_call_or_answer_is_lost_counts_once(store: str, tmp_path: Path, lost: str) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry)
-            lease = await known(run)
+        async with joined(store, tmp_path) as (run, lease):
             calls = first_lost(run, is_made=lost == "answer")
             (outcome,) = await push(run, claim_of(lease, "one"))
             assert (outcome.record.decision, outcome.replayed, len(calls)) == ("applied", False, 2)
@@ -361,9 +354,7 @@ def test_a_push_whose_call_or_answer_is_lost_counts_once(store: str, tmp_path: P
 
 def test_a_push_that_redis_answers_late_counts_once(store: str, tmp_path: Path) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", commit_seconds=0.05, **INLINE) as registry:
-            run = await new_run(registry)
-            lease = await known(run)
+        async with joined(store, tmp_path, commit_seconds=0.05) as (run, lease):
             ask, is_away = run.coordinator.pushes.push, True
 
             async def away(*args: Any) -> Any:
@@ -389,9 +380,7 @@ def test_a_refused_body_leaves_nothing_and_comes_after_its_claim(
     store: str, tmp_path: Path, kind: str, durability: str
 ) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry, durability=durability)
-            lease = await known(run)
+        async with joined(store, tmp_path, {"durability": durability}) as (run, lease):
             seen, shard = in_order(run), run.shard(0)
             nan = part_of(run, 0, torch.full((NUMEL,), float("nan")))
             body, refusal = {
@@ -416,9 +405,7 @@ def test_a_refused_body_leaves_nothing_and_comes_after_its_claim(
 @pytest.mark.parametrize("kind", ["other", "malformed", "not finite"])
 def test_a_key_that_comes_again_with_another_body_is_a_conflict(store: str, tmp_path: Path, kind: str) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry)
-            lease = await known(run)
+        async with joined(store, tmp_path) as (run, lease):
             await push(run, claim_of(lease, "one"))
             value = {"other": -2.0, "not finite": float("nan")}.get(kind, 0.0)
             body = part_of(run, 0, torch.full((NUMEL,), value))
@@ -435,9 +422,7 @@ def test_a_key_that_comes_again_with_another_body_is_a_conflict(store: str, tmp_
 
 def test_a_policy_that_has_just_got_a_slack_has_the_push_sent_again(store: str, tmp_path: Path) -> None:
     async def work() -> None:
-        async with process(store, tmp_path / "data", **INLINE) as registry:
-            run = await new_run(registry)
-            lease = await known(run)
+        async with joined(store, tmp_path) as (run, lease):
             ask = run.coordinator.pushes.push
 
             async def ahead(*args: Any) -> Any:
@@ -457,9 +442,7 @@ def test_a_run_that_is_not_open_refuses_at_once(store: str, tmp_path: Path) -> N
     """Redis has answered, so nothing of the push can be on its way."""
 
     async def work() -> None:
-        async with process(store, tmp_path / "data", commit_seconds=3600.0, **INLINE) as registry:
-            run = await new_run(registry)
-            lease = await known(run)
+        async with joined(store, tmp_path, commit_seconds=3600.0) as (run, lease):
             with Redis.from_url(store) as client:
                 client.hset("freestep:{run}:run", "phase", "gather")
             with pytest.raises(ProblemError) as refused:
