@@ -12,9 +12,11 @@ from typing import Any
 
 import httpx
 
+from freestep_service.state.memory_budget import MemoryBudget
+from harness import ThreadService
 from plain_calls import BODY, Api
 
-__all__ = ["Handed", "fetch", "memory_files", "offered", "show"]
+__all__ = ["Handed", "budget", "fetch", "memory_files", "memory_of", "offered", "shared_bytes", "show"]
 
 
 def memory_files() -> set[tuple[str, int]]:
@@ -96,3 +98,18 @@ def show(offer: Mapping[str, str]) -> tuple[socket.socket, bytes, list[int]]:
         # It was closed before the ticket was read.
         return connection, b"", []
     return connection, line, descriptors
+
+
+def budget(service: ThreadService) -> MemoryBudget:
+    return service.registry._resources.memory
+
+
+def memory_of(handed: Handed) -> dict[str, str]:
+    return {"Freestep-Memory": handed.grant["memory"]}
+
+
+def shared_bytes(api: Api) -> float:
+    """What the metrics have of it."""
+    lines = api.http.get("/metrics").text.splitlines()
+    (value,) = [line.split()[1] for line in lines if line.startswith("freestep_shared_memory_bytes ")]
+    return float(value)
