@@ -47,7 +47,7 @@ class Lanes:
                 lane.waiting.remove(turn)
             if isinstance(error, TimeoutError):
                 raise Overloaded(
-                    f"{self.most} bodies of this sender have been on their way for {timeout_s:g} s"
+                    f"{self.most} bodies of this sender have been on their way for {timeout_s:.3g} s"
                 ) from None
             raise
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 from typing import Any
 
 from freestep.errors import (
@@ -34,19 +33,16 @@ from freestep.errors import (
     ShardUnavailable,
     StorageUnavailable,
 )
-from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Ahead, Claim, Lost, Record, StagedPart
 from freestep_service.runs.admissions import SILENCE_S, Admissions
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.flight import Decision, Flight
-from freestep_service.runs.lanes import Lanes
+from freestep_service.runs.intake import Intake, Room
 from freestep_service.runs.phases import Phases
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
-from freestep_service.state.buffers import Vector
-from freestep_service.state.push_entry import committed_push, largest_norm, require_usable
+from freestep_service.state.push_entry import committed_push, largest_norm
 from freestep_service.state.staging import Body, Staged
-from freestep_service.storage.journal import PartWriter
 
 __all__ = ["PushOptions", "Pushes"]
 
@@ -81,8 +77,7 @@ class Pushes:
         self._recovery = recovery
         self._core = core
         self._admissions = Admissions(context, recovery, core, take_sent)
-        # With several shards, Redis gives the turns: pushes that took them here would wait for each other.
-        self._lanes = Lanes(inf if core.is_sharded else max(1, core.staging.pool.capacity // 2))
+        self._intake = Intake(core)
         self._flights: dict[str, Flight] = {}
         self._closed = False
 
@@ -102,7 +97,7 @@ class Pushes:
         commit = None
         try:
             room = await self._room_first(claim, flight, body)
-            refusal = None if room is None else await self._receive_first(claim, flight, body, *room)
+            refusal = None if room is None else await self._receive_first(flight, body, room)
             if room is None or refusal is not None:
                 # What the claim decides comes before what the body is refused for.
                 admission = await self._admissions.admit(claim)
@@ -236,49 +231,33 @@ class Pushes:
         """
         return not self._core.is_sharded and self._core.staging.is_inline and self._admissions.expects(claim)
 
-    async def _room_first(self, claim: Claim, flight: Flight, body: Body) -> tuple[Vector, PartWriter | None] | None:
-        """Memory for a body that comes first, which then is in its sender's lane, and where it is copied to.
+    async def _room_first(self, claim: Claim, flight: Flight, body: Body) -> Room | None:
+        """Room for a body that comes first.
 
         None where there is none soon: what a push is refused for then comes behind what its claim is refused for.
         """
         if not self._comes_first(claim):
             return None
-        loop, pool = asyncio.get_running_loop(), self._core.staging.pool
-        deadline = loop.time() + min(_SOON_S, self._settings.queue_seconds)
-        room = None
+        generation, room = self._core.loaded, None
+        deadline = asyncio.get_running_loop().time() + min(_SOON_S, self._settings.queue_seconds)
         with suppress(Overloaded, StorageUnavailable):
-            await self._lanes.enter(claim.lease, deadline - loop.time())
-            try:
-                vector = await pool.acquire(max(deadline - loop.time(), 0.0))
-                if self._comes_first(claim):
-                    flight.came_in = self._core.loaded
-                    room = vector, await self._journaled(claim, body, vector, max(deadline - loop.time(), 0.0))
-                else:
-                    # Things have changed meanwhile.
-                    pool.release(vector)
-            finally:
-                if room is None:
-                    flight.came_in = None
-                    self._lanes.leave(claim.lease)
+            room = await self._intake.room(claim, body.length, deadline)
+            if self._comes_first(claim) and generation == self._core.loaded:
+                flight.came_in = generation
+            else:
+                # Things have changed meanwhile.
+                room.give_back()
+                room = None
         flight.phases.ended("queue")
         return room
 
-    async def _receive_first(
-        self, claim: Claim, flight: Flight, body: Body, vector: Vector, copy: PartWriter | None
-    ) -> ProblemError | None:
-        """Receives a body, which leaves its sender's lane; returns what the tensors are refused for, if they are."""
-        spec, refusal = self._core.shard.spec, None
+    async def _receive_first(self, flight: Flight, body: Body, room: Room) -> ProblemError | None:
+        """Receives a body; returns what the tensors are refused for, if they are."""
+        refusal = None
         try:
-            encodings = accepted_encodings(spec.aggregation)
-            flight.staged = staged = await self._core.staging.receive(body, vector, encodings, copy=copy)
-            require_usable(spec, staged.norm)
+            flight.staged = await room.receive(body)
         except (MalformedTensors, NonFiniteGradient) as error:
             refusal, flight.came_in = error, None
-            if flight.staged is not None:
-                flight.give_back()
-                self._forget_part(claim)
-        finally:
-            self._lanes.leave(claim.lease)
         flight.phases.ended("receive")
         return refusal
 
@@ -296,33 +275,20 @@ class Pushes:
             raise IdempotencyConflict("the idempotency key came before with another body")
 
     async def _stage(self, claim: Claim, flight: Flight, body: Body, *, queued: bool) -> Staged:
-        staging, staged, lanes = self._core.staging, None, self._lanes
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        deadline = asyncio.get_running_loop().time() + self._settings.queue_seconds
+
+        async def turn() -> None:
+            await self._admissions.turn(claim, flight.granted, deadline)
+            if self._closed:
+                raise ShardUnavailable("the shard is being given up")
+
         try:
-            await lanes.enter(claim.lease, self._settings.queue_seconds)
-            try:
-                vector = None if queued else staging.pool.try_acquire()
-                if vector is None:
-                    deadline = began + self._settings.queue_seconds
-                    if queued:
-                        await self._admissions.turn(claim, flight.granted, deadline)
-                    if self._closed:
-                        raise ShardUnavailable("the shard is being given up")
-                    vector = await staging.pool.acquire(max(deadline - loop.time(), 0.0))
-                encodings = accepted_encodings(self._core.shard.spec.aggregation)
-                copy = await self._journaled(claim, body, vector, self._settings.queue_seconds)
-                flight.phases.ended("queue")
-                staged = await staging.receive(body, vector, encodings, lambda: self._yield_slot(claim), copy)
-            finally:
-                lanes.leave(claim.lease)
-            require_usable(self._core.shard.spec, staged.norm)
+            room = await self._intake.room(claim, body.length, deadline, turn if queued else None)
+            flight.phases.ended("queue")
+            staged = await room.receive(body, lambda: self._yield_slot(claim))
             flight.phases.ended("receive")
             return staged
         except BaseException as error:
-            if staged is not None:
-                staged.hold.release()
-                self._forget_part(claim)
             await self._discard(claim, error)
             raise
 
@@ -333,24 +299,6 @@ class Pushes:
                 await self._coordinator.discard(claim, self._core.index, error.slug, error.detail)
             else:
                 await self._coordinator.discard(claim, self._core.index)
-
-    async def _journaled(self, claim: Claim, body: Body, vector: Vector, seconds: float) -> PartWriter | None:
-        """Where a body is copied to while it comes, within `seconds` where the journal has to have a base first.
-
-        Raises StorageUnavailable, with the vector given back.
-        """
-        if (journal := self._core.journal) is None:
-            return None
-        try:
-            return await journal.part(claim, body.length, seconds)
-        except BaseException:
-            self._core.staging.pool.release(vector)
-            raise
-
-    def _forget_part(self, claim: Claim) -> None:
-        """Forgets a push that has not counted."""
-        if self._core.journal is not None:
-            self._core.journal.forget(claim.key)
 
     def _yield_slot(self, claim: Claim) -> None:
         """The push's sender is slow, and its memory is counted apart: another push may have its slot."""
@@ -370,7 +318,7 @@ class Pushes:
                 await asyncio.shield(decision.applied)
                 flight.phases.ended("update")
             else:
-                self._forget_part(claim)
+                self._intake.forget(claim)
                 if not decision.replayed:
                     self._admissions.tell_dropped(record, claim)
             self._telemetry.passed(flight.phases)
@@ -385,7 +333,7 @@ class Pushes:
             self._forget(claim, record)
             raise
         except ProblemError:
-            self._forget_part(claim)
+            self._intake.forget(claim)
             raise
         finally:
             flight.give_back()
@@ -412,7 +360,7 @@ class Pushes:
                 answer = await self._recovery.call(partial(self._ask, claim, flight, part, options))
             except ShardUnavailable:
                 if not may_be_decided:
-                    self._forget_part(claim)
+                    self._intake.forget(claim)
                     raise
                 await asyncio.sleep(_RETRY_S)
                 continue
@@ -426,7 +374,7 @@ class Pushes:
             except Lost:
                 if not self._core.is_sharded:
                     # It has not counted, or this would be a replay.
-                    self._forget_part(claim)
+                    self._intake.forget(claim)
                     raise
                 # Where another shard refused the push meanwhile, that is on its way.
                 if await self._hears(flight, SILENCE_S):

@@ -172,7 +172,7 @@ class VectorPool:
                 return await future
         except TimeoutError:
             self._withdraw(future)
-            raise Overloaded(f"no memory for a body was free within {timeout_s:g} s") from None
+            raise Overloaded(f"no memory for a body was free within {timeout_s:.3g} s") from None
         except asyncio.CancelledError:
             self._withdraw(future)
             raise

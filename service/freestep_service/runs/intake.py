@@ -1,0 +1,105 @@
+"""The way of a push's body into memory: its sender's lane, a vector, the journal's copy, the bytes, and their check.
+
+The law of this file: it knows bodies and memory, and decides nothing. What was taken for a body that does not come, or
+is refused, is given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from math import inf
+
+from freestep_service.domain.aggregation import accepted_encodings
+from freestep_service.domain.records import Claim
+from freestep_service.runs.lanes import Lanes
+from freestep_service.runs.shard_core import ShardCore
+from freestep_service.state.buffers import Vector
+from freestep_service.state.push_entry import require_usable
+from freestep_service.state.staging import Body, Staged
+from freestep_service.storage.journal import PartWriter
+
+__all__ = ["Intake", "Room"]
+
+
+class Intake:
+    """The memory of one shard for the bodies of pushes."""
+
+    def __init__(self, core: ShardCore) -> None:
+        self._core = core
+        # With several shards, Redis gives the turns: pushes that took them here would wait for each other.
+        self._lanes = Lanes(inf if core.is_sharded else max(1, core.staging.pool.capacity // 2))
+
+    async def room(
+        self, claim: Claim, length: int, deadline: float, turn: Callable[[], Awaitable[None]] | None = None
+    ) -> Room:
+        """Room for the body of `length` bytes that a claim is for, which whoever has it receives into or gives back.
+
+        deadline: by the event loop's clock. turn: returns when memory may be asked for, which others have until then.
+        Raises Overloaded past the deadline, StorageUnavailable where the journal cannot take the body by then, and what
+        `turn` raises.
+        """
+        loop, pool = asyncio.get_running_loop(), self._core.staging.pool
+        await self._lanes.enter(claim.lease, max(deadline - loop.time(), 0.0))
+        try:
+            if turn is not None:
+                await turn()
+            vector = await pool.acquire(max(deadline - loop.time(), 0.0))
+            try:
+                journal = self._core.journal
+                copy = await journal.part(claim, length, max(deadline - loop.time(), 0.0)) if journal else None
+            except BaseException:
+                pool.release(vector)
+                raise
+        except BaseException:
+            self._lanes.leave(claim.lease)
+            raise
+        return Room(self._core, self._lanes, claim, vector, copy)
+
+    def forget(self, claim: Claim) -> None:
+        """Has the journal forget the body of a push that has not counted."""
+        if self._core.journal is not None:
+            self._core.journal.forget(claim.key)
+
+
+class Room:
+    """Room for one body; see `Intake.room`.
+
+    copy: where the journal has the body from.
+    """
+
+    def __init__(self, core: ShardCore, lanes: Lanes, claim: Claim, vector: Vector, copy: PartWriter | None) -> None:
+        self._core = core
+        self._lanes = lanes
+        self._claim = claim
+        self._vector = vector
+        self._copy = copy
+
+    def give_back(self) -> None:
+        """No body comes."""
+        self._core.staging.pool.release(self._vector)
+        if self._copy is not None:
+            self._copy.abandon()
+        self._lanes.leave(self._claim.lease)
+
+    async def receive(self, body: Body, on_slow: Callable[[], None] = lambda: None) -> Staged:
+        """Receives the body, whose memory the caller has from then on.
+
+        on_slow: called once when the memory is counted with that of slow peers. Raises what `Staging.receive` raises,
+        and NonFiniteGradient.
+        """
+        spec = self._core.shard.spec
+        try:
+            staged = await self._core.staging.receive(
+                body, self._vector, accepted_encodings(spec.aggregation), on_slow, self._copy
+            )
+        finally:
+            self._lanes.leave(self._claim.lease)
+        try:
+            require_usable(spec, staged.norm)
+        except BaseException:
+            staged.hold.release()
+            if self._core.journal is not None:
+                self._core.journal.forget(self._claim.key)
+            raise
+        return staged
