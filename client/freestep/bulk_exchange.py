@@ -23,7 +23,7 @@ _HEAD = 4 * 1024
 """Bytes to read while a head may come: what comes of the body with it is copied."""
 _CHUNK = 64 * 1024
 _GATHERED = 64 * 1024
-"""Bytes that are gathered before they are sent, so that the head goes with the beginning of the body."""
+"""Bytes that are gathered before they are sent, so that the head goes with a body that is shorter."""
 _TLS_WRITE = 1024 * 1024
 """Bytes given to TLS at a time: an early answer is looked for in between."""
 _MOST_PIECES = 512
@@ -87,6 +87,11 @@ class Exchange(httpx.SyncByteStream):
         assert isinstance(stream, httpx.SyncByteStream)
         gathered: list[_Bytes] = [request_head(request.method.encode("ascii"), request.url.raw_path, headers)]
         size = len(gathered[0])
+        if isinstance(stream, Body) and stream.length >= _GATHERED:
+            # The service reads it while the body is on its way.
+            if not self._write(gathered):
+                return False
+            size = 0
         for piece in framed(stream.pieces if isinstance(stream, Body) else stream, headers):
             gathered.append(piece)
             size += len(piece)
