@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import socket
 import sys
@@ -17,7 +18,7 @@ from uvicorn.config import LOGGING_CONFIG
 from freestep.api.validation import reason
 from freestep_service.app import Startup, create_app
 from freestep_service.log_lines import set_up_logging
-from freestep_service.settings import BadSetting, CannotStart, Settings
+from freestep_service.settings import BadSetting, CannotStart, Settings, misspelt
 from freestep_service.tls import uvicorn_options
 from freestep_service.web.connection import Connection
 from freestep_service.web.head import Bounds
@@ -25,6 +26,8 @@ from freestep_service.web.listener import Listener
 from freestep_service.web.places import Place, Places
 
 __all__ = ["Server", "main", "places_for", "serve"]
+
+logger = logging.getLogger("freestep")
 
 _MOST_DESCRIPTORS = 65_536
 _OTHER_DESCRIPTORS = 256
@@ -61,6 +64,8 @@ def serve(settings: Settings) -> None:
     Prints the URL as soon as requests are answered.
     """
     set_up_logging(settings.log_level, settings.log_format)
+    for variable, meant in misspelt(os.environ).items():
+        logger.warning("the environment variable %s is no setting and is not used: is %s meant?", variable, meant)
     tls = uvicorn_options(settings)
     places = places_for(settings)
     listener = _listener(settings)

@@ -6,6 +6,8 @@ import ipaddress
 import os
 import re
 import socket
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -17,11 +19,17 @@ from freestep.api.token_form import Scope
 from freestep.api.token_places import is_loopback
 from freestep.api.tokens import RunPattern, WorkerPattern
 
-__all__ = ["BadSetting", "CannotStart", "ClaimRule", "Settings", "is_safe", "shown"]
+__all__ = ["BadSetting", "CannotStart", "ClaimRule", "Settings", "is_safe", "misspelt", "shown"]
 
 _ASYMMETRIC = (*(f"{family}{bits}" for family in ("RS", "PS", "ES") for bits in (256, 384, 512)), "EdDSA")
 """The algorithms of RFC 7518 and RFC 8037 whose keys an issuer publishes. Under the others (HMAC, none) whoever can
 verify a token, or anybody, can make one."""
+
+
+_PREFIX = "FREESTEP_"
+_ALIKE = 0.85
+"""How alike two names are (difflib's ratio) of which one is taken for the other, misspelt: the variables of clients, such
+as FREESTEP_TOKEN_FILE, are less like any setting's."""
 
 
 def shown(place: object) -> str:
@@ -68,7 +76,7 @@ class Settings(BaseSettings):
     """Run the freestep service. Each setting is a flag here and an environment variable FREESTEP_NAME."""
 
     model_config = SettingsConfigDict(
-        env_prefix="FREESTEP_",
+        env_prefix=_PREFIX,
         extra="ignore",
         frozen=True,
         use_attribute_docstrings=True,
@@ -298,3 +306,14 @@ class Settings(BaseSettings):
 
 def _listed(text: str) -> list[str]:
     return [part for each in text.split(",") if (part := each.strip())]
+
+
+def misspelt(variables: Iterable[str]) -> dict[str, str]:
+    """Environment variables that are no setting's but nearly: each with that which is probably meant."""
+    known = [name.upper() for name in Settings.model_fields]
+    found = {}
+    for variable in variables:
+        name = variable.upper().removeprefix(_PREFIX)
+        if variable.upper().startswith(_PREFIX) and name not in known:
+            found |= {variable: _PREFIX + near for near in get_close_matches(name, known, 1, _ALIKE)}
+    return found

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 import forked
-from freestep_service.settings import Settings
+from freestep_service.settings import Settings, misspelt
 
 
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +25,23 @@ def test_flags_overrule_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     flags = ["--port", "9002", "--host", "0.0.0.0", "--insecure", "--checkpoints-kept", "7"]
     settings = CliApp.run(Settings, cli_args=flags)
     assert (settings.port, settings.host, settings.checkpoints_kept) == (9002, "0.0.0.0", 7)
+
+
+def test_variables_that_are_almost_settings_are_found() -> None:
+    given = ["FREESTEP_CHECKPOINT_SECOND", "freestep_shared_memroy", "FREESTEP_PORT", "PATH", "CHECKPOINT_SECOND"]
+    assert misspelt(given) == {
+        "FREESTEP_CHECKPOINT_SECOND": "FREESTEP_CHECKPOINT_SECONDS",
+        "freestep_shared_memroy": "FREESTEP_SHARED_MEMORY",
+    }
+
+
+def test_variables_of_clients_and_of_containers_are_not_taken_for_settings() -> None:
+    of_clients = (
+        "CLIENT_CERT CLIENT_KEY LEAVE_ON_SIGTERM PARENT_TOKEN RETRY_SECONDS RUN SHARDS TOKEN TOKEN_FILE URL WORKER"
+    )
+    # Kubernetes sets these where a Service is named freestep.
+    of_containers = "SERVICE_HOST SERVICE_PORT SERVICE_IMAGE WORKER_IMAGE PORT_8000_TCP PORT_8000_TCP_ADDR"
+    assert misspelt(f"FREESTEP_{name}" for name in f"{of_clients} {of_containers}".split()) == {}
 
 
 def test_threads_are_half_the_cores_unless_chosen() -> None:

@@ -51,6 +51,16 @@ def test_a_redis_that_removes_keys_is_refused(redis_url: str, tmp_path: Path) ->
     assert "set its maxmemory-policy to noeviction, it is allkeys-lru" in done.stderr
 
 
+def test_a_variable_that_is_almost_a_setting_is_told(free: str, tmp_path: Path) -> None:
+    said = forked.freestep(
+        *("serve", "--port", "0", "--data-dir", str(tmp_path), "--redis-url", f"redis://127.0.0.1:{free}/0"),
+        FREESTEP_CHECKPOINT_SECOND="5",
+        FREESTEP_WORKER="me",
+    ).stderr
+    assert "FREESTEP_CHECKPOINT_SECOND is no setting and is not used: is FREESTEP_CHECKPOINT_SECONDS meant?" in said
+    assert "FREESTEP_WORKER" not in said
+
+
 @pytest.mark.parametrize(
     ("flags", "exit_code", "complaint"),
     [
