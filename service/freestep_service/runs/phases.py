@@ -25,3 +25,10 @@ class Phases:
         now = time.monotonic()
         self.ends.append((phase, self._at, now))
         self._at = now
+
+    def seconds(self) -> dict[str, float]:
+        """How long each phase was. A push may be in one twice: it may wait for memory before and after `admit`."""
+        found: dict[str, float] = {}
+        for phase, began, ended in self.ends:
+            found[phase] = found.get(phase, 0.0) + ended - began
+        return found

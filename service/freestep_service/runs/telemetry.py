@@ -203,8 +203,8 @@ class RunMetrics:
 
     def passed(self, phases: Phases) -> None:
         """A shard's part of a push has come to the end of its way."""
-        for phase, began, ended in phases.ends:
-            self._phases[phase].observe(ended - began)
+        for phase, seconds in phases.seconds().items():
+            self._phases[phase].observe(seconds)
 
     def answered(self, seconds: float) -> None:
         """The answer to a push was sent, with y."""
