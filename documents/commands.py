@@ -27,6 +27,7 @@ _EXIT_CODES = (
     ("2", "used wrongly"),
     ("3", "the service cannot be reached"),
     ("130", "interrupted"),
+    ("143", "ended by SIGTERM: `evaluate` and `region`; `follow` ends with 0"),
 )
 
 

@@ -1,7 +1,7 @@
 """The `freestep` command.
 
 Exit codes: 0 done, 1 refused by the service or failed in the user's script, 2 used wrongly, 3 the service cannot be
-reached, 130 interrupted.
+reached, 130 interrupted, 143 ended by SIGTERM.
 
 Only the commands that need torch import it, since that takes seconds.
 """

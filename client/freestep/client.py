@@ -51,9 +51,9 @@ class Client:
         retry_for: Seconds for which a request is repeated while the service is away or busy; 0 sends each request once.
             None takes FREESTEP_RETRY_SECONDS from the environment, or 60.
         shared_memory: Whether large bodies of pushes and pulls go through memory that a service of the same user on
-            this machine shares, and not through its connections; None takes FREESTEP_SHARED_MEMORY from the
-            environment, or True; with `http`, False: bodies in memory pass by what that does to requests, such as
-            repeating or signing them.
+            this machine shares, and not through its connections. None takes FREESTEP_SHARED_MEMORY from the
+            environment, or True; with `http` it is False, since what that client does to bodies, such as repeating or
+            signing them, it does not do to those in memory.
         http: An httpx client to use instead, for a proxy or hooks for example; url, verify and timeout are then
             ignored, and so is the token if it has an Authorization header. It needs a connection for each shard of a
             run. It is fastest over a `freestep.bulk.BulkTransport`.

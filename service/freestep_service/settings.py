@@ -166,9 +166,10 @@ class Settings(BaseSettings):
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads for tensor arithmetic; 0 is half the cores, at least one."""
     inline_elements: Annotated[int, Field(ge=0)] = 1024 * 1024
-    """Shards of at most this many elements are updated on the event loop's thread, in about 1 ms, which is less than it
-    costs to have another thread do it, and their bodies decoded there; an eighth of that where it takes more than one
-    pass over the elements, as for Muon, robust means of several pushes, and bodies encoded as topk. 0 is none."""
+    """Shards of at most this many elements are updated, and bodies for them decoded, on the event loop's thread: that
+    takes about 1 ms, and to have another thread do it takes longer. Most pushes to a run of one such shard are then one
+    call of Redis instead of two. What takes more than one pass over the elements (Muon, robust means of several pushes,
+    bodies encoded as topk) is done there up to an eighth of this. 0: none of it is."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024**3
     """Longest request body that is accepted, in bytes."""
     head_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024
