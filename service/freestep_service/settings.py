@@ -28,8 +28,8 @@ verify a token, or anybody, can make one."""
 
 _PREFIX = "FREESTEP_"
 _ALIKE = 0.85
-"""How alike two names are (difflib's ratio) of which one is taken for the other, misspelt: the variables of clients, such
-as FREESTEP_TOKEN_FILE, are less like any setting's."""
+"""How alike two names are (difflib's ratio) of which one is taken for the other, misspelt. The variables of clients, such as
+FREESTEP_TOKEN_FILE, are less like any setting's."""
 
 
 def shown(place: object) -> str:
@@ -312,9 +312,10 @@ def _listed(text: str) -> list[str]:
 def misspelt(variables: Iterable[str]) -> dict[str, str]:
     """Environment variables that are no setting's but nearly: each with that which is probably meant."""
     known = [name.upper() for name in Settings.model_fields]
-    found = {}
+    found: dict[str, str] = {}
     for variable in variables:
         name = variable.upper().removeprefix(_PREFIX)
         if variable.upper().startswith(_PREFIX) and name not in known:
-            found |= {variable: _PREFIX + near for near in get_close_matches(name, known, 1, _ALIKE)}
+            for near in get_close_matches(name, known, 1, _ALIKE):
+                found[variable] = _PREFIX + near
     return found
