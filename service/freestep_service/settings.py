@@ -28,8 +28,8 @@ verify a token, or anybody, can make one."""
 
 _PREFIX = "FREESTEP_"
 _ALIKE = 0.85
-"""How alike two names are (difflib's ratio) of which one is taken for the other, misspelt. The variables of clients, such as
-FREESTEP_TOKEN_FILE, are less like any setting's."""
+"""How alike two names are (difflib's ratio) of which one is taken for the other, misspelt. No variable of clients, such
+as FREESTEP_TOKEN_FILE, is so like a setting's."""
 
 
 def shown(place: object) -> str:
