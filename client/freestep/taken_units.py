@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from freestep.api.data import MOST_PUSHED
 from freestep.api.models import Lease
 from freestep.data_set import DataSet
 from freestep.errors import DataNotFound, EpochChanged, FreestepError, LeaseExpired, RunNotFound, RunNotInitialized
@@ -123,6 +124,8 @@ class TakenUnits:
         while self._owed:
             first = self._owed[0]
             same = [unit for unit in self._owed if unit.data is first.data and unit.lease.lease == first.lease.lease]
+            # One request names no more.
+            same = same[:MOST_PUSHED]
             try:
                 first.data.give_back(first.lease, [unit.number for unit in same])
             except (LeaseExpired, EpochChanged, RunNotFound, RunNotInitialized, DataNotFound):

@@ -9,6 +9,7 @@ import torch
 
 from counting import LENGTH, Counts, Make, Numbers, counted
 from freestep import NonFiniteGradient, Run, ServiceUnreachable, Units
+from freestep.taken_units import TakenUnit, TakenUnits
 
 
 def test_a_skipped_step_gives_its_units_back(remotely: Make, run: Run) -> None:
@@ -156,3 +157,13 @@ def test_a_step_of_unknown_outcome_leaves_its_units_with_its_gradients(
                 continue
         optimizer.step()
     assert counted(run) == {1.0}
+
+
+def test_any_number_of_units_is_given_back(remotely: Make, run: Run) -> None:
+    lease = remotely(Counts())._membership.granted
+    data = run.data("many")
+    data.create({"length": 1500, "unit": 1, "passes": 1})
+    units = [unit.unit for count in (1024, 476) for unit in data.claim(lease, count).units]
+    taken = TakenUnits()
+    taken.give_back(TakenUnit(data, lease, number) for number in units)
+    assert (len(units), data.status().out) == (1500, 0)

@@ -170,6 +170,23 @@ def test_keys_of_ended_leases_are_evicted_beyond_their_number(run: DrivenRun) ->
     assert run.redis.lindex(run.key("ended"), -1) == "key"
 
 
+def test_the_newest_receipt_of_each_lease_outlives_the_older_ones_of_others(make_run: Make) -> None:
+    run = make_run().open()
+    claims = []
+    # As where all workers are cut off: more keys than are kept, and in one call as many as it evicts.
+    for number in range(80):
+        lease = run.grant(f"worker-{number}")
+        run.redis.rpush(run.key(f"window:{lease.lease}"), *(f"older-{number}-{place}" for place in range(62)))
+        for place in ("last-but-one", "last"):
+            claims.append(run.claim(lease, f"{number}-{place}"))
+            run.push(claims[-1])
+    run.pass_time(HOUR)
+    _, _, ended = run.expire()
+    assert len(ended.evicted) == 80 * 64 - 4096
+    # Who has had no answer sends the push again, and would make another of it after a refusal.
+    assert all(run.admit(claim).replayed for claim in claims)
+
+
 def test_a_push_under_a_lease_that_ends_is_refused(make_run: Make) -> None:
     run = make_run(3).open()
     claim = run.claim(run.grant(), "key")

@@ -43,6 +43,15 @@ def test_a_deleted_run_leaves_no_key(run: DrivenRun) -> None:
     assert not run.redis.sismember(RUNS_KEY, run.name)
 
 
+def test_a_run_with_very_many_workers_is_deleted(make_run: Make) -> None:
+    run = make_run().open()
+    leases = [f"lease-{number}" for number in range(5000)]
+    run.redis.hset(run.key("workers"), mapping={f"worker-{number}": lease for number, lease in enumerate(leases)})
+    run.redis.hset(run.key(f"lease:{leases[-1]}"), "worker", "worker-4999")
+    run.do(run.opening.delete())
+    assert run.dump() == {}
+
+
 # The phases of an opening
 
 

@@ -24,6 +24,8 @@ from freestep.api.data import DataSpec
 from freestep.api.models import MetricReport, RunSpec
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.tokens import ANYBODY
+from freestep_service.runs.resources import Disk
+from freestep_service.runs.shard_journal import ShardJournal
 from freestep_service.storage.journal_files import segment_paths
 from freestep_service.storage.journal_format import Kind
 from harness import ProcessService, ThreadService
@@ -33,7 +35,7 @@ from plain_calls import SGD, TENSORS, Api
 from raw_pushes import answered, connected, head_of_a_push, is_pending
 from run_specs import POLICIES
 from runs.journaled import crashed, is_same, journal_dirs, journaled_run, last_entry, opened, states
-from storage.journals import frame_places
+from storage.journals import BASE, claim, frame_places
 
 SHAPES = {"a": [3, 5], "b": [], "c": [700]}
 
@@ -299,3 +301,27 @@ def test_a_push_that_comes_while_its_run_is_deleted_is_answered(api: Api, servic
         assert api.http.delete(api.path()).status_code == 204
         connection.sendall(body[middle:])
         assert b"urn:freestep:problem:run-not-found" in answered(connection)
+
+
+def test_room_is_given_back_where_a_push_has_left_before_it_was_there(tmp_path: Path) -> None:
+    async def work() -> None:
+        length, disk = 8 * 1024**2, Disk()
+        journal = ShardJournal(tmp_path / "run" / "000000000000000-000000000000008", "run", "id", disk)
+        await journal.begin(1, BASE, 100)
+        asking = asyncio.create_task(journal.part(claim("left"), length, 30.0))
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await journal.flush()
+        ((_, segment),) = segment_paths(journal.directory)
+        allocated = segment.stat().st_size
+        assert allocated > length
+        # It needs no more than the other did.
+        (await journal.part(claim("another"), length, 30.0)).abandon()
+        await journal.flush()
+        assert segment.stat().st_size == allocated
+        await journal.close()
+        disk.close()
+
+    run_async(work)

@@ -43,8 +43,8 @@ class Writing:
     def begin(self, epoch: int = 1, base: CheckpointId | None = BASE, seq: int = 100) -> None:
         self.wait(lambda done: self.journal.begin(epoch, base, seq, done))
 
-    def push(self, key: str, body: bytes) -> None:
-        """Writes a body as if it came in pieces."""
+    def push(self, key: str, body: bytes, piece: int = 100_000) -> None:
+        """Writes a body as if it came in pieces of so many bytes."""
         outcomes: list[Exception | None] = []
         if not self.journal.make_room(len(body), outcomes.append):
             while not outcomes:
@@ -52,8 +52,8 @@ class Writing:
             if outcomes[0] is not None:
                 raise outcomes[0]
         part = self.journal.part(claim(key), len(body))
-        for begin in range(0, len(body), 100_000):
-            part.write(memoryview(body)[begin : begin + 100_000])
+        for begin in range(0, len(body), piece):
+            part.write(memoryview(body)[begin : begin + piece])
         told: list[Exception | None] = []
         if not part.written(told.append):
             while not told:

@@ -71,6 +71,16 @@ def test_bodies_that_come_at_the_same_time_do_not_mix(writing: Writing) -> None:
     assert {key: b"".join(part.read()) for key, part in found.items()} == bodies
 
 
+@pytest.mark.parametrize(("length", "piece"), [(5000, 2), (LARGE, 500)])
+def test_a_body_may_drip_in(writing: Writing, length: int, piece: int) -> None:
+    writing.begin()
+    # The system takes 1024 buffers at a time.
+    writing.push("drips", body(length), piece)
+    writing.entry(101, "drips")
+    (entry,) = read_journal(writing.journal.directory).entries
+    assert entry.part is not None and b"".join(entry.part.read()) == body(length)
+
+
 def test_a_body_that_broke_off_is_no_part(writing: Writing) -> None:
     writing.begin()
     writing.wait(lambda done: writing.journal.make_room(LARGE, done) and done(None))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,17 @@ class ShardJournal:
                 raise StorageUnavailable("the run has no checkpoint yet that its journal could go on from") from None
         done: asyncio.Future[None] = self._loop.create_future()
         if not self._journal.make_room(length, _setter(done)):
-            await done
+            try:
+                await asyncio.shield(done)
+            except asyncio.CancelledError:
+                # The room may be there, or still come.
+                done.add_done_callback(partial(self._give_back, length))
+                raise
         return self._journal.part(claim, length)
+
+    def _give_back(self, length: int, made: asyncio.Future[None]) -> None:
+        if made.exception() is None:
+            self._journal.give_back(length)
 
     def find(self, key: str) -> JournaledPart | None:
         """The part of a push that is not decided, if all of it has come."""

@@ -31,11 +31,15 @@ the place while others have it."""
 
 @dataclass(eq=False)
 class _Ticket:
-    """A copy that somebody wants. taken: whether it is being made. readers: how many of those who want it are here."""
+    """A copy that somebody wants. taken: whether it is being made. readers: how many of those who want it are here.
+
+    size: the bytes that are counted for it. How many the next one takes may change meanwhile, with the run's policy.
+    """
 
     copy: asyncio.Future[StateCopy] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     taken: bool = False
     readers: int = 0
+    size: int = 0
 
 
 class StateExports:
@@ -99,7 +103,7 @@ class StateExports:
 
     def _take(self, ticket: _Ticket) -> None:
         ticket.taken = True
-        size = self._core.shard.state_bytes
+        ticket.size = size = self._core.shard.state_bytes
         if not self._budget.try_reserve(size):
             free = self._budget.free
             _fail(ticket, Overloaded(f"a copy of the state takes {size} bytes of memory, and {free} are free"))
@@ -117,7 +121,7 @@ class StateExports:
             _fail(ticket, error)
         if ticket.copy.done():
             # It failed, or nobody wants it any more.
-            self._budget.release(self._core.shard.state_bytes)
+            self._budget.release(ticket.size)
         else:
             ticket.copy.set_result(copied.result())
 
@@ -130,7 +134,7 @@ class StateExports:
             if ticket.taken:
                 self._background.spawn(self._log.reads_sent([name]), "a copy that was sent was not reported")
         if ticket.copy.done() and ticket.copy.exception() is None:
-            self._budget.release(self._core.shard.state_bytes)
+            self._budget.release(ticket.size)
         else:
             _fail(ticket, ShardUnavailable("the copy is not wanted any more"))
 

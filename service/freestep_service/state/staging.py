@@ -143,8 +143,12 @@ class Staging:
         )
         hold = Hold(self.pool, vector, transfer)
         try:
-            async with bound:
-                digest = await body.receive_into(receiver if copy is None else _Copied(receiver, copy))
+            try:
+                async with bound:
+                    digest = await body.receive_into(receiver if copy is None else _Copied(receiver, copy))
+            finally:
+                # While what has come is written and decoded, there is no transfer to be ended.
+                transfer.end = lambda: None
             if copy is not None:
                 await _written(copy)
             tensors, norm = await self._decode(vector, receiver)
@@ -157,8 +161,6 @@ class Staging:
         except BaseException:
             _give_up(hold, copy)
             raise
-        finally:
-            transfer.end = lambda: None
         return Staged(tensors, norm, digest, body.length, hold)
 
     async def _decode(self, vector: Vector, receiver: Receiver) -> tuple[Pushed, float | None]:

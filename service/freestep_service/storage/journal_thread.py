@@ -34,6 +34,8 @@ PIECE = 1024**2
 
 _SHARE = 4
 """Of what a disk has free, the part that is allocated ahead at most: one in so many."""
+_MOST_BUFFERS = 1024
+"""Buffers that Linux and macOS take in one call."""
 
 
 @dataclass
@@ -215,7 +217,8 @@ class JournalThread:
             os.ftruncate(descriptor, work.at)
         at, buffers = work.at, [memoryview(buffer) for buffer in work.buffers]
         while buffers:
-            written = os.pwritev(descriptor, buffers, at)
+            # A body that drips in is of any number of pieces.
+            written = os.pwritev(descriptor, buffers[:_MOST_BUFFERS], at)
             at += written
             while buffers and written >= len(buffers[0]):
                 written -= len(buffers.pop(0))

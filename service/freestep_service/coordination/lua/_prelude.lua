@@ -31,7 +31,8 @@
 --   group     hash    worker -> number of its pushes in the update that is being gathered
 --   log       stream  the commit log, with the ids SEQ-0: pushes that were committed, and what else all shards take
 --                     in the same order
---   ended     list    idempotency keys of leases that have ended, oldest first
+--   ended     list    idempotency keys of leases that have ended, in the order in which their receipts are evicted: the
+--                     newest of each lease last, the first of which is that of the lease that ended first
 --   shards    hash    of shard K: K:node, K:url, K:host, K:token, K:ends, K:ttl (its owner, when the ownership ends,
 --                     and for how long it is prolonged, in ms),
 --                     K:left_url (of the owner that has given it up, until there is another),
@@ -82,6 +83,8 @@ local PENDING, GROUP, LOG, ENDED = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local SHARDS, STAGED, QUEUE, CUTS = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 local METRICS, OUT, HELD, BACK = KEYS[#KEYS - 3], KEYS[#KEYS - 2], KEYS[#KEYS - 1], KEYS[#KEYS]
 local WINDOW_LENGTH, ENDED_LENGTH = 64, 4096
+-- Of these of a lease that has ended, those that are kept for longest: its pushes whose answers may have been lost.
+local NEWEST_ENDED = 2
 -- Entries of the log that are kept at least, and at most where a shard is behind.
 local LOG_LENGTH, LONGEST_LOG = 1024, 16384
 local TRIM_INTERVAL = 64
@@ -491,9 +494,10 @@ end
 -- Moves the idempotency keys of an ended lease to the list of ended leases, and adds the keys that this list evicts to
 -- `evicted`. Pushes of the lease that are not committed are refused, and its units are handed out again.
 local function retire(lease, window, evicted)
-  for _, key in ipairs(redis.call('LRANGE', window, 0, -1)) do
-    redis.call('RPUSH', ENDED, key)
-  end
+  local keys = redis.call('LRANGE', window, 0, -1)
+  local newest = math.max(#keys - NEWEST_ENDED + 1, 1)
+  for index = newest, #keys do redis.call('RPUSH', ENDED, keys[index]) end
+  for index = newest - 1, 1, -1 do redis.call('LPUSH', ENDED, keys[index]) end
   redis.call('DEL', window)
   while redis.call('LLEN', ENDED) > ENDED_LENGTH and #evicted < MOST_EVICTED do
     evicted[#evicted + 1] = redis.call('LPOP', ENDED)
