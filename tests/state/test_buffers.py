@@ -31,6 +31,7 @@ class Peer:
 
     slow: bool = False
     speed: float = 0.0
+    can_end: bool = True
     ended: bool = field(default=False)
     excused: bool = field(default=False)
 
@@ -164,6 +165,24 @@ def test_where_the_reserve_is_used_up_the_slowest_is_ended_for_those_who_wait() 
         assert not peers[0].ended
         holds[1].release()
         assert await waiting is holds[1].vector
+
+    run(work)
+
+
+def test_a_peer_is_ended_although_a_slower_one_has_nothing_to_end() -> None:
+    """A body that has come may wait for other shards' parts of its push."""
+
+    async def work() -> None:
+        pool = VectorPool(3, capacity=2, reserve=MemoryBudget(0))
+        has_come, sends = Peer(slow=True, speed=1.0, can_end=False), Peer(slow=True, speed=2.0)
+        Hold(pool, await pool.acquire(30), has_come)
+        hold = Hold(pool, await pool.acquire(30), sends)
+        waiting = asyncio.create_task(pool.acquire(30))
+        while not sends.ended:
+            await asyncio.sleep(0.001)
+        assert not has_come.ended
+        hold.release()
+        assert await waiting is hold.vector
 
     run(work)
 

@@ -95,6 +95,10 @@ class Holder(Protocol):
     def speed(self) -> float:
         """Bytes a second."""
 
+    @property
+    def can_end(self) -> bool:
+        """Whether there is a transfer that may be ended."""
+
     def end(self) -> None:
         """Ends the transfer; the vector is released soon after."""
 
@@ -223,8 +227,9 @@ class VectorPool:
         left = [holder for holder in slow if not self._count_apart(holder)]
         counted = [holder for holder, apart in self._holders.items() if not apart]
         self.is_held_by_slow_peers = bool(left) and len(left) == len(counted) >= self.capacity
-        if left and self.contended:
-            slowest = min(left, key=lambda holder: holder.speed)
+        ending = [holder for holder in left if holder.can_end]
+        if ending and self.contended:
+            slowest = min(ending, key=lambda holder: holder.speed)
             logger.warning("a peer that moves %.0f bytes/s is ended: others wait for its memory", slowest.speed)
             slowest.end()
         if any(not apart for apart in self._holders.values()):

@@ -102,6 +102,10 @@ class Snapshot:
         """Bytes a second of its fastest reader."""
         return max((reader.speed for reader in self.readers), default=0.0)
 
+    @property
+    def can_end(self) -> bool:
+        return bool(self.readers)
+
     def end(self) -> None:
         """Ends its readers."""
         for reader in self.readers:

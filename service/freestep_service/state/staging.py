@@ -147,8 +147,8 @@ class Staging:
                 async with bound:
                     digest = await body.receive_into(receiver if copy is None else _Copied(receiver, copy))
             finally:
-                # While what has come is written and decoded, there is no transfer to be ended.
-                transfer.end = lambda: None
+                # What has come is written and decoded, and may wait for other shards' parts of its push.
+                transfer.can_end = False
             if copy is not None:
                 await _written(copy)
             tensors, norm = await self._decode(vector, receiver)

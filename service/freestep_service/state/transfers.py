@@ -34,6 +34,8 @@ class Transfer:
         self._floor = floor
         self._began = clock()
         self.end = end
+        self.can_end = True
+        """Whether the memory is free soon after `end`; not any more where a body has come, whatever it waits for."""
         self.on_excused = on_excused
         """Called once, when the memory is counted apart."""
 
