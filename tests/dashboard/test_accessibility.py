@@ -95,12 +95,12 @@ def test_the_keyboard_reaches_everything(api: Api, open_page: OpenPage) -> None:
     page.get_by_role("link", name=api.run).focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", name=api.run, level=1)).to_be_visible()
-    wanted = page.locator("main").locator("button:visible:enabled, input:visible, summary:visible").count()
-    reached = page.evaluate(
+    # In one look: the page may be getting more of them.
+    indices = page.evaluate(
         "[...document.querySelectorAll('main button, main input, main summary')]"
-        ".filter(each => each.checkVisibility() && !each.disabled && each.tabIndex >= 0).length"
+        ".filter(each => each.checkVisibility() && !each.disabled).map(each => each.tabIndex)"
     )
-    assert wanted == reached > 5
+    assert len(indices) > 5 and min(indices) >= 0
 
 
 def test_the_theme_is_chosen_and_kept(api: Api, open_page: OpenPage) -> None:
