@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from math import inf
 
+from freestep.errors import NonFiniteGradient
 from freestep_service.domain.aggregation import accepted_encodings
 from freestep_service.domain.records import Claim
 from freestep_service.runs.lanes import Lanes
@@ -54,7 +55,7 @@ class Intake:
         except BaseException:
             self._lanes.leave(claim.lease)
             raise
-        return Room(self._core, self._lanes, claim, vector, copy)
+        return Room(self, claim, vector, copy)
 
     def forget(self, claim: Claim) -> None:
         """Has the journal forget the body of a push that has not counted."""
@@ -68,19 +69,18 @@ class Room:
     copy: where the journal has the body from.
     """
 
-    def __init__(self, core: ShardCore, lanes: Lanes, claim: Claim, vector: Vector, copy: PartWriter | None) -> None:
-        self._core = core
-        self._lanes = lanes
+    def __init__(self, intake: Intake, claim: Claim, vector: Vector, copy: PartWriter | None) -> None:
+        self._intake = intake
         self._claim = claim
         self._vector = vector
         self._copy = copy
 
     def give_back(self) -> None:
         """No body comes."""
-        self._core.staging.pool.release(self._vector)
+        self._intake._core.staging.pool.release(self._vector)
         if self._copy is not None:
             self._copy.abandon()
-        self._lanes.leave(self._claim.lease)
+        self._intake._lanes.leave(self._claim.lease)
 
     async def receive(self, body: Body, on_slow: Callable[[], None] = lambda: None) -> Staged:
         """Receives the body, whose memory the caller has from then on.
@@ -88,18 +88,17 @@ class Room:
         on_slow: called once when the memory is counted with that of slow peers. Raises what `Staging.receive` raises,
         and NonFiniteGradient.
         """
-        spec = self._core.shard.spec
+        core = self._intake._core
+        spec = core.shard.spec
         try:
-            staged = await self._core.staging.receive(
-                body, self._vector, accepted_encodings(spec.aggregation), on_slow, self._copy
-            )
+            encodings = accepted_encodings(spec.aggregation)
+            staged = await core.staging.receive(body, self._vector, encodings, on_slow, self._copy)
         finally:
-            self._lanes.leave(self._claim.lease)
+            self._intake._lanes.leave(self._claim.lease)
         try:
             require_usable(spec, staged.norm)
-        except BaseException:
+        except NonFiniteGradient:
             staged.hold.release()
-            if self._core.journal is not None:
-                self._core.journal.forget(self._claim.key)
+            self._intake.forget(self._claim)
             raise
         return staged
