@@ -97,6 +97,7 @@ class ThreadService:
             "hash": lambda client, key: {
                 field: value for field, value in client.hgetall(key).items() if not field.endswith(":ends")
             },
+            "string": lambda client, key: client.get(key),
             "list": lambda client, key: client.lrange(key, 0, -1),
             "stream": lambda client, key: client.xrange(key),
             "zset": lambda client, key: client.zrange(key, 0, -1),

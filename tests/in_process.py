@@ -203,7 +203,7 @@ class Medium(LocalStorage):
         super().__init__(root)
         self.is_full = False
         self.keeps: str | None = None
-        """What may not be removed: paths with this in them."""
+        """What may not be written or removed: paths with this in them."""
         self.fails: str | None = None
         """What cannot be listed or read: paths with this in them."""
         self.reads: list[str] = []
@@ -214,6 +214,8 @@ class Medium(LocalStorage):
     def _write(self, path: str, pieces: Any) -> None:
         if self.is_full:
             raise OSError(28, "No space left on device")
+        if self.keeps is not None and self.keeps in path:
+            raise OSError(30, "Read-only file system")
         super()._write(path, pieces)
 
     def _remove(self, path: str) -> None:

@@ -78,11 +78,11 @@ class Cutter:
 
 
 class Delay:
-    """A proxy in front of a store on a Unix socket that holds back the responses to chosen commands."""
+    """A proxy in front of a store on a Unix socket that holds back or loses the responses to chosen commands."""
 
     def __init__(self, target: Path, path: Path) -> None:
         self._target = str(target)
-        self._held: list[tuple[bytes, threading.Event, threading.Event]] = []
+        self._held: list[tuple[bytes, threading.Event, threading.Event | None]] = []
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -99,6 +99,15 @@ class Delay:
         self._held.append((word, answered, released))
         return answered, released
 
+    def lose(self, word: bytes) -> threading.Event:
+        """Ends the connection on which the response to the next command that contains a word comes, instead of it.
+
+        Returns an event: the store has responded.
+        """
+        answered = threading.Event()
+        self._held.append((word, answered, None))
+        return answered
+
     def _accept(self) -> None:
         while True:
             try:
@@ -108,7 +117,7 @@ class Delay:
             far = socket.socket(socket.AF_UNIX)
             far.connect(self._target)
             self._pairs.append((near, far))
-            waiting: list[tuple[bytes, threading.Event, threading.Event]] = []
+            waiting: list[tuple[bytes, threading.Event, threading.Event | None]] = []
             for work in (self._ask, self._answer):
                 self._threads.append(threading.Thread(target=work, args=(near, far, waiting)))
                 self._threads[-1].start()
@@ -127,6 +136,9 @@ class Delay:
             while waiting:
                 _, answered, released = waiting.pop()
                 answered.set()
+                if released is None:
+                    near.shutdown(socket.SHUT_RDWR)
+                    return
                 wait_for(released, "the test lets the answer go on")
             near.sendall(data)
 

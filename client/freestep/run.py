@@ -142,7 +142,14 @@ class Run:
         return self._noted(self._transport.request("POST", f"{self._path}/reshard", json=document, retry=False))
 
     def delete(self) -> None:
-        """Deletes the run and its checkpoints."""
+        """Deletes the run and its checkpoints.
+
+        Raises:
+            RunNotFound: There is none.
+            CoordinatorUnavailable: The run is as it was, unless only the answer of Redis was lost.
+            StorageUnavailable: Files cannot be written or removed: the run is as it was, or it is deleted, and they are
+                removed when they can be.
+        """
         self._transport.request("DELETE", self._path)
         self._manifest = None
 

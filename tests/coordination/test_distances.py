@@ -179,8 +179,8 @@ def test_an_opening_forgets_what_was_reported(three: DrivenRun) -> None:
 
 def test_a_run_that_is_deleted_leaves_no_reports(three: DrivenRun) -> None:
     report(three, 0, 4)
-    three.do(three.opening.delete())
-    assert three.dump() == {}
+    three.do(three.opening.delete(1))
+    assert three.dump() == {three.key("deleted"): "1"}
 
 
 class Exchange(RuleBasedStateMachine):

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from coordination.driven import DrivenRun
+from coordination.driven import ASYNC, DrivenRun
+from freestep.errors import RunNotFound
 from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.domain.aggregation import Policy
-from freestep_service.domain.records import CheckpointId, Record, RunState
+from freestep_service.domain.records import CheckpointId, Origin, Record, RunState
 from freestep_service.domain.run_view import DamagedRun
 
 Make = Callable[..., DrivenRun]
@@ -35,12 +36,12 @@ def test_a_run_is_created_once(make_run: Make) -> None:
     assert run.redis.sismember(RUNS_KEY, run.name)
 
 
-def test_a_deleted_run_leaves_no_key(run: DrivenRun) -> None:
+def test_a_deleted_run_leaves_its_last_epoch_alone(run: DrivenRun) -> None:
     run.push(run.claim(run.grant(), "key"))
     assert run.dump()
-    run.do(run.opening.delete())
-    assert run.dump() == {}
-    assert not run.redis.sismember(RUNS_KEY, run.name)
+    assert run.do(run.opening.delete(1)) == 1
+    assert run.dump() == {run.key("deleted"): "1"}
+    assert run.do(run.opening.read()) is None
 
 
 def test_a_run_with_very_many_workers_is_deleted(make_run: Make) -> None:
@@ -48,8 +49,37 @@ def test_a_run_with_very_many_workers_is_deleted(make_run: Make) -> None:
     leases = [f"lease-{number}" for number in range(5000)]
     run.redis.hset(run.key("workers"), mapping={f"worker-{number}": lease for number, lease in enumerate(leases)})
     run.redis.hset(run.key(f"lease:{leases[-1]}"), "worker", "worker-4999")
-    run.do(run.opening.delete())
-    assert run.dump() == {}
+    run.do(run.opening.delete(1))
+    assert run.dump() == {run.key("deleted"): "1"}
+
+
+def test_a_deleted_run_is_not_begun_anew_by_who_has_missed_that(make_run: Make) -> None:
+    """It takes the run for one that Redis has lost."""
+    run = make_run().open(epoch=3)
+    # Somebody has gone on in a later epoch than the caller knows of.
+    assert run.do(run.opening.delete(2)) == 3
+    run.redis.srem(RUNS_KEY, run.name)
+    with pytest.raises(RunNotFound):
+        run.do(run.opening.gather(run.shards))
+    assert run.dump() == {run.key("deleted"): "3"}
+    assert not run.redis.sismember(RUNS_KEY, run.name)
+
+
+def test_a_new_run_of_the_name_is_begun_anew_where_redis_has_lost_it(make_run: Make) -> None:
+    run = make_run().open()
+    run.do(run.opening.delete(1))
+    next_run = Coordinator(run.driver.store, run.name, "{}", ASYNC, Origin(2, "another"))
+    assert run.do(next_run.opening.create(2, 1)) == "created"
+    run.redis.delete(run.key("run"))
+    with pytest.raises(RunNotFound):
+        run.do(run.opening.gather(run.shards))
+    run.do(next_run.opening.gather(1))
+    assert run.field("id") == "another"
+    # Whoever deletes it again, and knows of the first run only, does not go back behind that.
+    run.redis.delete(run.key("run"))
+    assert run.do(run.opening.delete(1)) == 1
+    run.redis.set(run.key("deleted"), "7")
+    assert run.do(run.opening.delete(1)) == 7
 
 
 # The phases of an opening

@@ -309,7 +309,7 @@ def test_a_deleted_run_leaves_nothing_of_its_data(api: Api, service: ThreadServi
     claim(api, lease, 2)
     give_back(api, lease, [0])
     api.http.delete(api.path())
-    assert service.redis_dump(api.redis_key()) == {}
+    assert service.redis_dump(api.redis_key()) == {api.redis_key("deleted"): "1"}
     api.create()
     assert slug(api.http.get(api.path("/data/train"))) == "data-not-found"
 

@@ -86,7 +86,7 @@ class Process:
 
     async def kill(self) -> None:
         """Ends without a word to Redis or to storage."""
-        await self.run.forget()
+        await self.run._let_go()
         await self._end()
 
     async def _end(self) -> None:

@@ -304,3 +304,29 @@ def test_a_restore_without_a_store_changes_nothing(
     restored = api.http.post(api.path("/checkpoints/0/restore")).json()
     assert (restored["epoch"], restored["step"]) == (2, 0)
     assert not torch.equal(api.pull("x")[0]["w"], x["w"])
+
+
+def test_a_deletion_without_a_store_changes_nothing(
+    store: ValkeyServer, start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
+) -> None:
+    """Nor does it happen later, when the store has lost its data: to anybody who looks then, the run is not there."""
+    url, data_dir = f"unix://{store.unix_socket_path}", tmp_path / "data"
+    service = start_service(data_dir, redis_url=url)
+    api = connect(service.url)
+    api.create()
+    api.push(api.lease(), 0)
+    assert api.http.post(api.path("/checkpoints")).status_code == 201
+    store.stop()
+    assert slug(api.http.delete(api.path())) == "coordinator-unavailable"
+    store.start()
+    assert (api.status()["epoch"], api.status()["step"]) == (1, 1)
+    with service.redis() as client:
+        client.flushall()
+    lease = persistently(lambda: api.http.post(api.path("/leases"), json={"worker": "worker"})).json()
+    assert api.push(lease, 1).json()["step"] == 2
+    service.stop()
+    with Redis(unix_socket_path=str(store.unix_socket_path)) as client:
+        client.flushall()
+    again = connect(start_service(data_dir, redis_url=url).url, api.run)
+    persistently(lambda: again.http.post(again.path("/leases"), json={"worker": "worker"}))
+    assert (again.status()["epoch"], again.status()["step"]) == (1, 2)

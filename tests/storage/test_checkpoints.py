@@ -361,7 +361,7 @@ def test_without_checkpoints(storage: Storage) -> None:
         checkpoints.load(CheckpointId(1, 0, 0), 0, 37)
     assert checkpoints.closed(0, 37) is None
     checkpoints.clear_closed(0, 37)
-    checkpoints.remove()
+    checkpoints.remove(1)
 
 
 def test_an_orderly_shutdown_is_recorded_for_each_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -157,7 +157,7 @@ class CheckpointsMachine(RuleBasedStateMachine):
     @rule(view=VIEWS)
     def remove(self, view: int) -> None:
         """The run is deleted."""
-        self.views[view].remove()
+        self.views[view].remove(self.last.epoch)
         assert list(self.root.glob("runs/*")) == []
         self.models.clear()
 

@@ -67,7 +67,7 @@ def test_the_same_is_written_today(tmp_path: Path) -> None:
     checkpoints.complete(id_of(copy))
     checkpoints.mark_closed(0, 37, 1, 11)
     RunFile("{}", 1, 2).write(storage, "run")
-    LastEpochs(storage).write("other", 7)
+    LastEpochs(storage).note("other", 7)
     today, earlier = contents(tmp_path), contents(KEPT)
     # Earlier versions did not seal it.
     sealed, plain = today.pop("runs/run/run.json"), earlier.pop("runs/run/run.json")

@@ -52,7 +52,7 @@ def test_a_full_disk_is_read_and_refuses_what_is_to_be_written(disk: Path) -> No
         lambda: checkpoints.complete(id_of(made.copy_state())),
         lambda: checkpoints.mark_closed(0, 37, 1, 1),
         lambda: RunFile("{}", 2, 2).write(storage, "run"),
-        lambda: LastEpochs(storage).write("run", 1),
+        lambda: LastEpochs(storage).note("run", 1),
     ]
     for call in refused:
         with pytest.raises(StorageUnavailable, match=f"the storage {disk} cannot be written: No space left on device"):
@@ -62,7 +62,7 @@ def test_a_full_disk_is_read_and_refuses_what_is_to_be_written(disk: Path) -> No
     assert torch.equal(checkpoints.load(id_of(old), 0, 37).state.tensors["y"], old.tensors["y"])
     assert RunFile.read(storage, "run") == RunFile("{}", 1, 2)
     # What makes room is not refused.
-    checkpoints.remove()
+    checkpoints.remove(1)
     ballast.unlink()
     storage.require_writable()
     assert [path for path in disk.rglob("*") if path.is_file()] == []
@@ -94,7 +94,7 @@ def test_a_read_only_disk_is_read(tmp_path: Path, make_read_only: Callable[[], P
     storage, copy = LocalStorage(tmp_path / "disk"), shard().copy_state()
     checkpoints = Checkpoints(storage, "run", keep=1)
     RunFile("{}", 1, 2).write(storage, "run")
-    LastEpochs(storage).write("gone", 3)
+    LastEpochs(storage).note("gone", 3)
     write(checkpoints, copy, 2, {"key": RECORD})
     checkpoints.mark_closed(*bounds(2)[0], 1, 1)
     disk = make_read_only()
@@ -115,7 +115,7 @@ def test_a_read_only_disk_is_read(tmp_path: Path, make_read_only: Callable[[], P
         storage.require_writable,
         lambda: checkpoints.clear_closed(*bounds(2)[0]),
         lambda: checkpoints.complete(id_of(copy)),
-        checkpoints.remove,
+        lambda: checkpoints.remove(1),
     ]
     for call in refused:
         with pytest.raises(StorageUnavailable, match=f"the storage {disk} cannot be written: (Read-only|Permission)"):

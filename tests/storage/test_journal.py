@@ -243,7 +243,9 @@ def test_what_is_no_journal_of_a_shard_is_left_where_journals_are_removed(
     assert not writing.journal.directory.exists()
     # It would hold up the run that it is no part of any more.
     assert f"{damaged} is not removed, though the run has other shards now" in caplog.text
-    remove_journals(run)
+    remove_journals(run, 9, damaged=False)
+    assert f"{damaged} is not removed, though its run is deleted" in caplog.text
+    remove_journals(run, 9, damaged=True)
     assert not damaged.exists()
     assert (run / "notes.txt").read_text() == "mine"
     assert [path for _, path in segment_paths(copy)] and read_journal(copy).epoch == 1
@@ -252,6 +254,9 @@ def test_what_is_no_journal_of_a_shard_is_left_where_journals_are_removed(
 def test_the_journals_of_a_run_are_removed(writing: Writing) -> None:
     writing.begin()
     writing.flush()
-    remove_journals(writing.journal.directory.parent)
+    # It is of a later run of the name.
+    remove_journals(writing.journal.directory.parent, 0, damaged=True)
+    assert read_journal(writing.journal.directory).epoch == 1
+    remove_journals(writing.journal.directory.parent, 1, damaged=True)
     assert not os.path.lexists(writing.journal.directory)
     assert read_journal(writing.journal.directory).epoch == 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from checkpointed import shard, write
+from checkpointed import shard, with_checksum, write
 from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.checksummed import Damaged
 from freestep_service.storage.media import Storage
@@ -17,10 +19,33 @@ def test_removing_a_run_removes_all_of_its_files_and_no_others(storage: Storage)
         checkpoints = Checkpoints(storage, run, keep=1)
         write(checkpoints, shard().copy_state(), 2)
         checkpoints.mark_closed(0, 37, 1, 0)
-    Checkpoints(storage, "run", keep=1).remove()
+    Checkpoints(storage, "run", keep=1).remove(3)
     assert storage.names("runs") == ["run-2"]
     assert storage.names("runs/run") == []
     assert [each.step for each in checkpoints.all()] == [0]
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_removing_a_run_leaves_a_later_run_of_its_name(storage: Storage, has_file: bool) -> None:
+    """Its run file, or as much as its first checkpoint."""
+    earlier, later = replace(shard().copy_state(), epoch=3), replace(shard().copy_state(), epoch=4)
+    checkpoints = Checkpoints(storage, "run", keep=2)
+    for copy in (earlier, later):
+        write(checkpoints, copy, 2)
+    if has_file:
+        RunFile("{}", 4, 2).write(storage, "run")
+    checkpoints.remove(3)
+    assert [each.epoch for each in checkpoints.all()] == [4]
+    assert has_file == ("run.json" in storage.names("runs/run"))
+    checkpoints.remove(4)
+    assert storage.names("runs") == []
+
+
+@pytest.mark.parametrize("text", [b"no document", with_checksum({"format": 9, "epoch": 1})])
+def test_removing_a_run_leaves_no_damaged_file_and_one_of_a_newer_version(storage: Storage, text: bytes) -> None:
+    storage.write("runs/run/run.json", [text])
+    Checkpoints(storage, "run", keep=1).remove(3)
+    assert storage.names("runs") == ([] if text == b"no document" else ["run"])
 
 
 def test_a_run_file_is_read_back(storage: Storage) -> None:
@@ -78,8 +103,9 @@ def test_a_damaged_run_file_is_made_anew_from_a_checkpoint(
 def test_the_last_epoch_of_a_deleted_run_is_read_back(storage: Storage) -> None:
     epochs = LastEpochs(storage)
     assert epochs.read("run") == 0
-    epochs.write("run", 3)
-    epochs.write("other", 5)
+    epochs.note("run", 3)
+    epochs.note("other", 5)
+    epochs.note("run", 2)
     assert (epochs.read("run"), epochs.read("other")) == (3, 5)
     for text in (b"", b"three", b"\xff", b"3.5"):
         storage.write("deleted/run", [text])
@@ -91,13 +117,13 @@ def test_of_many_deleted_runs_the_largest_epoch_is_kept(storage: Storage) -> Non
     epochs = LastEpochs(storage, kept=3)
     RunFile("{}", 3, 2).write(storage, "left")
     for number, run in enumerate(["a", "left", "b"]):
-        epochs.write(run, 10 - number)
+        epochs.note(run, 10 - number)
     assert epochs.read_forgotten() == 0
-    epochs.write("c", 2)
+    epochs.note("c", 2)
     # What the deletion of a run has left behind is still known to be of one that was deleted.
     assert storage.names("deleted") == ["c", "left"]
     assert [epochs.read(run) for run in ("a", "b", "c", "left")] == [0, 0, 2, 9]
     assert epochs.read_forgotten() == 10
     for run in ("a", "d"):
-        epochs.write(run, 1)
+        epochs.note(run, 1)
     assert (epochs.read("a"), epochs.read_forgotten()) == (0, 10)

@@ -381,4 +381,4 @@ def test_a_run_may_be_deleted_while_a_push_is_on_its_way(api: Api, service: Thre
         assert api.http.delete(api.path()).status_code == 204
         connection.sendall(BODY[-1:])
         assert b"run-not-found" in answered(connection)
-    assert service.redis_dump(api.redis_key()) == {}
+    assert service.redis_dump(api.redis_key()) == {api.redis_key("deleted"): "1"}

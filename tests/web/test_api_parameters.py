@@ -246,7 +246,7 @@ def test_a_run_may_be_deleted_while_its_weights_are_on_their_way(api: Api, servi
         assert api.http.delete(api.path()).status_code == 204
         connection.sendall(BODY)
         assert b"run-not-found" in answered(connection)
-    assert service.redis_dump(api.redis_key()) == {}
+    assert service.redis_dump(api.redis_key()) == {api.redis_key("deleted"): "1"}
     with service.redis() as client:
         assert not client.sismember("freestep:runs", api.run)
     assert not (service.settings.data_dir / "runs" / api.run).exists()

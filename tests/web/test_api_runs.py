@@ -156,14 +156,14 @@ def test_of_many_who_delete_a_run_at_once_one_does(
     assert sorted(answer.status_code for answer in answers) == [204, 404, 404, 404]
 
 
-def test_a_deleted_run_leaves_no_key(api: Api, service: ThreadService) -> None:
+def test_a_deleted_run_leaves_its_last_epoch_alone(api: Api, service: ThreadService) -> None:
     api.create()
     api.lease()
     assert api.push(api.lease(), 0).status_code == 200
     prefix = api.redis_key()
     assert service.redis_dump(prefix)
     api.http.delete(api.path())
-    assert service.redis_dump(prefix) == {}
+    assert service.redis_dump(prefix) == {api.redis_key("deleted"): "1"}
     assert not (service.settings.data_dir / "runs" / api.run).exists()
     assert f'"{api.run}"' not in api.http.get("/metrics").text
 

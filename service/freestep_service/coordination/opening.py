@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from freestep.errors import RunNotFound
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.run_scripts import DELETED_KEY, DELETION_TIMES_KEY, RUNS_KEY, RunScripts
 from freestep_service.coordination.store import Store, reachable
@@ -14,6 +15,10 @@ from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, O
 from freestep_service.domain.run_view import RunView
 
 __all__ = ["RunOpening", "list_again", "note_deletion", "read_deletion", "read_run"]
+
+
+_LEFT_S = 3600
+"""Seconds for which what is left of a deleted run is kept once it is noted, for calls that began before."""
 
 
 class RunOpening:
@@ -37,13 +42,16 @@ class RunOpening:
         (status,) = await self._scripts.call("create", *self._rules, epoch, *self._origin[1:], shards)
         return str(status)
 
-    async def delete(self) -> None:
-        store, scripts = self._scripts.store, self._scripts
+    async def delete(self, epoch: int) -> int:
+        """Deletes the run; returns its last epoch, which may be later than `epoch`, the last one that is known here.
+
+        Where this raises CoordinatorUnavailable, Redis may have deleted it all the same: then `read_deletion` tells.
+        """
+        scripts = self._scripts
         leases = await self._newest_leases()
         keys = [key for lease in leases for key in (scripts.lease_key(lease), scripts.window_key(lease))]
-        await scripts.call("delete", keys=[scripts.key("distances"), *keys])
-        with reachable():
-            await store.client.srem(RUNS_KEY, scripts.run)
+        (last,) = await scripts.call("delete", epoch, keys=[_left_key(scripts), scripts.key("distances"), *keys])
+        return int(last)
 
     async def read(self) -> RunView | None:
         """See `read_run`."""
@@ -85,8 +93,8 @@ class RunOpening:
         generation: the one that is to end; where another has begun since, nothing is changed.
         exchange: a round, and the entry behind which shards are to report what their journals have.
         above: a generation that a shard has loaded; the new one is newer, also where Redis has gone back behind it.
+        Raises RunNotFound where the run was deleted.
         """
-        await self._list_run()
         arguments = (
             *self._rules,
             shards,
@@ -96,7 +104,10 @@ class RunOpening:
             " ".join(map(str, exchange or ())),
             above,
         )
-        (begun,) = await self._scripts.call("gather", *arguments)
+        (begun,) = await self._scripts.call("gather", *arguments, keys=[_left_key(self._scripts)])
+        if begun == "deleted":
+            raise RunNotFound(f"there is no run {self._scripts.run!r}", run=self._scripts.run)
+        await self._list_run()
         return int(begun)
 
     async def report_shard(self, owner: Owner, generation: int, report: str) -> list[str] | None:
@@ -207,14 +218,15 @@ async def read_run(store: Store, run: str) -> RunView | None:
     return RunView(fields, shards, 0) if "spec" in fields else None
 
 
-async def list_again(store: Store, runs: Iterable[str]) -> None:
-    """Lists these runs, as far as Redis has them, where its list of runs is lost. Raises CoordinatorUnavailable."""
+async def list_again(store: Store, runs: Sequence[str]) -> None:
+    """Lists these runs, as far as Redis has them, where its list lacks them. Raises CoordinatorUnavailable."""
+    if not runs:
+        return
     with reachable():
-        if await store.client.exists(RUNS_KEY):
-            return
-    for run in runs:
+        listed = await store.client.smismember(RUNS_KEY, runs)
+    for run, is_listed in zip(runs, listed, strict=True):
         # One that was just deleted is not listed again.
-        if await read_run(store, run) is not None:
+        if not is_listed and await read_run(store, run) is not None:
             with reachable():
                 await store.client.sadd(RUNS_KEY, run)
 
@@ -225,13 +237,29 @@ async def read_deletion(store: Store, run: str) -> tuple[int, int]:
     0 where Redis knows of none.
     """
     with reachable():
+        left = await store.client.get(_left_key(RunScripts(store, run)))
         own, others = await store.client.hmget(DELETED_KEY, run, "")
-    return int(own or 0), int(others or 0)
+    return max(int(left or 0), int(own or 0)), int(others or 0)
 
 
 async def note_deletion(store: Store, run: str, epoch: int, kept: int = 10_000) -> None:
-    """Notes the last epoch of a run that is being deleted. kept: how many deletions are known by name."""
-    await store.run("note_deletion", [DELETED_KEY, DELETION_TIMES_KEY], run, epoch, kept)
+    """Notes the last epoch of a run that was deleted, and takes the run off the list. May be called again.
+
+    kept: how many deletions are known by name. Where another run of the name is there by now, `list_again` lists it.
+    """
+    key = _left_key(RunScripts(store, run))
+    with reachable():
+        left = await store.client.get(key)
+    # Another deletion may have been since.
+    await store.run("note_deletion", [DELETED_KEY, DELETION_TIMES_KEY], run, max(epoch, int(left or 0)), kept)
+    with reachable():
+        await store.client.expire(key, _LEFT_S)
+        await store.client.srem(RUNS_KEY, run)
+
+
+def _left_key(scripts: RunScripts) -> str:
+    """What lua/delete.lua leaves of a run."""
+    return scripts.key("deleted")
 
 
 def _pairs(flat: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """What is remembered of the deletion of a run, so that nobody takes a new run of its name for it.
 
-It is kept in Redis, for processes with storage of their own, and in storage, for when Redis has lost it. A new run of
+The law of this file: one script deletes a run (lua/delete.lua), and what remembers that is written afterwards, by all
+who hear of it. So a deletion that fails has changed nothing, and nothing is noted of a run that lives.
+
+It is noted in Redis, for processes with storage of their own, and in storage, for when Redis has lost it. A new run of
 the name begins with the next epoch: no lease, step, ETag or checkpoint of the deleted run is then valid for it.
 
 The newest deletions are known by name, so that a process that has missed one does not take the run for one that Redis
@@ -38,11 +41,10 @@ class Deletions:
         return 1 + max(await self.last_epoch(), stored, forgotten)
 
     async def note(self, epoch: int) -> None:
-        """Notes that a run is being deleted, whose last epoch this is."""
-        await self._disk.run(self._last_epochs.write, self._run, epoch)
-        await note_deletion(self._store, self._run, epoch)
+        """Notes that a run was deleted, whose last epoch this was. May be called again, and by several processes."""
+        await self._disk.run(self._last_epochs.note, self._run, epoch)
+        await self.note_in_redis(epoch)
 
-    async def note_here(self, epoch: int) -> None:
-        """Notes in this process's storage what another process has deleted."""
-        if await self._disk.run(self._last_epochs.read, self._run) < epoch:
-            await self._disk.run(self._last_epochs.write, self._run, epoch)
+    async def note_in_redis(self, epoch: int) -> None:
+        """As `note`, of a run that storage has never known."""
+        await note_deletion(self._store, self._run, epoch)

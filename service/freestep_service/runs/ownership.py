@@ -69,7 +69,7 @@ class Ownership:
         self.is_closed = False
         """Whether nothing is kept any more."""
         self.is_gone = False
-        """Whether another process has deleted the run."""
+        """Whether the run is deleted."""
         self.wrong: str | None = None
         """What is wrong with keys of the run in Redis that hold another type."""
         self.ended_in = 0
@@ -116,10 +116,10 @@ class Ownership:
         Answers the signals of `recovery`. Raises CoordinatorUnavailable where Redis cannot be reached.
         """
         async with self.lock("a heartbeat"):
-            if self.is_closed:
+            if self.is_closed or self.is_gone:
                 return
-            with suppress(Fenced):
-                # Where it is fenced, the next heartbeat learns of the new owner.
+            with suppress(Fenced, RunNotFound):
+                # Where it is fenced, or the run was deleted meanwhile, the next heartbeat learns of that.
                 await self._keep()
             # Unless that was an opening under way, whose new state answers those who found Redis behind the old one.
             if self._recovery.must_reopen:
@@ -163,13 +163,15 @@ class Ownership:
             if view is None:
                 last = await self._deletions.last_epoch()
                 if last >= max(self._shards.epoch, self._stored.newest_epoch, self._context.origin.first_epoch, 1):
-                    await self._end(last)
+                    self.end(last)
+                    await self.drop_all()
                     return None
                 await self._opening.gather(self._shards.count)
                 continue
             if view.origin.first_epoch > self._context.origin.first_epoch:
                 # It was deleted, and another run of its name was created.
-                await self._end(view.origin.first_epoch - 1)
+                self.end(view.origin.first_epoch - 1)
+                await self.drop_all()
                 return None
             self.view, self._heard = view, began
             self._context.telemetry.note(view)
@@ -199,10 +201,9 @@ class Ownership:
             self._recovery.reopen("its keys hold what they should again")
         self.wrong = wrong
 
-    async def _end(self, epoch: int) -> None:
-        """Another process has deleted the run, whose last epoch this was."""
+    def end(self, epoch: int) -> None:
+        """The run is deleted, and this was its last epoch."""
         self.is_gone, self.ended_in = True, epoch
-        await self.drop_all()
 
     def _fields(self) -> Mapping[str, str]:
         """What a heartbeat reports of the owned shards: fields of the shards' hash."""
@@ -283,7 +284,7 @@ class Ownership:
     async def _give_up(self, given: Sequence[LocalShard]) -> None:
         """Leaves shards on disk, for others to take where they stand. The run takes no pushes meanwhile."""
         view = None
-        with suppress(CoordinatorUnavailable, Fenced):
+        with suppress(CoordinatorUnavailable, Fenced, RunNotFound):
             if given:
                 await self._opening.gather(self._shards.count)
                 view = await self._opening.read()

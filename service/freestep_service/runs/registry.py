@@ -80,10 +80,10 @@ class Registry:
 
     def get(self, name: str) -> Run:
         """A run that is known here already. Raises RunNotFound."""
-        try:
-            return self._runs[name]
-        except KeyError:
-            raise RunNotFound(f"there is no run {name!r}", run=name) from None
+        run = self._runs.get(name)
+        if run is None or run.is_gone:
+            raise RunNotFound(f"there is no run {name!r}", run=name)
+        return run
 
     async def find(self, name: str) -> Run:
         """A run, which another process may have created.
@@ -109,13 +109,13 @@ class Registry:
 
     def all(self) -> list[Run]:
         """The runs that are known here, by name."""
-        return [self._runs[name] for name in sorted(self._runs)]
+        return [run for _, run in sorted(self._runs.items()) if not run.is_gone]
 
     @property
     def problems(self) -> dict[str, str]:
         """What is wrong with runs, by name: those that cannot be opened, and those whose checkpoints fail."""
         aside = {name: str(error) for name, error in self._set_aside.items()}
-        return {**aside, **{run.name: run.problem for run in self.all() if run.problem}}
+        return {**aside, **{run.name: run.problem for _, run in sorted(self._runs.items()) if run.problem}}
 
     def _here(self) -> list[RunHere]:
         """How runs stand in this process, for /metrics."""
@@ -144,6 +144,7 @@ class Registry:
                 field="parameters",
             )
         async with self._change(name):
+            await self._end_if_gone(name)
             if name in self._runs:
                 return self._same(self._runs[name], spec), False
             try:
@@ -204,8 +205,19 @@ class Registry:
         return run
 
     async def delete(self, name: str) -> None:
-        """Raises RunNotFound, and StorageUnavailable, also where a newer version has written some of its files."""
-        await self.find(name)
+        """Deletes a run; one that is deleted, and not yet removed everywhere, is removed.
+
+        Raises RunNotFound, and StorageUnavailable, also where a newer version has written some of its files. What could
+        not be removed of a run that is deleted is removed later, in the background.
+        """
+        async with self._change(name):
+            was_there = await self._end_if_gone(name)
+        try:
+            await self.find(name)
+        except RunNotFound:
+            if was_there:
+                return
+            raise
         async with self._change(name):
             run = self.get(name)
             try:
@@ -217,12 +229,32 @@ class Registry:
                 logger.warning("run %s: what is deleted of it cannot all be read: %s", name, error)
             await run.delete()
             logger.info("run %s is deleted", name)
-            if run.origin.creator:
-                with suppress(CoordinatorUnavailable):
-                    # Else it is found to be no more.
-                    await self.quotas.settle_run(run.origin.creator, name, "ended", run.origin.id)
-            self._runs.pop(name, None)
+            await self._end_if_gone(name)
+
+    async def _end_if_gone(self, name: str) -> bool:
+        """Ends a run that is deleted, so that another may have its name; whether there was one. Its lock is held.
+
+        Raises CoordinatorUnavailable and StorageUnavailable; what is then left to be done is done in the background.
+        """
+        run = self._runs.get(name)
+        if run is None or not run.is_gone:
+            return False
+        try:
+            await run.forget()
+        finally:
             self._resources.memory.cancel(name)
+        if run.origin.creator:
+            with suppress(CoordinatorUnavailable):
+                # Else it is found to be no more.
+                await self.quotas.settle_run(run.origin.creator, name, "ended", run.origin.id)
+        del self._runs[name]
+        return True
+
+    async def _end_later(self, name: str) -> None:
+        """As `_end_if_gone`; what cannot be done is the run's problem, and is tried again."""
+        async with self._change(name):
+            with suppress(CoordinatorUnavailable, StorageUnavailable):
+                await self._end_if_gone(name)
 
     def _change(self, name: str) -> asyncio.Lock:
         return self._changing.setdefault(name, asyncio.Lock())
@@ -248,8 +280,9 @@ class Registry:
         for task in self._opening:
             task.cancel()
         await asyncio.gather(*self._opening, return_exceptions=True)
-        runs = self.all()
-        closing = await asyncio.gather(*(run.close() for run in runs), return_exceptions=True)
+        runs = list(self._runs.values())
+        ending = (self._end_later(run.name) if run.is_gone else run.close() for run in runs)
+        closing = await asyncio.gather(*ending, return_exceptions=True)
         for run, error in zip(runs, closing, strict=True):
             if error is not None:
                 logger.error("run %s could not be closed in order", run.name, exc_info=error)
@@ -352,7 +385,7 @@ class Registry:
             try:
                 await self.watch.look()
                 await resources.node.heartbeat(resources.store)
-                await list_again(resources.store, [run.name for run in self.all() if not run.is_gone])
+                await list_again(resources.store, [run.name for run in self.all()])
                 if resources.node.live_peers:
                     for name in sorted(await self._names() - self._runs.keys() - self._set_aside.keys()):
                         await self._look_at(name)
@@ -362,11 +395,9 @@ class Registry:
                     self._on_newer(resources.node.newer)
             except Exception:
                 logger.exception("other processes' runs could not be looked for")
-            for run in self.all():
-                if run.is_gone and self._runs.get(run.name) is run:
-                    del self._runs[run.name]
-                    resources.memory.cancel(run.name)
-                    self._background.spawn(run.forget(), f"run {run.name} was not forgotten")
+            for run in list(self._runs.values()):
+                if run.is_gone and not self._change(run.name).locked():
+                    self._background.spawn(self._end_later(run.name), f"run {run.name} is not ended")
             await self._stops(resources.node.heartbeat_s)
 
     async def _retry(self) -> None:

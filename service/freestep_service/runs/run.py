@@ -129,6 +129,8 @@ class Run:
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing, self.data)
         self.whole_bodies = WholeBodies(context)
         self._layout: Layout | None = None
+        self._remnants: str | None = None
+        """Why what is left of it, once it is deleted, is not removed yet."""
 
     def _make_shard(self, index: int, token: str) -> LocalShard:
         core = ShardCore(self._context, index, self._shards.count, token)
@@ -184,7 +186,7 @@ class Run:
 
     @property
     def is_gone(self) -> bool:
-        """Whether another process has deleted it."""
+        """Whether it is deleted."""
         return self._ownership.is_gone
 
     def shard(self, index: int) -> LocalShard:
@@ -222,8 +224,14 @@ class Run:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with it here: its shards cannot be taken, its checkpoints cannot be written, or any other."""
-        return self._placement.problem or self._ownership.wrong or self._checkpointing.failure or self._keeper.problem
+        """What is wrong with it here: its shards cannot be taken, its checkpoints not be written, or any other."""
+        return (
+            self._remnants
+            or self._placement.problem
+            or self._ownership.wrong
+            or self._checkpointing.failure
+            or self._keeper.problem
+        )
 
     @property
     def has_lost_state(self) -> bool:
@@ -254,7 +262,7 @@ class Run:
             await disk.run(file.write, storage, self.name)
         except BaseException:
             with suppress(CoordinatorUnavailable):
-                await opening.delete()
+                await self._deletions.note_in_redis(await opening.delete(origin.first_epoch))
             raise
         return True
 
@@ -419,45 +427,61 @@ class Run:
             await self._ownership.give_up_all()
 
     async def delete(self) -> None:
-        """Forgets the run: in Redis first, then on disk."""
+        """Deletes the run in Redis; `forget` is to follow.
+
+        Raises StorageUnavailable where its files could not be removed, and CoordinatorUnavailable: nothing has changed
+        then, unless only Redis's answer was lost. In that case the next heartbeat finds the run deleted.
+        """
         disk = self._context.resources.disk
         await disk.run(self._context.resources.storage.require_writable)
         await disk.run(self._checkpoints.require_removable)
-        # Before Redis forgets the run: a process that finds it gone there must not write it anew.
         async with self._ownership.lock("its deletion"):
-            self._ownership.is_closed = self._recovery.is_deleted = True
+            if self.is_gone:
+                return
+            # Where its files are lost, Redis alone knows the epoch.
+            last = max(await self._stored.last_epoch(), await disk.run(self._checkpoints.newest_epoch), self.epoch)
+            self._recovery.is_deleted = True
             try:
-                # Where its files are lost, Redis alone knows the epoch.
-                last = max(await self._stored.last_epoch(), self.epoch)
-                await self._deletions.note(last)
-                await self.coordinator.opening.delete()
+                self._ownership.end(await self.coordinator.opening.delete(last))
             except BaseException:
-                self._ownership.is_closed = self._recovery.is_deleted = False
+                self._recovery.is_deleted = False
                 raise
-            self._recovery.reopened(ShardUnavailable("the run is being deleted"))
-            for shard in self._shards:
-                await shard.close_pushes()
-            self._checkpointing.give_up()
-            self._context.history.end()
-            async with self._checkpointing.lock:
-                await self._context.background.settle()
-                await disk.run(self._checkpoints.remove)
-            await self._ownership.drop_all()
-        await self.forget()
 
     async def forget(self) -> None:
-        """Lets go of a run that is no more, and of what is left of it on a disk of this process's own."""
+        """Ends a run that is gone: notes that, and removes what is left of it where this process can.
+
+        Raises CoordinatorUnavailable and StorageUnavailable, which are then the run's problem. May be called again.
+        """
         self._recovery.is_deleted = True
+        await self._let_go()
+        last, disk = self._ownership.ended_in, self._context.resources.disk
+        try:
+            await self._deletions.note(last)
+            await disk.run(remove_journals, self._context.settings.journals() / self.name, last, damaged=True)
+            try:
+                await self._context.history.forget()
+            finally:
+                # Last, since by the run file the next start finds what is left.
+                await disk.run(self._checkpoints.remove, last)
+        except (CoordinatorUnavailable, StorageUnavailable) as error:
+            detail = f"it is deleted, and what is left of it is not removed yet: {error}"
+            if detail != self._remnants:
+                logger.warning("run %s: %s", self.name, detail)
+            self._remnants = detail
+            raise
+        self._remnants = None
+        self._context.telemetry.forget()
+
+    async def _let_go(self) -> None:
+        """Ends what is done for it here, and gives up what is owned as it is."""
+        self._checkpointing.give_up()
         await self._keeper.stop()
         self._recovery.reopened(ShardUnavailable("the run is being deleted"))
         async with self._ownership.lock("its end"):
             self._ownership.is_closed = True
+            for shard in self._shards:
+                await shard.close_pushes()
+            self._context.history.end()
+            async with self._checkpointing.lock:
+                await self._context.background.settle()
             await self._ownership.drop_all()
-        if (last := self._ownership.ended_in) > 0:
-            with suppress(StorageUnavailable):
-                await self._deletions.note_here(last)
-                await self._context.resources.disk.run(self._checkpoints.remove_until, last)
-        with suppress(StorageUnavailable):
-            await self._context.history.forget()
-        await self._context.resources.disk.run(remove_journals, self._context.settings.journals() / self.name)
-        self._context.telemetry.forget()

@@ -20,7 +20,7 @@ from freestep.api.models import Checkpoint
 from freestep.errors import CheckpointNotFound, StorageUnavailable
 from freestep_service.domain.records import CheckpointId, Record
 from freestep_service.state.shard import StateCopy
-from freestep_service.storage.checksummed import Damaged, read_document, write_document
+from freestep_service.storage.checksummed import Damaged, NewerFormat, read_document, write_document
 from freestep_service.storage.coverage import Chosen, cover
 from freestep_service.storage.inventory import Inventory
 from freestep_service.storage.medium import Storage
@@ -146,18 +146,32 @@ class Checkpoints:
         """Raises StorageUnavailable where a removal would leave the run's directory."""
         self._storage.require_removable(self._run)
 
-    def remove(self) -> None:
-        """Removes all files of the run, the run file first: without it there is no run."""
-        self._storage.remove(f"{self._run}/run.json")
-        for checkpoint_id in self._inventory.all_ids():
-            self._inventory.drop(checkpoint_id)
-        self._storage.remove(self._run)
+    def newest_epoch(self) -> int:
+        """The newest epoch of which there is any file of a checkpoint; 0 where there is none."""
+        return max((checkpoint_id.epoch for checkpoint_id in self._inventory.all_ids()), default=0)
 
-    def remove_until(self, epoch: int) -> None:
-        """Removes the checkpoints of a deleted run whose last epoch this was; a new run of its name has later ones."""
+    def remove(self, last_epoch: int) -> None:
+        """Removes all files of a run that was deleted in an epoch, the run file first: without it there is no run.
+
+        Those of a new run of its name, which has later epochs, stay. May be called again.
+        """
+        if not self._has_later(last_epoch):
+            self._storage.remove(f"{self._run}/run.json")
         for checkpoint_id in self._inventory.all_ids():
-            if checkpoint_id.epoch <= epoch:
+            if checkpoint_id.epoch <= last_epoch:
                 self._inventory.drop(checkpoint_id)
+        if not self._has_later(last_epoch):
+            self._storage.remove(self._run)
+
+    def _has_later(self, epoch: int) -> bool:
+        """Whether there are files of a later epoch, or of a newer version."""
+        try:
+            epoch_of_file = RunFile.read_as_is(self._storage, self._run.removeprefix("runs/")).epoch
+        except NewerFormat:
+            return True
+        except (FileNotFoundError, Damaged, StorageUnavailable):
+            epoch_of_file = 0
+        return max(epoch_of_file, self.newest_epoch()) > epoch
 
     def mark_closed(self, begin: int, end: int, epoch: int, seq: int) -> None:
         """Records that an orderly shutdown left a shard at a log entry, with a checkpoint of that state."""

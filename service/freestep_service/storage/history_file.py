@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from freestep_service.domain.history import HistoryCurves
 from freestep_service.domain.records import Origin
-from freestep_service.storage.checksummed import Damaged, read_document, write_document
+from freestep_service.storage.checksummed import Damaged, NewerFormat, read_document, write_document
 from freestep_service.storage.medium import Storage
 
 __all__ = ["HistoryFile"]
@@ -42,9 +42,11 @@ class HistoryFile:
         write_document(self._storage, self._path, {"of": self._of, **document})
 
     def remove(self) -> None:
-        """Removes it, if it is this run's or damaged."""
+        """Removes it, if it is this run's or damaged. One of a newer version stays."""
         try:
             is_mine = self.read() is not None
+        except NewerFormat:
+            is_mine = False
         except Damaged:
             is_mine = True
         if is_mine:

@@ -300,10 +300,22 @@ def _shards(directory: Path) -> Iterator[Path]:
     return filter(is_journal, directory.glob("*"))
 
 
-def remove_journals(directory: Path) -> None:
-    """Removes the journals of a run that is no more; what cannot be removed is logged."""
+def remove_journals(directory: Path, last_epoch: int, *, damaged: bool) -> None:
+    """Removes the journals of a run that was deleted in an epoch; what cannot be removed is logged.
+
+    Those of a new run of its name, which has later epochs, stay, and so do those of a newer version. damaged: whether
+    those are removed whose epoch cannot be read.
+    """
     for journal in _shards(directory):
-        _remove(journal)
+        try:
+            is_later = newest_epoch(journal) > last_epoch
+        except (Damaged, NewerFormat, OSError) as error:
+            if not (damaged and isinstance(error, Damaged)):
+                logger.warning("%s is not removed, though its run is deleted: %s", journal, error)
+                continue
+            is_later = False
+        if not is_later:
+            _remove(journal)
     with suppress(OSError):
         directory.rmdir()
 

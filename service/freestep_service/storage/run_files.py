@@ -65,10 +65,10 @@ class RunFile:
         Raises FileNotFoundError, StorageUnavailable, NewerFormat of it, and Damaged where no checkpoint has a copy.
         """
         try:
-            return _of(storage.read(_path(run)), f"{storage}/{_path(run)}")
-        except (Damaged, IsADirectoryError) as error:
+            return cls.read_as_is(storage, run)
+        except Damaged as error:
             copies = Inventory(storage, f"runs/{run}/checkpoints", 0).run_files()
-            damage = Damaged(f"run.json is no run file: {error}")
+            damage = error
         for checkpoint, members in copies:
             with suppress(ValidationError):
                 file = _validated(members)
@@ -79,6 +79,14 @@ class RunFile:
                     file.write(storage, run)
                 return file
         raise damage
+
+    @classmethod
+    def read_as_is(cls, storage: Storage, run: str) -> RunFile:
+        """The run's file. Raises FileNotFoundError, StorageUnavailable, NewerFormat, and Damaged."""
+        try:
+            return _of(storage.read(_path(run)), f"{storage}/{_path(run)}")
+        except (Damaged, IsADirectoryError) as error:
+            raise Damaged(f"run.json is no run file: {error}") from error
 
 
 _RUN_FILE = TypeAdapter(RunFile)
@@ -132,8 +140,11 @@ class LastEpochs:
         except (ValueError, IsADirectoryError) as error:
             raise Damaged(f"{path} holds no epoch: {error}") from error
 
-    def write(self, run: str, epoch: int) -> None:
-        """Raises Damaged and StorageUnavailable."""
+    def note(self, run: str, epoch: int) -> None:
+        """Notes the last epoch of a deleted run, unless a later one is known. Raises Damaged and StorageUnavailable."""
+        with suppress(Damaged, StorageUnavailable):
+            if self.read(run) >= epoch:
+                return
         self._storage.write(f"deleted/{run}", [str(epoch).encode()])
         with suppress(StorageUnavailable):
             # Else the next deletion does it.

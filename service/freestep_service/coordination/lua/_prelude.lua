@@ -49,7 +49,9 @@
 --   out       hash    NAME UNIT -> lease that has this unit, and since when (ms since 1970)
 --   held      zset    LEASE NAME UNIT of the same units, with sixteen digits
 --   back      zset    NAME UNIT, with sixteen digits, of the units that were handed out and given back
--- KEYS 13- differ by script: lease:ID (hash), window:ID (list: the newest idempotency keys of that lease) or distances
+-- KEYS 13- differ by script: deleted (string: the last epoch of the run of this name that was deleted last; kept until
+-- that is noted, see note_deletion.lua, and for an hour more), lease:ID (hash), window:ID (list: the newest idempotency
+-- keys of that lease) or distances
 -- (hash, see report_distances.lua: shard -> EPOCH-SEQ and its part of the distances between the pushes of an update;
 -- all -> EPOCH-SEQ and the parts of the newest update that has them all).
 --
@@ -74,6 +76,7 @@
 --                               push is answered with its receipt alone; a shard without memory for one place more says so
 --   distances                   shards report until they have made the update, and those that have made it report again
 --                               where one of them asks (see report_distances.lua)
+--   deleted                     others take a run that was deleted just now for one that Redis has lost, unless that is noted
 -- The run's hash itself is missed at once.
 --
 -- Redis keeps what a script wrote before it failed. So a script checks the types of its keys before its first write.

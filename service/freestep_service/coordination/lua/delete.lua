@@ -1,9 +1,15 @@
--- Deletes a run.
--- KEYS     the run's, 13 distances, then lease:ID and window:ID of every known lease
--- returns  the number of keys that there were
+-- Deletes a run. Before this nothing is noted of it anywhere, so that a deletion which fails has changed nothing.
+-- KEYS     the run's, 13 deleted, 14 distances, then lease:ID and window:ID of every known lease
+-- ARGV     1 the last epoch of the run that the caller knows of
+-- returns  {its last epoch, which is left in `deleted`}
 
+check_type('string', KEYS[13])
+local last = math.max(tonumber(ARGV[1]), run_number('epoch'), tonumber(redis.call('GET', KEYS[13]) or 0))
 if shard_count() > 1 then publish({kind = 'deleted'}) end
-local deleted = 0
+-- First: where memory is full, this fails.
+redis.call('SET', KEYS[13], text(last))
 -- They may be more than Lua can pass at a time.
-for _, key in ipairs(KEYS) do deleted = deleted + redis.call('DEL', key) end
-return deleted
+for index, key in ipairs(KEYS) do
+  if index ~= 13 then redis.call('DEL', key) end
+end
+return {text(last)}

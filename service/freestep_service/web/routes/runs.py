@@ -129,5 +129,9 @@ async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, relay
 @needs("admin")
 @refuses(RunNotFound, StorageUnavailable)
 async def delete_run(run: RunName, registry: AnyRegistry) -> None:
-    """Deletes a run, its checkpoints included."""
+    """Deletes a run, its checkpoints included.
+
+    Where Redis or the storage fails meanwhile, the run is as it was, or it is deleted and what is left of it is removed
+    in the background.
+    """
     await registry.delete(run)
