@@ -284,7 +284,7 @@ def test_what_storage_keeps_of_a_deleted_run_is_removed_when_it_can_be(
     run_async(work)
 
 
-@pytest.mark.parametrize("kept", ["run.json"])
+@pytest.mark.parametrize("kept", ["run.json", "checkpoints/"])
 def test_what_storage_has_kept_of_a_deleted_run_is_removed_by_the_next_start(
     store: str, tmp_path: Path, kept: str
 ) -> None:
@@ -349,6 +349,23 @@ def test_a_process_that_has_missed_a_deletion_deletes_the_next_run_whole(store: 
             with Redis.from_url(store, decode_responses=True) as client:
                 assert client.hget(DELETED_KEY, "run") == "2"
             assert (await new_run(other)).epoch == 3
+
+    run_async(work)
+
+
+def test_journals_of_a_host_that_was_away_are_removed_when_it_is_back(store: str, tmp_path: Path) -> None:
+    """Checkpoints are elsewhere, and were removed."""
+
+    async def work() -> None:
+        shared = Medium(tmp_path / "shared")
+        async with process(store, tmp_path / "away", storage=shared) as away:
+            await trained(away, durability="journal")
+        async with process(store, tmp_path / "here", storage=shared, journal_wait_seconds=0.0) as here:
+            await lease_of(await here.find("run"))
+            await here.delete("run")
+        assert list((tmp_path / "away" / "journal" / "run").iterdir())
+        async with process(store, tmp_path / "away", storage=shared):
+            assert not (tmp_path / "away" / "journal" / "run").exists()
 
     run_async(work)
 

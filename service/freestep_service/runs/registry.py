@@ -44,7 +44,9 @@ from freestep_service.runs.state_imports import receive_state
 from freestep_service.runs.store_watch import StoreWatch
 from freestep_service.state.received_state import ReceivedState
 from freestep_service.state.staging import Body
+from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.checksummed import Damaged, NewerFormat
+from freestep_service.storage.journal_files import remove_journals, runs_with_journals
 from freestep_service.storage.medium import Storage
 from freestep_service.storage.newer_files import require_known_beginnings, require_known_files
 from freestep_service.storage.run_files import RunFile
@@ -267,7 +269,9 @@ class Registry:
         resources.metrics.runs.standings = self._here
         await resources.node.heartbeat(resources.store)
         await resources.channels.start(self._on_message)
-        self._opening = [asyncio.create_task(self._try_to_open(name)) for name in sorted(await self._names())]
+        # Of a run that was deleted while this host was away, its journals are all that is left.
+        names = await self._names() | set(await resources.disk.run(runs_with_journals, resources.settings.journals()))
+        self._opening = [asyncio.create_task(self._try_to_open(name)) for name in sorted(names)]
         if self._opening:
             await asyncio.wait(self._opening, timeout=_OPENING_S)
         self._background.spawn(self._beat(), "runs of other processes are not looked for any more")
@@ -331,6 +335,7 @@ class Registry:
         except FileNotFoundError:
             if view is None:
                 self._set_aside.pop(name, None)
+                await self._remove_remnants(name)
                 return
             file = None
         except (Damaged, StorageUnavailable):
@@ -358,6 +363,20 @@ class Registry:
         if origin.creator:
             await self.quotas.settle_run(origin.creator, name, "kept", origin.id, manifest.numel)
         await run.start()
+
+    async def _remove_remnants(self, name: str) -> None:
+        """Removes what a deletion has left that was cut short, or of which this process did not hear.
+
+        What cannot be removed is logged.
+        """
+        resources = self._resources
+        try:
+            if last := await Deletions(resources, name).last_epoch():
+                journals = resources.settings.journals() / name
+                await resources.disk.run(remove_journals, journals, last, damaged=False)
+                await resources.disk.run(Checkpoints(resources.storage, name, 0).remove, last)
+        except (Damaged, StorageUnavailable) as error:
+            logger.warning("run %s: what is left of it is not removed, though it is deleted: %s", name, error)
 
     async def _look_for_newer(self, look: Callable[[Storage, str, Path], None], name: str) -> None:
         """Looks at a run's files with one of newer_files.py, and raises what that raises."""

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from freestep_service.domain.records import Fenced
+from freestep_service.domain.run_names import is_run_name
 from freestep_service.storage.checksummed import Damaged, NewerFormat
 from freestep_service.storage.durable import flush
 from freestep_service.storage.journal_format import FORMAT, Frame, Tail, UnknownKind, format_of, scan
@@ -49,6 +50,7 @@ __all__ = [
     "remove_other_journals",
     "repaired_epoch",
     "require_known",
+    "runs_with_journals",
     "segment_path",
     "segment_paths",
 ]
@@ -289,6 +291,13 @@ def elements(directory: Path) -> tuple[int, ...]:
 def is_journal(path: Path) -> bool:
     """Whether a path is a directory of its own for a shard's journal, by its name."""
     return bool(elements(path)) and path.is_dir() and not path.is_symlink()
+
+
+def runs_with_journals(directory: Path) -> list[str]:
+    """The runs of which there is a journal in a directory; none where that cannot be read."""
+    with suppress(OSError):
+        return [path.name for path in directory.iterdir() if is_run_name(path.name) and any(_shards(path))]
+    return []
 
 
 def _is_decimal(word: str) -> bool:
