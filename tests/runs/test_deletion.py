@@ -218,6 +218,33 @@ def test_a_deletion_that_redis_has_carried_out_is_carried_through(
     run_async(work)
 
 
+def test_all_processes_of_a_run_hear_of_a_deletion_whose_answer_was_lost(
+    store: str, tmp_path: Path, delay: Delay
+) -> None:
+    async def work() -> None:
+        folders = (tmp_path / "one", tmp_path / "other")
+        async with (
+            process(
+                f"unix://{tmp_path / 'delay.sock'}", folders[0], node_url="http://127.0.0.1:1", owner_ttl_seconds=2.0
+            ) as one,
+            process(store, folders[1], node_url="http://127.0.0.1:2", owner_ttl_seconds=2.0) as other,
+        ):
+            await new_run(other, "before")
+            await other.delete("before")
+            runs = await shared_run(one, other)
+            await until(lambda: all(files_of_run(folder) for folder in folders), "both to have files of it")
+            delay.lose(b"{run}:deleted")
+            with pytest.raises(CoordinatorUnavailable):
+                await one.delete("run")
+            await until(
+                lambda: not {*one._runs.values(), *other._runs.values()} & {*runs}, "both processes to end the run"
+            )
+            assert [files_of_run(folder) for folder in folders] == [[], []]
+            assert [LastEpochs(LocalStorage(folder)).read("run") for folder in folders] == [1, 1]
+
+    run_async(work)
+
+
 @pytest.mark.parametrize("are_apart", [False, True])
 @pytest.mark.parametrize("whose", ["its successor", "another"])
 def test_a_process_that_ends_once_redis_has_deleted_a_run_leaves_the_rest_to_others(
