@@ -43,6 +43,7 @@ __all__ = [
     "Bytes",
     "Medium",
     "claim_of",
+    "in_order",
     "initialize",
     "lease_of",
     "new_run",
@@ -178,6 +179,20 @@ async def push(
             *(shard.push(claim, part_of(run, shard.index, whole, gate), **options) for shard in shards)
         )
     )
+
+
+def in_order(run: Run) -> list[str]:
+    """The calls of pushes to Redis, as they come."""
+    coordinator, seen = run.coordinator.pushes, []
+    for name in ("admit", "commit", "push", "discard"):
+        call = getattr(coordinator, name)
+
+        async def noting(*args: Any, name: str = name, call: Any = call, **options: Any) -> Any:
+            seen.append(name)
+            return await call(*args, **options)
+
+        setattr(coordinator, name, noting)
+    return seen
 
 
 async def lease_of(run: Run, worker: str = "worker") -> Lease:

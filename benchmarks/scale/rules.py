@@ -133,6 +133,7 @@ class Rules:
         self._coordinator = Coordinator(desk.store, uuid.uuid4().hex, "{}", self._policy)
         self._leases: dict[str, Lease] = {}
         self._claims: dict[str, Claim] = {}
+        self._attempts: dict[str, str] = {}
         self._position = LogPosition(1, 0)
         self._generation = 0
         self._pushes = 0
@@ -211,6 +212,7 @@ class Rules:
             # As the owners of all shards do, one after the other.
             for shard in range(self.shards):
                 admission = await self._coordinator.pushes.admit(claim, self._owner(shard))
+            self._attempts[worker] = admission.attempt
             return admission.record
 
         return self._desk.do_at_once(admitted())
@@ -231,11 +233,11 @@ class Rules:
 
     def commit(self, worker: str) -> Record:
         """The decision on a push that was admitted, counted. Raises the refusals of lua/commit.lua."""
-        claim = self._claims[worker]
+        claim, attempt = self._claims[worker], self._attempts[worker]
 
         async def committed() -> Record:
             for shard in range(self.shards):
-                answer = await self._coordinator.pushes.commit(claim, self._owner(shard), _part(shard), None)
+                answer = await self._coordinator.pushes.commit(claim, self._owner(shard), _part(shard), None, attempt)
             assert answer is not None
             return answer[0]
 
@@ -255,7 +257,7 @@ class Rules:
 
     def forget(self, worker: str) -> None:
         """Gives up a push that was admitted and will not come."""
-        self._desk.do_at_once(self._coordinator.pushes.discard(self._claims[worker], 0))
+        self._desk.do_at_once(self._coordinator.pushes.discard(self._claims[worker], self._attempts[worker], 0))
 
     # Checkpoints
 

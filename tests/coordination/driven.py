@@ -17,7 +17,16 @@ from freestep_service.coordination.store import Store
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.norm_history import Norm, NormHistory
 from freestep_service.domain.opening import Report
-from freestep_service.domain.records import CheckpointId, Claim, LogPosition, Owner, Record, RunState, StagedPart
+from freestep_service.domain.records import (
+    Admission,
+    CheckpointId,
+    Claim,
+    LogPosition,
+    Owner,
+    Record,
+    RunState,
+    StagedPart,
+)
 from freestep_service.domain.run_view import RunView
 
 __all__ = ["ASYNC", "HOUR", "DrivenRun", "Driver", "norms_of"]
@@ -70,6 +79,8 @@ class DrivenRun:
         self.pushes, self.log = self.coordinator.pushes, self.coordinator.log
         self.node = Node("http://127.0.0.1:1", HOUR)
         self.position = LogPosition(1, 0)
+        self.attempts: dict[tuple[str, int], str] = {}
+        """What a shard was last told of a key by its admission."""
 
     def key(self, name: str) -> str:
         return f"freestep:{{{self.name}}}:{name}"
@@ -158,14 +169,32 @@ class DrivenRun:
         return StagedPart(10 * shard, 10 * shard + 10, digest or f"digest-{shard}", norm, 40)
 
     def admit(self, claim: Claim, shard: int = 0) -> Any:
-        return self.do(self.pushes.admit(claim, self.owner(shard)))
+        admission = self.do(self.pushes.admit(claim, self.owner(shard)))
+        self.attempts[claim.key, shard] = admission.attempt
+        return admission
+
+    def attempt(self, claim: Claim, shard: int = 0) -> str:
+        """The attempt that a shard takes its part of a push to be of."""
+        return self.attempts.get((claim.key, shard), "")
+
+    def is_admitted(self, claim: Claim, shard: int = 0) -> bool:
+        """Admits a push; whether its body may be sent at once."""
+        return self.admit(claim, shard) == Admission(attempt=self.attempt(claim, shard))
 
     def commit(
         self, claim: Claim, shard: int = 0, largest_norm: float | None = None, norm: float = 1.0
     ) -> Record | None:
-        part = self.part(shard, norm=norm)
-        answer = self.do(self.pushes.commit(claim, self.owner(shard), part, largest_norm))
+        answer = self.commit_part(claim, shard, self.part(shard, norm=norm), largest_norm)
         return None if answer is None else answer[0]
+
+    def commit_part(
+        self, claim: Claim, shard: int, part: StagedPart, largest_norm: float | None = None, wanted: str = ""
+    ) -> tuple[Record, list[str]] | None:
+        attempt = self.attempt(claim, shard)
+        return self.do(self.pushes.commit(claim, self.owner(shard), part, largest_norm, attempt, wanted))
+
+    def discard(self, claim: Claim, shard: int = 0, slug: str = "", detail: str = "") -> None:
+        self.do(self.pushes.discard(claim, self.attempt(claim, shard), shard, slug, detail))
 
     def push_at_once(self, claim: Claim, largest_norm: float | None = None, norm: float = 1.0) -> Record:
         """Admits and commits a push of the only shard in one call."""

@@ -22,6 +22,7 @@ from freestep_service.domain.records import (
     Claim,
     Fenced,
     LogTruncated,
+    Lost,
     Owner,
     Pending,
     RunState,
@@ -35,7 +36,7 @@ KEYS = (
 )  # fmt: skip
 SPEC = DataSpec(length=10, unit=2)
 PAUSED = Control(orders=Orders(paused=True))
-REFUSALS = (FreestepError, Behind, Fenced, LogTruncated, Pending)
+REFUSALS = (FreestepError, Behind, Fenced, LogTruncated, Lost, Pending)
 
 
 def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str, Callable[[], Any]]:
@@ -60,10 +61,10 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
         "change_run": lambda: run.do(log.change_run(owner, Control(), PAUSED, ASYNC, "{}", "me")),
         "admit": lambda: run.do(pushes.admit(claim, owner, ["ticket"])),
         "precheck": lambda: run.do(pushes.precheck(claim)),
-        "commit": lambda: run.do(pushes.commit(claim, owner, run.part(), None, "y F32")),
+        "commit": lambda: run.do(pushes.commit(claim, owner, run.part(), None, run.attempt(claim), "y F32")),
         "push": lambda: run.do(pushes.push(claim, owner, run.part(), None, generation)),
-        "discard": lambda: run.do(pushes.discard(claim, 0)),
-        "refuse": lambda: run.do(pushes.discard(claim, 0, "malformed-tensors", "why")),
+        "discard": lambda: run.discard(claim),
+        "refuse": lambda: run.discard(claim, 0, "malformed-tensors", "why"),
         "report_metric": lambda: run.do(log.report_metric(owner, Measured("accuracy", 0, 1.0), None)),
         "request_read": lambda: run.do(log.request_read(owner, "ticket", "y F32", 1)),
         "reads_sent": lambda: run.do(log.reads_sent(["ticket"])),

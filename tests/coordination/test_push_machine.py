@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar
 
 import pytest
@@ -32,6 +33,7 @@ POLICIES = {
     "clip": Policy("1", "none", distinct=False, bounds=f'{{"clip": 2.0, "outlier": 10.0, "ban_after": {BAN_AFTER}}}'),
 }
 SHARDS = st.integers(0, 2)
+SLUGS = st.sampled_from(["", "malformed-tensors", "non-finite-gradient"])
 WORKERS = st.sampled_from(["a", "b"])
 
 
@@ -49,8 +51,8 @@ class Pushes(RuleBasedStateMachine):
         self.run = DrivenRun(self.driver, self.shards, self.policy).open()
         self.leases: dict[str, Lease] = {}
         self.keys = 0
-        self.carried: set[tuple[Claim, int]] = set()
-        """Parts of pushes that owners have admitted and still hold."""
+        self.carried: dict[tuple[Claim, int], str] = {}
+        """Parts of pushes that owners have admitted and still hold, and the attempts that they know of."""
         self.norms: dict[str, float] = {}
         """By key, those of a push's parts."""
         self.records: dict[str, Record] = {}
@@ -87,7 +89,7 @@ class Pushes(RuleBasedStateMachine):
             assert claim.key not in self.records
         else:
             if admission.record is None:
-                self.carried.add((claim, shard))
+                self.carried[claim, shard] = admission.attempt
             else:
                 self.decided(claim, admission.record)
 
@@ -102,13 +104,13 @@ class Pushes(RuleBasedStateMachine):
             record = self.run.commit(claim, shard, largest_norm=bound, norm=self.norms[claim.key])
         except (Lost, LeaseExpired, EpochChanged, NonFiniteGradient):
             assert claim.key not in self.records
-            self.carried.discard((claim, shard))
+            del self.carried[claim, shard]
         else:
             if record is not None:
                 self.decided(claim, record)
                 # An answer may be lost, and the call repeated.
                 assert self.run.commit(claim, shard) == record
-                self.carried.discard((claim, shard))
+                del self.carried[claim, shard]
 
     @precondition(lambda self: self.shards == 1)
     @rule(claim=pushes, too_large=st.booleans())
@@ -131,15 +133,40 @@ class Pushes(RuleBasedStateMachine):
             for shard in order[: self.shards]:
                 self.commit(claim, shard, too_large=False)
 
+    @rule(claim=pushes, order=st.permutations(range(3)), slug=SLUGS)
+    def deliver_again(self, claim: Claim, order: list[int], slug: str) -> None:
+        """A part is discarded, or refused, and sent again before the others have heard of that."""
+        for shard in order[: self.shards]:
+            self.admit(claim, shard)
+        self.discard(claim, order[0], slug)
+        self.admit(claim, order[0])
+        self.discard(claim, order[1], slug)
+        for shard in order[: self.shards]:
+            self.commit(claim, shard, too_large=False)
+
     def decided(self, claim: Claim, record: Record) -> None:
         assert self.records.setdefault(claim.key, record) == record
 
-    @rule(claim=pushes, shard=SHARDS, slug=st.sampled_from(["", "malformed-tensors", "non-finite-gradient"]))
+    @rule(claim=pushes, shard=SHARDS, slug=SLUGS)
     def discard(self, claim: Claim, shard: int, slug: str) -> None:
         shard %= self.shards
         if (claim, shard) in self.carried:
-            self.run.do(self.run.pushes.discard(claim, shard, slug))
-            self.carried.discard((claim, shard))
+            self.run.discard(claim, shard, slug)
+            del self.carried[claim, shard]
+
+    @rule()
+    def hear(self) -> None:
+        """Owners hear, late, that pushes were refused, and let go what they hold of them."""
+        staged = self.staged()
+        for (claim, shard), attempt in list(self.carried.items()):
+            if self.shards > 1 and staged.get(claim.key, {}).get("attempt") != attempt:
+                del self.carried[claim, shard]
+
+    def staged(self) -> dict[str, dict[str, Any]]:
+        """The pushes on their way over several shards, by key."""
+        found: Any = self.run.redis.hgetall(self.run.key("staged"))
+        kept = {key: json.loads(text) for key, text in found.items()}
+        return {key: push for key, push in kept.items() if "slug" not in push}
 
     @rule(worker=WORKERS)
     def join_again(self, worker: str) -> None:
@@ -196,6 +223,14 @@ class Pushes(RuleBasedStateMachine):
             assert self.run.remembered_norms() == norms_of(entries, BAN_AFTER)
 
     @invariant()
+    def what_is_staged_is_there(self) -> None:
+        """What Redis may commit, owners hold: one that does not could not apply it."""
+        held = {(claim.key, shard): attempt for (claim, shard), attempt in self.carried.items()}
+        for key, push in self.staged().items():
+            for shard, part in push["parts"].items():
+                assert "digest" not in part or held.get((key, int(shard))) == push["attempt"]
+
+    @invariant()
     def counts_agree(self) -> None:
         run = self.run
         in_flight, pending = run.number("in_flight"), set(run.redis.hkeys(run.key("pending")))
@@ -212,7 +247,7 @@ class Pushes(RuleBasedStateMachine):
         for worker in list(self.leases):
             self.leave(worker, noticed=True)
         for claim, shard in self.carried:
-            self.run.do(self.run.pushes.discard(claim, shard))
+            self.run.discard(claim, shard)
         self.run.expire(0)
         assert self.run.redis.hkeys(self.run.key("pending")) == []
         assert self.run.redis.hkeys(self.run.key("staged")) == []

@@ -46,8 +46,7 @@ class Push:
 
     def make(self, call: Call) -> None:
         if call.name == "admit":
-            admission = self.run.admit(self.claim, call.shard)
-            assert (admission.record, admission.queued) == (None, False)
+            assert self.run.is_admitted(self.claim, call.shard)
         else:
             self.records.append(self.run.commit(self.claim, call.shard))
 
@@ -90,7 +89,7 @@ def test_a_push_in_any_order_counts_once(used: DrivenRun, order: tuple[Call, ...
             push = Push(used, lease, f"withdrawn-{lost}-{place}-{order}")
             for number, call in enumerate(order):
                 if number == place:
-                    used.do(used.pushes.discard(push.claim, lost))
+                    used.discard(push.claim, lost)
                 if call != Call("commit", lost):
                     push.make(call)
             assert push.records == [None] * (SHARDS - 1)
@@ -103,7 +102,7 @@ def test_a_push_in_any_order_counts_once(used: DrivenRun, order: tuple[Call, ...
             push = Push(used, lease, f"refused-{lost}-{place}-{order}")
             for number, call in enumerate(order):
                 if number == place:
-                    used.do(used.pushes.discard(push.claim, lost, "malformed-tensors", "why"))
+                    used.discard(push.claim, lost, "malformed-tensors", "why")
                 if number < place:
                     push.make(call)
                 elif call.name == "admit":

@@ -21,7 +21,6 @@ from freestep.errors import (
 )
 from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import (
-    Admission,
     Ahead,
     Behind,
     Claim,
@@ -77,7 +76,7 @@ def test_calls_for_a_shard_are_refused_without_its_token(run: DrivenRun, call: s
         changed = owner._replace(position=position, token=token)
         calls: dict[str, Callable[[], Any]] = {
             "admit": lambda: run.pushes.admit(claim, changed),
-            "commit": lambda: run.pushes.commit(claim, changed, run.part(), None),
+            "commit": lambda: run.pushes.commit(claim, changed, run.part(), None, run.attempt(claim)),
             "push": lambda: run.pushes.push(claim, changed, run.part(), None, run.number("generation")),
         }
         run.do(calls[call]())
@@ -120,7 +119,7 @@ def test_a_worker_that_is_too_far_ahead_waits(run: DrivenRun) -> None:
     with pytest.raises(Ahead):
         ssp.admit(ssp.claim(fast, "key-2"))
     ssp.push(ssp.claim(slow, "slow"))
-    assert ssp.admit(ssp.claim(fast, "key-2")) == Admission()
+    assert ssp.is_admitted(ssp.claim(fast, "key-2"))
 
 
 def test_a_gradient_whose_norm_over_all_shards_is_too_large_is_refused(run: DrivenRun) -> None:
@@ -160,7 +159,7 @@ def test_a_push_is_lost_when_the_run_is_opened_again(run: DrivenRun) -> None:
     run.reopen(RunState(1, initialized=True))
     with pytest.raises(Lost):
         run.commit(claim)
-    assert run.admit(claim) == Admission()
+    assert run.is_admitted(claim)
 
 
 # What is discarded
@@ -169,10 +168,10 @@ def test_a_push_is_lost_when_the_run_is_opened_again(run: DrivenRun) -> None:
 def test_a_part_that_did_not_come_may_come_again(run: DrivenRun) -> None:
     claim = run.claim(run.grant(), "key")
     run.admit(claim)
-    run.do(run.pushes.discard(claim, 0))
+    run.discard(claim)
     assert (run.redis.hlen(run.key("pending")), run.redis.hlen(run.key("staged"))) == (0, 0)
     assert run.number("in_flight") == 0
-    run.do(run.pushes.discard(claim, 0))
+    run.discard(claim)
     assert run.number("in_flight") == 0
     assert run.push(claim).decision == "applied"
 
@@ -182,7 +181,7 @@ def test_a_refused_part_is_refused_on_all_shards(make_run: Make) -> None:
     claim = run.claim(run.grant(), "key")
     run.admit(claim, 0)
     run.admit(claim, 1)
-    run.do(run.pushes.discard(claim, 1, "malformed-tensors", "why"))
+    run.discard(claim, 1, "malformed-tensors", "why")
     with pytest.raises(Lost):
         run.commit(claim, 0)
     with pytest.raises(MalformedTensors, match="why"):
@@ -200,6 +199,6 @@ def test_a_shard_whose_owner_changed_has_to_stage_its_part_again(make_run: Make)
     assert run.commit(claim, 0) is None
     run.redis.hset(run.key("shards"), "0:token", "99")
     assert run.commit(claim, 1) is None
-    record = run.do(run.pushes.commit(claim, run.owner(0), StagedPart(0, 10, "again", 1.0, 40), None))
+    record = run.commit_part(claim, 0, StagedPart(0, 10, "again", 1.0, 40))
     assert record is not None
     assert record[0].digests == {"0-10": "again", "10-20": "digest-1"}

@@ -105,8 +105,7 @@ class Reads(RuleBasedStateMachine):
         for shard in range(self.shards):
             self.run.admit(claim, shard)
         for shard in range(self.shards):
-            commit = self.run.pushes.commit(claim, self.run.owner(shard), self.run.part(shard), None, wanted or "")
-            self.run.do(commit)
+            self.run.commit_part(claim, shard, self.run.part(shard), wanted=wanted or "")
 
     @precondition(lambda self: any(self.unsent[ticket] for ticket in self.places))
     @rule(data=st.data())

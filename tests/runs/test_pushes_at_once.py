@@ -33,6 +33,7 @@ from in_process import (
     NUMEL,
     Bytes,
     claim_of,
+    in_order,
     new_run,
     part_of,
     process,
@@ -90,20 +91,6 @@ def first_lost(
 
     run.coordinator.pushes.push = losing  # type: ignore[method-assign]
     return calls
-
-
-def in_order(run: Run) -> list[str]:
-    """The calls of pushes to Redis, as they come."""
-    coordinator, seen = run.coordinator.pushes, []
-    for name in ("admit", "commit", "push", "discard"):
-        call = getattr(coordinator, name)
-
-        async def noting(*args: Any, name: str = name, call: Any = call, **options: Any) -> Any:
-            seen.append(name)
-            return await call(*args, **options)
-
-        setattr(coordinator, name, noting)
-    return seen
 
 
 @pytest.mark.parametrize(

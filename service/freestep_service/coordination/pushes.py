@@ -29,9 +29,9 @@ class RunPushes:
         status, *rest = await self._call("admit", claim, owner, *sent)
         match status:
             case "admitted":
-                return Admission()
+                return Admission(attempt=rest[0])
             case "queued":
-                return Admission(queued=True)
+                return Admission(attempt=rest[0], queued=True)
             case "replay":
                 return Admission(Record.from_json(rest[0]), replayed=True)
             case "dropped":
@@ -52,6 +52,7 @@ class RunPushes:
         owner: Owner,
         part: StagedPart,
         largest_norm: float | None,
+        attempt: str,
         wanted: str = "",
         *,
         after_update: bool = False,
@@ -59,11 +60,12 @@ class RunPushes:
         """The policy's decision and the evicted idempotency keys; None while other shards have not staged their parts.
 
         part: what the shard has staged. largest_norm: of the whole gradient; None if any is allowed.
+        attempt: the admission's.
         wanted: the point and dtype to answer with, as of the push's place in the log, or of its group's update.
         Raises Lost, LeaseExpired, EpochChanged and NonFiniteGradient (the norm over all shards is too large).
         """
         status, *rest = await self._call(
-            "commit", claim, owner, *_staged(claim, part, largest_norm, wanted, after_update)
+            "commit", claim, owner, *_staged(claim, part, largest_norm, wanted, after_update), attempt
         )
         if status == "staged":
             return None
@@ -84,13 +86,13 @@ class RunPushes:
             self._scripts.refuse(status, rest)
         return Record.from_json(rest[0]), rest[1:], status == "replay"
 
-    async def discard(self, claim: Claim, shard: int, slug: str = "", detail: str = "") -> None:
+    async def discard(self, claim: Claim, attempt: str, shard: int, slug: str = "", detail: str = "") -> None:
         """Forgets a shard's part of an admitted push; with a slug, all shards refuse the push."""
-        await self._scripts.call("discard_part", claim.key, shard, slug, detail)
+        await self._scripts.call("discard_part", claim.key, attempt, shard, slug, detail)
 
-    async def yield_slot(self, claim: Claim) -> None:
+    async def yield_slot(self, claim: Claim, attempt: str) -> None:
         """Gives the slot of a push whose sender is slow to the next in line."""
-        await self._scripts.call("yield_slot", claim.key)
+        await self._scripts.call("yield_slot", claim.key, attempt)
 
     async def _call(self, script: str, claim: Claim, owner: Owner, *more: str | int) -> list[Any]:
         return await self._scripts.call(

@@ -275,12 +275,15 @@ class Admission:
 
     queued: the body has to wait for a message. replayed: the record was known before.
     evicted: idempotency keys whose receipts the record has displaced.
+    attempt: a number, as text, that no other admission of the key has: what is said of the push, and told of it, names
+        it. Empty where the run has one shard.
     """
 
     record: Record | None = None
     replayed: bool = False
     evicted: tuple[str, ...] = ()
     queued: bool = False
+    attempt: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from freestep.errors import Overloaded
 from freestep_service.domain.records import Admission, Ahead, Claim, Pending, Record
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.flight import Flight
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
 
@@ -86,14 +87,17 @@ class Admissions:
                     self._known.note(claim, self._core.writer.epoch, forgotten)
                 return admission
 
-    async def turn(self, claim: Claim, granted: asyncio.Event, deadline: float) -> None:
+    async def turn(self, flight: Flight, deadline: float) -> None:
         """Returns when the turn of a queued push has come. Raises Overloaded past the deadline, and as `admit`."""
         queued = True
         try:
             async with asyncio.timeout_at(deadline):
-                while queued and not await _comes(granted):
+                while queued and not self._closed and not await _comes(flight.granted):
                     # It may have come unheard; or the run was opened anew, and there is no queue any more.
-                    queued = (await self.admit(claim)).queued
+                    admission = await self.admit(flight.claim)
+                    queued = admission.queued
+                    if admission.record is None:
+                        flight.admitted(admission.attempt)
         except TimeoutError:
             raise Overloaded from None
 

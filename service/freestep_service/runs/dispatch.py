@@ -45,13 +45,13 @@ class Dispatch:
                 self._receipts.remember(message["key"], record, message["evicted"] or ())
                 self._events.dropped(record)
                 for shard in self._shards:
-                    shard.on_dropped(message["key"], record)
+                    shard.on_dropped(message["key"], message.get("attempt"), record)
             case "refused":
                 for shard in self._shards:
-                    shard.on_refused(message["key"], message["slug"], message["detail"])
+                    shard.on_refused(message["key"], message.get("attempt"), message["slug"], message["detail"])
             case "granted":
                 for shard in self._shards:
-                    shard.on_granted(message["key"])
+                    shard.on_granted(message["key"], message.get("attempt"))
             case "moved":
                 for shard in self._shards:
                     shard.on_moved()

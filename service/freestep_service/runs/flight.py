@@ -1,11 +1,13 @@
 """A push on its way through one shard: the requests that wait for it, the memory of its body, and its decision.
 
-The law of this file: memory has one owner. A staged vector is the flight's until the log's entry takes it.
+The law of this file: memory has one owner. A staged vector is the flight's until the log's entry takes it. A key that
+was refused may be admitted again, and messages may be late: each is true of the attempt that it names, and of no other.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from freestep.errors import ProblemError
@@ -39,6 +41,8 @@ class Flight:
         self.claim = claim
         self.fingerprint = claim.fingerprint()
         self.phases = phases or Phases()
+        self.attempt = ""
+        """Of Redis's last admission; empty before the first, and where the run has one shard."""
         self.landed = asyncio.Event()
         self.granted = asyncio.Event()
         """Set when its turn has come to send its body."""
@@ -47,6 +51,26 @@ class Flight:
         self.staged: Staged | None = None
         """The body, until the log's entry takes it."""
         self.commit: asyncio.Task[Decision] | None = None
+        self._early: dict[str, list[Callable[[], None]]] = {}
+        """What was told of attempts that are not known here: a message may come before the admission's answer."""
+
+    def admitted(self, attempt: str) -> None:
+        """Redis has admitted it, perhaps anew: what was told of an earlier attempt is true of it no longer."""
+        if attempt == self.attempt:
+            return
+        if self.attempt:
+            self.granted.clear()
+            self.decided = asyncio.get_running_loop().create_future()
+        self.attempt = attempt
+        for tell in self._early.pop(attempt, ()):
+            tell()
+
+    def hear(self, attempt: str | None, tell: Callable[[], None]) -> None:
+        """Takes a message of an attempt: calls `tell` if it is this one. None is any: older versions named none."""
+        if attempt in (None, self.attempt):
+            tell()
+        else:
+            self._early.setdefault(attempt, []).append(tell)
 
     def decide(self, record: Record, applied: asyncio.Future[None] | None) -> None:
         if not self.decided.done():

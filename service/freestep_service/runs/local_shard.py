@@ -305,17 +305,17 @@ class LocalShard:
                 context.resources.count_anew(context.name, spec, self.core.count), "its memory was not counted"
             )
 
-    def on_dropped(self, key: str, record: Record) -> None:
+    def on_dropped(self, key: str, attempt: str | None, record: Record) -> None:
         """A push was decided without a place in the log."""
-        self._pushes.dropped(key, record)
+        self._pushes.dropped(key, attempt, record)
 
-    def on_refused(self, key: str, slug: str, detail: str) -> None:
+    def on_refused(self, key: str, attempt: str | None, slug: str, detail: str) -> None:
         """A push was refused by another shard, or its lease has ended."""
-        self._pushes.refused(key, slug, detail)
+        self._pushes.refused(key, attempt, slug, detail)
 
-    def on_granted(self, key: str) -> None:
+    def on_granted(self, key: str, attempt: str | None) -> None:
         """A push's turn to send its body has come."""
-        self._pushes.granted(key)
+        self._pushes.granted(key, attempt)
 
     def on_moved(self) -> None:
         """The slowest worker has moved on."""

@@ -107,15 +107,16 @@ class Pushes:
                         # A body that is refused is another one than that which counted.
                         self._require_same(record, "" if refusal is not None else await body.receive_digest())
                     return record, admission.replayed
+                flight.admitted(admission.attempt)
                 if refusal is not None:
-                    await self._discard(claim, refusal)
+                    await self._discard(flight, refusal)
                     raise refusal
-                flight.staged = await self._stage(claim, flight, body, queued=admission.queued)
+                flight.staged = await self._stage(flight, body, queued=admission.queued)
             commit = flight.commit = asyncio.create_task(self._commit(claim, flight, options))
-            commit.add_done_callback(lambda commit: self._end(claim, flight, commit))
+            commit.add_done_callback(lambda commit: self._end(flight, commit))
         finally:
             if commit is None:
-                self._land(claim, flight)
+                self._land(flight)
         await asyncio.wait([commit], timeout=self._settings.commit_seconds)
         while flight.decided.done() and not commit.done() and not self._core.writer.is_waiting:
             # It will be applied: that takes as long as the updates before it, whatever Redis does.
@@ -165,24 +166,24 @@ class Pushes:
 
     # Messages
 
-    def granted(self, key: str) -> None:
+    def granted(self, key: str, attempt: str | None) -> None:
         """A push's turn has come."""
         if flight := self._flights.get(key):
-            flight.granted.set()
+            flight.hear(attempt, flight.granted.set)
 
     def moved(self) -> None:
         """The slowest worker has moved on, or left: workers that wait for it may go on."""
         self._admissions.moved()
 
-    def refused(self, key: str, slug: str, detail: str) -> None:
+    def refused(self, key: str, attempt: str | None, slug: str, detail: str) -> None:
         """Another shard refused a push, or its lease has ended."""
         if flight := self._flights.get(key):
-            flight.refuse(PROBLEMS[slug](detail or None))
+            flight.hear(attempt, partial(flight.refuse, PROBLEMS[slug](detail or None)))
 
-    def dropped(self, key: str, record: Record) -> None:
+    def dropped(self, key: str, attempt: str | None, record: Record) -> None:
         """A push was decided without a place in the log."""
         if flight := self._flights.get(key):
-            flight.decide(record, None)
+            flight.hear(attempt, partial(flight.decide, record, None))
 
     def committed(
         self, key: str, record: Record, reads: Mapping[str, str], members: Mapping[str, Any] | None = None
@@ -213,13 +214,13 @@ class Pushes:
         except TimeoutError:
             raise CoordinatorUnavailable("the push is still on its way through another request") from None
 
-    def _land(self, claim: Claim, flight: Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         flight.give_back()
-        del self._flights[claim.key]
+        del self._flights[flight.claim.key]
         flight.landed.set()
 
-    def _end(self, claim: Claim, flight: Flight, commit: asyncio.Task[Decision]) -> None:
-        self._land(claim, flight)
+    def _end(self, flight: Flight, commit: asyncio.Task[Decision]) -> None:
+        self._land(flight)
         if not commit.cancelled():
             # The request may have left.
             commit.exception()
@@ -274,35 +275,34 @@ class Pushes:
         if self._digest(record) not in (None, digest):
             raise IdempotencyConflict("the idempotency key came before with another body")
 
-    async def _stage(self, claim: Claim, flight: Flight, body: Body, *, queued: bool) -> Staged:
+    async def _stage(self, flight: Flight, body: Body, *, queued: bool) -> Staged:
         deadline = asyncio.get_running_loop().time() + self._settings.queue_seconds
 
         async def turn() -> None:
-            await self._admissions.turn(claim, flight.granted, deadline)
+            await self._admissions.turn(flight, deadline)
             if self._closed:
                 raise ShardUnavailable("the shard is being given up")
 
         try:
-            room = await self._intake.room(claim, body.length, deadline, turn if queued else None)
+            room = await self._intake.room(flight.claim, body.length, deadline, turn if queued else None)
             flight.phases.ended("queue")
-            staged = await room.receive(body, lambda: self._yield_slot(claim))
+            staged = await room.receive(body, lambda: self._yield_slot(flight))
             flight.phases.ended("receive")
             return staged
         except BaseException as error:
-            await self._discard(claim, error)
+            await self._discard(flight, error)
             raise
 
-    async def _discard(self, claim: Claim, error: BaseException) -> None:
+    async def _discard(self, flight: Flight, error: BaseException) -> None:
         """Has Redis forget an admitted push whose body has not come, or was refused."""
+        refusal = (error.slug, error.detail) if isinstance(error, MalformedTensors | NonFiniteGradient) else ()
         with suppress(CoordinatorUnavailable):
-            if isinstance(error, MalformedTensors | NonFiniteGradient):
-                await self._coordinator.discard(claim, self._core.index, error.slug, error.detail)
-            else:
-                await self._coordinator.discard(claim, self._core.index)
+            await self._coordinator.discard(flight.claim, flight.attempt, self._core.index, *refusal)
 
-    def _yield_slot(self, claim: Claim) -> None:
+    def _yield_slot(self, flight: Flight) -> None:
         """The push's sender is slow, and its memory is counted apart: another push may have its slot."""
-        self._background.spawn(self._coordinator.yield_slot(claim), "a slow push's slot was not given on")
+        yielding = self._coordinator.yield_slot(flight.claim, flight.attempt)
+        self._background.spawn(yielding, "a slow push's slot was not given on")
 
     async def _commit(self, claim: Claim, flight: Flight, options: PushOptions) -> Decision:
         """Commits and applies. Redis is asked until it answers: what it decided must not stay unknown."""
@@ -414,7 +414,7 @@ class Pushes:
                 self._admissions.mistook()
                 raise
         answer = await self._coordinator.commit(
-            claim, owner, part, largest, options.wanted, after_update=options.after_update
+            claim, owner, part, largest, flight.attempt, options.wanted, after_update=options.after_update
         )
         return None if answer is None else (*answer, False)
 

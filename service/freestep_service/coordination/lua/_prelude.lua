@@ -14,7 +14,8 @@
 --                     a robust rule, as what follows), norms (JSON [[worker, norm, whether it was an outlier], ...] of
 --                     the newest pushes in the log, oldest first, norms as text in full precision), outliers (JSON:
 --                     worker -> number of them), banned (JSON: worker -> number of bans), marked (1 if receipts has its
---                     mark; runs that older versions opened have none), measured (1 if metrics has any), compared (EPOCH-SEQ
+--                     mark; runs that older versions opened have none), measured (1 if metrics has any), attempt (the number
+--                     of the newest attempt of a push; only where there are several shards), compared (EPOCH-SEQ
 --                     of the newest update of which distances has had all parts), longest_ttl (of the leases that were granted, in
 --                     ms), datasets (names of data sets, with spaces between them), and of data set NAME: data:NAME (its
 --                     spec, JSON), total:NAME (units of all passes, or an empty string), cursor:NAME (the next unit that
@@ -39,9 +40,11 @@
 --                     K:report, K:loaded (see open.lua), K:written (its newest part of a checkpoint), K:applied_seq
 --                     (the newest entry of this epoch's log that it has applied), K:journal (the word of who writes its
 --                     journal, in the file `owner` beside that), and other fields of heartbeats
---   staged    hash    idempotency key -> JSON {at, queued, lease, parts: {K: {digest, norm, bytes}}} of a pending push,
---                     where there are several shards; or {at, claim, slug, detail, parts} of one that was refused
---                     before all of its parts had come
+--   staged    hash    idempotency key -> JSON {at, queued, lease, attempt, parts: {K: {digest, norm, bytes}}} of a pending
+--                     push, where there are several shards; or {at, claim, slug, detail, parts} of one that was refused
+--                     before all of its parts had come. attempt: a number, as text, that no other admission of the key
+--                     has; calls and messages of a push name it, since they may come late and the key may be admitted
+--                     again meanwhile (older versions wrote none)
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
 --                     kind (push, pull or state; older versions wrote none)}
@@ -319,7 +322,7 @@ local function grant_slots()
       waiting.queued, waiting.at = false, clock()
       redis.call('HSET', STAGED, following, cjson.encode(waiting))
       redis.call('HINCRBY', RUN, 'in_flight', 1)
-      publish({kind = 'granted', key = following})
+      publish({kind = 'granted', key = following, attempt = waiting.attempt})
       held[lease] = (held[lease] or 0) + 1
       free = free - 1
       if free == 0 then return end
@@ -348,6 +351,11 @@ local function forget(key)
   else
     leave_slot()
   end
+end
+
+-- Whether a call that names an attempt is of the pending push that its key has now; of those of older versions it is.
+local function is_of(staged, attempt)
+  return (staged.attempt or '') == attempt
 end
 
 -- Whether every shard has its part of a push, or is receiving it.
@@ -484,14 +492,12 @@ local function refuse(key, slug, detail)
   local is_of_body = slug == 'non-finite-gradient' or slug == 'malformed-tensors'
   if claim and is_of_body then give_back_claimed(claim) end
   forget(key)
-  if staged and claim and is_of_body then
-    local parts = cjson.decode(staged).parts
-    if not has_all_parts(parts) then
-      redis.call('HSET', STAGED, key, cjson.encode({at = clock(), claim = claim, slug = slug, detail = detail,
-        parts = parts}))
-    end
+  staged = staged and cjson.decode(staged) or nil
+  if staged and claim and is_of_body and not has_all_parts(staged.parts) then
+    redis.call('HSET', STAGED, key, cjson.encode({at = clock(), claim = claim, slug = slug, detail = detail,
+      parts = staged.parts}))
   end
-  publish({kind = 'refused', key = key, slug = slug, detail = detail})
+  publish({kind = 'refused', key = key, attempt = staged and staged.attempt, slug = slug, detail = detail})
 end
 
 -- Moves the idempotency keys of an ended lease to the list of ended leases, and adds the keys that this list evicts to

@@ -14,7 +14,8 @@
 --          {run-paused}             pushes are refused until the run is resumed; the lease is renewed
 --          {dropped, record, evicted idempotency keys ...}   the push is too stale already
 --          {ahead}                  the worker is too far ahead of the slowest one and has to wait
---          {admitted}, or {queued}: a message {granted} follows when the body may be sent
+--          {admitted, attempt}, or {queued, attempt}: a message {granted} follows when the body may be sent. attempt: its
+--          number, which calls and messages of the push name; an empty string where there is one shard
 
 local lease, token, taken_at, key, claim = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 if is_behind(ARGV[6], ARGV[7]) then return {'behind'} end
@@ -56,7 +57,7 @@ end
 if pending then
   staged.parts[shard] = staged.parts[shard] or {}
   redis.call('HSET', STAGED, key, cjson.encode(staged))
-  return {staged.queued and 'queued' or 'admitted'}
+  return {staged.queued and 'queued' or 'admitted', staged.attempt or ''}
 end
 if rule('paused') then return {'run-paused'} end
 local unheld = unheld_units(claim)
@@ -70,7 +71,8 @@ if not is_fresh(step - taken_at, live) then
   count_push(worker, now)
   remember(key, record, KEYS[14], evicted)
   give_back_claimed(claim)
-  if many then publish({kind = 'decided', key = key, record = record, evicted = evicted}) end
+  -- No shard waits for what was never admitted.
+  if many then publish({kind = 'decided', key = key, attempt = 'none', record = record, evicted = evicted}) end
   return {'dropped', record, unpack(evicted)}
 end
 local may_lead = slack()
@@ -79,12 +81,17 @@ if may_lead then
   if (counts[worker] or 0) - slowest(counts, now) > may_lead then return {'ahead'} end
 end
 redis.call('HSET', PENDING, key, claim)
-if not many then return {'admitted'} end
-local queued = run_number('in_flight') >= SLOTS or is_crowded(lease)
-redis.call('HSET', STAGED, key, cjson.encode({at = now, queued = queued, lease = lease, parts = {[shard] = {}}}))
+if not many then return {'admitted', ''} end
+local run = redis.call('HMGET', RUN, 'in_flight', 'attempt')
+local in_flight = tonumber(run[1] or 0)
+local queued = in_flight >= SLOTS or is_crowded(lease)
+-- Attempts are at least the time in ms, so that they go on rising after Redis has lost its data.
+local attempt = text(math.max(tonumber(run[2] or 0) + 1, now))
+redis.call('HSET', STAGED, key, cjson.encode({at = now, queued = queued, lease = lease, attempt = attempt,
+  parts = {[shard] = {}}}))
+redis.call('HSET', RUN, 'attempt', attempt, 'in_flight', in_flight + (queued and 0 or 1))
 if queued then
   redis.call('RPUSH', QUEUE, key)
-  return {'queued'}
+  return {'queued', attempt}
 end
-redis.call('HINCRBY', RUN, 'in_flight', 1)
-return {'admitted'}
+return {'admitted', attempt}

@@ -6,9 +6,10 @@
 --          7 newest seq that the shard knows, 8 shard, 9 its owner's token, 10 elements of its part (BEGIN-END), 11 digest
 --          of that part of the body, 12 norm of that part of the gradient, 13 largest norm allowed or an empty string,
 --          14 the point to answer with ("y F32") or an empty string, 15 1 if that point is to be read after the group's
---          update, else 0, 16 the worker's speed or an empty string, 17 bytes of that part of the body
+--          update, else 0, 16 the worker's speed or an empty string, 17 bytes of that part of the body, 18 the attempt,
+--          as of admit.lua; nothing where there is one shard
 -- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {lost} (the run was opened again, or the push refused,
---          since it was admitted), {lease-expired}, {epoch-changed, epoch}, {unit-not-held, units}, {run-paused},
+--          since it was admitted: its key may have been admitted anew), {lease-expired}, {epoch-changed, epoch}, {unit-not-held, units}, {run-paused},
 --          {staged} (other shards have not staged their parts; a message with the decision follows), {refused} (the norm
 --          is too large), or {committed, record, evicted idempotency keys ...}; the record's seq is 0 if the push was
 --          dropped, unless that was for want of norms to compare its own with: then the log tells of it
@@ -69,7 +70,7 @@ staged = staged and cjson.decode(staged)
 local is_pending = redis.call('HEXISTS', PENDING, key) == 1
 -- One of the two keys was lost, and has been written to since.
 if (is_pending and count > 1 and not staged) or (staged and not is_pending and not staged.slug) then return {'behind'} end
-if not is_pending then return {'lost'} end
+if not is_pending or (staged and not is_of(staged, ARGV[18])) then return {'lost'} end
 
 local parts = {[shard] = {range = ARGV[10], digest = ARGV[11], norm = ARGV[12], token = ARGV[9],
   bytes = ARGV[17]}}
@@ -190,7 +191,7 @@ end
 if entry then
   publish_entry(entry)
 elseif count > 1 then
-  publish({kind = 'decided', key = key, record = record, evicted = evicted})
+  publish({kind = 'decided', key = key, attempt = staged.attempt, record = record, evicted = evicted})
   cut_if_waited_for()
 end
 return {'committed', record, unpack(evicted)}
