@@ -235,7 +235,8 @@ class DrivenRun:
         staged: Any = self.redis.hgetall(self.key("staged"))
         for push, value in staged.items():
             kept = json.loads(value)
-            self.redis.hset(self.key("staged"), push, json.dumps(kept | {"at": kept["at"] - ms}))
+            passed = {name: kept[name] - ms for name in ("at", "asked") if name in kept}
+            self.redis.hset(self.key("staged"), push, json.dumps(kept | passed))
 
     def expire(self, patience_ms: int = HOUR) -> Any:
         return self.do(self.leases.expire(self.position, patience_ms))

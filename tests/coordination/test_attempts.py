@@ -14,6 +14,7 @@ from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import Claim, Lost
 
 Make = Callable[..., DrivenRun]
+PATIENCE = 10_000
 
 
 @contextmanager
@@ -140,3 +141,84 @@ def test_a_push_that_an_older_version_admitted_names_no_attempt(make_run: Make, 
         case "yield_slot":
             run.do(run.pushes.yield_slot(claim, ""))
             assert (staged(run, "key")["slow"], run.number("in_flight")) == (True, 0)
+
+
+# Parts that are said to arrive
+
+
+def test_shards_are_asked_about_parts_that_have_been_arriving_for_long(make_run: Make) -> None:
+    run = make_run(3).open()
+    leases = [run.grant(f"w-{number}") for number in range(4)]
+    claims = [run.claim(lease, f"{lease.worker}-{number}") for lease in leases for number in range(2)]
+    with told(run) as messages:
+        for number, claim in enumerate(claims):
+            for shard in (0, 2) if number == 3 else range(3):
+                run.admit(claim, shard)
+        # Of one a part is staged; one is slow and one refused, whose slots two others have got; two are queued.
+        plain, part_staged, slow, refused, *granted = claims[:6]
+        run.commit(part_staged, 2)
+        run.do(run.pushes.yield_slot(slow, run.attempt(slow)))
+        run.discard(refused, 0, "malformed-tensors", "why")
+        messages()
+        run.expire(PATIENCE)
+        assert messages() == []
+        run.pass_time(PATIENCE - 1000)
+        run.expire(PATIENCE)
+        assert messages() == []
+        run.pass_time(1000)
+        run.expire(PATIENCE)
+        (asked,) = messages()
+        assert asked["kind"] == "arriving"
+        expected = {
+            claim.key: {"attempt": run.attempt(claim), "claim": claim.fingerprint(), "shards": shards}
+            for claim, shards in ((part_staged, [0, 1]), *((each, [0, 1, 2]) for each in (plain, slow, *granted)))
+        }
+        assert {each.pop("key"): each | {"shards": sorted(each["shards"])} for each in asked["pushes"]} == expected
+        # Once in so long.
+        run.expire(PATIENCE)
+        assert messages() == []
+        run.pass_time(PATIENCE)
+        run.expire(PATIENCE)
+        (again,) = messages()
+        assert {each["key"] for each in again["pushes"]} == set(expected)
+
+
+def test_a_part_that_no_request_carries_gives_its_slot_to_those_who_wait(make_run: Make) -> None:
+    run = make_run(3).open()
+    dead, alive = [run.grant(f"dead-{number}") for number in range(2)], run.grant("alive")
+    lost = [run.claim(lease, f"{lease.worker}-{number}") for lease in dead for number in range(2)]
+    for claim in lost:
+        for shard in range(3):
+            run.admit(claim, shard)
+    run.commit(lost[0], 2)
+    waits = run.claim(alive, "waits")
+    assert run.admit(waits).queued
+    run.pass_time(PATIENCE)
+    run.expire(PATIENCE)
+    # Nothing was refused that may be arriving.
+    assert run.redis.hlen(run.key("pending")) == 5
+    run.discard(lost[0], 0)
+    run.expire(PATIENCE)
+    # Of one, a shard knows that nobody sends it.
+    assert not run.redis.hexists(run.key("pending"), lost[0].key)
+    assert run.is_admitted(waits)
+    with pytest.raises(Lost):
+        run.commit(lost[0], 1)
+    for claim in lost[1:]:
+        for shard in range(3):
+            run.discard(claim, shard)
+    assert (run.number("in_flight"), list(run.redis.hkeys(run.key("pending")))) == (1, ["waits"])
+
+
+def test_shards_are_asked_again_where_the_clock_went_back(make_run: Make) -> None:
+    run = make_run(3).open()
+    claim = run.claim(run.grant(), "key")
+    run.admit(claim)
+    run.pass_time(PATIENCE)
+    with told(run) as messages:
+        run.expire(PATIENCE)
+        run.pass_time(-HOUR)
+        run.expire(PATIENCE)
+        assert [message["kind"] for message in messages()] == ["arriving", "arriving"]
+        run.expire(PATIENCE)
+        assert messages() == []

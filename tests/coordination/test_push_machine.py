@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import pytest
@@ -153,6 +154,24 @@ class Pushes(RuleBasedStateMachine):
         if (claim, shard) in self.carried:
             self.run.discard(claim, shard, slug)
             del self.carried[claim, shard]
+
+    @precondition(lambda self: self.shards > 1)
+    @rule(claim=pushes, shard=SHARDS)
+    def lose_the_answer(self, claim: Claim, shard: int) -> None:
+        """An admission is made whose owner does not hear of it, and nobody asks for it again."""
+        if (claim, shard) not in self.carried:
+            with suppress(ProblemError):
+                self.run.admit(claim, shard)
+
+    @rule()
+    def answer(self) -> None:
+        """Owners discard the parts that they are asked about and do not hold."""
+        for key, kept in self.staged().items():
+            held = {shard for claim, shard in self.carried if claim.key == key}
+            for shard, part in kept["parts"].items() if "asked" in kept else ():
+                if "digest" not in part and int(shard) not in held:
+                    claim = Claim("", 0, 0, key)
+                    self.run.do(self.run.pushes.discard(claim, kept["attempt"], int(shard)))
 
     @rule()
     def hear(self) -> None:

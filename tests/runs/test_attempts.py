@@ -1,10 +1,11 @@
-"""A key that is sent again to a run of several shards: messages that are late."""
+"""A key that is sent again to a run of several shards: messages that are late, and answers of Redis that are lost."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from redis import Redis
 
-from freestep.errors import LeaseExpired
-from freestep_service.domain.records import Claim
+from freestep.errors import CoordinatorUnavailable, IdempotencyConflict, LeaseExpired
+from freestep_service.domain.records import Admission, Claim, Owner
 from freestep_service.runs.flight import Flight
+from freestep_service.runs.run import Run
 from in_process import NUMEL, claim_of, in_order, lease_of, new_run, part_of, process, pull, push, run_async, until
 
 SHARDS, SLOTS = 2, 4
+PATIENCE_S = 0.2
 MINUS_ONES = torch.full((NUMEL,), -1.0)
 
 
@@ -31,6 +34,14 @@ class Kept:
         """A push as it is staged, empty where it is not."""
         text: Any = self._client.hget("freestep:{run}:staged", key)
         return json.loads(text) if text else {}
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self._client.hkeys("freestep:{run}:staged"))  # type: ignore[arg-type]
+
+    @property
+    def in_flight(self) -> int:
+        return int(self._client.hget("freestep:{run}:run", "in_flight") or 0)  # type: ignore[arg-type]
 
     def tell(self, **message: Any) -> None:
         """Sends a message to the run's owners."""
@@ -127,5 +138,95 @@ def test_what_was_told_of_a_push_is_not_true_of_the_next_attempt() -> None:
         flight.admitted("2")
         flight.hear("1", flight.granted.set)
         assert (flight.granted.is_set(), flight.decided.done()) == (False, False)
+
+    run_async(work)
+
+
+# Answers that are lost
+
+
+def lose_answers(run: Run) -> set[tuple[str, int]]:
+    """Has the first answer to an admission of each key be lost, on each shard; of which they were."""
+    admit, lost = run.coordinator.pushes.admit, set[tuple[str, int]]()
+
+    async def losing(claim: Claim, owner: Owner, *more: Any) -> Admission:
+        admission = await admit(claim, owner, *more)
+        if claim.key.startswith("lost") and (claim.key, owner.shard) not in lost:
+            lost.add((claim.key, owner.shard))
+            raise CoordinatorUnavailable("the answer was lost")
+        return admission
+
+    run.coordinator.pushes.admit = losing  # type: ignore[method-assign]
+    return lost
+
+
+def test_pushes_whose_admissions_nobody_has_heard_of_give_their_slots_back(
+    store: str, tmp_path: Path, kept: Kept
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data", stall_seconds=PATIENCE_S) as registry:
+            run = await new_run(registry, shards=SHARDS)
+            lost = lose_answers(run)
+            for worker in range(SLOTS // 2):
+                lease = await lease_of(run, f"worker-{worker}")
+                for number in range(2):
+                    claim = claim_of(lease, f"lost-{worker}-{number}")
+                    for shard in range(SHARDS):
+                        with pytest.raises(CoordinatorUnavailable):
+                            await run.shard(shard).push(claim, part_of(run, shard, MINUS_ONES))
+            assert len(lost) == SLOTS * SHARDS
+            (outcome, _) = await push(run, claim_of(await lease_of(run), "key"))
+            assert (outcome.record.decision, outcome.record.step) == ("applied", 1)
+            await until(lambda: not kept.keys, "the end of all")
+            assert kept.in_flight == 0
+            # Who sends one again after all is taken at his word.
+            (outcome, _) = await push(run, claim)
+            assert (outcome.record.decision, outcome.record.step) == ("applied", 2)
+
+    run_async(work)
+
+
+def test_a_push_that_waits_for_a_body_is_not_given_up(store: str, tmp_path: Path, kept: Kept) -> None:
+    """However long it is on its way: shards are asked, and have it."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data", stall_seconds=PATIENCE_S) as registry:
+            run = await new_run(registry, shards=SHARDS)
+            lease, other, gate = await lease_of(run), await lease_of(run, "other"), asyncio.Event()
+            asked, ask = list[str](), run.shard(1).on_asked
+
+            def noting(key: str, *more: str) -> None:
+                asked.append(key)
+                ask(key, *more)
+
+            run.shard(1).on_asked = noting  # type: ignore[method-assign]
+            slow = [asyncio.create_task(push(run, claim_of(lease, key), gate=gate)) for key in ("one", "two", "three")]
+            await until(lambda: len(kept.keys) == 3, "the pushes")
+            await until(lambda: len(asked) >= 4, "questions")
+            assert all(len(kept.push(key)["parts"]) == SHARDS for key in ("one", "two", "three"))
+            await push(run, claim_of(other, "other"))
+            gate.set()
+            outcomes = [outcome for outcomes in await asyncio.gather(*slow) for outcome in outcomes]
+            assert [outcome.record.decision for outcome in outcomes] == ["applied"] * 6
+
+    run_async(work)
+
+
+def test_a_key_that_comes_while_its_part_is_discarded_waits(store: str, tmp_path: Path, kept: Kept) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=SHARDS)
+            lose_answers(run)
+            claim = claim_of(await lease_of(run), "lost")
+            for shard in range(SHARDS):
+                with pytest.raises(CoordinatorUnavailable):
+                    await run.shard(shard).push(claim, part_of(run, shard, MINUS_ONES))
+            attempt = kept.push("lost")["attempt"]
+            for shard in range(SHARDS):
+                run.shard(shard).on_asked("lost", attempt, claim.fingerprint())
+            with pytest.raises(IdempotencyConflict):
+                await run.shard(0).push(replace(claim, step=1), part_of(run, 0, MINUS_ONES))
+            outcomes = await push(run, claim)
+            assert [outcome.record.decision for outcome in outcomes] == ["applied"] * SHARDS
 
     run_async(work)

@@ -52,6 +52,11 @@ class Dispatch:
             case "granted":
                 for shard in self._shards:
                     shard.on_granted(message["key"], message.get("attempt"))
+            case "arriving":
+                for push in message["pushes"]:
+                    for shard in self._shards:
+                        if shard.index in push["shards"]:
+                            shard.on_asked(push["key"], push["attempt"], push["claim"])
             case "moved":
                 for shard in self._shards:
                     shard.on_moved()

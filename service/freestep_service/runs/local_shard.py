@@ -317,6 +317,10 @@ class LocalShard:
         """A push's turn to send its body has come."""
         self._pushes.granted(key, attempt)
 
+    def on_asked(self, key: str, attempt: str, claim: str) -> None:
+        """A push's part has been arriving for long, as far as Redis knows."""
+        self._pushes.asked(key, attempt, claim)
+
     def on_moved(self) -> None:
         """The slowest worker has moved on."""
         self._pushes.moved()

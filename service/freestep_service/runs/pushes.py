@@ -185,6 +185,16 @@ class Pushes:
         if flight := self._flights.get(key):
             flight.hear(attempt, partial(flight.decide, record, None))
 
+    def asked(self, key: str, attempt: str, claim: str) -> None:
+        """Redis asks about a part that has been arriving for long: one that no request carries is discarded.
+
+        The answer to its admission was lost, or that to its being discarded.
+        """
+        if key not in self._flights:
+            flight = self._flights[key] = Flight(Claim("", 0, 0, key))
+            flight.fingerprint, flight.attempt = claim, attempt
+            self._background.spawn(self._withdraw(flight), "a part of a push that nobody sends was not discarded")
+
     def committed(
         self, key: str, record: Record, reads: Mapping[str, str], members: Mapping[str, Any] | None = None
     ) -> bool:
@@ -298,6 +308,13 @@ class Pushes:
         refusal = (error.slug, error.detail) if isinstance(error, MalformedTensors | NonFiniteGradient) else ()
         with suppress(CoordinatorUnavailable):
             await self._coordinator.discard(flight.claim, flight.attempt, self._core.index, *refusal)
+
+    async def _withdraw(self, flight: Flight) -> None:
+        """Discards a part that no request carries; one that sends its key again waits until Redis has answered."""
+        try:
+            await self._coordinator.discard(flight.claim, flight.attempt, self._core.index)
+        finally:
+            self._land(flight)
 
     def _yield_slot(self, flight: Flight) -> None:
         """The push's sender is slow, and its memory is counted apart: another push may have its slot."""

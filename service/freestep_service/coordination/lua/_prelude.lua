@@ -44,7 +44,8 @@
 --                     push, where there are several shards; or {at, claim, slug, detail, parts} of one that was refused
 --                     before all of its parts had come. attempt: a number, as text, that no other admission of the key
 --                     has; calls and messages of a push name it, since they may come late and the key may be admitted
---                     again meanwhile (older versions wrote none)
+--                     again meanwhile (older versions wrote none). A part without a digest is arriving: asked is when its
+--                     shard was last asked whether it is
 --   queue     list    idempotency keys that wait for a slot, oldest first
 --   cuts      hash    ticket -> JSON {point, seq (0 while it waits for its place), left (shards yet to read it), ends,
 --                     kind (push, pull or state; older versions wrote none)}
@@ -367,7 +368,7 @@ local function has_all_parts(parts)
 end
 
 -- Whether a push has held its slot, or a refusal been kept, for longer than `patience` while some shard's part has not
--- begun to arrive. A part that is arriving has no limit here.
+-- begun to arrive. A part that is arriving has no limit here: its shard says whether it is, see leases_due.lua.
 local function is_overdue(staged, patience, now)
   return not staged.queued and staged.at + patience <= now and not has_all_parts(staged.parts)
 end
