@@ -199,10 +199,10 @@ def watch_owners(recorder: Recorder) -> None:
         return found
 
     async def pushed(
-        self: RunPushes, claim: Claim, owner: Owner, part: StagedPart, largest_norm: float | None
+        self: RunPushes, claim: Claim, owner: Owner, part: StagedPart, largest_norm: float | None, generation: int
     ) -> tuple[Record, list[str], bool]:
         call = recorder.begin("admitting", shard=owner.shard, token=int(owner.token))
-        record, evicted, replayed = await push(self, claim, owner, part, largest_norm)
+        record, evicted, replayed = await push(self, claim, owner, part, largest_norm, generation)
         if not replayed:
             recorder.write("admitted", id=call)
         return record, evicted, replayed
