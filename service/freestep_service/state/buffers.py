@@ -5,8 +5,8 @@ that a body was received into has a counterpart there, in which that becomes fp3
 
 A pool holds a fixed number of vectors, made when first needed and then reused, so a run's memory does not grow with the
 number of its workers: a caller that finds none free waits in line. A vector that a slow peer holds is counted apart,
-in a reserve for slow peers, and another takes its place. Where the reserve is used up and callers wait, the slowest
-transfer ends.
+in a reserve for slow peers, and another takes its place; when it comes back, it is one too many, and its memory is
+given back. Where the reserve is used up and callers wait, the slowest transfer ends.
 """
 
 from __future__ import annotations
@@ -211,14 +211,14 @@ class VectorPool:
         """Takes a vector back."""
         if holder is not None:
             self.unwatch(holder)
+        if self._made > self.capacity:
+            self._made -= 1
+            return
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(vector)
                 return
-        if self._made > self.capacity:
-            self._made -= 1
-            return
         self._free.append(vector)
 
     def _look(self) -> None:
