@@ -21,6 +21,7 @@ def main() -> int:
             print(f"docs/reference/{name}")
         llms.FILE.write_text(llms.made())
         chart.FILE.write_text(chart.made())
+        chart.SCHEMA.write_text(chart.schema())
         return 0
     if chosen == "pictures":
         from documents.pictures import draw

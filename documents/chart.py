@@ -1,4 +1,4 @@
-"""The README of the Helm chart: its values with their defaults, and what values.yaml says of them."""
+"""What of the Helm chart is made: its README, of what values.yaml says, and in its schema the names of settings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 import yaml
 
 from documents.markdown import code, made_by, table
+from freestep_service.settings import Settings
 
-__all__ = ["FILE", "made"]
+__all__ = ["FILE", "SCHEMA", "made", "schema"]
 
 CHART = Path(__file__).parent.parent / "deploy" / "helm" / "freestep"
 FILE = CHART / "README.md"
+SCHEMA = CHART / "values.schema.json"
 _HEAD = """# The chart of freestep
 
 Shards as a StatefulSet, workers as a Deployment or a Job, an evaluator, and Redis from elsewhere or beside them. How it
@@ -32,8 +34,18 @@ helm test freestep --namespace train
 _DESCRIPTION = re.compile(r"\s*# (-- )?(.*)")
 
 
+def schema() -> str:
+    """The text of the schema of values: as it is, with the settings that the service has now."""
+    document = json.loads(SCHEMA.read_text())
+    settings = document["properties"]["shards"]["properties"]["settings"]
+    settings["properties"] = {
+        name.replace("_", "-"): {"$ref": "#/definitions/setting"} for name in sorted(Settings.model_fields)
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
 def made() -> str:
-    """The text of the file."""
+    """The text of the README."""
     lines = (CHART / "values.yaml").read_text().splitlines()
     rows = [(code(name), code(default), text) for name, default, text in _values(yaml.compose("\n".join(lines)), lines)]
     return "\n".join((made_by("make reference", "Of values.yaml"), _HEAD, table(("value", "default", ""), rows)))

@@ -90,7 +90,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a setting of the chart's": ({"shards": {"settings": {"redis-url": "redis://r"}}}, "is set by the chart"),
     "a name that is mistyped": ({"shards": {"replcas": 2}}, "replcas"),
     "less than nothing": ({"shards": {"replicas": -1}}, "replicas"),
-    "a flag that is none": ({"shards": {"settings": {"CHECKPOINT_SECONDS": 3}}}, "CHECKPOINT_SECONDS"),
+    "a variable for a flag": (
+        {"shards": {"settings": {"CHECKPOINT_SECONDS": 3}}},
+        "at '/shards/settings': additional properties 'CHECKPOINT_SECONDS' not allowed",
+    ),
+    "a flag that is none": ({"shards": {"settings": {"checkpoint-second": 3}}}, "'checkpoint-second' not allowed"),
+    "a flag of two values": ({"shards": {"settings": {"checkpoint-seconds": [3]}}}, "settings/checkpoint-seconds"),
     "an issuer without TLS": ({"oidc": {"issuer": "http://issuer"}}, "issuer"),
     "too little time to end": ({"shards": {"terminationGracePeriodSeconds": 1}}, "terminationGracePeriodSeconds"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -47,6 +48,13 @@ def test_the_charts_readme_is_current_and_describes_each_group() -> None:
     assert len(rows) > 100 and len(described) >= 70
     assert ("shards.replicas", "`1`") in {(name, default) for name, default, _ in rows}
     assert ("networkPolicy.clients", '`[{"podSelector": {}}]`') in {(name, default) for name, default, _ in rows}
+
+
+def test_the_charts_schema_knows_each_setting() -> None:
+    assert chart.SCHEMA.read_text() == chart.schema(), "run `make reference`, and commit what it writes"
+    settings = json.loads(chart.SCHEMA.read_text())["properties"]["shards"]["properties"]["settings"]
+    assert {name.replace("-", "_") for name in settings["properties"]} == Settings.model_fields.keys()
+    assert settings["additionalProperties"] is False
 
 
 def test_the_readme_is_short() -> None:
