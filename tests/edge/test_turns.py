@@ -158,6 +158,35 @@ def test_lanes_are_first_come_first_served() -> None:
     asyncio.run(work())
 
 
+def test_lanes_become_wider_and_narrower() -> None:
+    async def work() -> None:
+        lanes, served = Lanes(2), list[int]()
+
+        async def pass_through(number: int) -> None:
+            await lanes.enter("a", 10.0)
+            served.append(number)
+
+        waiting = [asyncio.create_task(pass_through(number)) for number in range(6)]
+        await asyncio.sleep(0)
+        assert served == [0, 1]
+        lanes.most = 1
+        lanes.leave("a")
+        await asyncio.sleep(0)
+        assert served == [0, 1]
+        lanes.leave("a")
+        await waiting[2]
+        assert served == [0, 1, 2]
+        lanes.most = 3
+        lanes.leave("a")
+        await asyncio.gather(*waiting)
+        assert served == list(range(6))
+        for _ in range(3):
+            lanes.leave("a")
+        assert not lanes._lanes
+
+    asyncio.run(work())
+
+
 def test_a_turn_that_comes_with_a_cancellation_is_passed_on() -> None:
     async def work() -> None:
         lanes = Lanes(1)

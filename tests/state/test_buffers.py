@@ -199,27 +199,77 @@ def test_what_comes_back_from_a_slow_peer_is_no_vector_more_for_those_who_wait()
         # The reserve's memory is given back: the pool has its one vector.
         assert reserve.free == 12
         await asyncio.sleep(0)
-        assert not waiting.done()
+        assert not waiting.done() and pool.most == 1
         pool.release(second)
         assert await waiting is second
 
     run(work)
 
 
+def test_a_pool_becomes_smaller_as_its_vectors_come_back() -> None:
+    async def work() -> None:
+        shrunk: list[int] = []
+        pool = VectorPool(3, capacity=4)
+        pool.on_shrunk = lambda: shrunk.append(pool.most)
+        taken = [await pool.acquire(30) for _ in range(4)]
+        pool.release(taken.pop())
+        pool.resize(2)
+        # The one that is free leaves at once.
+        assert pool.most == 3 and not shrunk
+        waiting = asyncio.create_task(pool.acquire(30))
+        await asyncio.sleep(0)
+        pool.release(taken.pop())
+        await asyncio.sleep(0)
+        assert shrunk == [2] and not waiting.done()
+        pool.release(taken.pop())
+        taken.append(await waiting)
+        for vector in taken:
+            pool.release(vector)
+        assert shrunk == [2] and pool.most == 2
+        pool.resize(1)
+        assert pool.most == 1 and pool.try_acquire() is not None and pool.try_acquire() is None
+
+    run(work)
+
+
+def test_who_waits_is_served_where_a_pool_becomes_larger() -> None:
+    async def work() -> None:
+        pool = VectorPool(3, capacity=1)
+        first = await pool.acquire(30)
+        waiting = [asyncio.create_task(pool.acquire(30)) for _ in range(3)]
+        await asyncio.sleep(0)
+        pool.resize(3)
+        second, third = await waiting[0], await waiting[1]
+        assert len({id(vector) for vector in (first, second, third)}) == 3 == pool.most
+        assert not waiting[2].done()
+        # A larger one again, before what is too many has come back: nothing has shrunk.
+        pool.on_shrunk = lambda: pytest.fail("it has as many as before")
+        pool.resize(1)
+        pool.resize(3)
+        pool.release(second)
+        assert await waiting[2] is second
+
+    run(work)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from(["acquire", "release", "slow", "cancel"]), st.integers(0, 5)), max_size=40),
+    st.lists(
+        st.tuples(st.sampled_from(["acquire", "release", "slow", "cancel", "resize"]), st.integers(0, 5)), max_size=40
+    ),
     st.integers(1, 3),
     st.integers(0, 3),
 )
 def test_no_vector_is_lent_twice_and_all_come_back(steps: list[tuple[str, int]], capacity: int, spare: int) -> None:
-    """Whatever the order in which peers come, grow slow, leave and give back."""
+    """Whatever the order in which peers come, grow slow, leave and give back, and the pool is resized."""
 
     async def work() -> None:
         reserve = MemoryBudget(4 * spare)
         pool = VectorPool(1, capacity, reserve=reserve)
         waiting: list[asyncio.Task[Vector]] = []
         holds: list[tuple[Hold, Peer]] = []
+        shrunk: list[int] = []
+        pool.on_shrunk = lambda: shrunk.append(pool.most)
 
         async def settle() -> None:
             await asyncio.sleep(0)
@@ -241,17 +291,26 @@ def test_no_vector_is_lent_twice_and_all_come_back(steps: list[tuple[str, int]],
                     pool._look()
                 case "cancel" if waiting:
                     waiting[which % len(waiting)].cancel()
+                case "resize":
+                    was_larger = pool.most > 1 + which % 3
+                    shrunk.clear()
+                    pool.resize(1 + which % 3)
+                    assert not shrunk and pool.most >= pool.capacity and (was_larger or pool.most == pool.capacity)
             await settle()
             lent = [hold.vector for hold, _ in holds]
-            assert len(set(map(id, lent))) == len(lent) <= capacity + sum(pool._holders.values())
+            assert len(set(map(id, lent))) == len(lent)
+            assert len(lent) - sum(pool._holders.values()) <= pool.most
+            # Whoever counts the vectors is told when there are fewer.
+            assert shrunk in ([], [pool.capacity])
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         for hold, _ in holds:
             hold.release()
         assert reserve.try_reserve(4 * spare)
-        free = [pool.try_acquire() for _ in range(capacity + 1)]
+        assert pool.most == pool.capacity
+        free = [pool.try_acquire() for _ in range(pool.capacity + 1)]
         assert free[-1] is None
-        assert len({id(vector) for vector in free[:-1]}) == capacity
+        assert len({id(vector) for vector in free[:-1]}) == pool.capacity
 
     asyncio.run(work())

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from forms import FORMS
+from freestep.api.control import ControlRequest
 from freestep.api.models import RunSpec
 from freestep.errors import InvalidSpec
 from freestep.wire.manifest import Manifest
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.control import Control, ControlChange
 from freestep_service.state.bodies import room
 from freestep_service.state.buffers import Vector
 from freestep_service.state.memory_budget import (
@@ -81,6 +83,29 @@ def test_a_run_that_does_not_fit_is_told_the_figures() -> None:
     # The first may become larger.
     budget.reserve("first", 4 * 1024**3)
     assert budget.free == 0
+
+
+def test_what_is_held_is_counted_whether_or_not_it_is_free() -> None:
+    budget, missing = MemoryBudget(100), list[int]()
+    budget.recall = missing.append
+    assert budget.lend(10)
+    assert budget.count("first", 80) == 0 and not missing
+    assert budget.count("second", 70) == 50
+    # What is lent is given back, too.
+    assert missing == [60] and budget.free == -60
+    budget.give_back(10)
+    with pytest.raises(InvalidSpec) as refusal:
+        budget.reserve("second", 71)
+    assert refusal.value.extensions["free_bytes"] == 20
+    with pytest.raises(InvalidSpec, match=r"0\.00 GiB of 0\.00 GiB are free") as refusal:
+        budget.reserve("third", 1)
+    assert refusal.value.extensions["free_bytes"] == 0
+    assert not budget.try_reserve(1) and not budget.lend(1)
+    # What a name has, it keeps.
+    budget.reserve("second", 70)
+    budget.reserve("second", 60)
+    assert budget.free == -40
+    assert budget.count("first", 30) == 0 and budget.free == 10
 
 
 def test_threads_reserve_no_more_than_there_is() -> None:
@@ -285,6 +310,43 @@ def test_a_run_needs_what_its_shards_allocate(form: str, aggregation: dict[str, 
     assert run_bytes(spec, shards, shards) == sum(made) + staged
     assert run_bytes(spec, 1, shards) == max(made) + staged
     assert run_bytes(spec, 0, shards) == staged
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "async": {"policy": "async"},
+    "sync": {"policy": "sync"},
+    "buffered": {"policy": "buffered", "batch": 3},
+}
+
+
+@pytest.mark.parametrize("before", POLICIES)
+@pytest.mark.parametrize("after", POLICIES)
+def test_a_shard_that_follows_another_policy_has_what_one_of_that_policy_has(before: str, after: str) -> None:
+    spec = run_spec("sgd", aggregation=POLICIES[before])
+    part = Manifest.of(spec)
+    shard = Shard(spec, part, torch.device("cpu"), room(part))
+    shard.initialize(torch.ones(part.numel), epoch=1)
+    ones, own = torch.ones(part.numel), Policy.of(spec.aggregation)
+    shard.apply(Entry(1, 1, advance=not own.groups, gradient=ones, worker="one"))
+    then = run_spec("sgd", aggregation=POLICIES[after])
+    policy = Policy.of(then.aggregation)
+    changed = Control().after(spec, ControlRequest(aggregation=POLICIES[after]), "")
+    # As lua/change_run.lua, which makes the update that the new policy finds complete.
+    shard.apply(Entry(2, 1, advance=own.groups and not policy.groups, control=ControlChange(changed, "", "")))
+    assert shard.gathered_vectors == policy.gathered_vectors
+    assert (shard._accumulated is not None) == (own.groups and policy.groups)
+    for seq in (3, 4):
+        shard.apply(Entry(seq, 1, advance=not policy.groups, gradient=ones, worker=f"w{seq}"))
+    copy = shard.copy_state()
+    assert len(copy.tensors) == len(shard._buffers) + policy.gathered_vectors
+    assert sum(each.nbytes for each in copy.tensors.values()) == shard.state_bytes(policy.gathered_vectors)
+    back = Shard(spec, part, torch.device("cpu"), room(part))
+    back.load(copy, 2)
+    assert back.gathered_vectors == policy.gathered_vectors
+    # What is undone of it comes back with the state.
+    back.apply(Entry(5, 2, advance=policy.groups and not own.groups, control=ControlChange(Control(), "", "")))
+    assert back.gathered_vectors == own.gathered_vectors
+    assert (back._accumulated is not None) == (own.groups and policy.groups)
 
 
 def test_a_direction_takes_a_vector_of_its_own() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from freestep.api.control import ControlRequest
-from freestep.api.models import RunSpec, WorkerEnd
+from freestep.api.models import WorkerEnd
 from freestep.api.validation import first_fault
 from freestep.errors import InvalidSpec
 from freestep_service.coordination.leases import EndedWorker
@@ -25,8 +25,9 @@ from freestep_service.domain.run_view import RunView
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.log_appends import LogAppends
-from freestep_service.runs.owned_shards import OwnedShards, count_memory
+from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.run_memory import RunMemory
 
 __all__ = ["Controls"]
 
@@ -41,6 +42,7 @@ class Controls:
         context: RunContext,
         recovery: Recovery,
         shards: OwnedShards,
+        memory: RunMemory,
         appends: LogAppends,
         checkpointing: Checkpointing,
     ) -> None:
@@ -50,6 +52,7 @@ class Controls:
         self._log = context.coordinator.log
         self._leases = context.coordinator.leases
         self._shards = shards
+        self._memory = memory
         self._appends = appends
         self._checkpointing = checkpointing
 
@@ -102,23 +105,15 @@ class Controls:
         async def ask(owner: Owner) -> tuple[None, dict[str, Any] | None]:
             return None, await self._log.change_run(owner, before, after, Policy.of(spec.aggregation), asked, by)
 
-        is_made = False
         try:
-            if spec != before.in_force(self._context.spec):
-                await self._prepare(spec)
-            _, is_made = await self._appends.append(ask)
+            async with self._memory.room_for(spec):
+                if spec != before.in_force(self._context.spec):
+                    for shard in self._shards:
+                        await shard.core.prepare(spec)
+                _, is_made = await self._appends.append(ask)
         finally:
             self._context.known_leases.forget()
-            if not is_made:
-                await count_memory(self._context, self._shards)
         return is_made
-
-    async def _prepare(self, spec: RunSpec) -> None:
-        """Takes memory and compiles kernels for a spec that is to be in force. Raises InvalidSpec."""
-        resources = self._context.resources
-        resources.memory.reserve(self._context.name, await resources.bytes_of(spec, self._shards.count))
-        for shard in self._shards:
-            await shard.core.prepare(spec)
 
     async def _require_kept(self, view: RunView) -> None:
         """Has on disk what has counted before, here or at another process, and may not have come there."""

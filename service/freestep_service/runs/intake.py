@@ -28,8 +28,13 @@ class Intake:
 
     def __init__(self, core: ShardCore) -> None:
         self._core = core
+        self._lanes = Lanes(self._most)
+
+    @property
+    def _most(self) -> float:
+        """How many bodies of a lease may come at once."""
         # With several shards, Redis gives the turns: pushes that took them here would wait for each other.
-        self._lanes = Lanes(inf if core.is_sharded else max(1, core.staging.pool.capacity // 2))
+        return inf if self._core.is_sharded else max(1, self._core.staging.pool.capacity // 2)
 
     async def room(
         self, claim: Claim, length: int, deadline: float, turn: Callable[[], Awaitable[None]] | None = None
@@ -41,6 +46,7 @@ class Intake:
         `turn` raises.
         """
         loop, pool = asyncio.get_running_loop(), self._core.staging.pool
+        self._lanes.most = self._most
         await self._lanes.enter(claim.lease, max(deadline - loop.time(), 0.0))
         try:
             if turn is not None:

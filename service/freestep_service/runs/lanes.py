@@ -22,7 +22,10 @@ class _Lane:
 
 
 class Lanes:
-    """At most `most` bodies of each sender, a lease say, at once, first come, first served, on one event loop."""
+    """At most `most` bodies of each sender, a lease say, at once, first come, first served, on one event loop.
+
+    `most` may be set to another number, which holds from the next body on that comes or has come.
+    """
 
     def __init__(self, most: float) -> None:
         self.most = most
@@ -54,11 +57,11 @@ class Lanes:
     def leave(self, sender: str) -> None:
         """A body has come, or will not."""
         lane = self._lanes[sender]
-        while lane.waiting:
+        lane.taken -= 1
+        while lane.waiting and lane.taken < self.most:
             turn = lane.waiting.popleft()
             if not turn.done():
                 turn.set_result(None)
-                return
-        lane.taken -= 1
+                lane.taken += 1
         if not lane.taken:
             del self._lanes[sender]

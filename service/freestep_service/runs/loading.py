@@ -23,8 +23,9 @@ from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.local_shard import LocalShard
-from freestep_service.runs.owned_shards import OwnedShards, count_memory
+from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.run_memory import RunMemory
 from freestep_service.runs.stored_states import StoredStates
 from freestep_service.storage.checkpoints import Checkpoints, LoadedState
 from freestep_service.storage.checksummed import Damaged
@@ -44,6 +45,7 @@ class Loading:
         context: RunContext,
         recovery: Recovery,
         shards: OwnedShards,
+        memory: RunMemory,
         stored: StoredStates,
         checkpoints: Checkpoints,
         checkpointing: Checkpointing,
@@ -55,6 +57,7 @@ class Loading:
         self._disk = context.resources.disk
         self._recovery = recovery
         self._shards = shards
+        self._memory = memory
         self._stored = stored
         self._checkpoints = checkpoints
         self._checkpointing = checkpointing
@@ -169,10 +172,9 @@ class Loading:
         self._stored.newest_epoch = max(self._stored.newest_epoch, epoch)
         step = self._shards.lowest.core.writer.applied_step if self._shards.lowest else view.number("step")
         self._context.telemetry.at(epoch, step)
-        if has_loaded:
-            # What was changed of the run may take more memory than what it was created with.
-            await count_memory(self._context, self._shards)
         if has_taken:
+            # By what was changed of it, the run may take more memory than its spec says.
+            await self._memory.count()
             # Whoever asked for an opening while this one was under way has it.
             self._recovery.reopened()
         if opened:
@@ -213,14 +215,14 @@ class Loading:
                 state, receipts = loaded
                 if state.control:
                     await core.prepare(state.control.in_force(self._context.spec))
-                await writer.load(core.shard.load, state, epoch)
+                await core.load(state, epoch)
                 self._keep_receipts(receipts)
                 seq, step = state.seq, state.step
                 base = None if upload else checkpoint
                 if core.index == 0:
                     self._context.telemetry.resumed(state.tally)
             else:
-                await writer.load(core.shard.clear)
+                await core.load(None)
                 self._context.receipts.clear()
         if journal is not None and holds and journal.epoch == epoch:
             journal.back_to(seq)

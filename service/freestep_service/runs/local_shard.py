@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from freestep.api.data import DataSpec
-from freestep.api.models import PointDtype, Receipt
+from freestep.api.models import PointDtype, Receipt, RunSpec
 from freestep.errors import FreestepError, InvalidSpec, StepNotReached
-from freestep_service.domain.aggregation import accepted_encodings
+from freestep_service.domain.aggregation import Policy, accepted_encodings
 from freestep_service.domain.control import ControlChange
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.records import Claim, Record
@@ -66,7 +66,8 @@ class Outcome:
 class LocalShard:
     """Shard `core.index` of a run, with its pushes, reads and initial weights.
 
-    on_mark: takes a copy of its state, at each place in the log that marks a checkpoint.
+    on_mark: takes a copy of its state, at each place in the log that marks a checkpoint. on_change: is told of each
+    change of the run, with the spec that it has in force, and when it is applied.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LocalShard:
         recovery: Recovery,
         core: ShardCore,
         on_mark: Callable[[LocalShard, asyncio.Future[StateCopy]], None],
+        on_change: Callable[[RunSpec, asyncio.Future[None]], None],
     ) -> None:
         self.core = core
         self._context = context
@@ -86,6 +88,7 @@ class LocalShard:
         self._pushes = Pushes(context, recovery, core, self._reads.take_sent)
         self._distances = DistanceReports(context, recovery, core)
         self._on_mark = on_mark
+        self._on_change = on_change
         self._restoring: set[str] = set()
         """The keys of pushes that are being read from the journal."""
         core.writer.on_taken = self._on_taken
@@ -225,7 +228,8 @@ class LocalShard:
             record = Record.from_json(entry["record"])
             return self._pushes.committed(entry["key"], record, reads, entry) or self._find(entry)
         measured, data, control = entry.get("measured"), entry.get("data"), entry.get("control")
-        writer.submit(
+        change = control and ControlChange.of(control)
+        applied = writer.submit(
             Entry(
                 seq,
                 epoch,
@@ -235,9 +239,11 @@ class LocalShard:
                 members=entry,
                 measured=measured and Measured(measured["name"], measured["step"], float(measured["value"])),
                 data=data and NewDataSet(data["name"], DataSpec.model_validate_json(data["spec"])),
-                control=control and ControlChange.of(control),
+                control=change,
             )
         )
+        if change is not None and change.control is not None:
+            self._on_change(change.control.in_force(self._context.spec), applied)
         return True
 
     def take_entry(self, entry: dict[str, Any]) -> bool:
@@ -286,8 +292,9 @@ class LocalShard:
         """The next work of the writer sees the state that the entry leaves."""
         if self.core.index == 0:
             self._context.events.took(entry)
-        if entry.control is not None:
-            self._on_changed(entry.control)
+        if entry.control is not None and entry.control.control is not None:
+            spec = entry.control.control.in_force(self._context.spec)
+            self.core.follow(Policy.of(spec.aggregation))
         if entry.reads:
             self._reads.take(entry)
             self._exports.take(entry)
@@ -295,15 +302,6 @@ class LocalShard:
             if self.core.journal is not None:
                 self.core.journal.mark()
             self._on_mark(self, self.core.writer.call(self.core.shard.copy_state))
-
-    def _on_changed(self, change: ControlChange) -> None:
-        """The memory that the run takes from here on is counted, where another process has not asked for it here."""
-        if change.control is not None:
-            context = self._context
-            spec = change.control.in_force(context.spec)
-            context.background.spawn(
-                context.resources.count_anew(context.name, spec, self.core.count), "its memory was not counted"
-            )
 
     def on_dropped(self, key: str, attempt: str | None, record: Record) -> None:
         """A push was decided without a place in the log."""

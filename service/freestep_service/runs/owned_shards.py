@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from freestep.errors import ShardUnavailable
-from freestep_service.runs.context import RunContext
 from freestep_service.runs.local_shard import LocalShard
 
-__all__ = ["OwnedShards", "count_memory"]
+__all__ = ["OwnedShards"]
 
 
 class OwnedShards:
@@ -78,9 +77,3 @@ class OwnedShards:
     async def remove(self, index: int) -> None:
         """Closes a shard and forgets it."""
         await self._shards.pop(index).close()
-
-
-async def count_memory(context: RunContext, shards: OwnedShards) -> None:
-    """Counts what the run takes by the spec that is in force here; a change that is yet to come is counted then."""
-    if (lowest := shards.lowest) is not None:
-        await context.resources.count_anew(context.name, lowest.core.shard.spec, shards.count)

@@ -27,6 +27,7 @@ from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.placement import Placement
 from freestep_service.runs.recovery import Recovery
+from freestep_service.runs.run_memory import RunMemory
 from freestep_service.runs.standing import Standing
 from freestep_service.runs.stored_states import StoredStates
 from freestep_service.runs.watched_lock import WatchedLock
@@ -53,6 +54,7 @@ class Ownership:
         context: RunContext,
         recovery: Recovery,
         shards: OwnedShards,
+        memory: RunMemory,
         dispatch: Dispatch,
         stored: StoredStates,
         placement: Placement,
@@ -82,6 +84,7 @@ class Ownership:
         self._deletions = Deletions(context.resources, context.name)
         self._recovery = recovery
         self._shards = shards
+        self._memory = memory
         self._dispatch = dispatch
         self._stored = stored
         self._placement = placement
@@ -260,6 +263,8 @@ class Ownership:
                 self._shards[index].core.token = token
             else:
                 self._shards.add(self._make_shard(index, token))
+        # Before they load what was decided.
+        await self._memory.count()
         self._context.events.shards({index: view.field(index, "url") for index in range(view.count)})
         await self._subscribe()
 

@@ -155,7 +155,9 @@ class Registry:
                 raise _cannot_be_opened(name, error) from None
             await resources.disk.run(resources.storage.require_writable)
             await resources.node.heartbeat(resources.store)
-            resources.memory.reserve(name, await resources.bytes_of(spec, spec.shards))
+            resources.memory.reserve(
+                name, await resources.bytes_of(spec, resources.node.share(spec.shards), spec.shards)
+            )
             is_counted = False
             try:
                 is_counted = await self.quotas.take_run(creator, name, manifest.numel)
@@ -355,7 +357,7 @@ class Registry:
             raise NewerFormat("its spec", f"is not valid in this version of freestep: {field}: {why}") from None
         shards = view.count if view else file.shards if file else spec.shards
         # It was there before: it is opened all the same.
-        await self._resources.count_anew(name, spec, shards)
+        self._resources.count(name, await self._resources.bytes_of(spec, self._resources.node.share(shards), shards))
         manifest = await asyncio.to_thread(Manifest.of, spec)
         run = Run(name, spec, manifest, shards, self._resources, origin)
         self._runs[name] = run

@@ -47,7 +47,7 @@ async def recover(
             continue
         await core.prepare(loaded.state.control.in_force(context.spec))
         core.writer.pause()
-        await core.writer.load(core.shard.load, loaded.state, contents.epoch)
+        await core.load(loaded.state, contents.epoch)
         context.receipts.clear()
         context.receipts.update(loaded.receipts)
         core.initialized = True

@@ -12,7 +12,6 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from freestep.api.models import RunSpec
-from freestep.errors import InvalidSpec
 from freestep_service.coordination.channels import Channels
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.store import Store
@@ -20,7 +19,7 @@ from freestep_service.runs.telemetry import Metrics
 from freestep_service.settings import Settings
 from freestep_service.state.buffers import Reserve
 from freestep_service.state.compute import DeviceLocks
-from freestep_service.state.memory_budget import MemoryBudget, run_bytes
+from freestep_service.state.memory_budget import MemoryBudget, Vectors, run_bytes
 from freestep_service.storage.media import Storage
 
 __all__ = ["Disk", "Resources"]
@@ -67,13 +66,16 @@ class Resources:
     reserve: Reserve
     disk: Disk = field(default_factory=Disk)
 
-    async def bytes_of(self, spec: RunSpec, shards: int) -> int:
-        """The most memory that this process's share of a run takes."""
-        return await asyncio.to_thread(run_bytes, spec, self.node.share(shards), shards, self.device)
+    async def bytes_of(self, spec: RunSpec, here: int, shards: int, vectors: Vectors | None = None) -> int:
+        """The most memory that `here` of a run's shards take. vectors: as `run_bytes` has them."""
+        return await asyncio.to_thread(run_bytes, spec, here, shards, self.device, vectors)
 
-    async def count_anew(self, name: str, spec: RunSpec, shards: int) -> None:
-        """Counts the memory of a run that is there already; where it is not free, that is logged."""
-        try:
-            self.memory.reserve(name, await self.bytes_of(spec, shards))
-        except InvalidSpec as error:
-            logger.error("run %s: %s", name, error)
+    def count(self, name: str, size: int, before: int = 0) -> None:
+        """Counts the memory of a run that is there already; where it is more than `before`, and than is free, that is
+        logged."""
+        beyond = self.memory.count(name, size)
+        if beyond and size > before:
+            logger.error(
+                "run %s takes up to %d bytes of memory: with the others, %d more than memory_bytes allows",
+                *(name, size, beyond),
+            )

@@ -51,6 +51,7 @@ from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.reports import MetricReports
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run_gauges import RunHere
+from freestep_service.runs.run_memory import RunMemory
 from freestep_service.runs.shard_core import ShardCore
 from freestep_service.runs.standing import Standing
 from freestep_service.runs.state_imports import StateImports
@@ -108,24 +109,25 @@ class Run:
         self._deletions = Deletions(resources, name)
         self._recovery = recovery = Recovery(name, settings.queue_seconds)
         self._shards = owned = OwnedShards(shards)
+        self._memory = memory = RunMemory(context, owned)
         self._checkpointing = Checkpointing(context, recovery, owned, self._checkpoints)
         dispatch = Dispatch(context, recovery, owned, self._checkpointing)
         held = HeldStates()
         self._stored = stored = StoredStates(context, owned, self._checkpoints)
         self._loading = loading = Loading(
-            context, recovery, owned, stored, self._checkpoints, self._checkpointing, held
+            context, recovery, owned, memory, stored, self._checkpoints, self._checkpointing, held
         )
         self._standing = standing = Standing(context, owned, stored, loading, self._checkpoints, self._checkpointing)
         self._placement = placement = Placement(context, owned, stored)
         self._ownership = Ownership(
-            context, recovery, owned, dispatch, stored, placement, standing, loading, self._make_shard
+            context, recovery, owned, memory, dispatch, stored, placement, standing, loading, self._make_shard
         )
         self.leases = Leases(context, recovery, owned)
         appends = LogAppends(recovery, owned, dispatch)
         self.reports = MetricReports(context, appends)
-        self.controls = Controls(context, recovery, owned, appends, self._checkpointing)
+        self.controls = Controls(context, recovery, owned, memory, appends, self._checkpointing)
         self.data = DataUnits(context, recovery, owned, dispatch, appends)
-        self.imports = StateImports(context, owned, self._ownership, stored, loading, self._checkpointing, held)
+        self.imports = StateImports(context, owned, memory, self._ownership, stored, loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing, self.data)
         self.whole_bodies = WholeBodies(context)
         self._layout: Layout | None = None
@@ -134,7 +136,8 @@ class Run:
 
     def _make_shard(self, index: int, token: str) -> LocalShard:
         core = ShardCore(self._context, index, self._shards.count, token)
-        return LocalShard(self._context, self._recovery, core, self._checkpointing.on_mark)
+        core.staging.pool.on_shrunk = self._memory.recount
+        return LocalShard(self._context, self._recovery, core, self._checkpointing.on_mark, self._memory.expect)
 
     @property
     def canonical_spec(self) -> str:
@@ -423,6 +426,7 @@ class Run:
         self._recovery.reopened(ShardUnavailable("the run is being closed"))
         async with self._ownership.lock("its end"):
             self._ownership.is_closed = True
+            self._memory.close()
             await self._context.background.settle()
             await self._ownership.give_up_all()
 
@@ -475,6 +479,7 @@ class Run:
     async def _let_go(self) -> None:
         """Ends what is done for it here, and gives up what is owned as it is."""
         self._checkpointing.give_up()
+        self._memory.close()
         await self._keeper.stop()
         self._recovery.reopened(ShardUnavailable("the run is being deleted"))
         async with self._ownership.lock("its end"):

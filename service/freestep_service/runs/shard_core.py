@@ -16,8 +16,8 @@ from freestep_service.runs.context import RunContext
 from freestep_service.runs.shard_journal import ShardJournal
 from freestep_service.state.bodies import room
 from freestep_service.state.buffers import VectorPool
-from freestep_service.state.memory_budget import snapshot_vectors
-from freestep_service.state.shard import Shard
+from freestep_service.state.memory_budget import Vectors, snapshot_vectors
+from freestep_service.state.shard import Shard, StateCopy
 from freestep_service.state.snapshots import Snapshots
 from freestep_service.state.staging import Staging, staging_vectors
 from freestep_service.state.writer import Writer
@@ -65,7 +65,8 @@ class ShardCore:
             self.journal = ShardJournal(directory, context.name, context.origin.id, resources.disk)
         record = self.journal.record if self.journal is not None else None
         self.writer = Writer(self.shard, f"run {context.name}, shard {index}", resources.locks, record)
-        vectors = staging_vectors(Policy.of(context.spec.aggregation), count)
+        self._gathered_vectors = self.shard.gathered_vectors
+        vectors = staging_vectors(self.shard.policy, count)
         bodies = VectorPool(self.manifest.numel, vectors, device=device, reserve=resources.reserve)
         self.staging = Staging(self.manifest, bodies, resources.locks, settings.slow_bytes_per_second)
         answers = VectorPool(self.manifest.numel, snapshot_vectors(count), bytes_, device, resources.reserve)
@@ -85,6 +86,25 @@ class ShardCore:
         """Raises RunNotInitialized."""
         if not self.initialized:
             raise RunNotInitialized
+
+    @property
+    def vectors(self) -> Vectors:
+        """Those that the shard has, or may have as of the entries that it was given."""
+        gathered = max(self._gathered_vectors, self.shard.gathered_vectors)
+        return Vectors(self.staging.pool.most, gathered)
+
+    def follow(self, policy: Policy) -> None:
+        """Has as many vectors as a policy takes, which is in force from here on."""
+        self._gathered_vectors = policy.gathered_vectors
+        self.staging.pool.resize(staging_vectors(policy, self.count))
+
+    async def load(self, state: StateCopy | None, epoch: int = 0) -> None:
+        """Has the shard take a state as its own, in an epoch; None: it forgets the one that it has."""
+        if state is None:
+            await self.writer.load(self.shard.clear)
+        else:
+            await self.writer.load(self.shard.load, state, epoch)
+        self.follow(self.shard.policy)
 
     async def prepare(self, spec: RunSpec | None = None) -> None:
         """Compiles what updates need. Until then the shard is given no state, and the run takes no uploads.

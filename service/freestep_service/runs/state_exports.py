@@ -103,7 +103,7 @@ class StateExports:
 
     def _take(self, ticket: _Ticket) -> None:
         ticket.taken = True
-        ticket.size = size = self._core.shard.state_bytes
+        ticket.size = size = self._core.shard.state_bytes(self._core.vectors.gathered)
         if not self._budget.try_reserve(size):
             free = self._budget.free
             _fail(ticket, Overloaded(f"a copy of the state takes {size} bytes of memory, and {free} are free"))

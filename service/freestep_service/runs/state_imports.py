@@ -7,6 +7,7 @@ none behind that the run could return to. Once the run is open, a checkpoint of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from freestep.api.models import RunSpec
@@ -27,9 +28,10 @@ from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.loading import Loading
-from freestep_service.runs.owned_shards import OwnedShards, count_memory
+from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.ownership import Ownership
 from freestep_service.runs.resources import Resources
+from freestep_service.runs.run_memory import RunMemory
 from freestep_service.runs.stored_states import StoredStates
 from freestep_service.state.compute import uninterrupted
 from freestep_service.state.received_state import ReceivedState
@@ -101,6 +103,7 @@ class StateImports:
         self,
         context: RunContext,
         shards: OwnedShards,
+        memory: RunMemory,
         ownership: Ownership,
         stored: StoredStates,
         loading: Loading,
@@ -110,6 +113,7 @@ class StateImports:
         self._context = context
         self._opening = context.coordinator.opening
         self._shards = shards
+        self._memory = memory
         self._ownership = ownership
         self._stored = stored
         self._loading = loading
@@ -159,28 +163,22 @@ class StateImports:
             await context.resources.disk.run(context.resources.storage.require_writable)
         refusal: FreestepError | None = None
         try:
-            await self._take_memory(terms.upload)
-            async with self._ownership.opening("an import"):
-                try:
-                    epoch = await self._decide(terms, step, tokens)
-                except FreestepError as error:
-                    # Raised when the run is open again, as it was.
-                    refusal = error
+            async with AsyncExitStack() as room:
+                if (held := self._held.find(terms.upload)) is not None:
+                    await room.enter_async_context(self._memory.room_for(held.control.in_force(context.spec)))
+                async with self._ownership.opening("an import"):
+                    try:
+                        epoch = await self._decide(terms, step, tokens)
+                    except FreestepError as error:
+                        # Raised when the run is open again, as it was.
+                        refusal = error
         finally:
             self._held.drop(terms.upload)
-            await count_memory(context, self._shards)
         if refusal is not None:
             raise refusal
         if epoch and self._shards.epoch != epoch:
             raise ShardUnavailable("a shard was lost while the run took the state")
         await self.require_durable()
-
-    async def _take_memory(self, upload: str) -> None:
-        """Has the memory for the spec that is in force with a state. Raises InvalidSpec."""
-        context, resources = self._context, self._context.resources
-        if (held := self._held.find(upload)) is not None:
-            spec = held.control.in_force(context.spec)
-            resources.memory.reserve(context.name, await resources.bytes_of(spec, self._shards.count))
 
     async def require_durable(self) -> None:
         """Writes a checkpoint, where the run keeps any."""

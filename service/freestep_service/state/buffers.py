@@ -3,10 +3,10 @@
 Where a shard lives on a GPU, its vectors are pinned, so that the GPU copies from them and into them by itself, and one
 that a body was received into has a counterpart there, in which that becomes fp32.
 
-A pool holds a fixed number of vectors, made when first needed and then reused, so a run's memory does not grow with the
-number of its workers: a caller that finds none free waits in line. A vector that a slow peer holds is counted apart,
-in a reserve for slow peers, and another takes its place; when it comes back, it is one too many, and its memory is
-given back. Where the reserve is used up and callers wait, the slowest transfer ends.
+A pool has room for a number of vectors, made when first needed and then reused, so a run's memory does not grow with
+the number of its workers: a caller that finds none free waits in line. A vector that a slow peer holds is counted
+apart, in a reserve for slow peers, and another takes its place; when it comes back, it is one too many, and its memory
+is given back. Where the reserve is used up and callers wait, the slowest transfer ends.
 """
 
 from __future__ import annotations
@@ -136,6 +136,9 @@ class VectorPool:
         self.capacity = capacity
         self.pressed: Callable[[], bool] = lambda: False
         """Whether callers wait elsewhere for a vector of this pool."""
+        self.on_shrunk: Callable[[], None] = lambda: None
+        """Called when the last vector is given back that a smaller capacity has no room for."""
+        self._is_shrinking = False
         self._reserve = reserve
         self._made = 0
         self._free: list[Vector] = []
@@ -150,6 +153,20 @@ class VectorPool:
     def size(self) -> int:
         """Bytes of a vector."""
         return max(4 * self.numel, self.room)
+
+    @property
+    def most(self) -> int:
+        """How many vectors there are or may be, without those that are counted apart."""
+        return max(self._made, self.capacity)
+
+    def resize(self, capacity: int) -> None:
+        """Has room for so many vectors from here on; those in use that are too many leave when they are released."""
+        self.capacity = capacity
+        while self._free and self._made > capacity:
+            self._free.pop()
+            self._made -= 1
+        self._is_shrinking = self._made > capacity
+        self._serve()
 
     def try_acquire(self) -> Vector | None:
         """A vector, unless all are lent. Raises Overloaded where the machine has no memory for one."""
@@ -213,6 +230,9 @@ class VectorPool:
             self.unwatch(holder)
         if self._made > self.capacity:
             self._made -= 1
+            if self._is_shrinking and self._made == self.capacity:
+                self._is_shrinking = False
+                self.on_shrunk()
             return
         while self._waiting:
             future = self._waiting.popleft()

@@ -1,4 +1,4 @@
-"""Memory that is counted before it is allocated: by run when it is created, and by buffer while it is served.
+"""Memory that is counted before it is allocated: by run when it is created or changed, by buffer while it is served.
 
 Without it, a run that is too large for the machine would be noticed by the kernel, which ends the process and with it
 all runs.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Self
 
 import torch
 
@@ -23,7 +24,7 @@ from freestep_service.state.bodies import room
 from freestep_service.state.compute import HOST
 from freestep_service.state.staging import staging_vectors
 
-__all__ = ["MemoryBudget", "available_memory", "machine_memory", "run_bytes", "snapshot_vectors"]
+__all__ = ["MemoryBudget", "Vectors", "available_memory", "machine_memory", "run_bytes", "snapshot_vectors"]
 
 
 class MemoryBudget:
@@ -44,7 +45,7 @@ class MemoryBudget:
 
     @property
     def free(self) -> int:
-        """Bytes that are neither reserved nor lent; below 0, as many lent bytes are reserved too."""
+        """Bytes that are neither reserved nor lent; below 0, as many are counted twice, or held beyond `total`."""
         with self._lock:
             return self._free() - self._lent
 
@@ -54,11 +55,12 @@ class MemoryBudget:
     def reserve(self, name: str, size: int) -> None:
         """Reserves `size` bytes under a name, in place of what is reserved under it already.
 
-        Raises InvalidSpec, with the figures, where they are not free; then nothing has changed.
+        Raises InvalidSpec, with the figures, where more than that is wanted and not free; then nothing has changed.
         """
         with self._lock:
-            free = self._free() + self._named.get(name, 0)
-            if size > free:
+            own = self._named.get(name, 0)
+            free = max(self._free() + own, 0)
+            if size > max(free, own):
                 raise InvalidSpec(
                     f"the run needs up to {_gib(size)} of memory, and {_gib(free)} of {_gib(self.total)} are free",
                     field="parameters",
@@ -70,6 +72,19 @@ class MemoryBudget:
             missing = self._lent - self._free()
         if missing > 0:
             self.recall(missing)
+
+    def count(self, name: str, size: int) -> int:
+        """Counts `size` bytes that are held under a name, free or not, in place of what is reserved under it.
+
+        Returns how many bytes more than `total` are reserved then.
+        """
+        with self._lock:
+            self._named[name] = size
+            beyond = max(-self._free(), 0)
+            missing = self._lent - self._free()
+        if missing > 0:
+            self.recall(missing)
+        return beyond
 
     def cancel(self, name: str) -> None:
         """Gives back what is reserved under a name, if anything is."""
@@ -114,25 +129,48 @@ def snapshot_vectors(shards: int) -> int:
     return 2 if shards == 1 else 6
 
 
-def run_bytes(spec: RunSpec, shards_here: int, shards: int, device: torch.device = HOST) -> int:
+class Vectors(NamedTuple):
+    """How many vectors a shard may have beside its state and the points of it.
+
+    bodies: into which bodies of fast peers are received. gathered: in which the pushes of an update are gathered.
+    """
+
+    bodies: int
+    gathered: int
+
+    @classmethod
+    def of(cls, policy: Policy, shards: int) -> Self:
+        """Those of a shard under a policy, in a run of so many shards."""
+        return cls(staging_vectors(policy, shards), policy.gathered_vectors)
+
+    @classmethod
+    def most(cls, each: Iterable[Vectors]) -> Self:
+        """The most of each kind."""
+        return cls(*map(max, zip(*each, strict=True)))
+
+
+def run_bytes(
+    spec: RunSpec, shards_here: int, shards: int, device: torch.device = HOST, vectors: Vectors | None = None
+) -> int:
     """The most host memory, in bytes, that a process needs for `shards_here` of a run's `shards`, the largest ones.
 
     That is, of each: the state vectors, a group's accumulator or its pushes where a robust rule keeps them apart, the
     vectors of bodies and of points, a copy of the state while it is written or loaded, and y once more while it is
     loaded; of several, a vector for bodies of the whole model. What slow peers hold is reserved apart. device: where
-    the state is; on a GPU it takes no host memory.
+    the state is; on a GPU it takes no host memory. vectors: those of a shard, None for those of the spec's policy.
     """
     manifest = Manifest.of(spec)
+    vectors = vectors or Vectors.of(Policy.of(spec.aggregation), shards)
     parts = [manifest.part(index, shards) for index in range(shards)]
-    largest = sorted((_shard_bytes(spec, part, shards, device) for part in parts), reverse=True)
+    largest = sorted((_shard_bytes(spec, part, shards, device, vectors) for part in parts), reverse=True)
     return sum(largest[:shards_here]) + (4 * manifest.numel if shards > 1 else 0)
 
 
-def _shard_bytes(spec: RunSpec, part: Manifest, shards: int, device: torch.device) -> int:
-    method, policy = method_of(spec.optimizer), Policy.of(spec.aggregation)
+def _shard_bytes(spec: RunSpec, part: Manifest, shards: int, device: torch.device, vectors: Vectors) -> int:
+    method = method_of(spec.optimizer)
     vector, point = 4 * part.numel, max(4 * part.numel, room(part))
-    state = (len(method.buffers) + policy.gathered_vectors) * vector
-    total = staging_vectors(policy, shards) * vector + snapshot_vectors(shards) * point + state
+    state = (len(method.buffers) + vectors.gathered) * vector
+    total = vectors.bodies * vector + snapshot_vectors(shards) * point + state
     if device == HOST:
         # y lies in a vector that any point fits into. A direction is made in a vector of its own.
         total += state - vector + 2 * point + (vector if method.direction is not None else 0)

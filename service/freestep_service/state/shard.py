@@ -124,7 +124,6 @@ class Shard:
         self.policy = policy = Policy.of(spec.aggregation)
         """That of the spec in force."""
         self._gathers = policy.groups and not policy.kept
-        self._gathered_vectors = policy.gathered_vectors
         self._is_robust, self._ban_after = spec.aggregation.robust != "none", spec.aggregation.ban_after
         self._expectation = Expectation.of(spec)
 
@@ -150,6 +149,12 @@ class Shard:
         self._loss = 0.0
         if self._kept is not None:
             self._kept.load([])
+        self._leave_unneeded()
+
+    def _leave_unneeded(self) -> None:
+        """Gives up the vector that pushes were gathered in, where none will be."""
+        if not self._gathers and not self._weight:
+            self._accumulated = None
 
     def initialize(self, parameters: Tensor, epoch: int) -> None:
         """Starts at step 0 from the initial weights, flat [numel], fp32 or narrower, which are copied."""
@@ -240,6 +245,7 @@ class Shard:
             group: self._method.retune(before[group], self._hyperparameters[group], scalars)
             for group, scalars in self._scalars.items()
         }
+        self._leave_unneeded()
 
     def _take_control(self, control: Control) -> None:
         if control != self._control:
@@ -381,9 +387,13 @@ class Shard:
         return self._method.direction is None and self._kept is None
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes that a copy of the state may take."""
-        return 4 * self.manifest.numel * (len(self._method.buffers) + self._gathered_vectors)
+    def gathered_vectors(self) -> int:
+        """How many vectors pushes are gathered in, or may be."""
+        return max(self.policy.gathered_vectors, int(self._accumulated is not None))
+
+    def state_bytes(self, gathered: int) -> int:
+        """Bytes that a copy of the state may take, with so many vectors that pushes are gathered in."""
+        return 4 * self.manifest.numel * (len(self._method.buffers) + gathered)
 
     def copy_state(self) -> StateCopy:
         """A copy of the state; its cost is one pass over memory."""
