@@ -130,8 +130,13 @@ def test_a_gradient_whose_norm_over_all_shards_is_too_large_is_refused(run: Driv
         for shard in range(run.shards):
             run.commit(claim, shard, largest_norm=0.9 * run.shards**0.5)
     assert (run.number("seq"), run.redis.hlen(run.key("pending")), run.number("in_flight")) == (0, 0, 0)
-    with pytest.raises(Lost):
+    with pytest.raises(Lost) as lost:
         run.commit(claim)
+    assert lost.value.place == (1, 0)
+    run.push(run.claim(run.grant("other"), "next"))
+    with pytest.raises(Lost) as lost:
+        run.commit(claim)
+    assert lost.value.place == (1, 1)
 
 
 @pytest.mark.parametrize("ended", ["lease", "epoch"])

@@ -22,14 +22,17 @@ from torch import Tensor
 from encoded import assemble, int8, topk
 from freestep.api.data import DataSpec
 from freestep.api.models import MetricReport, RunSpec
+from freestep.errors import LeaseExpired, ShardUnavailable
+from freestep.wire.receiver import Receiver
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.tokens import ANYBODY
+from freestep_service.runs import pushes
 from freestep_service.runs.resources import Disk
 from freestep_service.runs.shard_journal import ShardJournal
 from freestep_service.storage.journal_files import segment_paths
 from freestep_service.storage.journal_format import Kind
 from harness import ProcessService, ThreadService
-from in_process import Bytes, claim_of, new_run, process, push, run_async, until
+from in_process import Bytes, claim_of, lease_of, new_run, process, push, run_async, until
 from meanwhile import wait_until
 from plain_calls import SGD, TENSORS, Api
 from raw_pushes import answered, connected, head_of_a_push, is_pending
@@ -188,6 +191,55 @@ def test_it_is_cut_behind_checkpoints_and_a_long_one_brings_the_next_forward(sto
             async with crashed(tmp_path, tmp_path / "data") as other:
                 again, _ = await opened(other)
                 assert all(map(is_same, await states(again), before))
+
+    run_async(work)
+
+
+class Beginning(Bytes):
+    """A body that says when it begins to come."""
+
+    def __init__(self, content: bytes, gate: asyncio.Event) -> None:
+        super().__init__(content, gate)
+        self.began = asyncio.Event()
+
+    async def receive_into(self, receiver: Receiver) -> str:
+        self.began.set()
+        return await super().receive_into(receiver)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_push_that_is_lost_and_does_not_come_again_keeps_it_no_longer_than_to_the_next_checkpoint(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    monkeypatch.setattr(pushes, "SILENCE_S", 0.05)
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run, lease = await journaled_run(registry, 2, shards)
+            core, journal = run.shard(0).core, run.shard(0).core.journal
+            assert journal is not None
+            for number in range(3):
+                part, gate = run.manifest.part(0, shards), asyncio.Event()
+                body = Beginning(safetensors.torch.save({"w": torch.ones(part.numel)}), gate)
+                lost = asyncio.create_task(run.shard(0).push(claim_of(lease, f"lost-{number}", 2 + number), body))
+                await body.began.wait()
+                # While the body comes, the run is opened again, which forgets that the push was admitted.
+                generation = core.loaded
+                run._recovery.reopen("Redis was away")
+                await until(lambda generation=generation: core.loaded != generation, "the opening")  # type: ignore[misc]
+                await lease_of(run, "another")
+                gate.set()
+                with pytest.raises((ShardUnavailable, LeaseExpired)):
+                    await lost
+                # Another shard may know of it.
+                assert (journal.find(f"lost-{number}") is not None) == (shards > 1)
+                kept = segment_paths(journal.directory)[-1]
+                await push(run, claim_of(lease, f"next-{number}", 2 + number))
+                await run.checkpoint()
+                await journal.flush()
+                assert journal.find(f"lost-{number}") is None
+                assert kept not in segment_paths(journal.directory)
+                assert len(segment_paths(journal.directory)) == 1
 
     run_async(work)
 

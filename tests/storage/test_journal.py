@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from freestep.errors import ShardUnavailable
-from freestep_service.domain.records import CheckpointId
+from freestep_service.domain.records import CheckpointId, LogPosition
 from freestep_service.storage.journal_files import remove_journals, remove_other_journals, segment_paths
 from freestep_service.storage.journal_format import Kind
 from freestep_service.storage.journal_reader import read_journal
@@ -139,6 +139,37 @@ def test_it_is_cut_behind_a_checkpoint_but_not_what_is_still_needed(writing: Wri
     contents = read_journal(writing.journal.directory)
     assert [entry.seq for entry in contents.entries] == [104]
     assert contents.follows(CheckpointId(1, 13, 103))
+
+
+def test_a_push_that_nobody_decides_keeps_no_segment_behind_the_next_checkpoint(writing: Writing) -> None:
+    writing.begin()
+    for key in ("given up", "decided after all", "sent again", "undecided"):
+        writing.push(key, body())
+    for key in ("given up", "decided after all", "sent again"):
+        writing.journal.give_up(key, LogPosition(1, 101))
+    writing.entry(101)
+    # What was marked before it was given up may leave out what another shard knows.
+    writing.journal.next_segment()
+    writing.journal.cut(CheckpointId(1, 11, 101))
+    assert writing.journal.find("given up") is not None
+    writing.push("sent again", body())
+    writing.entry(102, "decided after all")
+    writing.journal.next_segment()
+    writing.entry(103)
+    writing.journal.cut(CheckpointId(1, 12, 102))
+    assert writing.journal.find("given up") is None
+    assert writing.journal.find("sent again") is not None
+    writing.flush()
+    # That which may still be decided has its segment.
+    assert [number for number, _ in segment_paths(writing.journal.directory)] == [1, 2, 3]
+    writing.journal.give_up("undecided", LogPosition(1, 102))
+    writing.journal.give_up("unknown", LogPosition(1, 102))
+    writing.entry(104, "sent again")
+    writing.journal.next_segment()
+    writing.journal.cut(CheckpointId(1, 13, 104))
+    writing.flush()
+    assert [number for number, _ in segment_paths(writing.journal.directory)] == [4]
+    assert not writing.journal._parts and not writing.journal._given_up
 
 
 def test_a_segment_is_removed_that_a_broken_body_was_written_to(writing: Writing) -> None:

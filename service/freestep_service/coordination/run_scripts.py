@@ -24,7 +24,7 @@ from freestep.errors import (
     WorkerSuspended,
 )
 from freestep_service.coordination.store import Store
-from freestep_service.domain.records import Ahead, Behind, Fenced, Lost, Pending
+from freestep_service.domain.records import Ahead, Behind, Fenced, LogPosition, Lost, Pending
 
 __all__ = ["DELETED_KEY", "DELETION_TIMES_KEY", "RUNS_KEY", "RunScripts", "not_open"]
 
@@ -80,8 +80,8 @@ class RunScripts:
                 raise Fenced
             case ["not-open", missing]:
                 raise not_open(self.run, json.loads(missing))
-            case ["lost"]:
-                raise Lost
+            case ["lost", *place]:
+                raise Lost(LogPosition(*place) if place else None)
             case ["pending"]:
                 raise Pending
             case ["ahead"]:

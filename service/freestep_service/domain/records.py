@@ -51,7 +51,14 @@ class Fenced(Exception):
 
 
 class Lost(Exception):
-    """An admitted push was forgotten: the run was opened again, or another shard refused the push."""
+    """An admitted push was forgotten: the run was opened again, or another shard refused the push.
+
+    place: where the log stood when Redis said so; None where the log itself goes on without the push.
+    """
+
+    def __init__(self, place: LogPosition | None = None) -> None:
+        super().__init__()
+        self.place = place
 
 
 class LogTruncated(Exception):

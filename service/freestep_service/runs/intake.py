@@ -12,7 +12,7 @@ from math import inf
 
 from freestep.errors import NonFiniteGradient
 from freestep_service.domain.aggregation import accepted_encodings
-from freestep_service.domain.records import Claim
+from freestep_service.domain.records import Claim, LogPosition
 from freestep_service.runs.lanes import Lanes
 from freestep_service.runs.shard_core import ShardCore
 from freestep_service.state.buffers import Vector
@@ -67,6 +67,14 @@ class Intake:
         """Has the journal forget the body of a push that has not counted."""
         if self._core.journal is not None:
             self._core.journal.forget(claim.key)
+
+    def give_up(self, claim: Claim, place: LogPosition) -> None:
+        """Has the journal keep a body only while another shard may turn out to know its push.
+
+        place: where the log stood when Redis did not know it.
+        """
+        if self._core.journal is not None:
+            self._core.journal.give_up(claim.key, place)
 
 
 class Room:

@@ -340,8 +340,10 @@ class Pushes:
                     self._admissions.tell_dropped(record, claim)
             self._telemetry.passed(flight.phases)
             return decision
-        except Lost:
+        except Lost as lost:
             self._forget(claim, record)
+            if lost.place is not None:
+                self._intake.give_up(claim, lost.place)
             detail = "the run was opened again before the push was applied"
             # A journal may have its entry: the same key tells.
             is_open = self._core.is_sharded or self._core.journal is not None

@@ -14,7 +14,7 @@ from typing import Any
 
 from freestep.errors import ShardUnavailable, StorageUnavailable
 from freestep.wire.receiver import Sink, lay
-from freestep_service.domain.records import CheckpointId, Claim, Fenced
+from freestep_service.domain.records import CheckpointId, Claim, Fenced, LogPosition
 from freestep_service.runs.resources import Disk
 from freestep_service.state.log import Entry
 from freestep_service.storage.journal import Done, Journal, PartWriter
@@ -161,6 +161,10 @@ class ShardJournal:
     def forget(self, key: str) -> None:
         """A push was refused, or dropped."""
         self._journal.forget(key)
+
+    def give_up(self, key: str, place: LogPosition) -> None:
+        """Redis does not know a push, when its log stands at a place."""
+        self._journal.give_up(key, place)
 
     def record(self, entry: Entry, done: Done) -> None:
         """Writes an entry of the log, and tells when it is on disk."""

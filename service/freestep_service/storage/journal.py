@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from freestep_service.domain.records import CheckpointId, Claim, Fenced
+from freestep_service.domain.records import CheckpointId, Claim, Fenced, LogPosition
 from freestep_service.storage.journal_files import Ownership, owner_path, segment_path, segment_paths
 from freestep_service.storage.journal_format import FORMAT, Kind, encode_frame
 from freestep_service.storage.journal_reader import JournalContents, JournaledPart
@@ -55,6 +55,8 @@ class Journal:
         self._base: CheckpointId | None = None
         self._segments: list[Segment] = []
         self._parts: dict[str, tuple[Segment, JournaledPart]] = {}
+        self._given_up: dict[str, LogPosition] = {}
+        """Keys of pushes that may never be decided, and where the log stood when they were not."""
         self._promised = 0
         self._orphans: list[Path] = []
         self._thread = JournalThread(f"journal-{run}", post)
@@ -73,6 +75,7 @@ class Journal:
     def adopt(self, contents: JournalContents) -> None:
         """Takes what was read for its own: those segments are kept until a checkpoint is past them."""
         self._parts.clear()
+        self._given_up.clear()
         self._segments = [
             Segment(each.number, each.path, each.size, each.last_seq, durable=each.size) for each in contents.segments
         ]
@@ -193,8 +196,25 @@ class Journal:
 
     def forget(self, key: str) -> None:
         """Forgets the part of a push that was refused."""
-        if (found := self._parts.pop(key, None)) is not None:
-            found[0].parts -= 1
+        self._take_part(key)
+
+    def give_up(self, key: str, place: LogPosition) -> None:
+        """Forgets the part of a push that nobody decides, by the next checkpoint that is marked behind a place.
+
+        place: where the log stood when the push was not among those that may yet get an entry. It may have one in the
+        journal of another shard, which an opening would bring here, until all shards agree on what follows the place.
+        """
+        if key in self._parts:
+            self._given_up[key] = place
+
+    def _take_part(self, key: str) -> Segment | None:
+        """Takes the part of a push out of those that are not decided; the segment that it is in."""
+        self._given_up.pop(key, None)
+        found = self._parts.pop(key, None)
+        if found is None:
+            return None
+        found[0].parts -= 1
+        return found[0]
 
     def entry(self, members: Mapping[str, Any], done: Done) -> None:
         """Appends an entry of the log, and tells when it is on disk, and all before it.
@@ -202,9 +222,7 @@ class Journal:
         members: epoch, seq, and what else Redis has of it; `counts` where its push has a part here.
         """
         seq = members["seq"]
-        if "key" in members and (found := self._parts.pop(members["key"], None)) is not None:
-            segment = found[0]
-            segment.parts -= 1
+        if "key" in members and (segment := self._take_part(members["key"])) is not None:
             segment.last_seq = max(segment.last_seq, seq)
             # Whoever finds that segment cut away knows that the entry is in a checkpoint.
             members = {**members, "part_in": segment.number}
@@ -230,6 +248,9 @@ class Journal:
         """Drops the segments that nobody needs beside a checkpoint, which all shards have written."""
         if checkpoint.epoch != self.epoch:
             return
+        for key, place in list(self._given_up.items()):
+            if place < (checkpoint.epoch, checkpoint.seq):
+                self.forget(key)
         while len(self._segments) > 1:
             oldest = self._segments[0]
             if oldest.parts or oldest.last_seq > checkpoint.seq:

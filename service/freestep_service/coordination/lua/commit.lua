@@ -8,8 +8,9 @@
 --          14 the point to answer with ("y F32") or an empty string, 15 1 if that point is to be read after the group's
 --          update, else 0, 16 the worker's speed or an empty string, 17 bytes of that part of the body, 18 the attempt,
 --          as of admit.lua; nothing where there is one shard
--- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {lost} (the run was opened again, or the push refused,
---          since it was admitted: its key may have been admitted anew), {lease-expired}, {epoch-changed, epoch}, {unit-not-held, units}, {run-paused},
+-- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {lost, epoch, newest seq} (the run was opened again, or
+--          the push refused, since it was admitted: its key may have been admitted anew), {lease-expired},
+--          {epoch-changed, epoch}, {unit-not-held, units}, {run-paused},
 --          {staged} (other shards have not staged their parts; a message with the decision follows), {refused} (the norm
 --          is too large), or {committed, record, evicted idempotency keys ...}; the record's seq is 0 if the push was
 --          dropped, unless that was for want of norms to compare its own with: then the log tells of it
@@ -70,7 +71,9 @@ staged = staged and cjson.decode(staged)
 local is_pending = redis.call('HEXISTS', PENDING, key) == 1
 -- One of the two keys was lost, and has been written to since.
 if (is_pending and count > 1 and not staged) or (staged and not is_pending and not staged.slug) then return {'behind'} end
-if not is_pending or (staged and not is_of(staged, ARGV[18])) then return {'lost'} end
+if not is_pending or (staged and not is_of(staged, ARGV[18])) then
+  return {'lost', run_number('epoch'), run_number('seq')}
+end
 
 local parts = {[shard] = {range = ARGV[10], digest = ARGV[11], norm = ARGV[12], token = ARGV[9],
   bytes = ARGV[17]}}
