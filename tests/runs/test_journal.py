@@ -195,6 +195,46 @@ def test_it_is_cut_behind_checkpoints_and_a_long_one_brings_the_next_forward(sto
     run_async(work)
 
 
+def test_a_body_that_comes_slowly_does_not_keep_what_came_behind_it(store: str, tmp_path: Path) -> None:
+    numel = 300_000
+    spec = RunSpec.model_validate(
+        {
+            "optimizer": SGD,
+            "aggregation": {"policy": "async"},
+            "parameters": [{"name": "w", "shape": [numel]}],
+            "durability": "journal",
+        }
+    )
+    whole = safetensors.torch.save({"w": torch.ones(numel)})
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run, _ = await registry.create("run", spec, ANYBODY)
+            await run.initialize(run.shard(0), Bytes(whole), "upload")
+            lease, slow = await run.leases.grant("worker", None), await run.leases.grant("slow", None)
+            journal, gate = run.shard(0).core.journal, asyncio.Event()
+            assert journal is not None
+            body = Beginning(whole, gate)
+            pushing = asyncio.create_task(run.shard(0).push(claim_of(slow, "slow"), body))
+            await body.began.wait()
+            step = 0
+            for _ in range(4):
+                for _ in range(3):
+                    await run.shard(0).push(claim_of(lease, f"key-{step}", step), Bytes(whole))
+                    step += 1
+                await run.checkpoint()
+            await until(lambda: journal.size < 6 * len(whole), "the journal is cut")
+            assert not pushing.done()
+            gate.set()
+            assert (await pushing).record.step == step + 1
+            before = await states(run)
+            async with crashed(tmp_path, tmp_path / "data") as other:
+                again, _ = await opened(other)
+                assert all(map(is_same, await states(again), before))
+
+    run_async(work)
+
+
 class Beginning(Bytes):
     """A body that says when it begins to come."""
 

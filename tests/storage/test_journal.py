@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from freestep.errors import ShardUnavailable
+from freestep.errors import ShardUnavailable, StorageUnavailable
 from freestep_service.domain.records import CheckpointId, LogPosition
+from freestep_service.storage import journal_thread
 from freestep_service.storage.journal_files import remove_journals, remove_other_journals, segment_paths
 from freestep_service.storage.journal_format import Kind
 from freestep_service.storage.journal_reader import read_journal
@@ -170,6 +172,164 @@ def test_a_push_that_nobody_decides_keeps_no_segment_behind_the_next_checkpoint(
     writing.flush()
     assert [number for number, _ in segment_paths(writing.journal.directory)] == [4]
     assert not writing.journal._parts and not writing.journal._given_up
+
+
+def test_a_body_that_comes_slowly_is_moved_from_segments_that_are_needed_for_nothing_else(writing: Writing) -> None:
+    """However long it takes, the journal is no longer than a few times what has come since the last checkpoint."""
+    writing.begin()
+    journal, slow, fast = writing.journal, body(LARGE, 1), body(LARGE, 2)
+    writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
+    part = journal.part(claim("slow"), LARGE)
+    longest, seq, pieces = 0, 100, 12
+    for number in range(pieces):
+        begin, end = LARGE * number // pieces, LARGE * (number + 1) // pieces
+        part.write(memoryview(slow)[begin:end])
+        for _ in range(2):
+            seq += 1
+            writing.push(f"fast-{seq}", fast)
+            writing.entry(seq, f"fast-{seq}")
+        journal.next_segment()
+        journal.cut(CheckpointId(1, seq, seq))
+        # The room for it is there, and then it is moved.
+        writing.flush()
+        writing.flush()
+        longest = max(longest, journal.size)
+        files = [path for _, path in segment_paths(journal.directory)]
+        assert len(files) == len(journal._segments)
+    assert longest < 8 * LARGE
+    writing.wait(part.written)
+    part.finish(xxhash.xxh3_128_hexdigest(slow))
+    writing.entry(seq + 1, "slow")
+    entry = read_journal(journal.directory).entries[-1]
+    assert entry.part is not None and b"".join(entry.part.read()) == slow
+    assert not journal._coming and sum(segment.parts for segment in journal._segments) == 0
+    journal.next_segment()
+    journal.cut(CheckpointId(1, seq + 1, seq + 1))
+    writing.flush()
+    assert len(segment_paths(journal.directory)) == 1
+
+
+def test_a_body_that_was_moved_may_break_off_and_the_epoch_end(writing: Writing) -> None:
+    writing.begin()
+    journal = writing.journal
+    parts = []
+    for key in ("broken", "whole", "not begun"):
+        writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
+        parts.append(journal.part(claim(key), LARGE))
+    broken, whole, _ = parts
+    whole.write(memoryview(body(LARGE))[:1000])
+    for seq in range(101, 117):
+        writing.push(f"key-{seq}", body(LARGE))
+        writing.entry(seq, f"key-{seq}")
+    journal.next_segment()
+    journal.cut(CheckpointId(1, 16, 116))
+    writing.flush()
+    writing.flush()
+    assert [number for number, _ in segment_paths(journal.directory)] == [2]
+    broken.abandon()
+    writing.begin(2, CheckpointId(2, 16, 116), 116)
+    whole.write(memoryview(body(LARGE))[1000:])
+    writing.wait(whole.written)
+    whole.finish(xxhash.xxh3_128_hexdigest(body(LARGE)))
+    writing.entry(117, "whole", epoch=2)
+    (entry,) = read_journal(journal.directory).entries
+    assert entry.part is not None and b"".join(entry.part.read()) == body(LARGE)
+    assert [part.segment.number for part in journal._coming if part.segment] == [2]
+
+
+def test_a_body_is_not_moved_where_there_is_no_room_for_it(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
+    writing.begin()
+    journal = writing.journal
+    writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
+    part = journal.part(claim("slow"), LARGE)
+    part.write(memoryview(body(LARGE)))
+    for seq in range(101, 106):
+        writing.push(f"key-{seq}", body(LARGE))
+        writing.entry(seq, f"key-{seq}")
+    journal.next_segment()
+    promised = journal._promised
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal_thread, "_allocate", full)
+        journal.cut(CheckpointId(1, 15, 105))
+        writing.flush()
+        assert [number for number, _ in segment_paths(journal.directory)] == [1, 2]
+    assert journal._promised == promised and not journal.has_failed
+    journal.cut(CheckpointId(1, 15, 105))
+    writing.flush()
+    writing.flush()
+    assert [number for number, _ in segment_paths(journal.directory)] == [2]
+    writing.wait(part.written)
+    part.finish(xxhash.xxh3_128_hexdigest(body(LARGE)))
+    writing.entry(106, "slow")
+    (entry,) = read_journal(journal.directory).entries
+    assert entry.part is not None and b"".join(entry.part.read()) == body(LARGE)
+
+
+@pytest.mark.parametrize("cause", ["it cannot be read", "it was lost before"])
+def test_a_body_that_cannot_be_moved_is_refused_and_nothing_else(
+    writing: Writing, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    writing.begin()
+    journal = writing.journal
+    writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
+    part = journal.part(claim("slow"), LARGE)
+    with monkeypatch.context() as patched:
+        if cause == "it was lost before":
+            patched.setattr(os, "pwritev", broken_disk)
+        part.write(memoryview(body(LARGE))[: LARGE // 2])
+        if cause == "it was lost before":
+            with pytest.raises(StorageUnavailable):
+                writing.flush()
+    if journal.has_failed:
+        writing.begin(2, CheckpointId(2, 10, 100))
+    epoch = journal.epoch
+    for seq in range(101, 106):
+        writing.push(f"key-{seq}", body(LARGE))
+        writing.entry(seq, f"key-{seq}", epoch=epoch)
+    journal.next_segment()
+    with monkeypatch.context() as patched:
+        if cause == "it cannot be read":
+            patched.setattr(os, "pread", broken_disk)
+        journal.cut(CheckpointId(epoch, 15, 105))
+        writing.flush()
+        writing.flush()
+    assert len(segment_paths(journal.directory)) == 1 and not journal.has_failed
+    part.write(memoryview(body(LARGE))[LARGE // 2 :])
+    with pytest.raises(StorageUnavailable, match="Input/output error"):
+        writing.wait(part.written)
+    part.abandon()
+    writing.push("key-106", body(LARGE))
+    writing.entry(106, "key-106", epoch=epoch)
+    contents = read_journal(journal.directory)
+    assert [entry.seq for entry in contents.entries] == [106] and not contents.parts
+
+
+def test_a_body_that_has_come_is_not_moved_while_it_is_decoded(writing: Writing) -> None:
+    writing.begin()
+    journal = writing.journal
+    writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
+    part = journal.part(claim("slow"), LARGE)
+    part.write(memoryview(body(LARGE)))
+    for seq in range(101, 106):
+        writing.push(f"key-{seq}", body(LARGE))
+        writing.entry(seq, f"key-{seq}")
+    writing.wait(part.written)
+    journal.next_segment()
+    journal.cut(CheckpointId(1, 15, 105))
+    writing.flush()
+    writing.flush()
+    assert len(segment_paths(journal.directory)) == 2
+    part.finish(xxhash.xxh3_128_hexdigest(body(LARGE)))
+    writing.entry(106, "slow")
+    assert read_journal(journal.directory).entries[-1].part is not None
+
+
+def broken_disk(*_: object) -> int:
+    raise OSError(errno.EIO, "Input/output error")
 
 
 def test_a_segment_is_removed_that_a_broken_body_was_written_to(writing: Writing) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _MARGIN = 256 * 1024
 """Bytes kept for entries that no push makes."""
 _ENTRY = 8 * 1024
 """Bytes allocated with a push for its frames and its entry."""
+_WORTH = 4
+"""Bodies that still come are moved where segments of so many times their length are dropped then."""
 _GONE = (
     "its files are gone, as when a disk is not mounted any more: bring them back, or start the service again, "
     "which then waits for them for journal_wait_seconds"
@@ -57,6 +60,9 @@ class Journal:
         self._parts: dict[str, tuple[Segment, JournaledPart]] = {}
         self._given_up: dict[str, LogPosition] = {}
         """Keys of pushes that may never be decided, and where the log stood when they were not."""
+        self._coming: list[PartWriter] = []
+        """Large bodies of which not all has come."""
+        self._is_moving = False
         self._promised = 0
         self._orphans: list[Path] = []
         self._thread = JournalThread(f"journal-{run}", post)
@@ -254,8 +260,38 @@ class Journal:
         while len(self._segments) > 1:
             oldest = self._segments[0]
             if oldest.parts or oldest.last_seq > checkpoint.seq:
-                return
+                break
             self._thread.enqueue(Work(self._segments.pop(0), remove=True))
+        self._move_coming(checkpoint)
+
+    def _move_coming(self, checkpoint: CheckpointId) -> None:
+        """Moves bodies that still come to the newest segment, where that is little beside what is dropped then.
+
+        A body may come for as long as its sender likes, and pushes go on behind it.
+        """
+        kept, moved = 0, list[PartWriter]()
+        for segment in self._segments[:-1]:
+            coming = [part for part in self._coming if part.segment is segment]
+            if segment.last_seq > checkpoint.seq or segment.parts > len(coming):
+                break
+            kept += segment.size
+            moved += coming
+        length = sum(part.length for part in moved)
+        if not moved or kept < _WORTH * length or self._is_moving:
+            return
+
+        def go_on(error: Exception | None) -> None:
+            self._is_moving = False
+            if error is None:
+                self.give_back(length)
+                for part in moved:
+                    if part in self._coming:
+                        part.move()
+                self.cut(checkpoint)
+
+        self._is_moving = True
+        if self.make_room(length, go_on):
+            go_on(None)
 
     # Frames
 
@@ -315,16 +351,45 @@ class PartWriter:
     def __init__(self, journal: Journal, claim: Claim, length: int) -> None:
         self._journal = journal
         self._claim = claim
-        self._length = length
+        self.length = length
         self._pieces: list[bytes | memoryview] = []
         self._waiting = 0
+        self._broken: Exception | None = None
+        """What moving it failed with."""
         self._frame: Work | None = None
         self._at = 0
         if length > _SMALL:
-            self._frame = journal._append(Kind.PART, {"claim": asdict(claim)}, reserve=length)
+            self._frame = self._begin()
             journal.give_back(length)
-            self._frame.segment.parts += 1
+            journal._coming.append(self)
             self._at = self._frame.reached - length
+
+    def _begin(self) -> Work:
+        """Begins a frame for a large body."""
+        frame = self._journal._append(Kind.PART, {"claim": asdict(self._claim)}, reserve=self.length)
+        frame.segment.parts += 1
+        return frame
+
+    @property
+    def segment(self) -> Segment | None:
+        """That which a large body is written to."""
+        return None if self._frame is None else self._frame.segment
+
+    def move(self) -> None:
+        """Goes on with a large body in the newest segment."""
+        assert self._frame is not None
+        self._pass_on()
+        old, self._frame = self._frame, self._begin()
+        old.segment.parts -= 1
+        begin, to = old.reached - self.length, self._frame.reached - self.length
+        come = self._at - begin
+        if come:
+            copied = old.segment, begin, come
+            self._journal._thread.enqueue(Work(self._frame.segment, to, copied=copied, done=self._moved))
+        self._at = to + come
+
+    def _moved(self, error: Exception | None) -> None:
+        self._broken = self._broken or error
 
     def write(self, piece: memoryview) -> None:
         """Takes the next bytes of the body, which do not change until `written` has told."""
@@ -347,28 +412,36 @@ class PartWriter:
         if self._frame is None:
             return True
         self._pass_on()
-        self._journal._thread.enqueue(Work(self._frame.segment, done=done))
+        self._has_come()
+        self._journal._thread.enqueue(Work(self._frame.segment, done=lambda error: done(error or self._broken)))
         return False
+
+    def _has_come(self) -> None:
+        """Nothing follows: it is not moved any more, of which nobody would be told."""
+        with suppress(ValueError):
+            self._journal._coming.remove(self)
 
     def finish(self, digest: str) -> None:
         """All of the body has come."""
         journal, key = self._journal, self._claim.key
         journal.forget(key)
         if self._frame is None:
-            journal.give_back(self._length)
+            journal.give_back(self.length)
             work = journal._append(
                 Kind.PART, {"claim": asdict(self._claim), "digest": digest}, *self._pieces, wake=False
             )
             work.segment.parts += 1
         else:
             work = self._frame
+            self._has_come()
             journal._append(Kind.STAGED, {"at": work.at, "segment": work.segment.number, "digest": digest}, wake=False)
-        place = JournaledPart(self._claim, digest, work.segment, work.reached - self._length, self._length)
+        place = JournaledPart(self._claim, digest, work.segment, work.reached - self.length, self.length)
         journal._parts[key] = work.segment, place
 
     def abandon(self) -> None:
         """The body has not come, or is refused; to be called instead of `finish`."""
         if self._frame is None:
-            self._journal.give_back(self._length)
+            self._journal.give_back(self.length)
         else:
+            self._has_come()
             self._frame.segment.parts -= 1

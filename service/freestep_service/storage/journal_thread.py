@@ -62,6 +62,9 @@ class Work:
     """The size that the file has to have at least ..."""
     ahead: int = 0
     """... and how many bytes more at most, as the disk has room for them."""
+    copied: tuple[Segment, int, int] | None = None
+    """What is written, where that is in a segment already: that segment, from which byte on, and how many. Where that
+    fails, `done` alone is told."""
     truncate: bool = False
     remove: bool = False
     begins: bool = False
@@ -160,7 +163,7 @@ class JournalThread:
                     self._failure = self._failure or error
                 elif work.done is None and isinstance(error, OSError):
                     logger.warning("%s: %s is not %s: %s", self._name, work.segment.path, _aim(work), error.strerror)
-            if work.buffers:
+            if work.buffers or work.copied is not None:
                 dirty[path] = work.segment
             elif work.remove:
                 # A body that broke off may have been written to it since the last flush.
@@ -215,6 +218,11 @@ class JournalThread:
             work.allocated = _allocate(descriptor, work.allocate, work.ahead)
         if work.truncate:
             os.ftruncate(descriptor, work.at)
+        if work.copied is not None:
+            source, begin, length = work.copied
+            if (lost := self._lost.get(source.path)) is not None:
+                raise lost
+            _copy(self._files[source.path], begin, length, descriptor, work.at)
         at, buffers = work.at, [memoryview(buffer) for buffer in work.buffers]
         while buffers:
             # A body that drips in is of any number of pieces.
@@ -238,6 +246,16 @@ class JournalThread:
             self._condition.notify()
         if self._thread is not None:
             self._thread.join()
+
+
+def _copy(source: int, begin: int, length: int, descriptor: int, at: int) -> None:
+    """Copies bytes that were written to a file into another. Raises OSError."""
+    copied = 0
+    while copied < length:
+        piece = os.pread(source, min(PIECE, length - copied), begin + copied)
+        if not piece:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        copied += os.pwrite(descriptor, piece, at + copied)
 
 
 def _aim(work: Work) -> str:
