@@ -199,8 +199,8 @@ class Settings(BaseSettings):
     slow_bytes_per_second: Annotated[float, Field(gt=0)] = 4 * 1024**2
     """Bytes a second below which a peer is slow: the memory that its body takes is counted apart."""
     memory_bytes: Annotated[int, Field(gt=0)] | None = None
-    """Host memory in bytes for all runs, by which their creation is checked; by default seven eighths of the machine's
-    or of its cgroup's."""
+    """Host memory in bytes for all runs, by which their creation and changes of them are checked; by default seven
+    eighths of the machine's or of its cgroup's."""
     slow_peer_bytes: Annotated[int, Field(ge=0)] | None = None
     """Host memory in bytes for bodies of slow peers, over all runs; by default an eighth of the machine's. If it is
     used up and other peers wait, the slowest peer's connection ends."""
