@@ -172,7 +172,10 @@ def test_the_body_of_a_refused_request_is_no_request(edge: Edge, path: str, medi
 
 
 @pytest.mark.parametrize("edge", ["http", "https"], indirect=True)
-@pytest.mark.parametrize("expectation", ["100-continue", "100-Continue"])
+@pytest.mark.parametrize(
+    "expectation",
+    ["100-continue", "100-Continue", "100-continue ", "\t100-continue\t", "x, 100-continue", "100-continue ,x"],
+)
 @pytest.mark.parametrize("length", [200, LARGE])
 def test_nobody_takes_a_request_for_a_body_that_was_not_asked_for(edge: Edge, length: int, expectation: str) -> None:
     """A proxy that is refused a go-ahead may keep the body to itself, and send the next request."""

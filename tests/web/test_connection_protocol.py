@@ -125,6 +125,34 @@ def test_requests_without_pauses_are_answered_in_order() -> None:
     run(work)
 
 
+@pytest.mark.parametrize("piece", [1000, 10**6])
+def test_so_many_requests_may_wait_for_their_answers(piece: int) -> None:
+    async def work() -> None:
+        may_answer = asyncio.Event()
+
+        async def patient(scope: Any, receive: Any, send: Any) -> None:
+            # Has the connection read on, whether or not there is a body.
+            await receive()
+            await may_answer.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+
+        transport, sent = FakeTransport(patient, bounds=BOUNDS), 1000 * NEXT
+        for begin in range(0, len(sent), piece):
+            transport.feed(sent[begin : begin + piece])
+            await transport.turn()
+        may_answer.set()
+        while not transport.has_written_eof:
+            await transport.turn()
+        answers = transport.written.split(b"HTTP/1.1 ")[1:]
+        assert [answer[:3] for answer in answers] == [*BOUNDS.unanswered * [b"200"], b"429"]
+        assert b"connection: close" in answers[-1]
+        transport.close()
+        await transport.turn()
+
+    run(work)
+
+
 CHUNKED = b"POST / HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
 
 

@@ -29,7 +29,7 @@ from uvicorn.server import ServerState
 from freestep.errors import MalformedRequest, RequestTimeout
 from freestep_service.domain.certificates import Certificate
 from freestep_service.web.body import SLOWEST
-from freestep_service.web.head import Bounds, Head, Refused, too_large
+from freestep_service.web.head import Bounds, Head, Refused, too_large, too_many
 from freestep_service.web.inlet import INLET, Inlet
 from freestep_service.web.places import Place
 from freestep_service.web.problems import problem_response
@@ -149,13 +149,18 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["extensions"] = self._extensions
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # The parser leaves the white space behind a value, which is no part of it (RFC 9110, section 5.5).
+        self.headers.append((name.lower(), value.rstrip(b" \t")))
+
     def on_headers_complete(self) -> None:
+        if len(self._unanswered) >= self._bounds.unanswered:
+            raise too_many(self._bounds)
         head = Head.read(self.parser, self.url, self.headers, self._head_size, self._bounds)
         self._head_size = 0
         self._in_body = True
         self._length = head.length
-        # HTTP/1.0 knows no 100: RFC 9110, section 10.1.1.
-        self.expect_100_continue = self.expect_100_continue and self.parser.get_http_version() != "1.0"
+        self.expect_100_continue = head.expects
         super().on_headers_complete()
         self._forget_timer()
         if self._place is not None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import httptools
 from starlette.responses import Response
 
-from freestep.errors import HeadersTooLarge, MalformedRequest
+from freestep.errors import HeadersTooLarge, MalformedRequest, Overloaded
 from freestep_service.settings import Settings
 from freestep_service.web.problems import (
     problem_response,
@@ -24,11 +24,12 @@ from freestep_service.web.problems import (
     unsupported_version_response,
 )
 
-__all__ = ["Bounds", "Head", "Refused", "too_large"]
+__all__ = ["Bounds", "Head", "Refused", "too_large", "too_many"]
 
 _VERSIONS = ("1.1", "1.0")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(:[0-9]*)?")
 _AUTHORITY = re.compile(rb"[^:/?#]*://([^/?#]*)")
+_EXPECTS = re.compile(rb"(?:^|,)[ \t]*100-continue[ \t]*(?:,|$)", re.IGNORECASE)
 _SEPARATORS = 4
 """Bytes of a field's colon, space and end of line."""
 
@@ -39,6 +40,7 @@ class Bounds:
     take nothing of an answer.
 
     small_bytes: of a body that is likely to arrive together with the head of its request; a larger one has an Inlet.
+    unanswered: requests of a connection that have come and were not answered.
     """
 
     head_bytes: int = 64 * 1024
@@ -47,6 +49,7 @@ class Bounds:
     idle_seconds: float = 60.0
     stall_seconds: float = 10.0
     small_bytes: int = 64 * 1024
+    unanswered: int = 64
 
     @classmethod
     def of(cls, settings: Settings) -> Bounds:
@@ -68,14 +71,23 @@ def too_large(bounds: Bounds) -> Refused:
     return Refused(problem_response(HeadersTooLarge(detail, bytes=bounds.head_bytes, fields=bounds.head_fields)))
 
 
+def too_many(bounds: Bounds) -> Refused:
+    """The refusal of a request behind as many others as may wait for their answers."""
+    return Refused(
+        problem_response(Overloaded(f"{bounds.unanswered} requests of the connection wait for their answers"))
+    )
+
+
 class Head(NamedTuple):
     """How a request is framed.
 
-    length: the Content-Length in bytes; 0 without one. is_last: whether the parser cannot read on behind it.
+    length: the Content-Length in bytes; 0 without one. is_last: whether the parser cannot read on behind it. expects:
+    whether the client waits to be asked for the body.
     """
 
     length: int
     is_last: bool
+    expects: bool
 
     @classmethod
     def read(
@@ -86,23 +98,29 @@ class Head(NamedTuple):
         received: int,
         bounds: Bounds,
     ) -> Head:
-        """Of a head that was parsed; `received` bytes are no fewer than it has. Raises Refused."""
+        """Of a head that was parsed; `received` bytes are no fewer than it has. Raises Refused.
+
+        headers: their names in lower case, their values without white space around them.
+        """
         version = parser.get_http_version()
         if version not in _VERSIONS:
             raise Refused(unsupported_version_response(version))
         if len(headers) > bounds.head_fields or (received > bounds.head_bytes < _size(target, headers)):
             raise too_large(bounds)
-        hosts, host, codings, length = 0, b"", [], 0
+        hosts, host, codings, length, expects = 0, b"", [], 0, False
         for name, value in headers:
             if name == b"host":
                 hosts, host = hosts + 1, value
                 if not _is_host(value):
                     raise _malformed("the header Host names no host")
             elif name == b"content-length":
-                # The parser takes one that consists of digits; white space may follow.
+                # The parser takes one that consists of digits.
                 length = int(value)
             elif name == b"transfer-encoding":
-                codings.append(value.strip().lower())
+                codings.append(value.lower())
+            elif name == b"expect":
+                # HTTP/1.0 knows no 100: RFC 9110, section 10.1.1.
+                expects = expects or (version == "1.1" and _EXPECTS.search(value) is not None)
         if hosts != 1 and (hosts or version == "1.1"):
             raise _malformed(f"the header Host stands {hosts} times, and has to stand once")
         if hosts and not target.startswith(b"/") and not _is_at(target, host):
@@ -116,18 +134,18 @@ class Head(NamedTuple):
         is_last = parser.should_upgrade()
         if is_last and (length or codings or parser.get_method() == b"CONNECT"):
             raise _malformed("the service speaks HTTP/1.1: it changes to no other protocol behind this request")
-        return cls(length, is_last)
+        return cls(length, is_last, expects)
 
 
 @lru_cache
 def _is_host(value: bytes) -> bool:
-    return _HOST.fullmatch(value.strip()) is not None
+    return _HOST.fullmatch(value) is not None
 
 
 def _is_at(target: bytes, host: bytes) -> bool:
     """Whether a target that is a whole URL is at a host: other readers go by that (RFC 9112, section 3.2.2)."""
     authority = _AUTHORITY.match(target)
-    return authority is None or authority[1].lower() == host.strip().lower()
+    return authority is None or authority[1].lower() == host.lower()
 
 
 def _size(target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:
