@@ -106,6 +106,40 @@ def test_head_is_get_without_a_body(edge: Edge, path: str) -> None:
                 assert head.headers["etag"] == get.headers["etag"]
 
 
+@pytest.mark.parametrize("wanted", ["bytes=0-9", "bytes=-1", "bytes=1000000-"])
+@pytest.mark.parametrize("path", ["/parameters", "/parameters?shard=0"])
+def test_head_is_of_the_whole(edge: Edge, path: str, wanted: str) -> None:
+    with edge.peer() as peer:
+        peer.send(edge.head("GET", path) + b"\r\n")
+        whole = peer.answer()
+        peer.send(edge.head("HEAD", path, f"Range: {wanted}") + b"\r\n")
+        head = peer.answer("HEAD")
+    assert (head.status, head.headers["content-length"]) == (200, str(len(whole.body)))
+    assert "content-range" not in head.headers
+
+
+@pytest.mark.parametrize("space", [" ", "\t", " \t "])
+def test_white_space_around_a_value_is_none_of_it(edge: Edge, space: str) -> None:
+    head = edge.head("GET", "/parameters", "If-None-Match: x", f"Range:{space}bytes=0-9{space}")
+    with edge.peer() as peer:
+        peer.send(head.replace(b"Host: here", f"Host:{space}here{space}".encode()) + b"\r\n")
+        answer = peer.answer()
+        assert (answer.status, len(answer.body)) == (206, 10)
+        # A validator, which is compared byte by byte.
+        lines = f"Range: bytes=0-9{space}", f"If-Range:{space}{answer.headers['etag']}{space}"
+        peer.send(edge.head("GET", "/parameters", *lines) + b"\r\n")
+        assert peer.answer().status == 206
+
+
+def test_a_list_may_stand_in_several_headers(edge: Edge) -> None:
+    with edge.peer() as peer:
+        peer.send(edge.head("GET", "/parameters") + b"\r\n")
+        tag = peer.answer().headers["etag"]
+        lines = 'If-None-Match: "other"', f"If-None-Match: W/{tag}"
+        peer.send(edge.head("GET", "/parameters", *lines) + b"\r\n")
+        assert peer.answer().status == 304
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/v1/runs"])
 def test_head_of_what_is_no_run(edge: Edge, path: str) -> None:
     with edge.peer() as peer:

@@ -85,7 +85,7 @@ def check(data: bytes) -> None:
     request = _request(data)
     _fields_fit(request)
     tag = etag(1, 2, "x", "F32")
-    is_known(tag, request.headers.get("if-none-match", ""))
+    is_known(tag, request)
     for read in (
         claim,
         place,

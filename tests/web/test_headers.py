@@ -90,6 +90,7 @@ def test_what_a_header_may_not_hold(name: str, values: list[str]) -> None:
         ("respond-async, handling=lenient; bar=1", Preferences()),
         ("wait=0", Preferences()),
         ("wait=1e9", Preferences(wait=600.0)),
+        ("wait=1, return=representation, wait=5, return=minimal", Preferences(True, 1.0)),
         ("", Preferences()),
     ],
 )

@@ -110,6 +110,16 @@ def test_a_whole_point_that_is_known_is_not_sent() -> None:
     assert all(body.is_closed for body in owners.bodies)
 
 
+def test_the_parts_are_asked_for_with_the_headers_of_the_whole() -> None:
+    headers = {"Authorization": "Bearer t\xa0", "Freestep-Session": "8000.x", "Cookie": "freestep-8000=y"}
+    owners = Owners((7, 7))
+    assert pulled(owners, headers, prefer="w\xe4it, wait=1").status == 200
+    for (request,) in owners.requests:
+        found = {name.lower(): value for name, value in request.headers.raw}
+        assert found[b"prefer"] == b"w\xe4it, wait=1"
+        assert [found[name.lower().encode()].decode("latin-1") for name in headers] == list(headers.values())
+
+
 def test_a_refusal_of_a_part_is_one_of_the_whole() -> None:
     async def owner(request: httpx.Request) -> httpx.Response:
         return problem("lease-expired", 410)

@@ -33,8 +33,10 @@ class ErrorBoundary:
             await self._app(scope, receive, send)
             return
         if scope["method"] == "HEAD":
-            # Answered as GET is; the server leaves the body out.
-            scope = {**scope, "method": "GET", "extensions": {**scope.get("extensions", {}), HEAD_ONLY: {}}}
+            # Answered as GET is; the server leaves the body out. Range is of GET alone (RFC 9110, section 14.2).
+            headers = [each for each in scope["headers"] if each[0] != b"range"]
+            extensions = {**scope.get("extensions", {}), HEAD_ONLY: {}}
+            scope = {**scope, "method": "GET", "headers": headers, "extensions": extensions}
         has_started = False
 
         async def note_start(message: Message) -> None:

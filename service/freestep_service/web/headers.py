@@ -58,9 +58,10 @@ class Preferences:
 
     @classmethod
     def parse(cls, text: str) -> Preferences:
-        """Ignores unknown preferences, as the RFC asks; a wait is at most ten minutes. Raises ValueError."""
+        """Ignores unknown preferences, and all but the first of a name, as the RFC asks; a wait is at most ten minutes.
+        Raises ValueError."""
         representation, wait = False, 0.0
-        for preference in text.split(","):
+        for preference in reversed(text.split(",")):
             name, _, value = preference.partition(";")[0].partition("=")
             name, value = name.strip().lower(), value.strip().strip('"')
             if name == "return":

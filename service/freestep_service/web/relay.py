@@ -47,6 +47,8 @@ _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailers",
     b"transfer-encoding", b"upgrade", b"host", b"date", b"server",
 }  # fmt: skip
+_OF_BROWSERS = {b"origin", b"sec-fetch-site"}
+"""What this process has judged beside the request's Host, which the owner does not see."""
 _PIECE = 256 * 1024
 
 
@@ -117,7 +119,8 @@ class Relay:
         if owner is None or await self.is_relayed(request):
             run.shard(index)
             raise ShardUnavailable("the shard has come here in the meantime")
-        ignored = _HOP_BY_HOP | _named_in_connection(request) | {RELAYED.encode(), CALLER.encode()}
+        of_processes = {RELAYED.encode(), CALLER.encode()}
+        ignored = _HOP_BY_HOP | _named_in_connection(request) | of_processes | _OF_BROWSERS
         headers = [(name, value) for name, value in request.headers.raw if name not in ignored]
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         made = self._http.build_request(
@@ -126,7 +129,9 @@ class Relay:
             headers=headers,
             content=content or (self._body(request) if has_body else None),
         )
-        async with while_connected(request.scope, is_waiting="wait" in request.headers.get("prefer", "")):
+        async with while_connected(
+            request.scope, is_waiting=any("wait" in each.lower() for each in request.headers.getlist("prefer"))
+        ):
             answer = await self._send(owner, made, request)
         exchanges = AsyncExitStack()
         exchanges.push_async_callback(answer.aclose)
@@ -181,10 +186,13 @@ class Relay:
             owner = (await run.topology()).shards[index].url
             if owner is None:
                 raise not_open(run.name, [index])
-            headers, content = dict(call.headers), None
+            # httpx takes text of ASCII only.
+            headers = [(name.encode(), value.encode("latin-1")) for name, value in call.headers.items()]
+            content = None
             if call.body is not None:
                 body = call.body(index)
-                headers["Content-Length"], content = str(sum(map(len, body))), _pieces(body)
+                headers.append((b"Content-Length", str(sum(map(len, body))).encode()))
+                content = _pieces(body)
             made = self._http.build_request(
                 call.method,
                 f"{owner}/v1/runs/{run.name}/{call.path}",

@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from itertools import pairwise
 from time import monotonic
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -36,9 +37,10 @@ def etag(epoch: int, step: int, point: str, dtype: str) -> str:
     return f'"e{epoch}-s{step}-{point}-{dtype}"'
 
 
-def is_known(tag: str, if_none_match: str) -> bool:
-    """Whether an If-None-Match header names a tag, by the weak comparison of RFC 9110, section 8.8.3.2."""
-    known = [each.strip().removeprefix("W/") for each in if_none_match.split(",")]
+def is_known(tag: str, request: Request) -> bool:
+    """Whether If-None-Match of a request names a tag, by the weak comparison of RFC 9110, section 8.8.3.2."""
+    listed = ",".join(request.headers.getlist("if-none-match"))
+    known = [each.strip().removeprefix("W/") for each in listed.split(",")]
     return tag in known or known == ["*"]
 
 

@@ -24,6 +24,7 @@ from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.runs.run import Run
 from freestep_service.state.bodies import body_metadata
 from freestep_service.state.shard import DTYPES
+from freestep_service.web.browser_session import SESSION_HEADER
 from freestep_service.web.relay import Relay, ShardCall
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.responses import etag, is_known, requested_span
@@ -32,7 +33,7 @@ __all__ = ["Part", "initialize_whole", "parts_of_one_place", "pull_whole", "push
 
 _ATTEMPTS = 5
 _REPEATED = (
-    "authorization",
+    *("authorization", SESSION_HEADER, "cookie"),
     *("freestep-lease", "freestep-token", "freestep-step", "freestep-samples", "freestep-loss", "freestep-speed"),
     "freestep-units",
 )
@@ -56,7 +57,7 @@ async def pull_whole(
         parts = await parts_of_one_place(relay, exchanges, request, run, "parameters", query, headers)
         epoch, step, position = parts[0].position
         tag = etag(int(epoch), int(step), point, dtype)
-        if is_known(tag, request.headers.get("if-none-match", "")):
+        if is_known(tag, request):
             return Response(status_code=304, headers={"ETag": tag})
         header = encode_header(run.manifest, dtype, body_metadata(run.name, int(epoch), int(step), point))
         size = len(header) + run.manifest.numel * ITEMSIZE[dtype]

@@ -98,7 +98,7 @@ async def pull(request: Request) -> Response:
     run, point, dtype, min_step, cut = parsed.run, parsed.point, parsed.dtype, parsed.min_step, parsed.cut
     memory = parsed.memory()
     if parsed.shard is None:
-        prefer = request.headers.get("prefer", "")
+        prefer = ", ".join(request.headers.getlist("prefer"))
         return spend_answer(request, await pull_whole(parsed.relay, request, run, point, dtype, min_step, prefer))
     if not run.owns(parsed.shard):
         return spend_answer(request, await parsed.relay.forward(request, run, parsed.shard))
@@ -109,7 +109,7 @@ async def pull(request: Request) -> Response:
         await shard.reach(min_step, wishes.wait)
     tag = etag(shard.core.writer.epoch, shard.core.writer.applied_step, point, dtype)
     # Of a cut all shards have to answer alike.
-    if not cut and is_known(tag, request.headers.get("if-none-match", "")):
+    if not cut and is_known(tag, request):
         return Response(status_code=304, headers={"ETag": tag})
     reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
     stall_s, spend = await parsed.relay.stall_seconds(request), partial(spend_bytes, request)
