@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -190,6 +191,28 @@ def test_a_reader_that_takes_nothing_holds_up_no_push(api: Api, service: ThreadS
         pushes(api, lease, 0, 50)
         assert len([event for event in so_far(api) if event.kind == "push"]) == 50
     wait_until(lambda: events._readers == 0)
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired"])
+def test_a_stream_ends_with_its_token(
+    api: Api, service: ThreadService, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.create()
+    token = api.http.post("/v1/tokens", json={"name": "reader", "scope": "read", "expires_in": 600}).json()
+    headers = {"Authorization": f"Bearer {token['token']}"}
+    with httpx.stream("GET", f"{api.url}{api.path('/events')}", headers=headers, timeout=60) as answer:
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        while "epoch" not in next(lines):
+            pass
+        if how == "revoked":
+            assert api.http.delete(f"/v1/tokens/{token['id']}").status_code == 204
+        else:
+            monkeypatch.setattr(service.app.state.context.tokens, "_clock", lambda: time.time() + 600)
+        api.lease("secret")
+        # To its end.
+        assert not any("secret" in line for line in lines)
+    assert "secret" in str(so_far(api))
 
 
 def test_readers_of_a_deleted_run_are_told_that_it_is_gone(api: Api) -> None:

@@ -29,6 +29,20 @@ def test_a_pull_that_waits_ends_with_its_client(api: Api, service: ThreadService
         wait_until(lambda: not writer._waiters)
 
 
+def test_a_pull_that_waits_longer_than_its_token_is_good_is_refused(api: Api, service: ThreadService) -> None:
+    api.create()
+    lease = api.lease()
+    token = api.http.post("/v1/tokens", json={"name": "reader", "scope": "read"}).json()
+    writer = service.registry.get(api.run).shard(0).core.writer
+    headers = {**WAIT, "Authorization": f"Bearer {token['token']}"}
+    waiting = under_way(lambda: api.http.get(api.path("/parameters"), params={"min_step": 1}, headers=headers))
+    wait_until(lambda: bool(writer._waiters))
+    assert api.http.delete(f"/v1/tokens/{token['id']}").status_code == 204
+    assert api.push(lease, 0).status_code == 200
+    answer = waiting.result(60)
+    assert (answer.status_code, slug(answer), answer.json()["scope"]) == (401, "unauthenticated", "read")
+
+
 def test_a_push_that_waits_ends_with_its_client_and_counts(api: Api, service: ThreadService) -> None:
     api.create(aggregation={"policy": "buffered", "batch": 2})
     lease = api.lease()

@@ -117,6 +117,10 @@ class Tokens:
         self._uses[token.id] = int(now)
         return token
 
+    def is_good(self, token: Token) -> bool:
+        """Whether a token that was found before still lets its bearer in."""
+        return self._known.get(token.id, token).is_good(self._clock())
+
     async def find(self, credentials: bytes) -> Token:
         """The token in credentials as a request has them: Bearer and a text. Another process may just have made it.
 

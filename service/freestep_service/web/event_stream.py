@@ -7,7 +7,7 @@ taken, so a slow reader gets fewer, and nothing is kept for it but its place.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
@@ -28,7 +28,7 @@ _FRAME_S = 0.25
 _PING_S = 15.0
 """Seconds without an event after which a comment is sent, so that no proxy takes the connection for dead."""
 _LONGEST_S = 600.0
-"""Seconds after which a stream ends, and its reader comes again: by then its token may be gone."""
+"""Seconds after which a stream ends, and its reader comes again."""
 _PIECE = 64 * 1024
 """Bytes that are sent at a time."""
 _RETRY_MS = 1000
@@ -38,13 +38,14 @@ _RETRY_MS = 1000
 class EventStream(EventSourceResponse):
     """Tells a reader of events: of those that are there and, if it follows, of those to come.
 
-    It ends with the connection, with the service's shutdown, when the run's first shard moves, and after ten minutes.
-    Raises ClientDisconnect.
+    It ends with the connection, with the service's shutdown, when the run's first shard moves, when `is_let_in` says
+    that the reader is not any more, and after ten minutes. Raises ClientDisconnect.
     """
 
-    def __init__(self, reader: EventReader, *, follows: bool) -> None:
+    def __init__(self, reader: EventReader, is_let_in: Callable[[], bool], *, follows: bool) -> None:
         super().__init__((), headers=EVENT_HEADERS)
         self._reader = reader
+        self._is_let_in = is_let_in
         self._follows = follows
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,7 +64,7 @@ class EventStream(EventSourceResponse):
             except ShardUnavailable:
                 # The service shuts down. Who does not read does not hold that up; who does not follow would take the
                 # end of the stream for the end of what there is.
-                if not (self._follows and takes_more(scope)):
+                if not (self._follows and takes_more(scope) and self._is_let_in()):
                     abort(scope)
                     return
                 for piece in _pieces_of(self._reader.take()):
@@ -73,7 +74,7 @@ class EventStream(EventSourceResponse):
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
         reader, clock = self._reader, asyncio.get_running_loop().time
         ends = clock() + _LONGEST_S
-        while clock() < ends and not reader.has_ended:
+        while clock() < ends and not reader.has_ended and self._is_let_in():
             for piece in _pieces_of(reader.take()):
                 yield piece
             if reader.is_behind:

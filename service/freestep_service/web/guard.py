@@ -27,7 +27,17 @@ from freestep_service.web.hosts import OPEN_PATH
 from freestep_service.web.problem_documents import EVERYWHERE, declared, problem_responses
 from freestep_service.web.problems import INTERNAL_ERROR
 
-__all__ = ["GuardedRoute", "caller", "document_tokens", "needs", "open_to_all", "require_worker", "visitor"]
+__all__ = [
+    "GuardedRoute",
+    "caller",
+    "document_tokens",
+    "is_let_in",
+    "needs",
+    "open_to_all",
+    "require_let_in",
+    "require_worker",
+    "visitor",
+]
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -183,6 +193,23 @@ def caller(request: Request) -> Token:
     """The token of a request that was let in."""
     token: Token = request.scope[_CALLER]
     return token
+
+
+def is_let_in(request: Request) -> bool:
+    """Whether the caller's token, with which the request was let in, is good still: an answer may take minutes."""
+    return ServiceContext.of(request).tokens.is_good(caller(request))
+
+
+def require_let_in(request: Request) -> None:
+    """Raises Unauthenticated if the caller's token has ended since the request was let in."""
+    if not is_let_in(request):
+        route: GuardedRoute = request.scope["route"]
+        assert route.scope is not None
+        run = request.path_params["run"]
+        detail = f"the token has ended while the request waited: {_wanted(route.scope, run)} is needed"
+        refusal = Unauthenticated(detail, scope=route.scope, run=run)
+        _note(request, route.name, caller(request), refusal)
+        raise refusal
 
 
 async def visitor(request: Request) -> Token | None:

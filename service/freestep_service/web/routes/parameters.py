@@ -19,7 +19,7 @@ from freestep.errors import (
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.web.answer_headers import CONTENT_RANGE, ETAG, POINT_HEADERS
 from freestep_service.web.body import Body
-from freestep_service.web.guard import needs
+from freestep_service.web.guard import needs, require_let_in
 from freestep_service.web.headers import PULL_HEADERS, UPLOAD_HEADERS, body_length, preferences, upload
 from freestep_service.web.json_answers import status_response
 from freestep_service.web.metering import admit_bytes, spend_answer, spend_bytes
@@ -107,6 +107,8 @@ async def pull(request: Request) -> Response:
     wishes = preferences(request)
     async with while_connected(request.scope, is_waiting=True):
         await shard.reach(min_step, wishes.wait)
+    if wishes.wait:
+        require_let_in(request)
     tag = etag(shard.core.writer.epoch, shard.core.writer.applied_step, point, dtype)
     # Of a cut all shards have to answer alike.
     if not cut and is_known(tag, request):
