@@ -293,8 +293,8 @@ class Settings(BaseSettings):
         return _listed(self.oidc_algorithms)
 
     def proxy_addresses(self) -> list[str]:
-        """The addresses and networks of `trusted_proxies`."""
-        return _listed(self.trusted_proxies)
+        """The networks of `trusted_proxies`, each by its first address: uvicorn believes no other."""
+        return [str(ipaddress.ip_network(each, strict=False)) for each in _listed(self.trusted_proxies)]
 
     def journals(self) -> Path:
         """Where journals are kept."""

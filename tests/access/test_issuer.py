@@ -118,6 +118,17 @@ def test_the_audit_log_names_the_subject(own: Issuer, start_service: Callable[..
     assert whom[0] == whom[1]
 
 
+def test_a_refused_sign_in_is_noted(own: Issuer, start_service: Callable[..., ThreadService]) -> None:
+    service = start_service(**own.settings(*RULES))
+    for changes, status in (({"sub": "stranger"}, 403), ({"aud": "other"}, 401)):
+        answer = httpx.post(f"{service.url}/dashboard/session", json={"token": own.token(**changes)})
+        assert answer.status_code == status
+    service.stop()
+    noted = [json.loads(line) for line in (service.settings.data_dir / "refusals.jsonl").read_text().splitlines()]
+    found = [(each["what"], each["who"], each["result"]) for each in noted]
+    assert found == [("sign_in", "oidc stranger", "forbidden"), ("sign_in", None, "unauthenticated")]
+
+
 def test_a_worker_needs_its_file_only(
     issuer: Issuer, service: ThreadService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

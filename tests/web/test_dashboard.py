@@ -179,7 +179,8 @@ def test_who_signs_out_is_not_known_any_more(browser: httpx.Client) -> None:
 
 def test_sign_in_refuses_what_is_no_token(browser: httpx.Client) -> None:
     for given in ("nonsense", TOKEN[:-1] + ("a" if TOKEN[-1] != "a" else "b"), "é"):
-        assert slug(browser.post("/dashboard/session", json={"token": given})) == "unauthenticated"
+        answer = browser.post("/dashboard/session", json={"token": given})
+        assert (slug(answer), answer.headers["WWW-Authenticate"]) == ("unauthenticated", 'Bearer realm="freestep"')
     for document in ({}, {"token": TOKEN, "code": "x"}, {"token": ""}, {"who": "me"}):
         assert slug(browser.post("/dashboard/session", json=document)) == "malformed-request"
     assert not browser.cookies
@@ -203,8 +204,13 @@ def test_another_process_of_the_service_knows_the_session_of_a_relayed_request(
     api.create()
     for node in nodes:
         with httpx.Client(base_url=node.url) as browser:
-            headers = sign_in(browser, token=TOKEN)
+            # An act's origin is that of the process which the browser knows.
+            headers = sign_in(browser, token=TOKEN) | {"Origin": node.url, "Sec-Fetch-Site": "same-origin"}
             assert browser.post(api.path("/checkpoints"), headers=headers).status_code == 201
+            paused = browser.patch(api.path(), headers=headers, json={"paused": True})
+            assert (paused.status_code, paused.json()["control"]["paused"]) == (200, True)
+            other = {**headers, "Origin": "https://attacker.example"}
+            assert slug(browser.patch(api.path(), headers=other, json={"paused": False})) == "forbidden"
 
 
 def test_a_service_without_tokens_is_open_to_the_page(start_service: Callable[..., ThreadService]) -> None:

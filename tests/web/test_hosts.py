@@ -113,7 +113,15 @@ def noted(service: ThreadService) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("trusted", "peer"), [("", "127.0.0.1"), ("192.0.2.1", "127.0.0.1"), ("192.0.2.1, 127.0.0.0/8", "198.51.100.7")]
+    ("trusted", "peer"),
+    [
+        ("", "127.0.0.1"),
+        ("192.0.2.1", "127.0.0.1"),
+        ("127.0.0.1", "198.51.100.7"),
+        ("192.0.2.1, 127.0.0.0/8", "198.51.100.7"),
+        # An address of the network.
+        ("127.0.0.9/8", "198.51.100.7"),
+    ],
 )
 def test_forwarded_addresses_are_believed_from_trusted_proxies_alone(
     start_service: Callable[..., ThreadService], trusted: str, peer: str

@@ -103,15 +103,16 @@ def problem_response(problem: ProblemError) -> JSONResponse:
         headers["Retry-After"] = f"{retry_after:.0f}"
     if isinstance(problem, errors.RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{problem.extensions['size']}"
-    if scope := problem.extensions.get("scope"):
+    scope = problem.extensions.get("scope")
+    if scope or isinstance(problem, errors.Unauthenticated):
         headers["WWW-Authenticate"] = _challenge(problem, scope)
     return JSONResponse(problem.to_document(status), status, headers, MEDIA_TYPE)
 
 
-def _challenge(problem: ProblemError, scope: str) -> str:
-    """What a token has to be, RFC 6750; the detail says it to people."""
+def _challenge(problem: ProblemError, scope: str | None) -> str:
+    """What a token has to be, RFC 6750; the detail says it to people. Every 401 has one: RFC 9110, section 15.5.2."""
     error = ', error="insufficient_scope"' if isinstance(problem, errors.Forbidden) else ""
-    return f'Bearer realm="freestep"{error}, scope="{scope}"'
+    return f'Bearer realm="freestep"{error}' + (f', scope="{scope}"' if scope else "")
 
 
 def internal_error_response() -> JSONResponse:

@@ -96,11 +96,11 @@ async def sign_in(given: SignIn, request: Request, response: Response) -> Sessio
                 "the link is unknown here, was used, or has ended: `freestep dashboard` prints another"
             )
         token = await context.tokens.find(b"Bearer " + text.encode("latin-1", "replace"))
-    except Unauthenticated as error:
-        context.audit.note_stranger(_deed(request, None, error.slug))
+    except (Unauthenticated, Forbidden) as error:
+        context.audit.note_stranger(_deed(request, error.extensions.get("subject"), error.slug))
         raise
     half = begin_session(request, response, text)
-    context.audit.note(_deed(request, token, "signed-in"))
+    context.audit.note(_deed(request, f"{token.name} {token.id}".strip(), "signed-in"))
     response.headers["Cache-Control"] = "no-store"
     return _session(request, token, half)
 
@@ -153,6 +153,5 @@ def _session(request: Request, token: Token | None, half: str | None = None) -> 
     )
 
 
-def _deed(request: Request, token: Token | None, result: str) -> Deed:
-    who = None if token is None else f"{token.name} {token.id}".strip()
+def _deed(request: Request, who: str | None, result: str) -> Deed:
     return Deed(who, request.client and request.client.host, "sign_in", None, result)
