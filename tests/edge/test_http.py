@@ -89,6 +89,17 @@ def test_a_client_of_http_1_0_needs_no_host(edge: Edge) -> None:
     assert answer.status == 200
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_client_of_http_1_0_is_sent_no_chunks(edge: Edge, method: str) -> None:
+    with edge.peer() as peer:
+        peer.send(edge.head(method, "/events?follow=false", version="HTTP/1.0") + b"\r\n")
+        answer = peer.answer(method)
+        assert peer.is_at_its_end()
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    assert not answer.headers.keys() & {"transfer-encoding", "content-length"}
+    assert answer.body.endswith(b"\n\n") if method == "GET" else answer.body == b""
+
+
 @pytest.mark.parametrize("path", ["", "/parameters", "/leases", "/checkpoints", "/topology", "/parameters?shard=0"])
 def test_head_is_get_without_a_body(edge: Edge, path: str) -> None:
     with edge.peer() as peer:

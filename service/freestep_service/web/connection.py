@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import httptools
@@ -200,6 +201,8 @@ class Connection(HttpToolsProtocol):
         cycle: RequestResponseCycle = receive.__self__  # type: ignore[attr-defined]
         if cycle.waiting_for_100_continue:
             send = _last_unless_asked(cycle)
+        elif scope["http_version"] == "1.0":
+            send = _without_chunks(cycle)
         return _nothing() if cycle.disconnected else self._application(scope, receive, send)
 
     # The peer's time
@@ -416,6 +419,21 @@ def _last_unless_asked(cycle: RequestResponseCycle) -> Send:
     async def send(message: Message) -> None:
         if cycle.waiting_for_100_continue:
             cycle.keep_alive = False
+        await cycle.send(message)  # type: ignore[arg-type]
+
+    return send
+
+
+def _without_chunks(cycle: RequestResponseCycle) -> Send:
+    """Sends the answer to a request of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1): where its length is not
+    known, it ends with the connection."""
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if not any(name == b"content-length" for name, _ in message["headers"]):
+                cycle.chunked_encoding, cycle.expected_content_length = False, inf  # type: ignore[assignment]
+        elif cycle.expected_content_length == inf and not message.get("more_body"):
+            cycle.expected_content_length = len(message.get("body", b""))
         await cycle.send(message)  # type: ignore[arg-type]
 
     return send
