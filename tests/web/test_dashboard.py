@@ -257,3 +257,12 @@ def test_links_end_and_the_oldest_make_room() -> None:
     oldest, *others = [links.make(str(number)) for number in range(257)]
     assert links.use(oldest) is None
     assert [links.use(code) for code in others] == [str(number) for number in range(1, 257)]
+
+
+def test_links_of_one_token_end_no_others() -> None:
+    links = SignInLinks(lambda: 0.0)
+    code = links.make("admin")
+    oldest, *others = [links.make("reader") for _ in range(1000)]
+    assert links.use(code) == "admin"
+    assert links.use(oldest) is None
+    assert [code for code in others if links.use(code)] == others[-16:]

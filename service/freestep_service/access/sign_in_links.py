@@ -15,6 +15,8 @@ __all__ = ["SignInLinks"]
 _GOOD_S = 300
 _MOST = 256
 """Links that are kept; the oldest goes when there are more."""
+_MOST_OF_TOKEN = 16
+"""Of these, links of one token: who may read a single run ends no link of an admin's."""
 _CODE_BYTES = 24
 
 
@@ -34,7 +36,10 @@ class SignInLinks:
         """The code of a new link, which stands for the text of a token."""
         code = secrets.token_urlsafe(_CODE_BYTES)
         self._forget_old()
-        while len(self._made) >= _MOST:
+        own = [digest for digest, (_, its) in self._made.items() if its == token]
+        if len(own) >= _MOST_OF_TOKEN:
+            del self._made[own[0]]
+        elif len(self._made) >= _MOST:
             del self._made[next(iter(self._made))]
         self._made[_digest(code)] = self._clock() + self.good_s, token
         return code
