@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import stat
@@ -19,6 +20,7 @@ from freestep.api.token_form import make_token
 from freestep_service.access.audit import AuditLog, Deed
 from freestep_service.access.tokens import Tokens
 from harness import TOKEN, ThreadService
+from meanwhile import under_way
 from plain_calls import Api, slug
 
 DEED = Deed("me 1", "127.0.0.1", "delete_run", "mnist", 204)
@@ -90,6 +92,26 @@ def test_an_act_that_failed_half_way_is_noted(
     service.stop()
     (noted,) = lines(service.settings.data_dir / "audit.jsonl")
     assert (noted["what"], noted["result"]) == ("revoke_token", "internal-server-error")
+
+
+def test_an_act_that_a_shutdown_cuts_short_is_noted(
+    start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun = threading.Event()
+
+    async def endless(self: Tokens, token_id: str) -> None:
+        has_begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Tokens, "revoke", endless)
+    service = start_service()
+    with closing(Api(service.url).http) as http:
+        revoking = under_way(lambda: http.delete("/v1/tokens/any"))
+        assert has_begun.wait(60)
+        service.stop()
+        assert slug(revoking.result(60)) == "shard-unavailable"
+    (noted,) = lines(service.settings.data_dir / "audit.jsonl")
+    assert (noted["what"], noted["result"]) == ("revoke_token", "shard-unavailable")
 
 
 @pytest.mark.parametrize("run", ["%00" * 20_000, "%F0%9F%98%80" * 5_000, "a" * 60_000, "%0A"])

@@ -6,6 +6,7 @@ nobody learns of a run that is not theirs.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -15,7 +16,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from freestep.api.token_form import Scope
-from freestep.errors import CoordinatorUnavailable, Forbidden, IssuerUnavailable, ProblemError, Unauthenticated
+from freestep.errors import (
+    CoordinatorUnavailable,
+    Forbidden,
+    IssuerUnavailable,
+    ProblemError,
+    ShardUnavailable,
+    Unauthenticated,
+)
 from freestep_service.access.audit import Deed
 from freestep_service.domain.run_names import LONGEST_NAME, is_run_name
 from freestep_service.domain.tokens import ANYBODY, Token
@@ -121,10 +129,11 @@ class GuardedRoute(APIRoute):
             except RequestValidationError:
                 # It asked for nothing.
                 raise
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
                 if _CALLER in request.scope:
-                    result = error if isinstance(error, ProblemError) else INTERNAL_ERROR
-                    _note(request, self.name, caller(request), result)
+                    # Who is cut short by a shutdown is told so.
+                    other = ShardUnavailable.slug if isinstance(error, asyncio.CancelledError) else INTERNAL_ERROR
+                    _note(request, self.name, caller(request), error if isinstance(error, ProblemError) else other)
                 raise
             _note(request, self.name, caller(request), answer.status_code)
             return answer
