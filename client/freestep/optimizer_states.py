@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freestep.api.control import in_force
 from freestep.api.delay import Ahead, Steady
 from freestep.api.hyperparameters import OptimizerSpec, ScheduleFree
 from freestep.errors import ManifestMismatch
@@ -126,7 +127,8 @@ def export_state(state: RunState, optimizer: Any, model: nn.Module | None = None
 
     Args:
         state: From `Run.export_state` or `RunState.load`.
-        optimizer: Of the run's algorithm and hyperparameters: see the module's documentation.
+        optimizer: Of the run's algorithm and of the hyperparameters that are in force in the state, with what was
+            changed while the run trained: see the module's documentation.
         model: Names the parameters; None takes the names in the param groups, or numbers.
 
     Raises:
@@ -163,16 +165,19 @@ def _require_same_parameters(state: RunState, local: LocalOptimizer) -> None:
 
 def _require_same_steps(state: RunState, local: LocalOptimizer) -> list[Mapping[str, float]]:
     """The scalars of each param group that has parameters. Raises ManifestMismatch where the steps would differ."""
+    # Of which a local optimizer has no part.
+    control = state.control.model_copy(update={"aggregation": {}})
+    spec = in_force(state.spec, control)
     group_of = {parameter.name: parameter.group for parameter in state.spec.parameters}
     own_group_of = {parameter.name: parameter.group for parameter in local.spec.parameters}
     for theirs, ours in {(group_of[name], own_group_of[name]): name for name in group_of}:
-        differing = _differences(state.spec.hyperparameters(theirs), local.spec.hyperparameters(ours))
+        differing = _differences(spec.hyperparameters(theirs), local.spec.hyperparameters(ours))
         if differing:
             raise ManifestMismatch(f"the steps of the run's param group {theirs!r} would be others: {differing}")
     needed = [*local.vectors, "y", *(["z"] if local.form.averages else [])]
     if lacking := [name for name in needed if name not in state.buffers]:
         raise ManifestMismatch(f"the state lacks the vectors {', '.join(lacking)}")
-    run = state.spec.optimizer
+    run = spec.optimizer
     if run.max_grad_norm is not None:
         logger.warning(
             "the run clips gradients to a norm of %g (max_grad_norm), and the optimizer does not: call "

@@ -340,6 +340,26 @@ def test_what_the_package_does_not_have_is_refused(change: dict[str, Any], match
         export_state(state, optimizer, model)
 
 
+def test_what_was_changed_while_the_run_trained_is_in_force(run: Run) -> None:
+    """An optimizer with the rates that the run was created with would take other steps."""
+    kind, model = "AdamWScheduleFree", network()
+    optimizer = optimizer_of(kind, model)
+    run.import_state(import_state(optimizer, model))
+    push(run, model, 0, FIRST)
+    groups = [parameter.group for parameter in run.status().spec.parameters]
+    run.set(lr=0.2, groups={groups[-1]: {"weight_decay": 0.3}}, aggregation={"policy": "buffered", "batch": 1})
+    push(run, model, FIRST, FIRST + 1)
+    exported, before = run.export_state(), snapshot(model, optimizer)
+    with pytest.raises(ManifestMismatch, match=r"lr is 0\.2 in the run, and 0\.01"):
+        export_state(exported, optimizer, model)
+    torch.testing.assert_close(snapshot(model, optimizer), before, rtol=0, atol=0)
+    optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["weight_decay"] = 0.2, 0.3
+    export_state(exported, optimizer, model)
+    push(run, model, FIRST + 1, FIRST + THEN)
+    train(kind, model, optimizer, FIRST + 1, FIRST + THEN)
+    assert_same(run, model, optimizer)
+
+
 def test_parameters_of_other_names_or_shapes_are_refused() -> None:
     model = network()
     state = import_state(schedulefree.SGDScheduleFree(model.parameters()), model)
