@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from freestep.api.bases import BaseAdamW
 from freestep.api.control import ControlRequest, RunControl, changed, in_force
 from freestep.api.models import RunSpec
+from freestep.api.schedules import Cosine, Ema, InverseSqrt
 from freestep.errors import IdempotencyConflict
 from freestep_service.domain.control import Control, ControlChange, Orders
 from run_specs import HYPERPARAMETERS, POLICIES, run_specs, wishes_for
@@ -43,6 +45,50 @@ def test_what_is_kept_is_what_differs() -> None:
     assert after(Control(), optimizer={"lr": 0.1}) == Control()
     assert not Control()
     assert Control().in_force(SPEC) is SPEC
+
+
+def test_of_a_groups_documents_the_named_members_change() -> None:
+    """Also of those that are the run's so far: an unnamed `schedule` would be another, `constant`."""
+    spec = RunSpec.model_validate(
+        {
+            "optimizer": {
+                "algorithm": "adamw",
+                "schedule": {"name": "cosine", "total_steps": 90},
+                "averaging": {"name": "ema", "decay": 0.9},
+            },
+            "parameters": [{"name": "w", "shape": [2], "group": "own"}],
+            "groups": {"own": {"lr": 0.2}},
+        }
+    )
+
+    def own(control: Control) -> Any:
+        return control.in_force(spec).hyperparameters("own")
+
+    warm = Control().after(spec, ControlRequest(groups={"own": {"schedule": {"warmup_steps": 9}}}), "")
+    assert own(warm).schedule == Cosine(total_steps=90, warmup_steps=9)
+    # From then on it is the group's.
+    longer = warm.after(spec, ControlRequest(optimizer={"schedule": {"total_steps": 100}}), "")
+    assert own(longer).schedule == own(warm).schedule
+    assert longer.in_force(spec).hyperparameters("default").schedule == Cosine(total_steps=100)
+    ended = longer.after(spec, ControlRequest(groups={"own": {"schedule": {"end_factor": 0.5}}}), "")
+    assert own(ended).schedule == Cosine(total_steps=90, warmup_steps=9, end_factor=0.5)
+    slower = ended.after(spec, ControlRequest(groups={"own": {"averaging": {"decay": 0.99}}}), "")
+    assert (own(slower).averaging, own(slower).lr) == (Ema(decay=0.99), 0.2)
+    other = slower.after(spec, ControlRequest(groups={"own": {"schedule": {"name": "inverse_sqrt"}}}), "")
+    assert own(other).schedule == InverseSqrt()
+
+
+def test_of_a_groups_base_the_rest_goes_on_being_the_runs() -> None:
+    spec = RunSpec.model_validate(
+        {
+            "optimizer": {"algorithm": "schedule_free_wrapper", "base": {"algorithm": "adamw", "lr": 0.1}},
+            "parameters": [{"name": "w", "shape": [2], "group": "own"}],
+            "groups": {"own": {}},
+        }
+    )
+    control = Control().after(spec, ControlRequest(groups={"own": {"base": {"weight_decay": 0.5}}}), "")
+    control = control.after(spec, ControlRequest(optimizer={"base": {"lr": 0.2}}), "")
+    assert control.in_force(spec).hyperparameters("own").base == BaseAdamW(lr=0.2, weight_decay=0.5)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

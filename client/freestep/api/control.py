@@ -179,8 +179,17 @@ def _groups(now: RunSpec, asked: Mapping[str, Mapping[str, Any]]) -> dict[str, d
         if name not in groups and name != DEFAULT_GROUP:
             raise fault(("groups", name), "there is no such param group")
         _require_known(("groups", name), now.optimizer, own)
-        groups[name] = _merged(groups.get(name, {}), own)
+        groups[name] = _merged({**_inherited(now, name, own), **groups.get(name, {})}, own)
     return groups
+
+
+def _inherited(now: RunSpec, group: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The documents that are asked for in part, as a param group has them of the run.
+
+    A `base` is not among them: a group names what differs of it, and the rest goes on being the run's.
+    """
+    here = now.hyperparameters(group).model_dump(mode="json", exclude={"base"})
+    return {name: here[name] for name in asked if isinstance(here.get(name), Mapping)}
 
 
 def _of_new_policy(now: AggregationSpec, asked: Mapping[str, Any]) -> Mapping[str, Any]:
