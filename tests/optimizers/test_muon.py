@@ -121,6 +121,20 @@ def test_the_iterations_bring_singular_values_near_one() -> None:
     assert torch.equal(polar(torch.zeros(3, 4), BaseMuon()), torch.zeros(3, 4))
 
 
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize(
+    "base", [{"algorithm": "muon"}, {"algorithm": "muon", "adjust_lr_fn": "match_rms_adamw"}, {"algorithm": "normuon"}]
+)
+def test_a_matrix_without_elements_has_no_step(base: dict[str, Any], shape: tuple[int, int]) -> None:
+    spec, weight = {"algorithm": "schedule_free_wrapper", "base": base}, torch.eye(3, 4)
+    flat = Flat(spec, {}, {"empty": torch.ones(shape), "w": weight, "none": torch.ones(shape)})
+    alone = Flat(spec, {}, {"w": weight})
+    for each in (flat, alone):
+        each.step({"empty": torch.ones(shape), "w": torch.ones(3, 4), "none": torch.ones(shape)})
+    assert torch.equal(flat.point("y")["w"], alone.point("y")["w"])
+    assert not torch.equal(flat.point("y")["w"], weight)
+
+
 def spec(base: dict[str, Any], *, shape: list[int], second: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "optimizer": {"algorithm": "schedule_free_wrapper", "base": base},

@@ -116,6 +116,9 @@ def _directions(
         begin = segment.begin
         for shape in segment.shapes:
             part = slice(begin, begin := begin + prod(shape))
+            if part.start == part.stop:
+                # A matrix without elements has no direction.
+                continue
             g = gradient.part(part).evaluated(directions.dtype)
             # The vectors after y and z.
             base_state = [vector[part].view(shape) for vector in state[2:]]
