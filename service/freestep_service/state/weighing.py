@@ -15,19 +15,18 @@ from freestep_service.state.log import Entry
 __all__ = ["LARGEST_NORM", "weighed"]
 
 LARGEST_NORM = 2.0**63
-"""A moving average of squares that has once overflowed fp32 stays infinite; with max_grad_norm it cannot."""
+"""Of what a step takes: a moving average of squares that has once overflowed fp32 stays infinite."""
 
 
 def weighed(spec: RunSpec, entry: Entry) -> Entry:
     """A push with what its norm, its staleness and its samples leave of it, under the spec in force at its place."""
     assert entry.norm is not None
     limit, norm, aggregation = spec.optimizer.max_grad_norm, entry.norm, spec.aggregation
+    # A push that is longer was let in while there was a limit, or under one that is larger.
+    scale = 1.0 if norm <= LARGEST_NORM else LARGEST_NORM / norm
     if limit is not None:
         # As torch.nn.utils.clip_grad_norm_.
-        scale = min(1.0, limit / (norm + 1e-6))
-    else:
-        # A push whose norm is larger was let in while there was a limit.
-        scale = 1.0 if norm <= LARGEST_NORM else LARGEST_NORM / norm
+        scale = min(scale, limit / (norm + 1e-6))
     bound = entry.bound
     return replace(
         entry,
