@@ -191,6 +191,18 @@ def test_a_bound_on_the_learning_rate_acts_like_a_damping(form: str) -> None:
     assert not torch.equal(bounded.buffers["y"], plain.buffers["y"])
 
 
+def test_a_bound_on_the_learning_rate_bounds_the_steps_of_rprop() -> None:
+    weights = initial_weights()
+    flat = Flat({**FORMS["schedule_free_wrapper-rprop"], "weight_decay_at_y": 0.0}, {}, weights)
+    sizes = []
+    for gradients in random_gradients(4):
+        before = flat.buffers["z"].clone()
+        flat.step(gradients, max_lr=1e-4)
+        sizes.append(float((flat.buffers["z"] - before).abs().max()))
+    assert max(sizes) == pytest.approx(1e-4, rel=1e-2)
+    assert flat.buffers["step_size"].max() > 1e-3
+
+
 def test_scale_multiplies_the_gradient() -> None:
     spec = {"algorithm": "sgd_schedule_free", "lr": 0.1}
     plain, scaled = (Flat(spec, {}, initial_weights()) for _ in range(2))

@@ -112,8 +112,14 @@ def _adagrad(g: Tensor, z: Tensor, total: Tensor, s: _Adagrad) -> tuple[Tensor, 
     return s.lr * (g / (torch.sqrt(total) + s.eps)), total
 
 
+_LARGEST_STEP = 1e12
+"""Of the hyperparameters: a bound that no step of Rprop's reaches."""
+
+
 class _Rprop(NamedTuple):
     damping: float
+    most: float
+    """The bound on the learning rate, and so on the steps."""
     added: float
     """The initial step size in the first step; then 0."""
     shrink: float
@@ -124,7 +130,8 @@ class _Rprop(NamedTuple):
 
 
 def _advance_rprop(h: specs.BaseRprop, lr: float, scalars: Scalars, conditions: Conditions) -> tuple[Scalars, _Rprop]:
-    return {}, _Rprop(conditions.damping, 0.0 if scalars["k"] else lr, *h.etas, *h.step_sizes)
+    most = min(conditions.max_lr, _LARGEST_STEP)
+    return {}, _Rprop(conditions.damping, most, 0.0 if scalars["k"] else lr, *h.etas, *h.step_sizes)
 
 
 def _rprop(g: Tensor, z: Tensor, previous: Tensor, size: Tensor, s: _Rprop) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +142,7 @@ def _rprop(g: Tensor, z: Tensor, previous: Tensor, size: Tensor, s: _Rprop) -> t
     size = torch.clamp(size, s.smallest, s.largest)
     # Where the sign has changed, the point stays, and so does the size in the next step.
     g = torch.where(agreement < s.zero, s.zero * g, g)
-    return s.damping * (torch.sign(g) * size), g, size
+    return torch.sign(g) * torch.clamp(s.damping * size, s.zero, s.most), g, size
 
 
 SGD = Base((), _advance_sgd, _sgd)
