@@ -103,6 +103,14 @@ DOCUMENTS: dict[str, Callable[[Parts], object]] = {
     "k-beyond-doubles": _scalar("k", 10**400),
     "weight-sum-negative": _scalar("weight_sum", -1.0),
     "lr-max-overflows": _scalar("lr_max", 1e300),
+    # These overflow in steps to come.
+    "lr-max-large": _scalar("lr_max", 1e150),
+    "weight-sum-large": _scalar("weight_sum", 1e305),
+    "k-beyond-json": _scalar("k", 2**53),
+    # These make no sense of a stale gradient.
+    "c-negative": _scalar("c", -1.0),
+    "c-above-1": _scalar("c", 1.5),
+    "staleness-negative": _scalar("staleness", -0.5),
     "beta-0": _scalar("beta", 0.0),
     "beta-tiny": _scalar("beta", 1e-300),
     "beta-above-1": _scalar("beta", 1.5),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from freestep.api.validation import LARGEST_INTEGER
 from freestep_service.optimizers.method import NOMINAL, Method, Scalars, map_numbers
 
 __all__ = ["NEVER_NEGATIVE", "fault_of"]
@@ -15,6 +17,23 @@ _LARGEST = float(np.finfo(np.float32).max)
 """Of coefficients, which are rounded to fp32."""
 _LEAST_BETA = 1e-6
 """As of the hyperparameters: x = y + (1 - 1/β)(z - y)."""
+_LARGEST_RATE = 1e12
+"""Of hyperparameters, and so of step sizes."""
+_LARGEST_SUM = 1e300
+"""More than all steps of such rates add up to, and so little that no more of them overflow."""
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "k": (0, LARGEST_INTEGER),
+    "weight_sum": (0, _LARGEST_SUM),
+    "lr_max": (-1, _LARGEST_RATE),
+    "c": (0, 1),
+    "staleness": (0, _LARGEST_RATE),
+    "mu_product": (0, 1),
+    "grad_l1_ema": (0, _LARGEST_SUM),
+    "lr": (0, _LARGEST_RATE),
+    "num_bad_epochs": (0, LARGEST_INTEGER),
+    "cooldown_counter": (0, LARGEST_INTEGER),
+}
+"""What steps can bring about. Others may do for the next step, and not for a later one, or for a stale gradient."""
 
 NEVER_NEGATIVE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "step_size"})
 """The state vectors of which roots are taken, or which are sizes."""
@@ -27,8 +46,11 @@ def fault_of(method: Method, hyperparameters: Any, scalars: Scalars) -> str | No
         return f"{name} is missing"
     for name in sorted(scalars.keys() - known):
         return f"{name} is none of {', '.join(sorted(known))}"
-    if not isinstance(scalars["k"], int) or min(scalars["k"], scalars.get("weight_sum", 0)) < 0:
-        return "k must be an integer from 0, and weight_sum a number from 0"
+    if not isinstance(scalars["k"], int):
+        return "k must be an integer"
+    for name, (least, most) in _RANGES.items():
+        if not least <= scalars.get(name, least) <= most:
+            return f"{name} must be from {least:g} to {most:g}"
     numbers: list[float] = []
     try:
         next_scalars, coefficients = method.advance(hyperparameters, scalars, NOMINAL)
