@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,8 +102,12 @@ class LocalRound:
         """The round's state for `state_dict`, with these tensors as the current parameters."""
         now = Flat(self.start.manifest)
         now.gather(tensors)
+        if self.interrupted is None:
+            self.pause_clock()
+            self.resume_clock()
         return {
             "steps": self.steps,
+            "seconds": self._seconds,
             "samples": self._samples,
             "losses": [float(each) for each in self._losses],
             "taken_at": (self.taken_at.epoch, self.taken_at.step),
@@ -120,4 +125,6 @@ class LocalRound:
             tensor.add_(progress.views[name].to(tensor.device))
         self.taken_at, self.steps = taken_at, state["steps"]
         self._samples, self._losses = state["samples"], list(state["losses"])
+        # States of older versions do not say it: the round then has no speed.
+        self._seconds = state.get("seconds", -math.inf)
         return True

@@ -237,3 +237,36 @@ def test_slower_workers_take_fewer_steps(locally: Callable[..., LocalSteps], run
     for _ in range(2):
         lengths = {name: play_a_round(name) for name in ("half", "third", "snail")}
     assert lengths == {"half": 12, "third": 8, "snail": 1}
+
+
+@pytest.mark.parametrize("at_x", [False, True])
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_resumed_round_is_as_fast_as_its_steps_were(
+    locally: Callable[..., LocalSteps], run: Run, is_told: bool, at_x: bool
+) -> None:
+    """Else others would take it for many times as fast as they are, and shorten their rounds. is_told: whether the
+    state says how long its steps have taken, as those of older versions do not."""
+    clock, model = Clock(), Counting()
+    optimizer = locally(model, model.sgd, every=4, dynamic=True, worker="w", clock=clock, **WHOLE)
+    for _ in range(3):
+        clock.now += 2.0
+        model.step(optimizer)
+    if at_x:
+        optimizer.eval()
+        clock.now += 100.0
+    state = optimizer.state_dict()
+    if not is_told:
+        del state["round"]["seconds"]
+    optimizer.close()
+    clock.now += 1000.0
+    again = Counting()
+    resumed = locally(again, again.sgd, every=4, dynamic=True, worker="w", clock=clock, **WHOLE)
+    resumed.load_state_dict(state)
+    for expected in (0.5 if is_told else None, 0.5):
+        while True:
+            clock.now += 2.0
+            again.step(resumed)
+            if resumed.steps == 0:
+                break
+        (worker,) = run.workers()
+        assert worker.speed == expected
