@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,7 @@ MEMBERS = st.fixed_dictionaries(
         "mode": st.sampled_from(["min", "max"]),
         "factor": st.sampled_from([0.0, 0.1, 0.5]),
         "patience": st.integers(0, 4),
-        "threshold": st.sampled_from([0.0, 1e-4, 0.1, 2.0]),
+        "threshold": st.sampled_from([0.0, 1e-4, 0.1, 1.0, 2.0]),
         "threshold_mode": st.sampled_from(["rel", "abs"]),
         "cooldown": st.integers(0, 3),
         "min_lr": st.sampled_from([0.0, 0.001, 0.2]),
@@ -92,8 +93,11 @@ def test_a_plateau_equals_torchs(members: dict[str, Any], values: list[float]) -
         assert observe(h, scalars, "accuracy", value) is scalars
         theirs.step(value)
         assert remaining(h, scalars) == peer.param_groups[0]["lr"]
-        assert (scalars["best"], scalars["num_bad_epochs"]) == (theirs.best, theirs.num_bad_epochs)
+        none_yet = math.inf if members["mode"] == "min" else -math.inf
+        assert (scalars.get("best", none_yet), scalars["num_bad_epochs"]) == (theirs.best, theirs.num_bad_epochs)
         assert scalars["cooldown_counter"] == theirs.cooldown_counter
+        # A state has no others.
+        assert all(map(math.isfinite, scalars.values()))
 
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adamw", "gpa_adamw"])

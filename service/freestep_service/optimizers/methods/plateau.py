@@ -1,7 +1,7 @@
 """Learning rates that fall when a metric stops improving, as `torch.optim.lr_scheduler.ReduceLROnPlateau` has them.
 
 A param group's scalars are named as that class's attributes: `lr`, the reduced learning rate, `best`, `num_bad_epochs`
-and `cooldown_counter`. They are missing until the first report.
+and `cooldown_counter`. They are missing until the first report, and `best` as long as no value has been better.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def observe(h: Any, scalars: Scalars, name: str, value: float) -> Scalars:
         reduced = max(lr * schedule.factor, schedule.min_lr)
         lr = reduced if lr - reduced > _MIN_CHANGE else lr
         cooldown, bad = schedule.cooldown, 0
-    return {**scalars, "lr": lr, "best": best, "num_bad_epochs": bad, "cooldown_counter": cooldown}
+    after = {**scalars, "lr": lr, "best": best, "num_bad_epochs": bad, "cooldown_counter": cooldown}
+    if not math.isfinite(best):
+        # As torch's with a relative threshold from 1 on, by which nothing is better; states have finite numbers only.
+        del after["best"]
+    return after
 
 
 def retune(before: Any, after: Any, scalars: Scalars) -> Scalars:
