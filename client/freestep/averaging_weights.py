@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from freestep.api.hyperparameters import RAdamScheduleFree, ScheduleFree, ScheduleFreeWrapper
 from freestep.api.schedule_free import AdamWScheduleFree, SGDScheduleFree
 
 __all__ = ["AveragingWeights"]
+
+_CHUNK = 1024 * 1024
+"""Steps whose weights are summed up at a time."""
 
 
 class AveragingWeights:
@@ -30,11 +35,10 @@ class AveragingWeights:
         while self._steps < steps:
             k = self._steps
             self._lr_max = max(_learning_rate(h, k), self._lr_max)
-            weight = (k + 1) ** h.r * self._lr_max**h.weight_lr_power
-            # All further weights are the same, and a run that is joined may have millions of them.
-            count = steps - k if h.r == 0 and _is_constant_from(h, k) else 1
-            self._weight_sum += count * weight
-            self._steps += count
+            # A run that is joined may have taken millions of steps at one rate.
+            last = steps if _is_constant_from(h, k) else k + 1
+            self._weight_sum += self._lr_max**h.weight_lr_power * _sum_of_powers(k + 1, last, h.r)
+            self._steps = last
         return self._lr_max, self._weight_sum
 
 
@@ -48,7 +52,23 @@ def _learning_rate(h: ScheduleFree, k: int) -> float:
 
 
 def _is_constant_from(h: ScheduleFree, k: int) -> bool:
-    return not isinstance(h, RAdamScheduleFree) and k + 1 >= h.warmup_steps  # type: ignore[attr-defined]
+    if isinstance(h, RAdamScheduleFree):
+        # It rises to 1, which it comes to in doubles.
+        return _rectification(h, k + 1) == 1
+    return k + 1 >= h.warmup_steps  # type: ignore[attr-defined, no-any-return]
+
+
+def _sum_of_powers(first: int, last: int, r: float) -> float:
+    """The sum of i^r for all integers i from `first` to `last`."""
+    if r == 0:
+        return last - first + 1
+    if first == last:
+        return float(first**r)
+    total = 0.0
+    for begin in range(first, last + 1, _CHUNK):
+        end = min(begin + _CHUNK, last + 1)
+        total += float(torch.arange(begin, end, dtype=torch.float64, device="cpu").pow_(r).sum())
+    return total
 
 
 def _rectification(h: RAdamScheduleFree, t: int) -> float:
