@@ -24,8 +24,12 @@ CASES: dict[str, ScheduleFree] = {
 @pytest.mark.parametrize("case", CASES)
 def test_sums_are_the_packages_at_any_step(case: str) -> None:
     h = CASES[case]
-    kind = {SGDScheduleFree: "SGDScheduleFree", AdamWScheduleFree: "AdamWScheduleFree"}.get(type(h), "RAdamScheduleFree")
-    given = h.model_dump(exclude={"algorithm", "decay_at_z", "inner_momentum", "averaging_constant", "delay_correction"})
+    kind = {SGDScheduleFree: "SGDScheduleFree", AdamWScheduleFree: "AdamWScheduleFree"}.get(
+        type(h), "RAdamScheduleFree"
+    )
+    given = h.model_dump(
+        exclude={"algorithm", "decay_at_z", "inner_momentum", "averaging_constant", "delay_correction"}
+    )
     del given["max_grad_norm"]
     parameter = torch.nn.Parameter(torch.zeros(1))
     package = getattr(schedulefree, kind)([parameter], **given)

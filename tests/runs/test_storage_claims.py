@@ -38,6 +38,7 @@ class Scene:
         self._kind = kind
         self._folder = folder
         self.objects = open_storage(f"memory://{uuid.uuid4()}")
+        self.lock = folder / "lock"
         self.lost: list[StorageInUse] = []
         self.meanwhile: Callable[[], None] = lambda: None
 
@@ -194,6 +195,53 @@ def test_who_was_away_while_another_took_the_place_has_lost_it(scene: Scene, cap
 
     asyncio.run(work())
     assert caplog.text.count("nothing is written there any more") == 1
+
+
+@pytest.mark.parametrize("scene", ["directory"], indirect=True)
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_lock_whose_file_was_removed_is_taken_again(scene: Scene, is_fast: bool) -> None:
+    """As by somebody who takes it for one that a killed service has left. is_fast: whether a service with another Redis
+    starts before that is seen."""
+
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            one, two = await scene.service(stack, 0), await scene.service(stack, 0)
+            scene.lock.unlink()
+            if is_fast:
+                other = await scene.service(stack, 1)
+            scene.now += 6
+            for each in (one, two):
+                await each.beat()
+            if is_fast:
+                assert len(scene.lost) == 2
+                for each in (one, two):
+                    with pytest.raises(StorageUnavailable, match="with another Redis"):
+                        each.require()
+                other.require()
+            else:
+                assert scene.lost == []
+                one.require()
+                with pytest.raises(StorageInUse):
+                    async with AsyncExitStack() as refused:
+                        await scene.service(refused, 1)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("scene", ["directory"], indirect=True)
+def test_a_directory_that_is_away_is_claimed_when_it_is_back(scene: Scene) -> None:
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            one = await scene.service(stack, 0)
+            elsewhere = scene.lock.parent.rename(scene.lock.parent.with_name("elsewhere"))
+            scene.now += 6
+            await one.beat()
+            scene.lock.parent.mkdir()
+            await one.beat()
+            one.require()
+            assert scene.lock.read_text() == (elsewhere / "lock").read_text() == identities(scene)[0]
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize("scene", ["objects"], indirect=True)

@@ -14,6 +14,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 from freestep.errors import StorageUnavailable
@@ -80,6 +81,9 @@ class DirectoryClaim(Claim):
     """A lock on the file `lock` of a directory, which contains the identity of the Redis.
 
     Services of one Redis share the lock; who has it alone may write another identity. Raises OSError when it is made.
+
+    A file that is removed, or moved away with its directory, keeps nobody from the place: a claim that is renewed finds
+    that, and takes the lock of the file that is there then.
     """
 
     patience_s = 5.0
@@ -87,9 +91,8 @@ class DirectoryClaim(Claim):
 
     def __init__(self, directory: Path) -> None:
         self.place = f"the directory {directory}"
-        # A link would have a file made, or locked, elsewhere.
-        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        self._file = open(descriptor, "r+b", buffering=0)
+        self._path = directory / "lock"
+        self._file = self._open()
 
     @property
     def identity(self) -> str:
@@ -132,15 +135,35 @@ class DirectoryClaim(Claim):
         raise StorageInUse(self.place)
 
     def renew(self, identity: str, former: str) -> dict[str, bytes]:
+        self._follow()
         found = self.identity
         if found not in (identity, former, _UNWRITTEN):
             raise StorageInUse(self.place)
+        if not self._locked(fcntl.LOCK_SH):
+            return {"lock": b""}
         if found != identity:
             self.write(identity)
         return {}
 
     def release(self) -> None:
         self._file.close()
+
+    def _open(self) -> FileIO:
+        # A link would have a file made, or locked, elsewhere.
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        return open(descriptor, "r+b", buffering=0)
+
+    def _follow(self) -> None:
+        """Goes on with the file that is there, where it is another. Raises StorageUnavailable."""
+        try:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(self._path.lstat(), os.fstat(self._file.fileno())):
+                    return
+            found = self._open()
+        except OSError as error:
+            raise StorageUnavailable(f"{self.place} cannot be claimed: {error.strerror}") from error
+        self._file.close()
+        self._file = found
 
     def _locked(self, kind: int) -> bool:
         try:
