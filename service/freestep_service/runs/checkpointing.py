@@ -120,7 +120,7 @@ class Checkpointing:
             self._note(identity)
             self._not_before = 0.0
             seconds = time.monotonic() - began
-            self._context.telemetry.checkpointed(identity.step, seconds)
+            self._context.telemetry.checkpointed(seconds)
             logger.info(
                 "run %s: a checkpoint of step %d was written in %.3g s",
                 *(self._context.name, identity.step, seconds),

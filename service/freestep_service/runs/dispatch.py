@@ -23,7 +23,6 @@ class Dispatch:
     ) -> None:
         self._coordinator = context.coordinator
         self._receipts = context.receipts
-        self._telemetry = context.telemetry
         self._events = context.events
         self._background = context.background
         self._recovery = recovery
@@ -84,8 +83,6 @@ class Dispatch:
 
     def on_entry(self, entry: dict[str, Any]) -> None:
         """Takes an entry of the log, as Redis has it."""
-        if (measured := entry.get("measured")) and self._shards.has_first:
-            self._telemetry.measured(measured["name"], float(measured["value"]))
         if len(self._shards) and entry["epoch"] == self._shards.epoch:
             self._receipts.take(entry)
         for shard in self._shards:

@@ -157,5 +157,4 @@ class Leases:
         if ended.seq and not self._shards.is_sharded:
             writer = lowest.core.writer
             members = {"epoch": ended.epoch, "seq": ended.seq, "step": ended.step, "advance": True}
-            applied = writer.submit(Entry(ended.seq, ended.epoch, advance=True, members=members))
-            applied.add_done_callback(lambda _: self._telemetry.at(writer.epoch, writer.applied_step))
+            writer.submit(Entry(ended.seq, ended.epoch, advance=True, members=members))

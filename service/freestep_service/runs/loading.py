@@ -171,7 +171,6 @@ class Loading:
             self._checkpointing.went_back_to(None if upload else checkpoint)
         self._stored.newest_epoch = max(self._stored.newest_epoch, epoch)
         step = self._shards.lowest.core.writer.applied_step if self._shards.lowest else view.number("step")
-        self._context.telemetry.at(epoch, step)
         if has_taken:
             # By what was changed of it, the run may take more memory than its spec says.
             await self._memory.count()
@@ -237,8 +236,6 @@ class Loading:
             await self._context.history.begin()
             self._context.events.begin(epoch, seq, step)
         writer.resume(epoch, seq, step)
-        if core.index == 0:
-            self._context.telemetry.restored(await writer.run(core.shard.reported))
         if not initialized:
             # Entries wait until the weights are there.
             writer.pause()

@@ -168,7 +168,6 @@ class LocalShard:
             self._telemetry.pushed(record, claim.loss, seconds)
             if logger.isEnabledFor(logging.DEBUG):
                 self._log_push(record, claim, seconds)
-        self._telemetry.at(self.core.writer.epoch, self.core.writer.applied_step)
 
     def _log_push(self, record: Record, claim: Claim, seconds: float) -> None:
         decision = f"{record.decision} ({record.reason})" if record.reason else record.decision

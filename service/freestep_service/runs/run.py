@@ -169,10 +169,18 @@ class Run:
     def here(self) -> RunHere:
         """How it stands in this process, for /metrics."""
         journals = [shard.core.journal for shard in self._shards if shard.core.journal is not None]
+        writers = [shard.core.writer for shard in self._shards if shard.core.loaded is not None]
+        has_first = self._shards.has_first
+        reported = self._shards[0].core.shard.reported() if has_first else {}
         return RunHere(
             self.name,
             has_problem=self.problem is not None,
             shards=len(self._shards),
+            step=max((writer.applied_step for writer in writers), default=None),
+            epoch=max((writer.epoch for writer in writers), default=None),
+            loss=self._context.telemetry.loss if has_first else None,
+            metrics={name: steps[max(steps)] for name, steps in reported.items()},
+            checkpoint_step=self._checkpointing.step if has_first else None,
             event_readers=self._context.events.readers,
             journal_bytes=sum(each.size for each in journals) if journals else None,
             journal_lag_bytes=sum(each.lag for each in journals) if journals else None,

@@ -1,8 +1,12 @@
-"""What /metrics has of how runs stand at the moment: asked for when it is exposed, so that it costs nothing before."""
+"""What /metrics has of how runs stand at the moment: asked for when it is exposed, so that it costs nothing before.
+
+The law of this file: a gauge is made of what is here at that moment. Of a run whose shards are elsewhere by now
+nothing is told that was so once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
@@ -15,12 +19,18 @@ __all__ = ["RunGauges", "RunHere"]
 class RunHere(NamedTuple):
     """How a run stands in this process, or what cannot be opened of it.
 
-    journal_bytes, journal_lag_bytes: None where there is no journal here.
+    step, epoch: None where no shard is here that has its state. loss, metrics, checkpoint_step: None, and empty, where
+    the first shard is not. journal_bytes, journal_lag_bytes: None where there is no journal here.
     """
 
     run: str
     has_problem: bool
     shards: int = 0
+    step: int | None = None
+    epoch: int | None = None
+    loss: float | None = None
+    metrics: Mapping[str, float] = {}
+    checkpoint_step: int | None = None
     event_readers: int = 0
     journal_bytes: int | None = None
     journal_lag_bytes: int | None = None
@@ -29,6 +39,10 @@ class RunHere(NamedTuple):
 _GAUGES: Sequence[tuple[str, str, Callable[[RunHere], float | None]]] = (
     ("freestep_run_problem", "1 where something is wrong with a run, as /readyz says it.", lambda run: run.has_problem),
     ("freestep_shards", "Shards of a run that this process owns.", lambda run: run.shards),
+    ("freestep_step", "The newest step.", lambda run: run.step),
+    ("freestep_epoch", "The epoch.", lambda run: run.epoch),
+    ("freestep_loss", "Moving average of reported losses.", lambda run: run.loss),
+    ("freestep_checkpoint_step", "Step of the newest checkpoint.", lambda run: run.checkpoint_step),
     ("freestep_event_readers", "Connections that read a run's events.", lambda run: run.event_readers),
     ("freestep_journal_bytes", "Bytes of the journals of a run's shards here.", lambda run: run.journal_bytes),
     (
@@ -61,3 +75,8 @@ class RunGauges(Collector):
                 if (value := value_of(run)) is not None:
                     family.add_metric([run.run], value)
             yield family
+        measured = GaugeMetricFamily("freestep_metric", "Metrics that evaluators report.", labels=["run", "name"])
+        for run in seen:
+            for name, value in run.metrics.items():
+                measured.add_metric([run.run, name], value)
+        yield measured

@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollecto
 
 from freestep_service.domain.data_progress import UnitCounts
 from freestep_service.domain.records import Record
-from freestep_service.domain.reports import Reported
 from freestep_service.domain.run_view import RunView
 from freestep_service.domain.tally import DECISIONS, NOTHING_COUNTED, Tally
 from freestep_service.runs.histograms import SECONDS, Histogram
@@ -88,19 +87,12 @@ class Metrics:
         self.shared = Gauge(
             "freestep_shared_memory_bytes", "Memory that workers on this machine have mapped too.", registry=registry
         )
-        self.step = Gauge("freestep_step", "The newest step.", ["run"], registry=registry)
-        self.epoch = Gauge("freestep_epoch", "The epoch.", ["run"], registry=registry)
         self.workers = Gauge("freestep_workers", "Live workers.", ["run"], registry=registry)
-        self.loss = Gauge("freestep_loss", "Moving average of reported losses.", ["run"], registry=registry)
-        self.measured = Gauge("freestep_metric", "Metrics that evaluators report.", ["run", "name"], registry=registry)
         self.units = Gauge(
             "freestep_units",
             "Units of data sets over all passes, by state: open, out with workers, done.",
             ["run", "name", "state"],
             registry=registry,
-        )
-        self.checkpoint_step = Gauge(
-            "freestep_checkpoint_step", "Step of the newest checkpoint.", ["run"], registry=registry
         )
         self.checkpoint_failures = Counter(
             "freestep_checkpoint_failures", "Checkpoints that could not be written.", ["run"], registry=registry
@@ -146,11 +138,7 @@ class Metrics:
             self.replays,
             self.received,
             self.sent,
-            self.step,
-            self.epoch,
             self.workers,
-            self.loss,
-            self.checkpoint_step,
             self.checkpoint_failures,
         ):
             with suppress(KeyError):
@@ -168,11 +156,9 @@ class RunMetrics:
         self._metrics = metrics
         self._run = run
         self._forgotten = False
-        self._names: set[str] = set()
         self._counted: set[tuple[str, str]] = set()
         """The data sets and states whose units are shown."""
         # Found once: a push has to do with most of them.
-        self._epoch, self._step = metrics.epoch.labels(run), metrics.step.labels(run)
         self._received, self._sent = metrics.received.labels(run), metrics.sent.labels(run)
         self._pushes = {decision: metrics.pushes.labels(run, decision) for decision in DECISIONS}
         self._push_seconds, self._staleness = metrics.push_seconds.labels(run), metrics.staleness.labels(run)
@@ -181,10 +167,6 @@ class RunMetrics:
         # Made before they count, since Prometheus sees no rise in a series that begins at 1.
         self._replays, self._failures = metrics.replays.labels(run), metrics.checkpoint_failures.labels(run)
         self._leases = {change: metrics.leases.labels(run, change) for change in _CHANGES}
-
-    def at(self, epoch: int, step: int) -> None:
-        self._epoch.set(epoch)
-        self._step.set(step)
 
     def received(self, size: int) -> None:
         self._received.inc(size)
@@ -199,7 +181,6 @@ class RunMetrics:
             self.staleness = _smooth(self.staleness, record.staleness)
             if loss is not None:
                 self.loss = _smooth(self.loss, loss)
-                self._metrics.loss.labels(self._run).set(self.loss)
 
     def passed(self, phases: Phases) -> None:
         """A shard's part of a push has come to the end of its way."""
@@ -227,26 +208,12 @@ class RunMetrics:
     def resumed(self, tally: Tally) -> None:
         """The run goes on with the averages of a checkpoint."""
         self.loss, self.staleness = tally.loss, tally.staleness
-        if self.loss is not None:
-            self._metrics.loss.labels(self._run).set(self.loss)
 
     def replayed(self) -> None:
         self._replays.inc()
 
     def sent(self, size: int) -> None:
         self._sent.inc(size)
-
-    def measured(self, name: str, value: float) -> None:
-        self._names.add(name)
-        self._metrics.measured.labels(self._run, name).set(value)
-
-    def restored(self, reported: Reported) -> None:
-        """The run goes on with what had been reported at some place in its log."""
-        for name in self._names:
-            self._metrics.measured.remove(self._run, name)
-        self._names.clear()
-        for name, steps in reported.items():
-            self.measured(name, steps[max(steps)])
 
     def counted(self, sets: Iterable[UnitCounts]) -> None:
         """Shows these data sets and no others."""
@@ -273,15 +240,13 @@ class RunMetrics:
     def forget(self) -> None:
         """Ends the run's series, so that a deleted run is no longer exposed."""
         self._forgotten = True
-        self.restored({})
         self.counted([])
         self._metrics.forget(self._run)
 
     def checkpoint_failed(self) -> None:
         self._failures.inc()
 
-    def checkpointed(self, step: int, seconds: float) -> None:
-        self._metrics.checkpoint_step.labels(self._run).set(step)
+    def checkpointed(self, seconds: float) -> None:
         self._metrics.checkpoint_seconds.labels(self._run).observe(seconds)
 
 
