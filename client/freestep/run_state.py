@@ -30,7 +30,8 @@ class RunState:
     in the state; `epoch`, the epoch that it was read in; `buffers`, by name of a state vector (`y`, `z`, `exp_avg_sq`,
     ...) the tensors by name, fp32 in host memory; `scalars`, by param group the optimizer's scalars (`k`, `weight_sum`,
     `lr_max`, ...); `expected_staleness`, in steps; `metrics`, what evaluators have reported, by metric and step;
-    `control`, what was changed of `spec` while the run trained; `data`, how much of each data set has counted.
+    `control`, what was changed of `spec` while the run trained, and is in force in its place, also where `spec` is
+    replaced; `data`, how much of each data set has counted.
 
     Example:
         >>> state = run.export_state()
