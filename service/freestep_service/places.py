@@ -65,7 +65,7 @@ def redis_url_of(settings: Settings, stack: AsyncExitStack) -> tuple[str, Direct
             )
             raise CannotStart(message)
         return stack.enter_context(embedded_store(settings.data_dir)), directory
-    except (OSError, ValkeyServerError) as error:
+    except (OSError, StorageUnavailable, ValkeyServerError) as error:
         if not _is_unwritable(settings.data_dir):
             raise CannotStart(
                 f"the data directory {settings.data_dir} cannot be used, name another with data_dir: {error}"
@@ -93,8 +93,9 @@ def claims_on(
         claims.append(directory)
     elif directory is not None:
         # An embedded store is new after each start, and is known by its directory.
-        identity = directory.identity or new_identity()
+        identity = new_identity()
         with suppress(StorageUnavailable):
+            identity = directory.identity or identity
             directory.write(identity)
     if isinstance(storage, FsspecStorage):
         # Of its own: claims are made where nothing else may be written.

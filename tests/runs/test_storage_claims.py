@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
+import os
 import signal
 import uuid
 from collections.abc import Callable
@@ -242,6 +244,37 @@ def test_a_directory_that_is_away_is_claimed_when_it_is_back(scene: Scene) -> No
             assert scene.lock.read_text() == (elsewhere / "lock").read_text() == identities(scene)[0]
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("scene", ["directory"], indirect=True)
+def test_a_file_system_whose_locks_fail_is_told_of_in_words(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As NFS does without its lock daemon, and for a file that its server knows no more."""
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            one = await scene.service(stack, 0)
+            for call in ("fcntl.flock", "os.pread"):
+                with monkeypatch.context() as failing:
+                    failing.setattr(call, fail)
+                    scene.now += 6
+                    await one.beat()
+                one.require()
+            with monkeypatch.context() as failing:
+                failing.setattr("fcntl.flock", fail)
+                two = await scene.service(stack, 0)
+                with pytest.raises(StorageUnavailable, match="is not claimed yet"):
+                    two.require()
+            await two.beat()
+            two.require()
+
+    asyncio.run(work())
+    assert "cannot be claimed: No locks available" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("scene", ["objects"], indirect=True)

@@ -12,8 +12,8 @@ import math
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -97,7 +97,8 @@ class DirectoryClaim(Claim):
     @property
     def identity(self) -> str:
         """What the file contains."""
-        return os.pread(self._file.fileno(), 64, 0).decode("ascii", "replace")
+        with self._refusing():
+            return os.pread(self._file.fileno(), 64, 0).decode("ascii", "replace")
 
     def take_alone(self) -> bool:
         """Whether this service has the lock now, and nobody else can have it before it is released."""
@@ -105,10 +106,8 @@ class DirectoryClaim(Claim):
 
     def write(self, identity: str) -> None:
         """Writes an identity; they are all of one length."""
-        try:
+        with self._refusing():
             os.pwrite(self._file.fileno(), identity.encode(), 0)
-        except OSError as error:
-            raise StorageUnavailable(f"{self.place} cannot be claimed: {error.strerror}") from error
 
     def is_held(self) -> bool:
         if not self.take_alone():
@@ -155,22 +154,29 @@ class DirectoryClaim(Claim):
 
     def _follow(self) -> None:
         """Goes on with the file that is there, where it is another. Raises StorageUnavailable."""
-        try:
+        with self._refusing():
             with suppress(FileNotFoundError):
                 if os.path.samestat(self._path.lstat(), os.fstat(self._file.fileno())):
                     return
             found = self._open()
-        except OSError as error:
-            raise StorageUnavailable(f"{self.place} cannot be claimed: {error.strerror}") from error
         self._file.close()
         self._file = found
 
     def _locked(self, kind: int) -> bool:
+        with self._refusing():
+            try:
+                fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """A block whose calls of the system may fail, as those on a network's file system do."""
         try:
-            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            yield
+        except OSError as error:
+            raise StorageUnavailable(f"{self.place} cannot be claimed: {error.strerror}") from error
 
 
 class ObjectClaim(Claim):
