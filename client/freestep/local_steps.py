@@ -106,8 +106,8 @@ class LocalSteps(RemoteOptimizer):
                 f"{type(inner).__name__} keeps points beside the parameters, which loading y would not move: use "
                 "another inner optimizer, and a Schedule-Free algorithm for the run"
             )
-        if options.get("aggregation") is None and algorithm in ("diloco", "gpa_sgd"):
-            options["aggregation"] = _SYNC_WITH_OVERLAP if overlap else _SYNC
+        if algorithm in ("diloco", "gpa_sgd"):
+            self._new_aggregation = _SYNC_WITH_OVERLAP if overlap else _SYNC
         self.inner = inner
         self.every = every
         self._overlaps = overlap

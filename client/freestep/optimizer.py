@@ -135,6 +135,9 @@ class RemoteOptimizer(PushingOptimizer):
         FreestepError: No run is named, or the dtypes and encodings do not go together.
     """
 
+    _new_aggregation: Mapping[str, Any] | None = None
+    """The policy that a run is created with where none is given; None for that of all runs."""
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -168,7 +171,7 @@ class RemoteOptimizer(PushingOptimizer):
             "lease_ttl_ms": lease_ttl_ms,
             "durability": durability,
         }
-        asked = RunRequest(algorithm, hyperparameters, options)
+        asked = RunRequest(algorithm, hyperparameters, options, self._new_aggregation)
         self._on_missing = on_missing
         ranks = worker_group(process_group)
         with ranks.raise_on_all():

@@ -23,12 +23,14 @@ class RunRequest:
     """What a worker says of a run.
 
     algorithm: its name, or None. hyperparameters: those that were given. options: other members of the spec (of
-    `aggregation`, also the policy's name or the document), None for those that were not given.
+    `aggregation`, also the policy's name or the document), None for those that were not given. aggregation: that of a
+    new run where none was given.
     """
 
     algorithm: str | None
     hyperparameters: Mapping[str, Any]
     options: Mapping[str, Any]
+    aggregation: Mapping[str, Any] | None = None
 
     def complete(self, run: RunSpec | None) -> tuple[str, dict[str, Any]]:
         """The algorithm, and all of its hyperparameters: as given, else the run's, else the defaults.
@@ -50,7 +52,8 @@ class RunRequest:
         algorithm, completed = self.complete(None)
         own = _own_hyperparameters(groups, completed)
         names = list(own)
-        options = {**self.options, "aggregation": self._aggregation()}
+        given = self._aggregation()
+        options = {**self.options, "aggregation": self.aggregation if given is None else given}
         return validated(
             RunSpec,
             {

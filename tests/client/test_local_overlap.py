@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -86,6 +87,18 @@ def test_momentum_waits_for_all_workers_by_default(
 ) -> None:
     made = locally(network(), algorithm=algorithm, overlap=overlap, aggregation=None).spec.aggregation
     assert (made.policy, made.max_staleness) == (policy, max_staleness)
+
+
+def test_who_names_no_policy_takes_the_runs(
+    locally: Callable[..., LocalSteps], caplog: pytest.LogCaptureFixture
+) -> None:
+    locally(network(), aggregation={"policy": "async", "max_staleness": 7})
+    with caplog.at_level(logging.WARNING, "freestep"):
+        assert locally(network(1), aggregation=None).spec.aggregation.max_staleness == 7
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "freestep"):
+        locally(network(2), aggregation="sync")
+    assert ["aggregation is" in each.getMessage() for each in caplog.records] == [True]
 
 
 def test_overlap_needs_a_policy_that_takes_late_gradients(locally: Callable[..., LocalSteps], run: Run) -> None:
