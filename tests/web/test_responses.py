@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from asgi_calls import Answer, call, scope_of
 from fake_transport import FakeTransport
@@ -307,16 +308,19 @@ def test_a_range_counts_while_the_tag_is_the_one_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "expected"),
+    ("lines", "expected"),
     [
-        ("", False),
-        ('"tag"', True),
-        ('"a", "tag"', True),
-        ('W/"tag"', True),
-        ("*", True),
-        ('"a"', False),
-        ("tag", False),
+        ([], False),
+        ([""], False),
+        (['"tag"'], True),
+        (['"a", "tag"'], True),
+        (['"a"', '"tag"'], True),
+        (['W/"tag"'], True),
+        (["*"], True),
+        (['"a"'], False),
+        (["tag"], False),
     ],
 )
-def test_a_tag_that_is_known(named: str, expected: bool) -> None:
-    assert is_known('"tag"', named) is expected
+def test_a_tag_that_is_known(lines: list[str], expected: bool) -> None:
+    headers = [(b"if-none-match", line.encode()) for line in lines]
+    assert is_known('"tag"', Request({"type": "http", "headers": headers})) is expected
