@@ -260,11 +260,13 @@ class Transport:
         """What a request was answered with. send: sends it once, to a URL as of a Route. path: as it is logged."""
 
         def attempt(url: str) -> T:
+            token = self._credentials.token
             try:
                 return send(url)
             except (Unauthenticated, Forbidden):
-                # Nothing was changed, and the token may have been replaced.
-                if not self._credentials.renew():
+                # Nothing was changed, and the token may have been replaced; another thread may have read it since.
+                self._credentials.renew()
+                if self._credentials.token in (None, token):
                     raise
                 return send(url)
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from freestep.credentials import Credentials, credentials
 from freestep.listeners import is_users_own
 from freestep.transport import Transport
 from harness import AUTHORIZED, TOKEN, ThreadService
+from meanwhile import DEADLINE_S, at_once
 
 ONE, OTHER = make_token("push"), make_token("push")
 STRANGER = 12345
@@ -243,6 +245,24 @@ def test_a_refused_request_is_sent_again_with_another_token(tmp_path: Path, refu
     transport = Transport(http, 0.0, credentials=Credentials(ONE))
     with pytest.raises(refusal):
         transport.request("GET", "/v1/runs")
+    transport.close()
+
+
+def test_requests_that_are_refused_together_are_all_sent_again(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(OTHER)
+    both = threading.Barrier(2)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.headers["Authorization"] == f"Bearer {OTHER}":
+            return httpx.Response(200, json={"runs": []})
+        both.wait(DEADLINE_S)
+        return httpx.Response(401, json=Unauthenticated().to_document(401))
+
+    http = httpx.Client(base_url="http://service.test", transport=httpx.MockTransport(answer))
+    transport = Transport(http, 0.0, credentials=Credentials(ONE, file))
+    answers = at_once(*2 * [lambda: transport.request("GET", "/v1/runs")])
+    assert [each.document for each in answers] == 2 * [{"runs": []}]
     transport.close()
 
 
