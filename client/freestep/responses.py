@@ -18,8 +18,8 @@ from freestep.wire.spans import Span
 
 __all__ = ["Answer", "Destination", "GatewayError", "read"]
 
-_GATEWAY_STATUS = (429, 502, 503, 504)
-"""With these a gateway answers while the service behind it is away or busy."""
+_GATEWAY_STATUS = (408, 429, 502, 503, 504)
+"""With these a gateway answers while the service behind it is away or busy, or where it has waited for a request."""
 
 
 class GatewayError(UnexpectedResponse):

@@ -274,7 +274,7 @@ def test_what_is_not_freestep_is_unexpected(
         client.runs()
 
 
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
 @pytest.mark.parametrize("lines", [{}, {"Retry-After": "0"}])
 def test_a_gateway_whose_service_is_away_is_asked_again(
     answering: Callable[..., str], status: int, lines: dict[str, str]
