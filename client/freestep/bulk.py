@@ -93,8 +93,11 @@ class BulkTransport(httpx.BaseTransport):
         exchange = Exchange(connection.socket, timeouts, partial(self._end, connection))
         try:
             answer = exchange.begin(request)
-        except BaseException:
+        except BaseException as error:
             exchange.close()
+            if isinstance(error, httpx.TransportError):
+                # What has broken this connection, such as a peer that is gone, may have broken others unseen.
+                self._forget(origin)
             raise
         return httpx.Response(
             answer.status,
@@ -134,12 +137,21 @@ class BulkTransport(httpx.BaseTransport):
                 return found
             found.close()
 
+    def _forget(self, origin: _Origin) -> None:
+        """Closes the idle connections to a server."""
+        with self._lock:
+            forgotten = [each for each in self._idle if each.origin == origin]
+            self._idle = [each for each in self._idle if each.origin != origin]
+        for connection in forgotten:
+            connection.close()
+
     def _end(self, connection: _Connection, is_reusable: bool) -> None:
         if not is_reusable:
             connection.close()
             return
-        idle, excess = self._idle, []
+        excess = []
         with self._lock:
+            idle = self._idle
             connection.idle_since = now = time.monotonic()
             idle.append(connection)
             while idle and (
@@ -177,7 +189,12 @@ class _Connection:
         self.idle_since = 0.0
 
     def is_stale(self, oldest: float) -> bool:
-        """True if it has been idle since before `oldest`, or is readable: an idle connection is when it was closed."""
+        """True if it has been idle since before `oldest`, or is readable: an idle connection is when it was closed.
+
+        What is left of a longer answer may have been decrypted already.
+        """
+        if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+            return True
         return self.idle_since < oldest or bool(poll_socket(self.socket, select.POLLIN, 0.0))
 
     def close(self) -> None:

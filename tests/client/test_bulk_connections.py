@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 from freestep import Client, RunNotFound
 from freestep.bulk import BulkTransport
 from harness import ThreadService
-from meanwhile import at_once
+from meanwhile import DEADLINE_S, at_once, under_way, wait_for
 from scripted import ANSWERS, LARGE, Peer, Server, post, poured
 
 # Which connections are kept
@@ -44,6 +45,40 @@ def test_a_connection_with_something_left_on_it_is_not_kept(serve: Callable[...,
     assert poured(http, url, 10) == b"0123456789"
     with http.stream("GET", url):
         pass
+
+
+def test_a_connection_that_is_dead_has_those_beside_it_forgotten(http: httpx.Client) -> None:
+    is_over = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accepted() -> Peer:
+        connection, _ = listener.accept()
+        connection.settimeout(DEADLINE_S)
+        return Peer(connection)
+
+    def talk() -> None:
+        peers = [accepted(), accepted()]
+        for peer in peers:
+            peer.head()
+        for peer in peers:
+            peer.answer("early")
+        # From here on nobody answers on these, as where a router has forgotten them.
+        fresh = accepted()
+        fresh.head()
+        fresh.answer("fresh")
+        wait_for(is_over, "the client has its answer")
+        for peer in [*peers, fresh]:
+            peer.connection.close()
+
+    talking = under_way(talk)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with listener:
+        at_once(*2 * [lambda: http.get(url)])
+        with pytest.raises(httpx.ReadTimeout):
+            http.get(url, timeout=httpx.Timeout(30, read=0.05))
+        assert http.get(url, timeout=httpx.Timeout(30, read=5)).text == "fresh"
+        is_over.set()
+        talking.result()
 
 
 def test_no_more_idle_connections_are_kept_than_asked_for(serve: Callable[..., Server]) -> None:

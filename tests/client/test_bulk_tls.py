@@ -14,7 +14,7 @@ import trustme
 from freestep.bulk import BulkTransport, pour
 from freestep.bulk_exchange import Body
 from meanwhile import DEADLINE_S, wait_for
-from scripted import LARGE, Peer, Server, Sink, assert_, post
+from scripted import ANSWERS, LARGE, Peer, Server, Sink, assert_, post, poured
 
 
 @pytest.fixture
@@ -74,6 +74,27 @@ def test_a_refusal_over_tls_ends_the_body(
     is_heard.set()
     server.wait_for(0)
     assert sum(read) < len(LARGE)
+
+
+def test_what_is_left_of_an_answer_over_tls_is_not_the_next_one(
+    serve: Callable[..., Server], authority: trustme.CA, context: ssl.SSLContext
+) -> None:
+    def longer(peer: Peer) -> None:
+        peer.head()
+        # All of it in one record of TLS, and more than is read at once while a head may come.
+        peer.send("HTTP/1.1 200 OK\r\nContent-Length: 8000\r\n\r\n" + 8000 * "a" + ANSWERS["length"])
+        assert peer.ended()
+
+    def next_one(peer: Peer) -> None:
+        peer.head()
+        peer.answer("next")
+
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    url = serve(longer, next_one, context=context).url
+    with httpx.Client(transport=BulkTransport(verify=trusting), timeout=30) as http:
+        assert poured(http, url, 8000) == 8000 * b"a"
+        assert http.get(url).text == "next"
 
 
 def test_a_server_that_takes_nothing_over_tls_is_waited_for_as_long_as_the_write_timeout(
