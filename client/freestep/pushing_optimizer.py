@@ -162,10 +162,11 @@ class PushingOptimizer(JoinedOptimizer):
             return
         push = InflightPush(taken_at, batch, self._membership.claim(taken_at, batch, by_name(units)), units)
         if overlap:
+            # Where it cannot be started, as while nobody says where the shards are, it is sent by who waits for it.
+            self._progress.inflight = push
             push.start(
                 self._run.begin_exchange(self._gradients.body, push.claim, self._receive_buffer, wait=self._waits)
             )
-            self._progress.inflight = push
             return
         try:
             self._finish_push(push)

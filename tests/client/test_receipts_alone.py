@@ -14,7 +14,16 @@ from torch import nn
 
 from every_encoder import MAKERS
 from fake_service import FakeService
-from freestep import Client, Flat, LocalSteps, RemoteOptimizer, Run, StepNotReached, UnexpectedResponse
+from freestep import (
+    Client,
+    CoordinatorUnavailable,
+    Flat,
+    LocalSteps,
+    RemoteOptimizer,
+    Run,
+    StepNotReached,
+    UnexpectedResponse,
+)
 from freestep.worker_group import Batch, WorkerGroup
 from meanwhile import at_once
 
@@ -155,6 +164,43 @@ def test_headers_that_are_no_receipt_are_unexpected(name: str, value: str) -> No
         run, gradient = exchanging(client, service)
         with run.lease("me") as lease, pytest.raises(UnexpectedResponse, match="not freestep's"):
             run.exchange(gradient, lease.claim(0), Flat(service.manifest))
+
+
+# Pushes that cannot be started
+
+
+@pytest.mark.parametrize("in_rounds", [False, True])
+def test_a_push_is_in_flight_while_nobody_says_where_the_shards_are(
+    monkeypatch: pytest.MonkeyPatch, in_rounds: bool
+) -> None:
+    service = FakeService({**SPEC, "parameters": [{"name": "w", "shape": [40]}]}, 2)
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(40))
+
+    def away(request: httpx.Request) -> httpx.Response:
+        raise CoordinatorUnavailable("Redis is loading")
+
+    def step() -> None:
+        model.w.grad = torch.ones(40)
+        optimizer.step(**{} if in_rounds else {"overlap": True})
+
+    with service.client() as client:
+        given: dict[str, Any] = {"client": client, "run": "run", "algorithm": "sgd", "aggregation": "async"}
+        optimizer = (
+            LocalSteps(model, torch.optim.SGD(model.parameters(), lr=1.0), every=1, **given)
+            if in_rounds
+            else RemoteOptimizer(model, **given)
+        )
+        with optimizer, monkeypatch.context() as patched:
+            optimizer._run._shards._outdated = True
+            patched.setattr(service, "_get_topology", away)
+            with pytest.raises(CoordinatorUnavailable):
+                step()
+            assert (service.counted, optimizer.receipt) == (0, None)
+            patched.undo()
+            optimizer.flush()
+            assert service.counted == 1
+            assert optimizer.receipt is not None and optimizer.receipt.decision == "applied"
 
 
 # Steps that are late
