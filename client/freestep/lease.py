@@ -31,6 +31,8 @@ __all__ = ["Claim", "HeldLease", "release_leases", "worker_name"]
 
 logger = logging.getLogger("freestep")
 
+_SHORTEST_PATIENCE_S = 1.0
+"""Seconds for which the answer to a renewal is waited for, at the least."""
 _RELEASE_S, _AGAIN_S = 2.0, 0.2
 """Seconds for which a process that leaves tries to release its lease where nobody answers, and between two attempts."""
 
@@ -87,7 +89,8 @@ class Claim:
 
 
 class HeldLease:
-    """A worker's lease, from `Run.lease`; a daemon thread renews it every third of its time to live.
+    """A worker's lease, from `Run.lease`; a daemon thread renews it every third of its time to live, and again soon
+    where that has failed.
 
     Use it as a context manager, or call `release`; one that is left is released when its client is closed, or the
     process exits. Attributes:
@@ -145,15 +148,20 @@ class HeldLease:
             _leases.discard(self)
 
     def _renew(self) -> None:
-        while not self._released.wait(self.granted.ttl_ms / 3000):
+        # A connection that is dead must not take the time in which another renewal would be good.
+        third = pause = self.granted.ttl_ms / 3000
+        patience = max(third, _SHORTEST_PATIENCE_S)
+        while not self._released.wait(pause):
+            pause = third
             try:
-                self._transport.request("PUT", self._path, retry=False)
+                self._transport.request("PUT", self._path, patience=patience, retry=False)
             except (LeaseExpired, EpochChanged, RunNotFound) as error:
                 self.lost = error
                 self._transport.memories.forget(self.granted.lease)
                 return
             except Exception as error:
                 # The next renewal, or the next push, will show whether the lease has ended meanwhile.
+                pause = third / 5
                 logger.debug("the lease of %s could not be renewed: %s", self.granted.worker, error)
         self._transport.memories.forget(self.granted.lease)
         deadline = time.monotonic() + _RELEASE_S

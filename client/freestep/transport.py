@@ -105,10 +105,10 @@ class Route(Protocol):
 class Transport:
     """Requests to one service. Safe to use from several threads, as `httpx.Client` is.
 
-    retry_for: seconds for which requests are repeated. explain: is asked about errors before the service's first
-    answer, and says why a repetition cannot help, if it can not. credentials: the token that requests carry.
-    shares_memory: whether large bodies may go through memory that a service on this machine shares. clock, sleep: for
-    tests.
+    retry_for: seconds for which a request is repeated once it has failed. explain: is asked about errors before the
+    service's first answer, and says why a repetition cannot help, if it can not. credentials: the token that requests
+    carry. shares_memory: whether large bodies may go through memory that a service on this machine shares. clock,
+    sleep: for tests.
     """
 
     def __init__(
@@ -155,6 +155,7 @@ class Transport:
         body: Body | None = None,
         into: Destination | None = None,
         wait: float = 0.0,
+        patience: float | None = None,
         retry: bool = True,
         route: Route | None = None,
         bodies: Bodies | None = None,
@@ -162,8 +163,10 @@ class Transport:
         """Sends a request, and repeats it after transient errors.
 
         body: a safetensors body. into: where an answer's tensors are put; an answer may be a JSON document instead.
-        wait: seconds for which the service may hold the answer. retry: False sends the request once. route: the server
-        to ask, if it is not the service's own URL. bodies: what body and answer are, if they may lie in shared memory.
+        wait: seconds for which the service may hold the answer. patience: the most seconds without progress after which
+        an attempt fails, where that is sooner than the client's own. retry: False sends the request once. route: the
+        server to ask, if it is not the service's own URL. bodies: what body and answer are, if they may lie in shared
+        memory.
 
         Raises the ProblemError that the service named, ServiceUnreachable if nothing answered in time, and
         UnexpectedResponse if the answer is not freestep's.
@@ -176,7 +179,9 @@ class Transport:
                 sent = None if body is None else Body([])
             if sent is not None:
                 lines |= {"Content-Type": MEDIA_TYPE, "Content-Length": str(sent.length)}
-            response = self._send(method, url, path, json=json, headers=lines, params=params, body=sent, wait=wait)
+            response = self._send(
+                method, url, path, json=json, headers=lines, params=params, body=sent, wait=wait, most=patience
+            )
             try:
                 return read(response, into, memory)
             finally:
@@ -231,11 +236,16 @@ class Transport:
         headers: Mapping[str, str],
         params: Mapping[str, str | int] | None,
         wait: float,
+        most: float | None = None,
         json: Any = None,
         body: Body | None = None,
     ) -> httpx.Response:
-        """Sends a request once, as `request` has it; the answer, with its body unread. url: as of a Route."""
+        """Sends a request once, as `request` has it; the answer, with its body unread.
+
+        url: as of a Route. most: the request's patience.
+        """
         patience = self._http.timeout.read or 30.0
+        patience = patience if most is None else min(patience, most)
         if is_leaving():
             patience, wait = min(patience, PATIENCE_S), 0.0
         connect = min(patience, _CONNECT_S) if url else patience
@@ -270,7 +280,8 @@ class Transport:
                     raise
                 return send(url)
 
-        deadline = self._clock() + seconds
+        # The first attempt takes as long as the service may hold its answer.
+        deadline: float | None = None
         longest, paused = _FIRST_PAUSE_S, _FIRST_PAUSE_S / 2
         failed: set[str] = set()
         while True:
@@ -303,7 +314,7 @@ class Transport:
                 self._sleep(random.uniform(0.5, 1.0) * paused)
                 if is_leaving():
                     raise
-                deadline, longest = self._clock() + seconds, _FIRST_PAUSE_S
+                deadline, longest = None, _FIRST_PAUSE_S
                 continue
             except _TRANSIENT as error:
                 if isinstance(error, ProblemError) and error.extensions.get("quota") in _LASTING_QUOTAS:
@@ -325,7 +336,9 @@ class Transport:
             if route is not None:
                 route.failed(url, failure)
             pause = random.uniform(longest / 2, longest) + (getattr(failure, "retry_after", None) or 0.0)
-            left = deadline - self._clock()
+            now = self._clock()
+            deadline = now + seconds if deadline is None else deadline
+            left = deadline - now
             if pause <= left and not is_leaving():
                 failed.add(place)
                 self._outages.failed(place, failure, left)

@@ -138,6 +138,21 @@ def test_a_service_that_is_busy_is_logged_if_that_lasts(
     assert "answers again" in back
 
 
+def test_an_attempt_that_took_all_the_time_is_not_the_last(clock: Clock) -> None:
+    asked: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.extensions["timeout"]["read"])
+        if len(asked) == 1:
+            # As on a connection whose other end is gone.
+            clock.sleep(asked[0])
+            raise httpx.ReadTimeout("no data")
+        return httpx.Response(200, json={})
+
+    assert transport(answer, clock, 5).request("GET", "/v1/runs", wait=30).status == 200
+    assert asked == [35, 35]
+
+
 def test_a_busy_service_that_goes_away_is_logged_at_once(
     clock: Clock, lines: Callable[[], list[tuple[float, str]]]
 ) -> None:
