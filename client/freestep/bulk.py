@@ -112,7 +112,7 @@ class BulkTransport(httpx.BaseTransport):
 
     def close(self) -> None:
         """Closes the idle connections, and those in use when their requests have ended."""
-        with self._lock:
+        with self._lock.held:
             self._is_closed = True
             idle = self._idle.copy()
             self._idle.clear()
@@ -128,7 +128,7 @@ class BulkTransport(httpx.BaseTransport):
     def _take(self, origin: _Origin) -> _Connection | None:
         """An idle connection that is still open, as far as can be seen."""
         while True:
-            with self._lock:
+            with self._lock.held:
                 found = next((each for each in reversed(self._idle) if each.origin == origin), None)
                 if found is None:
                     return None
@@ -139,7 +139,7 @@ class BulkTransport(httpx.BaseTransport):
 
     def _forget(self, origin: _Origin) -> None:
         """Closes the idle connections to a server."""
-        with self._lock:
+        with self._lock.held:
             forgotten = [each for each in self._idle if each.origin == origin]
             self._idle = [each for each in self._idle if each.origin != origin]
         for connection in forgotten:
@@ -150,7 +150,7 @@ class BulkTransport(httpx.BaseTransport):
             connection.close()
             return
         excess = []
-        with self._lock:
+        with self._lock.held:
             idle = self._idle
             connection.idle_since = now = time.monotonic()
             idle.append(connection)

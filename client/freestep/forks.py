@@ -7,30 +7,25 @@ from __future__ import annotations
 
 import os
 import threading
-from types import TracebackType
 from weakref import WeakSet
 
 __all__ = ["ForkLock"]
 
 
 class ForkLock:
-    """A lock for `with`, as threading.Lock; in a forked child nobody holds it."""
+    """A lock, `with lock.held`; in a forked child nobody holds it.
+
+    A signal that raises between two instructions of a context manager in Python would leave it locked: so that is the
+    interpreter's own. The thread that holds it may take it again, as where it collects what it then has to close.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.held = threading.RLock()
         _locks.add(self)
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.release()
 
     def reopen(self) -> None:
         """Called in a forked child."""
-        self._lock = threading.Lock()
+        self.held = threading.RLock()
 
 
 _locks: WeakSet[ForkLock] = WeakSet()

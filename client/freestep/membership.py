@@ -112,9 +112,11 @@ class Membership:
     def _replace_lease(self) -> Lease:
         # If it is refused one, the worker keeps the lease that it has, whose claims say why it cannot go on.
         lease = self._run.lease(self.worker)
-        while self._held:
+        # First, since the wait for a release may be interrupted.
+        self._held.insert(0, lease)
+        self.granted = lease.granted
+        while len(self._held) > 1:
             self._held.pop().release()
-        self._held.append(lease)
         return lease.granted
 
     def claim(self, taken_at: Pulled, batch: Batch, units: Mapping[str, Sequence[int]] | None = None) -> Claim:

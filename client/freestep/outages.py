@@ -55,7 +55,7 @@ class Outages:
 
     def failed(self, url: str, error: Exception, left: float) -> None:
         """Notes a failed attempt of a request to a URL, which is repeated for `left` seconds more."""
-        with self._lock:
+        with self._lock.held:
             now = self._clock()
             outage = self._open.setdefault(url, _Outage(now, now + _INTERVAL_S))
             if now < outage.due and (outage.is_logged or isinstance(error, _BUSY)):
@@ -67,14 +67,14 @@ class Outages:
 
     def answered(self, url: str) -> None:
         """Notes that a request which had failed before was answered."""
-        with self._lock:
+        with self._lock.held:
             outage = self._open.pop(url, None)
         if outage is not None and outage.is_logged:
             logger.warning("%s answers again, after %.0f s", url, self._clock() - outage.began)
 
     def paused(self, path: str) -> None:
         """Notes that a paused run has refused a request."""
-        with self._lock:
+        with self._lock.held:
             now = self._clock()
             pause = self._paused.setdefault(path, _Outage(now, now + _PAUSED_S))
             if pause.is_logged or now < pause.due:
@@ -86,12 +86,12 @@ class Outages:
         """Notes that a request was answered, which a paused run may have refused before."""
         if path not in self._paused:
             return
-        with self._lock:
+        with self._lock.held:
             pause = self._paused.pop(path, None)
         if pause is not None and pause.is_logged:
             logger.warning("%s goes on, after a pause of %.0f s", path, self._clock() - pause.began)
 
     def given_up(self, url: str) -> None:
         """Notes that a request is not repeated any more, and raises the last error: the next outage is a new one."""
-        with self._lock:
+        with self._lock.held:
             self._open.pop(url, None)

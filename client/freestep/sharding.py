@@ -179,7 +179,7 @@ class ShardClient:
 
     def _current_map(self) -> tuple[ShardMap, str]:
         """The shard map, and a token that makes the requests of one call a unit."""
-        with self._map_lock:
+        with self._map_lock.held:
             if self._outdated:
                 self._map, self._outdated = self._read_map(retry=True), False
             return self._map, uuid.uuid4().hex
@@ -207,7 +207,7 @@ class ShardClient:
 
         Reads the map anew if it is outdated; if that fails, the last known URL is as good as any.
         """
-        with self._map_lock:
+        with self._map_lock.held:
             if self._outdated and time.monotonic() >= self._refresh_at:
                 try:
                     self._map, self._outdated = self._read_map(retry=False), False

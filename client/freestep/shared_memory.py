@@ -161,7 +161,7 @@ class SharedMemories:
 
     def has(self, path: str) -> bool:
         """Whether there is memory for bodies of a run, by its path."""
-        with self._lock:
+        with self._lock.held:
             return any(held == path and memory.is_open for (_, held, *_), memory in self._held.items())
 
     @contextmanager
@@ -195,7 +195,7 @@ class SharedMemories:
         if max(body_bytes, bodies.answer_bytes) < _SMALLEST or not self._is_here(url):
             return None
         key = url, bodies.path, bodies.shard, bodies.lease
-        with self._lock:
+        with self._lock.held:
             self._let_go(lambda _, memory: not memory.is_lent and not memory.is_open)
             found = self._find(key)
             if found is not None:
@@ -223,7 +223,7 @@ class SharedMemories:
         finally:
             if found is not None:
                 found.close()
-            with self._lock:
+            with self._lock.held:
                 is_given_up = key not in self._asking
                 self._asking.discard(key)
                 if memory is not None and not is_given_up:
@@ -243,7 +243,7 @@ class SharedMemories:
         It may be another of the service's processes that got the request, as behind a load balancer: so the while is
         twice as long each time, until a request finds its memory.
         """
-        with self._lock:
+        with self._lock.held:
             for key in [key for key, held in self._held.items() if held is memory]:
                 del self._held[key]
                 pause = min(2 * self._pauses[key], _LONGEST_PAUSE_S) if key in self._pauses else _AGAIN_S
@@ -252,7 +252,7 @@ class SharedMemories:
         memory.close()
 
     def _served(self, memory: SharedMemory) -> None:
-        with self._lock:
+        with self._lock.held:
             if self._pauses:
                 self._pauses = {key: pause for key, pause in self._pauses.items() if self._held.get(key) is not memory}
 
@@ -270,7 +270,7 @@ class SharedMemories:
 
     def forget(self, lease: str) -> None:
         """Gives up the memories of a lease that has ended."""
-        with self._lock:
+        with self._lock.held:
             self._let_go(lambda key, _: key[-1] == lease)
             self._asking = {key for key in self._asking if key[-1] != lease}
             self._again_at = {key: then for key, then in self._again_at.items() if key[-1] != lease}
@@ -278,7 +278,7 @@ class SharedMemories:
 
     def close(self) -> None:
         """Gives up all."""
-        with self._lock:
+        with self._lock.held:
             self._let_go(lambda *_: True)
             self._asking.clear()
 

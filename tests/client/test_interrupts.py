@@ -1,0 +1,97 @@
+"""Signals that raise in the middle of what must not be left half done."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import httpx
+import pytest
+
+from fake_service import FakeService
+from freestep.answers import Pulled
+from freestep.api.models import Lease
+from freestep.forks import ForkLock
+from freestep.lease import HeldLease
+from freestep.membership import Membership
+from freestep.transport import Transport
+from freestep.worker_group import SINGLE_PROCESS, Batch
+from meanwhile import at_once, wait_until
+
+SPEC = {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": "w", "shape": [4]}]}
+
+
+class Interrupted(BaseException):
+    """What the signal raises."""
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """Has SIGVTALRM raise."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    yield
+    signal.signal(signal.SIGVTALRM, before)
+
+
+def test_a_signal_leaves_no_lock_held(alarm: None) -> None:
+    lock = ForkLock()
+
+    def is_open() -> bool:
+        if lock.held.acquire(blocking=False):
+            lock.held.release()
+            return True
+        return False
+
+    for _ in range(100):
+        try:
+            with pytest.raises(Interrupted):
+                # By the CPU's time: it comes while this thread computes.
+                signal.setitimer(signal.ITIMER_VIRTUAL, 1e-4)
+                while True:
+                    with lock.held:
+                        pass
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        assert at_once(is_open) == [True]
+
+
+def test_a_worker_that_is_interrupted_between_two_leases_has_the_newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService(SPEC)
+    held: list[HeldLease] = []
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with service.client() as client:
+        membership = Membership(client.run("run"), "me", SINGLE_PROCESS, held)  # type: ignore[arg-type]
+        membership.take_lease()
+        service.restore()
+        monkeypatch.setattr(held[0], "release", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            membership.take_lease()
+        assert membership.granted.lease == "lease-2"
+        assert membership.claim(Pulled(2, 0), Batch(None, None)).lease == "lease-2"
+
+
+def test_a_renewal_waits_no_longer_than_leaves_time_for_another() -> None:
+    waited: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "PUT":
+            waited.append(request.extensions["timeout"]["read"])
+            raise httpx.ReadTimeout("nobody answers on this connection")
+        return httpx.Response(204)
+
+    transport = Transport(httpx.Client(base_url="http://service", transport=httpx.MockTransport(answer)), 60)
+    lease = HeldLease(
+        transport, "/v1/runs/r/leases", Lease(lease="l", token=1, worker="w", ttl_ms=6000, epoch=1, step=0)
+    )
+    wait_until(lambda: len(waited) == 2)
+    assert waited == [2.0, 2.0]
+    assert lease.lost is None
+    lease.release()
