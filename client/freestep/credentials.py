@@ -82,8 +82,9 @@ class Credentials:
         return True
 
     def _take(self, token: str | None) -> None:
-        self.token = token
+        # First: another thread that sees the new token must not send the old one with it.
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.token = token
 
 
 NO_CREDENTIALS = Credentials(None)
