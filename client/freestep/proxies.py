@@ -17,6 +17,7 @@ from urllib.request import getproxies
 import httpx
 
 from freestep.errors import InvalidSetting
+from freestep.service_url import fault_of
 
 __all__ = ["PROXY", "EnvironmentTransport", "Proxies", "Proxy"]
 
@@ -40,11 +41,14 @@ class Proxy:
 
     def parsed(self) -> httpx.Proxy:
         """The proxy as httpx takes it. Raises InvalidSetting, which names the variable."""
+        url = self.value if "://" in self.value else f"http://{self.value}"
         try:
-            proxy = httpx.Proxy(self.value if "://" in self.value else f"http://{self.value}")
+            proxy = httpx.Proxy(url)
             if not proxy.url.host:
                 raise ValueError("it names no host")
-        except (httpx.InvalidURL, ValueError) as error:
+        except httpx.InvalidURL:
+            raise InvalidSetting(f"{self} cannot be used: {fault_of(url)}") from None
+        except ValueError as error:
             raise InvalidSetting(f"{self} cannot be used: {error}") from error
         return proxy
 

@@ -11,7 +11,7 @@ import httpx
 
 from freestep.errors import InvalidSetting
 
-__all__ = ["LOCAL", "check_url", "in_path", "other_scheme", "without_password"]
+__all__ = ["LOCAL", "check_url", "fault_of", "in_path", "other_scheme", "without_password"]
 
 LOCAL = "local"
 """The URL of an optimizer whose run is in its process."""
@@ -24,8 +24,18 @@ _LAST_PORT = 65535
 
 def without_password(url: str) -> str:
     """A URL as it may stand in errors and logs: without what is before its last @."""
-    scheme, separator, rest = url.rpartition("://")
-    return scheme + separator + rest.rpartition("@")[2]
+    secret, _, rest = url.rpartition("@")
+    scheme = re.match("[a-z0-9]+://", secret, re.IGNORECASE)
+    return (scheme[0] if scheme else "") + rest
+
+
+def fault_of(url: str) -> str:
+    """What is wrong with a URL that httpx takes for none: its own error may show a part of a password."""
+    try:
+        httpx.URL(without_password(url))
+    except httpx.InvalidURL as error:
+        return str(error)
+    return "in the name and the password before its last @, all but letters and digits must be %-encoded"
 
 
 def check_url(url: str) -> str:
@@ -42,8 +52,8 @@ def check_url(url: str) -> str:
         raise InvalidSetting(f"{shown!r} is not a URL, since it does not begin with http:// or https://{meant}")
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise InvalidSetting(f"{shown!r} is not a URL: {error}") from None
+    except httpx.InvalidURL:
+        raise InvalidSetting(f"{shown!r} is not a URL: {fault_of(url)}") from None
     if parsed.scheme not in ("http", "https"):
         raise InvalidSetting(f"{shown!r} is not the URL of a service: it must begin with http:// or https://")
     if not parsed.host:

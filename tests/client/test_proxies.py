@@ -116,6 +116,9 @@ def test_a_service_that_is_exempt_needs_no_proxy_that_works(
         ("http://", "http://"),
         ("socks4://host:1080", "socks4://host:1080"),
         ("ftp://name:secret@host", "host"),
+        ("http://name:secret/more@host", "host"),
+        ("http://name:secret://@host", "host"),
+        ("name:secret?@host:port", "host:port"),
     ],
 )
 @pytest.mark.parametrize("variable", ["ALL_PROXY", "http_proxy"])

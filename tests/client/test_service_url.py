@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,24 @@ def test_a_url_without_its_scheme_is_refused_with_the_one_that_was_meant(url: st
 def test_what_is_no_url_of_a_service_is_refused(url: str) -> None:
     with pytest.raises(InvalidSetting, match="is not"):
         Client(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://user:secret/more@host", "must be %-encoded"),
+        ("http://user:secret#more@host:8000", "must be %-encoded"),
+        ("http://user:secret://more@host:x", "Invalid port: 'x'"),
+        ("user:secret://more@host", "it must begin with http"),
+        ("http://user:secret@host:x", "Invalid port: 'x'"),
+    ],
+)
+def test_no_part_of_a_password_is_shown(url: str, why: str) -> None:
+    with pytest.raises(InvalidSetting) as caught:
+        Client(url)
+    assert why in str(caught.value)
+    # What it was raised from is shown too.
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_path_and_a_slash_at_the_end_belong_to_a_url() -> None:
