@@ -39,18 +39,32 @@ class Threads:
 
     def _begin(self) -> None:
         self._process = os.getpid()
+        self._left: list[Future[Any]] = []
+        """Of a call that a signal has interrupted."""
         self._idle = _Idle()
         # Those of a client that nobody closes end with it.
         self._end = weakref.finalize(self, self._idle.end)
         self._end.atexit = False
 
     def run_all(self, functions: Sequence[Callable[[], T]]) -> list[T]:
-        """Runs functions at the same time, each on a thread of its own; returns when the last one has ended."""
+        """Runs functions at the same time, each on a thread of its own; returns when the last one has ended.
+
+        Where a signal has interrupted a call, the next one begins when its functions have ended: they may be sending
+        from, and receiving into, the same memory.
+        """
         if self._process != os.getpid():
             # A forked child has none of the parent's threads.
             self._begin()
-        futures = [self._idle.start(function) for function in functions]
-        wait(futures)
+        wait(self._left)
+        self._left = []
+        futures: list[Future[T]] = []
+        try:
+            for function in functions:
+                futures.append(self._idle.start(function))
+            wait(futures)
+        except BaseException:
+            self._left = [*futures]
+            raise
         return [future.result() for future in futures]
 
     def close(self) -> None:

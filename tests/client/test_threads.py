@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
+from concurrent.futures import Future, wait
 
 import pytest
 
 from freestep.threads import Threads, _await_busy, run_in_background
-from meanwhile import DEADLINE_S, wait_until
+from meanwhile import DEADLINE_S, wait_for, wait_until
 
 
 def test_functions_that_wait_for_each_other_all_run() -> None:
@@ -29,6 +30,34 @@ def test_a_thread_is_used_again() -> None:
     first = set(threads.run_all([ident] * 2))
     for _ in range(100):
         assert set(threads.run_all([ident] * 2)) == first
+    threads.close()
+
+
+def test_a_call_that_was_interrupted_is_over_before_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = Threads()
+    goes_on = threading.Event()
+    order: list[str] = []
+
+    def old() -> None:
+        wait_for(goes_on, "the next call waits")
+        order.append("old")
+
+    def waiting(futures: list[Future[None]]) -> None:
+        if futures and not left:
+            left.extend(futures)
+            raise KeyboardInterrupt
+        if left and futures == left:
+            goes_on.set()
+        wait(futures)
+        if futures:
+            goes_on.set()
+
+    left: list[Future[None]] = []
+    monkeypatch.setattr("freestep.threads.wait", waiting)
+    with pytest.raises(KeyboardInterrupt):
+        threads.run_all([old] * 2)
+    threads.run_all([lambda: order.append("new")] * 2)
+    assert order == ["old", "old", "new", "new"]
     threads.close()
 
 
