@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,38 @@ def test_image_does_not_run_as_root(name: str) -> None:
 def test_image_states_its_healthcheck(name: str) -> None:
     check = last(name, "HEALTHCHECK")
     assert "healthcheck.py" in check if name == "service" else check == "NONE"
+
+
+@pytest.mark.parametrize(
+    ("listens", "at"), [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("::1", "::1"), ("127.0.0.2", "127.0.0.2")]
+)
+@pytest.mark.parametrize("status", [200, 503])
+def test_the_healthcheck_asks_where_the_service_listens(listens: str, at: str, status: int) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(HTTPServer):
+        address_family = socket.AF_INET6 if ":" in at else socket.AF_INET
+
+    try:
+        server = Server((at, 0), Ready)
+    except OSError as error:
+        pytest.skip(f"{at} is no address of this machine: {error}")
+    with server:
+        answering = threading.Thread(target=server.serve_forever)
+        answering.start()
+        where = {"FREESTEP_HOST": listens, "FREESTEP_PORT": str(server.server_port)}
+        done = subprocess.run(
+            [sys.executable, ROOT / "docker" / "healthcheck.py"], env={**os.environ, **where}, check=False
+        )
+        server.shutdown()
+        answering.join()
+    assert done.returncode == (status != 200)
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
