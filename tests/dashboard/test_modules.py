@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page
 
+from dashboard.page_parts import OpenPage
 from harness import ThreadService
+from meanwhile import DEADLINE_S
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +23,8 @@ NOW = 1_800_000_000_000
 def run(service: ThreadService, open_page: Callable[..., Page]) -> Run:
     """Runs statements with a module's names; they return what is asked."""
     page = open_page(service.url, signs_in=False)
+    # By then it has been answered, of which it takes the service's time.
+    page.get_by_label("Token").wait_for()
 
     def run_in_browser(module: str, statements: str, given: Any = None) -> Any:
         source = (
@@ -275,3 +280,33 @@ def test_a_record_begins_with_what_was_before_its_first_event(run: Run) -> None:
 )  # fmt: skip
 def test_numbers_are_for_people(run: Run, name: str, value: float | None, expected: str) -> None:
     assert run("format", f"return module.{name}(given);", value) == expected
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        # The same up to rounding, as the average of a constant is.
+        [0.7, 0.7000000000000001], [1e16, 1e16 + 2], [9007199254740991.0, 9007199254740990.0],
+        [1e-30, 1], [5e-324, 1], [1.7e308, -1.7e308], [1e-300, 1e300], [0, 0], [-1, 0],
+    ],
+)  # fmt: skip
+def test_any_values_are_drawn(service: ThreadService, open_page: OpenPage, values: list[float], is_log: bool) -> None:
+    """Ticks that are no numbers apart, or of no numbers, are made without an end."""
+    page = open_page(service.url, signs_in=False)
+    page.evaluate(
+        "async (given) => { const { Chart } = await import('/dashboard/files/chart.js');"
+        " const [values, isLog] = given; const chart = new Chart('t'); document.body.append(chart.element);"
+        " const points = values.map((value, step) => ({ step, time: step, value }));"
+        " setTimeout(() => { chart.show({ x: 'step', isLog, lines: [{ label: 'l', colour: '--ink', points }] });"
+        " setTimeout(() => { window.scale = chart.uplot.scales.y; }); }); }",
+        [values, is_log],
+    )
+    page.wait_for_function("window.scale", timeout=1000 * DEADLINE_S)
+    low, high = page.evaluate("[window.scale.min, window.scale.max]")
+    assert math.isfinite(low) and math.isfinite(high) and low < high
+
+
+def test_a_moment_of_another_day_says_which(run: Run) -> None:
+    assert run("format", "return module.moment(given);", NOW) == run("format", "return module.clock(given);", NOW)
+    assert run("format", "return module.moment(given);", NOW - 3 * 86_400_000).startswith("12 Jan ")

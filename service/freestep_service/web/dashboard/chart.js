@@ -1,11 +1,19 @@
 // A curve on the page, drawn by uPlot, with what happened to the run laid over it.
 
 import { el, setText } from "./dom.js";
-import { clock, count, number } from "./format.js";
+import { clock, count, day, moment, number } from "./format.js";
 
 /** Of the script that the page loads before its modules: uPlot is released minified in this form alone. */
 const { uPlot } = window;
 const HEIGHT = 190;
+/** The least extent of an axis of values, as a part of them: ticks of a smaller one are no numbers apart, and never end. */
+const LEAST_PART = 1e-6;
+/** Values beyond it are not drawn: an extent has to be a number. */
+const LARGEST = 1e300;
+/** The most spaces between the lines of a logarithmic grid. */
+const MOST_SPACES = 5;
+/** The least extent of x, in steps and in seconds. */
+const LEAST = { step: 1, time: 0.01 };
 /** The colours of marks over curves, by their kind: names of variables of the style sheet. */
 export const MARKS = {
   join: ["--good", "joins"],
@@ -39,8 +47,10 @@ export function recolour() {
 }
 
 export class Chart {
-  constructor(title, { unit = "", format = number } = {}) {
+  /** zoom: what is looked at closer of each x, {step: [from, to], time: [from, to]}, which charts may share. */
+  constructor(title, { unit = "", format = number, zoom = {} } = {}) {
     this.title = title;
+    this.zoom = zoom;
     this.unit = unit;
     this.format = format;
     this.readout = el("span", { class: "readout" });
@@ -115,18 +125,23 @@ export class Chart {
     const [ink, line] = [colour("--muted"), colour("--line")];
     const axis = { stroke: ink, grid: { stroke: line, width: 1 }, ticks: { show: false }, font: "12px system-ui" };
     const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : this.format(tick)));
+    // Those of uPlot never end where the scale begins at 1e-30.
+    const ofLog = isLog ? { splits: (_, axisIndex, low, high) => logTicks(low, high), filter: (_, splits) => splits } : {};
     return {
       width: Math.max(200, this.plot.clientWidth),
       height: HEIGHT,
       legend: { show: false },
-      cursor: { sync: { key: `freestep-${x}` }, drag: { x: true, y: false }, points: { size: 6 } },
+      cursor: {
+        sync: { key: `freestep-${x}` }, drag: { x: true, y: false }, points: { size: 6 },
+        bind: { dblclick: (_, target, handle) => (event) => { delete this.zoom[x]; handle(event); } },
+      },
       scales: {
         x: { time: x === "time", range: (_, low, high) => this.extent(low, high) },
-        y: isLog ? { distr: 3 } : { range: (_, low, high) => padded(low, high) },
+        y: isLog ? { distr: 3, range: (_, low, high) => decadesOf(low, high) } : { range: (_, low, high) => padded(low, high) },
       },
       axes: [
         { ...axis, size: 28, values: (_, ticks) => ticks.map(x === "step" ? count : clockOver(ticks)), space: 76 },
-        { ...axis, size: 56, values, space: 36, grid: { ...axis.grid, filter: isLog ? decades : (_, splits) => splits } },
+        { ...axis, size: 56, values, space: 36, ...ofLog, grid: { ...axis.grid, filter: isLog ? decades : (_, splits) => splits } },
       ],
       series: [
         {},
@@ -139,15 +154,22 @@ export class Chart {
           points: { show: each.points.length < 2 },
         })),
       ],
-      hooks: { draw: [(plot) => this.drawMarks(plot)], setCursor: [(plot) => this.read(plot)] },
+      hooks: {
+        draw: [(plot) => this.drawMarks(plot)],
+        setCursor: [(plot) => this.read(plot)],
+        setSelect: [({ select, posToVal }) => {
+          if (select.width > 0) this.zoom[x] = [posToVal(select.left, "x"), posToVal(select.left + select.width, "x")];
+        }],
+      },
     };
   }
 
   extent(low, high) {
-    const scale = this.shown.x === "time" ? 1000 : 1;
-    const [from, to] = this.shown.range ?? [low * scale, high * scale];
-    const [begin, end] = [Math.min(low, from / scale), Math.max(high, to / scale)];
-    return end > begin ? [begin, end] : [begin, begin + 1];
+    const { x, range } = this.shown;
+    const scale = x === "time" ? 1000 : 1;
+    const [from, to] = range ?? [low * scale, high * scale];
+    const [begin, end] = this.zoom[x] ?? [Math.min(low, from / scale), Math.max(high, to / scale)];
+    return end > begin ? [begin, Math.max(end, begin + LEAST[x])] : [begin, begin + 1];
   }
 
   /** Draws a line for each mark, with a head on it; of marks that would lie on each other, one. */
@@ -188,7 +210,7 @@ export class Chart {
       return;
     }
     const at = plot.data[0][index];
-    const place = x === "time" ? clock(at * 1000) : `step ${count(at)}`;
+    const place = x === "time" ? moment(at * 1000) : `step ${count(at)}`;
     const parts = lines.map((line, row) => [line, plot.data[row + 1][index]]);
     const found = parts.filter(([line, value]) => !line.isRaw && value !== null && value !== undefined);
     const values = found.map(([line, value]) => (found.length > 1 ? `${line.label} ` : "") + this.format(value));
@@ -205,8 +227,8 @@ export class Chart {
     const { lines, x } = this.shown;
     const told = lines.filter((line) => !line.isRaw).map((line) => {
       const [first, last] = [line.points[0], line.points.at(-1)];
-      const from = x === "time" ? clock(first.time) : `step ${count(first.step)}`;
-      const to = x === "time" ? clock(last.time) : `step ${count(last.step)}`;
+      const from = x === "time" ? moment(first.time) : `step ${count(first.step)}`;
+      const to = x === "time" ? moment(last.time) : `step ${count(last.step)}`;
       return `${line.label}: ${this.format(first.value)} at ${from}, ${this.format(last.value)} at ${to}`;
     });
     this.plot.setAttribute("aria-label", `${this.title}. ${told.join(". ") || "Nothing yet"}.`);
@@ -247,7 +269,7 @@ function lastOfEach(xs, ys) {
 /** Writes times, in seconds, as short as their distances allow. */
 function clockOver(ticks) {
   const apart = ticks.length < 2 ? 0 : ticks[1] - ticks[0];
-  if (apart >= 86400) return (tick) => new Date(1000 * tick).toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+  if (apart >= 86400) return (tick) => day(1000 * tick);
   return (tick) => clock(1000 * tick).slice(0, apart >= 60 ? 5 : 8);
 }
 
@@ -258,6 +280,28 @@ function decades(_, splits) {
 
 function padded(low, high) {
   if (low === null || high === null) return [0, 1];
-  const room = (high - low || Math.abs(high) || 1) * 0.08;
-  return [low >= 0 && low - room < 0 ? 0 : low - room, high + room];
+  const [from, to] = [bounded(low), bounded(high)];
+  const size = Math.max(Math.abs(from), Math.abs(to));
+  const room = (to - from > LEAST_PART * size ? to - from : size || 1) * 0.08;
+  return [from >= 0 && from - room < 0 ? 0 : from - room, to + room];
+}
+
+function bounded(value) {
+  return Math.max(-LARGEST, Math.min(LARGEST, value));
+}
+
+/** The ticks of whole decades; between few of them there are more. */
+function logTicks(low, high) {
+  const [from, to] = [Math.round(Math.log10(low)), Math.round(Math.log10(high))];
+  const [stride, parts] = [Math.ceil((to - from) / MOST_SPACES), to - from <= 2 ? [1, 2, 5] : [1]];
+  const made = [];
+  for (let power = from; power <= to; power += stride) made.push(...parts.map((part) => Number(`${part}e${power}`)));
+  return made.filter((tick) => tick <= high);
+}
+
+/** Whole decades around values, of which there are perhaps none above 0. */
+function decadesOf(low, high) {
+  if (low === null || high === null) return [1, 10];
+  const [from, to] = [low, high].map((value) => Math.log10(Math.max(1 / LARGEST, bounded(value))));
+  return [10 ** Math.floor(from), 10 ** Math.max(Math.floor(from) + 1, Math.ceil(to))];
 }

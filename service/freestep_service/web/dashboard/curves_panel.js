@@ -39,12 +39,18 @@ export class CurvesPanel {
       el("label", { class: "slider", for: "smoothing" }, "Smoothing", smoothing),
       this.compare,
     );
-    this.loss = new Chart("Loss");
+    /** What is looked at closer, in all charts. */
+    this.zoom = {};
+    this.loss = this.chart("Loss");
     this.metrics = new Map();
-    this.rate = new Chart("Steps a second", { format: rate });
-    this.staleness = new Chart("Staleness of pushes", { format: steps, unit: " steps" });
-    this.decided = new Chart("Pushes a second", { format: rate });
+    this.rate = this.chart("Steps a second", { format: rate });
+    this.staleness = this.chart("Staleness of pushes", { format: steps, unit: " steps" });
+    this.decided = this.chart("Pushes a second", { format: rate });
     this.grid = el("div", { class: "charts" }, this.loss.element, this.rate.element, this.staleness.element, this.decided.element);
+  }
+
+  chart(title, how = {}) {
+    return new Chart(title, { ...how, zoom: this.zoom });
   }
 
   close() {
@@ -104,7 +110,7 @@ export class CurvesPanel {
 
   metric(name) {
     if (this.metrics.has(name)) return;
-    const chart = new Chart(name);
+    const chart = this.chart(name);
     this.metrics.set(name, chart);
     this.grid.insertBefore(chart.element, this.rate.element);
   }

@@ -50,6 +50,17 @@ export function clock(ms) {
   return new Date(ms).toLocaleTimeString("en-GB");
 }
 
+/** A day: 3 Nov. */
+export function day(ms) {
+  return new Date(ms).toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+}
+
+/** A time, with its day unless that is today. */
+export function moment(ms) {
+  const isToday = new Date(ms).toDateString() === new Date(Date.now()).toDateString();
+  return isToday ? clock(ms) : `${day(ms)} ${clock(ms)}`;
+}
+
 /** A size in bytes. */
 export function bytes(value) {
   if (value === null || value === undefined) return "–";

@@ -2,7 +2,7 @@
 
 import { Rows, card, el, setText } from "./dom.js";
 import { MARKS } from "./chart.js";
-import { clock, count } from "./format.js";
+import { count, moment } from "./format.js";
 
 const MOST_LISTED = 60;
 const PLAYED_S = 20;
@@ -60,7 +60,7 @@ export class Timeline {
     const isNow = event === null || event === undefined;
     const text = isNow
       ? "Live"
-      : `Event ${count(this.index)} of ${count(events.length)}: step ${count(event.step)}, ${clock(event.time)}`;
+      : `Event ${count(this.index)} of ${count(events.length)}: step ${count(event.step)}, ${moment(event.time)}`;
     // The button beside it says the same of now.
     setText(this.place, isNow ? "" : text);
     this.slider.setAttribute("aria-valuetext", text);
@@ -68,7 +68,7 @@ export class Timeline {
     const marks = this.shown(record.marks).slice(-MOST_LISTED).reverse();
     this.empty.hidden = marks.length > 0;
     this.rows.show(marks, (mark) => `${mark.id} ${mark.kind}`, (row, mark) => {
-      setText(row.when, `${clock(mark.time)} · step ${count(mark.step)}`);
+      setText(row.when, `${moment(mark.time)} · step ${count(mark.step)}`);
       setText(row.text, mark.text + (mark.isGivenUp ? " (this step was given up)" : ""));
     });
   }
