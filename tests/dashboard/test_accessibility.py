@@ -95,6 +95,12 @@ def test_the_keyboard_reaches_everything(api: Api, open_page: OpenPage) -> None:
     page.get_by_role("link", name=api.run).focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", name=api.run, level=1)).to_be_visible()
+    # The link at the top leads to the content of this page.
+    page.get_by_role("link", name="Skip to the content").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("main")).to_be_focused()
+    assert page.url.endswith(f"#/runs/{api.run}")
+    expect(page.get_by_role("heading", name=api.run, level=1)).to_be_visible()
     # In one look: the page may be getting more of them.
     indices = page.evaluate(
         "[...document.querySelectorAll('main button, main input, main summary')]"

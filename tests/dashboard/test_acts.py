@@ -37,6 +37,15 @@ def test_an_act_takes_a_second_click(api: Api, open_page: OpenPage) -> None:
     expect(page.get_by_role("button", name="Write a checkpoint")).to_be_focused()
     page.keyboard.press("Enter")
     expect(armed).to_be_visible()
+    page.keyboard.press("Escape")
+    # Nobody has read the question in between.
+    page.get_by_role("button", name="Write a checkpoint").dblclick()
+    expect(armed).to_be_visible()
+    page.keyboard.press("Escape")
+    for _ in range(3):
+        page.keyboard.down("Enter")
+    page.keyboard.up("Enter")
+    expect(armed).to_be_visible()
     assert not asked
     page.keyboard.press("Enter")
     expect(page.get_by_text("checkpoint of step 1 written")).to_be_visible()

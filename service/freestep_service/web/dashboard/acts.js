@@ -6,6 +6,7 @@ const ARMED_MS = 5000;
 
 /** A button that acts on its second click: the first has it ask. `act` may raise, and the button says why.
  *
+ * The second of a double click, and those of a key that is held down, answer nothing that somebody has read.
  * given(): what is acted with. It may raise, too, and then nothing is asked.
  */
 export function twice(label, question, act, { isGrave = false, title = null, given = () => null } = {}) {
@@ -19,8 +20,8 @@ export function twice(label, question, act, { isGrave = false, title = null, giv
     button.textContent = label;
   }
 
-  button.addEventListener("click", async () => {
-    if (button.getAttribute("aria-disabled") === "true") return;
+  button.addEventListener("click", async (event) => {
+    if (event.detail > 1 || button.getAttribute("aria-disabled") === "true") return;
     if (timer === null) {
       try {
         given();
@@ -43,7 +44,10 @@ export function twice(label, question, act, { isGrave = false, title = null, giv
     }
     button.removeAttribute("aria-disabled");
   });
-  button.addEventListener("keydown", (event) => { if (event.key === "Escape") disarm(); });
+  button.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") disarm();
+    if (event.repeat && event.key === "Enter") event.preventDefault();
+  });
   button.addEventListener("blur", disarm);
   return button;
 }

@@ -3,7 +3,7 @@
 import { Rows, card, cellsOf, el, setText } from "./dom.js";
 import { twice, setting } from "./acts.js";
 import { bytes, count, duration, plural } from "./format.js";
-import { call, runPath } from "./session.js";
+import { call, now, runPath } from "./session.js";
 
 const OF_CHECKPOINT = ["Step", "Epoch", "Written", "Size"];
 const OF_SHARD = ["Shard", "Owner", "Elements", "Applied", "Durable", "Journal"];
@@ -85,7 +85,7 @@ export class DurabilityPanel {
     this.rows.show(newest, (each) => `${each.epoch} ${each.step}`, ({ cells }, each) => {
       setText(cells[0], count(each.step));
       setText(cells[1], count(each.epoch));
-      setText(cells[2], `${duration(Date.now() - Date.parse(each.created_at))} ago`);
+      setText(cells[2], `${duration(now() - Date.parse(each.created_at))} ago`);
       setText(cells[3], bytes(each.bytes));
     });
   }

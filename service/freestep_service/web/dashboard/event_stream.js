@@ -1,17 +1,23 @@
 // The events of a run, from one stream after the other: what has happened, then what happens.
 
-import { Refused, ask, runPath } from "./session.js";
+import { Patience, Refused, ask, runPath } from "./session.js";
 
 const LONGEST_PAUSE_MS = 5000;
 const HIDDEN_MS = 60000;
+/** The service says something every 15 seconds at the latest. */
+const SILENT_MS = 40000;
+/** How long until a stream that is not held looks again. */
+const LOOK_MS = 2000;
 
 /** Reads events until `stop`.
  *
+ * holds: whether a connection is held for those to come, of which browsers have six for a host; else they are asked for.
  * heard(events, isLive): some more; events that happened before they were asked for are not live, and come all at once.
  * changed(state, error): "following", "away" (it goes on trying), "lost" (all is told again), or "refused".
  */
 export class EventStream {
-  constructor(run, { heard, changed }) {
+  constructor(run, { heard, changed, holds = true }) {
+    this.holds = holds;
     this.path = runPath(run, "/events");
     this.heard = heard;
     this.changed = changed;
@@ -50,15 +56,15 @@ export class EventStream {
       try {
         await this.read(false, signal);
         this.changed("following");
-        pause = 250;
-        await this.read(true, signal);
+        pause = this.holds ? 250 : LOOK_MS;
+        if (this.holds) await this.read(true, signal);
       } catch (error) {
         if (signal.aborted) return;
         if (error instanceof Refused && error.status === 400 && this.last !== null) {
           // The run is not where it was: another one of this name, or one that has lost its past.
           this.last = null;
           this.changed("lost");
-        } else if (error instanceof Refused && error.status < 429 && error.status !== 408) {
+        } else if (error instanceof Refused && !error.isPassing) {
           this.changed("refused", error);
           pause = LONGEST_PAUSE_MS;
         } else {
@@ -72,21 +78,27 @@ export class EventStream {
 
   async read(isLive, signal) {
     const headers = this.last === null ? {} : { "Last-Event-ID": this.last };
-    const answer = await ask("GET", `${this.path}?follow=${isLive}`, { headers, signal });
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-    let [text, old] = ["", []];
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) break;
-      text += value;
-      const end = text.lastIndexOf("\n\n");
-      if (end < 0) continue;
-      const events = text.slice(0, end).split("\n\n").map(eventOf).filter((event) => event !== null);
-      text = text.slice(end + 2);
-      if (isLive) this.hear(events, true);
-      else old = old.concat(events);
+    const patience = new Patience(SILENT_MS, signal);
+    try {
+      const answer = await ask("GET", `${this.path}?follow=${isLive}`, { headers, signal: patience.signal });
+      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      let [text, old] = ["", []];
+      for (;;) {
+        const { value, done } = await reader.read();
+        if (done) break;
+        patience.heard();
+        text += value;
+        const end = text.lastIndexOf("\n\n");
+        if (end < 0) continue;
+        const events = text.slice(0, end).split("\n\n").map(eventOf).filter((event) => event !== null);
+        text = text.slice(end + 2);
+        if (isLive) this.hear(events, true);
+        else old = old.concat(events);
+      }
+      this.hear(old, false);
+    } finally {
+      patience.end();
     }
-    this.hear(old, false);
   }
 
   hear(events, isLive) {

@@ -2,6 +2,8 @@
 // Others happened between those; where the service keeps a run's history, it says when steps were made, and when what else
 // has happened. What is known exactly is never moved by what is not.
 
+import { now } from "./session.js";
+
 const FIRST_MS = 1e12;
 
 /** The place of an event: [epoch, seq, number], where number is 0 for an entry of the log. */
@@ -28,9 +30,9 @@ export function reportKey({ epoch, name, measured_at }) {
  * `reportKey`. milestones: events whose times are known.
  */
 export function dateEvents(events, isLive, newest, { steps = [], reports = new Map() } = {}, milestones = []) {
-  const now = Date.now();
+  const asked = now();
   if (isLive) {
-    for (const event of events) event.time = now;
+    for (const event of events) event.time = asked;
     return;
   }
   const told = new Map(milestones.map(({ id, time }) => [id, time]));
@@ -49,7 +51,7 @@ export function dateEvents(events, isLive, newest, { steps = [], reports = new M
   });
   // What is behind all that is known has just happened: a run that nobody trains ends with its leases.
   const end = places.at(-1);
-  if (known.length === 0 || known.at(-1)[0] < end) known.push([end, Math.max(now, known.at(-1)?.[1] ?? now)]);
+  if (known.length === 0 || known.at(-1)[0] < end) known.push([end, Math.max(asked, known.at(-1)?.[1] ?? asked)]);
   spread(events, places, known);
 }
 

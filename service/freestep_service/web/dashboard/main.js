@@ -27,6 +27,11 @@ class Shell {
     this.setTheme(localStorage.getItem(THEME) ?? "auto");
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
     addEventListener("hashchange", () => this.onHash());
+    document.querySelector(".skip").addEventListener("click", (event) => {
+      // The address's fragment says which page is shown, and stays.
+      event.preventDefault();
+      this.main.focus();
+    });
   }
 
   /** Another page, or a link that signs in. */
@@ -50,7 +55,7 @@ class Shell {
       try {
         session = code === null ? await whoAmI() : await signIn({ code });
       } catch (error) {
-        if (error instanceof Away) {
+        if (error instanceof Away || error.isPassing) {
           this.failed(error);
           await new Promise((done) => setTimeout(done, AGAIN_MS));
         } else {

@@ -7,9 +7,10 @@ import { count, number, plural, rate, short, steps } from "./format.js";
 import { Poll } from "./polling.js";
 import { inForce } from "./steer_panel.js";
 import { readHistory } from "./run_history.js";
-import { call } from "./session.js";
+import { Patience, call } from "./session.js";
 
 const EVERY_MS = 2000;
+const PROBLEMS_MS = 10000;
 const MOST_KEPT = 150;
 const MOST_WITH_PAST = 50;
 const PAST_POINTS = 60;
@@ -57,7 +58,9 @@ export class Overview {
 
   /** What the service says is wrong with runs. */
   async readProblems(signal) {
-    const answer = await fetch("/readyz", { signal, headers: this.shell.headers() }).then((each) => each.json()).catch(() => ({}));
+    const patience = new Patience(PROBLEMS_MS, signal);
+    const answer = await fetch("/readyz", { signal: patience.signal, headers: this.shell.headers() }).then((each) => each.json()).catch(() => ({}));
+    patience.end();
     const found = Object.entries(answer.problems ?? {});
     const key = JSON.stringify(found);
     if (key === this.told) return;
@@ -65,9 +68,19 @@ export class Overview {
     this.problems.replaceChildren(...found.map(([run, reason]) => el("p", { class: "card bad" }, `${run}: ${reason}`)));
   }
 
+  forget(name) {
+    this.seen.delete(name);
+    this.past.delete(name);
+  }
+
   show(runs) {
     const now = performance.now();
+    const names = new Set(runs.map((status) => status.run));
+    for (const name of this.seen.keys()) if (!names.has(name)) this.forget(name);
     for (const status of runs) {
+      const last = this.seen.get(status.run)?.at(-1);
+      // One that has no loss any more is another one of this name.
+      if (status.loss === null && last !== undefined && last.loss !== null) this.forget(status.run);
       const seen = this.seen.get(status.run) ?? [];
       seen.push({ time: now, step: status.step, epoch: status.epoch, loss: status.loss });
       if (seen.length > MOST_KEPT) seen.shift();

@@ -32,14 +32,15 @@ export class Poll {
     }
     this.isAsking = true;
     const began = performance.now();
+    let took = 0;
     try {
       if (!document.hidden) await this.ask(this.abort.signal);
+      took = performance.now() - began;
     } catch (error) {
       if (!this.abort.signal.aborted) this.onError(error);
     }
     this.isAsking = false;
     if (this.abort.signal.aborted) return;
-    const took = performance.now() - began;
     const pause = this.again ? 0 : Math.max(this.everyMs, 10 * took);
     this.again = false;
     this.timer = setTimeout(() => this.now(), pause);

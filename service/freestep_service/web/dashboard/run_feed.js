@@ -9,9 +9,10 @@ import { Away } from "./session.js";
 const MOST_EVENTS = 20000;
 const AGAIN_MS = 1000;
 
-/** Follows a run's events. changed(): there is more. told(state, error): how the stream is. */
+/** Follows a run's events. changed(): there is more. told(state, error): how the stream is. holds: as for EventStream. */
 export class RunFeed {
-  constructor(run, { changed, told = () => {} }) {
+  constructor(run, { changed, told = () => {}, holds = true }) {
+    this.holds = holds;
     this.run = run;
     this.changed = changed;
     this.told = told;
@@ -33,7 +34,7 @@ export class RunFeed {
         isAway = false;
       } catch (error) {
         // Why it is refused, the stream of events says, too.
-        isAway = error instanceof Away;
+        isAway = error instanceof Away || error.isPassing === true;
         if (isAway) await sleep(AGAIN_MS, signal);
       }
     }
@@ -60,6 +61,7 @@ export class RunFeed {
     this.milestones = [];
     this.times = timesOf(null);
     this.stream = new EventStream(this.run, {
+      holds: this.holds,
       heard: (events, isLive) => this.hear(events, isLive),
       changed: (state, error) => (state === "lost" ? this.beginAgain() : this.told(state, error)),
     });

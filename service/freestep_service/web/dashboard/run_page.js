@@ -11,7 +11,7 @@ import { el, setText } from "./dom.js";
 import { count, number, rate, short, steps } from "./format.js";
 import { Poll } from "./polling.js";
 import { RunFeed } from "./run_feed.js";
-import { call, runPath } from "./session.js";
+import { call, now, runPath } from "./session.js";
 
 const FRAME_MS = 250;
 const RATE_MS = 10000;
@@ -24,6 +24,7 @@ export class RunPage {
     this.compared = compared.filter((name) => name !== run);
     this.isAdmin = session.scope === "admin";
     this.status = null;
+    this.isGone = false;
     this.topology = null;
     this.checkpoints = [];
     this.sets = [];
@@ -45,6 +46,7 @@ export class RunPage {
     };
     poll(2000, async (signal) => {
       this.status = await call("GET", runPath(this.run), { signal });
+      this.isGone = false;
       this.shell.answered();
       this.later();
     });
@@ -78,7 +80,7 @@ export class RunPage {
   }
 
   follow(name) {
-    this.others.set(name, new RunFeed(name, { changed: () => this.later() }).start());
+    this.others.set(name, new RunFeed(name, { changed: () => this.later(), holds: false }).start());
   }
 
   make() {
@@ -130,7 +132,7 @@ export class RunPage {
 
   onError(error) {
     if (error.slug === "run-not-found" && this.status === null) this.showNone();
-    else if (error.status === 404 && this.status !== null) setText(this.facts, "This run is not there any more.");
+    else if (error.status === 404 && this.status !== null) this.isGone = true;
     else this.shell.failed(error);
   }
 
@@ -166,13 +168,13 @@ export class RunPage {
     const others = new Map([...this.others].map(([name, feed]) => [name, feed.record]));
     this.timeline.show(record, this.feed.events);
     this.curves.show(record, others, this.timeline.shown(record.marks), whole);
-    this.workers.show(record, isNow ? null : record.time ?? Date.now());
+    this.workers.show(record, isNow ? null : record.time ?? now());
     this.staleness.show(record.stalenesses);
     this.lossNote.show(record.loss.points);
     if (this.status === null) return;
     this.decisions.show(isNow ? this.status.pushes : record.decisions, record.reasons);
     this.showFacts();
-    const speed = speedOf(record, isNow ? Date.now() : record.time);
+    const speed = speedOf(record, isNow ? now() : record.time);
     const step = isNow ? Math.max(this.status.step, this.status.epoch === record.epoch ? record.step : 0) : record.step;
     const cost = crashCost({ ...this.status, step: isNow ? step : this.status.step }, speed, this.topology, this.checkpoints);
     const live = isNow ? this.status.workers.length : [...record.workers.values()].filter((each) => each.ended === null).length;
@@ -195,6 +197,10 @@ export class RunPage {
   }
 
   showFacts() {
+    if (this.isGone) {
+      setText(this.facts, "This run is not there any more. What is shown is what was known last.");
+      return;
+    }
     const { parameter_count, epoch, shards, scheduled_lr } = this.status;
     const spec = inForce(this.status);
     const learning = Object.entries(scheduled_lr).map(([group, lr]) => (group === "default" ? number(lr) : `${group} ${number(lr)}`));

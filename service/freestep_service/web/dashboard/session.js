@@ -1,6 +1,16 @@
 // The service, asked with the browser's session: one half of its token is a cookie, the other is kept here.
 
 const KEPT = "freestep-session";
+const ANSWER_MS = 30000;
+/** By how much clocks have to differ for it to be told from the way of an answer, whose date is in seconds. */
+const APART_MS = 2000;
+
+let aheadMs = 0;
+
+/** What time it is for the service, in milliseconds: what it says of times is compared with that. */
+export function now() {
+  return Date.now() + aheadMs;
+}
 
 /** A refusal of the service: its status, slug and reason. */
 export class Refused extends Error {
@@ -10,10 +20,35 @@ export class Refused extends Error {
     this.slug = String(problem.type ?? "").split(":").pop();
     this.field = problem.field ?? null;
   }
+
+  /** Whether the same request may be taken later. */
+  get isPassing() {
+    return this.status >= 429 || this.status === 408;
+  }
 }
 
 /** The service does not answer. */
 export class Away extends Error {}
+
+/** Ends a request whose answer does not come, or stops: for it browsers wait for minutes. `signal` ends it, too. */
+export class Patience {
+  constructor(ms, signal = null) {
+    this.ms = ms;
+    this.abort = new AbortController();
+    this.signal = signal === null ? this.abort.signal : AbortSignal.any([signal, this.abort.signal]);
+    this.heard();
+  }
+
+  /** Something has come. */
+  heard() {
+    this.end();
+    this.timer = setTimeout(() => this.abort.abort(new Away("the service does not answer")), this.ms);
+  }
+
+  end() {
+    clearTimeout(this.timer);
+  }
+}
 
 /** An answer of the service; raises Refused and Away. */
 export async function ask(method, path, { body, headers = {}, signal } = {}) {
@@ -29,14 +64,21 @@ export async function ask(method, path, { body, headers = {}, signal } = {}) {
     if (error.name === "AbortError") throw error;
     throw new Away("the service does not answer");
   }
+  const ahead = Date.parse(answer.headers.get("Date")) - Date.now();
+  if (Math.abs(ahead - aheadMs) > APART_MS) aheadMs = ahead;
   if (!answer.ok) throw new Refused(answer.status, await answer.json().catch(() => ({})));
   return answer;
 }
 
-/** The JSON of an answer; null where there is none. */
-export async function call(method, path, options) {
-  const answer = await ask(method, path, options);
-  return answer.status === 204 ? null : answer.json().catch(() => Promise.reject(new Away("the answer was cut short")));
+/** The JSON of an answer; null where there is none. An act takes as long as it takes. */
+export async function call(method, path, { signal = null, ...options } = {}) {
+  const patience = method === "GET" ? new Patience(ANSWER_MS, signal) : null;
+  try {
+    const answer = await ask(method, path, { ...options, signal: patience?.signal ?? signal });
+    return answer.status === 204 ? null : await answer.json().catch(() => Promise.reject(new Away("the answer was cut short")));
+  } finally {
+    patience?.end();
+  }
 }
 
 /** Who this browser is: `scope` is null where it has to sign in. */

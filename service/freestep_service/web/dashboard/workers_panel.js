@@ -3,7 +3,7 @@
 import { Rows, card, cellsOf, el, setText } from "./dom.js";
 import { twice } from "./acts.js";
 import { bytes, count, duration, number, rate } from "./format.js";
-import { call, runPath } from "./session.js";
+import { call, now, runPath } from "./session.js";
 
 const MOST_GONE = 10;
 const RATE_MS = 10000;
@@ -54,7 +54,7 @@ export class WorkersPanel {
   /** Shows live workers and those that went last. at: null for now, else the time that is replayed. */
   show(record, at) {
     const items = at === null ? this.now(record) : replayedWorkers(record, at);
-    this.rows.show(items, (item) => item.worker, (row, item) => fill(row, item, at ?? Date.now()));
+    this.rows.show(items, (item) => item.worker, (row, item) => fill(row, item, at ?? now()));
     const live = items.filter((item) => !isGone(item)).length;
     setText(this.summary, `${count(live)} live` + (items.length > live ? `, and ${items.length - live} that went last` : ""));
     this.empty.hidden = items.length > 0;
@@ -89,7 +89,7 @@ export class WorkersPanel {
     const names = new Set(live.map((item) => item.worker));
     const gone = [...record.workers.values()].filter((worker) => worker.ended !== null && !names.has(worker.worker));
     gone.sort((one, other) => other.endedAt - one.endedAt);
-    return [...live, ...gone.slice(0, MOST_GONE).map((worker) => goneWorker(worker, Date.now()))];
+    return [...live, ...gone.slice(0, MOST_GONE).map((worker) => goneWorker(worker, now()))];
   }
 
   row(item) {
