@@ -7,7 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from coordination.driven import DrivenRun
+from freestep.api.data import DataSpec
+from freestep.api.models import Lease
 from freestep_service.domain.aggregation import Policy
+from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.records import Behind, Pending, RunState
 from freestep_service.domain.reports import Measured
 
@@ -130,6 +133,41 @@ def test_a_loss_of_owners_and_leases_closes_the_run_and_ends_leases(run: DrivenR
     run.redis.delete(run.key("shards"))
     run.take_all()
     assert run.field("phase") == "gather"
+
+
+def claimed_units(run: DrivenRun, lease: Lease) -> list[int]:
+    return run.do(run.coordinator.data.claim(run.owner(), lease.lease, lease.token, "train", 3, "")).numbers
+
+
+@pytest.mark.parametrize("comes_again", [False, True])
+@pytest.mark.parametrize("lost", ["leases", "workers"])
+def test_units_of_leases_that_are_lost_are_handed_out_again(run: DrivenRun, lost: str, comes_again: bool) -> None:
+    """Nothing tells any more whose they are, or until when; and a pass waits for all of them."""
+    data = run.coordinator.data
+    run.do(data.create(run.owner(), NewDataSet("train", DataSpec(length=6, unit=1))))
+    lost_leases = [run.grant(worker, 1000) for worker in ("dead", "other")]
+    assert [claimed_units(run, lease) for lease in lost_leases] == [[0, 1, 2], [3, 4, 5]]
+    run.redis.delete(run.key(lost))
+    if comes_again:
+        run.grant("dead")
+    if lost == "workers":
+        run.pass_time(2000)
+    run.expire()
+    (view,) = run.do(data.read_all())
+    assert (list(view.out), view.back) == ([], [0, 1, 2, 3, 4, 5])
+    fresh = run.grant("fresh")
+    assert claimed_units(run, fresh) + claimed_units(run, fresh) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_lease_whose_end_is_lost_ends(make_run: Make) -> None:
+    """Its worker may never come again, for which its name and its receipts would be kept."""
+    run = make_run(policy=Policy("live", "none", distinct=False)).open()
+    run.grant("dead")
+    run.redis.delete(run.key("leases"))
+    ended = run.expire().ended
+    assert ended is not None and ended.workers == ["dead"]
+    assert not run.redis.exists(run.key("workers"))
+    assert run.expire().ended is None
 
 
 def test_a_push_that_travels_is_still_said_to_be_pending(make_run: Make) -> None:

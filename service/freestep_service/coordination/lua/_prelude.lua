@@ -63,14 +63,15 @@
 -- of one shard need no messages, except that the slowest worker has moved. An owner that misses messages reads the log.
 --
 -- Redis's clock may go back. So an end that is later than a whole time to live from now counts as just that, and an instant
--- that is yet to come as now; leases_due, leases_expire, run_heartbeat, node_heartbeat and read_places write them so.
+-- that is yet to come as now; leases_due, leases_expire, run_heartbeat, node_heartbeat, quota_take and read_places write them so.
 --
 -- Any of these keys may be lost alone: evicted, expired, or deleted by hand. Where that would give a wrong result, or have
 -- something wait for ever, the run's hash has a mark of it, and the run is opened again from its shards: receipts (pushes
 -- would count twice), metrics (reports would count twice, and a learning rate that follows them fall twice), group, and
 -- pending and staged of several shards (see has_lost_a_key). Of out, held and back the sums tell (see claim_units.lua). The
 -- others may be lost safely:
---   leases, workers, lease:ID   pushes are refused with lease-expired, and workers ask for leases anew
+--   leases, workers, lease:ID   pushes are refused with lease-expired, and workers ask for leases anew; what the leases had
+--                               is open again with the next look, or with the next lease of one of their workers
 --   pending of one shard        the push that travels is refused as lost, and is sent again
 --   log                         a shard that has not got an entry finds the gap, and has the run opened again
 --   ended, window:ID            their receipts are kept until the run is opened again
@@ -471,6 +472,19 @@ local function units_held(lease, name)
     units[#units + 1] = {string.match(member, '^%S+ (%S+) 0*(%d+)$')}
   end
   return units
+end
+
+-- Has the units handed out again that no worker's newest lease has: the key of workers was lost.
+local function give_back_orphans()
+  local newest, from = {}, '-'
+  for _, lease in ipairs(redis.call('HVALS', WORKERS)) do newest[lease] = true end
+  while true do
+    local member = redis.call('ZRANGEBYLEX', HELD, from, '+', 'LIMIT', 0, 1)[1]
+    if not member then return end
+    local lease = string.match(member, '^%S+')
+    if not newest[lease] then give_back(lease, units_held(lease)) end
+    from = '(' .. lease .. '!'
+  end
 end
 
 -- Counts the units that a push's claim names: they are done.

@@ -26,6 +26,8 @@ if older ~= '' then
   retire(older, KEYS[14], evicted)
   redis.call('DEL', KEYS[15])
   publish_evicted(evicted)
+elseif redis.call('ZSCORE', LEASES, worker) then
+  give_back_orphans()
 end
 redis.call('HSET', RUN, 'token', token, 'longest_ttl', math.max(run_number('longest_ttl'), ttl))
 if slack() then

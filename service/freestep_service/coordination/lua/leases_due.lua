@@ -6,7 +6,7 @@
 -- KEYS     the run's
 -- ARGV     1 how long such a push may take, in ms
 -- returns  {number of live leases, 1 if anything else is due or else 0, ms until the next live lease ends (0 without live
---          leases), then worker and lease, in turn, of the leases that have run out}
+--          leases), then worker and lease, in turn, of the leases that have run out or whose ends were lost}
 
 local now, patience = clock(), tonumber(ARGV[1])
 
@@ -53,5 +53,15 @@ local answer = {live, waits and 1 or 0, following[2] and tonumber(following[2]) 
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', text(now))) do
   answer[#answer + 1] = worker
   answer[#answer + 1] = redis.call('HGET', WORKERS, worker) or ''
+end
+if redis.call('HLEN', WORKERS) ~= redis.call('ZCARD', LEASES) then
+  -- Where the key of leases was lost, nothing tells when these end.
+  local newest = redis.call('HGETALL', WORKERS)
+  for index = 1, #newest, 2 do
+    if not redis.call('ZSCORE', LEASES, newest[index]) then
+      answer[#answer + 1] = newest[index]
+      answer[#answer + 1] = newest[index + 1]
+    end
+  end
 end
 return answer

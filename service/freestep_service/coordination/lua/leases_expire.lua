@@ -21,6 +21,7 @@ for index = 4, #ARGV, 2 do
     end_lease(worker, now)
     workers[#workers + 1] = worker
     retire(lease, KEYS[12 + (index - 2) / 2], evicted)
+    if lease == '' then give_back_orphans() end
   end
 end
 publish_evicted(evicted)
