@@ -124,6 +124,12 @@ def test_a_state_that_failed_to_load_does_not_outlive_the_failure(store: str, tm
             with pytest.raises(ShardUnavailable):
                 await run.imports.adopt(TERMS, STEP, tokens)
             assert [await pull(run.shard(index)) for index in range(shards)] == [(1, 1.0)] * shards
+            # It was not made: sent again, it is.
+            run.imports._held.take = take  # type: ignore[method-assign]
+            assert await run.imports.is_wanted(TERMS)
+            await run.imports.adopt(TERMS, STEP, await hold(run))
+            assert [await pull(run.shard(index)) for index in range(shards)] == [(STEP, 5.0)] * shards
+            assert not await run.imports.is_wanted(TERMS)
 
     run_async(work)
 

@@ -65,7 +65,12 @@ if ARGV[25] ~= '' and redis.call('HSETNX', RUN, 'durable', ARGV[25]) == 1 then
   redis.call('HSET', RUN, 'durable_step', ARGV[26])
 end
 local target = cjson.decode(ARGV[15])
-if target.upload then redis.call('HSET', RUN, 'upload', target.upload) end
+if target.upload then
+  redis.call('HSET', RUN, 'upload', target.upload, 'upload_epoch', ARGV[8])
+elseif type(target.cut) == 'table' and target.cut[1] < run_number('upload_epoch') then
+  -- What was imported is gone: whoever sends it again is to have it made.
+  redis.call('HDEL', RUN, 'upload', 'upload_epoch')
+end
 for decision, pushes in pairs(cjson.decode(ARGV[17])) do
   -- Shards that go on with what they hold know what has counted, and Redis may be ahead of them or behind. Dropped pushes
   -- are in no log.
