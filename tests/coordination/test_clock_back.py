@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from coordination.driven import HOUR, DrivenRun, Driver
 from freestep_service.coordination.nodes import Node
+from freestep_service.coordination.quotas import Full, SharedQuotas
 from freestep_service.domain.records import RunState
 
 Make = Callable[..., DrivenRun]
@@ -58,6 +60,19 @@ def test_cuts_end_after_their_time(make_run: Make) -> None:
     ends = [json.loads(cut)["ends"] for ticket, cut in run.redis.hgetall(key).items() if ticket in kept]
     assert len(ends) == 2
     assert max(ends) <= now_ms(run.driver) + 30_000
+
+
+def test_what_a_token_has_no_more_is_looked_for_after_its_time(driver: Driver) -> None:
+    token = uuid.uuid4().hex
+    shared, key = SharedQuotas(driver.store, leases_after_ms=TTL), f"freestep:quota:{token}:leases"
+    assert driver.do(shared.take_lease(token, "run", "dead", 1)) is None
+    entry = json.loads(str(driver.redis.hget(key, "run dead")))
+    driver.redis.hset(key, "run dead", json.dumps(entry | {"at": now_ms(driver) + HOUR}))
+    assert driver.do(shared.take_lease(token, "run", "another", 1)) == Full("names", 1)
+    entry = json.loads(str(driver.redis.hget(key, "run dead")))
+    assert entry["at"] <= now_ms(driver) + TTL
+    driver.redis.hset(key, "run dead", json.dumps(entry | {"at": entry["at"] - TTL - 1}))
+    assert driver.do(shared.take_lease(token, "run", "another", 1)) is None
 
 
 def test_pushes_that_do_not_arrive_give_up_their_slots(make_run: Make) -> None:

@@ -13,7 +13,7 @@ import pytest
 from freestep.client import Client
 from freestep.errors import Overloaded
 from harness import ThreadService
-from meanwhile import at_once
+from meanwhile import at_once, wait_until
 from plain_calls import Api, slug
 
 
@@ -177,6 +177,22 @@ def test_runs_count_after_the_store_has_lost_its_data(
         assert [key for key in redis.keys("freestep:quota:*:runs") if redis.hkeys(key) == [api.run]]
     other = connect(again.url)
     other.http.headers["Authorization"] = f"Bearer {token}"
+    assert refusal(other.http.put(other.path(), json=other.spec())) == (429, "overloaded", "runs", 1, 1)
+
+
+def test_runs_count_while_they_are_there_whatever_becomes_of_the_list(
+    service: ThreadService, bounded: Callable[..., Api], connect: Callable[..., Api]
+) -> None:
+    """Redis loses it under a service that lives on, or the token takes nothing for longer than its list is kept."""
+    api = bounded(max_runs=1)
+    api.create()
+    with service.redis() as redis:
+        (key,) = [key for key in redis.keys("freestep:quota:*:runs") if api.run in redis.hkeys(key)]
+        redis.pexpire(key, 600_000)
+        wait_until(lambda: redis.pttl(key) > 600_000)
+        redis.delete(key)
+        wait_until(lambda: redis.hkeys(key) == [api.run])
+    other = also(api, connect)
     assert refusal(other.http.put(other.path(), json=other.spec())) == (429, "overloaded", "runs", 1, 1)
 
 

@@ -6,7 +6,7 @@ ends without being settled, with a process say, leaves nothing behind.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from freestep_service.coordination.run_scripts import RunScripts
@@ -18,7 +18,7 @@ Event = Literal["made", "failed", "kept", "ended"]
 """What becomes of what was taken: it is made, or is not; it is there, made before; it ends."""
 
 _KEPT_MS = 30 * 24 * 3600 * 1000
-"""After which the list of a token that takes nothing is dropped; runs are put on it again when they are opened."""
+"""After which the list of a token that takes nothing, and has no runs, is dropped."""
 
 
 class Full(NamedTuple):
@@ -54,6 +54,17 @@ class SharedQuotas:
     async def settle_run(self, token: str, run: str, event: Event, mark: str = "", elements: int = 0) -> None:
         """Says what has become of a run; mark: which one of its name."""
         await self._settle(_key(token, "runs"), run, event, mark, elements, self._runs_after_ms)
+
+    async def list_again(self, token: str, runs: Mapping[str, tuple[str, int]]) -> None:
+        """Puts runs that are there on a token's list, where it lacks them: run -> its mark, and its parameters."""
+        key = _key(token, "runs")
+        with reachable():
+            listed = await self._store.client.hmget(key, list(runs))
+            # It is kept for as long as they are there.
+            await self._store.client.pexpire(key, _KEPT_MS)
+        for (run, (mark, elements)), entry in zip(runs.items(), listed, strict=True):
+            if entry is None:
+                await self.settle_run(token, run, "kept", mark, elements)
 
     async def settle_lease(self, token: str, run: str, worker: str, event: Event, lease: str = "") -> None:
         """Says what has become of a worker's lease."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from math import ceil
 from typing import Literal
@@ -65,6 +65,10 @@ class Quotas:
     async def settle_run(self, token_id: str, run: str, event: Event, mark: str = "", elements: int = 0) -> None:
         """Counts a run that was made, or was made before; or counts it no more. mark: which one of its name."""
         await self._shared.settle_run(token_id, run, event, mark, elements)
+
+    async def list_again(self, token_id: str, runs: Mapping[str, tuple[str, int]]) -> None:
+        """Counts runs that are there where they are counted no more: run -> which one of its name, and its elements."""
+        await self._shared.list_again(token_id, runs)
 
     async def grant(self, token: Token, run: str, worker: str, granting: Callable[[], Awaitable[Lease]]) -> Lease:
         """Counts a lease and has it granted. Raises Overloaded, CoordinatorUnavailable, and what `granting` raises."""

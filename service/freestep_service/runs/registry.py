@@ -406,7 +406,7 @@ class Registry:
             try:
                 await self.watch.look()
                 await resources.node.heartbeat(resources.store)
-                await list_again(resources.store, [run.name for run in self.all()])
+                await self._list_again()
                 if resources.node.live_peers:
                     for name in sorted(await self._names() - self._runs.keys() - self._set_aside.keys()):
                         await self._look_at(name)
@@ -420,6 +420,17 @@ class Registry:
                 if run.is_gone and not self._change(run.name).locked():
                     self._background.spawn(self._end_later(run.name), f"run {run.name} is not ended")
             await self._stops(resources.node.heartbeat_s)
+
+    async def _list_again(self) -> None:
+        """Lists the runs here where Redis has lost its lists: that of all, and those of their creators' quotas."""
+        runs = self.all()
+        await list_again(self._resources.store, [run.name for run in runs])
+        counted: dict[str, dict[str, tuple[str, int]]] = {}
+        for run in runs:
+            if run.origin.creator and run.owns(0):
+                counted.setdefault(run.origin.creator, {})[run.name] = run.origin.id, run.manifest.numel
+        for creator, its_runs in counted.items():
+            await self.quotas.list_again(creator, its_runs)
 
     async def _retry(self) -> None:
         """Tries again to open what is set aside, one run after another, and rests as long as that takes."""

@@ -37,6 +37,10 @@ if full or heaviest then
   local all = redis.call('HGETALL', LIST)
   for index = 1, #all, 2 do
     local known = cjson.decode(all[index + 1])
+    if known.at > later then
+      known.at = later
+      redis.call('HSET', LIST, all[index], cjson.encode(known))
+    end
     if all[index] ~= name then sum = sum + known.weight end
     local matters = all[index] ~= name or claimed > weight
     if matters and known.at <= now and #due < MOST_DUE then due[#due + 1] = all[index] end
