@@ -55,6 +55,10 @@ def _value(name: str, value: float) -> Callable[[Parts], object]:
     return lambda parts: parts[0][name].fill_(value)
 
 
+def _data(*names: str, **state: Any) -> Callable[[Parts], object]:
+    return lambda parts: parts[1].update(data=dict.fromkeys(names or ("train",), state))
+
+
 TENSORS: dict[str, Callable[[Parts], object]] = {
     "missing": lambda parts: parts[0].pop("w::z"),
     "missing-empty": lambda parts: parts[0].pop("e::z"),
@@ -76,6 +80,7 @@ DOCUMENTS: dict[str, Callable[[Parts], object]] = {
     "negative-step": lambda parts: parts[1].update(step=-1),
     "fractional-step": lambda parts: parts[1].update(step=1.5),
     "large-step": lambda parts: parts[1].update(step=2**60),
+    "step-of-fifteen-digits": lambda parts: parts[1].update(step=10**14),
     "unknown-member": lambda parts: parts[1].update(receipts={}),
     "no-buffers": lambda parts: parts[1].pop("buffers"),
     "empty-buffers": lambda parts: parts[1].update(buffers=[]),
@@ -123,6 +128,8 @@ DOCUMENTS: dict[str, Callable[[Parts], object]] = {
     "metric-without-a-name": lambda parts: parts[1].update(metrics={"": {"1": 1.0}}),
     "metric-step-of-words": lambda parts: parts[1].update(metrics={"loss": {"one": 1.0}}),
     "too-many-metrics": lambda parts: parts[1].update(metrics={f"m{number}": {"1": 1.0} for number in range(65)}),
+    "units-beyond-doubles": _data(spec={"length": 1, "unit": 1, "passes": None}, reached=2**53 - 1),
+    "too-many-open-units": _data("one", "two", spec={"length": 2**20, "unit": 1}, reached=2**20, open=[[0, 2**19 + 1]]),
 }
 SPECS: dict[str, Callable[[Parts], object]] = {
     "no-spec": lambda parts: parts[1].pop("spec"),
@@ -151,6 +158,17 @@ def test_states_that_are_spoilt_in_one_way(
             refused(spoilt(state, spoil), "malformed-tensors")
         except AssertionError as error:
             raise AssertionError(name) from error
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "gpa_sgd"])
+def test_a_k_beyond_doubles_of_a_method_that_does_not_reckon_with_it(
+    connect: Callable[..., Api], service: ThreadService, algorithm: str
+) -> None:
+    api = connect(service.url)
+    api.create(optimizer={"algorithm": algorithm})
+    train(api, 0, 2)
+    answer = import_(api, spoilt(export(api), DOCUMENTS["k-beyond-doubles"]), replace="true")
+    assert (answer.status_code, slug(answer)) == (422, "malformed-tensors"), answer.text
 
 
 def test_specs_that_are_wrong(state: bytes, refused: Callable[[bytes, str], None]) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "DATA_NAME",
     "MOST_CLAIMED",
     "MOST_DATA_SETS",
+    "MOST_OPEN",
     "MOST_PUSHED",
     "ClaimRequest",
     "Claimed",
@@ -37,8 +38,10 @@ MOST_CLAIMED = 1024
 """Units of one claim."""
 MOST_PUSHED = 1024
 """Units of one push."""
-_MOST_OPEN = 2**20
-"""Units that may be open before one that has counted: more than can be out, however a state has come about."""
+MOST_OPEN = 2**20
+"""Units of all data sets that may be open before one that has counted: no more can be out, or have come back."""
+_MOST_REACHED = 2**52
+"""Units that may have counted where passes have no end: so that numbers go on."""
 
 
 class DataSpec(StrictModel):
@@ -84,15 +87,22 @@ class DataState(StrictModel):
     open: tuple[tuple[Count, Count], ...] = ()
     """Ranges [begin, end) of the numbers before it whose units have not counted, in ascending order."""
 
+    @property
+    def open_units(self) -> int:
+        """How many units before `reached` have not counted."""
+        return sum(end - begin for begin, end in self.open)
+
     @model_validator(mode="after")
     def _is_sound(self) -> Self:
         bounds = [0, *(bound for each in self.open for bound in each), self.reached]
         if any(begin > end for begin, end in pairwise(bounds)) or any(begin == end for begin, end in self.open):
             raise ValueError("open: must be ranges of numbers below `reached`, none empty, in ascending order")
-        if sum(end - begin for begin, end in self.open) > _MOST_OPEN:
-            raise ValueError(f"open: there are more than {_MOST_OPEN} units")
+        if self.open_units > MOST_OPEN:
+            raise ValueError(f"open: there are more than {MOST_OPEN} units")
         if self.spec.total is not None and self.reached > self.spec.total:
             raise ValueError(f"reached: the data set has {self.spec.total} units in all passes")
+        if self.spec.total is None and self.reached > _MOST_REACHED:
+            raise ValueError(f"reached: must be at most {_MOST_REACHED} where passes have no end")
         return self
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from freestep.api.control import RunControl
-from freestep.api.data import MOST_DATA_SETS, DataName, DataState
+from freestep.api.data import MOST_DATA_SETS, MOST_OPEN, DataName, DataState
 from freestep.api.spec import RunSpec
-from freestep.api.validation import Count, MetricName, NonNegative, StrictModel
+from freestep.api.validation import LARGEST_INTEGER, Count, MetricName, NonNegative, StrictModel
 
 __all__ = ["StateDocument"]
 
-_Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Value = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Number = Annotated[int, Field(strict=True, ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)] | _Value
+_MOST_STEPS = 10**13
+"""Redis's scripts write a run's step with fourteen digits, and it goes on from the state's."""
 
 
 class StateDocument(StrictModel):
@@ -24,7 +26,7 @@ class StateDocument(StrictModel):
     """The run's spec, with the number of shards that it was created with."""
     epoch: Count = 0
     """The epoch that the state was read in; a run that takes the state begins another."""
-    step: Count
+    step: Annotated[int, Field(strict=True, ge=0, le=_MOST_STEPS)]
     """The number of updates that the state contains."""
     buffers: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)]
     """The names of the optimizer's state vectors; `y` is one of them."""
@@ -40,3 +42,9 @@ class StateDocument(StrictModel):
     control: RunControl = RunControl()
     """What has been changed of the run since it was created. Whether it is paused, and who is suspended, is no part of
     its state."""
+
+    @model_validator(mode="after")
+    def _has_few_open_units(self) -> Self:
+        if sum(each.open_units for each in self.data.values()) > MOST_OPEN:
+            raise ValueError(f"data: more than {MOST_OPEN} units are open")
+        return self
