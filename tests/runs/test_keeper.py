@@ -13,6 +13,7 @@ from freestep_service.runs import registry as registry_module
 from in_process import (
     Medium,
     claim_of,
+    lease_of,
     new_run,
     process,
     pull,
@@ -72,3 +73,26 @@ def test_no_error_ends_the_housekeeping(
 
     with caplog.at_level(logging.INFO, "freestep"):
         run_async(work)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_checkpoint_that_is_complete_once_the_run_has_gone_back_puts_off_no_other(
+    store: str, tmp_path: Path, shards: int
+) -> None:
+    """As where a shard is slow to write its part: what comes after the return is not in it."""
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data", checkpoint_steps=1) as registry:
+            run = await new_run(registry, shards=shards)
+            for step in range(3):
+                await push(run, claim_of(await lease_of(run), f"push-{step}", step))
+                await until(lambda step=step: run._checkpointing.step == step + 1, "a checkpoint")  # type: ignore[misc]
+            late, _ = run._checkpointing._written or (None, None)
+            assert late is not None and late.step == 3
+            await run.restore(1)
+            await run._checkpointing.complete(late)
+            assert (await run.status()).checkpoint_step == 1
+            await push(run, claim_of(await lease_of(run), "another", 1))
+            await until(lambda: run._checkpointing.step == 2, "a checkpoint of the new epoch", bound_s=10.0)
+
+    run_async(work)

@@ -67,6 +67,9 @@ class Checkpointing:
 
     def _note(self, written: CheckpointId) -> None:
         """A checkpoint is complete."""
+        if written.epoch < self._shards.epoch:
+            # The run went back while it was being written: what follows is not in it.
+            return
         self._last = (written.step, time.monotonic())
         if self._written is not None and self._written[0] == written:
             self.control = self._written[1]
