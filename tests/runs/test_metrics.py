@@ -54,6 +54,7 @@ def test_the_status_and_prometheus_show_the_newest(api: Api) -> None:
     assert api.status()["metrics"] == {"accuracy": {"value": 0.5, "step": 1}, "loss": {"value": -0.1, "step": 2}}
     shown = api.http.get("/metrics").text
     assert f'freestep_metric{{name="accuracy",run="{api.run}"}} 0.5' in shown
+    assert f'freestep_metric{{name="loss",run="{api.run}"}} -0.1' in shown
     api.http.delete(api.path())
     assert api.run not in api.http.get("/metrics").text
 
