@@ -8,6 +8,7 @@ Only the commands that need torch import it, since that takes seconds.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -49,7 +50,7 @@ from freestep.commands.top import top
 from freestep.commands.workers import workers
 from freestep.errors import FreestepError, InvalidSetting, ProblemError, ServiceUnreachable, Unauthenticated
 from freestep.files import is_stdout
-from freestep.terminal import print_json, print_line, print_result, printable
+from freestep.terminal import print_json, print_line, print_result, printable, show_all_characters
 
 __all__ = ["main"]
 
@@ -82,8 +83,14 @@ def before_commands(
 
 def main() -> None:
     """Runs the command, and exits with one of the codes in the module's docstring."""
+    _open_streams()
+    show_all_characters()
     try:
-        app()
+        try:
+            app()
+        finally:
+            # At the interpreter's end it would be too late to say that a disk is full.
+            sys.stdout.flush()
     except InvalidSetting as error:
         fail(2, str(error))
     except ServiceUnreachable as error:
@@ -94,6 +101,20 @@ def main() -> None:
         fail(1, str(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        # The interpreter writes once more what was not written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        # Commands tell of their files by themselves.
+        fail(2, str(error) if error.filename else f"the output cannot be written: {error.strerror}")
+
+
+def _open_streams() -> None:
+    """Has the null device for a standard stream that is closed: the next file or connection would have its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 @app.command(

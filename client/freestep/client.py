@@ -6,7 +6,6 @@ import os
 import ssl
 from types import TracebackType
 from typing import Self
-from urllib.parse import quote
 
 import httpx
 
@@ -170,7 +169,7 @@ class Client:
         """
         # Not repeated: of a link whose answer was lost nobody would know.
         link = parse(SignInLink, self._transport.request("POST", "/dashboard/links", retry=False))
-        page = "" if run is None else f"/runs/{quote(run, safe='')}"
+        page = "" if run is None else f"/runs/{in_path(run)}"
         fragment = page if link.code is None else f"sign-in={link.code}{page and '&to='}{page}"
         return f"{str(self._transport.base_url).rstrip('/')}/" + (fragment and f"#{fragment}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import httpx
 
 from freestep.api.events import RunEvent, event_of
-from freestep.errors import UnexpectedResponse
+from freestep.errors import MalformedRequest, UnexpectedResponse
 from freestep.transport import Transport
 
 __all__ = ["EventSource", "Message", "messages"]
@@ -19,6 +20,8 @@ _SILENCE_S = 30.0
 """Beyond the client's own timeout: a service with no event to tell of sends a comment every 15 seconds."""
 _RETRY_S = 1.0
 """Seconds before a stream that has ended is asked for again, unless the service names others."""
+_ID = re.compile("[!-~]+")
+"""Visible ASCII characters, as every id has."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class EventSource:
 
     def events(self, after: str | None, from_step: int | None, *, follow: bool) -> Iterator[RunEvent]:
         """As `Run.events`."""
+        if after is not None and not _ID.fullmatch(after):
+            # In a header it would be no request.
+            raise MalformedRequest("Last-Event-ID: must be the id of an event of this run")
         retry = _RETRY_S
         while True:
             headers = {"Last-Event-ID": after} if after is not None else {}

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import httpx
 
-from freestep.errors import InvalidSetting
+from freestep.errors import InvalidSetting, MalformedRequest
 
-__all__ = ["LOCAL", "check_url", "fault_of", "in_path", "other_scheme", "without_password"]
+__all__ = ["LOCAL", "check_url", "fault_of", "in_path", "other_scheme", "unsendable", "without_password"]
 
 LOCAL = "local"
 """The URL of an optimizer whose run is in its process."""
@@ -117,6 +117,15 @@ def _speaks_http(url: httpx.URL) -> bool:
 
 
 def in_path(name: str) -> str:
-    """A name as a segment of a path, in which `.` and `..` stand for themselves."""
-    segment = quote(name, safe="")
+    """A name as a segment of a path, in which `.` and `..` stand for themselves. Raises MalformedRequest."""
+    try:
+        segment = quote(name, safe="")
+    except UnicodeEncodeError as error:
+        raise unsendable(error) from None
     return segment.replace(".", "%2E") if segment in (".", "..") else segment
+
+
+def unsendable(error: UnicodeEncodeError) -> MalformedRequest:
+    """Says of text that a request cannot have, such as a byte of the command line that is not UTF-8, what it is."""
+    # Not all of the text: it may be a whole document.
+    return MalformedRequest(f"{error.object[error.start : error.end]!r} cannot be sent: {error.reason}")

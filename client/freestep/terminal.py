@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,11 +18,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["literal", "print_error", "print_json", "print_line", "print_result", "printable", "table"]
+__all__ = [
+    "literal",
+    "print_error",
+    "print_json",
+    "print_line",
+    "print_result",
+    "printable",
+    "show_all_characters",
+    "table",
+]
 
 _SHORT = 24
 """The width of a cell up to which it is not folded."""
 _UNBOUNDED = 1_000_000
+
+
+def show_all_characters() -> None:
+    """Has the standard output show what its encoding lacks as escape sequences, as Python's standard error does."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def printable(value: object) -> str:

@@ -38,7 +38,7 @@ from freestep.errors import (
 from freestep.leaving import PATIENCE_S, is_leaving
 from freestep.outages import Outages, cause_of
 from freestep.responses import Answer, Destination, GatewayError, read
-from freestep.service_url import without_password
+from freestep.service_url import unsendable, without_password
 from freestep.shared_memory import Bodies, SharedMemories, SharedMemory
 from freestep.threads import Threads
 from freestep.wire.receiver import MEDIA_TYPE
@@ -253,15 +253,18 @@ class Transport:
         base = url or str(self.base_url).rstrip("/")
         # httpx would replace the address's query by the client's own default parameters.
         query = () if self._http.params else tuple((params or {}).items())
-        request = self._http.build_request(
-            method,
-            _address(base + path, *query),
-            json=json,
-            headers={**headers, "Accept-Encoding": "identity"} | self._credentials.headers(),
-            params=None if query else params,
-            content=body,
-            timeout=timeout,
-        )
+        try:
+            request = self._http.build_request(
+                method,
+                _address(base + path, *query),
+                json=json,
+                headers={**headers, "Accept-Encoding": "identity"} | self._credentials.headers(),
+                params=None if query else params,
+                content=body,
+                timeout=timeout,
+            )
+        except UnicodeEncodeError as error:
+            raise unsendable(error) from None
         if body is not None:
             request.stream = body
         return self._http.send(request, stream=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -215,6 +218,53 @@ def test_a_hostile_argument_is_repeated_as_it_is(service: ThreadService, argumen
     if "delete" in arguments:
         asked = freestep(service, "runs", "delete", name, stdin="n\n")
         assert asked.stdout.startswith(f"Delete the run {shown(name)} and its checkpoints?")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("runs", "show", "{}"),
+        ("end-worker", "run", "{}"),
+        ("dashboard", "{}"),
+        ("set", "run", "lr={}"),
+        ("set", "run", "{}=1"),
+        ("events", "run", "--after", "{}"),
+    ],
+    ids=" ".join,
+)
+def test_an_argument_that_is_no_utf_8_is_refused(service: ThreadService, arguments: tuple[str, ...]) -> None:
+    done = freestep(service, *(each.format(os.fsdecode(b"\xff")) for each in arguments))
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr.startswith("freestep: ") and done.stderr.count("\n") == 1
+
+
+def from_nothing(service: ThreadService, script: str, *arguments: str, **environment: str) -> CompletedProcess[bytes]:
+    """A command that a shell's script starts, with a Python that opens its streams anew."""
+    return subprocess.run(
+        ["sh", "-c", script, "sh", sys.executable, "-m", "freestep.cli", *arguments],
+        env={**os.environ, "FREESTEP_URL": service.url, **environment},
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_what_the_output_has_no_characters_for_is_shown_as_escapes(service: ThreadService, run: Run) -> None:
+    report = ("report", run.name, "日", "1", "--step", "1")
+    done = from_nothing(service, 'exec "$@"', *report, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, b"\\u65e5 of %s at step 1 is 1\n" % run.name.encode()), done.stderr
+
+
+@pytest.mark.parametrize("as_json", [(), ("--json",)])
+def test_a_full_disk_behind_the_output_is_2(service: ThreadService, tmp_path: Path, as_json: tuple[str, ...]) -> None:
+    streams = [Path(os.devnull), Path("/dev/full"), tmp_path / "stderr"]
+    streams[2].touch()
+    code = forked.join(forked.start("runs", "list", *as_json, streams=streams, FREESTEP_URL=service.url))
+    assert (code, streams[2].read_text()) == (2, "freestep: the output cannot be written: No space left on device\n")
+
+
+def test_who_closes_the_standard_streams_has_the_command_work_all_the_same(service: ThreadService) -> None:
+    closed = from_nothing(service, 'exec "$@" <&- >&-', "runs", "list", "--json")
+    assert (closed.returncode, closed.stderr) == (0, b"")
 
 
 def test_refused_is_1(service: ThreadService) -> None:

@@ -56,6 +56,11 @@ def test_a_run_is_changed_and_shown(service: ThreadService, run: Run) -> None:
     assert 'control    {"paused": true} by admin-token' in shown
 
 
+def test_a_value_that_is_too_deep_for_json_is_text(service: ThreadService, run: Run) -> None:
+    done = freestep(service, "set", run.name, f"lr={'[' * 50_000}")
+    assert (done.returncode, done.stderr) == (1, "freestep: optimizer.lr: Input should be a valid number\n")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

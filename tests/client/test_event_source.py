@@ -44,9 +44,10 @@ def test_events_are_shown(run: Run, service: ThreadService) -> None:
     assert [json.loads(line) for line in shown.stdout.splitlines()] == found[1:]
 
 
-def test_a_place_that_is_none_is_refused(run: Run, service: ThreadService) -> None:
+@pytest.mark.parametrize("place", ["yesterday", "gestern früh", "", "1-2\n"])
+def test_a_place_that_is_none_is_refused(run: Run, service: ThreadService, place: str) -> None:
     run.create(SPEC)
-    shown = forked.freestep("events", run.name, "--after", "yesterday", FREESTEP_URL=service.url)
+    shown = forked.freestep("events", run.name, "--after", place, FREESTEP_URL=service.url)
     assert (shown.returncode, shown.stdout) == (1, "")
     assert "--after" in shown.stderr and "Last-Event-ID" not in shown.stderr
 

@@ -110,7 +110,7 @@ def _value(text: str) -> object:
     try:
         value = json.loads(text)
         json.dumps(value, allow_nan=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value
 
