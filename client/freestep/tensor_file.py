@@ -79,7 +79,9 @@ def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _entry(entry: Mapping[str, Any], data: memoryview) -> StoredTensor:
-    begin, end = entry["data_offsets"]
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
     if not 0 <= begin <= end <= len(data):
         raise ValueError("its data_offsets are outside the file")
-    return StoredTensor(entry["dtype"], tuple(entry["shape"]), data[begin:end])
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError("its shape is not a list of sizes")
+    return StoredTensor(entry["dtype"], tuple(shape), data[begin:end])

@@ -41,6 +41,10 @@ def no_number(x):
 def no_numbers(x):
     return {"a": [1]}
 
+def huge(x): return {"a": 10**400}
+
+highest = max
+
 def nothing(x): pass
 
 def infinite(x):
@@ -148,6 +152,8 @@ def test_the_best_is_kept(run: Run, service: ThreadService, script: Path, tmp_pa
     [
         ("no_number", "returned 'high': a number, or a dict of numbers by name, is needed"),
         ("no_numbers", "returned {'a': [1]}: a number, or a dict of numbers by name, is needed"),
+        ("huge", "returned {'a': 1000"),
+        ("highest", "returned 'w': a number, or a dict of numbers by name, is needed"),
         ("nothing", "returned None: a number, or a dict of numbers by name, is needed"),
         ("infinite", "returned ppl=inf at step 0: Input should be a finite number"),
         ("nameless", "returned =1 at step 0: "),

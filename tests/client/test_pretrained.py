@@ -196,6 +196,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         (like / "model.safetensors").write_bytes(damaged)
         with pytest.raises(FreestepError, match="is not a safetensors file"):
             PretrainedFolder(like)
+    for shape in (["a"], [-1], [True], "12", None, 1):
+        header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+        (like / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"data")
+        with pytest.raises(FreestepError, match="its shape is not a list of sizes"):
+            PretrainedFolder(like)
 
 
 def test_the_command_writes_a_folder_of_a_run(service: ThreadService, name: str, tmp_path: Path) -> None:

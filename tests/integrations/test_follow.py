@@ -134,7 +134,8 @@ def test_state_of_another_run_is_refused(trained: Run, tmp_path: Path) -> None:
         state.write_text(json.dumps(document | change))
         with pytest.raises(InvalidSetting, match=said):
             follow(trained, [Kept()], state, is_live=False)
-    for text in ("", "[]", "{}", json.dumps(document | {"gathered": {"tea": 1}})):
+    changed = ({"gathered": {"tea": 1}}, {"gathered": {"made_at": "x"}}, {"after": 5}, {"key": None})
+    for text in ("", "[]", "{}", *(json.dumps(document | change) for change in changed)):
         state.write_text(text)
         with pytest.raises(InvalidSetting, match="does not tell"):
             follow(trained, [Kept()], state, is_live=False)

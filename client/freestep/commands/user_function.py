@@ -34,7 +34,11 @@ class UserFunction:
         if not callable(found):
             fail(2, f"{script} has no function {self._name}")
         self._function: Callable[..., Any] = found
-        self._takes_step = "step" in inspect.signature(found).parameters
+        try:
+            self._takes_step = "step" in inspect.signature(found).parameters
+        except ValueError:
+            # Of some functions that are written in C nobody can tell.
+            self._takes_step = False
 
     def __call__(self, x: Snapshot) -> dict[str, float]:
         """The metrics at x; a number that is returned alone is called like the function."""
@@ -45,7 +49,7 @@ class UserFunction:
         metrics = returned if isinstance(returned, Mapping) else {self._name: returned}
         try:
             return {str(name): float(value) for name, value in metrics.items()}
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             fail(1, f"{self._reference} returned {returned!r}: a number, or a dict of numbers by name, is needed")
 
     def _load(self, path: Path) -> Any:

@@ -18,7 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from freestep.api.events import GapEvent, RunEvent
+from freestep.api.validation import first_fault
 from freestep.errors import FreestepError, InvalidSetting
 from freestep.integrations.curves import Curves
 from freestep.integrations.trackers import Target, Tracker, TrackerFailed, open_tracker
@@ -51,11 +54,13 @@ class Followed:
         Raises InvalidSetting where it is of another run, or no such file; and OSError.
         """
         try:
-            found = cls(**json.loads(path.read_text()))
+            found = _FOLLOWED.validate_json(path.read_bytes(), strict=True)
             Curves(gathered=found.gathered)
         except FileNotFoundError:
             return cls(run, run_id)
-        except (ValueError, TypeError) as error:
+        except ValidationError as error:
+            raise InvalidSetting(f"{path} does not tell how far a run was followed: {first_fault(error)[1]}") from error
+        except ValueError as error:
             raise InvalidSetting(f"{path} does not tell how far a run was followed: {error}") from error
         is_same = run_id is None or found.run_id in (None, run_id)
         if found.run != run or not is_same:
@@ -69,6 +74,9 @@ class Followed:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(asdict(self)) + "\n")
         temporary.replace(path)
+
+
+_FOLLOWED = TypeAdapter(Followed)
 
 
 class Ending:
