@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -17,8 +18,8 @@ _STDOUT = 1
 def writing(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file to write, which has its new content once the block ends, or else is as it was before.
 
-    Of a link, that is the file to which it leads. What is no regular file, such as a pipe or a device, is written
-    through, and so is the process's standard output. Raises OSError.
+    Its mode stays. Of a link, that is the file to which it leads. What is no regular file, such as a pipe or a device,
+    is written through, and so is the process's standard output. Raises OSError.
     """
     if is_stdout(path):
         with open(_STDOUT, "wb", closefd=False) as file:
@@ -32,6 +33,8 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
+            with suppress(FileNotFoundError):
+                _take_mode(file.fileno(), target)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,6 +42,14 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _take_mode(descriptor: int, path: Path) -> None:
+    """Gives an open file the mode of another: what was its owner's alone stays so. Raises OSError."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    # Some file systems have one mode for all files, and refuse to be given any.
+    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+        os.fchmod(descriptor, mode)
 
 
 def is_stdout(path: Path) -> bool:

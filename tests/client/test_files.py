@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from stat import S_IMODE
 
 import pytest
 
@@ -34,6 +35,17 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
         write(tmp_path / "none" / "file", b"")
     with pytest.raises(IsADirectoryError):
         write(tmp_path, b"")
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_who_may_read_a_file_may_read_what_replaces_it_and_nobody_else(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "file"
+    write(path, b"old")
+    path.chmod(mode)
+    with writing(path) as file:
+        assert {S_IMODE(each.stat().st_mode) for each in tmp_path.iterdir()} == {mode}
+        file.write(b"new")
+    assert (path.read_bytes(), S_IMODE(path.stat().st_mode)) == (b"new", mode)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
