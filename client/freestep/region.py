@@ -112,7 +112,8 @@ class Region:
         pull_dtype: "F32", "BF16", "F16" or "I8": how the parent's y comes.
 
     Raises:
-        FreestepError: `every` is not valid; or another process has the file, or it is no region's.
+        FreestepError: `every` is not valid; the parent is the run itself; or another process has the file, or it is no
+            region's.
         OSError: The file cannot be read or written.
     """
 
@@ -134,6 +135,8 @@ class Region:
     ) -> None:
         if not isinstance(every, int) or every < 1:
             raise FreestepError(f"every must be a number of updates from 1, not {every!r}")
+        if (run.name, run._transport.base_url) == (parent.name, parent._transport.base_url):
+            raise FreestepError(f"the run {run.name!r} is no parent of itself: name another run, or another service")
         self.every = every
         self.receipt: Receipt | None = None
         self._run = run

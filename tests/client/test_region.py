@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from freestep import (
+    FreestepError,
     Region,
     RemoteOptimizer,
     Run,
@@ -38,6 +39,12 @@ def test_a_region_begins_where_the_parent_is(here: Run, far: Run, region: Callab
     begin(far, {**OF_REGION, "optimizer": WHOLE}, value=5.0)
     joined(region())
     assert counted(here) == 5.0
+
+
+def test_a_run_is_no_parent_of_itself(here: Run, tmp_path: Path) -> None:
+    with pytest.raises(FreestepError, match=f"the run '{here.name}' is no parent of itself"):
+        Region(here, here, tmp_path / "place", every=1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("shards", [1, 2])
