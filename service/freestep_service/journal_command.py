@@ -231,9 +231,12 @@ def _told(done: Repair) -> str:
 
 
 def _print(line: str) -> None:
-    """Prints a line, the control characters in it as escape sequences: workers choose keys."""
-    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
-    sys.stdout.write(f"{shown}\n")
+    sys.stdout.write(f"{_printable(line)}\n")
+
+
+def _printable(line: str) -> str:
+    """A line with its control characters as escape sequences: workers choose keys."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def _print_json(document: object) -> None:
@@ -241,5 +244,5 @@ def _print_json(document: object) -> None:
 
 
 def _fail(code: int, message: str) -> NoReturn:
-    sys.stderr.write(f"freestep journal: {message}\n")
+    sys.stderr.write(f"freestep journal: {_printable(message)}\n")
     sys.exit(code)

@@ -62,6 +62,8 @@ def test_a_sound_journal_is_verified_and_shown(
     assert "nothing to repair" in capsys.readouterr().err
     assert journal_command(tmp_path, "show", "other") == 1
     assert "no journal of run other" in capsys.readouterr().err
+    assert journal_command(tmp_path, "show", "\x1b[31m\n") == 1
+    assert r"no journal of run \x1b[31m\n in" in capsys.readouterr().err
 
 
 def test_room_behind_a_journal_is_told_from_what_is_no_frame(
