@@ -29,7 +29,7 @@ class Squares(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         assert get_worker_info() is not None
-        with lock:
+        with lock.held:
             # Raises unless the answer is of this request.
             assert client.run(name).status().run == name
         return torch.full((2,), float(index))
@@ -45,7 +45,7 @@ over = threading.Event()
 
 def beside() -> None:
     while not over.is_set():
-        with lock:
+        with lock.held:
             client.run(name).pull("x")
 
 
