@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import xxhash
 
 from freestep_service.domain.records import CheckpointId, Claim
 from freestep_service.journal_command import main
-from freestep_service.storage.journal import Journal
+from freestep_service.storage.journal import Journal, PartWriter
 from freestep_service.storage.journal_files import frames, segment_paths
 from freestep_service.storage.journal_format import Frame, Kind
 from meanwhile import DEADLINE_S
@@ -43,22 +43,24 @@ class Writing:
     def begin(self, epoch: int = 1, base: CheckpointId | None = BASE, seq: int = 100) -> None:
         self.wait(lambda done: self.journal.begin(epoch, base, seq, done))
 
+    def part(self, key: str, length: int) -> PartWriter:
+        """Room for a body, which is to come."""
+        self.wait(lambda done: self.journal.make_room(length, done) and done(None))
+        return self.journal.part(claim(key), length)
+
     def push(self, key: str, body: bytes, piece: int = 100_000) -> None:
         """Writes a body as if it came in pieces of so many bytes."""
-        outcomes: list[Exception | None] = []
-        if not self.journal.make_room(len(body), outcomes.append):
-            while not outcomes:
-                self._told.get(timeout=DEADLINE_S)()
-            if outcomes[0] is not None:
-                raise outcomes[0]
-        part = self.journal.part(claim(key), len(body))
+        part = self.part(key, len(body))
         for begin in range(0, len(body), piece):
             part.write(memoryview(body)[begin : begin + piece])
-        told: list[Exception | None] = []
-        if not part.written(told.append):
-            while not told:
-                self._told.get(timeout=DEADLINE_S)()
+        self.wait(lambda done: part.written(done) and done(None))
         part.finish(xxhash.xxh3_128_hexdigest(body))
+
+    def push_all(self, seqs: Iterable[int], body: bytes, epoch: int = 1) -> None:
+        """Writes a push for each of these entries, and the entry behind it."""
+        for seq in seqs:
+            self.push(f"key-{seq}", body)
+            self.entry(seq, f"key-{seq}", epoch)
 
     def entry(self, seq: int, key: str | None = None, epoch: int = 1, **more: Any) -> None:
         members = {"epoch": epoch, "seq": seq, **more}

@@ -59,9 +59,7 @@ def test_a_push_that_is_not_decided_is_kept_until_the_shard_goes_on(writing: Wri
 def test_bodies_that_come_at_the_same_time_do_not_mix(writing: Writing) -> None:
     writing.begin()
     bodies = {f"key-{number}": body(LARGE, number) for number in range(3)}
-    for _ in bodies:
-        writing.wait(lambda done: writing.journal.make_room(LARGE, done) and done(None))
-    parts = {key: writing.journal.part(claim(key), len(data)) for key, data in bodies.items()}
+    parts = {key: writing.part(key, len(data)) for key, data in bodies.items()}
     for begin in range(0, LARGE, 50_000):
         for key, part in parts.items():
             part.write(memoryview(bodies[key])[begin : begin + 50_000])
@@ -85,8 +83,7 @@ def test_a_body_may_drip_in(writing: Writing, length: int, piece: int) -> None:
 
 def test_a_body_that_broke_off_is_no_part(writing: Writing) -> None:
     writing.begin()
-    writing.wait(lambda done: writing.journal.make_room(LARGE, done) and done(None))
-    part = writing.journal.part(claim("broken"), LARGE)
+    part = writing.part("broken", LARGE)
     part.write(memoryview(body(100)))
     part.abandon()
     writing.push("whole", body())
@@ -178,8 +175,7 @@ def test_a_body_that_comes_slowly_is_moved_from_segments_that_are_needed_for_not
     """However long it takes, the journal is no longer than a few times what has come since the last checkpoint."""
     writing.begin()
     journal, slow, fast = writing.journal, body(LARGE, 1), body(LARGE, 2)
-    writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
-    part = journal.part(claim("slow"), LARGE)
+    part = writing.part("slow", LARGE)
     longest, seq, pieces = 0, 100, 12
     for number in range(pieces):
         begin, end = LARGE * number // pieces, LARGE * (number + 1) // pieces
@@ -212,15 +208,9 @@ def test_a_body_that_comes_slowly_is_moved_from_segments_that_are_needed_for_not
 def test_a_body_that_was_moved_may_break_off_and_the_epoch_end(writing: Writing) -> None:
     writing.begin()
     journal = writing.journal
-    parts = []
-    for key in ("broken", "whole", "not begun"):
-        writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
-        parts.append(journal.part(claim(key), LARGE))
-    broken, whole, _ = parts
+    broken, whole, _ = [writing.part(key, LARGE) for key in ("broken", "whole", "not begun")]
     whole.write(memoryview(body(LARGE))[:1000])
-    for seq in range(101, 117):
-        writing.push(f"key-{seq}", body(LARGE))
-        writing.entry(seq, f"key-{seq}")
+    writing.push_all(range(101, 117), body(LARGE))
     journal.next_segment()
     journal.cut(CheckpointId(1, 16, 116))
     writing.flush()
@@ -240,12 +230,9 @@ def test_a_body_that_was_moved_may_break_off_and_the_epoch_end(writing: Writing)
 def test_a_body_is_not_moved_where_there_is_no_room_for_it(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
     writing.begin()
     journal = writing.journal
-    writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
-    part = journal.part(claim("slow"), LARGE)
+    part = writing.part("slow", LARGE)
     part.write(memoryview(body(LARGE)))
-    for seq in range(101, 106):
-        writing.push(f"key-{seq}", body(LARGE))
-        writing.entry(seq, f"key-{seq}")
+    writing.push_all(range(101, 106), body(LARGE))
     journal.next_segment()
     promised = journal._promised
 
@@ -275,8 +262,7 @@ def test_a_body_that_cannot_be_moved_is_refused_and_nothing_else(
 ) -> None:
     writing.begin()
     journal = writing.journal
-    writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
-    part = journal.part(claim("slow"), LARGE)
+    part = writing.part("slow", LARGE)
     with monkeypatch.context() as patched:
         if cause == "it was lost before":
             patched.setattr(os, "pwritev", broken_disk)
@@ -287,9 +273,7 @@ def test_a_body_that_cannot_be_moved_is_refused_and_nothing_else(
     if journal.has_failed:
         writing.begin(2, CheckpointId(2, 10, 100))
     epoch = journal.epoch
-    for seq in range(101, 106):
-        writing.push(f"key-{seq}", body(LARGE))
-        writing.entry(seq, f"key-{seq}", epoch=epoch)
+    writing.push_all(range(101, 106), body(LARGE), epoch)
     journal.next_segment()
     with monkeypatch.context() as patched:
         if cause == "it cannot be read":
@@ -311,12 +295,9 @@ def test_a_body_that_cannot_be_moved_is_refused_and_nothing_else(
 def test_a_body_that_has_come_is_not_moved_while_it_is_decoded(writing: Writing) -> None:
     writing.begin()
     journal = writing.journal
-    writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
-    part = journal.part(claim("slow"), LARGE)
+    part = writing.part("slow", LARGE)
     part.write(memoryview(body(LARGE)))
-    for seq in range(101, 106):
-        writing.push(f"key-{seq}", body(LARGE))
-        writing.entry(seq, f"key-{seq}")
+    writing.push_all(range(101, 106), body(LARGE))
     writing.wait(part.written)
     journal.next_segment()
     journal.cut(CheckpointId(1, 15, 105))

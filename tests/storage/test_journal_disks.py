@@ -19,7 +19,7 @@ from freestep_service.storage.journal_rewrite import write_again
 from freestep_service.storage.journal_thread import Work
 from losing_disk import LosingDisk
 from small_disk import small_disk
-from storage.journals import BASE, LARGE, Writing, body, claim
+from storage.journals import BASE, LARGE, Writing, body
 
 
 def test_a_full_disk_refuses_a_push_before_it_comes(writing: Writing) -> None:
@@ -148,8 +148,7 @@ def test_a_body_that_came_behind_frames_that_were_made_durable_is_written_again(
 ) -> None:
     writing.begin()
     data = body(LARGE)
-    writing.wait(lambda done: writing.journal.make_room(LARGE, done) and done(None))
-    part = writing.journal.part(claim("large"), LARGE)
+    part = writing.part("large", LARGE)
     writing.entry(101)
     writing.entry(102)
     part.write(memoryview(data))
