@@ -24,6 +24,9 @@ T = TypeVar("T")
 _LAST_S = 2.0
 """Seconds for which a process that ends waits for functions: one that takes longer waits for an answer."""
 
+_LOOK_S = 0.5
+"""Seconds within which a signal is noticed that did not end the wait for functions."""
+
 _busy: set[Future[None]] = set()
 """Of each thread that has something to do: it is done when the thread has freed what that was given, too."""
 
@@ -61,7 +64,9 @@ class Threads:
         try:
             for function in functions:
                 futures.append(self._idle.start(function))
-            wait(futures)
+            while wait(futures, _LOOK_S).not_done:
+                # Python notices a signal here that came just before a wait, or to another thread, and did not end it.
+                pass
         except BaseException:
             self._left = [*futures]
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -15,9 +16,10 @@ from freestep.api.models import Lease
 from freestep.forks import ForkLock
 from freestep.lease import HeldLease
 from freestep.membership import Membership
+from freestep.threads import Threads
 from freestep.transport import Transport
 from freestep.worker_group import SINGLE_PROCESS, Batch
-from meanwhile import at_once, wait_until
+from meanwhile import at_once, wait_for, wait_until
 
 SPEC = {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": "w", "shape": [4]}]}
 
@@ -95,3 +97,17 @@ def test_a_renewal_waits_no_longer_than_leaves_time_for_another() -> None:
     assert waited == [2.0, 2.0]
     assert lease.lost is None
     lease.release()
+
+
+def test_a_signal_that_does_not_end_a_wait_is_noticed(alarm: None) -> None:
+    """As one that comes just before the wait: here another thread gets it."""
+    threads, goes_on = Threads(), threading.Event()
+
+    def send() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGVTALRM)
+        wait_for(goes_on, "the call is interrupted")
+
+    with pytest.raises(Interrupted):
+        threads.run_all([send, lambda: wait_for(goes_on, "the call is interrupted")])
+    goes_on.set()
+    threads.close()

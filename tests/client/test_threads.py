@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from concurrent.futures import Future, wait
+from typing import Any
 
 import pytest
 
@@ -42,15 +43,16 @@ def test_a_call_that_was_interrupted_is_over_before_the_next_begins(monkeypatch:
         wait_for(goes_on, "the next call waits")
         order.append("old")
 
-    def waiting(futures: list[Future[None]]) -> None:
+    def waiting(futures: list[Future[None]], timeout: float | None = None) -> Any:
         if futures and not left:
             left.extend(futures)
             raise KeyboardInterrupt
         if left and futures == left:
             goes_on.set()
-        wait(futures)
+        done = wait(futures, timeout)
         if futures:
             goes_on.set()
+        return done
 
     left: list[Future[None]] = []
     monkeypatch.setattr("freestep.threads.wait", waiting)
