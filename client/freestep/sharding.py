@@ -33,7 +33,7 @@ from freestep.errors import (
 from freestep.forks import ForkLock
 from freestep.responses import Answer
 from freestep.shared_memory import Bodies
-from freestep.threads import run_in_background
+from freestep.threads import result_of, run_in_background
 from freestep.transport import Transport
 from freestep.wire.header import data_length
 from freestep.worker_group import SINGLE_PROCESS, WorkerGroup
@@ -153,7 +153,9 @@ class ShardClient:
         while True:
             # Ranks wait for each other here and never in the background, where they could not agree on an order.
             requests = pending.requests if pending is not None else self._requests(call, worker_group)
-            gathered = worker_group.run_on_all(pending.outcomes.result if pending is not None else requests.send)
+            gathered = worker_group.run_on_all(
+                partial(result_of, pending.outcomes) if pending is not None else requests.send
+            )
             pending = None
             outcomes = {shard: outcome for each in gathered for shard, outcome in each.items()}
             failures = [outcome for _, outcome in sorted(outcomes.items()) if isinstance(outcome, FreestepError)]

@@ -17,7 +17,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-__all__ = ["Threads", "run_in_background"]
+__all__ = ["Threads", "result_of", "run_in_background"]
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ _LAST_S = 2.0
 """Seconds for which a process that ends waits for functions: one that takes longer waits for an answer."""
 
 _LOOK_S = 0.5
-"""Seconds within which a signal is noticed that did not end the wait for functions."""
+"""Seconds within which a signal is noticed that did not end a wait."""
 
 _busy: set[Future[None]] = set()
 """Of each thread that has something to do: it is done when the thread has freed what that was given, too."""
@@ -64,9 +64,7 @@ class Threads:
         try:
             for function in functions:
                 futures.append(self._idle.start(function))
-            while wait(futures, _LOOK_S).not_done:
-                # Python notices a signal here that came just before a wait, or to another thread, and did not end it.
-                pass
+            _await(futures)
         except BaseException:
             self._left = [*futures]
             raise
@@ -150,6 +148,18 @@ def run_in_background(name: str, function: Callable[[], T]) -> Future[T]:
     outcome: Future[T] = task.outcome
     threading.Thread(target=task, name=name, daemon=True).start()
     return outcome
+
+
+def result_of(future: Future[T]) -> T:
+    """The outcome of a function that is run in the background."""
+    _await([future])
+    return future.result()
+
+
+def _await(futures: Sequence[Future[Any]]) -> None:
+    """Waits until all have ended, or a signal raises: also one that came just before, which ends no wait by itself."""
+    while wait(futures, _LOOK_S).not_done:
+        pass
 
 
 def _await_busy() -> None:
