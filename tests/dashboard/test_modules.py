@@ -310,3 +310,28 @@ def test_any_values_are_drawn(service: ThreadService, open_page: OpenPage, value
 def test_a_moment_of_another_day_says_which(run: Run) -> None:
     assert run("format", "return module.moment(given);", NOW) == run("format", "return module.clock(given);", NOW)
     assert run("format", "return module.moment(given);", NOW - 3 * 86_400_000).startswith("12 Jan ")
+
+
+@pytest.mark.parametrize(
+    ("given", "ahead"),
+    [
+        # An answer that was long under way, with a date up to two seconds old, says nothing of the clocks.
+        ([[-9000, 9000]], 0),
+        ([[-2000, 0]], 0),
+        # Clocks that differ: the middle of what the date allows, until a date says otherwise.
+        ([[3_600_000, 0]], 3_601_000),
+        ([[3_600_000, 0], [3_598_000, 4000], [3_601_000, 0]], 3_601_000),
+        ([[3_600_000, 0], [0, 0]], 1000),
+        # A service behind a proxy that sends no date.
+        ([[None, 0]], 0),
+    ],
+)
+def test_an_answer_that_takes_long_moves_no_clock(run: Run, given: list[list[int | None]], ahead: int) -> None:
+    """Of each answer: its date, from now, and how long it took."""
+    statements = (
+        "const { compareClocks, now } = module;"
+        " compareClocks(Date.now(), Date.now());"
+        " for (const [date, took] of given) compareClocks(date === null ? NaN : Date.now() + date, Date.now() - took);"
+        " return now() - Date.now();"
+    )
+    assert run("session", statements, given) == ahead

@@ -33,7 +33,9 @@ __all__ = ["doctor"]
 
 _TIMEOUT_S = 5.0
 _CLOCKS_S = 10.0
-"""Seconds by which two clocks may differ; the service's is known to within a second."""
+"""Seconds by which two clocks may differ."""
+_DATE_AGE_S = 2.0
+"""Seconds that a Date header is old at most when it is sent: it is cut to seconds, and kept for one."""
 _MINOR = re.compile(r"([0-9]+)\.([0-9]+)")
 """A version's major and minor number."""
 _CERTIFICATES = {
@@ -92,11 +94,11 @@ class _Examination:
         self._check("service", lambda: _service(transport, answers))
         if not answers:
             return
-        headers, now = answers[0].headers, time.time()
+        headers, answered = answers[0].headers, time.time()
         if self.url.startswith("https") and Proxies().find(httpx.URL(self.url)) is None:
             self._check("tls", lambda: _certificate(httpx.URL(self.url)))
         self._check("version", lambda: _version(answers[0].document))
-        self._check("clock", lambda: _clock(headers, (asked + now) / 2))
+        self._check("clock", lambda: _clock(headers, asked, answered))
         self._check("token", lambda: _token(transport))
         self._check("redis", lambda: _redis(transport, answers))
         if len(answers) > 1:
@@ -184,15 +186,16 @@ def _are_neighbours(own: str, other: str) -> bool:
     return bool(here and there and here[1] == there[1] and abs(int(here[2]) - int(there[2])) <= 1)
 
 
-def _clock(headers: Mapping[str, str], now: float) -> str:
+def _clock(headers: Mapping[str, str], asked: float, answered: float) -> str:
     if "date" not in headers:
         return "the service does not say its time"
-    # The header is cut to seconds.
-    ahead = now - (parsedate_to_datetime(headers["date"]).timestamp() + 0.5)
-    if abs(ahead) > _CLOCKS_S:
-        order = "ahead of" if ahead > 0 else "behind"
-        raise _Wrong(f"this clock is {abs(ahead):.0f} s {order} the service's: set both, by NTP for example")
-    return f"the same as the service's to within {max(1, round(abs(ahead)))} s"
+    date = parsedate_to_datetime(headers["date"]).timestamp()
+    # By how much this clock is ahead: the date was given between the two moments.
+    least, most = asked - (date + _DATE_AGE_S), answered - date
+    if least > _CLOCKS_S or most < -_CLOCKS_S:
+        order, difference = ("ahead of", least) if least > 0 else ("behind", -most)
+        raise _Wrong(f"this clock is {difference:.0f} s {order} the service's: set both, by NTP for example")
+    return f"within {_CLOCKS_S:.0f} s of the service's"
 
 
 def _token(transport: Transport) -> str:

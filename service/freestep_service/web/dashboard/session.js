@@ -2,14 +2,21 @@
 
 const KEPT = "freestep-session";
 const ANSWER_MS = 30000;
-/** By how much clocks have to differ for it to be told from the way of an answer, whose date is in seconds. */
-const APART_MS = 2000;
+/** How old an answer's date is at most when it is given: it is in seconds, and is kept for one. */
+const DATE_AGE_MS = 2000;
 
 let aheadMs = 0;
 
 /** What time it is for the service, in milliseconds: what it says of times is compared with that. */
 export function now() {
   return Date.now() + aheadMs;
+}
+
+/** Learns from an answer's date, given at some moment between `asked` and now: a difference that explains it is kept. */
+export function compareClocks(date, asked) {
+  const least = date - Date.now();
+  const most = date + DATE_AGE_MS - asked;
+  if (aheadMs < least || aheadMs > most) aheadMs = (least + most) / 2;
 }
 
 /** A refusal of the service: its status, slug and reason. */
@@ -56,6 +63,7 @@ export async function ask(method, path, { body, headers = {}, signal } = {}) {
   const sent = { ...headers };
   if (half !== null) sent["Freestep-Session"] = half;
   if (body !== undefined) sent["Content-Type"] = "application/json";
+  const asked = Date.now();
   let answer;
   try {
     const content = body === undefined ? undefined : JSON.stringify(body);
@@ -64,8 +72,7 @@ export async function ask(method, path, { body, headers = {}, signal } = {}) {
     if (error.name === "AbortError") throw error;
     throw new Away("the service does not answer");
   }
-  const ahead = Date.parse(answer.headers.get("Date")) - Date.now();
-  if (Math.abs(ahead - aheadMs) > APART_MS) aheadMs = ahead;
+  compareClocks(Date.parse(answer.headers.get("Date")), asked);
   if (!answer.ok) throw new Refused(answer.status, await answer.json().catch(() => ({})));
   return answer;
 }
