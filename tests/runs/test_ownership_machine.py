@@ -80,13 +80,13 @@ class Process:
 
     async def close(self) -> None:
         """Ends in order."""
-        await self.run.close()
+        await self.run.ending.close()
         await self.resources.node.leave(self.resources.store)
         await self._end()
 
     async def kill(self) -> None:
         """Ends without a word to Redis or to storage."""
-        await self.run._let_go()
+        await self.run.ending._let_go()
         await self._end()
 
     async def _end(self) -> None:

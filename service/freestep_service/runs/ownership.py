@@ -97,6 +97,11 @@ class Ownership:
         """The newest entry of the log at the last heartbeat."""
 
     @property
+    def epoch(self) -> int:
+        """The run's newest that is known here."""
+        return self._shards.epoch if len(self._shards) else self.view.number("epoch") if self.view else 0
+
+    @property
     def missing(self) -> list[int]:
         """The shards that nobody owned at the last heartbeat."""
         return self.view.missing() if self.view else []

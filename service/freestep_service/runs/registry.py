@@ -36,6 +36,7 @@ from freestep_service.domain.specs import require_same_spec
 from freestep_service.domain.tokens import Token
 from freestep_service.runs.background import Background
 from freestep_service.runs.deletions import Deletions
+from freestep_service.runs.ending import remove_remnants
 from freestep_service.runs.quotas import Quotas
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
@@ -44,9 +45,8 @@ from freestep_service.runs.state_imports import receive_state
 from freestep_service.runs.store_watch import StoreWatch
 from freestep_service.state.received_state import ReceivedState
 from freestep_service.state.staging import Body
-from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.checksummed import Damaged, NewerFormat
-from freestep_service.storage.journal_files import remove_journals, runs_with_journals
+from freestep_service.storage.journal_files import runs_with_journals
 from freestep_service.storage.medium import Storage
 from freestep_service.storage.newer_files import require_known_beginnings, require_known_files
 from freestep_service.storage.run_files import RunFile
@@ -231,7 +231,7 @@ class Registry:
             except StorageUnavailable as error:
                 # It is deleted all the same, as far as it can be.
                 logger.warning("run %s: what is deleted of it cannot all be read: %s", name, error)
-            await run.delete()
+            await run.ending.delete()
             logger.info("run %s is deleted", name)
             await self._end_if_gone(name)
 
@@ -244,7 +244,7 @@ class Registry:
         if run is None or not run.is_gone:
             return False
         try:
-            await run.forget()
+            await run.ending.forget()
         finally:
             self._resources.memory.cancel(name)
         if run.origin.creator:
@@ -287,7 +287,7 @@ class Registry:
             task.cancel()
         await asyncio.gather(*self._opening, return_exceptions=True)
         runs = list(self._runs.values())
-        ending = (self._end_later(run.name) if run.is_gone else run.close() for run in runs)
+        ending = (self._end_later(run.name) if run.is_gone else run.ending.close() for run in runs)
         closing = await asyncio.gather(*ending, return_exceptions=True)
         for run, error in zip(runs, closing, strict=True):
             if error is not None:
@@ -337,7 +337,7 @@ class Registry:
         except FileNotFoundError:
             if view is None:
                 self._set_aside.pop(name, None)
-                await self._remove_remnants(name)
+                await remove_remnants(self._resources, name)
                 return
             file = None
         except (Damaged, StorageUnavailable):
@@ -365,20 +365,6 @@ class Registry:
         if origin.creator:
             await self.quotas.settle_run(origin.creator, name, "kept", origin.id, manifest.numel)
         await run.start()
-
-    async def _remove_remnants(self, name: str) -> None:
-        """Removes what a deletion has left that was cut short, or of which this process did not hear.
-
-        What cannot be removed is logged.
-        """
-        resources = self._resources
-        try:
-            if last := await Deletions(resources, name).last_epoch():
-                journals = resources.settings.journals() / name
-                await resources.disk.run(remove_journals, journals, last, damaged=False)
-                await resources.disk.run(Checkpoints(resources.storage, name, 0).remove, last)
-        except (Damaged, StorageUnavailable) as error:
-            logger.warning("run %s: what is left of it is not removed, though it is deleted: %s", name, error)
 
     async def _look_for_newer(self, look: Callable[[Storage, str, Path], None], name: str) -> None:
         """Looks at a run's files with one of newer_files.py, and raises what that raises."""

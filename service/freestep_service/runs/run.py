@@ -1,4 +1,4 @@
-"""One run, as the web sees it: its shards that are here, its leases, reports and checkpoints, and its life."""
+"""One run, as the web sees it: its shards that are here, its leases, reports and checkpoints, and how it begins."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from freestep_service.runs.controls import Controls
 from freestep_service.runs.data_units import DataUnits
 from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.dispatch import Dispatch
+from freestep_service.runs.ending import Ending
 from freestep_service.runs.events import RunEvents
 from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.history import RunHistory
@@ -60,7 +61,6 @@ from freestep_service.runs.telemetry import RunMetrics
 from freestep_service.runs.whole_bodies import WholeBodies
 from freestep_service.state.staging import Body
 from freestep_service.storage.checkpoints import Checkpoints
-from freestep_service.storage.journal_files import remove_journals
 from freestep_service.storage.run_files import RunFile
 
 __all__ = ["Run"]
@@ -129,10 +129,19 @@ class Run:
         self.data = DataUnits(context, recovery, owned, dispatch, appends)
         self.imports = StateImports(context, owned, memory, self._ownership, stored, loading, self._checkpointing, held)
         self._keeper = Keeper(context, recovery, self._ownership, dispatch, self.leases, self._checkpointing, self.data)
+        self.ending = Ending(
+            context,
+            recovery,
+            owned,
+            memory,
+            stored,
+            self._checkpoints,
+            self._checkpointing,
+            self._ownership,
+            self._keeper,
+        )
         self.whole_bodies = WholeBodies(context)
         self._layout: Layout | None = None
-        self._remnants: str | None = None
-        """Why what is left of it, once it is deleted, is not removed yet."""
 
     def _make_shard(self, index: int, token: str) -> LocalShard:
         core = ShardCore(self._context, index, self._shards.count, token)
@@ -230,14 +239,13 @@ class Run:
     @property
     def epoch(self) -> int:
         """The newest that is known here."""
-        view = self._ownership.view
-        return self._shards.epoch if self.owns_any else view.number("epoch") if view else 0
+        return self._ownership.epoch
 
     @property
     def problem(self) -> str | None:
         """What is wrong with it here: its shards cannot be taken, its checkpoints not be written, or any other."""
         return (
-            self._remnants
+            self.ending.problem
             or self._placement.problem
             or self._ownership.wrong
             or self._checkpointing.failure
@@ -424,77 +432,3 @@ class Run:
             if self._standing.problem is not None:
                 raise StorageUnavailable(self._standing.problem)
             raise ShardUnavailable("a shard was lost, or could not be written, while the run was divided anew")
-
-    # The end
-
-    async def close(self) -> None:
-        """Writes the last checkpoint and gives up what is owned; nothing may be asked of the run any more."""
-        self._checkpointing.give_up()
-        await self._keeper.stop()
-        self._recovery.reopened(ShardUnavailable("the run is being closed"))
-        async with self._ownership.lock("its end"):
-            self._ownership.is_closed = True
-            self._memory.close()
-            await self._context.background.settle()
-            await self._ownership.give_up_all()
-
-    async def delete(self) -> None:
-        """Deletes the run in Redis; `forget` is to follow.
-
-        Raises StorageUnavailable where its files could not be removed, and CoordinatorUnavailable: nothing has changed
-        then, unless only Redis's answer was lost. In that case the next heartbeat finds the run deleted.
-        """
-        disk = self._context.resources.disk
-        await disk.run(self._context.resources.storage.require_writable)
-        await disk.run(self._checkpoints.require_removable)
-        async with self._ownership.lock("its deletion"):
-            if self.is_gone:
-                return
-            # Where its files are lost, Redis alone knows the epoch.
-            last = max(await self._stored.last_epoch(), await disk.run(self._checkpoints.newest_epoch), self.epoch)
-            self._recovery.is_deleted = True
-            try:
-                self._ownership.end(await self.coordinator.opening.delete(last))
-            except BaseException:
-                self._recovery.is_deleted = False
-                raise
-
-    async def forget(self) -> None:
-        """Ends a run that is gone: notes that, and removes what is left of it where this process can.
-
-        Raises CoordinatorUnavailable and StorageUnavailable, which are then the run's problem. May be called again.
-        """
-        self._recovery.is_deleted = True
-        await self._let_go()
-        last, disk = self._ownership.ended_in, self._context.resources.disk
-        try:
-            await self._deletions.note(last)
-            await disk.run(remove_journals, self._context.settings.journals() / self.name, last, damaged=True)
-            try:
-                await self._context.history.forget()
-            finally:
-                # Last, since by the run file the next start finds what is left.
-                await disk.run(self._checkpoints.remove, last)
-        except (CoordinatorUnavailable, StorageUnavailable) as error:
-            detail = f"it is deleted, and what is left of it is not removed yet: {error}"
-            if detail != self._remnants:
-                logger.warning("run %s: %s", self.name, detail)
-            self._remnants = detail
-            raise
-        self._remnants = None
-        self._context.telemetry.forget()
-
-    async def _let_go(self) -> None:
-        """Ends what is done for it here, and gives up what is owned as it is."""
-        self._checkpointing.give_up()
-        self._memory.close()
-        await self._keeper.stop()
-        self._recovery.reopened(ShardUnavailable("the run is being deleted"))
-        async with self._ownership.lock("its end"):
-            self._ownership.is_closed = True
-            for shard in self._shards:
-                await shard.close_pushes()
-            self._context.history.end()
-            async with self._checkpointing.lock:
-                await self._context.background.settle()
-            await self._ownership.drop_all()
