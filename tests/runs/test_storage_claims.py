@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
-import os
 import signal
-import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
@@ -18,73 +15,13 @@ from redis import Redis
 import forked
 from freestep.errors import StorageUnavailable
 from freestep_service.coordination.identity import IDENTITY_KEY
-from freestep_service.coordination.store import Store
-from freestep_service.runs.storage_claims import StorageClaims
-from freestep_service.storage.claims import Claim, DirectoryClaim, ObjectClaim, StorageInUse
-from freestep_service.storage.media import open_storage
+from freestep_service.storage.claims import DirectoryClaim, StorageInUse
 from harness import ProcessService, ThreadService
-from harness import store as started
-from in_process import Medium
 from meanwhile import wait_until
 from plain_calls import Api, slug
+from runs.claim_scene import Scene, identities, two_stores
 
-KINDS = ["directory", "objects"]
-
-
-class Scene:
-    """Services with one of two Redises, on one place, under a clock of their own."""
-
-    def __init__(self, kind: str, folder: Path, urls: list[str]) -> None:
-        self.urls = urls
-        self.now = 100.0
-        self._kind = kind
-        self._folder = folder
-        self.objects = open_storage(f"memory://{uuid.uuid4()}")
-        self.lock = folder / "lock"
-        self.lost: list[StorageInUse] = []
-        self.meanwhile: Callable[[], None] = lambda: None
-
-    def clock(self) -> float:
-        return self.now
-
-    async def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.meanwhile()
-
-    def claim(self) -> Claim:
-        if self._kind == "directory":
-            return DirectoryClaim(self._folder)
-        return ObjectClaim(self.objects, uuid.uuid4().hex)
-
-    async def service(self, stack: AsyncExitStack, redis: int, claim: Claim | None = None) -> StorageClaims:
-        store = await Store.connect(self.urls[redis])
-        stack.push_async_callback(store.close)
-        claims = StorageClaims(
-            store, [claim or self.claim()], on_lost=self.lost.append, clock=self.clock, sleep=self.sleep
-        )
-        return await stack.enter_async_context(claims)
-
-
-@pytest.fixture
-def scene(request: pytest.FixtureRequest, tmp_path: Path) -> object:
-    with ExitStack() as stack:
-        urls = []
-        for name in ("one", "two"):
-            (tmp_path / name).mkdir()
-            urls.append(stack.enter_context(started("valkey", tmp_path / name)))
-        (tmp_path / "data").mkdir()
-        yield Scene(request.param, tmp_path / "data", urls)
-
-
-def identities(scene: Scene) -> list[str | None]:
-    found = []
-    for url in scene.urls:
-        with Redis.from_url(url, decode_responses=True) as client:
-            found.append(client.get(IDENTITY_KEY))
-    return found
-
-
-both = pytest.mark.parametrize("scene", KINDS, indirect=True)
+both = pytest.mark.parametrize("scene", ["directory", "objects"], indirect=True)
 
 
 @both
@@ -197,168 +134,6 @@ def test_who_was_away_while_another_took_the_place_has_lost_it(scene: Scene, cap
 
     asyncio.run(work())
     assert caplog.text.count("nothing is written there any more") == 1
-
-
-@pytest.mark.parametrize("scene", ["directory"], indirect=True)
-@pytest.mark.parametrize("is_fast", [False, True])
-def test_a_lock_whose_file_was_removed_is_taken_again(scene: Scene, is_fast: bool) -> None:
-    """As by somebody who takes it for one that a killed service has left. is_fast: whether a service with another Redis
-    starts before that is seen."""
-
-    async def work() -> None:
-        async with AsyncExitStack() as stack:
-            one, two = await scene.service(stack, 0), await scene.service(stack, 0)
-            scene.lock.unlink()
-            if is_fast:
-                other = await scene.service(stack, 1)
-            scene.now += 6
-            for each in (one, two):
-                await each.beat()
-            if is_fast:
-                assert len(scene.lost) == 2
-                for each in (one, two):
-                    with pytest.raises(StorageUnavailable, match="with another Redis"):
-                        each.require()
-                other.require()
-            else:
-                assert scene.lost == []
-                one.require()
-                with pytest.raises(StorageInUse):
-                    async with AsyncExitStack() as refused:
-                        await scene.service(refused, 1)
-
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize("scene", ["directory"], indirect=True)
-def test_a_directory_that_is_away_is_claimed_when_it_is_back(scene: Scene) -> None:
-    async def work() -> None:
-        async with AsyncExitStack() as stack:
-            one = await scene.service(stack, 0)
-            elsewhere = scene.lock.parent.rename(scene.lock.parent.with_name("elsewhere"))
-            scene.now += 6
-            await one.beat()
-            scene.lock.parent.mkdir()
-            await one.beat()
-            one.require()
-            assert scene.lock.read_text() == (elsewhere / "lock").read_text() == identities(scene)[0]
-
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize("scene", ["directory"], indirect=True)
-def test_a_file_system_whose_locks_fail_is_told_of_in_words(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As NFS does without its lock daemon, and for a file that its server knows no more."""
-
-    def fail(*arguments: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    async def work() -> None:
-        async with AsyncExitStack() as stack:
-            one = await scene.service(stack, 0)
-            for call in ("fcntl.flock", "os.pread"):
-                with monkeypatch.context() as failing:
-                    failing.setattr(call, fail)
-                    scene.now += 6
-                    await one.beat()
-                one.require()
-            with monkeypatch.context() as failing:
-                failing.setattr("fcntl.flock", fail)
-                two = await scene.service(stack, 0)
-                with pytest.raises(StorageUnavailable, match="is not claimed yet"):
-                    two.require()
-            await two.beat()
-            two.require()
-
-    asyncio.run(work())
-    assert "cannot be claimed: No locks available" in caplog.text
-    assert "Traceback" not in caplog.text
-
-
-@pytest.mark.parametrize("scene", ["objects"], indirect=True)
-def test_nothing_is_written_while_another_is_live_at_the_place(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
-    """One whose start could not see the first, say."""
-
-    async def work() -> None:
-        async with AsyncExitStack() as stack:
-            one = await scene.service(stack, 0)
-            for content in (b"first", b"second"):
-                one.require()
-                scene.objects.write("claims/other.service", [content])
-                scene.now += 6
-                await one.beat()
-            with pytest.raises(StorageUnavailable, match="with another Redis"):
-                one.require()
-            assert one.problem is not None
-            scene.now += 6
-            await one.beat()
-            one.require()
-            assert (one.problem, scene.lost) == (None, [])
-
-    asyncio.run(work())
-    assert caplog.text.count("until then nothing is written there") == 1
-
-
-@pytest.mark.parametrize("scene", ["objects"], indirect=True)
-@pytest.mark.parametrize("is_used", [False, True])
-def test_a_place_that_cannot_be_written_at_the_start_is_claimed_when_it_can(
-    scene: Scene, is_used: bool, tmp_path: Path
-) -> None:
-    async def work() -> None:
-        medium = Medium(tmp_path / "medium")
-        async with AsyncExitStack() as stack:
-            medium.is_full = True
-            one = await scene.service(stack, 0, ObjectClaim(medium, "one"))
-            with pytest.raises(StorageUnavailable, match="is not claimed yet"):
-                one.require()
-            medium.is_full = False
-            # A Redis of earlier services, of which one was killed.
-            medium.write("claimed-by", [b"earlier"])
-            medium.write("claims/earlier.service", [b"content"])
-            for second in range(30):
-                scene.now += 1
-                if is_used:
-                    medium.write("claims/earlier.service", [b"%d" % second])
-                await one.beat()
-            if is_used:
-                assert len(scene.lost) == 1
-                with pytest.raises(StorageUnavailable, match="with another Redis"):
-                    one.require()
-            else:
-                one.require()
-                assert medium.read("claimed-by").decode() == identities(scene)[0]
-
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize("scene", ["objects"], indirect=True)
-def test_a_service_that_does_not_hear_of_its_redis_other_identity_loses_nothing(scene: Scene) -> None:
-    async def work() -> None:
-        async with AsyncExitStack() as stack:
-            one = await scene.service(stack, 0)
-            scene.objects.write("claimed-by", [b"f" * 32])
-            with Redis.from_url(scene.urls[0]) as client:
-                client.set(IDENTITY_KEY, "f" * 32)
-                client.config_set("maxmemory", 1)
-                scene.now += 6
-                await one.beat()
-                client.config_set("maxmemory", 0)
-            await one.beat()
-            assert (one.problem, scene.lost) == (None, [])
-            one.require()
-
-    asyncio.run(work())
-
-
-def two_stores(stack: ExitStack, tmp_path: Path) -> list[str]:
-    """The URLs of two stores that know nothing of each other."""
-    urls = []
-    for name in ("redis-1", "redis-2"):
-        (tmp_path / name).mkdir()
-        urls.append(stack.enter_context(started("valkey", tmp_path / name)))
-    return urls
 
 
 @pytest.mark.slow
