@@ -12,9 +12,10 @@ import xxhash
 
 from freestep_service.domain.records import CheckpointId, Claim
 from freestep_service.journal_command import main
-from freestep_service.storage.journal import Journal, PartWriter
+from freestep_service.storage.journal import Journal
 from freestep_service.storage.journal_files import frames, segment_paths
 from freestep_service.storage.journal_format import Frame, Kind
+from freestep_service.storage.journal_parts import PartWriter
 from meanwhile import DEADLINE_S
 
 __all__ = ["BASE", "LARGE", "Writing", "body", "claim", "frame_places", "journal_command", "last_segment"]

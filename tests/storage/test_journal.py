@@ -168,7 +168,7 @@ def test_a_push_that_nobody_decides_keeps_no_segment_behind_the_next_checkpoint(
     writing.journal.cut(CheckpointId(1, 13, 104))
     writing.flush()
     assert [number for number, _ in segment_paths(writing.journal.directory)] == [4]
-    assert not writing.journal._parts and not writing.journal._given_up
+    assert not writing.journal._parts._come and not writing.journal._parts._given_up
 
 
 def test_a_body_that_comes_slowly_is_moved_from_segments_that_are_needed_for_nothing_else(writing: Writing) -> None:
@@ -191,14 +191,14 @@ def test_a_body_that_comes_slowly_is_moved_from_segments_that_are_needed_for_not
         writing.flush()
         longest = max(longest, journal.size)
         files = [path for _, path in segment_paths(journal.directory)]
-        assert len(files) == len(journal._segments)
+        assert len(files) == len(journal._segments.chain)
     assert longest < 8 * LARGE
     writing.wait(part.written)
     part.finish(xxhash.xxh3_128_hexdigest(slow))
     writing.entry(seq + 1, "slow")
     entry = read_journal(journal.directory).entries[-1]
     assert entry.part is not None and b"".join(entry.part.read()) == slow
-    assert not journal._coming and sum(segment.parts for segment in journal._segments) == 0
+    assert not journal._parts.coming and sum(segment.parts for segment in journal._segments.chain) == 0
     journal.next_segment()
     journal.cut(CheckpointId(1, seq + 1, seq + 1))
     writing.flush()
@@ -224,7 +224,7 @@ def test_a_body_that_was_moved_may_break_off_and_the_epoch_end(writing: Writing)
     writing.entry(117, "whole", epoch=2)
     (entry,) = read_journal(journal.directory).entries
     assert entry.part is not None and b"".join(entry.part.read()) == body(LARGE)
-    assert [part.segment.number for part in journal._coming if part.segment] == [2]
+    assert [part.segment.number for part in journal._parts.coming if part.segment] == [2]
 
 
 def test_a_body_is_not_moved_where_there_is_no_room_for_it(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ def test_a_body_is_not_moved_where_there_is_no_room_for_it(writing: Writing, mon
     part.write(memoryview(body(LARGE)))
     writing.push_all(range(101, 106), body(LARGE))
     journal.next_segment()
-    promised = journal._promised
+    promised = journal._segments._promised
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -244,7 +244,7 @@ def test_a_body_is_not_moved_where_there_is_no_room_for_it(writing: Writing, mon
         journal.cut(CheckpointId(1, 15, 105))
         writing.flush()
         assert [number for number, _ in segment_paths(journal.directory)] == [1, 2]
-    assert journal._promised == promised and not journal.has_failed
+    assert journal._segments._promised == promised and not journal.has_failed
     journal.cut(CheckpointId(1, 15, 105))
     writing.flush()
     writing.flush()

@@ -107,7 +107,7 @@ def test_what_waits_beside_the_beginning_of_an_epoch_is_told_of_the_failure_befo
         disk.comes()
         # All of this is done at once.
         writing.journal.entry({"epoch": 1, "seq": 103}, lambda error: outcomes.update(entry=error))
-        old = writing.journal._segments[-1]
+        old = writing.journal._segments.chain[-1]
         writing.journal.begin(2, BASE, 100, lambda error: outcomes.update(begin=error))
         writing.journal._thread.enqueue(Work(old, flush=True, done=lambda error: outcomes.update(late=error)))
     writing.flush()

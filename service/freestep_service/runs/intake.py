@@ -18,7 +18,7 @@ from freestep_service.runs.shard_core import ShardCore
 from freestep_service.state.buffers import Vector
 from freestep_service.state.push_entry import require_usable
 from freestep_service.state.staging import Body, Staged
-from freestep_service.storage.journal import PartWriter
+from freestep_service.storage.journal_parts import PartWriter
 
 __all__ = ["Intake", "Room"]
 

@@ -17,10 +17,11 @@ from freestep.wire.receiver import Sink, lay
 from freestep_service.domain.records import CheckpointId, Claim, Fenced, LogPosition
 from freestep_service.runs.resources import Disk
 from freestep_service.state.log import Entry
-from freestep_service.storage.journal import Done, Journal, PartWriter
+from freestep_service.storage.journal import Journal
+from freestep_service.storage.journal_parts import PartWriter
 from freestep_service.storage.journal_reader import JournalContents, JournaledPart, read_journal
 from freestep_service.storage.journal_rewrite import write_again
-from freestep_service.storage.journal_thread import unavailable
+from freestep_service.storage.journal_thread import Done, unavailable
 
 __all__ = ["JournaledBody", "ShardJournal"]
 

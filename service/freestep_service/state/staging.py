@@ -38,7 +38,7 @@ class Body(Protocol):
 
 
 class Copy(Protocol):
-    """Takes a copy of a body while it comes: a part of a journal, see storage/journal.py."""
+    """Takes a copy of a body while it comes: a part of a journal, see storage/journal_parts.py."""
 
     def write(self, piece: memoryview) -> None:
         """Takes the next bytes, which do not change until `written` has told."""
