@@ -7,15 +7,11 @@ import logging
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from pydantic import ValidationError
-
 from freestep.api.models import RunSpec
 from freestep.api.run_state import StateDocument
-from freestep.api.validation import first_fault
 from freestep.errors import (
     CoordinatorUnavailable,
     InvalidSpec,
@@ -37,6 +33,7 @@ from freestep_service.domain.tokens import Token
 from freestep_service.runs.background import Background
 from freestep_service.runs.deletions import Deletions
 from freestep_service.runs.ending import remove_remnants
+from freestep_service.runs.known_run import look_for_newer, read_known
 from freestep_service.runs.quotas import Quotas
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
@@ -47,9 +44,7 @@ from freestep_service.state.received_state import ReceivedState
 from freestep_service.state.staging import Body
 from freestep_service.storage.checksummed import Damaged, NewerFormat
 from freestep_service.storage.journal_files import runs_with_journals
-from freestep_service.storage.medium import Storage
-from freestep_service.storage.newer_files import require_known_beginnings, require_known_files
-from freestep_service.storage.run_files import RunFile
+from freestep_service.storage.newer_files import require_known_files
 
 __all__ = ["Registry"]
 
@@ -150,7 +145,7 @@ class Registry:
             if name in self._runs:
                 return self._same(self._runs[name], spec), False
             try:
-                await self._look_for_newer(require_known_files, name)
+                await look_for_newer(resources, require_known_files, name)
             except NewerFormat as error:
                 raise _cannot_be_opened(name, error) from None
             await resources.disk.run(resources.storage.require_writable)
@@ -225,7 +220,7 @@ class Registry:
         async with self._change(name):
             run = self.get(name)
             try:
-                await self._look_for_newer(require_known_files, name)
+                await look_for_newer(self._resources, require_known_files, name)
             except NewerFormat:
                 raise
             except StorageUnavailable as error:
@@ -323,39 +318,12 @@ class Registry:
         view = await read_run(self._resources.store, name)
         if view is None and is_from_elsewhere:
             return
-        try:
-            await self._look_for_newer(require_known_beginnings, name)
-        except NewerFormat:
-            raise
-        except StorageUnavailable:
-            # Whoever needs what cannot be read says so.
-            pass
-        try:
-            file = await self._resources.disk.run(RunFile.read, self._resources.storage, name)
-        except NewerFormat:
-            raise
-        except FileNotFoundError:
-            if view is None:
-                self._set_aside.pop(name, None)
-                await remove_remnants(self._resources, name)
-                return
-            file = None
-        except (Damaged, StorageUnavailable):
-            if view is None:
-                raise
-            file = None
-        origin = max(file.origin if file else Origin(), view.origin if view else Origin())
-        if file and view and file.epoch < origin.first_epoch:
-            # It was left by the deletion of an earlier run of this name.
-            file = None
-        try:
-            text = file.spec if file else view.run["spec"] if view else ""
-            spec = await asyncio.to_thread(RunSpec.model_validate_json, text)
-        except ValidationError as error:
-            place, why = first_fault(error)
-            field = ".".join(map(str, place))
-            raise NewerFormat("its spec", f"is not valid in this version of freestep: {field}: {why}") from None
-        shards = view.count if view else file.shards if file else spec.shards
+        known = await read_known(self._resources, name, view)
+        if known is None:
+            self._set_aside.pop(name, None)
+            await remove_remnants(self._resources, name)
+            return
+        spec, shards, origin = known
         # It was there before: it is opened all the same.
         self._resources.count(name, await self._resources.bytes_of(spec, self._resources.node.share(shards), shards))
         manifest = await asyncio.to_thread(Manifest.of, spec)
@@ -365,11 +333,6 @@ class Registry:
         if origin.creator:
             await self.quotas.settle_run(origin.creator, name, "kept", origin.id, manifest.numel)
         await run.start()
-
-    async def _look_for_newer(self, look: Callable[[Storage, str, Path], None], name: str) -> None:
-        """Looks at a run's files with one of newer_files.py, and raises what that raises."""
-        resources = self._resources
-        await resources.disk.run(look, resources.storage, name, resources.settings.journals() / name)
 
     def _put_aside(self, name: str, error: Exception, *, is_expected: bool = True) -> None:
         before, self._set_aside[name] = self._set_aside.get(name), error
