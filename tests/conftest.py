@@ -18,6 +18,7 @@ import trustme
 
 from certificates import AUTHORITY, issued
 from documented import UNDOCUMENTED
+from freestep import Client, Run
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.storage.media import Storage, open_storage
 from harness import TOKEN, ProcessService, ThreadService, store
@@ -79,6 +80,19 @@ def service(tmp_path_factory: pytest.TempPathFactory, shared: list[ThreadService
     shared.append(running)
     yield running
     running.stop()
+
+
+@pytest.fixture
+def name() -> str:
+    """Of a run that there is not yet."""
+    return f"run-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def run(service: ThreadService, name: str) -> Iterator[Run]:
+    """The run, as an onlooker sees it."""
+    with Client(service.url) as client:
+        yield client.run(name)
 
 
 @pytest.fixture(scope="session")

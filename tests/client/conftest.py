@@ -1,9 +1,8 @@
-"""A run that optimizers make, and an onlooker's view of it; servers that answer as they are told, and who asks them;
+"""Optimizers that make a run; servers that answer as they are told, and who asks them;
 a region's run and its parent's."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,25 +14,12 @@ import pytest
 import torch
 
 from beside_package import Home
-from freestep import Client, LocalSteps, Region, RemoteOptimizer, Run
+from freestep import LocalSteps, Region, RemoteOptimizer, Run
 from freestep.bulk import BulkTransport
 from harness import ThreadService
 from region_sides import WHOLE, sides
 from scripted import Script, Server
 from trained import ADAMW
-
-
-@pytest.fixture
-def name() -> str:
-    """Of a run that there is not yet."""
-    return f"run-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
-def run(service: ThreadService, name: str) -> Iterator[Run]:
-    """The run, as an onlooker sees it."""
-    with Client(service.url) as client:
-        yield client.run(name)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from freestep import Client, FreestepError, RemoteOptimizer, Run
+from freestep import FreestepError, RemoteOptimizer
 from harness import ThreadService
 
 if TYPE_CHECKING:
@@ -22,19 +21,6 @@ if TYPE_CHECKING:
     from integrations.trainers import Arguments, Train
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-@pytest.fixture
-def name() -> str:
-    """Of a run that there is not yet."""
-    return f"run-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
-def run(service: ThreadService, name: str) -> Iterator[Run]:
-    """The run, as an onlooker sees it."""
-    with Client(service.url) as client:
-        yield client.run(name)
 
 
 @pytest.fixture
