@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from freestep.errors import Overloaded, ShardUnavailable
 from freestep.forks import ForkLock
 
-__all__ = ["Outages", "cause_of"]
+__all__ = ["Outages", "Waiter", "cause_of"]
 
 logger = logging.getLogger("freestep")
 
@@ -31,12 +31,22 @@ _BUSY = (Overloaded, ShardUnavailable)
 """Refusals of a service that is there, and of a run that is being opened: they are logged if they last."""
 
 
+@dataclass(eq=False)
+class Waiter:
+    """A request that is repeated until it is answered or given up."""
+
+    failed: set[str] = field(default_factory=set)
+    """URLs at which it has failed."""
+
+
 @dataclass
 class _Outage:
     began: float
     due: float
     """When the next line is due."""
     is_logged: bool = False
+    waiters: set[Waiter] = field(default_factory=set)
+    """Requests that have failed in it, and are not at their end."""
 
 
 class Outages:
@@ -53,11 +63,13 @@ class Outages:
         self._paused: dict[str, _Outage] = {}
         """By path of a request that a paused run refuses."""
 
-    def failed(self, url: str, error: Exception, left: float) -> None:
+    def failed(self, url: str, error: Exception, left: float, waiter: Waiter) -> None:
         """Notes a failed attempt of a request to a URL, which is repeated for `left` seconds more."""
+        waiter.failed.add(url)
         with self._lock.held:
             now = self._clock()
             outage = self._open.setdefault(url, _Outage(now, now + _INTERVAL_S))
+            outage.waiters.add(waiter)
             if now < outage.due and (outage.is_logged or isinstance(error, _BUSY)):
                 return
             outage.is_logged = True
@@ -65,8 +77,10 @@ class Outages:
         since = f"has been away or busy for {now - outage.began:.0f} s" if now > outage.began else "is away or busy"
         logger.warning("%s %s (%s): requests are repeated for %.0f s", url, since, cause_of(error), left)
 
-    def answered(self, url: str) -> None:
-        """Notes that a request which had failed before was answered."""
+    def answered(self, url: str, waiter: Waiter) -> None:
+        """Notes that a request was answered, which ends an outage that it has failed in."""
+        if url not in waiter.failed:
+            return
         with self._lock.held:
             outage = self._open.pop(url, None)
         if outage is not None and outage.is_logged:
@@ -91,7 +105,14 @@ class Outages:
         if pause is not None and pause.is_logged:
             logger.warning("%s goes on, after a pause of %.0f s", path, self._clock() - pause.began)
 
-    def given_up(self, url: str) -> None:
-        """Notes that a request is not repeated any more, and raises the last error: the next outage is a new one."""
+    def ended(self, waiter: Waiter) -> None:
+        """Notes that a request is at its end, answered or not: an outage that nobody waits in is not continued."""
+        if not waiter.failed:
+            return
         with self._lock.held:
-            self._open.pop(url, None)
+            for url in waiter.failed:
+                outage = self._open.get(url)
+                if outage is not None:
+                    outage.waiters.discard(waiter)
+                    if not outage.waiters:
+                        del self._open[url]

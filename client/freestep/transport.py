@@ -36,7 +36,7 @@ from freestep.errors import (
     UnexpectedResponse,
 )
 from freestep.leaving import PATIENCE_S, is_leaving
-from freestep.outages import Outages, cause_of
+from freestep.outages import Outages, Waiter, cause_of
 from freestep.responses import Answer, Destination, GatewayError, read
 from freestep.service_url import unsendable, without_password
 from freestep.shared_memory import Bodies, SharedMemories, SharedMemory
@@ -271,6 +271,14 @@ class Transport:
 
     def _with_retries(self, send: Callable[[str], T], route: Route | None, seconds: float, path: str = "") -> T:
         """What a request was answered with. send: sends it once, to a URL as of a Route. path: as it is logged."""
+        waiter = Waiter()
+        try:
+            return self._repeated(send, route, seconds, path, waiter)
+        finally:
+            self._outages.ended(waiter)
+
+    def _repeated(self, send: Callable[[str], T], route: Route | None, seconds: float, path: str, waiter: Waiter) -> T:
+        """As `_with_retries`."""
 
         def attempt(url: str) -> T:
             token = self._credentials.token
@@ -286,7 +294,6 @@ class Transport:
         # The first attempt takes as long as the service may hold its answer.
         deadline: float | None = None
         longest, paused = _FIRST_PAUSE_S, _FIRST_PAUSE_S / 2
-        failed: set[str] = set()
         while True:
             url = route.url() if route is not None else ""
             place = without_password(url or str(self.base_url).rstrip("/"))
@@ -309,6 +316,7 @@ class Transport:
                 failure: Exception = error
             except RunPaused as error:
                 self._has_answered = True
+                self._outages.answered(place, waiter)
                 if not seconds or is_leaving():
                     raise
                 self._outages.paused(path)
@@ -325,11 +333,11 @@ class Transport:
                 failure = error
             except ProblemError:
                 self._has_answered = True
+                self._outages.answered(place, waiter)
                 raise
             else:
                 self._has_answered = True
-                if place in failed:
-                    self._outages.answered(place)
+                self._outages.answered(place, waiter)
                 return answer
             if isinstance(failure, httpx.ConnectError) and _UNTRUSTED in str(failure):
                 raise ServiceUnreachable(f"{place} is not trusted: {failure}") from failure
@@ -343,13 +351,11 @@ class Transport:
             deadline = now + seconds if deadline is None else deadline
             left = deadline - now
             if pause <= left and not is_leaving():
-                failed.add(place)
-                self._outages.failed(place, failure, left)
+                self._outages.failed(place, failure, left, waiter)
                 self._sleep(pause)
                 longest = min(2 * longest, _LONGEST_PAUSE_S)
                 if not is_leaving():
                     continue
-            self._outages.given_up(place)
             if isinstance(failure, ProblemError):
                 raise failure
             tried = f" for {seconds:g} s" if seconds and not is_leaving() else ""

@@ -12,12 +12,14 @@ import pytest
 from freestep import (
     Client,
     CoordinatorUnavailable,
+    EpochChanged,
     InvalidSetting,
     Overloaded,
     ProblemError,
     ServiceUnreachable,
     ShardUnavailable,
 )
+from freestep.outages import Outages, Waiter
 from freestep.transport import Transport
 
 URL = "http://service.test:8000"
@@ -220,6 +222,60 @@ def test_what_is_asked_once_only_is_not_logged(clock: Clock, lines: Callable[[],
     with pytest.raises(ServiceUnreachable, match=r"^http://service\.test:8000 did not answer: .*refused"):
         asked.request("GET", "/v1/runs", retry=False)
     assert lines() == []
+
+
+def test_what_is_asked_once_only_ends_no_outage(clock: Clock, lines: Callable[[], list[tuple[float, str]]]) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if clock.now < 1025:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(200, json={})
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if clock.now < 1025:
+            # As another thread renews a lease while a push is repeated.
+            with pytest.raises(ServiceUnreachable):
+                asked.request("PUT", "/lease", retry=False)
+
+    http = httpx.Client(base_url=URL, transport=httpx.MockTransport(answer))
+    asked = Transport(http, 60, clock=clock, sleep=sleep)
+    asked.request("POST", "/v1/runs")
+    kinds = ["is away or busy", "has been away or busy", "has been away or busy", "answers again"]
+    assert [kind in line for kind, (_, line) in zip(kinds, lines(), strict=True)] == 4 * [True]
+
+
+def test_a_refusal_is_an_answer_that_ends_an_outage(clock: Clock, lines: Callable[[], list[tuple[float, str]]]) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if clock.now < away_until:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(409, json=EpochChanged("the run was opened again").to_document(409))
+
+    asked = transport(answer, clock, 60)
+    for begins in (0.0, 500.0):
+        clock.now, away_until = 1000 + begins, 1005 + begins
+        with pytest.raises(EpochChanged):
+            asked.request("POST", "/v1/runs/mnist/gradients")
+    kinds = [line.removeprefix(URL).partition(" (")[0].partition(",")[0].strip() for _, line in lines()]
+    assert kinds == 2 * ["is away or busy", "answers again"]
+
+
+def test_an_outage_lasts_as_long_as_anybody_waits(clock: Clock, lines: Callable[[], list[tuple[float, str]]]) -> None:
+    outages, refused = Outages(clock), httpx.ConnectError("refused")
+    first, second = Waiter(), Waiter()
+    outages.failed(URL, refused, 12, first)
+    outages.failed(URL, refused, 60, second)
+    clock.sleep(12)
+    outages.ended(first)
+    outages.failed(URL, refused, 48, second)
+    clock.sleep(1)
+    outages.failed(URL, refused, 47, second)
+    outages.ended(second)
+    outages.failed(URL, refused, 60, Waiter())
+    assert [(at, line.partition(" (")[0]) for at, line in lines()] == [
+        (0, f"{URL} is away or busy"),
+        (12, f"{URL} has been away or busy for 12 s"),
+        (13, f"{URL} is away or busy"),
+    ]
 
 
 @pytest.mark.parametrize("while_asked", [True, False])
