@@ -90,6 +90,9 @@ class Client:
         Args:
             name: The run's name.
             ranks: The processes that are one worker together, each of which makes every `exchange` and `pull`.
+
+        Raises:
+            MalformedRequest: The name is empty, or has a '/'.
         """
         return Run(self._transport, name, ranks)
 

@@ -21,6 +21,10 @@ __all__ = ["Answer", "Destination", "GatewayError", "read"]
 _GATEWAY_STATUS = (408, 429, 502, 503, 504)
 """With these a gateway answers while the service behind it is away or busy, or where it has waited for a request."""
 
+_NO_SUCH_PATH = (
+    ": no freestep service has this path: see that the URL is a service's, without a path of its API or pages"
+)
+
 
 class GatewayError(UnexpectedResponse):
     """A gateway's answer that the service was not reached. Every request that is repeated is idempotent."""
@@ -75,7 +79,8 @@ def _refusal(response: httpx.Response, headers: Mapping[str, str], document: Any
         kind = GatewayError if response.status_code in _GATEWAY_STATUS else UnexpectedResponse
         way = f" through {response.extensions[PROXY]}" if PROXY in response.extensions else ""
         place = without_password(str(response.request.url))
-        refusal = kind(f"{place} answered {response.status_code}{way}: {response.text[:200]!r}")
+        advice = _NO_SUCH_PATH if response.status_code == 404 else ""
+        refusal = kind(f"{place} answered {response.status_code}{way}: {response.text[:200]!r}{advice}")
     if isinstance(refusal, ProblemError | GatewayError) and headers.get("retry-after", "").isdecimal():
         refusal.retry_after = float(headers["retry-after"])
     return refusal

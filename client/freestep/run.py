@@ -31,7 +31,7 @@ from freestep.api.models import (
 )
 from freestep.bulk_exchange import Body
 from freestep.data_set import DataSet
-from freestep.errors import InvalidSpec
+from freestep.errors import InvalidSpec, MalformedRequest
 from freestep.event_source import EventSource
 from freestep.lease import Claim, HeldLease, worker_name
 from freestep.responses import Answer
@@ -76,9 +76,14 @@ class Run:
         transport: Sends the requests.
         name: The run's name.
         ranks: The processes that are one worker together.
+
+    Raises:
+        MalformedRequest: The name is empty, or has a '/'.
     """
 
     def __init__(self, transport: Transport, name: str, ranks: WorkerGroup = SINGLE_PROCESS) -> None:
+        if not name or "/" in name:
+            raise MalformedRequest(f"{name!r} is no name of a run, which has a character at least, and no '/'")
         self.name = name
         self._transport = transport
         self._path = f"/v1/runs/{in_path(name)}"

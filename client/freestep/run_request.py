@@ -107,7 +107,9 @@ class RunRequest:
             if name == "shards" or value is None or value == existing:
                 continue
             if isinstance(value, AggregationSpec):
-                value, existing = (each.model_dump(exclude_defaults=True) for each in (value, existing))
+                value, existing = (
+                    {"policy": each.policy} | each.model_dump(exclude_defaults=True) for each in (value, existing)
+                )
             yield Difference(name, value, existing)
 
 

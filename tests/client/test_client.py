@@ -161,6 +161,12 @@ def test_a_name_is_not_a_path(run: Run, client: Client) -> None:
     assert run.status().initialized
 
 
+@pytest.mark.parametrize("name", ["", "vision/mnist"])
+def test_a_name_that_is_no_segment_of_a_path_is_refused(client: Client, name: str) -> None:
+    with pytest.raises(MalformedRequest, match=f"'{name}' is no name of a run"):
+        client.run(name)
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_points_are_pulled_in_a_dtype(run: Run, dtype: str) -> None:
     for point in ("x", "y", "z"):

@@ -151,7 +151,7 @@ READY = ("200 OK", {"status": "ready", "device": "cuda:0", "problems": {}})
     ("answers", "date", "check", "said"),
     [
         ([("200 OK", {"status": "up"})], None, "service", "another server is at this URL"),
-        ([("404 Not Found", {})], None, "service", "answered 404"),
+        ([("404 Not Found", {})], None, "service", "answered 404: '{}': no freestep service has this path"),
         ([("200 OK", {"status": "ok"}), RUNS, READY], None, "version", "does not say its version"),
         ([("200 OK", {"status": "ok", "version": "9.9"}), RUNS, READY], None, "version", "freestep 9.9 and this is"),
         ([HEALTHY, RUNS, READY], NOW, "clock", "ahead of the service's: set both"),

@@ -100,6 +100,14 @@ def test_what_differs_is_said_field_by_field(
     assert text.count(" is wanted") == len(differences)
 
 
+def test_a_run_of_the_default_policy_is_said_to_have_it(join: Make, caplog: pytest.LogCaptureFixture) -> None:
+    join(network(), lr=0.25)
+    with caplog.at_level(logging.WARNING, "freestep"):
+        join(network(), aggregation="async")
+    (text,) = said(caplog)
+    assert "aggregation is {'policy': 'ringmaster'}, and {'policy': 'async'} is wanted" in text
+
+
 def groups(net: nn.Sequential, **own: Any) -> list[dict[str, Any]]:
     named = list(net.named_parameters())
     return [

@@ -121,6 +121,11 @@ def test_what_is_kept_is_what_was_asked_for(algorithm: str, policy: str) -> None
 _CHANGED = ("optimizer", "groups", "aggregation")
 
 
+def test_of_a_param_group_that_there_is_not_those_are_named_that_there_are() -> None:
+    with pytest.raises(ValidationError, match="there is no such param group: the run has default, own"):
+        after(Control(), groups={"bias": {"lr": 0.5}})
+
+
 def test_a_key_that_comes_again_changes_nothing() -> None:
     first = after(Control(), "one", optimizer={"lr": 0.5})
     second = after(first, "two", optimizer={"lr": 0.25})

@@ -177,7 +177,8 @@ def _groups(now: RunSpec, asked: Mapping[str, Mapping[str, Any]]) -> dict[str, d
     groups = dict(now.groups)
     for name, own in asked.items():
         if name not in groups and name != DEFAULT_GROUP:
-            raise fault(("groups", name), "there is no such param group")
+            names = ", ".join(dict.fromkeys([DEFAULT_GROUP, *groups]))
+            raise fault(("groups", name), f"there is no such param group: the run has {names}")
         _require_known(("groups", name), now.optimizer, own)
         groups[name] = _merged({**_inherited(now, name, own), **groups.get(name, {})}, own)
     return groups
