@@ -48,8 +48,8 @@ class _AtAverage(DropIn):
         super()._set_parameters(pulled)
         self._points.y, self._points.is_at_x = pulled, False
 
-    def _load(self, point: Point, *, min_step: int = 0) -> None:
-        super()._load("y", min_step=min_step)
+    def _load(self, point: Point, *, min_step: int = 0, wait: float | None = None) -> None:
+        super()._load("y", min_step=min_step, wait=wait)
         self._load_x()
 
     def _load_x(self) -> None:

@@ -196,8 +196,10 @@ class JoinedOptimizer(torch.optim.Optimizer):
 
     # Points
 
-    def _load(self, point: Point, *, min_step: int = 0) -> None:
-        wait = _WAIT_S if min_step else 0.0
+    def _load(self, point: Point, *, min_step: int = 0, wait: float | None = None) -> None:
+        """Loads a point. wait: seconds for which the service may wait for min_step."""
+        if wait is None:
+            wait = _WAIT_S if min_step else 0.0
         self._guard.suspend()
         self._load_received(self._run.pull_into(self._receive_buffer, point, min_step=min_step, wait=wait))
 

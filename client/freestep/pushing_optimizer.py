@@ -236,7 +236,7 @@ class PushingOptimizer(JoinedOptimizer):
                     # The policy was changed meanwhile.
                     self._read_policy()
                 if self._waits and (receipt.decision == "accumulated" or receipt.reason == "duplicate-worker"):
-                    self._await_update(receipt.step + 1)
+                    self._await_update(receipt.step + 1, has_waited=receipt.decision == "accumulated")
             return
 
     @property
@@ -252,14 +252,17 @@ class PushingOptimizer(JoinedOptimizer):
     def _read_policy(self) -> None:
         self._progress.aggregation = self._worker_group.run_on_first(lambda: self._run.status().in_force.aggregation)
 
-    def _await_update(self, step: int) -> None:
+    def _await_update(self, step: int, *, has_waited: bool) -> None:
+        """Loads y of an update that others' pushes are missing for. has_waited: whether the push has waited for it."""
+        wait = None if has_waited else FIRST_WAIT_S
         while True:
-            if self._worker_group.rank == 0:
+            if wait is None and self._worker_group.rank == 0:
                 log_update_wait(self._run.name, step, self._aggregation, self._run.workers)
             try:
-                self._load("y", min_step=step)
+                self._load("y", min_step=step, wait=wait)
                 return
             except StepNotReached:
+                wait = None
                 if self._membership.is_lost():
                     self._rejoin("lease-expired")
                     return

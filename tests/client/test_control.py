@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from freestep import (
     InvalidSpec,
     MalformedRequest,
+    Pulled,
     RemoteOptimizer,
     Run,
     RunPaused,
@@ -151,8 +154,19 @@ def test_a_worker_sees_the_rate_that_was_set(remotely: Callable[..., RemoteOptim
 
 
 def test_a_worker_waits_for_updates_once_its_policy_has_them_wait(
-    remotely: Callable[..., RemoteOptimizer], run: Run
+    remotely: Callable[..., RemoteOptimizer], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pulled: list[float] = []
+    logged: list[list[float]] = []
+    pull_into = Run.pull_into
+
+    def noting(*args: Any, wait: float = 0.0, **options: Any) -> Pulled:
+        if threading.current_thread() is not threading.main_thread():
+            pulled.append(wait)
+        return pull_into(*args, wait=wait, **options)
+
+    monkeypatch.setattr(Run, "pull_into", noting)
+    monkeypatch.setattr(pushing_optimizer, "log_update_wait", lambda *_: logged.append([*pulled]))
     models = [network(), network()]
     first, second = (
         remotely(model, aggregation={"policy": "async"}, worker=worker)
@@ -171,6 +185,9 @@ def test_a_worker_waits_for_updates_once_its_policy_has_them_wait(
         step(models[1], second, 3)
     waiting.result()
     assert run.status().step == first.loaded.step == 2
+    # It has waited before it says whom it waits for.
+    assert pulled[0] == pushing_optimizer.FIRST_WAIT_S
+    assert [] not in logged
 
 
 def test_a_worker_waits_no_longer_once_its_policy_has_nobody_wait(
