@@ -4,13 +4,19 @@ python tests/client/leaving_worker.py URL RUN FORM
 
 FORM is a function below. It says a line when it has begun, and what is left of it says more as it ends. Its lease lasts
 for an hour unless it is released.
+
+Without arguments it forks workers, since importing torch takes each seconds of CPU: see `ordered`. They end as any
+script does, with all that Python does then.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -38,7 +44,6 @@ os.register_at_fork(before=partial(tell, "parent"), after_in_child=partial(tell,
 import freestep  # noqa: E402
 
 torch.set_num_threads(1)
-url, name, form = sys.argv[1:]
 LENGTH = 4000
 
 
@@ -298,6 +303,55 @@ forms: dict[str, Callable[[], None]] = {
     )
 }  # fmt: skip
 model = nn.Linear(4, 3)
+
+
+def ordered() -> list[str]:
+    """Forks workers as they are ordered through the socket that is stdin, until that is closed. Returns in a worker:
+    its arguments.
+
+    An order is JSON, a program to be instead (a list; empty for none) and the arguments, with descriptors of the
+    worker's stdin, stdout and stderr, and of a pipe that is told its pid and in the end its exit code, 4 bytes each.
+    """
+    # Public names are imported when they are used, and torch's compiler with the first optimizer.
+    for public in freestep.__all__:
+        getattr(freestep, public)
+    torch.optim.SGD(model.parameters(), lr=1.0)
+    # Of what all have in common, no worker looks for garbage as it ends.
+    gc.freeze()
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads is not forked"
+    # The kernel reaps those who wait for workers.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    orders = socket.socket(fileno=os.dup(0))
+    while True:
+        order, descriptors, *_ = socket.recv_fds(orders, 1 << 16, 4)
+        if not order:
+            os._exit(0)
+        if not os.fork():
+            break
+        for each in descriptors:
+            os.close(each)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    *streams, told_of = descriptors
+    worker = os.fork()
+    if worker:
+        for each in streams:
+            os.close(each)
+        os.write(told_of, worker.to_bytes(4))
+        os.write(told_of, outcome(worker).to_bytes(4, signed=True))
+        os._exit(0)
+    os.setsid()
+    for number, each in enumerate(streams):
+        os.dup2(each, number)
+        os.close(each)
+    os.close(told_of)
+    orders.close()
+    program, arguments = json.loads(order)
+    if program:
+        os.execvp(program[0], [*program, __file__, *arguments])
+    return list(arguments)
+
+
 if __name__ == "__main__":
+    url, name, form = sys.argv[1:] or ordered()
     multiprocessing.set_start_method("fork")
     forms[form]()

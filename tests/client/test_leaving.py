@@ -6,14 +6,17 @@ them.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -41,54 +44,73 @@ SPEC = {
 class Worker:
     """A worker's process, which has begun."""
 
-    def __init__(self, folder: Path, url: str, run: str, form: str, *prefix: str, **environment: str) -> None:
+    def __init__(self, orders: socket.socket, folder: Path, arguments: Sequence[str], program: Sequence[str]) -> None:
         self._errors = folder / "stderr"
+        (stdin, self._stdin), (lines, stdout), (self._told, told) = os.pipe(), os.pipe(), os.pipe()
+        self._lines = os.fdopen(lines)
         with self._errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [*(prefix or (sys.executable,)), WORKER, url, run, form],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "FREESTEP_LEAVE_ON_SIGTERM": "1", **environment},
-                # What a worker has started is killed with it.
-                start_new_session=True,
-            )
+            order = json.dumps([program, arguments]).encode()
+            socket.send_fds(orders, [order], [stdin, stdout, errors.fileno(), told])
+        for each in (stdin, stdout, told):
+            os.close(each)
+        self.pid = int.from_bytes(os.read(self._told, 4))
+        self._code: int | None = None
 
     def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().rstrip("\n")
+        return self._lines.readline().rstrip("\n")
 
     def write_line(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        os.write(self._stdin, b"\n")
+
+    def send_signal(self) -> None:
+        """SIGTERM."""
+        os.kill(self.pid, signal.SIGTERM)
 
     def end(self) -> tuple[int, list[str], str]:
         """Sends SIGTERM and waits for the end: the exit code, the lines that were left, and what is on stderr."""
-        self.process.send_signal(signal.SIGTERM)
+        self.send_signal()
         return self.ended()
 
     def ended(self) -> tuple[int, list[str], str]:
-        lines, _ = self.process.communicate(timeout=DEADLINE_S)
-        return self.process.returncode, lines.splitlines(), self._errors.read_text()
+        if not select.select([self._told], [], [], DEADLINE_S)[0]:
+            raise TimeoutError(f"the worker has not ended after {DEADLINE_S:g} s")
+        self._code = int.from_bytes(os.read(self._told, 4), signed=True)
+        return self._code, self._lines.read().splitlines(), self._errors.read_text()
 
     def close(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.communicate()
+        if self._code is None:
+            # What a worker has started is killed with it.
+            os.killpg(self.pid, signal.SIGKILL)
+            self.ended()
+        self._lines.close()
+        os.close(self._stdin)
+        os.close(self._told)
 
 
 Start = Callable[..., Worker]
 
 
+@pytest.fixture(scope="module")
+def orders() -> Iterator[socket.socket]:
+    """The process that forks workers: the socket that it is told through."""
+    # OpenBLAS would start threads when numpy is imported; a process with threads must not be forked.
+    environment = {**os.environ, "FREESTEP_LEAVE_ON_SIGTERM": "1", "OPENBLAS_NUM_THREADS": "1"}
+    ours, its = socket.socketpair()
+    with ours, subprocess.Popen([sys.executable, WORKER], stdin=its, env=environment):
+        its.close()
+        yield ours
+        # It ends when it is told no more.
+        ours.shutdown(socket.SHUT_WR)
+
+
 @pytest.fixture
-def start(service: ThreadService, name: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts a worker of a form; it is killed with the test, if it has not ended."""
+def start(service: ThreadService, name: str, tmp_path: Path, orders: socket.socket) -> Iterator[Start]:
+    """Starts a worker of a form, or a program with its script and arguments; it is killed with the test, if it has not
+    ended."""
     made: list[Worker] = []
 
-    def worker(form: str, *prefix: str, url: str = service.url, begins: bool = True, **environment: str) -> Worker:
-        made.append(Worker(tmp_path, url, name, form, *prefix, **environment))
+    def worker(form: str, *program: str, url: str = service.url, begins: bool = True) -> Worker:
+        made.append(Worker(orders, tmp_path, [url, name, form], program))
         if begins:
             assert made[-1].line() == "begun", made[-1]._errors.read_text()
         return made[-1]
@@ -206,9 +228,9 @@ def test_a_service_that_does_not_answer_holds_nobody_up(
 @pytest.mark.slow
 def test_a_second_signal_changes_nothing(start: Start, run: Run) -> None:
     worker = start("slow_end")
-    worker.process.send_signal(signal.SIGTERM)
+    worker.send_signal()
     assert worker.line() == "leaving"
-    worker.process.send_signal(signal.SIGTERM)
+    worker.send_signal()
     worker.write_line()
     assert worker.ended() == (LEFT, ["finished"], "")
     assert run.workers() == []
@@ -262,7 +284,7 @@ def test_a_fork_leaves_the_mask_of_signals_as_it_was(start: Start) -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root makes PID namespaces")
 def test_process_1_of_a_container_leaves_too(start: Start, run: Run) -> None:
     worker = start("loose", "unshare", "--pid", "--fork", "--kill-child", sys.executable)
-    parent = worker.process.pid
+    parent = worker.pid
     (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     os.kill(int(child), signal.SIGTERM)
     assert worker.ended()[0] == LEFT
