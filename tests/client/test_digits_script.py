@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from forked import Script
 from freestep import Client
 from harness import ThreadService
 
@@ -22,10 +20,10 @@ EPOCHS, STEPS = 2, 2 * 63
 
 def printed(script: Path, **environment: str) -> list[tuple[float, int]]:
     """The test loss and the number of right answers of each epoch."""
-    command = [sys.executable, str(script), "--epochs", str(EPOCHS)]
-    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=150)
-    assert found.returncode == 0, found.stderr
-    return [(float(loss), int(right)) for loss, right in re.findall(r"epoch \d: (\S+) (\d+)", found.stdout)]
+    with Script(script, "--epochs", str(EPOCHS), **environment) as process:
+        lines = list(iter(process.read_line, ""))
+        assert process.wait() == 0
+    return [(float(loss), int(right)) for loss, right in re.findall(r"epoch \d: (\S+) (\d+)", "\n".join(lines))]
 
 
 @pytest.fixture(scope="module")
