@@ -1,6 +1,7 @@
 """A training script as a fleet runs it, of a model of 20 MB; it prints the decision on each of its pushes."""
 
 import sys
+import time
 
 import torch
 
@@ -16,3 +17,5 @@ with freestep.RemoteOptimizer(
         model(torch.ones(1, 5000)).mean().backward()
         opt.step()
         sys.stdout.write(f"{opt.receipt.decision} {opt.receipt.step}\n")
+        # As a step on a GPU, which leaves the processor to others.
+        time.sleep(0.5)
