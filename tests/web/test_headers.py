@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from asgi_calls import request_of
+from documented import openapi
 from freestep.api.models import Receipt
 from freestep.errors import BodyTooLarge, LengthRequired, MalformedRequest, UnsupportedMediaType
 from freestep.wire.receiver import MEDIA_TYPE
-from freestep_service.app import create_app
 from freestep_service.domain.records import Claim
-from freestep_service.settings import Settings
 from freestep_service.web.headers import (
     LEASE_ID,
     PUSH_HEADERS,
@@ -168,7 +167,7 @@ def test_a_receipt_as_headers() -> None:
 
 def documented(method: str, path: str) -> dict[tuple[str, str], dict[str, Any]]:
     """The parameters of an operation in the OpenAPI document, by place and name."""
-    operation = create_app(Settings()).openapi()["paths"][path][method]
+    operation = openapi()["paths"][path][method]
     return {(each["in"], each["name"]): each for each in operation["parameters"]}
 
 

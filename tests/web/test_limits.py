@@ -11,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from asgi_calls import Sender, call, scope_of
+from documented import openapi
 from freestep.errors import RunNotFound
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.app import create_app
@@ -39,7 +40,7 @@ def app() -> FastAPI:
 
 
 def operations() -> Iterator[tuple[str, str]]:
-    for path, methods in create_app(Settings()).openapi()["paths"].items():
+    for path, methods in openapi()["paths"].items():
         for method in methods:
             yield method.upper(), path.format(run="r", lease="l", step=1, id="i", name="train", worker="w")
 

@@ -20,11 +20,9 @@ import hypothesis
 import pytest
 import schemathesis
 
-from documented import Document
+from documented import Document, openapi
 from freestep.errors import PROBLEMS, URN, RunNotFound, ShardUnavailable
 from freestep.wire.receiver import MEDIA_TYPE
-from freestep_service.app import create_app
-from freestep_service.settings import Settings
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.problems import RETRY_AFTER_S, STATUSES, problem_response
@@ -33,7 +31,7 @@ from meanwhile import DEADLINE_S
 from plain_calls import BODY, Api
 
 TESTS = Path(__file__).parent.parent
-DOCUMENT = create_app(Settings()).openapi()
+DOCUMENT = openapi()
 OPERATIONS = {
     operation["operationId"]: operation for methods in DOCUMENT["paths"].values() for operation in methods.values()
 }

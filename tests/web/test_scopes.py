@@ -14,6 +14,7 @@ import pytest
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
+from documented import openapi
 from freestep.api.token_form import SCOPES, make_token
 from freestep_service.app import create_app
 from freestep_service.settings import Settings
@@ -26,7 +27,7 @@ from meanwhile import wait_until
 from plain_calls import BODY, TENSORS, Api, ShardedApi, slug
 from raw_pushes import answered, connected, half_of_a_push, head_of_a_push
 
-DOCUMENT = create_app(Settings()).openapi()
+DOCUMENT = openapi()
 OPERATIONS = {
     (method.upper(), path): operation
     for path, methods in DOCUMENT["paths"].items()
