@@ -48,7 +48,14 @@ from freestep.commands.shared import (
 from freestep.commands.tokens import tokens
 from freestep.commands.top import top
 from freestep.commands.workers import workers
-from freestep.errors import FreestepError, InvalidSetting, ProblemError, ServiceUnreachable, Unauthenticated
+from freestep.errors import (
+    AlreadyInitialized,
+    FreestepError,
+    InvalidSetting,
+    ProblemError,
+    ServiceUnreachable,
+    Unauthenticated,
+)
 from freestep.files import is_stdout
 from freestep.terminal import print_json, print_line, print_result, printable, show_all_characters
 
@@ -236,7 +243,10 @@ def import_run(
     except ProblemError as error:
         fail(2, f"{file} holds no state of a run: {error}")
     with connect(url, token) as client:
-        status = client.run(run).import_state(state, replace=replace)
+        try:
+            status = client.run(run).import_state(state, replace=replace)
+        except AlreadyInitialized as error:
+            fail(1, f"{error}: --replace puts this state in their place, in a new epoch")
     print_result(status, as_json, ("", ""), facts(status))
 
 

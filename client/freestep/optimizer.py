@@ -93,7 +93,8 @@ class RemoteOptimizer(PushingOptimizer):
         algorithm: The algorithm that the run is created with: `adamw_schedule_free`, `sgd_schedule_free`,
             `radam_schedule_free`, `schedule_free_wrapper`, `adamc_schedule_free_plus`, `gpa_adamw`, `gpa_sgd`,
             `diloco`, `sgd` or `adamw`; None is the run's, and `adamw_schedule_free` for a new run. If the run exists,
-            its algorithm, hyperparameters and policy are used; a warning names those that were given otherwise.
+            its algorithm, hyperparameters and policy are used; a warning names those that were given otherwise, and
+            one says so where the run's is `diloco`, which is for `LocalSteps`.
         aggregation: The policy that the run is created with: a policy's name, or an AggregationSpec or its document.
             None is `ringmaster`, which drops gradients that are too stale.
         worker: This worker's name; None takes FREESTEP_WORKER from the environment, or a unique name. An older worker
@@ -200,6 +201,12 @@ class RemoteOptimizer(PushingOptimizer):
             pull_dtype=pull_dtype or "F32",
             looks_for_ranks=process_group is None,
         )
+        if algorithm is None and self.spec.optimizer.algorithm == "diloco":
+            logger.warning(
+                "the run %s is of the algorithm diloco, which takes the progress of many local steps at a time, and "
+                "this worker pushes gradients: use LocalSteps, or another run",
+                opened.name,
+            )
 
     # Points
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from freestep import InvalidSpec, ManifestMismatch, RemoteOptimizer, Run, WorkerNameTaken
+from freestep import InvalidSpec, LocalSteps, ManifestMismatch, RemoteOptimizer, Run, WorkerNameTaken
 from harness import ThreadService
 from trained import held, network, step
 
@@ -66,6 +66,19 @@ def test_the_algorithm_is_the_runs_too(join: Make, caplog: pytest.LogCaptureFixt
     assert (optimizer.param_groups[0]["momentum"], "betas" in optimizer.param_groups[0]) == (0.8, False)
     with pytest.raises(InvalidSpec, match="'betas' of sgd_schedule_free"):
         join(network(), betas=(0.9, 0.99))
+
+
+def test_a_worker_that_pushes_gradients_to_a_run_of_local_steps_is_warned(
+    service: ThreadService, name: str, join: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"url": service.url, "run": name, "aggregation": "async"}
+    with caplog.at_level(logging.WARNING, "freestep"), LocalSteps(model, inner, every=2, **options):
+        assert caplog.messages == []
+        join(network())
+    (text,) = caplog.messages
+    assert "is of the algorithm diloco" in text and "use LocalSteps" in text
 
 
 @pytest.mark.parametrize(

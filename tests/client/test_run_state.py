@@ -261,7 +261,7 @@ def test_the_command_moves_a_run(service: ThreadService, trained: Run, other: Ru
     assert code == 0 and "3" in said
     assert equal(other.export_state(), trained.export_state())
     code, _, error = freestep("runs", "import", other.name, str(file))
-    assert (code, "already" in error) == (1, True)
+    assert (code, "already has its parameters: --replace" in error) == (1, True)
     assert freestep("runs", "import", other.name, str(file), "--replace", "--json")[0] == 0
     assert other.status().epoch == 3
     assert freestep("runs", "import", other.name, str(tmp_path / "none"))[0] == 2
