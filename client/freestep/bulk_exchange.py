@@ -1,6 +1,7 @@
 """One HTTP/1.1 request and its answer over one connection, with bodies that are not copied.
 
-Large bodies go between memory and socket directly; all else is `http_messages`.
+Large bodies go between memory and socket directly; all else is `http_messages`. A wait for the other side is one wait
+after another, so that signals are noticed which came just before it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import select
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TypeAlias
+from contextlib import suppress
+from math import ceil, inf
+from typing import TypeAlias, TypeVar
 
 import httpx
 
 from freestep.http_messages import AnswerReader, framed, request_head
+from freestep.threads import LOOK_S
 from freestep.wire.receiver import Sink, lay
 
 __all__ = ["Body", "Exchange", "poll_socket"]
@@ -32,6 +35,8 @@ _PIECE = 256 * 1024
 """Bytes given to other transports at a time: httpx's copies the rest of a piece after every partial write."""
 
 _Bytes: TypeAlias = bytes | memoryview
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Body(httpx.SyncByteStream):
@@ -63,6 +68,8 @@ class Exchange(httpx.SyncByteStream):
     ) -> None:
         self._socket = connected
         self._timeouts = timeouts
+        self._looks = inf
+        """Waits of which the timeout for reading is made."""
         self._end = end
         self._answer = AnswerReader("")
         self._is_sent = False
@@ -74,7 +81,9 @@ class Exchange(httpx.SyncByteStream):
         """Sends the request and returns its answer once that has a head, perhaps before all of the request is sent."""
         self._answer = answer = AnswerReader(request.method)
         self._is_sent = self._send(request)
-        self._socket.settimeout(self._timeouts.get("read"))
+        timeout = self._timeouts.get("read")
+        self._looks = inf if timeout is None else max(1, ceil(timeout / LOOK_S))
+        self._socket.settimeout(LOOK_S if timeout is None else timeout / self._looks)
         while not answer.has_head:
             self._feed(_HEAD)
         return answer
@@ -146,21 +155,24 @@ class Exchange(httpx.SyncByteStream):
 
     def _feed(self, most: int) -> None:
         """Reads more of the answer, or its end."""
-        with self._reading():
-            data = self._socket.recv(most)
+        data = self._received(self._socket.recv, most)
         if data:
             self._answer.feed(data)
         else:
             self._answer.end()
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except TimeoutError as error:
-            raise httpx.ReadTimeout(f"the server sent no data for {self._timeouts.get('read')} s") from error
-        except OSError as error:
-            raise httpx.ReadError(str(error)) from error
+    def _received(self, receive: Callable[[T], R], where: T) -> R:
+        """Waits for data by a call of the socket's, which is repeated after each part of the timeout."""
+        looks = self._looks
+        while True:
+            try:
+                return receive(where)
+            except TimeoutError as error:
+                looks -= 1
+                if looks <= 0:
+                    raise httpx.ReadTimeout(f"the server sent no data for {self._timeouts.get('read')} s") from error
+            except OSError as error:
+                raise httpx.ReadError(str(error)) from error
 
     def __iter__(self) -> Iterator[bytes]:
         answer = self._answer
@@ -179,13 +191,12 @@ class Exchange(httpx.SyncByteStream):
             return
         for piece in answer.take():
             lay(sink, memoryview(piece))
-        with self._reading():
-            while missing := answer.missing:
-                size = self._socket.recv_into(sink.get_buffer()[:missing])
-                if not size:
-                    answer.end()
-                sink.buffer_updated(size)
-                answer.received(size)
+        while missing := answer.missing:
+            size = self._received(self._socket.recv_into, sink.get_buffer()[:missing])
+            if not size:
+                answer.end()
+            sink.buffer_updated(size)
+            answer.received(size)
         self._is_read = True
 
     def close(self) -> None:
@@ -199,9 +210,13 @@ class Exchange(httpx.SyncByteStream):
 
 def poll_socket(connected: socket.socket, events: int, timeout: float | None) -> int:
     """The events of a socket, waiting at most `timeout` seconds for one of these; 0 if there are none."""
-    poll = select.poll()
+    poll, left = select.poll(), inf if timeout is None else timeout
     poll.register(connected, events)
-    return next((found for _, found in poll.poll(None if timeout is None else 1e3 * timeout)), 0)
+    while not (found := poll.poll(1e3 * min(left, LOOK_S))):
+        left -= LOOK_S
+        if left <= 0:
+            return 0
+    return found[0][1]
 
 
 def _drop(pieces: list[_Bytes], size: int) -> None:

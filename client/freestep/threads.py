@@ -17,15 +17,15 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-__all__ = ["Threads", "result_of", "run_in_background"]
+__all__ = ["LOOK_S", "Threads", "result_of", "run_in_background"]
 
 T = TypeVar("T")
 
 _LAST_S = 2.0
 """Seconds for which a process that ends waits for functions: one that takes longer waits for an answer."""
 
-_LOOK_S = 0.5
-"""Seconds within which a signal is noticed that did not end a wait."""
+LOOK_S = 0.5
+"""Seconds within which a signal is noticed that did not end a wait, as one that came just before it."""
 
 _busy: set[Future[None]] = set()
 """Of each thread that has something to do: it is done when the thread has freed what that was given, too."""
@@ -58,7 +58,7 @@ class Threads:
         if self._process != os.getpid():
             # A forked child has none of the parent's threads.
             self._begin()
-        wait(self._left)
+        _await(self._left)
         self._left = []
         futures: list[Future[T]] = []
         try:
@@ -158,7 +158,7 @@ def result_of(future: Future[T]) -> T:
 
 def _await(futures: Sequence[Future[Any]]) -> None:
     """Waits until all have ended, or a signal raises: also one that came just before, which ends no wait by itself."""
-    while wait(futures, _LOOK_S).not_done:
+    while wait(futures, LOOK_S).not_done:
         pass
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
+import sys
+import termios
 import threading
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
+from traceback import walk_stack
 from types import FrameType
 
 import httpx
@@ -13,13 +18,16 @@ import pytest
 from fake_service import FakeService
 from freestep.answers import Pulled
 from freestep.api.models import Lease
+from freestep.bulk import BulkTransport
+from freestep.bulk_exchange import Exchange
 from freestep.forks import ForkLock
 from freestep.lease import HeldLease
 from freestep.membership import Membership
 from freestep.threads import Threads
 from freestep.transport import Transport
 from freestep.worker_group import SINGLE_PROCESS, Batch
-from meanwhile import at_once, wait_for, wait_until
+from meanwhile import DEADLINE_S, at_once, wait_for, wait_until
+from scripted import LARGE, Peer, Server, post, poured
 
 SPEC = {"optimizer": {"algorithm": "sgd"}, "parameters": [{"name": "w", "shape": [4]}]}
 
@@ -99,7 +107,7 @@ def test_a_renewal_waits_no_longer_than_leaves_time_for_another() -> None:
     lease.release()
 
 
-def test_a_signal_that_does_not_end_a_wait_is_noticed(alarm: None) -> None:
+def test_a_signal_that_does_not_end_a_wait_for_functions_is_noticed(alarm: None) -> None:
     """As one that comes just before the wait: here another thread gets it."""
     threads, goes_on = Threads(), threading.Event()
 
@@ -111,3 +119,44 @@ def test_a_signal_that_does_not_end_a_wait_is_noticed(alarm: None) -> None:
         threads.run_all([send, lambda: wait_for(goes_on, "the call is interrupted")])
     goes_on.set()
     threads.close()
+
+
+def _grows(peer: Peer, seen: list[int]) -> bool:
+    """Whether more of a body has come since this was asked last."""
+    waiting = array("i", [0])
+    fcntl.ioctl(peer.connection, termios.FIONREAD, waiting)
+    seen.append(waiting[0])
+    return seen[-2:-1] != seen[-1:]
+
+
+@pytest.mark.parametrize("waits", ["to send", "for the head", "for the body", "for the rest of the body"])
+def test_a_signal_that_does_not_end_a_wait_for_a_socket_is_noticed(
+    serve: Callable[..., Server], alarm: None, waits: str
+) -> None:
+    main, noticed = threading.get_ident(), threading.Event()
+
+    def is_in(function: Callable[..., object]) -> bool:
+        return any(frame.f_code is function.__code__ for frame, _ in walk_stack(sys._current_frames()[main]))
+
+    def script(peer: Peer) -> None:
+        peer.head()
+        if waits == "to send":
+            seen: list[int] = []
+            wait_until(lambda: not _grows(peer, seen), 0.1)
+        if waits == "for the body":
+            peer.send("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n")
+        if waits == "for the rest of the body":
+            peer.send("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n01234")
+        if "body" in waits:
+            wait_until(lambda: is_in(Exchange.pour), 0.1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGVTALRM)
+        wait_for(noticed, "the signal is noticed")
+
+    url = serve(script).url
+    with httpx.Client(transport=BulkTransport(), timeout=2 * DEADLINE_S) as http:
+        with pytest.raises(Interrupted):
+            if waits == "to send":
+                post(http, url, LARGE)
+            else:
+                poured(http, url, 10)
+        noticed.set()
