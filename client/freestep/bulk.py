@@ -12,6 +12,7 @@ import select
 import socket
 import ssl
 import time
+from contextlib import suppress
 from functools import partial
 from math import inf
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ import httpx
 
 from freestep.bulk_exchange import Exchange, poll_socket
 from freestep.forks import ForkLock
+from freestep.threads import stop_by
 from freestep.wire.receiver import Sink, lay
 
 __all__ = ["BulkTransport", "pour"]
@@ -92,6 +94,7 @@ class BulkTransport(httpx.BaseTransport):
         connection = self._take(origin) or self._connect(origin, timeouts.get("connect"))
         exchange = Exchange(connection.socket, timeouts, partial(self._end, connection))
         try:
+            stop_by(connection.break_off)
             answer = exchange.begin(request)
         except BaseException as error:
             exchange.close()
@@ -146,6 +149,7 @@ class BulkTransport(httpx.BaseTransport):
             connection.close()
 
     def _end(self, connection: _Connection, is_reusable: bool) -> None:
+        stop_by(None)
         if not is_reusable:
             connection.close()
             return
@@ -196,6 +200,12 @@ class _Connection:
         if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
             return True
         return self.idle_since < oldest or bool(poll_socket(self.socket, select.POLLIN, 0.0))
+
+    def break_off(self) -> None:
+        """Ends what another thread sends and receives over it; what that has sent is on its way."""
+        with suppress(OSError):
+            # TLS has a shutdown of its own, for the thread that uses it.
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.socket.close()

@@ -257,14 +257,11 @@ class _ShardRequests:
             # Encoded before there are threads, and for all shards, so that every rank has the whole residual.
             self._bodies = [Body(part.body()) for part in self._call.body.parts(self.count)]
         functions = [partial(self._outcome, shard) for shard in self._own]
-        try:
-            if len(functions) > 1:
-                outcomes = self._transport.threads.run_all(functions)
-            else:
-                outcomes = [function() for function in functions]
-        finally:
-            # Requests are left over after an interrupt only, and must not be repeated then.
-            self.abandoned.set()
+        if len(functions) > 1:
+            # After an interrupt they must not be repeated.
+            outcomes = self._transport.threads.run_all(functions, given_up=self.abandoned.set)
+        else:
+            outcomes = [function() for function in functions]
         return dict(zip(self._own, outcomes, strict=True))
 
     def _outcome(self, shard: int) -> Answer | FreestepError:
@@ -325,18 +322,22 @@ class _ShardRoute:
         self._map: ShardMap | None = None
 
     def url(self) -> str:
-        if self._requests.abandoned.is_set():
-            raise _Abandoned(f"the request of shard {self._shard} was given up because another one failed")
+        self._require_wanted()
         self._map, url = self._requests.shards.locate(self._shard, self._requests.count)
         return url
 
     def failed(self, url: str, error: Exception) -> None:
+        self._require_wanted()
         # An overloaded owner, or one whose Redis does not answer, is still the owner.
         if self._map is not None and not isinstance(error, CoordinatorUnavailable | Overloaded):
             self._requests.shards.mark_outdated(self._map)
 
     def unreachable(self, url: str) -> None:
         self._requests.shards.avoid(url)
+
+    def _require_wanted(self) -> None:
+        if self._requests.abandoned.is_set():
+            raise _Abandoned(f"the request of shard {self._shard} was given up because another one failed")
 
 
 def _precedence(failure: FreestepError) -> int:

@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-__all__ = ["LOOK_S", "Threads", "result_of", "run_in_background"]
+__all__ = ["LOOK_S", "Threads", "result_of", "run_in_background", "stop_by"]
 
 T = TypeVar("T")
 
@@ -26,6 +27,10 @@ _LAST_S = 2.0
 
 LOOK_S = 0.5
 """Seconds within which a signal is noticed that did not end a wait, as one that came just before it."""
+
+_BREAK_S = 2.0
+"""Seconds for which the end of functions is waited for that were broken off: one that takes longer waits for what it
+has to ask before it goes on."""
 
 _busy: set[Future[None]] = set()
 """Of each thread that has something to do: it is done when the thread has freed what that was given, too."""
@@ -49,11 +54,16 @@ class Threads:
         self._end = weakref.finalize(self, self._idle.end)
         self._end.atexit = False
 
-    def run_all(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+    def run_all(
+        self, functions: Sequence[Callable[[], T]], *, given_up: Callable[[], object] = lambda: None
+    ) -> list[T]:
         """Runs functions at the same time, each on a thread of its own; returns when the last one has ended.
 
-        Where a signal has interrupted a call, the next one begins when its functions have ended: they may be sending
-        from, and receiving into, the same memory.
+        Where a signal interrupts the call, what the functions wait for is broken off, and the signal's error is raised
+        when they have ended: they may be sending from, and receiving into, memory that is used again then. The next
+        call begins when the last of them has ended.
+
+        given_up: called first where a signal has interrupted the call.
         """
         if self._process != os.getpid():
             # A forked child has none of the parent's threads.
@@ -61,18 +71,68 @@ class Threads:
         _await(self._left)
         self._left = []
         futures: list[Future[T]] = []
+        breaks: list[_Break] = []
         try:
             for function in functions:
-                futures.append(self._idle.start(function))
+                breaks.append(_Break())
+                futures.append(self._idle.start(partial(breaks[-1].run, function)))
             _await(futures)
         except BaseException:
             self._left = [*futures]
+            given_up()
+            for each in breaks:
+                each.set()
+            wait(futures, _BREAK_S)
             raise
         return [future.result() for future in futures]
 
     def close(self) -> None:
         """Ends the threads, as soon as their functions have ended."""
         self._end()
+
+
+class _Break:
+    """Ends what a function waits for."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._stop: Callable[[], object] | None = None
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Runs the function, on the thread that it is for."""
+        _here.found = self
+        try:
+            return function()
+        finally:
+            _here.found = None
+
+    def set(self) -> None:
+        self._is_set = True
+        if (stop := self._stop) is not None:
+            stop()
+
+    def stop_by(self, stop: Callable[[], object] | None) -> None:
+        self._stop = stop
+        if self._is_set and stop is not None:
+            stop()
+
+
+class _Here(threading.local):
+    """What the function on this thread is broken off by."""
+
+    found: _Break | None = None
+
+
+_here = _Here()
+
+
+def stop_by(stop: Callable[[], object] | None) -> None:
+    """Says what ends the waits of the function on this thread from now on, if a signal interrupts its `run_all`.
+
+    stop: called by another thread, at once if it was interrupted already; None where there is nothing to end any more.
+    """
+    if (found := _here.found) is not None:
+        found.stop_by(stop)
 
 
 class _Idle:

@@ -9,22 +9,29 @@ import termios
 import threading
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from functools import partial
 from traceback import walk_stack
-from types import FrameType
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 
 from fake_service import FakeService
 from freestep.answers import Pulled
-from freestep.api.models import Lease
+from freestep.api.models import Lease, RunSpec
 from freestep.bulk import BulkTransport
 from freestep.bulk_exchange import Exchange
+from freestep.flat import Flat
 from freestep.forks import ForkLock
 from freestep.lease import HeldLease
 from freestep.membership import Membership
+from freestep.sharding import ShardClient, ShardedCall
 from freestep.threads import Threads
 from freestep.transport import Transport
+from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import MEDIA_TYPE
 from freestep.worker_group import SINGLE_PROCESS, Batch
 from meanwhile import DEADLINE_S, at_once, wait_for, wait_until
 from scripted import LARGE, Peer, Server, post, poured
@@ -160,3 +167,46 @@ def test_a_signal_that_does_not_end_a_wait_for_a_socket_is_noticed(
             else:
                 poured(http, url, 10)
         noticed.set()
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_nothing_is_sent_from_memory_or_received_into_it_after_an_interrupt(
+    serve: Callable[..., Server], alarm: None, sends: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    main, changed = threading.get_ident(), threading.Event()
+    both = threading.Barrier(2, lambda: signal.pthread_kill(main, signal.SIGVTALRM), DEADLINE_S)
+    manifest = Manifest.of(RunSpec.model_validate({**SPEC, "parameters": [{"name": "w", "shape": [len(LARGE) // 4]}]}))
+    vector, point = Flat(manifest), Flat(manifest)
+    point.vector.fill_(1.0)
+
+    def script(peer: Peer, shard: int) -> None:
+        peer.head()
+        body = b"".join(point.parts(2)[shard].body())
+        if not sends:
+            peer.send(f"HTTP/1.1 200 OK\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n")
+            peer.send(body[:1000])
+        both.wait()
+        wait_for(changed, "the vector is used again")
+        with suppress(OSError):
+            if sends:
+                while part := peer.connection.recv(1 << 20):
+                    assert b"\x80\x3f" not in part
+            else:
+                peer.send(body[1000:])
+
+    urls = [serve(partial(script, shard=shard)).url for shard in range(2)]
+    known: Any = SimpleNamespace(epoch=1, shards=2)
+    topology: Any = SimpleNamespace(epoch=1, shards=[SimpleNamespace(url=url) for url in urls])
+    http = httpx.Client(base_url=urls[0], transport=BulkTransport(), timeout=2 * DEADLINE_S)
+    with closing(Transport(http, 60, shares_memory=False)) as transport:
+        shards = ShardClient(transport, lambda retry: known, lambda retry: topology, SINGLE_PROCESS)
+        shards.note_epoch(1, 2)
+        call = ShardedCall("POST", "/gradients", body=vector) if sends else ShardedCall("GET", "/y", into=vector)
+        with pytest.raises(Interrupted):
+            shards.request_all(call)
+        vector.vector.fill_(1.0 if sends else 0.0)
+        changed.set()
+        transport.threads.run_all([lambda: None] * 2)
+    if not sends:
+        assert not vector.vector.any()
+    assert not caplog.records
