@@ -196,10 +196,12 @@ class LocalSteps(RemoteOptimizer):
         """
         self._require_y("push")
         self._round.pause_clock()
-        self.flush()
-        if self._round.steps:
-            self._end_round(self._round.taken_at, self._round.batch)
-        self._round.resume_clock()
+        try:
+            self.flush()
+            if self._round.steps:
+                self._end_round(self._round.taken_at, self._round.batch)
+        finally:
+            self._round.resume_clock()
 
     def _end_round(self, taken_at: Pulled, batch: Batch) -> None:
         try:

@@ -39,6 +39,8 @@ class Membership:
         self._run = run
         self._worker_group = worker_group
         self._held = held
+        self._may_have_another = False
+        """Whether a lease may have been granted whose answer never came."""
 
     def find(self) -> RunStatus | None:
         """The run as it is now; None if there is none."""
@@ -93,7 +95,7 @@ class Membership:
         self.take_lease()
 
     def _require_own_name(self) -> None:
-        if self._lives_elsewhere(self.worker):
+        if not self._may_have_another and self._lives_elsewhere(self.worker):
             raise WorkerNameTaken(
                 f"another process works on the run {self._run.name!r} as {self.worker!r}, and has taken this worker's "
                 "lease: give each worker a name of its own (worker=, or FREESTEP_WORKER)"
@@ -111,7 +113,9 @@ class Membership:
 
     def _replace_lease(self) -> Lease:
         # If it is refused one, the worker keeps the lease that it has, whose claims say why it cannot go on.
+        self._may_have_another = True
         lease = self._run.lease(self.worker)
+        self._may_have_another = False
         # First, since the wait for a release may be interrupted.
         self._held.insert(0, lease)
         self.granted = lease.granted

@@ -53,6 +53,7 @@ from freestep.errors import (
     RunNotFound,
     ServiceUnreachable,
     StepNotReached,
+    StorageUnavailable,
 )
 from freestep.flat import Flat
 from freestep.gradients import PushFormat
@@ -160,20 +161,21 @@ class Region:
     # Rounds
 
     def run_rounds(self, count: int | None = None) -> None:
-        """Works until `count` more rounds have been pushed and answered, and waits while a service is away.
+        """Works until `count` more rounds have been pushed and answered, and waits while a service is away, or cannot
+        write.
 
         Args:
             count: How many rounds, of which each ends with the move to the parent's answer; None goes on for ever.
 
         Raises:
-            FreestepError: As for `advance`, but for outages.
+            FreestepError: As for `advance`, but for outages and StorageUnavailable.
         """
         moved = 0
         while count is None or moved < count:
             before = self.place
             try:
                 place = self.advance()
-            except (ServiceUnreachable, *TRANSIENT) as error:
+            except (ServiceUnreachable, StorageUnavailable, *TRANSIENT) as error:
                 logger.warning("the region %s waits: %s", self._run.name, error)
                 time.sleep(_PAUSE_S)
                 continue

@@ -69,6 +69,8 @@ class Parent:
         self.push_format = push_format
         self.lease: HeldLease | None = None
         self._is_resting = False
+        self._may_have_another = False
+        """Whether a lease may have been granted whose answer never came."""
         is_default = optimizer.get("algorithm", _DEFAULTS["algorithm"]) == _DEFAULTS["algorithm"]
         given, policy = dict(aggregation or {}), _AGGREGATION if is_default else {"policy": "async"}
         self._wanted = {
@@ -130,7 +132,13 @@ class Parent:
     def join(self, worker: str) -> None:
         """Takes a region's lease, and memory for its pushes."""
         self._gradient, self._body = push_body(self.run.manifest, self.push_format)
-        self.lease = self.run.lease(worker)
+        self.lease = self._take_lease(worker)
+
+    def _take_lease(self, worker: str) -> HeldLease:
+        self._may_have_another = True
+        lease = self.run.lease(worker)
+        self._may_have_another = False
+        return lease
 
     @property
     def held(self) -> HeldLease:
@@ -148,7 +156,7 @@ class Parent:
     def wake(self) -> None:
         """Takes a lease again after a rest."""
         if self.lease is not None and self._is_resting:
-            self.lease = self.run.lease(self.lease.granted.worker)
+            self.lease = self._take_lease(self.lease.granted.worker)
             self._is_resting = False
 
     def pull_newest(self) -> Pulled:
@@ -162,7 +170,7 @@ class Parent:
     def _join_again(self) -> None:
         """Takes a lease in the run's epoch, in place of one that may be of an earlier."""
         before = self.held
-        self.lease = self.run.lease(before.granted.worker)
+        self.lease = self._take_lease(before.granted.worker)
         before.release()
 
     def leave(self) -> None:
@@ -235,6 +243,8 @@ class Parent:
 
     def _require_own_name(self) -> None:
         own = self.held.granted
+        if self._may_have_another:
+            return
         # Of leases, one's own alone is shown.
         if any(each.worker == own.worker and each.lease is None for each in self.run.workers(own.lease)):
             raise WorkerNameTaken(

@@ -25,6 +25,7 @@ from freestep import (
     ServiceUnreachable,
 )
 from harness import ThreadService
+from lost_answers import LosingClient
 from proxies import Cutter
 from trained import ADAMW, TOLERANCE, WHOLE, Counting, held, network, pulled, step
 
@@ -131,6 +132,34 @@ def test_a_push_of_which_nothing_is_known_is_sent_again_and_counts_once(
         model.step(optimizer, 1)
         optimizer.close()
     assert (model.counted, optimizer.steps, run.status().step) == (6.0, 0, 3)
+
+
+def test_a_push_that_fails_is_no_time_of_local_steps(
+    service: ThreadService, locally: Callable[..., LocalSteps], run: Run
+) -> None:
+    now = 0.0
+    model = Counting()
+
+    def lose() -> None:
+        nonlocal now
+        now += 1000.0
+
+    with LosingClient(service.url, retry_for=0.0, lost=lose) as client:
+        optimizer = locally(model, model.sgd, every=2, client=client, clock=lambda: now, **WHOLE)
+
+        def step() -> None:
+            nonlocal now
+            now += 1.0
+            model.step(optimizer, 1)
+
+        client.loses.append(("POST", "/gradients"))
+        step()
+        with pytest.raises(ServiceUnreachable):
+            step()
+        step()
+        step()
+        assert [worker.speed for worker in run.workers()] == [1.0]
+        optimizer.close()
 
 
 def test_a_run_that_was_deleted_is_said_to_be_gone(locally: Callable[..., LocalSteps], run: Run) -> None:

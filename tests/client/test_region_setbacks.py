@@ -17,8 +17,12 @@ from freestep import (
     Region,
     Run,
     RunNotFound,
+    ServiceUnreachable,
     StorageUnavailable,
 )
+from freestep.api.models import RunStatus
+from harness import ThreadService
+from lost_answers import LosingClient
 from meanwhile import under_way, wait_until
 from region_sides import NUMEL, OF_REGION, WHOLE, begin, checkpointed_in_round, count, counted, joined, push
 
@@ -167,6 +171,25 @@ def test_a_lease_that_has_ended_is_replaced_and_the_round_counts_once(
     assert [each.worker for each in far.workers()] == ["north"]
 
 
+def test_a_lease_of_the_regions_own_whose_answer_was_lost_is_not_another_regions(
+    service: ThreadService, here: Run, far: Run, tmp_path: Path
+) -> None:
+    begin(here)
+    with (
+        LosingClient(service.url, retry_for=0.0) as client,
+        Region(here, client.run(far.name), tmp_path / "place", every=2, worker="north", optimizer=WHOLE) as works,
+    ):
+        joined(works)
+        push(here, 2)
+        works.advance()
+        far.end_worker("north")
+        client.loses.append(("POST", "/leases"))
+        with pytest.raises(ServiceUnreachable):
+            works.advance()
+        works.run_rounds(1)
+    assert counted(far) == counted(here) == 2.0
+
+
 @pytest.mark.parametrize("made", [0, 3, 5])
 def test_others_do_not_wait_for_a_region_without_workers(
     here: Run, far: Run, region: Callable[..., Region], monkeypatch: pytest.MonkeyPatch, made: int
@@ -225,14 +248,45 @@ def test_a_run_whose_move_is_refused_trains_on_until_the_next_attempt(
     push(here, 2)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "import_state", refuse)
+        works.advance()
+        works.advance()
         with pytest.raises(StorageUnavailable):
-            works.run_rounds(1)
+            works.advance()
     assert not here.status().control.paused
     works.close()
     push(here, 1)
     joined(region())
     assert (counted(far), counted(here)) == (2.0, 3.0)
     assert not here.status().control.paused
+
+
+def test_a_region_waits_while_a_service_cannot_write(
+    here: Run,
+    far: Run,
+    region: Callable[..., Region],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refused: list[bool] = []
+    pause = Run.pause
+
+    def pause_unwritten(run: Run) -> RunStatus:
+        """It has counted, but could not be written at first."""
+        status = pause(run)
+        if not refused:
+            refused.append(status.control.paused)
+            raise StorageUnavailable("the disk is full")
+        return status
+
+    begin(here)
+    works = joined(region())
+    push(here, 2)
+    monkeypatch.setattr(Run, "pause", pause_unwritten)
+    works.run_rounds(1)
+    assert refused == [True]
+    assert f"the region {here.name} waits: the disk is full" in caplog.messages
+    assert not here.status().control.paused
+    assert counted(far) == counted(here) == 2.0
 
 
 @pytest.mark.parametrize("made", [0, 2])

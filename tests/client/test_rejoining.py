@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 import schedulefree
 
-from freestep import ManifestMismatch, RemoteOptimizer, Run, StateMismatch
+from freestep import ManifestMismatch, RemoteOptimizer, Run, ServiceUnreachable, StateMismatch, WorkerNameTaken
 from harness import ThreadService
+from lost_answers import LosingClient
 from meanwhile import wait_until
 from trained import assert_same, network, train
 
@@ -42,6 +43,24 @@ def test_a_worker_whose_lease_expired_takes_a_new_one_and_its_gradient_counts(
     train(twin, peer, 3)
     assert_same(model, twin)
     assert run.status().step == 3
+
+
+def test_a_lease_of_ones_own_whose_answer_was_lost_is_not_another_workers(
+    service: ThreadService, make: Callable[..., RemoteOptimizer], run: Run
+) -> None:
+    with LosingClient(service.url, retry_for=0.0) as client:
+        model = network()
+        optimizer = make(model, worker="me", client=client)
+        run.end_worker("me")
+        client.loses.append(("POST", "/leases"))
+        with pytest.raises(ServiceUnreachable):
+            train(model, optimizer, 1)
+        train(model, optimizer, 1)
+        assert optimizer.receipt is not None
+        assert optimizer.receipt.decision == "applied"
+        run.lease("me")
+        with pytest.raises(WorkerNameTaken):
+            train(model, optimizer, 1)
 
 
 def test_after_a_restore_a_worker_joins_again(make: Callable[..., RemoteOptimizer], run: Run) -> None:
