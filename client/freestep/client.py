@@ -14,6 +14,7 @@ from freestep.api.models import RunList, RunStatus
 from freestep.api.token_form import Scope
 from freestep.api.tokens import NewToken, SignInLink, TokenList, TokenStatus
 from freestep.credentials import own_credentials
+from freestep.errors import TokenNotFound
 from freestep.lease import release_leases
 from freestep.run import Run
 from freestep.service_transport import open_transport, retry_seconds, shares_memory
@@ -159,7 +160,7 @@ class Client:
         Raises:
             TokenNotFound: There is no token of this ID that is good.
         """
-        self._transport.request("DELETE", f"/v1/tokens/{in_path(id)}")
+        self._transport.request("DELETE", f"/v1/tokens/{in_path(id)}", done_if=TokenNotFound)
 
     def dashboard_link(self, run: str | None = None) -> str:
         """The address of the service's dashboard, which signs a browser in with this client's token: once, for minutes.

@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -31,7 +32,7 @@ from freestep.api.models import (
 )
 from freestep.bulk_exchange import Body
 from freestep.data_set import DataSet
-from freestep.errors import InvalidSpec, MalformedRequest
+from freestep.errors import FreestepError, InvalidSpec, MalformedRequest, RunNotFound
 from freestep.event_source import EventSource
 from freestep.lease import Claim, HeldLease, worker_name
 from freestep.responses import Answer
@@ -147,7 +148,7 @@ class Run:
         return self._noted(self._transport.request("POST", f"{self._path}/reshard", json=document, retry=False))
 
     def delete(self) -> None:
-        """Deletes the run and its checkpoints.
+        """Deletes the run and its checkpoints, and no other that is created under its name meanwhile.
 
         Raises:
             RunNotFound: There is none.
@@ -155,8 +156,18 @@ class Run:
             StorageUnavailable: Files cannot be written or removed: the run is as it was, or it is deleted, and they are
                 removed when they can be.
         """
-        self._transport.request("DELETE", self._path)
+        run_id = self._read_id()
+        params = None if run_id is None else {"id": run_id}
+        self._transport.request("DELETE", self._path, params=params, done_if=RunNotFound)
         self._manifest = None
+
+    def _read_id(self) -> str | None:
+        """The id of the run, as far as it can be told: one that cannot be read may be deleted, too."""
+        with suppress(FreestepError):
+            document = self._transport.request("GET", self._path, retry=False).document
+            if isinstance(document, dict) and isinstance(found := document.get("id"), str):
+                return found
+        return None
 
     def workers(self, lease: str | None = None) -> list[WorkerStatus]:
         """The workers that hold a lease.

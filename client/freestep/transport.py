@@ -71,6 +71,9 @@ _TRANSIENT = (
     GatewayError,
     httpx.TransportError,
 )
+_MAY_BE_DONE = (CoordinatorUnavailable, GatewayError, httpx.TransportError)
+"""Errors after which the service may have done what was asked, unless the request did not reach it."""
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
 _UNREACHABLE = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
@@ -159,6 +162,7 @@ class Transport:
         retry: bool = True,
         route: Route | None = None,
         bodies: Bodies | None = None,
+        done_if: type[ProblemError] | None = None,
     ) -> Answer:
         """Sends a request, and repeats it after transient errors.
 
@@ -166,7 +170,8 @@ class Transport:
         wait: seconds for which the service may hold the answer. patience: the most seconds without progress after which
         an attempt fails, where that is sooner than the client's own. retry: False sends the request once. route: the
         server to ask, if it is not the service's own URL. bodies: what body and answer are, if they may lie in shared
-        memory.
+        memory. done_if: what a repetition is refused with where an attempt before it, whose answer was lost, has done
+        all that was asked; then that is the answer.
 
         Raises the ProblemError that the service named, ServiceUnreachable if nothing answered in time, and
         UnexpectedResponse if the answer is not freestep's.
@@ -189,7 +194,21 @@ class Transport:
                 # httpx's answer refers to itself and to its request: a body would wait until garbage is collected.
                 response.request.stream = httpx.ByteStream(b"")
 
+        may_be_done = False
+
         def send(url: str) -> Answer:
+            nonlocal may_be_done
+            try:
+                return attempt(url)
+            except _MAY_BE_DONE as error:
+                may_be_done |= not isinstance(error, _NOT_SENT)
+                raise
+            except ProblemError as error:
+                if may_be_done and done_if is not None and isinstance(error, done_if):
+                    return Answer(204, {})
+                raise
+
+        def attempt(url: str) -> Answer:
             place = url or str(self.base_url).rstrip("/")
             size = 0 if body is None else body.length
             memory = None

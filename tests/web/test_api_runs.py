@@ -148,6 +148,14 @@ def test_runs_are_listed_and_deleted(api: Api) -> None:
     assert api.create().json()["step"] == 0
 
 
+def test_a_run_of_another_id_is_not_deleted(api: Api) -> None:
+    run_id = api.create().json()["id"]
+    answer = api.http.delete(api.path(), params={"id": "another"})
+    assert (answer.status_code, slug(answer)) == (404, "run-not-found")
+    assert api.http.get(api.path()).json()["id"] == run_id
+    assert api.http.delete(api.path(), params={"id": run_id}).status_code == 204
+
+
 def test_of_many_who_delete_a_run_at_once_one_does(
     api: Api, service: ThreadService, connect: Callable[..., Api]
 ) -> None:

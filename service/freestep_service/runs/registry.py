@@ -203,8 +203,10 @@ class Registry:
         require_same_spec(run.name, spec, run.spec)
         return run
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, run_id: str = "") -> None:
         """Deletes a run; one that is deleted, and not yet removed everywhere, is removed.
+
+        run_id: the only run of the name that may be deleted; empty for any.
 
         Raises RunNotFound, and StorageUnavailable, also where a newer version has written some of its files. What could
         not be removed of a run that is deleted is removed later, in the background.
@@ -219,6 +221,8 @@ class Registry:
             raise
         async with self._change(name):
             run = self.get(name)
+            if run_id not in ("", run.origin.id):
+                raise RunNotFound(f"the run {name!r} is another than that of the id {run_id!r}")
             try:
                 await look_for_newer(self._resources, require_known_files, name)
             except NewerFormat:

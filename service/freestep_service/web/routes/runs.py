@@ -32,6 +32,9 @@ Limit = Annotated[
     int, BeforeValidator(_LIMIT.parse), WithJsonSchema(dict(_LIMIT.kind.schema)), Query(description=_LIMIT.description)
 ]
 After = Annotated[str, Query(pattern=f"^({RUN_NAME})?$", description="The run before the page's first, by name.")]
+RunId = Annotated[
+    str, Query(max_length=100, description="The `id` in the run's status: no other run is deleted. Empty: any.")
+]
 
 _LINKS = {
     "initialize": link("initialize_run"),
@@ -128,10 +131,10 @@ async def reshard_run(run: AnyRun, wish: ReshardRequest, request: Request, relay
 @router.delete("/v1/runs/{run}", status_code=204, response_class=Response)
 @needs("admin")
 @refuses(RunNotFound, StorageUnavailable)
-async def delete_run(run: RunName, registry: AnyRegistry) -> None:
-    """Deletes a run, its checkpoints included.
+async def delete_run(run: RunName, registry: AnyRegistry, id: RunId = "") -> None:
+    """Deletes a run, its checkpoints included; with `id`, no other run that has its name by now.
 
     Where Redis or the storage fails meanwhile, the run is as it was, or it is deleted and what is left of it is removed
     in the background.
     """
-    await registry.delete(run)
+    await registry.delete(run, id)
