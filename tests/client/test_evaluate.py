@@ -68,6 +68,12 @@ class Swallowing:
         while True:
             time.sleep(0.01)
 
+def leaves(x):
+    raise SystemExit
+
+def leaves_with_3(x):
+    raise SystemExit(3)
+
 def swallowing(x):
     Swallowing()
     return 0.0
@@ -187,6 +193,26 @@ def test_a_fault_of_the_script_is_1(run: Run, service: ThreadService, script: Pa
     assert f"freestep: {script} failed: {reason}" in done.stderr
     assert str(script) in done.stderr.partition("freestep: ")[0]
     assert "commands/" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script_of", "function", "code", "message"),
+    [
+        (SCRIPT, "leaves", 1, "{} called sys.exit() at step 0, and returned no metrics"),
+        (SCRIPT, "leaves_with_3", 3, None),
+        ("import sys; sys.exit(0)", "f", 1, "{} called sys.exit() before anything was evaluated: put what it does"),
+        ("import sys; sys.exit(3)", "f", 3, None),
+    ],
+)
+def test_a_script_that_ends_the_command_has_evaluated_nothing(
+    run: Run, service: ThreadService, script: Path, script_of: str, function: str, code: int, message: str | None
+) -> None:
+    script.write_text(script_of)
+    done = evaluate(run, service, f"{script}:{function}")
+    assert (done.returncode, done.stdout) == (code, "")
+    place = f"{script}:{function}" if function == "leaves" else f"{script}"
+    assert done.stderr == "" if message is None else done.stderr.startswith(f"freestep: {message.format(place)}")
+    assert not run.status().metrics
 
 
 @pytest.mark.parametrize("function", ["{}", "{}:", ":f", "{}:DATA", "{}:missing", "{}.none:f", "{}:not a name"])

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from freestep.answers import Snapshot
 from freestep.commands.shared import fail
+from freestep.leaving import is_leaving
 
 __all__ = ["UserFunction"]
 
@@ -44,6 +45,9 @@ class UserFunction:
         """The metrics at x; a number that is returned alone is called like the function."""
         try:
             returned = self._function(x, step=x.step) if self._takes_step else self._function(x)
+        except SystemExit as error:
+            _require_code(error, f"{self._reference} called sys.exit() at step {x.step}, and returned no metrics")
+            raise
         except Exception as error:
             self._fail(f"{self._reference} failed at step {x.step}", error)
         metrics = returned if isinstance(returned, Mapping) else {self._name: returned}
@@ -61,6 +65,13 @@ class UserFunction:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
+        except SystemExit as error:
+            _require_code(
+                error,
+                f"{path} called sys.exit() before anything was evaluated: put what it does as a program below "
+                "`if __name__ == '__main__':`",
+            )
+            raise
         except Exception as error:
             self._fail(f"{path} failed", error)
         return module
@@ -72,3 +83,9 @@ class UserFunction:
             place = place.tb_next
         sys.stderr.write("".join(traceback.format_exception(type(error), error, place)))
         fail(1, f"{what}: {type(error).__name__}: {error}")
+
+
+def _require_code(end: SystemExit, message: str) -> None:
+    """Ends the command with a message where the script has ended it as if it had done its work."""
+    if not (end.code or is_leaving()):
+        fail(1, message)
