@@ -212,6 +212,16 @@ class JoinedOptimizer(torch.optim.Optimizer):
                 if encoder is not None:
                     # The run has lost the pushes that left the residual, perhaps on purpose.
                     encoder.forget()
+        try:
+            self._take_over(pulled, came_with_push)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                # A signal has come meanwhile: the model is to contain a whole point all the same.
+                self._take_over(pulled, came_with_push)
+            raise
+
+    def _take_over(self, pulled: Pulled, came_with_push: bool) -> None:
+        """Has the model contain the point in the receive buffer. May be repeated where it was interrupted."""
         self._set_parameters(pulled)
         self._guard.note_loaded()
         self._note_loaded(pulled, came_with_push=came_with_push)

@@ -90,13 +90,15 @@ class LocalRound:
     def move(self, y: Flat) -> None:
         """Replaces the round's start by another y and keeps its progress: parameters <- y + (parameters - start).
 
-        The rounding error of the parameters is taken off `start` too, so that it does not count as progress.
+        The rounding error of the parameters is taken off `start` too, so that it does not count as progress. May be
+        repeated where it was interrupted.
         """
         for name, tensor in self._tensors.items():
             start = self.start.views[name]
             progress = tensor.to("cpu", torch.float32) - start
-            tensor.copy_(y.views[name].float() + progress)
-            torch.sub(tensor.to("cpu", torch.float32), progress, out=start)
+            moved = (y.views[name].float() + progress).to(tensor.dtype)
+            # By one call, which no signal interrupts: so a move that was interrupted may be repeated.
+            torch._foreach_copy_([tensor, start], [moved, moved.float() - progress])
 
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The round's state for `state_dict`, with these tensors as the current parameters."""

@@ -17,16 +17,21 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from torch import nn
 
 from fake_service import FakeService
+from freestep import RemoteOptimizer
 from freestep.answers import Pulled
 from freestep.api.models import Lease, RunSpec
 from freestep.bulk import BulkTransport
 from freestep.bulk_exchange import Exchange
 from freestep.flat import Flat
 from freestep.forks import ForkLock
+from freestep.joined_optimizer import JoinedOptimizer
 from freestep.lease import HeldLease
 from freestep.membership import Membership
+from freestep.rounds import LocalRound
 from freestep.sharding import ShardClient, ShardedCall
 from freestep.threads import Threads
 from freestep.transport import Transport
@@ -93,6 +98,82 @@ def test_a_worker_that_is_interrupted_between_two_leases_has_the_newer(monkeypat
             membership.take_lease()
         assert membership.granted.lease == "lease-2"
         assert membership.claim(Pulled(2, 0), Batch(None, None)).lease == "lease-2"
+
+
+def interrupt_at(number: int, function: Callable[..., Any], call: Callable[[], object]) -> bool:
+    """Has a signal raise before the instruction of this number, of freestep's from the first one of a function on;
+    whether there was one."""
+    left, has_begun = number, False
+
+    def begin(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal has_begun
+        has_begun = has_begun or frame.f_code is function.__code__
+        if not has_begun or "/freestep/" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        return count
+
+    def count(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        left -= event == "opcode"
+        if not left:
+            raise Interrupted
+        return count
+
+    sys.settrace(begin)
+    try:
+        call()
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_a_model_contains_a_whole_point_after_an_interrupt() -> None:
+    model = nn.ParameterList(
+        [torch.randn(size, dtype=dtype) for size in (3, 40_000) for dtype in (torch.float32, torch.bfloat16)]
+    )
+    with RemoteOptimizer(model.named_parameters(), url="local", lr=0.1) as optimizer:
+        points = {}
+        for _ in range(3):
+            sum(each.float().square().sum() for each in model).backward()
+            optimizer.step()
+        points["y"] = [each.detach().clone() for each in model]
+        optimizer.eval()
+        points["x"] = [each.detach().clone() for each in model]
+        for call in (optimizer.train, optimizer.eval):
+            number, was_interrupted = 0, True
+            while was_interrupted:
+                number += 1
+                # Else there is nothing to load.
+                optimizer.train() if call == optimizer.eval else optimizer.eval()
+                was_interrupted = interrupt_at(number, JoinedOptimizer._load_received, call)
+                expected = points[optimizer.loaded.point]
+                assert all(torch.equal(one, other) for one, other in zip(model, expected, strict=True)), number
+            assert number > 100
+
+
+def test_a_round_is_moved_whole_after_an_interrupt() -> None:
+    manifest = Manifest.of(
+        RunSpec.model_validate({**SPEC, "parameters": [{"name": name, "shape": [4]} for name in "ab"]})
+    )
+    number, was_interrupted = 0, True
+    while was_interrupted:
+        number += 1
+        tensors = {"a": torch.zeros(4), "b": torch.zeros(4, dtype=torch.bfloat16)}
+        moved = LocalRound(manifest, tensors, 1, lambda: 0.0)
+        moved.begin(Pulled(1, 0))
+        for tensor in tensors.values():
+            tensor.add_(1.0)
+        y = Flat(manifest)
+        y.vector.fill_(64.0)
+        was_interrupted = interrupt_at(number, LocalRound.move, lambda moved=moved, y=y: moved.move(y))
+        if was_interrupted:
+            moved.move(y)
+        assert moved.start.vector.tolist() == [64.0] * 8
+        assert all(tensor.tolist() == [65.0] * 4 for tensor in tensors.values()), number
+    assert number > 50
 
 
 def test_a_renewal_waits_no_longer_than_leaves_time_for_another() -> None:
