@@ -60,19 +60,20 @@ class DataSet:
         """
         return parse(DataStatus, self._transport.request("GET", self._path))
 
-    def claim(self, lease: Lease, count: int, *, wait: float = 0.0) -> Claimed:
+    def claim(self, lease: Lease, count: int, *, wait: float = 0.0, key: str | None = None) -> Claimed:
         """Takes units, which the lease holds until they are done, are given back, or the lease ends.
 
         Args:
             lease: The lease, as it was granted.
             count: How many are wanted at the most, 1 to 1024.
             wait: Seconds to wait for a unit where all that are left are out with others.
+            key: The idempotency key: the lease's last claim, if it had the same, is answered again. Unique by default.
 
         Raises:
             LeaseExpired: The lease has ended, and its units are others'.
             EpochChanged: The run has gone back to an earlier step: take a new lease.
         """
-        headers = {**_holder(lease), "Idempotency-Key": uuid.uuid4().hex}
+        headers = {**_holder(lease), "Idempotency-Key": key or uuid.uuid4().hex}
         if wait:
             headers["Prefer"] = f"wait={hold_s(wait):g}"
         answer = self._transport.request(

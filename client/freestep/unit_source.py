@@ -144,5 +144,5 @@ class UnitSource:
             except DataNotFound:
                 self.data.create(self.spec)
 
-    def _claim(self, lease: Lease, count: int, wait: float) -> Claimed:
-        return self.data.claim(lease, count, wait=wait)
+    def _claim(self, lease: Lease, count: int, wait: float, key: str) -> Claimed:
+        return self.data.claim(lease, count, wait=wait, key=key)

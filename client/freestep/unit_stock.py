@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from freestep.api.data import Claimed, Unit
 from freestep.api.models import Lease
-from freestep.threads import run_in_background
+from freestep.threads import result_of, run_in_background
 
 __all__ = ["StockedUnit", "UnitStock"]
 
@@ -34,7 +35,8 @@ class StockedUnit:
 class UnitStock:
     """The units of one data set that a worker holds and has not begun.
 
-    claim: asks the service for a number of units, and waits for so many seconds where others have all that is left.
+    claim: asks the service for a number of units, and waits for so many seconds where others have all that is left; a
+    claim that was not answered is made again under its key, so that its units are not out with nobody.
     ahead: whether units are claimed before they are needed. clock: returns seconds, from any origin.
 
     Its methods are called from one thread.
@@ -42,7 +44,7 @@ class UnitStock:
 
     def __init__(
         self,
-        claim: Callable[[Lease, int, float], Claimed],
+        claim: Callable[[Lease, int, float, str], Claimed],
         *,
         ahead: bool,
         clock: Callable[[], float] = time.monotonic,
@@ -57,6 +59,8 @@ class UnitStock:
         """How many the next claim asks for."""
         self._claimed_at: float | None = None
         self._under_way: tuple[Lease, Future[Claimed]] | None = None
+        self._key = uuid.uuid4().hex
+        """Of the next claim, or of one that was not answered."""
 
     def take(self, lease: Lease) -> StockedUnit | None:
         """The next unit that the lease holds; None where all that is left is out, with this worker or with others.
@@ -78,7 +82,7 @@ class UnitStock:
 
     def claim(self, lease: Lease, wait: float = 0.0) -> bool:
         """Claims units now; whether there are any. Raises what a claim does."""
-        self._add(lease, self._claim(lease, self._fitted_count(), wait))
+        self._add(lease, self._claim(lease, self._fitted_count(), wait, self._key))
         return bool(self._units)
 
     def empty(self) -> list[StockedUnit]:
@@ -107,19 +111,22 @@ class UnitStock:
         return self._count
 
     def _begin(self, lease: Lease) -> None:
-        count = self._fitted_count()
-        self._under_way = lease, run_in_background("freestep-units", lambda: self._claim(lease, count, 0.0))
+        count, key = self._fitted_count(), self._key
+        self._under_way = lease, run_in_background("freestep-units", lambda: self._claim(lease, count, 0.0, key))
 
     def _collect(self) -> None:
         if self._under_way is None:
             return
-        (lease, future), self._under_way = self._under_way, None
-        if (error := future.exception()) is None:
-            self._add(lease, future.result())
-        else:
+        lease, future = self._under_way
+        try:
+            self._add(lease, result_of(future))
+        except Exception as error:
             # The next claim, which is made when units are needed, will say what is wrong.
             logger.debug("units of data could not be claimed ahead: %s", error)
+        # Last: where the wait is interrupted, its units are waited for by the next call.
+        self._under_way = None
 
     def _add(self, lease: Lease, claimed: Claimed) -> None:
         self._units += [StockedUnit(unit, lease) for unit in claimed.units]
+        self._key = uuid.uuid4().hex
         self.exhausted = claimed.exhausted
