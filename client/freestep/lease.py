@@ -119,7 +119,12 @@ class HeldLease:
         self._thread = threading.Thread(target=self._hold, name=f"freestep-lease-{lease.worker}", daemon=True)
         # First: it discards the lease as it ends.
         _leases.add(self)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            # Nobody gets this object, so nobody would release it.
+            self._released.set()
+            raise
 
     def claim(
         self,

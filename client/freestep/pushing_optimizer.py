@@ -273,8 +273,9 @@ class PushingOptimizer(JoinedOptimizer):
                     return
 
     def _rejoin(self, reason: str) -> None:
+        self._membership.replace_lost_lease()
         logger.warning("the run %s dropped a push (%s) and is joined again", self._run.name, reason)
-        self._join()
+        self._load_first()
         self._note_dropped(reason)
 
     def _note_dropped(self, reason: str) -> None:

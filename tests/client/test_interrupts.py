@@ -100,6 +100,21 @@ def test_a_worker_that_is_interrupted_between_two_leases_has_the_newer(monkeypat
         assert membership.claim(Pulled(2, 0), Batch(None, None)).lease == "lease-2"
 
 
+def test_a_lease_that_nobody_has_got_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, start = FakeService(SPEC), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with service.client() as client:
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.run("run").lease("me")
+        monkeypatch.undo()
+        wait_until(lambda: service.asked[-1].method == "DELETE")
+
+
 def interrupt_at(number: int, function: Callable[..., Any], call: Callable[[], object]) -> bool:
     """Has a signal raise before the instruction of this number, of freestep's from the first one of a function on;
     whether there was one."""

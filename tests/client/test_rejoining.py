@@ -13,7 +13,7 @@ import schedulefree
 from freestep import ManifestMismatch, RemoteOptimizer, Run, ServiceUnreachable, StateMismatch, WorkerNameTaken
 from harness import ThreadService
 from lost_answers import LosingClient
-from meanwhile import wait_until
+from meanwhile import under_way, wait_until
 from trained import assert_same, network, train
 
 
@@ -61,6 +61,23 @@ def test_a_lease_of_ones_own_whose_answer_was_lost_is_not_another_workers(
         run.lease("me")
         with pytest.raises(WorkerNameTaken):
             train(model, optimizer, 1)
+
+
+def test_a_worker_that_waits_for_others_takes_no_lease_from_a_newer_one_of_its_name(
+    make: Callable[..., RemoteOptimizer], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freestep.joined_optimizer._WAIT_S", 0.1)
+    monkeypatch.setattr("freestep.pushing_optimizer.FIRST_WAIT_S", 0.1)
+    model = network()
+    optimizer = make(model, worker="me", aggregation="sync", lease_ttl_ms=3000)
+    with run.lease("other", ttl_ms=600_000):
+        working = under_way(lambda: train(model, optimizer, 1))
+        wait_until(lambda: any(each.gathered for each in run.workers()))
+        with run.lease("me", ttl_ms=600_000) as newer:
+            with pytest.raises(WorkerNameTaken):
+                working.result()
+            own = newer.granted.lease
+            assert own in [each.lease for each in run.workers(own)]
 
 
 def test_after_a_restore_a_worker_joins_again(make: Callable[..., RemoteOptimizer], run: Run) -> None:
