@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import signal
+import ssl
 import sys
 import termios
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import trustme
 from torch import nn
 
 from fake_service import FakeService
@@ -265,10 +267,14 @@ def test_a_signal_that_does_not_end_a_wait_for_a_socket_is_noticed(
         noticed.set()
 
 
+@pytest.mark.parametrize("is_secure", [False, True])
 @pytest.mark.parametrize("sends", [True, False])
 def test_nothing_is_sent_from_memory_or_received_into_it_after_an_interrupt(
-    serve: Callable[..., Server], alarm: None, sends: bool, caplog: pytest.LogCaptureFixture
+    serve: Callable[..., Server], alarm: None, sends: bool, is_secure: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    authority, trusting, context = trustme.CA(), ssl.create_default_context(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.configure_trust(trusting)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
     main, changed = threading.get_ident(), threading.Event()
     both = threading.Barrier(2, lambda: signal.pthread_kill(main, signal.SIGVTALRM), DEADLINE_S)
     manifest = Manifest.of(RunSpec.model_validate({**SPEC, "parameters": [{"name": "w", "shape": [len(LARGE) // 4]}]}))
@@ -290,10 +296,11 @@ def test_nothing_is_sent_from_memory_or_received_into_it_after_an_interrupt(
             else:
                 peer.send(body[1000:])
 
-    urls = [serve(partial(script, shard=shard)).url for shard in range(2)]
+    secured = {"context": context} if is_secure else {}
+    urls = [serve(partial(script, shard=shard), **secured).url for shard in range(2)]
     known: Any = SimpleNamespace(epoch=1, shards=2)
     topology: Any = SimpleNamespace(epoch=1, shards=[SimpleNamespace(url=url) for url in urls])
-    http = httpx.Client(base_url=urls[0], transport=BulkTransport(), timeout=2 * DEADLINE_S)
+    http = httpx.Client(base_url=urls[0], transport=BulkTransport(verify=trusting), timeout=2 * DEADLINE_S)
     with closing(Transport(http, 60, shares_memory=False)) as transport:
         shards = ShardClient(transport, lambda retry: known, lambda retry: topology, SINGLE_PROCESS)
         shards.note_epoch(1, 2)
