@@ -225,12 +225,17 @@ class LocalSteps(RemoteOptimizer):
         Raises:
             FreestepError: What the push failed with.
         """
+        if self._progress.inflight is None:
+            return
+        self._round.pause_clock()
         try:
             super().flush()
         except (DtypeOverflow, NonFiniteGradient):
             # The progress cannot be pushed, and no further step would change that.
             self._restart()
             raise
+        finally:
+            self._round.resume_clock()
 
     def _restart(self) -> None:
         self._round.steps = 0

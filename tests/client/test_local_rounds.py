@@ -24,6 +24,7 @@ from freestep import (
     RunNotFound,
     ServiceUnreachable,
 )
+from freestep.inflight_push import InflightPush
 from harness import ThreadService
 from lost_answers import LosingClient
 from proxies import Cutter
@@ -160,6 +161,26 @@ def test_a_push_that_fails_is_no_time_of_local_steps(
         step()
         assert [worker.speed for worker in run.workers()] == [1.0]
         optimizer.close()
+
+
+def test_a_wait_for_an_answer_is_no_time_of_local_steps(
+    locally: Callable[..., LocalSteps], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, answer, model = 0.0, InflightPush.answer, Counting()
+
+    def answer_late(push: InflightPush, exchange: Any) -> Any:
+        nonlocal now
+        now += 1000.0
+        return answer(push, exchange)
+
+    monkeypatch.setattr(InflightPush, "answer", answer_late)
+    optimizer = locally(model, model.sgd, every=2, overlap=True, clock=lambda: now, **WHOLE)
+    for number in range(4):
+        now += 1.0
+        model.step(optimizer, 1)
+        if number >= 2:
+            optimizer.flush()
+    assert [worker.speed for worker in run.workers()] == [1.0]
 
 
 def test_a_run_that_was_deleted_is_said_to_be_gone(locally: Callable[..., LocalSteps], run: Run) -> None:
