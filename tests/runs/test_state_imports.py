@@ -12,16 +12,21 @@ from freestep.api.control import RunControl
 from freestep.api.run_state import StateDocument
 from freestep.errors import InvalidSpec, ShardUnavailable, StorageUnavailable
 from freestep.wire.state import encode_state_header
+from freestep_service.domain.tokens import ANYBODY
 from freestep_service.runs.run import Run
 from freestep_service.runs.state_imports import ImportTerms
-from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, pull, push, run_async, until
+from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, pull, push, run_async, spec_of, until
 
 TERMS = ImportTerms("an-import", replaces=True)
 STEP = 7
 
 
-async def hold(run: Run, value: float = 5.0, **changed: Any) -> list[str]:
+async def hold(run: Run, value: float = 5.0, terms: ImportTerms = TERMS, **changed: Any) -> list[str]:
     """Has the owned shards hold their parts of a state of equal elements; their tokens."""
+    return [await hold_part(run, index, value, terms, **changed) for index in range(run.count)]
+
+
+async def hold_part(run: Run, index: int, value: float, terms: ImportTerms = TERMS, **changed: Any) -> str:
     document = StateDocument(
         spec=run.spec,
         step=STEP,
@@ -29,13 +34,10 @@ async def hold(run: Run, value: float = 5.0, **changed: Any) -> list[str]:
         scalars={"default": {"k": STEP}},
         control=RunControl(**changed),
     )
-    tokens = []
-    for index in range(run.count):
-        part = run.manifest.part(index, run.count)
-        vectors = torch.cat([torch.full((part.numel,), value), torch.zeros(part.numel)])
-        body = Bytes(encode_state_header(part, document) + vectors.numpy().tobytes())
-        tokens.append(await run.imports.receive_part(index, body, TERMS.upload))
-    return tokens
+    part = run.manifest.part(index, run.count)
+    vectors = torch.cat([torch.full((part.numel,), value), torch.zeros(part.numel)])
+    body = Bytes(encode_state_header(part, document) + vectors.numpy().tobytes())
+    return await run.imports.receive_part(index, body, terms.attempt)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -55,9 +57,10 @@ def test_a_part_that_its_owner_does_not_hold_changes_nothing(
             if fault == "another-owner":
                 tokens[-1] = "another"
             else:
-                run.imports._held.drop(TERMS.upload)
+                run.imports._held.drop(TERMS.attempt)
             with pytest.raises(ShardUnavailable):
                 await run.imports.adopt(TERMS, STEP, tokens)
+            await run.imports.forget(TERMS.attempt)
             assert memory.free == free
             await until(lambda: run.shard(0) is not None, "the run")
             outcomes = await push(run, claim_of(lease, "two", 1))
@@ -149,9 +152,49 @@ def test_a_state_whose_changes_take_more_memory_than_is_free_is_refused(
             with pytest.raises(InvalidSpec):
                 await run.imports.adopt(TERMS, STEP, tokens)
             memory.total += left
+            await run.imports.forget(TERMS.attempt)
             assert (run.epoch, await pull(run.shard(0)), memory.free) == (1, (0, 0.0), free)
             await run.imports.adopt(TERMS, STEP, await hold(run, aggregation=gathering))
             assert (await run.status()).control.aggregation == gathering
             assert memory.free < free
+
+    run_async(work)
+
+
+def test_of_two_requests_with_one_key_the_run_takes_one_whole(store: str, tmp_path: Path) -> None:
+    first, second = (ImportTerms("one-key", replaces=True) for _ in range(2))
+
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            run = await new_run(registry, shards=2)
+            free = run._context.resources.memory.free
+            tokens = [await hold_part(run, 0, 5.0, first)]
+            for index in range(2):
+                await hold_part(run, index, 6.0, second)
+            tokens.append(await hold_part(run, 1, 5.0, first))
+            await run.imports.adopt(first, STEP, tokens)
+            assert [await pull(run.shard(index)) for index in range(2)] == [(STEP, 5.0)] * 2
+            await run.imports.adopt(second, STEP, tokens)
+            assert [await pull(run.shard(index)) for index in range(2)] == [(STEP, 5.0)] * 2
+            for terms in first, second:
+                await run.imports.forget(terms.attempt)
+            assert run._context.resources.memory.free == free
+
+    run_async(work)
+
+
+def test_every_owner_gives_back_the_parts_of_an_import_that_is_over(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        data = tmp_path / "data"
+        async with process(store, data) as one, process(store, data, node_url="http://127.0.0.1:2") as other:
+            run, _ = await one.create("run", spec_of(2), ANYBODY)
+            there = await other.find(run.name)
+            await until(lambda: there.owns_any and there.epoch > 0, "the other process's shard")
+            [index] = there._shards.indices
+            memory, free = other._resources.memory, other._resources.memory.free
+            await hold_part(there, index, 5.0)
+            assert memory.free < free
+            await run.imports.forget(TERMS.attempt)
+            await until(lambda: memory.free == free, "the memory of the part")
 
     run_async(work)

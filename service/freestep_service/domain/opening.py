@@ -88,8 +88,8 @@ class Report:
 class Decision:
     """The state that the shards load, as of a place in the log; None: a run without weights.
 
-    live: shards that hold that state in memory keep it. upload: the import whose parts the owners hold, where the state
-    is that and not a checkpoint.
+    live: shards that hold that state in memory keep it. upload: the import that the state is, where it is no
+    checkpoint. attempt: the request of that import whose parts the owners hold.
     """
 
     epoch: int
@@ -97,10 +97,12 @@ class Decision:
     initialized: bool
     live: bool = False
     upload: str = ""
+    attempt: str = ""
 
     def target(self) -> dict[str, Any]:
         """The decision as lua/open.lua keeps it."""
-        upload = {"upload": self.upload} if self.upload else {}
+        # Version 0.1.0 looks for its parts under `upload`.
+        upload = {"upload": self.attempt, "import": self.upload} if self.upload else {}
         return {"cut": self.cut, "live": self.live, **upload}
 
 

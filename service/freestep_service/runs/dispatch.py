@@ -9,6 +9,7 @@ from freestep_service.domain.distances import summed
 from freestep_service.domain.records import CheckpointId, LogPosition, Record
 from freestep_service.runs.checkpointing import Checkpointing
 from freestep_service.runs.context import RunContext
+from freestep_service.runs.held_states import HeldStates
 from freestep_service.runs.owned_shards import OwnedShards
 from freestep_service.runs.recovery import Recovery
 
@@ -19,7 +20,12 @@ class Dispatch:
     """The dispatcher of one run."""
 
     def __init__(
-        self, context: RunContext, recovery: Recovery, shards: OwnedShards, checkpointing: Checkpointing
+        self,
+        context: RunContext,
+        recovery: Recovery,
+        shards: OwnedShards,
+        checkpointing: Checkpointing,
+        held: HeldStates,
     ) -> None:
         self._coordinator = context.coordinator
         self._receipts = context.receipts
@@ -28,6 +34,7 @@ class Dispatch:
         self._recovery = recovery
         self._shards = shards
         self._checkpointing = checkpointing
+        self._held = held
         self.on_units: Callable[[], None] = lambda: None
         """Called when units of data sets were given back, or the last of one has counted."""
 
@@ -66,6 +73,8 @@ class Dispatch:
             case "initialized":
                 for shard in self._shards:
                     shard.on_initialized(message["upload"])
+            case "import-over":
+                self._held.drop(message["attempt"])
             case "distances":
                 distances = summed(message["parts"])
                 for shard in self._shards:

@@ -13,40 +13,40 @@ _KEPT_S = 120.0
 
 
 class HeldStates:
-    """The parts of one run's uploads, by upload and shard. Their memory is counted until they are taken or dropped."""
+    """The parts of one run's imports, by attempt and shard. Their memory is counted until they are taken or dropped."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, int], ReceivedState] = {}
 
-    def hold(self, upload: str, index: int, received: ReceivedState) -> None:
+    def hold(self, attempt: str, index: int, received: ReceivedState) -> None:
         """Holds a shard's part, in place of one that came before, until it is taken or nobody comes for it."""
-        self._drop(upload, index)
-        self._held[upload, index] = received
-        asyncio.get_running_loop().call_later(_KEPT_S, self._expire, upload, index, received)
+        self._drop(attempt, index)
+        self._held[attempt, index] = received
+        asyncio.get_running_loop().call_later(_KEPT_S, self._expire, attempt, index, received)
 
-    def find(self, upload: str) -> StateCopy | None:
-        """Any part of an upload: all have the state's scalars."""
-        return next((held.copy() for (name, _), held in self._held.items() if name == upload), None)
+    def find(self, attempt: str) -> StateCopy | None:
+        """Any part of an attempt: all have the state's scalars."""
+        return next((held.copy() for (name, _), held in self._held.items() if name == attempt), None)
 
-    def take(self, upload: str, index: int) -> StateCopy | None:
+    def take(self, attempt: str, index: int) -> StateCopy | None:
         """A shard's part, whose memory is the caller's from here on."""
-        received = self._held.pop((upload, index), None)
+        received = self._held.pop((attempt, index), None)
         if received is None:
             return None
         copy = received.copy()
         received.release()
         return copy
 
-    def drop(self, upload: str) -> None:
-        """Forgets what is held of an upload."""
+    def drop(self, attempt: str) -> None:
+        """Forgets what is held of an attempt."""
         for name, index in list(self._held):
-            if name == upload:
+            if name == attempt:
                 self._drop(name, index)
 
-    def _drop(self, upload: str, index: int) -> None:
-        if (received := self._held.pop((upload, index), None)) is not None:
+    def _drop(self, attempt: str, index: int) -> None:
+        if (received := self._held.pop((attempt, index), None)) is not None:
             received.release()
 
-    def _expire(self, upload: str, index: int, received: ReceivedState) -> None:
-        if self._held.get((upload, index)) is received:
-            self._drop(upload, index)
+    def _expire(self, attempt: str, index: int, received: ReceivedState) -> None:
+        if self._held.get((attempt, index)) is received:
+            self._drop(attempt, index)

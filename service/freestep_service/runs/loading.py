@@ -92,7 +92,7 @@ class Loading:
                 counted = await held.writer.run(held.shard.tally)
                 tally = counted._replace(dropped=max(counted.dropped, tally.dropped))
         if decision.upload:
-            held_state = self._held.find(decision.upload)
+            held_state = self._held.find(decision.attempt)
             if held_state is None:
                 raise ShardUnavailable("the state was held for too long")
             reported, data, control = held_state.reported, held_state.data, held_state.control
@@ -133,7 +133,7 @@ class Loading:
         """Takes the state that was decided on; whether the run goes on to the next phase with that."""
         target, generation, opening = view.target(), view.generation, self._coordinator.opening
         checkpoint = None if target["cut"] is None else CheckpointId(*target["cut"])
-        upload = target.get("upload", "")
+        attempt = target.get("upload", "")
         orders = Orders(**target["orders"]) if "orders" in target else None
         epoch = view.number("epoch")
         initialized = view.number("initialized") == 1
@@ -150,7 +150,7 @@ class Loading:
             if core.loaded != generation:
                 holds = target["live"] and core.loaded is not None
                 source = None if holds else checkpoint
-                if not await self._take(shard, source, epoch, upload, orders, initialized=initialized, holds=holds):
+                if not await self._take(shard, source, epoch, attempt, orders, initialized=initialized, holds=holds):
                     await opening.gather(self._shards.count, generation)
                     return True
                 await core.writer.run(core.shard.count_on, tally)
@@ -168,7 +168,7 @@ class Loading:
             directory = self._context.settings.journals() / self._context.name
             await self._disk.run(remove_other_journals, directory, names, epoch)
         if checkpoint is not None and has_loaded:
-            self._checkpointing.went_back_to(None if upload else checkpoint)
+            self._checkpointing.went_back_to(None if attempt else checkpoint)
         self._stored.newest_epoch = max(self._stored.newest_epoch, epoch)
         step = self._shards.lowest.core.writer.applied_step if self._shards.lowest else view.number("step")
         if has_taken:
@@ -185,7 +185,7 @@ class Loading:
         shard: LocalShard,
         checkpoint: CheckpointId | None,
         epoch: int,
-        upload: str,
+        attempt: str,
         orders: Orders | None,
         *,
         initialized: bool,
@@ -208,7 +208,7 @@ class Loading:
             writer.pause()
             seq, step = 0, 0
             if checkpoint is not None and initialized:
-                loaded = self._uploaded(upload, core.index) if upload else await self._load(checkpoint, begin, end)
+                loaded = self._uploaded(attempt, core.index) if attempt else await self._load(checkpoint, begin, end)
                 if loaded is None:
                     return False
                 state, receipts = loaded
@@ -217,7 +217,7 @@ class Loading:
                 await core.load(state, epoch)
                 self._keep_receipts(receipts)
                 seq, step = state.seq, state.step
-                base = None if upload else checkpoint
+                base = None if attempt else checkpoint
                 if core.index == 0:
                     self._context.telemetry.resumed(state.tally)
             else:
@@ -267,8 +267,8 @@ class Loading:
         except Damaged:
             return None
 
-    def _uploaded(self, upload: str, index: int) -> LoadedState | None:
-        part = self._held.take(upload, index)
+    def _uploaded(self, attempt: str, index: int) -> LoadedState | None:
+        part = self._held.take(attempt, index)
         return None if part is None else LoadedState(part, {})
 
 

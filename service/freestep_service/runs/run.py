@@ -111,8 +111,8 @@ class Run:
         self._shards = owned = OwnedShards(shards)
         self._memory = memory = RunMemory(context, owned)
         self._checkpointing = Checkpointing(context, recovery, owned, self._checkpoints)
-        dispatch = Dispatch(context, recovery, owned, self._checkpointing)
         held = HeldStates()
+        dispatch = Dispatch(context, recovery, owned, self._checkpointing, held)
         self._stored = stored = StoredStates(context, owned, self._checkpoints)
         self._loading = loading = Loading(
             context, recovery, owned, memory, stored, self._checkpoints, self._checkpointing, held

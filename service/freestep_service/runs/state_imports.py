@@ -6,14 +6,16 @@ none behind that the run could return to. Once the run is open, a checkpoint of 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
 
 from freestep.api.models import RunSpec
 from freestep.api.run_state import StateDocument
 from freestep.errors import (
     AlreadyInitialized,
+    CoordinatorUnavailable,
     EpochChanged,
     FreestepError,
     RunNotInitialized,
@@ -46,11 +48,13 @@ class ImportTerms:
 
     upload: the import's name; one that has been made under it is not made again. replaces: whether a run that has
     weights is to have this state in their place. place: the epoch and step that the run has to stand at, if given.
+    attempt: the request's own name, under which owners hold its parts: requests of one upload may come at once.
     """
 
     upload: str
     replaces: bool = False
     place: tuple[int, int] | None = None
+    attempt: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def is_met(self, view: RunView) -> bool:
         """Whether the run may take the state; False if it has taken it already.
@@ -132,53 +136,58 @@ class StateImports:
             raise ShardUnavailable("the run is being opened")
         return terms.is_met(view)
 
-    async def receive_part(self, index: int, body: Body, upload: str) -> str:
+    async def receive_part(self, index: int, body: Body, attempt: str) -> str:
         """Receives and holds the part of a shard that is owned here; the token under which it is."""
         core = self._shards.require(index).core
         received = await receive_state(
             self._context.resources, body, lambda document: self.require_spec(document.spec), core.manifest
         )
-        return self.hold(index, received, upload)
+        return self.hold(index, received, attempt)
 
-    def hold(self, index: int, received: ReceivedState, upload: str) -> str:
+    def hold(self, index: int, received: ReceivedState, attempt: str) -> str:
         """Holds a part that was received; the token under which its shard is owned here."""
         try:
             token = self._shards.require(index).core.token
         except BaseException:
             received.release()
             raise
-        self._held.hold(upload, index, received)
+        self._held.hold(attempt, index, received)
         return token
 
     async def adopt(self, terms: ImportTerms, step: int, tokens: Sequence[str]) -> None:
         """Has the run opened, in a new epoch, with the state that the shards' owners hold; returns when it is durable.
 
-        tokens: by shard, those under which the owners hold their parts. Raises what `ImportTerms.is_met` does,
-        ShardUnavailable, InvalidSpec where there is no memory for what is changed of the state's run, and
-        StorageUnavailable before anything is changed, or where the run has the state and its checkpoint cannot be
-        written.
+        `forget` is to follow. tokens: by shard, those under which the owners hold their parts. Raises what
+        `ImportTerms.is_met` does, ShardUnavailable, InvalidSpec where there is no memory for what is changed of the
+        state's run, and StorageUnavailable before anything is changed, or where the run has the state and its
+        checkpoint cannot be written.
         """
         context = self._context
         if context.keeps_checkpoints:
             await context.resources.disk.run(context.resources.storage.require_writable)
         refusal: FreestepError | None = None
-        try:
-            async with AsyncExitStack() as room:
-                if (held := self._held.find(terms.upload)) is not None:
-                    await room.enter_async_context(self._memory.room_for(held.control.in_force(context.spec)))
-                async with self._ownership.opening("an import"):
-                    try:
-                        epoch = await self._decide(terms, step, tokens)
-                    except FreestepError as error:
-                        # Raised when the run is open again, as it was.
-                        refusal = error
-        finally:
-            self._held.drop(terms.upload)
+        async with AsyncExitStack() as room:
+            if (held := self._held.find(terms.attempt)) is not None:
+                await room.enter_async_context(self._memory.room_for(held.control.in_force(context.spec)))
+            async with self._ownership.opening("an import"):
+                try:
+                    epoch = await self._decide(terms, step, tokens)
+                except FreestepError as error:
+                    # Raised when the run is open again, as it was.
+                    refusal = error
         if refusal is not None:
             raise refusal
         if epoch and self._shards.epoch != epoch:
             raise ShardUnavailable("a shard was lost while the run took the state")
         await self.require_durable()
+
+    async def forget(self, attempt: str) -> None:
+        """Has the owners give back what they still hold of an attempt. One that is not told does so after a while."""
+        self._held.drop(attempt)
+        if self._shards.is_sharded:
+            with suppress(CoordinatorUnavailable):
+                message = {"kind": "import-over", "attempt": attempt}
+                await self._context.resources.channels.publish(message, self._context.coordinator.channel)
 
     async def require_durable(self) -> None:
         """Writes a checkpoint, where the run keeps any."""
@@ -196,7 +205,8 @@ class StateImports:
         if [view.field(index, "token") for index in range(view.count)] != list(tokens):
             raise ShardUnavailable("a shard has another owner than the one that holds its part of the state")
         epoch = 1 + max(await self._stored.last_epoch(), view.number("epoch"))
-        decision = Decision(epoch, CheckpointId(epoch, step, 0), initialized=True, upload=terms.upload)
+        place = CheckpointId(epoch, step, 0)
+        decision = Decision(epoch, place, initialized=True, upload=terms.upload, attempt=terms.attempt)
         if not await self._loading.open(view.of_generation(generation), decision):
             raise ShardUnavailable("the run was opened otherwise in the meantime")
         return epoch

@@ -58,8 +58,10 @@ async def export_whole(relay: Relay, request: Request, run: Run) -> Response:
         return RelayedResponse(chunks, 200, lines, exchanges.pop_all(), relay.stall_s)
 
 
-async def send_parts(relay: Relay, request: Request, run: Run, received: ReceivedState, upload: str) -> list[str]:
+async def send_parts(relay: Relay, request: Request, run: Run, received: ReceivedState, attempt: str) -> list[str]:
     """Has the owners of all shards hold their parts of a state; the tokens under which they own these, by shard.
+
+    attempt: the name under which they hold them.
 
     Raises what any of them refuses its part with, and ShardUnavailable.
     """
@@ -71,7 +73,7 @@ async def send_parts(relay: Relay, request: Request, run: Run, received: Receive
         return header, *(vector[_SIZE * part.begin : _SIZE * part.end] for vector in vectors)
 
     await _have_owners(run)
-    headers = {**repeated_headers(request), "Content-Type": MEDIA_TYPE, "Idempotency-Key": upload}
+    headers = {**repeated_headers(request), "Content-Type": MEDIA_TYPE, "Idempotency-Key": attempt}
     call = ShardCall("PUT", "state", headers, body=body)
     async with AsyncExitStack() as exchanges:
         answers = await relay.call_all(exchanges, request, run, call)

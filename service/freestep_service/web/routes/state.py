@@ -108,12 +108,12 @@ async def import_state(request: Request) -> Response:
     return await _status(run, terms)
 
 
-async def _import_part(request: Request, shard: int, body: Body, key: str) -> Response:
+async def _import_part(request: Request, shard: int, body: Body, attempt: str) -> Response:
     """A shard's part of a state that another process of the service has received."""
     if not await ServiceContext.of(request).relay.is_relayed(request):
         raise MalformedRequest("shard: a state is put as a whole", field="shard")
     run = (await DataRequest.of(request)).run
-    return JSONResponse({"token": await run.imports.receive_part(run.shard(shard).index, body, key)})
+    return JSONResponse({"token": await run.imports.receive_part(run.shard(shard).index, body, attempt)})
 
 
 async def _import_whole(request: Request, run: Run | None, body: Body, terms: ImportTerms) -> Response:
@@ -131,10 +131,11 @@ async def _import_whole(request: Request, run: Run | None, body: Body, terms: Im
             run, _ = await context.registry.create(RUN.read(request), document.spec, caller(request))
         if not run.owns_any:
             raise ShardUnavailable("another process has created the run and has its shards")
+        stack.push_async_callback(run.imports.forget, terms.attempt)
         if run.is_sharded:
-            tokens = await send_parts(context.relay, request, run, received, terms.upload)
+            tokens = await send_parts(context.relay, request, run, received, terms.attempt)
         else:
-            tokens = [run.imports.hold(0, received, terms.upload)]
+            tokens = [run.imports.hold(0, received, terms.attempt)]
         await run.imports.adopt(terms, document.step, tokens)
     return await _status(run, terms)
 
