@@ -211,6 +211,38 @@ def test_readers_are_counted(log: Log) -> None:
     log.events.reader()
 
 
+def test_who_has_most_readers_makes_room_for_others(log: Log) -> None:
+    async def work() -> None:
+        greedy = [log.events.reader(who="greedy").__enter__() for _ in range(100)]
+        greedy[0].take()
+        waiting = asyncio.ensure_future(greedy[0].news())
+        await asyncio.sleep(0)
+        other = log.events.reader(who="other").__enter__()
+        await waiting
+        assert greedy[0].has_ended and not greedy[1].has_ended and not other.has_ended
+        greedy[0].__exit__()
+        assert log.events.readers == 100
+        with pytest.raises(Overloaded):
+            log.events.reader(who="greedy")
+        others = [log.events.reader(who="other").__enter__() for _ in range(49)]
+        assert [reader.has_ended for reader in greedy] == [True] * 50 + [False] * 50
+        for who in "other", "greedy":
+            with pytest.raises(Overloaded):
+                log.events.reader(who=who)
+        for reader in [*greedy, other, *others]:
+            reader.__exit__()
+        assert log.events.readers == 0
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_a_place_that_is_none_takes_no_reader_away(log: Log) -> None:
+    greedy = [log.events.reader(who="greedy").__enter__() for _ in range(100)]
+    with pytest.raises(MalformedRequest):
+        log.events.reader(Place(9, 9), who="other")
+    assert not any(reader.has_ended for reader in greedy)
+
+
 def test_readers_hear_of_news_and_of_the_end(log: Log) -> None:
     async def work() -> None:
         reader = log.events.reader()

@@ -7,7 +7,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import httpx
@@ -19,7 +19,7 @@ from freestep_service.runs.events import RunEvents
 from harness import OWN_HEAD, ProcessService, ThreadService
 from meanwhile import under_way, wait_until
 from plain_calls import Api, ShardedApi, slug
-from raw_pushes import connected
+from raw_pushes import answered, connected
 
 
 def kinds(events: list[RunEvent]) -> list[str]:
@@ -187,10 +187,10 @@ def test_a_reader_that_takes_nothing_holds_up_no_push(api: Api, service: ThreadS
     events = ring(service, api)
     with connected(api.url) as stalled:
         stalled.sendall(f"GET {api.path('/events')} HTTP/1.1\r\n{OWN_HEAD}\r\n".encode())
-        wait_until(lambda: events._readers == 1)
+        wait_until(lambda: events.readers == 1)
         pushes(api, lease, 0, 50)
         assert len([event for event in so_far(api) if event.kind == "push"]) == 50
-    wait_until(lambda: events._readers == 0)
+    wait_until(lambda: events.readers == 0)
 
 
 @pytest.mark.parametrize("how", ["revoked", "expired"])
@@ -304,7 +304,21 @@ def test_a_place_ahead_is_refused_by_the_client_too(api: Api) -> None:
 def test_too_many_readers_are_refused(api: Api, service: ThreadService) -> None:
     api.create()
     events = ring(service, api)
-    for _ in range(100):
-        events.enter()
+    for number in range(100):
+        events.reader(who=str(number)).__enter__()
     answer: httpx.Response = api.http.get(api.path("/events"))
     assert (answer.status_code, slug(answer)) == (429, "overloaded")
+
+
+def test_one_token_leaves_places_for_others(api: Api, service: ThreadService) -> None:
+    api.create()
+    token = api.http.post("/v1/tokens", json={"name": "reader", "scope": "read"}).json()["token"]
+    request = f"GET {api.path('/events')} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n"
+    events = ring(service, api)
+    with ExitStack() as stack:
+        greedy = [stack.enter_context(connected(api.url)) for _ in range(100)]
+        for number, connection in enumerate(greedy):
+            connection.sendall(request.encode())
+            wait_until(lambda number=number: events.readers == number + 1)
+        assert so_far(api)
+        assert b"retry: " in answered(greedy[0])

@@ -27,7 +27,7 @@ _KEPT_UNITS = 65_536
 _SPARE = 1024
 """Events beyond those: so many are forgotten at a time."""
 _MOST_READERS = 100
-"""Of one run: each has a connection."""
+"""Of one run: each has a connection. Where all places are taken, one of whoever has most of them is for others."""
 _IN_FRAME = 256
 """Events that a reader takes at a time."""
 
@@ -59,7 +59,8 @@ class RunEvents:
         self._is_open = False
         self._checkpoint: CheckpointId | None = None
         self._shards: object = None
-        self._readers = 0
+        self._readers: dict[str, list[EventReader]] = {}
+        """By who reads, oldest first."""
         self._waiting: set[asyncio.Future[None]] = set()
 
     # What happens
@@ -176,16 +177,15 @@ class RunEvents:
     @property
     def readers(self) -> int:
         """How many read."""
-        return self._readers
+        return sum(map(len, self._readers.values()))
 
-    def reader(self, after: Place | None = None, from_step: int | None = None) -> EventReader:
+    def reader(self, after: Place | None = None, from_step: int | None = None, who: str = "") -> EventReader:
         """Reads the events behind a place; None reads all that are kept.
 
-        from_step: where no place is given, of the newest epoch's events those from a step on. Raises MalformedRequest
-        for a place that the run has not reached, or that is of another run of its name, and Overloaded.
+        from_step: where no place is given, of the newest epoch's events those from a step on. who: shares the readers'
+        places with others. Raises MalformedRequest for a place that the run has not reached, or that is of another run
+        of its name, and Overloaded.
         """
-        if self._readers >= _MOST_READERS:
-            raise Overloaded(f"the run's events are read by {_MOST_READERS} already")
         if after is not None and after.epoch < self._first_epoch:
             raise MalformedRequest(
                 f"Last-Event-ID: {after} is of an earlier run of this name, which was deleted: this one began with "
@@ -199,7 +199,18 @@ class RunEvents:
         if after is not None and after > self._place:
             # A clock has gone back: better twice than never.
             after = after._replace(number=0)
-        return EventReader(self, after, from_step)
+        self._make_room(who)
+        return EventReader(self, after, from_step, who)
+
+    def _make_room(self, who: str) -> None:
+        """Ends a reader of whoever has most, where all places are taken. Raises Overloaded where that is no fairer."""
+        if self.readers < _MOST_READERS:
+            return
+        most = max(self._readers.values(), key=len)
+        if len(most) <= len(self._readers.get(who, ())) + 1:
+            raise Overloaded(f"the run's events are read by {_MOST_READERS} already")
+        most[0].oust()
+        self._wake()
 
     def behind(self, place: Place) -> list[Event]:
         """The kept events behind a place."""
@@ -209,9 +220,9 @@ class RunEvents:
         """Whether there are any."""
         return bool(self._events) and self._events[-1].place > place
 
-    async def news(self, place: Place) -> None:
-        """Returns once there are events behind a place, or none are told any more."""
-        while self._is_open and not self.has_behind(place):
+    async def news(self, reader: EventReader, place: Place) -> None:
+        """Returns once there are events behind a place, or the reader is told none any more."""
+        while self._is_open and not reader.is_ousted and not self.has_behind(place):
             waiting = asyncio.get_running_loop().create_future()
             self._waiting.add(waiting)
             try:
@@ -226,13 +237,17 @@ class RunEvents:
         step = self._events[0].step if self._events else self._step
         return Event("gap", self._start, step, {"after": after and str(after), "entries": entries})
 
-    def enter(self) -> None:
+    def enter(self, reader: EventReader) -> None:
         """One more reads."""
-        self._readers += 1
+        self._readers.setdefault(reader.who, []).append(reader)
 
-    def leave(self) -> None:
-        """One reads no more."""
-        self._readers -= 1
+    def leave(self, reader: EventReader) -> None:
+        """One reads no more; it may be said again."""
+        beside = self._readers.get(reader.who, [])
+        if reader in beside:
+            beside.remove(reader)
+            if not beside:
+                del self._readers[reader.who]
 
 
 class EventReader:
@@ -241,7 +256,10 @@ class EventReader:
     What was there when it began is told event by event. Of what comes later pushes are coalesced where it is behind.
     """
 
-    def __init__(self, events: RunEvents, after: Place | None, from_step: int | None) -> None:
+    def __init__(self, events: RunEvents, after: Place | None, from_step: int | None, who: str) -> None:
+        self.who = who
+        self.is_ousted = False
+        """Whether it ends before its time, since its place was needed."""
         self._events = events
         self._from: tuple[int, int] | None = None
         """The epoch of which events before a step are left out, and that step."""
@@ -258,11 +276,16 @@ class EventReader:
         self._whole_until = events.place
 
     def __enter__(self) -> EventReader:
-        self._events.enter()
+        self._events.enter(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._events.leave()
+        self._events.leave(self)
+
+    def oust(self) -> None:
+        """Ends it, for another to have its place."""
+        self.is_ousted = True
+        self._events.leave(self)
 
     @property
     def is_behind(self) -> bool:
@@ -272,6 +295,8 @@ class EventReader:
     @property
     def has_ended(self) -> bool:
         """Whether there is nothing more, and never will be."""
+        if self.is_ousted:
+            return True
         return not (self._events.is_open or self.is_behind or self._place is None) and not self._events.has_behind(
             self._place
         )
@@ -279,7 +304,7 @@ class EventReader:
     async def news(self) -> None:
         """Returns once there is something to take, or it has ended."""
         if self._place is not None:
-            await self._events.news(self._place)
+            await self._events.news(self, self._place)
 
     def take(self) -> list[Event]:
         """What is next, a frame of it; a gap alone, where what is next is kept no more."""

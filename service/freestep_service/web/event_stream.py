@@ -39,7 +39,7 @@ class EventStream(EventSourceResponse):
     """Tells a reader of events: of those that are there and, if it follows, of those to come.
 
     It ends with the connection, with the service's shutdown, when the run's first shard moves, when `is_let_in` says
-    that the reader is not any more, and after ten minutes. Raises ClientDisconnect.
+    that the reader is not any more, when another needs the place, and after ten minutes. Raises ClientDisconnect.
     """
 
     def __init__(self, reader: EventReader, is_let_in: Callable[[], bool], *, follows: bool) -> None:
@@ -69,6 +69,10 @@ class EventStream(EventSourceResponse):
                     return
                 for piece in _pieces_of(self._reader.take()):
                     await send_piece(piece)
+            if self._reader.is_ousted and not self._follows:
+                # As above.
+                abort(scope)
+                return
             await send_piece(b"", more=False)
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:

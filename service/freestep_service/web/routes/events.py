@@ -11,7 +11,7 @@ from freestep_service.domain.events import PLACE_PATTERN, Place
 from freestep_service.web.answer_headers import EVENT_STREAM
 from freestep_service.web.event_stream import EventStream
 from freestep_service.web.fields import Header, Kind, Query, flag, integer
-from freestep_service.web.guard import is_let_in, needs
+from freestep_service.web.guard import caller, is_let_in, needs
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.openapi import EVENTS
 from freestep_service.web.problem_documents import refuses
@@ -45,10 +45,13 @@ async def read_events(run: AnyRun, request: Request, relay: AnyRelay) -> Respons
 
     The stream begins behind `Last-Event-ID`, or with the oldest event that is kept. What is kept no more is told of by
     an event `gap`. A reader gets a few frames a second at the most; one who is behind gets pushes that follow each
-    other as one, with `coalesced`. The stream ends after ten minutes, or when the service shuts down: the reader comes
-    again. It ends with the reader's token, too.
+    other as one, with `coalesced`. The stream ends after ten minutes, when the service shuts down, or where the token
+    has more than its share of the run's 100 readers and others come: the reader comes again. It ends with the reader's
+    token, too.
     """
     after, from_step, follows = AFTER.find(request), FROM.find(request), FOLLOW.read(request)
     if not run.owns(0):
         return await relay.forward(request, run, is_endless=True)
-    return EventStream(run.events.reader(after, from_step), partial(is_let_in, request), follows=follows)
+    # Where tokens are turned off, all have the same.
+    who = caller(request).id or (request.client.host if request.client else "")
+    return EventStream(run.events.reader(after, from_step, who), partial(is_let_in, request), follows=follows)
