@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from freestep.errors import LeaseExpired
+from freestep_service.domain.tokens import ANYBODY
 from freestep_service.runs import registry as registry_module
+from freestep_service.runs.run import Run
 from in_process import (
+    NUMEL,
     Medium,
     claim_of,
     lease_of,
     new_run,
+    part_of,
     process,
     pull,
     push,
     run_async,
+    spec_of,
     until,
 )
 
@@ -96,3 +104,46 @@ def test_a_checkpoint_that_is_complete_once_the_run_has_gone_back_puts_off_no_ot
             await until(lambda: run._checkpointing.step == 2, "a checkpoint of the new epoch", bound_s=10.0)
 
     run_async(work)
+
+
+def test_a_checkpoint_whose_message_is_lost_is_known_by_the_next_heartbeat(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        data, other_data = tmp_path / "data", tmp_path / "other"
+        async with process(store, data) as one, process(store, other_data, node_url="http://127.0.0.1:2") as other:
+            run, _ = await one.create("run", spec_of(2), ANYBODY)
+            runs = [run, await other.find("run")]
+            await until(lambda: all(len(each._shards) == 1 and each.epoch for each in runs), "an owner of each shard")
+            first, second = sorted(runs, key=lambda each: not each.owns(0))
+            hears_of_no_checkpoint(first)
+            zeros = torch.zeros(NUMEL)
+            await asyncio.gather(
+                *(
+                    each.initialize(each.shard(index), part_of(each, index, zeros), "upload")
+                    for index, each in enumerate((first, second))
+                )
+            )
+            lease = await lease_of(second)
+            await asyncio.gather(
+                *(
+                    each.shard(index).push(claim_of(lease, "one"), part_of(each, index, zeros))
+                    for index, each in enumerate((first, second))
+                )
+            )
+            await second.checkpoint()
+            await until(lambda: first._checkpointing.step == 1, "the checkpoint")
+            await until(lambda: any(each.step == 1 for each in first._checkpoints.all()), "its completion")
+            assert {(await each.status()).checkpoint_step for each in runs} == {1}
+
+    run_async(work)
+
+
+def hears_of_no_checkpoint(run: Run) -> None:
+    """Has a run lose the messages that a checkpoint is complete."""
+    dispatch = run._ownership._dispatch
+    take = dispatch.on_message
+
+    def losing(message: dict[str, Any] | None) -> None:
+        if message is None or message["kind"] != "durable":
+            take(message)
+
+    dispatch.on_message = losing  # type: ignore[method-assign]

@@ -140,6 +140,32 @@ def test_it_is_cut_behind_a_checkpoint_but_not_what_is_still_needed(writing: Wri
     assert contents.follows(CheckpointId(1, 13, 103))
 
 
+def test_what_a_checkpoint_has_left_brings_no_other_forward(writing: Writing) -> None:
+    journal, content = writing.journal, body(100_000)
+    writing.begin()
+    writing.push("waits", content)
+    writing.push_all(range(101, 111), content)
+    written = journal.size
+    assert journal.since_checkpoint == written > 11 * len(content)
+    journal.next_segment()
+    # Of what the coming one covers, nothing is dropped yet.
+    assert journal.since_checkpoint >= written
+    writing.push_all(range(111, 113), content)
+    journal.cut(CheckpointId(1, 20, 110))
+    assert journal.size > written
+    assert 2 * len(content) < journal.since_checkpoint < 3 * len(content)
+    writing.entry(113, "waits")
+    journal.next_segment()
+    journal.cut(CheckpointId(1, 23, 113))
+    assert journal.since_checkpoint == journal.size < len(content)
+    writing.push("waits again", content)
+    journal.next_segment()
+    journal.cut(CheckpointId(1, 24, 114))
+    assert journal.since_checkpoint < len(content) < journal.size
+    writing.begin(2, None, 0)
+    assert journal.since_checkpoint == journal.size
+
+
 def test_a_push_that_nobody_decides_keeps_no_segment_behind_the_next_checkpoint(writing: Writing) -> None:
     writing.begin()
     for key in ("given up", "decided after all", "sent again", "undecided"):

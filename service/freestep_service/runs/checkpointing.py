@@ -44,6 +44,7 @@ class Checkpointing:
         self.control: Control | None = None
         """What is changed of the run in the newest checkpoint; None where this process has not written of it."""
         self._context = context
+        self._background = context.background
         self._coordinator = context.coordinator
         self._disk = context.resources.disk
         self._recovery = recovery
@@ -94,7 +95,7 @@ class Checkpointing:
 
     def _has_long_journal(self) -> bool:
         journal = self._shards[0].core.journal
-        return journal is not None and journal.size >= self._context.settings.journal_max_bytes
+        return journal is not None and journal.since_checkpoint >= self._context.settings.journal_max_bytes
 
     def give_up(self) -> None:
         """Waits for no other shard's part any longer."""
@@ -176,7 +177,7 @@ class Checkpointing:
 
     def on_mark(self, shard: LocalShard, copied: asyncio.Future[StateCopy]) -> None:
         """Writes a shard's part of the checkpoint that the log has marked."""
-        self._context.background.spawn(
+        self._background.spawn(
             self._write_part(shard, copied), f"shard {shard.index}'s part of a checkpoint was not written"
         )
 
@@ -228,9 +229,19 @@ class Checkpointing:
         return telemetry.tally._replace(loss=telemetry.loss, staleness=telemetry.staleness)
 
     def note_durable(self, view: RunView) -> None:
-        """Cuts the journals behind the newest checkpoint, should its message not have come."""
-        if self._context.keeps_journal and (durable := view.run.get("durable")):
-            self._cut_journals(CheckpointId(*map(int, durable.split("-"))))
+        """Takes the newest checkpoint for complete, should its message not have come."""
+        if (durable := view.run.get("durable")) is None:
+            return
+        identity = CheckpointId(*map(int, durable.split("-")))
+        self._cut_journals(identity)
+        is_known = self.step is not None and identity.step <= self.step
+        if is_known or self.lock.locked() or identity.epoch != self._shards.epoch:
+            return
+        if self._written is not None and self._written[0] == identity:
+            self._background.spawn(self.complete(identity), "a checkpoint was not completed")
+        else:
+            # There may be no part of it here.
+            self._note(identity)
 
     def _cut_journals(self, identity: CheckpointId) -> None:
         for shard in self._shards:

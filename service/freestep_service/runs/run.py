@@ -316,7 +316,7 @@ class Run:
         tally = Tally.of(view) if view else telemetry.tally
         if self._shards.has_first:
             tally = tally._replace(loss=telemetry.loss, staleness=telemetry.staleness)
-        checkpoint_step = self._checkpointing.step
+        checkpoint_step = self._checkpointing.step if self._shards.has_first else None
         if checkpoint_step is None and "durable_step" in fields:
             checkpoint_step = int(fields["durable_step"])
         lowest = self._shards.lowest

@@ -207,6 +207,11 @@ class ShardJournal:
         return self._journal.size
 
     @property
+    def since_checkpoint(self) -> int:
+        """Bytes on disk that the next checkpoint is to drop."""
+        return self._journal.since_checkpoint
+
+    @property
     def lag(self) -> int:
         """Bytes that are not known to be on disk yet."""
         return self._journal.lag

@@ -48,6 +48,8 @@ class Journal:
         self._segments = JournalSegments(directory, run, run_id, self._thread)
         self._parts = JournalParts()
         self._is_moving = False
+        self._left = 0
+        """Bytes that the newest checkpoint covers and leaves, since they are needed still."""
 
     # Its life
 
@@ -64,6 +66,7 @@ class Journal:
         """Takes what was read for its own: those segments are kept until a checkpoint is past them."""
         self._segments.adopt(contents.segments)
         self._parts.clear()
+        self._left = 0
         for part in contents.parts.values():
             segment = self._segments.chain[contents.segments.index(part.segment)]
             segment.parts += 1
@@ -83,6 +86,7 @@ class Journal:
         self._parts.forget_all()
         for segment in self._segments.chain:
             segment.last_seq = 0
+        self._left = 0
         self.epoch, self._base, self.newest_seq = epoch, base, seq
         self._rotate(done, begins=True, anew=True)
 
@@ -133,6 +137,11 @@ class Journal:
     def size(self) -> int:
         """Bytes on disk."""
         return self._segments.size
+
+    @property
+    def since_checkpoint(self) -> int:
+        """Bytes on disk that the next checkpoint is to drop: without those that the newest one has left."""
+        return self.size - self._left
 
     @property
     def lag(self) -> int:
@@ -209,6 +218,8 @@ class Journal:
             if oldest.parts or oldest.last_seq > checkpoint.seq:
                 break
             self._segments.drop_oldest()
+        covered = (segment for segment in self._segments.chain[:-1] if segment.last_seq <= checkpoint.seq)
+        self._left = sum(segment.size for segment in covered)
         self._move_coming(checkpoint)
 
     def _move_coming(self, checkpoint: CheckpointId) -> None:
