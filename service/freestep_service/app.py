@@ -51,7 +51,7 @@ from freestep_service.web.hosts import OwnHosts
 from freestep_service.web.issuer_documents import IssuerDocuments, issuer_client
 from freestep_service.web.json_bodies import JsonBodies
 from freestep_service.web.memories import Memories
-from freestep_service.web.openapi import DESCRIPTION, TAGS, document_problems
+from freestep_service.web.openapi import DESCRIPTION, TAGS, document_problems, send_rendered
 from freestep_service.web.relay import Relay, relay_client
 from freestep_service.web.routes import (
     checkpoints,
@@ -162,6 +162,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.router.routes[:0] = [route for router in hot for route in direct_routes(router.routes)]
     document_tokens(app)
     document_problems(app)
+    send_rendered(app)
     return app
 
 

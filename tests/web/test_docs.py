@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from html.parser import HTMLParser
+from typing import Any
 
+import httpx
 import pytest
 
+from harness import ThreadService
 from plain_calls import Api
 
 
@@ -46,3 +51,23 @@ def test_what_is_not_there_is_a_problem(api: Api) -> None:
         answer = api.http.get(path)
         assert answer.status_code == 404
         assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+def test_the_document_is_rendered_once_and_not_sent_to_who_has_it(
+    start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = start_service()
+    rendered = []
+    make = service.app.openapi
+
+    def noting() -> dict[str, Any]:
+        rendered.append(threading.current_thread())
+        return make()
+
+    monkeypatch.setattr(service.app, "openapi", noting)
+    answers = [httpx.get(f"{service.url}/openapi.json") for _ in range(3)]
+    assert len(rendered) == 1
+    assert {answer.headers["Content-Type"] for answer in answers} == {"application/json"}
+    assert len({answer.content for answer in answers}) == 1
+    known = httpx.get(f"{service.url}/openapi.json", headers={"If-None-Match": answers[0].headers["ETag"]})
+    assert (known.status_code, known.content, known.headers["ETag"]) == (304, b"", answers[0].headers["ETag"])

@@ -1,15 +1,23 @@
-"""The OpenAPI document as a whole: what no single operation says."""
+"""The OpenAPI document as a whole: what no single operation says, and how it is sent."""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from freestep.api.events import TOLD
 from freestep_service.web.problem_documents import problem_schemas
+from freestep_service.web.responses import is_known
 
-__all__ = ["DESCRIPTION", "EVENTS", "TAGS", "document_problems"]
+__all__ = ["DESCRIPTION", "EVENTS", "TAGS", "document_problems", "send_rendered"]
+
+_NOT_MODIFIED = 304
 
 DESCRIPTION = """\
 A run is one model in training. Workers take a lease, pull the point y and push gradients; evaluators pull the average,
@@ -85,3 +93,35 @@ def document_problems(app: FastAPI) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def send_rendered(app: FastAPI) -> None:
+    """Has an app render its document once, beside the event loop, and send it as it is from then on."""
+    document = _RenderedDocument(app)
+    routes = app.router.routes
+    path = app.openapi_url
+    assert path is not None
+    [at] = [index for index, route in enumerate(routes) if isinstance(route, Route) and route.path == path]
+    routes[at] = Route(path, document.answer, include_in_schema=False)
+
+
+class _RenderedDocument:
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._turn = asyncio.Lock()
+        self._content: bytes | None = None
+        self._headers: dict[str, str] = {}
+
+    async def answer(self, request: Request) -> Response:
+        async with self._turn:
+            if self._content is None:
+                self._content = await asyncio.to_thread(self._render)
+        if is_known(self._headers["ETag"], request):
+            return Response(status_code=_NOT_MODIFIED, headers=self._headers)
+        return Response(self._content, headers=self._headers, media_type=JSONResponse.media_type)
+
+    def _render(self) -> bytes:
+        content = bytes(JSONResponse(self._app.openapi()).body)
+        # Another version of the service has another.
+        self._headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"', "Cache-Control": "no-cache"}
+        return content

@@ -15,6 +15,8 @@ from pathlib import PurePosixPath
 from starlette.requests import Request
 from starlette.responses import Response
 
+from freestep_service.web.responses import is_known
+
 __all__ = ["INDEX", "Pages"]
 
 INDEX = "index.html"
@@ -61,8 +63,7 @@ class Pages:
         found = self._files.get(path)
         if found is None:
             return None
-        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-        if found.headers["ETag"] in known:
+        if is_known(found.headers["ETag"], request):
             return Response(status_code=_NOT_MODIFIED, headers=found.headers)
         return Response(found.content, headers=found.headers)
 
