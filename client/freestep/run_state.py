@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -183,7 +184,11 @@ class RunState:
             InvalidSpec: The spec in it is not valid for this version.
         """
         with open(path, "rb") as file:
-            return cls.read_from(file, os.fstat(file.fileno()).st_size)
+            if file.seekable():
+                return cls.read_from(file, os.fstat(file.fileno()).st_size)
+            # Of a pipe, only its end says how long it is.
+            content = file.read()
+            return cls.read_from(BytesIO(content), len(content))
 
     @classmethod
     def read_from(cls, file: BinaryIO, length: int) -> Self:

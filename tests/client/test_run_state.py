@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,19 @@ def test_a_file_holds_the_state_to_the_bit(trained: Run, other: Run, tmp_path: P
     other.import_state(read)
     assert equal(other.export_state(), state)
     assert equal(RunState.load(str(file)), state)
+
+
+def test_a_state_may_come_through_a_pipe(trained: Run, tmp_path: Path) -> None:
+    state, file, pipe = trained.export_state(), tmp_path / "file", tmp_path / "pipe"
+    state.save(file)
+    whole = file.read_bytes()
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as writers:
+        writers.submit(pipe.write_bytes, whole)
+        assert equal(RunState.load(pipe), state)
+        writers.submit(pipe.write_bytes, whole[:-1])
+        with pytest.raises(MalformedTensors):
+            RunState.load(pipe)
 
 
 def test_a_state_is_made_of_its_parts(trained: Run, other: Run) -> None:
