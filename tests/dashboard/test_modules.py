@@ -196,7 +196,7 @@ def test_a_record_goes_back_with_its_run(run: Run) -> None:
         push(3, epoch=2, coalesced=4),
     ]
     statements = (
-        "const record = module.replayed(given, given.length, null);"
+        "const record = new module.RunRecord(); given.forEach((event) => record.take(event));"
         " return [record.step, record.loss.points.map((point) => point.step), record.decisions,"
         " [...record.reasons], record.workers.get('w').pushes,"
         " record.marks.map((mark) => [mark.kind, mark.isGivenUp ?? false])];"
@@ -207,6 +207,37 @@ def test_a_record_goes_back_with_its_run(run: Run) -> None:
     assert (reasons, pushes) == ([["dropped: stale", 1]], 10)
     # What happened at steps that it gave up stays known, and lies over no step.
     assert marks == [["join", False], ["kill", True], ["epoch", False]]
+
+
+def test_a_replay_has_what_came_before_the_events_that_are_kept(run: Run) -> None:
+    statements = (
+        "let forgotten = 0;"
+        " const forgot = (count) => { forgotten += count; };"
+        " const feed = new module.RunFeed('r', { changed: () => {}, forgot });"
+        " const of = (step) => ({ ...given[0], step, id: `1-${step}`, worker: `w-${step % 2}` });"
+        " feed.hear([given[1], ...Array.from({ length: 23000 }, (_, index) => of(index + 1))], true);"
+        " const seen = (record) => [record.step, record.decisions.applied, record.loss.last.step,"
+        " record.workers.get('w-0').pushes, record.metric('m').points.length, record.marks.length];"
+        " const first = seen(feed.replayed(0));"
+        " return [forgotten, first, seen(feed.replayed(feed.events.length)), seen(feed.record), seen(feed.replayed(0))];"
+    )
+    metric = {"kind": "metric", "id": "1-0", "epoch": 1, "step": 0, "name": "m", "value": 1.0, "measured_at": 0}
+    forgotten, first, last, whole, again = run("run_feed", statements, [push(1), metric])
+    assert forgotten == 3001
+    assert first == again == [3000, 3000, 3000, 1500, 1, 0]
+    assert last[:2] == whole[:2] == [23000, 23000] and last[2:] == whole[2:]
+
+
+def test_workers_that_have_gone_are_forgotten_in_the_end(run: Run) -> None:
+    statements = (
+        "const record = new module.RunRecord();"
+        " const told = (time, worker, change) => record.take({ ...given, id: `1-0.${time}`, worker, change, time });"
+        " told(0, 'stays', 'granted');"
+        " for (let number = 1; number < 3000; number += 1) {"
+        " told(number, `w-${number}`, 'granted'); told(number, `w-${number}`, 'expired'); }"
+        " return [record.workers.size, ...['stays', 'w-1', 'w-2999'].map((name) => record.workers.has(name))];"
+    )
+    assert run("run_record", statements, lease(1)) == [1000, True, False, True]
 
 
 def test_a_history_goes_before_the_first_event(run: Run) -> None:
@@ -260,7 +291,7 @@ def test_a_record_begins_with_what_was_before_its_first_event(run: Run) -> None:
     milestones = [{**lease(NOW), "id": f"1-7.{NOW}", "step": 7, "time": NOW}]
     statements = (
         "const { historyBefore } = await import('/dashboard/files/run_history.js');"
-        " const record = module.replayed([given[1]], 1, historyBefore(...given));"
+        " const record = new module.RunRecord(); record.begin(historyBefore(...given)); record.take(given[1]);"
         " return [record.marks.map((mark) => mark.text), record.loss.points.map((point) => point.step)];"
     )
     marks, steps = run("run_record", statements, [history, push(9, epoch=2, loss=None), milestones])

@@ -3,19 +3,21 @@
 import { dateEvents } from "./event_times.js";
 import { EventStream, sleep } from "./event_stream.js";
 import { historyBefore, milestonesOf, readHistory, takeBefore, timesOf } from "./run_history.js";
-import { RunRecord, replayed } from "./run_record.js";
+import { RunRecord } from "./run_record.js";
 import { Away } from "./session.js";
 
 const MOST_EVENTS = 20000;
 const AGAIN_MS = 1000;
 
-/** Follows a run's events. changed(): there is more. told(state, error): how the stream is. holds: as for EventStream. */
+/** Follows a run's events. changed(): there is more. told(state, error): how the stream is. forgot(count): so many of the
+ * oldest events are kept no more. holds: as for EventStream. */
 export class RunFeed {
-  constructor(run, { changed, told = () => {}, holds = true }) {
+  constructor(run, { changed, told = () => {}, forgot = () => {}, holds = true }) {
     this.holds = holds;
     this.run = run;
     this.changed = changed;
     this.told = told;
+    this.forgot = forgot;
     this.abort = new AbortController();
     this.clear();
   }
@@ -67,12 +69,15 @@ export class RunFeed {
     });
     this.record = new RunRecord();
     this.events = [];
-    this.past = null;
+    /** The run as it stood before the kept events. */
+    this.base = new RunRecord();
   }
 
   /** The run as it stood after so many of the kept events. */
   replayed(count) {
-    return replayed(this.events, Math.min(count, this.events.length), this.past);
+    const record = this.base.copy();
+    for (const event of this.events.slice(0, count)) record.take(event);
+    return record;
   }
 
   hear(events, isLive) {
@@ -82,15 +87,19 @@ export class RunFeed {
       return;
     }
     dateEvents(events, isLive, this.record.time, this.times, this.milestones);
-    if (this.events.length === 0 && this.past === null) {
-      this.past = historyBefore(this.history, events[0], takeBefore(this.milestones, events[0]));
-      this.record.begin(this.past);
+    if (this.events.length === 0) {
+      const past = historyBefore(this.history, events[0], takeBefore(this.milestones, events[0]));
+      for (const record of [this.base, this.record]) record.begin(past);
     }
     for (const event of events.flatMap((each) => [...takeBefore(this.milestones, each), each])) {
       this.events.push(event);
       this.record.take(event);
     }
-    if (this.events.length > 1.1 * MOST_EVENTS) this.events.splice(0, this.events.length - MOST_EVENTS);
+    if (this.events.length > 1.1 * MOST_EVENTS) {
+      const forgotten = this.events.splice(0, this.events.length - MOST_EVENTS);
+      for (const event of forgotten) this.base.take(event);
+      this.forgot(forgotten.length);
+    }
     this.changed();
   }
 }

@@ -31,7 +31,11 @@ export class RunPage {
     this.index = null;
     this.polls = [];
     this.isClosed = false;
-    this.feed = new RunFeed(run, { changed: () => this.later(), told: (state, error) => this.onStream(state, error) });
+    this.feed = new RunFeed(run, {
+      changed: () => this.later(),
+      told: (state, error) => this.onStream(state, error),
+      forgot: (count) => this.index !== null && this.timeline.move(Math.max(0, this.index - count)),
+    });
     this.others = new Map();
     for (const name of this.compared) this.follow(name);
     this.make();

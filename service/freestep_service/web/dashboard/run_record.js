@@ -4,6 +4,8 @@
 import { Series } from "./series.js";
 
 const MOST_MARKS = 2000;
+/** Workers that have gone are forgotten, the first first, where there are more in all. */
+const MOST_WORKERS = 1000;
 const ENDS = { released: "left", expired: "fell silent: its lease expired", ended: "had its lease ended" };
 const DECISIONS = ["applied", "accumulated", "dropped"];
 
@@ -24,6 +26,22 @@ export class RunRecord {
     this.reasons = new Map();
     this.workers = new Map();
     this.marks = [];
+  }
+
+  /** Another that goes on from here. */
+  copy() {
+    const made = new RunRecord();
+    const all = (series) => Object.fromEntries(Object.entries(series).map(([name, each]) => [name, each.copy()]));
+    const { epoch, step, time, loss, staleness, steps } = this;
+    Object.assign(made, { epoch, step, time, ...all({ loss, staleness, steps }) });
+    made.metrics = new Map([...this.metrics].map(([name, series]) => [name, series.copy()]));
+    made.stalenesses = new Map(this.stalenesses);
+    made.decisions = { ...this.decisions };
+    made.decided = all(this.decided);
+    made.reasons = new Map(this.reasons);
+    made.workers = new Map([...this.workers].map(([name, worker]) => [name, { ...worker }]));
+    made.marks = this.marks.map((mark) => ({ ...mark }));
+    return made;
   }
 
   /** Begins with what was before the first event. */
@@ -76,6 +94,12 @@ export class RunRecord {
     return this.workers.get(name);
   }
 
+  forgetGone() {
+    if (this.workers.size <= MOST_WORKERS) return;
+    const gone = [...this.workers.values()].filter(({ ended }) => ended !== null).sort((one, other) => one.endedAt - other.endedAt);
+    for (const { worker } of gone.slice(0, this.workers.size - MOST_WORKERS)) this.workers.delete(worker);
+  }
+
   on_push(event) {
     const { step, time, decision, staleness, coalesced = 1 } = event;
     const worker = this.worker(event.worker);
@@ -118,6 +142,7 @@ export class RunRecord {
     } else {
       worker.ended = event.change;
       worker.endedAt = event.time;
+      this.forgetGone();
       this.mark(event, event.change === "released" ? "leave" : "kill", `${event.worker} ${ENDS[event.change] ?? event.change}`);
     }
   }
@@ -168,12 +193,4 @@ function controlText({ by, changes }) {
   };
   describe("", changes);
   return (words.join(", ") || "control change") + (by ? `, by ${by}` : "");
-}
-
-/** A run as it stood after the first `count` events. */
-export function replayed(events, count, past) {
-  const record = new RunRecord();
-  record.begin(past);
-  for (let index = 0; index < count; index += 1) record.take(events[index]);
-  return record;
 }

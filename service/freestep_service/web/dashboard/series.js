@@ -11,6 +11,12 @@ export class Series {
     this.points = [];
   }
 
+  copy() {
+    const made = new Series();
+    made.points = this.points.slice();
+    return made;
+  }
+
   add(step, time, value, count = 1) {
     if (!Number.isFinite(value)) return;
     this.points.push({ step, time, value, count });
