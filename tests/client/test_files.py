@@ -37,6 +37,17 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
         write(tmp_path, b"")
 
 
+def test_of_two_who_write_at_once_the_last_has_written_it(tmp_path: Path) -> None:
+    """As containers do that share a directory, whose processes have the same numbers."""
+    path = tmp_path / "file"
+    with writing(path) as one, writing(path) as other:
+        for piece in (b"one", b"two"):
+            one.write(piece)
+            other.write(piece.upper())
+    assert path.read_bytes() == b"onetwo"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
 def test_who_may_read_a_file_may_read_what_replaces_it_and_nobody_else(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "file"

@@ -219,7 +219,8 @@ def test_a_replay_has_what_came_before_the_events_that_are_kept(run: Run) -> Non
         " const seen = (record) => [record.step, record.decisions.applied, record.loss.last.step,"
         " record.workers.get('w-0').pushes, record.metric('m').points.length, record.marks.length];"
         " const first = seen(feed.replayed(0));"
-        " return [forgotten, first, seen(feed.replayed(feed.events.length)), seen(feed.record), seen(feed.replayed(0))];"
+        " const last = seen(feed.replayed(feed.events.length));"
+        " return [forgotten, first, last, seen(feed.record), seen(feed.replayed(0))];"
     )
     metric = {"kind": "metric", "id": "1-0", "epoch": 1, "step": 0, "name": "m", "value": 1.0, "measured_at": 0}
     forgotten, first, last, whole, again = run("run_feed", statements, [push(1), metric])

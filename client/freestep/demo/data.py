@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from freestep.files import writing
 
 __all__ = ["Digits", "load"]
 
@@ -37,7 +38,6 @@ def load(file: Path | None = None) -> Digits:
     digits = Digits(x[_TEST_IMAGES:], y[_TEST_IMAGES:], x[:_TEST_IMAGES], y[:_TEST_IMAGES])
     if file is not None:
         # Written whole or not at all, since an existing file is trusted.
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        torch.save(digits._asdict(), partial)
-        partial.replace(file)
+        with writing(file) as whole:
+            torch.save(digits._asdict(), whole)
     return digits

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import secrets
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from freestep.api.events import GapEvent, RunEvent
 from freestep.api.validation import first_fault
 from freestep.errors import FreestepError, InvalidSetting
+from freestep.files import writing
 from freestep.integrations.curves import Curves
 from freestep.integrations.trackers import Target, Tracker, TrackerFailed, open_tracker
 from freestep.run import Run
@@ -71,9 +71,8 @@ class Followed:
 
     def save(self, path: Path) -> None:
         """Writes the file. Raises OSError."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self)) + "\n")
-        temporary.replace(path)
+        with writing(path) as file:
+            file.write(json.dumps(asdict(self)).encode() + b"\n")
 
 
 _FOLLOWED = TypeAdapter(Followed)
