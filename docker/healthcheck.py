@@ -6,7 +6,7 @@ import sys
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 
 host = os.environ.get("FREESTEP_HOST", "0.0.0.0")
-# Who listens on all addresses is asked at loopback's of the same family: `::` takes no connections of IPv4.
+# Who listens on all addresses is asked at loopback's of the same family: the other may not be there.
 place = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), int(os.environ.get("FREESTEP_PORT", "8000"))
 if os.environ.get("FREESTEP_SSL_CERTFILE"):
     # Nobody is between, and the certificate is seldom one for this address.

@@ -170,9 +170,12 @@ def places_for(settings: Settings) -> Places:
 
 
 def _listener(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    host, is_ipv6 = settings.host, ":" in settings.host
+    # All addresses are those of IPv4 too, which the URL made of the machine's name may lead to.
+    takes_both = is_ipv6 and settings.takes_all_addresses and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        return socket.create_server((host, settings.port), family=family, backlog=2048, dualstack_ipv6=takes_both)
     except OSError as error:
-        place = f"{settings.host}:{settings.port}"
+        place = f"{f'[{host}]' if is_ipv6 else host}:{settings.port}"
         raise CannotStart(f"{place} cannot be listened on, choose another host or port: {error.strerror}") from None

@@ -278,7 +278,16 @@ class Settings(BaseSettings):
         """The URL at which this service is reached; by its host's name if it listens on all addresses."""
         if self.advertise_url is not None:
             return self.advertise_url.rstrip("/")
-        return self.url_of(socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host, self.port)
+        return self.url_of(socket.gethostname() if self.takes_all_addresses else self.host, self.port)
+
+    @property
+    def takes_all_addresses(self) -> bool:
+        """Whether it listens on all addresses of its machine."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            # A name.
+            return False
 
     def url_of(self, host: str, port: int) -> str:
         """The service's URL for an address."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 from pydantic import ValidationError
@@ -63,6 +64,11 @@ def test_wrong_flags_are_named(flags: list[str], complaint: str) -> None:
     assert done.returncode == 2
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "::0", "0:0:0:0:0:0:0:0"])
+def test_who_listens_on_all_addresses_is_reached_by_the_machines_name(host: str) -> None:
+    assert Settings(host=host).own_url() == f"http://{gethostname()}:8000"
 
 
 @pytest.mark.parametrize("url", ["http://host:8000", "https://host/behind/a/proxy", "http://[::1]:8000/"])

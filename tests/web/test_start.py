@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from redis import Redis
 
 import forked
 from coordination.servers import valkey_server
-from harness import ThreadService
+from harness import ProcessService, ThreadService
 from meanwhile import wait_until
 from plain_calls import Api, slug
 from ports import free_port
@@ -66,6 +67,7 @@ def test_a_variable_that_is_almost_a_setting_is_told(free: str, tmp_path: Path) 
     [
         (["--port", "{taken}"], 1, "127.0.0.1:{taken} cannot be listened on, choose another host or port: Address al"),
         (["--host", "192.0.2.1"], 1, "192.0.2.1:0 cannot be listened on, choose another host or port: "),
+        (["--host", "2001:db8::1"], 1, "[2001:db8::1]:0 cannot be listened on, choose another host or port: "),
         (
             ["--redis-url", "redis://:secret@127.0.0.1:{free}/0"],
             1,
@@ -98,6 +100,18 @@ def test_what_keeps_it_from_starting_is_one_line(
     assert done.stdout == ""
     assert "secret" not in done.stderr
     assert not any(str(tmp_path) in " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True))
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 beside IPv4 here")
+def test_all_addresses_of_ipv6_are_those_of_ipv4_too(start_process: Callable[..., ProcessService]) -> None:
+    service = start_process(host="::", trusted_proxies="127.0.0.1")
+    for host in ("127.0.0.1", "[::1]"):
+        headers = {"Authorization": "Bearer none", "X-Forwarded-For": "198.51.100.7"}
+        assert httpx.get(f"http://{host}:{service.port}/v1/runs", headers=headers).status_code == 401
+    service.stop()
+    refusals = map(json.loads, (service.data_dir / "refusals.jsonl").read_text().splitlines())
+    # Addresses are named as ever, by which the proxy is known.
+    assert [each["peer"] for each in refusals] == ["198.51.100.7", "::1"]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from freestep_service.domain.certificates import Certificate
 from freestep_service.web.body import SLOWEST
 from freestep_service.web.head import Bounds, Head, Refused, too_large, too_many
 from freestep_service.web.inlet import INLET, Inlet
-from freestep_service.web.places import Place
+from freestep_service.web.places import Place, plain_host
 from freestep_service.web.problems import problem_response
 from freestep_service.web.refusals import encoded
 from freestep_service.web.stalls import Stall
@@ -102,6 +102,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.client is not None:
+            host, port = self.client
+            self.client = plain_host(host), port
         self._outlet: Any = _Outlet(transport, self._finish)
         self.stall = Stall(transport, self._bounds.stall_seconds, self.abort)
         if self._place is not None:

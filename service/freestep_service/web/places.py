@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["Place", "Places"]
+__all__ = ["Place", "Places", "plain_host"]
 
 _SITE_BITS = 64
 """Of an IPv6 address, those that a single host cannot choose."""
@@ -95,11 +95,17 @@ class Place:
             self._places._leave(self._name, self._address)
 
 
+def plain_host(host: str) -> str:
+    """A peer's address, of IPv4 as such: a socket that takes both has it as ::ffff:192.0.2.1."""
+    if ":" not in host:
+        return host
+    return str(ipaddress.IPv6Address(host.partition("%")[0]).ipv4_mapped or host)
+
+
 def _site(host: str) -> str:
     """What stands for a host: all of its address, or of IPv6 the part that says where it is."""
+    host = plain_host(host)
     if ":" not in host:
         return host
     address = ipaddress.IPv6Address(host.partition("%")[0])
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
     return str(ipaddress.IPv6Network((int(address), _SITE_BITS), strict=False))
