@@ -12,7 +12,7 @@ import xxhash
 
 from freestep.errors import ShardUnavailable, StorageUnavailable
 from freestep_service.domain.records import CheckpointId, LogPosition
-from freestep_service.storage import journal_thread
+from freestep_service.storage import journal_parts, journal_thread
 from freestep_service.storage.journal_files import remove_journals, remove_other_journals, segment_paths
 from freestep_service.storage.journal_format import Kind
 from freestep_service.storage.journal_reader import read_journal
@@ -212,9 +212,7 @@ def test_a_body_that_comes_slowly_is_moved_from_segments_that_are_needed_for_not
             writing.entry(seq, f"fast-{seq}")
         journal.next_segment()
         journal.cut(CheckpointId(1, seq, seq))
-        # The room for it is there, and then it is moved.
-        writing.flush()
-        writing.flush()
+        moved(writing)
         longest = max(longest, journal.size)
         files = [path for _, path in segment_paths(journal.directory)]
         assert len(files) == len(journal._segments.chain)
@@ -231,6 +229,52 @@ def test_a_body_that_comes_slowly_is_moved_from_segments_that_are_needed_for_not
     assert len(segment_paths(journal.directory)) == 1
 
 
+def moved(writing: Writing) -> None:
+    """Returns once the bodies are moved that are to be, and what was kept for them is dropped."""
+    writing.flush()
+    while writing.journal._moving:
+        writing.flush()
+    writing.flush()
+
+
+@pytest.mark.parametrize("how", ["goes on", "has come", "breaks off"])
+def test_others_write_while_a_body_is_moved(writing: Writing, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(journal_parts, "_STRIDE", LARGE // 4)
+    writing.begin()
+    journal, content = writing.journal, body(LARGE)
+    part = writing.part("slow", LARGE)
+    part.write(memoryview(content)[: LARGE if how == "has come" else LARGE // 2])
+    writing.push_all(range(101, 106), content)
+    journal.next_segment()
+    # So that there is room at once.
+    writing.wait(lambda done: journal.make_room(LARGE, done) and done(None))
+    journal.give_back(LARGE)
+    journal.cut(CheckpointId(1, 15, 105))
+    outcomes: list[Exception | None] = []
+    if how == "has come":
+        assert not part.written(outcomes.append)
+    elif how == "breaks off":
+        part.abandon()
+    writing.entry(106)
+    # Not behind all of the body.
+    assert (journal._moving, outcomes) == (1, []) or how == "breaks off"
+    if how == "goes on":
+        part.write(memoryview(content)[LARGE // 2 :])
+    moved(writing)
+    assert [number for number, _ in segment_paths(journal.directory)] == [2]
+    if how == "breaks off":
+        assert sum(segment.parts for segment in journal._segments.chain) == 0
+        return
+    if how == "goes on":
+        writing.wait(part.written)
+    else:
+        assert outcomes == [None]
+    part.finish(xxhash.xxh3_128_hexdigest(content))
+    writing.entry(107, "slow")
+    entry = read_journal(journal.directory).entries[-1]
+    assert entry.part is not None and b"".join(entry.part.read()) == content
+
+
 def test_a_body_that_was_moved_may_break_off_and_the_epoch_end(writing: Writing) -> None:
     writing.begin()
     journal = writing.journal
@@ -239,8 +283,7 @@ def test_a_body_that_was_moved_may_break_off_and_the_epoch_end(writing: Writing)
     writing.push_all(range(101, 117), body(LARGE))
     journal.next_segment()
     journal.cut(CheckpointId(1, 16, 116))
-    writing.flush()
-    writing.flush()
+    moved(writing)
     assert [number for number, _ in segment_paths(journal.directory)] == [2]
     broken.abandon()
     writing.begin(2, CheckpointId(2, 16, 116), 116)
@@ -272,8 +315,7 @@ def test_a_body_is_not_moved_where_there_is_no_room_for_it(writing: Writing, mon
         assert [number for number, _ in segment_paths(journal.directory)] == [1, 2]
     assert journal._segments._promised == promised and not journal.has_failed
     journal.cut(CheckpointId(1, 15, 105))
-    writing.flush()
-    writing.flush()
+    moved(writing)
     assert [number for number, _ in segment_paths(journal.directory)] == [2]
     writing.wait(part.written)
     part.finish(xxhash.xxh3_128_hexdigest(body(LARGE)))
@@ -305,8 +347,7 @@ def test_a_body_that_cannot_be_moved_is_refused_and_nothing_else(
         if cause == "it cannot be read":
             patched.setattr(os, "pread", broken_disk)
         journal.cut(CheckpointId(epoch, 15, 105))
-        writing.flush()
-        writing.flush()
+        moved(writing)
     assert len(segment_paths(journal.directory)) == 1 and not journal.has_failed
     part.write(memoryview(body(LARGE))[LARGE // 2 :])
     with pytest.raises(StorageUnavailable, match="Input/output error"):

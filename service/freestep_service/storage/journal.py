@@ -47,7 +47,10 @@ class Journal:
         self._thread = JournalThread(f"journal-{run}", post)
         self._segments = JournalSegments(directory, run, run_id, self._thread)
         self._parts = JournalParts()
-        self._is_moving = False
+        self._moving = 0
+        """Bodies that are being moved, or for which there is to be room."""
+        self._covered = CheckpointId(0, 0, 0)
+        """The checkpoint behind which it was cut last."""
         self._left = 0
         """Bytes that the newest checkpoint covers and leaves, since they are needed still."""
 
@@ -212,6 +215,7 @@ class Journal:
         """Drops the segments that nobody needs beside a checkpoint, which all shards have written."""
         if checkpoint.epoch != self.epoch:
             return
+        self._covered = checkpoint
         self._parts.forget_given_up(LogPosition(checkpoint.epoch, checkpoint.seq))
         while len(self._segments.chain) > 1:
             oldest = self._segments.chain[0]
@@ -235,21 +239,29 @@ class Journal:
             kept += segment.size
             moved += coming
         length = sum(part.length for part in moved)
-        if not moved or kept < _WORTH * length or self._is_moving:
+        if not moved or kept < _WORTH * length or self._moving:
             return
 
         def go_on(error: Exception | None) -> None:
-            self._is_moving = False
-            if error is None:
-                self.give_back(length)
-                for part in moved:
-                    if part in self._parts.coming:
-                        part.move()
-                self.cut(checkpoint)
+            if error is not None:
+                self._moving = 0
+                return
+            self.give_back(length)
+            for part in moved:
+                if part in self._parts.coming:
+                    part.move(self._has_moved)
+                else:
+                    self._has_moved()
 
-        self._is_moving = True
+        self._moving = len(moved)
         if self.make_room(length, go_on):
             go_on(None)
+
+    def _has_moved(self) -> None:
+        """A body has been moved, or is not to be any more."""
+        self._moving -= 1
+        if not self._moving:
+            self.cut(self._covered)
 
     def _rotate(self, done: Done | None = None, *, begins: bool = False, anew: bool = False) -> None:
         head = {"epoch": self.epoch, "base": self._base, "seq": self.newest_seq, "anew": anew}

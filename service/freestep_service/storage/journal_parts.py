@@ -6,8 +6,9 @@ kept for them. A body of a large push is written while it arrives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from freestep_service.domain.records import Claim, LogPosition
 from freestep_service.storage.journal_format import Kind
@@ -19,6 +20,8 @@ __all__ = ["JournalParts", "PartWriter"]
 
 _SMALL = 1024**2
 """Bytes of a body that is written in one go with its digest, out of memory of its own."""
+_STRIDE = 8 * 1024**2
+"""Bytes of a body that are moved at once; what others write has its turn before the next."""
 
 
 class JournalParts:
@@ -85,6 +88,9 @@ class PartWriter:
         self.length = length
         self._pieces: list[bytes | memoryview] = []
         self._waiting = 0
+        self._move: _Move | None = None
+        self._told: Done | None = None
+        """Whom to tell, once it is moved, that all of it is written."""
         self._broken: Exception | None = None
         """What moving it failed with."""
         self._frame: Work | None = None
@@ -106,21 +112,37 @@ class PartWriter:
         """That which a large body is written to."""
         return None if self._frame is None else self._frame.segment
 
-    def move(self) -> None:
-        """Goes on with a large body in the newest segment."""
+    def move(self, done: Callable[[], None]) -> None:
+        """Goes on with a large body in the newest segment; tells when what has come is there, or cannot be."""
         assert self._frame is not None
         self._pass_on()
         old, self._frame = self._frame, self._begin()
-        old.segment.parts -= 1
         begin, to = old.reached - self.length, self._frame.reached - self.length
-        come = self._at - begin
-        if come:
-            copied = old.segment, begin, come
-            self._segments.thread.enqueue(Work(self._frame.segment, to, copied=copied, done=self._moved))
-        self._at = to + come
+        self._move = _Move(old.segment, begin, self._frame.segment, to, self._at - begin, done)
+        self._at += to - begin
+        self._copy(self._move)
 
-    def _moved(self, error: Exception | None) -> None:
-        self._broken = self._broken or error
+    def _copy(self, move: _Move) -> None:
+        """Has the next bytes copied, if there are any and they are needed."""
+        length = min(_STRIDE, move.left)
+        if length == 0 or self._broken is not None:
+            self._end_move(move)
+            return
+
+        def tell(error: Exception | None) -> None:
+            self._broken = error
+            self._copy(move)
+
+        copied = move.source, move.begin, length
+        self._segments.thread.enqueue(Work(move.segment, move.at, copied=copied, done=tell))
+        move.begin, move.at, move.left = move.begin + length, move.at + length, move.left - length
+
+    def _end_move(self, move: _Move) -> None:
+        self._move = None
+        move.source.parts -= 1
+        if self._told is not None:
+            self._tell_written(self._told)
+        move.done()
 
     def write(self, piece: memoryview) -> None:
         """Takes the next bytes of the body, which do not change until `written` has told."""
@@ -144,8 +166,15 @@ class PartWriter:
             return True
         self._pass_on()
         self._has_come()
-        self._segments.thread.enqueue(Work(self._frame.segment, done=lambda error: done(error or self._broken)))
+        if self._move is not None:
+            self._told = done
+        else:
+            self._tell_written(done)
         return False
+
+    def _tell_written(self, done: Done) -> None:
+        assert self._frame is not None
+        self._segments.thread.enqueue(Work(self._frame.segment, done=lambda error: done(error or self._broken)))
 
     def _has_come(self) -> None:
         """Nothing follows: it is not moved any more, of which nobody would be told."""
@@ -177,3 +206,17 @@ class PartWriter:
         else:
             self._has_come()
             self._frame.segment.parts -= 1
+            if self._move is not None:
+                self._move.left = 0
+
+
+@dataclass
+class _Move:
+    """What is left to be copied of a body that is being moved: from where, to where; and whom to tell at the end."""
+
+    source: Segment
+    begin: int
+    segment: Segment
+    at: int
+    left: int
+    done: Callable[[], None]

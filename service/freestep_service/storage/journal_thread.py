@@ -223,6 +223,7 @@ class JournalThread:
             if (lost := self._lost.get(source.path)) is not None:
                 raise lost
             _copy(self._files[source.path], begin, length, descriptor, work.at)
+            begin_write_back(descriptor, work.at, length)
         at, buffers = work.at, [memoryview(buffer) for buffer in work.buffers]
         while buffers:
             # A body that drips in is of any number of pieces.
