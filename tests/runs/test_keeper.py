@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from freestep.errors import LeaseExpired
+from freestep.errors import LeaseExpired, ShardUnavailable, StorageUnavailable
 from freestep_service.domain.tokens import ANYBODY
+from freestep_service.runs import checkpointing
 from freestep_service.runs import registry as registry_module
 from freestep_service.runs.run import Run
 from in_process import (
@@ -108,33 +110,93 @@ def test_a_checkpoint_that_is_complete_once_the_run_has_gone_back_puts_off_no_ot
 
 def test_a_checkpoint_whose_message_is_lost_is_known_by_the_next_heartbeat(store: str, tmp_path: Path) -> None:
     async def work() -> None:
-        data, other_data = tmp_path / "data", tmp_path / "other"
-        async with process(store, data) as one, process(store, other_data, node_url="http://127.0.0.1:2") as other:
-            run, _ = await one.create("run", spec_of(2), ANYBODY)
-            runs = [run, await other.find("run")]
-            await until(lambda: all(len(each._shards) == 1 and each.epoch for each in runs), "an owner of each shard")
-            first, second = sorted(runs, key=lambda each: not each.owns(0))
+        media = [Medium(tmp_path / name) for name in ("one", "other")]
+        async with two_owners(store, media) as (first, second):
             hears_of_no_checkpoint(first)
-            zeros = torch.zeros(NUMEL)
-            await asyncio.gather(
-                *(
-                    each.initialize(each.shard(index), part_of(each, index, zeros), "upload")
-                    for index, each in enumerate((first, second))
-                )
-            )
-            lease = await lease_of(second)
-            await asyncio.gather(
-                *(
-                    each.shard(index).push(claim_of(lease, "one"), part_of(each, index, zeros))
-                    for index, each in enumerate((first, second))
-                )
-            )
+            await push_to(first, second)
             await second.checkpoint()
             await until(lambda: first._checkpointing.step == 1, "the checkpoint")
             await until(lambda: any(each.step == 1 for each in first._checkpoints.all()), "its completion")
-            assert {(await each.status()).checkpoint_step for each in runs} == {1}
+            assert {(await each.status()).checkpoint_step for each in (first, second)} == {1}
 
     run_async(work)
+
+
+def test_a_process_whose_part_could_not_be_written_takes_the_next_checkpoint_for_the_end_of_that(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "_OTHERS_S", 0.1)
+
+    async def work() -> None:
+        media = [Medium(tmp_path / name) for name in ("one", "other")]
+        async with two_owners(store, media, queue_seconds=0.1) as (first, second):
+            await push_to(first, second)
+            [medium] = [medium for medium in media if second._context.resources.storage is medium]
+            medium.is_full = True
+            with pytest.raises(ShardUnavailable):
+                await first.checkpoint()
+            await until(lambda: second.problem is not None, "the problem")
+            medium.is_full = False
+            await until(lambda: first._checkpointing.step == 1, "another attempt")
+            await until(lambda: (first.problem, second.problem) == (None, None), "the end of the problem")
+
+    run_async(work)
+
+
+def test_a_checkpoint_that_failed_is_tried_again_where_nothing_has_happened_since(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "_PAUSE_AFTER_FAILURE_S", 0.1)
+
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with process(store, tmp_path / "data", storage=medium) as registry:
+            run = await new_run(registry, shards=2)
+            await push(run, claim_of(await lease_of(run), "one"))
+            await run.checkpoint()
+            medium.is_full = True
+            with pytest.raises(StorageUnavailable):
+                await run.checkpoint()
+            assert run.problem is not None
+            medium.is_full = False
+            await until(lambda: run.problem is None, "another attempt")
+
+    run_async(work)
+
+
+@asynccontextmanager
+async def two_owners(store: str, media: Sequence[Medium], **settings: Any) -> AsyncIterator[tuple[Run, Run]]:
+    """A run of two shards at two processes with media of their own: at that which has the first, and at the other."""
+    async with AsyncExitStack() as stack:
+        one, other = [
+            await stack.enter_async_context(
+                process(store, medium.root, storage=medium, node_url=f"http://127.0.0.1:{number}", **settings)
+            )
+            for number, medium in enumerate(media)
+        ]
+        run, _ = await one.create("run", spec_of(2), ANYBODY)
+        runs = [run, await other.find("run")]
+        await until(lambda: all(len(each._shards) == 1 and each.epoch for each in runs), "an owner of each shard")
+        first, second = sorted(runs, key=lambda each: not each.owns(0))
+        zeros = torch.zeros(NUMEL)
+        await asyncio.gather(
+            *(
+                each.initialize(each.shard(index), part_of(each, index, zeros), "upload")
+                for index, each in enumerate((first, second))
+            )
+        )
+        yield first, second
+
+
+async def push_to(first: Run, second: Run) -> None:
+    """Pushes a gradient."""
+    claim = claim_of(await lease_of(second), "one")
+    await asyncio.gather(
+        *(
+            each.shard(index).push(claim, part_of(each, index, torch.zeros(NUMEL)))
+            for index, each in enumerate((first, second))
+        )
+    )
 
 
 def hears_of_no_checkpoint(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import time
@@ -13,9 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
+from asgi_calls import Sender, scope_of
 from freestep import Client, MalformedRequest, RunNotFound
 from freestep.api.events import EpochEvent, GapEvent, PushEvent, RunEvent
 from freestep_service.runs.events import RunEvents
+from freestep_service.web.event_stream import EventStream
 from harness import OWN_HEAD, ProcessService, ThreadService
 from meanwhile import under_way, wait_until
 from plain_calls import Api, ShardedApi, slug
@@ -322,3 +325,22 @@ def test_one_token_leaves_places_for_others(api: Api, service: ThreadService) ->
             wait_until(lambda number=number: events.readers == number + 1)
         assert so_far(api)
         assert b"retry: " in answered(greedy[0])
+
+
+@pytest.mark.parametrize("cause", ["its token has ended", "its place is needed", "it has come to its end"])
+def test_a_part_of_what_there_is_does_not_look_like_all_of_it(cause: str) -> None:
+    events = RunEvents()
+    events.begin(1, 0, 0)
+    for _ in range(1000):
+        events.lease("granted", "worker")
+    reader = events.reader()
+    said: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+        if cause == "its place is needed":
+            reader.oust()
+
+    stream = EventStream(reader, lambda: cause != "its token has ended" or len(said) < 5, follows=False)
+    asyncio.run(stream(scope_of("GET", "/v1/runs/run/events"), Sender(()).receive, send))
+    assert said[-1]["more_body"] == (cause != "it has come to its end")

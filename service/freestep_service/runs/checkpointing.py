@@ -68,6 +68,7 @@ class Checkpointing:
 
     def _note(self, written: CheckpointId) -> None:
         """A checkpoint is complete."""
+        self.failure = None
         if written.epoch < self._shards.epoch:
             # The run went back while it was being written: what follows is not in it.
             return
@@ -78,7 +79,7 @@ class Checkpointing:
     def is_due(self) -> bool:
         """Whether it is for this process to have a checkpoint written, and time.
 
-        It is where the run has none, after enough steps, or after enough time with any step in it.
+        It is where one could not be written, after enough steps, or after enough time with any step in it.
         """
         shards, settings = self._shards, self._context.settings
         if not shards.has_first or not self._context.keeps_checkpoints or not shards[0].core.initialized:
@@ -88,7 +89,7 @@ class Checkpointing:
             return False
         steps = shards[0].core.writer.applied_step - (last or 0)
         return (
-            (last is None and self.failure is not None)
+            self.failure is not None
             or steps >= settings.checkpoint_steps
             or (steps > 0 and (now - at >= settings.checkpoint_seconds or self._has_long_journal()))
         )
@@ -120,7 +121,6 @@ class Checkpointing:
                 self.failure = str(error)
                 self._context.telemetry.checkpoint_failed()
                 raise
-            self.failure = None
             self._note(identity)
             self._not_before = 0.0
             seconds = time.monotonic() - began

@@ -69,7 +69,7 @@ class EventStream(EventSourceResponse):
                     return
                 for piece in _pieces_of(self._reader.take()):
                     await send_piece(piece)
-            if self._reader.is_ousted and not self._follows:
+            if not self._follows and self._reader.is_behind and not wants_head_only(scope):
                 # As above.
                 abort(scope)
                 return
