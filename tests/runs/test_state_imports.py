@@ -10,7 +10,7 @@ import torch
 
 from freestep.api.control import RunControl
 from freestep.api.run_state import StateDocument
-from freestep.errors import InvalidSpec, ShardUnavailable, StorageUnavailable
+from freestep.errors import IdempotencyConflict, InvalidSpec, ShardUnavailable, StorageUnavailable
 from freestep.wire.state import encode_state_header
 from freestep_service.domain.tokens import ANYBODY
 from freestep_service.runs.run import Run
@@ -19,6 +19,7 @@ from in_process import Bytes, Medium, claim_of, lease_of, new_run, process, pull
 
 TERMS = ImportTerms("an-import", replaces=True)
 STEP = 7
+DIGEST = "of-a-body"
 
 
 async def hold(run: Run, value: float = 5.0, terms: ImportTerms = TERMS, **changed: Any) -> list[str]:
@@ -59,7 +60,7 @@ def test_a_part_that_its_owner_does_not_hold_changes_nothing(
             else:
                 run.imports._held.drop(TERMS.attempt)
             with pytest.raises(ShardUnavailable):
-                await run.imports.adopt(TERMS, STEP, tokens)
+                await run.imports.adopt(TERMS, STEP, DIGEST, tokens)
             await run.imports.forget(TERMS.attempt)
             assert memory.free == free
             await until(lambda: run.shard(0) is not None, "the run")
@@ -80,7 +81,7 @@ def test_a_full_disk_refuses_an_import_before_anything_is_changed(store: str, tm
             tokens = await hold(run)
             medium.is_full = True
             with pytest.raises(StorageUnavailable, match="No space left"):
-                await run.imports.adopt(TERMS, STEP, tokens)
+                await run.imports.adopt(TERMS, STEP, DIGEST, tokens)
             assert (run.epoch, await pull(run.shard(0))) == (1, (0, 0.0))
 
     run_async(work)
@@ -99,7 +100,7 @@ def test_an_import_whose_checkpoint_fails_says_so_and_is_written_when_it_is_sent
             medium.require_writable = lambda: None  # type: ignore[method-assign]
             medium.is_full = True
             with pytest.raises(StorageUnavailable, match="No space left"):
-                await run.imports.adopt(TERMS, STEP, tokens)
+                await run.imports.adopt(TERMS, STEP, DIGEST, tokens)
             assert await pull(run.shard(0)) == (STEP, 5.0)
             assert (await run.status()).checkpoint_step != STEP
             medium.is_full = False
@@ -125,12 +126,12 @@ def test_a_state_that_failed_to_load_does_not_outlive_the_failure(store: str, tm
             take = run.imports._held.take
             run.imports._held.take = lambda upload, index: None if index == shards - 1 else take(upload, index)  # type: ignore[method-assign]
             with pytest.raises(ShardUnavailable):
-                await run.imports.adopt(TERMS, STEP, tokens)
+                await run.imports.adopt(TERMS, STEP, DIGEST, tokens)
             assert [await pull(run.shard(index)) for index in range(shards)] == [(1, 1.0)] * shards
             # It was not made: sent again, it is.
             run.imports._held.take = take  # type: ignore[method-assign]
             assert await run.imports.is_wanted(TERMS)
-            await run.imports.adopt(TERMS, STEP, await hold(run))
+            await run.imports.adopt(TERMS, STEP, DIGEST, await hold(run))
             assert [await pull(run.shard(index)) for index in range(shards)] == [(STEP, 5.0)] * shards
             assert not await run.imports.is_wanted(TERMS)
 
@@ -150,11 +151,11 @@ def test_a_state_whose_changes_take_more_memory_than_is_free_is_refused(
             left = memory.free
             memory.total -= left
             with pytest.raises(InvalidSpec):
-                await run.imports.adopt(TERMS, STEP, tokens)
+                await run.imports.adopt(TERMS, STEP, DIGEST, tokens)
             memory.total += left
             await run.imports.forget(TERMS.attempt)
             assert (run.epoch, await pull(run.shard(0)), memory.free) == (1, (0, 0.0), free)
-            await run.imports.adopt(TERMS, STEP, await hold(run, aggregation=gathering))
+            await run.imports.adopt(TERMS, STEP, DIGEST, await hold(run, aggregation=gathering))
             assert (await run.status()).control.aggregation == gathering
             assert memory.free < free
 
@@ -172,9 +173,11 @@ def test_of_two_requests_with_one_key_the_run_takes_one_whole(store: str, tmp_pa
             for index in range(2):
                 await hold_part(run, index, 6.0, second)
             tokens.append(await hold_part(run, 1, 5.0, first))
-            await run.imports.adopt(first, STEP, tokens)
+            await run.imports.adopt(first, STEP, DIGEST, tokens)
             assert [await pull(run.shard(index)) for index in range(2)] == [(STEP, 5.0)] * 2
-            await run.imports.adopt(second, STEP, tokens)
+            await run.imports.adopt(second, STEP, DIGEST, tokens)
+            with pytest.raises(IdempotencyConflict):
+                await run.imports.adopt(second, STEP, "of-another", tokens)
             assert [await pull(run.shard(index)) for index in range(2)] == [(STEP, 5.0)] * 2
             for terms in first, second:
                 await run.imports.forget(terms.attempt)

@@ -235,6 +235,9 @@ def test_an_import_that_is_sent_again_counts_once(moved: bytes, other: Api) -> N
     assert (first.status_code, second.status_code) == (200, 200)
     assert (second.json()["epoch"], second.json()["step"]) == (first.json()["epoch"], 5)
     assert slug(import_(other, moved, headers={"Idempotency-Key": "another"})) == "already-initialized"
+    newer = other.http.get(other.path("/state")).content
+    assert slug(import_(other, newer, headers=again, replace="true")) == "idempotency-conflict"
+    assert other.status()["epoch"] == second.json()["epoch"]
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -89,7 +89,7 @@ class Decision:
     """The state that the shards load, as of a place in the log; None: a run without weights.
 
     live: shards that hold that state in memory keep it. upload: the import that the state is, where it is no
-    checkpoint. attempt: the request of that import whose parts the owners hold.
+    checkpoint. attempt: the request of that import whose parts the owners hold. digest: of its body.
     """
 
     epoch: int
@@ -98,11 +98,12 @@ class Decision:
     live: bool = False
     upload: str = ""
     attempt: str = ""
+    digest: str = ""
 
     def target(self) -> dict[str, Any]:
         """The decision as lua/open.lua keeps it."""
         # Version 0.1.0 looks for its parts under `upload`.
-        upload = {"upload": self.attempt, "import": self.upload} if self.upload else {}
+        upload = {"upload": self.attempt, "import": self.upload, "digest": self.digest} if self.upload else {}
         return {"cut": self.cut, "live": self.live, **upload}
 
 

@@ -18,6 +18,7 @@ from freestep.errors import (
     CoordinatorUnavailable,
     EpochChanged,
     FreestepError,
+    IdempotencyConflict,
     RunNotInitialized,
     ShardUnavailable,
 )
@@ -92,7 +93,7 @@ async def receive_state(
     """
     received = ReceivedState(resources.memory, accept)
     try:
-        await body.receive_into(received.receiver(body.length, manifest))
+        received.digest = await body.receive_into(received.receiver(body.length, manifest))
         await uninterrupted(resources.locks.decoding(received.require_values))
     except BaseException:
         received.release()
@@ -154,13 +155,13 @@ class StateImports:
         self._held.hold(attempt, index, received)
         return token
 
-    async def adopt(self, terms: ImportTerms, step: int, tokens: Sequence[str]) -> None:
+    async def adopt(self, terms: ImportTerms, step: int, digest: str, tokens: Sequence[str]) -> None:
         """Has the run opened, in a new epoch, with the state that the shards' owners hold; returns when it is durable.
 
-        `forget` is to follow. tokens: by shard, those under which the owners hold their parts. Raises what
-        `ImportTerms.is_met` does, ShardUnavailable, InvalidSpec where there is no memory for what is changed of the
-        state's run, and StorageUnavailable before anything is changed, or where the run has the state and its
-        checkpoint cannot be written.
+        `forget` is to follow. digest: of the state's body. tokens: by shard, those under which the owners hold their
+        parts. Raises what `ImportTerms.is_met` does, IdempotencyConflict, ShardUnavailable, InvalidSpec where there is
+        no memory for what is changed of the state's run, and StorageUnavailable before anything is changed, or where
+        the run has the state and its checkpoint cannot be written.
         """
         context = self._context
         if context.keeps_checkpoints:
@@ -171,7 +172,7 @@ class StateImports:
                 await room.enter_async_context(self._memory.room_for(held.control.in_force(context.spec)))
             async with self._ownership.opening("an import"):
                 try:
-                    epoch = await self._decide(terms, step, tokens)
+                    epoch = await self._decide(terms, step, digest, tokens)
                 except FreestepError as error:
                     # Raised when the run is open again, as it was.
                     refusal = error
@@ -189,24 +190,37 @@ class StateImports:
                 message = {"kind": "import-over", "attempt": attempt}
                 await self._context.resources.channels.publish(message, self._context.coordinator.channel)
 
+    async def require_same(self, terms: ImportTerms, digest: str) -> None:
+        """Raises IdempotencyConflict where the upload has been made with another body than one of this digest."""
+        view = await self._opening.read()
+        if view is not None:
+            _require_same(view, terms, digest)
+
     async def require_durable(self) -> None:
         """Writes a checkpoint, where the run keeps any."""
         if self._context.keeps_checkpoints:
             await self._checkpointing.write_now()
 
-    async def _decide(self, terms: ImportTerms, step: int, tokens: Sequence[str]) -> int:
+    async def _decide(self, terms: ImportTerms, step: int, digest: str, tokens: Sequence[str]) -> int:
         """Closes the run and has it opened with the state; the epoch that begins, 0 if it has the state already."""
         generation = await self._opening.gather(self._shards.count)
         view = await self._opening.read()
         if view is None:
             raise ShardUnavailable("the run is being opened")
         if not terms.is_met(view):
+            _require_same(view, terms, digest)
             return 0
         if [view.field(index, "token") for index in range(view.count)] != list(tokens):
             raise ShardUnavailable("a shard has another owner than the one that holds its part of the state")
         epoch = 1 + max(await self._stored.last_epoch(), view.number("epoch"))
         place = CheckpointId(epoch, step, 0)
-        decision = Decision(epoch, place, initialized=True, upload=terms.upload, attempt=terms.attempt)
+        decision = Decision(epoch, place, initialized=True, upload=terms.upload, attempt=terms.attempt, digest=digest)
         if not await self._loading.open(view.of_generation(generation), decision):
             raise ShardUnavailable("the run was opened otherwise in the meantime")
         return epoch
+
+
+def _require_same(view: RunView, terms: ImportTerms, digest: str) -> None:
+    # Version 0.1.0 keeps none.
+    if view.run.get("upload") == terms.upload and view.run.get("upload_digest", digest) != digest:
+        raise IdempotencyConflict("the idempotency key came before with another state")

@@ -36,6 +36,8 @@ class ReceivedState:
     def __init__(self, budget: MemoryBudget, accept: Callable[[StateDocument], None]) -> None:
         self.vectors: dict[str, Tensor] = {}
         """Flat fp32 on the host, by the names of the method's state vectors."""
+        self.digest = ""
+        """Of the body, once it has been received."""
         self._budget = budget
         self._accept = accept
         self._document: StateDocument | None = None

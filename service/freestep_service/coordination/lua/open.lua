@@ -6,8 +6,8 @@
 -- ARGV     1 spec, 2 batch, 3 max_staleness, 4 distinct, 5 slack, 6 bounds (as for create), 7 shards, 8 epoch, 9 step,
 --          10 seq, 11 initialized (0 or 1), 12 group (JSON: worker -> pushes), 13 leases (JSON, in the order of their
 --          windows), 14 generation that was gathered, 15 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live:
---          true if the state that a shard holds is that cut, and of an import its key as import, and as upload the name
---          under which shards hold their parts}), 16 metrics (JSON: name -> value as in report_metric.lua), 17 numbers of pushes (JSON: decision ->
+--          true if the state that a shard holds is that cut, and of an import its key as import, its digest, and as
+--          upload the name under which shards hold their parts}), 16 metrics (JSON: name -> value as in report_metric.lua), 17 numbers of pushes (JSON: decision ->
 --          number) as shards have counted them, or for a Redis that has lost them, 18 norms, 19 outliers and 20 banned
 --          (JSON, as the run's hash has them), 21 data sets (JSON: name -> {spec (text), total (text), reached, open},
 --          see domain/data_sets.py), 22 control, 23 paused and 24 suspended (as the run's hash has them), 25 a
@@ -66,10 +66,11 @@ if ARGV[25] ~= '' and redis.call('HSETNX', RUN, 'durable', ARGV[25]) == 1 then
 end
 local target = cjson.decode(ARGV[15])
 if target.upload then
-  redis.call('HSET', RUN, 'upload', target.import, 'upload_epoch', ARGV[8])
+  redis.call('HSET', RUN, 'upload', target.import, 'upload_epoch', ARGV[8],
+    'upload_digest', target.digest)
 elseif type(target.cut) == 'table' and target.cut[1] < run_number('upload_epoch') then
   -- What was imported is gone: whoever sends it again is to have it made.
-  redis.call('HDEL', RUN, 'upload', 'upload_epoch')
+  redis.call('HDEL', RUN, 'upload', 'upload_epoch', 'upload_digest')
 end
 for decision, pushes in pairs(cjson.decode(ARGV[17])) do
   -- Shards that go on with what they hold know what has counted, and Redis may be ahead of them or behind. Dropped pushes

@@ -13,6 +13,7 @@ from freestep.api.run_state import StateDocument
 from freestep.errors import (
     AlreadyInitialized,
     EpochChanged,
+    IdempotencyConflict,
     InvalidSpec,
     MalformedRequest,
     MalformedTensors,
@@ -77,7 +78,7 @@ async def export_state(request: Request) -> Response:
 )
 @needs("admin")
 @refuses(DataRequest.of, body_length, RunExists, RunNotInitialized, EpochChanged, AlreadyInitialized)
-@refuses(InvalidSpec, MalformedTensors, Overloaded, StorageUnavailable)
+@refuses(IdempotencyConflict, InvalidSpec, MalformedTensors, Overloaded, StorageUnavailable)
 async def import_state(request: Request) -> Response:
     """Gives a run a whole state, and creates the run with the state's spec if there is none.
 
@@ -103,7 +104,7 @@ async def import_state(request: Request) -> Response:
     if await run.imports.is_wanted(terms):
         return await _import_whole(request, run, body, terms)
     # An earlier attempt of the same request has made it.
-    await body.receive_digest()
+    await run.imports.require_same(terms, await body.receive_digest())
     await run.imports.require_durable()
     return await _status(run, terms)
 
@@ -136,7 +137,7 @@ async def _import_whole(request: Request, run: Run | None, body: Body, terms: Im
             tokens = await send_parts(context.relay, request, run, received, terms.attempt)
         else:
             tokens = [run.imports.hold(0, received, terms.attempt)]
-        await run.imports.adopt(terms, document.step, tokens)
+        await run.imports.adopt(terms, document.step, received.digest, tokens)
     return await _status(run, terms)
 
 
