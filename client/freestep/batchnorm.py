@@ -27,7 +27,8 @@ def reestimate_batchnorm(
     load x, and then this, before the model is evaluated or saved. The statistics become the plain averages over the
     batches, as the README of the schedulefree package advises. Only BatchNorm layers are in training mode meanwhile:
     dropout, say, is off, as it will be when the statistics are used. Weights, momenta and training flags are as before
-    afterwards; after an error, the statistics too.
+    afterwards; after an error, the statistics too. So are those of a layer that no batch has come to, which is warned
+    about.
 
     Args:
         model: The model. Layers without running statistics are left alone.
@@ -37,7 +38,7 @@ def reestimate_batchnorm(
         device: Where inputs are moved to; None is the device of the model's parameters, if all are on one.
 
     Returns:
-        The number of layers; if it is 0, the loader is not read.
+        The number of layers whose statistics are new; where there are no layers, the loader is not read.
 
     Raises:
         ValueError: The loader has no batches.
@@ -47,38 +48,98 @@ def reestimate_batchnorm(
         logger.info("the model has no BatchNorm layers with running statistics: nothing was estimated")
         return 0
     device = device or _device(model)
-    with _estimating(model, layers):
-        count = 0
+    count, averages = 0, [_Average(layer) for layer in layers]
+    with _estimating(model, averages):
         for batch in islice(loader, batches):
+            for each in averages:
+                each.begin()
             _forward(model, batch, device)
+            for each in averages:
+                each.add()
             count += 1
         if not count:
             raise ValueError("the loader has no batches: BatchNorm's statistics are as they were")
-    return len(layers)
+        for each in averages:
+            each.finish()
+    left = [each.layer for each in averages if not each.count]
+    if left:
+        logger.warning(
+            "no batch has come to %d of the model's %d BatchNorm layers, such as %r, whose statistics are as they "
+            "were: give batches that come to all layers",
+            len(left),
+            len(layers),
+            next(name for name, module in model.named_modules() if module is left[0]),
+        )
+    return len(layers) - len(left)
+
+
+class _Average:
+    """A layer's statistics, averaged over the batches that have come to it.
+
+    In fp32 at least: in BF16, an average of many is beside them by rounding. count: of batches, or of calls where a
+    batch leads to several.
+    """
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self.layer = layer
+        self.count = 0
+        self._before = {name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)}
+        self._means = [torch.zeros_like(each, dtype=_exact(each)) for each in self._statistics]
+
+    @property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        assert self.layer.running_mean is not None and self.layer.running_var is not None
+        return self.layer.running_mean, self.layer.running_var
+
+    def begin(self) -> None:
+        """Called before a batch."""
+        self.layer.reset_running_stats()
+
+    def add(self) -> None:
+        """Called after a batch, over whose calls torch has averaged."""
+        if new := int(self.layer.num_batches_tracked or 0):
+            self.count += new
+            for mean, now in zip(self._means, self._statistics, strict=True):
+                mean.lerp_(now.to(mean.dtype), new / self.count)
+
+    def finish(self) -> None:
+        """Gives the layer its new statistics; those from before, if no batch has come to it."""
+        if not self.count:
+            self.restore()
+            return
+        for mean, now in zip(self._means, self._statistics, strict=True):
+            now.copy_(mean)
+        self.layer.num_batches_tracked.fill_(self.count)  # type: ignore[union-attr]
+
+    def restore(self) -> None:
+        """Gives the layer the statistics from before."""
+        for name, buffer in self.layer.named_buffers(recurse=False):
+            buffer.copy_(self._before[name])
+
+
+def _exact(statistic: Tensor) -> torch.dtype:
+    return torch.promote_types(statistic.dtype, torch.float32)
 
 
 @contextmanager
-def _estimating(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Resets the layers' statistics, and has them average over the batches."""
+def _estimating(model: nn.Module, averages: list[_Average]) -> Iterator[None]:
+    """Has the layers, and nothing else, in training; restores their statistics after an error."""
     flags = {module: module.training for module in model.modules()}
-    momenta = [layer.momentum for layer in layers]
-    statistics = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
+    momenta = [each.layer.momentum for each in averages]
     try:
         model.eval()
-        for layer in layers:
-            layer.reset_running_stats()
+        for each in averages:
             # torch's cumulative average.
-            layer.momentum = None
-            layer.training = True
+            each.layer.momentum = None
+            each.layer.training = True
         yield
     except BaseException:
-        for layer, buffers in zip(layers, statistics, strict=True):
-            for name, buffer in layer.named_buffers(recurse=False):
-                buffer.copy_(buffers[name])
+        for each in averages:
+            each.restore()
         raise
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for each, momentum in zip(averages, momenta, strict=True):
+            each.layer.momentum = momentum
         for module, flag in flags.items():
             module.training = flag
 

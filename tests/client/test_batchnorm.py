@@ -125,6 +125,55 @@ def test_after_an_error_all_is_as_it_was(loader: Any, error: type[Exception]) ->
     assert net[0][1].momentum == 0.3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_a_half_model_are_averages_of_many_batches(dtype: torch.dtype) -> None:
+    layer = nn.BatchNorm1d(3).to(dtype)
+    batches = [torch.randn(32, 3, generator=torch.Generator().manual_seed(seed)) + 5 for seed in range(400)]
+    reestimate_batchnorm(layer, [each.to(dtype) for each in batches])
+    assert layer.running_mean is not None and layer.running_var is not None and layer.num_batches_tracked is not None
+    assert (layer.running_mean.dtype, int(layer.num_batches_tracked)) == (dtype, 400)
+    torch.testing.assert_close(layer.running_mean.float(), torch.cat(batches).mean(0), rtol=0.005, atol=0)
+    torch.testing.assert_close(layer.running_var.float(), torch.cat(batches).var(0), rtol=0.01, atol=0)
+
+
+def test_a_layer_that_is_called_several_times_has_the_average_of_its_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            normalized: Tensor = self.norm(batch) + self.norm(2 * batch)
+            return normalized
+
+    net, reference = Twice(), Twice()
+    update_bn(BATCHES, reference)
+    assert reestimate_batchnorm(net, BATCHES) == 1
+    assert_same(buffers(net), buffers(reference))
+
+
+def test_a_layer_that_no_batch_comes_to_keeps_its_statistics(caplog: pytest.LogCaptureFixture) -> None:
+    """As those of other domains, or of a head that is used in training alone."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleDict({domain: nn.BatchNorm1d(3) for domain in ("here", "there")})
+
+        def forward(self, batch: Tensor, domain: str = "here") -> Tensor:
+            normalized: Tensor = self.norms[domain](batch)
+            return normalized
+
+    net, reference = Net(), Net()
+    net(BATCHES[3], "there")
+    before = buffers(net.norms["there"])
+    assert reestimate_batchnorm(net, BATCHES) == 1
+    update_bn(BATCHES, reference)
+    assert_same(buffers(net.norms["here"]), buffers(reference.norms["here"]))
+    assert_same(buffers(net.norms["there"]), before)
+    assert "1 of the model's 2 BatchNorm layers, such as 'norms.there'" in caplog.text
+
+
 def test_a_model_without_batchnorm_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "freestep")
     unread = iter(BATCHES)
