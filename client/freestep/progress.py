@@ -42,3 +42,5 @@ class Progress:
     """The loss that the next push reports, set from outside `step`."""
     units: TakenUnits = field(default_factory=TakenUnits)
     """The units of data that the next push names."""
+    tells_begin: bool = False
+    """Whether the training loop says when it begins a batch of units, by `UnitLoader.begin_next`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, Sampler
@@ -19,10 +20,12 @@ __all__ = ["UnitLoader"]
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A batch whose indices were drawn: the lease of its units, and those whose last examples are in it."""
+    """A batch whose indices were drawn: the lease of its units, those whose last examples are in it, and whether None
+    was made of it."""
 
     lease: str
     finished: list[StockedUnit]
+    is_empty: bool = False
 
 
 class UnitLoader:
@@ -59,9 +62,11 @@ class UnitLoader:
             raise FreestepError("in_order=False is not possible: which units a batch has is known by its place")
         self._units = units
         self.ahead = ahead
-        """How many batches the loop takes before it trains on them."""
+        """How many batches the loop takes before it trains on them, where it does not say when it begins one."""
         self._loops = 0
         """How many have begun: the newest one has what was drawn."""
+        self._taken = deque[_Drawn]()
+        """The batches that the newest loop has taken and not begun, in order."""
         self._sampler = _Batches(units, batch_size)
         persistent = {"persistent_workers": True} if options.get("num_workers") else {}
         self._loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._sampler, **{**persistent, **options})
@@ -70,13 +75,23 @@ class UnitLoader:
         """Whether all units of all passes have counted by now; asks the service unless that is known."""
         return self._units.is_exhausted()
 
+    def begin_next(self) -> None:
+        """Notes that the loop begins the oldest batch that it has taken; one that is None, it leaves out."""
+        while self._taken:
+            now = self._taken.popleft()
+            self._note(now)
+            if not now.is_empty:
+                return
+
     def __iter__(self) -> Iterator[Any]:
         self._units.begin()
         self._loops += 1
         loop = self._loops
         # Of a loop that was left and is not over: an exception's traceback may keep it.
         self._units.give_back(self._sampler.forget())
-        drawn, delivered = self._sampler.drawn, deque[_Drawn]()
+        drawn, taken, all_taken = self._sampler.drawn, deque[_Drawn](), False
+        self._taken = taken
+        ahead = math.inf if self._units.has_begin_told else self.ahead
         try:
             while True:
                 for batch in self._loader:
@@ -84,18 +99,22 @@ class UnitLoader:
                     if now.lease != self._units.lease:
                         # Its units are others' by now.
                         continue
-                    delivered.append(now)
-                    if len(delivered) > self.ahead:
-                        self._note(delivered.popleft())
+                    taken.append(replace(now, is_empty=batch is None))
+                    if len(taken) > ahead:
+                        self._note(taken.popleft())
                     yield batch
                     if loop != self._loops:
                         return
-                while delivered:
-                    self._note(delivered.popleft())
+                if taken and self._units.has_begin_told:
+                    # They are yet to be begun, and others may wait for their units.
+                    all_taken = True
+                    return
+                while taken:
+                    self._note(taken.popleft())
                 if not self._units.await_more():
                     return
         finally:
-            if loop == self._loops:
+            if loop == self._loops and not all_taken:
                 self._units.give_back(self._sampler.forget())
 
     def _note(self, now: _Drawn) -> None:

@@ -67,6 +67,11 @@ class UnitSource:
         """The ID of the worker's lease at this moment."""
         return self._optimizer._membership.granted.lease
 
+    @property
+    def has_begin_told(self) -> bool:
+        """Whether the training loop says when it begins a batch."""
+        return self._optimizer._progress.tells_begin
+
     def begin(self) -> None:
         """Gives back what an earlier loop was handed and left without a gradient. Raises Closed with the optimizer."""
         self._optimizer._require_open()

@@ -100,8 +100,8 @@ class Units:
                 must be its length.
             batch_size: Examples of a batch. If it is not smaller than a unit, it must be a multiple of it: a batch is
                 then of whole units. If it is smaller, a unit is cut into batches, the last of which may be shorter.
-            ahead: How many batches the loop takes before it trains on them; 1 for loops that look for the last batch,
-                as Lightning's, whose FreestepCallback sees to it.
+            ahead: How many batches the loop takes before it trains on them; 1 for loops that look for the last batch.
+                Lightning's FreestepCallback says when a batch is begun instead.
             **options: As for torch.utils.data.DataLoader: `num_workers`, `collate_fn`, `pin_memory` and others.
 
         Raises:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
-from freestep import LocalSteps, RemoteOptimizer, Run, Units
+from freestep import FreestepError, LocalSteps, RemoteOptimizer, Run, Units
 from harness import ThreadService
 from lightning_module import WITH_ITS_WARNINGS, trainer
 
@@ -59,7 +60,7 @@ def make(service: ThreadService, name: str) -> Iterator[Make]:
     """Makes modules whose optimizers work on one run; these are closed with the test."""
     made: list[RemoteOptimizer] = []
 
-    def module(*names: str, every: int = 0, **options: Any) -> Counts:
+    def module(*names: str, kind: type[Counts] = Counts, every: int = 0, **options: Any) -> Counts:
         def optimizer(model: nn.Module) -> RemoteOptimizer:
             given: dict[str, Any] = {"url": service.url, "run": name, "aggregation": "async", "lr": 1.0}
             if every:
@@ -69,7 +70,7 @@ def make(service: ThreadService, name: str) -> Iterator[Make]:
                 made.append(RemoteOptimizer(model, algorithm="sgd", **given))
             return made[-1]
 
-        return Counts(optimizer, *names, **options)
+        return kind(optimizer, *names, **options)
 
     yield module
     for each in made:
@@ -112,6 +113,82 @@ def test_a_unit_counts_with_the_step_that_was_taken_on_it(make: Make, run: Run, 
     assert steps.seen == 10
 
 
+LIMITS = [
+    {"limit_train_batches": 3},
+    {"limit_train_batches": 3, "reload_dataloaders_every_n_epochs": 1},
+    {"limit_train_batches": 3, "accumulate_grad_batches": 2},
+    {"limit_train_batches": 1},
+]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_epochs_of_some_batches_count_every_example_once(
+    make: Make, run: Run, tmp_path: Path, limits: dict[str, Any], workers: int
+) -> None:
+    """Lightning takes no batch before it needs it where it knows the epoch's length."""
+    module = make(workers=workers)
+    steps = [] if "accumulate_grad_batches" in limits else [Steps(run)]
+    trainer(tmp_path, *steps, max_epochs=-1, **limits).fit(module)
+    assert counted(run) == {1.0} and run.data().status().exhausted
+
+
+def test_one_batch_to_try_it_counts_its_unit(make: Make, run: Run, tmp_path: Path) -> None:
+    trainer(tmp_path, fast_dev_run=True).fit(make())
+    status = run.data().status()
+    assert (status.done, status.out) == (1, 0) and sum(run.pull("y")[0]["counts.0"].tolist()) == UNIT
+
+
+class Overflowing(Counts):
+    """Its first gradients are infinite."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.current_epoch < 2:
+            self.counts[0].grad.fill_(torch.inf)  # type: ignore[union-attr]
+
+
+def test_a_step_that_a_scaler_skips_at_an_epochs_end_gives_its_units_back(make: Make, run: Run, tmp_path: Path) -> None:
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    trainer(tmp_path, plugins=precision, max_epochs=-1, limit_train_batches=1).fit(make(kind=Overflowing))
+    assert counted(run) == {1.0} and run.status().step == 10
+
+
+def none_of_every_second(examples: list[int]) -> Tensor | None:
+    return None if examples[0] % (2 * UNIT) else torch.tensor(examples)
+
+
+class Gaps(Counts):
+    """Its loader makes nothing of every second unit, as one that leaves out what cannot be read."""
+
+    def train_dataloader(self) -> Any:
+        units = Units(self.optimizers(), LENGTH, unit=UNIT, shuffle="none")  # type: ignore[arg-type]
+        return units.loader(range(LENGTH), batch_size=UNIT, collate_fn=none_of_every_second)
+
+
+class ByHand(Counts):
+    """Takes its batches itself."""
+
+    def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:  # type: ignore[override]
+        batch, _, _ = next(dataloader_iter)
+        return super().training_step(batch, 0)
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+def test_batches_that_are_none_count_with_the_next_step(make: Make, run: Run, tmp_path: Path) -> None:
+    trainer(tmp_path, max_epochs=1).fit(make(kind=Gaps))
+    # The last one has no step that follows.
+    assert run.status().step == 5 and run.data().status().done == 9
+    assert counted(run) == {0.0, 1.0}
+
+
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument", "ignore:You are using the `dataloader_iter`")
+def test_a_module_that_takes_its_batches_itself_counts_each_unit_with_its_step(
+    make: Make, run: Run, tmp_path: Path
+) -> None:
+    trainer(tmp_path, Steps(run), max_epochs=-1).fit(make(kind=ByHand))
+    assert counted(run) == {1.0}
+
+
 def test_rounds_of_local_steps_push_their_units(make: Make, run: Run, tmp_path: Path) -> None:
     trainer(tmp_path, max_epochs=-1).fit(make(every=4))
     assert counted(run) == {1.0} and run.status().step == 3
@@ -136,3 +213,28 @@ def test_two_data_sets_count_together(make: Make, run: Run, tmp_path: Path) -> N
     trainer(tmp_path, max_epochs=-1).fit(make("one", "other"))
     assert counted(run) == {1.0} and run.status().step == 10
     assert [(each.name, each.exhausted) for each in run.data_sets()] == [("one", True), ("other", True)]
+
+
+class Cycling(Counts):
+    """Leaves it to Lightning how loaders are combined."""
+
+    def train_dataloader(self) -> Any:
+        return super().train_dataloader().iterables
+
+
+class Bare(Counts):
+    """Has no loader."""
+
+    def train_dataloader(self) -> Any:
+        return Units(self.optimizers(), LENGTH, unit=UNIT)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "said"), [(Cycling, ("one", "other"), "max_size"), (Bare, (), "units.loader")], ids=str
+)
+def test_what_would_not_count_every_example_is_refused(
+    make: Make, run: Run, tmp_path: Path, kind: type[Counts], names: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(FreestepError, match=said):
+        trainer(tmp_path).fit(make(*names, kind=kind))
+    assert run.status().step == 0

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from freestep.errors import FreestepError
 from freestep.local_steps import LocalSteps
 from freestep.optimizer import RemoteOptimizer
 from freestep.unit_loader import UnitLoader
+from freestep.units import Units
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -41,7 +43,7 @@ class FreestepCallback(Callback):
       ends with an exception, the model stays where it is, which is said.
     - Where a module trains on a loader of `freestep.Units`, an epoch is a loop over what is left of the data, and `fit`
       ends when all units have counted, or after `max_epochs`: -1 for no other end. What an epoch leaves of a round of
-      LocalSteps is pushed at its end.
+      LocalSteps, or of an accumulation, is pushed at its end.
     - In automatic optimization a push reports the mean loss of the batches that its gradient was accumulated from. In
       manual optimization pass it to `step(loss=...)`.
 
@@ -72,6 +74,8 @@ class FreestepCallback(Callback):
         self._optimizers = [each for each in trainer.optimizers if isinstance(each, RemoteOptimizer)]
         if not self._optimizers:
             logger.warning("configure_optimizers has made no RemoteOptimizer: FreestepCallback does nothing")
+        for optimizer in self._optimizers:
+            optimizer._progress.tells_begin = not _takes_batches_itself(pl_module)
         for each in trainer.checkpoint_callbacks:
             if _saves_weights_only(each) and getattr(each, "_train_time_interval", None) is not None:
                 raise FreestepError(
@@ -80,9 +84,18 @@ class FreestepCallback(Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tells loaders of units that Lightning takes a batch before it has trained on the one before."""
-        for each in _unit_loaders(trainer):
-            each.ahead = 1
+        """Raises FreestepError if units would not be counted with the steps on them, or not all of them come."""
+        if any(isinstance(each, Units) for each in CombinedLoader(trainer.train_dataloader).flattened):
+            raise FreestepError(
+                "Lightning takes units before it has trained on those before, of which Units are not told: give "
+                "Lightning units.loader(dataset, batch_size=...)"
+            )
+        mode = trainer.fit_loop._combined_loader._mode  # type: ignore[union-attr]
+        if len(_unit_loaders(trainer)) > 1 and mode != "max_size":
+            raise FreestepError(
+                f"loaders of units of several data sets end one after another, and the mode {mode!r} does not go on "
+                'with those that are left: give Lightning CombinedLoader(loaders, "max_size")'
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pushes unfinished rounds, and loads x unless the model contains it."""
@@ -124,7 +137,10 @@ class FreestepCallback(Callback):
             each.eval()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Loads y, if the model contains x. Raises FreestepError if gradients would not be taken at y."""
+        """Loads y, if the model contains x; tells loaders of units, of which Lightning may have taken the next batch.
+
+        Raises FreestepError if gradients would not be taken at y.
+        """
         is_plain = pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1
         for each in self._optimizers:
             if each.loaded.point == "x":
@@ -134,6 +150,9 @@ class FreestepCallback(Callback):
                     f"{type(each).__name__} loads y for the closures of its steps only, which Lightning passes in "
                     "automatic optimization without accumulation: use the class without Closure in its name"
                 )
+        if not _takes_batches_itself(pl_module):
+            for loader in _unit_loaders(trainer):
+                loader.begin_next()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts x in the place of y; the model goes on at y."""
@@ -154,10 +173,27 @@ class FreestepCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads x if weights only may be about to be saved; ends with the last unit where units are handed out."""
         if loaders := _unit_loaders(trainer):
+            self._push_rest(trainer, pl_module)
             self._push_rounds()
             trainer.should_stop |= all(each.is_exhausted() for each in loaders)
         if any(map(_saves_weights_only, trainer.checkpoint_callbacks)):
             self._load_x()
+
+    def _push_rest(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Has no units left in gradients: if there is no more data, nobody would push or clear these.
+
+        Lightning takes a step with less than it accumulates if it knows that a batch is the last.
+        """
+        if not pl_module.automatic_optimization:
+            return
+        for each in self._optimizers:
+            if each._has_units:
+                if self._losses and each._gradients.has_any():
+                    each.train()
+                    its: Any = pl_module.optimizers()
+                    pl_module.optimizer_step(trainer.current_epoch, 0, its, self._mean_loss)
+                # Of a step that a GradScaler has skipped, too.
+                each.zero_grad()
 
     def _load_x(self) -> list[RemoteOptimizer]:
         """Loads x in the place of y; returns the optimizers whose it was."""
@@ -181,12 +217,20 @@ class FreestepCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Hands the losses' mean to the push."""
         if self._losses and isinstance(optimizer, RemoteOptimizer):
-            optimizer.loss = torch.stack(self._losses).mean()
+            optimizer.loss = self._mean_loss()
             self._losses.clear()
+
+    def _mean_loss(self) -> Tensor:
+        return torch.stack(self._losses).mean()
 
 
 def _unit_loaders(trainer: Trainer) -> list[UnitLoader]:
     return [each for each in CombinedLoader(trainer.train_dataloader).flattened if isinstance(each, UnitLoader)]
+
+
+def _takes_batches_itself(pl_module: LightningModule) -> bool:
+    """Whether a module's step takes its batches from the loader, and not from Lightning."""
+    return "dataloader_iter" in signature(pl_module.training_step).parameters
 
 
 def _saves_weights_only(checkpoint: Any) -> bool:
