@@ -7,14 +7,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["reestimate_batchnorm"]
+__all__ = ["BatchNormCaution", "reestimate_batchnorm"]
 
 logger = logging.getLogger("freestep")
+
+_estimated: WeakSet[_BatchNorm] = WeakSet()
+"""Layers whose statistics were estimated anew."""
 
 
 @torch.no_grad()
@@ -43,7 +47,7 @@ def reestimate_batchnorm(
     Raises:
         ValueError: The loader has no batches.
     """
-    layers = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
+    layers = _layers(model)
     if not layers:
         logger.info("the model has no BatchNorm layers with running statistics: nothing was estimated")
         return 0
@@ -61,6 +65,7 @@ def reestimate_batchnorm(
             raise ValueError("the loader has no batches: BatchNorm's statistics are as they were")
         for each in averages:
             each.finish()
+    _estimated.update(each.layer for each in averages if each.count)
     left = [each.layer for each in averages if not each.count]
     if left:
         logger.warning(
@@ -71,6 +76,37 @@ def reestimate_batchnorm(
             next(name for name, module in model.named_modules() if module is left[0]),
         )
     return len(layers) - len(left)
+
+
+class BatchNormCaution:
+    """Warns, once a training, of BatchNorm layers that are used at x with their statistics of y."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A training begins."""
+        self._layers: list[_BatchNorm] | None = None
+
+    def note_training(self, model: nn.Module) -> None:
+        """Notes the layers that gather statistics: called where the model is in training mode."""
+        if self._layers is None:
+            self._layers = [layer for layer in _layers(model) if layer.training]
+
+    def before_use(self) -> None:
+        """Warns if nobody has ever estimated the statistics anew: the model was evaluated at x, or stays there."""
+        if self._layers and not any(layer in _estimated for layer in self._layers):
+            logger.warning(
+                "the model has %d BatchNorm layers, whose statistics were gathered at y, and it is evaluated and saved "
+                "at x: call freestep.reestimate_batchnorm(model, batches) at x; docs/guides/batchnorm.md says where",
+                len(self._layers),
+            )
+            self._layers = []
+
+
+def _layers(model: nn.Module) -> list[_BatchNorm]:
+    """Those with running statistics."""
+    return [each for each in model.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
 
 
 class _Average:

@@ -214,6 +214,50 @@ def test_several_optimizers(service: ThreadService, name: str, tmp_path: Path) -
             assert torch.equal(held(net), pulled(run, "x"))
 
 
+class Normalizing(Module):
+    """Has BatchNorm, and perhaps estimates its statistics, or does not train it."""
+
+    estimates = is_frozen = False
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.net = nn.Sequential(nn.BatchNorm1d(6), self.net)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.net(inputs)
+        return result
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.net[0].train(not self.is_frozen)  # type: ignore[index]
+
+    def on_validation_start(self) -> None:
+        if self.estimates and not self.trainer.sanity_checking:
+            freestep.reestimate_batchnorm(self, loader())
+
+
+class Estimating(Normalizing):
+    estimates = True
+
+
+class Frozen(Normalizing):
+    is_frozen = True
+
+
+@pytest.mark.parametrize(("kind", "warned"), [(Normalizing, 1), (Estimating, 0), (Frozen, 0)])
+@pytest.mark.parametrize("validated", [True, False])
+def test_statistics_of_batchnorm_that_nobody_has_estimated_are_warned_about_once(
+    make_module: Make,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[Module],
+    warned: int,
+    validated: bool,
+) -> None:
+    trainer(tmp_path, max_epochs=2).fit(make_module(kind), loader(), *([loader()] if validated else []))
+    expected = warned if validated or kind is Frozen else 1
+    assert caplog.text.count("reestimate_batchnorm(model, batches)") == expected
+
+
 # Points
 
 

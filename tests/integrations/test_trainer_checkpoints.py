@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from freestep import Run, StateMismatch
+from freestep import Run, StateMismatch, reestimate_batchnorm
 from freestep.integrations.transformers import FreestepCallback
 from integrations.trainers import Each, Train, assert_equal, logged, optimizer_of, said, saved, stop_at, weights, x_of
-from tiny_models import texts, tiny_gpt
+from tiny_models import Regression, numbers, texts, tiny_gpt
 
 
 def test_metrics_are_those_of_x(trainer: Train, run: Run) -> None:
@@ -120,6 +120,32 @@ def test_a_checkpoint_that_a_later_callback_asks_for_is_said_to_contain_y(
 def test_jit_checkpoints_are_said_to_contain_y(trainer: Train, caplog: pytest.LogCaptureFixture) -> None:
     trainer(enable_jit_checkpoint=True).train()
     assert "JIT checkpoints contain y" in caplog.text
+
+
+@pytest.mark.parametrize("estimates", [False, True])
+def test_statistics_of_batchnorm_that_nobody_has_estimated_are_warned_about_once(
+    trainer: Train, caplog: pytest.LogCaptureFixture, estimates: bool
+) -> None:
+    model = Regression()
+    model.layers[1] = nn.BatchNorm1d(8)
+    examples = numbers()
+    made = trainer(
+        model,
+        given={"train_dataset": examples, "eval_dataset": examples},
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    if estimates:
+        evaluate, batch = made.evaluate, torch.stack([each["inputs"] for each in examples])
+
+        def at_x(*args: Any, **kwargs: Any) -> dict[str, float]:
+            made.optimizer.eval()  # type: ignore[union-attr]
+            reestimate_batchnorm(model, [batch])
+            return evaluate(*args, **kwargs)
+
+        made.evaluate = at_x  # type: ignore[method-assign]
+    made.train()
+    assert len([each for each in said(caplog) if "reestimate_batchnorm" in each]) == (0 if estimates else 1)
 
 
 def interrupted(trainer: Train, **options: Any) -> Trainer:

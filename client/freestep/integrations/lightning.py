@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freestep.batchnorm import BatchNormCaution
 from freestep.errors import FreestepError
 from freestep.local_steps import LocalSteps
 from freestep.optimizer import RemoteOptimizer
@@ -47,6 +48,9 @@ class FreestepCallback(Callback):
     - In automatic optimization a push reports the mean loss of the batches that its gradient was accumulated from. In
       manual optimization pass it to `step(loss=...)`.
 
+    The statistics of BatchNorm layers are those at y: call `reestimate_batchnorm` in `on_validation_start` of the
+    module, which is at x then, and after `fit`.
+
     Lightning calls no callback for checkpoints of weights only. Those of a ModelCheckpoint are x too; if you call
     `trainer.save_checkpoint(..., weights_only=True)` while training, call the optimizer's `eval` before. Finders of
     learning rates and batch sizes take steps that the run keeps.
@@ -66,6 +70,7 @@ class FreestepCallback(Callback):
         """Those of the current `fit`."""
         self._losses: list[Tensor] = []
         """Of the batches since gradients were set to zero."""
+        self._batchnorm = BatchNormCaution()
 
     # From the beginning of `fit` to its end
 
@@ -74,6 +79,7 @@ class FreestepCallback(Callback):
         self._optimizers = [each for each in trainer.optimizers if isinstance(each, RemoteOptimizer)]
         if not self._optimizers:
             logger.warning("configure_optimizers has made no RemoteOptimizer: FreestepCallback does nothing")
+        self._batchnorm.begin()
         for optimizer in self._optimizers:
             optimizer._progress.tells_begin = not _takes_batches_itself(pl_module)
         for each in trainer.checkpoint_callbacks:
@@ -101,6 +107,8 @@ class FreestepCallback(Callback):
         """Pushes unfinished rounds, and loads x unless the model contains it."""
         self._push_rounds()
         self._load_x()
+        if self._optimizers:
+            self._batchnorm.before_use()
 
     def _push_rounds(self) -> None:
         for each in self._optimizers:
@@ -135,6 +143,11 @@ class FreestepCallback(Callback):
         """Loads the newest x."""
         for each in self._optimizers:
             each.eval()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns of BatchNorm layers whose statistics were those of y."""
+        if self._optimizers:
+            self._batchnorm.before_use()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Loads y, if the model contains x; tells loaders of units, of which Lightning may have taken the next batch.
@@ -210,6 +223,7 @@ class FreestepCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps the batch's loss, which Lightning has divided for the accumulation, and multiplied for a GradScaler."""
+        self._batchnorm.note_training(pl_module)
         if pl_module.automatic_optimization:
             scale = trainer.scaler.get_scale() if trainer.scaler is not None else 1.0
             self._losses.append(loss.detach() * (trainer.accumulate_grad_batches / scale))

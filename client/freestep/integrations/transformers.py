@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from freestep.batchnorm import BatchNormCaution
 from freestep.errors import FreestepError
 from freestep.groups import hyperparameter_names
 from freestep.local_steps import LocalSteps
@@ -111,6 +112,9 @@ class FreestepCallback(TrainerCallback):
     - A push reports the loss that the model returns, summed over a step's batches as Trainer does.
       `adamc_schedule_free_plus` needs it. A `compute_loss_func` of Trainer's has to be passed through `reporting`.
 
+    The statistics of BatchNorm layers are those at y: call `reestimate_batchnorm` in Trainer's `evaluate`, behind
+    `self.optimizer.eval()`, and after the training.
+
     A callback that sets `should_save` has to stand before this one. JIT checkpoints, which Trainer writes at a SIGTERM,
     contain y.
     """
@@ -120,6 +124,7 @@ class FreestepCallback(TrainerCallback):
         """Of the batches of the current step, and whether each is a part of the step's mean already."""
         self._hook: RemovableHandle | None = None
         """Notes the losses while Trainer trains."""
+        self._batchnorm = BatchNormCaution()
 
     # From the beginning of the training to its end
 
@@ -145,6 +150,7 @@ class FreestepCallback(TrainerCallback):
         if getattr(args, "enable_jit_checkpoint", False):
             logger.warning("JIT checkpoints contain y: no callback is called before; other checkpoints contain x")
         self._unhook()
+        self._batchnorm.begin()
         self._hook = kwargs["model"].register_forward_hook(self._note_loss, with_kwargs=True)
 
     def on_train_end(
@@ -155,6 +161,7 @@ class FreestepCallback(TrainerCallback):
         if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
             remote.eval()
         remote.keep_weights()
+        self._batchnorm.before_use()
         self._unhook()
 
     def _unhook(self) -> None:
@@ -205,6 +212,7 @@ class FreestepCallback(TrainerCallback):
         """While training, keeps the x that was evaluated for other data sets and for the checkpoint."""
         if self._hook is not None:
             _remote(kwargs["optimizer"]).keep_weights()
+            self._batchnorm.before_use()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Warns where a checkpoint contains y."""
@@ -267,6 +275,7 @@ class FreestepCallback(TrainerCallback):
     def _note_loss(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
+        self._batchnorm.note_training(model)
         loss = output.get("loss") if isinstance(output, Mapping) else output[0]
         if isinstance(loss, Tensor) and loss.numel() == 1:
             # Not a copy: Trainer still multiplies it, by the number of processes.
