@@ -94,6 +94,8 @@ class Gradients:
     ) -> None:
         self._tensors = tensors
         self._module = None if module is None else weakref.ref(module)
+        self._done: tuple[weakref.ref[Tensor], int] | None = None
+        """The first of the gradients that a push has, and its version; None if they were removed."""
         self._absent = -1
         """How many parameters had no gradient when the model was last compared."""
         self._compared = 0
@@ -138,6 +140,23 @@ class Gradients:
     def versions(self) -> list[tuple[int, int]]:
         """Identity and version of each gradient, which change when one is taken or added to."""
         return [(id(tensor.grad), tensor.grad._version) for tensor in self._tensors.values() if tensor.grad is not None]
+
+    def note_done(self) -> None:
+        """Notes that a push has the gradients that there are now, or that these are zeros."""
+        first = self._first()
+        # Not its identity: another one may come to lie where it was.
+        self._done = None if first is None else (weakref.ref(first), first._version)
+
+    def are_left(self) -> bool:
+        """Whether there are gradients that no push has. Looks at the first one, since every step notes it."""
+        first = self._first()
+        if first is None or self._done is None:
+            return first is not None
+        done, version = self._done
+        return done() is not first or version != first._version
+
+    def _first(self) -> Tensor | None:
+        return next((each.grad for each in self._tensors.values() if each.grad is not None), None)
 
     def discard_if_changed(self, versions: list[tuple[int, int]]) -> bool:
         """Removes all gradients if one was taken or added to since; whether that was so."""

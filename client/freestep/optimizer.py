@@ -215,7 +215,8 @@ class RemoteOptimizer(PushingOptimizer):
     def eval(self) -> None:
         """Loads the newest x, the average, into the model, for evaluation; buffers are not changed.
 
-        Does nothing after `keep_weights`.
+        Gradients that no push has stay, and their push is as stale as the y at which they were taken. Does nothing
+        after `keep_weights`.
 
         Raises:
             Closed: The optimizer was closed.
@@ -224,6 +225,7 @@ class RemoteOptimizer(PushingOptimizer):
         self.flush()
         if not self._progress.keeps_weights:
             self._warn_of_changed_weights()
+            self._note_where_taken()
             self._load("x")
             self._progress.gradients_at_y = self._gradients.versions()
 
@@ -248,6 +250,7 @@ class RemoteOptimizer(PushingOptimizer):
         if self.loaded.point == "x" and self._gradients.discard_if_changed(self._progress.gradients_at_y):
             logger.warning("gradients that were taken at x are discarded: call train() before backward()")
             self._give_back_used(gradients)
+            self._progress.taken_at = None
         self._load("y")
 
     def keep_weights(self) -> None:

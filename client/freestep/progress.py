@@ -36,6 +36,8 @@ class Progress:
     """Whether the model contains weights of its owner's instead of `loaded`, until `train`."""
     gradients_at_y: list[tuple[int, int]] = field(default_factory=list)
     """Identity and version of each gradient when x was loaded."""
+    taken_at: Pulled | None = None
+    """The y at which gradients were taken that no push has; None where it is `loaded`."""
     inflight: InflightPush | None = None
     """The push whose answer has not been received, with overlap."""
     loss: float | Tensor | None = None

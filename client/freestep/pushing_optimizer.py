@@ -142,8 +142,16 @@ class PushingOptimizer(JoinedOptimizer):
             if had_closure and result is None and self._worker_group.size == 1:
                 return None
             raise
-        self._push(taken_at, self._gradients.average(batches), overlap)
+        self._push(self._progress.taken_at or taken_at, self._gradients.average(batches), overlap)
+        self._progress.taken_at = None
+        self._gradients.note_done()
         return result
+
+    def _note_where_taken(self) -> None:
+        """Notes where the gradients that no push has were taken: the model leaves that y."""
+        if self.loaded.point == "y" and self._progress.taken_at is None:
+            are_left = self._worker_group.run_on_first(self._gradients.are_left)
+            self._progress.taken_at = self.loaded if are_left else None
 
     def _take_loss(self, loss: float | Tensor | None, result: float | None) -> float | Tensor | None:
         """The loss that a step reports: its argument, else the one that was set, else its closure's."""
@@ -330,6 +338,8 @@ class PushingOptimizer(JoinedOptimizer):
         if self._has_units:
             self._give_back_used(self._gradients.versions())
         super().zero_grad(set_to_none)
+        self._progress.taken_at = None
+        self._gradients.note_done()
         if self._has_units:
             self._progress.units.note_cleared(self._gradients.versions())
 

@@ -297,6 +297,53 @@ def test_gradients_that_were_taken_at_x_are_not_pushed(
     assert run.status().step == 1
 
 
+@pytest.mark.parametrize("clears", ["by the optimizer", "in place", "by the model"])
+def test_gradients_from_before_an_evaluation_are_as_stale_as_they_are(remotely: Make, run: Run, clears: str) -> None:
+    net, other = model(), model()
+    optimizer = remotely(net, aggregation={"policy": "async", "max_staleness": 2})
+    others = remotely(other, worker="other")
+
+    def clear() -> None:
+        if clears == "by the model":
+            net.zero_grad()
+        else:
+            optimizer.zero_grad(set_to_none=clears == "by the optimizer")
+
+    def evaluate(steps: int) -> None:
+        """While another worker takes steps."""
+        optimizer.eval()
+        for _ in range(steps):
+            others.zero_grad()
+            backward(other)
+            others.step()
+        optimizer.train()
+
+    def step() -> tuple[str, int]:
+        backward(net)
+        optimizer.step()
+        assert optimizer.receipt is not None
+        return optimizer.receipt.decision, optimizer.receipt.staleness
+
+    assert step() == ("applied", 0)
+    # Of gradients that were pushed nothing is left.
+    evaluate(3)
+    clear()
+    backward(net)
+    evaluate(1)
+    evaluate(1)
+    assert step() == ("applied", 2)
+    clear()
+    backward(net)
+    evaluate(3)
+    assert step() == ("dropped", 3)
+    # Cleared, they do not count.
+    clear()
+    backward(net)
+    evaluate(3)
+    optimizer.zero_grad()
+    assert step() == ("applied", 0)
+
+
 def test_a_parameter_that_was_unfrozen_is_named(remotely: Make) -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     net[0].requires_grad_(False)
