@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 import torch
@@ -148,15 +148,21 @@ class Gradients:
         self._done = None if first is None else (weakref.ref(first), first._version)
 
     def are_left(self) -> bool:
-        """Whether there are gradients that no push has. Looks at the first one, since every step notes it."""
+        """Whether there are gradients that no push has, other than zeros.
+
+        Only the first one is looked at for changes, since every step notes it.
+        """
         first = self._first()
-        if first is None or self._done is None:
-            return first is not None
-        done, version = self._done
-        return done() is not first or version != first._version
+        if first is None:
+            return False
+        done, version = self._done or (lambda: None, 0)
+        return (done() is not first or version != first._version) and any(map(_is_any, self._given()))
 
     def _first(self) -> Tensor | None:
-        return next((each.grad for each in self._tensors.values() if each.grad is not None), None)
+        return next(self._given(), None)
+
+    def _given(self) -> Iterator[Tensor]:
+        return (each.grad for each in self._tensors.values() if each.grad is not None)
 
     def discard_if_changed(self, versions: list[tuple[int, int]]) -> bool:
         """Removes all gradients if one was taken or added to since; whether that was so."""
@@ -228,6 +234,11 @@ class Gradients:
         if self.encoder is not None:
             self.encoder.begin()
         return batch
+
+
+def _is_any(gradient: Tensor) -> bool:
+    """Whether it has an element that is not 0."""
+    return bool((gradient.coalesce().values() if gradient.is_sparse else gradient).any())
 
 
 def push_body(manifest: Manifest, push_format: PushFormat) -> tuple[Flat, Flat | Encoder]:

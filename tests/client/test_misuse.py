@@ -342,6 +342,9 @@ def test_gradients_from_before_an_evaluation_are_as_stale_as_they_are(remotely: 
     evaluate(3)
     optimizer.zero_grad()
     assert step() == ("applied", 0)
+    net.zero_grad(set_to_none=False)
+    evaluate(3)
+    assert step() == ("applied", 0)
 
 
 def test_a_parameter_that_was_unfrozen_is_named(remotely: Make) -> None:
