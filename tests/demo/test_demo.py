@@ -278,14 +278,16 @@ def test_pushes_have_to_be_in_the_weights_once(acknowledged: int, weights: int, 
 def test_a_worker_that_is_told_to_end_takes_its_step() -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     try:
-        ending = end_between_steps()
-        signal.raise_signal(signal.SIGTERM)
-        assert ending.is_set()
-        # And where the service is away for longer, it ends all the same.
-        assert signal.alarm(0) > 0
-        with pytest.raises(SystemExit):
-            signal.raise_signal(signal.SIGALRM)
+        with end_between_steps() as ending:
+            signal.raise_signal(signal.SIGTERM)
+            assert ending.is_set()
+            # And where the service is away for longer, it ends all the same.
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+            with pytest.raises(SystemExit):
+                signal.raise_signal(signal.SIGALRM)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0, "the signal would kill a process that is ending"
     finally:
+        signal.alarm(0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -50,7 +52,8 @@ def end_on_signals() -> None:
     signal.signal(signal.SIGINT, end)
 
 
-def end_between_steps() -> threading.Event:
+@contextmanager
+def end_between_steps() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, for a loop that ends when it has taken its step.
 
     Where it does not come to that in a few seconds, since the service is away, the process ends as by `end_on_signals`.
@@ -68,7 +71,11 @@ def end_between_steps() -> threading.Event:
     signal.signal(signal.SIGALRM, leave)
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    return ending
+    try:
+        yield ending
+    finally:
+        # Python gives its handlers up before it has ended, and the alarm would kill it then.
+        signal.alarm(0)
 
 
 def await_run(client: Client, name: str) -> RunStatus:

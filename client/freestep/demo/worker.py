@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -58,7 +60,11 @@ def main() -> None:
     chosen = options.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    ending = end_between_steps()
+    with end_between_steps() as ending:
+        _train(chosen, ending)
+
+
+def _train(chosen: argparse.Namespace, ending: threading.Event) -> None:
     # One thread: as many workers as cores share the machine, and more threads would spin against each other.
     torch.set_num_threads(1)
     digits = load(chosen.data)
