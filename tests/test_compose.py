@@ -155,6 +155,21 @@ def test_compose_builds_from_files_that_exist() -> None:
             assert (ROOT / build["context"] / build["dockerfile"]).is_file()
 
 
+def test_compose_gives_no_container_more_than_it_needs() -> None:
+    for name, service in compose()["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        # Our own images have a user that is not root; Redis's has one too, and is told to be it from the beginning.
+        assert "build" in service or service["user"] == "redis", name
+
+
+def test_compose_bounds_what_containers_log() -> None:
+    for name, service in compose()["services"].items():
+        # Its files have a bound, unlike those of Docker's default.
+        assert service["logging"] == {"driver": "local"}, name
+
+
 def test_compose_publishes_on_loopback_only() -> None:
     services = compose()["services"]
     ports = {name: service["ports"] for name, service in services.items() if "ports" in service}
