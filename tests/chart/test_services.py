@@ -37,7 +37,7 @@ SETTINGS = {f"FREESTEP_{name.upper()}" for name in Settings.model_fields}
 CLIENTS = Path(__file__).parents[2] / "docs" / "guides" / "worker.md"
 COMMANDS = {"FREESTEP_URL", "FREESTEP_TOKEN_FILE"}
 """Variables of a shard's container that the command reads there."""
-OTHERS = {"POD_NAME", "REDIS_PASSWORD", "REDISCLI_AUTH", "OTEL_EXPORTER_OTLP_ENDPOINT", "FREESTEP_ACCOUNT"}
+OTHERS = {"POD_NAME", "REDIS_PASSWORD", "OTEL_EXPORTER_OTLP_ENDPOINT", "FREESTEP_ACCOUNT"}
 """Variables that the chart itself reads, and those of other programs."""
 
 
@@ -55,6 +55,16 @@ def test_each_variable_and_argument_is_one_that_is_read(values: dict[str, Any]) 
             assert Settings(**given).port == each.spec["ports"][0]["containerPort"]
         else:
             assert named <= of_clients, each.component
+
+
+@VALUES
+def test_no_secret_is_an_argument(values: dict[str, Any]) -> None:
+    for each in containers(manifests(values)):
+        secret = {
+            name for name, variable in each.variables().items() if "secretKeyRef" in variable.get("valueFrom", {})
+        }
+        said = " ".join([*each.spec.get("command", ()), *each.spec.get("args", ())])
+        assert not secret & set(re.findall(r"\$\((\w+)\)", said)), each.component
 
 
 @pytest.mark.parametrize(
@@ -225,16 +235,17 @@ def test_a_certificate_for_the_names_of_the_chart_is_enough(start: Callable[...,
 def valkey(folder: Path) -> Iterator[str]:
     """The chart's Valkey with the arguments that it has there; its address."""
     rendered = container(MATRIX["several"], "redis")
-    assert rendered.spec["command"] == ["valkey-server"]
-    environment = rendered.environment("freestep-redis-0", SECRETS)
-    (folder / "valkey").mkdir()
-    arguments = [
-        re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], each).replace("/data", str(folder / "valkey"))
-        for each in rendered.spec["args"]
-    ]
     port = free_port()
-    process = subprocess.Popen([get_binary_path(), *arguments, "--port", str(port)], stdout=subprocess.DEVNULL)
-    client = Redis(port=port, password=environment["REDISCLI_AUTH"])
+    own = {"valkey-server": f"{get_binary_path()} --port {port}"}
+    for name, path in rendered.mounts().items():
+        (folder / "valkey" / name).mkdir(parents=True)
+        own[path] = str(folder / "valkey" / name)
+    (folder / "valkey" / "password" / "password").write_text(SECRETS["password"])
+    command = [*rendered.spec["command"], *rendered.spec["args"]]
+    for old, new in own.items():
+        command = [each.replace(old, new) for each in command]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    client = Redis(port=port, password=SECRETS["password"])
 
     def is_ready() -> bool:
         assert process.poll() is None, "the Valkey ended before it was ready"
