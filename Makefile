@@ -25,8 +25,8 @@ test: $(VENV)/installed
 evidence: $(VENV)/installed
 	$(BIN)/python -m pytest tests/demo -m evidence --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# The lowest versions that pyproject.toml allows of the libraries whose inner parts are used: a folder of theirs goes
-# before the environment's packages.
+# The lowest versions that pyproject.toml allows of the libraries whose inner parts are used, and of those that
+# start a service by its command: a folder of theirs goes before the environment's packages.
 OLDEST := $(VENV)/oldest
 
 $(OLDEST)/installed: $(VENV)/installed constraints-oldest.txt
@@ -37,7 +37,8 @@ $(OLDEST)/installed: $(VENV)/installed constraints-oldest.txt
 test-oldest: $(OLDEST)/installed
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -m 'not evidence' --numprocesses 4 --dist worksteal \
 		tests/test_oldest.py tests/web tests/edge tests/malformed/test_http.py tests/coordination \
-		tests/client/test_bulk.py tests/client/test_bulk_connections.py tests/client/test_bulk_tls.py tests/client/test_client.py
+		tests/client/test_bulk.py tests/client/test_bulk_connections.py tests/client/test_bulk_tls.py tests/client/test_client.py \
+		tests/client/test_cli.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
