@@ -118,7 +118,8 @@ def test_full_storage_is_raised_as_such_and_at_once(call: Callable[[Run], object
     ):
         call(client.run("run"))
     assert caught.value.extensions == {"free_bytes": 7}
-    assert len(seen) == 1
+    # A deletion asks first which run it is.
+    assert seen in (["PUT"], ["POST"], ["GET", "DELETE"])
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_relayed_stream_follows_and_ends_in_order_with_the_relaying_process(
         relaying.stop()
         # A body that was cut off would raise.
         list(lines)
-    wait_until(lambda: owner.registry.get(name).events._readers == 0)
+    wait_until(lambda: owner.registry.get(name).events.readers == 0)
 
 
 @pytest.mark.slow
