@@ -95,7 +95,8 @@ def test_a_client_of_http_1_0_is_sent_no_chunks(edge: Edge, method: str) -> None
         peer.send(edge.head(method, "/events?follow=false", version="HTTP/1.0") + b"\r\n")
         answer = peer.answer(method)
         assert peer.is_at_its_end()
-    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    # Which is what HTTP/1.0 means without a word; older versions of uvicorn say none.
+    assert (answer.status, answer.headers.get("connection", "close")) == (200, "close")
     assert not answer.headers.keys() & {"transfer-encoding", "content-length"}
     assert answer.body.endswith(b"\n\n") if method == "GET" else answer.body == b""
 
