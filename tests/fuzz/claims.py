@@ -24,7 +24,7 @@ from freestep_service.web.headers import (
     upload,
 )
 from freestep_service.web.problems import problem_response
-from freestep_service.web.responses import etag, is_known, requested_span
+from freestep_service.web.responses import etag, not_modified, requested_span
 from freestep_service.web.routes.data_request import CUT, DTYPE, MIN_STEP, OF, POINT, REPLACE, SHARD
 from freestep_service.web.routes.events import AFTER, FOLLOW, FROM
 from freestep_service.web.routes.history import POINTS, SHOWN
@@ -85,7 +85,7 @@ def check(data: bytes) -> None:
     request = _request(data)
     _fields_fit(request)
     tag = etag(1, 2, "x", "F32")
-    is_known(tag, request)
+    not_modified(request, {"ETag": tag})
     for read in (
         claim,
         place,

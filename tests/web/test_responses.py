@@ -17,7 +17,7 @@ from freestep.errors import RangeNotSatisfiable, ShardUnavailable
 from freestep.wire.spans import Span
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.web.error_boundary import ErrorBoundary
-from freestep_service.web.responses import SnapshotResponse, is_known, parse_range, requested_span
+from freestep_service.web.responses import SnapshotResponse, not_modified, parse_range, requested_span
 
 SIZE = 3 * 1024 * 1024 + 5
 DATA = bytes(range(251)) * (SIZE // 251 + 1)
@@ -323,4 +323,6 @@ def test_a_range_counts_while_the_tag_is_the_one_named() -> None:
 )
 def test_a_tag_that_is_known(lines: list[str], expected: bool) -> None:
     headers = [(b"if-none-match", line.encode()) for line in lines]
-    assert is_known('"tag"', Request({"type": "http", "headers": headers})) is expected
+    answer = not_modified(Request({"type": "http", "headers": headers}), {"ETag": '"tag"'})
+    assert (answer is not None) is expected
+    assert answer is None or (answer.status_code, answer.headers["etag"]) == (304, '"tag"')

@@ -13,11 +13,9 @@ from starlette.routing import Route
 
 from freestep.api.events import TOLD
 from freestep_service.web.problem_documents import problem_schemas
-from freestep_service.web.responses import is_known
+from freestep_service.web.responses import not_modified
 
 __all__ = ["DESCRIPTION", "EVENTS", "TAGS", "document_problems", "send_rendered"]
-
-_NOT_MODIFIED = 304
 
 DESCRIPTION = """\
 A run is one model in training. Workers take a lease, pull the point y and push gradients; evaluators pull the average,
@@ -116,9 +114,9 @@ class _RenderedDocument:
         async with self._turn:
             if self._content is None:
                 self._content = await asyncio.to_thread(self._render)
-        if is_known(self._headers["ETag"], request):
-            return Response(status_code=_NOT_MODIFIED, headers=self._headers)
-        return Response(self._content, headers=self._headers, media_type=JSONResponse.media_type)
+        return not_modified(request, self._headers) or Response(
+            self._content, headers=self._headers, media_type=JSONResponse.media_type
+        )
 
     def _render(self) -> bytes:
         content = bytes(JSONResponse(self._app.openapi()).body)

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from starlette.requests import Request
 from starlette.responses import Response
 
-from freestep_service.web.responses import is_known
+from freestep_service.web.responses import not_modified
 
 __all__ = ["INDEX", "Pages"]
 
@@ -43,7 +43,6 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-_NOT_MODIFIED = 304
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,7 @@ class Pages:
         found = self._files.get(path)
         if found is None:
             return None
-        if is_known(found.headers["ETag"], request):
-            return Response(status_code=_NOT_MODIFIED, headers=found.headers)
-        return Response(found.content, headers=found.headers)
+        return not_modified(request, found.headers) or Response(found.content, headers=found.headers)
 
 
 def _read(folder: Traversable, prefix: str) -> list[tuple[str, _File]]:

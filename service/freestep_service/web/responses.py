@@ -23,7 +23,7 @@ from freestep_service.web.connection import CONNECTION, abort, takes_more, wants
 from freestep_service.web.headers import scheduled_lr
 from freestep_service.web.waiting import while_connected
 
-__all__ = ["SnapshotResponse", "etag", "is_known", "parse_range", "requested_span"]
+__all__ = ["SnapshotResponse", "etag", "not_modified", "parse_range", "requested_span"]
 
 _SLICE = 1024 * 1024
 _TAIL = 256 * 1024
@@ -37,11 +37,14 @@ def etag(epoch: int, step: int, point: str, dtype: str) -> str:
     return f'"e{epoch}-s{step}-{point}-{dtype}"'
 
 
-def is_known(tag: str, request: Request) -> bool:
-    """Whether If-None-Match of a request names a tag, by the weak comparison of RFC 9110, section 8.8.3.2."""
+def not_modified(request: Request, headers: Mapping[str, str]) -> Response | None:
+    """The answer 304, with these headers, where If-None-Match names the ETag that is one of them; else None.
+
+    By the weak comparison of RFC 9110, section 8.8.3.2.
+    """
     listed = ",".join(request.headers.getlist("if-none-match"))
     known = [each.strip().removeprefix("W/") for each in listed.split(",")]
-    return tag in known or known == ["*"]
+    return Response(status_code=304, headers=headers) if headers["ETag"] in known or known == ["*"] else None
 
 
 class SnapshotResponse(Response):

@@ -27,7 +27,7 @@ from freestep_service.state.shard import DTYPES
 from freestep_service.web.browser_session import SESSION_HEADER
 from freestep_service.web.relay import Relay, ShardCall
 from freestep_service.web.relayed_response import RelayedResponse
-from freestep_service.web.responses import etag, is_known, requested_span
+from freestep_service.web.responses import etag, not_modified, requested_span
 
 __all__ = ["Part", "initialize_whole", "parts_of_one_place", "pull_whole", "push_whole", "repeated_headers"]
 
@@ -57,8 +57,8 @@ async def pull_whole(
         parts = await parts_of_one_place(relay, exchanges, request, run, "parameters", query, headers)
         epoch, step, position = parts[0].position
         tag = etag(int(epoch), int(step), point, dtype)
-        if is_known(tag, request):
-            return Response(status_code=304, headers={"ETag": tag})
+        if (known := not_modified(request, {"ETag": tag})) is not None:
+            return known
         header = encode_header(run.manifest, dtype, body_metadata(run.name, int(epoch), int(step), point))
         size = len(header) + run.manifest.numel * ITEMSIZE[dtype]
         span = requested_span(request.headers, tag, size)

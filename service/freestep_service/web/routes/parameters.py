@@ -24,7 +24,7 @@ from freestep_service.web.headers import PULL_HEADERS, UPLOAD_HEADERS, body_leng
 from freestep_service.web.json_answers import status_response
 from freestep_service.web.metering import admit_bytes, spend_answer, spend_bytes
 from freestep_service.web.problem_documents import refuses
-from freestep_service.web.responses import SnapshotResponse, etag, is_known
+from freestep_service.web.responses import SnapshotResponse, etag, not_modified
 from freestep_service.web.routes.data_request import (
     CUT,
     DTYPE,
@@ -111,8 +111,8 @@ async def pull(request: Request) -> Response:
         require_let_in(request)
     tag = etag(shard.core.writer.epoch, shard.core.writer.applied_step, point, dtype)
     # Of a cut all shards have to answer alike.
-    if not cut and is_known(tag, request):
-        return Response(status_code=304, headers={"ETag": tag})
+    if not cut and (known := not_modified(request, {"ETag": tag})) is not None:
+        return known
     reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
     stall_s, spend = await parsed.relay.stall_seconds(request), partial(spend_bytes, request)
     return SnapshotResponse(shard, reading, stall_s, request.headers, spend=spend, memory=memory)
