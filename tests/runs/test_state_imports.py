@@ -178,6 +178,9 @@ def test_of_two_requests_with_one_key_the_run_takes_one_whole(store: str, tmp_pa
             await run.imports.adopt(second, STEP, DIGEST, tokens)
             with pytest.raises(IdempotencyConflict):
                 await run.imports.adopt(second, STEP, "of-another", tokens)
+            # A process of version 0.1.0 notes its imports without a digest.
+            await run._context.resources.store.client.hset(f"freestep:{{{run.name}}}:run", "upload", "by-another")  # type: ignore[misc]
+            await run.imports.adopt(ImportTerms("by-another", replaces=True), STEP, "of-another", tokens)
             assert [await pull(run.shard(index)) for index in range(2)] == [(STEP, 5.0)] * 2
             for terms in first, second:
                 await run.imports.forget(terms.attempt)

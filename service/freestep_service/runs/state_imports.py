@@ -221,6 +221,7 @@ class StateImports:
 
 
 def _require_same(view: RunView, terms: ImportTerms, digest: str) -> None:
-    # Version 0.1.0 keeps none.
-    if view.run.get("upload") == terms.upload and view.run.get("upload_digest", digest) != digest:
+    upload, _, known = view.run.get("upload_digest", "").rpartition(" ")
+    # Of an import by a process of version 0.1.0 no digest is known.
+    if upload == terms.upload and known != digest:
         raise IdempotencyConflict("the idempotency key came before with another state")

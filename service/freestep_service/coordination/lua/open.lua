@@ -7,12 +7,13 @@
 --          10 seq, 11 initialized (0 or 1), 12 group (JSON: worker -> pushes), 13 leases (JSON, in the order of their
 --          windows), 14 generation that was gathered, 15 what shards load (JSON {cut: [EPOCH, STEP, SEQ] or null, live:
 --          true if the state that a shard holds is that cut, and of an import its key as import, its digest, and as
---          upload the name under which shards hold their parts}), 16 metrics (JSON: name -> value as in report_metric.lua), 17 numbers of pushes (JSON: decision ->
---          number) as shards have counted them, or for a Redis that has lost them, 18 norms, 19 outliers and 20 banned
---          (JSON, as the run's hash has them), 21 data sets (JSON: name -> {spec (text), total (text), reached, open},
---          see domain/data_sets.py), 22 control, 23 paused and 24 suspended (as the run's hash has them), 25 a
---          checkpoint that is on disk (EPOCH-STEP-SEQ) and 26 its step, for a Redis that knows of none, or empty
---          strings, then idempotency key and record, in turn, oldest first
+--          upload the name under which shards hold their parts}), 16 metrics (JSON: name -> value as in
+--          report_metric.lua), 17 numbers of pushes (JSON: decision -> number) as shards have counted them, or for a
+--          Redis that has lost them, 18 norms, 19 outliers and 20 banned (JSON, as the run's hash has them), 21 data
+--          sets (JSON: name -> {spec (text), total (text), reached, open}, see domain/data_sets.py), 22 control, 23
+--          paused and 24 suspended (as the run's hash has them), 25 a checkpoint that is on disk (EPOCH-STEP-SEQ) and
+--          26 its step, for a Redis that knows of none, or empty strings, then idempotency key and record, in turn,
+--          oldest first
 -- returns  {late} (another generation has begun), or {load}, which begins a generation too
 
 if not run_exists() or redis.call('HGET', RUN, 'generation') ~= ARGV[14] then return {'late'} end
@@ -66,8 +67,9 @@ if ARGV[25] ~= '' and redis.call('HSETNX', RUN, 'durable', ARGV[25]) == 1 then
 end
 local target = cjson.decode(ARGV[15])
 if target.upload then
+  -- The digest says of which import it is: version 0.1.0 leaves it as it was.
   redis.call('HSET', RUN, 'upload', target.import, 'upload_epoch', ARGV[8],
-    'upload_digest', target.digest)
+    'upload_digest', target.import .. ' ' .. target.digest)
 elseif type(target.cut) == 'table' and target.cut[1] < run_number('upload_epoch') then
   -- What was imported is gone: whoever sends it again is to have it made.
   redis.call('HDEL', RUN, 'upload', 'upload_epoch', 'upload_digest')
