@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from freestep.answers import Pulled
 from freestep.api.models import Lease, RunSpec, RunStatus
-from freestep.errors import AlreadyInitialized, ManifestMismatch, RunExists, RunNotFound, WorkerNameTaken
+from freestep.errors import AlreadyInitialized, ManifestMismatch, RunExists, RunNotFound
 from freestep.flat import Flat
 from freestep.lease import Claim, HeldLease
+from freestep.own_name import OwnName
 from freestep.run import Run
 from freestep.worker_group import Batch, WorkerGroup
 
@@ -39,8 +40,9 @@ class Membership:
         self._run = run
         self._worker_group = worker_group
         self._held = held
-        self._may_have_another = False
-        """Whether a lease may have been granted whose answer never came."""
+        self._name = OwnName["HeldLease | LocalLease"](
+            run, "give each worker a name of its own (worker=, or FREESTEP_WORKER)"
+        )
 
     def find(self) -> RunStatus | None:
         """The run as it is now; None if there is none."""
@@ -91,31 +93,23 @@ class Membership:
 
         Raises WorkerNameTaken where another process has taken a lease of this worker's name since.
         """
-        self._worker_group.run_on_first(self._require_own_name)
+        self._worker_group.run_on_first(lambda: self._name.require(self.worker, self._own))
         self.take_lease()
 
-    def _require_own_name(self) -> None:
-        if not self._may_have_another and self._lives_elsewhere(self.worker):
-            raise WorkerNameTaken(
-                f"another process works on the run {self._run.name!r} as {self.worker!r}, and has taken this worker's "
-                "lease: give each worker a name of its own (worker=, or FREESTEP_WORKER)"
-            )
-
-    def _lives_elsewhere(self, worker: str) -> bool:
-        own = self._held[0].granted.lease if self._held else None
-        # Of leases, one's own alone is shown.
-        return any(each.worker == worker and each.lease is None for each in self._run.workers(own))
+    @property
+    def _own(self) -> str | None:
+        return self._held[0].granted.lease if self._held else None
 
     def take_name(self, worker: str) -> None:
         """Takes another name for the next lease, unless a worker lives under it."""
-        if worker != self.worker and not self._worker_group.run_on_first(lambda: self._lives_elsewhere(worker)):
+        if worker != self.worker and not self._worker_group.run_on_first(
+            lambda: self._name.lives_elsewhere(worker, self._own)
+        ):
             self.worker = worker
 
     def _replace_lease(self) -> Lease:
         # If it is refused one, the worker keeps the lease that it has, whose claims say why it cannot go on.
-        self._may_have_another = True
-        lease = self._run.lease(self.worker)
-        self._may_have_another = False
+        lease = self._name.take_lease(self.worker)
         # First, since the wait for a release may be interrupted.
         self._held.insert(0, lease)
         self.granted = lease.granted

@@ -27,13 +27,13 @@ from freestep.errors import (
     RunNotFound,
     RunNotInitialized,
     StepNotReached,
-    WorkerNameTaken,
 )
 from freestep.flat import Flat
 from freestep.gradients import PushFormat, push_body
 from freestep.groups import validated
 from freestep.lease import Claim, HeldLease
 from freestep.leaving import raise_if_leaving
+from freestep.own_name import OwnName
 from freestep.region_place import Place
 from freestep.run import Run
 from freestep.update_wait import FIRST_WAIT_S, log_update_wait
@@ -69,8 +69,7 @@ class Parent:
         self.push_format = push_format
         self.lease: HeldLease | None = None
         self._is_resting = False
-        self._may_have_another = False
-        """Whether a lease may have been granted whose answer never came."""
+        self._name = OwnName[HeldLease](run, "give each region a name of its own")
         is_default = optimizer.get("algorithm", _DEFAULTS["algorithm"]) == _DEFAULTS["algorithm"]
         given, policy = dict(aggregation or {}), _AGGREGATION if is_default else {"policy": "async"}
         self._wanted = {
@@ -132,13 +131,7 @@ class Parent:
     def join(self, worker: str) -> None:
         """Takes a region's lease, and memory for its pushes."""
         self._gradient, self._body = push_body(self.run.manifest, self.push_format)
-        self.lease = self._take_lease(worker)
-
-    def _take_lease(self, worker: str) -> HeldLease:
-        self._may_have_another = True
-        lease = self.run.lease(worker)
-        self._may_have_another = False
-        return lease
+        self.lease = self._name.take_lease(worker)
 
     @property
     def held(self) -> HeldLease:
@@ -156,7 +149,7 @@ class Parent:
     def wake(self) -> None:
         """Takes a lease again after a rest."""
         if self.lease is not None and self._is_resting:
-            self.lease = self._take_lease(self.lease.granted.worker)
+            self.lease = self._name.take_lease(self.lease.granted.worker)
             self._is_resting = False
 
     def pull_newest(self) -> Pulled:
@@ -170,7 +163,7 @@ class Parent:
     def _join_again(self) -> None:
         """Takes a lease in the run's epoch, in place of one that may be of an earlier."""
         before = self.held
-        self.lease = self._take_lease(before.granted.worker)
+        self.lease = self._name.take_lease(before.granted.worker)
         before.release()
 
     def leave(self) -> None:
@@ -234,23 +227,12 @@ class Parent:
     def _claimed_again(self, place: Place) -> Place:
         """A push was not applied and will not be under its lease; in the same epoch its round is still good."""
         if self.held.granted.lease == place.lease:
-            self._require_own_name()
+            self._name.require(self.held.granted.worker, self.held.granted.lease)
             self._join_again()
         granted = self.held.granted
         if granted.epoch != place.epoch:
             raise EpochChanged("the parent's run went back to an earlier step")
         return place.after(lease=granted.lease, token=granted.token)
-
-    def _require_own_name(self) -> None:
-        own = self.held.granted
-        if self._may_have_another:
-            return
-        # Of leases, one's own alone is shown.
-        if any(each.worker == own.worker and each.lease is None for each in self.run.workers(own.lease)):
-            raise WorkerNameTaken(
-                f"another process works on the run {self.run.name!r} as {own.worker!r}, and has taken this region's "
-                "lease: give each region a name of its own"
-            )
 
     def _await_update(self, epoch: int, step: int) -> Pulled:
         """Pulls y of the update that a push is part of."""
