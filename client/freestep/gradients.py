@@ -155,8 +155,11 @@ class Gradients:
         first = self._first()
         if first is None:
             return False
-        done, version = self._done or (lambda: None, 0)
-        return (done() is not first or version != first._version) and any(map(_is_any, self._given()))
+        if self._done is not None:
+            done, version = self._done
+            if done() is first and version == first._version:
+                return False
+        return any(map(_is_any, self._given()))
 
     def _first(self) -> Tensor | None:
         return next(self._given(), None)

@@ -156,18 +156,13 @@ class Run:
             StorageUnavailable: Files cannot be written or removed: the run is as it was, or it is deleted, and they are
                 removed when they can be.
         """
-        run_id = self._read_id()
-        params = None if run_id is None else {"id": run_id}
+        params = {}
+        # One whose status cannot be read may be deleted, too; and one of an older version has no id.
+        with suppress(FreestepError):
+            if (run_id := self._read_status(retry=False).id) is not None:
+                params["id"] = run_id
         self._transport.request("DELETE", self._path, params=params, done_if=RunNotFound)
         self._manifest = None
-
-    def _read_id(self) -> str | None:
-        """The id of the run, as far as it can be told: one that cannot be read may be deleted, too."""
-        with suppress(FreestepError):
-            document = self._transport.request("GET", self._path, retry=False).document
-            if isinstance(document, dict) and isinstance(found := document.get("id"), str):
-                return found
-        return None
 
     def workers(self, lease: str | None = None) -> list[WorkerStatus]:
         """The workers that hold a lease.
