@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -113,8 +112,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 startup.error = error
                 raise
             startup.is_complete = True
-            # The objects of the start live as long as the process: the garbage collector need not look at them again.
-            gc.freeze()
             yield
 
     # The pages of the API's documentation, with their scripts from here and not from a network.

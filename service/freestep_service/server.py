@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -90,7 +91,7 @@ def serve(settings: Settings) -> None:
     )
     # Before that, it logs tracebacks of the errors that are raised here.
     logging.getLogger("uvicorn.error").addFilter(lambda _: startup.is_complete)
-    server = _Announced(config, settings, places, settings.url_of(host, port))
+    server = _OwnServer(config, settings, places, settings.url_of(host, port))
     startup.end, startup.is_ending = server.end, server.is_ending
     try:
         server.run(sockets=[listener])
@@ -126,8 +127,8 @@ class Server(uvicorn.Server):
             self.servers.append(listener)
 
 
-class _Announced(Server):
-    """Prints its URL once it has started."""
+class _OwnServer(Server):
+    """The server of a process that does nothing else: prints its URL once it has started."""
 
     def __init__(self, config: uvicorn.Config, settings: Settings, places: Places, url: str) -> None:
         super().__init__(config, settings, places)
@@ -144,6 +145,8 @@ class _Announced(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
+            # What the start made lives as long as the process: the garbage collector need not look at it again.
+            gc.freeze()
             sys.stdout.write(f"freestep listens on {self._url}\n")
             sys.stdout.flush()
 

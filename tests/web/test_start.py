@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -266,3 +267,11 @@ def test_what_a_disk_holds_is_served_when_nothing_can_be_written(
     assert (written.status_code, slug(written)) == (507, "storage-unavailable")
     assert "kept" in api.http.get("/readyz").json()["problems"]
     service.stop()
+
+
+def test_an_app_in_anothers_process_leaves_its_garbage_collector_alone(tmp_path: Path) -> None:
+    """Only a process that is the service's own may have the collector pass over all that it holds."""
+    frozen = gc.get_freeze_count()
+    service = ThreadService(tmp_path)
+    service.stop()
+    assert gc.get_freeze_count() <= frozen
