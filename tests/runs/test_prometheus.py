@@ -120,6 +120,31 @@ def test_what_is_counted_later_begins_at_0(api: Api) -> None:
     }
 
 
+def test_a_checkpoint_is_overdue_by_what_the_service_is_set_to(
+    start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
+) -> None:
+    overdue = "freestep_checkpoint_overdue_seconds"
+    patient = connect(start_service(tmp_path / "patient", checkpoint_seconds=86400).url, "patient")
+    hasty = connect(start_service(tmp_path / "hasty", checkpoint_seconds=0.001).url, "hasty")
+    for api in (patient, hasty):
+        api.create()
+    checkpoints = tmp_path / "hasty" / "runs" / "hasty" / "checkpoints"
+    moved = checkpoints.rename(checkpoints.with_name("moved"))
+    checkpoints.touch()
+    for api in (patient, hasty):
+        api.push(api.lease(), 0)
+    wait_until(lambda: value(hasty, overdue) > 0)
+    assert value(patient, overdue) == 0 and f'{overdue}{{run="patient"}}' in series(patient)
+    checkpoints.unlink()
+    moved.rename(checkpoints)
+    hasty.http.post(hasty.path("/checkpoints")).raise_for_status()
+    assert value(hasty, overdue) == 0
+    brief = connect(hasty.url, "brief")
+    brief.create(durability="none")
+    brief.push(brief.lease(), 0)
+    assert f'{overdue}{{run="brief"}}' not in series(brief)
+
+
 def test_each_shard_measures_its_part(
     shared_nodes: Callable[..., list[ThreadService]], connect: Callable[..., Api]
 ) -> None:

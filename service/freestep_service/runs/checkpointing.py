@@ -81,18 +81,37 @@ class Checkpointing:
 
         It is where one could not be written, after enough steps, or after enough time with any step in it.
         """
-        shards, settings = self._shards, self._context.settings
-        if not shards.has_first or not self._context.keeps_checkpoints or not shards[0].core.initialized:
+        steps, settings = self._uncovered_steps(), self._context.settings
+        if steps is None or self.lock.locked() or time.monotonic() < self._not_before:
             return False
-        (last, at), now = self._last, time.monotonic()
-        if self.lock.locked() or now < self._not_before or shards[0].core.writer.failure is not None:
+        if self._shards[0].core.writer.failure is not None:
             return False
-        steps = shards[0].core.writer.applied_step - (last or 0)
         return (
             self.failure is not None
             or steps >= settings.checkpoint_steps
-            or (steps > 0 and (now - at >= settings.checkpoint_seconds or self._has_long_journal()))
+            or (steps > 0 and (self._age_s() >= settings.checkpoint_seconds or self._has_long_journal()))
         )
+
+    @property
+    def overdue_s(self) -> float | None:
+        """Seconds by which the newest checkpoint is older than `checkpoint_seconds`, 0 where no step has come since it.
+
+        None where it is not for this process to have one written.
+        """
+        steps = self._uncovered_steps()
+        if steps is None:
+            return None
+        return max(0.0, self._age_s() - self._context.settings.checkpoint_seconds) if steps else 0.0
+
+    def _uncovered_steps(self) -> int | None:
+        """Steps since the newest checkpoint; None where it is not for this process to have one written."""
+        shards = self._shards
+        if not shards.has_first or not self._context.keeps_checkpoints or not shards[0].core.initialized:
+            return None
+        return shards[0].core.writer.applied_step - (self._last[0] or 0)
+
+    def _age_s(self) -> float:
+        return time.monotonic() - self._last[1]
 
     def _has_long_journal(self) -> bool:
         journal = self._shards[0].core.journal

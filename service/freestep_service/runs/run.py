@@ -190,6 +190,7 @@ class Run:
             loss=self._context.telemetry.loss if has_first else None,
             metrics={name: steps[max(steps)] for name, steps in reported.items()},
             checkpoint_step=self._checkpointing.step if has_first else None,
+            checkpoint_overdue_s=self._checkpointing.overdue_s,
             event_readers=self._context.events.readers,
             journal_bytes=sum(each.size for each in journals) if journals else None,
             journal_lag_bytes=sum(each.lag for each in journals) if journals else None,

@@ -19,8 +19,8 @@ __all__ = ["RunGauges", "RunHere"]
 class RunHere(NamedTuple):
     """How a run stands in this process, or what cannot be opened of it.
 
-    step, epoch: None where no shard is here that has its state. loss, metrics, checkpoint_step: None, and empty, where
-    the first shard is not. journal_bytes, journal_lag_bytes: None where there is no journal here.
+    step, epoch: None where no shard is here that has its state. loss, metrics, checkpoint_step, checkpoint_overdue_s:
+    None, and empty, where the first shard is not. journal_bytes, journal_lag_bytes: None where no journal is here.
     """
 
     run: str
@@ -31,6 +31,7 @@ class RunHere(NamedTuple):
     loss: float | None = None
     metrics: Mapping[str, float] = {}
     checkpoint_step: int | None = None
+    checkpoint_overdue_s: float | None = None
     event_readers: int = 0
     journal_bytes: int | None = None
     journal_lag_bytes: int | None = None
@@ -43,6 +44,11 @@ _GAUGES: Sequence[tuple[str, str, Callable[[RunHere], float | None]]] = (
     ("freestep_epoch", "The epoch.", lambda run: run.epoch),
     ("freestep_loss", "Moving average of reported losses.", lambda run: run.loss),
     ("freestep_checkpoint_step", "Step of the newest checkpoint.", lambda run: run.checkpoint_step),
+    (
+        "freestep_checkpoint_overdue_seconds",
+        "Seconds by which a checkpoint is later than the service is set to write it.",
+        lambda run: run.checkpoint_overdue_s,
+    ),
     ("freestep_event_readers", "Connections that read a run's events.", lambda run: run.event_readers),
     ("freestep_journal_bytes", "Bytes of the journals of a run's shards here.", lambda run: run.journal_bytes),
     (
