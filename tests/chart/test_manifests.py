@@ -139,6 +139,10 @@ def test_kubeflow_takes_the_runtime_and_its_job() -> None:
     for version in VERSIONS:
         validate.validate(pod, version, strict=True)
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    # What processes of a DataLoader hand over is there; a container's own is of 64 MB.
+    mounted = {each["mountPath"]: each["name"] for each in pod["spec"]["containers"][0]["volumeMounts"]}
+    volumes = {each["name"]: each for each in pod["spec"]["volumes"]}
+    assert volumes[mounted["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
     script = pod["spec"]["containers"][0]["command"][-1]
     assert "process_group=True" in (ROOT / script).read_text(), "the group would be as many workers as processes"
 
@@ -324,6 +328,20 @@ def test_a_prometheus_of_another_namespace_is_let_in_or_missed() -> None:
     is_open = {**values, "networkPolicy": {"enabled": False}}
     hints = ["A Prometheus of another namespace" in notes(each) for each in (values, named, is_open, {})]
     assert hints == [True, False, False, False]
+
+
+def test_clients_outside_the_cluster_are_let_in_or_missed() -> None:
+    client = {"ipBlock": {"cidr": "192.0.2.0/24"}}
+    elsewhere = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}}
+    for kind in ("LoadBalancer", "NodePort"):
+        values = {"service": {"type": kind}}
+        named = {**values, "networkPolicy": {"clients": [client]}}
+        (rule,) = only(manifests(named), "NetworkPolicy", "-shards")["spec"]["ingress"]
+        assert client in rule["from"]
+        of_the_cluster = {**values, "networkPolicy": {"clients": [elsewhere]}}
+        is_open = {**values, "networkPolicy": {"enabled": False}}
+        hints = ["outside the cluster" in notes(each) for each in (values, of_the_cluster, named, is_open, {})]
+        assert hints == [True, True, False, False, False]
 
 
 def test_a_release_may_have_no_process_for_a_while() -> None:
