@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "freestep-survive"
 RUN = "demo"
 KINDS = ("shard", "worker", "evaluator", "redis")
-SETTINGS = {"FREESTEP_CHECKPOINT_SECONDS": "10", "FREESTEP_PORT": "0"}
+SETTINGS = {"FREESTEP_CHECKPOINT_SECONDS": "10", "FREESTEP_PORT": ""}
 """Unless the environment says otherwise: checkpoints often enough to wait for, and any free ports."""
 EVALUATION = re.compile(r"step +(\d+) .* test accuracy x ([\d.]+)%")
 """A line of the evaluator's: the step, and the accuracy of x in percent."""

@@ -166,18 +166,38 @@ def test_compose_gives_no_container_more_than_it_needs() -> None:
 
 def test_compose_bounds_what_containers_log() -> None:
     for name, service in compose()["services"].items():
-        # Its files have a bound, unlike those of Docker's default.
-        assert service["logging"] == {"driver": "local"}, name
+        # The driver's files have no bound by default.
+        assert service["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "10"}}, name
 
 
 def test_compose_publishes_on_loopback_only() -> None:
     services = compose()["services"]
     ports = {name: service["ports"] for name, service in services.items() if "ports" in service}
     assert list(ports) == ["shard"]
-    # Port 0 is any that is free: two containers of one service cannot publish the same one.
-    assert ports["shard"] == ["127.0.0.1:${FREESTEP_PORT:-0}:8000"]
+    # None is any that is free: two containers of one service cannot publish the same one.
+    assert ports["shard"] == ["127.0.0.1:${FREESTEP_PORT:-}:8000"]
     assert compose()["networks"]["store"] == {"internal": True}
     assert [name for name, service in services.items() if "store" in service.get("networks", ())] == ["redis", "shard"]
+
+
+def test_compose_leaves_workers_ended_that_have_ended_in_order() -> None:
+    """A worker does where its run was deleted. Started again, it would make the run anew."""
+    policies = {name: service["restart"] for name, service in compose()["services"].items()}
+    assert policies.pop("worker") == "on-failure"
+    assert set(policies.values()) == {"unless-stopped"}
+
+
+def test_podman_takes_the_options_of_containers(tmp_path: Path) -> None:
+    if shutil.which("podman") is None:
+        pytest.skip("podman is not installed")
+    for name, service in compose()["services"].items():
+        options = [f"--log-driver={service['logging']['driver']}", f"--restart={service['restart']}"]
+        options += [f"--log-opt={key}={value}" for key, value in service["logging"]["options"].items()]
+        options += [f"--publish={port.replace('${FREESTEP_PORT:-}', '')}" for port in service.get("ports", ())]
+        command = ["podman", "create", "--quiet", *options, "--rootfs", str(tmp_path), "true"]
+        created = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert created.returncode == 0, f"{name}: {created.stderr}"
+        subprocess.run(["podman", "rm", created.stdout.strip()], stdout=subprocess.DEVNULL, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("name", ["shard", "worker"])
