@@ -34,11 +34,15 @@ $(OLDEST)/installed: $(VENV)/installed constraints-oldest.txt
 	$(BIN)/python -m pip install --quiet --target $(OLDEST) --requirement constraints-oldest.txt
 	touch $@
 
+# Which of the tests, as an expression of markers.
+OLDEST_TESTS ?= not evidence
+
 test-oldest: $(OLDEST)/installed
-	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -m 'not evidence' --numprocesses 4 --dist worksteal \
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -m '$(OLDEST_TESTS)' --numprocesses 4 --dist worksteal \
 		tests/test_oldest.py tests/web tests/edge tests/malformed/test_http.py tests/coordination \
 		tests/client/test_bulk.py tests/client/test_bulk_connections.py tests/client/test_bulk_tls.py tests/client/test_client.py \
-		tests/client/test_cli.py
+		tests/client/test_cli.py \
+		tests/optimizers/test_compiled.py tests/optimizers/test_fused.py tests/optimizers/test_machine_code.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -137,5 +141,6 @@ lab: $(VENV)/installed
 	$(BIN)/python -m examples.lab $(LAB)
 
 clean:
-	rm -rf $(VENV) build dist sbom.cdx.json demo-out lab-out race-out scale-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist sbom.cdx.json demo-out lab-out race-out scale-out fuzz-corpus
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
