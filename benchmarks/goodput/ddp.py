@@ -55,7 +55,7 @@ def main(data: str, ledger_file: str, checkpoint: str, seconds: float, stop: str
         # All ranks end after the same step: rank 0's word travels with it.
         ends = torch.tensor(float(rank == 0 and Path(stop).exists()))
         loss = cross_entropy(replicas(images), labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         computed = ledger.append(COMPUTED, rank, step)
         distributed.all_reduce(ends)
         optimizer.step()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.goodput.accounting import pushes_behind
@@ -22,13 +24,12 @@ def main(url: str, name: str, durability: Any, data: str, file: str) -> None:
     number, ledger, net = int(name), Ledger(Path(file)), model()
     held, upload = 0, Run.initialize
 
-    def initialize(run: Run, weights: Flat) -> Any:
-        answer = upload(run, weights)
+    def initialize(run: Run, weights: Mapping[str, Tensor] | Flat) -> None:
+        upload(run, weights)
         ledger.append(SEEDED, number, held)
-        return answer
 
     # Under `none` a worker's weights begin the run anew after a crash, and the pushes in them with them.
-    Run.initialize = initialize  # type: ignore[method-assign]
+    Run.initialize = initialize  # type: ignore[method-assign, assignment]
     with (
         Client(url, retry_for=600.0) as client,
         RemoteOptimizer(

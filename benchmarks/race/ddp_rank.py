@@ -77,7 +77,10 @@ class _Rhythm:
             self._ledger.append(COMPUTED, self._rank, int(is_in_time))
 
 
-def _sum_when_computed(rhythm: Any, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_when_computed(
+    rhythm: Any,
+    bucket: distributed.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """DDP's own sum. The models are so small that all gradients are one bucket, which is summed when it is whole."""
     rhythm.wait()
     return allreduce_hook(None, bucket)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from schedulefree import AdamWScheduleFree
 from torch import Tensor, distributed
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 
 from benchmarks.goodput.ledger import APPLIED, COMPUTED, Ledger
@@ -53,9 +53,12 @@ def main() -> None:
     device = Device(0.0)
     counted = False
 
-    class Replicas(DistributedDataParallel):
+    class Replicas(DistributedDataParallel):  # type: ignore[misc]
         @staticmethod
-        def _comm_hook(state: Any, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        def _comm_hook(
+            state: Any,
+            bucket: distributed.GradBucket,  # type: ignore[name-defined]
+        ) -> torch.futures.Future[Tensor]:
             is_in_time = device.wait()
             if counted:
                 ledger.append(COMPUTED, told.number, int(is_in_time))
