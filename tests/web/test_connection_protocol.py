@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,5 +154,31 @@ def test_every_request_knows_its_connection() -> None:
         transport.feed(HEAD + BODY + NEXT)
         await transport.turn()
         assert found == [transport.connection] * 2
+
+    run(work)
+
+
+@pytest.mark.parametrize("behind", [b"\r\n", b"x", 70_000 * b"x", NEXT])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    "sent", [b"GET / HTTP/1.0\r\n\r\n", NEXT[:-2] + b"Connection: close\r\n\r\n"], ids=["1.0", "1.1"]
+)
+def test_nothing_is_answered_behind_the_last_request(sent: bytes, at_once: bool, behind: bytes) -> None:
+    async def work() -> None:
+        may_answer = asyncio.Event()
+
+        async def patient(scope: Any, receive: Any, send: Any) -> None:
+            await may_answer.wait()
+            await App()(scope, receive, send)
+
+        transport = FakeTransport(patient, bounds=replace(BOUNDS, head_seconds=0.0))
+        for piece in [sent + behind] if at_once else [sent, behind]:
+            transport.feed(piece)
+            await transport.turn()
+        may_answer.set()
+        await transport.turn()
+        assert transport.written.count(b"HTTP/1.1 ") == 1
+        assert transport.written.startswith(OK) and transport.written.endswith(b"\r\n\r\n{}")
+        assert transport.is_closing()
 
     run(work)

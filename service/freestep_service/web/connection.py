@@ -145,6 +145,8 @@ class Connection(HttpToolsProtocol):
         self._head_size = 0
         self._in_body = False
         super().on_message_complete()
+        # What follows the last request of a connection is no head that could be late or too long.
+        self._is_deaf = self._is_deaf or not self.cycle.keep_alive
         if not self._unanswered:
             # The rest of a body that was answered without it.
             self._allow(self._bounds.idle_seconds, self._close)
@@ -194,7 +196,6 @@ class Connection(HttpToolsProtocol):
         self.flow.pause_reading()
         # The old parser still expects the body.
         self.parser = self._new_parser()
-        self._is_deaf = not self.cycle.keep_alive
         self.transport.set_protocol(self)
         self.flow.resume_reading()
         self.on_message_complete()
