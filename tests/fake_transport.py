@@ -13,6 +13,7 @@ from uvicorn.server import ServerState
 
 from freestep_service.web.connection import Connection
 from freestep_service.web.head import Bounds
+from freestep_service.web.places import Place
 
 _TURNS = 20
 """More turns of the event loop than a request takes between two of its reads."""
@@ -24,7 +25,7 @@ class FakeTransport(asyncio.Transport):
     """Delivers what is fed while reading is not paused, and keeps what is written, as a socket's transport does.
 
     reads: how many bytes of answers the peer reads; the others stay in the buffer, as what they were written as.
-    protocol: uvicorn's own, to compare. bounds: those of the service's.
+    protocol: uvicorn's own, to compare. bounds, place: those of the service's.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class FakeTransport(asyncio.Transport):
         reads: int | None = None,
         protocol: type[HttpToolsProtocol] = Connection,
         bounds: Bounds | None = None,
+        place: Place | None = None,
     ) -> None:
         super().__init__()
         self.written = bytearray()
@@ -42,13 +44,15 @@ class FakeTransport(asyncio.Transport):
         self.has_written_eof = False
         self._reads = reads
         self._closing = False
+        self._is_lost = False
         self._reading = True
         self._is_full = False
         self._inbox = bytearray()
         self._ends = False
         # Its own configuration would keep its log from the root logger.
         config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None)
-        self.connection: Any = protocol(config, ServerState(), {}, **({} if bounds is None else {"bounds": bounds}))
+        given = {name: each for name, each in (("bounds", bounds), ("place", place)) if each is not None}
+        self.connection: Any = protocol(config, ServerState(), {}, **given)
         self._protocol: Any = self.connection
         self._protocol.connection_made(self)
 
@@ -126,6 +130,7 @@ class FakeTransport(asyncio.Transport):
         if self._is_full and self.get_write_buffer_size() <= _LOW_WATER:
             self._is_full = False
             self._protocol.resume_writing()
+        self._end_if_sent()
 
     def _send(self) -> None:
         while self.buffer and (self._reads is None or self._reads > 0):
@@ -150,8 +155,12 @@ class FakeTransport(asyncio.Transport):
         self.has_written_eof = True
 
     def close(self) -> None:
-        if not self._closing:
-            self._closing = True
+        self._closing = True
+        self._end_if_sent()
+
+    def _end_if_sent(self) -> None:
+        if self._closing and not self.buffer and not self._is_lost:
+            self._is_lost = True
             asyncio.get_running_loop().call_soon(self._protocol.connection_lost, None)
 
     def abort(self) -> None:

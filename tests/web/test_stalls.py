@@ -13,9 +13,11 @@ import uvloop
 
 from fake_transport import FakeTransport
 from freestep_service.web.connection import may_stall
+from freestep_service.web.places import Place, Places
 from freestep_service.web.stalls import Stall
 
 GET = b"GET /a HTTP/1.1\r\nHost: here\r\n\r\n"
+LAST = GET[:-2] + b"Connection: close\r\n\r\n"
 SIZE = 100_000
 SECONDS = 10.0
 
@@ -55,29 +57,30 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 
 
 class App:
-    """Answers at once with SIZE bytes, whose client may read nothing for so many seconds."""
+    """Answers at once with so many bytes, whose client may read nothing for so many seconds."""
 
-    def __init__(self, seconds: float | None = None) -> None:
+    def __init__(self, seconds: float | None = None, size: int = SIZE) -> None:
         self.begun = 0
         self.ended = 0
+        self.size = size
         self._seconds = seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.begun += 1
         if self._seconds is not None:
             may_stall(scope, self._seconds)
-        length = b"%d" % SIZE
+        length = b"%d" % self.size
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
-        await send({"type": "http.response.body", "body": bytes(SIZE)})
+        await send({"type": "http.response.body", "body": bytes(self.size)})
         self.ended += 1
 
 
-async def asked(app: App, requests: int) -> tuple[FakeTransport, Clock]:
-    """A peer that has read nothing of the answers to its requests."""
-    transport = FakeTransport(app, reads=0)
+async def asked(app: App, sent: bytes, place: Place | None = None, idle: float = 1000.0) -> tuple[FakeTransport, Clock]:
+    """A peer that has read nothing of the answers to what it has sent; `idle`: seconds for which it may be idle."""
+    transport = FakeTransport(app, reads=0, place=place)
     clock = transport.connection.loop = Clock()
-    transport.connection.timeout_keep_alive = 1000
-    transport.feed(GET * requests)
+    transport.connection.timeout_keep_alive = idle
+    transport.feed(sent)
     await transport.turn()
     return transport, clock
 
@@ -86,7 +89,7 @@ async def asked(app: App, requests: int) -> tuple[FakeTransport, Clock]:
 def test_who_takes_nothing_is_given_up(requests: int, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         app = App()
-        transport, clock = await asked(app, requests)
+        transport, clock = await asked(app, requests * GET)
         clock.advance(SECONDS - 1)
         assert not transport.is_aborted
         clock.advance(1)
@@ -105,7 +108,7 @@ def test_who_takes_nothing_is_given_up(requests: int, caplog: pytest.LogCaptureF
 def test_who_takes_something_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         app = App()
-        transport, clock = await asked(app, 3)
+        transport, clock = await asked(app, 3 * GET)
         for _ in range(50):
             clock.advance(SECONDS - 1)
             transport.read(1)
@@ -127,7 +130,7 @@ def test_who_takes_something_goes_on(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_who_may_stall_for_longer_has_that_time_for_what_was_sent() -> None:
     async def work() -> None:
-        transport, clock = await asked(App(600.0), 2)
+        transport, clock = await asked(App(600.0), 2 * GET)
         clock.advance(599)
         assert not transport.is_aborted
         clock.advance(1)
@@ -137,13 +140,14 @@ def test_who_may_stall_for_longer_has_that_time_for_what_was_sent() -> None:
     run(work)
 
 
-def test_the_next_client_of_a_connection_has_no_longer_time() -> None:
+@pytest.mark.parametrize("size", [SIZE, 100])
+def test_the_next_client_of_a_connection_has_no_longer_time(size: int) -> None:
     async def work() -> None:
-        app = App(600.0)
-        transport, clock = await asked(app, 1)
+        app = App(600.0, size)
+        transport, clock = await asked(app, GET)
         transport.read(transport.get_write_buffer_size())
         await transport.turn()
-        app._seconds = None
+        app._seconds, app.size = None, SIZE
         transport.feed(GET)
         await transport.turn()
         clock.advance(SECONDS)
@@ -153,9 +157,60 @@ def test_the_next_client_of_a_connection_has_no_longer_time() -> None:
     run(work)
 
 
+@pytest.mark.parametrize(("sent", "idle"), [(LAST, 1000.0), (GET, 5.0)], ids=["last", "idle"])
+def test_an_answer_behind_which_the_connection_ends_has_the_time_of_any(sent: bytes, idle: float) -> None:
+    async def work() -> None:
+        transport, clock = await asked(App(), sent, idle=idle)
+        for _ in range(SIZE // 1000):
+            clock.advance(SECONDS - 1)
+            transport.read(1000)
+            await transport.turn()
+        assert transport.is_closing() and not transport.is_aborted
+        transport.read(1000)
+        await transport.turn()
+        assert transport.written.endswith(b"\r\n\r\n" + bytes(SIZE))
+        assert not clock.waiting
+
+    run(work)
+
+
+@pytest.mark.parametrize("read", [0, SIZE])
+@pytest.mark.parametrize(("sent", "idle"), [(LAST, 1000.0), (GET, 5.0)], ids=["last", "idle"])
+def test_who_takes_nothing_of_an_answer_behind_which_the_connection_ends_is_given_up(
+    sent: bytes, idle: float, read: int
+) -> None:
+    async def work() -> None:
+        transport, clock = await asked(App(), sent, idle=idle)
+        transport.read(read)
+        clock.advance(2 * SECONDS)
+        assert transport.is_aborted
+        await transport.turn()
+        assert not clock.waiting
+
+    run(work)
+
+
+def test_who_has_not_taken_the_answer_is_not_idle() -> None:
+    async def work() -> None:
+        places = Places(1, 1)
+        place = places.take("here")
+        transport, clock = await asked(App(), GET, place)
+        assert places.take("here") is None
+        assert not transport.is_closing()
+        transport.read(SIZE)
+        assert places.take("here") is not None
+        assert transport.is_closing()
+        # Of what is left, nobody waits for more.
+        clock.advance(SECONDS)
+        assert transport.is_aborted
+        await transport.turn()
+
+    run(work)
+
+
 def test_a_lost_connection_is_not_watched() -> None:
     async def work() -> None:
-        transport, clock = await asked(App(), 2)
+        transport, clock = await asked(App(), 2 * GET)
         transport.lose()
         await transport.turn()
         assert not clock.waiting

@@ -108,7 +108,7 @@ class Connection(HttpToolsProtocol):
         self._outlet: Any = _Outlet(transport, self._finish)
         self.stall = Stall(transport, self._bounds.stall_seconds, self.abort)
         if self._place is not None:
-            self._place.end = self._close
+            self._place.end = self._end_soon
         self._allow(self._bounds.idle_seconds, self._close)
 
     @cached_property
@@ -147,7 +147,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         # What follows the last request of a connection is no head that could be late or too long.
         self._is_deaf = self._is_deaf or not self.cycle.keep_alive
-        if not self._unanswered:
+        if not self._unanswered and not self._is_ending:
             # The rest of a body that was answered without it.
             self._allow(self._bounds.idle_seconds, self._close)
 
@@ -241,8 +241,7 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
         self.stall.forget()
         if not self._unanswered:
-            # What was sent on may be of another client's: behind a proxy, they share connections.
-            self.stall.seconds = self._bounds.stall_seconds
+            self._be_idle()
 
     # The end of the connection
 
@@ -306,12 +305,14 @@ class Connection(HttpToolsProtocol):
         return not self.transport.is_closing()
 
     def shutdown(self) -> None:
+        end = self._end_closing if self.stall.is_owed() else self.transport.abort
         super().shutdown()
         self.is_stopping = True
         self._end_waits()
-        if self.scheme == "https" and self.transport.is_closing():
+        if self.transport.is_closing():
+            self._is_ending = self._is_deaf = True
             # TLS would wait for the client's close_notify, which an idle client sends when it next uses the connection.
-            self.loop.call_later(_CLOSE_NOTIFY_S, self.transport.abort)
+            self._allow(_CLOSE_NOTIFY_S, end)
 
     def _end_waits(self) -> None:
         for on_end in [on_end for on_end, or_shutdown in self._watchers.items() if or_shutdown]:
@@ -336,9 +337,24 @@ class Connection(HttpToolsProtocol):
             self._close()
 
     def _close(self) -> None:
-        """Ends the connection when what was written has been sent, if the peer reads it soon."""
+        """Ends the connection when what was written has been sent: for that, the peer has the time of any answer."""
+        self._is_ending = self._is_deaf = True
         self.transport.close()
-        self.loop.call_later(_LINGER_S, self.transport.abort)
+        self._allow(_LINGER_S, self._end_closing)
+
+    def _end_closing(self) -> None:
+        """Aborts a connection that is closing, once the peer has taken what it is owed."""
+        if self.stall.is_owed():
+            self.stall.watch(self.loop)
+            self._allow(_LINGER_S, self._end_closing)
+        else:
+            self.transport.abort()
+
+    def _end_soon(self) -> None:
+        """Ends the connection, whatever is still to be sent: its place is another's, or what it sends is no HTTP."""
+        self._is_ending = self._is_deaf = True
+        self.transport.close()
+        self._allow(_LINGER_S, self.transport.abort)
 
     # What is not HTTP
 
@@ -364,7 +380,7 @@ class Connection(HttpToolsProtocol):
             self.pipeline.popleft()
             self._unanswered.pop()
         elif cycle.response_started:
-            self._close()
+            self._end_soon()
         else:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -386,11 +402,18 @@ class Connection(HttpToolsProtocol):
 
     def _rest(self) -> None:
         """There is no request to be answered. The body of one that was may still be coming."""
-        if self._place is not None:
-            self._place.idle()
+        if not self.flow.write_paused:
+            self._be_idle()
         if self._in_body:
             self._unset_keepalive_if_required()
             self._allow(self._bounds.idle_seconds + self._length / SLOWEST, self._close)
+
+    def _be_idle(self) -> None:
+        """All requests were answered, and the peer has taken the answers, but for what a transport buffers."""
+        # What was sent may be of another client's than what comes next: behind a proxy, they share connections.
+        self.stall.seconds = self._bounds.stall_seconds
+        if self._place is not None and not self._is_ending:
+            self._place.idle()
 
 
 class _Outlet:

@@ -26,6 +26,8 @@ _AT_ONCE = 64
 """Connections that are accepted before the event loop does something else."""
 _PAUSE_S = 1.0
 """Seconds without accepting after the system had no descriptor or no memory for a connection."""
+_SHUTDOWN_S = 86_400.0
+"""Seconds that TLS gives a peer to take what was sent before its end. The protocol has a measure of its own."""
 
 
 class Listener:
@@ -123,6 +125,7 @@ class Listener:
                 accepted,
                 ssl=self._tls,
                 ssl_handshake_timeout=self._handshake_s if self._tls else None,
+                ssl_shutdown_timeout=_SHUTDOWN_S if self._tls else None,
             )
         except BaseException as error:
             place.leave()

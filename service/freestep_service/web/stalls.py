@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
 import struct
 import sys
+import termios
 from collections.abc import Callable
 
 __all__ = ["Stall"]
 
 _ACKNOWLEDGED = struct.Struct("=120xQ")
 """Of Linux's tcp_info: tcpi_bytes_acked, the bytes that the peer's system has taken."""
+_UNTAKEN = struct.calcsize("i")
+"""Bytes of the number of bytes that a socket has sent and its peer's system has not taken."""
 
 
 class Stall:
@@ -30,7 +34,11 @@ class Stall:
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Writing is paused."""
+        """Writing is paused, or the connection is closing with more to be sent; may be called again."""
+        if self._timer is None:
+            self._begin(loop)
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = loop.call_later(self.seconds, self._look, loop, self.seconds, self._left())
 
     def forget(self) -> None:
@@ -43,7 +51,19 @@ class Stall:
         if self._left() == left:
             self._end(seconds)
         else:
-            self.watch(loop)
+            self._begin(loop)
+
+    def is_owed(self) -> bool:
+        """Whether the peer's system has not taken all that was written yet."""
+        if self._transport.get_write_buffer_size():
+            return True
+        # TLS counts what it has not encrypted yet.
+        connection: socket.socket | None = self._transport.get_extra_info("socket")
+        try:
+            return connection is not None and any(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(_UNTAKEN)))
+        except (OSError, ValueError):
+            # The connection has just ended.
+            return False
 
     def _left(self) -> tuple[int, int]:
         """What changes whenever the peer takes something: the bytes that are buffered, and those it has taken."""
