@@ -63,15 +63,20 @@ class ShardedRun:
 
 
 class Body(httpx.AsyncByteStream):
-    """The body of an owner's answer, which notes that it was closed; `error` ends it behind its chunks."""
+    """The body of an owner's answer, which notes how many chunks were read, and that it was closed.
+
+    error: ends it behind its chunks.
+    """
 
     def __init__(self, *chunks: bytes, error: Exception | None = None) -> None:
         self.chunks = chunks
+        self.read = 0
         self.is_closed = False
         self._error = error
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for chunk in self.chunks:
+            self.read += 1
             yield chunk
         if self._error is not None:
             raise self._error

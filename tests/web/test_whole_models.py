@@ -88,6 +88,14 @@ def test_any_range_of_a_whole_point(begin: int, size: int) -> None:
     assert answer.headers["content-range"] == f"bytes {begin}-{end - 1}/{len(whole)}"
 
 
+def test_nothing_is_read_behind_a_range_of_a_whole_point() -> None:
+    owners = Owners((7, 7))
+    size = len(encode_header(MANIFEST.part(0, 2), "F32"))
+    assert pulled(owners, {"Range": f"bytes=0-{size}"}).status == 206
+    assert [body.read for body in owners.bodies] == [0, 0]
+    assert all(body.is_closed for body in owners.bodies)
+
+
 def test_parts_of_different_steps_are_asked_for_again() -> None:
     owners = Owners((7, 8), (8, 9), (9, 9))
     assert pulled(owners).headers["freestep-step"] == "9"

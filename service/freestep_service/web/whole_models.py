@@ -167,10 +167,12 @@ async def _joined(header: bytes, parts: Sequence[Part], itemsize: int) -> AsyncI
 
 
 async def _sliced(chunks: AsyncIterator[bytes], begin: int, end: int) -> AsyncIterator[bytes]:
-    """Bytes `begin` to `end` of a body."""
+    """Bytes `begin` to `end` of a body, of which nothing is read behind these."""
     at = 0
     async for chunk in chunks:
-        piece = chunk[max(begin - at, 0) : max(end - at, 0)]
+        piece = chunk[max(begin - at, 0) : end - at]
         at += len(chunk)
         if piece:
             yield piece
+        if at >= end:
+            return
