@@ -84,6 +84,18 @@ def test_a_target_that_is_a_url_is_at_the_host(edge: Edge, url: str, host: str, 
         assert status == 200 or (answer.slug == "malformed-request" and peer.is_at_its_end())
 
 
+@pytest.mark.parametrize("behind", ["#", "#/healthz", "?a=b#c", "/#/../"])
+def test_a_target_has_no_fragment(edge: Edge, behind: str) -> None:
+    """What a proxy takes for a part of the path, others leave out."""
+    with edge.peer() as peer:
+        peer.send(edge.head("DELETE", behind) + b"\r\n")
+        answer = peer.answer("DELETE")
+        assert answer.slug == "malformed-request"
+        assert "fragment" in answer.document["detail"]
+        assert peer.is_at_its_end()
+    assert edge.api.status()["run"] == edge.api.run
+
+
 def test_a_client_of_http_1_0_needs_no_host(edge: Edge) -> None:
     (answer,) = answered(edge, f"GET {edge.api.path()} HTTP/1.0\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
     assert answer.status == 200

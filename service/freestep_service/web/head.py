@@ -123,6 +123,9 @@ class Head(NamedTuple):
                 expects = expects or (version == "1.1" and _EXPECTS.search(value) is not None)
         if hosts != 1 and (hosts or version == "1.1"):
             raise _malformed(f"the header Host stands {hosts} times, and has to stand once")
+        if b"#" in target:
+            # Who goes by the path before it gets here may take that for a part of it (RFC 9112, section 3.2).
+            raise _malformed("the request's target has a fragment, which is the client's alone")
         if hosts and not target.startswith(b"/") and not _is_at(target, host):
             raise _malformed("the request's target is at another host than the header Host names")
         if codings:
