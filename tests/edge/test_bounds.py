@@ -100,10 +100,12 @@ def test_a_json_body_that_does_not_come_is_refused(
     assert peer.is_at_its_end()
 
 
-@pytest.mark.parametrize("length", [100, 70_000])
-def test_a_body_that_nobody_wants_has_its_time(peer: Peer, length: int) -> None:
+@pytest.mark.parametrize("length", [100, 70_000, 2**63])
+@pytest.mark.parametrize("begun", [b"", b"a"])
+def test_a_body_that_nobody_wants_has_its_time(peer: Peer, begun: bytes, length: int) -> None:
     peer.send(GET[:-2] + b"Content-Length: %d\r\n\r\n" % length)
     assert peer.answer().status == 200
+    peer.send(begun)
     assert peer.is_at_its_end()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import uvloop
 
 from fake_transport import FakeTransport
 from freestep_service.web.connection import may_stall
+from freestep_service.web.head import Bounds
+from freestep_service.web.inlet import INLET
 from freestep_service.web.places import Place, Places
 from freestep_service.web.stalls import Stall
 
@@ -203,6 +206,42 @@ def test_who_has_not_taken_the_answer_is_not_idle() -> None:
         # Of what is left, nobody waits for more.
         clock.advance(SECONDS)
         assert transport.is_aborted
+        await transport.turn()
+
+    run(work)
+
+
+class Refusing:
+    """A sink that takes nothing."""
+
+    def get_buffer(self) -> memoryview:
+        return memoryview(bytearray(100))
+
+    def buffer_updated(self, size: int) -> None:
+        raise ValueError
+
+
+@pytest.mark.parametrize("use_inlet", [True, False])
+def test_the_rest_of_a_body_that_was_answered_without_it_may_not_stand_still(use_inlet: bool) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if use_inlet:
+            with suppress(ValueError):
+                await scope["extensions"][INLET].pour(Refusing(), 10.0, asyncio.get_running_loop().time() + 10.0)
+        await App(size=2)(scope, receive, send)
+
+    async def work() -> None:
+        transport = FakeTransport(app)
+        clock, idle = Clock(), Bounds().idle_seconds
+        transport.connection.loop = clock
+        transport.feed(GET[:-2] + b"Content-Length: 1000000000\r\n\r\n")
+        await transport.turn()
+        for _ in range(5):
+            transport.feed(b"some")
+            await transport.turn()
+            clock.advance(idle - 1)
+        assert transport.written and not transport.is_closing()
+        clock.advance(1)
+        assert transport.is_closing()
         await transport.turn()
 
     run(work)

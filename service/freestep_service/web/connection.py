@@ -78,6 +78,8 @@ class Connection(HttpToolsProtocol):
     """Whether that is a head."""
     _length = 0
     """The Content-Length of the newest request."""
+    _rest_until = 0.0
+    """When the rest of a body that was answered without it has to have come, by the event loop's clock."""
 
     def __init__(
         self,
@@ -140,6 +142,12 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._head_size = 0
         super().on_body(body)
+        self.on_rest()
+
+    def on_rest(self) -> None:
+        """More of a body has come: of one that was answered without it, the next piece has its time."""
+        if not self._unanswered and not self._is_ending:
+            self._allow_rest()
 
     def on_message_complete(self) -> None:
         self._head_size = 0
@@ -182,7 +190,7 @@ class Connection(HttpToolsProtocol):
             self._is_deaf = True
         elif head.length > self._bounds.small_bytes:
             self.flow.pause_reading()
-            inlet: Any = Inlet(self, head.length, self._take_back)
+            inlet: Any = Inlet(self, head.length, self._take_back, self.on_rest)
             self.scope["extensions"] = {**self._extensions, INLET: inlet}
 
     def _new_parser(self) -> httptools.HttpRequestParser:
@@ -406,7 +414,12 @@ class Connection(HttpToolsProtocol):
             self._be_idle()
         if self._in_body:
             self._unset_keepalive_if_required()
-            self._allow(self._bounds.idle_seconds + self._length / SLOWEST, self._close)
+            self._rest_until = self.loop.time() + self._bounds.idle_seconds + self._length / SLOWEST
+            self._allow_rest()
+
+    def _allow_rest(self) -> None:
+        left = self._rest_until - self.loop.time()
+        self._allow(max(0.0, min(self._bounds.idle_seconds, left)), self._close)
 
     def _be_idle(self) -> None:
         """All requests were answered, and the peer has taken the answers, but for what a transport buffers."""

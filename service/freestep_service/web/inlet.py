@@ -26,14 +26,22 @@ _SCRATCH = 256 * 1024
 class Inlet:
     """The body of the request that `protocol` has just parsed the head of: `length` bytes, not read so far.
 
-    `give_back` is called behind the body's last byte, to make `protocol` the transport's protocol again.
+    `give_back` is called behind the body's last byte, to make `protocol` the transport's protocol again; `on_rest` when
+    bytes have come that are thrown away.
     """
 
-    def __init__(self, protocol: HttpToolsProtocol, length: int, give_back: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        protocol: HttpToolsProtocol,
+        length: int,
+        give_back: Callable[[], None],
+        on_rest: Callable[[], None],
+    ) -> None:
         self._protocol = protocol
         self._cycle = protocol.cycle
         self._length = length
         self._give_back = give_back
+        self._on_rest = on_rest
 
     async def pour(self, sink: Sink, stall_s: float, deadline: float) -> None:
         """Receives the whole body into a sink that has room for it; to be called once.
@@ -53,7 +61,7 @@ class Inlet:
         if cycle.waiting_for_100_continue:
             cycle.waiting_for_100_continue = False
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        inflow = _Inflow(protocol, sink, missing, self._give_back)
+        inflow = _Inflow(protocol, sink, missing, self._give_back, self._on_rest)
         protocol.flow.pause_reading()
         transport.set_protocol(inflow)
         protocol.flow.resume_reading()
@@ -66,11 +74,19 @@ class Inlet:
 class _Inflow(asyncio.BufferedProtocol):
     """Reads the last `missing` bytes of a body into a sink, until the sink raises or is detached."""
 
-    def __init__(self, protocol: HttpToolsProtocol, sink: Sink, missing: int, give_back: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        protocol: HttpToolsProtocol,
+        sink: Sink,
+        missing: int,
+        give_back: Callable[[], None],
+        on_rest: Callable[[], None],
+    ) -> None:
         self._protocol = protocol
         self._sink: Sink | None = sink
         self._missing = missing
         self._give_back = give_back
+        self._on_rest = on_rest
         self._clock = protocol.loop.time
         self._progressed_at = self._clock()
         self._ended = asyncio.Event()
@@ -105,6 +121,8 @@ class _Inflow(asyncio.BufferedProtocol):
                 self._sink.buffer_updated(nbytes)
             except Exception as error:
                 self._end(error)
+        else:
+            self._on_rest()
         if not self._missing:
             self._end(None)
             self._give_back()
