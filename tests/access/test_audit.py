@@ -17,11 +17,13 @@ import httpx
 import pytest
 
 from freestep.api.token_form import make_token
-from freestep_service.access.audit import AuditLog, Deed
+from freestep_service.access.audit import AuditLog, Deed, whose
 from freestep_service.access.tokens import Tokens
+from freestep_service.domain.tokens import Token, digest_of
 from harness import TOKEN, ThreadService
 from meanwhile import under_way
 from plain_calls import Api, slug
+from small_disk import small_disk
 
 DEED = Deed("me 1", "127.0.0.1", "delete_run", "mnist", 204)
 REFUSAL = Deed(None, "127.0.0.1", "show_run", "mnist", "unauthenticated")
@@ -200,6 +202,16 @@ def test_lines_are_short(tmp_path: Path) -> None:
     assert len((tmp_path / "audit.jsonl").read_text()) < 5_000
 
 
+def test_subjects_with_one_long_beginning_are_told_apart(tmp_path: Path) -> None:
+    """As a line is cut, a subject could else be made to read as another one's name and id."""
+    log = AuditLog(tmp_path)
+    tokens = [Token(f"oidc alice 0123456789ab{' ' * 300}{end}", "push", digest_of(end), 0) for end in "ab"]
+    for token in tokens:
+        log.note(replace(DEED, who=whose(token)))
+    log.close()
+    assert [each["who"].rpartition(" ")[2] for each in lines(tmp_path / "audit.jsonl")] == [each.id for each in tokens]
+
+
 def test_refusals_of_strangers_without_end_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("freestep_service.access.audit._MOST_WAITING", 5)
     log, held = AuditLog(tmp_path), threading.Event()
@@ -225,3 +237,31 @@ def test_a_disk_that_takes_nothing_stops_nobody(tmp_path: Path, caplog: pytest.L
     log.close()
     assert caplog.text.count("cannot be written") == 1
     assert (tmp_path / "elsewhere").read_text() == ""
+
+
+def test_a_line_that_a_full_disk_cuts_joins_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_disk(tmp_path / "disk", kib=12) as disk, (disk / "other").open("wb") as other:
+        other.write(bytes(4096))
+        other.flush()
+        log = AuditLog(disk)
+        for _ in range(100):
+            log.note(DEED)
+        log._acts._thread.submit(other.truncate, 0)
+        for _ in range(5):
+            log.note(replace(DEED, what="create_token"))
+        log.close()
+        found = [each["what"] for each in lines(disk / "audit.jsonl")]
+    assert set(found[:-5]) == {"delete_run"} and found[-5:] == ["create_token"] * 5
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_a_line_behind_half_a_line_is_one_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "audit.jsonl"
+    file.write_text('{"what": "a power cut')
+    log = AuditLog(tmp_path)
+    for _ in range(2):
+        log.note(DEED)
+    log.close()
+    half, *whole = file.read_text().splitlines()
+    assert half == '{"what": "a power cut'
+    assert [json.loads(line)["what"] for line in whole] == ["delete_run"] * 2

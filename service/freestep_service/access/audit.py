@@ -6,6 +6,7 @@ token may ask in vain without end: such refusals have a file of their own, and t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -16,7 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Semaphore
 
-__all__ = ["AuditLog", "Deed"]
+from freestep_service.domain.tokens import Token
+
+__all__ = ["AuditLog", "Deed", "whose"]
 
 logger = logging.getLogger("freestep")
 
@@ -42,6 +45,11 @@ class Deed:
     what: str
     run: str | None
     result: int | str
+
+
+def whose(token: Token) -> str:
+    """A token as deeds name it: by its id, and by as much of its name as a line has room for."""
+    return f"{token.name[: _LONGEST - 1 - len(token.id)]} {token.id}".strip()
 
 
 class AuditLog:
@@ -87,9 +95,11 @@ class _Lines:
     def _append(self, line: str) -> None:
         try:
             # Opened for each line, since another process may have renamed it.
-            descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
-                os.write(descriptor, line.encode())
+                # Another process's line would come between the two looks at the size.
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _write_whole(descriptor, line.encode())
                 if os.fstat(descriptor).st_size > _LARGEST:
                     self._make_older(descriptor)
             finally:
@@ -101,13 +111,23 @@ class _Lines:
             self._has_failed = True
 
     def _make_older(self, descriptor: int) -> None:
-        """Renames the open file, unless another process has done so: that would take the older file's place."""
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        """Renames the open file, which is locked, unless another process has: that would take the older one's place."""
         if self._file.exists() and os.path.samestat(os.fstat(descriptor), self._file.stat()):
             os.replace(self._file, self._file.with_name(self._file.name + ".1"))
 
     def close(self) -> None:
         self._thread.shutdown()
+
+
+def _write_whole(descriptor: int, line: bytes) -> None:
+    """Appends a line to a locked file, or nothing. Raises OSError."""
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        # Half a line, as a power cut leaves one.
+        line = b"\n" + line
+    if os.write(descriptor, line) < len(line):
+        os.ftruncate(descriptor, size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _document(deed: Deed) -> dict[str, str | int | None]:

@@ -24,7 +24,7 @@ from freestep.errors import (
     ShardUnavailable,
     Unauthenticated,
 )
-from freestep_service.access.audit import Deed
+from freestep_service.access.audit import Deed, whose
 from freestep_service.domain.run_names import LONGEST_NAME, is_run_name
 from freestep_service.domain.tokens import ANYBODY, Token
 from freestep_service.web.browser_session import session_credentials
@@ -146,7 +146,7 @@ def _note(request: Request, what: str, token: Token | None, result: ProblemError
     run = request.path_params.get("run")
     subject = result.extensions.get("subject") if isinstance(result, ProblemError) else None
     deed = Deed(
-        who=subject if token is None else f"{token.name} {token.id}".strip(),
+        who=subject if token is None else whose(token),
         peer=request.client and request.client.host,
         what=what,
         run=run if run is not None and is_run_name(run) else None,

@@ -17,7 +17,7 @@ from freestep.api.token_form import Scope
 from freestep.api.tokens import SignInLink
 from freestep.api.validation import StrictModel
 from freestep.errors import Forbidden, Unauthenticated
-from freestep_service.access.audit import Deed
+from freestep_service.access.audit import Deed, whose
 from freestep_service.domain.tokens import Token
 from freestep_service.web.browser_session import begin_session, end_session, session_credentials
 from freestep_service.web.context import ServiceContext
@@ -100,7 +100,7 @@ async def sign_in(given: SignIn, request: Request, response: Response) -> Sessio
         context.audit.note_stranger(_deed(request, error.extensions.get("subject"), error.slug))
         raise
     half = begin_session(request, response, text)
-    context.audit.note(_deed(request, f"{token.name} {token.id}".strip(), "signed-in"))
+    context.audit.note(_deed(request, whose(token), "signed-in"))
     response.headers["Cache-Control"] = "no-store"
     return _session(request, token, half)
 
