@@ -249,20 +249,29 @@ def test_a_session_can_make_a_link_for_another_browser(service: ThreadService, b
 def test_links_end_and_the_oldest_make_room() -> None:
     now = 0.0
     links = SignInLinks(lambda: now)
-    code = links.make("token")
+    code = links.make("token", "token")
     now = links.good_s - 1.0
-    assert links.use(links.make("other")) == "other"
+    assert links.use(links.make("other", "other")) == "other"
     now += 1
     assert links.use(code) is None
-    oldest, *others = [links.make(str(number)) for number in range(257)]
+    oldest, *others = [links.make(str(number), str(number)) for number in range(257)]
     assert links.use(oldest) is None
     assert [links.use(code) for code in others] == [str(number) for number in range(1, 257)]
 
 
 def test_links_of_one_token_end_no_others() -> None:
     links = SignInLinks(lambda: 0.0)
-    code = links.make("admin")
-    oldest, *others = [links.make("reader") for _ in range(1000)]
+    code = links.make("admin", "admin")
+    # An issuer gives one subject any number of texts.
+    oldest, *others = [links.make(f"text {number}", "reader") for number in range(1000)]
     assert links.use(code) == "admin"
     assert links.use(oldest) is None
     assert [code for code in others if links.use(code)] == others[-16:]
+
+
+def test_a_link_is_of_the_token_that_let_its_maker_in(service: ThreadService, browser: httpx.Client, api: Api) -> None:
+    """Whoever sends halves of any text beside a token would make links of any number of tokens."""
+    made = api.http.post("/v1/tokens", json={"name": "reader", "scope": "read"}).json()
+    headers = sign_in(browser, token=TOKEN) | {"Authorization": f"Bearer {made['token']}"}
+    code = browser.post("/dashboard/links", headers=headers).json()["code"]
+    assert browser.get("/dashboard/session", headers=sign_in(browser, code=code)).json()["name"] == "reader"

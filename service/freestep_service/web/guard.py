@@ -38,6 +38,7 @@ from freestep_service.web.problems import INTERNAL_ERROR
 __all__ = [
     "GuardedRoute",
     "caller",
+    "credentials",
     "document_tokens",
     "is_let_in",
     "needs",
@@ -172,6 +173,17 @@ def _wanted(scope: Scope, run: str | None) -> str:
     return f"a token of scope {scope} for {'all runs' if run is None else f'the run {run!r}'}"
 
 
+def credentials(request: Request) -> bytes | None:
+    """A request's header Authorization, or what that would be of a browser's session; None where it has neither.
+
+    Raises Unauthenticated where either is none.
+    """
+    values = [value for name, value in request.scope["headers"] if name == b"authorization"]
+    if len(values) > 1:
+        raise Unauthenticated("the header Authorization stands more than once")
+    return values[0] if values else session_credentials(request)
+
+
 async def _bearer(request: Request) -> Token:
     """The token that a request carries, or that its certificate counts as. Raises what `Tokens.find` raises.
 
@@ -180,13 +192,8 @@ async def _bearer(request: Request) -> Token:
     context = ServiceContext.of(request)
     if context.settings.insecure:
         return ANYBODY
-    values = [value for name, value in request.scope["headers"] if name == b"authorization"]
-    if len(values) == 1:
-        return context.tokens.known(values[0]) or await context.tokens.find(values[0])
-    if values:
-        raise Unauthenticated("the header Authorization stands more than once")
-    if (credentials := session_credentials(request)) is not None:
-        return context.tokens.known(credentials) or await context.tokens.find(credentials)
+    if (given := credentials(request)) is not None:
+        return context.tokens.known(given) or await context.tokens.find(given)
     token = presented(request.scope, context.settings) or await context.relay.caller(request)
     if token is None:
         raise Unauthenticated("the request carries no token")

@@ -19,9 +19,9 @@ from freestep.api.validation import StrictModel
 from freestep.errors import Forbidden, Unauthenticated
 from freestep_service.access.audit import Deed, whose
 from freestep_service.domain.tokens import Token
-from freestep_service.web.browser_session import begin_session, end_session, session_credentials
+from freestep_service.web.browser_session import begin_session, end_session
 from freestep_service.web.context import ServiceContext
-from freestep_service.web.guard import needs, open_to_all, visitor
+from freestep_service.web.guard import caller, credentials, needs, open_to_all, visitor
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.pages import INDEX, Pages
 
@@ -122,11 +122,11 @@ async def create_link(request: Request, response: Response) -> SignInLink:
     context = ServiceContext.of(request)
     if context.settings.insecure:
         return SignInLink(code=None, seconds=0)
-    credentials = session_credentials(request) or request.headers.get("authorization", "").encode("latin-1")
-    token = credentials.decode("latin-1").partition(" ")[2].strip()
-    if not token:
+    given = credentials(request)
+    if given is None:
         raise Forbidden("a certificate has let the request in, of which no link can be made: make a token for it")
-    return SignInLink(code=context.links.make(token), seconds=context.links.good_s)
+    token = given.decode("latin-1").partition(" ")[2].strip()
+    return SignInLink(code=context.links.make(token, caller(request).id), seconds=context.links.good_s)
 
 
 def _file(request: Request, path: str) -> Response:
