@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http.client import HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,6 +54,31 @@ def answered(connection: socket.socket) -> bytes:
     response = HTTPResponse(connection)
     response.begin()
     return response.read()
+
+
+@contextmanager
+def begun(
+    url: str,
+    method: str,
+    path: str,
+    length: int,
+    headers: Mapping[str, str],
+    trusted: ssl.SSLContext | None = None,
+) -> Iterator[Callable[[bytes], tuple[int, dict[str, Any]]]]:
+    """A request that was let in, whose body is waited for; what sends it, for the answer's status and document."""
+    with connected(url, trusted) as connection:
+        lines = {"Host": "127.0.0.1", "Content-Length": str(length), "Expect": "100-continue", **headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        connection.sendall(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode())
+        assert connection.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+        def send(body: bytes) -> tuple[int, dict[str, Any]]:
+            connection.sendall(body)
+            answer = HTTPResponse(connection)
+            answer.begin()
+            return answer.status, json.loads(answer.read())
+
+        yield send
 
 
 def is_pending(service: ThreadService, api: Api, key: str) -> bool:

@@ -52,9 +52,13 @@ class _Run:
 @cache
 def _app() -> tuple[FastAPI, _Run]:
     app, run = create_app(Settings(insecure=True)), _Run()
-    audit = SimpleNamespace(note=lambda deed: None)
     app.state.context = SimpleNamespace(
-        registry=run, relay=None, settings=Settings(insecure=True), audit=audit, json_bodies=JsonBodies(30.0)
+        registry=run,
+        relay=None,
+        settings=Settings(insecure=True),
+        tokens=SimpleNamespace(is_good=lambda token: True),
+        audit=SimpleNamespace(note=lambda deed: None),
+        json_bodies=JsonBodies(30.0),
     )
     return app, run
 

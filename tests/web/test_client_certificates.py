@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import ssl
 import time
 from collections.abc import Callable
 from contextlib import closing
+from http.client import RemoteDisconnected
 from pathlib import Path
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
-from certificates import AUTHORITY, calls, issued
+from certificates import AUTHORITY, calls, issued, showing
+from freestep.wire.receiver import MEDIA_TYPE
 from freestep_service.coordination.secret import SECRET_KEY
 from freestep_service.domain.tokens import Token
 from freestep_service.settings import CannotStart, Settings
 from freestep_service.tls import uvicorn_options
 from harness import AUTHORIZED, ThreadService
 from meanwhile import at_once
-from plain_calls import TENSORS, ShardedApi, slug
+from plain_calls import BODY, TENSORS, ShardedApi, slug
+from raw_pushes import begun
 
 # What a certificate allows
 
@@ -95,6 +99,27 @@ def test_the_audit_log_names_the_certificate(
     noted = [json.loads(line)["who"] for line in (service.settings.data_dir / "audit.jsonl").read_text().splitlines()]
     assert len(noted) == 2 and len(set(noted)) == 1
     assert noted[0].startswith("certificate fleet-1 ")
+
+
+def test_a_connection_whose_certificate_expires_while_a_body_comes_ends(
+    start_service: Callable[..., ThreadService],
+    client_ca: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As for later requests, so that a client shows the certificate that it has by then."""
+    service, file = start_service(**client_ca), issued(tmp_path)
+    api = calls(service, file, "late")
+    with closing(api.http):
+        assert api.http.put(api.path(), json=api.spec()).status_code == 201
+        headers = {"Content-Type": MEDIA_TYPE}
+        trusted = showing(service, file)
+        with begun(api.url, "PUT", api.path("/parameters"), len(BODY), headers, trusted) as send:
+            with monkeypatch.context() as later:
+                later.setattr(service.app.state.context.tokens, "_clock", lambda: time.time() + 10**11)
+                with pytest.raises((RemoteDisconnected, ConnectionError, ssl.SSLEOFError)):
+                    send(BODY)
+        assert not api.status()["initialized"]
 
 
 # Between processes

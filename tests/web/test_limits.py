@@ -34,6 +34,7 @@ def app() -> FastAPI:
         registry=SimpleNamespace(find=find),
         settings=Settings(insecure=True),
         audit=SimpleNamespace(note=lambda deed: None),
+        tokens=SimpleNamespace(is_good=lambda token: True),
         json_bodies=JsonBodies(30.0),
     )
     return made

@@ -7,15 +7,17 @@ it works on the flat vector.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import xxhash
 from starlette.requests import ClientDisconnect, Request
 
 from freestep.errors import MalformedRequest
 from freestep.wire.receiver import Sink, lay
+from freestep_service.state.staging import Body as AnyBody
 from freestep_service.web.inlet import INLET
 
-__all__ = ["SLOWEST", "Body", "stalled"]
+__all__ = ["SLOWEST", "Body", "GuardedBody", "stalled"]
 
 SLOWEST = 64 * 1024
 """Bytes a second, below which a sender may not hold memory that others wait for."""
@@ -70,6 +72,30 @@ class Body:
                 raise EOFError
             lay(sink, chunk)
             missing -= len(chunk)
+
+
+class GuardedBody:
+    """A body that counts only if its sender is let in still when it has come, which may take hours.
+
+    require_let_in: raises Unauthenticated where the sender's token has ended.
+    """
+
+    def __init__(self, body: AnyBody, require_let_in: Callable[[], None]) -> None:
+        self.length = body.length
+        self._body = body
+        self._require_let_in = require_let_in
+
+    async def receive_into(self, receiver: Sink) -> str:
+        """As the body's, and raises Unauthenticated."""
+        digest = await self._body.receive_into(receiver)
+        self._require_let_in()
+        return digest
+
+    async def receive_digest(self) -> str:
+        """As the body's, and raises Unauthenticated."""
+        digest = await self._body.receive_digest()
+        self._require_let_in()
+        return digest
 
 
 def stalled(stall_s: float) -> MalformedRequest:

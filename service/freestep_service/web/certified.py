@@ -16,7 +16,7 @@ from freestep_service.domain.tokens import Token
 from freestep_service.settings import Settings
 from freestep_service.web.connection import CONNECTION, Connection
 
-__all__ = ["CALLER", "caller_line", "let_in_by_certificate", "named_caller", "presented"]
+__all__ = ["CALLER", "caller_line", "is_let_in_by_certificate", "let_in_by_certificate", "named_caller", "presented"]
 
 CALLER = "freestep-caller"
 """The header of a relayed request whose sender has shown a certificate: until when it is good, in seconds since 1970,
@@ -39,6 +39,11 @@ def presented(scope: Scope, settings: Settings) -> Token | None:
 def let_in_by_certificate(scope: Scope, token: Token) -> None:
     """Notes what a request was let in with, for those that are made for it."""
     scope[_CERTIFIED] = token
+
+
+def is_let_in_by_certificate(scope: Scope) -> bool:
+    """Whether a request was let in with a certificate."""
+    return _CERTIFIED in scope
 
 
 def caller_line(request: Request) -> str | None:

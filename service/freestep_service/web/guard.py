@@ -28,7 +28,7 @@ from freestep_service.access.audit import Deed, whose
 from freestep_service.domain.run_names import LONGEST_NAME, is_run_name
 from freestep_service.domain.tokens import ANYBODY, Token
 from freestep_service.web.browser_session import session_credentials
-from freestep_service.web.certified import let_in_by_certificate, presented
+from freestep_service.web.certified import is_let_in_by_certificate, let_in_by_certificate, presented
 from freestep_service.web.connection import abort
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.hosts import OPEN_PATH
@@ -198,11 +198,15 @@ async def _bearer(request: Request) -> Token:
     if token is None:
         raise Unauthenticated("the request carries no token")
     if token.has_expired(time.time()):
-        # A client that has another one by now shows it when it connects again.
-        abort(request.scope)
+        _have_connect_again(request)
         raise Unauthenticated("the certificate of the connection has expired")
     let_in_by_certificate(request.scope, token)
     return token
+
+
+def _have_connect_again(request: Request) -> None:
+    """Ends the connection of a certificate that has expired: a client that has another one by now shows that."""
+    abort(request.scope)
 
 
 def caller(request: Request) -> Token:
@@ -221,10 +225,14 @@ def require_let_in(request: Request) -> None:
     if not is_let_in(request):
         route: GuardedRoute = request.scope["route"]
         assert route.scope is not None
-        run = request.path_params["run"]
-        detail = f"the token has ended while the request waited: {_wanted(route.scope, run)} is needed"
+        run = _shown(request.path_params.get("run"))
+        detail = f"the token has ended while the request was under way: {_wanted(route.scope, run)} is needed"
         refusal = Unauthenticated(detail, scope=route.scope, run=run)
-        _note(request, route.name, caller(request), refusal)
+        if route.scope != "admin":
+            # What only an admin may do is noted whatever comes of it.
+            _note(request, route.name, caller(request), refusal)
+        if is_let_in_by_certificate(request.scope):
+            _have_connect_again(request)
         raise refusal
 
 

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from freestep.errors import BodyTooLarge, MalformedRequest, ProblemError, RequestTimeout
 from freestep_service.web.context import ServiceContext
-from freestep_service.web.guard import GuardedRoute, caller
+from freestep_service.web.guard import GuardedRoute, caller, require_let_in
 from freestep_service.web.json_bodies import SMALL, parsed, validated
 
 __all__ = ["LONGEST_SPEC", "JsonRoute", "takes_large"]
@@ -69,6 +69,8 @@ class JsonRoute(GuardedRoute):
 
                     is_large = len(body) > SMALL
                     bounded.document = await bodies.beside(read) if is_large else read()
+                if self.scope is not None:
+                    require_let_in(request)
                 return await handler(bounded)
 
         return handle

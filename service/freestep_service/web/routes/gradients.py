@@ -29,8 +29,8 @@ from freestep_service.runs.run import Run
 from freestep_service.state.shared_memory import SharedBody
 from freestep_service.state.staging import Body as AnyBody
 from freestep_service.web.answer_headers import POINT_HEADERS, PREFERENCE_APPLIED, RECEIPT_HEADERS, optional
-from freestep_service.web.body import Body
-from freestep_service.web.guard import needs
+from freestep_service.web.body import Body, GuardedBody
+from freestep_service.web.guard import needs, require_let_in
 from freestep_service.web.headers import (
     PUSH_HEADERS,
     Preferences,
@@ -98,6 +98,7 @@ async def push(request: Request) -> Response:
     body: AnyBody = Body(request, length, parsed.settings.stall_seconds)
     if memory is not None and at is not None:
         body = SharedBody(memory, at)
+    body = GuardedBody(body, partial(require_let_in, request))
     if parsed.shard is None:
         return await _push_whole(run, request, parsed.relay, body, claimed, wishes, dtype)
     if not run.owns(parsed.shard):
@@ -119,6 +120,7 @@ async def push(request: Request) -> Response:
     if wishes.wait and outcome.is_open:
         async with while_connected(request.scope, is_waiting=True):
             outcome = await shard.settle(outcome, wishes.wait)
+        require_let_in(request)
     if outcome.reading is None:
         return _receipt(outcome.receipt(), wishes)
 

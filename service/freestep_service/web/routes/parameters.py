@@ -18,7 +18,7 @@ from freestep.errors import (
 )
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.web.answer_headers import CONTENT_RANGE, ETAG, POINT_HEADERS
-from freestep_service.web.body import Body
+from freestep_service.web.body import Body, GuardedBody
 from freestep_service.web.guard import needs, require_let_in
 from freestep_service.web.headers import PULL_HEADERS, UPLOAD_HEADERS, body_length, preferences, upload
 from freestep_service.web.json_answers import status_response
@@ -62,7 +62,7 @@ async def initialize_run(request: Request) -> Response:
     run, relay = parsed.run, parsed.relay
     length = body_length(request, parsed.settings.max_body_bytes)
     await admit_bytes(request, length)
-    body = Body(request, length, parsed.settings.stall_seconds)
+    body = GuardedBody(Body(request, length, parsed.settings.stall_seconds), partial(require_let_in, request))
     key = upload(request, required=run.is_sharded and parsed.shard is not None)
     if parsed.shard is None:
         async with run.whole_bodies.staged(body) as whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import AsyncExitStack
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -27,9 +28,9 @@ from freestep.errors import (
 from freestep_service.runs.run import Run
 from freestep_service.runs.state_imports import ImportTerms
 from freestep_service.web.answer_headers import STATE_HEADERS
-from freestep_service.web.body import Body
+from freestep_service.web.body import Body, GuardedBody
 from freestep_service.web.context import ServiceContext
-from freestep_service.web.guard import caller, needs
+from freestep_service.web.guard import caller, needs, require_let_in
 from freestep_service.web.headers import IMPORT_HEADERS, body_length, place, upload
 from freestep_service.web.json_answers import status_response
 from freestep_service.web.metering import admit_bytes, spend_answer
@@ -89,7 +90,7 @@ async def import_state(request: Request) -> Response:
     context, name = ServiceContext.of(request), RUN.read(request)
     length = body_length(request, context.settings.max_body_bytes)
     await admit_bytes(request, length)
-    body = Body(request, length, context.settings.stall_seconds)
+    body = GuardedBody(Body(request, length, context.settings.stall_seconds), partial(require_let_in, request))
     terms = ImportTerms(upload(request, required=False) or secrets.token_hex(16), REPLACE.read(request), place(request))
     if (shard := SHARD.find(request)) is not None:
         return await _import_part(request, shard, body, terms.upload)
@@ -109,7 +110,7 @@ async def import_state(request: Request) -> Response:
     return await _status(run, terms)
 
 
-async def _import_part(request: Request, shard: int, body: Body, attempt: str) -> Response:
+async def _import_part(request: Request, shard: int, body: GuardedBody, attempt: str) -> Response:
     """A shard's part of a state that another process of the service has received."""
     if not await ServiceContext.of(request).relay.is_relayed(request):
         raise MalformedRequest("shard: a state is put as a whole", field="shard")
@@ -117,7 +118,7 @@ async def _import_part(request: Request, shard: int, body: Body, attempt: str) -
     return JSONResponse({"token": await run.imports.receive_part(run.shard(shard).index, body, attempt)})
 
 
-async def _import_whole(request: Request, run: Run | None, body: Body, terms: ImportTerms) -> Response:
+async def _import_whole(request: Request, run: Run | None, body: GuardedBody, terms: ImportTerms) -> Response:
     context = ServiceContext.of(request)
 
     def accept(document: StateDocument) -> None:
