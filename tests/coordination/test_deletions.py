@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordination.driven import DrivenRun
+from coordination.driven import ASYNC, DrivenRun, Driver
+from freestep.errors import RunNotFound
+from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.opening import list_again, note_deletion, read_deletion
 from freestep_service.coordination.run_scripts import DELETED_KEY, DELETION_TIMES_KEY, RUNS_KEY
 from freestep_service.coordination.store import Store
+from freestep_service.domain.records import Origin
 from harness import store as started
 
 NOTES = st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, 50)), max_size=30)
@@ -64,6 +68,22 @@ def test_what_is_left_of_a_run_counts_until_it_is_noted(run: DrivenRun) -> None:
     assert not run.redis.sismember(RUNS_KEY, run.name)
     run.redis.delete(left)
     assert run.do(read_deletion(store, run.name))[0] == 5
+
+
+def test_only_the_run_that_is_named_is_deleted(driver: Driver) -> None:
+    """Another may have its name by the time that Redis is asked."""
+    origins = [Origin(1, "first"), Origin(1, "second")]
+    name = uuid.uuid4().hex
+    first, second = (Coordinator(driver.store, name, "{}", ASYNC, origin).opening for origin in origins)
+    assert driver.do(first.create(1, 1)) == "created"
+    assert driver.do(first.delete(1, "first")) == 1
+    assert driver.do(second.create(2, 1)) == "created"
+    with pytest.raises(RunNotFound):
+        driver.do(first.delete(1, "first"))
+    left = driver.do(second.read())
+    assert left is not None and left.origin.id == "second"
+    # As where a call comes late: nothing of its name is there.
+    assert driver.do(second.delete(2, "second")) == driver.do(first.delete(1, "first")) == 2
 
 
 def test_a_new_run_is_listed_again_where_one_of_its_name_is_noted_late(make_run: Callable[..., DrivenRun]) -> None:

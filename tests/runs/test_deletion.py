@@ -380,6 +380,28 @@ def test_a_process_that_has_missed_a_deletion_deletes_the_next_run_whole(store: 
     run_async(work)
 
 
+def test_a_process_that_has_missed_a_deletion_does_not_delete_the_next_run_for_it(store: str, tmp_path: Path) -> None:
+    """It is asked to delete the one that it knows, by its id."""
+
+    async def work() -> None:
+        async with two(store, tmp_path / "one", tmp_path / "other") as (one, other):
+            first = await trained(one)
+            theirs = await other.find("run")
+            await theirs._keeper.stop()
+            await one.delete("run")
+            run = await trained(one)
+            with pytest.raises(RunNotFound):
+                await other.delete("run", first.origin.id)
+            await theirs._keeper.look()
+            await until(lambda: theirs not in other._runs.values(), "the other to end the old run")
+            assert not run.is_gone
+            assert await pull(run.shard(0)) == (1, 1.0)
+            await other.delete("run", run.origin.id)
+            await until(lambda: run not in one._runs.values(), "the owner to hear")
+
+    run_async(work)
+
+
 def test_journals_of_a_host_that_was_away_are_removed_when_it_is_back(store: str, tmp_path: Path) -> None:
     """Checkpoints are elsewhere, and were removed."""
 

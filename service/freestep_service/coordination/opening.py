@@ -42,16 +42,21 @@ class RunOpening:
         (status,) = await self._scripts.call("create", *self._rules, epoch, *self._origin[1:], shards)
         return str(status)
 
-    async def delete(self, epoch: int) -> int:
+    async def delete(self, epoch: int, run_id: str = "") -> int:
         """Deletes the run; returns its last epoch, which may be later than `epoch`, the last one that is known here.
 
-        Where this raises CoordinatorUnavailable, Redis may have deleted it all the same: then `read_deletion` tells.
+        run_id: the only run of the name that may be deleted; empty for any. Raises RunNotFound where another has the
+        name. Where this raises CoordinatorUnavailable, Redis may have deleted it all the same: then `read_deletion`
+        tells.
         """
         scripts = self._scripts
         leases = await self._newest_leases()
         keys = [key for lease in leases for key in (scripts.lease_key(lease), scripts.window_key(lease))]
-        (last,) = await scripts.call("delete", epoch, keys=[_left_key(scripts), scripts.key("distances"), *keys])
-        return int(last)
+        keys = [_left_key(scripts), scripts.key("distances"), *keys]
+        status, *rest = await scripts.call("delete", epoch, run_id, keys=keys)
+        if status == "other":
+            raise RunNotFound(f"the run {scripts.run!r} is another than that of the id {run_id!r}", run=scripts.run)
+        return int(rest[0])
 
     async def read(self) -> RunView | None:
         """See `read_run`."""

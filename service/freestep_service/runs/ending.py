@@ -70,11 +70,12 @@ class Ending:
             await self._context.background.settle()
             await self._ownership.give_up_all()
 
-    async def delete(self) -> None:
+    async def delete(self, run_id: str = "") -> None:
         """Deletes the run in Redis; `forget` is to follow.
 
-        Raises StorageUnavailable where its files could not be removed, and CoordinatorUnavailable: nothing has changed
-        then, unless only Redis's answer was lost. In that case the next heartbeat finds the run deleted.
+        run_id: the only run of the name that may be deleted; empty for any. Raises RunNotFound where another has the
+        name by now, StorageUnavailable where its files could not be removed, and CoordinatorUnavailable: nothing has
+        changed then, unless only Redis's answer was lost. In that case the next heartbeat finds the run deleted.
         """
         disk = self._resources.disk
         await disk.run(self._resources.storage.require_writable)
@@ -88,7 +89,7 @@ class Ending:
             )
             self._recovery.is_deleted = True
             try:
-                self._ownership.end(await self._context.coordinator.opening.delete(last))
+                self._ownership.end(await self._context.coordinator.opening.delete(last, run_id))
             except BaseException:
                 self._recovery.is_deleted = False
                 raise

@@ -222,7 +222,7 @@ class Registry:
         async with self._change(name):
             run = self.get(name)
             if run_id not in ("", run.origin.id):
-                raise RunNotFound(f"the run {name!r} is another than that of the id {run_id!r}")
+                raise RunNotFound(f"the run {name!r} is another than that of the id {run_id!r}", run=name)
             try:
                 await look_for_newer(self._resources, require_known_files, name)
             except NewerFormat:
@@ -230,7 +230,7 @@ class Registry:
             except StorageUnavailable as error:
                 # It is deleted all the same, as far as it can be.
                 logger.warning("run %s: what is deleted of it cannot all be read: %s", name, error)
-            await run.ending.delete()
+            await run.ending.delete(run_id)
             logger.info("run %s is deleted", name)
             await self._end_if_gone(name)
 

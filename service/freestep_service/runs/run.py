@@ -13,6 +13,7 @@ from freestep.errors import (
     CheckpointNotFound,
     CoordinatorUnavailable,
     InvalidSpec,
+    RunNotFound,
     ShardUnavailable,
     StorageUnavailable,
 )
@@ -281,8 +282,8 @@ class Run:
         try:
             await disk.run(file.write, storage, self.name)
         except BaseException:
-            with suppress(CoordinatorUnavailable):
-                await self._deletions.note_in_redis(await opening.delete(origin.first_epoch))
+            with suppress(CoordinatorUnavailable, RunNotFound):
+                await self._deletions.note_in_redis(await opening.delete(origin.first_epoch, origin.id))
             raise
         return True
 

@@ -20,6 +20,7 @@ export function inForce({ spec, control }) {
 export class SteerPanel {
   constructor(run, { onAct, onDeleted }) {
     this.run = run;
+    this.id = null;
     this.onAct = onAct;
     this.pauseButton = null;
     this.settings = new Map();
@@ -27,7 +28,7 @@ export class SteerPanel {
     this.pausing = el("p", { class: "acts" });
     this.policy = new PolicyFields((aggregation) => this.change({ aggregation }, `the policy is ${aggregation.policy} now`));
     const remove = async () => {
-      await call("DELETE", runPath(run));
+      await call("DELETE", runPath(run, `?id=${encodeURIComponent(this.id ?? "")}`));
       onDeleted();
       return `the run ${run} is deleted`;
     };
@@ -43,6 +44,7 @@ export class SteerPanel {
 
   /** Shows what is in force. */
   show(status) {
+    this.id = status.id;
     this.showPause(status.control.paused);
     for (const name of OFFERED) {
       const value = name.split(".").reduce((document, member) => document?.[member], inForce(status).optimizer);
