@@ -281,12 +281,9 @@ class _ShardRequests:
         is_named = self.count > 1 or params.get("dtype") == "I8"
         if is_named:
             params |= {"shard": shard, "of": self.count}
-        if self.count > 1:
-            # What makes the requests one call; for a push that is its claim's key.
-            if call.method == "GET":
-                params["cut"] = self._token
-            elif call.method == "PUT":
-                headers["Idempotency-Key"] = self._token
+        if self.count > 1 and call.method == "GET":
+            # What makes the requests one call; for those that bring a body that is their key.
+            params["cut"] = self._token
         return self._transport.request(
             call.method,
             call.path,

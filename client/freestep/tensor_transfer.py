@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ class TensorTransfer:
         self._manifest = manifest
 
     def initialize(self, tensors: Mapping[str, Tensor] | Flat) -> None:
-        call = ShardedCall("PUT", f"{self._path}/parameters", body=self._as_flat(tensors))
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        call = ShardedCall("PUT", f"{self._path}/parameters", headers, body=self._as_flat(tensors))
         self._shards.request_all(call, by_this_rank=True)
 
     def push(self, tensors: Mapping[str, Tensor] | Flat | Encoder, claim: Claim, wait: float) -> Receipt:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import httpx
 import pytest
+import torch
 
-from freestep import Client, Run, RunNotFound
+from freestep import AlreadyInitialized, Client, Run, RunNotFound
 from freestep.errors import CoordinatorUnavailable, Overloaded
 from harness import ThreadService
 from lost_answers import LosingClient
-from region_sides import OF_REGION
+from region_sides import NUMEL, OF_REGION
+
+
+def weights(value: float) -> dict[str, torch.Tensor]:
+    return {"count": torch.full((NUMEL,), value)}
 
 
 def test_a_run_is_deleted(service: ThreadService, run: Run) -> None:
@@ -29,6 +34,18 @@ def test_a_run_that_was_made_anew_meanwhile_is_not_deleted(service: ThreadServic
         client.run(run.name).delete()
         assert not client.loses
     assert run.status().id != old.id
+
+
+def test_a_run_gets_its_first_weights(service: ThreadService, run: Run) -> None:
+    run.create(OF_REGION)
+    with LosingClient(service.url) as client:
+        client.loses.append(("PUT", "/parameters"))
+        losing = client.run(run.name)
+        losing.initialize(weights(1.0))
+        assert not client.loses
+        assert losing.pull("y")[0]["count"][0] == 1.0
+        with pytest.raises(AlreadyInitialized):
+            losing.initialize(weights(1.0))
 
 
 def test_a_token_is_revoked(service: ThreadService) -> None:

@@ -96,14 +96,14 @@ def test_an_upload_of_weights_that_stands_still_loses_its_turn(make_run: Make) -
     run.do(run.opening.create(1, 2))
     run.take_all()
     run.reopen(RunState(1, initialized=False))
-    assert run.do(run.opening.initial_weights(run.owner(), "a", "coming", TTL)) == "coming"
+    assert run.do(run.opening.initial_weights(run.owner(), "a", "coming", TTL, "0-10")) == "coming"
     turn = json.loads(run.field("initializing") or "")
     run.redis.hset(run.key("run"), "initializing", json.dumps(turn | {"at": now_ms(run.driver) + HOUR}))
-    assert run.do(run.opening.initial_weights(run.owner(), "b", "coming", TTL)) == "waiting"
+    assert run.do(run.opening.initial_weights(run.owner(), "b", "coming", TTL, "0-10")) == "waiting"
     turn = json.loads(run.field("initializing") or "")
     assert turn["at"] <= now_ms(run.driver)
     run.redis.hset(run.key("run"), "initializing", json.dumps(turn | {"at": turn["at"] - TTL}))
-    assert run.do(run.opening.initial_weights(run.owner(), "b", "coming", TTL)) == "coming"
+    assert run.do(run.opening.initial_weights(run.owner(), "b", "coming", TTL, "0-10")) == "coming"
 
 
 def test_processes_count_as_live_for_their_time_to_live(driver: Driver) -> None:

@@ -51,7 +51,7 @@ def calls(run: DrivenRun, owner: Owner, claim: Claim, lease: str) -> Mapping[str
         "loaded": lambda: run.do(opening.loaded(owner, generation)),
         "give_up": lambda: run.do(opening.give_up([owner])),
         "reshard": lambda: run.do(opening.reshard(generation, 2)),
-        "initial_weights": lambda: run.do(opening.initial_weights(owner, "upload", "staged", HOUR)),
+        "initial_weights": lambda: run.do(opening.initial_weights(owner, "upload", "staged", HOUR, "0-10")),
         "grant": lambda: run.do(leases.grant("new", HOUR)),
         "grant again": lambda: run.do(leases.grant("w", HOUR)),
         "renew": lambda: run.do(leases.renew(lease)),

@@ -57,6 +57,23 @@ def test_a_part_of_the_weights_names_its_upload(blank: ShardedApi) -> None:
         assert torch.equal(tensor, torch.ones_like(tensor))
 
 
+@pytest.mark.parametrize("by", ["an owner", "any node"])
+def test_an_upload_whose_answer_was_lost_may_come_again(nodes: list[ThreadService], blank: ShardedApi, by: str) -> None:
+    """Its parts, or the whole through a node; another one under its key is another."""
+
+    def sent(value: float) -> set[int]:
+        if by == "an owner":
+            return {answer.status_code for answer in uploaded(blank, "first", value)}
+        body = safetensors.torch.save({name: torch.full_like(tensor, value) for name, tensor in ONES.items()})
+        path, headers = f"{nodes[1].url}{blank.path('/parameters')}", {"Content-Type": MEDIA_TYPE}
+        return {blank.http.put(path, content=body, headers={**headers, "Idempotency-Key": "first"}).status_code}
+
+    assert sent(1.0) == sent(1.0) == {201}
+    assert sent(2.0) == {412}
+    for tensor in blank.pull("y")[0].values():
+        assert torch.equal(tensor, torch.ones_like(tensor))
+
+
 def test_of_uploads_that_race_one_wins_on_all_shards(nodes: list[ThreadService], blank: ShardedApi) -> None:
     urls = [nodes[number % len(nodes)].url for number in range(8)]
     answers = at_once(

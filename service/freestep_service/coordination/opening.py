@@ -188,13 +188,16 @@ class RunOpening:
         """Divides the run into another number of shards, once the state of the present ones is on disk."""
         await self._scripts.call("reshard", generation, shards)
 
-    async def initial_weights(self, owner: Owner, upload: str, progress: str, patience_ms: int) -> str:
+    async def initial_weights(
+        self, owner: Owner, upload: str, progress: str, patience_ms: int, elements: str, digest: str = ""
+    ) -> str:
         """Notes how far a shard is with its part of an upload: coming, staged or withdrawn.
 
+        elements: of the part, as BEGIN-END. digest: of the part's body, once it was received.
         Returns coming, waiting, staged, initialized or already-initialized, see lua/initial_weights.lua.
         Raises Behind, Fenced and ShardUnavailable.
         """
-        arguments = (owner.shard, owner.token, upload, *owner.position, progress, patience_ms)
+        arguments = (owner.shard, owner.token, upload, *owner.position, progress, patience_ms, elements, digest)
         status, *rest = await self._scripts.call("initial_weights", *arguments)
         if status in ("coming", "waiting", "staged", "initialized", "already-initialized"):
             return str(status)

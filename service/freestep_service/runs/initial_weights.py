@@ -38,17 +38,20 @@ class InitialWeights:
         self._beginning = asyncio.Lock()
 
     async def receive(self, body: Body, upload: str) -> None:
-        """Takes this shard's part of the initial weights.
+        """Takes this shard's part of the initial weights; one that comes again, as its answer was lost, is passed over.
 
         Raises AlreadyInitialized where another upload was first, Overloaded where others had their turns for too long,
         and ShardUnavailable when the upload does not reach all shards.
         """
-        async with self._turn(upload) as outcome:
+        async with self._turn(upload) as (outcome, has_won):
             if self._core.initialized:
-                raise AlreadyInitialized
+                if not has_won:
+                    raise AlreadyInitialized
+                await self._agree(upload, outcome, await body.receive_digest())
+                return
             staged = await self._stage(body, upload)
             try:
-                await self._agree(upload, outcome)
+                await self._agree(upload, outcome, staged.digest)
                 # The writer's thread reads the staged memory, whether or not the request is still there.
                 await uninterrupted(asyncio.ensure_future(self._begin(staged)))
             finally:
@@ -79,19 +82,19 @@ class InitialWeights:
                 outcome.exception()
 
     @asynccontextmanager
-    async def _turn(self, upload: str) -> AsyncIterator[asyncio.Future[bool]]:
-        """Waits for an upload's turn, which ends with the block; yields its outcome to come."""
+    async def _turn(self, upload: str) -> AsyncIterator[tuple[asyncio.Future[bool], bool]]:
+        """Waits for an upload's turn, which ends with the block; yields its outcome to come, and whether it has won."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.queue_seconds
         outcome = self._outcomes.setdefault(upload, loop.create_future())
         try:
-            while await self._report(upload, "coming") == "waiting":
+            while (status := await self._report(upload, "coming")) == "waiting":
                 if loop.time() >= deadline:
                     raise Overloaded("other uploads had their turns for too long")
                 await asyncio.wait([outcome], timeout=_POLL_S)
                 if outcome.done() and not outcome.result():
                     raise AlreadyInitialized
-            yield outcome
+            yield outcome, status == "initialized"
         finally:
             self._outcomes.pop(upload, None)
 
@@ -121,13 +124,16 @@ class InitialWeights:
         vector = await staging.pool.acquire(self._settings.queue_seconds)
         return await staging.receive(body, vector)
 
-    async def _agree(self, upload: str, outcome: asyncio.Future[bool]) -> None:
-        """Returns once all shards have their parts of the upload. Raises AlreadyInitialized when it has lost."""
+    async def _agree(self, upload: str, outcome: asyncio.Future[bool], digest: str) -> None:
+        """Returns once all shards have their parts of the upload. Raises AlreadyInitialized when it has lost.
+
+        digest: of this shard's part.
+        """
         deadline = asyncio.get_running_loop().time() + self._settings.commit_seconds
         progress = "staged"
         while True:
             try:
-                status = await self._report(upload, progress)
+                status = await self._report(upload, progress, digest)
             except CoordinatorUnavailable:
                 # Whether this part counts must not stay unknown.
                 await asyncio.sleep(_POLL_S)
@@ -143,11 +149,14 @@ class InitialWeights:
             if asyncio.get_running_loop().time() >= deadline:
                 progress = "withdrawn"
 
-    async def _report(self, upload: str, progress: str) -> str:
+    async def _report(self, upload: str, progress: str, digest: str = "") -> str:
         """Reports to Redis how far this shard's part of an upload is; what comes of it: see lua/initial_weights.lua."""
-        patience_ms = int(1000 * self._settings.stall_seconds)
+        patience_ms, manifest = int(1000 * self._settings.stall_seconds), self._core.manifest
+        elements = f"{manifest.begin}-{manifest.end}"
         status = await self._recovery.call(
-            lambda: self._coordinator.initial_weights(self._core.owner(), upload, progress, patience_ms)
+            lambda: self._coordinator.initial_weights(
+                self._core.owner(), upload, progress, patience_ms, elements, digest
+            )
         )
         if status == "already-initialized":
             raise AlreadyInitialized

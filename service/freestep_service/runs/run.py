@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
 from contextlib import suppress
 
 from freestep.api.models import Checkpoint, RunSpec, RunStatus, Topology
@@ -298,9 +297,9 @@ class Run:
 
     # Weights
 
-    async def initialize(self, shard: LocalShard, body: Body, upload: str | None) -> None:
+    async def initialize(self, shard: LocalShard, body: Body, upload: str) -> None:
         """Takes a shard's part of the initial weights. Raises AlreadyInitialized for all but the first upload."""
-        await shard.initialize(body, upload or secrets.token_hex(16))
+        await shard.initialize(body, upload)
         if shard.index == 0 and self._context.keeps_journal:
             # Acknowledged weights are on disk, too.
             await self._checkpointing.write_now()

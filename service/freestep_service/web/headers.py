@@ -134,7 +134,11 @@ _PREFER = Header(
     example="return=representation, wait=1",
     is_list=True,
 )
-_UPLOAD = Header("Idempotency-Key", _TOKEN, "With several shards: the parts of one upload have one key.")
+_UPLOAD = Header(
+    "Idempotency-Key",
+    _TOKEN,
+    "Makes this one upload, however often it is sent. With several shards, its parts have one key.",
+)
 _IMPORT = Header("Idempotency-Key", _TOKEN, "Makes this one import, however often it is sent.")
 _CLAIM = Header("Idempotency-Key", _TOKEN, "A claim that comes again, with no other between, is given the same units.")
 _CHANGE = Header(

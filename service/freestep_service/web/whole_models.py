@@ -88,9 +88,9 @@ async def push_whole(relay: Relay, request: Request, run: Run, whole: Tensor, he
     return Receipt.merged([Receipt.model_validate(each) for each in answers])
 
 
-async def initialize_whole(relay: Relay, request: Request, run: Run, whole: Tensor) -> None:
-    """Uploads whole initial weights, flat [numel]. Raises what any shard refuses them with."""
-    await _send_parts(relay, request, run, "PUT", "parameters", whole, {"Idempotency-Key": secrets.token_hex(16)})
+async def initialize_whole(relay: Relay, request: Request, run: Run, whole: Tensor, key: str) -> None:
+    """Uploads whole initial weights, flat [numel], under a key. Raises what any shard refuses them with."""
+    await _send_parts(relay, request, run, "PUT", "parameters", whole, {"Idempotency-Key": key})
 
 
 async def _send_parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
@@ -55,6 +56,8 @@ router = APIRouter(tags=["parameters"], route_class=DataRoute)
 async def initialize_run(request: Request) -> Response:
     """Gives the run its initial weights; the first upload wins, others get already-initialized.
 
+    The upload that has won may be sent again, with its Idempotency-Key, where its answer was lost.
+
     With `shard`, the body is that shard's part, and the answer comes when all shards have theirs. Parts with the same
     Idempotency-Key belong together.
     """
@@ -63,10 +66,10 @@ async def initialize_run(request: Request) -> Response:
     length = body_length(request, parsed.settings.max_body_bytes)
     await admit_bytes(request, length)
     body = GuardedBody(Body(request, length, parsed.settings.stall_seconds), partial(require_let_in, request))
-    key = upload(request, required=run.is_sharded and parsed.shard is not None)
+    key = upload(request, required=run.is_sharded and parsed.shard is not None) or secrets.token_hex(16)
     if parsed.shard is None:
         async with run.whole_bodies.staged(body) as whole:
-            await initialize_whole(relay, request, run, whole)
+            await initialize_whole(relay, request, run, whole, key)
     elif not run.owns(parsed.shard):
         return await relay.forward(request, run, parsed.shard)
     else:
