@@ -8,9 +8,9 @@ import pytest
 
 from coordination.driven import DrivenRun
 from freestep.api.data import DataSpec
-from freestep.errors import UnitNotHeld
-from freestep_service.domain.data_sets import NewDataSet
-from freestep_service.domain.records import Lost
+from freestep.errors import ShardUnavailable, UnitNotHeld
+from freestep_service.domain.data_sets import DataSets, NewDataSet
+from freestep_service.domain.records import Lost, RunState
 
 
 def test_of_two_pushes_with_one_unit_the_first_to_be_committed_counts(run: DrivenRun) -> None:
@@ -51,3 +51,28 @@ def test_a_unit_that_was_given_back_meanwhile_does_not_count(run: DrivenRun) -> 
     assert refused.value.extensions == {"units": "train=1"}
     # The rest stays with the lease, for another push.
     assert run.push(replace(run.claim(lease, "again"), units={"train": (0,)})).decision == "applied"
+
+
+@pytest.mark.parametrize("is_gathered", [False, True])
+def test_what_redis_has_lost_of_a_run_is_not_taken_for_a_run_without_data(run: DrivenRun, is_gathered: bool) -> None:
+    """Until its shards have restored it, whoever asks is to ask again."""
+    lease, data = run.grant(), run.coordinator.data
+    spec = DataSpec(length=8, unit=1)
+    run.do(data.create(run.owner(), NewDataSet("train", spec)))
+    run.do(data.claim(run.owner(), lease.lease, lease.token, "train", 3, ""))
+    run.redis.delete(run.key("run"))
+    if is_gathered:
+        run.do(run.opening.gather(run.shards))
+    with pytest.raises(ShardUnavailable):
+        run.do(data.give_back(lease.lease, lease.token, "train"))
+    with pytest.raises(ShardUnavailable):
+        run.do(data.read("train"))
+    with pytest.raises(ShardUnavailable):
+        run.do(data.read_all())
+    if not is_gathered:
+        run.do(run.opening.gather(run.shards))
+    known = DataSets()
+    known.add(NewDataSet("train", spec))
+    run.reopen(RunState(1, 0, 1, initialized=True, data=known))
+    assert run.do(data.read("train")).spec == spec
+    assert run.do(data.give_back(lease.lease, lease.token, "train")) == []

@@ -72,7 +72,8 @@ class RunData:
     async def give_back(self, lease: str, token: int, name: str, numbers: Sequence[int] = ()) -> list[int]:
         """Has units handed out again that a lease has: these numbers, or all; those that it had.
 
-        Raises LeaseExpired, EpochChanged, RunNotInitialized and DataNotFound.
+        Raises LeaseExpired, EpochChanged, RunNotInitialized, DataNotFound, and ShardUnavailable where Redis has lost
+        the run.
         """
         keys = [self._scripts.lease_key(lease)]
         status, *rest = await self._scripts.call("return_units", lease, token, name, *numbers, keys=keys)
@@ -81,13 +82,13 @@ class RunData:
         return list(map(int, rest))
 
     async def read(self, name: str) -> DataView:
-        """How a data set stands. Raises DataNotFound."""
+        """How a data set stands. Raises DataNotFound, and ShardUnavailable where Redis has lost the run."""
         if found := await self._views(name):
             return found[0]
         raise DataNotFound
 
     async def read_all(self) -> list[DataView]:
-        """How the data sets stand, by name."""
+        """How the data sets stand, by name. Raises ShardUnavailable where Redis has lost the run."""
         return await self._views("")
 
     async def count(self) -> list[UnitCounts]:
@@ -98,7 +99,10 @@ class RunData:
         ]
 
     async def _views(self, name: str) -> list[DataView]:
-        now, workers, out, *sets = await self._scripts.call("read_data", name)
+        status, *rest = await self._scripts.call("read_data", name)
+        if status != "data":
+            self._scripts.refuse(status, rest)
+        now, workers, out, *sets = rest
         worker_of = dict(zip(workers[1::2], workers[::2], strict=True))
         held: dict[str, list[Out]] = {each[0]: [] for each in sets}
         for unit, value in zip(out[::2], out[1::2], strict=True):

@@ -161,6 +161,11 @@ local function run_exists()
   return redis.call('HEXISTS', RUN, 'spec') == 1
 end
 
+-- Whether Redis has lost the run, and its shards have not restored it yet.
+local function is_lost()
+  return not run_exists() or redis.call('HEXISTS', RUN, 'lost') == 1
+end
+
 local function run_number(field)
   return tonumber(redis.call('HGET', RUN, field) or 0)
 end

@@ -8,7 +8,7 @@
 --          ...}
 
 local worker, lease, ttl, older = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-if not run_exists() or redis.call('HGET', RUN, 'lost') then return {'behind'} end
+if is_lost() then return {'behind'} end
 -- The epoch of a lease is known only once the run is open.
 if redis.call('HGET', RUN, 'phase') ~= 'open' then return {'not-open', missing_shards(clock())} end
 if worker_counts('banned')[worker] then return {'worker-banned', worker_counts('outliers')[worker]} end
