@@ -40,6 +40,8 @@ _GROUP_KEYS = ("params", "param_names", "name", "initial_lr")
 _OF_RUN = ("algorithm", "max_grad_norm")
 """What no group can have of its own."""
 
+_WANTED = "params must be an nn.Module, its parameters or named_parameters(), or param groups of these"
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -123,9 +125,14 @@ def validated(model: type[Model], value: Any) -> Model:
 
 
 def split_frozen(params: nn.Module | Iterable[Any]) -> tuple[list[Any], list[tuple[str, Tensor]]]:
-    """The parameters or param groups without frozen parameters; and the frozen ones, with names for messages."""
+    """The parameters or param groups without frozen parameters; and the frozen ones, with names for messages.
+
+    Raises TypeError for what are no parameters.
+    """
     if isinstance(params, nn.Module):
         params = params.named_parameters()
+    if isinstance(params, Tensor):
+        raise TypeError(f"{_WANTED}, not a single tensor: put it into a list")
     items, frozen = list(params), list[tuple[str, Tensor]]()
     if items and isinstance(items[0], dict):
         return [_trainable_group(group, frozen) for group in items], frozen
@@ -144,7 +151,9 @@ def _trainable_group(group: dict[str, Any], frozen: list[tuple[str, Tensor]]) ->
 def _trainable(params: Iterable[Any], frozen: list[tuple[str, Tensor]]) -> list[Any]:
     kept = []
     for item in params:
-        name, tensor = item if isinstance(item, tuple) else ("", item)
+        name, tensor = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{_WANTED}, and {tensor!r} is of {type(tensor).__name__}")
         if tensor.requires_grad:
             kept.append(item)
         else:

@@ -168,7 +168,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
         if are_numbered(self._tensors) and isinstance(self._run, Run):
             logger.warning(
                 "the parameters of the run %s have no names, so `freestep pull` writes a file that does not fit the "
-                "model: give the optimizer the model, or model.named_parameters()",
+                "model: give the optimizer the model or model.named_parameters(), whose pairs param groups take too",
                 self._run.name,
             )
         self._run_groups = show_hyperparameters(self.param_groups, parameters, completed, self.spec)

@@ -80,6 +80,7 @@ class LocalSteps(RemoteOptimizer):
         ManifestMismatch: The inner optimizer has other parameters; and as for RemoteOptimizer.
         ValueError: `overlap` is set, and the run's policy drops gradients that are one step stale.
         FreestepError: `every`, `inner` or an option is not valid.
+        TypeError: `params` are none, or `inner` is no optimizer.
     """
 
     _owns_weights = False
@@ -101,6 +102,11 @@ class LocalSteps(RemoteOptimizer):
             raise FreestepError(f"every must be a number of steps from 1, not {every!r}")
         if options.pop("process_group", None):
             raise FreestepError("LocalSteps takes no process_group: each process is a worker of its own")
+        if not hasattr(inner, "param_groups"):
+            raise TypeError(
+                "inner must be an optimizer that was made of the same parameters, such as "
+                f"torch.optim.AdamW(model.parameters()), not {inner!r}"
+            )
         if hasattr(inner, "train") or hasattr(inner, "eval"):
             raise FreestepError(
                 f"{type(inner).__name__} keeps points beside the parameters, which loading y would not move: use "

@@ -134,6 +134,7 @@ class RemoteOptimizer(PushingOptimizer):
         ManifestMismatch: The run exists with other parameters; or a parameter is not dense, real and whole.
         InvalidSpec: The algorithm, a hyperparameter or the aggregation is not valid.
         FreestepError: No run is named, or the dtypes and encodings do not go together.
+        TypeError: `params` are none.
     """
 
     _new_aggregation: Mapping[str, Any] | None = None
@@ -179,6 +180,7 @@ class RemoteOptimizer(PushingOptimizer):
             # Before there is a lease.
             leave_if_asked()
             kept, frozen = split_frozen(params)
+            asked.check()
             push_format = PushFormat(
                 push_dtype,
                 push_encoding,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from freestep.api.differences import Difference
+from freestep.api.hyperparameters import ALGORITHMS
 from freestep.api.models import DEFAULT_GROUP, AggregationSpec, RunSpec
 from freestep.errors import InvalidSpec
 from freestep.groups import LocalParameter, complete_hyperparameters, hyperparameter_values, nearest, validated
@@ -31,6 +32,31 @@ class RunRequest:
     hyperparameters: Mapping[str, Any]
     options: Mapping[str, Any]
     aggregation: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raises InvalidSpec for what no run can have, whatever its parameters are."""
+        algorithm, completed = self._possible()
+        given = {**self.options, "aggregation": self._aggregation()}
+        validated(
+            RunSpec,
+            {
+                "optimizer": {"algorithm": algorithm, **completed},
+                # One that every algorithm can have.
+                "parameters": [{"name": "any", "shape": [1, 1]}],
+                **{name: value for name, value in given.items() if value is not None},
+            },
+        )
+
+    def _possible(self) -> tuple[str, dict[str, Any]]:
+        """An algorithm that has the hyperparameters that were given, and all of them."""
+        choices = [self.algorithm] if self.algorithm else [DEFAULT_ALGORITHM, *ALGORITHMS]
+        refusals = []
+        for algorithm in choices:
+            try:
+                return algorithm, complete_hyperparameters(algorithm, self.hyperparameters)
+            except InvalidSpec as error:
+                refusals.append(error)
+        raise refusals[0]
 
     def complete(self, run: RunSpec | None) -> tuple[str, dict[str, Any]]:
         """The algorithm, and all of its hyperparameters: as given, else the run's, else the defaults.

@@ -23,6 +23,7 @@ from freestep import (
     DtypeOverflow,
     Flat,
     InvalidSpec,
+    LocalSteps,
     ManifestMismatch,
     NoGradients,
     RemoteOptimizer,
@@ -30,6 +31,7 @@ from freestep import (
     RunNotFound,
 )
 from harness import ThreadService
+from ports import free_port
 
 Make = Callable[..., RemoteOptimizer]
 
@@ -142,6 +144,44 @@ def test_unknown_names_are_refused_with_the_nearest(
         remotely(model(), **options)
     with pytest.raises(RunNotFound):
         run.status()
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"lr": -1}, "lr"),
+        ({"algorithm": "adamw_schedule_free", "betas": (0.9, 1.5)}, "betas.1"),
+        ({"algorithm": "sgd", "momentums": 0.9}, "momentums"),
+        ({"aggregation": "quorum"}, "aggregation.batch"),
+        ({"lease_ttl_ms": 1}, "lease_ttl_ms"),
+        ({"shards": 0}, "shards"),
+    ],
+)
+def test_what_no_run_can_have_is_refused_without_a_service(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        RemoteOptimizer(model(), url=f"http://127.0.0.1:{free_port()}", run="r", retry_for=600, **options)
+    assert caught.value.extensions["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ("abc", "an nn.Module, .* and 'a' is of str"),
+        ([nn.Linear(1, 1)], "is of Linear"),
+        ([{"params": [nn.Linear(1, 1)]}], "is of Linear"),
+        (nn.Parameter(torch.zeros(2)), "put it into a list"),
+    ],
+    ids=["text", "modules", "groups", "tensor"],
+)
+def test_what_are_no_parameters_is_refused(remotely: Make, params: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        remotely(params)
+
+
+@pytest.mark.parametrize("inner", ["adamw", torch.optim.AdamW])
+def test_what_is_no_inner_optimizer_is_refused(inner: Any) -> None:
+    with pytest.raises(TypeError, match=r"such as torch\.optim\.AdamW"):
+        LocalSteps(model(), inner, every=2, url=f"http://127.0.0.1:{free_port()}", run="r", retry_for=600)
 
 
 def test_an_optimizer_of_a_shared_client_closes_without_it(service: ThreadService, name: str) -> None:
