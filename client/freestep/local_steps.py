@@ -256,6 +256,18 @@ class LocalSteps(RemoteOptimizer):
             self._round.begin(pulled)
             self._give_back_round()
 
+    def _discard_unpushed(self) -> None:
+        super()._discard_unpushed()
+        if self._round.steps:
+            logger.warning(
+                "%d local steps on the run %s are discarded, since the lease of this worker has lost the units of data "
+                "that they were taken on: they are handed out again",
+                self._round.steps,
+                self._run.name,
+            )
+            self._round.interrupted = None
+            self._restart()
+
     def _give_back_round(self) -> None:
         """Gives back the units of a round whose progress is lost."""
         if lost := self._progress.units.drop_round():

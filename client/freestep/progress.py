@@ -38,6 +38,8 @@ class Progress:
     """Identity and version of each gradient when x was loaded."""
     taken_at: Pulled | None = None
     """The y at which gradients were taken that no push has; None where it is `loaded`."""
+    has_discarded: bool = False
+    """Whether gradients were set to zero that a step may be about to push."""
     inflight: InflightPush | None = None
     """The push whose answer has not been received, with overlap."""
     loss: float | Tensor | None = None

@@ -142,8 +142,11 @@ class PushingOptimizer(JoinedOptimizer):
             if had_closure and result is None and self._worker_group.size == 1:
                 return None
             raise
-        self._push(self._progress.taken_at or taken_at, self._gradients.average(batches), overlap)
-        self._progress.taken_at = None
+        if self._progress.has_discarded and not self._gradients.are_left():
+            self._drop_with_units(self._progress.units.take(self._run.name))
+        else:
+            self._push(self._progress.taken_at or taken_at, self._gradients.average(batches), overlap)
+        self._progress.taken_at, self._progress.has_discarded = None, False
         self._gradients.note_done()
         return result
 
@@ -290,11 +293,27 @@ class PushingOptimizer(JoinedOptimizer):
         self._progress.receipt = Receipt(decision="dropped", reason=reason, step=self.loaded.step, staleness=0)
 
     def _regain_lease(self) -> None:
-        """Takes a lease in place of one that has ended, and y where the run has gone back meanwhile."""
+        """Takes a lease in place of one that has ended, and y where the run has gone back meanwhile.
+
+        Discards what no push has: others are handed the units that it was taken on, those of which it has a part too.
+        """
         self.flush()
         self._membership.replace_lost_lease()
+        self._discard_unpushed()
         if self._membership.granted.epoch != self.loaded.epoch:
             self._load_first()
+
+    def _discard_unpushed(self) -> None:
+        """Sets gradients to zero that no push has."""
+        if self._gradients.are_left():
+            logger.warning(
+                "gradients that the run %s has not had are discarded, since the lease of this worker has lost the "
+                "units of data that they were taken on: they are handed out again",
+                self._run.name,
+            )
+            # A GradScaler does not take a step without any gradient.
+            self.zero_grad(set_to_none=False)
+            self._progress.has_discarded = True
 
     # Units of data
 
@@ -338,7 +357,7 @@ class PushingOptimizer(JoinedOptimizer):
         if self._has_units:
             self._give_back_used(self._gradients.versions())
         super().zero_grad(set_to_none)
-        self._progress.taken_at = None
+        self._progress.taken_at, self._progress.has_discarded = None, False
         self._gradients.note_done()
         if self._has_units:
             self._progress.units.note_cleared(self._gradients.versions())

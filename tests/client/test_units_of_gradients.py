@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from counting import LENGTH, Counts, Make, Numbers, counted
+from counting import LENGTH, Counts, Make, Numbers, counted, train
 from freestep import NonFiniteGradient, Run, ServiceUnreachable, Units
 from freestep.taken_units import TakenUnit, TakenUnits
 
@@ -157,6 +157,46 @@ def test_a_step_of_unknown_outcome_leaves_its_units_with_its_gradients(
                 continue
         optimizer.step()
     assert counted(run) == {1.0}
+
+
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_gradients_of_a_part_of_a_lost_unit_are_not_pushed_with_others(
+    remotely: Make, run: Run, caplog: pytest.LogCaptureFixture, goes_back: bool
+) -> None:
+    model = Counts()
+    # Under sync, units are claimed when they are drawn: here with the delivery of the second half of the first one.
+    optimizer = remotely(model, aggregation="sync", durability="checkpoint")
+    units = Units(optimizer, LENGTH, unit=10)
+    for taken, examples in enumerate(units.loader(Numbers(), batch_size=5, num_workers=1, prefetch_factor=3), start=1):
+        model.backward(examples)
+        if taken == 1 and goes_back:
+            run.checkpoint()
+            run.restore(0)
+        elif taken == 1:
+            optimizer._membership.leave()
+        elif taken % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert units.exhausted and counted(run) == {1.0}
+    assert caplog.text.count("gradients that the run") == 1
+
+
+def test_a_step_on_nothing_but_lost_units_is_dropped(remotely: Make, run: Run) -> None:
+    model, others = Counts(), Counts()
+    optimizer = remotely(model, aggregation="sync")
+    units = iter(Units(optimizer, LENGTH, unit=25))
+    model.backward(next(units))
+    optimizer._membership.leave()
+    with remotely(others) as another:
+        train(others, another, Units(another, LENGTH, unit=25))
+    assert list(units) == []
+    optimizer.step()
+    assert optimizer.receipt is not None and optimizer.receipt.reason == "unit-not-held"
+    assert counted(run) == {1.0} and run.status().step == 2
+    optimizer.zero_grad()
+    model.backward(range(LENGTH))
+    optimizer.step()
+    assert counted(run) == {2.0}
 
 
 def test_any_number_of_units_is_given_back(remotely: Make, run: Run) -> None:

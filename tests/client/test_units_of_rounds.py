@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from counting import LENGTH, Counts, counted
+from counting import LENGTH, Counts, Numbers, counted
 from freestep import LocalSteps, NonFiniteGradient, Run, Units
 
 
@@ -46,6 +46,33 @@ def test_a_round_that_goes_on_in_another_loop_keeps_its_units(
             optimizer.push()
             optimizer.flush()
     assert counted(run) == {1.0} and run.status().step == 3
+
+
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_a_round_on_a_part_of_a_lost_unit_is_discarded(
+    locally: Callable[..., LocalSteps], run: Run, goes_back: bool
+) -> None:
+    model = Counts()
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = locally(model, inner, every=4, aggregation="sync", lr=1.0, momentum=0.0)
+    units = Units(optimizer, LENGTH, unit=10)
+    # Under sync, units are claimed when they are drawn: here with the delivery of the second half of the first one.
+    loader = units.loader(Numbers(), batch_size=5, num_workers=1, prefetch_factor=3)
+    is_lost = False
+    while not units.exhausted:
+        for examples in loader:
+            optimizer.zero_grad()
+            model.backward(examples)
+            optimizer.step()
+            if not is_lost:
+                is_lost = True
+                if goes_back:
+                    run.checkpoint()
+                    run.restore(0)
+                else:
+                    optimizer._membership.leave()
+        optimizer.push()
+    assert counted(run) == {1.0}
 
 
 def test_a_round_whose_progress_is_lost_gives_its_units_back(locally: Callable[..., LocalSteps], run: Run) -> None:
