@@ -180,13 +180,6 @@ def test_compose_publishes_on_loopback_only() -> None:
     assert [name for name, service in services.items() if "store" in service.get("networks", ())] == ["redis", "shard"]
 
 
-def test_compose_leaves_workers_ended_that_have_ended_in_order() -> None:
-    """A worker does where its run was deleted. Started again, it would make the run anew."""
-    policies = {name: service["restart"] for name, service in compose()["services"].items()}
-    assert policies.pop("worker") == "on-failure"
-    assert set(policies.values()) == {"unless-stopped"}
-
-
 def test_podman_takes_the_options_of_containers(tmp_path: Path) -> None:
     if shutil.which("podman") is None:
         pytest.skip("podman is not installed")
