@@ -50,12 +50,15 @@ def set_up_logging(level: str, format: Literal["text", "json"]) -> None:
     """Has the process's lines written to stderr.
 
     Args:
-        level: The lowest that is.
+        level: The lowest of the service's own that is. Of libraries nothing below `info` is, since they tell at `debug`
+            what they send, credentials of a storage among it.
         format: Of which kind they are.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if format == "json" else PeoplesLines())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    lowest = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(level=max(lowest, logging.INFO), handlers=[handler])
+    logging.getLogger("freestep").setLevel(lowest)
     # It logs every request that is relayed.
     logging.getLogger("httpx").setLevel(logging.WARNING)
 

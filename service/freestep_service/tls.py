@@ -37,6 +37,8 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
         "ssl_certfile": settings.ssl_certfile,
         "ssl_keyfile": settings.ssl_keyfile,
         "ssl_keyfile_password": password,
+        # As Python chooses them: by the default of older uvicorns TLS 1.2 had ciphers of CBC and SHA-1 alone.
+        "ssl_ciphers": None,
     }
 
 

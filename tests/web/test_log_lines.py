@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import forked
-from freestep_service.log_lines import JsonLines, PeoplesLines
+from freestep_service.log_lines import JsonLines, PeoplesLines, set_up_logging
 from harness import ThreadService, wait_ready
 from meanwhile import wait_until
 from plain_calls import Api
@@ -56,6 +56,19 @@ def test_a_traceback_is_a_field() -> None:
     assert document["error"].splitlines()[-1] == "ValueError: planted"
     assert (document["run"], document["path"]) == ("r", "x")
     assert PeoplesLines().format(told).splitlines()[-1] == "ValueError: planted"
+
+
+def test_debug_is_of_the_service_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries tell what they send, a storage's signed requests among it."""
+    own, root = logging.getLogger("freestep"), logging.getLogger()
+    for logger in (own, root):
+        monkeypatch.setattr(logger, "level", logger.level)
+    monkeypatch.setattr(root, "handlers", [])
+    for level, of_libraries in (("debug", logging.INFO), ("error", logging.ERROR)):
+        root.handlers.clear()
+        set_up_logging(level, "text")
+        assert logging.getLevelName(own.level) == level.upper()
+        assert root.level == of_libraries
 
 
 def lived(api: Api, worker: str) -> str:

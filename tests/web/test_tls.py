@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -171,6 +172,20 @@ def test_plain_http_to_the_tls_port_is_not_answered(tls_service: ThreadService, 
     with Client(url, retry_for=0) as plain, pytest.raises(ServiceUnreachable):
         plain.runs()
     client.runs()
+
+
+def test_tls_1_2_has_ciphers_that_authenticate_what_they_encrypt(
+    tls_service: ThreadService, tls: dict[str, Path]
+) -> None:
+    context = ssl.create_default_context(cafile=tls["ca_certs"])
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    url = httpx.URL(tls_service.url)
+    with (
+        socket.create_connection((url.host, url.port or 0)) as plain,
+        context.wrap_socket(plain, server_hostname=url.host) as secured,
+    ):
+        cipher = secured.cipher()
+    assert cipher is not None and ("GCM" in cipher[0] or "POLY1305" in cipher[0])
 
 
 def test_tls_to_a_plain_port_is_not_answered(service: ThreadService) -> None:
