@@ -161,8 +161,12 @@ class Parent:
         return pulled
 
     def _join_again(self) -> None:
-        """Takes a lease in the run's epoch, in place of one that may be of an earlier."""
+        """Takes a lease in the run's epoch, in place of one that may be of an earlier.
+
+        Raises WorkerNameTaken where another process has taken the region's name.
+        """
         before = self.held
+        self._name.require(before.granted.worker, before.granted.lease)
         self.lease = self._name.take_lease(before.granted.worker)
         before.release()
 
@@ -227,7 +231,6 @@ class Parent:
     def _claimed_again(self, place: Place) -> Place:
         """A push was not applied and will not be under its lease; in the same epoch its round is still good."""
         if self.held.granted.lease == place.lease:
-            self._name.require(self.held.granted.worker, self.held.granted.lease)
             self._join_again()
         granted = self.held.granted
         if granted.epoch != place.epoch:

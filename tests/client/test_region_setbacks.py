@@ -19,6 +19,7 @@ from freestep import (
     RunNotFound,
     ServiceUnreachable,
     StorageUnavailable,
+    WorkerNameTaken,
 )
 from freestep.api.models import RunStatus
 from harness import ThreadService
@@ -188,6 +189,23 @@ def test_a_lease_of_the_regions_own_whose_answer_was_lost_is_not_another_regions
             works.advance()
         works.run_rounds(1)
     assert counted(far) == counted(here) == 2.0
+
+
+def test_a_region_takes_no_lease_from_a_newer_process_of_its_name_when_the_parent_went_back(
+    here: Run, far: Run, region: Callable[..., Region]
+) -> None:
+    begin(here)
+    works = joined(region())
+    kept = far.checkpoint().step
+    push(here, 2)
+    works.run_rounds(1)
+    (name,) = [each.worker for each in far.workers()]
+    far.restore(kept)
+    with far.lease(name) as newer:
+        with pytest.raises(WorkerNameTaken, match="give each region a name of its own"):
+            works.finish()
+        own = newer.granted.lease
+        assert own in [each.lease for each in far.workers(own)]
 
 
 @pytest.mark.parametrize("made", [0, 3, 5])
