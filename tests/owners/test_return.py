@@ -112,7 +112,7 @@ def test_who_has_lost_the_first_shard_no_longer_shows_how_the_run_stood(
     run.checkpoint()
     [first] = [node for node in nodes if node.url == owners(run)[0]]
     [other] = [node for node in nodes if node is not first]
-    of_first = {"workers", "loss", "metric", "checkpoint_step", "checkpoint_overdue_seconds"}
+    of_first = {"workers", "paused", "loss", "metric", "checkpoint_step", "checkpoint_overdue_seconds"}
     of_any = {"step", "epoch"}
 
     def shown(node: ProcessService) -> set[str]:

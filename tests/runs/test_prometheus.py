@@ -120,6 +120,13 @@ def test_what_is_counted_later_begins_at_0(api: Api) -> None:
     }
 
 
+def test_a_paused_run_is_shown(api: Api) -> None:
+    api.create()
+    for paused in (True, False):
+        assert api.http.patch(api.path(), json={"paused": paused}).status_code == 200
+        wait_until(lambda expected=paused: value(api, "freestep_paused") == expected)
+
+
 def test_a_checkpoint_is_overdue_by_what_the_service_is_set_to(
     start_service: Callable[..., ThreadService], connect: Callable[..., Api], tmp_path: Path
 ) -> None:

@@ -187,6 +187,7 @@ class Run:
             shards=len(self._shards),
             step=max((writer.applied_step for writer in writers), default=None),
             epoch=max((writer.epoch for writer in writers), default=None),
+            is_paused=self._shards[0].core.shard.control().orders.paused if has_first else None,
             loss=self._context.telemetry.loss if has_first else None,
             metrics={name: steps[max(steps)] for name, steps in reported.items()},
             checkpoint_step=self._checkpointing.step if has_first else None,

@@ -19,8 +19,9 @@ __all__ = ["RunGauges", "RunHere"]
 class RunHere(NamedTuple):
     """How a run stands in this process, or what cannot be opened of it.
 
-    step, epoch: None where no shard is here that has its state. loss, metrics, checkpoint_step, checkpoint_overdue_s:
-    None, and empty, where the first shard is not. journal_bytes, journal_lag_bytes: None where no journal is here.
+    step, epoch: None where no shard is here that has its state. is_paused, loss, metrics, checkpoint_step,
+    checkpoint_overdue_s: None, and empty, where the first shard is not. journal_bytes, journal_lag_bytes: None where no
+    journal is here.
     """
 
     run: str
@@ -28,6 +29,7 @@ class RunHere(NamedTuple):
     shards: int = 0
     step: int | None = None
     epoch: int | None = None
+    is_paused: bool | None = None
     loss: float | None = None
     metrics: Mapping[str, float] = {}
     checkpoint_step: int | None = None
@@ -42,6 +44,7 @@ _GAUGES: Sequence[tuple[str, str, Callable[[RunHere], float | None]]] = (
     ("freestep_shards", "Shards of a run that this process owns.", lambda run: run.shards),
     ("freestep_step", "The newest step.", lambda run: run.step),
     ("freestep_epoch", "The epoch.", lambda run: run.epoch),
+    ("freestep_paused", "1 while a run is paused.", lambda run: run.is_paused),
     ("freestep_loss", "Moving average of reported losses.", lambda run: run.loss),
     ("freestep_checkpoint_step", "Step of the newest checkpoint.", lambda run: run.checkpoint_step),
     (
