@@ -208,7 +208,10 @@ class JoinedOptimizer(torch.optim.Optimizer):
         if before is not None and pulled.epoch != before.epoch:
             self._require_same_spec()
             if pulled.step < before.step:
-                logger.warning("the run %s went back from step %d to %d", self._run.name, before.step, pulled.step)
+                logger.warning(
+                    "the run %s went back: this worker, which had step %d, goes on from step %d of epoch %d",
+                    self._run.name, before.step, pulled.step, pulled.epoch,
+                )  # fmt: skip
                 if encoder is not None:
                     # The run has lost the pushes that left the residual, perhaps on purpose.
                     encoder.forget()

@@ -103,6 +103,7 @@ class PushingOptimizer(JoinedOptimizer):
             Closed: The optimizer was closed.
             NonFiniteGradient: The gradients contain NaN or infinity; nothing was applied.
             ValueError: `overlap` is set, and the run's policy drops gradients that are one step stale.
+            StorageUnavailable: The disk of the run's journal is full; nothing was applied.
             ServiceUnreachable: The service did not answer in time; it is unknown whether the push counted.
         """
         raise_if_leaving()

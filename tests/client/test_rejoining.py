@@ -184,7 +184,7 @@ def test_a_run_that_went_back_is_told_at_every_load(
     run.restore(0)
     with caplog.at_level(logging.WARNING, "freestep"):
         getattr(optimizer, call)()
-    assert "went back from step 3 to 0" in caplog.text
+    assert "which had step 3, goes on from step 0 of epoch 2" in caplog.text
 
 
 def test_x_of_another_run_of_the_name_is_not_loaded(make: Callable[..., RemoteOptimizer], run: Run) -> None:

@@ -219,7 +219,8 @@ class RunStatus(_Answer):
     workers: list[WorkerStatus]
     """The live workers."""
     pushes: dict[str, int]
-    """How many pushes have been `applied`, `accumulated` and `dropped`; those that the run went back behind count."""
+    """How many pushes have been `applied`, `accumulated` and `dropped`: also those before a restore, and not those that
+    a crash has cost."""
     loss: float | None = None
     """A moving average of the losses that pushes have reported; null if none has."""
     staleness: float | None = None

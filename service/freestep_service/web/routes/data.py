@@ -14,6 +14,7 @@ from freestep.errors import (
     EpochChanged,
     LeaseExpired,
     RunNotInitialized,
+    StorageUnavailable,
 )
 from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.marks import NUMBERS_PATTERN, parse_numbers
@@ -61,7 +62,7 @@ _RETURN = {"return": link("return_units", {**_NAME, **_HOLDER})}
     },
 )
 @needs("push")
-@refuses(DataExists, RunNotInitialized)
+@refuses(DataExists, RunNotInitialized, StorageUnavailable)
 async def create_data(
     run: AnyRun, name: DataName, spec: DataSpec, request: Request, response: Response, relay: AnyRelay
 ) -> Any:

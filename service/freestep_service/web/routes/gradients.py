@@ -20,6 +20,7 @@ from freestep.errors import (
     Overloaded,
     RunNotInitialized,
     RunPaused,
+    StorageUnavailable,
     UnitNotHeld,
 )
 from freestep_service.domain.aggregation import accepted_encodings
@@ -74,7 +75,8 @@ router = APIRouter(tags=["gradients"], route_class=DataRoute)
 )
 @needs("push")
 @refuses(DataRequest.of, body_length, RunNotInitialized, EpochChanged, IdempotencyConflict, LeaseExpired)
-@refuses(InvalidSpec, MalformedTensors, MemoryNotShared, NonFiniteGradient, Overloaded, RunPaused, UnitNotHeld)
+@refuses(InvalidSpec, MalformedTensors, MemoryNotShared, NonFiniteGradient, Overloaded, RunPaused, StorageUnavailable)
+@refuses(UnitNotHeld)
 async def push(request: Request) -> Response:
     """Pushes a gradient.
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from freestep.api.models import MetricReceipt, MetricReport
-from freestep.errors import EpochChanged, IdempotencyConflict, RunNotInitialized
+from freestep.errors import EpochChanged, IdempotencyConflict, RunNotInitialized, StorageUnavailable
 from freestep_service.web.guard import needs
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
@@ -18,7 +18,7 @@ router = APIRouter(tags=["metrics"], route_class=JsonRoute)
 
 @router.post("/v1/runs/{run}/metrics", response_model=MetricReceipt)
 @needs("read")
-@refuses(RunNotInitialized, EpochChanged, IdempotencyConflict)
+@refuses(RunNotInitialized, EpochChanged, IdempotencyConflict, StorageUnavailable)
 async def report_metric(run: AnyRun, report: MetricReport, request: Request, relay: AnyRelay) -> Any:
     """Reports a metric measured at the x of a step; a report counts once, however often it is sent."""
     if not run.owns_any:

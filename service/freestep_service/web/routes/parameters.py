@@ -16,6 +16,7 @@ from freestep.errors import (
     RangeNotSatisfiable,
     RunNotInitialized,
     StepNotReached,
+    StorageUnavailable,
 )
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.web.answer_headers import CONTENT_RANGE, ETAG, POINT_HEADERS
@@ -52,7 +53,7 @@ router = APIRouter(tags=["parameters"], route_class=DataRoute)
     openapi_extra=documented(RUN, SHARD, OF, *UPLOAD_HEADERS, body=TENSORS),
 )
 @needs("push")
-@refuses(DataRequest.of, body_length, AlreadyInitialized, MalformedTensors, Overloaded)
+@refuses(DataRequest.of, body_length, AlreadyInitialized, MalformedTensors, Overloaded, StorageUnavailable)
 async def initialize_run(request: Request) -> Response:
     """Gives the run its initial weights; the first upload wins, others get already-initialized.
 
