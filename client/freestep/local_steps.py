@@ -174,10 +174,12 @@ class LocalSteps(RemoteOptimizer):
             EvalMode: The model contains x, or kept weights; call `train` first.
             Closed: The optimizer was closed.
             ManifestMismatch: A parameter of the run was frozen, or a frozen one has a gradient; no step was taken.
+            ValueError: The loss is a tensor of several elements; no step was taken.
             FreestepError: As for `push`, after the step was taken.
         """
         raise_if_leaving()
         self._require_open()
+        self._require_mean(loss)
         self._cautions.before_step(self.param_groups)
         self._require_y("step")
         self._gradients.check()

@@ -33,7 +33,7 @@ from freestep.leaving import is_leaving, raise_if_leaving
 from freestep.taken_units import TakenUnit, by_name
 from freestep.uncompiled import uncompiled
 from freestep.update_wait import FIRST_WAIT_S, log_update_wait
-from freestep.worker_group import Batch
+from freestep.worker_group import Batch, finite
 
 __all__ = ["PushingOptimizer"]
 
@@ -82,7 +82,7 @@ class PushingOptimizer(JoinedOptimizer):
             closure: Computes the loss and the gradients, and returns the loss. Nothing is pushed if it returns None and
                 leaves no gradients, as Lightning's does for a batch that is skipped.
             loss: The batch's mean training loss, which the run's status shows; None takes the attribute `loss`, else
-                the closure's.
+                the closure's. One that is NaN or infinite is not reported: whether the push counts is its gradient's.
             samples: The batch's size, the weight of this gradient in the mean of a group; None weighs 1.
             overlap: Returns at once, while the push is sent in the background; the gradients are copied before. The
                 next `step` first waits for the answer and loads the y that came with it, so gradients are one step
@@ -102,12 +102,14 @@ class PushingOptimizer(JoinedOptimizer):
             NoGradients: No parameter has a gradient.
             Closed: The optimizer was closed.
             NonFiniteGradient: The gradients contain NaN or infinity; nothing was applied.
-            ValueError: `overlap` is set, and the run's policy drops gradients that are one step stale.
+            ValueError: `overlap` is set, and the run's policy drops gradients that are one step stale; or the loss is a
+                tensor of several elements.
             StorageUnavailable: The disk of the run's journal is full; nothing was applied.
             ServiceUnreachable: The service did not answer in time; it is unknown whether the push counted.
         """
         raise_if_leaving()
         self._require_open()
+        self._require_mean(loss)
         self._cautions.before_step(self.param_groups)
         self._warn_of_changed_weights()
         if overlap:
@@ -128,10 +130,7 @@ class PushingOptimizer(JoinedOptimizer):
             if not allow_empty:
                 self._gradients.require_any()
             reported = self._take_loss(loss, result)
-            return Batch(
-                None if samples is None else float(samples),
-                None if reported is None else float(reported),
-            )
+            return Batch(None if samples is None else float(samples), finite(reported))
 
         if self._progress.inflight is not None:
             # The closure is evaluated while the push is being sent.
@@ -156,6 +155,12 @@ class PushingOptimizer(JoinedOptimizer):
         if self.loaded.point == "y" and self._progress.taken_at is None:
             are_left = self._worker_group.run_on_first(self._gradients.are_left)
             self._progress.taken_at = self.loaded if are_left else None
+
+    def _require_mean(self, loss: float | Tensor | None) -> None:
+        """Raises ValueError where the loss that a step is given, or that was set, has not one element."""
+        for each in (loss, self.loss):
+            if isinstance(each, Tensor) and each.numel() != 1:
+                raise ValueError(f"the loss is a tensor of shape {list(each.shape)}: give the batch's mean")
 
     def _take_loss(self, loss: float | Tensor | None, result: float | None) -> float | Tensor | None:
         """The loss that a step reports: its argument, else the one that was set, else its closure's."""

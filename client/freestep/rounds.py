@@ -12,7 +12,7 @@ from torch import Tensor
 from freestep.answers import Pulled
 from freestep.flat import Flat
 from freestep.wire.manifest import Manifest
-from freestep.worker_group import Batch
+from freestep.worker_group import Batch, finite
 
 __all__ = ["LocalRound"]
 
@@ -76,7 +76,7 @@ class LocalRound:
 
         The clock must be paused.
         """
-        losses = [float(each) for each in self._losses]
+        losses = [loss for loss in map(finite, self._losses) if loss is not None]
         return Batch(
             self._samples,
             sum(losses) / len(losses) if losses else None,

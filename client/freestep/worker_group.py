@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from freestep.flat import Flat
 
-__all__ = ["SINGLE_PROCESS", "Batch", "WorkerGroup"]
+__all__ = ["SINGLE_PROCESS", "Batch", "WorkerGroup", "finite"]
 
 T = TypeVar("T")
 
@@ -28,6 +31,12 @@ class Batch:
     samples: float | None
     loss: float | None
     speed: float | None = None
+
+
+def finite(loss: float | Tensor | None) -> float | None:
+    """A loss as it is reported: None where it is NaN or infinite."""
+    number = None if loss is None else float(loss)
+    return number if number is not None and math.isfinite(number) else None
 
 
 class WorkerGroup:

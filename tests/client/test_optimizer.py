@@ -25,7 +25,7 @@ from freestep import (
     Run,
 )
 from meanwhile import at_once, under_way, wait_until
-from trained import assert_same, batches, network, train
+from trained import assert_same, batches, loss_of, network, step, train
 
 
 def wrapped_sgd(params: Iterable[nn.Parameter], base: dict[str, Any], **options: Any) -> torch.optim.Optimizer:
@@ -232,6 +232,33 @@ def test_gradients_that_are_not_finite_are_refused_and_training_goes_on(
     train(model, optimizer, 1)
     assert optimizer.receipt is not None
     assert optimizer.receipt.step == 1
+
+
+@pytest.mark.parametrize("loss", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_leaves_the_push_to_its_gradient(
+    make: Callable[..., RemoteOptimizer], run: Run, loss: float
+) -> None:
+    model = network()
+    optimizer = make(model)
+    step(model, optimizer, 0, loss=loss)
+    assert (run.status().step, run.status().loss) == (1, None)
+    (loss_of(model, 1) * torch.nan).backward()
+    with pytest.raises(NonFiniteGradient):
+        optimizer.step(loss=loss)
+
+
+@pytest.mark.parametrize("shape", [(2,), (0,), (1, 3)])
+def test_a_loss_for_each_sample_is_refused_and_pushes_nothing(
+    make: Callable[..., RemoteOptimizer], run: Run, shape: tuple[int, ...]
+) -> None:
+    model = network()
+    optimizer = make(model)
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match="give the batch's mean"):
+        optimizer.step(loss=torch.ones(shape))
+    optimizer.loss = torch.ones(1, 1)
+    optimizer.step()
+    assert (run.status().step, run.status().loss) == (1, 1.0)
 
 
 def test_sync_workers_step_together(make: Callable[..., RemoteOptimizer]) -> None:
