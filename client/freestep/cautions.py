@@ -46,8 +46,8 @@ class Cautions:
             for name, value in shown.items():
                 if group.get(name) is not value and group.get(name) != value:
                     logger.warning(
-                        "a param group's %s was set to %s, %sand has no effect: it is that of the run %s, which has "
-                        "schedules of its own (the hyperparameters warmup_steps and schedule)",
+                        "a param group's %s was set to %s, %sand has no effect: it is that of the run %s, whose "
+                        "hyperparameters have its warmup and schedule, and `freestep set` changes them while it trains",
                         name, group.get(name), "by a scheduler perhaps, " if name == "lr" else "", self._run,
                     )  # fmt: skip
                     self._shown = None
