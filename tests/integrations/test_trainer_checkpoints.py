@@ -114,7 +114,28 @@ def test_a_checkpoint_that_a_later_callback_asks_for_is_said_to_contain_y(
     trainer(callbacks=(Each("on_step_end", save), FreestepCallback())).train()
     assert said(caplog) == []
     trainer(callbacks=(FreestepCallback(), Each("on_step_end", save))).train()
-    assert "the checkpoint of step 2 contains y, not x" in caplog.text
+    assert caplog.text.count("the model's weights were taken while they are y of step 8, not x") == 1
+
+
+def test_weights_that_are_saved_after_a_training_was_broken_off_are_said_to_be_y(
+    trainer: Train, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def interrupt(state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    made = trainer(callbacks=(FreestepCallback(), Each("on_step_end", interrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert said(caplog) == []
+    made.save_model(str(tmp_path / "y"))
+    assert "taken while they are y of step 3, not x: after a training that was broken off" in caplog.text
+    caplog.clear()
+    made.optimizer.eval()  # type: ignore[union-attr]
+    x = weights(made.model)  # type: ignore[arg-type]
+    made.save_model(str(tmp_path / "x"))
+    assert said(caplog) == []
+    assert_equal(saved(tmp_path / "x"), x)
 
 
 def test_jit_checkpoints_are_said_to_contain_y(trainer: Train, caplog: pytest.LogCaptureFixture) -> None:

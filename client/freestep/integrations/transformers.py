@@ -116,14 +116,16 @@ class FreestepCallback(TrainerCallback):
     `self.optimizer.eval()`, and after the training.
 
     A callback that sets `should_save` has to stand before this one. JIT checkpoints, which Trainer writes at a SIGTERM,
-    contain y.
+    contain y, and so does the model after a training that an exception or a Ctrl-C has ended: Trainer calls no callback
+    then, so call `trainer.optimizer.eval()` before `save_model`. Weights that are saved while they are y are warned of.
     """
 
     def __init__(self) -> None:
         self._losses: list[tuple[Tensor, bool]] = []
         """Of the batches of the current step, and whether each is a part of the step's mean already."""
-        self._hook: RemovableHandle | None = None
-        """Notes the losses while Trainer trains."""
+        self._hooks: list[RemovableHandle] = []
+        """On the model, from the beginning of a training to its end: they note losses, and look at what is saved."""
+        self._has_warned_of_y = False
         self._batchnorm = BatchNormCaution()
 
     # From the beginning of the training to its end
@@ -133,8 +135,8 @@ class FreestepCallback(TrainerCallback):
         asked = SchedulerType(args.lr_scheduler_type)
         if asked not in (SchedulerType.CONSTANT, SchedulerType.LINEAR):
             logger.warning(
-                "lr_scheduler_type=%r has no effect: the run has schedules of its own (the hyperparameters "
-                "warmup_steps and schedule)",
+                "lr_scheduler_type=%r has no effect: the run's hyperparameters have its warmup and schedule, and "
+                "`freestep set` changes them while it trains",
                 asked.value,
             )
         args.lr_scheduler_type = SchedulerType.CONSTANT
@@ -143,7 +145,7 @@ class FreestepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raises FreestepError if Trainer has another optimizer."""
-        _remote(kwargs["optimizer"])
+        remote, model = _remote(kwargs["optimizer"]), kwargs["model"]
         if isinstance(kwargs["train_dataloader"], UnitLoader):
             # A training that is resumed is handed no batch that has counted.
             args.ignore_data_skip = True
@@ -151,7 +153,11 @@ class FreestepCallback(TrainerCallback):
             logger.warning("JIT checkpoints contain y: no callback is called before; other checkpoints contain x")
         self._unhook()
         self._batchnorm.begin()
-        self._hook = kwargs["model"].register_forward_hook(self._note_loss, with_kwargs=True)
+        self._has_warned_of_y = False
+        self._hooks = [
+            model.register_forward_hook(self._note_loss, with_kwargs=True),
+            model.register_state_dict_pre_hook(lambda *_: self._warn_of_y(remote)),
+        ]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,9 +171,8 @@ class FreestepCallback(TrainerCallback):
         self._unhook()
 
     def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        while self._hooks:
+            self._hooks.pop().remove()
 
     # Points
 
@@ -210,17 +215,19 @@ class FreestepCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """While training, keeps the x that was evaluated for other data sets and for the checkpoint."""
-        if self._hook is not None:
+        if self._hooks:
             _remote(kwargs["optimizer"]).keep_weights()
             self._batchnorm.before_use()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Warns where a checkpoint contains y."""
-        if _remote(kwargs["optimizer"]).loaded.point != "x":
+    def _warn_of_y(self, remote: RemoteOptimizer) -> None:
+        """Warns, once in a training, of weights that are taken to be saved while they are y."""
+        if remote.loaded.point == "y" and not self._has_warned_of_y:
+            self._has_warned_of_y = True
             logger.warning(
-                "the checkpoint of step %d contains y, not x: another callback has set should_save after "
-                "FreestepCallback was called; give Trainer that callback first",
-                state.global_step,
+                "the model's weights were taken while they are y of step %d, not x: after a training that was broken "
+                "off, call trainer.optimizer.eval() before save_model; a callback that sets should_save has to stand "
+                "before FreestepCallback",
+                remote.loaded.step,
             )
 
     # What a step reports
@@ -266,7 +273,7 @@ class FreestepCallback(TrainerCallback):
 
         def compute(*args: Any, **kwargs: Any) -> Tensor:
             loss = compute_loss_func(*args, **kwargs)
-            if self._hook is not None and torch.is_grad_enabled():
+            if self._hooks and torch.is_grad_enabled():
                 self._losses.append((loss.detach(), True))
             return loss
 
