@@ -175,6 +175,8 @@ def test_what_is_refused_is_said(api: Api, open_page: OpenPage) -> None:
 def test_a_run_is_deleted_and_its_page_left(api: Api, open_page: OpenPage) -> None:
     run_id = api.create().json()["id"]
     page = open_page(api.url, f"#/runs/{api.run}")
+    # Its status has come.
+    expect(page.get_by_role("button", name="Pause")).to_be_visible()
     page.get_by_role("button", name="Delete the run").click()
     with page.expect_request(lambda request: request.method == "DELETE") as asked:
         page.get_by_role("button", name=f"Delete {api.run}").click()

@@ -265,8 +265,8 @@ def test_an_upload_whose_answer_is_lost_has_its_weights(store: str, tmp_path: Pa
             run, _ = await registry.create("run", spec_of(shards), ANYBODY)
             ask, lost = run.coordinator.opening.initial_weights, []
 
-            async def losing(owner: Any, upload: str, progress: str, patience_ms: int) -> str:
-                status = await ask(owner, upload, progress, patience_ms)
+            async def losing(owner: Any, *arguments: Any) -> str:
+                status = await ask(owner, *arguments)
                 if status == "initialized" and not lost:
                     lost.append(owner.shard)
                     raise CoordinatorUnavailable("the answer was lost")

@@ -177,11 +177,11 @@ def test_whole_weights_are_one_upload() -> None:
     receivers = Receivers()
 
     async def work() -> None:
-        await initialize_whole(relay_to(receivers), request_of("PUT", "/a"), ShardedRun(), WHOLE)  # type: ignore[arg-type]
+        await initialize_whole(relay_to(receivers), request_of("PUT", "/a"), ShardedRun(), WHOLE, "key")  # type: ignore[arg-type]
 
     run(work)
     one, other = receivers.requests
-    assert one.headers["Idempotency-Key"] == other.headers["Idempotency-Key"]
+    assert one.headers["Idempotency-Key"] == other.headers["Idempotency-Key"] == "key"
     assert {one.method, other.method} == {"PUT"}
     assert torch.equal(torch.cat([receivers.parts[0], receivers.parts[1]]), WHOLE)
 

@@ -20,20 +20,17 @@ export function inForce({ spec, control }) {
 export class SteerPanel {
   constructor(run, { onAct, onDeleted }) {
     this.run = run;
-    this.id = null;
     this.onAct = onAct;
+    this.onDeleted = onDeleted;
     this.pauseButton = null;
     this.settings = new Map();
     this.fields = el("div", { class: "settings" });
     this.pausing = el("p", { class: "acts" });
     this.policy = new PolicyFields((aggregation) => this.change({ aggregation }, `the policy is ${aggregation.policy} now`));
-    const remove = async () => {
-      await call("DELETE", runPath(run, `?id=${encodeURIComponent(this.id ?? "")}`));
-      onDeleted();
-      return `the run ${run} is deleted`;
-    };
-    const deletion = twice("Delete the run", `Delete ${run} and its checkpoints?`, remove, { isGrave: true });
-    this.element = card("Steer", this.pausing, this.fields, this.policy.element, el("p", { class: "acts" }, deletion));
+    this.deleting = el("p", { class: "acts" });
+    // A run that cannot be opened has no status, and can be deleted.
+    this.showDeletion("");
+    this.element = card("Steer", this.pausing, this.fields, this.policy.element, this.deleting);
   }
 
   async change(body, told) {
@@ -44,13 +41,26 @@ export class SteerPanel {
 
   /** Shows what is in force. */
   show(status) {
-    this.id = status.id;
+    this.showDeletion(status.id);
     this.showPause(status.control.paused);
     for (const name of OFFERED) {
       const value = name.split(".").reduce((document, member) => document?.[member], inForce(status).optimizer);
       if (value !== undefined) this.showSetting(name, JSON.stringify(value));
     }
     this.policy.show(inForce(status).aggregation);
+  }
+
+  /** Offers to delete the run of an id; where none is known, whichever has the name. */
+  showDeletion(id) {
+    if (this.id === id) return;
+    this.id = id;
+    const remove = async () => {
+      await call("DELETE", runPath(this.run, id && `?id=${encodeURIComponent(id)}`));
+      this.onDeleted();
+      return `the run ${this.run} is deleted`;
+    };
+    const question = `Delete ${this.run} and its checkpoints?`;
+    this.deleting.replaceChildren(twice("Delete the run", question, remove, { isGrave: true }));
   }
 
   showPause(isPaused) {
