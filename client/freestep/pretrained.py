@@ -17,6 +17,8 @@ from freestep.tensor_file import StoredTensor, content, read_tensors, stored
 __all__ = ["PretrainedFolder"]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_UNREAD = "pytorch_model*.bin"
+"""Weights as torch pickles them."""
 _COPIED = ("*config*.json", "*token*", "vocab*", "merges.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 """Configurations, of generation and preprocessing too, tokenizers, chat templates, and the code of custom models."""
 _MOST_NAMED = 10
@@ -81,6 +83,11 @@ class PretrainedFolder:
             copied = {name: self._tensors[name] for name in sorted(others) if name not in tied}
             notes = [_note(f"not in the run, and copied from {self.folder}", copied.keys())] if copied else []
             tensors |= tied | copied
+        elif not self._tensors and (unread := sorted(self.folder.glob(_UNREAD))):
+            notes = [
+                f"{unread[0]} was not read: what the run has not, as frozen tensors and buffers, is left out; if there "
+                "is any, name a folder that save_pretrained has written as safetensors"
+            ]
         self._write(output, tensors, x.metadata())
         return notes
 

@@ -146,6 +146,16 @@ def test_a_tied_tensor_is_loaded_whatever_its_name_is(tmp_path: Path, named: str
     assert_loaded(model, tmp_path / "out", x)
 
 
+def test_weights_that_are_no_safetensors_are_said_not_to_be_read(tmp_path: Path) -> None:
+    model = bert()
+    model.config.save_pretrained(tmp_path / "like")
+    torch.save(model.state_dict(), tmp_path / "like" / "pytorch_model.bin")
+    x = trained(model)
+    (note,) = PretrainedFolder(tmp_path / "like").write(tmp_path / "out", x)
+    assert note.startswith(f"{tmp_path / 'like' / 'pytorch_model.bin'} was not read: what the run has not, ")
+    assert_loaded(model, tmp_path / "out", x)
+
+
 def test_a_folder_without_weights_is_enough(tmp_path: Path) -> None:
     model = bert()
     model.config.save_pretrained(tmp_path / "like")
