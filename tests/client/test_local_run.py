@@ -330,10 +330,18 @@ def test_a_step_that_has_not_been_reached_is_said() -> None:
 
 @pytest.mark.parametrize("options", [{"loss": float("inf")}, {"loss": float("nan")}, {"samples": 0}, {"samples": -1}])
 def test_what_a_service_refuses_of_a_push_is_refused(options: dict[str, float]) -> None:
+    run, flat = created({"policy": "async"})
+    with pytest.raises(MalformedRequest):
+        pushed(run, flat, Claim("local", 1, 0, **options))
+    assert run.status().step == 0
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_a_refused_step_leaves_the_model_as_it_was(samples: int) -> None:
     model, optimizer = made(url="local")
     step(model, optimizer, 0)
     before = held(model)
     with pytest.raises(MalformedRequest):
-        step(model, optimizer, 1, **options)
+        step(model, optimizer, 1, samples=samples)
     assert torch.equal(held(model), before)
     step(model, optimizer, 1)

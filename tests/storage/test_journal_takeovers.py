@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
+from freestep.errors import StorageUnavailable
 from freestep_service.domain.records import CheckpointId, Fenced
-from freestep_service.storage.journal_files import segment_paths
+from freestep_service.storage.journal_files import is_journal_here, owner_path, segment_paths
 from freestep_service.storage.journal_reader import read_journal
 from freestep_service.storage.journal_repair import discard, rows
 from storage.journals import LARGE, Writing, body
@@ -146,3 +150,68 @@ def test_who_goes_on_after_a_repair_beside_him_writes_no_file_that_was_set_aside
         assert entry.part is not None
         entry.part.check()
     assert {path: path.read_bytes() for path in directory.glob("*.damaged")} == aside
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_journal_is_that_of_an_owner_whose_disk_was_full(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis may know that owner as the last, while others take the journal over and get no further."""
+    journal = writing.journal
+    writing.begin()
+    writing.entry(101)
+
+    def go_on() -> None:
+        journal.take_over()
+        journal.adopt(read_journal(journal.directory))
+        journal.go_on()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", full)
+        go_on()
+        with pytest.raises(StorageUnavailable):
+            writing.flush()
+    known = journal.word
+    for _ in range(3):
+        go_on()
+        writing.flush()
+        assert is_journal_here(journal.directory, known, 1)
+    assert [entry.seq for entry in read_journal(journal.directory).entries] == [101]
+    assert not is_journal_here(journal.directory, "0" * 16, 1)
+
+
+def test_who_cannot_take_a_journal_over_leaves_no_file(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
+    writing.begin()
+    before = {path.name: path.read_bytes() for path in writing.journal.directory.iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            writing.journal.take_over()
+    assert {path.name: path.read_bytes() for path in writing.journal.directory.iterdir()} == before
+    assert owner_path(writing.journal.directory).name in before
+
+
+@pytest.mark.parametrize("call", ["pwritev", "fdatasync"])
+def test_segments_are_kept_until_the_one_behind_them_is_on_disk(
+    writing: Writing, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    journal = writing.journal
+    writing.begin()
+    writing.entry(101)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        journal.next_segment()
+        journal.cut(CheckpointId(1, 11, 101))
+        with pytest.raises(StorageUnavailable):
+            writing.flush()
+    first, *_ = segment_paths(journal.directory)
+    assert first[0] == 1 and is_journal_here(journal.directory, journal.word, 1)
+    journal.take_over()
+    journal.adopt(read_journal(journal.directory))
+    journal.go_on()
+    writing.flush()
+    journal.cut(CheckpointId(1, 11, 101))
+    writing.flush()
+    assert is_journal_here(journal.directory, journal.word, 1)
+    assert first not in segment_paths(journal.directory)

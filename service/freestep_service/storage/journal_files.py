@@ -61,6 +61,8 @@ _SUFFIX = ".journal"
 _NAME = r"([0-9]{10,})-[0-9a-f]{16}\.journal"
 _OWNER = "owner"
 """The file with the owners' words."""
+_REMEMBERED = 1000
+"""Owners whose words are kept though they have left nothing."""
 _REPAIRED = "repaired"
 
 
@@ -91,12 +93,18 @@ class Ownership:
         directory.mkdir(parents=True, exist_ok=True)
         self.word = secrets.token_hex(8)
         kept = {path.stem.partition("-")[2] for _, path in segment_paths(directory)}
-        words = [self.word, *(word for word in owners(directory) if word in kept)]
+        # One whose disk was full has no segment, and may be whom Redis knows as the last.
+        before = [word for place, word in enumerate(owners(directory)) if word in kept or place < _REMEMBERED]
+        words = [self.word, *before]
         temporary = directory / f".{_OWNER}.{self.word}"
-        temporary.write_text("\n".join([*words, _checksum(words), ""]))
-        flush(temporary)
         self._path = directory / _OWNER
-        os.replace(temporary, self._path)
+        try:
+            temporary.write_text("\n".join([*words, _checksum(words), ""]))
+            flush(temporary)
+            os.replace(temporary, self._path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         flush(directory)
         self._file = self._present()
 

@@ -1,7 +1,8 @@
 """The thread that writes a journal: what it is told in order, made durable by one fdatasync for all who wait.
 
 The law of this file: of all work is told, in the order of the work, by `post`. Nothing is told to be durable after
-another process has taken the journal over, and of what comes after the end it is told that it was not done.
+another process has taken the journal over, and of what comes after the end it is told that it was not done. A segment
+is removed once all before its removal is durable, and is left to the next who reads the journal where that fails.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class JournalThread:
     def _do_all(self, works: Sequence[Work], dirty: dict[Path, Segment]) -> None:
         """Does what is queued, with one flush at the end if any asks for it. Only the first work may begin an epoch."""
         failures: list[Exception | None] = []
+        removals = {index: work for index, work in enumerate(works) if work.remove}
         for work in works:
             failure: Exception | None = None
             if work.begins:
@@ -155,22 +157,16 @@ class JournalThread:
             if path in self._lost and not work.remove:
                 failures.append(self._lost[path])
                 continue
-            try:
-                self._do(work)
-            except (OSError, Fenced) as error:
-                failure = error
-                if work.buffers:
-                    self._failure = self._failure or error
-                elif work.done is None and isinstance(error, OSError):
-                    logger.warning("%s: %s is not %s: %s", self._name, work.segment.path, _aim(work), error.strerror)
-            if work.buffers or work.copied is not None:
-                dirty[path] = work.segment
-            elif work.remove:
-                # A body that broke off may have been written to it since the last flush.
-                dirty.pop(path, None)
+            if not work.remove:
+                failure = self._attempt(work)
+                if work.buffers or work.copied is not None:
+                    dirty[path] = work.segment
             failures.append(failure)
+        for work in removals.values():
+            # A body that broke off may have been written to it since the last flush.
+            dirty.pop(work.segment.path, None)
         flush_s: float | None = None
-        if self._failure is None and any(work.flush for work in works):
+        if self._failure is None and (any(work.flush for work in works) or (removals and dirty)):
             began = monotonic()
             try:
                 for segment in sorted(dirty.values(), key=lambda segment: segment.number):
@@ -180,6 +176,9 @@ class JournalThread:
                 flush_s = monotonic() - began
             except (OSError, Fenced) as error:
                 self._failure = error
+        if self._failure is None:
+            for index, work in removals.items():
+                failures[index] = self._attempt(work)
         failure = self._failure
 
         def tell() -> None:
@@ -198,6 +197,18 @@ class JournalThread:
                 self.on_flush(flush_s)
 
         self._post(tell)
+
+    def _attempt(self, work: Work) -> Exception | None:
+        """Does a work; returns what it failed with."""
+        try:
+            self._do(work)
+        except (OSError, Fenced) as error:
+            if work.buffers:
+                self._failure = self._failure or error
+            elif work.done is None and isinstance(error, OSError):
+                logger.warning("%s: %s is not %s: %s", self._name, work.segment.path, _aim(work), error.strerror)
+            return error
+        return None
 
     def _do(self, work: Work) -> None:
         segment = work.segment
