@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,21 @@ def test_a_checkpoint_that_a_later_callback_asks_for_is_said_to_contain_y(
     assert said(caplog) == []
     trainer(callbacks=(FreestepCallback(), Each("on_step_end", save))).train()
     assert caplog.text.count("the model's weights were taken while they are y of step 8, not x") == 1
+
+
+def test_a_model_that_trains_can_be_copied_and_sent_and_its_copies_are_nobodys(
+    trainer: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    copies: list[Any] = []
+
+    def copy_model(state: Any, control: Any, **kwargs: Any) -> None:
+        copies.extend([copy.deepcopy(kwargs["model"]), pickle.loads(pickle.dumps(kwargs["model"]))])
+
+    trainer(callbacks=(FreestepCallback(), Each("on_step_begin", copy_model))).train()
+    assert len(copies) == 12
+    for each in copies:
+        each.state_dict()
+    assert said(caplog) == []
 
 
 def test_weights_that_are_saved_after_a_training_was_broken_off_are_said_to_be_y(

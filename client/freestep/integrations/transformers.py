@@ -125,8 +125,13 @@ class FreestepCallback(TrainerCallback):
         """Of the batches of the current step, and whether each is a part of the step's mean already."""
         self._hooks: list[RemovableHandle] = []
         """On the model, from the beginning of a training to its end: they note losses, and look at what is saved."""
-        self._has_warned_of_y = False
+        self._remote: RemoteOptimizer | None = None
+        """Whose y the model may contain, until that was warned of."""
         self._batchnorm = BatchNormCaution()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The hooks go with a copy of the model, which contains what it was copied with.
+        return {**vars(self), "_remote": None}
 
     # From the beginning of the training to its end
 
@@ -145,7 +150,7 @@ class FreestepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raises FreestepError if Trainer has another optimizer."""
-        remote, model = _remote(kwargs["optimizer"]), kwargs["model"]
+        self._remote, model = _remote(kwargs["optimizer"]), kwargs["model"]
         if isinstance(kwargs["train_dataloader"], UnitLoader):
             # A training that is resumed is handed no batch that has counted.
             args.ignore_data_skip = True
@@ -153,10 +158,9 @@ class FreestepCallback(TrainerCallback):
             logger.warning("JIT checkpoints contain y: no callback is called before; other checkpoints contain x")
         self._unhook()
         self._batchnorm.begin()
-        self._has_warned_of_y = False
         self._hooks = [
             model.register_forward_hook(self._note_loss, with_kwargs=True),
-            model.register_state_dict_pre_hook(lambda *_: self._warn_of_y(remote)),
+            model.register_state_dict_pre_hook(self._warn_of_y),
         ]
 
     def on_train_end(
@@ -219,16 +223,16 @@ class FreestepCallback(TrainerCallback):
             _remote(kwargs["optimizer"]).keep_weights()
             self._batchnorm.before_use()
 
-    def _warn_of_y(self, remote: RemoteOptimizer) -> None:
+    def _warn_of_y(self, *_: Any) -> None:
         """Warns, once in a training, of weights that are taken to be saved while they are y."""
-        if remote.loaded.point == "y" and not self._has_warned_of_y:
-            self._has_warned_of_y = True
+        if self._remote is not None and self._remote.loaded.point == "y":
             logger.warning(
                 "the model's weights were taken while they are y of step %d, not x: after a training that was broken "
                 "off, call trainer.optimizer.eval() before save_model; a callback that sets should_save has to stand "
                 "before FreestepCallback",
-                remote.loaded.step,
+                self._remote.loaded.step,
             )
+            self._remote = None
 
     # What a step reports
 
