@@ -147,21 +147,21 @@ class JournalThread:
         failures: list[Exception | None] = []
         removals = {index: work for index, work in enumerate(works) if work.remove}
         for work in works:
-            failure: Exception | None = None
             if work.begins:
                 if self._failure is not None:
                     self._lost |= dict.fromkeys(dirty, self._failure)
                 self._failure = None
                 dirty.clear()
             path = work.segment.path
-            if path in self._lost and not work.remove:
+            if work.remove:
+                # Behind the flush.
+                failures.append(None)
+            elif path in self._lost:
                 failures.append(self._lost[path])
-                continue
-            if not work.remove:
-                failure = self._attempt(work)
+            else:
+                failures.append(self._attempt(work))
                 if work.buffers or work.copied is not None:
                     dirty[path] = work.segment
-            failures.append(failure)
         for work in removals.values():
             # A body that broke off may have been written to it since the last flush.
             dirty.pop(work.segment.path, None)
