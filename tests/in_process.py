@@ -55,6 +55,7 @@ __all__ = [
     "run_async",
     "spec_of",
     "until",
+    "until_shared",
 ]
 
 NUMEL = 8
@@ -157,6 +158,17 @@ async def initialize(run: Run) -> None:
     await asyncio.gather(
         *(run.initialize(run.shard(index), part_of(run, index, zeros), "upload") for index in range(run.count))
     )
+
+
+async def until_shared(*runs: Run) -> None:
+    """Returns when each of a run's processes has the same number of its shards, and all shards have their state."""
+
+    def is_shared() -> bool:
+        ready = [{shard.index for shard in run._shards if shard.core.loaded is not None} for run in runs]
+        share = runs[0].count // len(runs)
+        return all(len(indices) == share for indices in ready) and len(set().union(*ready)) == runs[0].count
+
+    await until(is_shared, "a share for each process")
 
 
 def part_of(run: Run, index: int, whole: Tensor, gate: asyncio.Event | None = None) -> Bytes:

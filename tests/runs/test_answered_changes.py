@@ -13,7 +13,7 @@ import torch
 from freestep.api.control import ControlRequest
 from freestep.errors import ShardUnavailable, StorageUnavailable
 from freestep_service.domain.tokens import ANYBODY
-from in_process import NUMEL, Medium, lease_of, new_run, part_of, process, run_async, spec_of, until
+from in_process import NUMEL, Medium, lease_of, new_run, part_of, process, run_async, spec_of, until, until_shared
 from losing_disk import LosingDisk
 
 SLOWER, FASTER = ControlRequest(optimizer={"lr": 0.5}), ControlRequest(optimizer={"lr": 2.0})
@@ -38,7 +38,7 @@ def test_a_repetition_at_another_owner_is_not_answered_before_it_is_on_disk(
         ):
             one, _ = await registry.create("run", spec_of(2), ANYBODY)
             two = await other.find("run")
-            await until(lambda: one.owns(0) + one.owns(1) == two.owns(0) + two.owns(1) == 1, "a shard for each")
+            await until_shared(one, two)
             await lease_of(one)
             zeros = torch.zeros(NUMEL)
             await asyncio.gather(

@@ -30,6 +30,7 @@ from in_process import (
     run_async,
     spec_of,
     until,
+    until_shared,
 )
 
 
@@ -176,7 +177,7 @@ async def two_owners(store: str, media: Sequence[Medium], **settings: Any) -> As
         ]
         run, _ = await one.create("run", spec_of(2), ANYBODY)
         runs = [run, await other.find("run")]
-        await until(lambda: all(len(each._shards) == 1 and each.epoch for each in runs), "an owner of each shard")
+        await until_shared(*runs)
         first, second = sorted(runs, key=lambda each: not each.owns(0))
         zeros = torch.zeros(NUMEL)
         await asyncio.gather(

@@ -33,6 +33,7 @@ from in_process import (
     run_async,
     spec_of,
     until,
+    until_shared,
 )
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -266,7 +267,7 @@ def test_other_processes_count_a_change_and_what_they_take_over(store: str, tmp_
             async with process(store, data, node_url="http://127.0.0.1:2", owner_ttl_seconds=1.0) as other:
                 one, _ = await registry.create("run", whole[0], ANYBODY)
                 two = await other.find("run")
-                await until(lambda: one.owns(0) + one.owns(1) == two.owns(0) + two.owns(1) == 1, "a shard for each")
+                await until_shared(one, two)
                 await lease_of(one)
                 await until(lambda: counted(registry) == counted(other) == halves[0], "each counts its half")
                 zeros = torch.zeros(NUMEL)
