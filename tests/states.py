@@ -73,6 +73,6 @@ def train(api: Api, first: int, last: int, tensors: Mapping[str, Tensor] = TENSO
         assert (answer.status_code, answer.json().get("step")) == (200, step + 1), answer.text
 
 
-def points(api: Api) -> list[bytes]:
+def points(api: Api, **query: Any) -> list[bytes]:
     """The bytes of x, y and z."""
-    return [safetensors.torch.save(api.pull(point)[0]) for point in "xyz"]
+    return [safetensors.torch.save(api.pull(point, **query)[0]) for point in "xyz"]

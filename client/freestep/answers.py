@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     _Tensors = dict
 
-__all__ = ["Pulled", "Snapshot", "header", "parse", "receipt"]
+__all__ = ["Pulled", "Snapshot", "header", "parse", "receipt", "require_checkpoint"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -121,6 +121,16 @@ def header(answer: Answer, name: str) -> str:
         return answer.headers[name]
     except KeyError:
         raise UnexpectedResponse(f"the answer is not freestep's: it has no header {name}") from None
+
+
+def require_checkpoint(step: int, wanted: int | None) -> None:
+    """Raises UnexpectedResponse for an answer of another step than that of the checkpoint that was asked for, if one
+    was: services of 0.1.0 answer of the run's newest step."""
+    if wanted is not None and step != wanted:
+        raise UnexpectedResponse(
+            f"the service has answered of step {step} and not of the checkpoint of step {wanted}: its version may be "
+            "an older one, which reads a checkpoint only to go back to it"
+        )
 
 
 def _integer(answer: Answer, name: str) -> int:

@@ -37,6 +37,7 @@ from freestep.commands.shared import (
     INTERRUPTED,
     WHERE_TOKENS_ARE_GIVEN,
     Json,
+    OfCheckpoint,
     RunName,
     Token,
     Url,
@@ -206,12 +207,13 @@ def reshard_run(
 def export_run(
     run: RunName,
     file: Annotated[Path, typer.Argument(help="The safetensors file to write; - for stdout.")],
+    checkpoint: OfCheckpoint = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
 ) -> None:
     """Write a run's whole state to a file: every vector of its optimizer, and all scalars."""
     with slow_imports(), connect(url, token) as client:
-        state = client.run(run).export_state()
+        state = client.run(run).export_state(checkpoint=checkpoint)
     try:
         state.save(file)
     except OSError as error:

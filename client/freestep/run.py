@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from freestep.answers import Pulled, Snapshot, parse
+from freestep.answers import Pulled, Snapshot, parse, require_checkpoint
 from freestep.api.data import DataList, DataStatus
 from freestep.api.events import RunEvent
 from freestep.api.history import CurveName, History
@@ -445,7 +445,13 @@ class Run:
         return self._tensors.begin_exchange(gradient, claim, into, wait)
 
     def pull(
-        self, point: Point = "x", *, dtype: str = "F32", min_step: int = 0, wait: float = 0.0
+        self,
+        point: Point = "x",
+        *,
+        dtype: str = "F32",
+        min_step: int = 0,
+        wait: float = 0.0,
+        checkpoint: int | None = None,
     ) -> tuple[Snapshot, int]:
         """Pulls a point, all of it at one step.
 
@@ -455,6 +461,8 @@ class Run:
                 each element off by at most 1/254 of the largest magnitude in its block of 256.
             min_step: The least step that the point may be of.
             wait: Seconds to wait until the run reaches `min_step`.
+            checkpoint: The step of one of `checkpoints`, whose point it is; the run stays where it is. None takes the
+                run's newest step.
 
         Returns:
             The tensors by name, views of one flat vector in host memory, and their step.
@@ -462,12 +470,21 @@ class Run:
         Raises:
             StepNotReached: The run did not reach `min_step` within `wait` seconds.
             RunNotInitialized: The run has no weights yet.
+            CheckpointNotFound: There is no checkpoint of this step, or it is damaged.
         """
         flat = self._tensors.new_flat(dtype)
-        pulled = self.pull_into(flat, point, min_step=min_step, wait=wait)
+        pulled = self.pull_into(flat, point, min_step=min_step, wait=wait, checkpoint=checkpoint)
         return Snapshot(flat.views, self.name, pulled), pulled.step
 
-    def pull_into(self, into: Flat, point: Point = "x", *, min_step: int = 0, wait: float = 0.0) -> Pulled:
+    def pull_into(
+        self,
+        into: Flat,
+        point: Point = "x",
+        *,
+        min_step: int = 0,
+        wait: float = 0.0,
+        checkpoint: int | None = None,
+    ) -> Pulled:
         """Pulls a point into an existing flat vector; as `pull` otherwise.
 
         Args:
@@ -475,11 +492,12 @@ class Run:
             point: As for `pull`.
             min_step: As for `pull`.
             wait: As for `pull`.
+            checkpoint: As for `pull`.
 
         Returns:
             The epoch and step of the point.
         """
-        return self._tensors.pull_into(into, point, min_step, wait)
+        return self._tensors.pull_into(into, point, min_step, wait, checkpoint)
 
     def watch(
         self, point: Point = "x", *, every: int = 1, dtype: str = "F32", min_step: int = 0
@@ -513,20 +531,33 @@ class Run:
 
         return watch(lambda: self._tensors.new_flat(dtype), pull_into, lambda: self.status().id, every, min_step)
 
-    def export_state(self) -> RunState:
+    def export_state(self, *, checkpoint: int | None = None) -> RunState:
         """The run's whole state at its newest step: every vector of its optimizer, and all scalars.
 
         Pushes that are accumulated for an update to come are not in it, nor are receipts and leases.
 
+        Args:
+            checkpoint: The step of one of `checkpoints`, whose state it is; the run stays where it is. None takes the
+                run's newest step.
+
         Raises:
             RunNotInitialized: The run has no weights yet.
+            CheckpointNotFound: There is no checkpoint of this step, or it is damaged.
         """
         from freestep.run_state import IncomingState
 
         incoming = IncomingState()
-        # A StateReceiver is no Receiver, but does for an answer what one does.
-        self._transport.request("GET", f"{self._path}/state", into=cast(Any, incoming), wait=_OPENING_S)
-        return incoming.state()
+        self._transport.request(
+            "GET",
+            f"{self._path}/state",
+            params=None if checkpoint is None else {"checkpoint": checkpoint},
+            # A StateReceiver is no Receiver, but does for an answer what one does.
+            into=cast(Any, incoming),
+            wait=_OPENING_S,
+        )
+        state = incoming.state()
+        require_checkpoint(state.step, checkpoint)
+        return state
 
     def import_state(self, state: RunState, *, replace: bool = False, at: Pulled | None = None) -> RunStatus:
         """Gives the run a whole state, and creates the run with the state's spec if there is none.

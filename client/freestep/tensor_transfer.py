@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from freestep.answers import Pulled, header, receipt
+from freestep.answers import Pulled, header, receipt, require_checkpoint
 from freestep.api.models import Point, Receipt
 from freestep.encoders import Encoder
 from freestep.errors import ProblemError, UnexpectedResponse
@@ -25,6 +25,8 @@ __all__ = ["Exchange", "TensorTransfer"]
 
 _MOST_PULLS = 100
 """Attempts at one consistent read; it takes another one only if a shard's request had to be repeated."""
+_READ_S = 60.0
+"""Seconds for which the service may hold an answer while shards read a checkpoint."""
 _APPLY_S = 30.0
 """Seconds to wait for a step that the service has decided on, but may not have applied on every shard yet."""
 
@@ -82,12 +84,17 @@ class TensorTransfer:
     def new_flat(self, dtype: str) -> Flat:
         return Flat(self._manifest(), dtype)
 
-    def pull_into(self, into: Flat, point: Point, min_step: int, wait: float) -> Pulled:
+    def pull_into(self, into: Flat, point: Point, min_step: int, wait: float, checkpoint: int | None = None) -> Pulled:
         params: dict[str, str | int] = {"point": point, "dtype": into.arrives, "min_step": min_step}
-        call = ShardedCall("GET", f"{self._path}/parameters", _prefer(wait), params, into=into, wait=wait)
+        patience = wait
+        if checkpoint is not None:
+            params["checkpoint"] = checkpoint
+            patience = max(wait, _READ_S)
+        call = ShardedCall("GET", f"{self._path}/parameters", _prefer(wait), params, into=into, wait=patience)
         for _ in range(_MOST_PULLS):
-            pulled = self._received(self._shards.request_all(call), into, point)
+            pulled = self._received(self._shards.request_all(call), into, point, is_newest=checkpoint is None)
             if pulled is not None:
+                require_checkpoint(pulled.step, checkpoint)
                 return pulled
         raise UnexpectedResponse(f"the shards answered {_MOST_PULLS} times with parts of different steps")
 
@@ -124,15 +131,21 @@ class TensorTransfer:
             encoder.settle(merged.decision != "dropped")
         return merged, answers
 
-    def _received(self, answers: list[Answer], into: Flat, point: Point = "y") -> Pulled | None:
-        """The step that all parts are of, after every rank has all of them; None if they are of different steps."""
+    def _received(
+        self, answers: list[Answer], into: Flat, point: Point = "y", *, is_newest: bool = True
+    ) -> Pulled | None:
+        """The step that all parts are of, after every rank has all of them; None if they are of different steps.
+
+        is_newest: whether it is the run's own, so that its epoch is the run's.
+        """
         points = {Pulled.of(answer, point) for answer in answers}
         if len(answers) > 1:
             places = {header(answer, "freestep-cut") for answer in answers}
             if len(points) > 1 or len(places) > 1:
                 return None
         (pulled,) = points
-        self._shards.note_epoch(pulled.epoch)
+        if is_newest:
+            self._shards.note_epoch(pulled.epoch)
         self._worker_group.broadcast_shards(into, len(answers))
         return pulled
 

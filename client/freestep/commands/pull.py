@@ -9,7 +9,7 @@ import typer
 
 from freestep.api.models import Point, PointDtype
 from freestep.client import DEFAULT_URL
-from freestep.commands.shared import Json, RunName, Token, Url, connect, fail, slow_imports
+from freestep.commands.shared import Json, OfCheckpoint, RunName, Token, Url, connect, fail, slow_imports
 from freestep.errors import FreestepError
 from freestep.files import is_stdout
 from freestep.terminal import print_error, print_json, print_line
@@ -34,6 +34,7 @@ def pull(
         Path | None,
         typer.Option(help="For hf: a folder of the same model, whose config and tokenizer are copied."),
     ] = None,
+    checkpoint: OfCheckpoint = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     as_json: Json = False,
@@ -54,7 +55,7 @@ def pull(
     except (FreestepError, OSError) as error:
         fail(2, str(error))
     with connect(url, token) as client:
-        x, step = client.run(run).pull(point, dtype=dtype)
+        x, step = client.run(run).pull(point, dtype=dtype, checkpoint=checkpoint)
     notes: list[str] = []
     try:
         if model is not None:

@@ -18,6 +18,7 @@ __all__ = [
     "INTERRUPTED",
     "WHERE_TOKENS_ARE_GIVEN",
     "Json",
+    "OfCheckpoint",
     "RunName",
     "Token",
     "Url",
@@ -30,6 +31,9 @@ __all__ = [
 Url = Annotated[str, typer.Option(envvar="FREESTEP_URL", help="The service's URL.")]
 Token = Annotated[str | None, typer.Option(envvar="FREESTEP_TOKEN", help="A bearer token.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+OfCheckpoint = Annotated[
+    int | None, typer.Option("--checkpoint", min=0, help="The step of a kept checkpoint to read; else the newest step.")
+]
 RunName = Annotated[str, typer.Argument(help="The run's name.")]
 
 WHERE_TOKENS_ARE_GIVEN = "see --token, FREESTEP_TOKEN or FREESTEP_TOKEN_FILE"

@@ -20,6 +20,7 @@ from typing import cast
 
 from freestep.api.models import Point
 from freestep.errors import Overloaded, ProblemError, ShardUnavailable
+from freestep_service.domain.records import CheckpointId
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.recovery import Recovery
 from freestep_service.runs.shard_core import ShardCore
@@ -48,7 +49,8 @@ class Reading:
 
     Of several shards, at the place that `ticket` gets, which `readers` shards are asked for.
     answers_push: whether it answers a push, which does not wait for readers. is_asked: whether that push's commit has
-    asked Redis for the place. patience: seconds for which the push's group is waited for.
+    asked Redis for the place. patience: seconds for which the push's group is waited for. checkpoint: what it is read
+    of in place of the run's newest step (`checkpoint_reads`).
     """
 
     point: Point
@@ -58,6 +60,7 @@ class Reading:
     answers_push: bool = False
     is_asked: bool = False
     patience: float = 0.0
+    checkpoint: CheckpointId | None = None
 
 
 class ConsistentReads:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from freestep.errors import FreestepError, InvalidSpec, StepNotReached
 from freestep_service.domain.aggregation import Policy, accepted_encodings
 from freestep_service.domain.control import ControlChange
 from freestep_service.domain.data_sets import NewDataSet
-from freestep_service.domain.records import Claim, Record
+from freestep_service.domain.records import CheckpointId, Claim, Record
 from freestep_service.domain.reports import Measured
+from freestep_service.runs.checkpoint_reads import CheckpointReads
 from freestep_service.runs.consistent_reads import ConsistentReads, Reading
 from freestep_service.runs.context import RunContext
 from freestep_service.runs.distance_reports import DistanceReports
@@ -35,6 +36,7 @@ from freestep_service.state.push_entry import committed_push
 from freestep_service.state.shard import StateCopy
 from freestep_service.state.snapshots import PointBody
 from freestep_service.state.staging import Body
+from freestep_service.storage.checkpoints import Checkpoints
 from freestep_service.storage.journal_reader import JournaledPart
 
 __all__ = ["LocalShard", "Outcome"]
@@ -66,8 +68,8 @@ class Outcome:
 class LocalShard:
     """Shard `core.index` of a run, with its pushes, reads and initial weights.
 
-    on_mark: takes a copy of its state, at each place in the log that marks a checkpoint. on_change: is told of each
-    change of the run, with the spec that it has in force, and when it is applied.
+    checkpoints: the run's. on_mark: takes a copy of its state, at each place in the log that marks a checkpoint.
+    on_change: is told of each change of the run, with the spec that it has in force, and when it is applied.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class LocalShard:
         context: RunContext,
         recovery: Recovery,
         core: ShardCore,
+        checkpoints: Checkpoints,
         on_mark: Callable[[LocalShard, asyncio.Future[StateCopy]], None],
         on_change: Callable[[RunSpec, asyncio.Future[None]], None],
     ) -> None:
@@ -85,6 +88,7 @@ class LocalShard:
         self._weights = InitialWeights(context, recovery, core)
         self._reads = ConsistentReads(context, recovery, core)
         self._exports = StateExports(context, recovery, core)
+        self._kept = CheckpointReads(context, core, checkpoints)
         self._pushes = Pushes(context, recovery, core, self._reads.take_sent)
         self._distances = DistanceReports(context, recovery, core)
         self._on_mark = on_mark
@@ -192,11 +196,16 @@ class LocalShard:
     @asynccontextmanager
     async def read(self, reading: Reading) -> AsyncIterator[PointBody]:
         """Its part of a point as a body, which does not change until the block ends."""
-        self.core.require_initialized()
         with self._recovery.unless_deleted():
-            async with self._reads.read(reading) as body:
+            async with self._source(reading) as body:
                 yield body
         self._telemetry.sent(body.size)
+
+    def _source(self, reading: Reading) -> AbstractAsyncContextManager[PointBody]:
+        if reading.checkpoint is not None:
+            return self._kept.point(reading.checkpoint, reading.point, reading.dtype)
+        self.core.require_initialized()
+        return self._reads.read(reading)
 
     @asynccontextmanager
     async def read_state(self, word: str, readers: int) -> AsyncIterator[StateCopy]:
@@ -204,6 +213,17 @@ class LocalShard:
         self.core.require_initialized()
         with self._recovery.unless_deleted():
             async with self._exports.read(word, readers) as copy:
+                yield copy
+
+    async def find_checkpoint(self, step: int) -> CheckpointId:
+        """The checkpoint of a step, as `CheckpointReads.find` has it."""
+        return await self._kept.find(step)
+
+    @asynccontextmanager
+    async def read_checkpoint(self, checkpoint: CheckpointId) -> AsyncIterator[StateCopy]:
+        """Its part of the state in a checkpoint, as `CheckpointReads.state` has it."""
+        with self._recovery.unless_deleted():
+            async with self._kept.state(checkpoint) as copy:
                 yield copy
 
     async def reach(self, step: int, wait: float) -> None:

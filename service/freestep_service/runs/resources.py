@@ -30,6 +30,7 @@ T = TypeVar("T")
 logger = logging.getLogger("freestep")
 
 _DISK_THREADS = 16
+_READERS = 2
 
 
 class Disk:
@@ -37,6 +38,8 @@ class Disk:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_DISK_THREADS, "freestep-disk")
+        self.readers = asyncio.Semaphore(_READERS)
+        """Held by who reads a checkpoint that somebody wants to see, and that no run waits for."""
 
     async def run(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """Runs a blocking function of storage in a thread."""

@@ -146,7 +146,9 @@ class Run:
     def _make_shard(self, index: int, token: str) -> LocalShard:
         core = ShardCore(self._context, index, self._shards.count, token)
         core.staging.pool.on_shrunk = self._memory.recount
-        return LocalShard(self._context, self._recovery, core, self._checkpointing.on_mark, self._memory.expect)
+        return LocalShard(
+            self._context, self._recovery, core, self._checkpoints, self._checkpointing.on_mark, self._memory.expect
+        )
 
     @property
     def canonical_spec(self) -> str:

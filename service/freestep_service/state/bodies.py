@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +14,20 @@ from freestep.wire.header import data_length, encode_header
 from freestep.wire.manifest import Manifest
 from freestep_service.optimizers import Blocks, Quanta
 from freestep_service.state.buffers import Vector
-from freestep_service.state.shard import DTYPES, Shard
+from freestep_service.state.shard import DTYPES
 
 __all__ = ["body", "body_metadata", "copy_point", "room"]
+
+
+class PointSource(Protocol):
+    """A shard, or a copy of its state."""
+
+    manifest: Manifest
+
+    def copy_point(
+        self, point: Point, out: Tensor | Quanta, note: Callable[[int], object] | None = None
+    ) -> tuple[int, int]:
+        """As `Shard.copy_point`."""
 
 
 def room(manifest: Manifest) -> int:
@@ -25,17 +36,17 @@ def room(manifest: Manifest) -> int:
 
 
 def copy_point(
-    shard: Shard, point: Point, vector: Vector, dtype: str, note: Callable[[int], None] | None = None
+    source: PointSource, point: Point, vector: Vector, dtype: str, note: Callable[[int], None] | None = None
 ) -> tuple[int, int]:
-    """Writes a point of a shard into a vector, on the thread of the shard's writer; returns (epoch, step).
+    """Writes a point into a vector, of a shard on the thread of its writer; returns (epoch, step).
 
     note: of a dtype in DTYPES, called again and again with how many bytes are there.
     """
     vector.pin()
-    places = _places(vector, shard.manifest, dtype)
+    places = _places(vector, source.manifest, dtype)
     if note is None or isinstance(places, Quanta):
-        return shard.copy_point(point, places)
-    return shard.copy_point(point, places, lambda count: note(count * places.itemsize))
+        return source.copy_point(point, places)
+    return source.copy_point(point, places, lambda count: note(count * places.itemsize))
 
 
 def _places(vector: Vector, manifest: Manifest, dtype: str) -> Tensor | Quanta:

@@ -7,7 +7,7 @@ log, and of nothing else; whoever calls it sees to it that one thread does so at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,15 @@ from freestep_service.domain.norm_history import Norm, NormHistory
 from freestep_service.domain.reports import Measured, Reported, with_measured
 from freestep_service.domain.tally import NOTHING_COUNTED, Tally
 from freestep_service.optimizers import (
+    Buffers,
     Conditions,
     Gradient,
+    Method,
     Pushed,
     Quanta,
     Quantized,
     Scalars,
+    Segment,
     gather,
     initial_buffers,
     interpolate,
@@ -47,7 +50,7 @@ from freestep_service.state.log import Entry
 from freestep_service.state.views import Copying, PointView
 from freestep_service.state.weighing import weighed
 
-__all__ = ["DTYPES", "Shard", "StateCopy"]
+__all__ = ["DTYPES", "Shard", "StateCopy", "hyperparameters_of", "scheduled_rates", "write_point"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """torch's names of the dtypes that travel as they are."""
@@ -120,7 +123,7 @@ class Shard:
         """From here on, this spec is in force."""
         self.spec = spec
         """The one in force: as the run was created, with what was changed since."""
-        self._hyperparameters = _hyperparameters(spec)
+        self._hyperparameters = hyperparameters_of(spec)
         self.policy = policy = Policy.of(spec.aggregation)
         """That of the spec in force."""
         self._gathers = policy.groups and not policy.kept
@@ -133,7 +136,7 @@ class Shard:
         spec: the one that will be in force; None for the one that is.
         """
         spec = spec or self.spec
-        hyperparameters, gathers = _hyperparameters(spec), Policy.of(spec.aggregation).groups
+        hyperparameters, gathers = hyperparameters_of(spec), Policy.of(spec.aggregation).groups
         if self.device == HOST:
             compile_rule(next(iter(hyperparameters.values())), gathers=gathers and self._kept is None)
             if self._kept is not None:
@@ -309,11 +312,7 @@ class Shard:
 
         note: as `interpolate` has it.
         """
-        state = self._method, self._layout, self._hyperparameters, self._scalars, self._buffers
-        if isinstance(out, Quanta):
-            quantize(*state, point, out)
-        else:
-            interpolate(*state, point, out, note)
+        write_point(self._method, self._layout, self._hyperparameters, self._scalars, self._buffers, point, out, note)
         return self.epoch, self.step
 
     def lend(self, spare: Vector) -> PointView:
@@ -355,11 +354,7 @@ class Shard:
 
         None before the first step, and after it where the state was written by an older version.
         """
-        scalars = self._scalars
-        try:
-            return tuple([scalars[group]["scheduled_lr"] for group in self._groups])
-        except KeyError:
-            return None
+        return scheduled_rates(self._groups, self._scalars)
 
     def reported(self) -> Reported:
         """The metrics that were reported up to here."""
@@ -442,9 +437,35 @@ class Shard:
         self._take_control(cut.control)
 
 
-def _hyperparameters(spec: RunSpec) -> dict[str, Any]:
+def hyperparameters_of(spec: RunSpec) -> dict[str, Any]:
     """By param group, in the order of names."""
     return {group: spec.hyperparameters(group) for group in sorted(spec.group_names())}
+
+
+def scheduled_rates(groups: Iterable[str], scalars: Mapping[str, Scalars]) -> tuple[float, ...] | None:
+    """The learning rate of the newest step by param group, in the order of `groups`; None where scalars have none."""
+    try:
+        return tuple([scalars[group]["scheduled_lr"] for group in groups])
+    except KeyError:
+        return None
+
+
+def write_point(
+    method: Method,
+    layout: Iterable[Segment],
+    hyperparameters: Mapping[str, Any],
+    scalars: Mapping[str, Scalars],
+    buffers: Buffers,
+    point: Point,
+    out: Tensor | Quanta,
+    note: Callable[[int], object] | None = None,
+) -> None:
+    """Writes a point of a state into `out`, as `Shard.copy_point` has it; the other arguments are `interpolate`'s."""
+    state = method, layout, hyperparameters, scalars, buffers
+    if isinstance(out, Quanta):
+        quantize(*state, point, out)
+    else:
+        interpolate(*state, point, out, note)
 
 
 def _conditions(damping: float, lateness: int, loss: float) -> Conditions:

@@ -11,7 +11,7 @@ be read is not damage: it raises StorageUnavailable, since the run would go back
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -104,15 +104,18 @@ class Checkpoints:
                 found.append(checkpoint_id)
         return found[::-1]
 
-    def load(self, checkpoint_id: CheckpointId, begin: int, end: int) -> LoadedState:
+    def load(
+        self, checkpoint_id: CheckpointId, begin: int, end: int, vectors: Collection[str] | None = None
+    ) -> LoadedState:
         """Elements `begin` to `end` of a checkpoint, as flat fp32 tensors on the CPU, each part's file read once.
 
-        Raises Damaged where no parts that pass their checks cover them; `offers` then leaves the checkpoint out.
+        vectors: names of those that are wanted, None for all. Raises Damaged where no parts that pass their checks
+        cover them; `offers` then leaves the checkpoint out.
         """
         reason = f"elements {begin} to {end} of it are not all there"
         while chosen := cover(self._inventory.contents(checkpoint_id, begin, end).parts, begin, end):
             try:
-                return self._assemble(chosen, begin, end)
+                return self._assemble(chosen, begin, end, vectors)
             except DamagedPart as error:
                 reason = f"{error.part.name}: {error}"
                 self._inventory.note_damaged(checkpoint_id, error)
@@ -223,11 +226,10 @@ class Checkpoints:
             return None
         return part
 
-    def _assemble(self, chosen: list[Chosen], begin: int, end: int) -> LoadedState:
+    def _assemble(self, chosen: list[Chosen], begin: int, end: int, vectors: Collection[str] | None) -> LoadedState:
         first_part = chosen[0].part
-        tensors = {
-            name: torch.empty(end - begin, dtype=torch.float32, device="cpu") for name in first_part.manifest.vectors
-        }
+        names = [name for name in first_part.manifest.vectors if vectors is None or name in vectors]
+        tensors = {name: torch.empty(end - begin, dtype=torch.float32, device="cpu") for name in names}
         receipts: dict[str, Record] = {}
         for part, first, last in chosen:
             if part.common_state() != first_part.common_state():

@@ -125,7 +125,9 @@ class Inventory:
                     yield checkpoint_id, mark["run"]
 
     def note_damaged(self, checkpoint_id: CheckpointId, error: DamagedPart) -> None:
-        """Has a part left out of `contents` until it is written anew."""
+        """Has a part left out of `contents` until it is written anew, unless its checkpoint is being dropped."""
+        if f"{error.part.name}.json" not in self._storage.names(self.path(checkpoint_id)):
+            return
         self._log_damage(error.part.path, error)
         self._damaged.setdefault(checkpoint_id, {})[error.part.name] = error.part.manifest
 

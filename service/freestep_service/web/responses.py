@@ -141,7 +141,8 @@ class SnapshotResponse(Response):
 
     def _read(self, scope: Scope) -> AbstractAsyncContextManager[PointBody]:
         reading = self._shard.read(self._reading)
-        return _begun_while_connected(scope, reading) if self._reading.patience else reading
+        is_waited_for = self._reading.patience > 0 or self._reading.checkpoint is not None
+        return _begun_while_connected(scope, reading) if is_waited_for else reading
 
 
 @asynccontextmanager

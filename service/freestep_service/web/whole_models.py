@@ -29,7 +29,15 @@ from freestep_service.web.relay import Relay, ShardCall
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.responses import etag, not_modified, requested_span
 
-__all__ = ["Part", "initialize_whole", "parts_of_one_place", "pull_whole", "push_whole", "repeated_headers"]
+__all__ = [
+    "Part",
+    "initialize_whole",
+    "of_checkpoint",
+    "parts_of_one_place",
+    "pull_whole",
+    "push_whole",
+    "repeated_headers",
+]
 
 _ATTEMPTS = 5
 _REPEATED = (
@@ -49,10 +57,14 @@ async def pull_whole(
     min_step: int,
     prefer: str = "",
     lines: Mapping[str, str] | None = None,
+    checkpoint: int | None = None,
 ) -> Response:
-    """The whole of a point, from parts that are of one log position. `lines` are headers that go with it."""
+    """The whole of a point, from parts that are of one log position. `lines` are headers that go with it.
+
+    checkpoint: the step of the checkpoint that it is of, None for the run's newest step.
+    """
     async with AsyncExitStack() as exchanges:
-        query = {"point": point, "dtype": dtype, "min_step": str(min_step)}
+        query = {"point": point, "dtype": dtype, "min_step": str(min_step), **of_checkpoint(checkpoint)}
         headers = repeated_headers(request) | ({"Prefer": prefer} if prefer else {})
         parts = await parts_of_one_place(relay, exchanges, request, run, "parameters", query, headers)
         epoch, step, position = parts[0].position
@@ -108,6 +120,11 @@ async def _send_parts(
     async with AsyncExitStack() as exchanges:
         answers = await relay.call_all(exchanges, request, run, call)
         return [json.loads(await answer.aread()) for answer in answers]
+
+
+def of_checkpoint(step: int | None) -> dict[str, str]:
+    """What the requests for the parts of a checkpoint have in their query; nothing for those of the newest step."""
+    return {} if step is None else {"checkpoint": str(step)}
 
 
 def repeated_headers(request: Request) -> dict[str, str]:

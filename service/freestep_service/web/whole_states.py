@@ -15,6 +15,7 @@ from freestep.wire.encoding import ITEMSIZE
 from freestep.wire.header import PREFIX, parse_header
 from freestep.wire.receiver import MEDIA_TYPE
 from freestep.wire.state import encode_state_header, parse_document
+from freestep_service.domain.records import CheckpointId
 from freestep_service.runs.local_shard import LocalShard
 from freestep_service.runs.run import Run
 from freestep_service.state.buffers import memory_of
@@ -22,7 +23,7 @@ from freestep_service.state.received_state import ReceivedState, document_of
 from freestep_service.web.relay import Relay, ShardCall
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.responses import etag
-from freestep_service.web.whole_models import parts_of_one_place, repeated_headers
+from freestep_service.web.whole_models import of_checkpoint, parts_of_one_place, repeated_headers
 
 __all__ = ["export_part", "export_whole", "send_parts"]
 
@@ -32,10 +33,16 @@ _OWNED_S, _PAUSE_S = 20.0, 0.1
 _SIZE = ITEMSIZE["F32"]
 
 
-async def export_part(run: Run, shard: LocalShard, word: str, stall_s: float) -> Response:
-    """A shard's part of the state, or all of it where there is one shard; `word`: what goes with all parts."""
+async def export_part(
+    run: Run, shard: LocalShard, word: str, stall_s: float, checkpoint: CheckpointId | None = None
+) -> Response:
+    """A shard's part of the state, or all of it where there is one shard; `word`: what goes with all parts.
+
+    checkpoint: that it is read of, None for the newest step.
+    """
     async with AsyncExitStack() as stack:
-        copy = await stack.enter_async_context(shard.read_state(word, run.count))
+        reading = shard.read_state(word, run.count) if checkpoint is None else shard.read_checkpoint(checkpoint)
+        copy = await stack.enter_async_context(reading)
         document = document_of(run.spec, copy)
         header = encode_state_header(shard.core.manifest, document)
         vectors = [memory_of(copy.tensors[name]) for name in document.buffers]
@@ -44,10 +51,14 @@ async def export_part(run: Run, shard: LocalShard, word: str, stall_s: float) ->
         return RelayedResponse(_pieces([memoryview(header), *vectors]), 200, lines, stack.pop_all(), stall_s)
 
 
-async def export_whole(relay: Relay, request: Request, run: Run) -> Response:
-    """The state of a run of several shards, from parts that are of one place in the log."""
+async def export_whole(relay: Relay, request: Request, run: Run, checkpoint: int | None = None) -> Response:
+    """The state of a run of several shards, from parts that are of one place in the log.
+
+    checkpoint: the step of the checkpoint that it is of, None for the run's newest step.
+    """
+    query, headers = of_checkpoint(checkpoint), repeated_headers(request)
     async with AsyncExitStack() as exchanges:
-        parts = await parts_of_one_place(relay, exchanges, request, run, "state", {}, repeated_headers(request))
+        parts = await parts_of_one_place(relay, exchanges, request, run, "state", query, headers)
         streams = [_Stream(part.answer) for part in parts]
         document = parse_document((await asyncio.gather(*(stream.metadata() for stream in streams)))[0])
         header = encode_state_header(run.manifest, document)

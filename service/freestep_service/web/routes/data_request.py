@@ -32,6 +32,7 @@ from freestep_service.web.problem_documents import refuses
 from freestep_service.web.relay import Relay
 
 __all__ = [
+    "CHECKPOINT",
     "CUT",
     "DTYPE",
     "LEASE",
@@ -72,6 +73,11 @@ CUT = Query(
     pattern(r"[\x21-\x7e]{0,200}", "at most 200 printable characters without spaces"),
     "Shards that are asked with the same word answer of one step.",
     default="",
+)
+CHECKPOINT = Query(
+    "checkpoint",
+    integer(0),
+    "The step of a checkpoint that is kept, which the answer is of, and not of the run's newest step.",
 )
 REPLACE: Query[bool] = Query(
     "replace", flag(), "Whether the state takes the place of one that is there.", default=False
@@ -152,6 +158,10 @@ class DataRequest:
     @property
     def min_step(self) -> int:
         return MIN_STEP.read(self._request)
+
+    @property
+    def checkpoint(self) -> int | None:
+        return CHECKPOINT.find(self._request)
 
     @property
     def cut(self) -> str:

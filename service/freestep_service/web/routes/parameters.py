@@ -10,6 +10,8 @@ from fastapi import APIRouter, Request, Response
 from freestep.api.models import RunStatus
 from freestep.errors import (
     AlreadyInitialized,
+    CheckpointNotFound,
+    MalformedRequest,
     MalformedTensors,
     MemoryNotShared,
     Overloaded,
@@ -28,6 +30,7 @@ from freestep_service.web.metering import admit_bytes, spend_answer, spend_bytes
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.responses import SnapshotResponse, etag, not_modified
 from freestep_service.web.routes.data_request import (
+    CHECKPOINT,
     CUT,
     DTYPE,
     MIN_STEP,
@@ -86,37 +89,44 @@ async def initialize_run(request: Request) -> Response:
         206: answer((*POINT_HEADERS, CONTENT_RANGE), body=TENSORS, description="The bytes that Range asks for."),
         304: answer((ETAG,), description="The point's ETag is one of those named."),
     },
-    openapi_extra=documented(RUN, SHARD, OF, POINT, DTYPE, MIN_STEP, CUT, *PULL_HEADERS),
+    openapi_extra=documented(RUN, SHARD, OF, POINT, DTYPE, MIN_STEP, CHECKPOINT, CUT, *PULL_HEADERS),
 )
 @needs("read")
 @refuses(DataRequest.of, RunNotInitialized, MalformedTensors, MemoryNotShared, RangeNotSatisfiable, Overloaded)
-@refuses(StepNotReached)
+@refuses(StepNotReached, CheckpointNotFound, StorageUnavailable)
 async def pull(request: Request) -> Response:
     """A point of the run's newest step, or of a step not before `min_step` (`Prefer: wait=S`).
 
-    With `shard`, that shard's part of it. All shards that are asked with the same `cut`, any fresh word, answer with
-    parts of one step.
+    With `checkpoint`, it is of a checkpoint, to which the run need not go back: of the newest epoch that has one of
+    that step. With `shard`, that shard's part of it. All shards that are asked with the same `cut`, any fresh word,
+    answer with parts of one step.
     """
     parsed = await DataRequest.of(request)
     await admit_bytes(request)
     run, point, dtype, min_step, cut = parsed.run, parsed.point, parsed.dtype, parsed.min_step, parsed.cut
-    memory = parsed.memory()
+    checkpoint, memory = parsed.checkpoint, parsed.memory()
+    if checkpoint is not None and checkpoint < min_step:
+        raise MalformedRequest(f"min_step: the checkpoint is of step {checkpoint}", field="min_step")
     if parsed.shard is None:
         prefer = ", ".join(request.headers.getlist("prefer"))
-        return spend_answer(request, await pull_whole(parsed.relay, request, run, point, dtype, min_step, prefer))
+        whole = await pull_whole(parsed.relay, request, run, point, dtype, min_step, prefer, checkpoint=checkpoint)
+        return spend_answer(request, whole)
     if not run.owns(parsed.shard):
         return spend_answer(request, await parsed.relay.forward(request, run, parsed.shard))
     shard = run.shard(parsed.shard)
-    shard.core.require_initialized()
-    wishes = preferences(request)
-    async with while_connected(request.scope, is_waiting=True):
-        await shard.reach(min_step, wishes.wait)
-    if wishes.wait:
-        require_let_in(request)
-    tag = etag(shard.core.writer.epoch, shard.core.writer.applied_step, point, dtype)
+    kept = None if checkpoint is None else await shard.find_checkpoint(checkpoint)
+    if kept is None:
+        shard.core.require_initialized()
+        wishes = preferences(request)
+        async with while_connected(request.scope, is_waiting=True):
+            await shard.reach(min_step, wishes.wait)
+        if wishes.wait:
+            require_let_in(request)
+    epoch, step = (shard.core.writer.epoch, shard.core.writer.applied_step) if kept is None else kept[:2]
+    tag = etag(epoch, step, point, dtype)
     # Of a cut all shards have to answer alike.
     if not cut and (known := not_modified(request, {"ETag": tag})) is not None:
         return known
-    reading = Reading(point, dtype, cut, readers=run.count if cut else 1)
+    reading = Reading(point, dtype, cut, readers=run.count if cut else 1, checkpoint=kept)
     stall_s, spend = await parsed.relay.stall_seconds(request), partial(spend_bytes, request)
     return SnapshotResponse(shard, reading, stall_s, request.headers, spend=spend, memory=memory)

@@ -13,6 +13,7 @@ from freestep.api.models import RunStatus
 from freestep.api.run_state import StateDocument
 from freestep.errors import (
     AlreadyInitialized,
+    CheckpointNotFound,
     EpochChanged,
     IdempotencyConflict,
     InvalidSpec,
@@ -35,8 +36,9 @@ from freestep_service.web.headers import IMPORT_HEADERS, body_length, place, upl
 from freestep_service.web.json_answers import status_response
 from freestep_service.web.metering import admit_bytes, spend_answer
 from freestep_service.web.problem_documents import refuses
-from freestep_service.web.routes.data_request import CUT, OF, REPLACE, RUN, SHARD, DataRequest, DataRoute
+from freestep_service.web.routes.data_request import CHECKPOINT, CUT, OF, REPLACE, RUN, SHARD, DataRequest, DataRoute
 from freestep_service.web.routes.documents import STATE, answer, documented, link
+from freestep_service.web.waiting import while_connected
 from freestep_service.web.whole_states import export_part, export_whole, send_parts
 
 router = APIRouter(tags=["state"], route_class=DataRoute)
@@ -48,25 +50,29 @@ router = APIRouter(tags=["state"], route_class=DataRoute)
     responses={
         200: answer(STATE_HEADERS, {"replace": link("import_state", {"If-Match": "$response.header.ETag"})}, STATE)
     },
-    openapi_extra=documented(RUN, SHARD, OF, CUT),
+    openapi_extra=documented(RUN, SHARD, OF, CHECKPOINT, CUT),
 )
 @needs("read")
-@refuses(DataRequest.of, RunNotInitialized, Overloaded)
+@refuses(DataRequest.of, RunNotInitialized, Overloaded, CheckpointNotFound, StorageUnavailable)
 async def export_state(request: Request) -> Response:
     """The run's whole state at its newest step: every vector of the optimizer, and all scalars.
 
-    Pushes that are accumulated for an update to come are not in it, nor are receipts and leases. With `shard`, it is
-    that shard's part; all shards that are asked with the same `cut`, any fresh word, answer with parts of one place.
+    Pushes that are accumulated for an update to come are not in it, nor are receipts and leases. With `checkpoint`, it
+    is that of a checkpoint, to which the run need not go back. With `shard`, it is that shard's part; all shards that
+    are asked with the same `cut`, any fresh word, answer with parts of one place.
     """
     parsed = await DataRequest.of(request)
-    run, relay, cut = parsed.run, parsed.relay, parsed.cut
+    run, relay, cut, checkpoint = parsed.run, parsed.relay, parsed.cut, parsed.checkpoint
     await admit_bytes(request)
     if parsed.shard is None:
-        exported = await export_whole(relay, request, run)
+        exported = await export_whole(relay, request, run, checkpoint)
     elif not run.owns(parsed.shard):
         exported = await relay.forward(request, run, parsed.shard)
     else:
-        exported = await export_part(run, run.shard(parsed.shard), cut, await relay.stall_seconds(request))
+        shard, stall_s = run.shard(parsed.shard), await relay.stall_seconds(request)
+        kept = None if checkpoint is None else await shard.find_checkpoint(checkpoint)
+        async with while_connected(request.scope, is_waiting=kept is not None):
+            exported = await export_part(run, shard, cut, stall_s, kept)
     return spend_answer(request, exported)
 
 
