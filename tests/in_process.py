@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import os
 import threading
 import time
@@ -256,9 +257,16 @@ class Medium(LocalStorage):
         return super()._names(directory)
 
     def _read(self, path: str) -> bytes:
+        self._begin_to_read(path)
+        return super()._read(path)
+
+    def _open(self, path: str) -> io.BufferedReader:
+        self._begin_to_read(path)
+        return super()._open(path)
+
+    def _begin_to_read(self, path: str) -> None:
         self.reads.append(path)
         if self.hangs is not None and self.hangs in path:
             assert self.may_go_on.wait(60)
         if self.fails is not None and self.fails in path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super()._read(path)

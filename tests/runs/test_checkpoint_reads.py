@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from freestep.errors import Overloaded
+from freestep.errors import Overloaded, StorageUnavailable
 from freestep_service.runs.consistent_reads import Reading
 from freestep_service.runs.resources import Resources
 from freestep_service.runs.run import Run
-from in_process import NUMEL, new_run, process, run_async
+from in_process import NUMEL, Medium, new_run, process, run_async, until
 
 VECTOR = 4 * NUMEL
 VECTORS = {"state": 2, "x": 3, "y": 2, "z": 3}
@@ -85,23 +85,44 @@ def test_readers_take_turns_and_are_sent_to_in_no_turn(store: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("what", VECTORS)
-def test_a_reader_who_leaves_gives_memory_and_turn_back_once_the_disk_has_answered(
+def test_the_memory_of_a_reader_who_has_left_is_given_back_once_the_disk_has_answered(
     store: str, tmp_path: Path, what: str
 ) -> None:
     async def work() -> None:
-        async with written(store, tmp_path) as (run, resources):
+        medium = Medium(tmp_path / "data")
+        async with written(store, tmp_path, storage=medium) as (run, resources):
             free = resources.memory.free
             reading = await read(run, what)
+            medium.hangs = ".safetensors"
             entering = asyncio.ensure_future(reading.__aenter__())
-            # The disk's thread has begun when the memory is counted.
-            while resources.memory.free == free and not entering.done():
-                await asyncio.sleep(0)
+            await until(lambda: medium.reads[-1].endswith(".safetensors"), "the reading of tensors")
             entering.cancel()
+            # Others are served meanwhile, also with the state.
+            async with run.shard(0).read(Reading("x", "F32")), run.shard(0).read_state("", 1):
+                assert not entering.done()
+            assert resources.memory.free < free
+            medium.may_go_on.set()
             await asyncio.wait([entering])
-            if not entering.cancelled():
-                await reading.__aexit__(None, None, None)
+            assert entering.cancelled()
             assert resources.memory.free == free
-            async with await read(run, what):
-                pass
+
+    run_async(work)
+
+
+def test_a_medium_that_cannot_be_read_is_no_damage(store: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        medium = Medium(tmp_path / "data")
+        async with written(store, tmp_path, storage=medium) as (run, resources):
+            free = resources.memory.free
+            for what in VECTORS:
+                reading = await read(run, what)
+                medium.fails = ".safetensors"
+                with pytest.raises(StorageUnavailable):
+                    async with reading:
+                        raise AssertionError
+                medium.fails = None
+                async with await read(run, what):
+                    pass
+            assert resources.memory.free == free
 
     run_async(work)

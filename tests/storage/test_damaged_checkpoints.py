@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -95,6 +96,45 @@ def test_elements_of_a_damaged_part_are_taken_from_another(tmp_path: Path) -> No
     loaded = checkpoints.load(id_of(copy), 0, 37)[0]
     assert all(torch.equal(loaded.tensors[name], copy.tensors[name]) for name in copy.tensors)
     assert [each.step for each in checkpoints.all()] == [2]
+
+
+class Dropping(LocalStorage):
+    """A directory in which another process drops the older checkpoint as soon as its tensors are to be read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.drop: Callable[[], object] = lambda: None
+
+    def _open(self, path: str) -> io.BufferedReader:
+        self.drop()
+        return super()._open(path)
+
+
+def test_a_checkpoint_that_is_dropped_while_it_is_read_is_not_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Dropping(tmp_path)
+    made, checkpoints, others = shard(), Checkpoints(storage, "run", 1), Checkpoints(LocalStorage(tmp_path), "run", 1)
+    older = write(checkpoints, made.copy_state())
+    advance(made, 1)
+    storage.drop = lambda: write(others, made.copy_state())
+    with pytest.raises(Damaged):
+        checkpoints.load(older, 0, 37)
+    assert caplog.text == ""
+    with pytest.raises(CheckpointNotFound, match="there is no checkpoint of step 0"):
+        checkpoints.at(0)
+
+
+def test_only_the_vectors_that_are_wanted_are_loaded(storage: Storage) -> None:
+    made, checkpoints = shard(), Checkpoints(storage, "run", keep=5)
+    advance(made, 2)
+    copy = made.copy_state()
+    for shards in (1, 3):
+        write(checkpoints, copy, shards)
+        loaded = checkpoints.load(id_of(copy), 5, 20, ["z", "exp_avg_sq", "none"]).state
+        assert list(loaded.tensors) == [name for name in copy.tensors if name in ("z", "exp_avg_sq")]
+        assert all(torch.equal(tensor, copy.tensors[name][5:20]) for name, tensor in loaded.tensors.items())
+        assert (loaded.step, loaded.scalars) == (copy.step, copy.scalars)
 
 
 def test_parts_of_different_states_are_no_checkpoint(storage: Storage) -> None:

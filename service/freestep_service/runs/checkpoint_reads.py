@@ -87,7 +87,7 @@ class CheckpointReads:
         try:
             return (await uninterrupted(asyncio.ensure_future(reading))).state
         except Damaged as error:
-            detail = f"the checkpoint of step {checkpoint.step} is damaged: {error}"
+            detail = f"the checkpoint of step {checkpoint.step} is damaged or has been dropped: {error}"
             raise CheckpointNotFound(detail, step=checkpoint.step) from None
 
     @asynccontextmanager
