@@ -372,6 +372,19 @@ def test_a_shard_that_moves_is_asked_at_its_new_owner() -> None:
     assert asked(owner, PULL, sharded) == [b"one", b"three"]
 
 
+@pytest.mark.parametrize("owners", [OWNERS[:1], (*OWNERS, "http://three")])
+def test_a_run_that_was_divided_anew_is_not_asked_for_other_parts(owners: tuple[str, ...]) -> None:
+    class Divided(ShardedRun):
+        """A run of two shards, as far as this process knows."""
+
+        async def topology(self) -> Any:
+            return await ShardedRun(list(owners)).topology()
+
+    with pytest.raises(ShardUnavailable) as refused:
+        asked(no_owner, PULL, Divided())
+    assert refused.value.extensions["shards"] == len(owners)
+
+
 @pytest.mark.parametrize("refusing", [0, 1])
 def test_a_refusal_is_raised_before_its_consequences(refusing: int) -> None:
     async def owner(request: httpx.Request) -> httpx.Response:

@@ -169,6 +169,8 @@ class Relay:
         """
         if missing := (await run.topology()).missing:
             raise not_open(run.name, missing)
+        # The run may be divided anew meanwhile.
+        count = run.count
 
         async def ask(index: int) -> httpx.Response:
             """One shard's answer; while that is being opened the others wait for it."""
@@ -183,7 +185,10 @@ class Relay:
 
         async def ask_once(index: int) -> httpx.Response:
             # The topology is read anew for each attempt, since ownership moves.
-            owner = (await run.topology()).shards[index].url
+            shards = (await run.topology()).shards
+            if len(shards) != count:
+                raise ShardUnavailable(f"the run has {len(shards)} shards, not {count}", shards=len(shards))
+            owner = shards[index].url
             if owner is None:
                 raise not_open(run.name, [index])
             # httpx takes text of ASCII only.
@@ -196,7 +201,7 @@ class Relay:
             made = self._http.build_request(
                 call.method,
                 f"{owner}/v1/runs/{run.name}/{call.path}",
-                params={**call.query, "shard": str(index), "of": str(run.count)},
+                params={**call.query, "shard": str(index), "of": str(count)},
                 headers=headers,
                 content=content,
             )
@@ -207,7 +212,7 @@ class Relay:
             return answer
 
         async with while_connected(request.scope, is_waiting="Prefer" in call.headers):
-            answers = await asyncio.gather(*map(ask, range(run.count)), return_exceptions=True)
+            answers = await asyncio.gather(*map(ask, range(count)), return_exceptions=True)
         failures = [each for each in answers if isinstance(each, BaseException)]
         # A refusal before its consequences at the other shards.
         failures.sort(key=lambda error: isinstance(error, ShardUnavailable | CoordinatorUnavailable))

@@ -168,7 +168,7 @@ async def parts_of_one_place(
         attempt = await exchanges.enter_async_context(AsyncExitStack())
         call = ShardCall("GET", path, headers, {**query, "cut": secrets.token_hex(16)})
         answers = await relay.call_all(attempt, request, run, call)
-        parts = [Part(answer, run.manifest.part(index, run.count)) for index, answer in enumerate(answers)]
+        parts = [Part(answer, run.manifest.part(index, len(answers))) for index, answer in enumerate(answers)]
         if len({part.position for part in parts}) == 1:
             return parts
         await attempt.aclose()
