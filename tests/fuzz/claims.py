@@ -25,7 +25,7 @@ from freestep_service.web.headers import (
 )
 from freestep_service.web.problems import problem_response
 from freestep_service.web.responses import etag, not_modified, requested_span
-from freestep_service.web.routes.data_request import CUT, DTYPE, MIN_STEP, OF, POINT, REPLACE, SHARD
+from freestep_service.web.routes.data_request import CHECKPOINT, CUT, DTYPE, MIN_STEP, OF, POINT, REPLACE, SHARD
 from freestep_service.web.routes.events import AFTER, FOLLOW, FROM
 from freestep_service.web.routes.history import POINTS, SHOWN
 from fuzz.target import Target, mutants
@@ -35,7 +35,7 @@ __all__ = ["TARGET"]
 _HEADERS = tuple(
     {header.name: header for header in (*PUSH_HEADERS, *PULL_HEADERS, *UPLOAD_HEADERS, *IMPORT_HEADERS, AFTER)}.values()
 )
-_QUERIES = (CUT, DTYPE, MIN_STEP, OF, POINT, REPLACE, SHARD, FOLLOW, FROM, POINTS, SHOWN)
+_QUERIES = (CHECKPOINT, CUT, DTYPE, MIN_STEP, OF, POINT, REPLACE, SHARD, FOLLOW, FROM, POINTS, SHOWN)
 _SIZE, _LIMIT = 1000, 10**9
 _REFUSALS = (MalformedRequest, UnsupportedMediaType, LengthRequired, BodyTooLarge, RangeNotSatisfiable)
 
@@ -118,6 +118,7 @@ _SEEDS = (
     b"shard=1&of=2&point=y&dtype=BF16&min_step=12&cut=word\n" + _CLAIM,
     b'replace=true&dtype=I8&point=z\nIf-Match: "e1-s2"\nIdempotency-Key: a\nContent-Type: application/vnd.safetensors',
     b'\nRange: bytes=10-20\nIf-Range: "e1-s2-x-F32"\nIf-None-Match: W/"e1-s2-x-F32", *\nPrefer: wait=600',
+    b"checkpoint=12&point=x&dtype=F16&min_step=12\n",
     b"curves=loss,metrics&points=512\n",
     b"follow=false&from=12\nLast-Event-ID: 1-20.1764412800000",
     b"shard=%30\nRange: bytes=-5\nFreestep-Step: 0\nFreestep-Step: 1",

@@ -39,11 +39,14 @@ def parsed(query: str, *, shards: int = 1, name: str = "run", names: tuple[str, 
 def test_what_is_absent_has_its_default() -> None:
     about = parsed("")
     assert (about.shard, about.point, about.dtype, about.min_step, about.cut) == (0, "x", "F32", 0, "")
+    assert about.checkpoint is None
 
 
 def test_all_of_it() -> None:
     about = parsed("shard=1&of=2&point=y&dtype=BF16&min_step=12&cut=word", shards=2)
     assert (about.shard, about.point, about.dtype, about.min_step, about.cut) == (1, "y", "BF16", 12, "word")
+    assert parsed("checkpoint=0").checkpoint == 0
+    assert parsed(f"checkpoint={10**18 - 1}").checkpoint == 10**18 - 1
 
 
 def test_a_run_of_several_shards_may_be_meant_as_a_whole() -> None:
@@ -74,6 +77,11 @@ def test_a_sender_that_supposes_another_number_of_shards(shards: int) -> None:
         ("min_step=-1", "min_step"),
         ("min_step=1.5", "min_step"),
         (f"min_step={'9' * 30}", "min_step"),
+        ("checkpoint=-1", "checkpoint"),
+        ("checkpoint=newest", "checkpoint"),
+        ("checkpoint=", "checkpoint"),
+        (f"checkpoint={'9' * 19}", "checkpoint"),
+        ("checkpoint=1&checkpoint=1", "checkpoint"),
         ("cut=two%20words", "cut"),
         (f"cut={'c' * 201}", "cut"),
     ],

@@ -47,7 +47,7 @@ def calls(api: Api) -> Iterator[httpx.Response]:
         yield http.request(method, gradients)
     for method in ("GET", "HEAD", "POST", "DELETE"):
         yield http.request(method, parameters)
-    for query in ("point=z&dtype=BF16", "point=w", "point=x&point=y", "min_step=9", "dtype=I8"):
+    for query in ("point=z&dtype=BF16", "point=w", "point=x&point=y", "min_step=9", "dtype=I8", "checkpoint=0"):
         yield http.get(f"{parameters}?{query}")
     yield http.get(parameters, headers={"Range": "bytes=3-9"})
     yield http.get(parameters, headers={"Range": "bytes=999999-"})

@@ -182,5 +182,7 @@ def test_the_openapi_document_is_of_the_fields_that_are_parsed() -> None:
     pull = documented("get", "/v1/runs/{run}/parameters")
     assert pull["query", "point"]["schema"] == {"type": "string", "enum": ["x", "y", "z"], "default": "x"}
     assert pull["query", "min_step"]["schema"]["minimum"] == 0
-    assert {name for place, name in pull if place == "query"} == {"shard", "of", "point", "dtype", "min_step", "cut"}
+    assert {name for place, name in pull if place == "query"} == {
+        *("shard", "of", "point", "dtype", "min_step", "checkpoint", "cut"),
+    }
     assert documented("put", "/v1/runs/{run}/leases/{lease}")["path", "lease"]["schema"]["pattern"] == f"^{LEASE_ID}$"

@@ -248,6 +248,8 @@ def test_links_lead_from_a_run_to_a_receipt_and_on(start_service: Callable[..., 
         assert pulled.headers["Freestep-Step"] == "1"
         assert walker.follow(pushed, "renew").json()["lease"] == lease.json()["lease"]
         checkpoint = walker.follow(pushed, "checkpoint")
+        for link in ("pull", "export"):
+            assert walker.follow(checkpoint, link).headers["Freestep-Step"] == "1"
         restored = walker.follow(checkpoint, "restore")
         assert (restored.json()["step"], restored.json()["epoch"]) == (1, 2)
         data = walker.follow(created, "data", {"length": 10, "unit": 4}, name="train")

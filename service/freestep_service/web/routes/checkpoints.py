@@ -17,12 +17,22 @@ from freestep_service.web.routes.documents import answer, link
 
 router = APIRouter(tags=["checkpoints"], route_class=JsonRoute)
 
+_STEP = "$response.body#/step"
+
 
 @router.post(
     "/v1/runs/{run}/checkpoints",
     status_code=201,
     response_model=Checkpoint,
-    responses={201: answer(links={"restore": link("restore_checkpoint", {"step": "$response.body#/step"})})},
+    responses={
+        201: answer(
+            links={
+                "restore": link("restore_checkpoint", {"step": _STEP}),
+                "pull": link("pull", {"checkpoint": _STEP}),
+                "export": link("export_state", {"checkpoint": _STEP}),
+            }
+        )
+    },
 )
 @needs("admin")
 @refuses(RunNotInitialized, StorageUnavailable)
