@@ -77,9 +77,14 @@ class CheckpointReads:
         self, checkpoint: CheckpointId, wanted: Collection[str], point: Point, dtype: str, vector: Vector
     ) -> tuple[float, ...] | None:
         """Writes a point into a vector; the learning rates of its step. What it is written from is left to nobody."""
-        state = CopiedState(self._spec, self._manifest, await self._load(checkpoint, wanted))
-        await uninterrupted(self._locks.decoding(copy_point, state, point, vector, dtype))
-        return state.scheduled_lr
+        copy = await self._load(checkpoint, wanted)
+
+        def write() -> tuple[float, ...] | None:
+            state = CopiedState(self._spec, self._manifest, copy)
+            copy_point(state, point, vector, dtype)
+            return state.scheduled_lr
+
+        return await uninterrupted(self._locks.decoding(write))
 
     async def _load(self, checkpoint: CheckpointId, wanted: Collection[str]) -> StateCopy:
         begin, end = self._manifest.begin, self._manifest.end
