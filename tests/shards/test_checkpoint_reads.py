@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from harness import ThreadService
-from plain_calls import ShardedApi, persistently, slug
+from plain_calls import Api, ShardedApi, persistently, slug
 from shards.runs import ONES, SHARDS, SIZES, ZEROS, counting, sharded
 from states import export, tensors_of
 
 
-def pulled(api: ShardedApi, node: ThreadService, path: str = "/parameters", **query: Any) -> httpx.Response:
+def pulled(api: Api, node: ThreadService, path: str = "/parameters", **query: Any) -> httpx.Response:
     headers = query.pop("headers", None)
     return api.http.get(f"{node.url}{api.path(path)}", params=query, headers=headers)
 
@@ -90,3 +90,17 @@ def test_shards_that_others_have_written_are_read(nodes: list[ThreadService], wr
     for node in nodes:
         answer = persistently(lambda node=node: pulled(written, node, checkpoint=2))  # type: ignore[misc]
         assert answer.content == before
+
+
+def test_a_run_of_one_shard_is_read_through_a_service_that_has_no_part_of_it(
+    nodes: list[ThreadService], connect: Callable[..., Api]
+) -> None:
+    api = connect(nodes[0].url)
+    api.create()
+    before = [[pulled(api, nodes[0], path).content for path in ("/parameters", "/state")]]
+    assert api.http.post(api.path("/checkpoints")).status_code == 201
+    assert api.push(api.lease(), 0).json()["step"] == 1
+    read = [[pulled(api, node, path, checkpoint=0).content for path in ("/parameters", "/state")] for node in nodes]
+    assert read == before * len(nodes)
+    assert {slug(pulled(api, node, checkpoint=1)) for node in nodes} == {"checkpoint-not-found"}
+    api.http.delete(api.path())
