@@ -55,6 +55,21 @@ def test_a_new_run_begins_beyond_every_deleted_one_of_its_name(
     asyncio.run(scenario())
 
 
+def test_nothing_is_left_of_a_lease_that_is_granted_while_its_run_is_deleted(
+    run: DrivenRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = run.opening._newest_leases
+
+    async def before_the_grant() -> list[str]:
+        monkeypatch.setattr(run.opening, "_newest_leases", read)
+        return []
+
+    monkeypatch.setattr(run.opening, "_newest_leases", before_the_grant)
+    run.push(run.claim(run.grant(), "key"))
+    run.do(run.opening.delete(1))
+    assert set(run.dump()) == {run.key("deleted")}
+
+
 def test_what_is_left_of_a_run_counts_until_it_is_noted(run: DrivenRun) -> None:
     """By any process: the one that has deleted the run may have ended."""
     run.do(run.opening.delete(5))

@@ -50,10 +50,12 @@ class RunOpening:
         tells.
         """
         scripts = self._scripts
-        leases = await self._newest_leases()
-        keys = [key for lease in leases for key in (scripts.lease_key(lease), scripts.window_key(lease))]
-        keys = [_left_key(scripts), scripts.key("distances"), *keys]
-        status, *rest = await scripts.call("delete", epoch, run_id, keys=keys)
+        status = "leases"
+        while status == "leases":
+            leases = await self._newest_leases()
+            keys = [key for lease in leases for key in (scripts.lease_key(lease), scripts.window_key(lease))]
+            keys = [_left_key(scripts), scripts.key("distances"), *keys]
+            status, *rest = await scripts.call("delete", epoch, run_id, keys=keys)
         if status == "other":
             raise RunNotFound(f"the run {scripts.run!r} is another than that of the id {run_id!r}", run=scripts.run)
         return int(rest[0])

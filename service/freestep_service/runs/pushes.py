@@ -304,10 +304,17 @@ class Pushes:
             raise
 
     async def _discard(self, flight: Flight, error: BaseException) -> None:
-        """Has Redis forget an admitted push whose body has not come, or was refused."""
-        refusal = (error.slug, error.detail) if isinstance(error, MalformedTensors | NonFiniteGradient) else ()
+        """Has Redis forget an admitted push whose body has not come, or was refused.
+
+        Raises CoordinatorUnavailable in place of a refusal that Redis may not know of: who is told of one takes the
+        push's units to be open again.
+        """
+        call = (flight.claim, flight.attempt, self._core.index)
+        if isinstance(error, MalformedTensors | NonFiniteGradient):
+            await self._coordinator.discard(*call, error.slug, error.detail)
+            return
         with suppress(CoordinatorUnavailable):
-            await self._coordinator.discard(flight.claim, flight.attempt, self._core.index, *refusal)
+            await self._coordinator.discard(*call)
 
     async def _withdraw(self, flight: Flight) -> None:
         """Discards a part that no request carries; one that sends its key again waits until Redis has answered."""
