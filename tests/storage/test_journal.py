@@ -134,6 +134,29 @@ def test_it_is_cut_behind_a_checkpoint_but_not_what_is_still_needed(writing: Wri
     assert contents.follows(CheckpointId(1, 13, 103))
 
 
+def test_checkpoints_that_are_not_written_leave_few_segments(writing: Writing) -> None:
+    journal = writing.journal
+    writing.begin()
+    for seq in range(101, 201):
+        writing.entry(seq)
+        journal.next_segment()
+        # As heartbeats tell of the newest one.
+        journal.cut(BASE)
+    writing.flush()
+    assert len(segment_paths(journal.directory)) <= 20
+    assert [entry.seq for entry in read_journal(journal.directory).entries] == [*range(101, 201)]
+    # Once one is written, nothing of before is kept behind the next.
+    journal.cut(CheckpointId(1, 20, 200))
+    writing.entry(201)
+    journal.next_segment()
+    journal.cut(CheckpointId(1, 21, 201))
+    writing.entry(202)
+    assert len(segment_paths(journal.directory)) == 1
+    contents = read_journal(journal.directory)
+    assert [entry.seq for entry in contents.entries] == [202]
+    assert contents.follows(CheckpointId(1, 21, 201))
+
+
 def test_what_a_checkpoint_has_left_brings_no_other_forward(writing: Writing) -> None:
     journal, content = writing.journal, body(100_000)
     writing.begin()

@@ -26,6 +26,8 @@ __all__ = ["Journal"]
 
 _WORTH = 4
 """Bodies that still come are moved where segments of so many times their length are dropped then."""
+_MOST_MARKED = 16
+"""Segments that are begun for checkpoints of which none is written: each may be tried again for days."""
 _GONE = (
     "its files are gone, as when a disk is not mounted any more: bring them back, or start the service again, "
     "which then waits for them for journal_wait_seconds"
@@ -51,6 +53,8 @@ class Journal:
         """Bodies that are being moved, or for which there is to be room."""
         self._covered = CheckpointId(0, 0, 0)
         """The checkpoint behind which it was cut last."""
+        self._marked = 0
+        """Segments that were begun for checkpoints since."""
         self._left = 0
         """Bytes that the newest checkpoint covers and leaves, since they are needed still."""
 
@@ -207,15 +211,20 @@ class Journal:
     # Checkpoints
 
     def next_segment(self) -> None:
-        """Begins a segment, so that a checkpoint of the present state leaves the ones before it without use."""
-        if self._segments.chain and self.epoch:
+        """Begins a segment, so that a checkpoint of the present state leaves the ones before it without use.
+
+        Where none is written for long, the newest segment goes on, and is left without use by a later one.
+        """
+        if self._segments.chain and self.epoch and self._marked < _MOST_MARKED:
+            self._marked += 1
             self._rotate()
 
     def cut(self, checkpoint: CheckpointId) -> None:
         """Drops the segments that nobody needs beside a checkpoint, which all shards have written."""
         if checkpoint.epoch != self.epoch:
             return
-        self._covered = checkpoint
+        if checkpoint != self._covered:
+            self._covered, self._marked = checkpoint, 0
         self._parts.forget_given_up(LogPosition(checkpoint.epoch, checkpoint.seq))
         while len(self._segments.chain) > 1:
             oldest = self._segments.chain[0]
