@@ -7,7 +7,10 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from coordination.driven import HOUR, DrivenRun, Driver
+from freestep.errors import WorkerSuspended
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.quotas import Full, SharedQuotas
 from freestep_service.domain.records import RunState
@@ -46,6 +49,28 @@ def test_owners_end_after_their_time_to_live(make_run: Make) -> None:
     run.pass_time(TTL + 1)
     run.heartbeat(taker, 0, 1)
     assert (run.shard_field(0, "node"), run.shard_field(1, "node")) == (taker.id, taker.id)
+
+
+def test_a_worker_that_was_ended_waits_no_longer_than_it_was_to(run: DrivenRun) -> None:
+    run.do(run.leases.end_worker(run.owner(), "w", "", TTL // 1000, "{}", "me"))
+    run.redis.hset(run.key("run"), "suspended", json.dumps({"w": now_ms(run.driver) + HOUR}))
+    with pytest.raises(WorkerSuspended) as refused:
+        run.grant("w")
+    assert 0 < (refused.value.retry_after or 0) <= TTL / 1000
+    # It is shortened once, and not prolonged.
+    until = json.loads(run.field("suspended") or "")["w"]
+    assert until <= now_ms(run.driver) + TTL
+    run.redis.hset(run.key("run"), "suspended", json.dumps({"w": until - TTL}))
+    run.grant("w")
+
+
+def test_who_was_ended_for_longer_before_waits_for_that_time(run: DrivenRun) -> None:
+    """It came here with the run's state, or by an older version."""
+    run.redis.hset(run.key("run"), "suspended", json.dumps({"w": now_ms(run.driver) + HOUR}))
+    run.do(run.leases.end_worker(run.owner(), "other", "", TTL // 1000, "{}", "me"))
+    with pytest.raises(WorkerSuspended) as refused:
+        run.grant("w")
+    assert (refused.value.retry_after or 0) > HOUR / 2000
 
 
 def test_cuts_end_after_their_time(make_run: Make) -> None:

@@ -21,10 +21,11 @@
 --                     spec, JSON), total:NAME (units of all passes, or an empty string), cursor:NAME (the next unit that
 --                     was never handed out) and done:NAME (units that have counted). What is below the cursor, not out and
 --                     not given back has; and control (what was changed of the run, JSON, see domain/control.py), paused
---                     (1 while pushes are refused until the run is resumed) and suspended (JSON: worker -> when it may
---                     have a lease again, in ms since 1970), each once something was changed; upload (the key of the
---                     initial weights, or of the import that took their place) and upload_parts (JSON: elements of each
---                     part of the initial weights -> its digest; older versions wrote none).
+--                     (1 while pushes are refused until the run is resumed), suspended (JSON: worker -> when it may
+--                     have a lease again, in ms since 1970) and longest_ban (the longest of such times that was given, in
+--                     ms; older versions wrote none), each once something was changed; upload (the key of the initial
+--                     weights, or of the import that took their place) and upload_parts (JSON: elements of each part of
+--                     the initial weights -> its digest; older versions wrote none).
 --                     A run exists if this hash has a spec.
 --   leases    zset    worker -> the time at which its lease ends, in ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off
@@ -65,7 +66,8 @@
 -- of one shard need no messages, except that the slowest worker has moved. An owner that misses messages reads the log.
 --
 -- Redis's clock may go back. So an end that is later than a whole time to live from now counts as just that, and an instant
--- that is yet to come as now; leases_due, leases_expire, run_heartbeat, node_heartbeat, quota_take and read_places write them so.
+-- that is yet to come as now; leases_due, leases_expire, lease_grant, run_heartbeat, node_heartbeat,
+-- quota_take and read_places write them so.
 --
 -- Any of these keys may be lost alone: evicted, expired, or deleted by hand. Where that would give a wrong result, or have
 -- something wait for ever, the run's hash has a mark of it, and the run is opened again from its shards: receipts (pushes

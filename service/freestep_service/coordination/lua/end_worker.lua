@@ -29,7 +29,10 @@ check_type('list', KEYS[14])
 local evicted, entry, control = {}, nil, nil
 if ends then
   suspended[worker] = ends > now and ends or nil
-  redis.call('HSET', RUN, 'suspended', cjson.encode(suspended))
+  local longest = run_number('longest_ban')
+  -- Also of those that came here with the run's state, or by an older version.
+  for _, until_ms in pairs(suspended) do longest = math.max(longest, until_ms - now) end
+  redis.call('HSET', RUN, 'suspended', cjson.encode(suspended), 'longest_ban', longest)
   control = {worker = worker, ['until'] = text(ends), at = text(now), asked = ARGV[8], by = ARGV[9]}
 end
 if lease ~= '' then

@@ -12,7 +12,12 @@ if is_lost() then return {'behind'} end
 -- The epoch of a lease is known only once the run is open.
 if redis.call('HGET', RUN, 'phase') ~= 'open' then return {'not-open', missing_shards(clock())} end
 if worker_counts('banned')[worker] then return {'worker-banned', worker_counts('outliers')[worker]} end
-local left = tonumber(worker_counts('suspended')[worker] or 0) - clock()
+local suspended, longest = worker_counts('suspended'), run_number('longest_ban')
+local left = (suspended[worker] or 0) - clock()
+if longest > 0 and left > longest then
+  suspended[worker], left = clock() + longest, longest
+  redis.call('HSET', RUN, 'suspended', cjson.encode(suspended))
+end
 if left > 0 then return {'worker-suspended', left} end
 local actual = redis.call('HGET', WORKERS, worker) or ''
 if actual ~= older then return {'changed', actual} end
