@@ -435,3 +435,20 @@ def test_a_run_that_could_not_be_created_is_none_to_anybody(store: str, tmp_path
             assert (await new_run(registry)).epoch == 2
 
     run_async(work)
+
+
+def test_a_name_that_stays_listed_without_a_run_is_taken_off_the_list(store: str, tmp_path: Path) -> None:
+    """As where a process opens a run while another deletes it, or fails in creating one."""
+
+    async def work() -> None:
+        one, two = tmp_path / "one", tmp_path / "two"
+        async with (
+            process(store, one, node_url="http://127.0.0.1:1") as registry,
+            process(store, two, node_url="http://127.0.0.1:2"),
+        ):
+            with Redis.from_url(store, decode_responses=True) as client:
+                await new_run(registry)
+                client.sadd(RUNS_KEY, "none")
+                await until(lambda: client.smembers(RUNS_KEY) == {"run"}, "the end of the name")
+
+    run_async(work)

@@ -14,7 +14,7 @@ from freestep_service.domain.aggregation import Policy
 from freestep_service.domain.records import CheckpointId, Fenced, LogPosition, Origin, Owner, RunState
 from freestep_service.domain.run_view import RunView
 
-__all__ = ["RunOpening", "list_again", "note_deletion", "read_deletion", "read_run"]
+__all__ = ["RunOpening", "list_again", "note_deletion", "read_deletion", "read_run", "unlist"]
 
 
 _LEFT_S = 3600
@@ -239,6 +239,15 @@ async def list_again(store: Store, runs: Sequence[str]) -> None:
         if not is_listed and await read_run(store, run) is not None:
             with reachable():
                 await store.client.sadd(RUNS_KEY, run)
+
+
+async def unlist(store: Store, run: str) -> None:
+    """Takes a name off the list that no run has; one that is created meanwhile, `list_again` lists.
+
+    Raises CoordinatorUnavailable.
+    """
+    with reachable():
+        await store.client.srem(RUNS_KEY, run)
 
 
 async def read_deletion(store: Store, run: str) -> tuple[int, int]:

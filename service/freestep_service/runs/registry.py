@@ -21,7 +21,7 @@ from freestep.errors import (
 )
 from freestep.wire.header import body_limit
 from freestep.wire.manifest import Manifest
-from freestep_service.coordination.opening import list_again, read_run
+from freestep_service.coordination.opening import list_again, read_run, unlist
 from freestep_service.coordination.quotas import Event, SharedQuotas
 from freestep_service.coordination.run_scripts import RUNS_KEY
 from freestep_service.coordination.store import reachable
@@ -349,8 +349,12 @@ class Registry:
 
     async def _look_at(self, name: str) -> None:
         # Why one cannot be opened `find` has logged.
-        with suppress(RunNotFound, CoordinatorUnavailable, ShardUnavailable):
-            await self.find(name)
+        with suppress(CoordinatorUnavailable, ShardUnavailable):
+            try:
+                await self.find(name)
+            except RunNotFound:
+                # It was deleted as it was listed, or its creation failed.
+                await unlist(self._resources.store, name)
 
     async def _beat(self) -> None:
         """Registers this process as live, and notices what others have created or deleted."""
