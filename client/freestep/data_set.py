@@ -92,7 +92,8 @@ class DataSet:
             The numbers of the units that were given back.
         """
         params = None if units is None else {"units": ",".join(map(str, units))}
-        answer = self._transport.request("DELETE", f"{self._path}/units", headers=_holder(lease), params=params)
+        headers = {**_holder(lease), "Idempotency-Key": uuid.uuid4().hex}
+        answer = self._transport.request("DELETE", f"{self._path}/units", headers=headers, params=params)
         return parse(Returned, answer).units
 
 

@@ -271,8 +271,9 @@ class Run:
             RunNotInitialized: The run has no weights yet, and cannot keep a ban.
         """
         params = {} if ban is None else {"ban": ban}
-        path = f"{self._path}/workers/{in_path(worker)}"
-        return parse(WorkerEnd, self._transport.request("DELETE", path, params=params, wait=_OPENING_S))
+        path, headers = f"{self._path}/workers/{in_path(worker)}", {"Idempotency-Key": uuid.uuid4().hex}
+        answer = self._transport.request("DELETE", path, params=params, headers=headers, wait=_OPENING_S)
+        return parse(WorkerEnd, answer)
 
     def data(self, name: str = "train") -> DataSet:
         """A data set of the run, whose units are handed out to workers; it need not exist yet.

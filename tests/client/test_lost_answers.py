@@ -48,6 +48,37 @@ def test_a_run_gets_its_first_weights(service: ThreadService, run: Run) -> None:
             losing.initialize(weights(1.0))
 
 
+def test_units_are_given_back(service: ThreadService, run: Run) -> None:
+    run.create(OF_REGION)
+    run.initialize(weights(1.0))
+    run.data().create({"length": 10, "unit": 2})
+    with LosingClient(service.url) as client, run.lease("worker") as held:
+        data = client.run(run.name).data()
+        assert [unit.unit for unit in data.claim(held.granted, 3).units] == [0, 1, 2]
+        for units, given in (([1], [1]), (None, [0, 2])):
+            client.loses.append(("DELETE", "/units"))
+            assert data.give_back(held.granted, units) == given
+            assert not client.loses
+        assert data.give_back(held.granted) == []
+        assert data.status().open == 5
+
+
+def test_a_worker_is_ended(service: ThreadService, run: Run) -> None:
+    run.create(OF_REGION)
+    run.initialize(weights(1.0))
+    with LosingClient(service.url) as client, run.lease("worker"):
+        losing = client.run(run.name)
+        for ban, had_lease in ((None, True), (3600, False)):
+            client.loses.append(("DELETE", "/worker"))
+            ended = losing.end_worker("worker", ban=ban)
+            assert not client.loses
+            assert (ended.ended, ended.suspended_ms) == (had_lease, ban and 1000 * ban)
+        assert [event.kind for event in run.events(follow=False)].count("control") == 1
+        # Later requests are others.
+        assert losing.end_worker("worker", ban=0).suspended_ms == 0
+        run.lease("worker").release()
+
+
 def test_a_token_is_revoked(service: ThreadService) -> None:
     with LosingClient(service.url) as client:
         made = client.create_token("somebody", "read")

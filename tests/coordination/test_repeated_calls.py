@@ -46,7 +46,6 @@ UNREPEATABLE = {
     "mark_checkpoint": "each call is a checkpoint of its own; a caller that had no answer fails, and tries again later",
     "grant": "each call grants a lease, which fences off the one before; a worker that had no answer takes the newest",
     "gather": "without the generation that is to end, each call begins an opening, of which the newest counts",
-    "end_worker, banned": "a ban begins when it was asked for last, and each asking is in the log",
     "take_run": "each call counts one who makes the run; a claim that is not settled ends when it is looked for",
     "take_lease": "likewise of a lease",
     "settle_run": "each call ends one claim; where its answer is lost, the entry is left to be looked for",
@@ -64,12 +63,11 @@ OTHER_ANSWERS = {
     "push": "replayed: `Pushes` takes it for its own where its entry has not come here",
     "release": "LeaseExpired: the lease is no more, and the caller reads the log for what its end has closed",
     "expire": "nobody: the caller reads the log for what their end has closed",
-    "end_worker": "the newest lease, which is none: that is asked for, and has ended",
+    "end_worker, banned": "no entry, which the log has",
     "give_up": "nothing was owned, which nobody asks for",
     "change_run": "None: the caller reads the run, and finds what it asked for in force",
     "report_metric": "no entry: it had counted",
     "create_data": "no entry: it is there",
-    "return_units": "no numbers: who owes units goes on without",
 }
 """Repetitions that are answered otherwise."""
 
@@ -252,13 +250,13 @@ def _(run: DrivenRun) -> Call:
 @scene("end_worker")
 def _(run: DrivenRun) -> Call:
     lease, owner = run.grant(), run.owner()
-    return lambda: run.do(run.leases.end_worker(owner, "w", lease.lease, None, "{}", "me"))
+    return lambda: run.do(run.leases.end_worker(owner, "w", lease.lease, None, "{}", "me", "key"))
 
 
 @scene("end_worker, banned")
 def _(run: DrivenRun) -> Call:
     owner = run.owner()
-    return lambda: run.do(run.leases.end_worker(owner, "w", "", 60, "{}", "me")).had_lease
+    return lambda: run.do(run.leases.end_worker(owner, "w", "", 60, "{}", "me", "key"))
 
 
 # Pushes
@@ -457,7 +455,7 @@ def _(run: DrivenRun) -> Call:
 def _(run: DrivenRun) -> Call:
     lease = run.grant()
     numbers = units_out(run, lease)["train"][:2]
-    return lambda: run.do(run.coordinator.data.give_back(lease.lease, lease.token, "train", numbers))
+    return lambda: run.do(run.coordinator.data.give_back(lease.lease, lease.token, "train", numbers, "key"))
 
 
 # What belongs to no run

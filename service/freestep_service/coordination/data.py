@@ -69,14 +69,16 @@ class RunData:
             raise MalformedRequest(f"the lease has {rest[0]} units, which is the most: push them or give some back")
         self._scripts.refuse(status, rest)
 
-    async def give_back(self, lease: str, token: int, name: str, numbers: Sequence[int] = ()) -> list[int]:
+    async def give_back(
+        self, lease: str, token: int, name: str, numbers: Sequence[int] = (), key: str = ""
+    ) -> list[int]:
         """Has units handed out again that a lease has: these numbers, or all; those that it had.
 
-        Raises LeaseExpired, EpochChanged, RunNotInitialized, DataNotFound, and ShardUnavailable where Redis has lost
-        the run.
+        key: of the return, which is answered alike if it comes again next; empty for none. Raises LeaseExpired,
+        EpochChanged, RunNotInitialized, DataNotFound, and ShardUnavailable where Redis has lost the run.
         """
         keys = [self._scripts.lease_key(lease)]
-        status, *rest = await self._scripts.call("return_units", lease, token, name, *numbers, keys=keys)
+        status, *rest = await self._scripts.call("return_units", lease, token, name, key, *numbers, keys=keys)
         if status != "returned":
             self._scripts.refuse(status, rest)
         return list(map(int, rest))

@@ -79,17 +79,18 @@ class RunLeases:
         return worker, Ended(seq, step, epoch, evicted, [worker])
 
     async def end_worker(
-        self, owner: Owner, worker: str, lease: str, ban_s: int | None, asked: str, by: str
+        self, owner: Owner, worker: str, lease: str, ban_s: int | None, asked: str, by: str, key: str = ""
     ) -> EndedWorker:
         """Ends a worker's lease and refuses it others for `ban_s` seconds; 0 lifts that, None leaves it.
 
-        lease: its newest, empty if it has none. asked: the request, JSON. by: the name of who asks. Raises Behind,
-        Fenced, ShardUnavailable, RunNotInitialized and MalformedRequest.
+        lease: its newest, empty if it has none. asked: the request, JSON. by: the name of who asks. key: of the
+        request, which is answered alike, without an entry, if it comes again; empty for none. Raises Behind, Fenced,
+        ShardUnavailable, RunNotInitialized and MalformedRequest.
         """
         keys = [self._scripts.lease_key(lease), self._scripts.window_key(lease)]
         ban_ms = "" if ban_s is None else 1000 * ban_s
         status, *rest = await self._scripts.call(
-            "end_worker", *owner.position, owner.shard, owner.token, worker, lease, ban_ms, asked, by, keys=keys
+            "end_worker", *owner.position, owner.shard, owner.token, worker, lease, ban_ms, asked, by, key, keys=keys
         )
         match [status, *rest]:
             case ["ended", had_lease, entry, *evicted]:

@@ -127,17 +127,18 @@ class Controls:
         if self._context.keeps_checkpoints and not self._context.keeps_journal:
             await self._checkpointing.write_now()
 
-    async def end_worker(self, worker: str, ban_s: int | None, by: str) -> WorkerEnd:
+    async def end_worker(self, worker: str, ban_s: int | None, by: str, key: str = "") -> WorkerEnd:
         """Ends a worker's lease, if it has one, and refuses it another for so long, if that is given; 0 lifts that.
 
-        Raises RunNotInitialized, MalformedRequest, as `LogAppends.append`, and what `change` does.
+        key: the request's idempotency key, empty if it has none. Raises RunNotInitialized, MalformedRequest, as
+        `LogAppends.append`, and what `change` does.
         """
         asked = json.dumps({"worker": worker, "ban": ban_s})
         lease = await self._leases.newest_lease(worker)
         while True:
 
             async def ask(owner: Owner, lease: str = lease) -> tuple[EndedWorker, dict[str, Any] | None]:
-                found = await self._leases.end_worker(owner, worker, lease, ban_s, asked, by)
+                found = await self._leases.end_worker(owner, worker, lease, ban_s, asked, by, key)
                 return found, found.entry
 
             try:
@@ -154,6 +155,9 @@ class Controls:
             logger.info("run %s: the lease of worker %s is ended by %s", self._context.name, worker, by, extra=fields)
         if found.had_lease and not self._shards.is_sharded:
             self._context.events.lease("ended", worker)
-        if ban_s is not None:
+        if ban_s is not None and found.entry is None:
+            # It had counted before, and may not be on disk.
+            await self._require_kept(await self._recovery.call(self._standing))
+        elif ban_s is not None:
             await self._save()
         return WorkerEnd(worker=worker, ended=found.had_lease, suspended_ms=None if ban_s is None else 1000 * ban_s)

@@ -80,9 +80,14 @@ class DataUnits:
                 async with asyncio.timeout(min(left, _SILENCE_S)):
                     await moved.wait()
 
-    async def give_back(self, lease: str, token: int, name: str, numbers: Sequence[int] = ()) -> Returned:
-        """Has units handed out again that a lease has: these numbers, or all of the data set."""
-        return Returned(units=await self._coordinator.give_back(lease, token, name, numbers))
+    async def give_back(
+        self, lease: str, token: int, name: str, numbers: Sequence[int] = (), key: str = ""
+    ) -> Returned:
+        """Has units handed out again that a lease has: these numbers, or all of the data set.
+
+        key: of the return, which is answered alike if it comes again next; empty for none.
+        """
+        return Returned(units=await self._coordinator.give_back(lease, token, name, numbers, key))
 
     async def status(self, name: str) -> DataStatus:
         """How a data set stands. Raises DataNotFound."""

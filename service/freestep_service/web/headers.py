@@ -22,6 +22,7 @@ from freestep_service.web.problem_documents import refuses
 __all__ = [
     "CLAIM_HEADERS",
     "CONTROL_HEADERS",
+    "END_HEADERS",
     "IMPORT_HEADERS",
     "LEASE_ID",
     "LEASE_KIND",
@@ -34,6 +35,7 @@ __all__ = [
     "claim",
     "claim_key",
     "control_key",
+    "end_key",
     "holder",
     "memory",
     "place",
@@ -144,6 +146,10 @@ _CLAIM = Header("Idempotency-Key", _TOKEN, "A claim that comes again, with no ot
 _CHANGE = Header(
     "Idempotency-Key", _TOKEN, "Makes this one change: where it comes again, nothing that was changed since is undone."
 )
+_RETURN = Header("Idempotency-Key", _TOKEN, "A return that comes again, with no other between, is answered alike.")
+_END = Header(
+    "Idempotency-Key", _TOKEN, "Where the request comes again soon, it is answered alike, and changes nothing."
+)
 _PLACE = Header(
     "If-Match",
     Kind({"type": "string", "pattern": f"^{_ETAG}$"}, _parse_place, "an ETag of the run's state or of its points"),
@@ -165,7 +171,8 @@ _SPAN = Header(
 PUSH_HEADERS = (_LEASE, _FENCE, _STEP, _KEY, _SAMPLES, _LOSS, _SPEED, _UNITS, _PREFER, _MEMORY, _SPAN)
 CONTROL_HEADERS = (_CHANGE,)
 CLAIM_HEADERS = (_LEASE, _FENCE, _CLAIM, _PREFER)
-RETURN_HEADERS = (_LEASE, _FENCE)
+RETURN_HEADERS = (_LEASE, _FENCE, _RETURN)
+END_HEADERS = (_END,)
 UPLOAD_HEADERS = (_UPLOAD,)
 IMPORT_HEADERS = (_IMPORT, _PLACE)
 PULL_HEADERS = (
@@ -248,6 +255,16 @@ def holder(request: Request) -> tuple[str, int]:
 def claim_key(request: Request) -> str:
     """The key of a claim of units; empty where it has none. Raises MalformedRequest."""
     return _CLAIM.find(request) or ""
+
+
+def return_key(request: Request) -> str:
+    """The key of a return of units; empty where it has none. Raises MalformedRequest."""
+    return _RETURN.find(request) or ""
+
+
+def end_key(request: Request) -> str:
+    """The key of a request that ends a worker; empty where it has none. Raises MalformedRequest."""
+    return _END.find(request) or ""
 
 
 def control_key(request: Request) -> str:

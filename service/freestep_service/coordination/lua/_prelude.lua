@@ -23,9 +23,10 @@
 --                     not given back has; and control (what was changed of the run, JSON, see domain/control.py), paused
 --                     (1 while pushes are refused until the run is resumed), suspended (JSON: worker -> when it may
 --                     have a lease again, in ms since 1970) and longest_ban (the longest of such times that was given, in
---                     ms; older versions wrote none), each once something was changed; upload (the key of the initial
---                     weights, or of the import that took their place) and upload_parts (JSON: elements of each part of
---                     the initial weights -> its digest; older versions wrote none).
+--                     ms; older versions wrote none), each once something was changed, and answered_ends (JSON [[idempotency
+--                     key, worker, 1 if it had a lease else 0], ...], newest last, see end_worker.lua); upload (the key
+--                     of the initial weights, or of the import that took their place) and upload_parts (JSON: elements
+--                     of each part of the initial weights -> its digest; older versions wrote none).
 --                     A run exists if this hash has a spec.
 --   leases    zset    worker -> the time at which its lease ends, in ms since 1970 by Redis's clock
 --   workers   hash    worker -> its newest lease; any other lease of that worker is fenced off

@@ -3,17 +3,21 @@
 -- KEYS     the run's, 13 lease:ID and 14 window:ID of the worker's lease
 -- ARGV     1 epoch and 2 newest seq that the shard knows, 3 shard, 4 its owner's token, 5 worker, 6 its lease, or an empty
 --          string, 7 for how long it gets no other, in ms (0 lifts that), or an empty string, 8 what was asked for (JSON),
---          9 who asked
+--          9 who asked, 10 idempotency key, or an empty string
 -- returns  {behind}, {not-open, missing shards (JSON)}, {fenced}, {lease, newest lease} (call again with that one),
 --          {run-not-initialized} (a refusal is kept with the run's weights), {crowded, most workers that may be refused},
 --          or {ended, 1 if the worker had a lease else 0, entry of the log (JSON) or an empty string, evicted idempotency
---          keys ...}
+--          keys ...}; for one of the newest keys what came of it, without an entry, and nothing is changed
 
-local MOST_SUSPENDED = 1024
+local MOST_SUSPENDED, KEPT_KEYS = 1024, 16
 if is_behind(ARGV[1], ARGV[2]) then return {'behind'} end
 local refusal = shut(ARGV[3], ARGV[4])
 if refusal then return refusal end
-local worker, lease, now = ARGV[5], ARGV[6], clock()
+local worker, lease, key, now = ARGV[5], ARGV[6], ARGV[10], clock()
+local answered = cjson.decode(redis.call('HGET', RUN, 'answered_ends') or '[]')
+for _, earlier in ipairs(answered) do
+  if earlier[1] == key and earlier[2] == worker then return {'ended', earlier[3], ''} end
+end
 local actual = redis.call('HGET', WORKERS, worker) or ''
 if actual ~= lease then return {'lease', actual} end
 local ends, suspended, named = ARGV[7] ~= '' and now + tonumber(ARGV[7]), worker_counts('suspended'), 0
@@ -47,4 +51,10 @@ if control or advance then
   entry = append(advance, {control = control, closed_by = advance and worker or nil})
   publish_entry(entry)
 end
-return {'ended', lease ~= '' and 1 or 0, entry and cjson.encode(entry) or '', unpack(evicted)}
+local had_lease = lease ~= '' and 1 or 0
+if key ~= '' then
+  answered[#answered + 1] = {key, worker, had_lease}
+  if #answered > KEPT_KEYS then table.remove(answered, 1) end
+  redis.call('HSET', RUN, 'answered_ends', cjson.encode(answered))
+end
+return {'ended', had_lease, entry and cjson.encode(entry) or '', unpack(evicted)}

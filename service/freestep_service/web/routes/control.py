@@ -12,7 +12,7 @@ from freestep.api.models import RunStatus, WorkerEnd
 from freestep.errors import IdempotencyConflict, InvalidSpec, MalformedRequest, RunNotInitialized, StorageUnavailable
 from freestep_service.web.fields import Query, integer
 from freestep_service.web.guard import caller, needs
-from freestep_service.web.headers import CONTROL_HEADERS, control_key
+from freestep_service.web.headers import CONTROL_HEADERS, END_HEADERS, control_key, end_key
 from freestep_service.web.json_answers import status_response
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
@@ -53,7 +53,9 @@ async def change_run(run: AnyRun, wish: ControlRequest, request: Request, relay:
     return await status_response(run)
 
 
-@router.delete("/v1/runs/{run}/workers/{worker:text}", response_model=WorkerEnd, openapi_extra=documented(_BAN))
+@router.delete(
+    "/v1/runs/{run}/workers/{worker:text}", response_model=WorkerEnd, openapi_extra=documented(_BAN, *END_HEADERS)
+)
 @needs("admin")
 @refuses(RunNotInitialized, MalformedRequest, StorageUnavailable)
 async def end_worker(run: AnyRun, worker: WorkerName, request: Request, relay: AnyRelay) -> Any:
@@ -61,7 +63,7 @@ async def end_worker(run: AnyRun, worker: WorkerName, request: Request, relay: A
 
     Pushes of that lease are refused from then on. An update that waits for this worker only is then applied.
     """
-    ban_s = _BAN.find(request)
+    ban_s, key = _BAN.find(request), end_key(request)
     if not run.owns_any:
         return await relay.forward(request, run)
-    return await run.controls.end_worker(worker, ban_s, caller(request).name)
+    return await run.controls.end_worker(worker, ban_s, caller(request).name, key)

@@ -20,7 +20,7 @@ from freestep_service.domain.data_sets import NewDataSet
 from freestep_service.domain.marks import NUMBERS_PATTERN, parse_numbers
 from freestep_service.web.fields import Kind, Query
 from freestep_service.web.guard import needs
-from freestep_service.web.headers import CLAIM_HEADERS, RETURN_HEADERS, claim_key, holder, preferences
+from freestep_service.web.headers import CLAIM_HEADERS, RETURN_HEADERS, claim_key, holder, preferences, return_key
 from freestep_service.web.limits import JsonRoute
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.routes.dependencies import AnyRelay, AnyRun
@@ -120,4 +120,4 @@ async def claim_units(run: AnyRun, name: DataName, wish: ClaimRequest, request: 
 async def return_units(run: AnyRun, name: DataName, request: Request) -> Returned:
     """Gives units back, for others to have; those that the lease does not have are left as they are."""
     lease, token = holder(request)
-    return await run.data.give_back(lease, token, name, _UNITS.find(request) or ())
+    return await run.data.give_back(lease, token, name, _UNITS.find(request) or (), return_key(request))
