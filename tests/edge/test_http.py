@@ -74,6 +74,7 @@ def test_hosts(edge: Edge, host: str) -> None:
         ("http://here@there", "here", 400),
         ("http://there@here", "here", 400),
         ("x://", "here", 400),
+        ("http://", "", 400),
     ],
 )
 def test_a_target_that_is_a_url_is_at_the_host(edge: Edge, url: str, host: str, status: int) -> None:
@@ -82,6 +83,17 @@ def test_a_target_that_is_a_url_is_at_the_host(edge: Edge, url: str, host: str, 
         answer = peer.answer()
         assert answer.status == status
         assert status == 200 or (answer.slug == "malformed-request" and peer.is_at_its_end())
+
+
+@pytest.mark.parametrize("url", ["http://here", "http://here?a=b", "http://here:70000/"])
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+def test_a_url_without_a_path_is_that_of_the_page(edge: Edge, url: str, version: str) -> None:
+    host = url.split("/")[2].partition("?")[0]
+    with edge.peer() as peer:
+        peer.send(f"GET {url} {version}\r\nHost: {host}\r\n\r\n".encode())
+        answer = peer.answer()
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/html")
 
 
 @pytest.mark.parametrize("behind", ["#", "#/healthz", "?a=b#c", "/#/../"])

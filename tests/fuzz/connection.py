@@ -111,6 +111,12 @@ def uvicorns(stream: bytes) -> Found:
     return app.found
 
 
+def _path_of(target: bytes) -> bytes:
+    """What the service looks at of a target: its path, which a URL may lack, and its query."""
+    path = _URL.sub(b"", target)
+    return path if path.startswith(b"/") or path == target else b"/" + path
+
+
 def h11s(stream: bytes) -> Found:
     """The requests that h11 reads, up to the first that it refuses or that ends the connection."""
     reader, found = h11.Connection(h11.SERVER, max_incomplete_event_size=2**20), []
@@ -121,7 +127,7 @@ def h11s(stream: bytes) -> Found:
             event = reader.next_event()
             if isinstance(event, h11.Request):
                 headers, body = _plain(list(event.headers)), b""
-                method, target = event.method, _URL.sub(b"", event.target)
+                method, target = event.method, _path_of(event.target)
             elif isinstance(event, h11.Data):
                 body += bytes(event.data)
             elif isinstance(event, h11.EndOfMessage):
@@ -159,7 +165,7 @@ def check(data: bytes) -> None:
 
 
 _METHODS = st.sampled_from([b"GET", b"POST", b"PUT", b"DELETE", b"OPTIONS"])
-_TARGETS = st.sampled_from([b"/", b"/a?b=c", b"/%2e%2e/x", b"//two", b"/a;b"])
+_TARGETS = st.sampled_from([b"/", b"/a?b=c", b"/%2e%2e/x", b"//two", b"/a;b", b"http://here", b"http://here?b=c"])
 _VERSIONS = st.sampled_from([b"HTTP/1.1"] * 8 + [b"HTTP/1.0", b"HTTP/1.2", b"HTTP/2.0"])
 _ENDS = st.sampled_from([b"\r\n"] * 30 + [b"\n", b"\r", b"\r\r\n"])
 _ODD = [

@@ -174,6 +174,7 @@ class Connection(HttpToolsProtocol):
         self._head_size = 0
         self._in_body = True
         self._length = head.length
+        self.url = head.target
         self.expect_100_continue = head.expects
         super().on_headers_complete()
         self._forget_timer()

@@ -28,7 +28,7 @@ __all__ = ["Bounds", "Head", "Refused", "too_large", "too_many"]
 
 _VERSIONS = ("1.1", "1.0")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(:[0-9]*)?")
-_AUTHORITY = re.compile(rb"[^:/?#]*://([^/?#]*)")
+_URL = re.compile(rb"[^:/?#]*://([^/?#]*)(.*)")
 _EXPECTS = re.compile(rb"(?:^|,)[ \t]*100-continue[ \t]*(?:,|$)", re.IGNORECASE)
 _SEPARATORS = 4
 """Bytes of a field's colon, space and end of line."""
@@ -79,12 +79,13 @@ def too_many(bounds: Bounds) -> Refused:
 
 
 class Head(NamedTuple):
-    """How a request is framed.
+    """What a request is for, and how it is framed.
 
-    length: the Content-Length in bytes; 0 without one. is_last: whether the parser cannot read on behind it. expects:
-    whether the client waits to be asked for the body.
+    target: path and query, of a target that is a whole URL too. length: the Content-Length in bytes; 0 without one.
+    is_last: whether the parser cannot read on behind it. expects: whether the client waits to be asked for the body.
     """
 
+    target: bytes
     length: int
     is_last: bool
     expects: bool
@@ -126,8 +127,8 @@ class Head(NamedTuple):
         if b"#" in target:
             # Who goes by the path before it gets here may take that for a part of it (RFC 9112, section 3.2).
             raise _malformed("the request's target has a fragment, which is the client's alone")
-        if hosts and not target.startswith(b"/") and not _is_at(target, host):
-            raise _malformed("the request's target is at another host than the header Host names")
+        if not target.startswith(b"/"):
+            target = _in_origin_form(target, host if hosts else None)
         if codings:
             if version == "1.0":
                 raise _malformed("HTTP/1.0 knows no Transfer-Encoding")
@@ -137,7 +138,7 @@ class Head(NamedTuple):
         is_last = parser.should_upgrade()
         if is_last and (length or codings or parser.get_method() == b"CONNECT"):
             raise _malformed("the service speaks HTTP/1.1: it changes to no other protocol behind this request")
-        return cls(length, is_last, expects)
+        return cls(target, length, is_last, expects)
 
 
 @lru_cache
@@ -145,10 +146,20 @@ def _is_host(value: bytes) -> bool:
     return _HOST.fullmatch(value) is not None
 
 
-def _is_at(target: bytes, host: bytes) -> bool:
-    """Whether a target that is a whole URL is at a host: other readers go by that (RFC 9112, section 3.2.2)."""
-    authority = _AUTHORITY.match(target)
-    return authority is None or authority[1].lower() == host.lower()
+def _in_origin_form(target: bytes, host: bytes | None) -> bytes:
+    """Path and query of a target that is a whole URL (RFC 9112, section 3.2.2); another one as it is. Raises Refused.
+
+    host: the header Host, None without one: other readers go by the URL's.
+    """
+    url = _URL.fullmatch(target)
+    if url is None:
+        return target
+    authority, rest = url.groups()
+    if not authority:
+        raise _malformed("the request's target is a URL without a host")
+    if host is not None and authority.lower() != host.lower():
+        raise _malformed("the request's target is at another host than the header Host names")
+    return rest if rest.startswith(b"/") else b"/" + rest
 
 
 def _size(target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:
