@@ -68,10 +68,25 @@ def test_a_spec_is_read_up_to_the_bound(app: FastAPI, media_type: str) -> None:
     assert (sender.sent, answer.status) == (LONGEST_SPEC, 400 if media_type == "application/json" else 422)
 
 
-def test_a_body_that_ends_with_its_connection_is_refused(app: FastAPI) -> None:
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("PUT", "/v1/runs/r"),
+        # These have no use for one.
+        ("DELETE", "/v1/runs/r"),
+        ("DELETE", "/v1/runs/r/leases/l"),
+        ("DELETE", "/v1/runs/r/workers/w"),
+        ("DELETE", "/v1/tokens/i"),
+        ("POST", "/v1/runs/r/checkpoints"),
+        ("POST", "/v1/runs/r/checkpoints/1/restore"),
+    ],
+    ids=" ".join,
+)
+def test_a_body_that_ends_with_its_connection_is_refused(app: FastAPI, method: str, path: str) -> None:
     class Leaving(Sender):
         async def receive(self) -> dict[str, Any]:
             return await super().receive() if not self.sent else {"type": "http.disconnect"}
 
-    answer = call(app, scope_of("PUT", "/v1/runs/r"), Leaving([b"{"]))
+    answer = call(app, scope_of(method, path), Leaving([b"{"]))
     assert (answer.status, answer.json()["type"]) == (400, "urn:freestep:problem:malformed-request")
+    assert "the end of the body" in answer.json()["detail"]

@@ -40,15 +40,20 @@ def takes_large(model: type[BaseModel]) -> Callable[[Endpoint], Endpoint]:
 class JsonRoute(GuardedRoute):
     """A route that reads no more of a body than it takes, and refuses the rest with BodyTooLarge.
 
-    A body that has not come within `json_seconds` is refused with RequestTimeout.
+    A body that has not come within `json_seconds` is refused with RequestTimeout. What changes something waits for a
+    body that it has no use for, too: a request that turns out to be broken, or never ends, has then changed nothing.
     """
 
     def refusals(self) -> set[type[ProblemError]]:
-        return super().refusals() | ({BodyTooLarge} if self.body_field is not None else set())
+        return super().refusals() | ({BodyTooLarge} if self._reads_bodies else set())
+
+    @property
+    def _reads_bodies(self) -> bool:
+        return self.body_field is not None or self.methods != {"GET"}
 
     def unguarded(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler, model = super().unguarded(), getattr(self.endpoint, _LARGE, None)
-        if self.body_field is None:
+        if not self._reads_bodies:
             return handler
 
         async def handle(request: Request) -> Response:
@@ -61,7 +66,7 @@ class JsonRoute(GuardedRoute):
                 bounded = _BoundedRequest(request, LONGEST_SPEC if model else SMALL, make_room)
                 # Read here, since FastAPI answers 400 for whatever is raised while it reads.
                 body = await bounded.body()
-                if body and _is_json(request):
+                if body and self.body_field is not None and _is_json(request):
 
                     def read() -> Any:
                         document = parsed(body)
