@@ -256,6 +256,16 @@ def test_the_algorithms_may_be_fewer(own: Issuer, start_service: Callable[..., T
     assert asked(service, own.token(algorithm="PS256")).status_code == 200
 
 
+@pytest.mark.parametrize("ends", [253_402_300_799, 253_402_300_800, 10**12, 10**30, 1e300])
+def test_a_token_may_end_after_all_that_can_be_shown(issuer: Issuer, service: ThreadService, ends: float) -> None:
+    token = issuer.token(groups=["operators"], exp=ends)
+    assert asked(service, token).status_code == 200
+    session = asked(service, token, "/dashboard/session")
+    assert session.json()["expires_at"] == "9999-12-31T23:59:59+00:00"
+    signed_in = httpx.post(f"{service.url}/dashboard/session", json={"token": token})
+    assert signed_in.status_code == 201
+
+
 def test_a_token_is_verified_once(own: Issuer, start_service: Callable[..., ThreadService]) -> None:
     service = start_service(**own.settings())
     token, context = own.token(exp=int(time.time()) + 3600), service.app.state.context

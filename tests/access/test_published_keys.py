@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,22 @@ from access.asking import ACCOUNT, asked, names
 from freestep import Client
 from freestep_service.access import issuer_keys
 from harness import ThreadService
-from issuers import CONFIGURATION, KEYS, Issuer, key_pair
+from issuers import CONFIGURATION, KEYS, Issuer, key_pair, public_jwk
 from meanwhile import at_once, wait_until
-from plain_calls import slug
+from plain_calls import Api, slug
+from raw_pushes import begun
+
+
+def bearing(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+
+
+@contextmanager
+def event_stream(service: ThreadService, token: str, path: str) -> Iterator[Iterator[str]]:
+    """The lines of a run's events, as they come."""
+    with httpx.stream("GET", service.url + path, headers=bearing(token), timeout=60) as answer:
+        assert answer.status_code == 200
+        yield answer.iter_lines()
 
 
 def test_keys_change_under_way(own: Issuer, start_service: Callable[..., ThreadService], unhurried: None) -> None:
@@ -34,6 +47,33 @@ def test_keys_change_under_way(own: Issuer, start_service: Callable[..., ThreadS
     assert names(asked(service, own.token(kid="three")), "no key")
     assert asked(service, new).status_code == 200
     assert names(asked(service, old), "no key that the token could be signed with")
+
+
+def test_what_is_under_way_ends_with_a_key_that_is_withdrawn(
+    own: Issuer, start_service: Callable[..., ThreadService], unhurried: None
+) -> None:
+    own.publish(one=key_pair("RSA"), two=key_pair("RSA", 1))
+    service = start_service(**own.settings({"claim": "sub", "matches": "*", "scope": "admin"}))
+    old, new = own.token(), own.token(key_pair("RSA", 1), kid="two")
+    wish = b'{"name": "left behind", "scope": "read"}'
+    with ExitStack() as stack:
+        api = Api(service.url)
+        stack.callback(api.http.close)
+        api.create()
+        read = [stack.enter_context(event_stream(service, token, api.path("/events"))) for token in (old, new)]
+        sends = [
+            stack.enter_context(begun(service.url, "POST", "/v1/tokens", len(wish), bearing(token)))
+            for token in (old, new)
+        ]
+        for each in read:
+            next(each)
+        # What says nothing of a key is no other key.
+        own.documents[KEYS] = {"keys": [public_jwk(key_pair("RSA", 1), kid="two", x5t="thumbprint")]}
+        assert names(asked(service, own.token(kid="three")), "no key")
+        assert [status for status, _ in (send(wish) for send in sends)] == [401, 201]
+        api.lease("somebody")
+        assert "somebody" not in "".join(read[0])
+        assert any("somebody" in text for text in read[1])
 
 
 def test_keys_are_read_anew_after_some_time(

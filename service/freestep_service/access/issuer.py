@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jwt
 
 from freestep.errors import Forbidden, Unauthenticated
-from freestep_service.access.issuer_keys import IssuerKeys
+from freestep_service.access.issuer_keys import IssuerKeys, Key
 from freestep_service.domain.claims import first_match, named, token_of
 from freestep_service.domain.tokens import Token
 from freestep_service.settings import Settings
@@ -22,6 +23,8 @@ __all__ = ["Issuer"]
 
 _LEEWAY_S = 30
 """Seconds by which the issuer's clock and this one may differ."""
+_LAST_S = 253_402_300_799
+"""The end of the year 9999, in seconds since 1970: no later time can be shown."""
 _MOST_VERIFIED = 4096
 _FAULTS: dict[type[Exception], str] = {
     jwt.ExpiredSignatureError: "the token has expired",
@@ -30,6 +33,13 @@ _FAULTS: dict[type[Exception], str] = {
     jwt.InvalidAudienceError: "the token is for another audience",
     jwt.InvalidIssuerError: "the token is of another issuer",
 }
+
+
+@dataclass(frozen=True)
+class _Issued(Token):
+    """A token of the issuer's. key: what it was verified with."""
+
+    key: Key = field(default_factory=dict, repr=False, compare=False)
 
 
 class Issuer:
@@ -58,6 +68,10 @@ class Issuer:
         token = self._verified.get(digest)
         return token if token is not None and token.is_good(self._clock()) else None
 
+    def is_good(self, token: Token) -> bool:
+        """Whether a token that was found before, here or elsewhere, lets its bearer in as far as the issuer says."""
+        return not isinstance(token, _Issued) or self.keys.have(token.key)
+
     async def verify(self, text: str, digest: bytes) -> Token:
         """What a token allows. `digest` is that of the credentials.
 
@@ -79,13 +93,14 @@ class Issuer:
         if rule is None:
             subject = named(claims)
             raise Forbidden(f"no rule of this service is for {subject!r}", subject=subject)
-        token = token_of(rule, claims, int(claims["exp"]) + _LEEWAY_S)
+        ends = min(int(claims["exp"]) + _LEEWAY_S, _LAST_S)
+        token = _Issued(**vars(token_of(rule, claims, ends)), key=key)
         if len(self._verified) >= _MOST_VERIFIED:
             self._verified.clear()
         self._verified[digest] = token
         return token
 
-    def _claims(self, text: str, key: Mapping[str, Any], algorithm: str) -> dict[str, Any]:
+    def _claims(self, text: str, key: Key, algorithm: str) -> dict[str, Any]:
         """The claims of a token that is good. Raises Unauthenticated."""
         try:
             if key.get("alg", algorithm) != algorithm:

@@ -30,6 +30,8 @@ _REFRESH_S = 300.0
 _PAUSE_S = 10.0
 """Seconds between two readings, at least."""
 _MOST_KEYS = 100
+_MATERIAL = ("kty", "alg", "crv", "x", "y", "n", "e")
+"""The members of a key that signatures are verified with."""
 
 
 class IssuerKeys:
@@ -83,6 +85,10 @@ class IssuerKeys:
                 raise IssuerUnavailable
             raise Unauthenticated("the issuer has no key that the token could be signed with")
         return key
+
+    def have(self, key: Key) -> bool:
+        """Whether a key that was found before is still published, under any ID."""
+        return any(all(key.get(name) == each.get(name) for name in _MATERIAL) for each in self._keys.values())
 
     def _known(self, key_id: str | None) -> Key | None:
         if key_id is None:

@@ -119,6 +119,8 @@ class Tokens:
 
     def is_good(self, token: Token) -> bool:
         """Whether a token that was found before still lets its bearer in."""
+        if self._issuer is not None and not self._issuer.is_good(token):
+            return False
         return self._known.get(token.id, token).is_good(self._clock())
 
     async def find(self, credentials: bytes) -> Token:
