@@ -64,6 +64,27 @@ def test_the_first_start_makes_an_admin_token(tmp_path: Path, settings: Callable
     assert kept(settings()) == made
 
 
+def test_a_token_is_on_disk_before_its_file_has_its_name(
+    tmp_path: Path, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def noted_fsync(descriptor: int) -> None:
+        flushed = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append("directory" if flushed == tmp_path else flushed.read_text())
+        fsync(descriptor)
+
+    def noted_link(source: Path, target: Path) -> None:
+        link(source, target)
+        done.append("link")
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "link", noted_link)
+    made = kept(settings())
+    assert done == [made["admin-token"] + "\n", "link", "directory"]
+
+
 def test_files_may_be_named(tmp_path: Path, settings: Callable[..., Settings]) -> None:
     write(tmp_path / "given", given := make_token("admin"))
     made = kept(settings(admin_token_file=tmp_path / "given", push_token_file=tmp_path / "secrets" / "push"))

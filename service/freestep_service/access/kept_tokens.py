@@ -18,6 +18,7 @@ from freestep.api.token_form import Scope, make_token, scope_of
 from freestep.api.token_places import token_place
 from freestep_service.access.tokens import Tokens
 from freestep_service.settings import CannotStart, Settings
+from freestep_service.storage.durable import flush
 
 __all__ = ["LeftTokens", "register_kept"]
 
@@ -109,6 +110,9 @@ def _write(file: Path, text: str, *, is_new: bool) -> None:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w") as opened:
             opened.write(text + "\n")
+            opened.flush()
+            # Else a power cut may leave an empty file of that name, with which no service starts.
+            os.fsync(descriptor)
         if is_new:
             # Unlike a renaming, it leaves a file that is there as it is.
             os.link(temporary, file)
@@ -116,6 +120,7 @@ def _write(file: Path, text: str, *, is_new: bool) -> None:
             os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+    flush(file.parent)
 
 
 class LeftTokens:
