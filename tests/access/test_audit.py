@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import stat
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
 
 from freestep.api.token_form import make_token
 from freestep_service.access.audit import AuditLog, Deed, whose
@@ -80,20 +82,48 @@ def test_admin_acts_and_refusals_are_noted_and_nothing_else(
         assert not any(secret in file.read_text() for file in files)
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "result"),
+    [
+        (RuntimeError("half way"), 500, "internal-server-error"),
+        (OSError(errno.ENOSPC, "No space left on device"), 507, "storage-unavailable"),
+        (TimeoutError(), 500, "internal-server-error"),
+    ],
+)
 def test_an_act_that_failed_half_way_is_noted(
-    start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch
+    start_service: Callable[..., ThreadService],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    status: int,
+    result: str,
 ) -> None:
     async def broken(self: Tokens, token_id: str) -> None:
-        raise RuntimeError("half way")
+        raise error
 
     monkeypatch.setattr(Tokens, "revoke", broken)
     service = start_service()
     with closing(Api(service.url).http) as http:
-        assert http.delete("/v1/tokens/any").status_code == 500
+        assert http.delete("/v1/tokens/any").status_code == status
         assert slug(http.post("/v1/tokens", json={})) == "malformed-request"
     service.stop()
     (noted,) = lines(service.settings.data_dir / "audit.jsonl")
-    assert (noted["what"], noted["result"]) == ("revoke_token", "internal-server-error")
+    assert (noted["what"], noted["result"]) == ("revoke_token", result)
+
+
+def test_an_act_whose_client_is_gone_is_noted(
+    start_service: Callable[..., ThreadService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unheard(self: Tokens, token_id: str) -> None:
+        raise ClientDisconnect
+
+    monkeypatch.setattr(Tokens, "revoke", unheard)
+    service = start_service()
+    with closing(Api(service.url).http) as http:
+        # Whatever it is answered with.
+        http.delete("/v1/tokens/any")
+    service.stop()
+    (noted,) = lines(service.settings.data_dir / "audit.jsonl")
+    assert (noted["what"], noted["result"]) == ("revoke_token", "disconnected")
 
 
 def test_an_act_that_a_shutdown_cuts_short_is_noted(

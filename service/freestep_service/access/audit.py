@@ -36,8 +36,8 @@ class Deed:
     """What was asked of the service.
 
     who: the token's name and id, None where none was good. peer: the address that it came from. what: the operation.
-    run: the run's name, None where none was given that can be one. result: the status that it was answered with, or the
-    slug of the refusal.
+    run: the run's name, None where none was given that can be one. result: the status that it was answered with, the
+    slug of the refusal, or what else came of it.
     """
 
     who: str | None

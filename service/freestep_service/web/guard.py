@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
 from freestep.api.token_form import Scope
 from freestep.errors import (
@@ -33,7 +34,7 @@ from freestep_service.web.connection import abort
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.hosts import OPEN_PATH
 from freestep_service.web.problem_documents import EVERYWHERE, declared, problem_responses
-from freestep_service.web.problems import INTERNAL_ERROR
+from freestep_service.web.problems import INTERNAL_ERROR, problem_of
 
 __all__ = [
     "GuardedRoute",
@@ -53,6 +54,8 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 _CALLER = "freestep.caller"
 """Where the scope of an ASGI request has the caller's token."""
+_DISCONNECTED = "disconnected"
+"""What the audit log has of a request whose client was gone before its answer."""
 _NEEDED = "_freestep_needed"
 _OPEN = None, ""
 
@@ -132,14 +135,20 @@ class GuardedRoute(APIRoute):
                 raise
             except (Exception, asyncio.CancelledError) as error:
                 if _CALLER in request.scope:
-                    # Who is cut short by a shutdown is told so.
-                    other = ShardUnavailable.slug if isinstance(error, asyncio.CancelledError) else INTERNAL_ERROR
-                    _note(request, self.name, caller(request), error if isinstance(error, ProblemError) else other)
+                    _note(request, self.name, caller(request), problem_of(error) or _failure(error))
                 raise
             _note(request, self.name, caller(request), answer.status_code)
             return answer
 
         return noted if scope == "admin" else guarded
+
+
+def _failure(error: BaseException) -> str:
+    """What comes of a request that an error ends which is no refusal."""
+    if isinstance(error, asyncio.CancelledError):
+        # Who is cut short by a shutdown is told so.
+        return ShardUnavailable.slug
+    return _DISCONNECTED if isinstance(error, ClientDisconnect) else INTERNAL_ERROR
 
 
 def _note(request: Request, what: str, token: Token | None, result: ProblemError | int | str) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "STATUSES",
     "install",
     "internal_error_response",
+    "problem_of",
     "problem_response",
     "unsupported_transfer_coding_response",
     "unsupported_version_response",
@@ -166,17 +167,26 @@ def install(app: FastAPI, observe: Callable[[str], None]) -> None:
         return _plain_response(error.status_code, error.detail, headers)
 
     async def on_os_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, OSError)
-        if isinstance(error, TimeoutError | ConnectionError):
-            # Of a connection, not of a file.
+        problem = problem_of(error)
+        if problem is None:
             raise error
         logger.warning("%s %s: the storage failed: %s", request.method, request.url.path, error)
-        return await on_problem(request, StorageUnavailable(error.strerror or type(error).__name__))
+        return await on_problem(request, problem)
 
     app.add_exception_handler(ProblemError, on_problem)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(OSError, on_os_error)
+
+
+def problem_of(error: BaseException) -> ProblemError | None:
+    """The refusal that an error is answered with; None of an unexpected one."""
+    if isinstance(error, ProblemError):
+        return error
+    # The others are of connections, not of files.
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError | ConnectionError):
+        return StorageUnavailable(error.strerror or type(error).__name__)
+    return None
 
 
 def _allowed(request: Request) -> str:
