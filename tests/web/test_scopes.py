@@ -17,8 +17,10 @@ from fastapi.routing import APIRoute
 from documented import openapi
 from freestep.api.token_form import SCOPES, make_token
 from freestep_service.app import create_app
+from freestep_service.runs.storage_claims import StorageClaims
 from freestep_service.settings import Settings
 from freestep_service.storage.checksummed import Damaged
+from freestep_service.storage.claims import StorageInUse
 from freestep_service.web.direct_routes import DirectRoute
 from freestep_service.web.guard import GuardedRoute
 from freestep_service.web.routes.data_request import DataRoute
@@ -272,6 +274,16 @@ def test_readiness_names_runs_to_those_whose_they_are(
         del service.registry._set_aside[api.run]
     reason = "its spec is not valid"
     assert shown == [None, reason, reason, reason, None]
+
+
+def test_readiness_names_the_storage_to_those_who_have_a_token(
+    plain: httpx.Client, as_: Callable[..., Api], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = str(StorageInUse("s3://bucket/of/theirs"))
+    monkeypatch.setattr(StorageClaims, "problem", taken)
+    answers = [each.get("/readyz") for each in (plain, as_("read", runs="x").http)]
+    assert [slug(each) for each in answers] == 2 * ["storage-unavailable"]
+    assert [each.json()["detail"] for each in answers] == ["a service with another Redis uses the storage", taken]
 
 
 def test_workers_may_be_bound_to_names(api: Api, as_: Callable[..., Api], service: ThreadService) -> None:

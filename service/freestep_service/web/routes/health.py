@@ -52,14 +52,15 @@ async def readyz(request: Request) -> Readiness:
 
     `problems` names the runs that cannot be opened, and those whose checkpoints cannot be written, with the reason.
     Where the state of a run was in this service's storage and is there no more, the answer is shard-unavailable; where
-    a service with another Redis uses the storage, storage-unavailable. Runs are named to those whose token is for them.
+    a service with another Redis uses the storage, storage-unavailable. Runs are named to those whose token is for them,
+    and the storage to those who have one.
     """
     context, token = ServiceContext.of(request), await visitor(request)
     await context.store.require_writable()
     if (wrong := context.registry.watch.problem) is not None:
         raise CoordinatorUnavailable(wrong)
     if (taken := context.claims.problem) is not None:
-        raise StorageUnavailable(taken)
+        raise StorageUnavailable(taken if token is not None else "a service with another Redis uses the storage")
     found = context.registry.problems
     problems = {run: reason for run, reason in found.items() if token is not None and token.is_for_run(run)}
     if lost := context.registry.lost:
