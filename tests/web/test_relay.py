@@ -17,7 +17,7 @@ from asgi_calls import Answer, Sender, request_of, scope_of
 from fake_transport import FakeTransport
 from freestep.errors import LeaseExpired, MalformedRequest, ShardUnavailable
 from freestep_service.web import relay as relays
-from freestep_service.web.connection import CONNECTION
+from freestep_service.web.connection import CONNECTION, HEAD_ONLY
 from freestep_service.web.error_boundary import ErrorBoundary
 from freestep_service.web.relay import RELAYED, ShardCall
 from relayed import OWNERS, Body, Owner, ShardedRun, answered, problem, relay_to, shard_of
@@ -68,6 +68,29 @@ def test_a_request_is_forwarded_as_it_came() -> None:
     assert (answer.status, answer.body, answer.is_complete) == (201, b"answer", True)
     assert answer.headers == {"freestep-step": "7", "content-length": "6"}
     assert body.is_closed
+
+
+def test_of_head_the_owner_sends_no_body() -> None:
+    seen: list[httpx.Request] = []
+
+    async def owner(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return answered(status=204)
+
+    target = "/v1/runs/run/parameters"
+    forwarded(owner, scope_of("GET", target, extensions={HEAD_ONLY: {}}))
+    assert seen[0].method == "HEAD"
+    found: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found.append(await relay_to(no_owner).is_relayed(Request(scope)))
+
+    async def work() -> None:
+        scope = scope_of("HEAD", target, {RELAYED: seen[0].headers[RELAYED]})
+        await ErrorBoundary(app, lambda _: None)(scope, Sender(()).receive, Answer().send)
+
+    run(work)
+    assert found == [True]
 
 
 def test_a_body_that_was_read_is_forwarded_too() -> None:

@@ -24,7 +24,7 @@ from freestep_service.domain.tokens import Token
 from freestep_service.runs.run import Run
 from freestep_service.web.body import SLOWEST, stalled
 from freestep_service.web.certified import CALLER, caller_line, named_caller
-from freestep_service.web.connection import may_stall
+from freestep_service.web.connection import may_stall, wants_head_only
 from freestep_service.web.push_traces import relaying
 from freestep_service.web.relayed_response import RelayedResponse
 from freestep_service.web.waiting import while_connected
@@ -124,7 +124,7 @@ class Relay:
         headers = [(name, value) for name, value in request.headers.raw if name not in ignored]
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         made = self._http.build_request(
-            request.method,
+            "HEAD" if wants_head_only(request.scope) else request.method,
             owner + _target(request).decode(),
             headers=headers,
             content=content or (self._body(request) if has_body else None),
@@ -227,7 +227,9 @@ class Relay:
         target = made.url.raw_path.removeprefix(httpx.URL(owner).raw_path.rstrip(b"/"))
         if (line := caller_line(request)) is not None:
             made.headers[CALLER] = line
-        made.headers[RELAYED] = self._secret.sign(_message(made.method, target, line))
+        # As the owner's handlers see it.
+        method = "GET" if made.method == "HEAD" else made.method
+        made.headers[RELAYED] = self._secret.sign(_message(method, target, line))
         try:
             with relaying(request, owner, made.headers):
                 return await self._http.send(made, stream=True)
