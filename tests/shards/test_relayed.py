@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from redis import Redis
 
 from freestep_service.coordination.secret import SECRET_KEY
+from freestep_service.web.json_bodies import SMALL
 from harness import ThreadService
 from plain_calls import ShardedApi, slug
+from raw_pushes import answered, connected, head_of_a_push
 
 
 def path_of(run: ShardedApi, shard: int) -> str:
@@ -50,3 +54,16 @@ def test_the_secret_is_in_redis_and_in_no_answer(nodes: list[ThreadService], run
     assert isinstance(secret, str) and len(secret) == 64
     assert len({signature(node, "/") for node in nodes}) == 1
     assert secret not in run.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("length", [100, 10**6])
+def test_a_claim_is_decided_before_its_body_is_sent_on(
+    run: ShardedApi, elsewhere: tuple[int, str], length: int
+) -> None:
+    shard, url = elsewhere
+    headers = run.headers(run.lease(), 0, "key") | {"Freestep-Lease": "none"}
+    target = f"{run.path('/gradients')}?shard={shard}&of={len(run.shards)}"
+    with connected(url) as connection:
+        # A small body comes with its head, and costs little.
+        connection.sendall(head_of_a_push(target, headers, length) + (bytes(length) if length < SMALL else b""))
+        assert json.loads(answered(connection))["type"].endswith("lease-expired")

@@ -41,6 +41,7 @@ from freestep_service.web.headers import (
     receipt_headers,
     span,
 )
+from freestep_service.web.json_bodies import SMALL
 from freestep_service.web.metering import admit_bytes, spend_answer, spend_bytes
 from freestep_service.web.problem_documents import refuses
 from freestep_service.web.push_traces import trace_of
@@ -104,6 +105,9 @@ async def push(request: Request) -> Response:
     if parsed.shard is None:
         return await _push_whole(run, request, parsed.relay, body, claimed, wishes, dtype)
     if not run.owns(parsed.shard):
+        if length > SMALL:
+            # The owner's refusal would be read behind the body.
+            await run.coordinator.pushes.precheck(claimed)
         return spend_answer(request, await parsed.relay.forward(request, run, parsed.shard))
     shard, trace = run.shard(parsed.shard), trace_of(request)
     phases = Phases()
