@@ -72,6 +72,15 @@ SCOPE_OF = {
     ("POST", "/v1/tokens"): "admin",
     ("DELETE", "/v1/tokens/{id}"): "admin",
 }
+OF_THE_DASHBOARD = {
+    ("GET", "/"): None,
+    ("GET", "/dashboard/files/{path:path}"): None,
+    ("GET", "/dashboard/session"): None,
+    ("POST", "/dashboard/session"): None,
+    ("DELETE", "/dashboard/session"): None,
+    ("POST", "/dashboard/links"): "read",
+}
+"""What the API's document does not have."""
 PAGES = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/static-offline-docs"}
 """What is no route of ours: the API's documentation, which says nothing of any run."""
 
@@ -128,8 +137,11 @@ def routes_of(router: Any) -> Iterator[Any]:
 def test_every_route_has_its_scope() -> None:
     secured = {call: operation["security"] for call, operation in OPERATIONS.items()}
     assert {call: security[0]["token"][0] if security else None for call, security in secured.items()} == SCOPE_OF
+    routes = list(routes_of(create_app(Settings())))
+    hidden = [route for route in routes if isinstance(route, GuardedRoute) and not route.include_in_schema]
+    assert {(method, route.path): route.scope for route in hidden for method in route.methods} == OF_THE_DASHBOARD
     ours = (GuardedRoute, DirectRoute)  # The latter are ways to some of the former.
-    assert {route.path for route in routes_of(create_app(Settings())) if not isinstance(route, ours)} == PAGES
+    assert {route.path for route in routes if not isinstance(route, ours)} == PAGES
     assert DOCUMENT["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
 
 
