@@ -10,14 +10,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from freestep_service.app import create_app
+from freestep_service.runs.local_shard import LocalShard
 from freestep_service.settings import BadSetting, Settings
 from harness import ThreadService, store
 from meanwhile import wait_until
-from plain_calls import Api
+from plain_calls import BODY, Api
 from shards.runs import sharded
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="opentelemetry is not installed: freestep[otel]")
@@ -101,8 +104,11 @@ def test_a_push_is_a_trace_below_its_callers(
     wait_until(lambda: len(collector.spans) == 7)
     (push,) = collector.named("push")
     assert (push.trace, push.parent) == (TRACE, PARENT)
-    told = {"run": api.run, "worker": "me", "key": "a-key", "decision": "applied", "step": "0", "receipt_step": 1}
+    told = {"run": api.run, "worker": "me", "key": "a-key", "decision": "applied", "step": 0, "receipt_step": 1}
+    told["bytes"] = len(BODY)
     assert {f"freestep.{name}": value for name, value in told.items()}.items() <= push.attributes.items()
+    path = {"http.route": "/v1/runs/{run}/gradients", "url.path": api.path("/gradients"), "url.scheme": "http"}
+    assert {**path, "http.request.method": "POST"}.items() <= push.attributes.items()
     assert push.attributes["http.response.status_code"] == 200
     assert push.attributes["service.instance.id"] == api.url
     phases = collector.below(push)
@@ -128,6 +134,12 @@ def test_a_push_over_shards_is_one_trace(collector: Collector, tmp_path: Path) -
     (entered,) = [span for span in collector.named("push") if span.parent == PARENT]
     relays = collector.below(entered)
     assert [span.name for span in relays] == ["relay", "relay"]
+    for relay in relays:
+        asked = urlsplit(relay.attributes["url.full"])
+        assert (asked.path, relay.attributes["http.request.method"]) == (api.path("/gradients"), "POST")
+        assert relay.attributes["server.address"] == asked.hostname == "127.0.0.1"
+        assert relay.attributes["server.port"] == asked.port
+    assert {relay.attributes["server.port"] for relay in relays} == {urlsplit(node.url).port for node in nodes}
     parts = [part for relay in relays for part in collector.below(relay)]
     assert sorted(part.attributes["freestep.shard"] for part in parts) == [0, 1]
     assert {part.attributes["service.instance.id"] for part in parts} == {node.url for node in nodes}
@@ -146,6 +158,38 @@ def test_a_refused_push_shows_how_far_it_came(
     assert push.parent == ""
     assert push.attributes["http.response.status_code"] == 422
     assert [span.name for span in collector.below(push)] == ["admit", "queue", "answer"]
+
+
+def test_a_trace_repeats_nothing_that_can_be_no_push(
+    collector: Collector, start_service: Callable[..., ThreadService]
+) -> None:
+    url = start_service(traces=True).url
+    headers = {"Idempotency-Key": "k" * 10_000, "Freestep-Step": "9" * 10_000}
+    assert httpx.post(f"{url}/v1/runs/{'r' * 10_000}/gradients", headers=headers).status_code == 401
+    wait_until(lambda: bool(collector.named("push")))
+    (push,) = collector.named("push")
+    assert push.attributes["http.response.status_code"] == 401
+    assert len(str(push.attributes)) < 1000
+
+
+def test_a_push_that_fails_is_an_error(
+    collector: Collector,
+    start_service: Callable[..., ThreadService],
+    connect: Callable[..., Api],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    service = start_service(traces=True)
+    api = connect(service.url)
+    api.create()
+    lease = api.lease()
+    monkeypatch.setattr(LocalShard, "push", broken)
+    assert api.push(lease, 0).status_code == 500
+    wait_until(lambda: bool(collector.named("push")))
+    (push,) = collector.named("push")
+    assert push.attributes["error.type"] == "500"
 
 
 def test_a_collector_that_is_away_costs_no_push(

@@ -24,7 +24,7 @@ class PushTrace(Protocol):
     def note(self, **attributes: str | int) -> None:
         """Adds what is known of the push by now."""
 
-    def relaying(self, owner: str, headers: MutableMapping[str, str]) -> AbstractContextManager[None]:
+    def relaying(self, method: str, url: str, headers: MutableMapping[str, str]) -> AbstractContextManager[None]:
         """While a request to another process is made; its headers say below what that is."""
 
 
@@ -34,7 +34,9 @@ def trace_of(request: Request) -> PushTrace | None:
     return trace
 
 
-def relaying(request: Request, owner: str, headers: MutableMapping[str, str]) -> AbstractContextManager[None]:
+def relaying(
+    request: Request, method: str, url: str, headers: MutableMapping[str, str]
+) -> AbstractContextManager[None]:
     """While another process is asked on behalf of a request."""
     trace = trace_of(request)
-    return nullcontext() if trace is None else trace.relaying(owner, headers)
+    return nullcontext() if trace is None else trace.relaying(method, url, headers)

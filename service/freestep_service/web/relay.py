@@ -231,7 +231,7 @@ class Relay:
         method = "GET" if made.method == "HEAD" else made.method
         made.headers[RELAYED] = self._secret.sign(_message(method, target, line))
         try:
-            with relaying(request, owner, made.headers):
+            with relaying(request, made.method, str(made.url), made.headers):
                 return await self._http.send(made, stream=True)
         except httpx.TransportError as error:
             raise ShardUnavailable(f"the shard's owner does not answer: {type(error).__name__}") from error

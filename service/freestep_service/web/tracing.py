@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -21,20 +22,17 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from freestep_service.domain.run_names import is_run_name
 from freestep_service.runs.phases import Phases
 from freestep_service.web.push_traces import TRACE
 
 __all__ = ["Traces"]
 
+_ROUTE = "/v1/runs/{run}/gradients"
 _PUSH = re.compile(r"/v1/runs/([^/]+)/gradients")
 _FAILED = 500
+_PORTS = {"http": 80, "https": 443}
 _PROPAGATOR = TraceContextTextMapPropagator()
-_ATTRIBUTES = {
-    b"freestep-step": "freestep.step",
-    b"idempotency-key": "freestep.key",
-    b"content-length": "freestep.bytes",
-}
-"""Header -> attribute."""
 
 
 class Traces:
@@ -81,11 +79,16 @@ class _PushTrace:
             {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}, Context()
         )
         self._tracer = tracer
-        self._span: Span = tracer.start_span("push", parent, SpanKind.SERVER, {"freestep.run": run})
+        attributes = {
+            "http.request.method": scope["method"],
+            "http.route": _ROUTE,
+            "url.scheme": scope["scheme"],
+        }
+        if is_run_name(run):
+            # Anybody may send any other text, of any length.
+            attributes |= {"url.path": scope["path"], "freestep.run": run}
+        self._span: Span = tracer.start_span("push", parent, SpanKind.SERVER, attributes)
         self._context: Context = set_span_in_context(self._span)
-        for name, attribute in _ATTRIBUTES.items():
-            if (value := headers.get(name.decode())) is not None:
-                self._span.set_attribute(attribute, value)
         self.phases: Phases | None = None
         """Of the part that is pushed here."""
 
@@ -97,16 +100,25 @@ class _PushTrace:
         """The answer begins."""
         self._span.set_attribute("http.response.status_code", status)
         if status >= _FAILED:
+            self._span.set_attribute("error.type", str(status))
             self._span.set_status(Status(StatusCode.ERROR))
 
     @contextmanager
-    def relaying(self, owner: str, headers: MutableMapping[str, str]) -> Iterator[None]:
+    def relaying(self, method: str, url: str, headers: MutableMapping[str, str]) -> Iterator[None]:
         """A span of a request to another process, whose headers say so."""
-        span = self._tracer.start_span("relay", self._context, SpanKind.CLIENT, {"server.address": owner})
+        parts = urlsplit(url)
+        attributes = {
+            "http.request.method": method,
+            "url.full": url,
+            "server.address": parts.hostname or "",
+            "server.port": parts.port or _PORTS[parts.scheme],
+        }
+        span = self._tracer.start_span("relay", self._context, SpanKind.CLIENT, attributes)
         _PROPAGATOR.inject(headers, set_span_in_context(span))
         try:
             yield
         except Exception as error:
+            span.set_attribute("error.type", type(error).__name__)
             span.set_status(Status(StatusCode.ERROR, type(error).__name__))
             raise
         finally:

@@ -96,6 +96,8 @@ async def push(request: Request) -> Response:
     length = body_length(request, parsed.settings.max_body_bytes, at)
     wishes = preferences(request)
     claimed = claim(request)
+    if (trace := trace_of(request)) is not None:
+        trace.note(step=claimed.step, key=claimed.key, bytes=length)
     memory = parsed.memory(claimed.lease, at)
     await admit_bytes(request, length)
     body: AnyBody = Body(request, length, parsed.settings.stall_seconds)
@@ -109,8 +111,7 @@ async def push(request: Request) -> Response:
             # The owner's refusal would be read behind the body.
             await run.coordinator.pushes.precheck(claimed)
         return spend_answer(request, await parsed.relay.forward(request, run, parsed.shard))
-    shard, trace = run.shard(parsed.shard), trace_of(request)
-    phases = Phases()
+    shard, phases = run.shard(parsed.shard), Phases()
     if trace is not None:
         trace.phases = phases
         trace.note(shard=parsed.shard)
