@@ -11,7 +11,9 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from asgi_calls import call, scope_of
 from freestep_service.settings import Settings
+from freestep_service.web.hosts import OwnHosts
 from harness import AUTHORIZED, ThreadService
 from plain_calls import Api, slug
 
@@ -44,6 +46,33 @@ def test_a_foreign_name_is_refused(service: ThreadService, api: Api, host: str) 
         assert "WWW-Authenticate" not in answer.headers
     assert api.state(service) == before
     assert asked(service, {"Host": host}, "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v1/runs"])
+@pytest.mark.parametrize(
+    ("cookies", "kept"),
+    [
+        ("freestep-8000=abc_-1", "freestep-8000=abc_-1"),
+        ("theirs=1; freestep-8000=abc;freestep-1=x\t; other", "freestep-8000=abc; freestep-1=x"),
+        ("freestep-8000=old; freestep-8000=new", "freestep-8000=old; freestep-8000=new"),
+        ("xfreestep-8000=a; freestep-=b; freestep-8000=c d; =freestep-8000=e", None),
+        # Which Python's own parser would take seconds for.
+        ('a="' + "\\" * 60_000 + '"', None),
+        ('freestep-8000="' + "\\" * 60_000 + '"', None),
+        ("", None),
+    ],
+    ids=range(7),
+)
+def test_cookies_of_others_are_taken_off(path: str, cookies: str, kept: str | None) -> None:
+    found: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found.append({name: value for name, value in scope["headers"]})
+
+    guarded = OwnHosts(app, Settings(), lambda _: None)
+    call(guarded, scope_of("GET", path, {"Cookie": cookies, "X-Other": "a"}))
+    assert found[0].get(b"cookie") == (None if kept is None else kept.encode())
+    assert (found[0][b"host"], found[0][b"x-other"]) == (b"127.0.0.1:8000", b"a")
 
 
 def test_names_may_be_added(start_service: Callable[..., ThreadService]) -> None:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import re
 import secrets
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Iterable
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from freestep.errors import MalformedRequest, Unauthenticated
 
-__all__ = ["SESSION_HEADER", "begin_session", "end_session", "session_credentials"]
+__all__ = ["SESSION_HEADER", "begin_session", "end_session", "own_cookies", "session_credentials"]
 
 SESSION_HEADER = "freestep-session"
 """The header with the page's half: the port that names the cookie, a dot, and the half."""
@@ -30,6 +31,7 @@ _LONGEST = 2600
 _PORT = re.compile(r":([0-9]{1,5})$")
 _FORM = re.compile(r"([0-9]{1,5})\.([A-Za-z0-9_-]+)")
 _PADDING = 4
+_OWN_COOKIE = re.compile(rb"(?:^|;)[ \t]*(freestep-[0-9]{1,5}=[A-Za-z0-9_-]*)[ \t]*(?=;|$)")
 
 
 def begin_session(request: Request, response: Response, token: str) -> str:
@@ -48,6 +50,16 @@ def begin_session(request: Request, response: Response, token: str) -> str:
         samesite="strict",
     )
     return f"{port}.{_encoded(half)}"
+
+
+def own_cookies(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers of a request without cookies that are of no session.
+
+    Those of all services on the host are sent along, and Python takes seconds to read a quoted one of 50 KB, which
+    anybody may send (CVE-2024-7592).
+    """
+    kept = [(name, b"; ".join(_OWN_COOKIE.findall(value)) if name == b"cookie" else value) for name, value in headers]
+    return [(name, value) for name, value in kept if value or name != b"cookie"]
 
 
 def end_session(request: Request, response: Response) -> None:

@@ -1,4 +1,5 @@
 """Refuses requests that a web page has made: through a host name that is not the service's, or from another origin.
+Takes the cookies off the others that are not the service's.
 
 A page of any site may have its visitor's browser send requests to addresses that only the visitor reaches, and, where
 the page's own name leads to such an address (DNS rebinding), read the answers too. The name that a browser believes to
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from freestep.api.token_places import is_loopback
 from freestep.errors import Forbidden
 from freestep_service.access.audit import Deed
 from freestep_service.settings import Settings
+from freestep_service.web.browser_session import own_cookies
 from freestep_service.web.context import ServiceContext
 from freestep_service.web.problems import problem_response
 
@@ -31,7 +33,7 @@ OPEN_PATH = "/healthz"
 """Which orchestrators ask by whatever name they have for it, and which says nothing."""
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/@]+)(?::([0-9]{1,5}))?")
 _DEFAULT_PORT = re.compile(rb":(80|443)$")
-_READ = frozenset((b"host", b"origin", b"sec-fetch-site"))
+_READ = frozenset((b"host", b"origin", b"sec-fetch-site", b"cookie"))
 _OWN_SITES = (b"same-origin", b"none")
 """none: its user has typed the address."""
 _MOST_KNOWN = 256
@@ -51,7 +53,12 @@ class OwnHosts:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         # No coroutine of its own around each request.
-        if scope["type"] == "http" and scope["path"] != OPEN_PATH and (reason := self._objection(scope)):
+        if scope["type"] != "http":
+            return self._app(scope, receive, send)
+        found = {name: value for name, value in scope["headers"] if name in _READ}
+        if b"cookie" in found:
+            scope = {**scope, "headers": own_cookies(scope["headers"])}
+        if scope["path"] != OPEN_PATH and (reason := self._objection(found)):
             self._observe(Forbidden.slug)
             peer = scope["client"] and scope["client"][0]
             deed = Deed(None, peer, "from another host or origin", None, Forbidden.slug)
@@ -59,9 +66,8 @@ class OwnHosts:
             return problem_response(Forbidden(reason))(scope, receive, send)
         return self._app(scope, receive, send)
 
-    def _objection(self, scope: Scope) -> str | None:
-        """What is wrong with where a request comes from."""
-        found = {name: value for name, value in scope["headers"] if name in _READ}
+    def _objection(self, found: Mapping[bytes, bytes]) -> str | None:
+        """What is wrong with where a request comes from, by the headers that say so."""
         host = found.get(b"host", b"")
         if host not in self._known:
             if not self._is_own(host.decode("latin-1")):

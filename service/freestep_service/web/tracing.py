@@ -79,7 +79,7 @@ class _PushTrace:
             {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}, Context()
         )
         self._tracer = tracer
-        attributes = {
+        attributes: dict[str, str] = {
             "http.request.method": scope["method"],
             "http.route": _ROUTE,
             "url.scheme": scope["scheme"],
@@ -107,7 +107,7 @@ class _PushTrace:
     def relaying(self, method: str, url: str, headers: MutableMapping[str, str]) -> Iterator[None]:
         """A span of a request to another process, whose headers say so."""
         parts = urlsplit(url)
-        attributes = {
+        attributes: dict[str, str | int] = {
             "http.request.method": method,
             "url.full": url,
             "server.address": parts.hostname or "",
