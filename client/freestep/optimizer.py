@@ -120,9 +120,10 @@ class RemoteOptimizer(PushingOptimizer):
         process_group: A torch.distributed group whose ranks are one worker together, True for the default group, or
             "auto" for the default group if there is one; its backend must have collectives for CPU tensors, as gloo
             does. Every rank makes every call except `state_dict`, with a batch of its own; the gradient that is pushed
-            is the mean over ranks, weighted by `samples` if all give them. An error on one rank is raised on all. A
-            GradScaler must skip the same steps on all ranks, as torch's ShardedGradScaler does. None and False: every
-            rank is a worker of its own, which None warns about, since DDP makes the gradient the same on all.
+            is the mean over ranks, weighted by `samples` if all give them. An error on one rank, or a KeyboardInterrupt,
+            is raised on all. A GradScaler must skip the same steps on all ranks, as torch's ShardedGradScaler does.
+            None and False: every rank is a worker of its own, which None warns about, since DDP makes the gradient the
+            same on all.
         retry_for: Seconds for which a request is repeated while the service is away, as for `Client`.
         on_missing: What `load_state_dict` does where the state's run is gone, or has gone back to an earlier step than
             the state's: "raise" raises StateMismatch; "seed" makes the model's weights the run's, unless others have

@@ -81,6 +81,8 @@ class ProcessGroup(WorkerGroup):
         result, error = _outcome(function)
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, (result, _portable(error, self.rank)), self._group)
+        if error is not None and not isinstance(error, Exception):
+            raise error
         for rank, (_, failure) in enumerate(gathered):
             if failure is not None:
                 raise failure if error is None or rank != self.rank else error
@@ -88,10 +90,10 @@ class ProcessGroup(WorkerGroup):
 
     @contextmanager
     def raise_on_all(self) -> Iterator[None]:
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             yield
-        except Exception as caught:
+        except BaseException as caught:
             error = caught
 
         def raise_own() -> None:
@@ -135,17 +137,20 @@ class ProcessGroup(WorkerGroup):
         return dist.get_global_rank(self._group, rank)
 
 
-def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """A function's result or error; an interrupt is one too, since the other ranks wait for this one's outcome."""
     try:
         return function(), None
-    except Exception as error:
+    except BaseException as error:
         return None, error
 
 
-def _portable(error: Exception | None, rank: int) -> Exception | None:
-    """The error that the other ranks raise: one of freestep's own, or a FreestepError of another's text."""
+def _portable(error: BaseException | None, rank: int) -> BaseException | None:
+    """The error that the other ranks raise: one of freestep's own, an interrupt, or a FreestepError of another's text."""
     if error is None:
         return None
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(f"on rank {rank}")
     if isinstance(error, FreestepError):
         try:
             pickle.loads(pickle.dumps(error))

@@ -33,7 +33,7 @@ def see(event: str, what: Callable[[], Any]) -> None:
     error = None
     try:
         what()
-    except Exception as caught:
+    except (Exception, KeyboardInterrupt, SystemExit) as caught:
         error = f"{type(caught).__name__}: {caught}"
     seen[event] = {
         "error": error,
@@ -60,6 +60,19 @@ def bad() -> float:
     return 0.0
 
 
+def ended() -> float:
+    return sys.exit("enough") if rank == 1 else 0.0
+
+
+def interrupted_on(number: int) -> Callable[[], float]:
+    def work() -> float:
+        if rank == number:
+            raise KeyboardInterrupt
+        return 0.0
+
+    return work
+
+
 def by_the_first(work: Callable[[], Any]) -> None:
     if rank == 0:
         work()
@@ -76,6 +89,10 @@ with Client(url) as client:
     see("unweighted", step(rank + 1.0))
     see("nan", step(float("nan") if rank == 1 else 0.0))
     see("raised", lambda: opt.step(bad))
+    for number in range(2):
+        see(f"interrupted on {number}", lambda: opt.step(interrupted_on(number)))
+    see("interrupted for all", lambda: opt._worker_group.run_on_first(interrupted_on(0)))
+    see("ended on 1", lambda: opt.step(ended))
     by_the_first(lambda: run.lease("group").release())
     see("fenced", step(1.0))
     by_the_first(lambda: run.restore(0))

@@ -17,6 +17,8 @@ from ranks import run_ranks
 pytestmark = pytest.mark.slow
 
 RANK = Path(__file__).with_name("rank.py")
+ERRORS_OF_ONE = ("raised", "interrupted on 0", "interrupted on 1", "interrupted for all", "ended on 1")
+"""What is another error on the rank that it comes from."""
 Seen = dict[str, dict[str, Any]]
 
 
@@ -32,7 +34,7 @@ def ranks(service: ThreadService, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_all_ranks_see_the_same(ranks: tuple[Seen, Seen]) -> None:
     first, second = ranks
     for event in first:
-        if event != "raised":
+        if event not in ERRORS_OF_ONE:
             assert first[event] == second[event], event
 
 
@@ -60,6 +62,21 @@ def test_what_one_rank_raises_is_told_on_the_others(ranks: tuple[Seen, Seen]) ->
     assert first["raised"]["error"] == "FreestepError: rank 1: ValueError: bad"
     assert second["raised"]["error"] == "ValueError: bad"
     assert first["raised"]["parameters"] == second["raised"]["parameters"]
+
+
+def test_an_interrupt_on_one_rank_is_raised_on_all(ranks: tuple[Seen, Seen]) -> None:
+    first, second = ranks
+    for event in ("interrupted on 0", "interrupted for all"):
+        assert first[event]["error"] == "KeyboardInterrupt: "
+        assert second[event]["error"] == "KeyboardInterrupt: on rank 0"
+    assert first["interrupted on 1"]["error"] == "KeyboardInterrupt: on rank 1"
+    assert second["interrupted on 1"]["error"] == "KeyboardInterrupt: "
+
+
+def test_the_end_of_one_rank_is_an_error_on_the_others(ranks: tuple[Seen, Seen]) -> None:
+    first, second = ranks
+    assert first["ended on 1"]["error"] == "FreestepError: rank 1: SystemExit: enough"
+    assert second["ended on 1"]["error"] == "SystemExit: enough"
 
 
 def test_a_group_whose_lease_is_lost_takes_a_new_one_and_its_gradient_counts(ranks: tuple[Seen, Seen]) -> None:
