@@ -184,6 +184,7 @@ class LocalSteps(RemoteOptimizer):
         self._require_y("step")
         self._gradients.check()
         result: float | None = self.inner.step(closure)
+        self._gradients.note_done()
         self._round.add(samples, self._take_loss(loss, result))
         self._progress.units.keep_for_round()
         if self._round.steps >= self._round.length:

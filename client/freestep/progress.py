@@ -40,6 +40,8 @@ class Progress:
     """The y at which gradients were taken that no push has; None where it is `loaded`."""
     has_discarded: bool = False
     """Whether gradients were set to zero that a step may be about to push."""
+    has_part: bool = False
+    """Whether gradients that no push has are in part of a unit of data that was given back."""
     inflight: InflightPush | None = None
     """The push whose answer has not been received, with overlap."""
     loss: float | Tensor | None = None

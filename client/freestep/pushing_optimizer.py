@@ -112,6 +112,7 @@ class PushingOptimizer(JoinedOptimizer):
         self._require_mean(loss)
         self._cautions.before_step(self.param_groups)
         self._warn_of_changed_weights()
+        self._discard_cut()
         if overlap:
             require_stale_gradients_accepted(self._aggregation)
         taken_at, result, had_closure = self.loaded, None, closure is not None
@@ -310,12 +311,22 @@ class PushingOptimizer(JoinedOptimizer):
             self._load_first()
 
     def _discard_unpushed(self) -> None:
+        """Discards what no push has, since the lease of this worker has ended."""
+        self._discard_gradients("the lease of this worker has lost its units of data")
+
+    def _discard_cut(self) -> None:
+        """Discards gradients that are in part of a unit of data which was given back."""
+        if self._progress.has_part:
+            self._progress.has_part = False
+            self._discard_gradients("the loop over the data was left in the middle of a unit")
+
+    def _discard_gradients(self, why: str) -> None:
         """Sets gradients to zero that no push has."""
         if self._gradients.are_left():
             logger.warning(
-                "gradients that the run %s has not had are discarded, since the lease of this worker has lost the "
-                "units of data that they were taken on: they are handed out again",
+                "gradients that the run %s has not had are discarded, since %s: what they were taken on is handed out again",
                 self._run.name,
+                why,
             )
             # A GradScaler does not take a step without any gradient.
             self.zero_grad(set_to_none=False)
@@ -335,8 +346,8 @@ class PushingOptimizer(JoinedOptimizer):
     def _drop_with_units(self, units: Sequence[TakenUnit]) -> None:
         """Drops a gradient some of whose units others have by now, and have perhaps counted."""
         logger.warning(
-            "a push to the run %s is dropped, since the lease of this worker has lost units of data that its gradient "
-            "was taken on: they are handed out again",
+            "a push to the run %s is dropped, since this worker no longer has units of data that its gradient was taken "
+            "on: they are handed out again",
             self._run.name,
         )
         self._progress.units.give_back(unit for unit in units if unit.lease.lease == self._membership.granted.lease)
@@ -363,7 +374,7 @@ class PushingOptimizer(JoinedOptimizer):
         if self._has_units:
             self._give_back_used(self._gradients.versions())
         super().zero_grad(set_to_none)
-        self._progress.taken_at, self._progress.has_discarded = None, False
+        self._progress.taken_at, self._progress.has_discarded, self._progress.has_part = None, False, False
         self._gradients.note_done()
         if self._has_units:
             self._progress.units.note_cleared(self._gradients.versions())

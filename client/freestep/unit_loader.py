@@ -67,6 +67,8 @@ class UnitLoader:
         """How many have begun: the newest one has what was drawn."""
         self._taken = deque[_Drawn]()
         """The batches that the newest loop has taken and not begun, in order."""
+        self._is_in_unit = False
+        """Whether the batch that was begun last is not the last one of its unit."""
         self._sampler = _Batches(units, batch_size)
         persistent = {"persistent_workers": True} if options.get("num_workers") else {}
         self._loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._sampler, **{**persistent, **options})
@@ -84,11 +86,11 @@ class UnitLoader:
                 return
 
     def __iter__(self) -> Iterator[Any]:
+        # What was left of a loop that is not over: an exception's traceback may keep it.
+        self._leave()
         self._units.begin()
         self._loops += 1
         loop = self._loops
-        # Of a loop that was left and is not over: an exception's traceback may keep it.
-        self._units.give_back(self._sampler.forget())
         drawn, taken, all_taken = self._sampler.drawn, deque[_Drawn](), False
         self._taken = taken
         ahead = math.inf if self._units.has_begin_told else self.ahead
@@ -115,10 +117,18 @@ class UnitLoader:
                     return
         finally:
             if loop == self._loops and not all_taken:
-                self._units.give_back(self._sampler.forget())
+                self._leave()
+
+    def _leave(self) -> None:
+        """Gives back the units that were not finished, and leaves no gradients of a part of one to be pushed."""
+        if self._is_in_unit:
+            self._units.note_cut()
+        self._is_in_unit = False
+        self._units.give_back(self._sampler.forget())
 
     def _note(self, now: _Drawn) -> None:
         self._units.note(now.finished)
+        self._is_in_unit = not now.finished
         for each in now.finished:
             self._sampler.unfinished.pop(each.unit.unit, None)
 

@@ -75,6 +75,7 @@ class UnitSource:
     def begin(self) -> None:
         """Gives back what an earlier loop was handed and left without a gradient. Raises Closed with the optimizer."""
         self._optimizer._require_open()
+        self._optimizer._discard_cut()
         self._has_taken = False
         units = self._optimizer._progress.units
         units.give_back(units.drop_unused(self.data, self._optimizer._gradients.versions()))
@@ -82,6 +83,10 @@ class UnitSource:
     def note(self, stocked: Sequence[StockedUnit]) -> None:
         """Notes that the units are in the hands of the training loop; none where a part of a unit is."""
         self._optimizer._note_units([self._taken(each) for each in stocked])
+
+    def note_cut(self) -> None:
+        """Notes that the training loop has trained on a part of a unit which is given back."""
+        self._optimizer._progress.has_part = self._optimizer._gradients.are_left()
 
     def give_back(self, begun: Sequence[StockedUnit] = ()) -> None:
         """Gives back what is in stock, and units that never got to the training loop."""

@@ -118,6 +118,53 @@ def test_gradients_that_go_on_in_another_loop_keep_their_units(remotely: Make, r
     assert units.exhausted and counted(run) == {1.0} and run.status().step == 4
 
 
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_loop_that_is_left_in_the_middle_of_a_unit_leaves_no_gradients_of_it(
+    remotely: Make, run: Run, caplog: pytest.LogCaptureFixture, steps: bool
+) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    units = Units(optimizer, LENGTH, unit=10)
+    loader = units.loader(Numbers(), batch_size=5)
+    for taken, examples in enumerate(loader):
+        model.backward(examples)
+        if taken == 2:
+            # The second unit's first half: others may be handed the whole of it.
+            break
+    if steps:
+        optimizer.step()
+        assert optimizer.receipt is not None and optimizer.receipt.reason == "unit-not-held"
+    assert steps or model.count.grad is not None
+    for taken, examples in enumerate(loader):
+        model.backward(examples)
+        if taken % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert units.exhausted and counted(run) == {1.0} and run.status().step == 5
+    assert caplog.text.count("gradients that the run") == 1
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_loop_that_is_left_in_the_middle_of_a_unit_leaves_what_was_pushed(
+    remotely: Make, run: Run, caplog: pytest.LogCaptureFixture, steps: bool
+) -> None:
+    model = Counts()
+    optimizer = remotely(model)
+    loader = Units(optimizer, LENGTH, unit=10).loader(Numbers(), batch_size=5)
+    for examples in loader:
+        model.backward(examples)
+        if steps:
+            optimizer.step()
+        else:
+            optimizer.zero_grad()
+        break
+    optimizer.zero_grad()
+    model.backward(range(LENGTH))
+    optimizer.step()
+    assert optimizer.receipt is not None and optimizer.receipt.decision == "applied"
+    assert "discarded" not in caplog.text
+
+
 def test_gradients_that_are_discarded_give_their_units_back(remotely: Make, run: Run) -> None:
     model = Counts()
     optimizer = remotely(model)
