@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "local_parameters",
     "nearest",
     "plain_value",
+    "require_finite",
     "show_hyperparameters",
     "split_frozen",
     "validated",
@@ -164,18 +166,30 @@ def _trainable(params: Iterable[Any], frozen: list[tuple[str, Tensor]]) -> list[
 def local_parameters(groups: Iterable[dict[str, Any]]) -> list[LocalParameter]:
     """Every parameter of param groups, with plain names; parameters without names are numbered within their group.
 
-    Raises ManifestMismatch, naming the parameter, for one that a run cannot hold.
+    Raises ManifestMismatch, naming the parameter, for one that a run cannot hold, or that cannot be trained.
     """
     made = []
     for number, group in enumerate(groups):
         names = group.get("param_names") or numbered_names(number, len(group["params"]))
         for name, tensor in zip(names, group["params"], strict=True):
             _require_dense_and_real(name, tensor)
+            _require_writable(name, tensor)
             made.append(LocalParameter(name, tensor, number))
     plain = plain_names([each.name for each in made])
     if repeated := next((name for name, count in Counter(plain).items() if count > 1), None):
         raise ManifestMismatch(f"two parameters are named {repeated!r}")
+    _require_apart(made)
     return [each._replace(name=name) for each, name in zip(made, plain, strict=True)]
+
+
+def require_finite(parameters: Iterable[LocalParameter]) -> None:
+    """Raises ManifestMismatch, naming the parameter, where a run could not begin with its values."""
+    for name, tensor, _ in parameters:
+        if not bool(tensor.detach().float().isfinite().all()):
+            raise ManifestMismatch(
+                f"the parameter {name!r} has NaN or infinity as fp32, and a run does not begin with that: "
+                "initialize, or load, the model first"
+            )
 
 
 def _require_dense_and_real(name: str, tensor: Tensor) -> None:
@@ -194,6 +208,39 @@ def _require_dense_and_real(name: str, tensor: Tensor) -> None:
         )
     if tensor.layout != torch.strided or not tensor.is_floating_point():
         raise ManifestMismatch(f"the parameter {name!r} is {tensor.layout} {tensor.dtype}, and must be dense floats")
+
+
+def _require_writable(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference():
+        raise ManifestMismatch(
+            f"the parameter {name!r} was made in inference mode, and cannot be changed: make the model outside of it"
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ManifestMismatch(
+            f"the parameter {name!r} is expanded: its elements share memory, and cannot be changed each for itself: "
+            "give the tensor that it was expanded from, or a clone"
+        )
+
+
+def _require_apart(parameters: Iterable[LocalParameter]) -> None:
+    """Of contiguous tensors: others may be between each other's elements."""
+    found = sorted(
+        (
+            (str(tensor.device), tensor.data_ptr(), name, tensor)
+            for name, tensor, _ in parameters
+            if type(tensor) in (Tensor, nn.Parameter)
+            and tensor.device.type in ("cpu", "cuda")
+            and tensor.is_contiguous()
+            and tensor.numel()
+        ),
+        key=lambda each: each[:2],
+    )
+    for (device, begin, name, tensor), (next_device, next_begin, next_name, other) in pairwise(found):
+        if tensor is not other and device == next_device and next_begin < begin + tensor.nbytes:
+            raise ManifestMismatch(
+                f"the parameters {name!r} and {next_name!r} share memory, and a run would train each for itself: make "
+                "them one parameter of the model"
+            )
 
 
 def fitted(parameters: Sequence[LocalParameter], spec: RunSpec, run: str) -> list[LocalParameter]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from freestep.answers import Pulled
-from freestep.api.models import Point, PointDtype
+from freestep.api.models import AggregationSpec, Point, PointDtype
 from freestep.cautions import Cautions
 from freestep.client import Client
 from freestep.errors import Closed, EvalMode, FreestepError, ManifestMismatch, RunNotInitialized
@@ -30,6 +30,7 @@ from freestep.groups import (
     fitted,
     hyperparameter_values,
     local_parameters,
+    require_finite,
     show_hyperparameters,
 )
 from freestep.lease import HeldLease
@@ -75,7 +76,8 @@ class JoinedOptimizer(torch.optim.Optimizer):
         looks_for_ranks: Whether it is warned of other ranks that push the same gradient.
 
     Raises:
-        ManifestMismatch: The run exists with other parameters; or a parameter is not dense, real and whole.
+        ManifestMismatch: The run exists with other parameters; or a parameter is not dense, real, whole and writable,
+            shares memory with another, or is not finite where there is no run yet.
         InvalidSpec: The algorithm, a hyperparameter or the aggregation is not valid.
     """
 
@@ -118,6 +120,9 @@ class JoinedOptimizer(torch.optim.Optimizer):
                 self._has_all_groups = True
                 parameters = local_parameters(self.param_groups)
                 spec = found.spec if found else asked.spec(self.param_groups, parameters)
+                if found is None:
+                    require_finite(parameters)
+                self._require_policy(spec.aggregation)
                 parameters = fitted(parameters, spec, run.name)
                 self._tensors = {parameter.name: parameter.tensor for parameter in parameters}
                 manifest = Manifest.of(spec)
@@ -129,6 +134,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
                 self._guard = WeightsGuard(self._tensors, self._receive_buffer)
                 self._prepare(frozen)
             status = found or self._membership.create(spec)
+            self._require_policy(status.in_force.aggregation)
             self.spec, self._progress.run_id = status.spec, status.id
             self._progress.aggregation = status.in_force.aggregation
             self._adopt(asked, parameters, completed)
@@ -156,6 +162,10 @@ class JoinedOptimizer(torch.optim.Optimizer):
 
     def _prepare(self, frozen: Sequence[tuple[str, Tensor]]) -> None:
         """Called before the run is joined; `frozen` are the parameters that were left out."""
+
+    def _require_policy(self, aggregation: AggregationSpec) -> None:
+        """Raises where the worker's pushes would be dropped under a policy: of a run that is about to be created, or
+        of one that there is."""
 
     def _adopt(self, asked: RunRequest, parameters: Sequence[LocalParameter], completed: Iterable[str]) -> None:
         """Shows the run's hyperparameters in the groups, and warns of what was asked otherwise."""

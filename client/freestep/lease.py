@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from freestep.api.models import Lease
+from pydantic import ValidationError
+
+from freestep.api.models import Lease, LeaseRequest
+from freestep.api.validation import first_fault
 from freestep.errors import (
     CoordinatorUnavailable,
     EpochChanged,
     FreestepError,
     LeaseExpired,
+    MalformedRequest,
     RunNotFound,
     ServiceUnreachable,
     ShardUnavailable,
@@ -37,9 +41,16 @@ _RELEASE_S, _AGAIN_S = 2.0, 0.2
 """Seconds for which a process that leaves tries to release its lease where nobody answers, and between two attempts."""
 
 
-def worker_name() -> str:
-    """A unique worker name: host, process ID and a random part."""
-    return f"{socket.gethostname()[:100]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+def worker_name(given: str | None = None) -> str:
+    """The name that is given, or a unique one: host, process ID and a random part.
+
+    Raises MalformedRequest for a name that no worker can have.
+    """
+    name = given or f"{socket.gethostname()[:100]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    try:
+        return LeaseRequest(worker=name).worker
+    except ValidationError as error:
+        raise MalformedRequest(f"worker: {first_fault(error)[1]}") from None
 
 
 @dataclass(frozen=True)

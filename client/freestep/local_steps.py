@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freestep.answers import Pulled
+from freestep.api.models import AggregationSpec
 from freestep.errors import DtypeOverflow, FreestepError, ManifestMismatch, NonFiniteGradient
 from freestep.inflight_push import require_stale_gradients_accepted
 from freestep.leaving import raise_if_leaving
@@ -120,12 +121,10 @@ class LocalSteps(RemoteOptimizer):
         self._is_dynamic = dynamic
         self._clock = clock
         super().__init__(params, run=run, algorithm=algorithm, process_group=False, **options)
-        if overlap:
-            try:
-                require_stale_gradients_accepted(self.spec.aggregation)
-            except ValueError:
-                self.close()
-                raise
+
+    def _require_policy(self, aggregation: AggregationSpec) -> None:
+        if self._overlaps:
+            require_stale_gradients_accepted(aggregation)
 
     def _prepare(self, frozen: Sequence[tuple[str, Tensor]]) -> None:
         remaining = {id(tensor): tensor for group in self.inner.param_groups for tensor in group["params"]}

@@ -120,10 +120,10 @@ class RemoteOptimizer(PushingOptimizer):
         process_group: A torch.distributed group whose ranks are one worker together, True for the default group, or
             "auto" for the default group if there is one; its backend must have collectives for CPU tensors, as gloo
             does. Every rank makes every call except `state_dict`, with a batch of its own; the gradient that is pushed
-            is the mean over ranks, weighted by `samples` if all give them. An error on one rank, or a KeyboardInterrupt,
-            is raised on all. A GradScaler must skip the same steps on all ranks, as torch's ShardedGradScaler does.
-            None and False: every rank is a worker of its own, which None warns about, since DDP makes the gradient the
-            same on all.
+            is the mean over ranks, weighted by `samples` if all give them. An error on one rank, or a
+            KeyboardInterrupt, is raised on all. A GradScaler must skip the same steps on all ranks, as torch's
+            ShardedGradScaler does. None and False: every rank is a worker of its own, which None warns about, since DDP
+            makes the gradient the same on all.
         retry_for: Seconds for which a request is repeated while the service is away, as for `Client`.
         on_missing: What `load_state_dict` does where the state's run is gone, or has gone back to an earlier step than
             the state's: "raise" raises StateMismatch; "seed" makes the model's weights the run's, unless others have
@@ -132,8 +132,10 @@ class RemoteOptimizer(PushingOptimizer):
             `freestep.api.hyperparameters`.
 
     Raises:
-        ManifestMismatch: The run exists with other parameters; or a parameter is not dense, real and whole.
+        ManifestMismatch: The run exists with other parameters; or a parameter is not dense, real, whole and writable,
+            shares memory with another, or is not finite where there is no run yet.
         InvalidSpec: The algorithm, a hyperparameter or the aggregation is not valid.
+        MalformedRequest: No worker can have the name.
         FreestepError: No run is named, or the dtypes and encodings do not go together.
         TypeError: `params` are none.
     """
@@ -189,7 +191,7 @@ class RemoteOptimizer(PushingOptimizer):
                 int8_block=int8_block,
                 error_feedback=error_feedback,
             )
-        worker = ranks.run_on_first(lambda: worker or os.environ.get("FREESTEP_WORKER") or worker_name())
+        worker = ranks.run_on_first(lambda: worker_name(worker or os.environ.get("FREESTEP_WORKER")))
         opened, own_client = open_run(run, url, token, client, retry_for, ranks)
         super().__init__(
             kept,

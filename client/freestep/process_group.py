@@ -146,7 +146,7 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]
 
 
 def _portable(error: BaseException | None, rank: int) -> BaseException | None:
-    """The error that the other ranks raise: one of freestep's own, an interrupt, or a FreestepError of another's text."""
+    """The error that the other ranks raise: freestep's own, an interrupt, or a FreestepError of another's text."""
     if error is None:
         return None
     if isinstance(error, KeyboardInterrupt):

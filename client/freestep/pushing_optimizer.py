@@ -101,7 +101,8 @@ class PushingOptimizer(JoinedOptimizer):
             ManifestMismatch: A parameter of the run was frozen, or a frozen one has a gradient.
             NoGradients: No parameter has a gradient.
             Closed: The optimizer was closed.
-            NonFiniteGradient: The gradients contain NaN or infinity; nothing was applied.
+            NonFiniteGradient: The gradients contain NaN or infinity, or the loss is, which the algorithm needs; nothing
+                was applied.
             ValueError: `overlap` is set, and the run's policy drops gradients that are one step stale; or the loss is a
                 tensor of several elements.
             StorageUnavailable: The disk of the run's journal is full; nothing was applied.
@@ -131,7 +132,12 @@ class PushingOptimizer(JoinedOptimizer):
             if not allow_empty:
                 self._gradients.require_any()
             reported = self._take_loss(loss, result)
-            return Batch(None if samples is None else float(samples), finite(reported))
+            known = finite(reported)
+            if known is None and reported is not None and self.spec.optimizer.needs_loss:
+                raise NonFiniteGradient(
+                    f"the loss is {float(reported)}, and {self.spec.optimizer.algorithm} takes its steps by it"
+                )
+            return Batch(None if samples is None else float(samples), known)
 
         if self._progress.inflight is not None:
             # The closure is evaluated while the push is being sent.
@@ -324,7 +330,8 @@ class PushingOptimizer(JoinedOptimizer):
         """Sets gradients to zero that no push has."""
         if self._gradients.are_left():
             logger.warning(
-                "gradients that the run %s has not had are discarded, since %s: what they were taken on is handed out again",
+                "gradients that the run %s has not had are discarded, since %s: what they were taken on is handed "
+                "out again",
                 self._run.name,
                 why,
             )
@@ -346,8 +353,8 @@ class PushingOptimizer(JoinedOptimizer):
     def _drop_with_units(self, units: Sequence[TakenUnit]) -> None:
         """Drops a gradient some of whose units others have by now, and have perhaps counted."""
         logger.warning(
-            "a push to the run %s is dropped, since this worker no longer has units of data that its gradient was taken "
-            "on: they are handed out again",
+            "a push to the run %s is dropped, since this worker no longer has units of data that its gradient was "
+            "taken on: they are handed out again",
             self._run.name,
         )
         self._progress.units.give_back(unit for unit in units if unit.lease.lease == self._membership.granted.lease)

@@ -239,7 +239,7 @@ class Region:
             Place(
                 stage="moving",
                 round=round_of(status) + 1,
-                worker=self._worker or worker_name(),
+                worker=worker_name(self._worker),
                 run_id=status.id,
                 parent_id=its.id,
                 epoch=pulled.epoch,

@@ -181,7 +181,7 @@ class Run:
                 is no longer accepted.
             ttl_ms: Milliseconds after which the lease ends if it is not renewed; None takes the run's `lease_ttl_ms`.
         """
-        document: dict[str, Any] = {"worker": worker or worker_name()}
+        document: dict[str, Any] = {"worker": worker_name(worker)}
         if ttl_ms is not None:
             document["ttl_ms"] = ttl_ms
         granted = parse(Lease, self._transport.request("POST", f"{self._path}/leases", json=document))

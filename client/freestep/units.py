@@ -27,10 +27,11 @@ class Units:
 
     Several units at a time are claimed in the background, for about a second's work, except where workers wait for each
     other's pushes (`sync`, `quorum`, robust rules). There a worker that has to wait for units gives up its lease
-    meanwhile. A loop that is left gives back what it has not begun, and a unit that `loader` has cut into batches of which
-    the last is yet to come: gradients of the others that no step has pushed are discarded, which is said. If the worker loses its lease, the push of what it
-    had is dropped, with the reason `unit-not-held`, and it goes on with other units. If it takes these before it
-    pushes, the gradients that it had, and the local steps of its round, are discarded, which is said.
+    meanwhile. A loop that is left gives back what it has not begun, and a unit that `loader` has cut into batches of
+    which the last is yet to come: gradients of the others that no step has pushed are discarded, which is said. If the
+    worker loses its lease, the push of what it had is dropped, with the reason `unit-not-held`, and it goes on with
+    other units. If it takes these before it pushes, the gradients that it had, and the local steps of its round, are
+    discarded, which is said.
 
     Attribute: `spec`, the data set's DataSpec. Belongs to the thread of its optimizer.
 

@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ with Client(url) as client:
     see("nan", step(float("nan") if rank == 1 else 0.0))
     see("raised", lambda: opt.step(bad))
     for number in range(2):
-        see(f"interrupted on {number}", lambda: opt.step(interrupted_on(number)))
+        see(f"interrupted on {number}", partial(opt.step, interrupted_on(number)))
     see("interrupted for all", lambda: opt._worker_group.run_on_first(interrupted_on(0)))
     see("ended on 1", lambda: opt.step(ended))
     by_the_first(lambda: run.lease("group").release())

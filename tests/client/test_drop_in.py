@@ -210,3 +210,15 @@ def test_the_protocol_of_optimizers(home: Home) -> None:
     assert state["param_groups"][0]["k"] == 1
     optimizer.load_state_dict(state)
     assert (optimizer.param_groups[0]["k"], optimizer.param_groups[0]["lr"]) == (1, 0.1)
+
+
+def test_a_loss_that_is_not_finite_is_named_where_steps_are_taken_by_it(home: Home) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = home(freestep.AdamCScheduleFreePlus, model.named_parameters(), lr=1.0)
+    for loss in (torch.tensor(torch.nan), float("inf")):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        with pytest.raises(freestep.NonFiniteGradient, match=r"the loss is (nan|inf)"):
+            optimizer.step(loss=loss)
+    optimizer.step(loss=1.0)
+    assert optimizer.receipt is not None and optimizer.receipt.decision == "applied"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freestep import Client, Flat, LocalSteps, Run
+from freestep import Client, Flat, LocalSteps, Run, RunNotFound
 from harness import ThreadService
 from meanwhile import at_once
 from trained import ADAMW, WHOLE, Counting, held, hold, network, step
@@ -102,6 +102,11 @@ def test_who_names_no_policy_takes_the_runs(
 
 
 def test_overlap_needs_a_policy_that_takes_late_gradients(locally: Callable[..., LocalSteps], run: Run) -> None:
+    with pytest.raises(ValueError, match="max_staleness"):
+        locally(network(), aggregation="sync", overlap=True)
+    with pytest.raises(RunNotFound):
+        run.status()
+    locally(network(), aggregation="sync").close()
     with pytest.raises(ValueError, match="max_staleness"):
         locally(network(), aggregation="sync", overlap=True)
     assert run.workers() == []

@@ -24,6 +24,7 @@ from freestep import (
     Flat,
     InvalidSpec,
     LocalSteps,
+    MalformedRequest,
     ManifestMismatch,
     NoGradients,
     RemoteOptimizer,
@@ -142,6 +143,65 @@ def test_unknown_names_are_refused_with_the_nearest(
 ) -> None:
     with pytest.raises(InvalidSpec, match=said):
         remotely(model(), **options)
+    with pytest.raises(RunNotFound):
+        run.status()
+
+
+def sharing() -> list[nn.Parameter]:
+    tied = nn.Parameter(torch.ones(3))
+    return [tied, nn.Parameter(torch.ones(2)), nn.Parameter(tied.detach())]
+
+
+def sharing_a_part() -> list[nn.Parameter]:
+    vector = torch.ones(6)
+    return [nn.Parameter(vector[2:]), nn.Parameter(vector[:4].view(2, 2))]
+
+
+@torch.inference_mode()
+def made_in_inference_mode() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(3))]
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (lambda: [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2, 1).expand(2, 3))], r"0\.1.*expanded"),
+        (made_in_inference_mode, r"0\.0.*inference mode"),
+        (sharing, r"0\.0.*0\.2.*share memory"),
+        (sharing_a_part, r"0\.1.*0\.0.*share memory"),
+        (lambda: [nn.Parameter(torch.ones(1)), nn.Parameter(torch.tensor([1.0, torch.nan]))], r"0\.1.*NaN"),
+        (lambda: [nn.Parameter(torch.tensor([1e300], dtype=torch.float64))], r"0\.0.*NaN or infinity as fp32"),
+    ],
+    ids=["expanded", "inference", "sharing", "sharing-a-part", "nan", "beyond-fp32"],
+)
+def test_parameters_that_cannot_be_trained_are_refused_before_there_is_a_run(
+    remotely: Make, run: Run, params: Callable[[], list[nn.Parameter]], said: str
+) -> None:
+    with pytest.raises(ManifestMismatch, match=said):
+        remotely(params())
+    with pytest.raises(RunNotFound):
+        run.status()
+
+
+def test_views_of_one_vector_that_do_not_overlap_are_trained(remotely: Make, run: Run) -> None:
+    vector = torch.ones(6)
+    matrix = torch.ones(3, 2)
+    views = [*vector.split(2), *matrix.unbind(1), torch.ones(0), torch.ones(0)]
+    optimizer = remotely([each.requires_grad_() for each in views])
+    for each in views:
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    assert not vector.any() and not matrix.any()
+
+
+def test_a_name_that_no_worker_can_have_is_refused_before_there_is_a_run(
+    remotely: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MalformedRequest, match=r"worker: .*at most 200"):
+        remotely(model(), worker="a" * 201)
+    monkeypatch.setenv("FREESTEP_WORKER", "..")
+    with pytest.raises(MalformedRequest, match="worker: "):
+        remotely(model())
     with pytest.raises(RunNotFound):
         run.status()
 
