@@ -14,7 +14,7 @@ from freestep.export import write_safetensors
 from freestep.files import is_stdout
 from freestep.tensor_file import read_tensors
 
-__all__ = ["BestWeights", "Mode"]
+__all__ = ["BestWeights", "Mode", "needs_mode"]
 
 logger = logging.getLogger("freestep")
 
@@ -27,6 +27,11 @@ _SMALLER_IS_BETTER = {
     "bpb", "bpc", "cer", "entropy", "err", "error", "loss", "mae", "mse", "nll", "perplexity", "ppl", "rmse", "wer",
 }  # fmt: skip
 """Words in the names of metrics that are usually minimized."""
+
+
+def needs_mode(metric: str) -> bool:
+    """Whether a metric's name says that smaller values may be better, so that the mode has to be said."""
+    return not _SMALLER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", metric.lower()))
 
 
 class BestWeights:
@@ -61,7 +66,7 @@ class BestWeights:
     ) -> None:
         if mode not in (None, *get_args(Mode)):
             raise FreestepError(f'mode must be "max" or "min", not {mode!r}')
-        if mode is None and _SMALLER_IS_BETTER & {*re.split(r"[^a-z]+", metric.lower())}:
+        if mode is None and needs_mode(metric):
             raise FreestepError(f'is a smaller or a larger {metric!r} better? Say mode="min" or mode="max"')
         self.metric = metric
         self.mode: Mode = mode or "max"

@@ -72,7 +72,10 @@ def print_result(
     made = table(columns, rows, console.width if console.is_terminal else _UNBOUNDED)
     # Else rich breaks a word that is longer than a line, and who copies it has not the whole.
     console.width = _UNBOUNDED
-    console.print(made)
+    with console.capture() as captured:
+        console.print(made)
+    # Rich fills the last column with spaces, too.
+    console.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], width: int) -> Table:

@@ -19,6 +19,7 @@ import torch
 
 import forked
 from freestep import Client, Run
+from freestep.commands.facts import facts
 from harness import ThreadService
 from plain_calls import TENSORS
 
@@ -54,6 +55,11 @@ def test_runs_are_listed(service: ThreadService, run: Run) -> None:
     assert row == [run.name, "sgd_schedule_free", "ringmaster", "1", "1", "1", "7"]
     documents = json.loads(freestep(service, "runs", "list", "--json").stdout)
     assert run.name in [document["run"] for document in documents]
+
+
+@pytest.mark.parametrize(("staleness", "shown"), [(None, "-"), (1.5e-27, "0"), (0.62664, "0.627"), (3.0, "3")])
+def test_a_staleness_is_shown_to_a_thousandth(run: Run, staleness: float | None, shown: str) -> None:
+    assert dict(facts(run.status().model_copy(update={"staleness": staleness})))["staleness"] == shown
 
 
 def test_a_run_is_shown(service: ThreadService, run: Run) -> None:

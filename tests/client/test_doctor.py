@@ -61,7 +61,7 @@ def test_all_is_well_over_tls(tls_service: ThreadService, tls: dict[str, Path]) 
     code, found = doctor(tls_service.url, FREESTEP_CA_CERTS=str(tls["ca_certs"]), FREESTEP_RETRY_SECONDS="7.5")
     assert code == 0
     assert found["retries"][1] == "workers repeat requests for 7.5 s (FREESTEP_RETRY_SECONDS)"
-    assert found["trust"][1] == "1 CA certificates are trusted (FREESTEP_CA_CERTS)"
+    assert found["trust"][1] == "1 CA certificates are trusted, those of FREESTEP_CA_CERTS"
     assert found["tls"][1].startswith("TLSv1.3, with a certificate that is trusted until ")
 
 
@@ -91,6 +91,10 @@ def test_certificates_that_are_not_trusted_are_said(tls_service: ThreadService, 
     _, found = doctor(tls_service.url)
     assert found["service"][0] == "wrong"
     assert found["service"][1].endswith("let FREESTEP_CA_CERTS name the file of the CA that signed it")
+    _, found = doctor(tls_service.url, SSL_CERT_FILE="", SSL_CERT_DIR="")
+    assert found["trust"][1].endswith(" CA certificates are trusted, those of certifi")
+    _, found = doctor(tls_service.url, SSL_CERT_FILE=str(tls["ca_certs"]))
+    assert found["trust"][1] == "1 CA certificates are trusted, those of SSL_CERT_FILE"
     other = tls_service.url.replace("127.0.0.1", "localhost")
     _, found = doctor(other, FREESTEP_CA_CERTS=str(tls["ca_certs"]))
     assert found["service"][1].endswith("use a host that the certificate names")

@@ -142,7 +142,7 @@ def test_the_best_is_kept(run: Run, service: ThreadService, script: Path, tmp_pa
     assert json.loads(evaluate(run, service, *keep, "--json").stdout)["kept"] is False
     assert torch.equal(safetensors.torch.load_file(file)["w"], TENSORS["w"])
     unclear = evaluate(run, service, function, "--keep-best", "loss", str(tmp_path / "other"))
-    assert (unclear.returncode, "smaller or a larger 'loss'" in unclear.stderr) == (2, True)
+    assert (unclear.returncode, "smaller or a larger 'loss' better? Say --mode min or" in unclear.stderr) == (2, True)
     other = evaluate(run, service, function, "--keep-best", "acc[/top1]", str(file))
     assert (other.returncode, "has the metric 'loss'" in other.stderr) == (2, True)
     missing = evaluate(run, service, function, "--keep-best", "top5", str(tmp_path / "other"))

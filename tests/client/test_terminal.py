@@ -97,4 +97,6 @@ def test_what_is_known_of_one_thing_is_folded_beside_its_name() -> None:
 
 def test_a_pipe_gets_a_row_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     print_result([], False, ("id", "quota"), [("a" * 100, "b " * 100 + "c")])
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("quota")

@@ -71,6 +71,21 @@ def test_after_a_crash_that_took_redis_too_it_goes_on_from_the_very_bits(
     run_async(work)
 
 
+def test_after_an_orderly_stop_nothing_is_said_to_be_replayed(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        async with process(store, tmp_path / "data") as registry:
+            await journaled_run(registry, 5)
+        caplog.clear()
+        async with process(store, tmp_path / "data") as registry:
+            run, _ = await opened(registry)
+            assert (await run.status()).step == 5
+        assert "replayed" not in caplog.text
+
+    run_async(work)
+
+
 def gradient(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}

@@ -48,6 +48,8 @@ _CERTIFICATES = {
     "not yet valid": "compare the clocks of both machines",
 }
 """What to do about a certificate, by words of OpenSSL's reason."""
+_TRUSTED = ("FREESTEP_CA_CERTS", "SSL_CERT_FILE", "SSL_CERT_DIR")
+"""Variables that name the CA certificates to trust, the first that is set; without any they are certifi's."""
 
 
 class _Wrong(Exception):
@@ -135,7 +137,8 @@ def _retries() -> str:
 def _trust(url: str) -> str:
     if not url.startswith("https"):
         return "no certificates are needed for http"
-    return f"{ssl_context(True).cert_store_stats()['x509_ca']} CA certificates are trusted (FREESTEP_CA_CERTS)"
+    count = ssl_context(True).cert_store_stats()["x509_ca"]
+    return f"{count} CA certificates are trusted, those of {next(filter(os.environ.get, _TRUSTED), 'certifi')}"
 
 
 def _service(transport: Transport, answers: list[Answer]) -> str:

@@ -72,6 +72,10 @@ def evaluate(
 
 
 def _best(run: Run, metric: str, path: Path, mode: Literal["max", "min"] | None) -> BestWeights:
+    from freestep.best_weights import needs_mode
+
+    if mode is None and needs_mode(metric):
+        fail(2, f"--keep-best: is a smaller or a larger {metric!r} better? Say --mode min or --mode max")
     try:
         return run.keep_best(metric, path, mode=mode)
     except (FreestepError, OSError) as error:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from freestep.api.models import RunControl, RunStatus
-from freestep.commands.shared import or_dash
+from freestep.commands.shared import or_dash, steps_or_dash
 
 __all__ = ["facts", "policy_of"]
 
@@ -35,7 +35,7 @@ def facts(status: RunStatus, missing: Sequence[int] = ()) -> list[tuple[str, str
         ("banned for outliers", ", ".join(status.banned) or "-"),
         *([("banned by an operator", _suspended(control))] if control.suspended else []),
         ("loss", or_dash(status.loss)),
-        ("staleness", or_dash(status.staleness)),
+        ("staleness", steps_or_dash(status.staleness)),
         ("metrics", ", ".join(metrics) or "-"),
         ("checkpoint", or_dash(status.checkpoint_step)),
     ]

@@ -26,6 +26,7 @@ __all__ = [
     "fail",
     "or_dash",
     "slow_imports",
+    "steps_or_dash",
 ]
 
 Url = Annotated[str, typer.Option(envvar="FREESTEP_URL", help="The service's URL.")]
@@ -64,6 +65,11 @@ def fail(code: int, message: str) -> NoReturn:
 def or_dash(value: float | int | None) -> str:
     """A number as it is shown in tables."""
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def steps_or_dash(value: float | None) -> str:
+    """A moving average of steps, to a thousandth: one that falls towards 0 is shown as 0 some time."""
+    return or_dash(None if value is None else round(value, 3))
 
 
 @contextmanager

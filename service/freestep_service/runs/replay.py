@@ -94,7 +94,7 @@ async def _replay(
         if writer.failure is not None:
             raise ShardUnavailable(f"entry {entry.seq} of the journal cannot be applied: {writer.failure}")
     await writer.run(shard.core.shard.position)
-    if entries or contents.torn:
+    if entries:
         logger.warning(
             "run %s: shard %d has replayed %d entries behind its checkpoint of step %d",
             context.name, shard.index, len(entries), checkpoint.step,

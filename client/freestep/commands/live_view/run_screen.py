@@ -19,7 +19,7 @@ from freestep.commands.events import told
 from freestep.commands.facts import policy_of
 from freestep.commands.live_view.looking import LookingScreen, fill, new_table
 from freestep.commands.live_view.worker_screen import WorkerScreen
-from freestep.commands.shared import or_dash
+from freestep.commands.shared import or_dash, steps_or_dash
 from freestep.commands.workers import COLUMNS, Speeds, rows
 from freestep.errors import FreestepError
 from freestep.run import Run
@@ -116,7 +116,7 @@ def _facts(status: RunStatus, problem: str) -> str:
         f"{status.shards} shard{'s' if status.shards > 1 else ''}",
         f"checkpoint {or_dash(status.checkpoint_step)}",
         f"pushes: {pushes}",
-        f"loss {or_dash(status.loss)}, staleness {or_dash(status.staleness)}",
+        f"loss {or_dash(status.loss)}, staleness {steps_or_dash(status.staleness)}",
         *(f"{name} {metric.value:.4g} at step {metric.step}" for name, metric in status.metrics.items()),
         *([problem] if problem else []),
     )

@@ -15,7 +15,7 @@ from freestep.commands.facts import policy_of
 from freestep.commands.live_view.looking import LookingScreen, fill, new_table
 from freestep.commands.live_view.run_screen import RunScreen
 from freestep.commands.rates import Rates
-from freestep.commands.shared import or_dash
+from freestep.commands.shared import or_dash, steps_or_dash
 
 __all__ = ["RunsScreen"]
 
@@ -59,7 +59,7 @@ class RunsScreen(LookingScreen[list[RunStatus]]):
             status.step,
             or_dash(self._rates.measure(status.run, status.step, now)),
             or_dash(status.loss),
-            or_dash(status.staleness),
+            steps_or_dash(status.staleness),
             len(status.workers),
             status.pushes.get("applied", 0),
             status.pushes.get("dropped", 0),
