@@ -444,7 +444,7 @@ class InvalidSetting(FreestepError, ValueError):
 
 
 class ManifestMismatch(FreestepError):
-    """Local tensors differ from the run's in names, shapes, order or groups, or a state is of another run.
+    """Local tensors differ from the run's in names or shapes, or unnamed ones in order, or a state is another run's.
 
     A state of a run does not fit an optimizer of another algorithm, or with other hyperparameters.
     """
