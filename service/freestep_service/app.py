@@ -122,7 +122,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         description=DESCRIPTION,
         openapi_tags=TAGS,
-        generate_unique_id_function=lambda route: route.name,
         # Who follows a redirect resolves dots in it: to another resource.
         redirect_slashes=False,
     )
@@ -153,7 +152,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         health.router,
         dashboard.router,
     ):
-        app.include_router(router)
+        # As they are: include_router would have each app analyse them anew at its first request.
+        app.router.routes.extend(router.routes)
     app.router.routes[:] = app.router.routes[pages:] + app.router.routes[:pages]
     hot = (gradients.router, leases.renewals, parameters.router)
     app.router.routes[:0] = [route for router in hot for route in direct_routes(router.routes)]

@@ -92,6 +92,8 @@ class GuardedRoute(APIRoute):
         self.scope, self._runs = getattr(endpoint, _NEEDED)
         extra = {**(options.get("openapi_extra") or {}), "security": [{"token": [self.scope]}] if self.scope else []}
         super().__init__(path, endpoint, **{**options, "openapi_extra": extra})
+        # The id of the operation in the OpenAPI document.
+        self.unique_id = self.name
         self.responses = {**problem_responses(self.refusals()), **self.responses}
 
     def refusals(self) -> set[type[ProblemError]]:
