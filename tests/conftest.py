@@ -9,7 +9,6 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from documented import UNDOCUMENTED
 from freestep import Client, Run
 from freestep_service.optimizers.readiness import compile_loops
 from freestep_service.storage.media import Storage, open_storage
-from harness import TOKEN, ProcessService, ThreadService, store
+from harness import TOKEN, Groups, ProcessService, ThreadService, store
 from plain_calls import Api
 
 torch.set_num_threads(1)
@@ -78,9 +77,21 @@ def shared() -> list[ThreadService]:
     return []
 
 
+@pytest.fixture(autouse=True)
+def leave_no_runs(shared: list[ThreadService], runs_of_modules: None) -> Iterator[None]:
+    """Deletes the runs that a test leaves on shared services, which spend time on every run they have.
+
+    Those of the module's fixtures are there before it.
+    """
+    before = {run.name for service in shared for run in service.registry.all()}
+    yield
+    for service in shared:
+        service.delete_runs(kept=before)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def leave_no_runs(shared: list[ThreadService]) -> Iterator[None]:
-    """Deletes the runs that a module's tests leave on shared services, which spend time on every run they have."""
+def runs_of_modules(shared: list[ThreadService]) -> Iterator[None]:
+    """Deletes the runs of a module's fixtures."""
     yield
     for service in shared:
         service.delete_runs()
@@ -205,35 +216,32 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ThreadService]]:
 
 
 @pytest.fixture(scope="session")
-def shared_nodes(
-    tmp_path_factory: pytest.TempPathFactory, shared: list[ThreadService]
-) -> Iterator[Callable[..., list[ThreadService]]]:
+def groups(shared: list[ThreadService]) -> Iterator[Groups]:
+    """The services that share a store and their runs, over modules."""
+    made = Groups(shared)
+    yield made
+    made.end_unused()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unused_groups(groups: Groups) -> Iterator[None]:
+    """Stops, after a module, what it has not used: services spend time without runs, too."""
+    yield
+    groups.end_unused()
+
+
+@pytest.fixture(scope="session")
+def shared_nodes(groups: Groups, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[ThreadService]]:
     """Services that share a store and their runs, for tests that use runs of their own.
 
-    Services are started once for each number, kind of store and settings, and stopped at the end of the session.
+    Services are started once for each number, kind of store and settings, and stopped after the first module that has
+    not used them.
     """
-    made: dict[tuple[Any, ...], list[ThreadService]] = {}
-    with ExitStack() as stack:
 
-        def nodes(count: int, kind: str = "valkey", **settings: Any) -> list[ThreadService]:
-            key = count, kind, *sorted(settings.items())
-            if key not in made:
-                folder = tmp_path_factory.mktemp("nodes")
-                common = {
-                    "redis_url": stack.enter_context(store(kind, folder)),
-                    "checkpoint_url": str(folder / "checkpoints"),
-                    **settings,
-                }
-                made[key] = [
-                    # One of them updates small shards on its event loop, as services do unless told otherwise.
-                    ThreadService(folder / f"node-{number}", inline_elements=100_000 if number == 1 else 0, **common)
-                    for number in range(count)
-                ]
-                stack.callback(ThreadService.stop_all, made[key])
-                shared.append(made[key][0])
-            return made[key]
+    def nodes(count: int, kind: str = "valkey", **settings: Any) -> list[ThreadService]:
+        return groups.group(tmp_path_factory.mktemp("nodes"), count, kind, settings)
 
-        yield nodes
+    return nodes
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from math import ceil
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -107,11 +107,13 @@ class ThreadService:
             # The type of a key that expired between two commands is none.
             return {key: read[kind](client, key) for key, kind in types.items() if kind != "none"}
 
-    def delete_runs(self) -> None:
-        """Deletes all runs."""
-        with httpx.Client(base_url=self.url, verify=self.trusted, headers=AUTHORIZED) as http:
-            for run in self.registry.all():
-                http.delete(f"/v1/runs/{run.name}")
+    def delete_runs(self, kept: Collection[str] = ()) -> None:
+        """Deletes all runs but those of the names in `kept`."""
+        names = [run.name for run in self.registry.all() if run.name not in kept]
+        if names:
+            with httpx.Client(base_url=self.url, verify=self.trusted, headers=AUTHORIZED, timeout=DEADLINE_S) as http:
+                for name in names:
+                    http.delete(f"/v1/runs/{name}")
 
     def revoke_tokens(self) -> None:
         """Revokes all tokens but the one that tests have."""
@@ -132,6 +134,44 @@ class ThreadService:
             each._server.should_exit = True
         for each in services:
             each.stop()
+
+
+class Groups:
+    """Groups of services; those of a group have a common store, and one of them stands in `shared`."""
+
+    def __init__(self, shared: list[ThreadService]) -> None:
+        self._shared = shared
+        self._made: dict[tuple[Any, ...], tuple[list[ThreadService], ExitStack]] = {}
+        self._used: set[tuple[Any, ...]] = set()
+
+    def group(self, folder: Path, count: int, kind: str, settings: Mapping[str, Any]) -> list[ThreadService]:
+        """So many services with a kind of store and settings; started, unless they are there."""
+        key = count, kind, *sorted(settings.items())
+        self._used.add(key)
+        if key not in self._made:
+            with ExitStack() as stack:
+                common = {
+                    "redis_url": stack.enter_context(store(kind, folder)),
+                    "checkpoint_url": str(folder / "checkpoints"),
+                    **settings,
+                }
+                services: list[ThreadService] = []
+                stack.callback(ThreadService.stop_all, services)
+                for number in range(count):
+                    # One of them updates small shards on its event loop, as services do unless told otherwise.
+                    own = {"inline_elements": 100_000 if number == 1 else 0, **common}
+                    services.append(ThreadService(folder / f"node-{number}", **own))
+                self._shared.append(services[0])
+                self._made[key] = services, stack.pop_all()
+        return self._made[key][0]
+
+    def end_unused(self) -> None:
+        """Stops the groups that nobody has asked for since this was called last."""
+        for key in self._made.keys() - self._used:
+            services, stack = self._made.pop(key)
+            self._shared.remove(services[0])
+            stack.close()
+        self._used.clear()
 
 
 class ProcessService:
