@@ -2,19 +2,20 @@
 
 Importing what a service needs, torch above all, takes a process seconds of CPU, and so does loading the compiled
 loops. These are forked from one that has done both (`preloaded`) and has a single thread. How a process starts from
-nothing is tested in web/test_start.py, network/ and demo/.
+nothing is tested in web/test_start.py and demo/.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing import Pipe, forkserver, get_context
 from multiprocessing.connection import Connection
@@ -28,7 +29,7 @@ import pytest
 from freestep.cli import main
 from meanwhile import DEADLINE_S
 
-__all__ = ["Script", "freestep", "join", "start"]
+__all__ = ["Script", "freestep", "join", "start", "start_program"]
 
 _FORKS = get_context("forkserver")
 _FORKS.set_forkserver_preload(["preloaded"])
@@ -45,13 +46,27 @@ def freestep(*arguments: str, stdin: str = "", **environment: str) -> subprocess
         return subprocess.CompletedProcess(arguments, code, *(path.read_text() for path in streams[1:]))
 
 
-def start(*arguments: str, streams: Sequence[Path] = (), **environment: str) -> BaseProcess:
+def start(*arguments: str, streams: Sequence[Path] = (), network: str = "", **environment: str) -> BaseProcess:
     """Starts a command in this process's environment, extended by `environment`; it does not outlive the tests.
 
-    streams: the files for its stdin, stdout and stderr; else it inherits those of the tests.
+    streams: the files for its stdin, stdout and stderr; else it inherits those of the tests. network: the path of a
+    network namespace to run in.
     """
+    return _started(_command, arguments, streams, network, {**os.environ, **environment})
+
+
+def start_program(program: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str]) -> BaseProcess:
+    """Starts `PATH/freestep ARGUMENTS` or `PATH/python SCRIPT ARGUMENTS`, as of an environment with this freestep.
+
+    It runs in a folder, with this environment alone, and appends to a log; it does not outlive the tests.
+    """
+    assert os.access(program[0], os.X_OK)
+    return _started(_program, Path(program[0]).name, program[1:], folder, log, dict(environment))
+
+
+def _started(target: Callable[..., None], *arguments: object) -> BaseProcess:
     _start_forkserver()
-    process = _FORKS.Process(target=_command, args=(arguments, streams, {**os.environ, **environment}), daemon=True)
+    process = _FORKS.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -70,13 +85,11 @@ class Script:
     def __init__(self, source: str | Path, *arguments: str, network: str = "", **environment: str) -> None:
         """source: a file, or the text itself. network: the path of a network namespace to run in."""
         name, text = (str(source), source.read_text()) if isinstance(source, Path) else ("<script>", source)
-        _start_forkserver()
         (stdin, self._stdin), (self._stdout, stdout) = Pipe(duplex=False), Pipe(duplex=False)
         self._read = b""
         with stdin, stdout:
-            given = (name, text, arguments, (stdin, stdout), network, {**os.environ, **environment})
-            self._process = _FORKS.Process(target=_script, args=given, daemon=True)
-            self._process.start()
+            environment = {**os.environ, **environment}
+            self._process = _started(_script, name, text, arguments, (stdin, stdout), network, environment)
 
     @property
     def pid(self) -> int:
@@ -140,16 +153,30 @@ def _start_forkserver() -> None:
         forkserver.ensure_running()
 
 
-def _command(arguments: Sequence[str], streams: Sequence[Path], environment: Mapping[str, str]) -> None:
+def _command(arguments: Sequence[str], streams: Sequence[Path], network: str, environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     for number, path in enumerate(streams):
-        file = os.open(path, os.O_RDWR)
-        os.dup2(file, number)
-        os.close(file)
+        _redirect(number, path)
     _reopen_stdin()
+    _enter(network)
     sys.argv = ["freestep", *arguments]
     main()
+
+
+def _program(name: str, arguments: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number in (1, 2):
+        _redirect(number, log)
+    sys.stdout.reconfigure(line_buffering="PYTHONUNBUFFERED" in environment)  # type: ignore[union-attr]
+    if name == "freestep":
+        sys.argv = [name, *arguments]
+        main()
+    else:
+        sys.argv = list(arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _script(
@@ -166,12 +193,23 @@ def _script(
         for number, stream in enumerate(streams):
             os.dup2(stack.enter_context(stream).fileno(), number)
     _reopen_stdin()
+    _enter(network)
+    sys.argv = [name, *arguments]
+    exec(compile(text, name, "exec"), {"__name__": "__main__", "__file__": name})
+
+
+def _redirect(number: int, path: Path) -> None:
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    os.dup2(file, number)
+    os.close(file)
+
+
+def _enter(network: str) -> None:
+    """Puts this process in a network namespace, if there is the path of one."""
     if network:
         with open(network) as namespace:
             if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
                 raise OSError(ctypes.get_errno(), "setns")
-    sys.argv = [name, *arguments]
-    exec(compile(text, name, "exec"), {"__name__": "__main__", "__file__": name})
 
 
 def _reopen_stdin() -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 from deploy.fronts import ROOT
 from meanwhile import DEADLINE_S
 
@@ -37,7 +38,7 @@ def blocks() -> dict[str, list[str]]:
 
 
 class Unit:
-    """A unit's process, started as its file says."""
+    """A unit's process, started as its file says; from a process that has loaded what it needs (`forked`)."""
 
     def __init__(self, machine: Machine, text: str, log: Path, **environment: str) -> None:
         text = machine.there(text)
@@ -52,24 +53,26 @@ class Unit:
                 environment |= _assignments("\n".join(shlex.split(value)))
         environment = {**machine.environment, **environment}
         self.log = log
-        with log.open("ab") as opened:
-            self.process = subprocess.Popen(
-                shlex.split(self.value("ExecStart")), cwd=folder, env=environment, stdout=opened, stderr=opened
-            )
+        log.touch()
+        self._process = forked.start_program(shlex.split(self.value("ExecStart")), folder, log, environment)
 
     def value(self, name: str, default: str = "") -> str:
         """The value of a setting that stands once."""
         return next((value for key, value in self.fields if key == name), default)
 
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
     def stop(self) -> None:
         """As `systemctl stop`."""
-        if self.process.poll() is None:
-            self.process.send_signal(self._signal)
-            self.process.wait(DEADLINE_S)
+        if self.is_alive():
+            assert self._process.pid is not None
+            os.kill(self._process.pid, self._signal)
+            forked.join(self._process)
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(DEADLINE_S)
+        self._process.kill()
+        forked.join(self._process)
 
 
 class Machine:

@@ -133,7 +133,7 @@ class Worker:
         return self.unit
 
     def pushes(self) -> int:
-        assert self.unit.process.poll() is None, self.unit.log.read_text()
+        assert self.unit.is_alive(), self.unit.log.read_text()
         return self.unit.log.read_text().count("applied")
 
     def trains(self) -> None:

