@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Processes of the tests start by the hundred, and load bytecode that is there: `make clean` removes it.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo screenshots test test-oldest evidence check chart pods docs reference pictures fuzz chaos audit sbom bench scale lab clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
