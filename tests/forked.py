@@ -58,9 +58,10 @@ def start(*arguments: str, streams: Sequence[Path] = (), network: str = "", **en
 def start_program(program: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str]) -> BaseProcess:
     """Starts `PATH/freestep ARGUMENTS` or `PATH/python SCRIPT ARGUMENTS`, as of an environment with this freestep.
 
-    It runs in a folder, with this environment alone, and appends to a log; it does not outlive the tests.
+    It runs in a folder, with this environment alone, and appends to a log; it does not outlive the tests. Raises
+    CalledProcessError where the program itself does not start there.
     """
-    assert os.access(program[0], os.X_OK)
+    subprocess.run([program[0], "--version"], cwd=folder, env=environment, check=True, capture_output=True)
     return _started(_program, Path(program[0]).name, program[1:], folder, log, dict(environment))
 
 
