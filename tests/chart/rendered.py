@@ -68,7 +68,7 @@ MATRIX: dict[str, dict[str, Any]] = {
         },
         "checkpoints": {"kind": "shared", "shared": {"existingClaim": "there"}},
         "redis": {
-            "url": "rediss://:$(REDIS_PASSWORD)@redis.example.org:6379/0",
+            "url": "rediss://trainer@redis.example.org:6379/0",
             "passwordSecret": {"name": "redis"},
             "caSecret": {"name": "redis-ca"},
         },

@@ -50,11 +50,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "would stand in manifests",
     ),
     "a password beside another": (
-        {"redis": {"url": "redis://:$(REDIS_PASSWORD)@r:6379?password=secret", "passwordSecret": {"name": "r"}}},
+        {"redis": {"url": "redis://r:6379?password=secret", "passwordSecret": {"name": "r"}}},
         "would stand in manifests",
     ),
-    "a password for nobody": ({"redis": {"url": "redis://r:6379", "passwordSecret": {"name": "r"}}}, "and only then"),
-    "a password from nowhere": ({"redis": {"url": "redis://:$(REDIS_PASSWORD)@r:6379"}}, "and only then"),
+    "a password for nobody": ({"redis": {"passwordSecret": {"name": "r"}}}, "set redis.url or redis.builtin.enabled"),
     "a CA without TLS": ({"redis": {"url": "redis://r:6379", "caSecret": {"name": "ca"}}}, "begin with rediss://"),
     "TLS without a certificate": ({"tls": {"enabled": True}}, "set tls.secretName"),
     "a certificate without TLS": ({"tls": {"secretName": "certificate"}}, "set tls.enabled"),

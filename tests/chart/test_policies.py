@@ -19,7 +19,6 @@ KEPT: dict[tuple[str, str], str] = {
     ("CKV_K8S_9", "evaluator"): SERVES_NOTHING,
     ("CKV_K8S_8", "test"): ENDS,
     ("CKV_K8S_9", "test"): ENDS,
-    ("CKV_K8S_35", "shards"): "the password of Redis is a part of a URL, which is a setting",
     ("CKV_K8S_43", "redis"): "the digest is the values' to pin, as redis.builtin.image",
     ("CKV_K8S_22", "workers"): "an image of the user's may need to write: workers.readOnlyRootFilesystem",
 }

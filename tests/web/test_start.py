@@ -79,6 +79,22 @@ def test_a_variable_that_is_almost_a_setting_is_told(free: str, tmp_path: Path) 
         (["--ca-certs", "{tmp}/file"], 1, "there are no CA certificates in {tmp}/file, as PEM"),
         (["--ssl-keyfile", "{tmp}/file"], 2, "a key needs its certificate: set ssl_certfile too"),
         (["--redis-url", "http://127.0.0.1:{free}"], 2, "redis_url: "),
+        (["--redis-password-file", "{tmp}/file"], 2, "redis_password_file is for a Redis: set redis_url too"),
+        (
+            ["--redis-url", "redis://:secret@127.0.0.1:{free}", "--redis-password-file", "{tmp}/file"],
+            2,
+            "redis_password_file and redis_url both have a password: leave it out of redis_url",
+        ),
+        (
+            ["--redis-url", "redis://127.0.0.1:{free}?password=secret", "--redis-password-file", "{tmp}/file"],
+            2,
+            "redis_password_file and redis_url both have a password: leave it out of redis_url",
+        ),
+        (
+            ["--redis-url", "redis://127.0.0.1:{free}", "--redis-password-file", "{tmp}/none"],
+            2,
+            "redis_password_file: [Errno 2] No such file or directory: '{tmp}/none'",
+        ),
         (["--checkpoint-url", "nowhere://bucket"], 2, "checkpoint_url: "),
         (["--device", "abacus"], 2, "device: 'abacus' is none: cpu, cuda, cuda:N or auto"),
         (["--device", "mps"], 2, "device: 'mps' is none: cpu, cuda, cuda:N or auto"),

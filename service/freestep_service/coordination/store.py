@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -32,6 +34,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from freestep.errors import CoordinatorUnavailable
+from freestep_service.coordination.credentials import FilePassword, without_user
 from freestep_service.coordination.pipeline import RedisPipeline
 from freestep_service.domain.layout import LAYOUT, NewerLayout
 
@@ -74,13 +77,20 @@ class Loading(Unusable):
 class Store:
     """A Redis-protocol server. Its methods raise CoordinatorUnavailable when they cannot reach it."""
 
-    def __init__(self, client: Redis | RedisCluster, url: str, pipeline: RedisPipeline | None) -> None:
+    def __init__(
+        self,
+        client: Redis | RedisCluster,
+        url: str,
+        pipeline: RedisPipeline | None,
+        credentials: CredentialProvider | None = None,
+    ) -> None:
         self.client: Any = client
         self.on_answer: Callable[[str, float], None] = lambda script, seconds: None
         """Told how long each script took to be answered ..."""
         self.on_failure: Callable[[], None] = lambda: None
         """... and of each that was not, or was refused."""
         self._url = url
+        self._credentials = credentials
         self._execute = client.execute_command if pipeline is None else pipeline.execute
         self._pipeline = pipeline
         self._scripts = {
@@ -89,12 +99,18 @@ class Store:
         }
 
     @classmethod
-    async def connect(cls, url: str) -> Store:
+    async def connect(cls, url: str, password_file: Path | None = None) -> Store:
         """Connects to a server by its URL; recognizes a server in cluster mode.
 
-        Raises CoordinatorUnavailable, Unusable, Evicts, NewerLayout, and ValueError for a URL that is not one of Redis.
+        password_file: has the password, which the URL then has not. Raises CoordinatorUnavailable, Unusable, Evicts,
+        NewerLayout, and ValueError for a URL that is not one of Redis.
         """
+        credentials = None
+        if password_file is not None:
+            url, user = without_user(url)
+            credentials = FilePassword(user, password_file)
         options: dict[str, Any] = {
+            "credential_provider": credentials,
             "decode_responses": True,
             "socket_timeout": _TIMEOUT_S,
             "socket_connect_timeout": _TIMEOUT_S,
@@ -103,7 +119,7 @@ class Store:
         }
         pool = BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=_TIMEOUT_S, **options)
         client = Redis.from_pool(pool)
-        store = cls(client, url, RedisPipeline(pool, _TIMEOUT_S))
+        store = cls(client, url, RedisPipeline(pool, _TIMEOUT_S), credentials)
         try:
             with reachable():
                 mode = await _mode(client)
@@ -114,7 +130,8 @@ class Store:
                     )
                 if mode == "cluster":
                     await store.close()
-                    store = cls(RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options), url, None)
+                    cluster = RedisCluster.from_url(url, max_connections=10 * _CONNECTIONS, **options)
+                    store = cls(cluster, url, None, credentials)
             await store.require_permanence()
             # Before anything is written.
             await store.require_layout()
@@ -160,6 +177,7 @@ class Store:
             url = _url_at(url, server.host, int(server.port))
         return Redis.from_url(
             url,
+            credential_provider=self._credentials,
             decode_responses=True,
             socket_connect_timeout=_TIMEOUT_S,
             # A connection that was lost may have lost messages, so its user has to notice.
@@ -247,7 +265,10 @@ def _advice(error: BaseException | None) -> str | None:
     """What to do about an answer of a server at the start; None where there was none."""
     match error:
         case AuthenticationError() | AuthorizationError():
-            return "name its user and password in redis_url, as redis://USER:PASSWORD@HOST:PORT"
+            return (
+                "name its user and password in redis_url, as redis://USER:PASSWORD@HOST:PORT, or the password in "
+                "redis_password_file"
+            )
         case NoPermissionError():
             return "allow its user what is missing, with ACL SETUSER"
         case BusyLoadingError():

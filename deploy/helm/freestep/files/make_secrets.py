@@ -21,7 +21,6 @@ _CREATED, _EXISTS = 201, 409
 
 def made(kind: str) -> str:
     """A new value of a kind."""
-    # Hexadecimal digits stand for themselves in a URL.
     return secrets.token_hex(32) if kind == "password" else make_token(kind)  # type: ignore[arg-type]
 
 

@@ -22,11 +22,11 @@
 {{- if and (ne $v.checkpoints.kind "object") $v.checkpoints.object.url -}}
 {{- fail "checkpoints.object.url is set: checkpoints.kind has to be object" -}}
 {{- end -}}
-{{- if regexMatch "://[^/@]*:[^/@]+@|[?&]password=[^&]" ($v.redis.url | replace "$(REDIS_PASSWORD)" "") -}}
-{{- fail "redis.url holds a password, which would stand in manifests: put it into a Secret that redis.passwordSecret names, and write $(REDIS_PASSWORD) in its place" -}}
+{{- if regexMatch "://[^/@]*:[^/@]+@|[?&]password=[^&]" $v.redis.url -}}
+{{- fail "redis.url holds a password, which would stand in manifests: put it into a Secret that redis.passwordSecret names, and leave it out of the URL" -}}
 {{- end -}}
-{{- if and $v.redis.url (ne (contains "$(REDIS_PASSWORD)" $v.redis.url) (not (empty $v.redis.passwordSecret.name))) -}}
-{{- fail "redis.url has $(REDIS_PASSWORD) if redis.passwordSecret.name is set, and only then" -}}
+{{- if and $v.redis.passwordSecret.name (not (include "freestep.hasRedis" .)) -}}
+{{- fail "redis.passwordSecret is set: set redis.url or redis.builtin.enabled too" -}}
 {{- end -}}
 {{- if and $v.redis.caSecret.name (not (hasPrefix "rediss://" $v.redis.url)) -}}
 {{- fail "redis.caSecret is set: redis.url has to begin with rediss://" -}}
@@ -67,7 +67,7 @@
 {{- if and $v.monitoring.serviceMonitor.enabled (not $v.monitoring.serviceMonitor.tokenSecret.name) -}}
 {{- fail "monitoring.serviceMonitor.enabled is true: metrics need a token of scope read; keep one in a Secret that monitoring.serviceMonitor.tokenSecret names" -}}
 {{- end -}}
-{{- $set := list "admin-token-file" "advertise-url" "allowed-hosts" "ca-certs" "checkpoint-url" "data-dir" "device" "host" "insecure" "journal-dir" "oidc-audience" "oidc-ca-certs" "oidc-issuer" "oidc-jwks-url" "oidc-rules" "oidc-token-file" "port" "push-token-file" "redis-url" "redis-wait-seconds" "ssl-certfile" "ssl-keyfile" "trusted-proxies" -}}
+{{- $set := list "admin-token-file" "advertise-url" "allowed-hosts" "ca-certs" "checkpoint-url" "data-dir" "device" "host" "insecure" "journal-dir" "oidc-audience" "oidc-ca-certs" "oidc-issuer" "oidc-jwks-url" "oidc-rules" "oidc-token-file" "port" "push-token-file" "redis-password-file" "redis-url" "redis-wait-seconds" "ssl-certfile" "ssl-keyfile" "trusted-proxies" -}}
 {{- range $name, $_ := $v.shards.settings -}}
 {{- if has $name $set -}}
 {{- fail (printf "shards.settings.%s is set by the chart: see the other values" $name) -}}

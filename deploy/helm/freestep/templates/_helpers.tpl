@@ -75,6 +75,17 @@ app.kubernetes.io/component: {{ .component }}
 {{- .Values.redis.passwordSecret.name | default (printf "%s-redis" (include "freestep.fullname" .)) -}}
 {{- end -}}
 
+{{/* Not by a subPath: another password has to reach pods that run. */}}
+{{- define "freestep.redisPasswordVolume" -}}
+- name: redis-password
+  secret:
+    secretName: {{ include "freestep.redisSecret" . }}
+    defaultMode: 0440
+    items:
+      - key: {{ .Values.redis.passwordSecret.key }}
+        path: password
+{{- end -}}
+
 {{- define "freestep.tlsSecret" -}}
 {{- .Values.tls.secretName | default (printf "%s-tls" (include "freestep.fullname" .)) -}}
 {{- end -}}
@@ -83,9 +94,13 @@ app.kubernetes.io/component: {{ .component }}
 {{- if or .Values.redis.builtin.enabled .Values.redis.url }}yes{{ end -}}
 {{- end -}}
 
+{{- define "freestep.hasRedisPassword" -}}
+{{- if or .Values.redis.builtin.enabled .Values.redis.passwordSecret.name }}yes{{ end -}}
+{{- end -}}
+
 {{- define "freestep.redisUrl" -}}
 {{- if .Values.redis.builtin.enabled -}}
-redis://:$(REDIS_PASSWORD)@{{ include "freestep.fullname" . }}-redis.{{ .Release.Namespace }}.svc:6379/0
+redis://{{ include "freestep.fullname" . }}-redis.{{ .Release.Namespace }}.svc:6379/0
 {{- else -}}
 {{- $url := .Values.redis.url -}}
 {{- $url -}}
