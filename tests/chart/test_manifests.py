@@ -348,3 +348,26 @@ def test_a_release_may_have_no_process_for_a_while() -> None:
     found = manifests(values)
     assert only(found, "StatefulSet", "-shards")["spec"]["replicas"] == 0
     assert f"{freestep.__version__}: 0 processes" in notes(values)
+
+
+def test_an_evaluator_is_given_what_a_worker_is() -> None:
+    given: dict[str, Any] = {
+        "enabled": True,
+        "image": "registry.example.org/worker:1",
+        "envFrom": [{"secretRef": {"name": "bucket"}}],
+        "gpu": {"count": 1},
+        "sharedMemory": "2Gi",
+        "runAsUser": 1000,
+        "readOnlyRootFilesystem": False,
+        "affinity": {"nodeAffinity": {}},
+        "podAnnotations": {"a": "b"},
+    }
+    values = {"workers": {**given, "run": "r"}, "evaluator": given}
+    worker, evaluator = (container(values, component) for component in ("workers", "evaluator"))
+    own = {"name": "evaluator", "env": [e for e in worker.spec["env"] if e["name"] != "FREESTEP_LEAVE_ON_SIGTERM"]}
+    assert evaluator.spec == worker.spec | own
+    assert evaluator.pod | {"containers": []} == worker.pod | {"containers": []}
+    annotated = evaluator.manifest["spec"]["template"]["metadata"]["annotations"]
+    assert annotated == worker.manifest["spec"]["template"]["metadata"]["annotations"] == {"a": "b"}
+    assert evaluator.pod["securityContext"]["runAsUser"] == 1000
+    assert evaluator.spec["resources"]["limits"]["nvidia.com/gpu"] == "1"

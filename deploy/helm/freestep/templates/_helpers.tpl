@@ -206,6 +206,87 @@ capabilities:
               path: ca.crt
 {{- end -}}
 
+{{/* root; component; values: those of workers or of the evaluator; container: its name; restart: the pod's policy, if it is
+not the usual one; seconds: from SIGTERM to SIGKILL. */}}
+{{- define "freestep.clientPod" -}}
+{{- $root := .root -}}
+{{- with .values -}}
+{{- $resources := deepCopy .resources -}}
+{{- if .gpu.count -}}
+{{- $_ := set $resources "limits" (merge (dict .gpu.resource (.gpu.count | toString)) ($resources.limits | default dict)) -}}
+{{- end -}}
+metadata:
+  labels:
+    {{- include "freestep.podLabels" (dict "root" $root "component" $.component) | nindent 4 }}
+  {{- with .podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  {{- include "freestep.pod" (dict "root" $root "user" .runAsUser) | nindent 2 }}
+  serviceAccountName: {{ include "freestep.fullname" $root }}-workers
+  terminationGracePeriodSeconds: {{ $.seconds }}
+  {{- with $.restart }}
+  restartPolicy: {{ . }}
+  {{- end }}
+  {{- with include "freestep.scheduling" (dict "nodeSelector" .nodeSelector "tolerations" $.tolerations "affinity" .affinity) }}{{ . | nindent 2 }}{{ end }}
+  containers:
+    - name: {{ $.container }}
+      image: {{ .image }}
+      imagePullPolicy: {{ .imagePullPolicy }}
+      {{- with .command }}
+      command:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with .args }}
+      args:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      env:
+        {{- include "freestep.clientEnv" $root | nindent 8 }}
+        - name: FREESTEP_RUN
+          value: {{ $root.Values.workers.run | quote }}
+        - name: FREESTEP_RETRY_SECONDS
+          value: {{ $root.Values.workers.retrySeconds | quote }}
+        {{- if eq $.component "workers" }}
+        # An eviction, a drain or fewer replicas end the lease at once, and give its units back.
+        - name: FREESTEP_LEAVE_ON_SIGTERM
+          value: "1"
+        {{- end }}
+        {{- with .extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      {{- with .envFrom }}
+      envFrom:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      resources:
+        {{- toYaml $resources | nindent 8 }}
+      securityContext:
+        {{- include "freestep.container" $root | replace "readOnlyRootFilesystem: true" (printf "readOnlyRootFilesystem: %t" .readOnlyRootFilesystem) | nindent 8 }}
+      volumeMounts:
+        {{- include "freestep.clientMounts" $root | nindent 8 }}
+        {{- if .sharedMemory }}
+        - name: shm
+          mountPath: /dev/shm
+        {{- end }}
+        {{- with .volumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    {{- include "freestep.clientVolumes" (dict "root" $root "key" "push-token" "account" true) | nindent 4 }}
+    {{- with .sharedMemory }}
+    - name: shm
+      emptyDir:
+        medium: Memory
+        sizeLimit: {{ . }}
+    {{- end }}
+    {{- with .volumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end -}}
+{{- end -}}
+
 {{- define "freestep.claim" -}}
 accessModes: [{{ .mode | default "ReadWriteOnce" }}]
 {{- with .storageClass }}
