@@ -125,10 +125,10 @@ def helm() -> Any:
     return pytest.importorskip("helm_python", reason="Helm is not installed: `make chart` installs it and runs this")
 
 
-def render(values: Mapping[str, Any], folder: Path = CHART) -> str:
+def render(values: Mapping[str, Any], folder: Path = CHART, release: str = RELEASE) -> str:
     """All documents that a chart makes of values, notes aside. Raises helm_python.HelmError."""
     with helm().Chart.load(folder) as chart:
-        files = chart.render(dict(values), name=RELEASE, namespace=NAMESPACE)
+        files = chart.render(dict(values), name=release, namespace=NAMESPACE)
     return "\n---\n".join(text for name, text in sorted(files.items()) if not name.endswith("NOTES.txt"))
 
 
@@ -138,11 +138,11 @@ def notes(values: Mapping[str, Any]) -> str:
         return str(chart.render(dict(values), name=RELEASE, namespace=NAMESPACE)["freestep/templates/NOTES.txt"])
 
 
-def manifests(values: Mapping[str, Any], folder: Path = CHART) -> list[Manifest]:
+def manifests(values: Mapping[str, Any], folder: Path = CHART, release: str = RELEASE) -> list[Manifest]:
     """What a chart makes of values."""
     import yaml
 
-    return [each for each in yaml.safe_load_all(render(values, folder)) if each]
+    return [each for each in yaml.safe_load_all(render(values, folder, release)) if each]
 
 
 def only(found: list[Manifest], kind: str, name: str = "") -> Manifest:

@@ -371,3 +371,25 @@ def test_an_evaluator_is_given_what_a_worker_is() -> None:
     assert annotated == worker.manifest["spec"]["template"]["metadata"]["annotations"] == {"a": "b"}
     assert evaluator.pod["securityContext"]["runAsUser"] == 1000
     assert evaluator.spec["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+@pytest.mark.parametrize(
+    "release", ["a" * 53, "training-" + "a" * 22, "freestep-" + "a" * 44, "a-b"], ids=lambda name: str(len(name))
+)
+def test_two_releases_of_a_namespace_have_nothing_in_common(release: str) -> None:
+    values = {**MATRIX["several"], "workers": {**MATRIX["several"]["workers"], "kind": "Job"}}
+    one, two = (
+        {(each["kind"], each["metadata"]["name"]) for each in manifests(values, release=name)}
+        for name in (release, f"{release[:-1]}z")
+    )
+    assert not one & two
+    # Of a StatefulSet's name a label of its pods is made, behind which there is a hash.
+    assert all(len(name) <= (52 if kind == "StatefulSet" else 63) for kind, name in one)
+
+
+@pytest.mark.parametrize("release", ["a.b", "1a"])
+def test_a_release_whose_services_could_not_have_its_name_is_refused(release: str) -> None:
+    helm_error = helm().HelmError
+    with pytest.raises(helm_error, match="set fullnameOverride"):
+        manifests({}, release=release)
+    assert manifests({"fullnameOverride": "fs"}, release=release)

@@ -1,6 +1,9 @@
 {{/* What values.schema.json cannot say: combinations that would start and lose something, or never start. */}}
 {{- define "freestep.checks" -}}
 {{- $v := .Values -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "freestep.fullname" .)) -}}
+{{- fail "no Service can have the release's name: it has a dot, or begins with a digit; set fullnameOverride" -}}
+{{- end -}}
 {{- if and $v.redis.builtin.enabled $v.redis.url -}}
 {{- fail "redis.builtin.enabled and redis.url are both set: choose the chart's Valkey or your Redis" -}}
 {{- end -}}

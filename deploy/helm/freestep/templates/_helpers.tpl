@@ -2,9 +2,18 @@
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride -}}
 {{- else if contains .Chart.Name .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- include "freestep.short" (dict "name" .Release.Name "length" 40) -}}
 {{- else -}}
-{{- printf "%s-%s" (.Release.Name | trunc 30) .Chart.Name -}}
+{{- printf "%s-%s" (include "freestep.short" (dict "name" .Release.Name "length" 30)) .Chart.Name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* name, of which two stay two; length: what of it may be left. */}}
+{{- define "freestep.short" -}}
+{{- if gt (len .name) .length -}}
+{{- printf "%s-%s" (.name | trunc (int (sub .length 9)) | trimSuffix "-") (sha256sum .name | trunc 8) -}}
+{{- else -}}
+{{- .name -}}
 {{- end -}}
 {{- end -}}
 
