@@ -47,7 +47,7 @@ class Region:
     @torch.no_grad()
     def translate(self, difference: Tensor) -> None:
         parameters = list(self.model.parameters())
-        parts = difference.split([each.numel() for each in parameters])
+        parts = torch.split(difference, [each.numel() for each in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.add_(part.view_as(parameter))
             self.optimizer.state[parameter]["z"].add_(part.view_as(parameter))

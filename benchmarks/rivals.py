@@ -158,7 +158,7 @@ def _round(subject: Callable[[], float], exchanges: int) -> float:
 def _beside_floor(ours: _Host, parameters: int, size: _Size) -> list[tuple[float, float]]:
     """... of the floor and of freestep."""
     vector, memory = torch.zeros(parameters), CopyPass(parameters)
-    outgoing, incoming = (memoryview(each.numpy()).cast("B") for each in (vector, vector.clone()))
+    outgoing, incoming = (each.numpy().data.cast("B") for each in (vector, vector.clone()))
     with raw_echo(len(outgoing)) as echo:
         return _rounds(lambda: (echo.once(outgoing, incoming) + memory.once()).seconds, ours.exchange, size)
 
@@ -183,7 +183,7 @@ def _measured(parameters: int, size: _Size, found: Mapping[str, str], options: O
                 f"{millions}, freestep, TCP, of the floor", (own / floor for floor, own in taken), "×", most=floor_bound
             ),
         ]
-        for name, python in ({"shm": sys.executable} | found).items():
+        for name, python in {"shm": sys.executable, **found}.items():
             title = f"{millions}, {(OURS | PEERS)[name].title}"
             try:
                 taken = made.details[name] = _beside(name, python, ours, parameters, size)

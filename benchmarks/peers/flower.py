@@ -29,7 +29,7 @@ __all__ = ["Flower"]
 _ENDLESS = 1_000_000
 
 
-class _Strategy(FedAvg):
+class _Strategy(FedAvg):  # type: ignore[misc]
     def __init__(self, parameters: int) -> None:
         super().__init__(fraction_evaluate=0.0, min_fit_clients=1, min_available_clients=1)
         self._held = Held(parameters)
@@ -59,7 +59,7 @@ def _serve(connection: Connection, parameters: int, address: str) -> None:
     start_server(server_address=address, config=ServerConfig(num_rounds=_ENDLESS), strategy=_Strategy(parameters))
 
 
-class _Client(NumPyClient):
+class _Client(NumPyClient):  # type: ignore[misc]
     """Hands each round's y to one queue, and takes the gradient to answer with from another."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ _SERVER, _WORKER = 0, 1
 """Ranks, which are torchft's choice."""
 
 
-class _Parameters(ParameterServer):
+class _Parameters(ParameterServer):  # type: ignore[misc]
     def __init__(self, parameters: int) -> None:
         self._held = Held(parameters)
         self._gradient = torch.empty(parameters)

@@ -166,7 +166,7 @@ def _by_way(cost: str, shards: int, amount: float) -> dict[str, float]:
 
 def _is_inline(point: Point) -> bool:
     """Whether its shards are so small that the event loop's thread updates them: then that is among its CPU."""
-    return point.parameters / point.shards <= Settings.model_fields["inline_elements"].default
+    return bool(point.parameters / point.shards <= Settings.model_fields["inline_elements"].default)
 
 
 def least_squares(rows: Sequence[Row]) -> dict[str, float]:
@@ -174,7 +174,8 @@ def least_squares(rows: Sequence[Row]) -> dict[str, float]:
     seconds = np.array([max(each, 1e-6) for _, each in rows])
 
     def table(names: Sequence[str]) -> np.ndarray:
-        return np.array([[row.get(name, 0.0) for name in names] for row, _ in rows]) / seconds[:, None]
+        rates: np.ndarray = np.array([[row.get(name, 0.0) for name in names] for row, _ in rows]) / seconds[:, None]
+        return rates
 
     found = dict.fromkeys((name for row, _ in rows for name in row), 0.0)
     names = list[str]()

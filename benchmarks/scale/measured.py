@@ -268,7 +268,8 @@ def _used(pids: Sequence[int], redis_pid: int, store: Redis) -> _Used:
 
 def _all_cpu() -> float:
     times = psutil.cpu_times()
-    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+    seconds: float = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+    return seconds
 
 
 def _first_thread_seconds(pid: int) -> tuple[float, float]:

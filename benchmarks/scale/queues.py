@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Generator
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 from simpy import Environment, Event, Resource
 
@@ -148,7 +148,7 @@ class SharedPlaces:
         except BaseException:
             # Its worker has died.
             if waiting.triggered:
-                self.leave(waiting.value)
+                self.leave(cast("int", waiting.value))
             else:
                 self._waiting.remove(waiting)
             raise

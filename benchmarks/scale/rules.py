@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
@@ -27,6 +27,7 @@ from freestep.api.models import Lease, RunSpec
 from freestep_service.coordination.coordinator import Coordinator
 from freestep_service.coordination.embedded import embedded_store
 from freestep_service.coordination.nodes import Node
+from freestep_service.coordination.pipeline import RedisPipeline
 from freestep_service.coordination.store import Store
 from freestep_service.domain.aggregation import Policy, damping
 from freestep_service.domain.data_sets import DataSets, NewDataSet
@@ -54,7 +55,7 @@ class _OneConnection:
         self._client = Redis.from_url(url, decode_responses=True, single_connection_client=True)
 
     async def execute(self, *command: str | int) -> Any:
-        return self._client.execute_command(*command)
+        return self._client.execute_command(*command)  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:
         self._client.close()
@@ -65,7 +66,8 @@ class Desk:
 
     def __init__(self, url: str) -> None:
         self._runner = asyncio.Runner()
-        self.store = Store(AsyncRedis.from_url(url, decode_responses=True), url, _OneConnection(url))
+        pipeline = cast("RedisPipeline", _OneConnection(url))
+        self.store = Store(AsyncRedis.from_url(url, decode_responses=True), url, pipeline)
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)

@@ -10,7 +10,7 @@ shards asks again each second (as runs/pushes.py); who waits for a point shares 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from math import inf
 from typing import Any
@@ -73,7 +73,7 @@ class Simulation:
         self._applied_step = 0
         self._staleness = self._waiting = 0
         self._computing = 0.0
-        self._spent: Counter[str] = Counter()
+        self._spent: defaultdict[str, float] = defaultdict(float)
         self._finished = self._served = 0
         self._live_since, self._live_time = 0.0, 0.0
         self._named = 0

@@ -58,7 +58,7 @@ def over_shards(tried: Mapping[int, float], shards: int) -> float:
     if above == below or not tried[below]:
         return tried[below]
     power = log(tried[above] / tried[below]) / log(above / below)
-    return tried[below] * (shards / below) ** power
+    return tried[below] * float((shards / below) ** power)
 
 
 def waiting_s(store: Sequence[StoreCost], shards: int) -> float:

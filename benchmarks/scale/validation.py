@@ -102,4 +102,4 @@ def _kind(point: Point) -> tuple[int, bool]:
 def holds(compared: Sequence[Mapping[str, Any]]) -> bool:
     """Whether enough of the points without fitted costs are predicted well enough, as JSON has them."""
     judged = [row["is_within"] for row in compared if not row["is_fitted"]]
-    return sum(judged) >= LEAST_WITHIN * len(judged)
+    return bool(sum(judged) >= LEAST_WITHIN * len(judged))
