@@ -19,6 +19,7 @@ KEPT: dict[tuple[str, str], str] = {
     ("CKV_K8S_9", "evaluator"): SERVES_NOTHING,
     ("CKV_K8S_8", "test"): ENDS,
     ("CKV_K8S_9", "test"): ENDS,
+    ("CKV_K8S_35", "shards"): "an object store's package reads its credentials from variables: shards.envFrom",
     ("CKV_K8S_43", "redis"): "the digest is the values' to pin, as redis.builtin.image",
     ("CKV_K8S_22", "workers"): "an image of the user's may need to write: workers.readOnlyRootFilesystem",
 }
