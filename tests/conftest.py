@@ -216,7 +216,7 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ThreadService]]:
 
 
 @pytest.fixture(scope="session")
-def groups(shared: list[ThreadService]) -> Iterator[Groups]:
+def node_groups(shared: list[ThreadService]) -> Iterator[Groups]:
     """The services that share a store and their runs, over modules."""
     made = Groups(shared)
     yield made
@@ -224,14 +224,14 @@ def groups(shared: list[ThreadService]) -> Iterator[Groups]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def unused_groups(groups: Groups) -> Iterator[None]:
+def unused_groups(node_groups: Groups) -> Iterator[None]:
     """Stops, after a module, what it has not used: services spend time without runs, too."""
     yield
-    groups.end_unused()
+    node_groups.end_unused()
 
 
 @pytest.fixture(scope="session")
-def shared_nodes(groups: Groups, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[ThreadService]]:
+def shared_nodes(node_groups: Groups, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[ThreadService]]:
     """Services that share a store and their runs, for tests that use runs of their own.
 
     Services are started once for each number, kind of store and settings, and stopped after the first module that has
@@ -239,7 +239,7 @@ def shared_nodes(groups: Groups, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """
 
     def nodes(count: int, kind: str = "valkey", **settings: Any) -> list[ThreadService]:
-        return groups.group(tmp_path_factory.mktemp("nodes"), count, kind, settings)
+        return node_groups.group(tmp_path_factory.mktemp("nodes"), count, kind, settings)
 
     return nodes
 

@@ -25,7 +25,7 @@ UNREADABLE = {
     "a control character in a header": b"GET /v1/runs HTTP/1.1\r\nHost: he\x00re\r\n\r\n",
     "an unknown method": b"BREW /v1/runs HTTP/1.1\r\nHost: here\r\n\r\n",
     "another protocol": b"GET /v1/runs SPDY/1.1\r\nHost: here\r\n\r\n",
-    "a target that is none": b"GET http://here:99999/v1/runs HTTP/1.1\r\nHost: here:99999\r\n\r\n",
+    "a target that is none": b"GET ?v1/runs HTTP/1.1\r\nHost: here\r\n\r\n",
     "the beginning of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32),
 }
 

@@ -21,7 +21,7 @@ LANGUAGES = {"python", "bash", "text", "pycon", "nginx", "caddy", "yaml"}
 _BLOCK = re.compile(r"(?:^<!-- (.*?) -->\n)?^( *)```([^\n]*)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
 _MADE = "docs/reference/"
 _ASSIGNMENT = re.compile(r"\w+=")
-_OTHERS = {"apt-get", "cd", "curl", "docker", "export", "helm", "kubectl", "pip", "promtool", "torchrun"}
+_OTHERS = {"apt-get", "cd", "curl", "docker", "export", "helm", "kubectl", "pip", "printf", "promtool", "torchrun"}
 """Programs that blocks that are not run may call beside freestep, Python and make."""
 
 
