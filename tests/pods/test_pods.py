@@ -12,6 +12,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from chart.rendered import NAMESPACE
 from harness import AUTHORIZED
 from pods.pod import Pod
 from pods.release import REDIS, SHARDS, WORKERS, Release
@@ -109,13 +110,17 @@ def test_a_new_version_of_the_image_takes_over_the_old_ones_state(release: Relea
         pytest.skip("FREESTEP_SERVICE_IMAGE names an image of one version")
     new = release.values["image"]["tag"]
     old = release.cluster.images.service("released", install(RELEASED, "released")).tag
-    release.upgrade({"image": {"tag": old}})
+    # 0.1.0 reads no password from a file.
+    secret = {"secretKeyRef": {**release.values["redis"]["passwordSecret"], "key": "password"}}
+    url = f"redis://:$(REDIS_PASSWORD)@{REDIS}.{NAMESPACE}.svc:6379/0"
+    in_url = [{"name": "REDIS_PASSWORD", "valueFrom": secret}, {"name": "FREESTEP_REDIS_URL", "value": url}]
+    release.upgrade({"image": {"tag": old}, "shards": {"extraEnv": in_url}})
     release.cluster.wait_ready()
     assert versions(release) == {old}
     training = train()
     training.go_on()
     redis = release.cluster.pod(f"{REDIS}-0")
-    release.upgrade({"image": {"tag": new}})
+    release.upgrade({"image": {"tag": new}, "shards": {"extraEnv": []}})
     release.cluster.wait_ready()
     # The store is not in the image; it is moved too when nodes are.
     assert release.cluster.evict(redis)
